@@ -1,0 +1,55 @@
+"""One leaf of a tree as a NumPy array, whoever made it: NumPy, torch, JAX. No framework is imported here.
+
+Also the dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are kept in.
+"""
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Flat = dict[str, Array]
+"""One 1-D array per element space, keyed by the space's dtype name."""
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SPACE_OF = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+"""The element space (the dtype of the master copy and of m and v) of each dtype a parameter may have."""
+SPACES = ("float32", "float64")
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return the NumPy dtype of that name, bfloat16 included."""
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+def as_numpy(leaf: Any) -> Array:
+    """Return a leaf as an array, without a copy where its memory allows; what is no array becomes an object array or a 0-d one."""
+    if isinstance(leaf, (np.ndarray, np.generic, float)):
+        return np.asarray(leaf)
+    torch = sys.modules.get("torch")  # where it was never imported, nothing can be one of its tensors
+    if torch is not None and isinstance(leaf, torch.Tensor):
+        tensor = leaf.detach().cpu()
+        if tensor.dtype == torch.bfloat16:
+            return np.asarray(tensor.contiguous().view(torch.int16).numpy()).view(BFLOAT16)
+        return np.asarray(tensor.numpy())
+    if hasattr(leaf, "__array__"):
+        return np.asarray(leaf)
+    return np.asarray(leaf, dtype=object)
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether a gradient may come in this dtype."""
+    return dtype.name in SPACE_OF
+
+
+def empty_flat(sizes: dict[str, int]) -> Flat:
+    """Return uninitialised storage of `sizes[space]` elements per space."""
+    return {space: np.empty(n, space) for space, n in sizes.items()}
+
+
+def zeros_flat(sizes: dict[str, int]) -> Flat:
+    """Return zeroed storage of `sizes[space]` elements per space."""
+    return {space: np.zeros(n, space) for space, n in sizes.items()}

@@ -1,0 +1,158 @@
+"""What we ask of a Ray cluster and find out about it: joining or starting it, room for the shards, versions on its nodes."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from distnadam.config import Options
+from distnadam.errors import ClusterError, InsufficientResources, ShardLost, VersionMismatch
+from distnadam.messages import ShardSpec
+
+log = logging.getLogger("distnadam")
+
+_PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
+_START_S = 120.0
+_REPORT_EVERY_S = 5.0
+
+
+class OwnRay:
+    """A Ray that we started; shutting it down puts the environment back."""
+
+    def __init__(self, options: Options | None) -> None:
+        self._changed = "RAY_AUTH_MODE" not in os.environ
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are on the network: never without
+        store = options.object_store_bytes if options is not None else None
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=store, namespace="distnadam-driver")
+
+    def shut_down(self) -> None:
+        """Stop every process of this Ray."""
+        ray.shutdown()
+        if self._changed:
+            os.environ.pop("RAY_AUTH_MODE", None)
+
+
+def ensure_ray(options: Options | None) -> OwnRay | None:
+    """Join the Ray of this process or of `RAY_ADDRESS`; start and return our own where there is neither."""
+    if ray.is_initialized():
+        return None
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return OwnRay(options)
+    try:
+        ray.init(address=address, log_to_driver=False, namespace="distnadam-driver")
+    except Exception as error:
+        mode = os.environ.get("RAY_AUTH_MODE", "unset")
+        raise ClusterError(f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {mode}): {error}") from error
+    return None
+
+
+def actor_options(spec: ShardSpec, namespace: str) -> dict[str, Any]:
+    """Return what a shard's actor asks of Ray."""
+    options = spec.options
+    asked: dict[str, Any] = {
+        "num_cpus": options.shard_cpus,
+        "resources": dict(options.shard_resources),
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
+    if options.spread:
+        asked["scheduling_strategy"] = "SPREAD"
+    if options.shard_memory_bytes:
+        asked["memory"] = options.shard_memory_bytes
+    if options.label_selector:
+        asked["label_selector"] = dict(options.label_selector)
+    if spec.name is not None:
+        asked |= {"name": f"{spec.name}/{spec.index}", "namespace": namespace, "lifetime": "detached"}
+    return asked
+
+
+def check_fits(options: Options, num_shards: int) -> None:
+    """Raise InsufficientResources where the nodes, even empty, cannot hold the shards; wait first as long as `start_timeout_s` says."""
+    ask = {"CPU": options.shard_cpus, "memory": float(options.shard_memory_bytes), **options.shard_resources}
+    ask = {name: amount for name, amount in ask.items() if amount > 0}
+    deadline = time.monotonic() + (options.start_timeout_s or 0.0)
+    while True:
+        nodes = [node for node in ray.nodes() if node["Alive"] and _labelled(node, options.label_selector)]
+        room = sum(_room(node["Resources"], ask, num_shards) for node in nodes)
+        if room >= num_shards:
+            return
+        has = {name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ask}
+        wanted = ", ".join(f"{name} {amount:g} each, the nodes have {has[name]:g} in all" for name, amount in ask.items()) or "no resource"
+        told = f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {room}"
+        if time.monotonic() >= deadline:
+            remedy = "ask for less in Options, or add nodes (Options(start_timeout_s=...) waits for them)"
+            raise InsufficientResources(f"{told}; {remedy}")
+        log.warning("waiting for nodes: %s", told)
+        time.sleep(min(_REPORT_EVERY_S, max(0.1, deadline - time.monotonic())))
+
+
+def await_start(refs: Sequence[Any], options: Options) -> list[dict[str, str]]:
+    """Return every shard's facts; say every few seconds who is awaited; raise where they do not all start in time."""
+    timeout_s = _START_S if options.start_timeout_s is None else max(options.start_timeout_s, _START_S)
+    deadline = time.monotonic() + timeout_s
+    remaining = list(refs)
+    while remaining:
+        ready, remaining = ray.wait(remaining, num_returns=len(remaining), timeout=_REPORT_EVERY_S)
+        _raise_failed(ready)
+        if remaining and time.monotonic() >= deadline:
+            free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
+            raise InsufficientResources(
+                f"{len(remaining)} of {len(refs)} shards did not start in {timeout_s:g} s; each asks CPU {options.shard_cpus:g},"
+                f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free in the cluster: {free}"
+            )
+        if remaining:
+            log.warning("waiting for %d of %d shards to start", len(remaining), len(refs))
+    return list(ray.get(list(refs)))
+
+
+def node_facts() -> dict[str, str]:
+    """Return this process's node and the versions of what the shards' bits or files depend on."""
+    facts = {"node": ray.util.get_node_ip_address(), "python": ".".join(platform.python_version_tuple()[:2])}
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "missing"
+    return facts
+
+
+def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str]) -> None:
+    """Raise VersionMismatch naming each node and package that differs from the driver's."""
+    told = {
+        f"node {facts['node']} has {package} {facts[package]}, the driver has {driver[package]}"
+        for facts in shards
+        for package in ("python", *_PACKAGES)
+        if facts[package] != driver[package]
+    }
+    if told:
+        raise VersionMismatch(f"{'; '.join(sorted(told))}: install the same versions on every node")
+
+
+def _raise_failed(ready: Sequence[Any]) -> None:
+    for ref in ready:
+        try:
+            ray.get(ref)
+        except RayActorError as error:
+            text = str(error)
+            missing = next((line.strip() for line in text.splitlines() if "ModuleNotFoundError" in line), None)
+            where = next((line.strip() for line in text.splitlines() if "ip" in line.lower() and "=" in line), "")
+            if missing is not None:
+                raise VersionMismatch(
+                    f"a node lacks a package that the shards need: {missing} ({where}): install it on every node"
+                ) from error
+            raise ShardLost(f"a shard did not start: {text}") from error
+
+
+def _labelled(node: Mapping[str, Any], selector: Mapping[str, str]) -> bool:
+    return all(node.get("Labels", {}).get(key) == value for key, value in selector.items())
+
+
+def _room(resources: Mapping[str, float], ask: Mapping[str, float], most: int) -> int:
+    return min([int((resources.get(name, 0.0) + 1e-9) // amount) for name, amount in ask.items()], default=most)

@@ -1,0 +1,135 @@
+"""The shards as Ray actors; the only module here that says `ray.remote`. Arrays travel as Ray objects inside messages.
+
+A plain `ShardHost` is wrapped once, below. Retries are never Ray's: a call that was lost is repeated by its sender and
+counted once by the shard's ledger. Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and
+shut down at close.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from distnadam.backends.base import Backend, Pending
+from distnadam.backends.cluster import OwnRay, actor_options, await_start, check_fits, check_versions, ensure_ray, node_facts
+from distnadam.backends.host import ShardHost
+from distnadam.errors import DistNadamError, NameTaken, NotRunning, ShardLost
+from distnadam.messages import Describe, Message, ShardSpec
+
+NAMESPACE = "distnadam"
+_CONNECT_S = 60.0
+
+
+class _ShardActor:
+    """One shard in a process of its own; heavy work runs beside the event loop, so that the shard always answers."""
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._executor = ThreadPoolExecutor(1, "shard")
+        threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
+        self._host = ShardHost(spec, threads=threads, run=self._executor.submit)
+
+    async def send(self, message: Message) -> Any:
+        return await asyncio.wrap_future(self._host.send(message))
+
+    async def about(self) -> dict[str, str]:
+        return node_facts()
+
+
+class RayPending(Pending):
+    """Object references of the shards' answers."""
+
+    def __init__(self, refs: dict[int, Any]) -> None:
+        self._refs = refs
+
+    def result(self, timeout_s: float) -> dict[int, Any]:
+        """See `Pending.result`."""
+        try:
+            return dict(zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True))
+        except GetTimeoutError as error:
+            raise TimeoutError from error
+        except RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, DistNadamError):
+                raise cause from None
+            raise
+        except RayActorError as error:
+            raise ShardLost(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
+
+    def _dead(self) -> str:
+        ready, _ = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)
+        dead = []
+        for index, ref in self._refs.items():
+            if ref in ready:
+                try:
+                    ray.get(ref)
+                except RayActorError:
+                    dead.append(str(index))
+                except Exception:
+                    continue
+        return f"shard {', '.join(dead)}"
+
+
+class RayBackend(Backend):
+    """One actor per shard. A copy that was pickled reaches the same actors from any process of the cluster."""
+
+    name = "ray"
+
+    def __init__(self, actors: Sequence[Any] = ()) -> None:
+        self._actors = list(actors)
+        self._own: OwnRay | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RayBackend, (self._actors,)
+
+    @classmethod
+    def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
+        """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
+        ensure_ray(None)
+        first = cls([_named(name, 0)])
+        spec: ShardSpec = first.post({0: Describe()}).result(_CONNECT_S)[0].spec
+        return cls([*first._actors, *(_named(name, index) for index in range(1, spec.num_shards))]), spec
+
+    def start(self, specs: Sequence[ShardSpec]) -> None:
+        """See `Backend.start`."""
+        options = specs[0].options
+        self._own = ensure_ray(options)
+        try:
+            check_fits(options, len(specs))
+            actor = ray.remote(_ShardActor)
+            for spec in specs:
+                self._actors.append(actor.options(**actor_options(spec, NAMESPACE)).remote(spec))
+            facts = await_start([a.about.remote() for a in self._actors], options)
+            check_versions(facts, node_facts())
+        except BaseException as error:
+            self.close(destroy=True)
+            if isinstance(error, ValueError) and "already" in str(error) and specs[0].name is not None:
+                raise NameTaken(
+                    f"an optimizer named {specs[0].name!r} is running on this cluster: connect to it, or choose another"
+                ) from error
+            raise
+
+    def post(self, messages: Mapping[int, Message]) -> Pending:
+        """See `Backend.post`."""
+        return RayPending({index: self._actors[index].send.remote(message) for index, message in messages.items()})
+
+    def close(self, *, destroy: bool) -> None:
+        """See `Backend.close`."""
+        if destroy and ray.is_initialized():
+            for actor in self._actors:
+                with contextlib.suppress(Exception):  # one that is dead already
+                    ray.kill(actor)
+        self._actors = []
+        if self._own is not None:
+            self._own.shut_down()
+            self._own = None
+
+
+def _named(name: str, index: int) -> Any:
+    try:
+        return ray.get_actor(f"{name}/{index}", namespace=NAMESPACE)
+    except ValueError as error:
+        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster (its shard {index} was not found)") from error

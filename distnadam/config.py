@@ -1,0 +1,147 @@
+"""What an optimizer is asked to be: the reference's hyper-parameters, and the options of its runtime.
+
+Frozen, validated where they are made, and plain data on the way to a checkpoint and back. No I/O, no arrays.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distnadam.errors import ConfigError
+from distnadam.schedules import Rate, rate_at, rate_from, rate_to_dict
+
+DEFAULT_EPSILON = 1e-7
+
+
+@dataclass(frozen=True)
+class NadamConfig:
+    """The reference's hyper-parameters, as given (0.002 stays 0.002), each checked for its range."""
+
+    lr: Rate = 0.002
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = DEFAULT_EPSILON
+    schedule_decay: float = 0.004
+    clipnorm: float | None = None
+    clipvalue: float | None = None
+    global_clipnorm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.lr):
+            _set_number(self, "lr")
+            rate_at(self.lr, 0)
+        for name in ("epsilon", "schedule_decay"):
+            _set_number(self, name)
+        for name in ("beta_1", "beta_2"):
+            if not 0.0 <= _set_number(self, name) < 1.0:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for name in ("clipnorm", "clipvalue", "global_clipnorm"):
+            if getattr(self, name) is not None:
+                _set_number(self, name)
+        if self.clipnorm is not None and self.global_clipnorm is not None:
+            raise ConfigError(
+                f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} cannot both be set: give one of them"
+            )
+
+    @property
+    def clips_by_norm(self) -> bool:
+        """Whether a step needs norms before it can be applied."""
+        return self.clipnorm is not None or self.global_clipnorm is not None
+
+    def with_lr(self, lr: Rate) -> "NadamConfig":
+        """Return this config with another learning rate."""
+        return dataclasses.replace(self, lr=lr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` takes; raise ConfigError where `lr` is a plain function."""
+        return {**_fields(self), "lr": rate_to_dict(self.lr)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "NadamConfig":
+        """Return the config that `to_dict` described."""
+        return cls(**{**data, "lr": rate_from(data["lr"])})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Rare settings of the runtime; the defaults are modest and right for most.
+
+    Args:
+        on_nonfinite: "raise" refuses a round with a non-finite gradient by `NonFiniteGradient` at every worker; "skip" leaves the
+            parameters as they are, counts the round as skipped and goes on.
+        threads: threads that step one shard. None: every CPU of this process where local, the whole CPUs asked for by `shard_cpus`
+            (at least 1) on Ray.
+        shard_cpus: CPUs that each shard's actor asks of Ray; 0 lets any number of shards start on any machine.
+        shard_memory_bytes: memory that each shard's actor asks of Ray, in bytes; 0 asks for none.
+        shard_resources: further Ray resources that each shard's actor asks for, by name.
+        worker_cpus: CPUs that each of `fit`'s worker actors asks of Ray.
+        label_selector: Ray node labels that the shards' nodes must have.
+        spread: place shards over the nodes as evenly as they allow; otherwise fill one node first.
+        start_timeout_s: seconds to wait, saying so, for resources that the cluster does not have yet. None: refuse at once what its
+            nodes cannot meet, and give what they can meet 120 s to start.
+        step_timeout_s: seconds that a worker waits for a round to be applied before it raises `StepTimeout` naming who is missing.
+        object_store_bytes: size of the object store of a Ray that we start ourselves, in bytes. None: Ray's own default.
+    """
+
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    threads: int | None = None
+    shard_cpus: float = 0.0
+    shard_memory_bytes: int = 0
+    shard_resources: Mapping[str, float] = field(default_factory=dict)
+    worker_cpus: float = 0.0
+    label_selector: Mapping[str, str] = field(default_factory=dict)
+    spread: bool = True
+    start_timeout_s: float | None = None
+    step_timeout_s: float = 300.0
+    object_store_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in ("raise", "skip"):
+            raise ConfigError(f'on_nonfinite must be "raise" or "skip", got {self.on_nonfinite!r}')
+        if self.threads is not None:
+            check_count("threads", self.threads)
+        for name in ("shard_cpus", "shard_memory_bytes", "worker_cpus", "step_timeout_s"):
+            _set_number(self, name, cast=False)
+        for name in ("start_timeout_s", "object_store_bytes"):
+            if getattr(self, name) is not None:
+                _set_number(self, name, cast=False)
+        for name in ("shard_resources", "label_selector"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name} must be a mapping, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, dict(getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` takes."""
+        return _fields(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Options":
+        """Return the options that `to_dict` described."""
+        return cls(**data)
+
+
+def check_count(name: str, value: object, *, least: int = 1) -> int:
+    """Return `value` where it is a whole number of at least `least`; raise ConfigError naming the argument otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value.__index__())
+
+
+def _fields(record: NadamConfig | Options) -> dict[str, Any]:
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _set_number(record: object, name: str, *, cast: bool = True) -> float:
+    """Check that a field is a finite number of at least 0, and store it as a float where `cast`."""
+    value = getattr(record, name)
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or number < 0.0:
+        raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
+    if cast:
+        object.__setattr__(record, name, number)
+    return number

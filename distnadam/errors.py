@@ -1,0 +1,130 @@
+"""Every error that distnadam raises, in one tree.
+
+    DistNadamError
+    ├── ConfigError (ValueError)        an argument or option is out of its range
+    ├── StructureError (ValueError)     a tensor's path, shape or dtype is not what was built
+    ├── GradientError (ValueError)
+    │   └── NonFiniteGradient           NaN, infinity, or a magnitude whose square overflows
+    ├── LifecycleError                  used before build, after close, or twice
+    ├── ProtocolError                   a message that the shards refuse
+    │   ├── StaleEpoch                  from before the parameters were replaced
+    │   ├── SupersededWorker            a newer worker holds this rank
+    │   ├── LatePush                    its round is over and it was not counted
+    │   ├── RoundMismatch               its round has not come yet
+    │   ├── IllegalMessage              not legal in the shard's present phase
+    │   └── PushesPending               a step from outside while workers have pushed
+    ├── ClusterError                    what runs the shards cannot do what is asked
+    │   ├── InsufficientResources       the cluster is too small for the ask
+    │   ├── VersionMismatch             a node has another version of a package, or lacks it
+    │   ├── NameTaken                   an optimizer of that name is running
+    │   ├── NotRunning                  no optimizer of that name is running
+    │   ├── ShardLost                   a shard's process died
+    │   ├── ShardsDisagree              two shards computed different scalars
+    │   └── StepTimeout                 waited too long for a shard or for other workers
+    ├── TrainingError                   `fit` cannot go on; the task's own error is its cause
+    ├── KernelError                     this thread's arithmetic is not IEEE (flushed denormals)
+    └── CheckpointError                 a file was refused
+        └── CheckpointBusy              another run writes there
+
+This module knows nothing of the rest of the package. Every class takes one message, a whole sentence or more, so every one pickles.
+"""
+
+
+class DistNadamError(Exception):
+    """The base of every error that distnadam raises on purpose."""
+
+
+class ConfigError(DistNadamError, ValueError):
+    """An argument or option is out of its range; the message names it and its value."""
+
+
+class StructureError(DistNadamError, ValueError):
+    """A tree of tensors is not what was built; the message names the path, the expected and the given."""
+
+
+class GradientError(DistNadamError, ValueError):
+    """A gradient cannot be computed or used; the message names the parameter."""
+
+
+class NonFiniteGradient(GradientError):
+    """A gradient holds NaN, infinity or a magnitude whose square overflows; no shard has moved."""
+
+
+class LifecycleError(DistNadamError, RuntimeError):
+    """The optimizer or worker was used before `build`, after `close`, or built twice."""
+
+
+class ProtocolError(DistNadamError):
+    """A shard refused a message; nothing was changed by it."""
+
+
+class StaleEpoch(ProtocolError):
+    """The message is from before the state was replaced; pull and compute again."""
+
+
+class SupersededWorker(ProtocolError):
+    """A newer worker has taken this rank over; this one must stop."""
+
+
+class LatePush(ProtocolError):
+    """The push is for a round that is over, and it was not counted."""
+
+
+class RoundMismatch(ProtocolError):
+    """The push is for a round that has not come yet."""
+
+
+class IllegalMessage(ProtocolError):
+    """The message is not legal in the shard's present phase."""
+
+
+class PushesPending(ProtocolError):
+    """A step from outside was asked for while workers' pushes wait for their round."""
+
+
+class ClusterError(DistNadamError):
+    """What runs the shards cannot do what was asked."""
+
+
+class InsufficientResources(ClusterError):
+    """The cluster lacks what the shards or workers ask; the message says how much of what."""
+
+
+class VersionMismatch(ClusterError):
+    """A node has another version of a package than the driver, or lacks it."""
+
+
+class NameTaken(ClusterError):
+    """An optimizer of that name is already running on the cluster."""
+
+
+class NotRunning(ClusterError):
+    """No optimizer of that name is running on the cluster."""
+
+
+class ShardLost(ClusterError):
+    """A shard's process or node died."""
+
+
+class ShardsDisagree(ClusterError):
+    """Two shards computed different scalars for one step: the learning-rate function is not a function of the step."""
+
+
+class StepTimeout(ClusterError, TimeoutError):
+    """A shard, or the other workers, did not answer in time; the message names them."""
+
+
+class TrainingError(DistNadamError):
+    """`fit` cannot go on; the cause is chained."""
+
+
+class KernelError(DistNadamError):
+    """This thread's arithmetic would give other bits than every other's."""
+
+
+class CheckpointError(DistNadamError):
+    """A checkpoint or one of its files was refused; the message names the file and the reason."""
+
+
+class CheckpointBusy(CheckpointError):
+    """Another run holds this checkpoint directory."""

@@ -1,0 +1,42 @@
+"""Powers and cosines whose bits do not depend on the host.
+
+The C library's `pow` and `cos` differ between hosts in the last bit, and every shard must compute the same scalars. Here they go
+through `decimal`, whose `ln` and `exp` are correctly rounded at a fixed precision everywhere, and are rounded to float64 once.
+"""
+
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from functools import lru_cache
+
+_CONTEXT = Context(prec=40, Emax=MAX_EMAX, Emin=MIN_EMIN)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+
+
+@lru_cache(maxsize=64)
+def _ln(base: float) -> Decimal:
+    return _CONTEXT.ln(Decimal(base))
+
+
+@lru_cache(maxsize=256)
+def power(base: float, exponent: float) -> float:
+    """Return ``base ** exponent`` for a base of at least 0, the same bits on every host."""
+    if base < 0.0:
+        raise ValueError(f"power: base must be at least 0, got {base!r}")
+    if base == 0.0 or exponent == 0.0 or base == 1.0:
+        return float(base**exponent)
+    return float(_CONTEXT.exp(_CONTEXT.multiply(Decimal(exponent), _ln(base))))
+
+
+@lru_cache(maxsize=256)
+def cosine_of_pi_times(fraction: float) -> float:
+    """Return ``cos(pi * fraction)`` for a fraction in [0, 1], by its Taylor series, the same bits on every host."""
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"cosine_of_pi_times: fraction must be in [0, 1], got {fraction!r}")
+    square = _CONTEXT.power(_CONTEXT.multiply(_PI, Decimal(fraction)), 2)
+    term = total = Decimal(1)
+    for n in range(1, 64):
+        term = _CONTEXT.divide(_CONTEXT.multiply(term, square), Decimal(-2 * n * (2 * n - 1)))
+        following = _CONTEXT.add(total, term)
+        if following == total:
+            break
+        total = following
+    return float(total)

@@ -1,0 +1,63 @@
+"""Who holds a shard, and how far its rounds may go meanwhile. One holder at a time, in the order they asked. Pure."""
+
+import math
+from typing import Any
+
+from distnadam.errors import IllegalMessage
+
+
+class Gate:
+    """Lets rounds pass freely, or up to a limit while somebody holds the shard."""
+
+    def __init__(self) -> None:
+        self.holder: str | None = None
+        self._limit = math.inf
+        self._queue: list[tuple[Any, str]] = []
+        self._advances: list[tuple[Any, int]] = []
+
+    def passes(self, decided: int) -> bool:
+        """Whether the round after `decided` may be applied."""
+        return decided < self._limit
+
+    def limit(self, decided: int) -> None:
+        """Let rounds pass up to and including `decided`."""
+        self._limit = decided
+
+    def require(self, token: str, shard: int) -> None:
+        """Raise IllegalMessage unless the holder of this token holds the shard."""
+        if self.holder != token:
+            raise IllegalMessage(f"shard {shard}: this is legal only between Hold and Release of the same caller")
+
+    def ask(self, caller: Any, token: str) -> None:
+        """Queue for the gate."""
+        self._queue.append((caller, token))
+
+    def admit(self, decided: int) -> list[Any]:
+        """Give a free gate to the first in the queue, closed after `decided`; return its caller, if any."""
+        if self.holder is not None or not self._queue:
+            return []
+        caller, self.holder = self._queue.pop(0)
+        self._limit = decided
+        return [caller]
+
+    def advance(self, caller: Any, until: int) -> None:
+        """Let rounds pass up to and including `until`; the caller wants to know when."""
+        self._limit = until
+        self._advances.append((caller, until))
+
+    def arrived(self, decided: int) -> list[Any]:
+        """Return the callers of `advance` whose round is decided."""
+        arrived = [caller for caller, until in self._advances if until <= decided]
+        self._advances = [x for x in self._advances if x[1] > decided]
+        return arrived
+
+    def release(self, token: str) -> None:
+        """Open the gate, where this token's holder has it."""
+        if self.holder == token:
+            self.holder, self._limit = None, math.inf
+
+    def drain(self) -> list[Any]:
+        """Return everyone who waits here, and forget them."""
+        callers = [caller for caller, _ in (*self._queue, *self._advances)]
+        self._queue, self._advances = [], []
+        return callers

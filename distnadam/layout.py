@@ -1,0 +1,265 @@
+"""Where each tensor of a model lies: tensors laid end to end in one flat element space per dtype, and how those are cut.
+
+A layout knows names, shapes and offsets; it holds no values. Tensors follow the tree's order (dict keys sorted), ranges are
+half-open, and cuts fall on a grid of `CHUNK` elements that starts anew at each tensor, so that a chunk is never in two shards.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import numpy as np
+import optree
+
+from distnadam.arrays import SPACE_OF, SPACES, Array, Flat, as_numpy, dtype_of
+from distnadam.errors import StructureError
+
+CHUNK = 1024
+"""Elements in one piece of the grid on which ranges are cut and norms are summed."""
+
+Range = tuple[int, int]
+Ranges = dict[str, Range]
+"""One half-open range of elements per space: what one shard holds."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its path in the tree, its shape and dtype, and the elements [begin, end) of its space."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int
+    end: int
+
+    @property
+    def space(self) -> str:
+        """The dtype of the space that holds its master copy and slots."""
+        return SPACE_OF[self.dtype]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part [begin, end) of one tensor (by its index in the layout) that lies in a range; offsets are the space's."""
+
+    tensor: int
+    begin: int
+    end: int
+
+
+class Layout:
+    """The tensors of one model and the skeleton of its tree."""
+
+    def __init__(self, tensors: Sequence[TensorSpec], skeleton: Any) -> None:
+        self.tensors = tuple(tensors)
+        self.skeleton = skeleton
+        self.sizes = {s: max([t.end for t in self.tensors if t.space == s], default=0) for s in SPACES}
+        self.sizes = {s: n for s, n in self.sizes.items() if any(t.space == s for t in self.tensors)}
+
+    @classmethod
+    def of(cls, params: Any) -> "Layout":
+        """Lay out a tree of arrays; raise StructureError naming the path where a leaf or container cannot be one."""
+        paths, leaves = _flatten(params)
+        if not leaves:
+            raise StructureError(f"params: expected at least one array, got none in {type(params).__name__} {params!r}")
+        tensors, used = [], dict.fromkeys(SPACES, 0)
+        for path, leaf in zip(paths, leaves, strict=True):
+            array = _parameter(path, leaf)
+            space = SPACE_OF[array.dtype.name]
+            begin, used[space] = used[space], used[space] + array.size
+            tensors.append(TensorSpec(path, array.shape, array.dtype.name, begin, used[space]))
+        duplicates = {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else set()
+        if duplicates:
+            raise StructureError(f"params: two tensors have the path {sorted(duplicates)[0]!r}; rename a key")
+        return cls(tensors, _skeleton(params))
+
+    @cached_property
+    def _treespec(self) -> optree.PyTreeSpec:
+        return optree.tree_structure(self.skeleton, none_is_leaf=True)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all tensors together."""
+        return sum(self.sizes.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the parameters' master copies and both slots."""
+        return sum(3 * n * np.dtype(space).itemsize for space, n in self.sizes.items())
+
+    def leaves(self, tree: Any, *, what: str) -> list[Array]:
+        """Return the tree's leaves as arrays in the layout's order, checked for path, shape and dtype kind.
+
+        Raises:
+            StructureError: a tensor is missing, unexpected, None, of another shape or no floating-point array; `what` begins the message.
+        """
+        leaves = self.leaves_as_given(tree, what=what)
+        return [self._checked(t, leaf, what) for t, leaf in zip(self.tensors, leaves, strict=True)]
+
+    def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
+        """Return the tree's leaves in the layout's order, whatever they are, checked for path alone; raise StructureError as `leaves`."""
+        leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
+        return leaves if spec == self._treespec else self._leaves_of_other_containers(tree, what)
+
+    def flat(self, tree: Any, *, what: str) -> Flat:
+        """Return the tree's values in new flat storage, cast to the spaces' dtypes."""
+        flat = {space: np.empty(n, space) for space, n in self.sizes.items()}
+        for tensor, leaf in zip(self.tensors, self.leaves(tree, what=what), strict=True):
+            flat[tensor.space][tensor.begin : tensor.end] = leaf.reshape(-1)
+        return flat
+
+    def views(self, flat: Flat) -> list[Array]:
+        """Return one array per tensor, each a view of `flat` in its shape and its space's dtype."""
+        return [flat[t.space][t.begin : t.end].reshape(t.shape) for t in self.tensors]
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """Return the leaves in the structure given to `build`."""
+        return optree.tree_unflatten(self._treespec, leaves)
+
+    def tree(self, flat: Flat) -> Any:
+        """Return parameters in the structure given to `build`, each in its own dtype; a tensor of shape () is a NumPy scalar.
+
+        Tensors kept in their own dtype are views of `flat`.
+        """
+        views = zip(self.tensors, self.views(flat), strict=True)
+        return self.unflatten([_leaf(v if v.dtype.name == t.dtype else v.astype(dtype_of(t.dtype))) for t, v in views])
+
+    def cuts(self, num_shards: int) -> list[Ranges]:
+        """Return each shard's ranges: in order, covering every space, as equal as the chunk grid allows; some may be empty."""
+        ranges: list[Ranges] = [{} for _ in range(num_shards)]
+        for space, size in self.sizes.items():
+            begins = [t.begin for t in self.tensors if t.space == space]
+            bounds = [_snap(size * i // num_shards, begins, size) for i in range(num_shards)] + [size]
+            for shard, (begin, end) in enumerate(pairwise(bounds)):
+                ranges[shard][space] = (begin, end)
+        return ranges
+
+    def segments(self, space: str, begin: int, end: int) -> Iterator[Segment]:
+        """Yield the parts of tensors that lie in elements [begin, end) of a space, in order, leaving out empty ones."""
+        for index, tensor in enumerate(self.tensors):
+            low, high = max(begin, tensor.begin), min(end, tensor.end)
+            if tensor.space == space and low < high:
+                yield Segment(index, low, high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data (for msgpack) that `from_dict` takes."""
+        return {
+            "tensors": [[t.path, list(t.shape), t.dtype, t.begin, t.end] for t in self.tensors],
+            "tree": _encode(self.skeleton),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Layout":
+        """Return the layout that `to_dict` described; raise StructureError where it contradicts itself."""
+        tensors, used = [], dict.fromkeys(SPACES, 0)
+        for path, shape, dtype, begin, end in data["tensors"]:
+            if dtype not in SPACE_OF or begin != used[SPACE_OF[dtype]] or end - begin != prod(shape) or min(shape, default=0) < 0:
+                raise StructureError(f"layout: tensor {path!r} with shape {shape}, dtype {dtype!r} cannot lie at [{begin}, {end})")
+            used[SPACE_OF[dtype]] = end
+            tensors.append(TensorSpec(path, tuple(shape), dtype, begin, end))
+        layout = cls(tensors, _decode(data["tree"]))
+        paths, indices = _flatten(layout.skeleton)
+        if paths != [t.path for t in tensors] or indices != list(range(len(tensors))):
+            raise StructureError("layout: its tree and its list of tensors name different tensors")
+        return layout
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _leaves_of_other_containers(self, tree: Any, what: str) -> list[Any]:
+        """Accept a list for a tuple and the like, where every path is the same; otherwise say which path is missing or too many."""
+        paths, leaves = _flatten(tree)
+        expected = [t.path for t in self.tensors]
+        if paths == expected:
+            return leaves
+        missing = [p for p in expected if p not in set(paths)]
+        extra = [p for p in paths if p not in set(expected)]
+        told = [f"{p!r} is missing" for p in missing[:3]] + [f"{p!r} is not a tensor of the model" for p in extra[:3]]
+        raise StructureError(f"{what}: {', '.join(told)}; expected the {len(expected)} tensors given to build, got {len(paths)}")
+
+    def _checked(self, tensor: TensorSpec, leaf: Any, what: str) -> Array:
+        expected = f"expected shape {tensor.shape} and a floating-point dtype"
+        if leaf is None:
+            raise StructureError(f"{what}: {tensor.path!r}: {expected}, got None")
+        array = as_numpy(leaf)
+        if array.shape != tensor.shape or array.dtype.name not in SPACE_OF:
+            raise StructureError(f"{what}: {tensor.path!r}: {expected}, got shape {array.shape} and dtype {array.dtype.name}")
+        return array
+
+
+def _flatten(tree: Any) -> tuple[list[str], list[Any]]:
+    accessors, leaves, _ = optree.tree_flatten_with_path(tree, none_is_leaf=True)
+    return ["/".join(str(part) for part in path) for path in accessors], leaves
+
+
+def _parameter(path: str, leaf: Any) -> Array:
+    if isinstance(leaf, float) and not isinstance(leaf, np.generic):
+        raise StructureError(f"params: {path!r}: expected an array, got the Python float {leaf!r}; give np.float32({leaf!r})")
+    array = as_numpy(leaf)
+    if array.dtype.name not in SPACE_OF:
+        raise StructureError(f"params: {path!r}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} ({type(leaf).__name__})")
+    if not np.isfinite(array).all():
+        raise StructureError(f"params: {path!r}: expected finite values, got NaN or infinity")
+    return array
+
+
+def _leaf(array: Array) -> Any:
+    return array if array.shape else array[()]
+
+
+def _skeleton(tree: Any) -> Any:
+    """Return the tree with each leaf replaced by its index; raise StructureError for a container that a checkpoint cannot name."""
+    _check_containers(tree, "")
+    spec = optree.tree_structure(tree, none_is_leaf=True)
+    return optree.tree_unflatten(spec, range(spec.num_leaves))
+
+
+def _check_containers(node: Any, path: str) -> None:
+    if optree.tree_is_leaf(node, none_is_leaf=True):
+        return
+    if type(node) not in (dict, list, tuple):
+        where = f"{path!r}" if path else "the root"
+        raise StructureError(f"params: {where}: expected a dict, list or tuple, got {type(node).__name__}")
+    children = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, child in children:
+        below = f"{path}/{key}" if path else str(key)
+        if isinstance(node, dict) and not isinstance(key, (str, int)):
+            raise StructureError(f"params: {below!r}: expected keys of str or int, got {type(key).__name__}")
+        _check_containers(child, below)
+
+
+def _encode(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {"dict": [[key, _encode(child)] for key, child in node.items()]}
+    if isinstance(node, (list, tuple)):
+        return {"list" if isinstance(node, list) else "tuple": [_encode(child) for child in node]}
+    return node
+
+
+def _decode(data: Any) -> Any:
+    if isinstance(data, int):
+        return data
+    kind, children = next(iter(data.items())) if isinstance(data, dict) and len(data) == 1 else ("", [])
+    if kind == "dict":
+        return {key: _decode(child) for key, child in children}
+    if kind in ("list", "tuple"):
+        decoded = [_decode(child) for child in children]
+        return decoded if kind == "list" else tuple(decoded)
+    raise StructureError(f"layout: expected a node of a tree, got {str(data)[:80]!r}")
+
+
+def _snap(target: int, begins: Sequence[int], size: int) -> int:
+    """Return the grid point nearest to `target` (the lower one of two)."""
+    if not begins or target <= 0:
+        return 0
+    start = begins[bisect_right(begins, target) - 1]
+    low = start + (target - start) // CHUNK * CHUNK
+    following = begins[bisect_right(begins, target)] if target < begins[-1] else size
+    high = min(low + CHUNK, following)
+    return low if target - low <= high - target else high

@@ -1,0 +1,53 @@
+"""Which pushes counted: for every rank, runs of consecutive rounds by one incarnation. Exact for ever, small always. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+DIRECT = -1
+"""The rank under which a step from outside (`apply_gradients`) is entered."""
+
+
+class Ledger:
+    """The rounds in which each (rank, incarnation) was counted, and the newest incarnation of each rank."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, list[list[int]]] = {}
+        self._newest: dict[int, int] = {}
+
+    def newest(self, rank: int) -> int:
+        """Return the newest incarnation of a rank, 0 where there was none."""
+        return self._newest.get(rank, 0)
+
+    def admit(self, rank: int, incarnation: int | None) -> int:
+        """Make `incarnation` the rank's newest where it is newer (None: the one after the newest) and return it."""
+        admitted = self.newest(rank) + 1 if incarnation is None else incarnation
+        self._newest[rank] = max(self.newest(rank), admitted)
+        return admitted
+
+    def count(self, rank: int, incarnation: int, decided: int) -> None:
+        """Enter that a rank's push was counted in the round `decided`, which is later than any before."""
+        runs = self._runs.setdefault(rank, [])
+        if runs and runs[-1][0] == incarnation and runs[-1][2] == decided - 1:
+            runs[-1][2] = decided
+        else:
+            runs.append([incarnation, decided, decided])
+
+    def counted(self, rank: int, incarnation: int, decided: int) -> bool:
+        """Whether the push of (rank, incarnation) for that round was counted."""
+        return any(i == incarnation and first <= decided <= last for i, first, last in reversed(self._runs.get(rank, [])))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` takes."""
+        return {
+            "runs": [[rank, *run] for rank, runs in sorted(self._runs.items()) for run in runs],
+            "newest": [[rank, incarnation] for rank, incarnation in sorted(self._newest.items())],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Ledger":
+        """Return the ledger that `to_dict` described."""
+        ledger = cls()
+        for rank, incarnation, first, last in data["runs"]:
+            ledger._runs.setdefault(rank, []).append([incarnation, first, last])
+        ledger._newest = dict(data["newest"])
+        return ledger

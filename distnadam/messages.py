@@ -1,0 +1,237 @@
+"""What callers say to a shard and what it answers: plain records, the whole protocol in one place.
+
+Workers send Join, Push, Norms, Pull and Leave; whoever acts on the optimizer as a whole first holds every shard at one round (Hold,
+Advance), then reads or writes (Read, Write, SetRate, Step, Save, Restore), then lets go (Release). Arrays are the shard's own range.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distnadam.arrays import Array, Flat
+from distnadam.config import NadamConfig, Options
+from distnadam.layout import Layout, Ranges
+from distnadam.nadam.schedule import Clock
+from distnadam.schedules import Rate
+
+Outcome = Literal["applied", "skipped", "refused"]
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard is told once, when it is made."""
+
+    index: int
+    num_shards: int
+    num_workers: int
+    name: str | None
+    config: NadamConfig
+    options: Options
+    layout: Layout
+    ranges: Ranges
+
+
+@dataclass(frozen=True)
+class Join:
+    """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others are told it."""
+
+    rank: int
+    incarnation: int | None = None
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The worker's incarnation."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Push:
+    """One rank's gradients for one round, or its complaint that they are not finite.
+
+    `gradients` are this shard's ranges in the spaces' dtypes (None beside a complaint).
+    """
+
+    epoch: int
+    rank: int
+    incarnation: int
+    round: int
+    gradients: Flat | None
+    complaint: str | None = None
+    want_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where clipping needs norms: the sums of squares of each chunk of the mean gradient, for each tensor in the shard's ranges."""
+
+    round: int
+    sums: tuple[tuple[int, Array], ...]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The second phase of a push: the sum of squares of each tensor of the whole model, float64 of shape (tensors,)."""
+
+    epoch: int
+    rank: int
+    incarnation: int
+    round: int
+    square_sums: Array
+    want_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Asks for the parameters once `at_least` rounds are decided."""
+
+    rank: int
+    incarnation: int
+    at_least: int = 0
+    want_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The worker departs after a whole step."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Where a shard stands after a round: how it ended, and the parameters where they were asked for.
+
+    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last applied step, equal on all shards.
+    """
+
+    epoch: int
+    round: int
+    iterations: int
+    outcome: Outcome
+    complaint: str | None
+    lr: float
+    buffer: int
+    parameters: Flat | None = None
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Stop before the next round; answered in turn once this caller alone holds the shard and nothing is being computed."""
+
+    token: str
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Complete rounds up to `round`, though held; answered when it is decided."""
+
+    token: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """Go on."""
+
+    token: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """The shard's place in time while held, and the ranks whose pushes wait."""
+
+    epoch: int
+    round: int
+    clock: Clock
+    skipped: int
+    pending: tuple[int, ...]
+    ledger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Asks for arrays of the held shard: any of "params", "m", "v"."""
+
+    token: str
+    what: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Write:
+    """Replaces arrays of the held shard, and its clock where given; the epoch rises and pending pushes are refused."""
+
+    token: str
+    state: dict[str, Flat]
+    clock: Clock | None = None
+
+
+@dataclass(frozen=True)
+class SetRate:
+    """Replaces the learning rate of the held shard from the next step on."""
+
+    token: str
+    lr: Rate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the held shard from an already averaged gradient; answered as a push is."""
+
+    token: str
+    gradients: Flat | None
+    complaint: str | None = None
+
+
+@dataclass(frozen=True)
+class StepNorms:
+    """The second phase of `Step`, as `Norms` is of `Push`."""
+
+    token: str
+    square_sums: Array
+
+
+@dataclass(frozen=True)
+class Save:
+    """Asks the held shard to write its state to one file; answered with the file's record."""
+
+    token: str
+    directory: str
+    file_name: str
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Asks the held shard to take its ranges from a checkpoint's files; `manifest` is the manifest file's bytes."""
+
+    token: str
+    directory: str
+    manifest: bytes
+    leftovers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Asks for the shard's spec and status; always legal."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A shard's spec and where it stands; `waiting_for` are the ranks whose push the round lacks, `left` those that closed."""
+
+    spec: ShardSpec
+    epoch: int
+    round: int
+    iterations: int
+    skipped: int
+    phase: str
+    waiting_for: tuple[int, ...]
+    left: tuple[int, ...]
+    held: bool
+    lr: Rate
+
+
+Message = (
+    Join | Push | Norms | Pull | Leave | Hold | Advance | Release | Read | Write | SetRate | Step | StepNorms | Save | Restore | Describe
+)

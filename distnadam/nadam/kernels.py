@@ -1,0 +1,189 @@
+"""One Nadam step over one range of one element space, in blocks that stay in the cache.
+
+Everything is `out=` into preallocated scratch; nothing the size of the model is ever allocated. The order of operations written
+here is the canonical one: every other kernel must give the same bits. Arrays only; no shards, no clocks, no I/O.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distnadam.arrays import Array
+from distnadam.errors import KernelError
+from distnadam.layout import CHUNK
+from distnadam.nadam.schedule import StepScalars
+
+BLOCK_BYTES = 65536 * 4
+"""Bytes of one block of one array: smaller ones lose to the cost of a ufunc's call, larger ones leave the cache."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The arrays of one range of one space, 1-D, of one dtype and length: a step updates the moments and writes the new parameters.
+
+    `out` is where they go; None means over the old ones.
+    """
+
+    p: Array
+    m: Array
+    v: Array
+    out: Array | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [begin, end) of a range whose mean gradient is multiplied by `scale`; None leaves it as it is."""
+
+    begin: int
+    end: int
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The scalars of one step beside the schedule's: one minus each beta, and the clip value if any."""
+
+    one_minus_beta_1: float
+    one_minus_beta_2: float
+    clipvalue: float | None = None
+
+
+class Scratch:
+    """Three blocks of working memory for one thread and one dtype."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.block = BLOCK_BYTES // np.dtype(dtype).itemsize
+        self.mean, self.a, self.b = (np.empty(self.block, dtype) for _ in range(3))
+
+
+class Stepper:
+    """Steps ranges of one dtype with up to `threads` threads; owns their scratch. Not to be used by two callers at once."""
+
+    def __init__(self, dtype: Any, threads: int = 1) -> None:
+        self._scratch = [Scratch(dtype) for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads, "nadam-kernel") if threads > 1 else None
+
+    def step(self, slots: Slots, gradients: Sequence[Array], scalars: StepScalars, rates: Rates, parts: Sequence[Part]) -> None:
+        """Average `gradients` in their order and step `slots`, part by part; the bits do not depend on the number of threads."""
+        shares = _share(parts, len(self._scratch), self._scratch[0].block)
+
+        def run(index: int) -> None:
+            check_denormals()
+            for part in shares[index]:
+                step_part(slots, gradients, scalars, rates, part, self._scratch[index])
+
+        if self._pool is None or len(shares) == 1:
+            for index in range(len(shares)):
+                run(index)
+        else:
+            list(self._pool.map(run, range(len(shares))))
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def step_part(slots: Slots, gradients: Sequence[Array], scalars: StepScalars, rates: Rates, part: Part, scratch: Scratch) -> None:
+    """Step elements [begin, end) of a range, block by block."""
+    dtype = slots.p.dtype.type
+    c_g, c_m, epsilon = dtype(scalars.gradient), dtype(scalars.momentum), dtype(scalars.epsilon)
+    k_1, k_2 = dtype(rates.one_minus_beta_1), dtype(rates.one_minus_beta_2)
+    out = slots.p if slots.out is None else slots.out
+    for begin in range(part.begin, part.end, scratch.block):
+        end = min(begin + scratch.block, part.end)
+        p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
+        mean, a, b = scratch.mean[: end - begin], scratch.a[: end - begin], scratch.b[: end - begin]
+        g = clipped_mean([x[begin:end] for x in gradients], part.scale, rates.clipvalue, mean)
+        np.subtract(g, m, out=a)
+        np.multiply(a, k_1, out=a)
+        np.add(m, a, out=m)
+        np.multiply(g, g, out=b)
+        np.subtract(b, v, out=b)
+        np.multiply(b, k_2, out=b)
+        np.add(v, b, out=v)
+        np.sqrt(v, out=b)
+        np.add(b, epsilon, out=b)
+        np.multiply(g, c_g, out=mean)
+        np.multiply(m, c_m, out=a)
+        np.add(mean, a, out=a)
+        np.divide(a, b, out=a)
+        np.subtract(p, a, out=out[begin:end])
+
+
+def clipped_mean(gradients: Sequence[Array], scale: float | None, clipvalue: float | None, out: Array) -> Array:
+    """Return the mean in the given order, scaled and clipped; the gradient itself, untouched, where there is nothing to do."""
+    g = gradients[0]
+    if len(gradients) > 1:
+        np.add(g, gradients[1], out=out)
+        for other in gradients[2:]:
+            np.add(out, other, out=out)
+        g = np.divide(out, out.dtype.type(len(gradients)), out=out)
+    if scale is not None:
+        g = np.multiply(g, out.dtype.type(scale), out=out)
+    if clipvalue is not None:
+        limit = out.dtype.type(clipvalue)
+        g = np.clip(g, -limit, limit, out=out)
+    return g
+
+
+def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scratch) -> Array:
+    """Return the sum of squares of the mean gradient for each `CHUNK` of elements [begin, end), float64.
+
+    Inside a chunk the upper half is added onto the lower until one value is left, a short chunk being filled with zeros: one written
+    order, whatever the machine. `begin` must lie on its tensor's chunk grid.
+    """
+    sums = np.empty(-(-(end - begin) // CHUNK), np.float64)
+    rows = scratch.block // CHUNK
+    squares = np.empty((rows, CHUNK), np.float64)
+    for row in range(0, len(sums), rows):
+        low = begin + row * CHUNK
+        high = min(low + rows * CHUNK, end)
+        used = squares[: -(-(high - low) // CHUNK)]
+        flat = used.reshape(-1)
+        flat[: high - low] = clipped_mean([x[low:high] for x in gradients], None, None, scratch.mean[: high - low])
+        flat[high - low :] = 0.0
+        with np.errstate(over="ignore"):  # an infinite norm is refused by name later
+            np.multiply(used, used, out=used)
+            width = CHUNK
+            while width > 1:
+                width //= 2
+                np.add(used[:, :width], used[:, width : 2 * width], out=used[:, :width])
+        sums[row : row + len(used)] = used[:, 0]
+    return sums
+
+
+def check_denormals() -> None:
+    """Raise KernelError where this thread flushes denormal numbers to zero, which would change bits."""
+    for dtype in (np.float32, np.float64):
+        tiny = np.full(4, np.finfo(dtype).smallest_subnormal, dtype)
+        if not np.multiply(tiny, dtype(1)).all():
+            raise KernelError(
+                "this thread flushes denormal numbers to zero (a library set FTZ/DAZ, as torch.set_flush_denormal does): switch that off"
+            )
+
+
+def _share(parts: Iterable[Part], threads: int, block: int) -> list[list[Part]]:
+    """Deal the parts out to threads as contiguous runs of nearly equal length; a thread gets at least one block's worth."""
+    parts = [p for p in parts if p.begin < p.end]
+    total = sum(p.end - p.begin for p in parts)
+    threads = max(1, min(threads, total // block))
+    if threads == 1:
+        return [parts]
+    quota = -(-total // threads)
+    shares: list[list[Part]] = [[]]
+    room = quota
+    for part in parts:
+        begin = part.begin
+        while begin < part.end:
+            if room == 0:
+                shares.append([])
+                room = quota
+            end = min(begin + room, part.end)
+            shares[-1].append(Part(begin, end, part.scale))
+            room -= end - begin
+            begin = end
+    return shares

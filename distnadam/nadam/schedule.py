@@ -1,0 +1,57 @@
+"""The scalars of one step, in float64, from the step's number: the momentum schedule and the bias corrections.
+
+Pure functions of two numbers of the whole optimizer, `iterations` and `m_schedule`; every shard computes the same bits (`exact`).
+"""
+
+import math
+from dataclasses import dataclass
+
+from distnadam.config import NadamConfig
+from distnadam.exact import power
+from distnadam.schedules import rate_at
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far the optimizer is: steps applied, and the product of the momentum coefficients so far (1 before the first)."""
+
+    iterations: int = 0
+    m_schedule: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """What one step needs beside the arrays, with the second moment's correction r folded into the other three.
+
+    With ``r = 1 / sqrt(1 - beta_2**t)``: `gradient` is c_g / r, `momentum` is c_m / r, `epsilon` is epsilon / r, so that a kernel
+    computes ``p -= (gradient*g + momentum*m) / (sqrt(v) + epsilon)`` with one multiplication less per element.
+    """
+
+    lr: float
+    gradient: float
+    momentum: float
+    epsilon: float
+    after: Clock
+
+
+def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
+    """Return the scalars of the step that follows `clock`.
+
+    Source: Dozat, "Incorporating Nesterov Momentum into Adam" (2016), with the schedule of tf.keras.optimizers.Nadam (TensorFlow 1.13).
+
+    Raises:
+        ConfigError: the learning-rate schedule gave a rate that is not finite or is negative.
+    """
+    t = clock.iterations + 1
+    mu = _momentum(t, config)
+    mu_next = _momentum(t + 1, config)
+    m_schedule = clock.m_schedule * mu
+    lr = rate_at(config.lr, clock.iterations)
+    c_g = lr * (1.0 - mu) / (1.0 - m_schedule)
+    c_m = lr * mu_next / (1.0 - m_schedule * mu_next)
+    correction = math.sqrt(1.0 - power(config.beta_2, float(t)))
+    return StepScalars(lr, c_g * correction, c_m * correction, config.epsilon * correction, Clock(t, m_schedule))
+
+
+def _momentum(t: int, config: NadamConfig) -> float:
+    return config.beta_1 * (1.0 - 0.5 * power(0.96, t * config.schedule_decay))

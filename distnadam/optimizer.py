@@ -1,0 +1,385 @@
+"""`DistNadam`: the Keras-style face of the shards. No maths, no Ray, no files: it checks, delegates, and puts trees together."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from distnadam.arrays import Array
+from distnadam.backends.choice import BackendName, choose
+from distnadam.checkpoint import store
+from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count
+from distnadam.controller import Controller
+from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
+from distnadam.gradients import gradients_of
+from distnadam.layout import Layout
+from distnadam.messages import ShardSpec
+from distnadam.schedules import Rate, rate_from, rate_to_dict
+from distnadam.weights import from_weights, to_weights
+from distnadam.worker import Ticket, Worker
+
+
+class DistNadam:
+    """Nadam as TensorFlow 1.13's `tf.keras.optimizers.Nadam` computes it, with its state sharded over processes.
+
+    "Nadam" is several formulas. This is the one of the reference and of tf_keras's legacy optimizers; torch.optim.NAdam is the same one
+    with eps=1e-8 and momentum_decay=schedule_decay, Keras 3 is it with schedule_decay=1, optax.nadam has no momentum schedule.
+
+    Args:
+        lr: learning rate, a float or a function of the number of steps already applied (see `distnadam.schedules`).
+        beta_1: decay of the first moment, in [0, 1).
+        beta_2: decay of the second moment, in [0, 1).
+        epsilon: added to the root of the second moment; None means 1e-7.
+        schedule_decay: how fast the momentum schedule approaches beta_1.
+        clipnorm: largest norm of each tensor's mean gradient; None does not clip.
+        clipvalue: largest magnitude of each element of the mean gradient, after the norms.
+        global_clipnorm: largest norm of the mean gradient over all tensors; excludes `clipnorm`.
+        num_shards: shards that the state is cut into; the result does not depend on it.
+        num_workers: ranks whose gradients are averaged at each step.
+        replicas: standbys per shard; only 0 so far.
+        backend: "local" (this process, Ray never imported), "ray", or "auto": Ray where one runs in this process, where RAY_ADDRESS
+            names one, or where several shards or workers are asked for and Ray is installed; else local.
+        name: makes the optimizer findable by `connect` and lets it outlive this process (Ray only).
+        options: rare settings.
+
+    Raises:
+        ConfigError: (a ValueError) naming the argument and its value.
+    """
+
+    def __init__(
+        self,
+        lr: Rate = 0.002,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float | None = None,
+        schedule_decay: float = 0.004,
+        *,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        num_shards: int = 1,
+        num_workers: int = 1,
+        replicas: int = 0,
+        backend: BackendName = "auto",
+        name: str | None = None,
+        options: Options | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            hint = "; did you mean lr?" if "learning_rate" in unknown else ""
+            raise TypeError(f"DistNadam got an unexpected keyword argument {next(iter(unknown))!r}{hint}")
+        epsilon = DEFAULT_EPSILON if epsilon is None else epsilon
+        self._config = NadamConfig(rate_from(lr), beta_1, beta_2, epsilon, schedule_decay, clipnorm, clipvalue, global_clipnorm)
+        self._options = Options.from_dict(options) if isinstance(options, Mapping) else options or Options()
+        self._num_shards = check_count("num_shards", num_shards)
+        self._num_workers = check_count("num_workers", num_workers)
+        if check_count("replicas", replicas, least=0) != 0:
+            raise ConfigError(f"replicas must be 0 in this version, got {replicas!r}")
+        if backend not in ("auto", "local", "ray"):
+            raise ConfigError(f'backend must be "auto", "local" or "ray", got {backend!r}')
+        if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
+            raise ConfigError(f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}")
+        self._asked_backend, self._name = backend, name
+        self._shards: Controller | None = None
+        self._own_worker: Worker | None = None
+        self._creator = True
+        self._closed = False
+        self.restored_data: dict[str, Any] = {}
+
+    # Life
+
+    def build(self, params: Any) -> Self:
+        """Lay the model out and start the shards.
+
+        Args:
+            params: the initial parameters: any nesting of dict (keys sorted), list and tuple of NumPy, torch or JAX arrays of float32,
+                float64, float16 or bfloat16, of any shape; the half ones get float32 masters.
+
+        Raises:
+            StructureError: naming the path of a leaf or container that cannot be a parameter.
+            ClusterError: the shards cannot be had.
+            LifecycleError: already built, or closed.
+        """
+        layout = Layout.of(params)
+        shards = self._start(layout)
+        with shards.boundary() as at:
+            shards.write(at, {"params": layout.flat(params, what="params")})
+        return self
+
+    def close(self) -> None:
+        """End the shards where this object made them; otherwise only let go of them."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._shards is not None:
+            self._shards.backend.close(destroy=self._creator)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._running().backend.name == "local":
+            raise LifecycleError("a local optimizer lives in its process and cannot be pickled; use backend='ray' to share it")
+        return _attach, (self._shards, self._config, self._options, self._num_workers, self._name)
+
+    @classmethod
+    def connect(cls, name: str) -> "DistNadam":
+        """Attach to a running optimizer by its name, from any process of the Ray cluster; raise NotRunning where there is none."""
+        from distnadam.backends.ray import RayBackend
+
+        backend, spec = RayBackend.connect(name)
+        shards = Controller(backend, spec.layout, spec.num_shards, spec.options.step_timeout_s)
+        return _attach(shards, spec.config, spec.options, spec.num_workers, name)
+
+    # The present
+
+    @property
+    def backend_name(self) -> str:
+        """ "local" or "ray", once built."""
+        return self._running().backend.name
+
+    @property
+    def iterations(self) -> int:
+        """Steps applied so far."""
+        return self._running().describe().iterations if self._is_built() else 0
+
+    @property
+    def round(self) -> int:
+        """Rounds decided so far: applied, skipped or refused; batches follow it."""
+        return self._running().describe().round if self._is_built() else 0
+
+    @property
+    def skipped(self) -> int:
+        """Rounds that ended with no step, because a gradient was not finite."""
+        return self._running().describe().skipped if self._is_built() else 0
+
+    @property
+    def lr(self) -> Rate:
+        """The learning rate, a float or a schedule; setting it takes effect on every shard from the next step on."""
+        return self._running().describe().lr if self._is_built() else self._config.lr
+
+    @lr.setter
+    def lr(self, value: Rate) -> None:
+        config = self._config.with_lr(rate_from(value))
+        if self._is_built():
+            self._running().set_rate(config.lr)
+        self._config = config
+
+    def get_params(self) -> Any:
+        """Return a copy of the parameters in the structure given to `build`, each in its own dtype; shape () as a NumPy scalar."""
+        shards = self._running()
+        with shards.boundary() as at:
+            return shards.layout.tree(shards.read(at, ("params",))["params"])
+
+    def set_params(self, params: Any) -> None:
+        """Replace the parameters; moments and clock stay. Pushes on their way are refused with StaleEpoch.
+
+        Raises:
+            StructureError: naming the tensor that is missing, unexpected, of another shape or not finite; nothing was changed.
+        """
+        shards = self._running()
+        flat = shards.layout.flat(params, what="params")
+        for tensor, view in zip(shards.layout.tensors, shards.layout.views(flat), strict=True):
+            if not np.isfinite(view).all():
+                raise StructureError(f"params: {tensor.path!r}: expected finite values, got NaN or infinity")
+        with shards.boundary() as at:
+            shards.write(at, {"params": flat})
+
+    def get_weights(self) -> list[Array]:
+        """Return ``[iterations, m_schedule, *ms, *vs]`` as Keras orders them: 0-d int64, 0-d float64, arrays of the tensors' shapes."""
+        shards = self._running()
+        with shards.boundary() as at:
+            state = shards.read(at, ("m", "v"))
+        return to_weights(shards.layout, at.held.clock, state["m"], state["v"])
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Take what `get_weights` returned, here or in Keras (whose m_schedule is float32). Pushes on their way are refused.
+
+        Raises:
+            StructureError: (a ValueError) naming the expected and given length, or the index and the expected and given shape.
+        """
+        shards = self._running()
+        clock, m, v = from_weights(shards.layout, weights)
+        with shards.boundary() as at:
+            shards.write(at, {"m": m, "v": v}, clock)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments as given, the learning rate as it is now; `from_config` takes them."""
+        lr = self.lr
+        config = {
+            "lr": lr if callable(lr) and not hasattr(lr, "__dataclass_fields__") else rate_to_dict(lr),
+            "beta_1": self._config.beta_1,
+            "beta_2": self._config.beta_2,
+            "epsilon": self._config.epsilon,
+            "schedule_decay": self._config.schedule_decay,
+        }
+        clips = {key: getattr(self._config, key) for key in ("clipnorm", "clipvalue", "global_clipnorm")}
+        config |= {key: value for key, value in clips.items() if value is not None}
+        return config | self._topology() | {"options": self._options.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DistNadam":
+        """Return an optimizer, not yet built, of what `get_config` returned."""
+        return cls(**config)
+
+    # Steps
+
+    def get_gradients(self, loss: Any, params: Any) -> list[Array]:
+        """Return the gradient of `loss` with respect to each parameter, in the order of `get_weights`, unclipped.
+
+        The reference clips here; clipping acts on the mean gradient instead, so that with one worker the trajectory is the same.
+
+        Args:
+            loss: a callable on NumPy arrays that returns ``(loss, gradients)``; or one that returns a scalar and that JAX can
+                differentiate; or a torch loss tensor, with `params` the torch tensors it came from.
+            params: the parameters, in any nesting of dict, list and tuple.
+
+        Raises:
+            GradientError: (a ValueError) naming the parameter whose gradient cannot be computed.
+        """
+        return gradients_of(loss, params, Layout.of(params) if self._shards is None else self._shards.layout)
+
+    def get_updates(self, loss: Any, params: Any) -> Ticket:
+        """Compute the gradients of `loss` at `params`, push them, and return the pending update; its `result` waits for the step.
+
+        Raises:
+            LifecycleError: there are several workers, each of which must push for itself.
+        """
+        if self._num_workers != 1:
+            raise LifecycleError(f"get_updates pushes for the only worker, and there are {self._num_workers}: use worker(rank) in each")
+        layout = self._running().layout
+        gradients = gradients_of(loss, params, layout)
+        if self._own_worker is None:
+            self._own_worker = self.worker(0)
+        return self._own_worker.push(layout.unflatten(gradients))
+
+    def apply_gradients(self, gradients: Any) -> int:
+        """Apply one step from an already averaged gradient tree and return the number of steps applied.
+
+        Raises:
+            StructureError: naming the tensor's path, the expected and the given; nothing was applied.
+            NonFiniteGradient: naming the tensor; nothing was applied (`Options(on_nonfinite="skip")` counts it as skipped instead).
+            PushesPending: workers have pushed for the coming round.
+        """
+        decided = self._running().step(gradients)
+        if decided.outcome == "refused":
+            raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.complaint}")
+        return decided.iterations
+
+    def worker(self, rank: int) -> Worker:
+        """Take rank `rank` over, in any process that holds this optimizer; a worker that held it before is refused from then on."""
+        if not 0 <= check_count("rank", rank, least=0) < self._num_workers:
+            raise ConfigError(f"rank must be in [0, {self._num_workers}), got {rank!r}")
+        return Worker(self._running(), rank)
+
+    # Checkpoints
+
+    def save(self, path: str | os.PathLike[str], *, wait: bool = True, data: Mapping[str, Any] | None = None) -> str:
+        """Write the state of one round to ``path/step_<round>/`` and return that directory.
+
+        Args:
+            path: a local directory, on a disk that every node with a shard shares.
+            wait: only True in this version.
+            data: plain data to keep beside the state, such as the position in the data; `restored_data` gives it back.
+
+        Raises:
+            CheckpointError: naming the file that could not be written; earlier checkpoints stay as they were.
+            ConfigError: the learning rate is a plain function, which cannot be stored.
+        """
+        if not wait:
+            raise ConfigError("wait must be True in this version, got False")
+        config = self._config.with_lr(self.lr).to_dict()
+        about = {"config": config, "options": self._options.to_dict(), "topology": self._topology(), "data": dict(data or {})}
+        return str(self._running().save(Path(path).absolute(), about))
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        num_shards: int | None = None,
+        num_workers: int | None = None,
+        replicas: int | None = None,
+        backend: BackendName | None = None,
+        name: str | None = None,
+        options: Options | None = None,
+    ) -> "DistNadam":
+        """Return a built optimizer that goes on where a checkpoint stopped, on any number of shards; what is None is as saved.
+
+        Args:
+            path: one checkpoint, which is then that one or an error; or a directory of checkpoints, of which the newest valid one.
+            num_shards: shards to cut the state into.
+            num_workers: ranks from now on.
+            replicas: standbys per shard.
+            backend: None means "auto".
+            name: the new optimizer's name.
+            options: rare settings.
+
+        Raises:
+            CheckpointError: naming the file that was refused, and why.
+        """
+        directory, manifest, _ = store.find(Path(path).absolute())
+        saved = manifest.topology
+        optimizer = cls(
+            **NadamConfig.from_dict(manifest.config).__dict__,
+            num_shards=saved["num_shards"] if num_shards is None else num_shards,
+            num_workers=saved["num_workers"] if num_workers is None else num_workers,
+            replicas=saved["replicas"] if replicas is None else replicas,
+            backend=backend or "auto",
+            name=saved["name"] if name is None else name,
+            options=Options.from_dict(manifest.options) if options is None else options,
+        )
+        try:
+            optimizer._start(Layout.from_dict(manifest.layout)).restore(directory, manifest)
+        except BaseException:
+            optimizer.close()
+            raise
+        optimizer.restored_data = dict(manifest.data)
+        return optimizer
+
+    # What holds it together
+
+    def _start(self, layout: Layout) -> Controller:
+        if self._closed:
+            raise LifecycleError("this optimizer was closed; make a new one")
+        if self._shards is not None:
+            raise LifecycleError("this optimizer is built already")
+        backend = choose(self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1)
+        if self._name is not None and backend.name == "local":
+            raise ConfigError(f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to")
+        shared = (self._num_shards, self._num_workers, self._name, self._config, self._options, layout)
+        backend.start([ShardSpec(index, *shared, cut) for index, cut in enumerate(layout.cuts(self._num_shards))])
+        self._shards = Controller(backend, layout, self._num_shards, self._options.step_timeout_s)
+        return self._shards
+
+    def _topology(self) -> dict[str, Any]:
+        return {
+            "num_shards": self._num_shards,
+            "num_workers": self._num_workers,
+            "replicas": 0,
+            "backend": self._asked_backend,
+            "name": self._name,
+        }
+
+    def _is_built(self) -> bool:
+        return self._shards is not None and not self._closed
+
+    def _running(self) -> Controller:
+        if self._closed:
+            raise LifecycleError("this optimizer was closed")
+        if self._shards is None:
+            raise LifecycleError("this optimizer has no parameters yet: call build(params) first")
+        return self._shards
+
+
+def _attach(shards: Controller, config: NadamConfig, options: Options, num_workers: int, name: str | None) -> DistNadam:
+    """Return a handle on running shards, which closing it leaves alone."""
+    optimizer = DistNadam(num_shards=len(shards.ranges), num_workers=num_workers, backend="ray", name=name, options=options)
+    optimizer._config, optimizer._creator, optimizer._shards = config, False, shards
+    return optimizer

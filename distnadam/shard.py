@@ -1,0 +1,291 @@
+"""One shard as a state machine: messages in, effects out. No socket, file, clock, thread or Ray.
+
+A round is collected, measured where clipping needs norms, stepped, and decided; `LEGAL` says which message may come in which phase,
+and one that is refused raises and changes nothing. Callers are opaque: an effect hands back the one that is to be answered.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import distnadam.messages as msg
+from distnadam.arrays import Flat
+from distnadam.errors import IllegalMessage, LatePush, LifecycleError, PushesPending, RoundMismatch, ShardLost, StaleEpoch, SupersededWorker
+from distnadam.gate import Gate
+from distnadam.ledger import DIRECT, Ledger
+from distnadam.nadam.schedule import Clock
+from distnadam.state import ShardState
+from distnadam.transitions import LEGAL, Answer, Compute, Effect, Phase, Work
+
+
+@dataclass
+class _Round:
+    """The round being collected."""
+
+    pushes: dict[int, msg.Push] = field(default_factory=dict)
+    waiting: list[tuple[Any, bool]] = field(default_factory=list)
+    measured: msg.Measured | None = None
+    square_sums: Any = None
+
+
+class Shard:
+    """The state machine of one shard; the host calls `receive` and `computed` one at a time."""
+
+    def __init__(self, spec: msg.ShardSpec, state: ShardState) -> None:
+        self.spec, self.state = spec, state
+        self.config, self.clock, self.ledger = spec.config, Clock(), Ledger()
+        self.epoch = self.round = self.skipped = 0
+        self.phase = Phase.COLLECTING
+        self.lr = 0.0
+        self._now = _Round()
+        self._last: tuple[msg.Outcome, str | None] = ("applied", None)
+        self._left: set[int] = set()
+        self.gate = Gate()
+        self._pulls: list[tuple[Any, msg.Pull]] = []
+        self._broken: BaseException | None = None
+
+    # What the host may do in each phase
+
+    def receive(self, message: Any, caller: Any) -> list[Effect]:
+        """Take one message; return what is to be done. Raise a ProtocolError, with nothing changed, where it is refused."""
+        if self._broken is not None and type(message) not in LEGAL[Phase.BROKEN]:
+            raise ShardLost(f"shard {self.spec.index}: broken by {type(self._broken).__name__}: {self._broken}") from self._broken
+        if type(message) not in LEGAL[self.phase]:
+            raise IllegalMessage(f"shard {self.spec.index}: {type(message).__name__} is not legal while {self.phase.value}")
+        handler = getattr(self, f"_on_{type(message).__name__.lower()}")
+        return [*handler(message, caller), *self._progress()]
+
+    def computed(self, work: Work, result: Any) -> list[Effect]:
+        """Take the result of work asked for: `Measured`, or the pair (clock after the step, its learning rate)."""
+        if work is Work.MEASURE:
+            self._now.measured = result
+            self.phase = Phase.AWAITING_NORMS
+            answers: list[Effect] = [Answer(caller, result) for caller, _ in self._now.waiting]
+            self._now.waiting.clear()
+            return [*answers, *self._settle(), *self._progress()]
+        self.clock, self.lr = result
+        self.state.swap()
+        return [*self._decide("applied", None), *self._progress()]
+
+    def broke(self, error: BaseException) -> list[Effect]:
+        """Take that work failed half-way: whoever waits gets `error`, and the shard serves no one any more."""
+        self.phase, self._broken = Phase.BROKEN, error
+        callers = [*(caller for caller, _ in (*self._now.waiting, *self._pulls)), *self.gate.drain()]
+        self._now, self._pulls = _Round(), []
+        return [Answer(caller, error) for caller in callers]
+
+    def gradients(self) -> list[Flat]:
+        """Return the round's gradients in rank order."""
+        return [g for _, push in sorted(self._now.pushes.items()) if (g := push.gradients) is not None]
+
+    def square_sums(self) -> Any:
+        """Return the whole model's sums of squares, where clipping by norm has them."""
+        return self._now.square_sums
+
+    def load(self, clock: Clock, decided: int, skipped: int, ledger: dict[str, Any]) -> None:
+        """Take the place in time of a checkpoint whose arrays are in the state."""
+        self.clock, self.round, self.skipped, self.ledger = clock, decided, skipped, Ledger.from_dict(ledger)
+        self.gate.limit(decided)
+
+    # Workers
+
+    def _on_join(self, message: msg.Join, caller: Any) -> list[Effect]:
+        self._check_rank(message.rank)
+        incarnation = self.ledger.admit(message.rank, message.incarnation)
+        self._check_newest(message.rank, incarnation)
+        self._left.discard(message.rank)
+        return [Answer(caller, msg.Joined(incarnation))]
+
+    def _on_push(self, push: msg.Push, caller: Any) -> list[Effect]:
+        if self._already_counted(push):
+            return [Answer(caller, self._decided(push.want_parameters))]
+        self._check_current(push)
+        held = self._now.pushes.get(push.rank)
+        if held is None or held.incarnation < push.incarnation:
+            if self.phase is not Phase.COLLECTING:
+                raise LatePush(
+                    f"shard {self.spec.index}: round {push.round} is already {self.phase.value} with rank {push.rank}'s earlier push"
+                )
+            self._now.pushes[push.rank] = push
+        if self._now.measured is not None:
+            return [Answer(caller, self._now.measured)]
+        self._now.waiting.append((caller, push.want_parameters))
+        return []
+
+    def _on_norms(self, message: msg.Norms, caller: Any) -> list[Effect]:
+        if self._already_counted(message):
+            return [Answer(caller, self._decided(message.want_parameters))]
+        self._check_current(message)
+        return self._take_norms(message.square_sums, caller, message.want_parameters)
+
+    def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
+        self._check_newest(pull.rank, pull.incarnation)
+        self._pulls.append((caller, pull))
+        return self._settle()
+
+    def _on_leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
+        if message.incarnation == self.ledger.newest(message.rank):
+            self._left.add(message.rank)
+        return [Answer(caller, None)]
+
+    # Whoever acts on the optimizer as a whole
+
+    def _on_hold(self, message: msg.Hold, caller: Any) -> list[Effect]:
+        self.gate.ask(caller, message.token)
+        return self._settle()
+
+    def _on_advance(self, message: msg.Advance, caller: Any) -> list[Effect]:
+        self.gate.require(message.token, self.spec.index)
+        self.gate.advance(caller, message.round)
+        return self._settle()
+
+    def _on_release(self, message: msg.Release, caller: Any) -> list[Effect]:
+        self.gate.release(message.token)
+        return [Answer(caller, None), *self._settle()]
+
+    def _on_read(self, message: msg.Read, caller: Any) -> list[Effect]:
+        self.gate.require(message.token, self.spec.index)
+        arrays = self.state.arrays()
+        return [Answer(caller, {name: arrays[name] for name in message.what})]
+
+    def _on_write(self, message: msg.Write, caller: Any) -> list[Effect]:
+        self.gate.require(message.token, self.spec.index)
+        self.state.write(message.state)
+        if message.clock is not None:
+            self.clock = message.clock
+        self.epoch += 1
+        error = StaleEpoch(f"shard {self.spec.index}: the state was replaced after round {self.round}; pull and compute again")
+        refused: list[Effect] = [Answer(c, error) for c, _ in self._now.waiting]
+        self._now, self.phase = _Round(), Phase.COLLECTING
+        return [*refused, Answer(caller, None)]
+
+    def _on_setrate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
+        self.gate.require(message.token, self.spec.index)
+        self.config = self.config.with_lr(message.lr)
+        return [Answer(caller, None)]
+
+    def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
+        self.gate.require(message.token, self.spec.index)
+        if self._now.pushes:
+            raise PushesPending(f"shard {self.spec.index}: ranks {sorted(self._now.pushes)} have pushed for round {self.round + 1}")
+        self.gate.limit(self.round + 1)
+        incarnation = self.ledger.admit(DIRECT, None)
+        self._now.pushes[DIRECT] = msg.Push(
+            self.epoch, DIRECT, incarnation, self.round + 1, message.gradients, message.complaint, want_parameters=False
+        )
+        self._now.waiting.append((caller, False))
+        return []
+
+    def _on_stepnorms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
+        self.gate.require(message.token, self.spec.index)
+        return self._take_norms(message.square_sums, caller, False)
+
+    def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
+        waiting_for = tuple(rank for rank in range(self.spec.num_workers) if rank not in self._now.pushes)
+        description = msg.Description(
+            spec=self.spec,
+            epoch=self.epoch,
+            round=self.round,
+            iterations=self.clock.iterations,
+            skipped=self.skipped,
+            phase=self.phase.value,
+            waiting_for=waiting_for,
+            left=tuple(sorted(self._left)),
+            held=self.gate.holder is not None,
+            lr=self.config.lr,
+        )
+        return [Answer(caller, description)]
+
+    # The round
+
+    def _progress(self) -> list[Effect]:
+        """Take the round as far as it goes without the host."""
+        now = self._now
+        if not self.gate.passes(self.round):
+            return []
+        if self.phase is Phase.COLLECTING and (DIRECT in now.pushes or len(now.pushes) == self.spec.num_workers):
+            complaints = [push.complaint for _, push in sorted(now.pushes.items()) if push.complaint is not None]
+            if complaints:
+                return self._refuse("; ".join(complaints))
+            self.phase = Phase.MEASURING if self.config.clips_by_norm else Phase.STEPPING
+            return [Compute(Work.MEASURE if self.config.clips_by_norm else Work.STEP)]
+        if self.phase is Phase.AWAITING_NORMS and now.square_sums is not None:
+            for tensor, total in zip(self.spec.layout.tensors, now.square_sums, strict=True):
+                if not math.isfinite(total):
+                    return self._refuse(f"the norm of the mean gradient of {tensor.path!r} overflows")
+            self.phase = Phase.STEPPING
+            return [Compute(Work.STEP)]
+        return []
+
+    def _refuse(self, complaint: str) -> list[Effect]:
+        return self._decide("skipped" if self.spec.options.on_nonfinite == "skip" else "refused", complaint)
+
+    def _decide(self, outcome: msg.Outcome, complaint: str | None) -> list[Effect]:
+        """End the round: count its pushes, answer who waits, begin the next."""
+        self.round += 1
+        self.skipped += outcome != "applied"
+        self._last = (outcome, complaint)
+        for rank, push in self._now.pushes.items():
+            self.ledger.count(rank, push.incarnation, self.round)
+        waiting, self._now, self.phase = self._now.waiting, _Round(), Phase.COLLECTING
+        return [*(Answer(caller, self._decided(want)) for caller, want in waiting), *self._settle()]
+
+    def _settle(self) -> list[Effect]:
+        """Answer the pulls, advances and holds whose time has come."""
+        ready = [(caller, pull) for caller, pull in self._pulls if pull.at_least <= self.round]
+        self._pulls = [x for x in self._pulls if x[1].at_least > self.round]
+        effects: list[Effect] = [Answer(caller, self._decided(pull.want_parameters)) for caller, pull in ready]
+        effects += [Answer(caller, None) for caller in self.gate.arrived(self.round)]
+        if self.phase in (Phase.COLLECTING, Phase.AWAITING_NORMS):
+            effects += [Answer(caller, self._held()) for caller in self.gate.admit(self.round)]
+        return effects
+
+    def _held(self) -> msg.Held:
+        return msg.Held(self.epoch, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), self.ledger.to_dict())
+
+    def _decided(self, want_parameters: bool) -> msg.Decided:
+        outcome, complaint = self._last
+        return msg.Decided(
+            self.epoch,
+            self.round,
+            self.clock.iterations,
+            outcome,
+            complaint,
+            self.lr,
+            self.state.active,
+            self.state.params if want_parameters else None,
+        )
+
+    # Checks
+
+    def _take_norms(self, square_sums: Any, caller: Any, want_parameters: bool) -> list[Effect]:
+        if self._now.measured is None:
+            raise IllegalMessage(f"shard {self.spec.index}: norms came while {self.phase.value}")
+        self._now.waiting.append((caller, want_parameters))
+        self._now.square_sums = square_sums
+        return []
+
+    def _already_counted(self, message: msg.Push | msg.Norms) -> bool:
+        return message.round <= self.round and self.ledger.counted(message.rank, message.incarnation, message.round)
+
+    def _check_current(self, message: msg.Push | msg.Norms) -> None:
+        who = f"shard {self.spec.index}: rank {message.rank}"
+        self._check_rank(message.rank)
+        if message.epoch != self.epoch:
+            raise StaleEpoch(f"{who}: push of epoch {message.epoch}, expected {self.epoch}: the state was replaced; pull and compute again")
+        self._check_newest(message.rank, message.incarnation)
+        if message.round <= self.round:
+            raise LatePush(f"{who}: push for round {message.round}, which is over and did not count it; expected round {self.round + 1}")
+        if message.round > self.round + 1:
+            raise RoundMismatch(f"{who}: expected a push for round {self.round + 1}, got one for round {message.round}")
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.spec.num_workers:
+            raise LifecycleError(f"rank must be in [0, {self.spec.num_workers}), got {rank}")
+
+    def _check_newest(self, rank: int, incarnation: int) -> None:
+        newest = self.ledger.newest(rank)
+        if incarnation != newest:
+            raise SupersededWorker(
+                f"shard {self.spec.index}: rank {rank} was taken over by worker {newest}; worker {incarnation} must stop"
+            )

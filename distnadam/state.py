@@ -1,0 +1,51 @@
+"""A shard's arrays: two buffers of parameters that alternate, and the two moments. Pure; knows ranges, not rounds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from distnadam.arrays import Flat, zeros_flat
+from distnadam.layout import Ranges
+
+
+@dataclass
+class ShardState:
+    """The arrays of one shard's ranges. A step reads `buffers[active]` and writes the other, which then becomes active."""
+
+    buffers: tuple[Flat, Flat]
+    m: Flat
+    v: Flat
+    active: int = 0
+
+    @classmethod
+    def empty(cls, ranges: Ranges, buffers: tuple[Flat, Flat] | None = None) -> "ShardState":
+        """Return zeroed state, on the given parameter buffers where the process shares them."""
+        sizes = {space: end - begin for space, (begin, end) in ranges.items()}
+        return cls(buffers or (zeros_flat(sizes), zeros_flat(sizes)), zeros_flat(sizes), zeros_flat(sizes))
+
+    @property
+    def params(self) -> Flat:
+        """The present parameters."""
+        return self.buffers[self.active]
+
+    @property
+    def spare(self) -> Flat:
+        """The buffer that the next parameters go to; it holds those of the step before."""
+        return self.buffers[1 - self.active]
+
+    def swap(self) -> None:
+        """Make the spare buffer the present one."""
+        self.active = 1 - self.active
+
+    def arrays(self) -> dict[str, Flat]:
+        """Return the present arrays by name."""
+        return {"params": self.params, "m": self.m, "v": self.v}
+
+    def write(self, state: dict[str, Flat]) -> None:
+        """Replace whole arrays by name; readers of the present parameters keep them."""
+        for name, flat in state.items():
+            target = self.spare if name == "params" else self.arrays()[name]
+            for space, values in flat.items():
+                np.copyto(target[space], values)
+        if "params" in state:
+            self.swap()

@@ -1,0 +1,1 @@
+"""How gradients and parameters get between a worker and the shards."""

@@ -1,0 +1,75 @@
+"""Models and gradients for the tests: trees of arrays made from a seed, runs of several workers, and the bits they end with."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from distnadam import DistNadam
+
+
+def params(seed: int = 0) -> dict[str, Any]:
+    """Tensors of every dtype and kind of shape; several are longer than a chunk, so that shards cut them in the middle."""
+    rng = np.random.default_rng(seed)
+    return {
+        "dense": {"kernel": rng.standard_normal((90, 70)).astype(np.float32), "bias": np.zeros(70, np.float32)},
+        "layers": [rng.standard_normal(5000).astype(np.float64), (np.float32(0.5), np.zeros((0, 3), np.float32))],
+        "half": rng.standard_normal((40, 50)).astype(np.float16),
+    }
+
+
+def gradients(step: int, rank: int, seed: int = 0) -> dict[str, Any]:
+    """The gradients of one rank at one step: the same for the same arguments, of very different magnitudes."""
+    rng = np.random.default_rng([seed, step, rank])
+    scale = 10.0 ** rng.integers(-3, 2)
+    return {
+        "dense": {
+            "kernel": (rng.standard_normal((90, 70)) * scale).astype(np.float32),
+            "bias": rng.standard_normal(70).astype(np.float32),
+        },
+        "layers": [rng.standard_normal(5000) * scale, (np.float32(rng.standard_normal()), np.zeros((0, 3), np.float32))],
+        "half": rng.standard_normal((40, 50)).astype(np.float16),
+    }
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The tree's leaves, dict keys sorted."""
+    if isinstance(tree, dict):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    if isinstance(tree, (list, tuple)):
+        return [leaf for child in tree for leaf in leaves(child)]
+    return [tree]
+
+
+def bits(optimizer: DistNadam) -> list[bytes]:
+    """Everything the optimizer holds, bit for bit: parameters, iterations, m_schedule, ms, vs."""
+    return [np.asarray(x).tobytes() for x in (*leaves(optimizer.get_params()), *optimizer.get_weights())]
+
+
+def run(optimizer: DistNadam, begin: int, end: int, *, order: Callable[[int], Sequence[int]] | None = None, num_workers: int = 2) -> None:
+    """Run steps [begin, end) with all ranks in this process: by threads, or one after another in the order given per step."""
+    if order is not None:
+        workers = [optimizer.worker(rank) for rank in range(num_workers)]
+        for step in range(begin, end):
+            tickets = [workers[rank].push(gradients(step, rank)) for rank in order(step)]
+            for ticket in tickets:
+                ticket.result()
+        return
+    failures: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            with optimizer.worker(rank) as worker:
+                for step in range(begin, end):
+                    worker.step(gradients(step, rank))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
