@@ -13,7 +13,8 @@ from typing import Any
 from distnadam.arrays import Flat, empty_flat
 from distnadam.backends.base import Backend
 from distnadam.checkpoint import store
-from distnadam.checkpoint.format import Manifest, leftover_readers
+from distnadam.checkpoint.format import leftover_readers
+from distnadam.checkpoint.manifest import Manifest
 from distnadam.errors import CheckpointError, StepTimeout
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import (
@@ -146,7 +147,7 @@ class Controller:
     def restore(self, directory: Path, manifest: Manifest) -> None:
         """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
         raw = manifest.to_bytes()
-        leftovers = leftover_readers(manifest, self.ranges)
+        leftovers = leftover_readers(manifest, len(self.ranges))
         with self.boundary() as at:
             messages: dict[int, Message] = {i: Restore(at.token, str(directory), raw, tuple(left)) for i, left in enumerate(leftovers)}
             self._ask(messages, timeout_s=_IO_TIMEOUT_S)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distnadam.arrays import Flat
-from distnadam.checkpoint.format import Manifest, read_shard, write_shard
+from distnadam.checkpoint.format import read_shard, write_shard
+from distnadam.checkpoint.manifest import Manifest
 from distnadam.errors import LifecycleError
 from distnadam.messages import Measured, Message, Restore, Save, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, Stepper, square_sums

@@ -1,0 +1,28 @@
+"""Law 3: the result does not depend on the order in which pushes arrive."""
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distnadam import DistNadam
+from tests.models import bits, params, run
+
+STEPS = 3
+orders = st.lists(st.permutations(range(3)), min_size=STEPS, max_size=STEPS)
+
+
+def run_in(orders: list[list[int]], backend: str, num_shards: int) -> list[bytes]:
+    with DistNadam(num_shards=num_shards, num_workers=3, backend=backend, global_clipnorm=0.9).build(params()) as optimizer:
+        run(optimizer, 0, STEPS, order=lambda step: orders[step], num_workers=3)
+        return bits(optimizer)
+
+
+@given(orders=orders)
+@settings(max_examples=25, deadline=None)
+def test_every_order_of_local_pushes_gives_the_same_bits(orders: list[list[int]]) -> None:
+    assert run_in(orders, "local", 2) == run_in([[0, 1, 2]] * STEPS, "local", 2)
+
+
+@given(orders=orders)
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_order_of_pushes_over_ray_gives_the_local_bits(ray_cluster: None, orders: list[list[int]]) -> None:
+    assert run_in(orders, "ray", 2) == run_in([[0, 1, 2]] * STEPS, "local", 1)

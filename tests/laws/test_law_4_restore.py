@@ -1,0 +1,51 @@
+"""Law 4: save at step k, restore on any number of shards and either backend, go on: bit-identical to not having stopped."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distnadam import DistNadam
+from tests.models import bits, params, run
+
+
+def undisturbed(steps: int, **config: float) -> list[bytes]:
+    with DistNadam(num_workers=2, backend="local", **config).build(params()) as optimizer:
+        run(optimizer, 0, steps)
+        return bits(optimizer)
+
+
+@given(saved=st.integers(0, 5), before=st.integers(1, 20), after=st.integers(1, 20))
+@settings(max_examples=25, deadline=None)
+def test_a_restored_run_ends_with_the_undisturbed_bits(
+    saved: int, before: int, after: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("run")
+    with DistNadam(num_shards=before, num_workers=2, backend="local", clipnorm=0.5).build(params()) as optimizer:
+        run(optimizer, 0, saved)
+        checkpoint = optimizer.save(root)
+        at_save = bits(optimizer)
+    with DistNadam.restore(checkpoint, num_shards=after, backend="local") as optimizer:
+        assert (optimizer.round, optimizer.iterations) == (saved, saved)
+        assert bits(optimizer) == at_save
+        run(optimizer, saved, 6)
+        assert bits(optimizer) == undisturbed(6, clipnorm=0.5)
+
+
+@pytest.mark.parametrize(("first", "second"), [("local", "ray"), ("ray", "local"), ("ray", "ray")])
+def test_a_run_moves_between_backends(first: str, second: str, tmp_path: Path, ray_cluster: None) -> None:
+    with DistNadam(num_shards=3, num_workers=2, backend=first).build(params()) as optimizer:
+        run(optimizer, 0, 2)
+        optimizer.save(tmp_path)
+    with DistNadam.restore(tmp_path, num_shards=2, backend=second) as optimizer:
+        run(optimizer, 2, 4)
+        assert bits(optimizer) == undisturbed(4)
+
+
+def test_training_goes_on_with_the_same_bits_after_a_save(backend: str, tmp_path: Path) -> None:
+    with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
+        run(optimizer, 0, 2)
+        optimizer.save(tmp_path)
+        run(optimizer, 2, 4)
+        assert bits(optimizer) == undisturbed(4)

@@ -1,0 +1,167 @@
+"""Law 6: every push is counted once or refused by name; delivered twice it counts once; late and not counted it is LatePush."""
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from distnadam import DistNadam, Options
+from distnadam.backends.host import ShardHost
+from distnadam.config import NadamConfig
+from distnadam.errors import LatePush, ProtocolError, RoundMismatch, StaleEpoch, SupersededWorker
+from distnadam.layout import Layout
+from distnadam.messages import Decided, Hold, Join, Push, Read, Release, ShardSpec, Write
+from tests.models import bits, gradients, params
+
+RANKS = 3
+SIZE = 5
+
+
+def new_host() -> ShardHost:
+    layout = Layout.of({"w": np.ones(SIZE, np.float32)})
+    host = ShardHost(ShardSpec(0, 1, RANKS, None, NadamConfig(), Options(), layout, layout.cuts(1)[0]))
+    host.send(Hold("setup")).result(0)
+    host.send(Write("setup", {"params": {"float32": np.ones(SIZE, np.float32)}})).result(0)
+    host.send(Release("setup")).result(0)
+    return host
+
+
+def state_of(host: ShardHost) -> dict[str, Any]:
+    host.send(Hold("read")).result(0)
+    arrays = host.send(Read("read", ("params", "m", "v"))).result(0)
+    copy = {name: flat["float32"].tobytes() for name, flat in arrays.items()}
+    host.send(Release("read")).result(0)
+    return copy
+
+
+def values(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(seed).standard_normal(SIZE).astype(np.float32)
+
+
+class OnceAgainstAModel(RuleBasedStateMachine):
+    """Pushes in any order, repeated, late, early, of old incarnations and epochs, against a plain record of what must count."""
+
+    @initialize()
+    def start(self) -> None:
+        self.host = new_host()
+        self.round, self.epoch = 0, 1
+        self.newest = dict.fromkeys(range(RANKS), 0)
+        self.pending: dict[int, Push] = {}
+        self.counted: set[tuple[int, int, int]] = set()
+        self.rounds: list[list[Push]] = []
+        self.waiting: list[Future[Any]] = []
+        for rank in range(RANKS):
+            self.join(rank)
+
+    @rule(rank=st.integers(0, RANKS - 1))
+    def join(self, rank: int) -> None:
+        self.newest[rank] += 1
+        assert self.host.send(Join(rank)).result(0).incarnation == self.newest[rank]
+
+    @rule(rank=st.integers(0, RANKS - 1), back=st.integers(-1, 2), old=st.integers(0, 2), stale=st.booleans(), seed=st.integers(0, 9))
+    def push(self, rank: int, back: int, old: int, stale: bool, seed: int) -> None:
+        incarnation, decided, epoch = self.newest[rank] - old, self.round + 1 - back, self.epoch - stale
+        message = Push(epoch, rank, incarnation, decided, {"float32": values(seed)})
+        before = state_of(self.host)
+        answer = self.host.send(message)
+        if (rank, incarnation, decided) in self.counted:
+            assert answer.result(0).round == self.round
+        elif stale:
+            self.refused(answer, StaleEpoch, before)
+        elif old:
+            self.refused(answer, SupersededWorker, before)
+        elif back > 0:
+            self.refused(answer, LatePush, before)
+        elif back < 0:
+            self.refused(answer, RoundMismatch, before)
+        else:
+            self.waiting.append(answer)
+            if rank not in self.pending or self.pending[rank].incarnation < incarnation:
+                self.pending[rank] = message
+            if len(self.pending) == RANKS:
+                self.decided()
+
+    def refused(self, answer: Future[Any], kind: type[ProtocolError], before: dict[str, Any]) -> None:
+        assert isinstance(answer.exception(0), kind)
+        assert state_of(self.host) == before
+
+    def decided(self) -> None:
+        self.round += 1
+        self.counted |= {(rank, push.incarnation, self.round) for rank, push in self.pending.items()}
+        self.rounds.append([push for _, push in sorted(self.pending.items())])
+        assert all(isinstance(f.result(0), Decided) and f.result(0).round == self.round for f in self.waiting)
+        self.pending, self.waiting = {}, []
+
+    @rule()
+    def replace_the_state_by_itself(self) -> None:
+        self.host.send(Hold("x")).result(0)
+        arrays = self.host.send(Read("x", ("params", "m", "v"))).result(0)
+        self.host.send(Write("x", {name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})).result(0)
+        self.host.send(Release("x")).result(0)
+        self.epoch += 1
+        assert all(isinstance(f.exception(0), StaleEpoch) for f in self.waiting)
+        self.pending, self.waiting = {}, []
+
+    @invariant()
+    def the_state_is_that_of_each_round_counted_once(self) -> None:
+        clean = new_host()
+        for rank in range(RANKS):
+            clean.send(Join(rank)).result(0)
+        for decided, pushes in enumerate(self.rounds, start=1):
+            for push in pushes:
+                answer = clean.send(Push(1, push.rank, 1, decided, push.gradients))
+            answer.result(0)
+        assert state_of(clean) == state_of(self.host)
+
+
+OnceAgainstAModel.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestOnce = OnceAgainstAModel.TestCase
+
+
+def test_a_push_repeated_while_it_waits_counts_once_and_both_are_answered() -> None:
+    host = new_host()
+    for rank in range(RANKS):
+        host.send(Join(rank)).result(0)
+    answers = [host.send(Push(1, rank, 1, 1, {"float32": values(rank)})) for rank in (0, 0, 1, 1, 2)]
+    assert {answer.result(0).round for answer in answers} == {1}
+    once = state_of(host)
+    assert host.send(Push(1, 0, 1, 1, {"float32": values(99)})).result(0).round == 1
+    assert state_of(host) == once
+
+
+def test_a_worker_taken_over_is_refused_by_name_and_its_successor_counts(backend: str) -> None:
+    with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
+        old, other = optimizer.worker(0), optimizer.worker(1)
+        new = optimizer.worker(0)
+        with pytest.raises(SupersededWorker, match="rank 0 was taken over by worker 2; worker 1 must stop"):
+            old.push(gradients(0, 0)).result()
+        tickets = [new.push(gradients(0, 0)), other.push(gradients(0, 1))]
+        assert [ticket.result() for ticket in tickets] == [1, 1]
+
+
+def test_a_push_that_waits_when_its_worker_is_taken_over_is_replaced_by_the_successors() -> None:
+    with DistNadam(num_workers=2, backend="local").build(params()) as optimizer:
+        optimizer.worker(0).push(gradients(7, 0))
+        new, other = optimizer.worker(0), optimizer.worker(1)
+        new.push(gradients(0, 0))
+        other.push(gradients(0, 1)).result()
+        got = bits(optimizer)
+    with DistNadam(num_workers=2, backend="local").build(params()) as optimizer:
+        optimizer.worker(0).push(gradients(0, 0))
+        optimizer.worker(1).push(gradients(0, 1)).result()
+        assert bits(optimizer) == got
+
+
+def test_a_push_from_before_the_state_was_replaced_is_refused_and_the_next_counts(backend: str) -> None:
+    with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
+        workers = [optimizer.worker(rank) for rank in range(2)]
+        early = workers[0].push(gradients(0, 0))
+        optimizer.set_params(optimizer.get_params())
+        with pytest.raises(StaleEpoch, match="pull and compute again"):
+            early.result()
+        tickets = [worker.push(gradients(0, worker.rank)) for worker in workers]
+        assert [ticket.result() for ticket in tickets] == [1, 1]
