@@ -2,6 +2,8 @@
 
 from distnadam.config import Options
 from distnadam.optimizer import DistNadam
+from distnadam.training.fit import fit
+from distnadam.training.task import Task
 from distnadam.worker import Worker
 
-__all__ = ["DistNadam", "Options", "Worker"]
+__all__ = ["DistNadam", "Options", "Task", "Worker", "fit"]

@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from distnadam.arrays import Array
+from distnadam.backends.base import Team
 from distnadam.backends.choice import BackendName, choose
 from distnadam.checkpoint import store
 from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count
@@ -145,6 +146,11 @@ class DistNadam:
         return self._running().backend.name
 
     @property
+    def options(self) -> Options:
+        """The rare settings it was made with."""
+        return self._options
+
+    @property
     def iterations(self) -> int:
         """Steps applied so far."""
         return self._running().describe().iterations if self._is_built() else 0
@@ -277,6 +283,10 @@ class DistNadam:
         if not 0 <= check_count("rank", rank, least=0) < self._num_workers:
             raise ConfigError(f"rank must be in [0, {self._num_workers}), got {rank!r}")
         return Worker(self._running(), rank)
+
+    def team(self, make: Callable[[int], Any]) -> Team:
+        """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor otherwise: the workers of `fit`."""
+        return self._running().backend.team(self._num_workers, make, cpus=self._options.worker_cpus)
 
     # Checkpoints
 

@@ -1,7 +1,7 @@
 """The seam between those who talk to shards and where the shards live. Nothing here knows which it is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distnadam.arrays import Flat
@@ -22,11 +22,22 @@ class Pending(ABC):
         """
 
 
+class Team(ABC):
+    """Objects that compute beside the shards, one per rank, called all at once by the name of a method."""
+
+    @abstractmethod
+    def call(self, method: str, *args: Any) -> Pending:
+        """Call a method of every member, without waiting."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the members; to be called after the shards they wait for have gone or answered."""
+
+
 class Backend(ABC):
     """All shards of one optimizer.
 
     `parameters` are both buffers of the whole model's parameters where this process shares them with the shards, else None.
-    `shared_files` says whether the shards see this process's files for certain.
     """
 
     name: str
@@ -43,3 +54,7 @@ class Backend(ABC):
     @abstractmethod
     def close(self, *, destroy: bool) -> None:
         """Let go of the shards; with `destroy`, end them, so that everyone who waits for one gets an error."""
+
+    @abstractmethod
+    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
+        """Make `size` objects by `make(rank)`, each where it can compute without the others' leave, asking for `cpus` CPUs each."""

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,19 +24,19 @@ _REPORT_EVERY_S = 5.0
 
 
 class OwnRay:
-    """A Ray that we started; shutting it down puts the environment back."""
+    """A Ray that we started, behind a token that only this process and its children know."""
 
     def __init__(self, options: Options | None) -> None:
-        self._changed = "RAY_AUTH_MODE" not in os.environ
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # its ports are on the network: never without
+        if "RAY_AUTH_MODE" not in os.environ:  # its ports are on the network: never without a token, unless the user says so
+            os.environ["RAY_AUTH_MODE"] = "token"
+            if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         store = options.object_store_bytes if options is not None else None
         ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=store, namespace="distnadam-driver")
 
     def shut_down(self) -> None:
-        """Stop every process of this Ray."""
+        """Stop every process of this Ray; the environment keeps the token, which Ray has read for good."""
         ray.shutdown()
-        if self._changed:
-            os.environ.pop("RAY_AUTH_MODE", None)
 
 
 def ensure_ray(options: Options | None) -> OwnRay | None:

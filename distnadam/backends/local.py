@@ -1,12 +1,12 @@
 """The shards in this process: messages are method calls, gradients are read where they lie, parameters are shared. No Ray."""
 
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from distnadam.arrays import Flat, zeros_flat
-from distnadam.backends.base import Backend, Pending
+from distnadam.backends.base import Backend, Pending, Team
 from distnadam.backends.host import ShardHost
 from distnadam.messages import Message, ShardSpec
 
@@ -26,6 +26,22 @@ class LocalPending(Pending):
         if late:
             raise TimeoutError
         return {index: future.result() for index, future in self._futures.items()}
+
+
+class LocalTeam(Team):
+    """Threads of this process."""
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        self._members = members
+        self._pool = ThreadPoolExecutor(len(members), "worker")
+
+    def call(self, method: str, *args: Any) -> Pending:
+        """See `Team.call`."""
+        return LocalPending({rank: self._pool.submit(getattr(member, method), *args) for rank, member in enumerate(self._members)})
+
+    def close(self) -> None:
+        """See `Team.close`."""
+        self._pool.shutdown()
 
 
 class LocalBackend(Backend):
@@ -48,6 +64,10 @@ class LocalBackend(Backend):
     def post(self, messages: Mapping[int, Message]) -> Pending:
         """See `Backend.post`."""
         return LocalPending({index: self._hosts[index].send(message) for index, message in messages.items()})
+
+    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
+        """See `Backend.team`; threads ask for nothing."""
+        return LocalTeam([make(rank) for rank in range(size)])
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`."""

@@ -7,14 +7,14 @@ shut down at close.
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam.backends.base import Backend, Pending
+from distnadam.backends.base import Backend, Pending, Team
 from distnadam.backends.cluster import OwnRay, actor_options, await_start, check_fits, check_versions, ensure_ray, node_facts
 from distnadam.backends.host import ShardHost
 from distnadam.errors import DistNadamError, NameTaken, NotRunning, ShardLost
@@ -39,11 +39,21 @@ class _ShardActor:
         return node_facts()
 
 
-class RayPending(Pending):
-    """Object references of the shards' answers."""
+class _Member:
+    """One rank of a team."""
 
-    def __init__(self, refs: dict[int, Any]) -> None:
-        self._refs = refs
+    def __init__(self, make: Callable[[int], Any], rank: int) -> None:
+        self._member = make(rank)
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        return getattr(self._member, method)(*args)
+
+
+class RayPending(Pending):
+    """Object references of answers; `who` names in an error who should have given them."""
+
+    def __init__(self, refs: dict[int, Any], who: str) -> None:
+        self._refs, self._who = refs, who
 
     def result(self, timeout_s: float) -> dict[int, Any]:
         """See `Pending.result`."""
@@ -70,7 +80,24 @@ class RayPending(Pending):
                     dead.append(str(index))
                 except Exception:
                     continue
-        return f"shard {', '.join(dead)}"
+        return f"{self._who} {', '.join(dead)}"
+
+
+class RayTeam(Team):
+    """Actors of this driver."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = actors
+
+    def call(self, method: str, *args: Any) -> Pending:
+        """See `Team.call`."""
+        return RayPending({rank: actor.call.remote(method, args) for rank, actor in enumerate(self._actors)}, "worker")
+
+    def close(self) -> None:
+        """See `Team.close`."""
+        for actor in self._actors:
+            with contextlib.suppress(Exception):  # one that is dead already
+                ray.kill(actor)
 
 
 class RayBackend(Backend):
@@ -114,7 +141,12 @@ class RayBackend(Backend):
 
     def post(self, messages: Mapping[int, Message]) -> Pending:
         """See `Backend.post`."""
-        return RayPending({index: self._actors[index].send.remote(message) for index, message in messages.items()})
+        return RayPending({index: self._actors[index].send.remote(message) for index, message in messages.items()}, "shard")
+
+    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
+        """See `Backend.team`; each member is an actor."""
+        actor = ray.remote(_Member).options(num_cpus=cpus, max_restarts=0, scheduling_strategy="SPREAD")
+        return RayTeam([actor.remote(make, rank) for rank in range(size)])
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`."""

@@ -1,0 +1,246 @@
+"""`fit`: train a task from its first step, or from its newest checkpoint, to its last. Only the order of things is here.
+
+Workers run segments of rounds that end together, so that between two segments nothing is pending: there the driver saves, evaluates,
+shows progress and listens to Ctrl-C.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from distnadam.backends.base import Team
+from distnadam.backends.choice import BackendName
+from distnadam.checkpoint import store
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.config import check_count
+from distnadam.errors import CheckpointError, ConfigError, TrainingError
+from distnadam.layout import Layout
+from distnadam.optimizer import DistNadam
+from distnadam.training.callbacks import Callback, MetricsFile, ProgressDisplay, console
+from distnadam.training.history import History, Recorder
+from distnadam.training.member import Member
+from distnadam.training.plot import plot_loss
+from distnadam.training.task import Task
+
+SEGMENT_S = 0.3
+"""About how long workers run between two looks of the driver, in seconds."""
+_FOREVER_S = 1e8
+
+
+def fit(
+    task: Task,
+    *,
+    steps: int,
+    num_workers: int = 2,
+    num_shards: int = 2,
+    replicas: int = 0,
+    optimizer: DistNadam | None = None,
+    backend: BackendName = "auto",
+    seed: int = 0,
+    checkpoint_dir: str | Path | None = None,
+    save_every: int | None = None,
+    keep: int = 3,
+    resume: Literal["auto", "must", "never"] = "auto",
+    evaluate_every: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    verbose: bool | Literal["auto"] = "auto",
+) -> History:
+    """Train a task with data-parallel workers and return what happened.
+
+    Args:
+        task: see `Task`.
+        steps: steps in all, those before a resume included.
+        num_workers: ranks, each a Ray actor, or a thread where local.
+        num_shards: shards of the optimizer.
+        replicas: standbys per shard; only 0 so far.
+        optimizer: a `DistNadam` that is not built, for its hyper-parameters and options; None means the defaults.
+        backend: as `DistNadam` has it.
+        seed: given to `Task.init`.
+        checkpoint_dir: where checkpoints, metrics.csv and loss.png go; None means ``runs/<task>-<time>/``.
+        save_every: steps between checkpoints; one is written at the end in any case.
+        keep: checkpoints kept.
+        resume: "auto" goes on from the newest valid checkpoint in `checkpoint_dir` where there is one, "must" insists on one, "never"
+            insists on none.
+        evaluate_every: steps between evaluations; one comes at the end in any case.
+        callbacks: told what happens.
+        verbose: show progress on standard error; "auto" as True.
+
+    Raises:
+        TrainingError: the task's code raised; the message names the rank and the step.
+        CheckpointBusy: another run writes `checkpoint_dir`.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was written; a second Ctrl-C raises at once.
+    """
+    for name, value in (("steps", steps), ("keep", keep), ("num_workers", num_workers), ("num_shards", num_shards)):
+        check_count(name, value)
+    for name, every in (("save_every", save_every), ("evaluate_every", evaluate_every)):
+        if every is not None:
+            check_count(name, every)
+    if resume not in ("auto", "must", "never"):
+        raise ConfigError(f'resume must be "auto", "must" or "never", got {resume!r}')
+    label = task_name(task)
+    root = Path(checkpoint_dir or Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    history = History(root, root / "metrics.csv")
+    screen = console(verbose)
+    display = [ProgressDisplay(screen)] if screen is not None else []
+    told = [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
+    topology = {"num_workers": num_workers, "num_shards": num_shards, "replicas": replicas, "backend": backend}
+    plan = _Plan(steps, save_every, evaluate_every, keep, resume)
+    with store.DirectoryLock(root):
+        run = _Run(task, label, seed, root, topology, plan, told, history)
+        run.run(optimizer)
+    return history
+
+
+def task_name(task: Task) -> str:
+    """Return the task's `name` where it has one, else its class's."""
+    return str(getattr(task, "name", type(task).__name__.lower()))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    steps: int
+    save_every: int | None
+    evaluate_every: int | None
+    keep: int
+    resume: str
+
+    def boundary_after(self, step: int) -> int:
+        """Return the next step at which something is due."""
+        due = [step + every - step % every for every in (self.save_every, self.evaluate_every) if every is not None]
+        return min([self.steps, *due])
+
+    def due(self, every: int | None, step: int) -> bool:
+        return step == self.steps or (every is not None and step % every == 0)
+
+
+@dataclass
+class _Run:
+    task: Task
+    label: str
+    seed: int
+    root: Path
+    topology: dict[str, Any]
+    plan: _Plan
+    callbacks: list[Callback]
+    history: History
+    interrupted: bool = field(default=False, init=False)
+
+    def run(self, template: DistNadam | None) -> None:
+        params = self.task.init(self.seed)
+        began = time.monotonic()
+        with self._optimizer(template, params) as optimizer:
+            team: Team | None = None
+            try:
+                begin = optimizer.round
+                self._tell("on_begin", begin, self.plan.steps)
+                team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=self.topology["num_workers"]))
+                self._train(optimizer, team, begin)
+            finally:
+                self.history.seconds = time.monotonic() - began
+                optimizer.close()  # first: it releases workers that wait for one that is gone
+                if team is not None:
+                    team.close()
+                self._tell("on_end")
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self._plot()
+
+    def _train(self, optimizer: DistNadam, team: Team, step: int) -> None:
+        plan, length = self.plan, 1
+        if step >= plan.steps:
+            self._tell("on_message", f"nothing to do: {step} of {plan.steps} steps are done")
+            self._evaluate(optimizer, step)
+        while step < plan.steps and not self.interrupted:
+            end = min(step + length, plan.boundary_after(step))
+            began = time.monotonic()
+            losses = self._segment(team, step, end)
+            length = max(1, min(2 * length, int(SEGMENT_S * (end - step) / max(time.monotonic() - began, 1e-6))))
+            for offset, each in enumerate(zip(*losses, strict=True)):
+                self._tell("on_step", step + offset + 1, sum(each) / len(each))
+            step = end
+            if plan.due(plan.evaluate_every, step) and not self.interrupted:
+                self._evaluate(optimizer, step)
+            if plan.due(plan.save_every, step) or self.interrupted:
+                self._save(optimizer, step)
+
+    def _segment(self, team: Team, begin: int, end: int) -> list[list[float]]:
+        """Run one segment to its end, also where Ctrl-C comes meanwhile; a second one raises."""
+        pending = team.call("run", begin, end)
+        try:
+            losses = pending.result(_FOREVER_S)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._tell("on_message", "stopping after the running steps, then saving (Ctrl-C again: stop now, without saving)")
+            losses = pending.result(_FOREVER_S)
+        return [losses[rank] for rank in sorted(losses)]
+
+    def _evaluate(self, optimizer: DistNadam, step: int) -> None:
+        metrics = {name: float(value) for name, value in self.task.evaluate(optimizer.get_params()).items()}
+        self._tell("on_evaluate", step, metrics)
+
+    def _save(self, optimizer: DistNadam, step: int) -> None:
+        data = {"task": self.label, "seed": self.seed, "num_workers": self.topology["num_workers"]}
+        path = Path(optimizer.save(self.root, data=data))
+        store.prune(self.root, self.plan.keep)
+        self._tell("on_save", step, path)
+        if self.interrupted:
+            self._tell("on_message", f"saved step {step} of {self.plan.steps} to {path}")
+
+    def _optimizer(self, template: DistNadam | None, params: Any) -> DistNadam:
+        """Return a built optimizer: restored where there is something to resume, else new."""
+        config = (template or DistNadam()).get_config() | self.topology
+        found = self._checkpoint()
+        if found is None:
+            optimizer = DistNadam.from_config(config).build(params)
+        else:
+            self._check_same_run(found[1], Layout.of(params))
+            optimizer = DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
+            self.history.resumed_from = found[0]
+        return optimizer
+
+    def _checkpoint(self) -> tuple[Path, Manifest] | None:
+        resume, existing = self.plan.resume, store.steps(self.root)
+        if not existing:
+            if resume == "must":
+                raise CheckpointError(f"{self.root}: holds no checkpoint to resume from")
+            return None
+        if resume == "never":
+            raise CheckpointError(f"{self.root}: holds checkpoints, the newest {existing[-1].name}; resume it or choose another directory")
+        path, manifest, passed_over = store.find(self.root)
+        for sentence in passed_over:
+            self._tell("on_message", f"passed over: {sentence}")
+        self._tell("on_message", f"resuming from {path}")
+        return path, manifest
+
+    def _check_same_run(self, manifest: Manifest, layout: Layout) -> None:
+        saved = manifest.data
+        for key, ours in (("task", self.label), ("seed", self.seed)):
+            if saved.get(key) != ours:
+                raise CheckpointError(
+                    f"{self.root}: its checkpoint is of {key} {saved.get(key)!r}, this run's is {ours!r}; choose another directory"
+                )
+        if Layout.from_dict(manifest.layout) != layout:
+            raise CheckpointError(f"{self.root}: its checkpoint has other tensors than this task's init gives; choose another directory")
+        if saved.get("num_workers") != self.topology["num_workers"]:
+            self._tell(
+                "on_message",
+                f"the run had {saved.get('num_workers')} workers and goes on with {self.topology['num_workers']}: batches are dealt"
+                " differently from here on, so it will not end with the bits that it would have",
+            )
+
+    def _plot(self) -> None:
+        try:
+            self.history.plot_path = plot_loss(self.history.metrics_path, self.root / "loss.png")
+        except TrainingError as error:
+            self._tell("on_message", f"no plot: {error}")
+
+    def _tell(self, event: str, *args: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*args)
+
+
+def _member(rank: int, *, task: Task, optimizer: DistNadam, world_size: int) -> Member:
+    return Member(task, optimizer.worker(rank), world_size)

@@ -1,0 +1,25 @@
+"""What a task must offer `fit`. Knows nothing of the rest."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A model and its data; any class with these methods is one.
+
+    `init` is called once, in the process that called `fit`, also when a run is resumed, before the task is sent to the workers: what it
+    keeps on `self`, such as the seed or the data, reaches them.
+    """
+
+    def init(self, seed: int) -> Any:
+        """Return the initial parameters: any nesting of dict, list and tuple of arrays."""
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        """Return the batch of one rank at one step (from 0), the same for the same arguments."""
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        """Return the loss and its gradients, a tree like the parameters; `params` are read-only."""
+
+    def evaluate(self, params: Any) -> Mapping[str, float]:
+        """Return metrics of the parameters; called in the process that called `fit`."""
