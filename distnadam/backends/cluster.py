@@ -27,12 +27,17 @@ class OwnRay:
     """A Ray that we started, behind a token that only this process and its children know."""
 
     def __init__(self, options: Options | None) -> None:
-        if "RAY_AUTH_MODE" not in os.environ:  # its ports are on the network: never without a token, unless the user says so
-            os.environ["RAY_AUTH_MODE"] = "token"
-            if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-                os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray asks for one by itself, and would write it to the home
         store = options.object_store_bytes if options is not None else None
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=store, namespace="distnadam-driver")
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=store,
+            namespace="distnadam-driver",
+        )
 
     def shut_down(self) -> None:
         """Stop every process of this Ray; the environment keeps the token, which Ray has read for good."""

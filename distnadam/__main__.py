@@ -1,0 +1,5 @@
+"""``python -m distnadam``: the command line."""
+
+from distnadam.cli import main
+
+main()
