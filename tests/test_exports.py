@@ -1,0 +1,60 @@
+"""What the package shows to the world, and what importing it does not drag in."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import distnadam
+from distnadam import errors
+
+NEVER_IMPORTED = ("ray", "torch", "jax", "sklearn", "matplotlib", "numba")
+BLOCKER = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ImportError(f"{{name}} is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run(code: str, cwd: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_names_are_sorted_there_and_described() -> None:
+    assert distnadam.__all__ == ["DistNadam", "Options", "Task", "Worker", "fit"]
+    assert all(getattr(distnadam, name).__doc__ for name in distnadam.__all__)
+
+
+def test_importing_the_package_imports_no_ray_and_no_framework(tmp_path: Path) -> None:
+    run(f"import distnadam, sys; assert not set({NEVER_IMPORTED!r}) & set(sys.modules)", tmp_path)
+
+
+def test_local_mode_trains_with_the_import_of_ray_and_frameworks_blocked(tmp_path: Path) -> None:
+    work = """
+    import numpy as np
+    from distnadam import DistNadam
+    with DistNadam(num_shards=2, num_workers=2, backend="auto").build({"w": np.ones(9, np.float32)}) as optimizer:
+        assert optimizer.backend_name == "local"
+        tickets = [optimizer.worker(rank).push({"w": np.ones(9, np.float32)}) for rank in range(2)]
+        assert [t.result() for t in tickets] == [1, 1]
+        optimizer.save("here")
+    with DistNadam.restore("here") as optimizer:
+        assert optimizer.iterations == 1
+    """
+    run(BLOCKER.format(names=set(NEVER_IMPORTED)) + textwrap.dedent(work), tmp_path)
+
+
+def test_every_error_is_in_the_tree_drawn_in_its_module_and_survives_pickling() -> None:
+    import pickle
+
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.DistNadamError)]
+    assert len(classes) > 20
+    for cls in classes:
+        assert cls.__name__ in (errors.__doc__ or "")
+        again = pickle.loads(pickle.dumps(cls("a sentence")))
+        assert type(again) is cls
+        assert str(again) == "a sentence"
