@@ -1,0 +1,152 @@
+"""The command line, as a shell runs it: what it prints, its exit codes, a real SIGKILL and a real Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from distnadam.cli import main
+from tests.test_exports import BLOCKER
+
+TRAIN = ["train", "digits", "--local", "--json", "--quiet"]
+
+
+def call(*args: Any) -> Any:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def start(*args: Any, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "distnadam", *map(str, args)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    """Wait until a file of that pattern appears; the test's own time limit bounds it."""
+    while not list(path.glob(pattern)):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """The arrays of the newest checkpoint: its shard files, by their place."""
+    newest = max(path.glob("step_*"))
+    return {p.name[:20]: p.read_bytes() for p in newest.glob("shard-*")}
+
+
+def test_training_ends_with_a_summary_and_the_command_to_resume(tmp_path: Path) -> None:
+    done = call("train", "digits", "--local", "--quiet", "--steps", 30, "--checkpoint-dir", tmp_path)
+    assert done.exit_code == 0, done.output
+    for word in ("accuracy", "step_00000030", "loss.png", "metrics.csv", "distnadam train digits --workers 2"):
+        assert word in done.output
+
+
+def test_local_training_never_imports_ray(tmp_path: Path) -> None:
+    code = BLOCKER.format(names={"ray"}) + f"from distnadam.cli import main\nmain({[*TRAIN, '--steps', '5']!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoint"].endswith("step_00000005")
+
+
+def test_a_run_killed_half_way_and_resumed_ends_with_the_undisturbed_bits(tmp_path: Path) -> None:
+    how = ["--steps", 600, "--save-every", 50]
+    assert call(*TRAIN, *how, "--checkpoint-dir", tmp_path / "whole").exit_code == 0
+    process = start(*TRAIN, *how, "--checkpoint-dir", tmp_path / "killed", cwd=tmp_path)
+    wait_for(tmp_path / "killed", "step_*/manifest.msgpack", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    resumed = call(*TRAIN, *how, "--checkpoint-dir", tmp_path / "killed")
+    assert resumed.exit_code == 0, resumed.output
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+
+
+def test_ctrl_c_saves_says_where_and_leaves_nothing(tmp_path: Path) -> None:
+    process = start("train", "digits", "--local", "--steps", 10**6, "--save-every", 50, "--checkpoint-dir", tmp_path, cwd=tmp_path)
+    wait_for(tmp_path, "step_*/manifest.msgpack", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved step" in told
+    assert "Traceback" not in told
+    assert call("verify", tmp_path).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        ("nothing", "no task named"),
+        ("no.such:Thing", "cannot import"),
+        ("json:loads", "expected a class or object"),
+        ("gone.py:T", "no such file"),
+    ],
+)
+def test_a_task_that_is_none_is_wrong_usage(task: str, told: str) -> None:
+    done = call("train", task, "--local")
+    assert done.exit_code == 2
+    assert told in done.output
+
+
+def test_a_task_of_ones_own_is_found_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "own_task.py").write_text(
+        "import numpy as np\n"
+        "class Own:\n"
+        "    def init(self, seed): return [np.ones(3, np.float32)]\n"
+        "    def batch(self, step, rank, world_size): return rank\n"
+        "    def loss_and_gradients(self, params, batch): return 1.0, [params[0] * (batch + 1)]\n"
+        "    def evaluate(self, params): return {'first': float(params[0][0])}\n"
+    )
+    done = call(
+        "train", f"{tmp_path / 'own_task.py'}:Own", "--local", "--json", "--quiet", "--steps", 3, "--checkpoint-dir", tmp_path / "run"
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["first"] < 1
+
+
+def test_a_failing_task_is_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "bad_task.py").write_text(
+        "import numpy as np\n"
+        "class Bad:\n"
+        "    def init(self, seed): return [np.ones(3, np.float32)]\n"
+        "    def batch(self, step, rank, world_size): return None\n"
+        "    def loss_and_gradients(self, params, batch): return 1.0, [np.ones(4)]\n"
+        "    def evaluate(self, params): return {}\n"
+    )
+    done = call("train", f"{tmp_path / 'bad_task.py'}:Bad", "--local", "--quiet", "--checkpoint-dir", tmp_path / "run")
+    assert done.exit_code == 1
+    assert "'0': expected shape (3,)" in done.output
+
+
+def test_inspect_verify_and_plot_read_a_run(tmp_path: Path) -> None:
+    assert call(*TRAIN, "--steps", 20, "--save-every", 10, "--checkpoint-dir", tmp_path).exit_code == 0
+    shown = json.loads(call("inspect", tmp_path, "--json").output)
+    assert (shown["iterations"], shown["topology"]["num_shards"], len(shown["files"])) == (20, 2, 2)
+    assert "0/kernel" in call("inspect", tmp_path / "step_00000010").output
+    assert call("plot", tmp_path, "--output", tmp_path / "other.png").exit_code == 0
+    assert (tmp_path / "other.png").exists()
+    victim = next((tmp_path / "step_00000010").glob("shard-00001-*"))
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    verdicts = call("verify", tmp_path, "--json")
+    assert verdicts.exit_code == 1
+    assert [v["valid"] for v in json.loads(verdicts.output)] == [False, True]
+    assert victim.name in json.loads(verdicts.output)[0]["reason"]
+    assert call("inspect", tmp_path / "nothing").exit_code == 1
+
+
+def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = json.loads(call("doctor", "--json").output)
+    assert found["versions"]["numpy"]
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    done = call("doctor", "--json")
+    assert done.exit_code == 1
+    assert "RAY_AUTH_MODE is not" in json.loads(done.output)["problems"][-1]

@@ -1,0 +1,161 @@
+"""The training loop: segments, records, resume, refusals, errors of the task, and nothing left behind."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam import DistNadam, fit
+from distnadam.checkpoint import store
+from distnadam.errors import CheckpointBusy, CheckpointError, ConfigError, TrainingError
+from distnadam.training.callbacks import Callback, read_metrics
+
+
+class Quadratic:
+    """Fit a vector to a target; the batch is noise from (seed, step, rank, world size)."""
+
+    name = "quadratic"
+
+    def __init__(self, fails_at: tuple[int, int] | None = None) -> None:
+        self.fails_at = fails_at
+
+    def init(self, seed: int) -> Any:
+        self.seed = seed
+        return {"w": np.zeros(3000, np.float32)}
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        if (rank, step) == self.fails_at:
+            raise ZeroDivisionError("the batch is bad")
+        return np.random.default_rng([self.seed, step, rank, world_size]).standard_normal(3000).astype(np.float32)
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        error = params["w"] - 1 + np.float32(0.1) * batch
+        return float((error**2).mean()), {"w": error}
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        return {"distance": float(np.abs(params["w"] - 1).max())}
+
+
+def weights(directory: Path) -> list[bytes]:
+    with DistNadam.restore(directory, num_shards=1, backend="local") as optimizer:
+        return [optimizer.get_params()["w"].tobytes(), *(np.asarray(x).tobytes() for x in optimizer.get_weights())]
+
+
+def train(directory: Path, steps: int = 20, **how: Any) -> Any:
+    return fit(Quadratic(), **({"steps": steps, "backend": "local", "checkpoint_dir": directory, "verbose": False} | how))
+
+
+def test_a_run_leaves_its_record_metrics_plot_and_checkpoints(tmp_path: Path) -> None:
+    history = train(tmp_path, save_every=5, keep=2, evaluate_every=8)
+    assert history.steps == list(range(1, 21))
+    assert history.losses[-1] < history.losses[0]
+    assert [step for step, _ in history.evaluations] == [8, 16, 20]
+    assert [path.name for path in store.steps(tmp_path)] == ["step_00000015", "step_00000020"]
+    rows = read_metrics(history.metrics_path)
+    assert [value for _, metric, value in rows if metric == "loss"] == history.losses
+    assert history.plot_path == tmp_path / "loss.png"
+    assert history.plot_path.read_bytes().startswith(b"\x89PNG")
+    assert threading.active_count() < 10
+
+
+def test_the_loss_is_the_mean_over_the_ranks(tmp_path: Path) -> None:
+    task = Quadratic()
+    params = task.init(0)
+    each = [task.loss_and_gradients(params, task.batch(0, rank, 3))[0] for rank in range(3)]
+    assert train(tmp_path, steps=1, num_workers=3).losses == [sum(each) / 3]
+
+
+@pytest.mark.parametrize("how", [{"num_shards": 1}, {"num_shards": 5}, {"backend": "ray"}])
+def test_the_run_does_not_depend_on_shards_or_backend(how: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if how.get("backend") == "ray":
+        request.getfixturevalue("ray_cluster")
+    reference, other = train(tmp_path / "a"), train(tmp_path / "b", **how)
+    assert other.losses == reference.losses
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_a_resumed_run_ends_as_the_undisturbed_one(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if backend == "ray":
+        request.getfixturevalue("ray_cluster")
+    train(tmp_path / "whole", evaluate_every=10)
+    train(tmp_path / "parts", steps=10, evaluate_every=10)
+    history = train(tmp_path / "parts", evaluate_every=10, backend=backend)
+    assert history.steps == list(range(11, 21))
+    assert history.resumed_from == tmp_path / "parts" / "step_00000010"
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    assert read_metrics(tmp_path / "whole" / "metrics.csv") == read_metrics(tmp_path / "parts" / "metrics.csv")
+
+
+def test_rows_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
+    train(tmp_path, steps=10)
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("11,loss,99.0\n12,lo")
+    train(tmp_path)
+    losses = [(step, value) for step, metric, value in read_metrics(tmp_path / "metrics.csv") if metric == "loss"]
+    assert [step for step, _ in losses] == list(range(1, 21))
+    assert (11, 99.0) not in losses
+
+
+def test_a_broken_newest_checkpoint_is_passed_over_with_a_word(tmp_path: Path) -> None:
+    train(tmp_path, steps=10, save_every=5)
+    victim = next((tmp_path / "step_00000010").glob("shard-00000-*"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    told: list[str] = []
+
+    class Listener(Callback):
+        def on_message(self, text: str) -> None:
+            told.append(text)
+
+    history = train(tmp_path, callbacks=[Listener()])
+    assert history.resumed_from == tmp_path / "step_00000005"
+    assert victim.name in told[0]
+
+
+def test_a_changed_number_of_workers_is_said_and_another_seed_or_task_refused(tmp_path: Path) -> None:
+    train(tmp_path, steps=10)
+    told: list[str] = []
+
+    class Listener(Callback):
+        def on_message(self, text: str) -> None:
+            told.append(text)
+
+    with pytest.raises(CheckpointError, match="seed 0, this run's is 1"):
+        train(tmp_path, seed=1)
+    train(tmp_path, num_workers=3, callbacks=[Listener()])
+    assert any("had 2 workers and goes on with 3" in text for text in told)
+    other = Quadratic()
+    other.name = "other"
+    with pytest.raises(CheckpointError, match="task 'quadratic', this run's is 'other'"):
+        fit(other, steps=30, backend="local", checkpoint_dir=tmp_path, verbose=False)
+
+
+def test_resume_may_be_forbidden_or_demanded(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        train(tmp_path, resume="must")
+    train(tmp_path, resume="never")
+    with pytest.raises(CheckpointError, match="holds checkpoints"):
+        train(tmp_path, resume="never")
+    with pytest.raises(ConfigError, match="resume must be"):
+        train(tmp_path, resume="maybe")
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    with store.DirectoryLock(tmp_path), pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"):
+        train(tmp_path)
+
+
+def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(tmp_path: Path, backend: str) -> None:
+    with pytest.raises(TrainingError, match="worker 1, step 7: the task raised ZeroDivisionError: the batch is bad") as caught:
+        fit(Quadratic(fails_at=(1, 7)), steps=20, backend=backend, checkpoint_dir=tmp_path, verbose=False)
+    assert any("in batch" in note for note in caught.value.__notes__)
+    with store.DirectoryLock(tmp_path):  # let go of
+        assert not [t for t in threading.enumerate() if t.name.startswith("worker")]
+
+
+def test_the_optimizer_given_is_a_template_for_its_hyper_parameters(tmp_path: Path) -> None:
+    history = train(tmp_path, steps=1, optimizer=DistNadam(lr=0.5, clipvalue=0.1))
+    manifest = store.load(history.checkpoints[0])
+    assert (manifest.config["lr"], manifest.config["clipvalue"]) == (0.5, 0.1)
