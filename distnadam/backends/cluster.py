@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from distnadam.messages import ShardSpec
 log = logging.getLogger("distnadam")
 
 _PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
+_MISSING = re.compile(r"No module named \\?'([\w.]+)")
+_WHERE = re.compile(r"\bip=([^,)\s]+)")
 _START_S = 120.0
 _REPORT_EVERY_S = 5.0
 
@@ -120,7 +123,8 @@ def await_start(refs: Sequence[Any], options: Options) -> list[dict[str, str]]:
 
 def node_facts() -> dict[str, str]:
     """Return this process's node and the versions of what the shards' bits or files depend on."""
-    facts = {"node": ray.util.get_node_ip_address(), "python": ".".join(platform.python_version_tuple()[:2])}
+    node = f"{ray.util.get_node_ip_address()} (id {ray.get_runtime_context().get_node_id()[:12]})"
+    facts = {"node": node, "python": ".".join(platform.python_version_tuple()[:2])}
     for package in _PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
@@ -147,11 +151,10 @@ def _raise_failed(ready: Sequence[Any]) -> None:
             ray.get(ref)
         except RayActorError as error:
             text = str(error)
-            missing = next((line.strip() for line in text.splitlines() if "ModuleNotFoundError" in line), None)
-            where = next((line.strip() for line in text.splitlines() if "ip" in line.lower() and "=" in line), "")
-            if missing is not None:
+            if (missing := _MISSING.search(text)) is not None:
+                where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
                 raise VersionMismatch(
-                    f"a node lacks a package that the shards need: {missing} ({where}): install it on every node"
+                    f"node {where} lacks the package {missing[1]!r}, which the shards need: install the same versions on every node"
                 ) from error
             raise ShardLost(f"a shard did not start: {text}") from error
 

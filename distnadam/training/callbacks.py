@@ -45,7 +45,8 @@ class MetricsFile(Callback):
     def on_begin(self, step: int, steps: int) -> None:
         """Open the file, keeping the rows up to `step`."""
         kept = [row for row in read_metrics(self._path) if row[0] <= step] if self._path.exists() else []
-        self._file = open(self._path, "w", newline="", encoding="utf-8")  # noqa: SIM115  # closed by on_end
+        # line by line, so that a killed run keeps at least the rows up to its checkpoint; closed by on_end
+        self._file = open(self._path, "w", buffering=1, newline="", encoding="utf-8")  # noqa: SIM115
         self._write("step", "metric", "value")
         for at, metric, value in kept:
             self._write(at, metric, value)
@@ -58,11 +59,6 @@ class MetricsFile(Callback):
         """Write the metrics."""
         for metric, value in metrics.items():
             self._write(step, metric, float(value))
-
-    def on_save(self, step: int, path: Path) -> None:
-        """Bring the rows to the file, so that a killed run keeps what its checkpoint has."""
-        if self._file is not None:
-            self._file.flush()
 
     def on_end(self) -> None:
         """Close the file."""
