@@ -1,0 +1,171 @@
+"""What only Ray brings: asks that cannot be met, names, handles in other processes, deaths, and a Ray of our own."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from distnadam import DistNadam, Options
+from distnadam.errors import InsufficientResources, LifecycleError, NameTaken, NotRunning, ShardLost
+from tests.models import bits
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+START = {"w": np.ones(3000, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (Options(shard_cpus=2), r"3 shards ask CPU 2 each, the nodes have 4 in all.*room for 2"),
+        (Options(shard_resources={"TPU": 1}), "TPU 1 each, the nodes have 0 in all"),
+        (Options(shard_memory_bytes=2**60), "memory"),
+        (Options(label_selector={"zone": "moon"}), r"0 suitable node\(s\)"),
+    ],
+)
+def test_an_ask_that_the_nodes_cannot_meet_is_refused_at_once_with_what_is_missing(options: Options, told: str) -> None:
+    with pytest.raises(InsufficientResources, match=told):
+        DistNadam(num_shards=3, backend="ray", options=options).build(START)
+
+
+def test_an_ask_may_be_waited_for_visibly(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InsufficientResources, match="TPU"):
+        DistNadam(backend="ray", options=Options(shard_resources={"TPU": 1}, start_timeout_s=0.3)).build(START)
+    assert "waiting for nodes: 1 shards ask TPU 1" in caplog.text
+
+
+def test_the_shards_ask_for_what_the_options_say() -> None:
+    free = ray.available_resources()["CPU"]
+    with DistNadam(num_shards=2, backend="ray", options=Options(shard_cpus=1.5)).build(START) as optimizer:
+        optimizer.apply_gradients(START)
+        assert ray.available_resources()["CPU"] == free - 3
+
+
+def test_a_named_optimizer_is_found_from_another_process_and_its_name_is_taken() -> None:
+    @ray.remote(num_cpus=0)
+    def elsewhere() -> int:
+        with DistNadam.connect("found") as other:
+            other.apply_gradients(START)
+            return other.iterations
+
+    with DistNadam(num_shards=3, lr=0.5, name="found", backend="ray").build(START) as optimizer:
+        assert ray.get(elsewhere.remote()) == 1
+        assert optimizer.iterations == 1
+        assert DistNadam.connect("found").get_config()["lr"] == 0.5
+        with pytest.raises(NameTaken, match="'found' is running"):
+            DistNadam(name="found", backend="ray").build(START)
+        assert optimizer.apply_gradients(START) == 2
+    with pytest.raises(NotRunning, match="no optimizer named 'found'"):
+        DistNadam.connect("found")
+
+
+def test_handles_and_workers_travel_to_tasks_and_actors() -> None:
+    @ray.remote(num_cpus=0)
+    class Trainer:
+        def __init__(self, worker: Any) -> None:
+            self.worker = worker
+
+        def train(self, steps: int) -> bytes:
+            for _ in range(steps):
+                params = self.worker.step(START)
+            return bytes(params["w"].tobytes())
+
+    with DistNadam(num_shards=2, num_workers=2, backend="ray").build(START) as optimizer:
+        actors = [Trainer.remote(optimizer.worker(rank)) for rank in range(2)]
+        ends = ray.get([actor.train.remote(3) for actor in actors])
+        assert ends[0] == ends[1] == optimizer.get_params()["w"].tobytes()
+
+
+def test_a_copy_that_closes_only_detaches() -> None:
+    @ray.remote(num_cpus=0)
+    def use(optimizer: DistNadam) -> int:
+        with optimizer:
+            return optimizer.apply_gradients(START)
+
+    with DistNadam(backend="ray").build(START) as optimizer:
+        assert ray.get(use.remote(optimizer)) == 1
+        assert optimizer.apply_gradients(START) == 2
+    with pytest.raises(LifecycleError, match="closed"):
+        optimizer.get_params()
+
+
+def test_a_shard_killed_is_an_error_that_names_it() -> None:
+    with DistNadam(num_shards=2, num_workers=2, backend="ray").build(START) as optimizer:
+        ticket = optimizer.worker(0).push(START)
+        ray.kill(optimizer._running().backend._actors[1])
+        with pytest.raises(ShardLost, match="shard 1: its process or node died"):
+            ticket.result()
+
+
+def shard_processes() -> set[int]:
+    """The processes of shards below this one."""
+    return {pid for pid in children(os.getpid()) if b"_ShardActor" in command_of(pid)}
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_optimizers_come_and_go_and_leave_no_process() -> None:
+    for _ in range(3):
+        with DistNadam(num_shards=2, backend="ray").build(START) as optimizer:
+            optimizer.apply_gradients(START)
+            assert len(shard_processes()) >= 2
+    while shard_processes():
+        pass  # the test's time limit bounds it
+
+
+def test_backends_agree_on_a_model_with_an_empty_shard() -> None:
+    tiny = {"w": np.ones(3, np.float32)}
+    with DistNadam(num_shards=4, backend="ray").build(tiny) as one, DistNadam(backend="local").build(tiny) as other:
+        one.apply_gradients(tiny)
+        other.apply_gradients(tiny)
+        assert bits(one) == bits(other)
+
+
+OWN = """
+import os, sys
+import numpy as np
+from distnadam import DistNadam
+with DistNadam(num_shards=2, backend="ray").build({"w": np.ones(3, np.float32)}) as optimizer:
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    print(optimizer.apply_gradients({"w": np.ones(3, np.float32)}), flush=True)
+    sys.stdin.read()
+"""
+
+
+def children(pid: int) -> set[int]:
+    """All processes below one."""
+    below: set[int] = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            below |= {int(stat.parent.name)} | children(int(stat.parent.name))
+    return below
+
+
+@pytest.mark.parametrize("end", ["close", pytest.param("kill", marks=pytest.mark.slow)])  # Ray notices a killed driver after a minute
+def test_a_ray_of_our_own_has_a_token_writes_no_home_and_leaves_no_process(end: str, tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")} | {"HOME": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", OWN], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "1"
+    below = children(process.pid)
+    assert len(below) > 3
+    if end == "kill":
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / ".ray").exists()
+    while any(Path(f"/proc/{pid}").exists() for pid in below):
+        pass  # the test's time limit bounds it
