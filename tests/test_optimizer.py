@@ -1,7 +1,6 @@
 """The face: what is refused before anything is allocated or applied, and what the messages say."""
 
 import pickle
-import threading
 from typing import Any
 
 import ml_dtypes
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam, Options
-from distnadam.errors import ConfigError, GradientError, LifecycleError, NonFiniteGradient, PushesPending, StepTimeout, StructureError
+from distnadam.errors import ConfigError, GradientError, LifecycleError, NonFiniteGradient, PushesPending, StructureError
 from distnadam.schedules import Piecewise
 from tests.models import bits, gradients, params, run
 
@@ -257,46 +256,3 @@ def test_use_before_build_after_close_and_twice_is_said() -> None:
     for call in (optimizer.get_params, lambda: optimizer.build({"w": np.ones(1)}), worker.pull):
         with pytest.raises(LifecycleError, match="closed"):
             call()
-
-
-def test_a_worker_that_waits_in_vain_names_who_is_missing() -> None:
-    with DistNadam(num_workers=3, backend="local", options=Options(step_timeout_s=0.05)).build({"w": np.ones(1)}) as optimizer:
-        gone, waits = optimizer.worker(1), optimizer.worker(0)
-        gone.close()
-        ticket = waits.push({"w": np.ones(1)})
-        with pytest.raises(StepTimeout, match=r"still to push: ranks 1 \(closed\), 2"):
-            ticket.result()
-        others = [optimizer.worker(rank).push({"w": np.ones(1)}) for rank in (1, 2)]
-        assert [t.result() for t in (ticket, *others)] == [1, 1, 1]
-
-
-def test_closing_the_optimizer_releases_a_worker_that_waits() -> None:
-    optimizer = DistNadam(num_workers=2, backend="local").build({"w": np.ones(1)})
-    ticket = optimizer.worker(0).push({"w": np.ones(1)})
-    errors: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            ticket.result()
-        except LifecycleError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    optimizer.close()
-    thread.join()
-    assert "closed" in str(errors[0])
-
-
-def test_reading_and_saving_in_the_middle_of_training_sees_one_step(tmp_path: Any, backend: str) -> None:
-    with DistNadam(num_shards=3, num_workers=2, backend=backend).build(params()) as optimizer:
-        trainer = threading.Thread(target=run, args=(optimizer, 0, 40))
-        trainer.start()
-        seen = [int(optimizer.get_weights()[0]) for _ in range(10)]
-        saved = optimizer.save(tmp_path)
-        trainer.join()
-        assert seen == sorted(seen) and optimizer.iterations == 40
-        end = bits(optimizer)
-    with DistNadam.restore(saved, backend="local", num_shards=1) as again:
-        run(again, again.round, 40)
-        assert bits(again) == end

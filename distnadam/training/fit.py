@@ -137,7 +137,13 @@ class _Run:
                 begin = optimizer.round
                 self._tell("on_begin", begin, self.plan.steps)
                 team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=self.topology["num_workers"]))
-                self._train(optimizer, team, begin)
+                try:
+                    self._train(optimizer, team, begin)
+                except KeyboardInterrupt:
+                    if self.interrupted:
+                        raise
+                    self.interrupted = True  # it came between two segments, where nothing is pending
+                    self._save(optimizer, optimizer.round)
             finally:
                 self.history.seconds = time.monotonic() - began
                 optimizer.close()  # first: it releases workers that wait for one that is gone

@@ -14,6 +14,7 @@ import ray
 from distnadam import DistNadam, Options
 from distnadam.errors import InsufficientResources, LifecycleError, NameTaken, NotRunning, ShardLost
 from tests.models import bits
+from tests.processes import children, wait_until_gone
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 START = {"w": np.ones(3000, np.float32)}
@@ -142,19 +143,6 @@ with DistNadam(num_shards=2, backend="ray").build({"w": np.ones(3, np.float32)})
 """
 
 
-def children(pid: int) -> set[int]:
-    """All processes below one."""
-    below: set[int] = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            below |= {int(stat.parent.name)} | children(int(stat.parent.name))
-    return below
-
-
 @pytest.mark.parametrize("end", ["close", pytest.param("kill", marks=pytest.mark.slow)])  # Ray notices a killed driver after a minute
 def test_a_ray_of_our_own_has_a_token_writes_no_home_and_leaves_no_process(end: str, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")} | {"HOME": str(tmp_path)}
@@ -167,5 +155,4 @@ def test_a_ray_of_our_own_has_a_token_writes_no_home_and_leaves_no_process(end: 
         process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / ".ray").exists()
-    while any(Path(f"/proc/{pid}").exists() for pid in below):
-        pass  # the test's time limit bounds it
+    wait_until_gone(below)

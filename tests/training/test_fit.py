@@ -1,5 +1,6 @@
 """The training loop: segments, records, resume, refusals, errors of the task, and nothing left behind."""
 
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,18 @@ def test_resume_may_be_forbidden_or_demanded(tmp_path: Path) -> None:
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     with store.DirectoryLock(tmp_path), pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"):
         train(tmp_path)
+
+
+def test_ctrl_c_while_the_driver_evaluates_saves_too(tmp_path: Path) -> None:
+    class Interrupted(Quadratic):
+        def evaluate(self, params: Any) -> dict[str, float]:
+            signal.raise_signal(signal.SIGINT)
+            return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Interrupted(), steps=20, evaluate_every=5, backend="local", checkpoint_dir=tmp_path, verbose=False)
+    train(tmp_path / "whole", steps=5)
+    assert weights(tmp_path / "step_00000005") == weights(tmp_path / "whole")
 
 
 def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(tmp_path: Path, backend: str) -> None:

@@ -1,0 +1,146 @@
+"""The NumPy kernel against the formula written out plainly, to the bit, however the work is cut into blocks, parts and threads."""
+
+import ctypes
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distnadam.errors import KernelError
+from distnadam.nadam.kernels import BLOCK_BYTES, Part, Rates, Scratch, Slots, Stepper, check_denormals, square_sums
+from distnadam.nadam.schedule import Clock, StepScalars
+
+SCALARS = StepScalars(0.002, 0.0011, 0.0007, 3e-9, Clock(1, 0.9))
+DTYPES = ["float32", "float64"]
+BLOCK = {dtype: BLOCK_BYTES // np.dtype(dtype).itemsize for dtype in DTYPES}
+
+
+def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
+    """Values over the whole range whose squares stay finite, denormals and zeros of both signs among them."""
+    info = np.finfo(dtype)
+    exponents = rng.integers(info.minexp - info.nmant, info.maxexp // 2 - 4, n)
+    values = np.ldexp(rng.uniform(-2, 2, n), exponents).astype(dtype)
+    values[rng.random(n) < 0.05] = 0.0
+    values[rng.random(n) < 0.05] = -0.0
+    return values
+
+
+def plain(slots: Slots, gradients: list[Any], scale: float | None, rates: Rates) -> tuple[Any, Any, Any]:
+    """One step as the docstring's formula says it, with temporaries, on whole arrays."""
+    t = slots.p.dtype.type
+    g = gradients[0]
+    for other in gradients[1:]:
+        g = g + other
+    if len(gradients) > 1:
+        g = g / t(len(gradients))
+    if scale is not None:
+        g = g * t(scale)
+    if rates.clipvalue is not None:
+        g = np.minimum(np.maximum(g, -t(rates.clipvalue)), t(rates.clipvalue))
+    m = slots.m + (g - slots.m) * t(rates.one_minus_beta_1)
+    v = slots.v + (g * g - slots.v) * t(rates.one_minus_beta_2)
+    p = slots.p - (g * t(SCALARS.gradient) + m * t(SCALARS.momentum)) / (np.sqrt(v) + t(SCALARS.epsilon))
+    return p, m, v
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    size=st.one_of(st.integers(1, 2000), st.integers(-3, 3).map(lambda d: d + 10**9)),
+    workers=st.integers(1, 5),
+    scale=st.sampled_from([None, 0.37]),
+    clipvalue=st.sampled_from([None, 0.5]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_step_has_the_bits_of_the_plain_formula(
+    dtype: str, size: int, workers: int, scale: float | None, clipvalue: float | None, threads: int, seed: int
+) -> None:
+    size = size if size < 10**8 else 3 * BLOCK[dtype] + size - 10**9  # around a block boundary
+    rng = np.random.default_rng(seed)
+    slots = Slots(numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), np.empty(size, dtype))
+    gradients = [numbers(rng, size, dtype) for _ in range(workers)]
+    rates = Rates(1.0 - 0.9, 1.0 - 0.999, clipvalue)
+    with np.errstate(all="ignore"):
+        p, m, v = plain(slots, gradients, scale, rates)
+        before, copies = slots.p.copy(), [g.copy() for g in gradients]
+        cut = int(rng.integers(0, size + 1))
+        stepper = Stepper(dtype, threads)
+        stepper.step(slots, gradients, SCALARS, rates, [Part(0, cut, scale), Part(cut, size, scale)])
+        stepper.close()
+    assert [slots.out.tobytes(), slots.m.tobytes(), slots.v.tobytes()] == [p.tobytes(), m.tobytes(), v.tobytes()]  # type: ignore[union-attr]
+    assert slots.p.tobytes() == before.tobytes(), "the old parameters stay"
+    assert [g.tobytes() for g in gradients] == [g.tobytes() for g in copies], "the gradients stay"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    chunks=st.integers(1, 300),
+    tail=st.integers(0, 1023),
+    workers=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_square_sums_do_not_depend_on_where_the_range_is_cut(dtype: str, chunks: int, tail: int, workers: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    size = 1024 * chunks - tail
+    gradients = [rng.standard_normal(size).astype(dtype) for _ in range(workers)]
+    whole = square_sums(gradients, 0, size, Scratch(dtype))
+    cut = 1024 * int(rng.integers(0, chunks))
+    pieces = [square_sums(gradients, begin, end, Scratch(dtype)) for begin, end in ((0, cut), (cut, size))]
+    assert np.concatenate(pieces).tobytes() == whole.tobytes()
+    mean = sum(gradients[1:], gradients[0]) / np.dtype(dtype).type(workers) if workers > 1 else gradients[0]
+    np.testing.assert_allclose(whole.sum(), np.square(mean.astype(np.float64)).sum(), rtol=1e-12)
+
+
+def test_a_step_allocates_nothing_of_the_ranges_size() -> None:
+    import tracemalloc
+
+    size = 40 * BLOCK["float32"]
+    slots = Slots(*(np.ones(size, np.float32) for _ in range(3)), np.empty(size, np.float32))
+    gradients = [np.ones(size, np.float32) for _ in range(3)]
+    stepper = Stepper("float32")
+    tracemalloc.start()
+    stepper.step(slots, gradients, SCALARS, Rates(0.1, 0.001, 0.5), [Part(0, size, 0.5)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < BLOCK_BYTES
+
+
+FLUSH = """
+import ctypes, ctypes.util, sys
+import numpy as np
+from distnadam.errors import KernelError
+from distnadam.nadam.kernels import check_denormals
+libm = ctypes.CDLL(ctypes.util.find_library("m"))
+env = (ctypes.c_ubyte * 64)()
+check_denormals()
+libm.fegetenv(ctypes.byref(env))
+mxcsr = ctypes.c_uint32.from_buffer(env, 28)
+mxcsr.value |= 0x8040
+libm.fesetenv(ctypes.byref(env))
+try:
+    check_denormals()
+except KernelError as error:
+    sys.exit(0 if "flushes denormal numbers to zero" in str(error) else 2)
+sys.exit(1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "fegetenv") and sys.platform != "linux", reason="needs glibc")
+def test_a_thread_that_flushes_denormals_is_refused() -> None:
+    import platform
+
+    if platform.machine() != "x86_64":
+        pytest.skip("sets the x86 control register")
+    check_denormals()
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FLUSH], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_kernel_error_is_one_of_ours() -> None:
+    assert issubclass(KernelError, Exception)

@@ -1,0 +1,22 @@
+"""What the tests ask of the operating system about processes."""
+
+from pathlib import Path
+
+
+def children(pid: int) -> set[int]:
+    """All processes below one."""
+    below: set[int] = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            below |= {int(stat.parent.name)} | children(int(stat.parent.name))
+    return below
+
+
+def wait_until_gone(pids: set[int]) -> None:
+    """Wait until none of the processes is there; the test's own time limit bounds it."""
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        pass

@@ -1,0 +1,60 @@
+"""The configuration's own checks: each bad value is named, plain data comes back equal, nothing is coerced silently."""
+
+import math
+from typing import Any
+
+import pytest
+
+from distnadam.config import NadamConfig, Options, check_count
+from distnadam.errors import ConfigError
+from distnadam.schedules import WarmupCosine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
+        ({"lr": math.inf}, "lr must be finite and at least 0, got inf"),
+        ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
+        ({"lr": True}, "lr must be a number, got True"),
+        ({"beta_1": 1.0}, r"beta_1 must be in \[0, 1\), got 1.0"),
+        ({"beta_2": -0.1}, "beta_2 must be finite and at least 0, got -0.1"),
+        ({"epsilon": math.nan}, "epsilon must be finite and at least 0, got nan"),
+        ({"schedule_decay": -1}, "schedule_decay must be finite and at least 0, got -1"),
+        ({"clipnorm": -1.0}, "clipnorm must be finite and at least 0, got -1.0"),
+        ({"clipvalue": math.inf}, "clipvalue must be finite and at least 0, got inf"),
+        ({"clipnorm": 1.0, "global_clipnorm": 2.0}, "clipnorm=1.0 and global_clipnorm=2.0 cannot both be set"),
+    ],
+)
+def test_a_bad_hyper_parameter_is_named_with_its_value(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        NadamConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be .* got 'ignore'"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
+        ({"shard_cpus": -1}, "shard_cpus must be finite and at least 0, got -1"),
+        ({"step_timeout_s": "fast"}, "step_timeout_s must be a number, got 'fast'"),
+        ({"start_timeout_s": math.inf}, "start_timeout_s must be finite"),
+        ({"shard_resources": [("a", 1)]}, "shard_resources must be a mapping"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Options(**arguments)
+
+
+def test_a_config_and_options_come_back_from_plain_data() -> None:
+    config = NadamConfig(WarmupCosine(0.1, 5, 10), clipnorm=1.0, clipvalue=0.5)
+    assert NadamConfig.from_dict(config.to_dict()) == config
+    options = Options(threads=2, shard_resources={"fast_disk": 1.0}, start_timeout_s=3.0)
+    assert Options.from_dict(options.to_dict()) == options
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "2", None, 0, -1])
+def test_what_is_no_count_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="num_shards must be a whole number of at least 1"):
+        check_count("num_shards", value)

@@ -1,0 +1,193 @@
+"""The shard's state machine by itself: which message is legal when, that a refused one changes nothing, and what a broken shard says."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+import distnadam.messages as msg
+from distnadam.config import NadamConfig, Options
+from distnadam.errors import DistNadamError, IllegalMessage, LifecycleError, ShardLost, StaleEpoch
+from distnadam.layout import Layout
+from distnadam.messages import ShardSpec
+from distnadam.nadam.schedule import Clock
+from distnadam.shard import Shard
+from distnadam.state import ShardState
+from distnadam.transitions import LEGAL, Answer, Compute, Phase, Work
+
+LAYOUT = Layout.of({"w": np.ones(3, np.float32)})
+GRADIENTS = {"float32": np.ones(3, np.float32)}
+MEASURED = msg.Measured(1, ((0, np.array([3.0])),))
+
+
+def new_shard(**config: Any) -> Shard:
+    ranges = LAYOUT.cuts(1)[0]
+    return Shard(ShardSpec(0, 1, 2, None, NadamConfig(**config), Options(), LAYOUT, ranges), ShardState.empty(ranges))
+
+
+def push(rank: int, decided: int = 1, complaint: str | None = None) -> msg.Push:
+    return msg.Push(0, rank, 1, decided, GRADIENTS, complaint)
+
+
+def shard_in(phase: Phase) -> Shard:
+    """A shard with two workers, held by "me", that was led to a phase by messages alone."""
+    shard = new_shard(clipnorm=1.0)
+    for rank in (0, 1):
+        shard.receive(msg.Join(rank), "join")
+    if phase is Phase.COLLECTING:
+        shard.receive(msg.Hold("me"), "hold")
+        return shard
+    for rank in (0, 1):
+        shard.receive(push(rank), f"push {rank}")
+    if phase is Phase.MEASURING:
+        return shard
+    shard.computed(Work.MEASURE, MEASURED)
+    if phase is Phase.AWAITING_NORMS:
+        shard.receive(msg.Hold("me"), "hold")
+        return shard
+    shard.receive(msg.Norms(0, 0, 1, 1, np.array([3.0])), "norms 0")
+    if phase is Phase.BROKEN:
+        shard.broke(MemoryError("no room"))
+    return shard
+
+
+def fingerprint(shard: Shard) -> bytes:
+    """Everything a shard holds; what a refused message must leave as it is."""
+    return pickle.dumps({k: v for k, v in vars(shard).items() if k != "_broken"})
+
+
+EXAMPLES: list[Any] = [
+    msg.Join(0),
+    push(0),
+    msg.Norms(0, 0, 1, 1, np.array([3.0])),
+    msg.Pull(0, 1),
+    msg.Leave(0, 1),
+    msg.Hold("you"),
+    msg.Advance("me", 1),
+    msg.Release("you"),
+    msg.Read("me", ("m",)),
+    msg.Write("me", {}),
+    msg.SetRate("me", 0.1),
+    msg.Step("me", GRADIENTS),
+    msg.StepNorms("me", np.array([3.0])),
+    msg.Describe(),
+]
+
+
+@pytest.mark.parametrize("phase", list(Phase), ids=lambda p: p.name)
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_a_message_is_taken_where_the_table_says_so_and_otherwise_changes_nothing(message: Any, phase: Phase) -> None:
+    shard = shard_in(phase)
+    assert shard.phase is phase
+    before, refusal = fingerprint(shard), None
+    try:
+        shard.receive(message, "caller")
+    except DistNadamError as error:
+        refusal = error
+    out_of_phase = isinstance(refusal, ShardLost) if phase is Phase.BROKEN else "is not legal while" in str(refusal)
+    assert out_of_phase == (type(message) not in LEGAL[phase])
+    assert refusal is None or fingerprint(shard) == before
+
+
+def test_every_message_has_an_example_or_is_the_hosts_own() -> None:
+    assert {type(m) for m in EXAMPLES} | {msg.Save, msg.Restore} == set().union(*LEGAL.values())
+
+
+def test_a_round_asks_for_a_step_once_all_ranks_have_pushed_and_answers_all_of_them() -> None:
+    shard = new_shard()
+    for rank in (0, 1):
+        shard.receive(msg.Join(rank), None)
+    assert shard.receive(push(1), "one") == []
+    assert shard.receive(push(0), "zero") == [Compute(Work.STEP)]
+    answers = shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
+    assert [(a.caller, a.reply.round, a.reply.outcome) for a in answers if isinstance(a, Answer)] == [
+        ("one", 1, "applied"),
+        ("zero", 1, "applied"),
+    ]
+
+
+@pytest.mark.parametrize(("on_nonfinite", "outcome"), [("raise", "refused"), ("skip", "skipped")])
+def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(on_nonfinite: Any, outcome: str) -> None:
+    shard = new_shard()
+    shard.spec = ShardSpec(0, 1, 2, None, NadamConfig(), Options(on_nonfinite=on_nonfinite), LAYOUT, shard.spec.ranges)
+    for rank in (0, 1):
+        shard.receive(msg.Join(rank), None)
+    shard.receive(push(1, complaint="worker 1: NaN"), "one")
+    answers = shard.receive(push(0, complaint="worker 0: NaN"), "zero")
+    assert [(a.reply.outcome, a.reply.complaint) for a in answers if isinstance(a, Answer)] == [
+        (outcome, "worker 0: NaN; worker 1: NaN")
+    ] * 2
+    assert (shard.round, shard.skipped, shard.clock.iterations) == (1, 1, 0)
+
+
+def test_a_norm_that_overflows_refuses_the_round_and_names_the_tensor() -> None:
+    shard = shard_in(Phase.MEASURING)
+    shard.computed(Work.MEASURE, MEASURED)
+    answers = shard.receive(msg.Norms(0, 0, 1, 1, np.array([np.inf])), "norms")
+    assert "the mean gradient of 'w' overflows" in answers[0].reply.complaint  # type: ignore[union-attr]
+    assert shard.phase is Phase.COLLECTING
+
+
+def test_a_broken_shard_answers_everyone_who_waits_and_then_serves_no_one() -> None:
+    shard = shard_in(Phase.STEPPING)
+    shard.receive(msg.Pull(0, 1, at_least=1), "pull")
+    shard.receive(msg.Hold("later"), "hold")
+    callers = {a.caller for a in shard.broke(MemoryError("no room")) if isinstance(a, Answer)}
+    assert {"norms 0", "pull", "hold"} <= callers
+    with pytest.raises(ShardLost, match="broken by MemoryError: no room"):
+        shard.receive(push(0), "late")
+
+
+def test_holders_take_turns_and_rounds_wait_for_the_last_of_them() -> None:
+    shard = new_shard()
+    for rank in (0, 1):
+        shard.receive(msg.Join(rank), None)
+    assert [a.caller for a in shard.receive(msg.Hold("a"), "a")] == ["a"]  # type: ignore[union-attr]
+    assert shard.receive(msg.Hold("b"), "b") == []
+    shard.receive(push(0), "zero")
+    assert shard.receive(push(1), "one") == [], "a held shard begins no round"
+    released = shard.receive(msg.Release("a"), "release a")
+    assert [a.caller for a in released if isinstance(a, Answer)] == ["release a", "b"]
+    assert Compute(Work.STEP) not in released
+    assert Compute(Work.STEP) in shard.receive(msg.Release("b"), "release b")
+
+
+def test_a_holder_may_let_a_late_shard_complete_a_round() -> None:
+    shard = new_shard()
+    for rank in (0, 1):
+        shard.receive(msg.Join(rank), None)
+    shard.receive(msg.Hold("a"), "a")
+    for rank in (0, 1):
+        shard.receive(push(rank), f"push {rank}")
+    assert Compute(Work.STEP) in shard.receive(msg.Advance("a", 1), "advance")
+    answers = [a.caller for a in shard.computed(Work.STEP, (Clock(1, 0.9), 0.002)) if isinstance(a, Answer)]
+    assert answers == ["push 0", "push 1", "advance"]
+
+
+def test_only_the_holder_reads_and_writes() -> None:
+    shard = shard_in(Phase.COLLECTING)
+    for message in (
+        msg.Read("you", ("m",)),
+        msg.Write("you", {}),
+        msg.SetRate("you", 0.1),
+        msg.Step("you", GRADIENTS),
+        msg.Advance("you", 1),
+    ):
+        with pytest.raises(IllegalMessage, match="legal only between Hold and Release of the same caller"):
+            shard.receive(message, None)
+
+
+def test_a_write_refuses_the_pushes_that_wait_and_raises_the_epoch() -> None:
+    shard = shard_in(Phase.COLLECTING)
+    shard.receive(push(0), "zero")
+    answers = shard.receive(msg.Write("me", {}), "write")
+    assert isinstance(answers[0].reply, StaleEpoch)  # type: ignore[union-attr]
+    assert shard.epoch == 1
+    with pytest.raises(StaleEpoch, match="push of epoch 0, expected 1"):
+        shard.receive(push(0), "late")
+
+
+def test_a_rank_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(LifecycleError, match=r"rank must be in \[0, 2\), got 2"):
+        new_shard().receive(msg.Join(2), None)

@@ -1,0 +1,58 @@
+"""Whole runs of the command on a Ray it starts itself: killed and resumed, and stopped by Ctrl-C, as a shell would do either."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import children, wait_until_gone
+from tests.test_cli import TRAIN, call, files, start, wait_for
+
+ON_RAY = ["train", "digits", "--workers", "2", "--shards", "2", "--steps", "150", "--save-every", "20"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_run_killed_half_way_and_resumed_ends_with_the_bits_of_a_local_one(tmp_path: Path) -> None:
+    whole = call(*TRAIN, "--steps", 150, "--save-every", 20, "--checkpoint-dir", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    process = start(*ON_RAY, "--checkpoint-dir", tmp_path / "killed", cwd=tmp_path)
+    wait_for(tmp_path / "killed", "step_00000060/manifest.msgpack", process)
+    below = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    resumed = subprocess.run(
+        [sys.executable, "-m", "distnadam", *ON_RAY, "--checkpoint-dir", tmp_path / "killed"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stderr
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+    wait_until_gone(below)  # Ray notices the killed driver after a minute
+
+
+def test_ctrl_c_saves_says_where_and_leaves_no_process(tmp_path: Path) -> None:
+    process = start(*ON_RAY, "--steps", 10**6, "--checkpoint-dir", tmp_path, cwd=tmp_path)
+    wait_for(tmp_path, "step_*/manifest.msgpack", process)
+    below = children(process.pid)
+    assert len(below) > 5
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert "saved step" in told
+    assert "Traceback" not in told
+    assert call("verify", tmp_path).exit_code == 0
+    wait_until_gone(below)
