@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from distnadam.backends.base import Backend, Pending, Team
 from distnadam.backends.cluster import OwnRay, actor_options, await_start, check_fits, check_versions, ensure_ray, node_facts
 from distnadam.backends.host import ShardHost
-from distnadam.errors import DistNadamError, NameTaken, NotRunning, ShardLost
+from distnadam.errors import DistNadamError, LifecycleError, NameTaken, NotRunning, ShardLost
 from distnadam.messages import Describe, Message, ShardSpec
 
 NAMESPACE = "distnadam"
@@ -57,6 +57,7 @@ class RayPending(Pending):
 
     def result(self, timeout_s: float) -> dict[int, Any]:
         """See `Pending.result`."""
+        _require_ray()
         try:
             return dict(zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True))
         except GetTimeoutError as error:
@@ -95,9 +96,7 @@ class RayTeam(Team):
 
     def close(self) -> None:
         """See `Team.close`."""
-        for actor in self._actors:
-            with contextlib.suppress(Exception):  # one that is dead already
-                ray.kill(actor)
+        _kill(self._actors)
 
 
 class RayBackend(Backend):
@@ -141,6 +140,7 @@ class RayBackend(Backend):
 
     def post(self, messages: Mapping[int, Message]) -> Pending:
         """See `Backend.post`."""
+        _require_ray()
         return RayPending({index: self._actors[index].send.remote(message) for index, message in messages.items()}, "shard")
 
     def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
@@ -150,14 +150,26 @@ class RayBackend(Backend):
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`."""
-        if destroy and ray.is_initialized():
-            for actor in self._actors:
-                with contextlib.suppress(Exception):  # one that is dead already
-                    ray.kill(actor)
+        if destroy:
+            _kill(self._actors)
         self._actors = []
         if self._own is not None:
             self._own.shut_down()
             self._own = None
+
+
+def _require_ray() -> None:
+    """Raise where Ray was shut down: its functions would quietly start another, or join one that is dying."""
+    if not ray.is_initialized():
+        raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    if not ray.is_initialized():
+        return  # they went with their Ray
+    for actor in actors:
+        with contextlib.suppress(Exception):  # one that is dead already
+            ray.kill(actor)
 
 
 def _named(name: str, index: int) -> Any:

@@ -16,8 +16,8 @@ from distnadam.errors import KernelError
 from distnadam.layout import CHUNK
 from distnadam.nadam.schedule import StepScalars
 
-BLOCK_BYTES = 65536 * 4
-"""Bytes of one block of one array: smaller ones lose to the cost of a ufunc's call, larger ones leave the cache."""
+BLOCK_BYTES = 768 * 1024
+"""Bytes of one block of one array: smaller ones lose to the cost of a ufunc's call and to threads' turns, larger ones leave the cache."""
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,21 @@ def test_backends_agree_on_a_model_with_an_empty_shard() -> None:
 OWN = """
 import os, sys
 import numpy as np
+import ray
 from distnadam import DistNadam
+from distnadam.errors import LifecycleError
 with DistNadam(num_shards=2, backend="ray").build({"w": np.ones(3, np.float32)}) as optimizer:
     assert os.environ["RAY_AUTH_MODE"] == "token"
     print(optimizer.apply_gradients({"w": np.ones(3, np.float32)}), flush=True)
+    worker = optimizer.worker(0)
     sys.stdin.read()
+try:
+    worker.pull()
+except LifecycleError as error:
+    assert "was shut down in this process" in str(error)
+else:
+    raise AssertionError
+assert not ray.is_initialized(), "looking started another Ray"
 """
 
 
@@ -154,5 +164,6 @@ def test_a_ray_of_our_own_has_a_token_writes_no_home_and_leaves_no_process(end: 
     if end == "kill":
         process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == (-signal.SIGKILL if end == "kill" else 0)
     assert not (tmp_path / ".ray").exists()
     wait_until_gone(below)
