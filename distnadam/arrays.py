@@ -18,6 +18,11 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SPACE_OF = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 """The element space (the dtype of the master copy and of m and v) of each dtype a parameter may have."""
 SPACES = ("float32", "float64")
+HALF = frozenset({"float16", "bfloat16"})
+"""Half precisions, in which gradients may come for the float32 space."""
+
+
+_FLOATS = frozenset({BFLOAT16, *(np.dtype(name) for name in SPACE_OF if name != "bfloat16")})
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -42,7 +47,7 @@ def as_numpy(leaf: Any) -> Array:
 
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether a gradient may come in this dtype."""
-    return dtype.name in SPACE_OF
+    return dtype in _FLOATS
 
 
 def empty_flat(sizes: dict[str, int]) -> Flat:
@@ -53,3 +58,8 @@ def empty_flat(sizes: dict[str, int]) -> Flat:
 def zeros_flat(sizes: dict[str, int]) -> Flat:
     """Return zeroed storage of `sizes[space]` elements per space."""
     return {space: np.zeros(n, space) for space, n in sizes.items()}
+
+
+def cut_flat(flat: Flat, ranges: dict[str, tuple[int, int]]) -> Flat:
+    """Return views of one half-open range per space."""
+    return {space: flat[space][begin:end] for space, (begin, end) in ranges.items()}

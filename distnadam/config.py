@@ -71,6 +71,8 @@ class Options:
     Args:
         on_nonfinite: "raise" refuses a round with a non-finite gradient by `NonFiniteGradient` at every worker; "skip" leaves the
             parameters as they are, counts the round as skipped and goes on.
+        transport: "auto" moves gradients and parameters between processes of one machine through shared memory, and by Ray objects
+            otherwise; "objects" always by Ray objects.
         threads: threads that step one shard. None: every CPU of this process where local, the whole CPUs asked for by `shard_cpus`
             (at least 1) on Ray.
         shard_cpus: CPUs that each shard's actor asks of Ray; 0 lets any number of shards start on any machine.
@@ -86,6 +88,7 @@ class Options:
     """
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
+    transport: Literal["auto", "objects"] = "auto"
     threads: int | None = None
     shard_cpus: float = 0.0
     shard_memory_bytes: int = 0
@@ -100,6 +103,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.on_nonfinite not in ("raise", "skip"):
             raise ConfigError(f'on_nonfinite must be "raise" or "skip", got {self.on_nonfinite!r}')
+        if self.transport not in ("auto", "objects"):
+            raise ConfigError(f'transport must be "auto" or "objects", got {self.transport!r}')
         if self.threads is not None:
             check_count("threads", self.threads)
         for name in ("shard_cpus", "shard_memory_bytes", "worker_cpus", "step_timeout_s"):

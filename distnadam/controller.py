@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distnadam.arrays import Flat, empty_flat
+from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.base import Backend
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.errors import CheckpointError, StepTimeout
-from distnadam.layout import Layout, Ranges
+from distnadam.layout import Layout
 from distnadam.messages import (
     Advance,
     Decided,
@@ -93,7 +93,7 @@ class Controller:
 
     def write(self, at: Boundary, state: Mapping[str, Flat], clock: Clock | None = None) -> None:
         """Replace whole arrays by name, and the clock where given, on every shard."""
-        self._ask({i: Write(at.token, {name: _cut(flat, r) for name, flat in state.items()}, clock) for i, r in enumerate(self.ranges)})
+        self._ask({i: Write(at.token, {name: cut_flat(flat, r) for name, flat in state.items()}, clock) for i, r in enumerate(self.ranges)})
 
     def set_rate(self, lr: Rate) -> None:
         """Replace the learning rate from the next step on."""
@@ -103,7 +103,7 @@ class Controller:
     def step(self, gradients: Any) -> Decided:
         """Apply one step from an already averaged gradient tree; raise PushesPending where workers' pushes wait."""
         if self._slot is None:
-            self._slot = GradientSlot(self.layout, "apply_gradients")
+            self._slot = GradientSlot(self.layout, "apply_gradients", empty_flat(self.layout.sizes))
         complaint = self._slot.fill(gradients)
         with self.boundary() as at:
             parts = [None if complaint else self._slot.ranges(ranges) for ranges in self.ranges]
@@ -163,7 +163,3 @@ class Controller:
         except TimeoutError as error:
             kind = type(next(iter(messages.values()))).__name__
             raise StepTimeout(f"shards {sorted(messages)} did not all answer {kind} in {self.timeout_s:g} s") from error
-
-
-def _cut(flat: Flat, ranges: Ranges) -> Flat:
-    return {space: flat[space][begin:end] for space, (begin, end) in ranges.items()}

@@ -19,8 +19,11 @@
     │   ├── NameTaken                   an optimizer of that name is running
     │   ├── NotRunning                  no optimizer of that name is running
     │   ├── ShardLost                   a shard's process died
+    │   ├── WorkerLost                  another rank's worker died while its gradients were awaited
     │   ├── ShardsDisagree              two shards computed different scalars
-    │   └── StepTimeout                 waited too long for a shard or for other workers
+    │   ├── StepTimeout                 waited too long for a shard or for other workers
+    │   ├── ArenaError                  shared memory cannot be had (Ray objects are used instead)
+    │   └── LaneError                   a shard cannot be reached by a socket (Ray objects are used instead)
     ├── TrainingError                   `fit` cannot go on; the task's own error is its cause
     ├── KernelError                     this thread's arithmetic is not IEEE (flushed denormals)
     └── CheckpointError                 a file was refused
@@ -106,12 +109,24 @@ class ShardLost(ClusterError):
     """A shard's process or node died."""
 
 
+class WorkerLost(ClusterError):
+    """Another rank's worker died while its gradients were awaited; the message names the rank, and this worker's push was dropped."""
+
+
 class ShardsDisagree(ClusterError):
     """Two shards computed different scalars for one step: the learning-rate function is not a function of the step."""
 
 
 class StepTimeout(ClusterError, TimeoutError):
     """A shard, or the other workers, did not answer in time; the message names them."""
+
+
+class ArenaError(ClusterError):
+    """Shared memory of this size cannot be had."""
+
+
+class LaneError(ClusterError):
+    """A shard of this machine cannot be reached through its socket, or what came through it is no message."""
 
 
 class TrainingError(DistNadamError):

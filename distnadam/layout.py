@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import optree
 
-from distnadam.arrays import SPACE_OF, SPACES, Array, Flat, as_numpy, dtype_of
+from distnadam.arrays import SPACE_OF, SPACES, Array, Flat, as_numpy, dtype_of, is_float
 from distnadam.errors import StructureError
 
 CHUNK = 1024
@@ -98,7 +98,7 @@ class Layout:
             StructureError: a tensor is missing, unexpected, None, of another shape or no floating-point array; `what` begins the message.
         """
         leaves = self.leaves_as_given(tree, what=what)
-        return [self._checked(t, leaf, what) for t, leaf in zip(self.tensors, leaves, strict=True)]
+        return [self.checked(index, leaf, what=what) for index, leaf in enumerate(leaves)]
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
         """Return the tree's leaves in the layout's order, whatever they are, checked for path alone; raise StructureError as `leaves`."""
@@ -183,13 +183,12 @@ class Layout:
         told = [f"{p!r} is missing" for p in missing[:3]] + [f"{p!r} is not a tensor of the model" for p in extra[:3]]
         raise StructureError(f"{what}: {', '.join(told)}; expected the {len(expected)} tensors given to build, got {len(paths)}")
 
-    def _checked(self, tensor: TensorSpec, leaf: Any, what: str) -> Array:
-        expected = f"expected shape {tensor.shape} and a floating-point dtype"
-        if leaf is None:
-            raise StructureError(f"{what}: {tensor.path!r}: {expected}, got None")
-        array = as_numpy(leaf)
-        if array.shape != tensor.shape or array.dtype.name not in SPACE_OF:
-            raise StructureError(f"{what}: {tensor.path!r}: {expected}, got shape {array.shape} and dtype {array.dtype.name}")
+    def checked(self, index: int, leaf: Any, *, what: str) -> Array:
+        """Return one tensor's leaf as an array; raise StructureError as `leaves`."""
+        tensor, array = self.tensors[index], as_numpy(leaf)
+        if array.shape != tensor.shape or not is_float(array.dtype):
+            got = "None" if leaf is None else f"shape {array.shape} and dtype {array.dtype.name}"
+            raise StructureError(f"{what}: {tensor.path!r}: expected shape {tensor.shape} and a floating-point dtype, got {got}")
         return array
 
 

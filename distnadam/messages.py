@@ -1,7 +1,8 @@
 """What callers say to a shard and what it answers: plain records, the whole protocol in one place.
 
-Workers send Join, Push, Norms, Pull and Leave; whoever acts on the optimizer as a whole first holds every shard at one round (Hold,
-Advance), then reads or writes (Read, Write, SetRate, Step, Save, Restore), then lets go (Release). Arrays are the shard's own range.
+Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever acts on the optimizer as a whole first
+holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, Save, Restore), then lets go
+(Release). Arrays are the shard's own range.
 """
 
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ class Joined:
 class Push:
     """One rank's gradients for one round, or its complaint that they are not finite.
 
-    `gradients` are this shard's ranges in the spaces' dtypes (None beside a complaint).
+    `gradients` are this shard's ranges in the spaces' dtypes or in half precision (None beside a complaint). They are not copied: the
+    sender leaves them alone until the round is decided or the push refused.
     """
 
     epoch: int
@@ -94,6 +96,14 @@ class Pull:
 @dataclass(frozen=True)
 class Leave:
     """The worker departs after a whole step."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker's process died, as the end of its line told."""
 
     rank: int
     incarnation: int
@@ -218,7 +228,10 @@ class Describe:
 
 @dataclass(frozen=True)
 class Description:
-    """A shard's spec and where it stands; `waiting_for` are the ranks whose push the round lacks, `left` those that closed."""
+    """A shard's spec and where it stands.
+
+    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died.
+    """
 
     spec: ShardSpec
     epoch: int
@@ -228,10 +241,27 @@ class Description:
     phase: str
     waiting_for: tuple[int, ...]
     left: tuple[int, ...]
+    dead: tuple[int, ...]
     held: bool
     lr: Rate
 
 
 Message = (
-    Join | Push | Norms | Pull | Leave | Hold | Advance | Release | Read | Write | SetRate | Step | StepNorms | Save | Restore | Describe
+    Join
+    | Push
+    | Norms
+    | Pull
+    | Leave
+    | Lost
+    | Hold
+    | Advance
+    | Release
+    | Read
+    | Write
+    | SetRate
+    | Step
+    | StepNorms
+    | Save
+    | Restore
+    | Describe
 )

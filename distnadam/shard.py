@@ -10,12 +10,23 @@ from typing import Any
 
 import distnadam.messages as msg
 from distnadam.arrays import Flat
-from distnadam.errors import IllegalMessage, LatePush, LifecycleError, PushesPending, RoundMismatch, ShardLost, StaleEpoch, SupersededWorker
+from distnadam.errors import (
+    DistNadamError,
+    IllegalMessage,
+    LatePush,
+    PushesPending,
+    ShardLost,
+    StaleEpoch,
+    WorkerLost,
+)
 from distnadam.gate import Gate
 from distnadam.ledger import DIRECT, Ledger
+from distnadam.members import Members
 from distnadam.nadam.schedule import Clock
 from distnadam.state import ShardState
 from distnadam.transitions import LEGAL, Answer, Compute, Effect, Phase, Work
+
+_HANDLERS = {kind: f"_on_{kind.__name__.lower()}" for kinds in LEGAL.values() for kind in kinds}
 
 
 @dataclass
@@ -33,13 +44,12 @@ class Shard:
 
     def __init__(self, spec: msg.ShardSpec, state: ShardState) -> None:
         self.spec, self.state = spec, state
-        self.config, self.clock, self.ledger = spec.config, Clock(), Ledger()
+        self.config, self.clock, self.members = spec.config, Clock(), Members(spec.index, spec.num_workers)
         self.epoch = self.round = self.skipped = 0
         self.phase = Phase.COLLECTING
         self.lr = 0.0
         self._now = _Round()
         self._last: tuple[msg.Outcome, str | None] = ("applied", None)
-        self._left: set[int] = set()
         self.gate = Gate()
         self._pulls: list[tuple[Any, msg.Pull]] = []
         self._broken: BaseException | None = None
@@ -52,7 +62,7 @@ class Shard:
             raise ShardLost(f"shard {self.spec.index}: broken by {type(self._broken).__name__}: {self._broken}") from self._broken
         if type(message) not in LEGAL[self.phase]:
             raise IllegalMessage(f"shard {self.spec.index}: {type(message).__name__} is not legal while {self.phase.value}")
-        handler = getattr(self, f"_on_{type(message).__name__.lower()}")
+        handler = getattr(self, _HANDLERS[type(message)])
         return [*handler(message, caller), *self._progress()]
 
     def computed(self, work: Work, result: Any) -> list[Effect]:
@@ -84,22 +94,18 @@ class Shard:
 
     def load(self, clock: Clock, decided: int, skipped: int, ledger: dict[str, Any]) -> None:
         """Take the place in time of a checkpoint whose arrays are in the state."""
-        self.clock, self.round, self.skipped, self.ledger = clock, decided, skipped, Ledger.from_dict(ledger)
+        self.clock, self.round, self.skipped, self.members.ledger = clock, decided, skipped, Ledger.from_dict(ledger)
         self.gate.limit(decided)
 
     # Workers
 
     def _on_join(self, message: msg.Join, caller: Any) -> list[Effect]:
-        self._check_rank(message.rank)
-        incarnation = self.ledger.admit(message.rank, message.incarnation)
-        self._check_newest(message.rank, incarnation)
-        self._left.discard(message.rank)
-        return [Answer(caller, msg.Joined(incarnation))]
+        return [Answer(caller, msg.Joined(self.members.join(message.rank, message.incarnation)))]
 
     def _on_push(self, push: msg.Push, caller: Any) -> list[Effect]:
-        if self._already_counted(push):
+        if self.members.already_counted(push, self.round):
             return [Answer(caller, self._decided(push.want_parameters))]
-        self._check_current(push)
+        self.members.check_current(push, self.epoch, self.round)
         held = self._now.pushes.get(push.rank)
         if held is None or held.incarnation < push.incarnation:
             if self.phase is not Phase.COLLECTING:
@@ -110,23 +116,26 @@ class Shard:
         if self._now.measured is not None:
             return [Answer(caller, self._now.measured)]
         self._now.waiting.append((caller, push.want_parameters))
-        return []
+        return self._drop_pushes_that_wait_for_the_dead()
 
     def _on_norms(self, message: msg.Norms, caller: Any) -> list[Effect]:
-        if self._already_counted(message):
+        if self.members.already_counted(message, self.round):
             return [Answer(caller, self._decided(message.want_parameters))]
-        self._check_current(message)
+        self.members.check_current(message, self.epoch, self.round)
         return self._take_norms(message.square_sums, caller, message.want_parameters)
 
     def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
-        self._check_newest(pull.rank, pull.incarnation)
+        self.members.check_newest(pull.rank, pull.incarnation)
         self._pulls.append((caller, pull))
         return self._settle()
 
     def _on_leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
-        if message.incarnation == self.ledger.newest(message.rank):
-            self._left.add(message.rank)
+        self.members.leave(message.rank, message.incarnation)
         return [Answer(caller, None)]
+
+    def _on_lost(self, message: msg.Lost, caller: Any) -> list[Effect]:
+        self.members.lose(message.rank, message.incarnation)
+        return self._drop_pushes_that_wait_for_the_dead()
 
     # Whoever acts on the optimizer as a whole
 
@@ -155,9 +164,7 @@ class Shard:
             self.clock = message.clock
         self.epoch += 1
         error = StaleEpoch(f"shard {self.spec.index}: the state was replaced after round {self.round}; pull and compute again")
-        refused: list[Effect] = [Answer(c, error) for c, _ in self._now.waiting]
-        self._now, self.phase = _Round(), Phase.COLLECTING
-        return [*refused, Answer(caller, None)]
+        return [*self._drop_pushes(error), Answer(caller, None)]
 
     def _on_setrate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
@@ -169,7 +176,7 @@ class Shard:
         if self._now.pushes:
             raise PushesPending(f"shard {self.spec.index}: ranks {sorted(self._now.pushes)} have pushed for round {self.round + 1}")
         self.gate.limit(self.round + 1)
-        incarnation = self.ledger.admit(DIRECT, None)
+        incarnation = self.members.ledger.admit(DIRECT, None)
         self._now.pushes[DIRECT] = msg.Push(
             self.epoch, DIRECT, incarnation, self.round + 1, message.gradients, message.complaint, want_parameters=False
         )
@@ -190,7 +197,8 @@ class Shard:
             skipped=self.skipped,
             phase=self.phase.value,
             waiting_for=waiting_for,
-            left=tuple(sorted(self._left)),
+            left=tuple(sorted(self.members.left)),
+            dead=tuple(sorted(self.members.dead)),
             held=self.gate.holder is not None,
             lr=self.config.lr,
         )
@@ -217,6 +225,20 @@ class Shard:
             return [Compute(Work.STEP)]
         return []
 
+    def _drop_pushes_that_wait_for_the_dead(self) -> list[Effect]:
+        """A round that has every push it needs ends also where a worker died after pushing."""
+        missing = sorted(self.members.dead - self._now.pushes.keys())
+        if self.phase is not Phase.COLLECTING or not missing or DIRECT in self._now.pushes:
+            return []
+        who = f"shard {self.spec.index}: worker {missing[0]}"
+        return self._drop_pushes(WorkerLost(f"{who} died before it pushed for round {self.round + 1}; the others' pushes were dropped"))
+
+    def _drop_pushes(self, error: DistNadamError) -> list[Effect]:
+        """Begin the round anew; whoever waited for it gets the error."""
+        refused: list[Effect] = [Answer(caller, error) for caller, _ in self._now.waiting]
+        self._now, self.phase = _Round(), Phase.COLLECTING
+        return refused
+
     def _refuse(self, complaint: str) -> list[Effect]:
         return self._decide("skipped" if self.spec.options.on_nonfinite == "skip" else "refused", complaint)
 
@@ -226,7 +248,7 @@ class Shard:
         self.skipped += outcome != "applied"
         self._last = (outcome, complaint)
         for rank, push in self._now.pushes.items():
-            self.ledger.count(rank, push.incarnation, self.round)
+            self.members.ledger.count(rank, push.incarnation, self.round)
         waiting, self._now, self.phase = self._now.waiting, _Round(), Phase.COLLECTING
         return [*(Answer(caller, self._decided(want)) for caller, want in waiting), *self._settle()]
 
@@ -241,7 +263,7 @@ class Shard:
         return effects
 
     def _held(self) -> msg.Held:
-        return msg.Held(self.epoch, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), self.ledger.to_dict())
+        return msg.Held(self.epoch, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), self.members.ledger.to_dict())
 
     def _decided(self, want_parameters: bool) -> msg.Decided:
         outcome, complaint = self._last
@@ -264,28 +286,3 @@ class Shard:
         self._now.waiting.append((caller, want_parameters))
         self._now.square_sums = square_sums
         return []
-
-    def _already_counted(self, message: msg.Push | msg.Norms) -> bool:
-        return message.round <= self.round and self.ledger.counted(message.rank, message.incarnation, message.round)
-
-    def _check_current(self, message: msg.Push | msg.Norms) -> None:
-        who = f"shard {self.spec.index}: rank {message.rank}"
-        self._check_rank(message.rank)
-        if message.epoch != self.epoch:
-            raise StaleEpoch(f"{who}: push of epoch {message.epoch}, expected {self.epoch}: the state was replaced; pull and compute again")
-        self._check_newest(message.rank, message.incarnation)
-        if message.round <= self.round:
-            raise LatePush(f"{who}: push for round {message.round}, which is over and did not count it; expected round {self.round + 1}")
-        if message.round > self.round + 1:
-            raise RoundMismatch(f"{who}: expected a push for round {self.round + 1}, got one for round {message.round}")
-
-    def _check_rank(self, rank: int) -> None:
-        if not 0 <= rank < self.spec.num_workers:
-            raise LifecycleError(f"rank must be in [0, {self.spec.num_workers}), got {rank}")
-
-    def _check_newest(self, rank: int, incarnation: int) -> None:
-        newest = self.ledger.newest(rank)
-        if incarnation != newest:
-            raise SupersededWorker(
-                f"shard {self.spec.index}: rank {rank} was taken over by worker {newest}; worker {incarnation} must stop"
-            )

@@ -41,12 +41,12 @@ class Compute:
 
 Effect = Answer | Compute
 
-_ALWAYS = frozenset({msg.Join, msg.Push, msg.Norms, msg.Pull, msg.Leave, msg.Hold, msg.Advance, msg.Release, msg.Describe})
+_ALWAYS = frozenset({msg.Join, msg.Push, msg.Norms, msg.Pull, msg.Leave, msg.Lost, msg.Hold, msg.Advance, msg.Release, msg.Describe})
 _AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms, msg.Save, msg.Restore}
 LEGAL: dict[Phase, frozenset[type]] = {
     Phase.COLLECTING: _AT_REST,
     Phase.MEASURING: _ALWAYS,
     Phase.AWAITING_NORMS: _AT_REST,
     Phase.STEPPING: _ALWAYS,
-    Phase.BROKEN: frozenset({msg.Describe, msg.Release}),
+    Phase.BROKEN: frozenset({msg.Describe, msg.Release, msg.Lost}),
 }

@@ -13,7 +13,7 @@ LAYERS = [
     ["config", "layout"],
     ["nadam", "reshard", "ledger", "gate", "state"],
     ["messages"],
-    ["transitions"],
+    ["transitions", "members"],
     ["shard", "weights", "gradients", "diagnosis"],
     ["transport", "checkpoint"],
     ["backends"],
@@ -39,6 +39,7 @@ PURE = {
     "state",
     "messages",
     "transitions",
+    "members",
 }
 PURE |= {"shard", "weights"}
 PURE_MAY_IMPORT = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module_names

@@ -63,6 +63,7 @@ EXAMPLES: list[Any] = [
     msg.Norms(0, 0, 1, 1, np.array([3.0])),
     msg.Pull(0, 1),
     msg.Leave(0, 1),
+    msg.Lost(0, 1),
     msg.Hold("you"),
     msg.Advance("me", 1),
     msg.Release("you"),

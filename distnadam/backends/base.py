@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distnadam.arrays import Flat
+from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, ShardSpec
 
 
@@ -22,6 +23,25 @@ class Pending(ABC):
         """
 
 
+class Link(ABC):
+    """One worker's way to all shards.
+
+    `gradients` is the memory that the worker writes its gradients into; `parameters` are both buffers of the whole model's parameters
+    where the worker shares them with every shard, else None, and answers bring what was asked for.
+    """
+
+    gradients: Flat
+    parameters: tuple[Flat, Flat] | None = None
+
+    @abstractmethod
+    def post(self, messages: Mapping[int, Message]) -> Pending:
+        """Send each shard its message, without waiting; a push's gradients are views of `gradients`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go; views of the memory stay good."""
+
+
 class Team(ABC):
     """Objects that compute beside the shards, one per rank, called all at once by the name of a method."""
 
@@ -35,13 +55,9 @@ class Team(ABC):
 
 
 class Backend(ABC):
-    """All shards of one optimizer.
-
-    `parameters` are both buffers of the whole model's parameters where this process shares them with the shards, else None.
-    """
+    """All shards of one optimizer."""
 
     name: str
-    parameters: tuple[Flat, Flat] | None = None
 
     @abstractmethod
     def start(self, specs: Sequence[ShardSpec]) -> None:
@@ -50,6 +66,10 @@ class Backend(ABC):
     @abstractmethod
     def post(self, messages: Mapping[int, Message]) -> Pending:
         """Send each shard its message, without waiting."""
+
+    @abstractmethod
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+        """Return the way that a worker which has joined talks to the shards."""
 
     @abstractmethod
     def close(self, *, destroy: bool) -> None:

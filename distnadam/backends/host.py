@@ -16,12 +16,19 @@ from distnadam.errors import LifecycleError
 from distnadam.messages import Measured, Message, Restore, Save, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, Stepper, square_sums
 from distnadam.nadam.norms import clip_scales
-from distnadam.nadam.schedule import Clock, step_scalars
+from distnadam.nadam.schedule import Clock, prepare, step_scalars
 from distnadam.shard import Shard
 from distnadam.state import ShardState
 from distnadam.transitions import Compute, Effect, Work
 
 Run = Callable[[Callable[[], None]], object]
+Reply = Callable[[Any], None]
+"""Takes an answer, or the error that is raised where the question was asked."""
+
+
+def run_here(work: Callable[[], None]) -> None:
+    """Carry out work in the calling thread."""
+    work()
 
 
 class ShardHost:
@@ -34,13 +41,11 @@ class ShardHost:
         run: carries out heavy work: at once in the calling thread, or by handing it to an executor.
     """
 
-    def __init__(
-        self, spec: ShardSpec, *, buffers: tuple[Flat, Flat] | None = None, threads: int = 1, run: Run = lambda work: work()
-    ) -> None:
+    def __init__(self, spec: ShardSpec, *, buffers: tuple[Flat, Flat] | None = None, threads: int = 1, run: Run = run_here) -> None:
         self._shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
-        self._spec, self._run = spec, run
+        self._spec, self._run_by_default = spec, run
         self._lock = threading.Lock()
-        self._waiting: set[Future[Any]] = set()
+        self._waiting: set[Reply] = set()
         self._closed = False
         self._steppers = {space: Stepper(space, threads) for space in spec.ranges}
         self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
@@ -48,64 +53,79 @@ class ShardHost:
     def send(self, message: Message) -> Future[Any]:
         """Give the shard a message; the future carries its answer or its refusal."""
         future: Future[Any] = Future()
+
+        def reply(answer: Any) -> None:
+            if isinstance(answer, BaseException):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+        self.deliver(message, reply)
+        return future
+
+    def deliver(self, message: Message, reply: Reply, run: Run | None = None) -> None:
+        """Give the shard a message; `reply` is called once with its answer or error, now or later, in whichever thread has it.
+
+        Heavy work that the message sets off is carried out by `run` where given.
+        """
+        run = run or self._run_by_default
         with self._lock:
-            if self._closed:
-                future.set_exception(_closed(self._spec.index))
-                return future
-            self._waiting.add(future)
+            if not (closed := self._closed):
+                self._waiting.add(reply)
+        if closed:
+            reply(_closed(self._spec.index))
+            return
         if isinstance(message, (Save, Restore)):
-            self._run(lambda: self._answer(future, self._attempt(lambda: self._file(message))))
-            return future
+            run(lambda: self._answer(reply, self._attempt(lambda: self._file(message))))
+            return
         try:
             with self._lock:
-                effects = self._shard.receive(message, future)
+                effects = self._shard.receive(message, reply)
         except Exception as error:
-            self._answer(future, error)
+            self._answer(reply, error)
         else:
-            self._carry_out(effects)
-        return future
+            self._carry_out(effects, run)
 
     def close(self) -> None:
         """Refuse what comes and answer who waits."""
         with self._lock:
             self._closed = True
             waiting = list(self._waiting)
-        for future in waiting:
-            self._answer(future, _closed(self._spec.index))
+        for reply in waiting:
+            self._answer(reply, _closed(self._spec.index))
         for stepper in self._steppers.values():
             stepper.close()
 
-    def _carry_out(self, effects: list[Effect]) -> None:
+    def _carry_out(self, effects: list[Effect], run: Run) -> None:
         for effect in effects:
             if isinstance(effect, Compute):
                 work = effect.work
-                self._run(lambda work=work: self._compute(work))  # type: ignore[misc]  # one Compute at a time
+                run(lambda work=work: self._compute(work, run))  # type: ignore[misc]  # one Compute at a time
             else:
                 self._answer(effect.caller, effect.reply)
 
-    def _compute(self, work: Work) -> None:
+    def _compute(self, work: Work, run: Run) -> None:
         try:
             result: Any = self._measure() if work is Work.MEASURE else self._step()
         except BaseException as error:
             with self._lock:
                 effects = self._shard.broke(error)
-            self._carry_out(effects)
+            self._carry_out(effects, run)
             if not isinstance(error, Exception):
                 raise
             return
         with self._lock:
             effects = self._shard.computed(work, result)
-        self._carry_out(effects)
+        self._carry_out(effects, run)
+        if work is Work.STEP:
+            prepare(result[0], self._shard.config)
 
-    def _answer(self, future: Future[Any], reply: Any) -> None:
+    def _answer(self, reply: Reply, answer: Any) -> None:
         with self._lock:
-            if future not in self._waiting:
+            if reply not in self._waiting:
                 return
-            self._waiting.discard(future)
-        if isinstance(reply, BaseException):
-            future.set_exception(reply)
-        else:
-            future.set_result(reply)
+            self._waiting.discard(reply)
+        reply(answer)
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
         try:

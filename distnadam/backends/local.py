@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from distnadam.arrays import Flat, zeros_flat
-from distnadam.backends.base import Backend, Pending, Team
+from distnadam.arrays import Flat, cut_flat, empty_flat, zeros_flat
+from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
+from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, ShardSpec
 
 
@@ -26,6 +27,21 @@ class LocalPending(Pending):
         if late:
             raise TimeoutError
         return {index: future.result() for index, future in self._futures.items()}
+
+
+class LocalLink(Link):
+    """This process's memory: the shards read gradients where the worker wrote them, the worker reads the shards' parameters."""
+
+    def __init__(self, backend: "LocalBackend", layout: Layout) -> None:
+        self._backend = backend
+        self.gradients, self.parameters = empty_flat(layout.sizes), backend.parameters
+
+    def post(self, messages: Mapping[int, Message]) -> Pending:
+        """See `Link.post`."""
+        return self._backend.post(messages)
+
+    def close(self) -> None:
+        """See `Link.close`."""
 
 
 class LocalTeam(Team):
@@ -51,6 +67,7 @@ class LocalBackend(Backend):
 
     def __init__(self) -> None:
         self._hosts: list[ShardHost] = []
+        self.parameters: tuple[Flat, Flat] = ({}, {})
 
     def start(self, specs: Sequence[ShardSpec]) -> None:
         """See `Backend.start`."""
@@ -58,12 +75,16 @@ class LocalBackend(Backend):
         self.parameters = (zeros_flat(sizes), zeros_flat(sizes))
         threads = options.threads or len(os.sched_getaffinity(0))
         for spec in specs:
-            first, second = (_cut(buffer, spec) for buffer in self.parameters)
+            first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
             self._hosts.append(ShardHost(spec, buffers=(first, second), threads=threads))
 
     def post(self, messages: Mapping[int, Message]) -> Pending:
         """See `Backend.post`."""
         return LocalPending({index: self._hosts[index].send(message) for index, message in messages.items()})
+
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+        """See `Backend.link`."""
+        return LocalLink(self, layout)
 
     def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
         """See `Backend.team`; threads ask for nothing."""
@@ -74,7 +95,3 @@ class LocalBackend(Backend):
         if destroy:
             for host in self._hosts:
                 host.close()
-
-
-def _cut(flat: Flat, spec: ShardSpec) -> Flat:
-    return {space: flat[space][begin:end] for space, (begin, end) in spec.ranges.items()}

@@ -1,4 +1,4 @@
-"""The shards as Ray actors; the only module here that says `ray.remote`. Arrays travel as Ray objects inside messages.
+"""The shards as Ray actors; the only module here that says `ray.remote`. Control goes through Ray, arrays by `RayLink`.
 
 A plain `ShardHost` is wrapped once, below. Retries are never Ray's: a call that was lost is repeated by its sender and
 counted once by the shard's ledger. Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and
@@ -7,6 +7,8 @@ shut down at close.
 
 import asyncio
 import contextlib
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,11 +16,19 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam.backends.base import Backend, Pending, Team
+from distnadam.arrays import cut_flat
+from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.cluster import OwnRay, actor_options, await_start, check_fits, check_versions, ensure_ray, node_facts
 from distnadam.backends.host import ShardHost
-from distnadam.errors import DistNadamError, LifecycleError, NameTaken, NotRunning, ShardLost
+from distnadam.backends.link import REMEDY, Place, RayLink, open_lanes
+from distnadam.config import Options
+from distnadam.errors import ArenaError, DistNadamError, LaneError, LifecycleError, NameTaken, NotRunning, ShardLost
+from distnadam.layout import Layout, Ranges
 from distnadam.messages import Describe, Message, ShardSpec
+from distnadam.transport.doorbell import Address
+from distnadam.transport.lanes import LaneServer, parameter_arena
+
+log = logging.getLogger("distnadam")
 
 NAMESPACE = "distnadam"
 _CONNECT_S = 60.0
@@ -28,15 +38,35 @@ class _ShardActor:
     """One shard in a process of its own; heavy work runs beside the event loop, so that the shard always answers."""
 
     def __init__(self, spec: ShardSpec) -> None:
+        self._spec = spec
         self._executor = ThreadPoolExecutor(1, "shard")
-        threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
-        self._host = ShardHost(spec, threads=threads, run=self._executor.submit)
-
-    async def send(self, message: Message) -> Any:
-        return await asyncio.wrap_future(self._host.send(message))
+        self._place = Place(ray.get_runtime_context().get_node_id())
 
     async def about(self) -> dict[str, str]:
         return node_facts()
+
+    async def open(self, neighbour: Address | None) -> Place:
+        """Get memory, a neighbour's where it has some to share, and begin to serve."""
+        spec, arena = self._spec, None
+        if spec.options.transport == "auto":
+            try:
+                arena = parameter_arena(spec, neighbour)
+            except (ArenaError, LaneError) as error:
+                self._place = dataclasses.replace(self._place, reason=f"shard {spec.index}: {error}")
+        threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
+        first, second = (cut_flat(flat, spec.ranges) for flat in arena.flats) if arena is not None else (None, None)
+        buffers = (first, second) if first is not None and second is not None else None
+        self._host = ShardHost(spec, buffers=buffers, threads=threads, run=self._executor.submit)
+        if arena is not None:
+            self._lanes = LaneServer(spec, arena, self._host.deliver)
+            self._place = dataclasses.replace(self._place, address=self._lanes.address)
+        return self._place
+
+    async def place(self) -> Place:
+        return self._place
+
+    async def send(self, message: Message) -> Any:
+        return await asyncio.wrap_future(self._host.send(message))
 
 
 class _Member:
@@ -104,12 +134,12 @@ class RayBackend(Backend):
 
     name = "ray"
 
-    def __init__(self, actors: Sequence[Any] = ()) -> None:
-        self._actors = list(actors)
+    def __init__(self, actors: Sequence[Any] = (), places: Sequence[Place] = (), options: Options | None = None) -> None:
+        self._actors, self.places, self._options = list(actors), list(places), options or Options()
         self._own: OwnRay | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RayBackend, (self._actors,)
+        return RayBackend, (self._actors, self.places, self._options)
 
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
@@ -117,11 +147,13 @@ class RayBackend(Backend):
         ensure_ray(None)
         first = cls([_named(name, 0)])
         spec: ShardSpec = first.post({0: Describe()}).result(_CONNECT_S)[0].spec
-        return cls([*first._actors, *(_named(name, index) for index in range(1, spec.num_shards))]), spec
+        actors = [*first._actors, *(_named(name, index) for index in range(1, spec.num_shards))]
+        places = ray.get([actor.place.remote() for actor in actors], timeout=_CONNECT_S)
+        return cls(actors, places, spec.options), spec
 
     def start(self, specs: Sequence[ShardSpec]) -> None:
         """See `Backend.start`."""
-        options = specs[0].options
+        options = self._options = specs[0].options
         self._own = ensure_ray(options)
         try:
             check_fits(options, len(specs))
@@ -130,6 +162,7 @@ class RayBackend(Backend):
                 self._actors.append(actor.options(**actor_options(spec, NAMESPACE)).remote(spec))
             facts = await_start([a.about.remote() for a in self._actors], options)
             check_versions(facts, node_facts())
+            self.places = self._open_shards()
         except BaseException as error:
             self.close(destroy=True)
             if isinstance(error, ValueError) and "already" in str(error) and specs[0].name is not None:
@@ -137,6 +170,25 @@ class RayBackend(Backend):
                     f"an optimizer named {specs[0].name!r} is running on this cluster: connect to it, or choose another"
                 ) from error
             raise
+
+    def _open_shards(self) -> list[Place]:
+        """Have the first shard of each node make the node's parameter memory, then the others join it."""
+        nodes = [place.node for place in ray.get([a.place.remote() for a in self._actors])]
+        firsts = {node: nodes.index(node) for node in nodes}
+        made = dict(zip(firsts, ray.get([self._actors[i].open.remote(None) for i in firsts.values()]), strict=True))
+        rest = {i: a.open.remote(made[nodes[i]].address) for i, a in enumerate(self._actors) if i not in firsts.values()}
+        joined = dict(zip(rest, ray.get(list(rest.values())), strict=True))
+        places = [joined.get(i) or made[node] for i, node in enumerate(nodes)]
+        for reason in sorted({place.reason for place in places if place.reason}):
+            log.warning("%s; %s", reason, REMEDY)
+        return places
+
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+        """See `Backend.link`."""
+        _require_ray()
+        places = self.places if self._options.transport == "auto" else []
+        lanes = open_lanes(ray.get_runtime_context().get_node_id(), places, layout, ranges, rank, incarnation)
+        return RayLink(self, layout, lanes)
 
     def post(self, messages: Mapping[int, Message]) -> Pending:
         """See `Backend.post`."""

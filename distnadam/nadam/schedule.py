@@ -53,5 +53,11 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
     return StepScalars(lr, c_g * correction, c_m * correction, config.epsilon * correction, Clock(t, m_schedule))
 
 
+def prepare(clock: Clock, config: NadamConfig) -> None:
+    """Compute the powers that the step after `clock` needs and keep them, so that the step itself finds them."""
+    _momentum(clock.iterations + 2, config)
+    power(config.beta_2, float(clock.iterations + 1))
+
+
 def _momentum(t: int, config: NadamConfig) -> float:
     return config.beta_1 * (1.0 - 0.5 * power(0.96, t * config.schedule_decay))

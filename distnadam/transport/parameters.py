@@ -17,6 +17,9 @@ class ParameterView:
         self._views = layout.views(self.flat)
         for view in self._views:
             view.flags.writeable = False
+        kept = enumerate(zip(layout.tensors, self._views, strict=True))
+        self._casts = [(index, dtype_of(tensor.dtype)) for index, (tensor, view) in kept if view.dtype.name != tensor.dtype]
+        self._scalars = [index for index, tensor in enumerate(layout.tensors) if tensor.shape == ()]
 
     def fill(self, ranges: Ranges, values: Flat) -> None:
         """Copy one shard's ranges in."""
@@ -25,11 +28,10 @@ class ParameterView:
 
     def tree(self) -> Any:
         """Return the tree: views where a tensor is kept in its own dtype, casts where not, NumPy scalars for shape ()."""
-        leaves: list[Any] = []
-        for tensor, view in zip(self._layout.tensors, self._views, strict=True):
-            leaf = view
-            if view.dtype.name != tensor.dtype:
-                leaf = view.astype(dtype_of(tensor.dtype))
-                leaf.flags.writeable = False
-            leaves.append(leaf if leaf.shape else leaf[()])
+        leaves: list[Any] = list(self._views)
+        for index, dtype in self._casts:
+            leaves[index] = leaves[index].astype(dtype)
+            leaves[index].flags.writeable = False
+        for index in self._scalars:
+            leaves[index] = leaves[index][()]
         return self._layout.unflatten(leaves)

@@ -1,59 +1,159 @@
-"""A worker's gradient slot: one flat array per space that a tree of gradients is copied into and judged finite. No shards, no Ray."""
+"""A worker's gradient slot: flat memory that gradients are copied or written into, and judged finite. No shards, no Ray."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Array, Flat, empty_flat
-from distnadam.layout import Layout, Ranges
+from distnadam.arrays import HALF, Array, Flat, as_numpy, cut_flat, dtype_of
+from distnadam.errors import ConfigError, LifecycleError, StructureError
+from distnadam.layout import Layout, Ranges, TensorSpec
 
-_BLOCK = 65536
+BLOCK = 65536
+"""Elements copied and judged at a time, so that they are judged while they are in the cache."""
 
 
 class GradientSlot:
-    """One rank's gradients, flat, reused at every step.
+    """One rank's gradients, reused at every step.
 
-    `who` begins the sentence of a complaint, such as "worker 1".
+    Each space lies in its own dtype, or, where all its gradients come in one half precision, in that, from the beginning of the same
+    memory: half the bytes, and the same bits, since widening is exact.
+
+    Args:
+        layout: the model's layout.
+        who: begins the sentence of a complaint, such as "worker 1".
+        memory: one flat array per space.
     """
 
-    def __init__(self, layout: Layout, who: str) -> None:
-        self._layout, self._who = layout, who
-        self.flat: Flat = empty_flat(layout.sizes)
-        self._views = layout.views(self.flat)
+    def __init__(self, layout: Layout, who: str, memory: Flat) -> None:
+        self._layout, self._who, self._memory = layout, who, memory
+        self._forms: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
+        self._given: set[int] = set()
+        self._lent: dict[str, str] | None = None
+        self._narrow = [i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end]
+        self._complaint: str | None = None
+        self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
+        self._select({})
 
     def fill(self, gradients: Any) -> str | None:
-        """Copy a tree of gradients in, cast to the spaces' dtypes; return a complaint naming the first tensor that is not usable, or None.
+        """Copy a tree of gradients in; return a complaint naming the first tensor that is not usable, or None.
 
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's.
         """
         leaves = self._layout.leaves(gradients, what=f"{self._who}: gradients")
-        complaint = None
+        self._begin(self._common_half(leaves))
+        reached = dict.fromkeys(self.flat, 0)
         with np.errstate(over="ignore"):  # a cast that overflows is judged like any infinity
             for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
-                np.copyto(view, leaf, casting="same_kind")
-                if complaint is None and (fault := _fault(view)) is not None:
-                    complaint = f"{self._who}: gradient {tensor.path!r} {fault}"
-        return complaint
+                if leaf.size <= BLOCK:
+                    np.copyto(view, leaf, casting="same_kind")
+                    if tensor.end - reached[tensor.space] < BLOCK:
+                        continue
+                    self._judge(tensor.space, reached[tensor.space], tensor.end)
+                else:
+                    self._judge(tensor.space, reached[tensor.space], tensor.begin)
+                    self._copy(tensor, leaf)
+                reached[tensor.space] = tensor.end
+        for space, values in self.flat.items():
+            self._judge(space, reached[space], values.size)
+        return self._complaint
+
+    def put(self, path: str, gradient: Any) -> None:
+        """Copy one tensor's gradient in, as the backward pass yields it; `finish` tells whether all are there.
+
+        Raises:
+            StructureError: the model has no such tensor, it came twice, or its shape or dtype is not the model's.
+        """
+        if path not in self._index:
+            raise StructureError(f"{self._who}: {path!r} is not a tensor of the model; expected one of {list(self._index)[:8]}")
+        index, tensor = self._index[path], self._layout.tensors[self._index[path]]
+        if index in self._given:
+            raise StructureError(f"{self._who}: {path!r} was pushed already for this round")
+        leaf = self._layout.checked(index, as_numpy(gradient), what=f"{self._who}: gradients")
+        if not self._given:
+            self._begin({})
+        with np.errstate(over="ignore"):
+            self._copy(tensor, leaf)
+        self._given.add(index)
+
+    def lend(self, dtype: str | None) -> Any:
+        """Return the slot itself as a tree of writable views, in the spaces' own dtypes or, for float32, in half precision."""
+        if dtype is not None and dtype not in (*HALF, "float32"):
+            raise ConfigError(f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+        self._lent = {"float32": dtype} if dtype in HALF else {}
+        self._select(self._lent)
+        return self._layout.unflatten(self._views)
+
+    def finish(self) -> str | None:
+        """Judge what was put, or written into the views; return a complaint naming the first tensor that is not usable, or None.
+
+        Raises:
+            StructureError: some tensors were put and others not.
+            LifecycleError: nothing was put, and nobody has the views.
+        """
+        if self._given:
+            missing = [tensor.path for index, tensor in enumerate(self._layout.tensors) if index not in self._given]
+            if missing:
+                raise StructureError(f"{self._who}: gradients: {missing[0]!r} was not pushed for this round ({len(missing)} missing)")
+            self._given.clear()
+            return self._complaint
+        if self._lent is None:
+            raise LifecycleError(f"{self._who}: give gradients, or write them into the views of gradients(), or push_tensor each")
+        self._begin(self._lent)
+        for space, values in self.flat.items():
+            self._judge(space, 0, values.size)
+        return self._complaint
 
     def ranges(self, ranges: Ranges) -> Flat:
         """Return views of one shard's ranges."""
-        return {space: self.flat[space][begin:end] for space, (begin, end) in ranges.items()}
+        return cut_flat(self.flat, ranges)
 
+    def _begin(self, halves: Mapping[str, str]) -> None:
+        self._given.clear()
+        self._complaint = None
+        self._select(halves)
 
-def _fault(values: Array) -> str | None:
-    """Say what is wrong with the first value that is not finite or whose square overflows; None where all are usable.
+    def _select(self, halves: Mapping[str, str]) -> None:
+        """Read the memory in these dtypes from now on."""
+        key = tuple(halves.get(space, space) for space in self._memory)
+        if key not in self._forms:
+            flat = {s: m.view(dtype_of(name))[: m.size] for (s, m), name in zip(self._memory.items(), key, strict=True)}
+            self._forms[key] = flat, self._layout.views(flat)
+        self.flat, self._views = self._forms[key]
 
-    A block's dot product with itself is finite only if every element and square is; only a block that fails it is looked through.
-    """
-    flat = values.reshape(-1)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for begin in range(0, flat.size, _BLOCK):
-            block = flat[begin : begin + _BLOCK]
-            if not np.isfinite(np.dot(block, block)):
-                bad = ~np.isfinite(np.square(block))
-                if bad.any():
-                    index = begin + int(bad.argmax())
-                    where = tuple(int(i) for i in np.unravel_index(index, values.shape))
-                    return f"is not finite, or its square overflows, at index {where}: {flat[index]!r}"
-    return None
+    def _common_half(self, leaves: list[Array]) -> dict[str, str]:
+        """Return the half precision in which all gradients of the float32 space came, if they did."""
+        dtypes = {leaves[index].dtype for index in self._narrow}
+        return {"float32": name} if len(dtypes) == 1 and (name := dtypes.pop().name) in HALF else {}
+
+    def _copy(self, tensor: TensorSpec, leaf: Array) -> None:
+        """Copy a tensor and judge it, block by block where it is contiguous."""
+        source, target = leaf.reshape(-1), self.flat[tensor.space][tensor.begin : tensor.end]
+        for begin in range(0, source.size, BLOCK):
+            np.copyto(target[begin : begin + BLOCK], source[begin : begin + BLOCK], casting="same_kind")
+            self._judge(tensor.space, tensor.begin + begin, min(tensor.begin + begin + BLOCK, tensor.end))
+
+    def _judge(self, space: str, begin: int, end: int) -> None:
+        """Complain of the first element of [begin, end) that is not finite or whose square overflows.
+
+        A block's dot product with itself is finite only if every element and square is; only a block that fails it is looked through.
+        """
+        if self._complaint is not None:
+            return
+        values = self.flat[space]
+        with np.errstate(over="ignore", invalid="ignore"):
+            for low in range(begin, end, BLOCK):
+                block = values[low : min(low + BLOCK, end)]
+                wide = block if block.dtype.name == space else block.astype(space)
+                if not np.isfinite(np.dot(wide, wide)):
+                    bad = ~np.isfinite(np.square(wide))
+                    if bad.any():
+                        self._complaint = self._told(space, low + int(bad.argmax()))
+                        return
+
+    def _told(self, space: str, offset: int) -> str:
+        tensor = next(t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end)
+        where = tuple(int(i) for i in np.unravel_index(offset - tensor.begin, tensor.shape))
+        value = self.flat[space][offset]
+        return f"{self._who}: gradient {tensor.path!r} is not finite, or its square overflows, at index {where}: {value!r}"

@@ -1,0 +1,232 @@
+"""Lanes: how the workers and the shards of one machine exchange pushes and answers, with no Ray in the path.
+
+A worker writes gradients into its arena and rings; the shard steps over the workers' memory where it lies, writes the new parameters
+into the machine's parameter arena, and rings back. Whoever cannot have a lane gets a LaneError or ArenaError, and uses objects.
+"""
+
+import os
+import select
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from distnadam.arrays import Flat, dtype_of
+from distnadam.errors import DistNadamError, LaneError, ShardLost
+from distnadam.layout import Ranges
+from distnadam.messages import Decided, Leave, Lost, Message, ShardSpec
+from distnadam.transport.arena import Arena
+from distnadam.transport.doorbell import Address, Line, Server, call
+from distnadam.transport.wire import pack, unpack
+
+Run = Callable[[Callable[[], None]], object]
+Deliver = Callable[[Message, Callable[[Any], None], Run | None], None]
+
+
+def parameter_arena(spec: ShardSpec, neighbour: Address | None) -> Arena:
+    """Return the machine's two parameter buffers: a neighbouring shard's where there is one, new ones otherwise."""
+    if neighbour is None:
+        arena = Arena.create(spec.layout.sizes, copies=2)
+    else:
+        line, _, fds = call(neighbour, {"rank": None}, [])
+        line.close()
+        arena = Arena.attach(fds[0], spec.layout.sizes, copies=2, writable=True)
+    arena.populate(spec.ranges)
+    return arena
+
+
+class LaneServer:
+    """One shard's end of its lanes.
+
+    Args:
+        spec: the shard's spec.
+        parameters: the arena that its parameter buffers lie in.
+        deliver: takes a message, a callable for its answer, and who carries out the work: the lane's own thread.
+    """
+
+    def __init__(self, spec: ShardSpec, parameters: Arena, deliver: Deliver) -> None:
+        self._spec, self._parameters, self._deliver = spec, parameters, deliver
+        self._workers: dict[Line, _Caller] = {}
+        self._server = Server(self._greet, self._take, self._end)
+
+    @property
+    def address(self) -> Address:
+        """Where workers and neighbours call."""
+        return self._server.address
+
+    def close(self) -> None:
+        """Hang up on everyone."""
+        self._server.close()
+
+    def _greet(self, line: Line, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        if greeting["rank"] is not None:
+            if len(fds) != 1:
+                raise LaneError(f"expected one arena, got {len(fds)}")
+            arena = Arena.attach(fds.pop(), self._spec.layout.sizes)
+            arena.populate(self._spec.ranges)
+            self._workers[line] = _Caller(line, greeting["rank"], greeting["incarnation"], arena, self._spec.ranges)
+        return {}, [self._parameters.fd]
+
+    def _take(self, line: Line, frame: bytes) -> None:
+        worker = self._workers[line]
+        number, message = unpack(frame, worker.gradients)
+        if (message.rank, message.incarnation) != (worker.rank, worker.incarnation):
+            raise LaneError(f"a message of worker {message.rank} came through the lane of worker {worker.rank}")
+        reply = _ignore if isinstance(message, Leave) else partial(worker.answer, number)
+        self._deliver(message, reply, _in_this_thread)
+
+    def _end(self, line: Line) -> None:
+        if (worker := self._workers.pop(line, None)) is not None:
+            self._deliver(Lost(worker.rank, worker.incarnation), _ignore, _in_this_thread)
+
+
+class _Caller:
+    """A worker as its shard sees it: a line, and views of its arena."""
+
+    def __init__(self, line: Line, rank: int, incarnation: int, arena: Arena, ranges: Ranges) -> None:
+        self._line, self.rank, self.incarnation = line, rank, incarnation
+        self._arena, self._ranges = arena, ranges
+        self._views: dict[tuple[str, ...], Flat] = {}
+
+    def gradients(self, dtypes: Mapping[str, str]) -> Flat:
+        key = tuple(dtypes.values())
+        if key not in self._views:
+            flat = self._arena.flat(dtypes={space: dtype_of(name) for space, name in dtypes.items()})
+            self._views[key] = {space: flat[space][begin:end] for space, (begin, end) in self._ranges.items()}
+        return self._views[key]
+
+    def answer(self, number: int, reply: Any) -> None:
+        if isinstance(reply, Exception) and not isinstance(reply, DistNadamError):
+            reply = ShardLost(f"{type(reply).__name__}: {reply}")
+        self._line.send(pack(number, reply))
+
+
+class Lanes:
+    """One worker's end of its lanes: an arena of its own, and a line to each shard of the machine.
+
+    Where it is dropped without `close`, it takes leave; where its process ends, the lines' end says that the worker died.
+
+    Args:
+        sizes: elements of the whole model per space.
+        ranges: what each shard holds.
+        rank: the worker's rank.
+        incarnation: the worker's incarnation.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], ranges: list[Ranges], rank: int, incarnation: int) -> None:
+        self._sizes, self._ranges, self._rank, self._incarnation = sizes, ranges, rank, incarnation
+        self._arena = Arena.create(sizes)
+        self._parameters: Arena | None = None
+        self._lines: dict[int, Line] = {}
+        self._answers: dict[int, dict[int, Any]] = {}
+        self._poll = select.poll()
+        self._shard_of: dict[int, int] = {}
+        self._number = 0
+        self._drop = weakref.finalize(self, _take_leave, self._lines, Leave(rank, incarnation))
+        self._drop.atexit = False
+
+    @property
+    def gradients(self) -> Flat:
+        """The arena that this worker writes gradients into."""
+        return self._arena.flats[0]
+
+    @property
+    def parameters(self) -> tuple[Flat, ...]:
+        """Both buffers of the machine's parameters, read-only; only the ranges of the shards with a lane are kept up."""
+        return () if self._parameters is None else self._parameters.flats
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard has a lane."""
+        return len(self._lines) == len(self._ranges)
+
+    def open(self, shard: int, address: Address) -> None:
+        """Open the lane to a shard; raise LaneError where there can be none."""
+        line, _, fds = call(address, {"rank": self._rank, "incarnation": self._incarnation}, [self._arena.fd])
+        try:
+            if self._parameters is None:
+                self._parameters = Arena.attach(fds.pop(), self._sizes, copies=2)
+            elif not os.path.samestat(os.fstat(self._parameters.fd), os.fstat(fds[0])):
+                raise LaneError(f"shard {shard} keeps its parameters in another arena than its neighbours")
+        except DistNadamError:
+            line.close()
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._parameters.populate(self._ranges[shard])
+        self._lines[shard], self._shard_of[line.fileno()] = line, shard
+        self._poll.register(line.fileno(), select.POLLIN)
+
+    def __contains__(self, shard: int) -> bool:
+        return shard in self._lines
+
+    def post(self, messages: Mapping[int, Message]) -> int:
+        """Send each shard its message and return the number that `collect` takes."""
+        self._number += 1
+        self._answers = {self._number: {}}  # what comes for older ones is of no use any more
+        for shard, message in messages.items():
+            line = self._lines[shard]
+            line.send(pack(self._number, message))
+            if not line.flush():
+                self._poll.modify(line.fileno(), select.POLLIN | select.POLLOUT)
+        return self._number
+
+    def collect(self, number: int, shards: set[int], deadline: float) -> dict[int, Any]:
+        """Return the shards' answers to the messages of that number.
+
+        Raises:
+            DistNadamError: the first shard's that refused.
+            ShardLost: a shard died, as the end of its line tells at once.
+            TimeoutError: not all answered before the deadline (of `time.monotonic`); may be called again.
+        """
+        answers = self._answers.get(number, {})
+        while len(answers) < len(shards):
+            events = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not events:
+                raise TimeoutError
+            for fd, event in events:
+                self._attend(self._shard_of[fd], event)
+        return answers
+
+    def parameters_of(self, shard: int, decided: Decided) -> Flat:
+        """Return the views of one shard's ranges that an answer speaks of."""
+        flat = self.parameters[decided.buffer]
+        return {space: flat[space][begin:end] for space, (begin, end) in self._ranges[shard].items()}
+
+    def close(self) -> None:
+        """Take leave and hang up; the memory stays as long as someone has views of it."""
+        self._drop()
+
+    def _attend(self, shard: int, event: int) -> None:
+        line = self._lines[shard]
+        if event & select.POLLOUT and line.flush():
+            self._poll.modify(line.fileno(), select.POLLIN)
+        if not event & ~select.POLLOUT:
+            return
+        frames = line.receive()
+        if frames is None:
+            raise ShardLost(f"shard {shard}: its process died")
+        for frame in frames:
+            number, answer = unpack(frame)
+            if number not in self._answers:
+                continue
+            if isinstance(answer, DistNadamError):
+                raise answer
+            self._answers[number][shard] = answer
+
+
+def _take_leave(lines: dict[int, Line], leave: Leave) -> None:
+    for line in lines.values():
+        line.send(pack(0, leave))
+        line.close()
+    lines.clear()
+
+
+def _in_this_thread(work: Callable[[], None]) -> None:
+    work()
+
+
+def _ignore(_: Any) -> None:
+    """Nobody waits for the answer to an end of line."""

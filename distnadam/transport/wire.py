@@ -1,0 +1,109 @@
+"""The protocol's messages between a worker and a shard of one machine as bytes: msgpack, one frame each. No sockets.
+
+Arrays of gradients and parameters are not in them: those lie in arenas, and a push says only in which dtypes it left them there.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from distnadam import errors
+from distnadam.arrays import Flat
+from distnadam.errors import DistNadamError, LaneError
+from distnadam.messages import Decided, Leave, Measured, Norms, Push
+
+_HEADER = struct.Struct("<I")
+_SUMS = 1  # the msgpack extension of a float64 array
+_MOST_BYTES = 1 << 30
+
+GradientsOf = Callable[[dict[str, str]], Flat]
+"""From the dtypes that a worker wrote, by space, to the views of the shard's ranges in its arena."""
+
+
+def pack(number: int, message: Any) -> bytes:
+    """Return a frame: the number that pairs question and answer, and the message."""
+    body: tuple[Any, ...]
+    if isinstance(message, Push):
+        gradients = None if message.gradients is None else {space: array.dtype.name for space, array in message.gradients.items()}
+        body = ("push", message.epoch, message.rank, message.incarnation, message.round, gradients, message.complaint)
+    elif isinstance(message, Decided):
+        body = ("decided", message.epoch, message.round, message.iterations, message.outcome, message.complaint, message.lr, message.buffer)
+    elif isinstance(message, Norms):
+        body = ("norms", message.epoch, message.rank, message.incarnation, message.round, message.square_sums)
+    elif isinstance(message, Measured):
+        body = ("measured", message.round, message.sums)
+    elif isinstance(message, Leave):
+        body = ("leave", message.rank, message.incarnation)
+    elif isinstance(message, DistNadamError):
+        body = ("error", type(message).__name__, str(message))
+    else:
+        raise TypeError(f"{type(message).__name__} does not travel by lane")
+    data: bytes = msgpack.packb((number, *body), default=_pack_array)
+    return _HEADER.pack(len(data)) + data
+
+
+def unpack(frame: bytes, gradients_of: GradientsOf | None = None) -> tuple[int, Any]:
+    """Return the number and the message of a frame's body; raise LaneError where it is none."""
+    try:
+        number, kind, *fields = msgpack.unpackb(frame, ext_hook=_unpack_array)
+        return number, _MAKE[kind](gradients_of, *fields)
+    except (ValueError, TypeError, KeyError) as error:
+        raise LaneError(f"a frame of {len(frame)} bytes is no message: {error}") from error
+
+
+class Frames:
+    """Cuts what a socket yields into frames' bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take bytes and yield each body that is whole now; raise LaneError for a length that cannot be."""
+        if not self._buffer and len(data) >= 4 and len(data) == 4 + _HEADER.unpack_from(data)[0]:
+            yield data[4:]  # the usual case: one whole frame
+            return
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            size = _HEADER.unpack_from(self._buffer)[0]
+            if size > _MOST_BYTES:
+                raise LaneError(f"a frame of {size} bytes was announced, expected at most {_MOST_BYTES}")
+            if len(self._buffer) < 4 + size:
+                return
+            yield bytes(self._buffer[4 : 4 + size])
+            del self._buffer[: 4 + size]
+
+
+def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: int, number: int, dtypes: Any, complaint: Any) -> Push:
+    if gradients_of is None:
+        raise LaneError("a push came where none is expected")
+    return Push(epoch, rank, incarnation, number, None if dtypes is None else gradients_of(dtypes), complaint)
+
+
+def _error(_: GradientsOf | None, name: str, text: str) -> DistNadamError:
+    kind = getattr(errors, name, None)
+    return kind(text) if isinstance(kind, type) and issubclass(kind, DistNadamError) else DistNadamError(f"{name}: {text}")
+
+
+_MAKE: dict[str, Callable[..., Any]] = {
+    "push": _push,
+    "decided": lambda _, *fields: Decided(*fields),
+    "norms": lambda _, *fields: Norms(*fields),
+    "measured": lambda _, number, sums: Measured(number, tuple((tensor, array) for tensor, array in sums)),
+    "leave": lambda _, *fields: Leave(*fields),
+    "error": _error,
+}
+
+
+def _pack_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype == np.float64:
+        return msgpack.ExtType(_SUMS, value.tobytes())
+    raise TypeError(f"{type(value).__name__} does not travel by lane")
+
+
+def _unpack_array(code: int, data: bytes) -> Any:
+    if code != _SUMS:
+        raise ValueError(f"unknown extension {code}")
+    return np.frombuffer(data, np.float64)
