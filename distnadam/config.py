@@ -71,8 +71,12 @@ class Options:
     Args:
         on_nonfinite: "raise" refuses a round with a non-finite gradient by `NonFiniteGradient` at every worker; "skip" leaves the
             parameters as they are, counts the round as skipped and goes on.
+        check_gradients: judge every gradient before it is pushed, as `on_nonfinite` needs it. False saves reading it once more, and lets
+            NaN and infinity through into parameters and moments.
         transport: "auto" moves gradients and parameters between processes of one machine through shared memory, and by Ray objects
             otherwise; "objects" always by Ray objects.
+        kernel: "auto" steps by the compiled loop where numba is installed (the extra `fused`) and by NumPy otherwise; "fused" and "numpy"
+            insist on one. The bits are the same.
         threads: threads that step one shard. None: every CPU of this process where local, the whole CPUs asked for by `shard_cpus`
             (at least 1) on Ray.
         shard_cpus: CPUs that each shard's actor asks of Ray; 0 lets any number of shards start on any machine.
@@ -88,7 +92,9 @@ class Options:
     """
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
+    check_gradients: bool = True
     transport: Literal["auto", "objects"] = "auto"
+    kernel: Literal["auto", "numpy", "fused"] = "auto"
     threads: int | None = None
     shard_cpus: float = 0.0
     shard_memory_bytes: int = 0
@@ -101,10 +107,9 @@ class Options:
     object_store_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.on_nonfinite not in ("raise", "skip"):
-            raise ConfigError(f'on_nonfinite must be "raise" or "skip", got {self.on_nonfinite!r}')
-        if self.transport not in ("auto", "objects"):
-            raise ConfigError(f'transport must be "auto" or "objects", got {self.transport!r}')
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
         if self.threads is not None:
             check_count("threads", self.threads)
         for name in ("shard_cpus", "shard_memory_bytes", "worker_cpus", "step_timeout_s"):
@@ -125,6 +130,14 @@ class Options:
     def from_dict(cls, data: Mapping[str, Any]) -> "Options":
         """Return the options that `to_dict` described."""
         return cls(**data)
+
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "on_nonfinite": ("raise", "skip"),
+    "check_gradients": (True, False),
+    "transport": ("auto", "objects"),
+    "kernel": ("auto", "numpy", "fused"),
+}
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> int:

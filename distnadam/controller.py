@@ -15,6 +15,7 @@ from distnadam.backends.base import Backend
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.config import Options
 from distnadam.errors import CheckpointError, StepTimeout
 from distnadam.layout import Layout
 from distnadam.messages import (
@@ -54,13 +55,12 @@ class Boundary:
 class Controller:
     """The shards of one running optimizer, addressed as one. Picklable where its backend is."""
 
-    def __init__(self, backend: Backend, layout: Layout, num_shards: int, timeout_s: float) -> None:
-        self.backend, self.layout, self.ranges = backend, layout, layout.cuts(num_shards)
-        self.timeout_s = timeout_s
+    def __init__(self, backend: Backend, layout: Layout, num_shards: int, options: Options) -> None:
+        self.backend, self.layout, self.ranges, self.options = backend, layout, layout.cuts(num_shards), options
         self._slot: GradientSlot | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Controller, (self.backend, self.layout, len(self.ranges), self.timeout_s)
+        return Controller, (self.backend, self.layout, len(self.ranges), self.options)
 
     def describe(self) -> Description:
         """Return where shard 0 stands; never waits for a round."""
@@ -103,7 +103,7 @@ class Controller:
     def step(self, gradients: Any) -> Decided:
         """Apply one step from an already averaged gradient tree; raise PushesPending where workers' pushes wait."""
         if self._slot is None:
-            self._slot = GradientSlot(self.layout, "apply_gradients", empty_flat(self.layout.sizes))
+            self._slot = GradientSlot(self.layout, "apply_gradients", empty_flat(self.layout.sizes), check=self.options.check_gradients)
         complaint = self._slot.fill(gradients)
         with self.boundary() as at:
             parts = [None if complaint else self._slot.ranges(ranges) for ranges in self.ranges]
@@ -159,7 +159,7 @@ class Controller:
         if not messages:
             return {}
         try:
-            return self.backend.post(messages).result(self.timeout_s if timeout_s is None else timeout_s)
+            return self.backend.post(messages).result(self.options.step_timeout_s if timeout_s is None else timeout_s)
         except TimeoutError as error:
             kind = type(next(iter(messages.values()))).__name__
-            raise StepTimeout(f"shards {sorted(messages)} did not all answer {kind} in {self.timeout_s:g} s") from error
+            raise StepTimeout(f"shards {sorted(messages)} did not all answer {kind} in {self.options.step_timeout_s:g} s") from error

@@ -1,7 +1,7 @@
 """Powers and cosines whose bits do not depend on the host.
 
 The C library's `pow` and `cos` differ between hosts in the last bit, and every shard must compute the same scalars. Here they go
-through `decimal`, whose `ln` and `exp` are correctly rounded at a fixed precision everywhere, and are rounded to float64 once.
+through `decimal`, whose operations are correctly rounded at a fixed precision everywhere, and are rounded to float64 once.
 """
 
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
@@ -9,21 +9,29 @@ from functools import lru_cache
 
 _CONTEXT = Context(prec=40, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+_STRIDE = 1024
+
+
+def power(base: float, exponent: float) -> float:
+    """Return ``base ** exponent`` for a base of at least 0, the same bits on every host."""
+    _check_base(base)
+    if base == 0.0 or exponent == 0.0 or base == 1.0:
+        return float(base**exponent)
+    return float(_exp_ln(base, Decimal(exponent)))
 
 
 @lru_cache(maxsize=64)
-def _ln(base: float) -> Decimal:
-    return _CONTEXT.ln(Decimal(base))
+def power_of_step(base: float, rate: float, step: int) -> float:
+    """Return ``base ** (rate * step)`` for a base and rate of at least 0, the same bits on every host, in little time.
 
-
-@lru_cache(maxsize=256)
-def power(base: float, exponent: float) -> float:
-    """Return ``base ** exponent`` for a base of at least 0, the same bits on every host."""
-    if base < 0.0:
-        raise ValueError(f"power: base must be at least 0, got {base!r}")
-    if base == 0.0 or exponent == 0.0 or base == 1.0:
-        return float(base**exponent)
-    return float(_CONTEXT.exp(_CONTEXT.multiply(Decimal(exponent), _ln(base))))
+    The step is split in two, and both factors are kept, so that most steps cost one multiplication; the result is a function of the
+    arguments alone, not of what was asked before.
+    """
+    _check_base(base)
+    if base == 0.0 or rate == 0.0 or base == 1.0:
+        return float(base ** (rate * step))
+    high, low = divmod(step, _STRIDE)
+    return float(_CONTEXT.multiply(_factor(base, rate, high * _STRIDE), _factor(base, rate, low)))
 
 
 @lru_cache(maxsize=256)
@@ -40,3 +48,22 @@ def cosine_of_pi_times(fraction: float) -> float:
             break
         total = following
     return float(total)
+
+
+@lru_cache(maxsize=8 * _STRIDE)
+def _factor(base: float, rate: float, step: int) -> Decimal:
+    return _exp_ln(base, _CONTEXT.multiply(Decimal(rate), Decimal(step)))
+
+
+def _exp_ln(base: float, exponent: Decimal) -> Decimal:
+    return _CONTEXT.exp(_CONTEXT.multiply(exponent, _ln(base)))
+
+
+@lru_cache(maxsize=64)
+def _ln(base: float) -> Decimal:
+    return _CONTEXT.ln(Decimal(base))
+
+
+def _check_base(base: float) -> None:
+    if base < 0.0:
+        raise ValueError(f"power: base must be at least 0, got {base!r}")

@@ -135,7 +135,7 @@ class DistNadam:
         from distnadam.backends.ray import RayBackend
 
         backend, spec = RayBackend.connect(name)
-        shards = Controller(backend, spec.layout, spec.num_shards, spec.options.step_timeout_s)
+        shards = Controller(backend, spec.layout, spec.num_shards, spec.options)
         return _attach(shards, spec.config, spec.options, spec.num_workers, name)
 
     # The present
@@ -365,7 +365,7 @@ class DistNadam:
             raise ConfigError(f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to")
         shared = (self._num_shards, self._num_workers, self._name, self._config, self._options, layout)
         backend.start([ShardSpec(index, *shared, cut) for index, cut in enumerate(layout.cuts(self._num_shards))])
-        self._shards = Controller(backend, layout, self._num_shards, self._options.step_timeout_s)
+        self._shards = Controller(backend, layout, self._num_shards, self._options)
         return self._shards
 
     def _topology(self) -> dict[str, Any]:

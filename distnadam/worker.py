@@ -58,7 +58,7 @@ class Worker:
     def __init__(self, shards: Controller, rank: int) -> None:
         self.rank = rank
         self._shards, self._backend, self._layout, self._ranges = shards, shards.backend, shards.layout, shards.ranges
-        self._timeout_s = shards.timeout_s
+        self._timeout_s = shards.options.step_timeout_s
         self._epoch = self._round = -1
         self._buffer = 0
         self._outstanding: Ticket | None = None
@@ -72,7 +72,7 @@ class Worker:
 
     @cached_property
     def _slot(self) -> GradientSlot:
-        return GradientSlot(self._layout, f"worker {self.rank}", self._link.gradients)
+        return GradientSlot(self._layout, f"worker {self.rank}", self._link.gradients, check=self._shards.options.check_gradients)
 
     @cached_property
     def _copies(self) -> bool:

@@ -14,7 +14,7 @@ from distnadam.checkpoint.format import read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.errors import LifecycleError
 from distnadam.messages import Measured, Message, Restore, Save, ShardSpec
-from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, Stepper, square_sums
+from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
 from distnadam.nadam.schedule import Clock, prepare, step_scalars
 from distnadam.shard import Shard
@@ -47,7 +47,7 @@ class ShardHost:
         self._lock = threading.Lock()
         self._waiting: set[Reply] = set()
         self._closed = False
-        self._steppers = {space: Stepper(space, threads) for space in spec.ranges}
+        self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
 
     def send(self, message: Message) -> Future[Any]:

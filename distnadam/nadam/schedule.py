@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from distnadam.config import NadamConfig
-from distnadam.exact import power
+from distnadam.exact import power_of_step
 from distnadam.schedules import rate_at
 
 
@@ -49,15 +49,15 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
     lr = rate_at(config.lr, clock.iterations)
     c_g = lr * (1.0 - mu) / (1.0 - m_schedule)
     c_m = lr * mu_next / (1.0 - m_schedule * mu_next)
-    correction = math.sqrt(1.0 - power(config.beta_2, float(t)))
+    correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
     return StepScalars(lr, c_g * correction, c_m * correction, config.epsilon * correction, Clock(t, m_schedule))
 
 
 def prepare(clock: Clock, config: NadamConfig) -> None:
-    """Compute the powers that the step after `clock` needs and keep them, so that the step itself finds them."""
+    """Compute the powers that the step after `clock` needs, so that the step itself finds them kept."""
     _momentum(clock.iterations + 2, config)
-    power(config.beta_2, float(clock.iterations + 1))
+    power_of_step(config.beta_2, 1.0, clock.iterations + 1)
 
 
 def _momentum(t: int, config: NadamConfig) -> float:
-    return config.beta_1 * (1.0 - 0.5 * power(0.96, t * config.schedule_decay))
+    return config.beta_1 * (1.0 - 0.5 * power_of_step(0.96, config.schedule_decay, t))

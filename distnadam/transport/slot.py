@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import HALF, Array, Flat, as_numpy, cut_flat, dtype_of
+from distnadam.arrays import HALF, Array, Flat, as_numpy, cut_flat, dtype_of, name_of
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.layout import Layout, Ranges, TensorSpec
 
@@ -23,10 +23,11 @@ class GradientSlot:
         layout: the model's layout.
         who: begins the sentence of a complaint, such as "worker 1".
         memory: one flat array per space.
+        check: whether gradients are judged at all.
     """
 
-    def __init__(self, layout: Layout, who: str, memory: Flat) -> None:
-        self._layout, self._who, self._memory = layout, who, memory
+    def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
+        self._layout, self._who, self._memory, self._check = layout, who, memory, check
         self._forms: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
         self._given: set[int] = set()
         self._lent: dict[str, str] | None = None
@@ -125,7 +126,7 @@ class GradientSlot:
     def _common_half(self, leaves: list[Array]) -> dict[str, str]:
         """Return the half precision in which all gradients of the float32 space came, if they did."""
         dtypes = {leaves[index].dtype for index in self._narrow}
-        return {"float32": name} if len(dtypes) == 1 and (name := dtypes.pop().name) in HALF else {}
+        return {"float32": name} if len(dtypes) == 1 and (name := name_of(dtypes.pop())) in HALF else {}
 
     def _copy(self, tensor: TensorSpec, leaf: Array) -> None:
         """Copy a tensor and judge it, block by block where it is contiguous."""
@@ -139,13 +140,13 @@ class GradientSlot:
 
         A block's dot product with itself is finite only if every element and square is; only a block that fails it is looked through.
         """
-        if self._complaint is not None:
+        if self._complaint is not None or not self._check:
             return
         values = self.flat[space]
         with np.errstate(over="ignore", invalid="ignore"):
             for low in range(begin, end, BLOCK):
                 block = values[low : min(low + BLOCK, end)]
-                wide = block if block.dtype.name == space else block.astype(space)
+                wide = block.astype(space, copy=False)
                 if not np.isfinite(np.dot(wide, wide)):
                     bad = ~np.isfinite(np.square(wide))
                     if bad.any():

@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 
 from distnadam import errors
-from distnadam.arrays import Flat
+from distnadam.arrays import Flat, name_of
 from distnadam.errors import DistNadamError, LaneError
 from distnadam.messages import Decided, Leave, Measured, Norms, Push
 
@@ -27,7 +27,7 @@ def pack(number: int, message: Any) -> bytes:
     """Return a frame: the number that pairs question and answer, and the message."""
     body: tuple[Any, ...]
     if isinstance(message, Push):
-        gradients = None if message.gradients is None else {space: array.dtype.name for space, array in message.gradients.items()}
+        gradients = None if message.gradients is None else {space: name_of(array.dtype) for space, array in message.gradients.items()}
         body = ("push", message.epoch, message.rank, message.incarnation, message.round, gradients, message.complaint)
     elif isinstance(message, Decided):
         body = ("decided", message.epoch, message.round, message.iterations, message.outcome, message.complaint, message.lr, message.buffer)

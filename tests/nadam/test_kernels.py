@@ -1,17 +1,33 @@
-"""The NumPy kernel against the formula written out plainly, to the bit, however the work is cut into blocks, parts and threads."""
+"""Both kernels against the formula written out plainly, to the bit, however the work is cut into blocks, parts and threads."""
 
 import ctypes
+import os
 import subprocess
 import sys
+import tracemalloc
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam.errors import KernelError
-from distnadam.nadam.kernels import BLOCK_BYTES, Part, Rates, Scratch, Slots, Stepper, check_denormals, square_sums
+from distnadam.nadam.kernels import (
+    BLOCK_BYTES,
+    KernelName,
+    Part,
+    Rates,
+    Scratch,
+    Slots,
+    Stepper,
+    check_denormals,
+    make_stepper,
+    square_sums,
+)
 from distnadam.nadam.schedule import Clock, StepScalars
 
 SCALARS = StepScalars(0.002, 0.0011, 0.0007, 3e-9, Clock(1, 0.9))
@@ -32,48 +48,68 @@ def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
 def plain(slots: Slots, gradients: list[Any], scale: float | None, rates: Rates) -> tuple[Any, Any, Any]:
     """One step as the docstring's formula says it, with temporaries, on whole arrays."""
     t = slots.p.dtype.type
-    g = gradients[0]
+    g = gradients[0].astype(t)
     for other in gradients[1:]:
-        g = g + other
+        g = g + other.astype(t)
     if len(gradients) > 1:
         g = g / t(len(gradients))
     if scale is not None:
         g = g * t(scale)
     if rates.clipvalue is not None:
-        g = np.minimum(np.maximum(g, -t(rates.clipvalue)), t(rates.clipvalue))
+        limit = t(rates.clipvalue)
+        g = np.minimum(np.maximum(g, -limit), limit) if limit > 0 else np.zeros_like(g)
     m = slots.m + (g - slots.m) * t(rates.one_minus_beta_1)
     v = slots.v + (g * g - slots.v) * t(rates.one_minus_beta_2)
     p = slots.p - (g * t(SCALARS.gradient) + m * t(SCALARS.momentum)) / (np.sqrt(v) + t(SCALARS.epsilon))
     return p, m, v
 
 
-@settings(max_examples=60, deadline=None)
+@lru_cache
+def stepper(kernel: KernelName, dtype: str, threads: int) -> Stepper:
+    return make_stepper(kernel, dtype, threads)
+
+
+@settings(max_examples=150, deadline=None)
 @given(
+    kernel=st.sampled_from(["numpy", "fused"]),
     dtype=st.sampled_from(DTYPES),
-    size=st.one_of(st.integers(1, 2000), st.integers(-3, 3).map(lambda d: d + 10**9)),
-    workers=st.integers(1, 5),
-    scale=st.sampled_from([None, 0.37]),
-    clipvalue=st.sampled_from([None, 0.5]),
+    size=st.one_of(st.integers(1, 5000), st.integers(-3, 3).map(lambda d: d + 10**9)),
+    workers=st.integers(1, 9),
+    half=st.sampled_from([None, "float16", ml_dtypes.bfloat16]),
+    scale=st.sampled_from([None, 0.37, 0.0]),
+    clipvalue=st.sampled_from([None, 0.5, 0.0, 1e-40]),
     threads=st.integers(1, 3),
+    in_place=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_step_has_the_bits_of_the_plain_formula(
-    dtype: str, size: int, workers: int, scale: float | None, clipvalue: float | None, threads: int, seed: int
+    kernel: KernelName,
+    dtype: str,
+    size: int,
+    workers: int,
+    half: Any,
+    scale: float | None,
+    clipvalue: float | None,
+    threads: int,
+    in_place: bool,
+    seed: int,
 ) -> None:
-    size = size if size < 10**8 else 3 * BLOCK[dtype] + size - 10**9  # around a block boundary
+    size = size if size < 10**8 else 2 * BLOCK[dtype] + size - 10**9  # around a block boundary
     rng = np.random.default_rng(seed)
-    slots = Slots(numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), np.empty(size, dtype))
+    out = None if in_place else np.empty(size, dtype)
+    slots = Slots(numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), out)
     gradients = [numbers(rng, size, dtype) for _ in range(workers)]
     rates = Rates(1.0 - 0.9, 1.0 - 0.999, clipvalue)
     with np.errstate(all="ignore"):
+        if half is not None and dtype == "float32":
+            gradients = [np.clip(g, -1e4, 1e4).astype(half) if rng.random() < 0.7 else g for g in gradients]
         p, m, v = plain(slots, gradients, scale, rates)
         before, copies = slots.p.copy(), [g.copy() for g in gradients]
         cut = int(rng.integers(0, size + 1))
-        stepper = Stepper(dtype, threads)
-        stepper.step(slots, gradients, SCALARS, rates, [Part(0, cut, scale), Part(cut, size, scale)])
-        stepper.close()
-    assert [slots.out.tobytes(), slots.m.tobytes(), slots.v.tobytes()] == [p.tobytes(), m.tobytes(), v.tobytes()]  # type: ignore[union-attr]
-    assert slots.p.tobytes() == before.tobytes(), "the old parameters stay"
+        stepper(kernel, dtype, threads).step(slots, gradients, SCALARS, rates, [Part(0, cut, scale), Part(cut, size, scale)])
+    got = [slots.p if slots.out is None else slots.out, slots.m, slots.v]
+    assert [x.tobytes() for x in got] == [p.tobytes(), m.tobytes(), v.tobytes()]
+    assert in_place or slots.p.tobytes() == before.tobytes(), "the old parameters stay"
     assert [g.tobytes() for g in gradients] == [g.tobytes() for g in copies], "the gradients stay"
 
 
@@ -97,18 +133,32 @@ def test_square_sums_do_not_depend_on_where_the_range_is_cut(dtype: str, chunks:
     np.testing.assert_allclose(whole.sum(), np.square(mean.astype(np.float64)).sum(), rtol=1e-12)
 
 
-def test_a_step_allocates_nothing_of_the_ranges_size() -> None:
-    import tracemalloc
-
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: bool) -> None:
     size = 40 * BLOCK["float32"]
     slots = Slots(*(np.ones(size, np.float32) for _ in range(3)), np.empty(size, np.float32))
-    gradients = [np.ones(size, np.float32) for _ in range(3)]
-    stepper = Stepper("float32")
+    gradients = [np.ones(size, np.float16 if half else np.float32) for _ in range(3)]
     tracemalloc.start()
-    stepper.step(slots, gradients, SCALARS, Rates(0.1, 0.001, 0.5), [Part(0, size, 0.5)])
+    stepper(kernel, "float32", 1).step(slots, gradients, SCALARS, Rates(0.1, 0.001, 0.5), [Part(0, size, 0.5)])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < BLOCK_BYTES
+    assert peak < 4 * BLOCK_BYTES  # of the forty of each array
+
+
+COMPILE = """
+import time
+from distnadam.nadam import fused
+import numba
+fused.warm_up("float32")
+print(sum(fused._step.stats.cache_hits.values()), sum(fused._step.stats.cache_misses.values()))
+"""
+
+
+def test_the_second_process_finds_the_loop_compiled(tmp_path: Path) -> None:
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    told = [subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert told == ["0 1\n", "1 0\n"]
 
 
 FLUSH = """
@@ -118,13 +168,13 @@ from distnadam.errors import KernelError
 from distnadam.nadam.kernels import check_denormals
 libm = ctypes.CDLL(ctypes.util.find_library("m"))
 env = (ctypes.c_ubyte * 64)()
-check_denormals()
+check_denormals(np.dtype('float32'))
 libm.fegetenv(ctypes.byref(env))
 mxcsr = ctypes.c_uint32.from_buffer(env, 28)
 mxcsr.value |= 0x8040
 libm.fesetenv(ctypes.byref(env))
 try:
-    check_denormals()
+    check_denormals(np.dtype('float32'))
 except KernelError as error:
     sys.exit(0 if "flushes denormal numbers to zero" in str(error) else 2)
 sys.exit(1)
@@ -137,7 +187,7 @@ def test_a_thread_that_flushes_denormals_is_refused() -> None:
 
     if platform.machine() != "x86_64":
         pytest.skip("sets the x86 control register")
-    check_denormals()
+    check_denormals(np.dtype("float32"))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FLUSH], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

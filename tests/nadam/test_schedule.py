@@ -57,6 +57,14 @@ def test_a_power_does_not_depend_on_which_decimal_is_installed(base: float, expo
         assert exact.power(base, float(exponent)) == float(str(expected))
 
 
+@given(base=st.floats(0.5, 1.0), rate=st.floats(0.0, 1.0), step=st.integers(0, 10**7))
+def test_a_power_of_a_step_is_that_power_and_not_what_was_asked_before(base: float, rate: float, step: int) -> None:
+    got = exact.power_of_step(base, rate, step)
+    assert ulps(got, exact.power(base, rate * step)) <= 1.0 + abs(rate * step * math.log(base)) or got < sys.float_info.min
+    exact._factor.cache_clear()
+    assert exact.power_of_step(base, rate, step) == got
+
+
 @given(fraction=st.floats(0.0, 1.0))
 def test_a_cosine_is_within_the_c_librarys_rounding_of_its_argument(fraction: float) -> None:
     assert exact.cosine_of_pi_times(fraction) == pytest.approx(math.cos(math.pi * fraction), abs=4e-16)

@@ -1,0 +1,74 @@
+"""distnadam on Ray: actors as workers, from "gradient ready" to "new parameters read"."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+
+import numpy as np
+import ray
+
+from distnadam import DistNadam, Options
+
+
+@ray.remote(num_cpus=0)
+class Trainer:
+    def __init__(self, optimizer: DistNadam, rank: int) -> None:
+        self.worker = optimizer.worker(rank)
+
+    def run(self, mode: str, steps: int, seed: int) -> list[float]:
+        worker, rng = self.worker, np.random.default_rng(seed)
+        shapes = {path: leaf.shape for path, leaf in worker.parameters().items()}
+        if mode == "copy":
+            gradients: Any = {path: rng.standard_normal(shape, dtype=np.float32) for path, shape in shapes.items()}
+        else:
+            gradients = None
+            for view in worker.gradients().values():
+                rng.standard_normal(out=view, dtype=np.float32)
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            worker.step(gradients)
+            times.append(time.perf_counter() - began)
+        return times
+
+    def memory(self) -> dict[str, int]:
+        return memory_of(os.getpid())
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes that a process maps and uses, shared pages counted in proportion to who shares them."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("Pss", "Pss_Anon", "Pss_Shmem")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--elements", type=lambda text: int(float(text)), default=10**6)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--mode", choices=["copy", "views"], default="copy")
+    parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--transport", default="auto")
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tensors", type=int, default=1)
+    args = parser.parse_args()
+    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    options = Options(kernel=args.kernel, transport=args.transport, check_gradients=not args.unchecked)
+    sizes = [args.elements * (i + 1) // args.tensors - args.elements * i // args.tensors for i in range(args.tensors)]
+    params = {f"{i:05d}": np.zeros(size, np.float32) for i, size in enumerate(sizes)}
+    with DistNadam(num_shards=args.shards, num_workers=args.workers, backend="ray", options=options).build(params) as optimizer:
+        del params
+        trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
+        times = ray.get([trainer.run.remote(args.mode, args.steps, rank) for rank, trainer in enumerate(trainers)])
+    ray.shutdown()
+    print(json.dumps(times[0]))
+
+
+if __name__ == "__main__":
+    main()
