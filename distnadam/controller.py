@@ -103,11 +103,12 @@ class Controller:
     def step(self, gradients: Any) -> Decided:
         """Apply one step from an already averaged gradient tree; raise PushesPending where workers' pushes wait."""
         if self._slot is None:
-            self._slot = GradientSlot(self.layout, "apply_gradients", empty_flat(self.layout.sizes), check=self.options.check_gradients)
+            memory = empty_flat(self.layout.sizes)
+            self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
         complaint = self._slot.fill(gradients)
         with self.boundary() as at:
-            parts = [None if complaint else self._slot.ranges(ranges) for ranges in self.ranges]
-            answers = self._ask({i: Step(at.token, part, complaint) for i, part in enumerate(parts)})
+            parts = self._slot.parts()
+            answers = self._ask({i: Step(at.token, None if complaint else part, complaint) for i, part in enumerate(parts)})
             if any(isinstance(answer, Measured) for answer in answers.values()):
                 totals = tensor_square_sums(len(self.layout.tensors), [answers[i].sums for i in sorted(answers)])
                 answers = self._ask(self._everyone(StepNorms(at.token, totals)))

@@ -72,7 +72,8 @@ class Worker:
 
     @cached_property
     def _slot(self) -> GradientSlot:
-        return GradientSlot(self._layout, f"worker {self.rank}", self._link.gradients, check=self._shards.options.check_gradients)
+        check = self._shards.options.check_gradients
+        return GradientSlot(self._layout, self._ranges, f"worker {self.rank}", self._link.gradients, check=check)
 
     @cached_property
     def _copies(self) -> bool:
@@ -201,8 +202,8 @@ class Worker:
         complaint = self._slot.finish() if gradients is None else self._slot.fill(gradients)
         want = want_parameters and self._copies
         key = (self._epoch, self.rank, self._incarnation, self._round + 1)
-        parts = [None if complaint else self._slot.ranges(ranges) for ranges in self._ranges]
-        pending = self._link.post({i: Push(*key, part, complaint, want) for i, part in enumerate(parts)})
+        parts = self._slot.parts()
+        pending = self._link.post({i: Push(*key, None if complaint else part, complaint, want) for i, part in enumerate(parts)})
         self._outstanding = Ticket(lambda: self._finish(pending, key, want))
         return self._outstanding
 
@@ -221,7 +222,7 @@ class Worker:
                 raise IllegalMessage(f"worker {self.rank}: round {key[-1]}: {len(sums)} of {len(answers)} shards have measured norms only")
             if sums:
                 norms = Norms(*key, tensor_square_sums(len(self._layout.tensors), sums), want)
-                answers = self._wait(self._link.post(self._everyone(norms)))
+                answers = self._wait(self._link.post(dict.fromkeys(range(len(self._ranges)), norms)))
         except StepTimeout:
             raise
         except DistNadamError:
@@ -275,6 +276,8 @@ class Worker:
                 status: Description = pending.result(max(0.1, deadline - time.monotonic()))[shard]
             except TimeoutError:
                 silent.append(shard)
+                continue
+            if status.round > self._round:
                 continue
             fates = dict.fromkeys(status.left, " (closed)") | dict.fromkeys(status.dead, " (died)")
             missing |= {f"{rank}{fates.get(rank, '')}" for rank in status.waiting_for}

@@ -6,7 +6,7 @@ from typing import Any
 
 from distnadam.arrays import Flat
 from distnadam.layout import Layout, Ranges
-from distnadam.messages import Message, ShardSpec
+from distnadam.messages import Message, Norms, Push, ShardSpec
 
 
 class Pending(ABC):
@@ -34,8 +34,8 @@ class Link(ABC):
     parameters: tuple[Flat, Flat] | None = None
 
     @abstractmethod
-    def post(self, messages: Mapping[int, Message]) -> Pending:
-        """Send each shard its message, without waiting; a push's gradients are views of `gradients`."""
+    def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
+        """Send each shard its push or norms, without waiting; a push's gradients are views of `gradients`."""
 
     @abstractmethod
     def close(self) -> None:

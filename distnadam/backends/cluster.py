@@ -124,7 +124,7 @@ def await_start(refs: Sequence[Any], options: Options) -> list[dict[str, str]]:
 def node_facts() -> dict[str, str]:
     """Return this process's node and the versions of what the shards' bits or files depend on."""
     node = f"{ray.util.get_node_ip_address()} (id {ray.get_runtime_context().get_node_id()[:12]})"
-    facts = {"node": node, "python": ".".join(platform.python_version_tuple()[:2])}
+    facts = {"node": node, "pid": str(os.getpid()), "python": ".".join(platform.python_version_tuple()[:2])}
     for package in _PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)

@@ -11,7 +11,7 @@ from distnadam.arrays import empty_flat
 from distnadam.backends.base import Backend, Link, Pending
 from distnadam.errors import ArenaError, LaneError
 from distnadam.layout import Layout, Ranges
-from distnadam.messages import Decided, Message, Norms, Push
+from distnadam.messages import Decided, Norms, Push
 from distnadam.transport.doorbell import Address
 from distnadam.transport.lanes import Lanes
 
@@ -39,11 +39,13 @@ class RayLink(Link):
             first, second = lanes.parameters
             self.parameters = (first, second)
 
-    def post(self, messages: Mapping[int, Message]) -> Pending:
+    def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
         """See `Link.post`."""
         if self._lanes is None:
             return self._backend.post(messages)
-        by_lane = {i: m for i, m in messages.items() if i in self._lanes and isinstance(m, (Push, Norms))}
+        if self.parameters is not None:  # every shard has a lane
+            return RayLinkPending(self._lanes, self._lanes.post(messages), messages, None)
+        by_lane = {i: m for i, m in messages.items() if i in self._lanes}
         number = self._lanes.post(by_lane) if by_lane else 0
         others = {i: m for i, m in messages.items() if i not in by_lane}
         return RayLinkPending(self._lanes, number, by_lane, self._backend.post(others) if others else None)
@@ -57,18 +59,18 @@ class RayLink(Link):
 class RayLinkPending(Pending):
     """Answers by lane and by object."""
 
-    def __init__(self, lanes: Lanes, number: int, by_lane: Mapping[int, Message], others: Pending | None) -> None:
+    def __init__(self, lanes: Lanes, number: int, by_lane: Mapping[int, Push | Norms], others: Pending | None) -> None:
         self._lanes, self._number, self._by_lane, self._others = lanes, number, by_lane, others
 
     def result(self, timeout_s: float) -> dict[int, Any]:
         """See `Pending.result`."""
         deadline = time.monotonic() + timeout_s
-        answers = self._lanes.collect(self._number, set(self._by_lane), deadline) if self._by_lane else {}
-        for shard, message in self._by_lane.items():
-            answer = answers[shard]
-            if isinstance(answer, Decided) and isinstance(message, (Push, Norms)) and message.want_parameters:
-                answers[shard] = dataclasses.replace(answer, parameters=self._lanes.parameters_of(shard, answer))
+        answers = self._lanes.collect(self._number, len(self._by_lane), deadline) if self._by_lane else {}
         if self._others is not None:
+            for shard, message in self._by_lane.items():
+                answer = answers[shard]
+                if isinstance(answer, Decided) and message.want_parameters:
+                    answers[shard] = dataclasses.replace(answer, parameters=self._lanes.parameters_of(shard, answer))
             answers = answers | self._others.result(max(0.0, deadline - time.monotonic()))
         return answers
 

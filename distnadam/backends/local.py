@@ -9,7 +9,7 @@ from distnadam.arrays import Flat, cut_flat, empty_flat, zeros_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
 from distnadam.layout import Layout, Ranges
-from distnadam.messages import Message, ShardSpec
+from distnadam.messages import Message, Norms, Push, ShardSpec
 
 
 class LocalPending(Pending):
@@ -36,7 +36,7 @@ class LocalLink(Link):
         self._backend = backend
         self.gradients, self.parameters = empty_flat(layout.sizes), backend.parameters
 
-    def post(self, messages: Mapping[int, Message]) -> Pending:
+    def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
         """See `Link.post`."""
         return self._backend.post(messages)
 

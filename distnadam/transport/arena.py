@@ -4,6 +4,7 @@ Such memory has no name: nothing of it is left in the file system, it is gone wi
 /dev/shm does not limit it. It is reserved when it is made, and sealed so that no holder can shrink it under another's feet.
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -37,6 +38,8 @@ class Arena:
         self.fd, self._sizes, self._copies, self._writable = fd, dict(sizes), copies, writable
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(fd, max(arena_bytes(sizes, copies), _PAGE), flags=mmap.MAP_SHARED, prot=access)
+        with suppress(OSError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)  # taken where the system allows them for shared memory; see `doctor`
         self.flats = tuple(self.flat(copy) for copy in range(copies))
 
     @classmethod
@@ -48,11 +51,12 @@ class Arena:
             raise ArenaError(f"needs {_mib(size)} of shared memory, {_mib(available)} are available to this process")
         fd = os.memfd_create("distnadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.posix_fallocate(fd, 0, size)
+            os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            return cls(fd, sizes, copies, writable=True)
+            arena = cls(fd, sizes, copies, writable=True)
+            arena._reserve(size)
+            return arena
         except OSError as error:
-            os.close(fd)
             raise ArenaError(f"{_mib(size)} of shared memory cannot be had: {error}") from error
 
     @classmethod
@@ -91,6 +95,15 @@ class Arena:
                     with suppress(OSError, ValueError):
                         self._map.madvise(advice, begin, end - begin)
                 offset += _space_bytes(space, n)
+
+    def _reserve(self, size: int) -> None:
+        """Have every page now, so that a lack of memory is an error here and no signal later."""
+        try:
+            self._map.madvise(_POPULATE_WRITE)  # through the mapping, which may have huge pages
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            os.posix_fallocate(self.fd, 0, size)  # before Linux 5.14
 
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):

@@ -58,23 +58,25 @@ class Line:
         """Return the socket's descriptor, -1 once closed."""
         return self._socket.fileno()
 
-    def send(self, frame: bytes) -> None:
-        """Send a frame, or as much as the socket takes; the rest goes by `flush`. Sending to a dead peer does nothing."""
+    def send(self, frame: bytes) -> bool:
+        """Send a frame, or as much as the socket takes, and return whether it is all; the rest goes by `flush`.
+
+        Sending to a dead peer does nothing: who reads will see its end.
+        """
         with self._lock:
             if not self._unsent:
-                with suppress(BlockingIOError):
-                    try:
-                        sent = self._socket.send(frame)
-                    except OSError as error:
-                        if isinstance(error, BlockingIOError):
-                            raise
-                        return  # the reader will see its end
-                    if sent == len(frame):
-                        return
-                    frame = frame[sent:]
+                try:
+                    frame = frame[self._socket.send(frame) :]
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    return True
+                if not frame:
+                    return True
             self._unsent += frame
         if self._on_blocked is not None:
             self._on_blocked(self)
+        return False
 
     def flush(self) -> bool:
         """Send what is left; return whether nothing is."""
@@ -164,42 +166,42 @@ class Server:
         _open.add(self._listener)
         self._poll = select.epoll()
         self._poll.register(self._listener, select.EPOLLIN)
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._poll.register(self._stop, select.EPOLLIN)
         self._lines: dict[int, Line] = {}
         self._thread = threading.Thread(target=self._serve, name="doorbell", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop listening and hang up on everyone."""
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        os.eventfd_write(self._stop, 1)
         self._thread.join()
+        os.close(self._stop)
 
     def _serve(self) -> None:
         while True:
             for fd, events in self._poll.poll():
+                if fd == self._stop:
+                    self._hang_up()
+                    return
                 if fd == self._listener.fileno():
-                    if not self._accept():
-                        self._hang_up()
-                        return
+                    self._accept()
                 elif (line := self._lines.get(fd)) is not None:
                     self._attend(line, events)
 
-    def _accept(self) -> bool:
+    def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return True
         except OSError:
-            return False
+            return  # it hung up already, or there are too many files open
         try:
             _check_same_user(connection)
         except LaneError:
             connection.close()
-            return True
+            return
         line = Line(connection, on_blocked=self._await_room)
         self._lines[line.fileno()] = line
         self._poll.register(line.fileno(), select.EPOLLIN)
-        return True
 
     def _attend(self, line: Line, events: int) -> None:
         if events & select.EPOLLOUT and line.flush():

@@ -168,13 +168,12 @@ class Lanes:
         self._answers = {self._number: {}}  # what comes for older ones is of no use any more
         for shard, message in messages.items():
             line = self._lines[shard]
-            line.send(pack(self._number, message))
-            if not line.flush():
+            if not line.send(pack(self._number, message)):
                 self._poll.modify(line.fileno(), select.POLLIN | select.POLLOUT)
         return self._number
 
-    def collect(self, number: int, shards: set[int], deadline: float) -> dict[int, Any]:
-        """Return the shards' answers to the messages of that number.
+    def collect(self, number: int, count: int, deadline: float) -> dict[int, Any]:
+        """Return the `count` shards' answers to the messages of that number.
 
         Raises:
             DistNadamError: the first shard's that refused.
@@ -182,7 +181,7 @@ class Lanes:
             TimeoutError: not all answered before the deadline (of `time.monotonic`); may be called again.
         """
         answers = self._answers.get(number, {})
-        while len(answers) < len(shards):
+        while len(answers) < count:
             events = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
             if not events:
                 raise TimeoutError

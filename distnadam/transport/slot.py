@@ -1,5 +1,6 @@
 """A worker's gradient slot: flat memory that gradients are copied or written into, and judged finite. No shards, no Ray."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,14 +22,15 @@ class GradientSlot:
 
     Args:
         layout: the model's layout.
+        ranges: what each shard holds.
         who: begins the sentence of a complaint, such as "worker 1".
         memory: one flat array per space.
         check: whether gradients are judged at all.
     """
 
-    def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
-        self._layout, self._who, self._memory, self._check = layout, who, memory, check
-        self._forms: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
+    def __init__(self, layout: Layout, ranges: list[Ranges], who: str, memory: Flat, *, check: bool = True) -> None:
+        self._layout, self._ranges, self._who, self._memory, self._check = layout, ranges, who, memory, check
+        self._forms: dict[tuple[str, ...], tuple[Flat, list[Array], list[Flat]]] = {}
         self._given: set[int] = set()
         self._lent: dict[str, str] | None = None
         self._narrow = [i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end]
@@ -45,17 +47,16 @@ class GradientSlot:
         leaves = self._layout.leaves(gradients, what=f"{self._who}: gradients")
         self._begin(self._common_half(leaves))
         reached = dict.fromkeys(self.flat, 0)
-        with np.errstate(over="ignore"):  # a cast that overflows is judged like any infinity
-            for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
-                if leaf.size <= BLOCK:
-                    np.copyto(view, leaf, casting="same_kind")
-                    if tensor.end - reached[tensor.space] < BLOCK:
-                        continue
-                    self._judge(tensor.space, reached[tensor.space], tensor.end)
-                else:
-                    self._judge(tensor.space, reached[tensor.space], tensor.begin)
-                    self._copy(tensor, leaf)
-                reached[tensor.space] = tensor.end
+        for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
+            if leaf.size <= BLOCK:
+                _cast(view, leaf)
+                if tensor.end - reached[tensor.space] < BLOCK:
+                    continue
+                self._judge(tensor.space, reached[tensor.space], tensor.end)
+            else:
+                self._judge(tensor.space, reached[tensor.space], tensor.begin)
+                self._copy(tensor, leaf)
+            reached[tensor.space] = tensor.end
         for space, values in self.flat.items():
             self._judge(space, reached[space], values.size)
         return self._complaint
@@ -74,8 +75,7 @@ class GradientSlot:
         leaf = self._layout.checked(index, as_numpy(gradient), what=f"{self._who}: gradients")
         if not self._given:
             self._begin({})
-        with np.errstate(over="ignore"):
-            self._copy(tensor, leaf)
+        self._copy(tensor, leaf)
         self._given.add(index)
 
     def lend(self, dtype: str | None) -> Any:
@@ -106,9 +106,9 @@ class GradientSlot:
             self._judge(space, 0, values.size)
         return self._complaint
 
-    def ranges(self, ranges: Ranges) -> Flat:
-        """Return views of one shard's ranges."""
-        return cut_flat(self.flat, ranges)
+    def parts(self) -> list[Flat]:
+        """Return views of each shard's ranges, in the dtypes that the gradients now lie in."""
+        return self._parts
 
     def _begin(self, halves: Mapping[str, str]) -> None:
         self._given.clear()
@@ -120,8 +120,8 @@ class GradientSlot:
         key = tuple(halves.get(space, space) for space in self._memory)
         if key not in self._forms:
             flat = {s: m.view(dtype_of(name))[: m.size] for (s, m), name in zip(self._memory.items(), key, strict=True)}
-            self._forms[key] = flat, self._layout.views(flat)
-        self.flat, self._views = self._forms[key]
+            self._forms[key] = flat, self._layout.views(flat), [cut_flat(flat, ranges) for ranges in self._ranges]
+        self.flat, self._views, self._parts = self._forms[key]
 
     def _common_half(self, leaves: list[Array]) -> dict[str, str]:
         """Return the half precision in which all gradients of the float32 space came, if they did."""
@@ -132,7 +132,7 @@ class GradientSlot:
         """Copy a tensor and judge it, block by block where it is contiguous."""
         source, target = leaf.reshape(-1), self.flat[tensor.space][tensor.begin : tensor.end]
         for begin in range(0, source.size, BLOCK):
-            np.copyto(target[begin : begin + BLOCK], source[begin : begin + BLOCK], casting="same_kind")
+            _cast(target[begin : begin + BLOCK], source[begin : begin + BLOCK])
             self._judge(tensor.space, tensor.begin + begin, min(tensor.begin + begin + BLOCK, tensor.end))
 
     def _judge(self, space: str, begin: int, end: int) -> None:
@@ -143,18 +143,25 @@ class GradientSlot:
         if self._complaint is not None or not self._check:
             return
         values = self.flat[space]
-        with np.errstate(over="ignore", invalid="ignore"):
-            for low in range(begin, end, BLOCK):
-                block = values[low : min(low + BLOCK, end)]
-                wide = block.astype(space, copy=False)
-                if not np.isfinite(np.dot(wide, wide)):
+        for low in range(begin, end, BLOCK):
+            wide = values[low : min(low + BLOCK, end)].astype(space, copy=False)
+            if not math.isfinite(wide.dot(wide)):
+                with np.errstate(over="ignore", invalid="ignore"):
                     bad = ~np.isfinite(np.square(wide))
-                    if bad.any():
-                        self._complaint = self._told(space, low + int(bad.argmax()))
-                        return
+                if bad.any():
+                    self._complaint = self._told(space, low + int(bad.argmax()))
+                    return
 
     def _told(self, space: str, offset: int) -> str:
         tensor = next(t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end)
         where = tuple(int(i) for i in np.unravel_index(offset - tensor.begin, tensor.shape))
         value = self.flat[space][offset]
         return f"{self._who}: gradient {tensor.path!r} is not finite, or its square overflows, at index {where}: {value!r}"
+
+
+def _cast(target: Array, source: Array) -> None:
+    if source.dtype == target.dtype:
+        np.copyto(target, source)
+    else:
+        with np.errstate(over="ignore"):  # a cast that overflows is judged like any infinity
+            np.copyto(target, source, casting="same_kind")

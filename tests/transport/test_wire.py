@@ -1,0 +1,76 @@
+"""Frames: every message that travels by lane comes back as it was, however the bytes are cut; nonsense is refused."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distnadam import errors
+from distnadam.errors import DistNadamError, LaneError, LatePush
+from distnadam.messages import Decided, Leave, Measured, Norms, Pull, Push
+from distnadam.transport.wire import Frames, pack, unpack
+
+GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
+MESSAGES: list[Any] = [
+    Push(1, 2, 3, 4, None, "worker 2: gradient 'w' is not finite"),
+    Decided(1, 2, 3, "applied", None, 0.002, 1),
+    Decided(1, 2, 3, "refused", "it is NaN", 0.0, 0),
+    Leave(1, 2),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_a_message_comes_back(message: Any) -> None:
+    assert unpack(pack(7, message)[4:], lambda dtypes: {}) == (7, message)
+
+
+def test_a_push_says_in_which_dtypes_the_gradients_lie() -> None:
+    asked: list[dict[str, str]] = []
+
+    def gradients_of(dtypes: dict[str, str]) -> Any:
+        asked.append(dtypes)
+        return GRADIENTS
+
+    _, push = unpack(pack(1, Push(1, 2, 3, 4, GRADIENTS))[4:], gradients_of)
+    assert asked == [{"float32": "float16", "float64": "float64"}]
+    assert push.gradients is GRADIENTS
+
+
+def test_sums_and_norms_come_back_to_the_bit() -> None:
+    sums = (np.array([1.5, np.inf, 1e-320]), np.array([]))
+    _, measured = unpack(pack(1, Measured(3, ((0, sums[0]), (2, sums[1]))))[4:])
+    assert [(tensor, array.tobytes()) for tensor, array in measured.sums] == [(0, sums[0].tobytes()), (2, b"")]
+    _, norms = unpack(pack(1, Norms(1, 2, 3, 4, sums[0]))[4:])
+    assert (norms.round, norms.square_sums.tobytes()) == (4, sums[0].tobytes())
+
+
+@pytest.mark.parametrize("kind", [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, DistNadamError)])
+def test_every_error_comes_back_as_its_own_class(kind: type[DistNadamError]) -> None:
+    _, error = unpack(pack(1, kind("the sentence"))[4:])
+    assert type(error) is kind
+    assert str(error) == "the sentence"
+
+
+@given(cuts=st.lists(st.integers(1, 60), max_size=20), seed=st.integers(0, 99))
+def test_frames_are_whole_however_the_bytes_are_cut(cuts: list[int], seed: int) -> None:
+    frames = [pack(number, LatePush("x" * ((seed * number) % 90))) for number in range(5)]
+    data, got, cutter = b"".join(frames), [], Frames()
+    for size in [*cuts, len(data)]:
+        got += list(cutter.feed(data[:size]))
+        data = data[size:]
+    assert got == [frame[4:] for frame in frames]
+
+
+@given(st.binary(max_size=60))
+def test_a_frame_that_is_no_message_is_refused(body: bytes) -> None:
+    with pytest.raises(LaneError, match="is no message"):
+        unpack(body)
+
+
+def test_a_length_that_cannot_be_and_a_message_that_does_not_travel_are_refused() -> None:
+    with pytest.raises(LaneError, match="frame of 4294967295 bytes was announced"):
+        list(Frames().feed(b"\xff\xff\xff\xffx"))
+    with pytest.raises(TypeError, match="Pull does not travel by lane"):
+        pack(1, Pull(0, 1))
