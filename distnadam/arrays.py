@@ -39,7 +39,8 @@ def dtype_of(name: str) -> np.dtype[Any]:
 def as_numpy(leaf: Any) -> Array:
     """Return a leaf as an array, without a copy where its memory allows; what is no array becomes an object array or a 0-d one."""
     if isinstance(leaf, (np.ndarray, np.generic, float)):
-        return np.asarray(leaf)
+        array = np.asarray(leaf)
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     torch = sys.modules.get("torch")  # where it was never imported, nothing can be one of its tensors
     if torch is not None and isinstance(leaf, torch.Tensor):
         tensor = leaf.detach().cpu()

@@ -13,6 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
@@ -40,7 +41,7 @@ def main() -> None:
 @click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Shards of the optimizer.")
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Steps in all, those before a resume included.")
 @click.option("--lr", default=0.002, show_default=True, type=float, help="Learning rate.")
-@click.option("--seed", default=0, show_default=True, type=int, help="Seed of the parameters and batches.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the parameters and batches.")
 @click.option("--local", is_flag=True, help="Run in this process, without Ray.")
 @click.option("--checkpoint-dir", type=_PATH, help="Where to write, and to resume from.  [default: runs/TASK-TIME/]")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
@@ -62,7 +63,8 @@ def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet
             **how,
         )
     again = ["distnadam", "train", task, "--workers", workers, "--shards", shards, "--lr", lr, "--seed", how["seed"]]
-    again += ["--steps", how["steps"], "--checkpoint-dir", history.checkpoint_dir, *(["--local"] if local else [])]
+    again += ["--steps", how["steps"], "--keep", how["keep"], "--checkpoint-dir", history.checkpoint_dir, *(["--local"] if local else [])]
+    again += [x for name in ("save_every", "evaluate_every") if how[name] for x in (f"--{name.replace('_', '-')}", how[name])]
     summary = _summary(history, shlex.join(map(str, again)))
     click.echo(json.dumps(summary) if as_json else "\n".join(f"{key.replace('_', ' '):<12} {_told(v)}" for key, v in summary.items() if v))
 
@@ -79,11 +81,11 @@ def inspect(checkpoint: Path, *, as_json: bool) -> None:
         return
     for sentence in passed_over:
         click.echo(f"passed over: {sentence}", err=True)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(f"{path}\nstep {manifest.iterations}, round {manifest.round}, skipped {manifest.skipped}, config {manifest.config}")
     tensors = Table("tensor", "shape", "dtype", title="tensors")
     for name, shape, dtype, _, _ in manifest.layout["tensors"]:
-        tensors.add_row(name, str(tuple(shape)), dtype)
+        tensors.add_row(Text(name), str(tuple(shape)), dtype)
     files = Table("file", "bytes", "ranges", title="shards")
     for record in manifest.files:
         files.add_row(record.name, str(record.size), ", ".join(f"{s}[{b}:{e}]" for s, (b, e) in record.ranges.items()))
@@ -110,7 +112,7 @@ def verify(path: Path, *, as_json: bool) -> None:
     else:
         table = Table("checkpoint", "step", "verdict")
         for v in verdicts:
-            table.add_row(Path(str(v["checkpoint"])).name, str(v["step"] or "-"), "valid" if v["valid"] else str(v["reason"]))
+            table.add_row(Path(str(v["checkpoint"])).name, str(v["step"] or "-"), Text("valid" if v["valid"] else str(v["reason"])))
         Console(soft_wrap=True, highlight=False).print(table)
     if not all(v["valid"] for v in verdicts):
         sys.exit(1)
@@ -165,16 +167,19 @@ def load_task(name: str) -> Task:
 
 def _module(name: str) -> Any:
     if not name.endswith(".py"):
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            raise click.UsageError(f"cannot import {name}: {error}") from error
-    path = Path(name).absolute()
-    if not path.is_file():
-        raise click.UsageError(f"{path}: there is no such file")
-    sys.path.insert(0, str(path.parent))  # so that workers, which get this path too, can import it by its name
-    return importlib.import_module(path.stem)
+        folder, module = Path.cwd(), name
+    else:
+        path = Path(name).absolute()
+        if not path.is_file():
+            raise click.UsageError(f"{path}: there is no such file")
+        folder, module = path.parent, path.stem
+        if not module.isidentifier() or module in sys.stdlib_module_names:
+            raise click.UsageError(f"{path}: workers import it by its name, and {module!r} cannot be one of yours: rename it")
+    sys.path.insert(0, str(folder))  # so that workers, which get this path too, can import it by its name
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

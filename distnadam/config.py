@@ -110,31 +110,41 @@ class Options:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        if self.threads is not None:
-            check_count("threads", self.threads)
-        for name in ("shard_cpus", "shard_memory_bytes", "worker_cpus", "step_timeout_s"):
-            _set_number(self, name, cast=False)
-        for name in ("start_timeout_s", "object_store_bytes"):
+        for name, least in (("threads", 1), ("shard_memory_bytes", 0), ("object_store_bytes", 1)):
             if getattr(self, name) is not None:
-                _set_number(self, name, cast=False)
-        for name in ("shard_resources", "label_selector"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ConfigError(f"{name} must be a mapping, got {getattr(self, name)!r}")
-            object.__setattr__(self, name, dict(getattr(self, name)))
+                object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
+        for name in ("shard_cpus", "worker_cpus", "step_timeout_s", "start_timeout_s"):
+            if getattr(self, name) is not None:
+                _set_number(self, name)
+        for name, kind in (("shard_resources", float), ("label_selector", str)):
+            mapping = getattr(self, name)
+            if not isinstance(mapping, Mapping):
+                raise ConfigError(f"{name} must be a mapping, got {mapping!r}")
+            object.__setattr__(self, name, {str(key): _as(kind, f"{name}[{key!r}]", value) for key, value in mapping.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` takes."""
         return _fields(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Options":
-        """Return the options that `to_dict` described."""
-        return cls(**data)
+    def of(cls, options: "Options | Mapping[str, Any] | None") -> "Options":
+        """Return options as they are, of what `to_dict` returned, or the defaults; raise ConfigError naming what is none."""
+        if options is None:
+            return cls()
+        if isinstance(options, Options):
+            return options
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"options must be Options, got {options!r}")
+        unknown = sorted(map(str, options.keys() - {f.name for f in dataclasses.fields(cls)}))
+        if unknown:
+            raise ConfigError(f"options: there is no option {unknown[0]!r}")
+        return cls(**options)
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "on_nonfinite": ("raise", "skip"),
     "check_gradients": (True, False),
+    "spread": (True, False),
     "transport": ("auto", "objects"),
     "kernel": ("auto", "numpy", "fused"),
 }
@@ -152,14 +162,25 @@ def _fields(record: NadamConfig | Options) -> dict[str, Any]:
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-def _set_number(record: object, name: str, *, cast: bool = True) -> float:
-    """Check that a field is a finite number of at least 0, and store it as a float where `cast`."""
-    value = getattr(record, name)
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+def _set_number(record: object, name: str) -> float:
+    """Check that a field is a finite number of at least 0, and store it as a float."""
+    number: float = _as(float, name, getattr(record, name))
+    object.__setattr__(record, name, number)
+    return number
+
+
+def _as(kind: type, name: str, value: Any) -> Any:
+    """Return a str, or a finite float of at least 0; raise ConfigError naming the argument otherwise."""
+    if kind is str:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} must be a string, got {value!r}")
+        return value
+    try:
+        number = float(value) if not isinstance(value, (bool, str)) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
         raise ConfigError(f"{name} must be a number, got {value!r}")
-    number = float(value)
     if not math.isfinite(number) or number < 0.0:
         raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
-    if cast:
-        object.__setattr__(record, name, number)
     return number

@@ -14,9 +14,9 @@ from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.base import Backend
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
-from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.config import Options
-from distnadam.errors import CheckpointError, StepTimeout
+from distnadam.errors import PushesPending, StepTimeout
 from distnadam.layout import Layout
 from distnadam.messages import (
     Advance,
@@ -91,9 +91,11 @@ class Controller:
                     whole[name][space][begin:end] = flat[space]
         return whole
 
-    def write(self, at: Boundary, state: Mapping[str, Flat], clock: Clock | None = None) -> None:
-        """Replace whole arrays by name, and the clock where given, on every shard."""
-        self._ask({i: Write(at.token, {name: cut_flat(flat, r) for name, flat in state.items()}, clock) for i, r in enumerate(self.ranges)})
+    def fill(self, state: Mapping[str, Flat], clock: Clock | None = None) -> None:
+        """Replace whole arrays by name, and the clock where given, on every shard, between two rounds."""
+        with self.boundary() as at:
+            cuts = ({name: cut_flat(flat, ranges) for name, flat in state.items()} for ranges in self.ranges)
+            self._ask({index: Write(at.token, cut, clock) for index, cut in enumerate(cuts)})
 
     def set_rate(self, lr: Rate) -> None:
         """Replace the learning rate from the next step on."""
@@ -102,11 +104,14 @@ class Controller:
 
     def step(self, gradients: Any) -> Decided:
         """Apply one step from an already averaged gradient tree; raise PushesPending where workers' pushes wait."""
-        if self._slot is None:
-            memory = empty_flat(self.layout.sizes)
-            self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
-        complaint = self._slot.fill(gradients)
         with self.boundary() as at:
+            if at.held.pending:
+                ranks = ", ".join(map(str, at.held.pending))
+                raise PushesPending(f"ranks {ranks} have pushed for round {at.held.round + 1}: their round must end first")
+            if self._slot is None:
+                memory = empty_flat(self.layout.sizes)
+                self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
+            complaint = self._slot.fill(gradients)
             parts = self._slot.parts()
             answers = self._ask({i: Step(at.token, None if complaint else part, complaint) for i, part in enumerate(parts)})
             if any(isinstance(answer, Measured) for answer in answers.values()):
@@ -120,30 +125,30 @@ class Controller:
         save_id = store.new_save_id()
         with self.boundary() as at:
             directory = store.step_directory(root, at.held.round)
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise CheckpointError(f"{directory}: cannot be made: {error}") from error
-            count = len(self.ranges)
-            names = {i: store.shard_file_name(i, count, save_id) for i in range(count)}
-            try:
-                records = self._ask({i: Save(at.token, str(directory), n) for i, n in names.items()}, timeout_s=_IO_TIMEOUT_S)
-                manifest = Manifest(
-                    save_id=save_id,
-                    layout=self.layout.to_dict(),
-                    iterations=at.held.clock.iterations,
-                    m_schedule=at.held.clock.m_schedule,
-                    round=at.held.round,
-                    skipped=at.held.skipped,
-                    ledger=at.held.ledger,
-                    files=tuple(records[i] for i in range(count)),
-                    **about,
-                )
-                store.commit(directory, manifest)
-            except BaseException:
-                store.discard_partial(directory, save_id)
-                raise
+            with store.writing(directory):
+                count = len(self.ranges)
+                names = {i: store.shard_file_name(i, count, save_id) for i in range(count)}
+                try:
+                    records = self._ask({i: Save(at.token, str(directory), n) for i, n in names.items()}, timeout_s=_IO_TIMEOUT_S)
+                    files = tuple(records[i] for i in range(count))
+                    store.commit(directory, self._manifest(save_id, at.held, files, about))
+                except BaseException:
+                    store.discard_partial(directory, save_id)
+                    raise
         return directory
+
+    def _manifest(self, save_id: str, held: Held, files: tuple[FileRecord, ...], about: Mapping[str, Any]) -> Manifest:
+        return Manifest(
+            save_id=save_id,
+            layout=self.layout.to_dict(),
+            iterations=held.clock.iterations,
+            m_schedule=held.clock.m_schedule,
+            round=held.round,
+            skipped=held.skipped,
+            ledger=held.ledger,
+            files=files,
+            **about,
+        )
 
     def restore(self, directory: Path, manifest: Manifest) -> None:
         """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
@@ -159,8 +164,9 @@ class Controller:
     def _ask(self, messages: Mapping[int, Message], timeout_s: float | None = None) -> dict[int, Any]:
         if not messages:
             return {}
+        timeout_s = self.options.step_timeout_s if timeout_s is None else timeout_s
         try:
-            return self.backend.post(messages).result(self.options.step_timeout_s if timeout_s is None else timeout_s)
+            return self.backend.post(messages).result(timeout_s)
         except TimeoutError as error:
             kind = type(next(iter(messages.values()))).__name__
-            raise StepTimeout(f"shards {sorted(messages)} did not all answer {kind} in {self.options.step_timeout_s:g} s") from error
+            raise StepTimeout(f"shards {sorted(messages)} did not all answer {kind} in {timeout_s:g} s") from error

@@ -51,10 +51,13 @@ class Gate:
         self._advances = [x for x in self._advances if x[1] > decided]
         return arrived
 
-    def release(self, token: str) -> None:
-        """Open the gate, where this token's holder has it."""
+    def release(self, token: str) -> list[Any]:
+        """Open the gate where this token's holder has it; return the callers that still wait in the queue under it, and forget them."""
+        given_up = [caller for caller, waiting in self._queue if waiting == token]
+        self._queue = [x for x in self._queue if x[1] != token]
         if self.holder == token:
             self.holder, self._limit = None, math.inf
+        return given_up
 
     def drain(self) -> list[Any]:
         """Return everyone who waits here, and forget them."""

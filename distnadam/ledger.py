@@ -47,6 +47,9 @@ class Ledger:
     def from_dict(cls, data: Mapping[str, Any]) -> "Ledger":
         """Return the ledger that `to_dict` described."""
         ledger = cls()
+        numbers = [number for row in (*data["runs"], *data["newest"]) for number in row]
+        if not all(type(number) is int for number in numbers):
+            raise ValueError("expected whole numbers only")
         for rank, incarnation, first, last in data["runs"]:
             ledger._runs.setdefault(rank, []).append([incarnation, first, last])
         ledger._newest = dict(data["newest"])

@@ -74,13 +74,14 @@ class DistNadam:
             raise TypeError(f"DistNadam got an unexpected keyword argument {next(iter(unknown))!r}{hint}")
         epsilon = DEFAULT_EPSILON if epsilon is None else epsilon
         self._config = NadamConfig(rate_from(lr), beta_1, beta_2, epsilon, schedule_decay, clipnorm, clipvalue, global_clipnorm)
-        self._options = Options.from_dict(options) if isinstance(options, Mapping) else options or Options()
+        self._options = Options.of(options)
         self._num_shards = check_count("num_shards", num_shards)
         self._num_workers = check_count("num_workers", num_workers)
         if check_count("replicas", replicas, least=0) != 0:
             raise ConfigError(f"replicas must be 0 in this version, got {replicas!r}")
         if backend not in ("auto", "local", "ray"):
             raise ConfigError(f'backend must be "auto", "local" or "ray", got {backend!r}')
+        name = name or None
         if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
             raise ConfigError(f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}")
         self._asked_backend, self._name = backend, name
@@ -105,9 +106,8 @@ class DistNadam:
             LifecycleError: already built, or closed.
         """
         layout = Layout.of(params)
-        shards = self._start(layout)
-        with shards.boundary() as at:
-            shards.write(at, {"params": layout.flat(params, what="params")})
+        flat = layout.flat(params, what="params")
+        self._start(layout, lambda shards: shards.fill({"params": flat}))
         return self
 
     def close(self) -> None:
@@ -194,8 +194,7 @@ class DistNadam:
         for tensor, view in zip(shards.layout.tensors, shards.layout.views(flat), strict=True):
             if not np.isfinite(view).all():
                 raise StructureError(f"params: {tensor.path!r}: expected finite values, got NaN or infinity")
-        with shards.boundary() as at:
-            shards.write(at, {"params": flat})
+        shards.fill({"params": flat})
 
     def get_weights(self) -> list[Array]:
         """Return ``[iterations, m_schedule, *ms, *vs]`` as Keras orders them: 0-d int64, 0-d float64, arrays of the tensors' shapes."""
@@ -212,8 +211,7 @@ class DistNadam:
         """
         shards = self._running()
         clock, m, v = from_weights(shards.layout, weights)
-        with shards.boundary() as at:
-            shards.write(at, {"m": m, "v": v}, clock)
+        shards.fill({"m": m, "v": v}, clock)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments as given, the learning rate as it is now; `from_config` takes them."""
@@ -328,7 +326,7 @@ class DistNadam:
             num_workers: ranks from now on.
             replicas: standbys per shard.
             backend: None means "auto".
-            name: the new optimizer's name.
+            name: the new optimizer's name; "" for none. A local one never has one.
             options: rare settings.
 
         Raises:
@@ -342,20 +340,16 @@ class DistNadam:
             num_workers=saved["num_workers"] if num_workers is None else num_workers,
             replicas=saved["replicas"] if replicas is None else replicas,
             backend=backend or "auto",
-            name=saved["name"] if name is None else name,
-            options=Options.from_dict(manifest.options) if options is None else options,
+            name=None if backend == "local" else saved["name"] if name is None else name,
+            options=Options.of(manifest.options if options is None else options),
         )
-        try:
-            optimizer._start(Layout.from_dict(manifest.layout)).restore(directory, manifest)
-        except BaseException:
-            optimizer.close()
-            raise
+        optimizer._start(Layout.from_dict(manifest.layout), lambda shards: shards.restore(directory, manifest))
         optimizer.restored_data = dict(manifest.data)
         return optimizer
 
     # What holds it together
 
-    def _start(self, layout: Layout) -> Controller:
+    def _start(self, layout: Layout, fill: Callable[[Controller], None]) -> None:
         if self._closed:
             raise LifecycleError("this optimizer was closed; make a new one")
         if self._shards is not None:
@@ -366,7 +360,11 @@ class DistNadam:
         shared = (self._num_shards, self._num_workers, self._name, self._config, self._options, layout)
         backend.start([ShardSpec(index, *shared, cut) for index, cut in enumerate(layout.cuts(self._num_shards))])
         self._shards = Controller(backend, layout, self._num_shards, self._options)
-        return self._shards
+        try:
+            fill(self._shards)
+        except BaseException:
+            self.close()
+            raise
 
     def _topology(self) -> dict[str, Any]:
         return {
@@ -378,7 +376,9 @@ class DistNadam:
         }
 
     def _is_built(self) -> bool:
-        return self._shards is not None and not self._closed
+        if self._closed:
+            raise LifecycleError("this optimizer was closed")
+        return self._shards is not None
 
     def _running(self) -> Controller:
         if self._closed:

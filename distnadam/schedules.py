@@ -24,6 +24,8 @@ class Schedule(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__name__ in Schedule._registry and Schedule._registry[cls.__name__].__module__ != cls.__module__:
+            raise ConfigError(f"a Schedule named {cls.__name__!r} is defined in {Schedule._registry[cls.__name__].__module__}: rename it")
         Schedule._registry[cls.__name__] = cls
 
     @abstractmethod
@@ -108,7 +110,10 @@ def _require(ok: bool, schedule: Schedule, field: str, value: object, expected: 
 
 def rate_at(rate: Rate, step: int) -> float:
     """Return the learning rate after `step` applied steps; raise ConfigError where it is not finite and at least 0."""
-    value = float(rate(step)) if callable(rate) else rate
+    try:
+        value = float(rate(step)) if callable(rate) else rate
+    except Exception as error:
+        raise ConfigError(f"lr at step {step}: the schedule raised {type(error).__name__}: {error}") from error
     if not math.isfinite(value) or value < 0.0:
         raise ConfigError(f"lr at step {step} must be finite and at least 0, got {value!r}")
     return value
@@ -126,8 +131,12 @@ def rate_to_dict(rate: Rate) -> float | dict[str, Any]:
     if not dataclasses.is_dataclass(rate):
         raise ConfigError(f"lr={rate!r}: a Schedule must be a frozen dataclass, so that its fields can be stored")
     fields = {f.name: getattr(rate, f.name) for f in dataclasses.fields(rate)}
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    plain = {k: [_plain(x) for x in v] if isinstance(v, tuple) else _plain(v) for k, v in fields.items()}
     return {"class_name": type(rate).__name__, "config": plain}
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
 
 
 def rate_from(value: Any) -> Rate:

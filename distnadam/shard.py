@@ -5,7 +5,6 @@ and one that is refused raises and changes nothing. Callers are opaque: an effec
 """
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import distnadam.messages as msg
@@ -14,7 +13,6 @@ from distnadam.errors import (
     DistNadamError,
     IllegalMessage,
     LatePush,
-    PushesPending,
     ShardLost,
     StaleEpoch,
     WorkerLost,
@@ -23,20 +21,11 @@ from distnadam.gate import Gate
 from distnadam.ledger import DIRECT, Ledger
 from distnadam.members import Members
 from distnadam.nadam.schedule import Clock
+from distnadam.rounds import Round, Waiting
 from distnadam.state import ShardState
 from distnadam.transitions import LEGAL, Answer, Compute, Effect, Phase, Work
 
 _HANDLERS = {kind: f"_on_{kind.__name__.lower()}" for kinds in LEGAL.values() for kind in kinds}
-
-
-@dataclass
-class _Round:
-    """The round being collected."""
-
-    pushes: dict[int, msg.Push] = field(default_factory=dict)
-    waiting: list[tuple[Any, bool]] = field(default_factory=list)
-    measured: msg.Measured | None = None
-    square_sums: Any = None
 
 
 class Shard:
@@ -48,7 +37,7 @@ class Shard:
         self.epoch = self.round = self.skipped = 0
         self.phase = Phase.COLLECTING
         self.lr = 0.0
-        self._now = _Round()
+        self._now = Round()
         self._last: tuple[msg.Outcome, str | None] = ("applied", None)
         self.gate = Gate()
         self._pulls: list[tuple[Any, msg.Pull]] = []
@@ -70,8 +59,9 @@ class Shard:
         if work is Work.MEASURE:
             self._now.measured = result
             self.phase = Phase.AWAITING_NORMS
-            answers: list[Effect] = [Answer(caller, result) for caller, _ in self._now.waiting]
-            self._now.waiting.clear()
+            answers = self._now.answer(result)
+            if DIRECT in self._now.pushes and self.gate.holder is None:
+                self._now, self.phase = Round(), Phase.COLLECTING  # who asked for the step is gone
             return [*answers, *self._settle(), *self._progress()]
         self.clock, self.lr = result
         self.state.swap()
@@ -80,8 +70,8 @@ class Shard:
     def broke(self, error: BaseException) -> list[Effect]:
         """Take that work failed half-way: whoever waits gets `error`, and the shard serves no one any more."""
         self.phase, self._broken = Phase.BROKEN, error
-        callers = [*(caller for caller, _ in (*self._now.waiting, *self._pulls)), *self.gate.drain()]
-        self._now, self._pulls = _Round(), []
+        callers = [*(waiting.caller for waiting in self._now.waiting), *(caller for caller, _ in self._pulls), *self.gate.drain()]
+        self._now, self._pulls = Round(), []
         return [Answer(caller, error) for caller in callers]
 
     def gradients(self) -> list[Flat]:
@@ -106,23 +96,23 @@ class Shard:
         if self.members.already_counted(push, self.round):
             return [Answer(caller, self._decided(push.want_parameters))]
         self.members.check_current(push, self.epoch, self.round)
-        held = self._now.pushes.get(push.rank)
+        waiting, held = Waiting(caller, push.rank, push.incarnation, push.want_parameters), self._now.pushes.get(push.rank)
+        if self.phase is not Phase.COLLECTING:  # the round has all its pushes, but may need this worker to relay the norms
+            if self._now.measured is not None:
+                return [Answer(caller, self._now.measured)]
+            self._now.waiting.append(waiting)
+            return []
+        superseded: list[Effect] = []
         if held is None or held.incarnation < push.incarnation:
-            if self.phase is not Phase.COLLECTING:
-                raise LatePush(
-                    f"shard {self.spec.index}: round {push.round} is already {self.phase.value} with rank {push.rank}'s earlier push"
-                )
-            self._now.pushes[push.rank] = push
-        if self._now.measured is not None:
-            return [Answer(caller, self._now.measured)]
-        self._now.waiting.append((caller, push.want_parameters))
-        return self._drop_pushes_that_wait_for_the_dead()
+            superseded = self._now.supersede(push, self.spec.index)
+        self._now.waiting.append(waiting)
+        return [*superseded, *self._drop_pushes_that_wait_for_the_dead()]
 
     def _on_norms(self, message: msg.Norms, caller: Any) -> list[Effect]:
         if self.members.already_counted(message, self.round):
             return [Answer(caller, self._decided(message.want_parameters))]
         self.members.check_current(message, self.epoch, self.round)
-        return self._take_norms(message.square_sums, caller, message.want_parameters)
+        return self._take_norms(message.square_sums, Waiting(caller, message.rank, message.incarnation, message.want_parameters))
 
     def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
         self.members.check_newest(pull.rank, pull.incarnation)
@@ -149,8 +139,12 @@ class Shard:
         return self._settle()
 
     def _on_release(self, message: msg.Release, caller: Any) -> list[Effect]:
-        self.gate.release(message.token)
-        return [Answer(caller, None), *self._settle()]
+        held = self.gate.holder == message.token
+        given_up = self.gate.release(message.token)
+        if held and DIRECT in self._now.pushes and self.phase in (Phase.COLLECTING, Phase.AWAITING_NORMS):
+            self._now, self.phase = Round(), Phase.COLLECTING  # a step that its caller did not see through
+        refused: list[Effect] = [Answer(c, IllegalMessage(f"shard {self.spec.index}: the hold was given up")) for c in given_up]
+        return [*refused, Answer(caller, None), *self._settle()]
 
     def _on_read(self, message: msg.Read, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
@@ -172,20 +166,19 @@ class Shard:
         return [Answer(caller, None)]
 
     def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
+        """Take the round for a step from outside; a push that came since the holder looked is late."""
         self.gate.require(message.token, self.spec.index)
-        if self._now.pushes:
-            raise PushesPending(f"shard {self.spec.index}: ranks {sorted(self._now.pushes)} have pushed for round {self.round + 1}")
+        late = LatePush(f"shard {self.spec.index}: round {self.round + 1} was taken by apply_gradients; pull and push for the next")
+        dropped = self._drop_pushes(late)
         self.gate.limit(self.round + 1)
         incarnation = self.members.ledger.admit(DIRECT, None)
-        self._now.pushes[DIRECT] = msg.Push(
-            self.epoch, DIRECT, incarnation, self.round + 1, message.gradients, message.complaint, want_parameters=False
-        )
-        self._now.waiting.append((caller, False))
-        return []
+        self._now.pushes[DIRECT] = msg.Push(self.epoch, DIRECT, incarnation, self.round + 1, message.gradients, message.complaint)
+        self._now.waiting.append(Waiting(caller, DIRECT, incarnation))
+        return dropped
 
     def _on_stepnorms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
-        return self._take_norms(message.square_sums, caller, False)
+        return self._take_norms(message.square_sums, Waiting(caller, DIRECT, self.members.ledger.newest(DIRECT)))
 
     def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
         waiting_for = tuple(rank for rank in range(self.spec.num_workers) if rank not in self._now.pushes)
@@ -225,6 +218,10 @@ class Shard:
             return [Compute(Work.STEP)]
         return []
 
+    def refused(self, error: DistNadamError) -> list[Effect]:
+        """Take that a step could not be begun: nothing was touched, whoever waits gets the error, and the round begins anew."""
+        return [*self._drop_pushes(error), *self._settle()]
+
     def _drop_pushes_that_wait_for_the_dead(self) -> list[Effect]:
         """A round that has every push it needs ends also where a worker died after pushing."""
         missing = sorted(self.members.dead - self._now.pushes.keys())
@@ -235,8 +232,8 @@ class Shard:
 
     def _drop_pushes(self, error: DistNadamError) -> list[Effect]:
         """Begin the round anew; whoever waited for it gets the error."""
-        refused: list[Effect] = [Answer(caller, error) for caller, _ in self._now.waiting]
-        self._now, self.phase = _Round(), Phase.COLLECTING
+        refused = self._now.refuse(error)
+        self._now, self.phase = Round(), Phase.COLLECTING
         return refused
 
     def _refuse(self, complaint: str) -> list[Effect]:
@@ -249,8 +246,17 @@ class Shard:
         self._last = (outcome, complaint)
         for rank, push in self._now.pushes.items():
             self.members.ledger.count(rank, push.incarnation, self.round)
-        waiting, self._now, self.phase = self._now.waiting, _Round(), Phase.COLLECTING
-        return [*(Answer(caller, self._decided(want)) for caller, want in waiting), *self._settle()]
+        ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
+        return [*(Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting), *self._settle()]
+
+    def _told(self, waiting: Waiting, counted: msg.Push | None) -> msg.Decided | LatePush:
+        """Say how the round ended to one who waited for it, unless another worker's push was counted for its rank."""
+        if counted is None or counted.incarnation != waiting.incarnation:
+            other = "without this rank" if counted is None else f"with the push of worker {counted.incarnation}"
+            return LatePush(
+                f"shard {self.spec.index}: rank {waiting.rank}: round {self.round} was completed {other}; this push did not count"
+            )
+        return self._decided(waiting.want_parameters)
 
     def _settle(self) -> list[Effect]:
         """Answer the pulls, advances and holds whose time has come."""
@@ -280,9 +286,9 @@ class Shard:
 
     # Checks
 
-    def _take_norms(self, square_sums: Any, caller: Any, want_parameters: bool) -> list[Effect]:
+    def _take_norms(self, square_sums: Any, waiting: Waiting) -> list[Effect]:
         if self._now.measured is None:
             raise IllegalMessage(f"shard {self.spec.index}: norms came while {self.phase.value}")
-        self._now.waiting.append((caller, want_parameters))
+        self._now.waiting.append(waiting)
         self._now.square_sums = square_sums
         return []

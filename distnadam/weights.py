@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Array, Flat, as_numpy, empty_flat
+from distnadam.arrays import Array, Flat, as_numpy, empty_flat, is_float
 from distnadam.errors import StructureError
 from distnadam.layout import Layout
 from distnadam.nadam.schedule import Clock
@@ -24,18 +24,23 @@ def from_weights(layout: Layout, weights: Sequence[Any]) -> tuple[Clock, Flat, F
     """
     tensors = layout.tensors
     expected = 2 + 2 * len(tensors)
-    if len(weights) != expected:
-        raise StructureError(f"set_weights: expected {expected} arrays (iterations, m_schedule, ms, vs), got {len(weights)}")
+    if not isinstance(weights, Sequence) or len(weights) != expected:
+        got = len(weights) if isinstance(weights, Sequence) else repr(weights)
+        raise StructureError(f"set_weights: expected {expected} arrays (iterations, m_schedule, ms, vs), got {got}")
     arrays = [as_numpy(weight) for weight in weights]
-    shapes = [(), (), *(t.shape for t in tensors), *(t.shape for t in tensors)]
-    for index, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
+    specs = [((), "float64")] * 2 + [(t.shape, t.space) for t in tensors] * 2
+    for index, (array, (shape, space)) in enumerate(zip(arrays, specs, strict=True)):
         if array.shape != shape:
             raise StructureError(f"set_weights: index {index}: expected shape {shape}, got shape {array.shape}")
-        if array.dtype.kind not in "iufV" or not np.isfinite(array.astype(np.float64)).all():
-            raise StructureError(f"set_weights: index {index}: expected finite numbers, got {array.dtype} with {array.reshape(-1)[:1]!r}")
+        if not _fits(array, space):
+            raise StructureError(
+                f"set_weights: index {index}: expected finite {space} numbers, got {array.dtype} {array.reshape(-1)[:1]!r}"
+            )
     iterations, m_schedule = float(arrays[0]), float(arrays[1])
-    if iterations < 0 or iterations != int(iterations):
+    if not 0 <= iterations < 2**53 or iterations != int(iterations):
         raise StructureError(f"set_weights: index 0: expected a whole number of steps of at least 0, got {iterations!r}")
+    if not 0.0 <= m_schedule <= 1.0:
+        raise StructureError(f"set_weights: index 1: expected a product of momentum coefficients, in [0, 1], got {m_schedule!r}")
     if any((array < 0).any() for array in arrays[2 + len(tensors) :]):
         raise StructureError("set_weights: the second moments (the last arrays) must be at least 0, got a negative value")
     moments: list[Flat] = []
@@ -45,3 +50,10 @@ def from_weights(layout: Layout, weights: Sequence[Any]) -> tuple[Clock, Flat, F
             np.copyto(view, array, casting="unsafe")
         moments.append(flat)
     return Clock(int(iterations), m_schedule), moments[0], moments[1]
+
+
+def _fits(array: Array, space: str) -> bool:
+    if not is_float(array.dtype) and array.dtype.kind not in "iu":
+        return False
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(space)).all())

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +49,15 @@ class Ticket:
         return self._decided.iterations
 
 
+@dataclass
+class _Flight:
+    """A push that is not decided: its (epoch, rank, incarnation, round), and the answers now awaited."""
+
+    key: tuple[int, int, int, int]
+    want_parameters: bool
+    pending: Pending
+
+
 class Worker:
     """One rank of a data-parallel run; made by `DistNadam.worker`. Not for use by two threads at once.
 
@@ -85,6 +95,8 @@ class Worker:
         return [ParameterView(self._layout)] if shared is None else [ParameterView(self._layout, flat) for flat in shared]
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self._backend.name == "local":
+            raise LifecycleError("a local optimizer's worker lives in its process and cannot be pickled; use backend='ray' to share it")
         return Worker, (self._shards, self.rank)
 
     def __enter__(self) -> "Worker":
@@ -204,7 +216,8 @@ class Worker:
         key = (self._epoch, self.rank, self._incarnation, self._round + 1)
         parts = self._slot.parts()
         pending = self._link.post({i: Push(*key, None if complaint else part, complaint, want) for i, part in enumerate(parts)})
-        self._outstanding = Ticket(lambda: self._finish(pending, key, want))
+        flight = _Flight(key, want, pending)
+        self._outstanding = Ticket(lambda: self._finish(flight))
         return self._outstanding
 
     def _settle(self) -> None:
@@ -213,16 +226,18 @@ class Worker:
         if self._outstanding is not None:
             self._outstanding.result()
 
-    def _finish(self, pending: Pending, key: tuple[int, int, int, int], want: bool) -> Decided:
+    def _finish(self, flight: _Flight) -> Decided:
         """See a push through, the second phase included where clipping needs norms."""
         try:
-            answers = self._wait(pending)
+            answers = self._wait(flight.pending)
             sums = [answer.sums for _, answer in sorted(answers.items()) if isinstance(answer, Measured)]
             if sums and len(sums) < len(answers):
-                raise IllegalMessage(f"worker {self.rank}: round {key[-1]}: {len(sums)} of {len(answers)} shards have measured norms only")
+                told = f"worker {self.rank}: round {flight.key[-1]}: {len(sums)} of {len(answers)} shards have measured norms only"
+                raise IllegalMessage(told)
             if sums:
-                norms = Norms(*key, tensor_square_sums(len(self._layout.tensors), sums), want)
-                answers = self._wait(self._link.post(dict.fromkeys(range(len(self._ranges)), norms)))
+                norms = Norms(*flight.key, tensor_square_sums(len(self._layout.tensors), sums), flight.want_parameters)
+                flight.pending = self._link.post(dict.fromkeys(range(len(self._ranges)), norms))
+                answers = self._wait(flight.pending)
         except StepTimeout:
             raise
         except DistNadamError:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distnadam.config import NadamConfig, Options, check_count
@@ -40,6 +41,10 @@ def test_a_bad_hyper_parameter_is_named_with_its_value(arguments: dict[str, Any]
         ({"step_timeout_s": "fast"}, "step_timeout_s must be a number, got 'fast'"),
         ({"start_timeout_s": math.inf}, "start_timeout_s must be finite"),
         ({"shard_resources": [("a", 1)]}, "shard_resources must be a mapping"),
+        ({"shard_resources": {"a": -1}}, r"shard_resources\['a'\] must be finite and at least 0, got -1"),
+        ({"label_selector": {"a": 1}}, r"label_selector\['a'\] must be a string, got 1"),
+        ({"spread": "no"}, "spread must be one of True, False, got 'no'"),
+        ({"shard_memory_bytes": 1.5}, "shard_memory_bytes must be a whole number of at least 0, got 1.5"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(arguments: dict[str, Any], told: str) -> None:
@@ -51,7 +56,20 @@ def test_a_config_and_options_come_back_from_plain_data() -> None:
     config = NadamConfig(WarmupCosine(0.1, 5, 10), clipnorm=1.0, clipvalue=0.5)
     assert NadamConfig.from_dict(config.to_dict()) == config
     options = Options(threads=2, shard_resources={"fast_disk": 1.0}, start_timeout_s=3.0)
-    assert Options.from_dict(options.to_dict()) == options
+    assert Options.of(options.to_dict()) == options
+
+
+@pytest.mark.parametrize(("options", "told"), [(5, "options must be Options, got 5"), ({"foo": 1}, "there is no option 'foo'")])
+def test_what_are_no_options_is_refused(options: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Options.of(options)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    options = Options(threads=np.int64(2), step_timeout_s=np.float32(5))  # type: ignore[arg-type]
+    assert (type(options.threads), type(options.step_timeout_s)) == (int, float)
+    with pytest.raises(ConfigError, match="lr must be a number, got array"):
+        NadamConfig(lr=np.array([0.1, 0.2]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [True, 1.5, "2", None, 0, -1])

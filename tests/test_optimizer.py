@@ -179,7 +179,7 @@ def test_apply_gradients_is_refused_while_pushes_wait_and_they_still_count(backe
         workers = [optimizer.worker(rank) for rank in range(2)]
         first = workers[0].push(gradients(0, 0))
         optimizer.iterations  # noqa: B018  # a call that every shard answers after the push, so that it has arrived
-        with pytest.raises(PushesPending, match=r"ranks \[0\]"):
+        with pytest.raises(PushesPending, match=r"ranks 0 have pushed"):
             optimizer.apply_gradients(gradients(0, 0))
         second = workers[1].push(gradients(0, 1))
         assert first.result() == second.result() == 1
@@ -256,3 +256,45 @@ def test_use_before_build_after_close_and_twice_is_said() -> None:
     for call in (optimizer.get_params, lambda: optimizer.build({"w": np.ones(1)}), worker.pull):
         with pytest.raises(LifecycleError, match="closed"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "told"),
+    [
+        (0, 1e300, "index 0: expected a whole number of steps"),
+        (1, 5.0, r"index 1: expected a product of momentum coefficients, in \[0, 1\], got 5.0"),
+        (2, np.full(70, 1e300), "index 2: expected finite float32 numbers"),
+        (2, np.zeros(70, "V4"), "index 2: expected finite float32 numbers"),
+    ],
+)
+def test_weights_that_no_run_can_have_are_refused(index: int, value: Any, told: str) -> None:
+    with DistNadam(backend="local").build(params()) as optimizer:
+        weights = optimizer.get_weights()
+        weights[index] = np.asarray(value)
+        before = bits(optimizer)
+        with pytest.raises(StructureError, match=told):
+            optimizer.set_weights(weights)
+        with pytest.raises(StructureError, match="got None"):
+            optimizer.set_weights(None)  # type: ignore[arg-type]
+        assert bits(optimizer) == before
+
+
+def test_arrays_of_the_other_byte_order_are_taken() -> None:
+    with DistNadam(backend="local").build({"w": np.ones(3, ">f4")}) as optimizer:
+        optimizer.apply_gradients({"w": np.ones(3, ">f8")})
+        assert optimizer.get_params()["w"].dtype == np.float32
+
+
+def test_a_schedule_that_raises_is_named_with_its_step_and_can_be_replaced(backend: str) -> None:
+    def schedule(step: int) -> float:
+        if step == 1:
+            raise ZeroDivisionError("no rate")
+        return 0.1
+
+    with DistNadam(lr=schedule, num_shards=2, backend=backend).build(params()) as optimizer, optimizer.worker(0) as worker:
+        worker.step(gradients(0, 0))
+        with pytest.raises(ConfigError, match="lr at step 1: the schedule raised ZeroDivisionError: no rate"):
+            worker.step(gradients(1, 0))
+        optimizer.lr = 0.1
+        worker.step(gradients(1, 0))
+        assert optimizer.iterations == 2

@@ -71,6 +71,10 @@ class Backend(ABC):
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
         """Return the way that a worker which has joined talks to the shards."""
 
+    def require_open(self) -> None:
+        """Raise LifecycleError where the shards cannot be reached from this process any more; by default a post tells."""
+        return
+
     @abstractmethod
     def close(self, *, destroy: bool) -> None:
         """Let go of the shards; with `destroy`, end them, so that everyone who waits for one gets an error."""

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from distnadam.config import Options
-from distnadam.errors import ClusterError, InsufficientResources, ShardLost, VersionMismatch
+from distnadam.errors import ClusterError, InsufficientResources, NotRunning, ShardLost, VersionMismatch
 from distnadam.messages import ShardSpec
 
 log = logging.getLogger("distnadam")
@@ -47,11 +47,13 @@ class OwnRay:
         ray.shutdown()
 
 
-def ensure_ray(options: Options | None) -> OwnRay | None:
-    """Join the Ray of this process or of `RAY_ADDRESS`; start and return our own where there is neither."""
+def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
+    """Join the Ray of this process or of `RAY_ADDRESS`; where there is neither, start and return our own, or raise NotRunning."""
     if ray.is_initialized():
         return None
     address = os.environ.get("RAY_ADDRESS")
+    if not address and not start:
+        raise NotRunning("no Ray runs in this process and RAY_ADDRESS is not set: there is nothing to connect to")
     if not address:
         return OwnRay(options)
     try:

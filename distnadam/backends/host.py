@@ -12,7 +12,7 @@ from typing import Any
 from distnadam.arrays import Flat
 from distnadam.checkpoint.format import read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.errors import LifecycleError
+from distnadam.errors import ConfigError, LifecycleError
 from distnadam.messages import Measured, Message, Restore, Save, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
@@ -107,6 +107,11 @@ class ShardHost:
     def _compute(self, work: Work, run: Run) -> None:
         try:
             result: Any = self._measure() if work is Work.MEASURE else self._step()
+        except ConfigError as error:  # of the learning-rate function, before any array was touched
+            with self._lock:
+                effects = self._shard.refused(error)
+            self._carry_out(effects, run)
+            return
         except BaseException as error:
             with self._lock:
                 effects = self._shard.broke(error)

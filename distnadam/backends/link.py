@@ -43,6 +43,7 @@ class RayLink(Link):
         """See `Link.post`."""
         if self._lanes is None:
             return self._backend.post(messages)
+        self._backend.require_open()
         if self.parameters is not None:  # every shard has a lane
             return RayLinkPending(self._lanes, self._lanes.post(messages), messages, None)
         by_lane = {i: m for i, m in messages.items() if i in self._lanes}

@@ -22,7 +22,7 @@ from distnadam.backends.cluster import OwnRay, actor_options, await_start, check
 from distnadam.backends.host import ShardHost
 from distnadam.backends.link import REMEDY, Place, RayLink, open_lanes
 from distnadam.config import Options
-from distnadam.errors import ArenaError, DistNadamError, LaneError, LifecycleError, NameTaken, NotRunning, ShardLost
+from distnadam.errors import ArenaError, DistNadamError, LaneError, LifecycleError, NameTaken, NotRunning, ShardLost, WorkerLost
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Describe, Message, ShardSpec
 from distnadam.transport.doorbell import Address
@@ -98,7 +98,8 @@ class RayPending(Pending):
                 raise cause from None
             raise
         except RayActorError as error:
-            raise ShardLost(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
+            kind = ShardLost if self._who == "shard" else WorkerLost
+            raise kind(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
 
     def _dead(self) -> str:
         ready, _ = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)
@@ -137,6 +138,7 @@ class RayBackend(Backend):
     def __init__(self, actors: Sequence[Any] = (), places: Sequence[Place] = (), options: Options | None = None) -> None:
         self._actors, self.places, self._options = list(actors), list(places), options or Options()
         self._own: OwnRay | None = None
+        self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RayBackend, (self._actors, self.places, self._options)
@@ -144,7 +146,7 @@ class RayBackend(Backend):
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
         """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
-        ensure_ray(None)
+        ensure_ray(None, start=False)
         first = cls([_named(name, 0)])
         spec: ShardSpec = first.post({0: Describe()}).result(_CONNECT_S)[0].spec
         actors = [*first._actors, *(_named(name, index) for index in range(1, spec.num_shards))]
@@ -185,15 +187,21 @@ class RayBackend(Backend):
 
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
         """See `Backend.link`."""
-        _require_ray()
+        self.require_open()
         places = self.places if self._options.transport == "auto" else []
         lanes = open_lanes(ray.get_runtime_context().get_node_id(), places, layout, ranges, rank, incarnation)
         return RayLink(self, layout, lanes)
 
     def post(self, messages: Mapping[int, Message]) -> Pending:
         """See `Backend.post`."""
-        _require_ray()
+        self.require_open()
         return RayPending({index: self._actors[index].send.remote(message) for index, message in messages.items()}, "shard")
+
+    def require_open(self) -> None:
+        """Raise LifecycleError where this process has closed its handle, or shut Ray down."""
+        if self._closed:
+            raise LifecycleError("the optimizer was closed in this process")
+        _require_ray()
 
     def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
         """See `Backend.team`; each member is an actor."""
@@ -204,7 +212,7 @@ class RayBackend(Backend):
         """See `Backend.close`."""
         if destroy:
             _kill(self._actors)
-        self._actors = []
+        self._closed = True
         if self._own is not None:
             self._own.shut_down()
             self._own = None

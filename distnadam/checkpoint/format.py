@@ -128,6 +128,8 @@ def _read_file(path: Path, record: FileRecord, targets: Sequence[tuple[int, Arra
         raise CheckpointError(f"{path}: the manifest gives it {record.size} bytes, its ranges need {len(header) + data}")
     buffer = np.empty(CHUNK_BYTES, np.uint8)
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise CheckpointError(f"{path}: is missing, or no file")
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != record.size:

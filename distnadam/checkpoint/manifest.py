@@ -9,8 +9,10 @@ from typing import Any
 import msgpack
 import xxhash
 
-from distnadam.errors import CheckpointError, StructureError
+from distnadam.config import NadamConfig, Options
+from distnadam.errors import CheckpointError, DistNadamError
 from distnadam.layout import Layout, Ranges
+from distnadam.ledger import Ledger
 
 FORMAT_VERSION = 1
 MAGIC = "distnadam checkpoint"
@@ -109,10 +111,12 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
         if not legal(body[field]):
             raise CheckpointError(f"{where}: field {field!r} has the value {str(body[field])[:80]!r}, which it cannot have")
     files = tuple(_file(record, body["save_id"], where) for record in body["files"])
-    try:
-        layout = Layout.from_dict(body["layout"])
-    except (StructureError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: its layout is refused: {error}") from error
+    layout = _understood("layout", Layout.from_dict, body["layout"], where)
+    _understood("config", _config, body["config"], where)
+    _understood("options", Options.of, body["options"], where)
+    _understood("ledger", Ledger.from_dict, body["ledger"], where)
+    if max(layout.sizes.values()) * 12 > sum(f.size for f in files):
+        raise CheckpointError(f"{where}: its files, of {sum(f.size for f in files)} bytes, cannot hold its layout")
     for space, size in layout.sizes.items():
         reached = 0
         for begin, end in sorted(f.ranges.get(space, (0, 0)) for f in files):
@@ -124,6 +128,18 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
     if any(set(f.ranges) != set(layout.sizes) for f in files):
         raise CheckpointError(f"{where}: a file's ranges are not of the layout's spaces {sorted(layout.sizes)}")
     return Manifest(**{**body, "files": files})
+
+
+def _config(config: Mapping[str, Any]) -> NadamConfig:
+    """Return the config, whatever its schedule: a user's own need not be imported to look at a checkpoint."""
+    return NadamConfig.from_dict({**config, "lr": 0.0 if isinstance(config["lr"], Mapping) else config["lr"]})
+
+
+def _understood(field: str, read: Callable[[Any], Any], value: Any, where: str) -> Any:
+    try:
+        return read(value)
+    except (DistNadamError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{where}: its {field} is refused: {type(error).__name__}: {error}") from error
 
 
 def _file(record: Any, save_id: str, where: str) -> FileRecord:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -22,13 +23,33 @@ def new_save_id() -> str:
 
 
 def step_directory(root: Path, decided: int) -> Path:
-    """Return where the checkpoint of a round lies."""
+    """Return where the checkpoint of a round lies; raise CheckpointError where `root` is itself a checkpoint."""
+    if (root / MANIFEST).exists():
+        raise CheckpointError(f"{root}: is a checkpoint; save to the directory that holds it")
     return root / f"step_{decided:08d}"
 
 
 def shard_file_name(index: int, count: int, save_id: str) -> str:
     """Return the name of one shard's file."""
     return f"shard-{index:05d}-of-{count:05d}-{save_id}.safetensors"
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Make one checkpoint's directory and hold it for one save; raise CheckpointBusy where another save writes there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be made: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointBusy(f"{directory}: another save is writing it") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def commit(directory: Path, manifest: Manifest) -> None:
@@ -117,10 +138,14 @@ def steps(root: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def prune(root: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and return what was deleted; one that is not valid does not count as kept."""
+def prune(root: Path, keep: int, newest: Path) -> list[Path]:
+    """Delete all but `keep` checkpoints of those up to `newest`, which was just written, and return what was deleted.
+
+    One that is not valid does not count as kept; what lies after `newest` is of another history and is left alone.
+    """
     kept, deleted = 0, []
-    for directory in reversed(steps(root)):
+    upto = [directory for directory in reversed(steps(root)) if _round(directory) <= _round(newest)]
+    for directory in upto:
         if kept >= keep:
             remove(directory)
             deleted.append(directory)
@@ -129,6 +154,10 @@ def prune(root: Path, keep: int) -> list[Path]:
             load(directory)
             kept += 1
     return deleted
+
+
+def _round(directory: Path) -> int:
+    return int(directory.name.removeprefix("step_"))
 
 
 def remove(directory: Path) -> None:
@@ -148,8 +177,11 @@ class DirectoryLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{self._path.parent}: cannot be made or written: {error.strerror or error}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

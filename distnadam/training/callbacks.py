@@ -1,6 +1,8 @@
 """What watches a run: `fit` tells each callback what happened. The metrics file and the progress display are two of them."""
 
+import contextlib
 import csv
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,6 +11,8 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from distnadam.errors import TrainingError
 
 _PLAIN_EVERY_S = 5.0
 
@@ -45,11 +49,15 @@ class MetricsFile(Callback):
     def on_begin(self, step: int, steps: int) -> None:
         """Open the file, keeping the rows up to `step`."""
         kept = [row for row in read_metrics(self._path) if row[0] <= step] if self._path.exists() else []
-        # line by line, so that a killed run keeps at least the rows up to its checkpoint; closed by on_end
-        self._file = open(self._path, "w", buffering=1, newline="", encoding="utf-8")  # noqa: SIM115
-        self._write("step", "metric", "value")
-        for at, metric, value in kept:
-            self._write(at, metric, value)
+        new = self._path.with_name(f".{self._path.name}.new")
+        try:
+            # line by line, so that a killed run keeps at least the rows up to its checkpoint; closed by on_end
+            self._file = open(new, "w", buffering=1, newline="", encoding="utf-8")  # noqa: SIM115
+            for row in [("step", "metric", "value"), *kept]:
+                self._write(*row)
+            os.replace(new, self._path)
+        except OSError as error:
+            raise TrainingError(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
     def on_step(self, step: int, loss: float) -> None:
         """Write the loss."""
@@ -63,11 +71,15 @@ class MetricsFile(Callback):
     def on_end(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # was said when it was written
+                self._file.close()
 
     def _write(self, *row: object) -> None:
         if self._file is not None:
-            csv.writer(self._file).writerow(row)
+            try:
+                csv.writer(self._file).writerow(row)
+            except OSError as error:
+                raise TrainingError(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:
@@ -114,11 +126,11 @@ class ProgressDisplay(Callback):
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Say the metrics."""
         told = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._console.print(f"step {step}: {told}", highlight=False)
+        self._console.print(f"step {step}: {told}", highlight=False, markup=False)
 
     def on_message(self, text: str) -> None:
         """Say it."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_end(self) -> None:
         """Take the bar away."""
@@ -128,7 +140,7 @@ class ProgressDisplay(Callback):
 
 
 def console(verbose: bool | str) -> Console | None:
-    """Return where to show progress, on standard error; None for silence. "auto" is silent where it goes to neither terminal nor log."""
+    """Return where to show progress, on standard error; None for silence."""
     if verbose is False:
         return None
     return Console(file=sys.stderr)

@@ -5,7 +5,7 @@ shows progress and listens to Ctrl-C.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,10 @@ from distnadam.config import check_count
 from distnadam.errors import CheckpointError, ConfigError, TrainingError
 from distnadam.layout import Layout
 from distnadam.optimizer import DistNadam
+from distnadam.schedules import rate_to_dict
 from distnadam.training.callbacks import Callback, MetricsFile, ProgressDisplay, console
 from distnadam.training.history import History, Recorder
-from distnadam.training.member import Member
+from distnadam.training.member import Member, task_errors
 from distnadam.training.plot import plot_loss
 from distnadam.training.task import Task
 
@@ -80,7 +81,9 @@ def fit(
             check_count(name, every)
     if resume not in ("auto", "must", "never"):
         raise ConfigError(f'resume must be "auto", "must" or "never", got {resume!r}')
-    label = task_name(task)
+    if not isinstance(task, Task):
+        raise ConfigError(f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}")
+    seed, label = check_count("seed", seed, least=0), task_name(task)
     root = Path(checkpoint_dir or Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
@@ -184,13 +187,15 @@ class _Run:
         return [losses[rank] for rank in sorted(losses)]
 
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:
-        metrics = {name: float(value) for name, value in self.task.evaluate(optimizer.get_params()).items()}
+        params = optimizer.get_params()
+        with task_errors(f"evaluate after step {step}"):
+            metrics = {name: float(value) for name, value in self.task.evaluate(params).items()}
         self._tell("on_evaluate", step, metrics)
 
     def _save(self, optimizer: DistNadam, step: int) -> None:
         data = {"task": self.label, "seed": self.seed, "num_workers": self.topology["num_workers"]}
         path = Path(optimizer.save(self.root, data=data))
-        store.prune(self.root, self.plan.keep)
+        store.prune(self.root, self.plan.keep, path)
         self._tell("on_save", step, path)
         if self.interrupted:
             self._tell("on_message", f"saved step {step} of {self.plan.steps} to {path}")
@@ -198,11 +203,14 @@ class _Run:
     def _optimizer(self, template: DistNadam | None, params: Any) -> DistNadam:
         """Return a built optimizer: restored where there is something to resume, else new."""
         config = (template or DistNadam()).get_config() | self.topology
+        rate_to_dict(config["lr"])  # a function that no checkpoint can hold is refused before the first step, not at the first save
         found = self._checkpoint()
         if found is None:
             optimizer = DistNadam.from_config(config).build(params)
         else:
             self._check_same_run(found[1], Layout.of(params))
+            if template is not None:
+                self._tell_what_stays(found[1].config, config)
             optimizer = DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
             self.history.resumed_from = found[0]
         return optimizer
@@ -236,6 +244,11 @@ class _Run:
                 f"the run had {saved.get('num_workers')} workers and goes on with {self.topology['num_workers']}: batches are dealt"
                 " differently from here on, so it will not end with the bits that it would have",
             )
+
+    def _tell_what_stays(self, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+        kept = [f"{key}={saved[key]!r} (not {asked.get(key)!r})" for key in saved if saved[key] != asked.get(key)]
+        if kept:
+            self._tell("on_message", f"the run goes on with its checkpoint's {', '.join(kept)}; set optimizer.lr, or start another run")
 
     def _plot(self) -> None:
         try:

@@ -1,9 +1,10 @@
 """What one rank of `fit` does: batches, gradients, steps, for as many rounds as it is told. In a thread or an actor, it does not know."""
 
 import traceback
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from distnadam.errors import DistNadamError, TrainingError
+from distnadam.errors import DistNadamError, StructureError, TrainingError
 from distnadam.training.task import Task
 from distnadam.worker import Worker
 
@@ -23,18 +24,26 @@ class Member:
         params = self._worker.pull()
         losses = []
         for step in range(begin, end):
-            loss, gradients = self._compute(step, params)
-            params = self._worker.step(gradients)
-            losses.append(float(loss))
+            where = f"worker {self._worker.rank}, step {step}"
+            with task_errors(where):
+                batch = self._task.batch(step, self._worker.rank, self._world_size)
+                loss, gradients = self._task.loss_and_gradients(params, batch)
+                losses.append(float(loss))
+            try:
+                params = self._worker.step(gradients)
+            except StructureError as error:
+                raise TrainingError(f"{where}: {error}") from error
         return losses
 
-    def _compute(self, step: int, params: Any) -> tuple[float, Any]:
-        rank = self._worker.rank
-        try:
-            return self._task.loss_and_gradients(params, self._task.batch(step, rank, self._world_size))
-        except DistNadamError:
-            raise
-        except Exception as error:
-            wrapped = TrainingError(f"worker {rank}, step {step}: the task raised {type(error).__name__}: {error}")
-            wrapped.add_note(traceback.format_exc())  # a cause does not survive the way from another process
-            raise wrapped from error
+
+@contextmanager
+def task_errors(where: str) -> Iterator[None]:
+    """Turn what the task's code raises, or returns that is of no use, into a TrainingError that says where."""
+    try:
+        yield
+    except DistNadamError:
+        raise
+    except Exception as error:
+        wrapped = TrainingError(f"{where}: the task raised {type(error).__name__}: {error}")
+        wrapped.add_note(traceback.format_exc())  # a cause does not survive the way from another process
+        raise wrapped from error

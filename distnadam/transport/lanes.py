@@ -20,6 +20,9 @@ from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address, Line, Server, call
 from distnadam.transport.wire import pack, unpack
 
+_LONGEST_S = 86400.0
+"""Seconds of one poll, which takes no more than 31 bits of milliseconds."""
+
 Run = Callable[[Callable[[], None]], object]
 Deliver = Callable[[Message, Callable[[Any], None], Run | None], None]
 
@@ -182,8 +185,8 @@ class Lanes:
         """
         answers = self._answers.get(number, {})
         while len(answers) < count:
-            events = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not events:
+            events = self._poll.poll(min(max(0.0, deadline - time.monotonic()), _LONGEST_S) * 1000)
+            if not events and time.monotonic() >= deadline:
                 raise TimeoutError
             for fd, event in events:
                 self._attend(self._shard_of[fd], event)

@@ -143,14 +143,14 @@ class GradientSlot:
         if self._complaint is not None or not self._check:
             return
         values = self.flat[space]
-        for low in range(begin, end, BLOCK):
-            wide = values[low : min(low + BLOCK, end)].astype(space, copy=False)
-            if not math.isfinite(wide.dot(wide)):
-                with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            for low in range(begin, end, BLOCK):
+                wide = values[low : min(low + BLOCK, end)].astype(space, copy=False)
+                if not math.isfinite(wide.dot(wide)):
                     bad = ~np.isfinite(np.square(wide))
-                if bad.any():
-                    self._complaint = self._told(space, low + int(bad.argmax()))
-                    return
+                    if bad.any():
+                        self._complaint = self._told(space, low + int(bad.argmax()))
+                        return
 
     def _told(self, space: str, offset: int) -> str:
         tensor = next(t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end)

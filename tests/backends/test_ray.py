@@ -146,7 +146,7 @@ with DistNadam(num_shards=2, backend="ray").build({"w": np.ones(3, np.float32)})
 try:
     worker.pull()
 except LifecycleError as error:
-    assert "was shut down in this process" in str(error)
+    assert "closed in this process" in str(error)
 else:
     raise AssertionError
 assert not ray.is_initialized(), "looking started another Ray"

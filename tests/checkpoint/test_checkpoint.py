@@ -1,6 +1,7 @@
 """Checkpoints as files: readable by others, verified to the last bit, committed or not there, refused by name."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import resource
@@ -188,7 +189,7 @@ def test_pruning_keeps_the_newest_and_never_counts_one_without_a_manifest(tmp_pa
             optimizer.apply_gradients({"w": np.ones(3)})
             optimizer.save(tmp_path)
     (tmp_path / "step_00000005" / store.MANIFEST).unlink()
-    deleted = store.prune(tmp_path, 2)
+    deleted = store.prune(tmp_path, 2, store.steps(tmp_path)[-1])
     assert [path.name for path in deleted] == ["step_00000002", "step_00000001"]
     assert [path.name for path in store.steps(tmp_path)] == ["step_00000003", "step_00000004", "step_00000005"]
 
@@ -262,3 +263,39 @@ def test_a_manifest_with_a_mangled_field_is_refused_or_taken_whole(
     envelope["checksum"] = xxhash.xxh3_128_hexdigest(envelope["body"])
     with contextlib.suppress(CheckpointError):  # no other error may come out
         Manifest.from_bytes(msgpack.packb(envelope), "here")
+
+
+def test_two_saves_of_one_round_at_once_are_one_checkpoint_and_one_refusal(tmp_path: Path) -> None:
+    with DistNadam(backend="local").build(params()) as optimizer, store.writing(tmp_path / "step_00000000"):
+        with pytest.raises(CheckpointBusy, match="another save is writing it"):
+            optimizer.save(tmp_path)
+    with DistNadam(backend="local").build(params()) as optimizer:
+        assert store.verify(Path(optimizer.save(tmp_path)))
+        with pytest.raises(CheckpointError, match="is a checkpoint; save to the directory that holds it"):
+            optimizer.save(tmp_path / "step_00000000")
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "told"),
+    [
+        ("config", lambda v: {k: x for k, x in v.items() if k != "lr"}, "its config is refused: KeyError: 'lr'"),
+        ("config", lambda v: {**v, "more": 1}, "its config is refused: TypeError"),
+        ("options", lambda v: {"more": 1}, "its options is refused: ConfigError: options: there is no option 'more'"),
+        ("ledger", lambda v: {"runs": 5, "newest": []}, "its ledger is refused: TypeError"),
+        ("ledger", lambda v: {"runs": [], "newest": [[0, "x"]]}, "its ledger is refused: ValueError"),
+    ],
+)
+def test_a_manifest_that_was_put_together_by_hand_is_refused_by_field(field: str, change: Any, told: str, saved: Path) -> None:
+    manifest = store.load(saved)
+    made = dataclasses.replace(manifest, **{field: change(getattr(manifest, field))})
+    (saved / store.MANIFEST).write_bytes(made.to_bytes())
+    with pytest.raises(CheckpointError, match=told):
+        DistNadam.restore(saved, backend="local")
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(saved: Path) -> None:
+    victim = shard_files(saved)[0]
+    victim.unlink()
+    os.mkfifo(victim)
+    with pytest.raises(CheckpointError, match=f"{victim.name}: is missing, or no file"):
+        store.verify(saved)

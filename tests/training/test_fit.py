@@ -58,7 +58,7 @@ def test_a_run_leaves_its_record_metrics_plot_and_checkpoints(tmp_path: Path) ->
     assert [value for _, metric, value in rows if metric == "loss"] == history.losses
     assert history.plot_path == tmp_path / "loss.png"
     assert history.plot_path.read_bytes().startswith(b"\x89PNG")
-    assert threading.active_count() < 10
+    assert not [t for t in threading.enumerate() if t.name.startswith(("worker", "nadam-kernel"))]
 
 
 def test_the_loss_is_the_mean_over_the_ranks(tmp_path: Path) -> None:
@@ -146,6 +146,64 @@ def test_resume_may_be_forbidden_or_demanded(tmp_path: Path) -> None:
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     with store.DirectoryLock(tmp_path), pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"):
         train(tmp_path)
+
+
+def test_pruning_keeps_the_checkpoint_just_written_though_a_broken_one_has_a_higher_step(tmp_path: Path) -> None:
+    train(tmp_path, steps=20, save_every=5)
+    victim = next((tmp_path / "step_00000020").glob("shard-00000-*"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\xff")
+    seen: list[bool] = []
+
+    class Listener(Callback):
+        def on_save(self, step: int, path: Path) -> None:
+            seen.append(bool(store.verify(path)))
+
+    history = train(tmp_path, steps=24, save_every=3, keep=1, callbacks=[Listener()])
+    assert history.resumed_from == tmp_path / "step_00000015"
+    assert seen == [True] * 3
+    assert store.find(tmp_path)[0] == tmp_path / "step_00000024"
+
+
+def test_a_resumed_run_says_which_hyper_parameters_stay(tmp_path: Path) -> None:
+    train(tmp_path, steps=5, optimizer=DistNadam(lr=0.5))
+    told: list[str] = []
+
+    class Listener(Callback):
+        def on_message(self, text: str) -> None:
+            told.append(text)
+
+    train(tmp_path, steps=6, optimizer=DistNadam(lr=0.1, clipnorm=1.0), callbacks=[Listener()])
+    assert "the run goes on with its checkpoint's lr=0.5 (not 0.1), clipnorm=None (not 1.0); set optimizer.lr, or start another run" in told
+
+
+def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a plain function, which a checkpoint cannot store"):
+        train(tmp_path, optimizer=DistNadam(lr=lambda step: 0.1))
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "told"),
+    [
+        ("loss_and_gradients", None, "worker 0, step 0: the task raised TypeError"),
+        ("loss_and_gradients", ("abc", {"w": np.zeros(3000)}), "worker 0, step 0: the task raised ValueError"),
+        ("loss_and_gradients", (1.0, {"x": np.zeros(3000)}), "worker 0, step 0: worker 0: gradients: 'w' is missing, 'x' is not a tensor"),
+        ("evaluate", None, "evaluate after step 3: the task raised AttributeError"),
+        ("evaluate", {"accuracy": "high"}, "evaluate after step 3: the task raised ValueError"),
+    ],
+)
+def test_what_a_task_must_not_return_is_said_with_worker_and_step(method: str, result: Any, told: str, tmp_path: Path) -> None:
+    task = Quadratic()
+    setattr(task, method, lambda *args: result)
+    with pytest.raises(TrainingError, match=told):
+        fit(task, steps=3, num_workers=1, backend="local", checkpoint_dir=tmp_path, verbose=False)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: cannot be made or written"):
+        train(tmp_path / "file")
+    with pytest.raises(ConfigError, match="task must have init"):
+        fit(None, steps=3, checkpoint_dir=tmp_path)  # type: ignore[arg-type]
 
 
 def test_ctrl_c_while_the_driver_evaluates_saves_too(tmp_path: Path) -> None:
