@@ -2,6 +2,7 @@
 VENV := .venv
 BENCH := .venv-bench
 PYTHON ?= python3
+BENCH_ARGS ?=
 BIN := $(VENV)/bin
 
 .PHONY: train test test-slow lint bench clean
@@ -21,7 +22,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(BENCH)/installed
-	$(BENCH)/bin/python -m benchmarks.kernel
+	$(BENCH)/bin/python -m benchmarks $(BENCH_ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

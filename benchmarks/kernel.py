@@ -3,52 +3,46 @@
 The floor is a compiled loop that moves the same 28 bytes per element (four arrays read, three written) and adds once per array.
 """
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from distnadam.config import NadamConfig
-from distnadam.nadam.kernels import Part, Rates, Slots, Stepper
+from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
 from distnadam.nadam.schedule import Clock, step_scalars
 
 Step = Callable[[], object]
+PEERS = {"over_floor": "memory floor", "over_torch_foreach": "torch NAdam, foreach", "over_torch_fused_adam": "torch Adam, fused"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--elements", type=lambda text: int(float(text)), default=50_000_000)
-    parser.add_argument("--rounds", type=int, default=7, help="each contender runs once per round, in turn")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    args = parser.parse_args()
-    n = args.elements
+def measure(n: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
+    """Return one row per contender, and what was left out: medians of `rounds` rounds, in which each runs once, in turn."""
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(n, dtype=np.float32) for _ in range(4)]
     np.abs(arrays[2], out=arrays[2])
-    p, m, v, g = arrays
     contenders: dict[tuple[str, int], Step] = {}
     missing: list[str] = []
     for add in (add_floor, add_ours, add_naive, add_torch):
         try:
-            add(contenders, p, m, v, g)
+            add(contenders, *arrays)
         except ImportError as error:
             missing.append(f"{add.__name__.removeprefix('add_')}: {error}")
-    times = measure(contenders, args.rounds)
-    rows = [
-        {"step": name, "threads": threads, "ns_per_element": statistics.median(t) / n * 1e9, "best_ns_per_element": min(t) / n * 1e9}
-        for (name, threads), t in times.items()
-    ]
-    report(rows, missing, n, args.out)
+    times = run(contenders, rounds)
+    found = {key: statistics.median(t) / n * 1e9 for key, t in times.items()}
+    rows: list[dict[str, object]] = []
+    for (name, threads), ns in found.items():
+        row: dict[str, object] = {"step": name, "threads": threads, "ns_per_element": ns}
+        for column, peer in PEERS.items():
+            row[column] = ns / found[peer, threads] if (peer, threads) in found else None
+        rows.append(row)
+    return rows, missing
 
 
-def measure(contenders: dict[tuple[str, int], Step], rounds: int) -> dict[tuple[str, int], list[float]]:
+def run(contenders: dict[tuple[str, int], Step], rounds: int) -> dict[tuple[str, int], list[float]]:
     """Return seconds of each contender in each round, after one round that does not count."""
     times: dict[tuple[str, int], list[float]] = {key: [] for key in contenders}
     for number in range(rounds + 1):
@@ -81,12 +75,12 @@ def add_ours(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarr
     config = NadamConfig()
     scalars = step_scalars(Clock(10, 0.5), config)
     rates = Rates(1 - config.beta_1, 1 - config.beta_2)
-    slots, part = Slots(p, m, v), [Part(0, p.size)]
-    buffered, buffer = Slots(p, m, v, np.ones_like(p)), p.size
-    for threads in (1, 2):
-        stepper = Stepper(np.float32, threads)
-        contenders["distnadam, in place", threads] = lambda s=stepper: s.step(slots, [g], scalars, rates, part)
-        contenders["distnadam, two buffers", threads] = lambda s=stepper: s.step(buffered, [g], scalars, rates, [Part(0, buffer)])
+    in_place, buffered, part = Slots(p, m, v), Slots(p, m, v, np.ones_like(p)), [Part(0, p.size)]
+    for kernel in ("numpy", "fused"):
+        for threads in (1, 2):
+            stepper = make_stepper(kernel, np.float32, threads)
+            contenders[f"distnadam {kernel}, in place", threads] = lambda s=stepper: s.step(in_place, [g], scalars, rates, part)
+            contenders[f"distnadam {kernel}, two buffers", threads] = lambda s=stepper: s.step(buffered, [g], scalars, rates, part)
 
 
 def add_naive(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:
@@ -118,24 +112,14 @@ def add_torch(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndar
         contenders["torch Adam, fused", threads] = of(torch.optim.Adam, threads, fused=True)
 
 
-def report(rows: list[dict[str, object]], missing: list[str], n: int, out: Path) -> None:
-    """Print one table and write it as JSON."""
-    found = {(row["step"], row["threads"]): float(str(row["ns_per_element"])) for row in rows}
-    table = Table("step", "threads", "ns/element", "x floor", "x torch NAdam foreach", title=f"one step, {n:.0e} float32 elements, medians")
+def report(rows: list[dict[str, object]], missing: list[str], n: int, console: Console) -> None:
+    """Print the table."""
+    table = Table(
+        "step", "threads", "ns/element", *(f"x {peer}" for peer in PEERS.values()), title=f"one step, {n:.0e} float32 elements, medians"
+    )
     for row in rows:
-        threads, ns = row["threads"], float(str(row["ns_per_element"]))
-        ratios = [found.get((peer, threads)) for peer in ("memory floor", "torch NAdam, foreach")]
-        row["over_floor"], row["over_torch_foreach"] = (ns / r if r else None for r in ratios)
-        table.add_row(str(row["step"]), str(threads), f"{ns:.3f}", *(f"{ns / r:.2f}" if r else "-" for r in ratios))
-    console = Console()
+        ratios = (f"{row[column]:.2f}" if row[column] is not None else "-" for column in PEERS)
+        table.add_row(str(row["step"]), str(row["threads"]), f"{row['ns_per_element']:.3f}", *ratios)
     console.print(table)
     for reason in missing:
         console.print(f"left out: {reason}")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "kernel.json").write_text(
-        json.dumps({"elements": n, "python": platform.python_version(), "numpy": np.__version__, "rows": rows}, indent=1)
-    )
-
-
-if __name__ == "__main__":
-    main()

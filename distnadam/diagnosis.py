@@ -3,9 +3,15 @@
 import importlib.metadata
 import os
 import platform
+import secrets
 import shutil
+import socket
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from distnadam.errors import ArenaError
+from distnadam.nadam.kernels import fused_installed
+from distnadam.transport.arena import Arena, available_bytes
 
 _PACKAGES = (
     "distnadam",
@@ -18,6 +24,7 @@ _PACKAGES = (
     "xxhash",
     "torch",
     "jax",
+    "numba",
     "scikit-learn",
     "matplotlib",
 )
@@ -57,8 +64,8 @@ def diagnose() -> Diagnosis:
         ray_auth_mode=os.environ.get("RAY_AUTH_MODE"),
         shm_bytes=shm.total if shm else None,
         shm_free_bytes=shm.free if shm else None,
-        kernel=f"NumPy, in blocks, up to {cpus} thread(s) per shard where local",
-        transport="this process's memory where local; Ray objects between processes and nodes",
+        kernel=f"{_kernel()}, up to {cpus} thread(s) per shard where local",
+        transport=_transport(),
     )
     if versions["ray"] is None:
         found.problems.append("ray is not installed: only backend='local' works; pip install ray")
@@ -71,6 +78,24 @@ def diagnose() -> Diagnosis:
     if found.ray_address and found.ray_auth_mode == "disabled":
         found.problems.append("RAY_AUTH_MODE is disabled: anyone who reaches the cluster's ports can run code on it")
     return found
+
+
+def _kernel() -> str:
+    if fused_installed():
+        return "fused (numba is installed)"
+    return "NumPy, in blocks (pip install 'distnadam[fused]' for the compiled one)"
+
+
+def _transport() -> str:
+    """Try what a lane needs: sealed shared memory and a socket with an abstract name."""
+    try:
+        Arena.create({"float32": 1})
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"\0distnadam-{secrets.token_hex(8)}")
+    except (ArenaError, OSError, AttributeError) as error:
+        return f"Ray objects between processes: shared memory does not work here: {error}"
+    free = f"{available_bytes() >> 20} MiB are free for it"
+    return f"shared memory between processes of one Ray node ({free}), Ray objects between nodes; this process's memory where local"
 
 
 def _version(package: str) -> str | None:

@@ -145,6 +145,8 @@ def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     found = json.loads(call("doctor", "--json").output)
     assert found["versions"]["numpy"]
+    assert found["kernel"].startswith("fused (numba is installed)")
+    assert found["transport"].startswith("shared memory between processes of one Ray node")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     done = call("doctor", "--json")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,14 @@ class Trainer:
             times.append(time.perf_counter() - began)
         return times
 
-    def memory(self) -> dict[str, int]:
-        return memory_of(os.getpid())
+    def pid(self) -> int:
+        return os.getpid()
 
 
-def memory_of(pid: int) -> dict[str, int]:
-    """Bytes that a process maps and uses, shared pages counted in proportion to who shares them."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("Pss", "Pss_Anon", "Pss_Shmem")}
+def memory_of(pids: list[int]) -> int:
+    """Bytes that processes use, those of shared pages counted in proportion to who shares them."""
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:] for pid in pids]
+    return sum(int(dict(line.split(":", 1) for line in lines)["Pss"].split()[0]) * 1024 for lines in rollups)
 
 
 def main() -> None:
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tensors", type=int, default=1)
+    parser.add_argument("--memory", action="store_true", help="print on standard error what the shards and workers use")
     args = parser.parse_args()
     ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     options = Options(kernel=args.kernel, transport=args.transport, check_gradients=not args.unchecked)
@@ -66,6 +68,11 @@ def main() -> None:
         del params
         trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
         times = ray.get([trainer.run.remote(args.mode, args.steps, rank) for rank, trainer in enumerate(trainers)])
+        if args.memory:
+            shards = [int(ray.get(actor.about.remote())["pid"]) for actor in optimizer._running().backend._actors]  # type: ignore[attr-defined]
+            used = memory_of([*shards, *ray.get([trainer.pid.remote() for trainer in trainers])])
+            planned = args.elements * (16 + 4 * args.workers)
+            print(f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}", file=sys.stderr)
     ray.shutdown()
     print(json.dumps(times[0]))
 

@@ -266,9 +266,9 @@ def test_a_manifest_with_a_mangled_field_is_refused_or_taken_whole(
 
 
 def test_two_saves_of_one_round_at_once_are_one_checkpoint_and_one_refusal(tmp_path: Path) -> None:
-    with DistNadam(backend="local").build(params()) as optimizer, store.writing(tmp_path / "step_00000000"):
-        with pytest.raises(CheckpointBusy, match="another save is writing it"):
-            optimizer.save(tmp_path)
+    busy = pytest.raises(CheckpointBusy, match="another save is writing it")
+    with DistNadam(backend="local").build(params()) as optimizer, store.writing(tmp_path / "step_00000000"), busy:
+        optimizer.save(tmp_path)
     with DistNadam(backend="local").build(params()) as optimizer:
         assert store.verify(Path(optimizer.save(tmp_path)))
         with pytest.raises(CheckpointError, match="is a checkpoint; save to the directory that holds it"):

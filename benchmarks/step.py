@@ -1,0 +1,72 @@
+"""One synchronous step from "gradient ready" to "new parameters read": ours and its peers, 2 workers, one thread each, in one run.
+
+Every contender is a program of its own (`contenders/`), started anew in each round, so that slow hours of the machine hit all of them.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SIZES = {"1e4": 1000, "1e6": 150, "1e7": 30, "5e7": 12}
+"""Steps per program, by elements."""
+
+OURS = {
+    "distnadam, copying": ["ours", "--mode", "copy"],
+    "distnadam, views": ["ours", "--mode", "views"],
+    "distnadam, views, unchecked": ["ours", "--mode", "views", "--unchecked"],
+    "distnadam, NumPy kernel": ["ours", "--mode", "copy", "--kernel", "numpy"],
+    "distnadam, Ray objects": ["ours", "--mode", "copy", "--transport", "objects"],
+}
+PEERS = {
+    "torch all-reduce + NAdam foreach": ["torch_ranks"],
+    "torch ZeroRedundancyOptimizer + NAdam": ["torch_ranks", "--zero"],
+    "Ray's documented parameter server": ["ray_server"],
+}
+
+
+def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
+    """Return one row per contender and size: the median over all steps of all rounds, warm-up left out, in milliseconds."""
+    rows = []
+    for size in sizes:
+        times: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for name, command in (OURS | PEERS).items():
+                times.setdefault(name, []).extend(seconds(command, size, SIZES[size]))
+        best = min(statistics.median(times[name]) for name in PEERS)
+        for name, found in times.items():
+            median = statistics.median(found)
+            rows.append({"step": name, "elements": size, "ms": median * 1e3, "peers_best_over_this": best / median})
+    return rows
+
+
+def seconds(command: list[str], elements: str, steps: int) -> list[float]:
+    """Run one contender and return its steps' seconds without the first fifth; none where it fails."""
+    program, *how = command
+    argv = [sys.executable, "-W", "ignore", "-m", f"benchmarks.contenders.{program}", "--elements", elements, "--steps", str(steps), *how]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(argv)} failed:\n{done.stderr[-2000:]}")
+    times: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return times[len(times) // 5 :]
+
+
+def curves() -> list[dict[str, Any]]:
+    """The same step of 1e7 elements with more shards and workers than the machine has cores: what oversubscription costs."""
+    rows = []
+    for shards, workers in [(1, 1), (1, 2), (2, 2), (4, 2), (8, 2), (16, 2), (2, 1), (2, 4), (2, 8)]:
+        found = seconds(["ours", "--mode", "views", "--shards", str(shards), "--workers", str(workers)], "1e7", 20)
+        rows.append({"shards": shards, "workers": workers, "elements": "1e7", "ms": statistics.median(found) * 1e3})
+    return rows
+
+
+def report(rows: list[dict[str, Any]], console: Console) -> None:
+    """Print the table of steps."""
+    table = Table("step", "elements", "ms", "peers' best / this", title="one synchronous step, 2 workers, 2 shards, medians")
+    for row in rows:
+        table.add_row(row["step"], row["elements"], f"{row['ms']:.3f}", f"{row['peers_best_over_this']:.2f}")
+    console.print(table)
