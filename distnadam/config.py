@@ -5,6 +5,7 @@ Frozen, validated where they are made, and plain data on the way to a checkpoint
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -89,6 +90,15 @@ class Options:
             nodes cannot meet, and give what they can meet 120 s to start.
         step_timeout_s: seconds that a worker waits for a round to be applied before it raises `StepTimeout` naming who is missing.
         object_store_bytes: size of the object store of a Ray that we start ourselves, in bytes. None: Ray's own default.
+        checkpoint_dir: where the shards look for a checkpoint when one of them dies without a standby; `build` writes its first one there.
+            None: where the last `save` went.
+        retain_initial: keep the parameters given to `build` (4 bytes per float32 element, in the supervisor) until there is a checkpoint,
+            so that a shard's death before it can be recovered from.
+        min_workers: go on without workers that are gone for longer than `rejoin_timeout_s`, as long as so many are there. None: all
+            must be.
+        rejoin_timeout_s: seconds in which a dead worker's rank may be taken over by a new one, before it leaves (`min_workers`) or those
+            who wait for it are told `WorkerLost`.
+        shard_timeout_s: seconds without a sign of life after which a shard counts as dead and is replaced.
     """
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -105,15 +115,22 @@ class Options:
     start_timeout_s: float | None = None
     step_timeout_s: float = 300.0
     object_store_bytes: int | None = None
+    checkpoint_dir: str | None = None
+    retain_initial: bool = True
+    min_workers: int | None = None
+    rejoin_timeout_s: float = 30.0
+    shard_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        for name, least in (("threads", 1), ("shard_memory_bytes", 0), ("object_store_bytes", 1)):
+        if self.checkpoint_dir is not None:
+            object.__setattr__(self, "checkpoint_dir", os.fspath(self.checkpoint_dir))
+        for name, least in (("threads", 1), ("shard_memory_bytes", 0), ("object_store_bytes", 1), ("min_workers", 1)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
-        for name in ("shard_cpus", "worker_cpus", "step_timeout_s", "start_timeout_s"):
+        for name in ("shard_cpus", "worker_cpus", "step_timeout_s", "start_timeout_s", "rejoin_timeout_s", "shard_timeout_s"):
             if getattr(self, name) is not None:
                 _set_number(self, name)
         for name, kind in (("shard_resources", float), ("label_selector", str)):
@@ -145,6 +162,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "on_nonfinite": ("raise", "skip"),
     "check_gradients": (True, False),
     "spread": (True, False),
+    "retain_initial": (True, False),
     "transport": ("auto", "objects"),
     "kernel": ("auto", "numpy", "fused"),
 }

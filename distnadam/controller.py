@@ -4,11 +4,11 @@ Shard 0 is held first and the others after it, so that two who act at once queue
 """
 
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.base import Backend
@@ -16,8 +16,9 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.config import Options
-from distnadam.errors import PushesPending, StepTimeout
+from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Rewound, ShardLost, StaleEpoch, StepTimeout
 from distnadam.layout import Layout
+from distnadam.ledger import DIRECT
 from distnadam.messages import (
     Advance,
     Decided,
@@ -29,7 +30,6 @@ from distnadam.messages import (
     Message,
     Read,
     Release,
-    Restore,
     Save,
     SetRate,
     Step,
@@ -38,9 +38,11 @@ from distnadam.messages import (
 )
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.schedule import Clock
+from distnadam.orders import Load, Order
 from distnadam.schedules import Rate
 from distnadam.transport.slot import GradientSlot
 
+_T = TypeVar("_T")
 _IO_TIMEOUT_S = 24 * 3600.0
 
 
@@ -50,6 +52,28 @@ class Boundary:
 
     token: str
     held: Held
+
+
+@dataclass
+class _Direct:
+    """A step from outside, which is one step however often it is sent: its incarnation and round, and its norms once they are known."""
+
+    incarnation: int = 0
+    round: int = 0
+    square_sums: Any = None
+
+    def aim(self, held: Held) -> None:
+        """Choose the round at the first boundary; at a later one, after a death, it must still be this one or the one just decided."""
+        if self.round == 0:
+            if held.pending:
+                ranks = ", ".join(map(str, held.pending))
+                raise PushesPending(f"ranks {ranks} have pushed for round {held.round + 1}: their round must end first")
+            self.incarnation, self.round = dict(held.ledger["newest"]).get(DIRECT, 0) + 1, held.round + 1
+        elif not self.round - 1 <= held.round <= self.round:
+            raise StaleEpoch(f"all shards went back, to round {held.round}; compute again from there", held.epoch, held.round)
+
+    def step(self, token: str, gradients: Flat, complaint: str | None) -> Step:
+        return Step(token, self.incarnation, self.round, None if complaint else gradients, complaint)
 
 
 class Controller:
@@ -64,8 +88,21 @@ class Controller:
 
     def describe(self) -> Description:
         """Return where shard 0 stands; never waits for a round."""
-        description: Description = self._ask({0: Describe()})[0]
+        description: Description = self._recovering(lambda: self._ask({0: Describe()})[0])
         return description
+
+    def load(self, params: Flat) -> None:
+        """Give newly made shards their first parameters."""
+        cuts = [cut_flat(params, ranges) for ranges in self.ranges]
+        self._ask({index: Load(1, params=cut) for index, cut in enumerate(cuts)})
+        self.backend.began(initial=params, directory=None)
+
+    def restore(self, directory: Path, manifest: Manifest) -> None:
+        """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
+        raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
+        messages = {index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)}
+        self._ask(messages, timeout_s=_IO_TIMEOUT_S)
+        self.backend.began(initial=None, directory=str(directory.parent))
 
     @contextmanager
     def boundary(self) -> Iterator[Boundary]:
@@ -80,48 +117,74 @@ class Controller:
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
             yield Boundary(token, Held(newest.epoch, newest.round, newest.clock, newest.skipped, tuple(sorted(pending)), newest.ledger))
         finally:
-            self.backend.post({index: Release(token) for index in range(len(self.ranges))})
+            with suppress(DistNadamError):  # one that cannot be reached is not held either
+                self.backend.post({index: Release(token) for index in range(len(self.ranges))})
 
-    def read(self, at: Boundary, what: tuple[str, ...]) -> dict[str, Flat]:
-        """Return the whole model's arrays of those names ("params", "m", "v"), copied."""
+    def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
+        """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one round, copied."""
+        return self._recovering(lambda: self._read(what))
+
+    def _read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         whole = {name: empty_flat(self.layout.sizes) for name in what}
-        for index, parts in self._ask(self._everyone(Read(at.token, what))).items():
-            for name, flat in parts.items():
-                for space, (begin, end) in self.ranges[index].items():
-                    whole[name][space][begin:end] = flat[space]
-        return whole
+        with self.boundary() as at:
+            for index, parts in self._ask(self._everyone(Read(at.token, what))).items():
+                for name, flat in parts.items():
+                    for space, (begin, end) in self.ranges[index].items():
+                        whole[name][space][begin:end] = flat[space]
+            return at.held.clock, whole
 
     def fill(self, state: Mapping[str, Flat], clock: Clock | None = None) -> None:
         """Replace whole arrays by name, and the clock where given, on every shard, between two rounds."""
-        with self.boundary() as at:
-            cuts = ({name: cut_flat(flat, ranges) for name, flat in state.items()} for ranges in self.ranges)
-            self._ask({index: Write(at.token, cut, clock) for index, cut in enumerate(cuts)})
+
+        def write() -> None:
+            with self.boundary() as at:
+                self.backend.changing(f"the state was replaced after round {at.held.round}")
+                cuts = ({name: cut_flat(flat, ranges) for name, flat in state.items()} for ranges in self.ranges)
+                self._ask({index: Write(at.token, cut, clock) for index, cut in enumerate(cuts)})
+
+        self._recovering(write)
 
     def set_rate(self, lr: Rate) -> None:
         """Replace the learning rate from the next step on."""
-        with self.boundary() as at:
-            self._ask(self._everyone(SetRate(at.token, lr)))
+
+        def write() -> None:
+            with self.boundary() as at:
+                self.backend.changing(f"the learning rate was replaced after round {at.held.round}")
+                self._ask(self._everyone(SetRate(at.token, lr)))
+
+        self._recovering(write)
 
     def step(self, gradients: Any) -> Decided:
-        """Apply one step from an already averaged gradient tree; raise PushesPending where workers' pushes wait."""
-        with self.boundary() as at:
-            if at.held.pending:
-                ranks = ", ".join(map(str, at.held.pending))
-                raise PushesPending(f"ranks {ranks} have pushed for round {at.held.round + 1}: their round must end first")
-            if self._slot is None:
-                memory = empty_flat(self.layout.sizes)
-                self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
-            complaint = self._slot.fill(gradients)
-            parts = self._slot.parts()
-            answers = self._ask({i: Step(at.token, None if complaint else part, complaint) for i, part in enumerate(parts)})
-            if any(isinstance(answer, Measured) for answer in answers.values()):
-                totals = tensor_square_sums(len(self.layout.tensors), [answers[i].sums for i in sorted(answers)])
-                answers = self._ask(self._everyone(StepNorms(at.token, totals)))
-        decided: Decided = answers[0]
-        return decided
+        """Apply one step from an already averaged gradient tree.
+
+        Raises:
+            PushesPending: workers' pushes wait.
+            Rewound: a shard died and all went back; nothing of this gradient is left.
+        """
+        if self._slot is None:
+            memory = empty_flat(self.layout.sizes)
+            self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
+        complaint, parts, mine = self._slot.fill(gradients), self._slot.parts(), _Direct()
+
+        def once() -> Decided:
+            with self.boundary() as at:
+                mine.aim(at.held)
+                answers = self._ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
+                measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, Measured)}
+                if len(measured) == len(answers):
+                    mine.square_sums = tensor_square_sums(len(self.layout.tensors), list(measured.values()))
+                if measured:
+                    answers |= self._ask({i: StepNorms(at.token, mine.square_sums) for i in measured})
+                decided: Decided = answers[0]
+                return decided
+
+        return self._recovering(once)
 
     def save(self, root: Path, about: Mapping[str, Any]) -> Path:
         """Write a checkpoint of one round under `root` and return its directory; `about` is the manifest's part that shards do not know."""
+        return self._recovering(lambda: self._save(root, about))
+
+    def _save(self, root: Path, about: Mapping[str, Any]) -> Path:
         save_id = store.new_save_id()
         with self.boundary() as at:
             directory = store.step_directory(root, at.held.round)
@@ -135,6 +198,7 @@ class Controller:
                 except BaseException:
                     store.discard_partial(directory, save_id)
                     raise
+            self.backend.saved(str(root))
         return directory
 
     def _manifest(self, save_id: str, held: Held, files: tuple[FileRecord, ...], about: Mapping[str, Any]) -> Manifest:
@@ -150,18 +214,22 @@ class Controller:
             **about,
         )
 
-    def restore(self, directory: Path, manifest: Manifest) -> None:
-        """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
-        raw = manifest.to_bytes()
-        leftovers = leftover_readers(manifest, len(self.ranges))
-        with self.boundary() as at:
-            messages: dict[int, Message] = {i: Restore(at.token, str(directory), raw, tuple(left)) for i, left in enumerate(leftovers)}
-            self._ask(messages, timeout_s=_IO_TIMEOUT_S)
-
     def _everyone(self, message: Message) -> dict[int, Message]:
         return dict.fromkeys(range(len(self.ranges)), message)
 
-    def _ask(self, messages: Mapping[int, Message], timeout_s: float | None = None) -> dict[int, Any]:
+    def _recovering(self, work: Callable[[], _T]) -> _T:
+        """Do what may be done again from its beginning, as often as shards die, or go back under it, meanwhile."""
+        while True:
+            version = self.backend.version
+            try:
+                return work()
+            except ShardLost:
+                self.backend.await_recovery(self.options.step_timeout_s)
+            except (Rewound, IllegalMessage) as error:
+                if isinstance(error, IllegalMessage) and not self.backend.moved_since(version):
+                    raise
+
+    def _ask(self, messages: Mapping[int, Message | Order], timeout_s: float | None = None) -> dict[int, Any]:
         if not messages:
             return {}
         timeout_s = self.options.step_timeout_s if timeout_s is None else timeout_s

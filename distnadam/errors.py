@@ -8,6 +8,8 @@
     ├── LifecycleError                  used before build, after close, or twice
     ├── ProtocolError                   a message that the shards refuse
     │   ├── StaleEpoch                  from before the parameters were replaced
+    │   │   ├── Rewound                 from before all shards went back to an earlier step
+    │   │   └── Reconfigured            from before a shard or the membership changed; the round goes on
     │   ├── SupersededWorker            a newer worker holds this rank
     │   ├── LatePush                    its round is over and it was not counted
     │   ├── RoundMismatch               its round has not come yet
@@ -15,11 +17,12 @@
     │   └── PushesPending               a step from outside while workers have pushed
     ├── ClusterError                    what runs the shards cannot do what is asked
     │   ├── InsufficientResources       the cluster is too small for the ask
+    │   ├── Unrecoverable               processes died and the settings allow no recovery
     │   ├── VersionMismatch             a node has another version of a package, or lacks it
     │   ├── NameTaken                   an optimizer of that name is running
     │   ├── NotRunning                  no optimizer of that name is running
     │   ├── ShardLost                   a shard's process died
-    │   ├── WorkerLost                  another rank's worker died while its gradients were awaited
+    │   ├── WorkerLost                  another rank's worker died, and nobody took it over in time
     │   ├── ShardsDisagree              two shards computed different scalars
     │   ├── StepTimeout                 waited too long for a shard or for other workers
     │   ├── ArenaError                  shared memory cannot be had (Ray objects are used instead)
@@ -29,7 +32,7 @@
     └── CheckpointError                 a file was refused
         └── CheckpointBusy              another run writes there
 
-This module knows nothing of the rest of the package. Every class takes one message, a whole sentence or more, so every one pickles.
+This module knows nothing of the rest of the package. Every class can be made of one message, a whole sentence or more, and pickles.
 """
 
 
@@ -62,7 +65,25 @@ class ProtocolError(DistNadamError):
 
 
 class StaleEpoch(ProtocolError):
-    """The message is from before the state was replaced; pull and compute again."""
+    """The message is from before the state was replaced; pull and compute again.
+
+    Args:
+        message: a whole sentence.
+        epoch: the shard's present epoch, -1 where the sender did not know.
+        step: rounds decided where training goes on (batches follow it), -1 likewise.
+    """
+
+    def __init__(self, message: str, epoch: int = -1, step: int = -1) -> None:
+        super().__init__(message)
+        self.epoch, self.step = epoch, step
+
+
+class Rewound(StaleEpoch):
+    """All shards went back, after a death, to round `step`; compute again from there."""
+
+
+class Reconfigured(StaleEpoch):
+    """A shard was taken over, or the membership changed; the worker pushes the same gradients again by itself."""
 
 
 class SupersededWorker(ProtocolError):
@@ -93,6 +114,10 @@ class InsufficientResources(ClusterError):
     """The cluster lacks what the shards or workers ask; the message says how much of what."""
 
 
+class Unrecoverable(ClusterError):
+    """Processes died, and what is left or allowed does not suffice to go on with the same bits; the message says what would."""
+
+
 class VersionMismatch(ClusterError):
     """A node has another version of a package than the driver, or lacks it."""
 
@@ -110,7 +135,7 @@ class ShardLost(ClusterError):
 
 
 class WorkerLost(ClusterError):
-    """Another rank's worker died while its gradients were awaited; the message names the rank, and this worker's push was dropped."""
+    """Another rank's worker died and nobody took it over in time; the message names the rank, and this worker's push was dropped."""
 
 
 class ShardsDisagree(ClusterError):

@@ -59,6 +59,11 @@ class Gate:
             self.holder, self._limit = None, math.inf
         return given_up
 
+    def reset(self) -> list[Any]:
+        """Open the gate whoever holds it; return everyone who waits here, and forget them."""
+        self.holder, self._limit = None, math.inf
+        return self.drain()
+
     def drain(self) -> list[Any]:
         """Return everyone who waits here, and forget them."""
         callers = [caller for caller, _ in (*self._queue, *self._advances)]

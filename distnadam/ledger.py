@@ -24,6 +24,15 @@ class Ledger:
         self._newest[rank] = max(self.newest(rank), admitted)
         return admitted
 
+    def admit_all(self, newest: Mapping[int, int]) -> None:
+        """Take over what others know of each rank's newest incarnation."""
+        for rank, incarnation in newest.items():
+            self.admit(rank, incarnation)
+
+    def newest_of_all(self) -> dict[int, int]:
+        """Return the newest incarnation of each rank that had one."""
+        return dict(self._newest)
+
     def count(self, rank: int, incarnation: int, decided: int) -> None:
         """Enter that a rank's push was counted in the round `decided`, which is later than any before."""
         runs = self._runs.setdefault(rank, [])

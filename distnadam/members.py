@@ -1,8 +1,10 @@
-"""Who holds each rank of a shard's workers: incarnations, who left, who died, and whose push may count. Pure."""
+"""Who holds each rank of a shard's workers: incarnations, membership by round, who left, who died, and whose push may count. Pure."""
 
 import distnadam.messages as msg
-from distnadam.errors import LatePush, LifecycleError, RoundMismatch, StaleEpoch, SupersededWorker
+from distnadam.epochs import Epochs
+from distnadam.errors import LatePush, LifecycleError, Reconfigured, RoundMismatch, SupersededWorker, WorkerLost
 from distnadam.ledger import Ledger
+from distnadam.orders import Schedule
 
 
 class Members:
@@ -16,16 +18,24 @@ class Members:
     def __init__(self, shard: int, num_workers: int) -> None:
         self._shard, self._num_workers = shard, num_workers
         self.ledger = Ledger()
+        self.schedule: Schedule = ((1, tuple(range(num_workers))),)
         self.left: set[int] = set()
         self.dead: set[int] = set()
+        self.given_up: set[int] = set()
 
-    def join(self, rank: int, incarnation: int | None) -> int:
+    def needed(self, number: int) -> tuple[int, ...]:
+        """Return the ranks whose pushes make up a round."""
+        return next(ranks for first, ranks in reversed(self.schedule) if first <= number)
+
+    def join(self, message: msg.Join) -> int:
         """Give a rank to a worker and return its incarnation; raise where the rank does not exist or a newer worker has it."""
+        rank = message.rank
         self._check_rank(rank)
-        admitted = self.ledger.admit(rank, incarnation)
+        admitted = self.ledger.admit(rank, message.incarnation)
         self.check_newest(rank, admitted)
-        self.left.discard(rank)
-        self.dead.discard(rank)
+        if not message.reserve:
+            for ranks in (self.left, self.dead, self.given_up):
+                ranks.discard(rank)
         return admitted
 
     def leave(self, rank: int, incarnation: int) -> None:
@@ -33,32 +43,44 @@ class Members:
         if incarnation == self.ledger.newest(rank):
             self.left.add(rank)
 
-    def lose(self, rank: int, incarnation: int) -> None:
-        """Take note that a worker died, where it had not left nor been taken over."""
-        if incarnation == self.ledger.newest(rank) and rank not in self.left:
+    def lose(self, rank: int, incarnation: int) -> bool:
+        """Take note that a worker died, where it had not left nor been taken over, and return whether that is so."""
+        lost = incarnation == self.ledger.newest(rank) and rank not in self.left
+        if lost:
             self.dead.add(rank)
+        return lost
 
     def already_counted(self, message: msg.Push | msg.Norms, decided: int) -> bool:
         """Whether this very push was counted in a round that is decided."""
         return message.round <= decided and self.ledger.counted(message.rank, message.incarnation, message.round)
 
-    def check_current(self, message: msg.Push | msg.Norms, epoch: int, decided: int) -> None:
+    def check_current(self, message: msg.Push | msg.Norms, epochs: Epochs, decided: int) -> None:
         """Raise a ProtocolError unless the message is of this epoch, of its rank's newest worker, and for the round after `decided`."""
         who = f"shard {self._shard}: rank {message.rank}"
         self._check_rank(message.rank)
-        if message.epoch != epoch:
-            raise StaleEpoch(f"{who}: push of epoch {message.epoch}, expected {epoch}: the state was replaced; pull and compute again")
+        if (refusal := epochs.refusal(message.epoch, who, decided)) is not None:
+            raise refusal
         self.check_newest(message.rank, message.incarnation)
         if message.round <= decided:
             raise LatePush(f"{who}: push for round {message.round}, which is over and did not count it; expected round {decided + 1}")
         if message.round > decided + 1:
             raise RoundMismatch(f"{who}: expected a push for round {decided + 1}, got one for round {message.round}")
+        if message.rank not in self.needed(message.round):
+            raise Reconfigured(f"{who}: is no member of round {message.round}; it must be admitted first", epochs.now, decided)
 
     def check_newest(self, rank: int, incarnation: int) -> None:
         """Raise SupersededWorker unless this is the rank's newest worker."""
         newest = self.ledger.newest(rank)
         if incarnation != newest:
             raise SupersededWorker(f"shard {self._shard}: rank {rank} was taken over by worker {newest}; worker {incarnation} must stop")
+
+    def given_up_of(self, number: int, pushed: set[int]) -> WorkerLost | None:
+        """Return what those who wait for a round are told where a member that nobody takes over has not pushed for it."""
+        missing = sorted(self.given_up & set(self.needed(number)) - pushed)
+        if not missing:
+            return None
+        who = f"shard {self._shard}: worker {missing[0]}"
+        return WorkerLost(f"{who} died before it pushed for round {number} and nobody took it over; the others' pushes were dropped")
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self._num_workers:

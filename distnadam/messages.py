@@ -1,8 +1,8 @@
 """What callers say to a shard and what it answers: plain records, the whole protocol in one place.
 
 Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever acts on the optimizer as a whole first
-holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, Save, Restore), then lets go
-(Release). Arrays are the shard's own range.
+holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, Save), then lets go (Release). Arrays
+are the shard's own range. What the supervisor says to a shard, which nobody may refuse, is in `orders`.
 """
 
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ class ShardSpec:
     index: int
     num_shards: int
     num_workers: int
+    replicas: int
     name: str | None
     config: NadamConfig
     options: Options
@@ -33,17 +34,50 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class Join:
-    """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others are told it."""
+    """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others are told it.
+
+    From then on its predecessor is refused, and a push of that one which waits for others is set aside until the new worker pushes, or
+    until `Adopt` says that it counts. `reserve` does all this without a worker: nobody is there yet.
+    """
 
     rank: int
     incarnation: int | None = None
+    reserve: bool = False
+
+
+@dataclass(frozen=True)
+class PushNote:
+    """A push as others speak of it: by whom, for which round, in which dtypes it lies in its worker's memory, or its complaint."""
+
+    incarnation: int
+    round: int
+    dtypes: dict[str, str] | None
+    complaint: str | None = None
 
 
 @dataclass(frozen=True)
 class Joined:
-    """The worker's incarnation."""
+    """The worker's incarnation, the rounds that the shard has decided, and the push of a predecessor that it has counted or is about to.
+
+    `member` is whether the coming round needs the rank.
+    """
 
     incarnation: int
+    round: int = 0
+    committed: PushNote | None = None
+    member: bool = True
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """A push of a worker that was taken over counts after all, since another shard has counted it.
+
+    `gradients` is filled in by the shard's host, from the worker's memory, where the shard has not set the push aside.
+    """
+
+    rank: int
+    note: PushNote
+    gradients: Flat | None = None
 
 
 @dataclass(frozen=True)
@@ -187,9 +221,14 @@ class SetRate:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the held shard from an already averaged gradient; answered as a push is."""
+    """One step of the held shard from an already averaged gradient; answered as a push is.
+
+    `incarnation` and `round` make it one step however often it is sent.
+    """
 
     token: str
+    incarnation: int
+    round: int
     gradients: Flat | None
     complaint: str | None = None
 
@@ -212,28 +251,22 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Restore:
-    """Asks the held shard to take its ranges from a checkpoint's files; `manifest` is the manifest file's bytes."""
-
-    token: str
-    directory: str
-    manifest: bytes
-    leftovers: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class Describe:
-    """Asks for the shard's spec and status; always legal."""
+    """Asks for the shard's status, and with `spec` for its spec too; always legal."""
+
+    spec: bool = False
 
 
 @dataclass(frozen=True)
 class Description:
     """A shard's spec and where it stands.
 
-    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died.
+    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
+    the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
+    `replicated` is the last round that the standby has, None without one.
     """
 
-    spec: ShardSpec
+    spec: ShardSpec | None
     epoch: int
     round: int
     iterations: int
@@ -242,12 +275,20 @@ class Description:
     waiting_for: tuple[int, ...]
     left: tuple[int, ...]
     dead: tuple[int, ...]
-    held: bool
+    members: tuple[int, ...]
+    holder: str | None
+    busy: bool
     lr: Rate
+    epoch_reason: str = ""
+    schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    newest: dict[int, int] = field(default_factory=dict)
+    changed: str | None = None
+    replicated: int | None = None
 
 
 Message = (
     Join
+    | Adopt
     | Push
     | Norms
     | Pull
@@ -262,6 +303,5 @@ Message = (
     | Step
     | StepNorms
     | Save
-    | Restore
     | Describe
 )

@@ -40,7 +40,8 @@ class DistNadam:
         global_clipnorm: largest norm of the mean gradient over all tensors; excludes `clipnorm`.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
-        replicas: standbys per shard; only 0 so far.
+        replicas: standbys per shard, 0 or 1, on another node where there is one; a shard whose process dies is then taken over at the same
+            round (Ray only: a local optimizer lives and dies with its process).
         backend: "local" (this process, Ray never imported), "ray", or "auto": Ray where one runs in this process, where RAY_ADDRESS
             names one, or where several shards or workers are asked for and Ray is installed; else local.
         name: makes the optimizer findable by `connect` and lets it outlive this process (Ray only).
@@ -77,8 +78,11 @@ class DistNadam:
         self._options = Options.of(options)
         self._num_shards = check_count("num_shards", num_shards)
         self._num_workers = check_count("num_workers", num_workers)
-        if check_count("replicas", replicas, least=0) != 0:
-            raise ConfigError(f"replicas must be 0 in this version, got {replicas!r}")
+        self._replicas = check_count("replicas", replicas, least=0)
+        if self._replicas > 1:
+            raise ConfigError(f"replicas must be 0 or 1, got {replicas!r}")
+        if self._options.min_workers is not None and self._options.min_workers > self._num_workers:
+            raise ConfigError(f"min_workers must be at most num_workers={self._num_workers}, got {self._options.min_workers}")
         if backend not in ("auto", "local", "ray"):
             raise ConfigError(f'backend must be "auto", "local" or "ray", got {backend!r}')
         name = name or None
@@ -107,7 +111,9 @@ class DistNadam:
         """
         layout = Layout.of(params)
         flat = layout.flat(params, what="params")
-        self._start(layout, lambda shards: shards.fill({"params": flat}))
+        self._start(layout, lambda shards: shards.load(flat))
+        if self._options.checkpoint_dir is not None:
+            self.save(self._options.checkpoint_dir)
         return self
 
     def close(self) -> None:
@@ -127,7 +133,7 @@ class DistNadam:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._running().backend.name == "local":
             raise LifecycleError("a local optimizer lives in its process and cannot be pickled; use backend='ray' to share it")
-        return _attach, (self._shards, self._config, self._options, self._num_workers, self._name)
+        return _attach, (self._shards, self._config, self._options, self._num_workers, self._replicas, self._name)
 
     @classmethod
     def connect(cls, name: str) -> "DistNadam":
@@ -136,7 +142,7 @@ class DistNadam:
 
         backend, spec = RayBackend.connect(name)
         shards = Controller(backend, spec.layout, spec.num_shards, spec.options)
-        return _attach(shards, spec.config, spec.options, spec.num_workers, name)
+        return _attach(shards, spec.config, spec.options, spec.num_workers, spec.replicas, name)
 
     # The present
 
@@ -180,8 +186,7 @@ class DistNadam:
     def get_params(self) -> Any:
         """Return a copy of the parameters in the structure given to `build`, each in its own dtype; shape () as a NumPy scalar."""
         shards = self._running()
-        with shards.boundary() as at:
-            return shards.layout.tree(shards.read(at, ("params",))["params"])
+        return shards.layout.tree(shards.read(("params",))[1]["params"])
 
     def set_params(self, params: Any) -> None:
         """Replace the parameters; moments and clock stay. Pushes on their way are refused with StaleEpoch.
@@ -199,9 +204,8 @@ class DistNadam:
     def get_weights(self) -> list[Array]:
         """Return ``[iterations, m_schedule, *ms, *vs]`` as Keras orders them: 0-d int64, 0-d float64, arrays of the tensors' shapes."""
         shards = self._running()
-        with shards.boundary() as at:
-            state = shards.read(at, ("m", "v"))
-        return to_weights(shards.layout, at.held.clock, state["m"], state["v"])
+        clock, state = shards.read(("m", "v"))
+        return to_weights(shards.layout, clock, state["m"], state["v"])
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Take what `get_weights` returned, here or in Keras (whose m_schedule is float32). Pushes on their way are refused.
@@ -270,6 +274,7 @@ class DistNadam:
             StructureError: naming the tensor's path, the expected and the given; nothing was applied.
             NonFiniteGradient: naming the tensor; nothing was applied (`Options(on_nonfinite="skip")` counts it as skipped instead).
             PushesPending: workers have pushed for the coming round.
+            StaleEpoch: a shard died and all went back to round `error.step`; nothing of this gradient is left.
         """
         decided = self._running().step(gradients)
         if decided.outcome == "refused":
@@ -281,6 +286,14 @@ class DistNadam:
         if not 0 <= check_count("rank", rank, least=0) < self._num_workers:
             raise ConfigError(f"rank must be in [0, {self._num_workers}), got {rank!r}")
         return Worker(self._running(), rank)
+
+    def waiting_for(self) -> tuple[int, ...]:
+        """Return the ranks whose push the coming round lacks."""
+        return self._running().describe().waiting_for
+
+    def lost_ranks(self) -> dict[int, int]:
+        """Return the ranks whose worker died and that nobody has taken over yet, with the number of the worker that died."""
+        return self._running().backend.lost_ranks()
 
     def team(self, make: Callable[[int], Any]) -> Team:
         """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor otherwise: the workers of `fit`."""
@@ -357,8 +370,8 @@ class DistNadam:
         backend = choose(self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1)
         if self._name is not None and backend.name == "local":
             raise ConfigError(f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to")
-        shared = (self._num_shards, self._num_workers, self._name, self._config, self._options, layout)
-        backend.start([ShardSpec(index, *shared, cut) for index, cut in enumerate(layout.cuts(self._num_shards))])
+        shared = (self._num_shards, self._num_workers, self._replicas, self._name, self._config, self._options, layout)
+        backend.start([ShardSpec(index, *shared, cut) for index, cut in enumerate(layout.cuts(self._num_shards))], self._replicas)
         self._shards = Controller(backend, layout, self._num_shards, self._options)
         try:
             fill(self._shards)
@@ -370,7 +383,7 @@ class DistNadam:
         return {
             "num_shards": self._num_shards,
             "num_workers": self._num_workers,
-            "replicas": 0,
+            "replicas": self._replicas,
             "backend": self._asked_backend,
             "name": self._name,
         }
@@ -388,8 +401,9 @@ class DistNadam:
         return self._shards
 
 
-def _attach(shards: Controller, config: NadamConfig, options: Options, num_workers: int, name: str | None) -> DistNadam:
+def _attach(shards: Controller, config: NadamConfig, options: Options, num_workers: int, replicas: int, name: str | None) -> DistNadam:
     """Return a handle on running shards, which closing it leaves alone."""
-    optimizer = DistNadam(num_shards=len(shards.ranges), num_workers=num_workers, backend="ray", name=name, options=options)
+    topology = {"num_shards": len(shards.ranges), "num_workers": num_workers, "replicas": replicas}
+    optimizer = DistNadam(**topology, backend="ray", name=name, options=options)  # type: ignore[arg-type]
     optimizer._config, optimizer._creator, optimizer._shards = config, False, shards
     return optimizer

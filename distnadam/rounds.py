@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import distnadam.messages as msg
+from distnadam.arrays import name_of
 from distnadam.errors import DistNadamError, SupersededWorker
 from distnadam.transitions import Answer, Effect
 
@@ -20,9 +21,10 @@ class Waiting:
 
 @dataclass
 class Round:
-    """Pushes by rank, those who wait, and where clipping needs norms the shard's sums and then the whole model's."""
+    """Pushes by rank, those set aside when their worker was taken over, who waits, and where clipping needs norms the sums and totals."""
 
     pushes: dict[int, msg.Push] = field(default_factory=dict)
+    aside: dict[int, msg.Push] = field(default_factory=dict)
     waiting: list[Waiting] = field(default_factory=list)
     measured: msg.Measured | None = None
     square_sums: Any = None
@@ -34,13 +36,31 @@ class Round:
 
     def refuse(self, error: DistNadamError) -> list[Effect]:
         """Give everyone who waits the error, and forget the pushes."""
-        self.pushes = {}
+        self.pushes, self.aside = {}, {}
         return self.answer(error)
+
+    def set_aside(self, rank: int, incarnation: int) -> None:
+        """Put the push of a worker older than this one aside."""
+        if rank in self.pushes and self.pushes[rank].incarnation < incarnation:
+            self.aside[rank] = self.pushes.pop(rank)
+
+    def take_up(self, rank: int, incarnation: int) -> bool:
+        """Let a push that was set aside count after all; return whether it is there."""
+        if rank in self.aside and self.aside[rank].incarnation == incarnation:
+            self.pushes[rank] = self.aside.pop(rank)
+        return rank in self.pushes and self.pushes[rank].incarnation == incarnation
 
     def supersede(self, push: msg.Push, shard: int) -> list[Effect]:
         """Enter a push; refuse those who wait for the push of an older worker of its rank, which it replaces."""
         self.pushes[push.rank] = push
+        self.aside.pop(push.rank, None)
         old = [w for w in self.waiting if w.rank == push.rank and w.incarnation < push.incarnation]
         self.waiting = [w for w in self.waiting if w not in old]
         who = f"shard {shard}: rank {push.rank} was taken over by worker {push.incarnation}"
         return [Answer(w.caller, SupersededWorker(f"{who}; the push of worker {w.incarnation} was not counted")) for w in old]
+
+
+def note_of(push: msg.Push) -> msg.PushNote:
+    """Return what others need to know of a push."""
+    dtypes = None if push.gradients is None else {space: name_of(array.dtype) for space, array in push.gradients.items()}
+    return msg.PushNote(push.incarnation, push.round, dtypes, push.complaint)

@@ -1,49 +1,23 @@
 """One shard as a state machine: messages in, effects out. No socket, file, clock, thread or Ray.
 
-A round is collected, measured where clipping needs norms, stepped, and decided; `LEGAL` says which message may come in which phase,
-and one that is refused raises and changes nothing. Callers are opaque: an effect hands back the one that is to be answered.
+`LEGAL` says which message may come in which phase; one that is refused raises and changes nothing. How a round goes on is in `machine`.
 """
 
-import math
 from typing import Any
 
 import distnadam.messages as msg
-from distnadam.arrays import Flat
-from distnadam.errors import (
-    DistNadamError,
-    IllegalMessage,
-    LatePush,
-    ShardLost,
-    StaleEpoch,
-    WorkerLost,
-)
-from distnadam.gate import Gate
-from distnadam.ledger import DIRECT, Ledger
-from distnadam.members import Members
-from distnadam.nadam.schedule import Clock
-from distnadam.rounds import Round, Waiting
-from distnadam.state import ShardState
-from distnadam.transitions import LEGAL, Answer, Compute, Effect, Phase, Work
+from distnadam import orders
+from distnadam.errors import IllegalMessage, LatePush, RoundMismatch, ShardLost
+from distnadam.ledger import DIRECT
+from distnadam.machine import Machine
+from distnadam.rounds import Round, Waiting, note_of
+from distnadam.transitions import LEGAL, Answer, Effect, Notice, Phase, Replicate
 
 _HANDLERS = {kind: f"_on_{kind.__name__.lower()}" for kinds in LEGAL.values() for kind in kinds}
 
 
-class Shard:
+class Shard(Machine):
     """The state machine of one shard; the host calls `receive` and `computed` one at a time."""
-
-    def __init__(self, spec: msg.ShardSpec, state: ShardState) -> None:
-        self.spec, self.state = spec, state
-        self.config, self.clock, self.members = spec.config, Clock(), Members(spec.index, spec.num_workers)
-        self.epoch = self.round = self.skipped = 0
-        self.phase = Phase.COLLECTING
-        self.lr = 0.0
-        self._now = Round()
-        self._last: tuple[msg.Outcome, str | None] = ("applied", None)
-        self.gate = Gate()
-        self._pulls: list[tuple[Any, msg.Pull]] = []
-        self._broken: BaseException | None = None
-
-    # What the host may do in each phase
 
     def receive(self, message: Any, caller: Any) -> list[Effect]:
         """Take one message; return what is to be done. Raise a ProtocolError, with nothing changed, where it is refused."""
@@ -54,50 +28,41 @@ class Shard:
         handler = getattr(self, _HANDLERS[type(message)])
         return [*handler(message, caller), *self._progress()]
 
-    def computed(self, work: Work, result: Any) -> list[Effect]:
-        """Take the result of work asked for: `Measured`, or the pair (clock after the step, its learning rate)."""
-        if work is Work.MEASURE:
-            self._now.measured = result
-            self.phase = Phase.AWAITING_NORMS
-            answers = self._now.answer(result)
-            if DIRECT in self._now.pushes and self.gate.holder is None:
-                self._now, self.phase = Round(), Phase.COLLECTING  # who asked for the step is gone
-            return [*answers, *self._settle(), *self._progress()]
-        self.clock, self.lr = result
-        self.state.swap()
-        return [*self._decide("applied", None), *self._progress()]
-
-    def broke(self, error: BaseException) -> list[Effect]:
-        """Take that work failed half-way: whoever waits gets `error`, and the shard serves no one any more."""
-        self.phase, self._broken = Phase.BROKEN, error
-        callers = [*(waiting.caller for waiting in self._now.waiting), *(caller for caller, _ in self._pulls), *self.gate.drain()]
-        self._now, self._pulls = Round(), []
-        return [Answer(caller, error) for caller in callers]
-
-    def gradients(self) -> list[Flat]:
-        """Return the round's gradients in rank order."""
-        return [g for _, push in sorted(self._now.pushes.items()) if (g := push.gradients) is not None]
-
-    def square_sums(self) -> Any:
-        """Return the whole model's sums of squares, where clipping by norm has them."""
-        return self._now.square_sums
-
-    def load(self, clock: Clock, decided: int, skipped: int, ledger: dict[str, Any]) -> None:
-        """Take the place in time of a checkpoint whose arrays are in the state."""
-        self.clock, self.round, self.skipped, self.members.ledger = clock, decided, skipped, Ledger.from_dict(ledger)
-        self.gate.limit(decided)
-
     # Workers
 
     def _on_join(self, message: msg.Join, caller: Any) -> list[Effect]:
-        return [Answer(caller, msg.Joined(self.members.join(message.rank, message.incarnation)))]
+        committed = self._counted.get(message.rank)
+        if not self.collecting and message.rank in self._now.pushes:
+            committed = note_of(self._now.pushes[message.rank])
+        incarnation = self.members.join(message)
+        if self.collecting:
+            self._now.set_aside(message.rank, incarnation)
+        notices = [] if message.reserve else [Notice("joined", message.rank, incarnation)]
+        record = Replicate(orders.ReplicatedJoin(message.rank, incarnation))
+        member = message.rank in self.members.needed(self.round + 1)
+        return [record, *notices, Answer(caller, msg.Joined(incarnation, self.round, committed, member))]
+
+    def _on_adopt(self, message: msg.Adopt, caller: Any) -> list[Effect]:
+        rank, note = message.rank, message.note
+        who = f"shard {self.spec.index}: rank {rank}"
+        counted = self.members.ledger.counted(rank, note.incarnation, note.round) and note.round <= self.round
+        if counted or (not self.collecting and rank in self._now.pushes):
+            return [Answer(caller, None)]
+        if note.round != self.round + 1:
+            raise RoundMismatch(f"{who}: round {note.round} is to be completed, expected round {self.round + 1}")
+        if not self._now.take_up(rank, note.incarnation):
+            if message.gradients is None and note.complaint is None:
+                raise IllegalMessage(f"{who}: the push of worker {note.incarnation} for round {note.round} cannot be had any more")
+            push = msg.Push(self.epochs.now, rank, note.incarnation, note.round, message.gradients, note.complaint)
+            return [*self._now.supersede(push, self.spec.index), Answer(caller, None)]
+        return [Answer(caller, None)]
 
     def _on_push(self, push: msg.Push, caller: Any) -> list[Effect]:
         if self.members.already_counted(push, self.round):
             return [Answer(caller, self._decided(push.want_parameters))]
-        self.members.check_current(push, self.epoch, self.round)
+        self.members.check_current(push, self.epochs, self.round)
         waiting, held = Waiting(caller, push.rank, push.incarnation, push.want_parameters), self._now.pushes.get(push.rank)
-        if self.phase is not Phase.COLLECTING:  # the round has all its pushes, but may need this worker to relay the norms
+        if not self.collecting:  # the round has all its pushes, but may need this worker's norms
             if self._now.measured is not None:
                 return [Answer(caller, self._now.measured)]
             self._now.waiting.append(waiting)
@@ -106,12 +71,12 @@ class Shard:
         if held is None or held.incarnation < push.incarnation:
             superseded = self._now.supersede(push, self.spec.index)
         self._now.waiting.append(waiting)
-        return [*superseded, *self._drop_pushes_that_wait_for_the_dead()]
+        return [*superseded, *self._drop_pushes_that_wait_in_vain()]
 
     def _on_norms(self, message: msg.Norms, caller: Any) -> list[Effect]:
         if self.members.already_counted(message, self.round):
             return [Answer(caller, self._decided(message.want_parameters))]
-        self.members.check_current(message, self.epoch, self.round)
+        self.members.check_current(message, self.epochs, self.round)
         return self._take_norms(message.square_sums, Waiting(caller, message.rank, message.incarnation, message.want_parameters))
 
     def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
@@ -121,11 +86,10 @@ class Shard:
 
     def _on_leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
         self.members.leave(message.rank, message.incarnation)
-        return [Answer(caller, None)]
+        return [Notice("left", message.rank, message.incarnation), Answer(caller, None)]
 
     def _on_lost(self, message: msg.Lost, caller: Any) -> list[Effect]:
-        self.members.lose(message.rank, message.incarnation)
-        return self._drop_pushes_that_wait_for_the_dead()
+        return [Notice("died rank", message.rank, message.incarnation)] if self.members.lose(message.rank, message.incarnation) else []
 
     # Whoever acts on the optimizer as a whole
 
@@ -156,23 +120,31 @@ class Shard:
         self.state.write(message.state)
         if message.clock is not None:
             self.clock = message.clock
-        self.epoch += 1
-        error = StaleEpoch(f"shard {self.spec.index}: the state was replaced after round {self.round}; pull and compute again")
-        return [*self._drop_pushes(error), Answer(caller, None)]
+        before, self.changed = self.epochs.now, f"the state was replaced after round {self.round}"
+        self.epochs.rise("replaced")
+        refusal = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
+        assert refusal is not None
+        return [Replicate(None), *self._drop_pushes(refusal), Answer(caller, None)]
 
     def _on_setrate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
         self.config = self.config.with_lr(message.lr)
-        return [Answer(caller, None)]
+        self.changed = f"the learning rate was replaced after round {self.round}"
+        return [Replicate(None), Answer(caller, None)]
 
     def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the round for a step from outside; a push that came since the holder looked is late."""
         self.gate.require(message.token, self.spec.index)
+        if self.members.ledger.counted(DIRECT, message.incarnation, message.round) and message.round <= self.round:
+            return [Answer(caller, self._decided(want_parameters=False))]
+        if message.round != self.round + 1:
+            raise RoundMismatch(f"shard {self.spec.index}: expected a step for round {self.round + 1}, got one for round {message.round}")
         late = LatePush(f"shard {self.spec.index}: round {self.round + 1} was taken by apply_gradients; pull and push for the next")
         dropped = self._drop_pushes(late)
         self.gate.limit(self.round + 1)
-        incarnation = self.members.ledger.admit(DIRECT, None)
-        self._now.pushes[DIRECT] = msg.Push(self.epoch, DIRECT, incarnation, self.round + 1, message.gradients, message.complaint)
+        incarnation = self.members.ledger.admit(DIRECT, message.incarnation)
+        push = msg.Push(self.epochs.now, DIRECT, incarnation, self.round + 1, message.gradients, message.complaint)
+        self._now.pushes[DIRECT] = push
         self._now.waiting.append(Waiting(caller, DIRECT, incarnation))
         return dropped
 
@@ -181,108 +153,33 @@ class Shard:
         return self._take_norms(message.square_sums, Waiting(caller, DIRECT, self.members.ledger.newest(DIRECT)))
 
     def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
-        waiting_for = tuple(rank for rank in range(self.spec.num_workers) if rank not in self._now.pushes)
-        description = msg.Description(
-            spec=self.spec,
-            epoch=self.epoch,
-            round=self.round,
-            iterations=self.clock.iterations,
-            skipped=self.skipped,
-            phase=self.phase.value,
-            waiting_for=waiting_for,
-            left=tuple(sorted(self.members.left)),
-            dead=tuple(sorted(self.members.dead)),
-            held=self.gate.holder is not None,
-            lr=self.config.lr,
-        )
-        return [Answer(caller, description)]
+        return [Answer(caller, self._described(with_spec=message.spec))]
 
-    # The round
+    # The supervisor
 
-    def _progress(self) -> list[Effect]:
-        """Take the round as far as it goes without the host."""
-        now = self._now
-        if not self.gate.passes(self.round):
-            return []
-        if self.phase is Phase.COLLECTING and (DIRECT in now.pushes or len(now.pushes) == self.spec.num_workers):
-            complaints = [push.complaint for _, push in sorted(now.pushes.items()) if push.complaint is not None]
-            if complaints:
-                return self._refuse("; ".join(complaints))
-            self.phase = Phase.MEASURING if self.config.clips_by_norm else Phase.STEPPING
-            return [Compute(Work.MEASURE if self.config.clips_by_norm else Work.STEP)]
-        if self.phase is Phase.AWAITING_NORMS and now.square_sums is not None:
-            for tensor, total in zip(self.spec.layout.tensors, now.square_sums, strict=True):
-                if not math.isfinite(total):
-                    return self._refuse(f"the norm of the mean gradient of {tensor.path!r} overflows")
-            self.phase = Phase.STEPPING
-            return [Compute(Work.STEP)]
+    def _on_reign(self, order: orders.Reign, caller: Any) -> list[Effect]:
+        if order.epoch > self.epochs.now:
+            self.epochs.rise("reconfigured", order.epoch)
+            self.members.schedule = order.schedule
+            self.members.ledger.admit_all(order.newest)
+            if self.collecting:
+                needed = {DIRECT, *self.members.needed(self.round + 1)}
+                self._now.pushes = {rank: push for rank, push in self._now.pushes.items() if rank in needed}
+        return [Answer(caller, self.epochs.now)]
+
+    def _on_giveup(self, order: orders.GiveUp, caller: Any) -> list[Effect]:
+        self.members.given_up.add(order.rank)
+        return [Answer(caller, None), *self._drop_pushes_that_wait_in_vain()]
+
+    def _on_load(self, order: orders.Load, caller: Any) -> list[Effect]:
+        if order.epoch <= self.epochs.now and self.epochs.now > 0:
+            raise IllegalMessage(f"shard {self.spec.index}: a load of epoch {order.epoch} came in epoch {self.epochs.now}")
+        self._orders.append((caller, order))
         return []
 
-    def refused(self, error: DistNadamError) -> list[Effect]:
-        """Take that a step could not be begun: nothing was touched, whoever waits gets the error, and the round begins anew."""
-        return [*self._drop_pushes(error), *self._settle()]
-
-    def _drop_pushes_that_wait_for_the_dead(self) -> list[Effect]:
-        """A round that has every push it needs ends also where a worker died after pushing."""
-        missing = sorted(self.members.dead - self._now.pushes.keys())
-        if self.phase is not Phase.COLLECTING or not missing or DIRECT in self._now.pushes:
-            return []
-        who = f"shard {self.spec.index}: worker {missing[0]}"
-        return self._drop_pushes(WorkerLost(f"{who} died before it pushed for round {self.round + 1}; the others' pushes were dropped"))
-
-    def _drop_pushes(self, error: DistNadamError) -> list[Effect]:
-        """Begin the round anew; whoever waited for it gets the error."""
-        refused = self._now.refuse(error)
-        self._now, self.phase = Round(), Phase.COLLECTING
-        return refused
-
-    def _refuse(self, complaint: str) -> list[Effect]:
-        return self._decide("skipped" if self.spec.options.on_nonfinite == "skip" else "refused", complaint)
-
-    def _decide(self, outcome: msg.Outcome, complaint: str | None) -> list[Effect]:
-        """End the round: count its pushes, answer who waits, begin the next."""
-        self.round += 1
-        self.skipped += outcome != "applied"
-        self._last = (outcome, complaint)
-        for rank, push in self._now.pushes.items():
-            self.members.ledger.count(rank, push.incarnation, self.round)
-        ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
-        return [*(Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting), *self._settle()]
-
-    def _told(self, waiting: Waiting, counted: msg.Push | None) -> msg.Decided | LatePush:
-        """Say how the round ended to one who waited for it, unless another worker's push was counted for its rank."""
-        if counted is None or counted.incarnation != waiting.incarnation:
-            other = "without this rank" if counted is None else f"with the push of worker {counted.incarnation}"
-            return LatePush(
-                f"shard {self.spec.index}: rank {waiting.rank}: round {self.round} was completed {other}; this push did not count"
-            )
-        return self._decided(waiting.want_parameters)
-
-    def _settle(self) -> list[Effect]:
-        """Answer the pulls, advances and holds whose time has come."""
-        ready = [(caller, pull) for caller, pull in self._pulls if pull.at_least <= self.round]
-        self._pulls = [x for x in self._pulls if x[1].at_least > self.round]
-        effects: list[Effect] = [Answer(caller, self._decided(pull.want_parameters)) for caller, pull in ready]
-        effects += [Answer(caller, None) for caller in self.gate.arrived(self.round)]
-        if self.phase in (Phase.COLLECTING, Phase.AWAITING_NORMS):
-            effects += [Answer(caller, self._held()) for caller in self.gate.admit(self.round)]
-        return effects
-
-    def _held(self) -> msg.Held:
-        return msg.Held(self.epoch, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), self.members.ledger.to_dict())
-
-    def _decided(self, want_parameters: bool) -> msg.Decided:
-        outcome, complaint = self._last
-        return msg.Decided(
-            self.epoch,
-            self.round,
-            self.clock.iterations,
-            outcome,
-            complaint,
-            self.lr,
-            self.state.active,
-            self.state.params if want_parameters else None,
-        )
+    def _on_attach(self, order: orders.Attach, caller: Any) -> list[Effect]:
+        self._orders.append((caller, order))
+        return []
 
     # Checks
 

@@ -41,6 +41,13 @@ class ShardState:
         """Return the present arrays by name."""
         return {"params": self.params, "m": self.m, "v": self.v}
 
+    def begin(self, arrays: dict[str, Flat], active: int = 0) -> None:
+        """Take whole arrays by name, those not given being zero; the present parameters are `buffers[active]` from now on."""
+        self.active = active
+        for name, target in self.arrays().items():
+            for space, values in target.items():
+                np.copyto(values, arrays[name][space] if name in arrays else 0)
+
     def write(self, state: dict[str, Flat]) -> None:
         """Replace whole arrays by name; readers of the present parameters keep them."""
         for name, flat in state.items():

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 
 import distnadam.messages as msg
+from distnadam import orders
 
 
 class Phase(Enum):
@@ -14,6 +15,7 @@ class Phase(Enum):
     MEASURING = "measuring norms"
     AWAITING_NORMS = "awaiting norms"
     STEPPING = "stepping"
+    OBEYING = "loading or copying its state"
     BROKEN = "broken"
 
 
@@ -22,6 +24,7 @@ class Work(Enum):
 
     MEASURE = "measure"
     STEP = "step"
+    OBEY = "obey"
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,49 @@ class Compute:
     work: Work
 
 
-Effect = Answer | Compute
+@dataclass(frozen=True)
+class Replicate:
+    """An effect: tell the standby, if there is one, before anything that follows; None says that it cannot follow and is let go."""
 
-_ALWAYS = frozenset({msg.Join, msg.Push, msg.Norms, msg.Pull, msg.Leave, msg.Lost, msg.Hold, msg.Advance, msg.Release, msg.Describe})
-_AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms, msg.Save, msg.Restore}
+    record: orders.Replicated | orders.ReplicatedJoin | None
+
+
+@dataclass(frozen=True)
+class Notice:
+    """An effect: tell the supervisor, if there is one, what happened to a rank."""
+
+    what: str
+    rank: int
+    incarnation: int
+
+
+Effect = Answer | Compute | Replicate | Notice
+
+_ALWAYS = frozenset(
+    {
+        msg.Join,
+        msg.Push,
+        msg.Norms,
+        msg.Pull,
+        msg.Leave,
+        msg.Lost,
+        msg.Adopt,
+        msg.Hold,
+        msg.Advance,
+        msg.Release,
+        msg.Describe,
+        orders.Reign,
+        orders.Load,
+        orders.Attach,
+        orders.GiveUp,
+    }
+)
+_AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms, msg.Save}
 LEGAL: dict[Phase, frozenset[type]] = {
     Phase.COLLECTING: _AT_REST,
     Phase.MEASURING: _ALWAYS,
     Phase.AWAITING_NORMS: _AT_REST,
     Phase.STEPPING: _ALWAYS,
+    Phase.OBEYING: _ALWAYS,
     Phase.BROKEN: frozenset({msg.Describe, msg.Release, msg.Lost}),
 }

@@ -4,16 +4,29 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
-from distnadam.errors import DistNadamError, IllegalMessage, LifecycleError, NonFiniteGradient, ShardsDisagree, StepTimeout
+from distnadam.errors import (
+    DistNadamError,
+    IllegalMessage,
+    LifecycleError,
+    NonFiniteGradient,
+    Reconfigured,
+    Rewound,
+    ShardLost,
+    ShardsDisagree,
+    StepTimeout,
+)
 from distnadam.messages import Decided, Describe, Description, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
+from distnadam.takeover import adoptions
 from distnadam.transport.parameters import ParameterView
 from distnadam.transport.slot import GradientSlot
 
+_T = TypeVar("_T")
+_POLL_S = 0.02
 _PATIENCE_S = 10.0
 """How long a shard may take to say where it stands, in seconds."""
 
@@ -32,9 +45,10 @@ class Ticket:
         Raises:
             NonFiniteGradient: a worker's gradient was not finite and the round was refused; no shard has moved.
             StaleEpoch: the state was replaced meanwhile; pull and compute again.
+            Rewound: (a StaleEpoch) a shard died and all went back to round `error.step`; pull and compute again from there.
             StepTimeout: the other workers did not push, or a shard did not answer, in time; the message names them. May be called again.
-            WorkerLost: another rank's worker died before it pushed; this push was dropped.
-            ShardLost: a shard's process died.
+            WorkerLost: another rank's worker died before it pushed, and nobody took it over; this push was dropped.
+            Unrecoverable: a shard died, and the settings allow no recovery.
         """
         if self._error is not None:
             raise self._error
@@ -51,11 +65,14 @@ class Ticket:
 
 @dataclass
 class _Flight:
-    """A push that is not decided: its (epoch, rank, incarnation, round), and the answers now awaited."""
+    """A push that is not decided: what it is, the answers now awaited, and the norms of its round once they are known."""
 
-    key: tuple[int, int, int, int]
+    epoch: int
+    round: int
+    complaint: str | None
     want_parameters: bool
-    pending: Pending
+    pending: Pending | None = None
+    square_sums: Any = None
 
 
 class Worker:
@@ -140,7 +157,7 @@ class Worker:
 
         Raises:
             StructureError, LifecycleError: as `push`.
-            NonFiniteGradient, StaleEpoch, StepTimeout, WorkerLost, ShardLost: as `Ticket.result`.
+            NonFiniteGradient, StaleEpoch, Rewound, StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
         """
         self._push(gradients, want_parameters=True).result()
         return self._tree()
@@ -194,12 +211,35 @@ class Worker:
                     self._link.close()
 
     def _join(self) -> int:
-        joined: Joined = self._ask({0: Join(self.rank)})[0]
-        self._ask({i: Join(self.rank, joined.incarnation) for i in range(1, len(self._ranges))})
-        return joined.incarnation
+        """Take the rank over on every shard, and see a predecessor's push through where some shard has counted it."""
+        return self._recovering(self._join_once)
+
+    def _join_once(self) -> int:
+        answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
+        incarnation = answers[0].incarnation
+        answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._ranges))})
+        try:
+            self._ask(dict(adoptions(self.rank, answers)))
+        except IllegalMessage as error:
+            self._backend.report_stuck()
+            raise ShardLost(f"{error}; all shards must go back") from error
+        if not answers[0].member:
+            self._await_admission()
+        return incarnation
+
+    def _await_admission(self) -> None:
+        """Wait until the supervisor has made this rank a member again, at a boundary of its choice."""
+        deadline = time.monotonic() + self._timeout_s
+        while self.rank not in self._ask({0: Describe()})[0].members:
+            if time.monotonic() > deadline:
+                raise StepTimeout(f"worker {self.rank}: was not admitted as a member in {self._timeout_s:g} s")
+            time.sleep(_POLL_S)
 
     def _pull(self, *, want_parameters: bool) -> Decided:
         """Ask every shard where it stands until all stand at one round, and take that as this worker's place."""
+        return self._recovering(lambda: self._pull_once(want_parameters))
+
+    def _pull_once(self, want_parameters: bool) -> Decided:
         at_least = 0
         while True:
             answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want_parameters and self._copies)))
@@ -212,13 +252,19 @@ class Worker:
         if self._epoch < 0:
             self._pull(want_parameters=False)
         complaint = self._slot.finish() if gradients is None else self._slot.fill(gradients)
-        want = want_parameters and self._copies
-        key = (self._epoch, self.rank, self._incarnation, self._round + 1)
-        parts = self._slot.parts()
-        pending = self._link.post({i: Push(*key, None if complaint else part, complaint, want) for i, part in enumerate(parts)})
-        flight = _Flight(key, want, pending)
+        flight = _Flight(self._epoch, self._round + 1, complaint, want_parameters)
         self._outstanding = Ticket(lambda: self._finish(flight))
+        try:
+            self._send(flight)
+        except ShardLost:
+            flight.pending = None  # sent again when it is waited for
         return self._outstanding
+
+    def _send(self, flight: _Flight) -> None:
+        """Send what the slot holds to every shard; a shard that has counted it already says so."""
+        key, want = (flight.epoch, self.rank, self._incarnation, flight.round), flight.want_parameters and self._copies
+        parts, told = self._slot.parts(), flight.complaint
+        flight.pending = self._link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
 
     def _settle(self) -> None:
         """See the outstanding push through."""
@@ -227,17 +273,9 @@ class Worker:
             self._outstanding.result()
 
     def _finish(self, flight: _Flight) -> Decided:
-        """See a push through, the second phase included where clipping needs norms."""
+        """See a push through, whatever dies meanwhile, unless the state it was computed from is gone."""
         try:
-            answers = self._wait(flight.pending)
-            sums = [answer.sums for _, answer in sorted(answers.items()) if isinstance(answer, Measured)]
-            if sums and len(sums) < len(answers):
-                told = f"worker {self.rank}: round {flight.key[-1]}: {len(sums)} of {len(answers)} shards have measured norms only"
-                raise IllegalMessage(told)
-            if sums:
-                norms = Norms(*flight.key, tensor_square_sums(len(self._layout.tensors), sums), flight.want_parameters)
-                flight.pending = self._link.post(dict.fromkeys(range(len(self._ranges)), norms))
-                answers = self._wait(flight.pending)
+            answers = self._see_through(flight)
         except StepTimeout:
             raise
         except DistNadamError:
@@ -248,6 +286,61 @@ class Worker:
         if decided.outcome == "refused":
             raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.complaint}")
         return decided
+
+    def _see_through(self, flight: _Flight) -> dict[int, Decided]:
+        while True:
+            try:
+                if flight.pending is None:
+                    self._send(flight)
+                return self._conclude(flight)
+            except Reconfigured as error:
+                if error.epoch <= flight.epoch:
+                    time.sleep(_POLL_S)  # other shards are yet to hear of it
+                flight.epoch, flight.pending = max(flight.epoch, error.epoch), None
+                self._rejoin(wait=False)
+            except ShardLost:
+                flight.pending = None
+                self._rejoin(wait=True)
+
+    def _conclude(self, flight: _Flight) -> dict[int, Decided]:
+        """Wait for the answers, the second phase included where clipping needs norms."""
+        assert flight.pending is not None
+        answers = self._wait(flight.pending)
+        while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}:
+            if len(measured) == len(answers):
+                flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
+            if flight.square_sums is None:
+                self._backend.report_stuck()
+                raise ShardLost(f"worker {self.rank}: the norms of round {flight.round} went with a shard; all must go back")
+            want = flight.want_parameters and self._copies
+            norms = Norms(flight.epoch, self.rank, self._incarnation, flight.round, flight.square_sums, want)
+            flight.pending = self._link.post(dict.fromkeys(measured, norms))
+            answers = answers | self._wait(flight.pending)
+        return answers
+
+    def _rejoin(self, *, wait: bool) -> None:
+        """Reach the shards where they are now, after waiting for a dead one's successor, and be known to them."""
+        if wait:
+            self._backend.await_recovery(self._timeout_s)
+
+        def join() -> None:
+            self._ask(self._everyone(Join(self.rank, self._incarnation)))
+
+        self._recovering(join)
+        if "_link" in self.__dict__:
+            self._link.reconnect()
+        for name in ("_copies", "_views"):
+            self.__dict__.pop(name, None)
+
+    def _recovering(self, work: Callable[[], _T]) -> _T:
+        """Do what may be done again from its beginning, as often as shards die meanwhile."""
+        while True:
+            try:
+                return work()
+            except ShardLost:
+                self._backend.await_recovery(self._timeout_s)
+            except Rewound:
+                continue  # it waited while the shards went back, and asks again
 
     def _take(self, answers: dict[int, Decided]) -> Decided:
         first = answers[0]

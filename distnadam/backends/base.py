@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distnadam.arrays import Flat
+from distnadam.errors import Unrecoverable
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, Norms, Push, ShardSpec
+from distnadam.orders import Order
 
 
 class Pending(ABC):
@@ -37,17 +39,29 @@ class Link(ABC):
     def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
         """Send each shard its push or norms, without waiting; a push's gradients are views of `gradients`."""
 
+    def reconnect(self) -> None:
+        """Follow the shards to where they are now; the memory stays where it is."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Let go; views of the memory stay good."""
 
 
 class Team(ABC):
-    """Objects that compute beside the shards, one per rank, called all at once by the name of a method."""
+    """Objects that compute beside the shards, one per rank, called by the name of a method."""
 
     @abstractmethod
-    def call(self, method: str, *args: Any) -> Pending:
-        """Call a method of every member, without waiting."""
+    def call(self, rank: int, method: str, *args: Any) -> None:
+        """Call a method of one member, without waiting."""
+
+    @abstractmethod
+    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
+        """Return the ranks whose calls have ended, with what they returned or raised, waiting so long for a first one."""
+
+    @abstractmethod
+    def replace(self, rank: int) -> None:
+        """End a member where its process is one, and make a new one in its place; its call is forgotten."""
 
     @abstractmethod
     def close(self) -> None:
@@ -60,11 +74,49 @@ class Backend(ABC):
     name: str
 
     @abstractmethod
-    def start(self, specs: Sequence[ShardSpec]) -> None:
+    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """Make the shards; raise a ClusterError where they cannot be had, leaving none behind."""
 
+    def began(self, *, initial: Flat | None, directory: str | None) -> None:
+        """Take that the shards have their state, and what they can go back to: these parameters, or a checkpoint."""
+        return
+
+    def await_recovery(self, timeout_s: float) -> None:
+        """Wait until a dead shard is replaced, and reach the new one from then on.
+
+        Raises:
+            Unrecoverable: it cannot be, by default: where nothing recovers, nothing dies by itself.
+            StepTimeout: it was not in time.
+        """
+        raise Unrecoverable("the shards of this process cannot be replaced")
+
+    @property
+    def version(self) -> int:
+        """A number that grows whenever the shards are reached in another way, or went back."""
+        return 0
+
+    def moved_since(self, version: int) -> bool:
+        """Look whether that number has grown."""
+        return False
+
+    def report_stuck(self) -> None:
+        """Say that shards stand at different rounds, and this caller cannot help."""
+        return
+
+    def changing(self, what: str) -> None:
+        """Say, before it is done, that the state is replaced from outside, which no replay from a checkpoint would repeat."""
+        return
+
+    def saved(self, root: str) -> None:
+        """Say that a checkpoint is complete under this directory."""
+        return
+
+    def lost_ranks(self) -> dict[int, int]:
+        """Return the ranks whose worker died and that nobody has taken over, with the incarnation that died."""
+        return {}
+
     @abstractmethod
-    def post(self, messages: Mapping[int, Message]) -> Pending:
+    def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """Send each shard its message, without waiting."""
 
     @abstractmethod

@@ -8,6 +8,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -64,8 +65,8 @@ def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
     return None
 
 
-def actor_options(spec: ShardSpec, namespace: str) -> dict[str, Any]:
-    """Return what a shard's actor asks of Ray."""
+def actor_options(spec: ShardSpec, label: str | None, namespace: str) -> dict[str, Any]:
+    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it."""
     options = spec.options
     asked: dict[str, Any] = {
         "num_cpus": options.shard_cpus,
@@ -79,8 +80,8 @@ def actor_options(spec: ShardSpec, namespace: str) -> dict[str, Any]:
         asked["memory"] = options.shard_memory_bytes
     if options.label_selector:
         asked["label_selector"] = dict(options.label_selector)
-    if spec.name is not None:
-        asked |= {"name": f"{spec.name}/{spec.index}", "namespace": namespace, "lifetime": "detached"}
+    if label is not None:
+        asked |= {"name": label, "namespace": namespace, "lifetime": "detached"}
     return asked
 
 
@@ -126,13 +127,27 @@ def await_start(refs: Sequence[Any], options: Options) -> list[dict[str, str]]:
 def node_facts() -> dict[str, str]:
     """Return this process's node and the versions of what the shards' bits or files depend on."""
     node = f"{ray.util.get_node_ip_address()} (id {ray.get_runtime_context().get_node_id()[:12]})"
-    facts = {"node": node, "pid": str(os.getpid()), "python": ".".join(platform.python_version_tuple()[:2])}
+    facts = {
+        "node": node,
+        "pid": str(os.getpid()),
+        "born": process_born(os.getpid()),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
     for package in _PACKAGES:
         try:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "missing"
     return facts
+
+
+def process_born(pid: int) -> str:
+    """Return what tells a process of this host from an earlier one of the same number; "" where it is gone or waits to be buried."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
 
 
 def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str]) -> None:

@@ -1,29 +1,38 @@
-"""What surrounds one shard wherever it lives: a lock, the callers' futures, the kernel's threads, and its checkpoint files.
+"""What surrounds one shard wherever it lives: a lock, the callers' futures, the kernel's threads, its checkpoint files, its standby.
 
 It carries out the state machine's effects and knows nothing of how messages came.
 """
 
+import dataclasses
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from distnadam.arrays import Flat
 from distnadam.checkpoint.format import read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
-from distnadam.messages import Measured, Message, Restore, Save, ShardSpec
+from distnadam.messages import Adopt, Description, Measured, Message, Save, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
 from distnadam.nadam.schedule import Clock, prepare, step_scalars
+from distnadam.orders import Attach, Load, Order, ReplicatedJoin, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
-from distnadam.transitions import Compute, Effect, Work
+from distnadam.transitions import Answer, Compute, Effect, Notice, Replicate, Work
+from distnadam.transport.replica import Replica
+
+log = logging.getLogger("distnadam")
 
 Run = Callable[[Callable[[], None]], object]
 Reply = Callable[[Any], None]
 """Takes an answer, or the error that is raised where the question was asked."""
+FindSlot = Callable[[int, int, dict[str, str]], Flat | None]
+"""From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory, where the process has it."""
 
 
 def run_here(work: Callable[[], None]) -> None:
@@ -39,18 +48,38 @@ class ShardHost:
         buffers: the two parameter buffers of its ranges where the process shares them.
         threads: threads of its kernel.
         run: carries out heavy work: at once in the calling thread, or by handing it to an executor.
+        on_notice: told what happens to ranks and to the standby.
+        attach: makes the way to a standby, from what an `Attach` order says, the shard's place in time and its arrays.
     """
 
-    def __init__(self, spec: ShardSpec, *, buffers: tuple[Flat, Flat] | None = None, threads: int = 1, run: Run = run_here) -> None:
+    def __init__(
+        self,
+        spec: ShardSpec,
+        *,
+        buffers: tuple[Flat, Flat] | None = None,
+        threads: int = 1,
+        run: Run = run_here,
+        on_notice: Callable[[Notice], None] = lambda notice: None,
+        attach: Callable[[Any, Standing, NadamConfig, dict[str, Flat]], Replica] | None = None,
+    ) -> None:
         self._shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
+        self._on_notice, self._connect = on_notice, attach
+        self._replica: Replica | None = None
+        self.find_slot: FindSlot = lambda rank, incarnation, dtypes: None
         self._spec, self._run_by_default = spec, run
         self._lock = threading.Lock()
         self._waiting: set[Reply] = set()
         self._closed = False
+        self._filing = 0
         self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
 
-    def send(self, message: Message) -> Future[Any]:
+    def take_over(self, standing: Standing, arrays: dict[str, Flat], reign: Any) -> None:
+        """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
+        self._shard.state.begin(arrays, standing.active)
+        self._shard.take_over(standing, reign)
+
+    def send(self, message: Message | Order) -> Future[Any]:
         """Give the shard a message; the future carries its answer or its refusal."""
         future: Future[Any] = Future()
 
@@ -63,7 +92,7 @@ class ShardHost:
         self.deliver(message, reply)
         return future
 
-    def deliver(self, message: Message, reply: Reply, run: Run | None = None) -> None:
+    def deliver(self, message: Message | Order, reply: Reply, run: Run | None = None) -> None:
         """Give the shard a message; `reply` is called once with its answer or error, now or later, in whichever thread has it.
 
         Heavy work that the message sets off is carried out by `run` where given.
@@ -75,9 +104,12 @@ class ShardHost:
         if closed:
             reply(_closed(self._spec.index))
             return
-        if isinstance(message, (Save, Restore)):
-            run(lambda: self._answer(reply, self._attempt(lambda: self._file(message))))
+        if isinstance(message, Save):
+            run(lambda: self._answer(reply, self._attempt(lambda: self._save(message))))
             return
+        if isinstance(message, Adopt) and message.note.dtypes is not None:
+            found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
+            message = dataclasses.replace(message, gradients=found)
         try:
             with self._lock:
                 effects = self._shard.receive(message, reply)
@@ -93,6 +125,8 @@ class ShardHost:
             waiting = list(self._waiting)
         for reply in waiting:
             self._answer(reply, _closed(self._spec.index))
+        if self._replica is not None:
+            self._replica.close()
         for stepper in self._steppers.values():
             stepper.close()
 
@@ -101,12 +135,16 @@ class ShardHost:
             if isinstance(effect, Compute):
                 work = effect.work
                 run(lambda work=work: self._compute(work, run))  # type: ignore[misc]  # one Compute at a time
-            else:
-                self._answer(effect.caller, effect.reply)
+            elif isinstance(effect, Answer):
+                self._answer(effect.caller, self._completed(effect.reply))
+            elif isinstance(effect, Notice):
+                self._on_notice(effect)
+            elif self._replica is not None:
+                self._replicate(effect, self._replica)
 
     def _compute(self, work: Work, run: Run) -> None:
         try:
-            result: Any = self._measure() if work is Work.MEASURE else self._step()
+            result = self._WORK[work](self)
         except ConfigError as error:  # of the learning-rate function, before any array was touched
             with self._lock:
                 effects = self._shard.refused(error)
@@ -154,9 +192,12 @@ class ShardHost:
         scalars = step_scalars(shard.clock, config)
         rates = Rates(1.0 - config.beta_1, 1.0 - config.beta_2, config.clipvalue)
         gradients, state = shard.gradients(), shard.state
+        if self._replica is not None and not self._replica.ready():
+            self._detach()
         for space, stepper in self._steppers.items():
             slots = Slots(state.params[space], state.m[space], state.v[space], state.spare[space])
-            stepper.step(slots, [g[space] for g in gradients], scalars, rates, self._parts(space))
+            keep = None if self._replica is None else self._replica.mean[space]
+            stepper.step(slots, [g[space] for g in gradients], scalars, rates, self._parts(space), keep)
         return scalars.after, scalars.lr
 
     def _parts(self, space: str) -> list[Part]:
@@ -169,18 +210,63 @@ class ShardHost:
             return [Part(0, end - begin, scales[0])]
         return [Part(s.begin - begin, s.end - begin, scales[s.tensor]) for s in self._segments[space]]
 
-    def _file(self, message: Save | Restore) -> Any:
-        """Write or read the shard's checkpoint file; nobody else moves a held shard meanwhile."""
-        shard, spec, directory = self._shard, self._spec, Path(message.directory)
-        shard.gate.require(message.token, spec.index)
-        if isinstance(message, Save):
-            return write_shard(directory, message.file_name, ranges=spec.ranges, state=shard.state.arrays())
-        manifest = Manifest.from_bytes(message.manifest, str(directory))
-        state = read_shard(directory, manifest, ranges=spec.ranges, leftovers=message.leftovers)
-        with self._lock:
-            shard.state.write(state)
-            shard.load(Clock(manifest.iterations, manifest.m_schedule), manifest.round, manifest.skipped, manifest.ledger)
-        return None
+    def _save(self, message: Save) -> Any:
+        """Write the shard's checkpoint file; nobody else moves a held shard meanwhile."""
+        shard = self._shard
+        shard.gate.require(message.token, self._spec.index)
+        self._filing += 1
+        try:
+            record = write_shard(Path(message.directory), message.file_name, ranges=self._spec.ranges, state=shard.state.arrays())
+        finally:
+            self._filing -= 1
+        shard.changed = None
+        return record
+
+    def _obey(self) -> Any:
+        """Load or copy the state as the supervisor ordered; what fails changes nothing, and is the answer."""
+        order = self._shard.order
+        return self._attempt(lambda: self._load(order) if isinstance(order, Load) else self._attach(order))
+
+    def _load(self, order: Load) -> Standing:
+        spec, state = self._spec, self._shard.state
+        if order.directory is None:
+            state.begin({"params": order.params or {}})
+            return Standing(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+        manifest = Manifest.from_bytes(order.manifest, order.directory)
+        state.begin(read_shard(Path(order.directory), manifest, ranges=spec.ranges, leftovers=order.leftovers))
+        clock = Clock(manifest.iterations, manifest.m_schedule)
+        return Standing(order.epoch, manifest.round, manifest.skipped, clock, 0.0, 0, "applied", None, manifest.ledger)
+
+    def _attach(self, order: Attach) -> int:
+        assert self._connect is not None
+        self._detach(told=False)
+        shard = self._shard
+        self._replica = replica = self._connect(order.standby, shard.standing, shard.config, shard.state.arrays())
+        for rank, incarnation in shard.members.ledger.newest_of_all().items():  # those that joined meanwhile among them
+            replica.send(ReplicatedJoin(rank, incarnation))
+        return shard.round
+
+    def _replicate(self, effect: Replicate, replica: Replica) -> None:
+        """Let the standby have a record before anyone hears of what it says; one that cannot keep up is let go."""
+        if effect.record is None or not replica.send(effect.record):
+            self._detach()
+
+    def _detach(self, *, told: bool = True) -> None:
+        if self._replica is not None:
+            self._replica.close()
+            self._replica = None
+            if told:
+                log.warning("shard %d: its standby is gone or out of date; a new one will be filled", self._spec.index)
+                self._on_notice(Notice("standby lost", -1, 0))
+
+    def _completed(self, reply: Any) -> Any:
+        """Add to a shard's description what only its host knows."""
+        if not isinstance(reply, Description):
+            return reply
+        replicated = self._replica.reached if self._replica is not None else None
+        return dataclasses.replace(reply, busy=reply.busy or self._filing > 0, replicated=replicated)
+
+    _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {Work.MEASURE: _measure, Work.STEP: _step, Work.OBEY: _obey}
 
 
 def _closed(index: int) -> LifecycleError:

@@ -3,11 +3,12 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from distnadam.arrays import empty_flat
+from distnadam.arrays import Flat, empty_flat
 from distnadam.backends.base import Backend, Link, Pending
 from distnadam.errors import ArenaError, LaneError
 from distnadam.layout import Layout, Ranges
@@ -30,22 +31,80 @@ class Place:
 
 
 class RayLink(Link):
-    """Lanes to the shards of this worker's node, Ray objects to all others."""
+    """Lanes to the shards of this worker's node, Ray objects to all others.
 
-    def __init__(self, backend: Backend, layout: Layout, lanes: Lanes | None) -> None:
-        self._backend, self._lanes = backend, lanes
-        self.gradients = empty_flat(layout.sizes) if lanes is None else lanes.gradients
-        if lanes is not None and lanes.complete:
-            first, second = lanes.parameters
+    Args:
+        backend: where Ray objects go.
+        places_now: returns where the shards are, none where no lanes are wanted.
+        layout: the model's.
+        ranges: what each shard holds.
+        node: this process's Ray node.
+        rank: the worker's rank.
+        incarnation: the worker's incarnation.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        places_now: Callable[[], list[Place]],
+        layout: Layout,
+        ranges: list[Ranges],
+        node: str,
+        rank: int,
+        incarnation: int,
+    ) -> None:
+        self._backend, self._places_now, self._node, self._rank = backend, places_now, node, rank
+        self._lanes: Lanes | None = None
+        self._places: list[Place] = []
+        self.parameters = None
+        self._open = lambda: Lanes(layout.sizes, ranges, rank, incarnation)
+        self._sizes, self._count = layout.sizes, len(ranges)
+        self.reconnect()
+
+    @cached_property
+    def gradients(self) -> Flat:  # type: ignore[override]  # made at first use
+        """See `Link.gradients`."""
+        return empty_flat(self._sizes) if self._lanes is None else self._lanes.gradients
+
+    def reconnect(self) -> None:
+        """See `Link.reconnect`: open lanes to shards of this node that have none; say which have one, and why others have not."""
+        places, refused = self._places_now(), []
+        changed = [i for i, place in enumerate(places) if i >= len(self._places) or place != self._places[i] or not self._has_lane(i)]
+        near = [i for i in changed if places[i].node == self._node and places[i].address is not None]
+        try:
+            if near and self._lanes is None and "gradients" not in self.__dict__:
+                self._lanes = self._open()
+            for shard in changed:
+                if self._lanes is not None:
+                    self._lanes.drop(shard)
+            for shard in near:
+                address = places[shard].address
+                if self._lanes is not None and address is not None:
+                    self._lanes.open(shard, address)
+        except (ArenaError, LaneError) as error:
+            refused.append(str(error))
+        self._places = places
+        if refused:
+            log.warning("worker %d: %s; %s", self._rank, "; ".join(refused), REMEDY)
+        by_lane = [shard for shard in range(self._count) if self._has_lane(shard)]
+        others = [shard for shard in range(self._count) if shard not in by_lane]
+        told = "worker %d: shards %s by shared memory (same node), shards %s by Ray objects"
+        log.info(told, self._rank, by_lane or "none", others or "none")
+        if not by_lane and "gradients" not in self.__dict__:
+            self._lanes = None
+        self.parameters = None
+        if self._lanes is not None and self._lanes.complete:
+            first, second = self._lanes.parameters
             self.parameters = (first, second)
+
+    def _has_lane(self, shard: int) -> bool:
+        return self._lanes is not None and shard in self._lanes
 
     def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
         """See `Link.post`."""
         if self._lanes is None:
             return self._backend.post(messages)
         self._backend.require_open()
-        if self.parameters is not None:  # every shard has a lane
-            return RayLinkPending(self._lanes, self._lanes.post(messages), messages, None)
         by_lane = {i: m for i, m in messages.items() if i in self._lanes}
         number = self._lanes.post(by_lane) if by_lane else 0
         others = {i: m for i, m in messages.items() if i not in by_lane}
@@ -74,24 +133,3 @@ class RayLinkPending(Pending):
                     answers[shard] = dataclasses.replace(answer, parameters=self._lanes.parameters_of(shard, answer))
             answers = answers | self._others.result(max(0.0, deadline - time.monotonic()))
         return answers
-
-
-def open_lanes(node: str, places: Sequence[Place], layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Lanes | None:
-    """Return a worker's lanes to the shards of its node, None where there are none; say which shards have one and why others have not."""
-    near = {shard: place.address for shard, place in enumerate(places) if place.node == node and place.address is not None}
-    lanes, refused = None, []
-    if near:
-        try:
-            lanes = Lanes(layout.sizes, ranges, rank, incarnation)
-            for shard, address in near.items():
-                lanes.open(shard, address)
-        except (ArenaError, LaneError) as error:
-            refused.append(str(error))
-    if refused:
-        log.warning("worker %d: %s; %s", rank, "; ".join(refused), REMEDY)
-    by_lane = [shard for shard in range(len(ranges)) if lanes is not None and shard in lanes]
-    by_object = [shard for shard in range(len(ranges)) if shard not in by_lane]
-    log.info("worker %d: shards %s by shared memory (same node), shards %s by Ray objects", rank, by_lane or "none", by_object or "none")
-    if lanes is not None and not by_lane:
-        return None
-    return lanes

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from distnadam.arrays import Flat, cut_flat, empty_flat, zeros_flat
@@ -10,6 +10,7 @@ from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, Norms, Push, ShardSpec
+from distnadam.orders import Order
 
 
 class LocalPending(Pending):
@@ -45,15 +46,26 @@ class LocalLink(Link):
 
 
 class LocalTeam(Team):
-    """Threads of this process."""
+    """Threads of this process; a member that is replaced goes on until its own call returns."""
 
-    def __init__(self, members: Sequence[Any]) -> None:
-        self._members = members
-        self._pool = ThreadPoolExecutor(len(members), "worker")
+    def __init__(self, size: int, make: Callable[[int], Any]) -> None:
+        self._make, self._members = make, {rank: make(rank) for rank in range(size)}
+        self._pool = ThreadPoolExecutor(size, "worker")
+        self._calls: dict[Future[Any], int] = {}
 
-    def call(self, method: str, *args: Any) -> Pending:
+    def call(self, rank: int, method: str, *args: Any) -> None:
         """See `Team.call`."""
-        return LocalPending({rank: self._pool.submit(getattr(member, method), *args) for rank, member in enumerate(self._members)})
+        self._calls[self._pool.submit(getattr(self._members[rank], method), *args)] = rank
+
+    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
+        """See `Team.results`."""
+        done, _ = wait(self._calls, timeout=timeout_s, return_when=FIRST_COMPLETED)
+        return [(self._calls.pop(future), future.exception() or future.result()) for future in done]
+
+    def replace(self, rank: int) -> None:
+        """See `Team.replace`."""
+        self._calls = {future: r for future, r in self._calls.items() if r != rank}
+        self._members[rank] = self._make(rank)
 
     def close(self) -> None:
         """See `Team.close`."""
@@ -69,8 +81,8 @@ class LocalBackend(Backend):
         self._hosts: list[ShardHost] = []
         self.parameters: tuple[Flat, Flat] = ({}, {})
 
-    def start(self, specs: Sequence[ShardSpec]) -> None:
-        """See `Backend.start`."""
+    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
+        """See `Backend.start`; standbys in the same process would die with it, so there are none."""
         sizes, options = specs[0].layout.sizes, specs[0].options
         self.parameters = (zeros_flat(sizes), zeros_flat(sizes))
         threads = options.threads or len(os.sched_getaffinity(0))
@@ -78,7 +90,7 @@ class LocalBackend(Backend):
             first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
             self._hosts.append(ShardHost(spec, buffers=(first, second), threads=threads))
 
-    def post(self, messages: Mapping[int, Message]) -> Pending:
+    def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """See `Backend.post`."""
         return LocalPending({index: self._hosts[index].send(message) for index, message in messages.items()})
 
@@ -88,7 +100,7 @@ class LocalBackend(Backend):
 
     def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
         """See `Backend.team`; threads ask for nothing."""
-        return LocalTeam([make(rank) for rank in range(size)])
+        return LocalTeam(size, make)
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`."""

@@ -1,82 +1,34 @@
-"""The shards as Ray actors; the only module here that says `ray.remote`. Control goes through Ray, arrays by `RayLink`.
+"""The shards on a Ray cluster, as their clients reach them. Control goes through Ray, arrays by `RayLink`; the actors are in `actors`.
 
-A plain `ShardHost` is wrapped once, below. Retries are never Ray's: a call that was lost is repeated by its sender and
-counted once by the shard's ledger. Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and
-shut down at close.
+Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and shut down at close.
 """
 
-import asyncio
 import contextlib
-import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam.arrays import cut_flat
+from distnadam.arrays import Flat
+from distnadam.backends.actors import NAMESPACE, kill, make_member, make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
-from distnadam.backends.cluster import OwnRay, actor_options, await_start, check_fits, check_versions, ensure_ray, node_facts
-from distnadam.backends.host import ShardHost
-from distnadam.backends.link import REMEDY, Place, RayLink, open_lanes
+from distnadam.backends.cluster import OwnRay, await_start, check_fits, check_versions, ensure_ray, node_facts
+from distnadam.backends.link import REMEDY, Place, RayLink
 from distnadam.config import Options
-from distnadam.errors import ArenaError, DistNadamError, LaneError, LifecycleError, NameTaken, NotRunning, ShardLost, WorkerLost
+from distnadam.errors import DistNadamError, LifecycleError, NameTaken, NotRunning, ShardLost, StepTimeout, Unrecoverable, WorkerLost
 from distnadam.layout import Layout, Ranges
-from distnadam.messages import Describe, Message, ShardSpec
-from distnadam.transport.doorbell import Address
-from distnadam.transport.lanes import LaneServer, parameter_arena
+from distnadam.messages import Message, ShardSpec
+from distnadam.orders import Order
+from distnadam.supervisor import Roster, require_alive
 
 log = logging.getLogger("distnadam")
 
-NAMESPACE = "distnadam"
 _CONNECT_S = 60.0
-
-
-class _ShardActor:
-    """One shard in a process of its own; heavy work runs beside the event loop, so that the shard always answers."""
-
-    def __init__(self, spec: ShardSpec) -> None:
-        self._spec = spec
-        self._executor = ThreadPoolExecutor(1, "shard")
-        self._place = Place(ray.get_runtime_context().get_node_id())
-
-    async def about(self) -> dict[str, str]:
-        return node_facts()
-
-    async def open(self, neighbour: Address | None) -> Place:
-        """Get memory, a neighbour's where it has some to share, and begin to serve."""
-        spec, arena = self._spec, None
-        if spec.options.transport == "auto":
-            try:
-                arena = parameter_arena(spec, neighbour)
-            except (ArenaError, LaneError) as error:
-                self._place = dataclasses.replace(self._place, reason=f"shard {spec.index}: {error}")
-        threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
-        first, second = (cut_flat(flat, spec.ranges) for flat in arena.flats) if arena is not None else (None, None)
-        buffers = (first, second) if first is not None and second is not None else None
-        self._host = ShardHost(spec, buffers=buffers, threads=threads, run=self._executor.submit)
-        if arena is not None:
-            self._lanes = LaneServer(spec, arena, self._host.deliver)
-            self._place = dataclasses.replace(self._place, address=self._lanes.address)
-        return self._place
-
-    async def place(self) -> Place:
-        return self._place
-
-    async def send(self, message: Message) -> Any:
-        return await asyncio.wrap_future(self._host.send(message))
-
-
-class _Member:
-    """One rank of a team."""
-
-    def __init__(self, make: Callable[[int], Any], rank: int) -> None:
-        self._member = make(rank)
-
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        return getattr(self._member, method)(*args)
+_RETRY_S = 0.2
+_CLOSE_S = 20.0
 
 
 class RayPending(Pending):
@@ -97,7 +49,7 @@ class RayPending(Pending):
             if isinstance(cause, DistNadamError):
                 raise cause from None
             raise
-        except RayActorError as error:
+        except (RayActorError, ActorUnavailableError) as error:
             kind = ShardLost if self._who == "shard" else WorkerLost
             raise kind(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
 
@@ -116,86 +68,157 @@ class RayPending(Pending):
 
 
 class RayTeam(Team):
-    """Actors of this driver."""
+    """Actors of this driver.
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = actors
+    Args:
+        size: ranks.
+        make: makes a rank's object, in its actor.
+        cpus: CPUs that each asks for.
+    """
 
-    def call(self, method: str, *args: Any) -> Pending:
+    def __init__(self, size: int, make: Callable[[int], Any], cpus: float) -> None:
+        self._make, self._cpus = make, cpus
+        self._actors = {rank: make_member(make, rank, cpus) for rank in range(size)}
+        self._calls: dict[Any, int] = {}
+
+    def call(self, rank: int, method: str, *args: Any) -> None:
         """See `Team.call`."""
-        return RayPending({rank: actor.call.remote(method, args) for rank, actor in enumerate(self._actors)}, "worker")
+        self._calls[self._actors[rank].call.remote(method, args)] = rank
+
+    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
+        """See `Team.results`."""
+        _require_ray()
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s) if self._calls else ([], [])
+        return [(self._calls.pop(ref), self._result(ref)) for ref in ready]
+
+    def replace(self, rank: int) -> None:
+        """See `Team.replace`."""
+        self._calls = {ref: r for ref, r in self._calls.items() if r != rank}
+        kill(self._actors[rank])
+        self._actors[rank] = make_member(self._make, rank, self._cpus)
 
     def close(self) -> None:
         """See `Team.close`."""
-        _kill(self._actors)
+        for actor in self._actors.values():
+            kill(actor)
+
+    def _result(self, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            return error.cause if isinstance(error.cause, DistNadamError) else error
+        except RayActorError as error:
+            return WorkerLost(f"its process or node died: {str(error).splitlines()[0]}")
 
 
 class RayBackend(Backend):
-    """One actor per shard. A copy that was pickled reaches the same actors from any process of the cluster."""
+    """One actor per shard, and a supervisor. A copy that was pickled reaches the same actors from any process of the cluster."""
 
     name = "ray"
 
-    def __init__(self, actors: Sequence[Any] = (), places: Sequence[Place] = (), options: Options | None = None) -> None:
-        self._actors, self.places, self._options = list(actors), list(places), options or Options()
+    def __init__(
+        self, supervisor: Any = None, name: str | None = None, roster: Roster | None = None, options: Options | None = None
+    ) -> None:
+        self._supervisor, self._name, self._options = supervisor, name, options or Options()
+        self._roster = roster or Roster(0, ())
         self._own: OwnRay | None = None
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RayBackend, (self._actors, self.places, self._options)
+        return RayBackend, (self._supervisor, self._name, self._roster, self._options)
+
+    @property
+    def actors(self) -> list[Any]:
+        """The shards' actors, in order."""
+        return [hired.handle for hired in self._roster.shards]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the shards are, in order."""
+        return [hired.place for hired in self._roster.shards]
 
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
         """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
         ensure_ray(None, start=False)
-        first = cls([_named(name, 0)])
-        spec: ShardSpec = first.post({0: Describe()}).result(_CONNECT_S)[0].spec
-        actors = [*first._actors, *(_named(name, index) for index in range(1, spec.num_shards))]
-        places = ray.get([actor.place.remote() for actor in actors], timeout=_CONNECT_S)
-        return cls(actors, places, spec.options), spec
+        backend = cls(_named(name), name)
+        spec: ShardSpec = backend._call("specs", timeout_s=_CONNECT_S)[0]
+        backend._options = spec.options
+        backend._roster = require_alive(backend._call("roster", 0, timeout_s=_CONNECT_S))
+        return backend, spec
 
-    def start(self, specs: Sequence[ShardSpec]) -> None:
+    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """See `Backend.start`."""
         options = self._options = specs[0].options
+        self._name = specs[0].name
         self._own = ensure_ray(options)
         try:
-            check_fits(options, len(specs))
-            actor = ray.remote(_ShardActor)
-            for spec in specs:
-                self._actors.append(actor.options(**actor_options(spec, NAMESPACE)).remote(spec))
-            facts = await_start([a.about.remote() for a in self._actors], options)
+            check_fits(options, len(specs) * (1 + replicas))
+            self._supervisor = make_supervisor(specs, replicas)
+            actors = ray.get(self._supervisor.hire.remote())
+            facts = await_start([actor.about.remote() for actor in actors], options)
             check_versions(facts, node_facts())
-            self.places = self._open_shards()
+            self._roster = ray.get(self._supervisor.open.remote())
         except BaseException as error:
+            taken = isinstance(error, ValueError) and "already" in str(error) and self._name is not None
+            if taken:
+                self._supervisor = None  # it is the other's
             self.close(destroy=True)
-            if isinstance(error, ValueError) and "already" in str(error) and specs[0].name is not None:
+            if taken:
                 raise NameTaken(
-                    f"an optimizer named {specs[0].name!r} is running on this cluster: connect to it, or choose another"
+                    f"an optimizer named {self._name!r} is running on this cluster: connect to it, or choose another"
                 ) from error
             raise
-
-    def _open_shards(self) -> list[Place]:
-        """Have the first shard of each node make the node's parameter memory, then the others join it."""
-        nodes = [place.node for place in ray.get([a.place.remote() for a in self._actors])]
-        firsts = {node: nodes.index(node) for node in nodes}
-        made = dict(zip(firsts, ray.get([self._actors[i].open.remote(None) for i in firsts.values()]), strict=True))
-        rest = {i: a.open.remote(made[nodes[i]].address) for i, a in enumerate(self._actors) if i not in firsts.values()}
-        joined = dict(zip(rest, ray.get(list(rest.values())), strict=True))
-        places = [joined.get(i) or made[node] for i, node in enumerate(nodes)]
-        for reason in sorted({place.reason for place in places if place.reason}):
+        for reason in sorted({place.reason for place in self.places if place.reason}):
             log.warning("%s; %s", reason, REMEDY)
-        return places
+
+    def began(self, *, initial: Flat | None, directory: str | None) -> None:
+        """See `Backend.began`."""
+        given = [] if initial is None or not self._options.retain_initial else [initial[space] for space in sorted(initial)]
+        self._call("begin", directory, *given, timeout_s=_CONNECT_S)
 
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
         """See `Backend.link`."""
         self.require_open()
-        places = self.places if self._options.transport == "auto" else []
-        lanes = open_lanes(ray.get_runtime_context().get_node_id(), places, layout, ranges, rank, incarnation)
-        return RayLink(self, layout, lanes)
+        node, lanes = ray.get_runtime_context().get_node_id(), self._options.transport == "auto"
+        return RayLink(self, lambda: self.places if lanes else [], layout, ranges, node, rank, incarnation)
 
-    def post(self, messages: Mapping[int, Message]) -> Pending:
+    def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """See `Backend.post`."""
         self.require_open()
-        return RayPending({index: self._actors[index].send.remote(message) for index, message in messages.items()}, "shard")
+        shards = self._roster.shards
+        return RayPending({index: shards[index].handle.send.remote(message) for index, message in messages.items()}, "shard")
+
+    def await_recovery(self, timeout_s: float) -> None:
+        """See `Backend.await_recovery`."""
+        self._roster = require_alive(self._call("roster", self._roster.version, suspect=True, timeout_s=timeout_s))
+
+    @property
+    def version(self) -> int:
+        """See `Backend.version`."""
+        return self._roster.version
+
+    def moved_since(self, version: int) -> bool:
+        """See `Backend.moved_since`."""
+        self.await_recovery(self._options.step_timeout_s)
+        return self._roster.version > version
+
+    def report_stuck(self) -> None:
+        """See `Backend.report_stuck`."""
+        self._call("notice", 0, "stuck", -1, 0, timeout_s=_CONNECT_S)
+
+    def changing(self, what: str) -> None:
+        """See `Backend.changing`."""
+        self._call("changing", what, timeout_s=_CONNECT_S)
+
+    def saved(self, root: str) -> None:
+        """See `Backend.saved`."""
+        self._call("saved", root, timeout_s=_CONNECT_S)
+
+    def lost_ranks(self) -> dict[int, int]:
+        """See `Backend.lost_ranks`."""
+        lost: dict[int, int] = self._call("lost_ranks", timeout_s=_CONNECT_S)
+        return lost
 
     def require_open(self) -> None:
         """Raise LifecycleError where this process has closed its handle, or shut Ray down."""
@@ -205,17 +228,37 @@ class RayBackend(Backend):
 
     def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
         """See `Backend.team`; each member is an actor."""
-        actor = ray.remote(_Member).options(num_cpus=cpus, max_restarts=0, scheduling_strategy="SPREAD")
-        return RayTeam([actor.remote(make, rank) for rank in range(size)])
+        return RayTeam(size, make, cpus)
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`."""
-        if destroy:
-            _kill(self._actors)
+        if destroy and self._supervisor is not None and ray.is_initialized():
+            with contextlib.suppress(Exception):  # it is gone, and its shards with it
+                ray.get(self._supervisor.close.remote(), timeout=_CLOSE_S)
+            kill(self._supervisor)
         self._closed = True
         if self._own is not None:
             self._own.shut_down()
             self._own = None
+
+    def _call(self, method: str, *args: Any, timeout_s: float, **how: Any) -> Any:
+        """Ask the supervisor; a named one that died is waited for, since Ray makes it again."""
+        self.require_open()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return ray.get(getattr(self._supervisor, method).remote(*args, **how), timeout=max(0.0, deadline - time.monotonic()))
+            except GetTimeoutError as error:
+                raise StepTimeout(f"the optimizer's supervisor did not answer {method} in {timeout_s:g} s") from error
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, DistNadamError) else error) from None
+            except (RayActorError, ActorUnavailableError) as error:
+                if self._name is None or time.monotonic() >= deadline:
+                    told = (
+                        "the optimizer's supervisor died, and its shards with it: restore from a checkpoint, or give the optimizer a name"
+                    )
+                    raise Unrecoverable(told) from error
+                time.sleep(_RETRY_S)
 
 
 def _require_ray() -> None:
@@ -224,16 +267,8 @@ def _require_ray() -> None:
         raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 
-def _kill(actors: Sequence[Any]) -> None:
-    if not ray.is_initialized():
-        return  # they went with their Ray
-    for actor in actors:
-        with contextlib.suppress(Exception):  # one that is dead already
-            ray.kill(actor)
-
-
-def _named(name: str, index: int) -> Any:
+def _named(name: str) -> Any:
     try:
-        return ray.get_actor(f"{name}/{index}", namespace=NAMESPACE)
+        return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as error:
-        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster (its shard {index} was not found)") from error
+        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster") from error

@@ -66,12 +66,15 @@ def _gradient(addresses: Any, like: Any, begin: int, end: int, modifiers: Any, m
 
 
 @_compiled  # type: ignore[untyped-decorator]
-def _step(arrays: Any, addresses: Any, coefficients: Any, modifiers: Any, scratch: Any) -> None:
+def _step(arrays: Any, addresses: Any, coefficients: Any, modifiers: Any, scratch: Any, keep: Any) -> None:
     gradient, momentum, epsilon, k_1, k_2 = coefficients[0], coefficients[1], coefficients[2], coefficients[3], coefficients[4]
     new = scratch[1]
     for begin in range(0, arrays[0].size, _BLOCK):
         end = min(begin + _BLOCK, arrays[0].size)
         g = _gradient(addresses, arrays[0], begin, end, modifiers, scratch[0])
+        if keep.size > 0:
+            for i in range(end - begin):
+                keep[begin + i] = g[i]
         p, m, v, out = arrays[0][begin:end], arrays[1][begin:end], arrays[2][begin:end], arrays[3][begin:end]
         for i in range(end - begin):
             moment = m[i] + (g[i] - m[i]) * k_1
@@ -96,6 +99,7 @@ def run(
     scale: float | None,
     clipvalue: float | None,
     scratch: Scratch,
+    keep: Array | None = None,
 ) -> None:
     """Step `arrays` (parameters, both moments, where the new parameters go), contiguous and of one length and dtype.
 
@@ -106,11 +110,12 @@ def run(
         scale: factor on the mean; None leaves it.
         clipvalue: largest magnitude of an element, after the scale; None does not clip.
         scratch: of `new_scratch`.
+        keep: where the mean, scaled and clipped, is left; None leaves it nowhere.
     """
     addresses = np.array([g.__array_interface__["data"][0] for g in gradients], np.uintp)
     none = math.nan
     modifiers = (len(gradients), none if scale is None else scale, none if clipvalue is None else clipvalue)
-    _step(arrays, addresses, coefficients, np.array(modifiers, coefficients.dtype), scratch)
+    _step(arrays, addresses, coefficients, np.array(modifiers, coefficients.dtype), scratch, scratch[0][:0] if keep is None else keep)
 
 
 def warm_up(dtype: Any) -> None:

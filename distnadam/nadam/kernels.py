@@ -76,7 +76,15 @@ class Stepper(ABC):
         self._dtype, self._threads = np.dtype(dtype), threads
         self._pool = ThreadPoolExecutor(threads, "nadam-kernel") if threads > 1 else None
 
-    def step(self, slots: Slots, gradients: Sequence[Array], scalars: StepScalars, rates: Rates, parts: Sequence[Part]) -> None:
+    def step(
+        self,
+        slots: Slots,
+        gradients: Sequence[Array],
+        scalars: StepScalars,
+        rates: Rates,
+        parts: Sequence[Part],
+        keep: Array | None = None,
+    ) -> None:
         """Average `gradients` in their order and step `slots`, part by part; the bits do not depend on the number of threads.
 
         Args:
@@ -85,6 +93,7 @@ class Stepper(ABC):
             scalars: the step's.
             rates: the step's.
             parts: what to step, disjoint.
+            keep: where the mean gradient, scaled and clipped, is left for a standby.
         """
         values = (scalars.gradient, scalars.momentum, scalars.epsilon, rates.one_minus_beta_1, rates.one_minus_beta_2)
         coefficients = np.array(values, self._dtype)
@@ -93,7 +102,7 @@ class Stepper(ABC):
         def run(index: int) -> None:
             check_denormals(self._dtype)
             for part in shares[index]:
-                self._step_part(index, slots, gradients, coefficients, part, rates.clipvalue)
+                self._step_part(index, slots, gradients, coefficients, part, rates.clipvalue, keep)
 
         if self._pool is None or len(shares) == 1:
             for index in range(len(shares)):
@@ -108,7 +117,14 @@ class Stepper(ABC):
 
     @abstractmethod
     def _step_part(
-        self, thread: int, slots: Slots, gradients: Sequence[Array], coefficients: Array, part: Part, clipvalue: float | None
+        self,
+        thread: int,
+        slots: Slots,
+        gradients: Sequence[Array],
+        coefficients: Array,
+        part: Part,
+        clipvalue: float | None,
+        keep: Array | None,
     ) -> None:
         """Step one part with one thread's scratch."""
 
@@ -121,7 +137,14 @@ class NumPyStepper(Stepper):
         self._scratch = [Scratch(dtype) for _ in range(threads)]
 
     def _step_part(
-        self, thread: int, slots: Slots, gradients: Sequence[Array], coefficients: Array, part: Part, clipvalue: float | None
+        self,
+        thread: int,
+        slots: Slots,
+        gradients: Sequence[Array],
+        coefficients: Array,
+        part: Part,
+        clipvalue: float | None,
+        keep: Array | None,
     ) -> None:
         scratch, out = self._scratch[thread], slots.p if slots.out is None else slots.out
         c_g, c_m, epsilon, k_1, k_2 = coefficients
@@ -130,6 +153,8 @@ class NumPyStepper(Stepper):
             p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
             mean, a, b = scratch.mean[: end - begin], scratch.a[: end - begin], scratch.b[: end - begin]
             g = clipped_mean([x[begin:end] for x in gradients], part.scale, clipvalue, mean, a)
+            if keep is not None:
+                np.copyto(keep[begin:end], g)
             np.subtract(g, m, out=a)
             np.multiply(a, k_1, out=a)
             np.add(m, a, out=m)
@@ -158,7 +183,14 @@ class FusedStepper(Stepper):
         fused.warm_up(dtype)
 
     def _step_part(
-        self, thread: int, slots: Slots, gradients: Sequence[Array], coefficients: Array, part: Part, clipvalue: float | None
+        self,
+        thread: int,
+        slots: Slots,
+        gradients: Sequence[Array],
+        coefficients: Array,
+        part: Part,
+        clipvalue: float | None,
+        keep: Array | None,
     ) -> None:
         out = slots.p if slots.out is None else slots.out
         half = any(g.dtype != self._dtype for g in gradients)
@@ -167,7 +199,8 @@ class FusedStepper(Stepper):
             cut = slice(begin, min(begin + stride, part.end))
             wide = [g[cut].astype(self._dtype, copy=False) for g in gradients]
             arrays = slots.p[cut], slots.m[cut], slots.v[cut], out[cut]
-            self._fused.run(arrays, wide, coefficients, part.scale, clipvalue, self._scratch[thread])
+            kept = None if keep is None else keep[cut]
+            self._fused.run(arrays, wide, coefficients, part.scale, clipvalue, self._scratch[thread], kept)
 
 
 def make_stepper(kernel: KernelName, dtype: Any, threads: int = 1) -> Stepper:

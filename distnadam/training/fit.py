@@ -1,12 +1,13 @@
 """`fit`: train a task from its first step, or from its newest checkpoint, to its last. Only the order of things is here.
 
 Workers run segments of rounds that end together, so that between two segments nothing is pending: there the driver saves, evaluates,
-shows progress and listens to Ctrl-C.
+shows progress and listens to Ctrl-C. Workers that die are started anew (`ranks`), shards are replaced by the optimizer's supervisor;
+where that is gone too, the whole run begins anew from its newest checkpoint.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from distnadam.backends.choice import BackendName
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import check_count
-from distnadam.errors import CheckpointError, ConfigError, TrainingError
+from distnadam.errors import CheckpointError, ConfigError, ShardLost, TrainingError, Unrecoverable
 from distnadam.layout import Layout
 from distnadam.optimizer import DistNadam
 from distnadam.schedules import rate_to_dict
@@ -24,11 +25,11 @@ from distnadam.training.callbacks import Callback, MetricsFile, ProgressDisplay,
 from distnadam.training.history import History, Recorder
 from distnadam.training.member import Member, task_errors
 from distnadam.training.plot import plot_loss
+from distnadam.training.ranks import Ranks, Recoveries
 from distnadam.training.task import Task
 
 SEGMENT_S = 0.3
 """About how long workers run between two looks of the driver, in seconds."""
-_FOREVER_S = 1e8
 
 
 def fit(
@@ -56,7 +57,7 @@ def fit(
         steps: steps in all, those before a resume included.
         num_workers: ranks, each a Ray actor, or a thread where local.
         num_shards: shards of the optimizer.
-        replicas: standbys per shard; only 0 so far.
+        replicas: standbys per shard, 0 or 1.
         optimizer: a `DistNadam` that is not built, for its hyper-parameters and options; None means the defaults.
         backend: as `DistNadam` has it.
         seed: given to `Task.init`.
@@ -70,7 +71,8 @@ def fit(
         verbose: show progress on standard error; "auto" as True.
 
     Raises:
-        TrainingError: the task's code raised; the message names the rank and the step.
+        TrainingError: the task's code raised, or a worker's process died, and three recoveries in a row brought no new step; the message
+            names the rank and the step.
         CheckpointBusy: another run writes `checkpoint_dir`.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written; a second Ctrl-C raises at once.
     """
@@ -130,34 +132,55 @@ class _Run:
     callbacks: list[Callback]
     history: History
     interrupted: bool = field(default=False, init=False)
+    reached: int = field(default=0, init=False)
+    recoveries: Recoveries = field(default_factory=Recoveries, init=False)
 
     def run(self, template: DistNadam | None) -> None:
         params = self.task.init(self.seed)
         began = time.monotonic()
-        with self._optimizer(template, params) as optimizer:
-            team: Team | None = None
-            try:
-                begin = optimizer.round
-                self._tell("on_begin", begin, self.plan.steps)
-                team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=self.topology["num_workers"]))
-                try:
-                    self._train(optimizer, team, begin)
-                except KeyboardInterrupt:
-                    if self.interrupted:
-                        raise
-                    self.interrupted = True  # it came between two segments, where nothing is pending
-                    self._save(optimizer, optimizer.round)
-            finally:
-                self.history.seconds = time.monotonic() - began
-                optimizer.close()  # first: it releases workers that wait for one that is gone
-                if team is not None:
-                    team.close()
-                self._tell("on_end")
+        try:
+            while not self._attempt(template, params):
+                self.plan = replace(self.plan, resume="auto")
+        finally:
+            self.history.seconds = time.monotonic() - began
+            self.history.recoveries = self.recoveries.total
+            self._tell("on_end")
         if self.interrupted:
             raise KeyboardInterrupt
         self._plot()
 
-    def _train(self, optimizer: DistNadam, team: Team, step: int) -> None:
+    def _attempt(self, template: DistNadam | None, params: Any) -> bool:
+        """Train to the end; return False where all shards were lost, and it is to be tried again from the newest checkpoint."""
+        try:
+            with self._optimizer(template, params) as optimizer:
+                self._with_team(optimizer)
+        except (ShardLost, Unrecoverable) as error:
+            self.recoveries.count(self.reached, error)
+            self._tell("on_message", f"{error}; beginning anew from the newest checkpoint")
+            return False
+        return True
+
+    def _with_team(self, optimizer: DistNadam) -> None:
+        team: Team | None = None
+        try:
+            begin = optimizer.round
+            self._tell("on_begin", begin, self.plan.steps)
+            size = self.topology["num_workers"]
+            team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=size))
+            ranks = Ranks(team, size, optimizer, self.recoveries, partial(self._tell, "on_message"))
+            try:
+                self._train(optimizer, ranks, begin)
+            except KeyboardInterrupt:
+                if self.interrupted:
+                    raise
+                self.interrupted = True  # it came between two segments, where nothing is pending
+                self._save(optimizer, optimizer.round)
+        finally:
+            optimizer.close()  # first: it releases workers that wait for one that is gone
+            if team is not None:
+                team.close()
+
+    def _train(self, optimizer: DistNadam, ranks: Ranks, step: int) -> None:
         plan, length = self.plan, 1
         if step >= plan.steps:
             self._tell("on_message", f"nothing to do: {step} of {plan.steps} steps are done")
@@ -165,26 +188,26 @@ class _Run:
         while step < plan.steps and not self.interrupted:
             end = min(step + length, plan.boundary_after(step))
             began = time.monotonic()
-            losses = self._segment(team, step, end)
+            losses = self._segment(ranks, end)
             length = max(1, min(2 * length, int(SEGMENT_S * (end - step) / max(time.monotonic() - began, 1e-6))))
-            for offset, each in enumerate(zip(*losses, strict=True)):
-                self._tell("on_step", step + offset + 1, sum(each) / len(each))
-            step = end
+            for done, loss in losses.items():
+                if done >= step:  # earlier ones were told before the shards went back
+                    self._tell("on_step", done + 1, loss)
+            step = self.reached = end
             if plan.due(plan.evaluate_every, step) and not self.interrupted:
                 self._evaluate(optimizer, step)
             if plan.due(plan.save_every, step) or self.interrupted:
                 self._save(optimizer, step)
 
-    def _segment(self, team: Team, begin: int, end: int) -> list[list[float]]:
+    def _segment(self, ranks: Ranks, end: int) -> dict[int, float]:
         """Run one segment to its end, also where Ctrl-C comes meanwhile; a second one raises."""
-        pending = team.call("run", begin, end)
+        ranks.begin(end)
         try:
-            losses = pending.result(_FOREVER_S)
+            return ranks.finish()
         except KeyboardInterrupt:
             self.interrupted = True
             self._tell("on_message", "stopping after the running steps, then saving (Ctrl-C again: stop now, without saving)")
-            losses = pending.result(_FOREVER_S)
-        return [losses[rank] for rank in sorted(losses)]
+            return ranks.finish()
 
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:
         params = optimizer.get_params()

@@ -1,10 +1,10 @@
-"""What one rank of `fit` does: batches, gradients, steps, for as many rounds as it is told. In a thread or an actor, it does not know."""
+"""What one rank of `fit` does: batches, gradients, steps, until a round it is told. In a thread or an actor, it does not know."""
 
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from distnadam.errors import DistNadamError, StructureError, TrainingError
+from distnadam.errors import DistNadamError, LatePush, StaleEpoch, StructureError, TrainingError
 from distnadam.training.task import Task
 from distnadam.worker import Worker
 
@@ -15,24 +15,27 @@ class Member:
     def __init__(self, task: Task, worker: Worker, world_size: int) -> None:
         self._task, self._worker, self._world_size = task, worker, world_size
 
-    def run(self, begin: int, end: int) -> list[float]:
-        """Train steps [begin, end) and return their losses.
+    def run(self, end: int) -> dict[int, float]:
+        """Train until `end` rounds are decided, from wherever the shards stand, and return the losses by step, from 0.
+
+        Where the shards go back after a death, so does this.
 
         Raises:
             TrainingError: the task's own code raised; the message names the rank and the step, a note holds the traceback.
         """
-        params = self._worker.pull()
-        losses = []
-        for step in range(begin, end):
+        params, losses = self._worker.pull(), {}
+        while (step := self._worker.round) < end:
             where = f"worker {self._worker.rank}, step {step}"
             with task_errors(where):
                 batch = self._task.batch(step, self._worker.rank, self._world_size)
                 loss, gradients = self._task.loss_and_gradients(params, batch)
-                losses.append(float(loss))
+                losses[step] = float(loss)
             try:
                 params = self._worker.step(gradients)
             except StructureError as error:
                 raise TrainingError(f"{where}: {error}") from error
+            except (StaleEpoch, LatePush):
+                params = self._worker.pull()
         return losses
 
 

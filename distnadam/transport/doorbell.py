@@ -20,11 +20,11 @@ from typing import Any
 import msgpack
 
 from distnadam.errors import LaneError
-from distnadam.transport.wire import Frames
+from distnadam.transport.wire import HEADER, Frames
 
 _GREETING_S = 10.0
 _READ_BYTES = 1 << 16
-_HEADER = struct.Struct("<I")
+
 _open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
@@ -108,7 +108,7 @@ class Line:
     def send_greeting(self, content: dict[str, Any], fds: list[int]) -> None:
         """Send the first frame, with descriptors."""
         body = msgpack.packb(content)
-        socket.send_fds(self._socket, [_HEADER.pack(len(body)) + body], fds)
+        socket.send_fds(self._socket, [HEADER.pack(len(body)) + body], fds)
 
     def close(self) -> None:
         """Hang up."""
@@ -140,6 +140,36 @@ def call(address: Address, greeting: dict[str, Any], fds: list[int]) -> tuple[Li
     except (OSError, ValueError, LaneError) as error:
         connection.close()
         raise LaneError(f"no lane to the socket {address.name}: {error}") from error
+
+
+class Watch:
+    """Tells, from a thread of its own, when processes that listen somewhere end."""
+
+    def __init__(self) -> None:
+        self._poll = select.epoll()
+        self._watched: dict[int, tuple[Line, Callable[[], None]]] = {}
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def add(self, address: Address, on_end: Callable[[], None]) -> None:
+        """Watch the process that listens there; one that cannot be reached has ended."""
+        try:
+            line, _, fds = call(address, {"rank": None}, [])
+        except LaneError:
+            on_end()
+            return
+        for fd in fds:
+            os.close(fd)
+        self._watched[line.fileno()] = (line, on_end)
+        self._poll.register(line.fileno(), select.EPOLLIN)
+
+    def _run(self) -> None:
+        while True:
+            for fd, _ in self._poll.poll():
+                line, on_end = self._watched[fd]
+                if line.receive() is None:
+                    del self._watched[fd]
+                    line.close()
+                    on_end()
 
 
 class Server:

@@ -51,12 +51,18 @@ class LaneServer:
     def __init__(self, spec: ShardSpec, parameters: Arena, deliver: Deliver) -> None:
         self._spec, self._parameters, self._deliver = spec, parameters, deliver
         self._workers: dict[Line, _Caller] = {}
+        self._memories: dict[int, _Caller] = {}  # by rank; kept after the worker's end, for a push that counts after all
         self._server = Server(self._greet, self._take, self._end)
 
     @property
     def address(self) -> Address:
         """Where workers and neighbours call."""
         return self._server.address
+
+    def slot(self, rank: int, incarnation: int, dtypes: dict[str, str]) -> Flat | None:
+        """Return the shard's ranges in the memory of the rank's last worker here, where that is the one meant, dead or alive."""
+        last = self._memories.get(rank)
+        return last.gradients(dtypes) if last is not None and last.incarnation == incarnation else None
 
     def close(self) -> None:
         """Hang up on everyone."""
@@ -69,6 +75,7 @@ class LaneServer:
             arena = Arena.attach(fds.pop(), self._spec.layout.sizes)
             arena.populate(self._spec.ranges)
             self._workers[line] = _Caller(line, greeting["rank"], greeting["incarnation"], arena, self._spec.ranges)
+            self._memories[greeting["rank"]] = self._workers[line]
         return {}, [self._parameters.fd]
 
     def _take(self, line: Line, frame: bytes) -> None:
@@ -145,10 +152,11 @@ class Lanes:
         return len(self._lines) == len(self._ranges)
 
     def open(self, shard: int, address: Address) -> None:
-        """Open the lane to a shard; raise LaneError where there can be none."""
+        """Open the lane to a shard, in place of an older one; raise LaneError where there can be none."""
+        self.drop(shard)
         line, _, fds = call(address, {"rank": self._rank, "incarnation": self._incarnation}, [self._arena.fd])
         try:
-            if self._parameters is None:
+            if self._parameters is None or not self._lines:  # nobody is left of those who kept up the old one
                 self._parameters = Arena.attach(fds.pop(), self._sizes, copies=2)
             elif not os.path.samestat(os.fstat(self._parameters.fd), os.fstat(fds[0])):
                 raise LaneError(f"shard {shard} keeps its parameters in another arena than its neighbours")
@@ -161,6 +169,14 @@ class Lanes:
         self._parameters.populate(self._ranges[shard])
         self._lines[shard], self._shard_of[line.fileno()] = line, shard
         self._poll.register(line.fileno(), select.POLLIN)
+
+    def drop(self, shard: int) -> None:
+        """Hang up on a shard that is gone, or goes by another way from now on."""
+        line = self._lines.pop(shard, None)
+        if line is not None:
+            self._poll.unregister(line.fileno())
+            del self._shard_of[line.fileno()]
+            line.close()
 
     def __contains__(self, shard: int) -> bool:
         return shard in self._lines
@@ -189,7 +205,8 @@ class Lanes:
             if not events and time.monotonic() >= deadline:
                 raise TimeoutError
             for fd, event in events:
-                self._attend(self._shard_of[fd], event)
+                if fd in self._shard_of:
+                    self._attend(self._shard_of[fd], event)
         return answers
 
     def parameters_of(self, shard: int, decided: Decided) -> Flat:
@@ -209,6 +226,7 @@ class Lanes:
             return
         frames = line.receive()
         if frames is None:
+            self.drop(shard)
             raise ShardLost(f"shard {shard}: its process died")
         for frame in frames:
             number, answer = unpack(frame)

@@ -12,10 +12,10 @@ import numpy as np
 
 from distnadam import errors
 from distnadam.arrays import Flat, name_of
-from distnadam.errors import DistNadamError, LaneError
+from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.messages import Decided, Leave, Measured, Norms, Push
 
-_HEADER = struct.Struct("<I")
+HEADER = struct.Struct("<I")
 _SUMS = 1  # the msgpack extension of a float64 array
 _MOST_BYTES = 1 << 30
 
@@ -38,11 +38,11 @@ def pack(number: int, message: Any) -> bytes:
     elif isinstance(message, Leave):
         body = ("leave", message.rank, message.incarnation)
     elif isinstance(message, DistNadamError):
-        body = ("error", type(message).__name__, str(message))
+        body = ("error", type(message).__name__, str(message), getattr(message, "epoch", -1), getattr(message, "step", -1))
     else:
         raise TypeError(f"{type(message).__name__} does not travel by lane")
     data: bytes = msgpack.packb((number, *body), default=_pack_array)
-    return _HEADER.pack(len(data)) + data
+    return HEADER.pack(len(data)) + data
 
 
 def unpack(frame: bytes, gradients_of: GradientsOf | None = None) -> tuple[int, Any]:
@@ -62,12 +62,12 @@ class Frames:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Take bytes and yield each body that is whole now; raise LaneError for a length that cannot be."""
-        if not self._buffer and len(data) >= 4 and len(data) == 4 + _HEADER.unpack_from(data)[0]:
+        if not self._buffer and len(data) >= 4 and len(data) == 4 + HEADER.unpack_from(data)[0]:
             yield data[4:]  # the usual case: one whole frame
             return
         self._buffer += data
         while len(self._buffer) >= 4:
-            size = _HEADER.unpack_from(self._buffer)[0]
+            size = HEADER.unpack_from(self._buffer)[0]
             if size > _MOST_BYTES:
                 raise LaneError(f"a frame of {size} bytes was announced, expected at most {_MOST_BYTES}")
             if len(self._buffer) < 4 + size:
@@ -82,8 +82,10 @@ def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: 
     return Push(epoch, rank, incarnation, number, None if dtypes is None else gradients_of(dtypes), complaint)
 
 
-def _error(_: GradientsOf | None, name: str, text: str) -> DistNadamError:
+def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -> DistNadamError:
     kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, StaleEpoch):
+        return kind(text, epoch, step)
     return kind(text) if isinstance(kind, type) and issubclass(kind, DistNadamError) else DistNadamError(f"{name}: {text}")
 
 

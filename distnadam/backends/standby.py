@@ -1,0 +1,97 @@
+"""A shard's standby: a second copy of its state, stepped round by round from the primary's mean gradients, that can become the shard.
+
+Nadam's step is deterministic, so both hold the same bits. It knows neither sockets nor Ray: records are brought to it.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from distnadam.arrays import Flat
+from distnadam.backends.host import ShardHost
+from distnadam.config import NadamConfig
+from distnadam.errors import IllegalMessage, ShardsDisagree
+from distnadam.ledger import Ledger
+from distnadam.messages import ShardSpec
+from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
+from distnadam.nadam.schedule import step_scalars
+from distnadam.orders import Reign, Replicated, ReplicatedJoin, Standing
+
+
+class Standby:
+    """One standby.
+
+    Args:
+        spec: the shard's spec.
+        threads: threads of its kernel.
+    """
+
+    def __init__(self, spec: ShardSpec, threads: int = 1) -> None:
+        self._spec = spec
+        self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
+        self._arrays: dict[str, Flat] = {}
+        self._standing: Standing | None = None
+        self._ledger = Ledger()
+        self._lock = threading.RLock()
+
+    def take_arrays(self, arrays: dict[str, Flat]) -> None:
+        """Take a copy of the primary's "params", "m" and "v", to be stepped in place."""
+        with self._lock:
+            self._arrays = arrays
+
+    def begin(self, standing: Standing, config: NadamConfig) -> None:
+        """Take the place in time that the arrays are of, and the hyper-parameters as they are now."""
+        with self._lock:
+            self._spec = dataclasses.replace(self._spec, config=config)
+            self._standing, self._ledger = standing, Ledger.from_dict(standing.ledger)
+
+    def apply(self, record: Replicated | ReplicatedJoin, mean: Flat) -> None:
+        """Follow the primary by one record; `mean` is the round's mean gradient, scaled and clipped.
+
+        Raises:
+            IllegalMessage: it is not the record that comes next.
+            ShardsDisagree: the learning-rate function gave this process another rate than the primary.
+        """
+        with self._lock:
+            if isinstance(record, ReplicatedJoin):
+                self._ledger.admit(record.rank, record.incarnation)
+                return
+            who, now = f"standby of shard {self._spec.index}", self._standing
+            if now is None or record.round != now.round + 1:
+                raise IllegalMessage(f"{who}: expected round {now.round + 1 if now else 'none'}, got round {record.round}")
+            if record.outcome == "applied":
+                self._step(now, record, mean, who)
+            for rank, incarnation in record.counted.items():
+                self._ledger.admit(rank, incarnation)
+                self._ledger.count(rank, incarnation, record.round)
+            told = {name: getattr(record, name) for name in ("round", "skipped", "outcome", "complaint", "lr", "active", "clock")}
+            self._standing = dataclasses.replace(now, **told)
+
+    def promote(self, reign: Reign, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, Standing]:
+        """Return a host that stands where this standby has got to, as the shard's primary; raise IllegalMessage where it was never filled."""
+        with self._lock:
+            if self._standing is None or not self._arrays:
+                raise IllegalMessage(f"standby of shard {self._spec.index}: has no state yet")
+            standing = dataclasses.replace(self._standing, ledger=self._ledger.to_dict())
+            host = make_host(self._spec)
+            host.take_over(standing, self._arrays, reign)
+            for stepper in self._steppers.values():
+                stepper.close()
+            self._arrays, self._standing = {}, None
+            return host, standing
+
+    def status(self) -> dict[str, Any]:
+        """Return how far it is: its round, None before it was filled."""
+        with self._lock:
+            return {"round": self._standing.round if self._standing is not None else None}
+
+    def _step(self, now: Standing, record: Replicated, mean: Flat, who: str) -> None:
+        config = self._spec.config
+        scalars = step_scalars(now.clock, config)
+        if scalars.lr != record.lr:
+            raise ShardsDisagree(f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has lr={record.lr!r}")
+        rates = Rates(1.0 - config.beta_1, 1.0 - config.beta_2)
+        for space, stepper in self._steppers.items():
+            p, m, v = (self._arrays[name][space] for name in ("params", "m", "v"))
+            stepper.step(Slots(p, m, v), [mean[space]], scalars, rates, [Part(0, p.size)])

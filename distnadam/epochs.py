@@ -1,0 +1,48 @@
+"""The epoch of a shard: it rises whenever what workers know may be out of date, and says what became of older messages. Pure."""
+
+from typing import Literal
+
+from distnadam.errors import Reconfigured, Rewound, StaleEpoch
+
+Reason = Literal["replaced", "rewound", "reconfigured"]
+
+
+class Epochs:
+    """The present epoch, and why it rose each time."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._risen: list[tuple[int, Reason]] = []
+
+    @property
+    def reason(self) -> str:
+        """Why the present epoch began; "" for the first."""
+        return self._risen[-1][1] if self._risen else ""
+
+    @property
+    def risen(self) -> tuple[tuple[int, Reason], ...]:
+        """Every rise so far, and its reason."""
+        return tuple(self._risen)
+
+    def know(self, risen: tuple[tuple[int, Reason], ...]) -> None:
+        """Take over what another has seen."""
+        self._risen = list(risen)
+        self.now = max([self.now, *(number for number, _ in risen)])
+
+    def rise(self, reason: Reason, to: int | None = None) -> None:
+        """Begin the next epoch, or the one given where that is later than the present."""
+        self.now = self.now + 1 if to is None else max(to, self.now)
+        self._risen.append((self.now, reason))
+
+    def refusal(self, epoch: int, who: str, decided: int) -> StaleEpoch | None:
+        """Return what a message of another epoch is told, None for the present one; the gravest of all that happened since counts."""
+        if epoch == self.now:
+            return None
+        since = {reason for number, reason in self._risen if number > epoch}
+        told = f"{who}: message of epoch {epoch}, expected {self.now}"
+        if "rewound" in since:
+            why = f"{told}: all shards went back after a death, to round {decided}; compute again from there"
+            return Rewound(why, self.now, decided)
+        if "replaced" in since or epoch > self.now:
+            return StaleEpoch(f"{told}: the state was replaced; pull and compute again", self.now, decided)
+        return Reconfigured(f"{told}: a shard or the membership changed; push again", self.now, decided)

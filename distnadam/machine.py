@@ -1,0 +1,262 @@
+"""How one shard takes a round from pushes to its end: the state machine's frame. No socket, file, clock, thread or Ray.
+
+A round is collected, measured where clipping needs norms, stepped, and decided. Callers are opaque: an effect hands back the one that
+is to be answered. What each message does is in `shard`.
+"""
+
+import math
+from typing import Any
+
+import distnadam.messages as msg
+from distnadam import orders
+from distnadam.arrays import Flat
+from distnadam.epochs import Epochs
+from distnadam.errors import DistNadamError, LatePush
+from distnadam.gate import Gate
+from distnadam.ledger import DIRECT
+from distnadam.members import Members
+from distnadam.nadam.schedule import Clock
+from distnadam.rounds import Round, Waiting, note_of
+from distnadam.state import ShardState
+from distnadam.transitions import Answer, Compute, Effect, Phase, Replicate, Work
+
+_AT_REST = (Phase.COLLECTING, Phase.AWAITING_NORMS)
+
+
+class Machine:
+    """The state of one shard, and the rounds; `Shard` adds the messages."""
+
+    def __init__(self, spec: msg.ShardSpec, state: ShardState) -> None:
+        self.spec, self.state = spec, state
+        self.config, self.clock, self.members = spec.config, Clock(), Members(spec.index, spec.num_workers)
+        self.epochs, self.round, self.skipped = Epochs(), 0, 0
+        self.phase = Phase.COLLECTING
+        self.lr = 0.0
+        self.changed: str | None = None
+        self.gate = Gate()
+        self._now = Round()
+        self._last: tuple[msg.Outcome, str | None] = ("applied", None)
+        self._counted: dict[int, msg.PushNote] = {}
+        self._pulls: list[tuple[Any, msg.Pull]] = []
+        self._orders: list[tuple[Any, orders.Load | orders.Attach]] = []
+        self._broken: BaseException | None = None
+
+    # What the host may do
+
+    def computed(self, work: Work, result: Any) -> list[Effect]:
+        """Take the result of work asked for: `Measured`, the pair (clock after the step, its learning rate), or what an order gave."""
+        if work is Work.OBEY:
+            return [*self._obeyed(result), *self._settle(), *self._progress()]
+        if work is Work.MEASURE:
+            self._now.measured = result
+            self.phase = Phase.AWAITING_NORMS
+            answers = self._now.answer(result)
+            if DIRECT in self._now.pushes and self.gate.holder is None:
+                self._now, self.phase = Round(), Phase.COLLECTING  # who asked for the step is gone
+            return [*answers, *self._settle(), *self._progress()]
+        self.clock, self.lr = result
+        self.state.swap()
+        return [*self._decide("applied", None), *self._progress()]
+
+    def broke(self, error: BaseException) -> list[Effect]:
+        """Take that work failed half-way: whoever waits gets `error`, and the shard serves no one any more."""
+        self.phase, self._broken = Phase.BROKEN, error
+        waiting = [*(w.caller for w in self._now.waiting), *(caller for caller, _ in (*self._pulls, *self._orders)), *self.gate.drain()]
+        self._now, self._pulls, self._orders = Round(), [], []
+        return [Answer(caller, error) for caller in waiting]
+
+    def refused(self, error: DistNadamError) -> list[Effect]:
+        """Take that a step could not be begun: nothing was touched, whoever waits gets the error, and the round begins anew."""
+        return [*self._drop_pushes(error), *self._settle(), *self._progress()]
+
+    def gradients(self) -> list[Flat]:
+        """Return the round's gradients in rank order."""
+        return [g for _, push in sorted(self._now.pushes.items()) if (g := push.gradients) is not None]
+
+    def square_sums(self) -> Any:
+        """Return the whole model's sums of squares, where clipping by norm has them."""
+        return self._now.square_sums
+
+    @property
+    def collecting(self) -> bool:
+        """Whether the round may still get pushes."""
+        return self.phase in (Phase.COLLECTING, Phase.OBEYING)
+
+    @property
+    def order(self) -> orders.Load | orders.Attach:
+        """The order that is being obeyed."""
+        return self._orders[0][1]
+
+    @property
+    def standing(self) -> orders.Standing:
+        """Where the shard stands, for a standby."""
+        outcome, complaint = self._last
+        return orders.Standing(
+            self.epochs.now,
+            self.round,
+            self.skipped,
+            self.clock,
+            self.lr,
+            self.state.active,
+            outcome,
+            complaint,
+            self.members.ledger.to_dict(),
+            self.members.schedule,
+            self.changed,
+            self.epochs.risen,
+        )
+
+    # The round
+
+    def _progress(self) -> list[Effect]:
+        """Take the round as far as it goes without the host."""
+        now, at_rest = self._now, self.phase in _AT_REST
+        if self._orders and at_rest and (self.phase is Phase.COLLECTING or isinstance(self.order, orders.Load)):
+            return self._begin_order()
+        if not self.gate.passes(self.round):
+            return []
+        if self.phase is Phase.COLLECTING and (DIRECT in now.pushes or now.pushes.keys() >= set(self.members.needed(self.round + 1))):
+            complaints = [push.complaint for _, push in sorted(now.pushes.items()) if push.complaint is not None]
+            if complaints:
+                return self._refuse("; ".join(complaints))
+            self.phase = Phase.MEASURING if self.config.clips_by_norm else Phase.STEPPING
+            return [Compute(Work.MEASURE if self.config.clips_by_norm else Work.STEP)]
+        if self.phase is Phase.AWAITING_NORMS and now.square_sums is not None:
+            for tensor, total in zip(self.spec.layout.tensors, now.square_sums, strict=True):
+                if not math.isfinite(total):
+                    return self._refuse(f"the norm of the mean gradient of {tensor.path!r} overflows")
+            self.phase = Phase.STEPPING
+            return [Compute(Work.STEP)]
+        return []
+
+    def _drop_pushes_that_wait_in_vain(self) -> list[Effect]:
+        error = self.members.given_up_of(self.round + 1, set(self._now.pushes))
+        if error is None or self.phase is not Phase.COLLECTING or DIRECT in self._now.pushes:
+            return []
+        return self._drop_pushes(error)
+
+    def _drop_pushes(self, error: DistNadamError) -> list[Effect]:
+        """Begin the round anew; whoever waited for it gets the error."""
+        refused = self._now.refuse(error)
+        self._now, self.phase = Round(), Phase.COLLECTING
+        return refused
+
+    def _refuse(self, complaint: str) -> list[Effect]:
+        return self._decide("skipped" if self.spec.options.on_nonfinite == "skip" else "refused", complaint)
+
+    def _decide(self, outcome: msg.Outcome, complaint: str | None) -> list[Effect]:
+        """End the round: count its pushes, tell the standby, answer who waits, begin the next."""
+        self.round += 1
+        self.skipped += outcome != "applied"
+        self._last = (outcome, complaint)
+        for rank, push in self._now.pushes.items():
+            self.members.ledger.count(rank, push.incarnation, self.round)
+            self._counted[rank] = note_of(push)
+        ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
+        counted = {rank: push.incarnation for rank, push in ended.pushes.items()}
+        record = orders.Replicated(self.round, self.skipped, outcome, complaint, counted, self.lr, self.state.active, self.clock)
+        told = [Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting]
+        return [Replicate(record), *told, *self._settle()]
+
+    def _told(self, waiting: Waiting, counted: msg.Push | None) -> msg.Decided | LatePush:
+        """Say how the round ended to one who waited for it, unless another worker's push was counted for its rank."""
+        if counted is None or counted.incarnation != waiting.incarnation:
+            other = "without this rank" if counted is None else f"with the push of worker {counted.incarnation}"
+            return LatePush(
+                f"shard {self.spec.index}: rank {waiting.rank}: round {self.round} was completed {other}; this push did not count"
+            )
+        return self._decided(waiting.want_parameters)
+
+    def _settle(self) -> list[Effect]:
+        """Answer the pulls, advances and holds whose time has come."""
+        if self.phase is Phase.OBEYING:
+            return []
+        ready = [(caller, pull) for caller, pull in self._pulls if pull.at_least <= self.round]
+        self._pulls = [x for x in self._pulls if x[1].at_least > self.round]
+        effects: list[Effect] = [Answer(caller, self._decided(pull.want_parameters)) for caller, pull in ready]
+        effects += [Answer(caller, None) for caller in self.gate.arrived(self.round)]
+        if self.phase in _AT_REST:
+            effects += [Answer(caller, self._held()) for caller in self.gate.admit(self.round)]
+        return effects
+
+    # Orders
+
+    def _begin_order(self) -> list[Effect]:
+        """Give the next order to the host; one that loads ends the round first."""
+        told: list[Effect] = []
+        if isinstance(self.order, orders.Load):
+            before = self.epochs.now
+            self.epochs.rise("rewound", self.order.epoch)
+            error = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
+            assert error is not None
+            told = [Replicate(None), *self._drop_pushes(error)]
+            told += [Answer(caller, error) for caller in (*self.gate.reset(), *(caller for caller, _ in self._pulls))]
+            self._pulls = []
+        self.phase = Phase.OBEYING
+        return [*told, Compute(Work.OBEY)]
+
+    def _obeyed(self, result: Any) -> list[Effect]:
+        """Take what the host made of an order: an error, or for a load the place in time that it loaded."""
+        caller, order = self._orders.pop(0)
+        self.phase = Phase.COLLECTING
+        if isinstance(order, orders.Load) and isinstance(result, orders.Standing):
+            self._stand(result)
+            self.members.schedule = order.schedule or self.members.schedule
+            self.members.ledger.admit_all(order.newest)
+            result = self.round
+        return [Answer(caller, result)]
+
+    def take_over(self, standing: orders.Standing, reign: orders.Reign) -> None:
+        """Stand where a primary stood, under the epoch in which it is gone; its arrays are in the state."""
+        self._stand(standing)
+        self.epochs.know(standing.risen)
+        self.epochs.rise("reconfigured", reign.epoch)
+        self.members.schedule = reign.schedule
+        self.members.ledger.admit_all(reign.newest)
+
+    def _stand(self, standing: orders.Standing) -> None:
+        self.clock, self.round, self.skipped, self.lr = standing.clock, standing.round, standing.skipped, standing.lr
+        self.members.ledger = self.members.ledger.from_dict(standing.ledger)
+        self.members.schedule = standing.schedule or self.members.schedule
+        self._last, self._counted, self.changed = (standing.outcome, standing.complaint), {}, standing.changed
+
+    # What it says of itself
+
+    def _held(self) -> msg.Held:
+        ledger = self.members.ledger.to_dict()
+        return msg.Held(self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger)
+
+    def _decided(self, want_parameters: bool) -> msg.Decided:
+        outcome, complaint = self._last
+        return msg.Decided(
+            self.epochs.now,
+            self.round,
+            self.clock.iterations,
+            outcome,
+            complaint,
+            self.lr,
+            self.state.active,
+            self.state.params if want_parameters else None,
+        )
+
+    def _described(self, *, with_spec: bool) -> msg.Description:
+        needed = self.members.needed(self.round + 1)
+        return msg.Description(
+            spec=self.spec if with_spec else None,
+            epoch=self.epochs.now,
+            round=self.round,
+            iterations=self.clock.iterations,
+            skipped=self.skipped,
+            phase=self.phase.value,
+            waiting_for=tuple(rank for rank in needed if rank not in self._now.pushes),
+            left=tuple(sorted(self.members.left)),
+            dead=tuple(sorted(self.members.dead)),
+            members=needed,
+            holder=self.gate.holder,
+            busy=self.phase is Phase.OBEYING,
+            lr=self.config.lr,
+            epoch_reason=self.epochs.reason,
+            schedule=self.members.schedule,
+            newest=self.members.ledger.newest_of_all(),
+            changed=self.changed,
+        )

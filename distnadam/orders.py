@@ -1,0 +1,105 @@
+"""What the supervisor says to shards and standbys, and what a primary tells its standby: plain records.
+
+An order bears a new epoch and is obeyed whoever holds the shard; it waits only for what is being computed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from distnadam.arrays import Flat
+from distnadam.epochs import Reason
+from distnadam.messages import Outcome
+from distnadam.nadam.schedule import Clock
+
+Schedule = tuple[tuple[int, tuple[int, ...]], ...]
+"""Membership: from each of these rounds on, these ranks; in order. Kept over a rewind, so that a replay has the same members."""
+
+
+@dataclass(frozen=True)
+class Reign:
+    """From this epoch on: the membership, and the newest incarnation of each rank. The round in progress goes on."""
+
+    epoch: int
+    schedule: Schedule
+    newest: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Take the state of a checkpoint, or parameters with nothing behind them; whoever waits is told `Rewound`.
+
+    Args:
+        epoch: from now on.
+        directory: the checkpoint's; None where `params` says all.
+        manifest: the manifest file's bytes.
+        leftovers: files whose bytes that no shard needs this one verifies.
+        params: the shard's ranges.
+        schedule: the membership; empty leaves it.
+        newest: the newest incarnation of each rank, where it is known.
+    """
+
+    epoch: int
+    directory: str | None = None
+    manifest: bytes = b""
+    leftovers: tuple[int, ...] = ()
+    params: Flat | None = None
+    schedule: Schedule = ()
+    newest: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Copy the state to a standby between two rounds, and keep it up from then on; `standby` says how it is reached."""
+
+    standby: Any
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Nobody takes this dead rank over: tell those who wait for it `WorkerLost`, from now on at once."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a shard stands in time: what a standby, or a shard that loads, goes on from."""
+
+    epoch: int
+    round: int
+    skipped: int
+    clock: Clock
+    lr: float
+    active: int
+    outcome: Outcome
+    complaint: str | None
+    ledger: dict[str, Any]
+    schedule: Schedule = ()
+    changed: str | None = None
+    risen: tuple[tuple[int, Reason], ...] = ()
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """One decided round for the standby; its mean gradient, scaled and clipped, lies in memory that both map, or in `gradients`."""
+
+    round: int
+    skipped: int
+    outcome: Outcome
+    complaint: str | None
+    counted: dict[int, int]
+    lr: float
+    active: int
+    clock: Clock
+    gradients: Flat | None = None
+
+
+@dataclass(frozen=True)
+class ReplicatedJoin:
+    """A rank was taken over."""
+
+    rank: int
+    incarnation: int
+
+
+Order = Reign | Load | Attach | GiveUp
