@@ -404,6 +404,6 @@ class DistNadam:
 def _attach(shards: Controller, config: NadamConfig, options: Options, num_workers: int, replicas: int, name: str | None) -> DistNadam:
     """Return a handle on running shards, which closing it leaves alone."""
     topology = {"num_shards": len(shards.ranges), "num_workers": num_workers, "replicas": replicas}
-    optimizer = DistNadam(**topology, backend="ray", name=name, options=options)  # type: ignore[arg-type]
+    optimizer = DistNadam(**topology, backend="ray", name=name, options=options)
     optimizer._config, optimizer._creator, optimizer._shards = config, False, shards
     return optimizer

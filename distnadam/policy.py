@@ -17,7 +17,6 @@ class ShardSeen:
     reason: str = ""
     round: int = 0
     schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    changed: str | None = None
     standby: int | None = None
 
 

@@ -1,34 +1,16 @@
 """One data-parallel worker: pushes its rank's gradients for each round, and sees the parameters between rounds. No maths, no Ray."""
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
-from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
-from distnadam.errors import (
-    DistNadamError,
-    IllegalMessage,
-    LifecycleError,
-    NonFiniteGradient,
-    Reconfigured,
-    Rewound,
-    ShardLost,
-    ShardsDisagree,
-    StepTimeout,
-)
-from distnadam.messages import Decided, Describe, Description, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
-from distnadam.nadam.norms import tensor_square_sums
-from distnadam.takeover import adoptions
+from distnadam.errors import DistNadamError, LifecycleError, NonFiniteGradient, StepTimeout
+from distnadam.messages import Decided
+from distnadam.seat import Flight, Seat
 from distnadam.transport.parameters import ParameterView
 from distnadam.transport.slot import GradientSlot
-
-_T = TypeVar("_T")
-_POLL_S = 0.02
-_PATIENCE_S = 10.0
-"""How long a shard may take to say where it stands, in seconds."""
 
 
 class Ticket:
@@ -63,18 +45,6 @@ class Ticket:
         return self._decided.iterations
 
 
-@dataclass
-class _Flight:
-    """A push that is not decided: what it is, the answers now awaited, and the norms of its round once they are known."""
-
-    epoch: int
-    round: int
-    complaint: str | None
-    want_parameters: bool
-    pending: Pending | None = None
-    square_sums: Any = None
-
-
 class Worker:
     """One rank of a data-parallel run; made by `DistNadam.worker`. Not for use by two threads at once.
 
@@ -84,35 +54,28 @@ class Worker:
 
     def __init__(self, shards: Controller, rank: int) -> None:
         self.rank = rank
-        self._shards, self._backend, self._layout, self._ranges = shards, shards.backend, shards.layout, shards.ranges
-        self._timeout_s = shards.options.step_timeout_s
-        self._epoch = self._round = -1
-        self._buffer = 0
+        self._shards, self._layout = shards, shards.layout
+        self._seat = Seat(shards, rank)
         self._outstanding: Ticket | None = None
         self._closed = False
-        self._incarnation = self._join()
-
-    @cached_property
-    def _link(self) -> Link:
-        """Made at first use, so that a worker which only travels to another process takes no memory here."""
-        return self._backend.link(self._layout, self._ranges, self.rank, self._incarnation)
+        self._viewed: tuple[Any, list[ParameterView]] = (None, [])
 
     @cached_property
     def _slot(self) -> GradientSlot:
         check = self._shards.options.check_gradients
-        return GradientSlot(self._layout, self._ranges, f"worker {self.rank}", self._link.gradients, check=check)
+        return GradientSlot(self._layout, self._shards.ranges, f"worker {self.rank}", self._seat.link.gradients, check=check)
 
-    @cached_property
-    def _copies(self) -> bool:
-        return self._link.parameters is None
-
-    @cached_property
+    @property
     def _views(self) -> list[ParameterView]:
-        shared = self._link.parameters
-        return [ParameterView(self._layout)] if shared is None else [ParameterView(self._layout, flat) for flat in shared]
+        """One view of own memory, or of both buffers that are shared with the shards; made anew where those moved."""
+        shared = self._seat.link.parameters
+        if not self._viewed[1] or self._viewed[0] is not shared:
+            views = [ParameterView(self._layout)] if shared is None else [ParameterView(self._layout, flat) for flat in shared]
+            self._viewed = (shared, views)
+        return self._viewed[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._backend.name == "local":
+        if self._shards.backend.name == "local":
             raise LifecycleError("a local optimizer's worker lives in its process and cannot be pickled; use backend='ray' to share it")
         return Worker, (self._shards, self.rank)
 
@@ -125,14 +88,14 @@ class Worker:
     @property
     def round(self) -> int:
         """Rounds decided when this worker last looked; its next push is for the one after, and batches follow it."""
-        if self._epoch < 0:
-            self._pull(want_parameters=False)
-        return self._round
+        if self._seat.epoch < 0:
+            self._seat.pull(want_parameters=False)
+        return self._seat.round
 
     def pull(self) -> Any:
         """Return the present parameters in the structure given to `build`, each in its own dtype, once this worker's push is decided."""
         self._settle()
-        self._pull(want_parameters=True)
+        self._take(self._seat.pull(want_parameters=True))
         return self._tree()
 
     def push(self, gradients: Any = None) -> Ticket:
@@ -193,7 +156,7 @@ class Worker:
         As what `step` returns: views where the worker shares memory with the shards. They hold still until the next round but one is
         applied, so the round's own gradient can still be computed from them after it was pushed.
         """
-        if self._epoch < 0:
+        if self._seat.epoch < 0:
             return self.pull()
         self._check_open()
         return self._tree()
@@ -202,69 +165,15 @@ class Worker:
         """Leave after a whole step; the rank stays free for a new worker."""
         if not self._closed:
             self._closed = True
-            try:
-                self._ask(self._everyone(Leave(self.rank, self._incarnation)))
-            except DistNadamError:
-                return  # the optimizer is gone already
-            finally:
-                if "_link" in self.__dict__:
-                    self._link.close()
-
-    def _join(self) -> int:
-        """Take the rank over on every shard, and see a predecessor's push through where some shard has counted it."""
-        return self._recovering(self._join_once)
-
-    def _join_once(self) -> int:
-        answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
-        incarnation = answers[0].incarnation
-        answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._ranges))})
-        try:
-            self._ask(dict(adoptions(self.rank, answers)))
-        except IllegalMessage as error:
-            self._backend.report_stuck()
-            raise ShardLost(f"{error}; all shards must go back") from error
-        if not answers[0].member:
-            self._await_admission()
-        return incarnation
-
-    def _await_admission(self) -> None:
-        """Wait until the supervisor has made this rank a member again, at a boundary of its choice."""
-        deadline = time.monotonic() + self._timeout_s
-        while self.rank not in self._ask({0: Describe()})[0].members:
-            if time.monotonic() > deadline:
-                raise StepTimeout(f"worker {self.rank}: was not admitted as a member in {self._timeout_s:g} s")
-            time.sleep(_POLL_S)
-
-    def _pull(self, *, want_parameters: bool) -> Decided:
-        """Ask every shard where it stands until all stand at one round, and take that as this worker's place."""
-        return self._recovering(lambda: self._pull_once(want_parameters))
-
-    def _pull_once(self, want_parameters: bool) -> Decided:
-        at_least = 0
-        while True:
-            answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want_parameters and self._copies)))
-            at_least = max(d.round for d in answers.values())
-            if all(d.round == at_least for d in answers.values()):
-                return self._take(answers)
+            with suppress(DistNadamError):  # the optimizer is gone already
+                self._seat.leave()
 
     def _push(self, gradients: Any, *, want_parameters: bool) -> Ticket:
         self._settle()
-        if self._epoch < 0:
-            self._pull(want_parameters=False)
         complaint = self._slot.finish() if gradients is None else self._slot.fill(gradients)
-        flight = _Flight(self._epoch, self._round + 1, complaint, want_parameters)
+        flight = self._seat.push(self._slot.parts(), complaint, want_parameters=want_parameters)
         self._outstanding = Ticket(lambda: self._finish(flight))
-        try:
-            self._send(flight)
-        except ShardLost:
-            flight.pending = None  # sent again when it is waited for
         return self._outstanding
-
-    def _send(self, flight: _Flight) -> None:
-        """Send what the slot holds to every shard; a shard that has counted it already says so."""
-        key, want = (flight.epoch, self.rank, self._incarnation, flight.round), flight.want_parameters and self._copies
-        parts, told = self._slot.parts(), flight.complaint
-        flight.pending = self._link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
 
     def _settle(self) -> None:
         """See the outstanding push through."""
@@ -272,14 +181,13 @@ class Worker:
         if self._outstanding is not None:
             self._outstanding.result()
 
-    def _finish(self, flight: _Flight) -> Decided:
-        """See a push through, whatever dies meanwhile, unless the state it was computed from is gone."""
+    def _finish(self, flight: Flight) -> Decided:
         try:
-            answers = self._see_through(flight)
+            answers = self._seat.see_through(flight)
         except StepTimeout:
             raise
         except DistNadamError:
-            self._outstanding, self._epoch = None, -1  # look again where the shards stand before the next push
+            self._outstanding, self._seat.epoch = None, -1  # look again where the shards stand before the next push
             raise
         self._outstanding = None
         decided = self._take(answers)
@@ -287,107 +195,16 @@ class Worker:
             raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.complaint}")
         return decided
 
-    def _see_through(self, flight: _Flight) -> dict[int, Decided]:
-        while True:
-            try:
-                if flight.pending is None:
-                    self._send(flight)
-                return self._conclude(flight)
-            except Reconfigured as error:
-                if error.epoch <= flight.epoch:
-                    time.sleep(_POLL_S)  # other shards are yet to hear of it
-                flight.epoch, flight.pending = max(flight.epoch, error.epoch), None
-                self._rejoin(wait=False)
-            except ShardLost:
-                flight.pending = None
-                self._rejoin(wait=True)
-
-    def _conclude(self, flight: _Flight) -> dict[int, Decided]:
-        """Wait for the answers, the second phase included where clipping needs norms."""
-        assert flight.pending is not None
-        answers = self._wait(flight.pending)
-        while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}:
-            if len(measured) == len(answers):
-                flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
-            if flight.square_sums is None:
-                self._backend.report_stuck()
-                raise ShardLost(f"worker {self.rank}: the norms of round {flight.round} went with a shard; all must go back")
-            want = flight.want_parameters and self._copies
-            norms = Norms(flight.epoch, self.rank, self._incarnation, flight.round, flight.square_sums, want)
-            flight.pending = self._link.post(dict.fromkeys(measured, norms))
-            answers = answers | self._wait(flight.pending)
-        return answers
-
-    def _rejoin(self, *, wait: bool) -> None:
-        """Reach the shards where they are now, after waiting for a dead one's successor, and be known to them."""
-        if wait:
-            self._backend.await_recovery(self._timeout_s)
-
-        def join() -> None:
-            self._ask(self._everyone(Join(self.rank, self._incarnation)))
-
-        self._recovering(join)
-        if "_link" in self.__dict__:
-            self._link.reconnect()
-        for name in ("_copies", "_views"):
-            self.__dict__.pop(name, None)
-
-    def _recovering(self, work: Callable[[], _T]) -> _T:
-        """Do what may be done again from its beginning, as often as shards die meanwhile."""
-        while True:
-            try:
-                return work()
-            except ShardLost:
-                self._backend.await_recovery(self._timeout_s)
-            except Rewound:
-                continue  # it waited while the shards went back, and asks again
-
     def _take(self, answers: dict[int, Decided]) -> Decided:
-        first = answers[0]
-        for index, other in answers.items():
-            if (other.round, other.outcome, other.lr, other.buffer) != (first.round, first.outcome, first.lr, first.buffer):
-                raise ShardsDisagree(
-                    f"shard 0 {first.outcome} round {first.round} with lr={first.lr!r}, shard {index} {other.outcome} round {other.round}"
-                    f" with lr={other.lr!r}; a learning-rate function must give every shard the same rate for the same step"
-                )
-        self._epoch, self._round, self._buffer = first.epoch, first.round, first.buffer
+        """Take over the parameters that answers brought."""
         for index, decided in answers.items():
             if decided.parameters is not None:
-                self._views[0].fill(self._ranges[index], decided.parameters)
-        return first
+                self._views[0].fill(self._shards.ranges[index], decided.parameters)
+        return answers[0]
 
     def _tree(self) -> Any:
-        return self._views[0 if self._copies else self._buffer].tree()
+        return self._views[0 if self._seat.copies else self._seat.buffer].tree()
 
     def _check_open(self) -> None:
         if self._closed:
             raise LifecycleError(f"worker {self.rank} was closed")
-
-    def _everyone(self, message: Message) -> dict[int, Message]:
-        return dict.fromkeys(range(len(self._ranges)), message)
-
-    def _ask(self, messages: dict[int, Message]) -> dict[int, Any]:
-        return self._wait(self._backend.post(messages)) if messages else {}
-
-    def _wait(self, pending: Pending) -> dict[int, Any]:
-        try:
-            return pending.result(self._timeout_s)
-        except TimeoutError as error:
-            told = f"worker {self.rank}: round {self._round + 1} was not decided in {self._timeout_s:g} s"
-            raise StepTimeout(f"{told}; {self._who_is_late()}") from error
-
-    def _who_is_late(self) -> str:
-        asked = {shard: self._backend.post({shard: Describe()}) for shard in range(len(self._ranges))}
-        deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
-        for shard, pending in asked.items():
-            try:
-                status: Description = pending.result(max(0.1, deadline - time.monotonic()))[shard]
-            except TimeoutError:
-                silent.append(shard)
-                continue
-            if status.round > self._round:
-                continue
-            fates = dict.fromkeys(status.left, " (closed)") | dict.fromkeys(status.dead, " (died)")
-            missing |= {f"{rank}{fates.get(rank, '')}" for rank in status.waiting_for}
-        hung = f"shards {', '.join(map(str, silent))} do not answer; " if silent else ""
-        return f"{hung}still to push: ranks {', '.join(sorted(missing)) or 'none'}"

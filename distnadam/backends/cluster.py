@@ -1,11 +1,13 @@
 """What we ask of a Ray cluster and find out about it: joining or starting it, room for the shards, versions on its nodes."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
 import platform
 import re
 import secrets
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from distnadam.messages import ShardSpec
 
 log = logging.getLogger("distnadam")
 
+NAMESPACE = "distnadam"
+_FENCE_S = 5.0
 _PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
@@ -65,7 +69,7 @@ def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
     return None
 
 
-def actor_options(spec: ShardSpec, label: str | None, namespace: str) -> dict[str, Any]:
+def actor_options(spec: ShardSpec, label: str | None) -> dict[str, Any]:
     """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it."""
     options = spec.options
     asked: dict[str, Any] = {
@@ -81,7 +85,7 @@ def actor_options(spec: ShardSpec, label: str | None, namespace: str) -> dict[st
     if options.label_selector:
         asked["label_selector"] = dict(options.label_selector)
     if label is not None:
-        asked |= {"name": label, "namespace": namespace, "lifetime": "detached"}
+        asked |= {"name": label, "namespace": NAMESPACE, "lifetime": "detached"}
     return asked
 
 
@@ -148,6 +152,23 @@ def process_born(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def end_process(pid: int, born: str) -> None:
+    """Kill a process of this node, if it is still the one that was born then, and wait until it is gone."""
+    with contextlib.suppress(OSError):
+        if process_born(pid) == born:
+            os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + _FENCE_S
+        while process_born(pid) == born and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+def kill(actor: Any) -> None:
+    """End an actor, if it is there."""
+    if actor is not None and ray.is_initialized():
+        with contextlib.suppress(Exception):  # one that is dead already
+            ray.kill(actor)
 
 
 def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str]) -> None:

@@ -105,7 +105,8 @@ class ShardHost:
             reply(_closed(self._spec.index))
             return
         if isinstance(message, Save):
-            run(lambda: self._answer(reply, self._attempt(lambda: self._save(message))))
+            save = message
+            run(lambda: self._answer(reply, self._attempt(lambda: self._save(save))))
             return
         if isinstance(message, Adopt) and message.note.dtypes is not None:
             found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)

@@ -57,8 +57,7 @@ class RayLink(Link):
         self._lanes: Lanes | None = None
         self._places: list[Place] = []
         self.parameters = None
-        self._open = lambda: Lanes(layout.sizes, ranges, rank, incarnation)
-        self._sizes, self._count = layout.sizes, len(ranges)
+        self._sizes, self._ranges, self._incarnation, self._count = layout.sizes, ranges, incarnation, len(ranges)
         self.reconnect()
 
     @cached_property
@@ -73,7 +72,7 @@ class RayLink(Link):
         near = [i for i in changed if places[i].node == self._node and places[i].address is not None]
         try:
             if near and self._lanes is None and "gradients" not in self.__dict__:
-                self._lanes = self._open()
+                self._lanes = Lanes(self._sizes, self._ranges, self._rank, self._incarnation)
             for shard in changed:
                 if self._lanes is not None:
                     self._lanes.drop(shard)

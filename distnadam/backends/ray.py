@@ -13,16 +13,16 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam.arrays import Flat
-from distnadam.backends.actors import NAMESPACE, kill, make_member, make_supervisor
+from distnadam.backends.actors import make_member, make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
-from distnadam.backends.cluster import OwnRay, await_start, check_fits, check_versions, ensure_ray, node_facts
+from distnadam.backends.cluster import NAMESPACE, OwnRay, await_start, check_fits, check_versions, ensure_ray, kill, node_facts
 from distnadam.backends.link import REMEDY, Place, RayLink
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, LifecycleError, NameTaken, NotRunning, ShardLost, StepTimeout, Unrecoverable, WorkerLost
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, ShardSpec
 from distnadam.orders import Order
-from distnadam.supervisor import Roster, require_alive
+from distnadam.supervision.crew import Roster, require_alive
 
 log = logging.getLogger("distnadam")
 
@@ -205,7 +205,7 @@ class RayBackend(Backend):
 
     def report_stuck(self) -> None:
         """See `Backend.report_stuck`."""
-        self._call("notice", 0, "stuck", -1, 0, timeout_s=_CONNECT_S)
+        self._call("notice", "stuck", -1, 0, timeout_s=_CONNECT_S)
 
     def changing(self, what: str) -> None:
         """See `Backend.changing`."""

@@ -6,7 +6,6 @@ Nadam's step is deterministic, so both hold the same bits. It knows neither sock
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from distnadam.arrays import Flat
 from distnadam.backends.host import ShardHost
@@ -69,7 +68,7 @@ class Standby:
             self._standing = dataclasses.replace(now, **told)
 
     def promote(self, reign: Reign, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, Standing]:
-        """Return a host that stands where this standby has got to, as the shard's primary; raise IllegalMessage where it was never filled."""
+        """Return a host that stands, as the primary, where this standby has got to; raise IllegalMessage where it was never filled."""
         with self._lock:
             if self._standing is None or not self._arrays:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no state yet")
@@ -81,10 +80,11 @@ class Standby:
             self._arrays, self._standing = {}, None
             return host, standing
 
-    def status(self) -> dict[str, Any]:
-        """Return how far it is: its round, None before it was filled."""
+    @property
+    def reached(self) -> int | None:
+        """The round it has followed its primary to, None before it was filled."""
         with self._lock:
-            return {"round": self._standing.round if self._standing is not None else None}
+            return self._standing.round if self._standing is not None else None
 
     def _step(self, now: Standing, record: Replicated, mean: Flat, who: str) -> None:
         config = self._spec.config

@@ -174,7 +174,7 @@ def unpack_record(frame: bytes) -> Record:
         kind, *fields = msgpack.unpackb(frame, strict_map_key=False)
         if kind == "join":
             return ReplicatedJoin(*fields)
-        *told, iterations, m_schedule = fields
-        return Replicated(*told, Clock(iterations, m_schedule))
+        number, skipped, outcome, complaint, counted, lr, active, iterations, m_schedule = fields
+        return Replicated(number, skipped, outcome, complaint, counted, lr, active, Clock(iterations, m_schedule))
     except (ValueError, TypeError) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

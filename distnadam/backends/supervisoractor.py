@@ -1,0 +1,234 @@
+"""The supervisor as it lives in a Ray actor, and how it reaches, makes and ends the actors of its shards."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts
+from distnadam.backends.link import Place
+from distnadam.errors import ClusterError, DistNadamError, ShardLost, StepTimeout
+from distnadam.messages import ShardSpec
+from distnadam.orders import Reign
+from distnadam.supervision.crew import Crew, Hired, Roster
+from distnadam.supervision.supervisor import Supervisor
+from distnadam.transport.doorbell import Address, Watch
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What needs `ray.remote`: `make_shard(spec, supervisor, label)` returns an actor, `end_on(node, pid, born)` a reference."""
+
+    make_shard: Callable[[ShardSpec, Any, str | None], Any]
+    end_on: Callable[[str, int, str], Any]
+
+
+_OPEN_S = 120.0
+_FENCE_S = 5.0
+_SLICE_S = 0.05
+
+
+class RayCrew(Crew):
+    """Processes as Ray actors.
+
+    Args:
+        supervisor: the supervisor's own actor, which shards tell what happens.
+        name: the optimizer's, where it outlives who made it.
+        tools: makes actors, and ends processes of other nodes.
+        on_death: told which process ended.
+    """
+
+    def __init__(self, supervisor: Any, name: str | None, tools: Tools, on_death: Callable[[Hired], None]) -> None:
+        self._supervisor, self._name, self._tools, self._on_death = supervisor, name, tools, on_death
+        self._node = ray.get_runtime_context().get_node_id()
+        self._watch = Watch()
+        self._ended: set[Any] = set()
+        self._facts: dict[Any, dict[str, str]] = {}
+
+    def make(self, spec: ShardSpec, *, standby: bool = False) -> Any:
+        """Return a new actor, which may not have started yet."""
+        label = f"{spec.name}/{spec.index}{'s' if standby else ''}-{os.urandom(4).hex()}" if spec.name is not None else None
+        return self._tools.make_shard(spec, self._supervisor, label)
+
+    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
+        """See `Crew.hire`."""
+        actor = self.make(spec, standby=standby)
+        try:
+            place = ray.get(actor.place.remote(), timeout=_OPEN_S)
+            place = ray.get(actor.open.remote(self._neighbour(place.node, near), standby=standby), timeout=_OPEN_S)
+        except Exception as error:
+            kill(actor)
+            raise ShardLost(f"shard {spec.index}: a process for it could not be had: {str(error).splitlines()[0]}") from error
+        return Hired(spec.index, actor, place)
+
+    def promote(self, standby: Hired, reign: Reign, *, near: Sequence[Hired]) -> Hired:
+        """See `Crew.promote`."""
+        neighbour = self._neighbour(standby.place.node, near)
+        answer = self._get({0: standby.handle.promote.remote(reign, neighbour)}, _OPEN_S)[0]
+        if isinstance(answer, Exception):
+            raise ShardLost(f"the standby of shard {standby.index}: {answer}") from answer
+        return dataclasses.replace(standby, place=answer)
+
+    def fence(self, hired: Hired) -> None:
+        """See `Crew.fence`: SIGKILL by a process of its own node, since one that is stopped does not obey Ray."""
+        facts = self._facts.get(hired.handle)
+        if facts is not None and hired.place.node == self._node:
+            end_process(int(facts["pid"]), facts["born"])
+        elif facts is not None:
+            with contextlib.suppress(Exception):  # the node is gone, with all that ran there
+                ray.get(self._tools.end_on(hired.place.node, int(facts["pid"]), facts["born"]), timeout=_FENCE_S)
+        kill(hired.handle)
+
+    def dismiss(self, hired: Hired) -> None:
+        """See `Crew.dismiss`."""
+        kill(hired.handle)
+
+    def watch(self, hired: Hired) -> None:
+        """See `Crew.watch`: by a socket on this node, which tells at once, and by Ray everywhere."""
+        with contextlib.suppress(Exception):
+            self._facts[hired.handle] = ray.get(hired.handle.about.remote(), timeout=_OPEN_S)
+
+        def ended(_: Any = None) -> None:
+            self._ended.add(hired.handle)
+            self._on_death(hired)
+
+        hired.handle.forever.remote().future().add_done_callback(ended)
+        if hired.place.node == self._node and hired.place.address is not None:
+            self._watch.add(hired.place.address, ended)
+
+    def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        """See `Crew.ask`; None asks a standby how far it is."""
+        refs = {
+            index: hired[index].handle.reached.remote() if message is None else hired[index].handle.send.remote(message)
+            for index, message in messages.items()
+            if index in hired
+        }
+        return self._get(refs, timeout_s, lambda: {index for index in refs if hired[index].handle in self._ended})
+
+    def _get(self, refs: dict[int, Any], timeout_s: float, ended: Callable[[], set[int]] = set) -> dict[int, Any]:
+        """Wait for answers, but not for those of processes that are known to have ended, which Ray takes seconds to tell."""
+        deadline, ready = time.monotonic() + timeout_s, set()
+        while refs and time.monotonic() < deadline:
+            awaited = [ref for index, ref in refs.items() if index not in ended()]
+            ready = set(ray.wait(awaited, num_returns=len(awaited), timeout=_SLICE_S)[0]) if awaited else set()
+            if len(ready) == len(awaited):
+                break
+        answers: dict[int, Any] = {}
+        for index, ref in refs.items():
+            if ref not in ready and index in ended():
+                answers[index] = ShardLost(f"shard {index}: its process ended")
+                continue
+            if ref not in ready:
+                answers[index] = StepTimeout(f"shard {index} did not answer in {timeout_s:g} s")
+                continue
+            try:
+                answers[index] = ray.get(ref)
+            except RayTaskError as error:
+                answers[index] = error.cause if isinstance(error.cause, DistNadamError) else ClusterError(str(error))
+            except (RayActorError, GetTimeoutError) as error:
+                answers[index] = ShardLost(f"shard {index}: its process or node died: {str(error).splitlines()[0]}")
+            except Exception as error:
+                answers[index] = ClusterError(f"shard {index}: {type(error).__name__}: {error}")
+        return answers
+
+    def _neighbour(self, node: str, near: Sequence[Hired]) -> Address | None:
+        return next((hired.place.address for hired in near if hired.place.node == node and hired.place.address is not None), None)
+
+
+class SupervisorActor:
+    """A `Supervisor`, its shards being this actor's children; a named one, made again by Ray, finds them by their names."""
+
+    def __init__(self, specs: Sequence[ShardSpec], replicas: int, tools: Tools) -> None:
+        context = ray.get_runtime_context()
+        self._crew = RayCrew(context.current_actor, specs[0].name, tools, self._died)
+        self._specs = specs
+        self._supervisor = Supervisor(specs, replicas, self._crew)
+        self._made: list[Any] = []
+        if context.was_current_actor_reconstructed:
+            self._find_again()
+
+    async def hire(self) -> list[Any]:
+        """Make the shards' actors, which may not have started yet, and return them."""
+        self._made = [self._crew.make(spec) for spec in self._specs]
+        return self._made
+
+    async def open(self) -> Roster:
+        """Have the first shard of each node make the node's parameter memory, then the others join it."""
+        nodes = [place.node for place in await asyncio.gather(*[a.place.remote() for a in self._made])]
+        firsts = {node: nodes.index(node) for node in nodes}
+        made = dict(zip(firsts, await asyncio.gather(*[self._made[i].open.remote(None) for i in firsts.values()]), strict=True))
+        rest = {i: a.open.remote(made[nodes[i]].address) for i, a in enumerate(self._made) if i not in firsts.values()}
+        joined = dict(zip(rest, await asyncio.gather(*rest.values()), strict=True))
+        shards = [Hired(i, a, joined.get(i) or made[nodes[i]]) for i, a in enumerate(self._made)]
+        self._supervisor.adopt(shards, {})
+        return await self.roster(0)
+
+    async def begin(self, directory: str | None, *initial: Any) -> None:
+        """Start the watch; `initial` are the first parameters by space, in the order of their names."""
+        spaces = sorted(self._specs[0].layout.sizes)
+        flat = dict(zip(spaces, initial, strict=True)) if initial else None
+        await asyncio.to_thread(lambda: self._supervisor.begin(initial=flat, directory=directory))
+
+    async def roster(self, newer_than: int, *, suspect: bool = False) -> Roster:
+        """See `Supervisor.roster`."""
+        return await asyncio.wrap_future(self._supervisor.roster(newer_than, suspect))
+
+    async def notice(self, what: str, rank: int, incarnation: int) -> None:
+        """See `Supervisor.notice`."""
+        self._supervisor.notice(what, rank, incarnation)
+
+    async def changing(self, what: str) -> None:
+        """See `Supervisor.changing`."""
+        self._supervisor.changing(what)
+
+    async def saved(self, root: str) -> None:
+        """See `Supervisor.saved`."""
+        self._supervisor.saved(root)
+
+    async def lost_ranks(self) -> dict[int, int]:
+        """See `Supervisor.lost_ranks`."""
+        return self._supervisor.lost_ranks()
+
+    async def about(self) -> dict[str, Any]:
+        """Return what `node_facts` says here, and what was recovered from."""
+        return {**node_facts(), **self._supervisor.recoveries()}
+
+    async def specs(self) -> Sequence[ShardSpec]:
+        """Return the shards' specs as they were made."""
+        return self._specs
+
+    async def close(self) -> None:
+        """See `Supervisor.close`."""
+        await asyncio.to_thread(self._supervisor.close)
+
+    def _died(self, hired: Hired) -> None:
+        self._supervisor.died(hired)
+
+    def _find_again(self) -> None:
+        """Find the living actors of this optimizer by their names, and take them over."""
+        prefix, found = f"{self._specs[0].name}/", []
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
+                with contextlib.suppress(ValueError):
+                    found.append((entry["name"].removeprefix(prefix), ray.get_actor(entry["name"], namespace=NAMESPACE)))
+        shards: dict[int, Hired] = {}
+        standbys: dict[int, Hired] = {}
+        for label, actor in found:
+            index = int(label.split("-")[0].removesuffix("s"))
+            try:
+                place, standing_by = ray.get([actor.place.remote(), actor.stands_by.remote()], timeout=_FENCE_S)
+            except Exception:
+                continue
+            (standbys if standing_by else shards)[index] = Hired(index, actor, place)
+        missing = {i: Hired(i, None, Place("")) for i in range(len(self._specs)) if i not in shards}
+        everyone = shards | missing
+        self._supervisor.adopt([everyone[i] for i in sorted(everyone)], standbys)
+        threading.Thread(target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True).start()

@@ -1,0 +1,206 @@
+"""One rank's seat at all shards: joins, pulls, pushes, and sees a push through whatever dies meanwhile. No trees, no maths, no Ray."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from distnadam.arrays import Flat
+from distnadam.backends.base import Link, Pending
+from distnadam.controller import Controller
+from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StepTimeout
+from distnadam.messages import Decided, Describe, Description, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
+from distnadam.nadam.norms import tensor_square_sums
+from distnadam.takeover import adoptions
+
+_T = TypeVar("_T")
+_POLL_S = 0.02
+_PATIENCE_S = 10.0
+"""How long a shard may take to say where it stands, in seconds."""
+
+
+@dataclass
+class Flight:
+    """A push that is not decided: what it is, the answers now awaited, and the norms of its round once they are known.
+
+    `parts` are the gradients of each shard's ranges, which stay as they are until the flight ends.
+    """
+
+    epoch: int
+    round: int
+    parts: Sequence[Flat]
+    complaint: str | None
+    want_parameters: bool
+    pending: Pending | None = None
+    square_sums: Any = None
+
+
+class Seat:
+    """See the module. `epoch` and `round` are the place in time that this rank last saw, -1 before; `buffer` holds its parameters."""
+
+    def __init__(self, shards: Controller, rank: int) -> None:
+        self.rank, self._shards = rank, shards
+        self._backend, self._layout, self._ranges = shards.backend, shards.layout, shards.ranges
+        self._timeout_s = shards.options.step_timeout_s
+        self.epoch = self.round = -1
+        self.buffer = 0
+        self._incarnation = self._recovering(self._join)
+
+    @cached_property
+    def link(self) -> Link:
+        """Made at first use, so that a worker which only travels to another process takes no memory here."""
+        return self._backend.link(self._layout, self._ranges, self.rank, self._incarnation)
+
+    @property
+    def copies(self) -> bool:
+        """Whether parameters are brought by answers, since not every shard shares its memory."""
+        return self.link.parameters is None
+
+    def leave(self) -> None:
+        """Depart after a whole step; views of the memory stay good."""
+        try:
+            self._ask(self._everyone(Leave(self.rank, self._incarnation)))
+        finally:
+            if "link" in self.__dict__:
+                self.link.close()
+
+    def pull(self, *, want_parameters: bool) -> dict[int, Decided]:
+        """Ask every shard where it stands until all stand at one round, and take that as this rank's place."""
+        return self._recovering(lambda: self._pull(want_parameters))
+
+    def push(self, parts: Sequence[Flat], complaint: str | None, *, want_parameters: bool) -> Flight:
+        """Send every shard its part for the next round, without waiting."""
+        if self.epoch < 0:
+            self.pull(want_parameters=False)
+        flight = Flight(self.epoch, self.round + 1, parts, complaint, want_parameters)
+        try:
+            self._send(flight)
+        except ShardLost:
+            flight.pending = None  # sent again when it is waited for
+        return flight
+
+    def see_through(self, flight: Flight) -> dict[int, Decided]:
+        """Return how a push's round ended, whatever dies meanwhile, unless the state it was computed from is gone."""
+        while True:
+            try:
+                if flight.pending is None:
+                    self._send(flight)
+                return self._take(self._conclude(flight))
+            except Reconfigured as error:
+                if error.epoch <= flight.epoch:
+                    time.sleep(_POLL_S)  # other shards are yet to hear of it
+                flight.epoch, flight.pending = max(flight.epoch, error.epoch), None
+                self._rejoin()
+            except ShardLost:
+                flight.pending = None
+                self._backend.await_recovery(self._timeout_s)
+                self._rejoin()
+
+    def _join(self) -> int:
+        answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
+        incarnation = answers[0].incarnation
+        answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._ranges))})
+        try:
+            self._ask(dict(adoptions(self.rank, answers)))
+        except IllegalMessage as error:
+            self._backend.report_stuck()
+            raise ShardLost(f"{error}; all shards must go back") from error
+        if not answers[0].member:
+            self._await_admission()
+        return incarnation
+
+    def _await_admission(self) -> None:
+        """Wait until the supervisor has made this rank a member again, at a boundary of its choice."""
+        deadline = time.monotonic() + self._timeout_s
+        while self.rank not in self._ask({0: Describe()})[0].members:
+            if time.monotonic() > deadline:
+                raise StepTimeout(f"worker {self.rank}: was not admitted as a member in {self._timeout_s:g} s")
+            time.sleep(_POLL_S)
+
+    def _pull(self, want_parameters: bool) -> dict[int, Decided]:
+        at_least = 0
+        while True:
+            answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want_parameters and self.copies)))
+            at_least = max(d.round for d in answers.values())
+            if all(d.round == at_least for d in answers.values()):
+                return self._take(answers)
+
+    def _send(self, flight: Flight) -> None:
+        """Send a push to every shard; one that has counted it already says so."""
+        key, want = (flight.epoch, self.rank, self._incarnation, flight.round), flight.want_parameters and self.copies
+        told = flight.complaint
+        flight.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(flight.parts)})
+
+    def _conclude(self, flight: Flight) -> dict[int, Decided]:
+        """Wait for the answers, the second phase included where clipping needs norms."""
+        assert flight.pending is not None
+        answers = self._wait(flight.pending)
+        while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}:
+            if len(measured) == len(answers):
+                flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
+            if flight.square_sums is None:
+                self._backend.report_stuck()
+                raise ShardLost(f"worker {self.rank}: the norms of round {flight.round} went with a shard; all must go back")
+            want = flight.want_parameters and self.copies
+            norms = Norms(flight.epoch, self.rank, self._incarnation, flight.round, flight.square_sums, want)
+            flight.pending = self.link.post(dict.fromkeys(measured, norms))
+            answers = answers | self._wait(flight.pending)
+        return answers
+
+    def _rejoin(self) -> None:
+        """Be known to the shards as they are now, and reach them where they are."""
+        self._recovering(lambda: self._ask(self._everyone(Join(self.rank, self._incarnation))))
+        if "link" in self.__dict__:
+            self.link.reconnect()
+
+    def _recovering(self, work: Callable[[], _T]) -> _T:
+        """Do what may be done again from its beginning, as often as shards die meanwhile."""
+        while True:
+            try:
+                return work()
+            except ShardLost:
+                self._backend.await_recovery(self._timeout_s)
+            except Rewound:
+                continue  # it waited while the shards went back, and asks again
+
+    def _take(self, answers: dict[int, Decided]) -> dict[int, Decided]:
+        """Take the place in time that all shards stand at; raise ShardsDisagree where they do not."""
+        first = answers[0]
+        for index, other in answers.items():
+            if (other.round, other.outcome, other.lr, other.buffer) != (first.round, first.outcome, first.lr, first.buffer):
+                raise ShardsDisagree(
+                    f"shard 0 {first.outcome} round {first.round} with lr={first.lr!r}, shard {index} {other.outcome} round {other.round}"
+                    f" with lr={other.lr!r}; a learning-rate function must give every shard the same rate for the same step"
+                )
+        self.epoch, self.round, self.buffer = first.epoch, first.round, first.buffer
+        return answers
+
+    def _everyone(self, message: Message) -> dict[int, Message]:
+        return dict.fromkeys(range(len(self._ranges)), message)
+
+    def _ask(self, messages: dict[int, Message]) -> dict[int, Any]:
+        return self._wait(self._backend.post(messages)) if messages else {}
+
+    def _wait(self, pending: Pending) -> dict[int, Any]:
+        try:
+            return pending.result(self._timeout_s)
+        except TimeoutError as error:
+            told = f"worker {self.rank}: round {self.round + 1} was not decided in {self._timeout_s:g} s"
+            raise StepTimeout(f"{told}; {self._who_is_late()}") from error
+
+    def _who_is_late(self) -> str:
+        asked = {shard: self._backend.post({shard: Describe()}) for shard in range(len(self._ranges))}
+        deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
+        for shard, pending in asked.items():
+            try:
+                status: Description = pending.result(max(0.1, deadline - time.monotonic()))[shard]
+            except TimeoutError:
+                silent.append(shard)
+                continue
+            if status.round > self.round:
+                continue
+            fates = dict.fromkeys(status.left, " (closed)") | dict.fromkeys(status.dead, " (died)")
+            missing |= {f"{rank}{fates.get(rank, '')}" for rank in status.waiting_for}
+        hung = f"shards {', '.join(map(str, silent))} do not answer; " if silent else ""
+        return f"{hung}still to push: ranks {', '.join(sorted(missing)) or 'none'}"

@@ -1,0 +1,63 @@
+"""The seam between a supervisor and the processes of its optimizer. Nothing here knows what they run on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distnadam.errors import Unrecoverable
+from distnadam.messages import ShardSpec
+from distnadam.orders import Reign
+
+
+@dataclass(frozen=True)
+class Hired:
+    """One process: whose shard, a handle that only the crew understands, and where it is to be found."""
+
+    index: int
+    handle: Any
+    place: Any
+
+
+class Crew(ABC):
+    """What a supervisor can do to the processes of its optimizer."""
+
+    @abstractmethod
+    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
+        """Make a process for a shard, or its standby, beside the present ones; raise ClusterError where none can be had."""
+
+    @abstractmethod
+    def promote(self, standby: Hired, reign: Reign, *, near: Sequence[Hired]) -> Hired:
+        """Make a standby its shard's primary, once it has all that the dead one sent."""
+
+    @abstractmethod
+    def fence(self, hired: Hired) -> None:
+        """End a process for certain, so that it can neither write nor answer any more."""
+
+    @abstractmethod
+    def dismiss(self, hired: Hired) -> None:
+        """End a process that is not needed any more."""
+
+    @abstractmethod
+    def watch(self, hired: Hired) -> None:
+        """Tell the supervisor (`died`) as soon as this process ends."""
+
+    @abstractmethod
+    def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        """Send each its message; return by index the answers, or the errors: ShardLost of one that died, StepTimeout of a silent one."""
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who is to be called for which shard; a higher version replaces a lower one. `failed` says why there is none any more."""
+
+    version: int
+    shards: tuple[Hired, ...]
+    failed: str | None = None
+
+
+def require_alive(roster: Roster) -> Roster:
+    """Return the roster; raise Unrecoverable where the supervisor has given up."""
+    if roster.failed is not None:
+        raise Unrecoverable(roster.failed)
+    return roster

@@ -1,0 +1,66 @@
+"""The processes of one optimizer as its supervisor has them: shards, standbys, which of them are gone, and how all are asked at once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from distnadam.errors import ShardLost, StepTimeout
+from distnadam.messages import Describe, Description, ShardSpec
+from distnadam.supervision.crew import Crew, Hired
+
+ASK_S = 60.0
+"""Seconds in which a shard answers anything that does not wait for a round or a file."""
+
+
+class Fleet:
+    """See the module.
+
+    Args:
+        specs: the shards'.
+        crew: what reaches and makes processes.
+    """
+
+    def __init__(self, specs: Sequence[ShardSpec], crew: Crew) -> None:
+        self.specs, self.crew = list(specs), crew
+        self.options = specs[0].options
+        self.shards: list[Hired] = []
+        self.standbys: dict[int, Hired] = {}
+        self.gone: set[Hired] = set()
+        self.newest: dict[int, int] = {}
+
+    def alive(self) -> dict[int, Hired]:
+        """Return the shards that are not known to be gone, by index."""
+        return {index: hired for index, hired in enumerate(self.shards) if hired not in self.gone}
+
+    def missing(self) -> list[int]:
+        """Return the indices of the shards that are gone."""
+        return [index for index, hired in enumerate(self.shards) if hired in self.gone]
+
+    def ask(self, messages: Mapping[int, Any], timeout_s: float = ASK_S) -> dict[int, Any]:
+        """Send some living shards a message each; return their answers or errors."""
+        return self.crew.ask(self.alive(), messages, timeout_s)
+
+    def ask_all(self, message: Any, timeout_s: float = ASK_S) -> dict[int, Any]:
+        """Send every living shard a message; return their answers or errors."""
+        return self.ask(dict.fromkeys(self.alive(), message), timeout_s)
+
+    def describe(self, timeout_s: float = ASK_S) -> dict[int, Any]:
+        """Return what the living shards say of themselves; those that died, or are silent for so long, are gone from then on."""
+        answers = self.ask_all(Describe(), timeout_s)
+        for index, answer in answers.items():
+            if isinstance(answer, (ShardLost, StepTimeout)):
+                self.gone.add(self.shards[index])
+            elif isinstance(answer, Description):
+                for rank, incarnation in answer.newest.items():
+                    self.joined(rank, incarnation)
+        return answers
+
+    def joined(self, rank: int, incarnation: int) -> None:
+        """Take note of a rank's newest worker."""
+        self.newest[rank] = max(self.newest.get(rank, 0), incarnation)
+
+    def spec(self, index: int) -> ShardSpec:
+        """Return the spec of a shard with the learning rate that the living ones have now."""
+        rates = [answer.lr for answer in self.ask_all(Describe()).values() if isinstance(answer, Description)]
+        spec = self.specs[index]
+        return replace(spec, config=spec.config.with_lr(rates[0])) if rates else spec

@@ -1,0 +1,61 @@
+"""What all shards can go back to: the newest checkpoint they can read, or the parameters given to `build`."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distnadam.arrays import Flat, cut_flat
+from distnadam.checkpoint import store
+from distnadam.checkpoint.format import leftover_readers
+from distnadam.errors import CheckpointError
+from distnadam.messages import ShardSpec
+from distnadam.orders import Load
+
+log = logging.getLogger("distnadam")
+
+
+class Source:
+    """See the module.
+
+    Args:
+        directory: where checkpoints are looked for; None: where the last one was saved.
+        retain_initial: whether parameters are kept until there is a checkpoint.
+    """
+
+    def __init__(self, directory: str | None, *, retain_initial: bool) -> None:
+        self._fixed = self.directory = directory
+        self._retain_initial = retain_initial
+        self.initial: Flat | None = None
+        self.changed: str | None = None
+
+    @property
+    def present(self) -> bool:
+        """Whether there is anything to go back to."""
+        return self.initial is not None or self.directory is not None
+
+    def begin(self, initial: Flat | None, directory: str | None) -> None:
+        """Take what the shards began with."""
+        self.initial = initial if self._retain_initial else None
+        self.directory = self._fixed or directory
+
+    def saved(self, root: str) -> None:
+        """Take that a checkpoint is complete: it makes good whatever was changed before, and the first parameters are not needed."""
+        self.directory, self.changed, self.initial = self._fixed or root, None, None
+
+    def candidates(self) -> list[Path | Flat]:
+        """Return what could be loaded, best first."""
+        found: list[Path | Flat] = list(reversed(store.steps(Path(self.directory)))) if self.directory is not None else []
+        return found + ([self.initial] if self.initial is not None else [])
+
+    def loads(self, candidate: Path | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any) -> dict[int, Load]:
+        """Return the order that has each shard load its part; none where the checkpoint is refused."""
+        if not isinstance(candidate, Path):
+            return {i: Load(epoch, params=cut_flat(candidate, spec.ranges), **how) for i, spec in enumerate(specs)}
+        try:
+            manifest = store.load(candidate)
+        except CheckpointError as error:
+            log.warning("passing over %s", error)
+            return {}
+        raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(specs))
+        return {i: Load(epoch, str(candidate), raw, tuple(left), **how) for i, left in enumerate(leftovers)}

@@ -1,0 +1,248 @@
+"""The one who decides, for all shards at once, what happens when processes die: watches, observes, asks `policy`, has it carried out.
+
+One supervisor per optimizer. Everything it must know it can read again from the shards, so a successor goes on where a dead one stopped.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from distnadam import policy
+from distnadam.arrays import Flat
+from distnadam.messages import Description, Release, ShardSpec
+from distnadam.supervision.crew import Crew, Hired, Roster
+from distnadam.supervision.fleet import ASK_S, Fleet
+from distnadam.supervision.recovery import Recovery
+from distnadam.supervision.source import Source
+
+log = logging.getLogger("distnadam")
+
+TICK_S = 0.2
+"""Seconds between two looks while something is awaited."""
+_IDLE_S = 1.0
+_ROUNDS_OF_DECISIONS = 10
+
+
+class Supervisor:
+    """See the module. `adopt` gives it its shards, `begin` starts the watch; every other method may be called from any thread.
+
+    Args:
+        specs: the shards'.
+        replicas: standbys per shard, 0 or 1.
+        crew: what reaches and makes processes.
+    """
+
+    def __init__(self, specs: Sequence[ShardSpec], replicas: int, crew: Crew) -> None:
+        options = specs[0].options
+        self._replicas, self._options = replicas, options
+        self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
+        self._fleet = Fleet(specs, crew)
+        self._source = Source(options.checkpoint_dir, retain_initial=options.retain_initial)
+        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda i, hired: self._events.put(("hired", (i, hired))))
+        self._dead: dict[int, tuple[int, float]] = {}
+        self._asking: set[int] = set()
+        self._given_up: set[int] = set()
+        self._stuck = False
+        self._holder: tuple[str, float] | None = None
+        self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[int, Future[Roster]]] = []
+        self._roster = Roster(0, ())
+        self._closed = False
+        self._next_look = 0.0
+        self._thread: threading.Thread | None = None
+
+    # What others tell and ask
+
+    def adopt(self, shards: Sequence[Hired], standbys: Mapping[int, Hired]) -> None:
+        """Take processes that were made already."""
+        self._fleet.shards, self._fleet.standbys = list(shards), dict(standbys)
+        self._publish(None)
+
+    def begin(self, *, initial: Flat | None, directory: str | None) -> None:
+        """Start the watch over shards that have their state: from parameters with nothing behind them, or from a checkpoint."""
+        self._source.begin(initial, directory)
+        for hired in (*self._fleet.shards, *self._fleet.standbys.values()):
+            self._fleet.crew.watch(hired)
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._thread.start()
+        self._events.put(("look", None))
+
+    def died(self, hired: Hired) -> None:
+        """Take that a process ended."""
+        self._events.put(("died", hired))
+
+    def notice(self, what: str, rank: int, incarnation: int) -> None:
+        """Take what a shard says of a rank or of its standby."""
+        self._events.put((what, (rank, incarnation)))
+
+    def changing(self, what: str) -> None:
+        """Take that the state is about to be replaced from outside, which going back to the last checkpoint would lose."""
+        self._source.changed = what
+
+    def saved(self, root: str) -> None:
+        """Take that a checkpoint is complete under this directory."""
+        self._source.saved(root)
+
+    def roster(self, newer_than: int, suspect: bool = False) -> Future[Roster]:
+        """Return the roster once there is one newer than what the caller has seen; with a suspicion, after a look, whatever it finds."""
+        future: Future[Roster] = Future()
+        with self._lock:
+            if self._roster.version > newer_than or self._roster.failed:
+                future.set_result(self._roster)
+            else:
+                self._waiting.append((newer_than, future))
+        if suspect:
+            self._events.put(("suspect", future))
+        return future
+
+    def lost_ranks(self) -> dict[int, int]:
+        """Return the ranks whose worker died and that nobody has taken over, and the incarnation that died."""
+        return {rank: incarnation for rank, (incarnation, _) in dict(self._dead).items()}
+
+    def recoveries(self) -> dict[str, int]:
+        """Return how many shards were taken over by standbys, how often all went back, how many ranks left."""
+        return dict(self._recovery.counts)
+
+    def close(self) -> None:
+        """Stop watching, then end every process."""
+        self._closed = True
+        self._events.put(("look", None))
+        if self._thread is not None:
+            self._thread.join()
+        self._recovery.close()
+        for hired in (*self._fleet.shards, *self._fleet.standbys.values()):
+            self._fleet.crew.dismiss(hired)
+
+    # The watch
+
+    def _run(self) -> None:
+        while not self._closed:
+            events = self._drain()
+            for what, about in events:
+                self._take(what, about)
+            try:
+                self._look(prompted=bool(events))
+            except Exception as error:
+                log.exception("supervisor")
+                self._publish(f"the supervisor could not recover: {type(error).__name__}: {error}")
+            for what, about in events:
+                if what == "suspect" and not about.done():
+                    about.set_result(self._roster)
+
+    def _drain(self) -> list[tuple[str, Any]]:
+        events = []
+        try:
+            events.append(self._events.get(timeout=TICK_S))
+            while True:
+                events.append(self._events.get_nowait())
+        except queue.Empty:
+            return events
+
+    def _take(self, what: str, about: Any) -> None:
+        if what == "died":
+            self._fleet.gone.add(about)
+            if self._fleet.standbys.get(about.index) == about:
+                del self._fleet.standbys[about.index]
+        elif what == "joined":
+            rank, incarnation = about
+            self._fleet.joined(rank, incarnation)
+            if rank in self._dead and incarnation > self._dead[rank][0]:
+                del self._dead[rank]
+            self._given_up.discard(rank)
+            self._asking.add(rank)
+        elif what == "left":
+            self._asking.discard(about[0])
+        elif what == "died rank":
+            self._lose(*about)
+        elif what == "stuck":
+            self._stuck = True
+        elif what == "hired":
+            self._recovery.take_standby(*about)
+
+    def _lose(self, rank: int, incarnation: int) -> None:
+        if self._fleet.newest.get(rank, 0) > incarnation or rank in self._dead:
+            return  # taken over already, or told by another shard
+        self._dead[rank] = (incarnation, time.monotonic())
+        self._asking.discard(rank)
+        log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
+        self._stuck = self._recovery.settle(rank, incarnation) or self._stuck
+
+    def _look(self, *, prompted: bool) -> None:
+        """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
+        now = time.monotonic()
+        quiet = not (prompted or self._dead or self._stuck or self._holder)
+        if self._roster.failed or (quiet and now < self._next_look):
+            return
+        self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
+        for _ in range(_ROUNDS_OF_DECISIONS):
+            seen = self._observe()
+            decisions = policy.decide(seen, self._rules)
+            if not decisions:
+                break
+            for decision in decisions:
+                self._recovery.carry_out(decision, seen)
+                if isinstance(decision, policy.GiveUp):
+                    self._given_up |= set(decision.ranks)
+                if isinstance(decision, policy.Rewind):
+                    self._stuck = False
+            if self._roster.failed:
+                return
+        if self._replicas:
+            self._recovery.fill_standbys()
+
+    # What it sees
+
+    def _observe(self) -> policy.Seen:
+        fleet, now = self._fleet, time.monotonic()
+        answers = fleet.describe(min(ASK_S, self._options.shard_timeout_s))
+        shards = [self._seen(hired, answers.get(index)) for index, hired in enumerate(fleet.shards)]
+        described = [answer for answer in answers.values() if isinstance(answer, Description)]
+        self._check_holder(described, now)
+        return policy.Seen(
+            shards=shards,
+            dead={rank: now - since for rank, (_, since) in self._dead.items()},
+            held=self._holder is not None,
+            stuck=self._stuck,
+            members=frozenset(described[0].members if described else ()),
+            asking=frozenset(self._asking),
+            source=self._source.present,
+            changed=self._source.changed,
+            given_up=frozenset(self._given_up),
+        )
+
+    def _seen(self, hired: Hired, answer: Any) -> policy.ShardSeen:
+        if isinstance(answer, Description):
+            return policy.ShardSeen(True, answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated)
+        fleet, reached = self._fleet, None
+        if hired in fleet.gone:
+            fleet.crew.fence(hired)  # what it had sent to its standby is all there then
+            standby = fleet.standbys.get(hired.index)
+            reached = fleet.crew.ask({0: standby}, {0: None}, ASK_S)[0] if standby is not None else None
+        return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
+
+    def _check_holder(self, described: Sequence[Description], now: float) -> None:
+        """Let go of shards that somebody has held for too long without reading or writing files: that one is dead."""
+        token = min((answer.holder for answer in described if answer.holder is not None), default=None)
+        if token is None or any(answer.busy for answer in described):
+            self._holder = None
+        elif self._holder is None or self._holder[0] != token:
+            self._holder = (token, now)
+        elif now - self._holder[1] > self._options.step_timeout_s:
+            log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
+            self._fleet.ask_all(Release(token))
+            self._holder = None
+            self._stuck = self._stuck or len({answer.round for answer in described}) > 1
+
+    def _publish(self, failed: str | None) -> None:
+        with self._lock:
+            self._roster = Roster(max(time.time_ns(), self._roster.version + 1), tuple(self._fleet.shards), failed)
+            ready = [future for newer_than, future in self._waiting if self._roster.version > newer_than]
+            self._waiting = []
+        for future in ready:
+            if not future.done():
+                future.set_result(self._roster)
