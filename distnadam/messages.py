@@ -286,22 +286,6 @@ class Description:
     replicated: int | None = None
 
 
-Message = (
-    Join
-    | Adopt
-    | Push
-    | Norms
-    | Pull
-    | Leave
-    | Lost
-    | Hold
-    | Advance
-    | Release
-    | Read
-    | Write
-    | SetRate
-    | Step
-    | StepNorms
-    | Save
-    | Describe
-)
+_Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost
+_Holder = Hold | Advance | Release | Read | Write | SetRate | Step | StepNorms | Save
+Message = _Worker | _Holder | Describe

@@ -127,7 +127,7 @@ def test_a_shard_that_hangs_is_named_after_the_timeout() -> None:
         workers = [optimizer.worker(rank) for rank in range(2)]
         tickets = [worker.push(gradients(0, worker.rank)) for worker in workers]
         assert [ticket.result() for ticket in tickets] == [1, 1]
-        pid = ray.get(optimizer._running().backend._actors[1].about.remote())["pid"]  # type: ignore[attr-defined]
+        pid = ray.get(optimizer._running().backend.actors[1].about.remote())["pid"]  # type: ignore[attr-defined]
         os.kill(int(pid), signal.SIGSTOP)
         try:
             tickets = [worker.push(gradients(1, worker.rank)) for worker in workers]
@@ -145,7 +145,7 @@ def test_a_shards_death_is_told_at_once() -> None:
     with build() as optimizer:
         worker = optimizer.worker(0)
         ticket = worker.push(gradients(0, 0))
-        pid = ray.get(optimizer._running().backend._actors[2].about.remote())["pid"]  # type: ignore[attr-defined]
+        pid = ray.get(optimizer._running().backend.actors[2].about.remote())["pid"]  # type: ignore[attr-defined]
         os.kill(int(pid), signal.SIGKILL)
         with pytest.raises(ShardLost, match="shard 2: its process died"):
             ticket.result()

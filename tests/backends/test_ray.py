@@ -98,7 +98,7 @@ def test_a_copy_that_closes_only_detaches() -> None:
 def test_a_shard_killed_is_an_error_that_names_it() -> None:
     with DistNadam(num_shards=2, num_workers=2, backend="ray").build(START) as optimizer:
         ticket = optimizer.worker(0).push(START)
-        ray.kill(optimizer._running().backend._actors[1])
+        ray.kill(optimizer._running().backend.actors[1])
         with pytest.raises(ShardLost, match="shard 1: its process died"):
             ticket.result()
 

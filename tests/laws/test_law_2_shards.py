@@ -53,8 +53,12 @@ def test_ray_bits_are_the_local_ones(num_shards: int, clip: int, kernel: Any, tr
     options = Options(threads=2 if num_shards == 3 else None, kernel=kernel, transport="auto" if mixed else transport)
     with DistNadam(num_shards=num_shards, num_workers=2, backend="ray", options=options, **CLIPS[clip]).build(params()) as optimizer:
         if mixed:  # as if every other shard were on another node
-            places = optimizer._running().backend.places  # type: ignore[attr-defined]
-            places[::2] = [dataclasses.replace(place, node="elsewhere") for place in places[::2]]
+            backend: Any = optimizer._running().backend
+            moved = [
+                dataclasses.replace(hired, place=dataclasses.replace(hired.place, node="elsewhere")) if hired.index % 2 == 0 else hired
+                for hired in backend._roster.shards
+            ]
+            backend._roster = dataclasses.replace(backend._roster, shards=tuple(moved))
         run(optimizer, 0, STEPS)
         assert bits(optimizer) == reference(CLIPS[clip])
 

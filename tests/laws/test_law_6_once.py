@@ -25,7 +25,7 @@ SIZE = 5
 
 def new_host() -> ShardHost:
     layout = Layout.of({"w": np.ones(SIZE, np.float32)})
-    host = ShardHost(ShardSpec(0, 1, RANKS, None, NadamConfig(), Options(), layout, layout.cuts(1)[0]))
+    host = ShardHost(ShardSpec(0, 1, RANKS, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0]))
     host.send(Hold("setup")).result(0)
     host.send(Write("setup", {"params": {"float32": np.ones(SIZE, np.float32)}})).result(0)
     host.send(Release("setup")).result(0)
