@@ -91,6 +91,11 @@ class Controller:
         description: Description = self._recovering(lambda: self._ask({0: Describe()})[0])
         return description
 
+    def describe_all(self) -> list[Description]:
+        """Return where every shard stands; never waits for a round, so they may differ."""
+        answers = self._recovering(lambda: self._ask(self._everyone(Describe())))
+        return [answers[index] for index in sorted(answers)]
+
     def load(self, params: Flat) -> None:
         """Give newly made shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
@@ -164,11 +169,12 @@ class Controller:
         if self._slot is None:
             memory = empty_flat(self.layout.sizes)
             self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
-        complaint, parts, mine = self._slot.fill(gradients), self._slot.parts(), _Direct()
+        slot, mine = self._slot, _Direct()
 
         def once() -> Decided:
             with self.boundary() as at:
                 mine.aim(at.held)
+                complaint, parts = slot.fill(gradients), slot.parts()  # while nobody else holds the shards, and so the slot
                 answers = self._ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
                 measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, Measured)}
                 if len(measured) == len(answers):

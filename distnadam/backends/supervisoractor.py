@@ -230,5 +230,5 @@ class SupervisorActor:
             (standbys if standing_by else shards)[index] = Hired(index, actor, place)
         missing = {i: Hired(i, None, Place("")) for i in range(len(self._specs)) if i not in shards}
         everyone = shards | missing
-        self._supervisor.adopt([everyone[i] for i in sorted(everyone)], standbys)
+        self._supervisor.adopt([everyone[i] for i in sorted(everyone)], standbys, list(missing.values()))
         threading.Thread(target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True).start()

@@ -58,16 +58,19 @@ class Supervisor:
 
     # What others tell and ask
 
-    def adopt(self, shards: Sequence[Hired], standbys: Mapping[int, Hired]) -> None:
-        """Take processes that were made already."""
-        self._fleet.shards, self._fleet.standbys = list(shards), dict(standbys)
+    def adopt(self, shards: Sequence[Hired], standbys: Mapping[int, Hired], gone: Sequence[Hired] = ()) -> None:
+        """Take processes that were made already; of `shards`, some may be gone."""
+        self._fleet.shards, self._fleet.standbys, self._fleet.gone = list(shards), dict(standbys), set(gone)
         self._publish(None)
 
     def begin(self, *, initial: Flat | None, directory: str | None) -> None:
         """Start the watch over shards that have their state: from parameters with nothing behind them, or from a checkpoint."""
         self._source.begin(initial, directory)
-        for hired in (*self._fleet.shards, *self._fleet.standbys.values()):
+        for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
             self._fleet.crew.watch(hired)
+        for answer in self._fleet.describe().values():
+            for rank in answer.dead if isinstance(answer, Description) else ():
+                self._lose(rank, answer.newest[rank])  # as an earlier supervisor knew
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
         self._events.put(("look", None))
