@@ -16,8 +16,8 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Rewound, ShardLost, StaleEpoch, StepTimeout
-from distnadam.layout import Layout
+from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, StepTimeout
+from distnadam.layout import Layout, Ranges
 from distnadam.ledger import DIRECT
 from distnadam.messages import (
     Advance,
@@ -63,14 +63,12 @@ class _Direct:
     square_sums: Any = None
 
     def aim(self, held: Held) -> None:
-        """Choose the round at the first boundary; at a later one, after a death, it must still be this one or the one just decided."""
+        """Choose the round at the first boundary; at a later one, after a death, it is still this one."""
         if self.round == 0:
             if held.pending:
                 ranks = ", ".join(map(str, held.pending))
                 raise PushesPending(f"ranks {ranks} have pushed for round {held.round + 1}: their round must end first")
             self.incarnation, self.round = dict(held.ledger["newest"]).get(DIRECT, 0) + 1, held.round + 1
-        elif not self.round - 1 <= held.round <= self.round:
-            raise StaleEpoch(f"all shards went back, to round {held.round}; compute again from there", held.epoch, held.round)
 
     def step(self, token: str, gradients: Flat, complaint: str | None) -> Step:
         return Step(token, self.incarnation, self.round, None if complaint else gradients, complaint)
@@ -79,12 +77,22 @@ class _Direct:
 class Controller:
     """The shards of one running optimizer, addressed as one. Picklable where its backend is."""
 
-    def __init__(self, backend: Backend, layout: Layout, num_shards: int, options: Options) -> None:
-        self.backend, self.layout, self.ranges, self.options = backend, layout, layout.cuts(num_shards), options
+    def __init__(self, backend: Backend, layout: Layout, num_shards: int, options: Options, rewound: int | None = None) -> None:
+        self.backend, self.layout, self.options = backend, layout, options
+        self._rewound = rewound
+        self._cuts = {num_shards: layout.cuts(num_shards)}
         self._slot: GradientSlot | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Controller, (self.backend, self.layout, len(self.ranges), self.options)
+        return Controller, (self.backend, self.layout, len(self.ranges), self.options, self._rewound)
+
+    @property
+    def ranges(self) -> list[Ranges]:
+        """What each shard holds, by how many there are now."""
+        count = self.backend.num_shards
+        if count not in self._cuts:
+            self._cuts[count] = self.layout.cuts(count)
+        return self._cuts[count]
 
     def describe(self) -> Description:
         """Return where shard 0 stands; never waits for a round."""
@@ -100,6 +108,7 @@ class Controller:
         """Give newly made shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
         self._ask({index: Load(1, params=cut) for index, cut in enumerate(cuts)})
+        self._rewound = 1
         self.backend.began(initial=params, directory=None)
 
     def restore(self, directory: Path, manifest: Manifest) -> None:
@@ -107,6 +116,7 @@ class Controller:
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)}
         self._ask(messages, timeout_s=_IO_TIMEOUT_S)
+        self._rewound = 1
         self.backend.began(initial=None, directory=str(directory.parent))
 
     @contextmanager
@@ -119,11 +129,19 @@ class Controller:
             newest = max(held.values(), key=lambda h: h.round)
             late = [index for index, h in held.items() if h.round < newest.round]
             self._ask({index: Advance(token, newest.round) for index in late})
+            self._check_rewound(newest, max(h.rewound for h in held.values()))
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
             yield Boundary(token, Held(newest.epoch, newest.round, newest.clock, newest.skipped, tuple(sorted(pending)), newest.ledger))
         finally:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
                 self.backend.post({index: Release(token) for index in range(len(self.ranges))})
+
+    def _check_rewound(self, held: Held, rewound: int) -> None:
+        """Tell each handle once that the shards went back since it last looked, so that nobody takes an earlier step for a later one."""
+        known, self._rewound = self._rewound, rewound
+        if known is not None and rewound > known:
+            told = f"all shards went back after a death, to round {held.round}: what came after is to be computed again"
+            raise Rewound(told, held.epoch, held.round)
 
     def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one round, copied."""
@@ -168,13 +186,13 @@ class Controller:
         """
         if self._slot is None:
             memory = empty_flat(self.layout.sizes)
-            self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
+            self._slot = GradientSlot(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
         slot, mine = self._slot, _Direct()
 
         def once() -> Decided:
             with self.boundary() as at:
                 mine.aim(at.held)
-                complaint, parts = slot.fill(gradients), slot.parts()  # while nobody else holds the shards, and so the slot
+                complaint, parts = slot.fill(gradients), slot.parts(self.ranges)  # while nobody else holds the shards, and so the slot
                 answers = self._ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
                 measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, Measured)}
                 if len(measured) == len(answers):
@@ -185,6 +203,11 @@ class Controller:
                 return decided
 
         return self._recovering(once)
+
+    def reshard(self, num_shards: int) -> None:
+        """Cut the state anew into so many shards between two rounds; whoever waits for a round goes on with the new ones."""
+        if num_shards != self.backend.num_shards:
+            self._recovering(lambda: self.backend.reshard(num_shards, self.layout.cuts(num_shards)))
 
     def save(self, root: Path, about: Mapping[str, Any]) -> Path:
         """Write a checkpoint of one round under `root` and return its directory; `about` is the manifest's part that shards do not know."""
@@ -231,8 +254,10 @@ class Controller:
                 return work()
             except ShardLost:
                 self.backend.await_recovery(self.options.step_timeout_s)
-            except (Rewound, IllegalMessage) as error:
-                if isinstance(error, IllegalMessage) and not self.backend.moved_since(version):
+            except Reconfigured:
+                self.backend.refresh()
+            except IllegalMessage:
+                if not self.backend.moved_since(version):
                     raise
 
     def _ask(self, messages: Mapping[int, Message | Order], timeout_s: float | None = None) -> dict[int, Any]:

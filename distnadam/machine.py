@@ -111,7 +111,8 @@ class Machine:
     def _progress(self) -> list[Effect]:
         """Take the round as far as it goes without the host."""
         now, at_rest = self._now, self.phase in _AT_REST
-        if self._orders and at_rest and (self.phase is Phase.COLLECTING or isinstance(self.order, orders.Load)):
+        free = self.phase is Phase.COLLECTING and self.gate.holder is None
+        if self._orders and at_rest and (free or isinstance(self.order, orders.Load)):
             return self._begin_order()
         if not self.gate.passes(self.round):
             return []
@@ -186,7 +187,7 @@ class Machine:
         told: list[Effect] = []
         if isinstance(self.order, orders.Load):
             before = self.epochs.now
-            self.epochs.rise("rewound", self.order.epoch)
+            self.epochs.rise("reconfigured" if self.order.standing is not None else "rewound", self.order.epoch)
             error = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
             assert error is not None
             told = [Replicate(None), *self._drop_pushes(error)]
@@ -201,6 +202,8 @@ class Machine:
         self.phase = Phase.COLLECTING
         if isinstance(order, orders.Load) and isinstance(result, orders.Standing):
             self._stand(result)
+            if order.standing is not None:
+                self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
             self.members.schedule = order.schedule or self.members.schedule
             self.members.ledger.admit_all(order.newest)
             result = self.round
@@ -224,7 +227,7 @@ class Machine:
 
     def _held(self) -> msg.Held:
         ledger = self.members.ledger.to_dict()
-        return msg.Held(self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger)
+        return msg.Held(self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger, self.epochs.rewound)
 
     def _decided(self, want_parameters: bool) -> msg.Decided:
         outcome, complaint = self._last
@@ -237,6 +240,7 @@ class Machine:
             self.lr,
             self.state.active,
             self.state.params if want_parameters else None,
+            self.epochs.rewound,
         )
 
     def _described(self, *, with_spec: bool) -> msg.Description:

@@ -147,7 +147,8 @@ class Lost:
 class Decided:
     """Where a shard stands after a round: how it ended, and the parameters where they were asked for.
 
-    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last applied step, equal on all shards.
+    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last applied step, equal on all shards;
+    `rewound` is the epoch in which all shards last went back.
     """
 
     epoch: int
@@ -158,6 +159,7 @@ class Decided:
     lr: float
     buffer: int
     parameters: Flat | None = None
+    rewound: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Held:
-    """The shard's place in time while held, and the ranks whose pushes wait."""
+    """The shard's place in time while held, the ranks whose pushes wait, and the epoch in which all shards last went back."""
 
     epoch: int
     round: int
@@ -192,6 +194,7 @@ class Held:
     skipped: int
     pending: tuple[int, ...]
     ledger: dict[str, Any] = field(default_factory=dict)
+    rewound: int = 0
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Load:
         manifest: the manifest file's bytes.
         leftovers: files whose bytes that no shard needs this one verifies.
         params: the shard's ranges.
+        state: all arrays of the shard's ranges, as other shards held them, and `standing`, where those stood in time.
         schedule: the membership; empty leaves it.
         newest: the newest incarnation of each rank, where it is known.
     """
@@ -43,6 +44,8 @@ class Load:
     manifest: bytes = b""
     leftovers: tuple[int, ...] = ()
     params: Flat | None = None
+    state: dict[str, Flat] | None = None
+    standing: "Standing | None" = None
     schedule: Schedule = ()
     newest: dict[int, int] = field(default_factory=dict)
 
@@ -102,4 +105,11 @@ class ReplicatedJoin:
     incarnation: int
 
 
-Order = Reign | Load | Attach | GiveUp
+@dataclass(frozen=True)
+class Retire:
+    """Other shards hold these ranges from this epoch on: refuse everything, so that whoever asks looks for them."""
+
+    epoch: int
+
+
+Order = Reign | Load | Attach | GiveUp | Retire

@@ -7,7 +7,7 @@ from typing import Any
 
 import distnadam.messages as msg
 from distnadam import orders
-from distnadam.errors import IllegalMessage, LatePush, RoundMismatch, ShardLost
+from distnadam.errors import IllegalMessage, LatePush, Reconfigured, RoundMismatch, ShardLost
 from distnadam.ledger import DIRECT
 from distnadam.machine import Machine
 from distnadam.rounds import Round, Waiting, note_of
@@ -21,6 +21,8 @@ class Shard(Machine):
 
     def receive(self, message: Any, caller: Any) -> list[Effect]:
         """Take one message; return what is to be done. Raise a ProtocolError, with nothing changed, where it is refused."""
+        if isinstance(self._broken, Reconfigured) and type(message) not in LEGAL[Phase.BROKEN]:
+            raise self._broken
         if self._broken is not None and type(message) not in LEGAL[Phase.BROKEN]:
             raise ShardLost(f"shard {self.spec.index}: broken by {type(self._broken).__name__}: {self._broken}") from self._broken
         if type(message) not in LEGAL[self.phase]:
@@ -170,6 +172,10 @@ class Shard(Machine):
     def _on_giveup(self, order: orders.GiveUp, caller: Any) -> list[Effect]:
         self.members.given_up.add(order.rank)
         return [Answer(caller, None), *self._drop_pushes_that_wait_in_vain()]
+
+    def _on_retire(self, order: orders.Retire, caller: Any) -> list[Effect]:
+        error = Reconfigured(f"shard {self.spec.index}: other shards hold its ranges now; look for them", order.epoch, self.round)
+        return [*self.broke(error), Replicate(None), Answer(caller, None)]
 
     def _on_load(self, order: orders.Load, caller: Any) -> list[Effect]:
         if order.epoch <= self.epochs.now and self.epochs.now > 0:

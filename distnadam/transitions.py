@@ -77,6 +77,7 @@ _ALWAYS = frozenset(
         orders.Load,
         orders.Attach,
         orders.GiveUp,
+        orders.Retire,
     }
 )
 _AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms, msg.Save}

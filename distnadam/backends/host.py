@@ -74,6 +74,11 @@ class ShardHost:
         self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
 
+    @property
+    def standing(self) -> Standing:
+        """Where the shard stands, while nothing is computed."""
+        return self._shard.standing
+
     def take_over(self, standing: Standing, arrays: dict[str, Flat], reign: Any) -> None:
         """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
         self._shard.state.begin(arrays, standing.active)
@@ -230,6 +235,9 @@ class ShardHost:
 
     def _load(self, order: Load) -> Standing:
         spec, state = self._spec, self._shard.state
+        if order.state is not None and order.standing is not None:
+            state.begin(order.state, order.standing.active)
+            return order.standing
         if order.directory is None:
             state.begin({"params": order.params or {}})
             return Standing(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})

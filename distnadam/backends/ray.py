@@ -18,7 +18,17 @@ from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.cluster import NAMESPACE, OwnRay, await_start, check_fits, check_versions, ensure_ray, kill, node_facts
 from distnadam.backends.link import REMEDY, Place, RayLink
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, LifecycleError, NameTaken, NotRunning, ShardLost, StepTimeout, Unrecoverable, WorkerLost
+from distnadam.errors import (
+    DistNadamError,
+    LifecycleError,
+    NameTaken,
+    NotRunning,
+    Reconfigured,
+    ShardLost,
+    StepTimeout,
+    Unrecoverable,
+    WorkerLost,
+)
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, ShardSpec
 from distnadam.orders import Order
@@ -29,6 +39,7 @@ log = logging.getLogger("distnadam")
 _CONNECT_S = 60.0
 _RETRY_S = 0.2
 _CLOSE_S = 20.0
+_RESHARD_S = 3600.0
 
 
 class RayPending(Pending):
@@ -187,11 +198,27 @@ class RayBackend(Backend):
         """See `Backend.post`."""
         self.require_open()
         shards = self._roster.shards
+        if any(index >= len(shards) for index in messages):
+            raise Reconfigured(f"there are {len(shards)} shards now; look again")
         return RayPending({index: shards[index].handle.send.remote(message) for index, message in messages.items()}, "shard")
 
     def await_recovery(self, timeout_s: float) -> None:
         """See `Backend.await_recovery`."""
         self._roster = require_alive(self._call("roster", self._roster.version, suspect=True, timeout_s=timeout_s))
+
+    def refresh(self) -> None:
+        """See `Backend.refresh`."""
+        self._roster = require_alive(self._call("roster", 0, timeout_s=_CONNECT_S))
+
+    @property
+    def num_shards(self) -> int:
+        """See `Backend.num_shards`."""
+        return len(self._roster.shards)
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """See `Backend.reshard`."""
+        self._call("reshard", num_shards, cuts, timeout_s=_RESHARD_S)
+        self.refresh()
 
     @property
     def version(self) -> int:

@@ -16,9 +16,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts
 from distnadam.backends.link import Place
 from distnadam.errors import ClusterError, DistNadamError, ShardLost, StepTimeout
+from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
-from distnadam.orders import Reign
-from distnadam.supervision.crew import Crew, Hired, Roster
+from distnadam.orders import Load, Reign
+from distnadam.reshard import copy_plan
+from distnadam.supervision.crew import Crew, Cuts, Hired, Roster
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.transport.doorbell import Address, Watch
 
@@ -32,6 +34,7 @@ class Tools:
 
 
 _OPEN_S = 120.0
+_MOVE_S = 3600.0
 _FENCE_S = 5.0
 _SLICE_S = 0.05
 
@@ -103,6 +106,18 @@ class RayCrew(Crew):
         hired.handle.forever.remote().future().add_done_callback(ended)
         if hired.place.node == self._node and hired.place.address is not None:
             self._watch.add(hired.place.address, ended)
+
+    def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
+        """See `Crew.move`; the arrays go from actor to actor."""
+        standing = self._get({0: old[0].handle.standing.remote()}, _OPEN_S)[0]
+        if isinstance(standing, Exception):
+            return [standing]
+        order, refs = dataclasses.replace(order, standing=standing), {}
+        for hired, ranges in zip(new, cuts[1], strict=True):
+            plan = copy_plan(cuts[0], ranges)
+            parts = [old[copy.source].handle.part.remote(token, copy) for copy in plan]
+            refs[hired.index] = hired.handle.install.remote(order, plan, *parts)
+        return [answer for answer in self._get(refs, _MOVE_S).values() if isinstance(answer, Exception)]
 
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """See `Crew.ask`; None asks a standby how far it is."""
@@ -193,6 +208,10 @@ class SupervisorActor:
         """See `Supervisor.saved`."""
         self._supervisor.saved(root)
 
+    async def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """See `Supervisor.reshard`."""
+        await asyncio.wrap_future(self._supervisor.reshard(num_shards, cuts))
+
     async def lost_ranks(self) -> dict[int, int]:
         """See `Supervisor.lost_ranks`."""
         return self._supervisor.lost_ranks()
@@ -202,8 +221,8 @@ class SupervisorActor:
         return {**node_facts(), **self._supervisor.recoveries()}
 
     async def specs(self) -> Sequence[ShardSpec]:
-        """Return the shards' specs as they were made."""
-        return self._specs
+        """Return the shards' specs."""
+        return self._supervisor.specs()
 
     async def close(self) -> None:
         """See `Supervisor.close`."""

@@ -59,6 +59,10 @@ class Fleet:
         """Take note of a rank's newest worker."""
         self.newest[rank] = max(self.newest.get(rank, 0), incarnation)
 
+    def replace(self, specs: Sequence[ShardSpec], shards: Sequence[Hired]) -> None:
+        """Take other shards, with no standbys yet, in place of the present ones."""
+        self.specs, self.shards, self.standbys = list(specs), list(shards), {}
+
     def spec(self, index: int) -> ShardSpec:
         """Return the spec of a shard with the learning rate that the living ones have now."""
         rates = [answer.lr for answer in self.ask_all(Describe()).values() if isinstance(answer, Description)]

@@ -2,23 +2,27 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distnadam import policy
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
-from distnadam.messages import Description, Hold, Join, Joined, Release
-from distnadam.orders import Attach, GiveUp, Reign, Schedule
+from distnadam.layout import Ranges
+from distnadam.messages import Advance, Description, Held, Hold, Join, Joined, Release
+from distnadam.orders import Attach, GiveUp, Load, Reign, Retire, Schedule
 from distnadam.supervision.crew import Hired
-from distnadam.supervision.fleet import Fleet
+from distnadam.supervision.fleet import ASK_S, Fleet
 from distnadam.supervision.source import Source
 from distnadam.takeover import adoptions
 
 log = logging.getLogger("distnadam")
 
 _LOAD_S = 3600.0
+_HOLD_S = 10.0
 _HIRE_AGAIN_S = 1.0
 _TOKEN = "supervisor"
 
@@ -30,15 +34,16 @@ class Recovery:
         fleet: the processes.
         source: what can be gone back to.
         publish: tells everyone where the shards are now, or why there are none any more.
-        hired: told the index and the process of a new standby, None where none could be had, from another thread.
+        hired: told from another thread of which reshard, for which shard, and the process of a new standby; None where none could be had.
     """
 
     def __init__(
-        self, fleet: Fleet, source: Source, publish: Callable[[str | None], None], hired: Callable[[int, Hired | None], None]
+        self, fleet: Fleet, source: Source, publish: Callable[[str | None], None], hired: Callable[[int, int, Hired | None], None]
     ) -> None:
         self._fleet, self._source, self._publish, self._hired = fleet, source, publish, hired
         self._hirer = ThreadPoolExecutor(1, "hirer")
         self._filling: set[int] = set()
+        self._reshards = 0
         self.counts = {"promoted": 0, "rewound": 0, "departed": 0}
 
     def close(self) -> None:
@@ -135,18 +140,63 @@ class Recovery:
     def _admit(self, decision: policy.Admit, seen: policy.Seen) -> None:
         """Take ranks in between two rounds, the same two on every shard."""
         log.info("ranks %s join", ", ".join(map(str, decision.ranks)))
-        held = self._fleet.ask_all(Hold(_TOKEN), self._fleet.options.step_timeout_s)
-        try:
-            if all(hasattr(answer, "round") for answer in held.values()):
-                first = max(answer.round for answer in held.values()) + 1
-                self._set_members(first, tuple(sorted(seen.members | set(decision.ranks))), seen)
-        finally:
-            self._fleet.ask_all(Release(_TOKEN))
+        with self._held() as held:
+            if held is not None:
+                self._set_members(held.round + 1, tuple(sorted(seen.members | set(decision.ranks))), seen)
 
     def _set_members(self, first: int, ranks: tuple[int, ...], seen: policy.Seen) -> None:
         newest = max(seen.shards, key=lambda shard: shard.epoch)
         kept = tuple(entry for entry in newest.schedule if entry[0] < first)
         self._reign(newest.epoch + 1, (*kept, (first, ranks)))
+
+    @contextmanager
+    def _held(self) -> Iterator[Held | None]:
+        """Hold all shards at one round, shard 0 first as everyone does; None where they cannot be had soon: another time, then."""
+        fleet = self._fleet
+        try:
+            held = fleet.ask({0: Hold(_TOKEN)}, _HOLD_S)
+            if all(isinstance(answer, Held) for answer in held.values()):
+                held |= fleet.ask({index: Hold(_TOKEN) for index in range(1, len(fleet.shards))}, _HOLD_S)
+            whole = len(held) == len(fleet.shards) and all(isinstance(answer, Held) for answer in held.values())
+            newest = max((answer.round for answer in held.values()), default=0) if whole else 0
+            late = {index: Advance(_TOKEN, newest) for index, answer in held.items() if whole and answer.round < newest}
+            whole = whole and not any(fleet.ask(late, _HOLD_S).values())
+            yield replace(held[0], round=newest, epoch=max(answer.epoch for answer in held.values())) if whole else None
+        finally:
+            fleet.ask_all(Release(_TOKEN))
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """Have new shards take the state over between two rounds; the old ones go on where that fails.
+
+        Raises:
+            ClusterError: no processes can be had for them, or an old one died meanwhile.
+        """
+        fleet, first = self._fleet, self._fleet.spec(0)
+        specs = [replace(first, index=i, num_shards=num_shards, ranges=ranges) for i, ranges in enumerate(cuts)]
+        new: list[Hired] = []
+        try:
+            for spec in specs:
+                new.append(fleet.crew.hire(spec, standby=False, near=[*fleet.alive().values(), *new]))
+            with self._held() as held:
+                if held is None:
+                    raise StepTimeout("reshard: the shards could not be held between two rounds; try again")
+                old, ranges = list(fleet.shards), [spec.ranges for spec in fleet.specs]
+                order = Load(held.epoch + 1, newest=dict(fleet.newest))
+                for error in fleet.crew.move(_TOKEN, old, new, (ranges, cuts), order):
+                    raise error
+                spare = [*old, *fleet.standbys.values()]
+                fleet.replace(specs, new)
+                self._reshards, self._filling = self._reshards + 1, set()
+                self._publish(None)
+                fleet.crew.ask(dict(enumerate(old)), {index: Retire(held.epoch + 1) for index in range(len(old))}, ASK_S)
+        except BaseException:
+            for hired in new:
+                fleet.crew.dismiss(hired)
+            raise
+        for hired in spare:
+            fleet.crew.dismiss(hired)
+        for hired in new:
+            fleet.crew.watch(hired)
 
     # Standbys
 
@@ -159,25 +209,29 @@ class Recovery:
             standby = fleet.standbys.get(index)
             if standby is None:
                 self._filling.add(index)
-                self._hirer.submit(self._hire, index, fleet.spec(index), list(fleet.alive().values()))
+                self._hirer.submit(self._hire, self._reshards, index, fleet.spec(index), list(fleet.alive().values()))
                 continue
             attached = fleet.ask({index: Attach(standby)}, _LOAD_S).get(index)
             if isinstance(attached, Exception):
                 log.warning("shard %d: its standby could not be filled: %s", index, str(attached).splitlines()[-1])
                 fleet.crew.fence(fleet.standbys.pop(index))
 
-    def take_standby(self, index: int, hired: Hired | None) -> None:
-        """Take a new standby that was hired, to be filled."""
+    def take_standby(self, reshards: int, index: int, hired: Hired | None) -> None:
+        """Take a new standby that was hired, to be filled; one for a shard that is no more is let go."""
+        if reshards != self._reshards:
+            if hired is not None:
+                self._fleet.crew.dismiss(hired)
+            return
         self._filling.discard(index)
         if hired is not None:
             self._fleet.standbys[index] = hired
             self._fleet.crew.watch(hired)
 
-    def _hire(self, index: int, spec: Any, near: list[Hired]) -> None:
+    def _hire(self, reshards: int, index: int, spec: Any, near: list[Hired]) -> None:
         hired = None
         try:
             hired = self._fleet.crew.hire(spec, standby=True, near=near)
         except DistNadamError as error:
             log.warning("no standby for shard %d can be had: %s", index, error)
             time.sleep(_HIRE_AGAIN_S)
-        self._hired(index, hired)
+        self._hired(reshards, index, hired)

@@ -13,6 +13,7 @@ from typing import Any
 
 from distnadam import policy
 from distnadam.arrays import Flat
+from distnadam.layout import Ranges
 from distnadam.messages import Description, Release, ShardSpec
 from distnadam.supervision.crew import Crew, Hired, Roster
 from distnadam.supervision.fleet import ASK_S, Fleet
@@ -42,7 +43,7 @@ class Supervisor:
         self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
         self._fleet = Fleet(specs, crew)
         self._source = Source(options.checkpoint_dir, retain_initial=options.retain_initial)
-        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda i, hired: self._events.put(("hired", (i, hired))))
+        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda *about: self._events.put(("hired", about)))
         self._dead: dict[int, tuple[int, float]] = {}
         self._asking: set[int] = set()
         self._given_up: set[int] = set()
@@ -70,14 +71,14 @@ class Supervisor:
             self._fleet.crew.watch(hired)
         for answer in self._fleet.describe().values():
             for rank in answer.dead if isinstance(answer, Description) else ():
-                self._lose(rank, answer.newest[rank])  # as an earlier supervisor knew
+                self._on_died_rank(rank, answer.newest[rank])  # as an earlier supervisor knew
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
         self._events.put(("look", None))
 
     def died(self, hired: Hired) -> None:
         """Take that a process ended."""
-        self._events.put(("died", hired))
+        self._events.put(("died", (hired,)))
 
     def notice(self, what: str, rank: int, incarnation: int) -> None:
         """Take what a shard says of a rank or of its standby."""
@@ -110,6 +111,16 @@ class Supervisor:
     def recoveries(self) -> dict[str, int]:
         """Return how many shards were taken over by standbys, how often all went back, how many ranks left."""
         return dict(self._recovery.counts)
+
+    def specs(self) -> list[ShardSpec]:
+        """Return the shards' specs."""
+        return list(self._fleet.specs)
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> Future[None]:
+        """Have so many shards hold these ranges from the next round on; the future carries what prevented it."""
+        future: Future[None] = Future()
+        self._events.put(("reshard", (num_shards, cuts, future)))
+        return future
 
     def close(self) -> None:
         """Stop watching, then end every process."""
@@ -147,33 +158,45 @@ class Supervisor:
             return events
 
     def _take(self, what: str, about: Any) -> None:
-        if what == "died":
-            self._fleet.gone.add(about)
-            if self._fleet.standbys.get(about.index) == about:
-                del self._fleet.standbys[about.index]
-        elif what == "joined":
-            rank, incarnation = about
-            self._fleet.joined(rank, incarnation)
-            if rank in self._dead and incarnation > self._dead[rank][0]:
-                del self._dead[rank]
-            self._given_up.discard(rank)
-            self._asking.add(rank)
-        elif what == "left":
-            self._asking.discard(about[0])
-        elif what == "died rank":
-            self._lose(*about)
-        elif what == "stuck":
-            self._stuck = True
-        elif what == "hired":
-            self._recovery.take_standby(*about)
+        if what not in ("look", "suspect", "standby lost"):  # those only prompt a look
+            getattr(self, f"_on_{what.replace(' ', '_')}")(*about)
 
-    def _lose(self, rank: int, incarnation: int) -> None:
+    def _on_died(self, hired: Hired) -> None:
+        self._fleet.gone.add(hired)
+        if self._fleet.standbys.get(hired.index) == hired:
+            del self._fleet.standbys[hired.index]
+
+    def _on_joined(self, rank: int, incarnation: int) -> None:
+        self._fleet.joined(rank, incarnation)
+        if rank in self._dead and incarnation > self._dead[rank][0]:
+            del self._dead[rank]
+        self._given_up.discard(rank)
+        self._asking.add(rank)
+
+    def _on_left(self, rank: int, _: int) -> None:
+        self._asking.discard(rank)
+
+    def _on_died_rank(self, rank: int, incarnation: int) -> None:
         if self._fleet.newest.get(rank, 0) > incarnation or rank in self._dead:
             return  # taken over already, or told by another shard
         self._dead[rank] = (incarnation, time.monotonic())
         self._asking.discard(rank)
         log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
         self._stuck = self._recovery.settle(rank, incarnation) or self._stuck
+
+    def _on_stuck(self, _: int, __: int) -> None:
+        self._stuck = True
+
+    def _on_hired(self, reshards: int, index: int, hired: Hired | None) -> None:
+        self._recovery.take_standby(reshards, index, hired)
+
+    def _on_reshard(self, num_shards: int, cuts: Sequence[Ranges], future: Future[None]) -> None:
+        try:
+            self._recovery.reshard(num_shards, cuts)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
 
     def _look(self, *, prompted: bool) -> None:
         """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""

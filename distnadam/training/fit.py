@@ -17,7 +17,7 @@ from distnadam.backends.choice import BackendName
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import check_count
-from distnadam.errors import CheckpointError, ConfigError, ShardLost, TrainingError, Unrecoverable
+from distnadam.errors import CheckpointError, ConfigError, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.layout import Layout
 from distnadam.optimizer import DistNadam
 from distnadam.schedules import rate_to_dict
@@ -194,10 +194,18 @@ class _Run:
                 if done >= step:  # earlier ones were told before the shards went back
                     self._tell("on_step", done + 1, loss)
             step = self.reached = end
-            if plan.due(plan.evaluate_every, step) and not self.interrupted:
-                self._evaluate(optimizer, step)
-            if plan.due(plan.save_every, step) or self.interrupted:
-                self._save(optimizer, step)
+            self._at_boundary(optimizer, ranks, step)
+
+    def _at_boundary(self, optimizer: DistNadam, ranks: Ranks, step: int) -> None:
+        """Evaluate and save where that is due; where the shards went back meanwhile, train up to here again first."""
+        due = [self._evaluate] if self.plan.due(self.plan.evaluate_every, step) and not self.interrupted else []
+        due += [self._save] if self.plan.due(self.plan.save_every, step) or self.interrupted else []
+        while due:
+            try:
+                due[0](optimizer, step)
+                due.pop(0)
+            except Rewound:
+                self._segment(ranks, step)
 
     def _segment(self, ranks: Ranks, end: int) -> dict[int, float]:
         """Run one segment to its end, also where Ctrl-C comes meanwhile; a second one raises."""

@@ -30,7 +30,8 @@ def pack(number: int, message: Any) -> bytes:
         gradients = None if message.gradients is None else {space: name_of(array.dtype) for space, array in message.gradients.items()}
         body = ("push", message.epoch, message.rank, message.incarnation, message.round, gradients, message.complaint)
     elif isinstance(message, Decided):
-        body = ("decided", message.epoch, message.round, message.iterations, message.outcome, message.complaint, message.lr, message.buffer)
+        place = (message.epoch, message.round, message.iterations)
+        body = ("decided", *place, message.outcome, message.complaint, message.lr, message.buffer, message.rewound)
     elif isinstance(message, Norms):
         body = ("norms", message.epoch, message.rank, message.incarnation, message.round, message.square_sums)
     elif isinstance(message, Measured):
@@ -91,7 +92,7 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
-    "decided": lambda _, *fields: Decided(*fields),
+    "decided": lambda _, *fields: Decided(*fields[:7], rewound=fields[7]),
     "norms": lambda _, *fields: Norms(*fields),
     "measured": lambda _, number, sums: Measured(number, tuple((tensor, array) for tensor, array in sums)),
     "leave": lambda _, *fields: Leave(*fields),
