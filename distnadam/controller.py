@@ -136,6 +136,10 @@ class Controller:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
                 self.backend.post({index: Release(token) for index in range(len(self.ranges))})
 
+    def knows_rewound(self, rewound: int) -> None:
+        """Take that a worker made of this handle knows that the shards went back in that epoch."""
+        self._rewound = max(self._rewound or 0, rewound)
+
     def _check_rewound(self, held: Held, rewound: int) -> None:
         """Tell each handle once that the shards went back since it last looked, so that nobody takes an earlier step for a later one."""
         known, self._rewound = self._rewound, rewound

@@ -182,6 +182,7 @@ class Seat:
                     f" with lr={other.lr!r}; a learning-rate function must give every shard the same rate for the same step"
                 )
         known, self._rewound = self._rewound, max(answer.rewound for answer in answers.values())
+        self._shards.knows_rewound(self._rewound)
         if known is not None and self._rewound > known:
             self.epoch = -1
             told = f"worker {self.rank}: all shards went back after a death, to round {first.round}; compute again from there"

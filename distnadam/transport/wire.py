@@ -83,6 +83,11 @@ def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: 
     return Push(epoch, rank, incarnation, number, None if dtypes is None else gradients_of(dtypes), complaint)
 
 
+def _decided(_: GradientsOf | None, *fields: Any) -> Decided:
+    *told, rewound = fields
+    return Decided(*told, rewound=rewound)
+
+
 def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -> DistNadamError:
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, StaleEpoch):
@@ -92,7 +97,7 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
-    "decided": lambda _, *fields: Decided(*fields[:7], rewound=fields[7]),
+    "decided": _decided,
     "norms": lambda _, *fields: Norms(*fields),
     "measured": lambda _, number, sums: Measured(number, tuple((tensor, array) for tensor, array in sums)),
     "leave": lambda _, *fields: Leave(*fields),
