@@ -188,15 +188,12 @@ class Controller:
             PushesPending: workers' pushes wait.
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
-        if self._slot is None:
-            memory = empty_flat(self.layout.sizes)
-            self._slot = GradientSlot(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
-        slot, mine = self._slot, _Direct()
+        mine = _Direct()
 
         def once() -> Decided:
             with self.boundary() as at:
                 mine.aim(at.held)
-                complaint, parts = slot.fill(gradients), slot.parts(self.ranges)  # while nobody else holds the shards, and so the slot
+                complaint, parts = self._fill(gradients)
                 answers = self._ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
                 measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, Measured)}
                 if len(measured) == len(answers):
@@ -212,6 +209,13 @@ class Controller:
         """Cut the state anew into so many shards between two rounds; whoever waits for a round goes on with the new ones."""
         if num_shards != self.backend.num_shards:
             self._recovering(lambda: self.backend.reshard(num_shards, self.layout.cuts(num_shards)))
+
+    def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
+        """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
+        if self._slot is None:
+            memory = empty_flat(self.layout.sizes)
+            self._slot = GradientSlot(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
+        return self._slot.fill(gradients), self._slot.parts(self.ranges)
 
     def save(self, root: Path, about: Mapping[str, Any]) -> Path:
         """Write a checkpoint of one round under `root` and return its directory; `about` is the manifest's part that shards do not know."""

@@ -11,7 +11,7 @@ import distnadam.messages as msg
 from distnadam import orders
 from distnadam.arrays import Flat
 from distnadam.epochs import Epochs
-from distnadam.errors import DistNadamError, LatePush
+from distnadam.errors import DistNadamError, IllegalMessage, LatePush
 from distnadam.gate import Gate
 from distnadam.ledger import DIRECT
 from distnadam.members import Members
@@ -104,6 +104,7 @@ class Machine:
             self.members.schedule,
             self.changed,
             self.epochs.risen,
+            dict(self._counted),
         )
 
     # The round
@@ -154,7 +155,7 @@ class Machine:
             self.members.ledger.count(rank, push.incarnation, self.round)
             self._counted[rank] = note_of(push)
         ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
-        counted = {rank: push.incarnation for rank, push in ended.pushes.items()}
+        counted = {rank: self._counted[rank] for rank in ended.pushes}
         record = orders.Replicated(self.round, self.skipped, outcome, complaint, counted, self.lr, self.state.active, self.clock)
         told = [Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting]
         return [Replicate(record), *told, *self._settle()]
@@ -185,12 +186,16 @@ class Machine:
     def _begin_order(self) -> list[Effect]:
         """Give the next order to the host; one that loads ends the round first."""
         told: list[Effect] = []
-        if isinstance(self.order, orders.Load):
-            before = self.epochs.now
-            self.epochs.rise("reconfigured" if self.order.standing is not None else "rewound", self.order.epoch)
-            error = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
+        caller, order = self._orders[0]
+        if isinstance(order, orders.Load):
+            before, who = self.epochs.now, f"shard {self.spec.index}"
+            if order.epoch <= before > 0:
+                del self._orders[0]
+                return [Answer(caller, IllegalMessage(f"{who}: a load of epoch {order.epoch} came in epoch {before}")), *self._progress()]
+            self.epochs.rise("reconfigured" if order.standing is not None else "rewound", order.epoch)
+            error = self.epochs.refusal(before, who, self.round)
             assert error is not None
-            told = [Replicate(None), *self._drop_pushes(error)]
+            told = [Replicate(orders.LetGo()), *self._drop_pushes(error)]
             told += [Answer(caller, error) for caller in (*self.gate.reset(), *(caller for caller, _ in self._pulls))]
             self._pulls = []
         self.phase = Phase.OBEYING
@@ -213,15 +218,15 @@ class Machine:
         """Stand where a primary stood, under the epoch in which it is gone; its arrays are in the state."""
         self._stand(standing)
         self.epochs.know(standing.risen)
-        self.epochs.rise("reconfigured", reign.epoch)
-        self.members.schedule = reign.schedule
+        self.epochs.rise("reconfigured", max(reign.epoch, standing.epoch + 1))
+        self.members.schedule = reign.schedule or self.members.schedule
         self.members.ledger.admit_all(reign.newest)
 
     def _stand(self, standing: orders.Standing) -> None:
         self.clock, self.round, self.skipped, self.lr = standing.clock, standing.round, standing.skipped, standing.lr
         self.members.ledger = self.members.ledger.from_dict(standing.ledger)
         self.members.schedule = standing.schedule or self.members.schedule
-        self._last, self._counted, self.changed = (standing.outcome, standing.complaint), {}, standing.changed
+        self._last, self._counted, self.changed = (standing.outcome, standing.complaint), dict(standing.counted), standing.changed
 
     # What it says of itself
 
@@ -243,7 +248,8 @@ class Machine:
             self.epochs.rewound,
         )
 
-    def _described(self, *, with_spec: bool) -> msg.Description:
+    def described(self, *, with_spec: bool) -> msg.Description:
+        """Return what `Describe` is answered, whatever phase this is."""
         needed = self.members.needed(self.round + 1)
         return msg.Description(
             spec=self.spec if with_spec else None,
@@ -263,4 +269,5 @@ class Machine:
             schedule=self.members.schedule,
             newest=self.members.ledger.newest_of_all(),
             changed=self.changed,
+            given_up=tuple(sorted(self.members.given_up)),
         )

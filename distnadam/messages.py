@@ -119,12 +119,13 @@ class Norms:
 
 @dataclass(frozen=True)
 class Pull:
-    """Asks for the parameters once `at_least` rounds are decided."""
+    """Asks for the parameters once `at_least` rounds are decided, a number that was true in `epoch`."""
 
     rank: int
     incarnation: int
     at_least: int = 0
     want_parameters: bool = False
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class Description:
 
     `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
     the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
-    `replicated` is the last round that the standby has, None without one.
+    `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
     """
 
     spec: ShardSpec | None
@@ -287,6 +288,7 @@ class Description:
     newest: dict[int, int] = field(default_factory=dict)
     changed: str | None = None
     replicated: int | None = None
+    given_up: tuple[int, ...] = ()
 
 
 _Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost

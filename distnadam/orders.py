@@ -8,7 +8,7 @@ from typing import Any
 
 from distnadam.arrays import Flat
 from distnadam.epochs import Reason
-from distnadam.messages import Outcome
+from distnadam.messages import Outcome, PushNote
 from distnadam.nadam.schedule import Clock
 
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]
@@ -59,9 +59,10 @@ class Attach:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Nobody takes this dead rank over: tell those who wait for it `WorkerLost`, from now on at once."""
+    """Nobody takes this dead worker's rank over: tell those who wait for it `WorkerLost`, at once until somebody does after all."""
 
     rank: int
+    incarnation: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Standing:
     schedule: Schedule = ()
     changed: str | None = None
     risen: tuple[tuple[int, Reason], ...] = ()
+    counted: dict[int, PushNote] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Replicated:
     skipped: int
     outcome: Outcome
     complaint: str | None
-    counted: dict[int, int]
+    counted: dict[int, PushNote]
     lr: float
     active: int
     clock: Clock
@@ -112,4 +114,10 @@ class Retire:
     epoch: int
 
 
+@dataclass(frozen=True)
+class LetGo:
+    """The primary goes on without this standby, which must never step in for it again."""
+
+
+Record = Replicated | ReplicatedJoin | Reign | LetGo
 Order = Reign | Load | Attach | GiveUp | Retire

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from distnadam.arrays import Flat
 from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
-from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StepTimeout
+from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StaleEpoch, StepTimeout
 from distnadam.layout import Ranges
 from distnadam.messages import Decided, Describe, Description, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
@@ -125,10 +125,18 @@ class Seat:
             time.sleep(_POLL_S)
 
     def _pull(self, want_parameters: bool) -> dict[int, Decided]:
-        at_least = 0
+        at_least = epoch = 0
+        deadline = time.monotonic() + self._timeout_s
         while True:
-            answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want_parameters and self.copies)))
-            at_least = max(d.round for d in answers.values())
+            want = want_parameters and self.copies
+            answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want, epoch)))
+            at_least, epoch = max(d.round for d in answers.values()), max(d.epoch for d in answers.values())
+            if any(d.epoch != epoch for d in answers.values()):  # something is on its way: rounds of two epochs say nothing
+                if time.monotonic() > deadline:
+                    raise StepTimeout(f"worker {self.rank}: the shards did not agree on an epoch in {self._timeout_s:g} s")
+                at_least = 0
+                time.sleep(_POLL_S)
+                continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
 
@@ -170,7 +178,9 @@ class Seat:
             except Reconfigured:
                 self._backend.refresh()
             except Rewound:
-                continue  # it waited while the shards went back, and asks again
+                raise  # this rank has not been told yet
+            except StaleEpoch:
+                continue  # it waited while the state was replaced, and asks again
 
     def _take(self, answers: dict[int, Decided]) -> dict[int, Decided]:
         """Take the place in time that all shards stand at; raise ShardsDisagree where they do not."""

@@ -44,9 +44,9 @@ class Compute:
 
 @dataclass(frozen=True)
 class Replicate:
-    """An effect: tell the standby, if there is one, before anything that follows; None says that it cannot follow and is let go."""
+    """An effect: tell the standby, if there is one, before anything that follows."""
 
-    record: orders.Replicated | orders.ReplicatedJoin | None
+    record: orders.Record
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,10 @@ def shard_in(phase: Phase) -> Shard:
     shard = new_shard(clipnorm=1.0)
     for rank in (0, 1):
         shard.receive(msg.Join(rank), "join")
+    if phase is Phase.OBEYING:
+        shard.receive(msg.Hold("me"), "hold")
+        shard.receive(orders.Attach("standby"), "attach")
+        return shard
     if phase is Phase.COLLECTING:
         shard.receive(msg.Hold("me"), "hold")
         return shard
@@ -74,7 +78,7 @@ EXAMPLES: list[Any] = [
     orders.Reign(9, ((1, (0, 1)),)),
     orders.Load(9, params=GRADIENTS),
     orders.Attach(None),
-    orders.GiveUp(0),
+    orders.GiveUp(0, 1),
     msg.Hold("you"),
     msg.Advance("me", 1),
     msg.Release("you"),
@@ -183,7 +187,7 @@ def test_only_the_holder_reads_and_writes() -> None:
         msg.Read("you", ("m",)),
         msg.Write("you", {}),
         msg.SetRate("you", 0.1),
-        msg.Step("you", GRADIENTS),
+        msg.Step("you", 1, 1, GRADIENTS),
         msg.Advance("you", 1),
     ):
         with pytest.raises(IllegalMessage, match="legal only between Hold and Release of the same caller"):

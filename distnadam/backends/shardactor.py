@@ -1,6 +1,7 @@
 """A shard, or its standby, as it lives in a Ray actor: messages by calls and lanes, a standby followed by lane or by calls."""
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +17,17 @@ from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.messages import Message, Read, ShardSpec
-from distnadam.orders import Load, Order, Reign, Replicated, Standing
+from distnadam.orders import LetGo, Load, Order, Record, Reign, Replicated, Standing
 from distnadam.reshard import Copy
 from distnadam.supervision.crew import Hired
 from distnadam.transitions import Notice
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address
 from distnadam.transport.lanes import LaneServer, parameter_arena
-from distnadam.transport.replica import LaneFollower, LaneReplica, Record, Replica
+from distnadam.transport.replica import LaneFollower, LaneReplica, Replica
 
 _DRAIN_S = 10.0
+_LET_GO_S = 1.0
 
 
 class ShardActor:
@@ -168,9 +170,13 @@ class ShardActor:
         timeout_s = self._spec.options.shard_timeout_s
         if standby.place.node == self._place.node and standby.place.address is not None:
             replica: Replica = LaneReplica(standby.place.address, arrays, standing.round, timeout_s)
-            ray.get(standby.handle.begin.remote(standing, config), timeout=timeout_s)
+            try:
+                ray.get(standby.handle.begin.remote(standing, config), timeout=timeout_s)
+            except BaseException:
+                replica.close()
+                raise
             return replica
-        return CallReplica(standby.handle, standing, config, arrays, timeout_s)
+        return CallReplica(standby.handle, standing, config, arrays, timeout_s / 4)  # this shard's own silence is judged by all of it
 
 
 class CallReplica(Replica):
@@ -211,3 +217,5 @@ class CallReplica(Replica):
 
     def close(self) -> None:
         """See `Replica.close`."""
+        with contextlib.suppress(Exception):  # it is gone, or does not answer; the supervisor hears of that by itself
+            ray.get(self._standby.replicate.remote(LetGo()), timeout=_LET_GO_S)

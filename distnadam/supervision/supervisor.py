@@ -43,11 +43,8 @@ class Supervisor:
         self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
         self._fleet = Fleet(specs, crew)
         self._source = Source(options.checkpoint_dir, retain_initial=options.retain_initial)
-        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda *about: self._events.put(("hired", about)))
-        self._dead: dict[int, tuple[int, float]] = {}
+        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda what, about: self._events.put((what, about)))
         self._asking: set[int] = set()
-        self._given_up: set[int] = set()
-        self._stuck = False
         self._holder: tuple[str, float] | None = None
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
@@ -106,7 +103,7 @@ class Supervisor:
 
     def lost_ranks(self) -> dict[int, int]:
         """Return the ranks whose worker died and that nobody has taken over, and the incarnation that died."""
-        return {rank: incarnation for rank, (incarnation, _) in dict(self._dead).items()}
+        return {rank: incarnation for rank, (incarnation, _) in dict(self._fleet.dead).items()}
 
     def recoveries(self) -> dict[str, int]:
         """Return how many shards were taken over by standbys, how often all went back, how many ranks left."""
@@ -168,27 +165,21 @@ class Supervisor:
 
     def _on_joined(self, rank: int, incarnation: int) -> None:
         self._fleet.joined(rank, incarnation)
-        if rank in self._dead and incarnation > self._dead[rank][0]:
-            del self._dead[rank]
-        self._given_up.discard(rank)
+        if rank in self._fleet.dead and incarnation > self._fleet.dead[rank][0]:
+            del self._fleet.dead[rank]
         self._asking.add(rank)
 
     def _on_left(self, rank: int, _: int) -> None:
         self._asking.discard(rank)
 
-    def _on_died_rank(self, rank: int, incarnation: int) -> None:
-        if self._fleet.newest.get(rank, 0) > incarnation or rank in self._dead:
-            return  # taken over already, or told by another shard
-        self._dead[rank] = (incarnation, time.monotonic())
-        self._asking.discard(rank)
-        log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
-        self._stuck = self._recovery.settle(rank, incarnation) or self._stuck
-
     def _on_stuck(self, _: int, __: int) -> None:
-        self._stuck = True
+        self._fleet.stuck = True
 
-    def _on_hired(self, reshards: int, index: int, hired: Hired | None) -> None:
-        self._recovery.take_standby(reshards, index, hired)
+    def _on_hired(self, *about: Any) -> None:
+        self._recovery.take_standby(*about)
+
+    def _on_attached(self, *about: Any) -> None:
+        self._recovery.take_attached(*about)
 
     def _on_reshard(self, num_shards: int, cuts: Sequence[Ranges], future: Future[None]) -> None:
         try:
@@ -198,10 +189,18 @@ class Supervisor:
         else:
             future.set_result(None)
 
+    def _on_died_rank(self, rank: int, incarnation: int) -> None:
+        if self._fleet.newest.get(rank, 0) > incarnation or rank in self._fleet.dead:
+            return  # taken over already, or told by another shard
+        self._fleet.dead[rank] = (incarnation, time.monotonic())
+        self._asking.discard(rank)
+        log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
+        self._recovery.settle(rank)
+
     def _look(self, *, prompted: bool) -> None:
         """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
         now = time.monotonic()
-        quiet = not (prompted or self._dead or self._stuck or self._holder)
+        quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._holder)
         if self._roster.failed or (quiet and now < self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
@@ -212,10 +211,6 @@ class Supervisor:
                 break
             for decision in decisions:
                 self._recovery.carry_out(decision, seen)
-                if isinstance(decision, policy.GiveUp):
-                    self._given_up |= set(decision.ranks)
-                if isinstance(decision, policy.Rewind):
-                    self._stuck = False
             if self._roster.failed:
                 return
         if self._replicas:
@@ -227,24 +222,25 @@ class Supervisor:
         fleet, now = self._fleet, time.monotonic()
         answers = fleet.describe(min(ASK_S, self._options.shard_timeout_s))
         shards = [self._seen(hired, answers.get(index)) for index, hired in enumerate(fleet.shards)]
-        described = [answer for answer in answers.values() if isinstance(answer, Description)]
+        described = [answer for i, answer in answers.items() if isinstance(answer, Description) and fleet.shards[i] not in fleet.gone]
         self._check_holder(described, now)
         return policy.Seen(
             shards=shards,
-            dead={rank: now - since for rank, (_, since) in self._dead.items()},
+            dead={rank: now - since for rank, (_, since) in fleet.dead.items()},
             held=self._holder is not None,
-            stuck=self._stuck,
+            stuck=fleet.stuck,
             members=frozenset(described[0].members if described else ()),
             asking=frozenset(self._asking),
             source=self._source.present,
-            changed=self._source.changed,
-            given_up=frozenset(self._given_up),
+            changed=self._source.changed or next((d.changed for d in described if d.changed is not None), None),
+            given_up=frozenset.intersection(*(frozenset(d.given_up) for d in described)) if described else frozenset(),
         )
 
     def _seen(self, hired: Hired, answer: Any) -> policy.ShardSeen:
-        if isinstance(answer, Description):
-            return policy.ShardSeen(True, answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated)
         fleet, reached = self._fleet, None
+        if isinstance(answer, Description) and hired not in fleet.gone:
+            told = (answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated, answer.changed)
+            return policy.ShardSeen(True, *told)
         if hired in fleet.gone:
             fleet.crew.fence(hired)  # what it had sent to its standby is all there then
             standby = fleet.standbys.get(hired.index)
@@ -262,7 +258,7 @@ class Supervisor:
             log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
             self._fleet.ask_all(Release(token))
             self._holder = None
-            self._stuck = self._stuck or len({answer.round for answer in described}) > 1
+            self._fleet.stuck = self._fleet.stuck or len({answer.round for answer in described}) > 1
 
     def _publish(self, failed: str | None) -> None:
         with self._lock:
