@@ -143,6 +143,8 @@ def _torn(seen: Seen) -> list[Decision] | None:
     behind = tuple(index for index, shard in enumerate(seen.shards) if shard.epoch < newest)
     if not behind:
         return None
+    if any(shard.epoch == 0 for shard in seen.shards):
+        return _rewind(seen, (), "a shard that was made anew has no state yet", seen.changed)
     if all(shard.reason == "reconfigured" for shard in seen.shards if shard.epoch == newest):
         return [Complete(behind, newest)]
     if seen.held:

@@ -245,6 +245,7 @@ class SupervisorActor:
             try:
                 place, standing_by = ray.get([actor.place.remote(), actor.stands_by.remote()], timeout=_FENCE_S)
             except Exception:
+                kill(actor)  # dead, or silent: it is not asked again, and another takes its place
                 continue
             (standbys if standing_by else shards)[index] = Hired(index, actor, place)
         missing = {i: Hired(i, None, Place("")) for i in range(len(self._specs)) if i not in shards}

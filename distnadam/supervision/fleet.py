@@ -1,5 +1,6 @@
 """The processes of one optimizer as its supervisor has them: shards, standbys, which of them are gone, and how all are asked at once."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,10 @@ class Fleet:
             self.epoch, self.schedule = seen.epoch, seen.schedule
         for rank, incarnation in seen.newest.items():
             self.joined(rank, incarnation)
+
+    def next_epoch(self) -> int:
+        """Return an epoch later than any before; a successor that finds no shard alive takes it from the clock, far above any count."""
+        return (self.epoch or int(time.time())) + 1
 
     def joined(self, rank: int, incarnation: int) -> None:
         """Take note of a rank's newest worker."""

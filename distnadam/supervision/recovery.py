@@ -73,7 +73,7 @@ class Recovery:
     # Shards
 
     def _promote(self, decision: policy.Promote) -> None:
-        fleet, epoch, schedule = self._fleet, self._fleet.epoch + 1, self._fleet.schedule
+        fleet, epoch, schedule = self._fleet, self._fleet.next_epoch(), self._fleet.schedule
         for index in decision.shards:
             log.warning("shard %d died; its standby takes over", index)
             fleet.crew.fence(fleet.shards[index])
@@ -102,10 +102,10 @@ class Recovery:
                 fleet.crew.fence(outdated)  # it must not step in for the new one
             fleet.shards[index] = fleet.crew.hire(fleet.spec(index), standby=False, near=list(fleet.alive().values()))
             fleet.crew.watch(fleet.shards[index])
-        epoch, schedule = fleet.epoch, fleet.schedule
+        epoch, schedule = fleet.next_epoch(), fleet.schedule
         for candidate in self._source.candidates():
-            epoch += 1
             loads = self._source.loads(candidate, fleet.specs, epoch, schedule=schedule, newest=dict(fleet.newest))
+            epoch += 1
             answers = fleet.ask(loads, _LOAD_S)
             errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
             if any(isinstance(error, (ShardLost, StepTimeout)) for error in errors):

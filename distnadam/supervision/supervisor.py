@@ -57,9 +57,10 @@ class Supervisor:
     # What others tell and ask
 
     def adopt(self, shards: Sequence[Hired], standbys: Mapping[int, Hired], gone: Sequence[Hired] = ()) -> None:
-        """Take processes that were made already; of `shards`, some may be gone."""
+        """Take processes that were made already; nobody is told of them before those that are gone have been replaced."""
         self._fleet.shards, self._fleet.standbys, self._fleet.gone = list(shards), dict(standbys), set(gone)
-        self._publish(None)
+        if not gone:
+            self._publish(None)
 
     def begin(self, *, initial: Flat | None, directory: str | None) -> None:
         """Start the watch over shards that have their state: from parameters with nothing behind them, or from a checkpoint."""
@@ -142,7 +143,7 @@ class Supervisor:
                 log.exception("supervisor")
                 self._publish(f"the supervisor could not recover: {type(error).__name__}: {error}")
             for what, about in events:
-                if what == "suspect" and not about.done():
+                if what == "suspect" and not about.done() and self._roster.shards:
                     about.set_result(self._roster)
 
     def _drain(self) -> list[tuple[str, Any]]:

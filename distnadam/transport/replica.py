@@ -112,7 +112,8 @@ class LaneFollower:
         self._sizes, self._begin, self._apply = sizes, begin, apply
         self._mean: Flat = empty_flat({})
         self._primary: Line | None = None
-        self.ended = Event()
+        self.ended = Event()  # set while nobody sends: one that was never filled has nothing to wait for
+        self.ended.set()
         self._server = Server(self._greet, self._take, self._end)
 
     @property
