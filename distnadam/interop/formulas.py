@@ -25,7 +25,6 @@ NO_SCHEDULE = 1000.0
 """A schedule_decay with which mu_t is beta_1 to the bit from the first step on, as 0.96 ** 1000 is less than 2 ** -58."""
 _ROUNDING = 2.0**-25
 """Half a unit in the last place of a float32 near 1: what differs by less is the same formula in float32."""
-_LARGEST_FLOAT32_COUNT = 2**24
 
 
 @dataclass
@@ -120,11 +119,6 @@ def find_count(job: Conversion, state: OptimizerState, largest: int, what: str) 
     """Note the difference where another framework's counter of steps cannot go on from ours."""
     if state.clock.iterations >= largest:
         job.differences.append(f"step: {state.clock.iterations} here, and {what} counts to {largest} at most")
-
-
-def find_float32_count(job: Conversion, state: OptimizerState, what: str) -> None:
-    """As `find_count`, for a counter that is a float32."""
-    find_count(job, state, _LARGEST_FLOAT32_COUNT, what)
 
 
 def _power(schedule_decay: float, t: int) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from distnadam.arrays import Array
 from distnadam.errors import CheckpointError
 from distnadam.interop.files import expect_kind, group, read_npz, write_npz
-from distnadam.interop.formulas import Conversion, find_float32_count, find_momentum, find_outside
+from distnadam.interop.formulas import Conversion, find_count, find_momentum, find_outside
 from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, positions, read_layout
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
@@ -60,14 +60,13 @@ def config_of_keras_3(state: OptimizerState) -> dict[str, Any]:
 def write(state: OptimizerState, job: Conversion) -> None:
     """Write the reference's list beside the parameters."""
     find_outside(job, state, "the reference", clips=("clipnorm", "clipvalue"))
-    find_float32_count(job, state, "its power of the step, taken in float32,")
     _write(state, job, "keras", weights(state, job.order), config(state))
 
 
 def write_keras_3(state: OptimizerState, job: Conversion) -> None:
     """Write Keras 3's variables beside the parameters."""
     find_momentum(job, state, 1.0, "Keras 3 has 1, fixed")
-    find_float32_count(job, state, "its power of the step, taken in float32,")
+    find_count(job, state, 2**31 - 1, "Keras 3's int32 iteration")
     clips = [name for name in _CLIPS if getattr(state.config, name) is not None]
     find_outside(job, state, "Keras 3", clips=_CLIPS)
     if len(clips) > 1:

@@ -15,11 +15,12 @@ import numpy as np
 from distnadam.arrays import as_numpy
 from distnadam.errors import CheckpointError, ConversionError
 from distnadam.interop.files import about_from, about_text, expect_kind, write_whole
-from distnadam.interop.formulas import Conversion, find_float32_count, find_outside
+from distnadam.interop.formulas import Conversion, find_outside
 from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, read_layout
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 _LACKING = {"weight_decay": 0, "maximize": False}
+_LARGEST_STEP = 2**24
 _SETTINGS = ("lr", "betas", "eps", "momentum_decay", *_LACKING)
 
 
@@ -55,7 +56,8 @@ def write(state: OptimizerState, job: Conversion) -> None:
     """Write the state_dict beside the parameters."""
     torch = _torch()
     find_outside(job, state, "torch.optim.NAdam")
-    find_float32_count(job, state, "torch.optim.NAdam's float32 step")
+    if state.clock.iterations >= _LARGEST_STEP:
+        job.notes.append(f"step: {state.clock.iterations} here, and torch.optim.NAdam's float32 step stands still at {_LARGEST_STEP}")
     job.settle()
     model = {state.names[i]: _tensor(state.params[i]) for i in state.positions(job.order)}
     about = about_text({"kind": "torch", "layout": state.layout.to_dict()})

@@ -164,7 +164,7 @@ def test_torch_goes_on_from_an_export_as_we_do(config: dict[str, float], tmp_pat
     close(in_names(there.run(25, 35)), in_names(ours))
     slots = there.optimizer.state_dict()["state"]
     assert [int(slots[i]["step"]) for i in range(3)] == [35, 35, 35]
-    iterations, m_schedule, *moments = optimizer.get_weights()
+    _, m_schedule, *moments = optimizer.get_weights()
     close([slots[i]["exp_avg"] for i in range(3)] + [slots[i]["exp_avg_sq"] for i in range(3)], moments)
     assert float(slots[0]["mu_product"]) == pytest.approx(float(m_schedule), rel=1e-5)
 
