@@ -11,7 +11,7 @@ import numpy as np
 
 from distnadam.arrays import BFLOAT16, Array, dtype_of
 from distnadam.errors import CheckpointError, ConversionError
-from distnadam.interop.files import ABOUT, about_from, about_text, expect_kind, group, read_npz, write_npz, write_whole
+from distnadam.interop.files import ABOUT, about_from, about_text, expect_kind, group, read_npz, settings_of, write_npz, write_whole
 from distnadam.interop.formulas import Conversion
 from distnadam.interop.state import SLOTS, OptimizerState, layout_of, make_config, make_state, read_layout
 
@@ -83,7 +83,7 @@ def _state(job: Conversion, arrays: dict[str, Any], about: dict[str, Any], clock
         strangers = len(arrays) - sum(map(len, slots.values()))
         if strangers:
             raise CheckpointError(f"{path}: expected entries under {', '.join(SLOTS)}, got {strangers} others")
-        settings = make_config(str(path), {**about.get("config", {}), **job.config})
+        settings = make_config(str(path), {**settings_of(str(path), about), **job.config})
         return make_state(str(path), read_layout(str(path), about.get("layout")), settings, clock, slots)
     expect_kind(path, about, "parameters")
     job.notes.append(f"{path} holds parameters alone: the optimizer starts at step 0, with moments of zero")

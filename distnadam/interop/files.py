@@ -106,6 +106,14 @@ def expect_kind(path: Path, about: Mapping[str, Any], kind: str) -> None:
         raise CheckpointError(f"{path}: expected a file of kind {kind!r}, got {about.get('kind')!r}; import it as that")
 
 
+def settings_of(where: str, about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the configuration in a description, empty where it has none; raise CheckpointError where it is no map."""
+    settings = about.get("config", {})
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{where}: its config: expected a map, got {type(settings).__name__}")
+    return settings
+
+
 def group(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return the entries under ``prefix/`` by the rest of their names."""
     return {name.removeprefix(f"{prefix}/"): array for name, array in arrays.items() if name.startswith(f"{prefix}/")}

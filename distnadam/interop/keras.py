@@ -14,7 +14,7 @@ import numpy as np
 
 from distnadam.arrays import Array
 from distnadam.errors import CheckpointError
-from distnadam.interop.files import expect_kind, group, read_npz, write_npz
+from distnadam.interop.files import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.formulas import Conversion, find_count, find_momentum, find_outside
 from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, positions, read_layout
 
@@ -131,8 +131,11 @@ def _state(
     where = str(job.path)
     named = {slot: dict(zip(names, arrays, strict=True)) for slot, arrays in slots.items()}
     layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, named["params"])
-    values = {**_ours(job, about.get("config", {})), **settings, **_ours(job, job.config)}
-    if "lr" not in values:
+    file, given = _ours(job, settings_of(where, about)), _ours(job, job.config)
+    values = {**file, **settings, **given}
+    if "lr" in file and _rounds_to(file["lr"], values["lr"]):
+        values["lr"] = file["lr"]  # the variable is its rounding
+    if "lr" not in values or not (file or given):
         raise CheckpointError(f"{where}: holds no configuration; give config, such as the optimizer's get_config()")
     return make_state(where, layout, make_config(where, values), clock, named)
 
@@ -148,3 +151,7 @@ def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and value != harmless:
             job.differences.append(f"{name}: {value!r} there, and distnadam has none")
     return {name: value for name, value in values.items() if name not in _MEANINGLESS}
+
+
+def _rounds_to(rate: Any, variable: Any) -> bool:
+    return isinstance(rate, float) and np.shape(variable) == () and bool(np.float32(rate) == variable)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
-from distnadam.interop.files import expect_kind, group, read_npz, write_npz
+from distnadam.interop.files import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.formulas import NO_SCHEDULE, Conversion, find_count, find_momentum, find_outside, find_product, unscheduled
 from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, read_layout
 
@@ -72,7 +72,7 @@ def read(job: Conversion) -> OptimizerState:
     slots = {ours: group(arrays, theirs) for ours, theirs in _SLOTS.items()}
     if "count" not in arrays or sum(map(len, slots.values())) + 1 != len(arrays):
         raise CheckpointError(f"{where}: expected entries params/, mu/, nu/ and count, got {', '.join(list(arrays)[:5])}")
-    values = {"epsilon": 1e-8, **_ours(job, about.get("config", {})), "schedule_decay": NO_SCHEDULE, **_ours(job, job.config)}
+    values = {"epsilon": 1e-8, **_ours(job, settings_of(where, about)), "schedule_decay": NO_SCHEDULE, **_ours(job, job.config)}
     if "lr" not in values:
         raise CheckpointError(f"{where}: holds no configuration; give config with nadam's learning_rate")
     layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, slots["params"])
