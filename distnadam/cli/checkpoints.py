@@ -12,7 +12,7 @@ from rich.text import Text
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.difference import Difference, compare
-from distnadam.checkpoint.report import describe
+from distnadam.checkpoint.report import UNREAD, VERIFIED, describe
 from distnadam.cli.group import JSON, PATH, errors_told, main
 from distnadam.errors import CheckpointError
 
@@ -94,12 +94,17 @@ def _show(found: dict[str, Any]) -> None:
     tensors = Table("tensor", "shape", "dtype", "elements", title="tensors")
     for t in found["tensors"]:
         tensors.add_row(Text(t["path"]), str(tuple(t["shape"])), t["dtype"], f"{t['space']}[{t['begin']}:{t['end']}]")
-    files = Table("file", "bytes", "ranges", "checksums", title="shards")
-    for f in found["files"]:
+    files = Table("shard", "bytes", "ranges", "chunks", title="shards")
+    problems: list[str] = []
+    for index, f in enumerate(found["files"]):
         ranges = ", ".join(f"{space}[{begin}:{end}]" for space, (begin, end) in f["ranges"].items())
-        files.add_row(f["name"], str(f["bytes"]), Text(ranges), Text(f"{f['checksums']} ({f['chunks']} chunks)"))
+        good = f["checksums"] in (VERIFIED, UNREAD)
+        files.add_row(str(index), str(f["bytes"]), Text(ranges), f"{f['chunks']} {f['checksums']}" if good else "refused")
+        problems += [] if good else [f["checksums"]]
     for table in (facts, tensors, files):
         console.print(table)
+    for problem in problems:
+        click.echo(f"problem: {problem}", err=True)
 
 
 def _show_difference(found: Difference) -> None:
@@ -108,10 +113,9 @@ def _show_difference(found: Difference) -> None:
         console.print(f"{name}: {first} in the first, {second} in the second")
     for sentence in found.structure:
         console.print(sentence)
-    if found.tensors:
-        table = Table("tensor", "array", "differing", "max abs", "max ulp", "first index", "first values", title="tensors")
-        for d in found.tensors:
-            largest = "not finite" if d.max_abs is None else f"{d.max_abs:.6g}"
-            values = f"{d.first[0]!r}, {d.first[1]!r}"
-            table.add_row(Text(d.path), d.array, f"{d.count} of {d.elements}", largest, str(d.max_ulp), str(d.first_index), values)
-        console.print(table)
+    for d in found.tensors:
+        largest = "not finite" if d.max_abs is None else f"{d.max_abs:.6g}"
+        console.print(
+            f"{d.path}: {d.array}: {d.count} of {d.elements} differ, max abs {largest}, max ulp {d.max_ulp}, first index {d.first_index}:"
+            f" {d.first[0]!r} in the first, {d.first[1]!r} in the second"
+        )
