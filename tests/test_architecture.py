@@ -25,7 +25,7 @@ LAYERS = [
     ["seat"],
     ["worker"],
     ["optimizer"],
-    ["training"],
+    ["training", "interop"],
     ["cli"],
     ["__main__", "__init__"],
 ]
