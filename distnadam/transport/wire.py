@@ -3,7 +3,6 @@
 Arrays of gradients and parameters are not in them: those lie in arenas, and a push says only in which dtypes it left them there.
 """
 
-import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,7 +84,8 @@ def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: 
 
 
 def _decided(_: GradientsOf | None, *fields: Any) -> Decided:
-    return dataclasses.replace(Decided(*fields[:7]), rewound=fields[7])
+    epoch, number, iterations, outcome, complaint, lr, buffer, rewound = fields
+    return Decided(epoch, number, iterations, outcome, complaint, lr, buffer, None, rewound)
 
 
 def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -> DistNadamError:
