@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from distnadam import DistNadam
 from distnadam.backends.cluster import process_born
 from tests.chaos.scene import SHARD_TIMEOUT_S, WORKERS, Case, Process, Scene
-from tests.chaos.trainers import superseded
+from tests.chaos.trainers import despite_rewinds, superseded
 
 Rng = np.random.Generator
 _HALT_S = 1.5
@@ -198,11 +198,11 @@ class _Visitor:
 
     def read(self) -> None:
         while True:
-            self._optimizer.get_weights()
+            despite_rewinds(self._optimizer.get_weights)
 
     def save(self) -> None:
         while True:
-            self._optimizer.save(self._directory)
+            despite_rewinds(lambda: self._optimizer.save(self._directory))
 
     def hold(self) -> None:
         shards = self._optimizer._running()
@@ -211,7 +211,7 @@ class _Visitor:
             with shards.boundary():
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        shards._recovering(die)
+        despite_rewinds(lambda: shards._recovering(die))
 
 
 _visitor = ray.remote(_Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)  # type: ignore[attr-defined]
@@ -257,7 +257,7 @@ def shard_during_save(scene: Scene, rng: Rng) -> float:
         moments.append(_kill(victim))
 
     with scene.beside(strike):
-        path = scene.optimizer.save(scene.directory / "checkpoints")
+        path = despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
     DistNadam.restore(path, num_shards=1, backend="local").close()
     return moments[0]
 
