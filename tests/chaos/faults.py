@@ -290,6 +290,14 @@ def driver(scene: Scene, rng: Rng) -> float:
     return moment
 
 
+def node(scene: Scene, rng: Rng) -> float:
+    """A Ray node dies with the shards, standbys, workers, and perhaps the supervisor that live there."""
+    scene.await_standbys()
+    assert scene.nodes is not None
+    pause(rng)
+    return scene.nodes.kill_one()
+
+
 def _any(case: Case) -> bool:
     return True
 
@@ -328,5 +336,6 @@ FAULTS = (
     Fault("shard killed during a save", _any, shard_during_save),
     Fault("supervisor killed", _named, supervisor),
     Fault("supervisor and shard killed", _named, supervisor_and_shard),
-    Fault("driver killed", lambda case: case.named, driver),
+    Fault("driver killed", _named, driver),
+    Fault("node killed", lambda case: case.nodes > 1, node),
 )
