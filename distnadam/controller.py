@@ -3,7 +3,6 @@
 Shard 0 is held first and the others after it, so that two who act at once queue there and never wait for each other in a ring.
 """
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ class Controller:
     @contextmanager
     def boundary(self) -> Iterator[Boundary]:
         """Hold all shards between two rounds, the same two everywhere."""
-        token = secrets.token_hex(8)
+        token = self.backend.token()
         try:
             held = self._ask({0: Hold(token)})
             held |= self._ask({index: Hold(token) for index in range(1, len(self.ranges))})

@@ -1,5 +1,6 @@
 """The seam between those who talk to shards and where the shards live. Nothing here knows which it is."""
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,6 +73,10 @@ class Backend(ABC):
     """All shards of one optimizer."""
 
     name: str
+
+    def token(self) -> str:
+        """Return a new token to hold the shards by; where processes die, it tells a supervisor whose it is."""
+        return secrets.token_hex(8)
 
     @abstractmethod
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:

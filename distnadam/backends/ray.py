@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam.arrays import Flat
+from distnadam.backends import cluster
 from distnadam.backends.actors import make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.cluster import NAMESPACE, OwnRay, await_start, check_fits, check_versions, ensure_ray, kill, node_facts
@@ -45,6 +46,7 @@ class RayBackend(Backend):
     """One actor per shard, and a supervisor. A copy that was pickled reaches the same actors from any process of the cluster."""
 
     name = "ray"
+    token = staticmethod(cluster.process_token)
 
     def __init__(
         self, supervisor: Any = None, name: str | None = None, roster: Roster | None = None, options: Options | None = None

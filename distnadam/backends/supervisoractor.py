@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts
+from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts, token_has_ended
 from distnadam.backends.link import Place
 from distnadam.errors import ClusterError, DistNadamError, ShardLost, StepTimeout
 from distnadam.layout import Ranges
@@ -93,6 +93,10 @@ class RayCrew(Crew):
     def dismiss(self, hired: Hired) -> None:
         """See `Crew.dismiss`."""
         kill(hired.handle)
+
+    def has_ended(self, token: str) -> bool:
+        """See `Crew.has_ended`."""
+        return token_has_ended(token, self._node)
 
     def watch(self, hired: Hired) -> None:
         """See `Crew.watch`: by a socket on this node, which tells at once, and by Ray everywhere."""

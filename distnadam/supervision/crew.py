@@ -42,6 +42,10 @@ class Crew(ABC):
     def dismiss(self, hired: Hired) -> None:
         """End a process that is not needed any more."""
 
+    def has_ended(self, token: str) -> bool:
+        """Whether the process that made a token is known to be gone."""
+        return False
+
     @abstractmethod
     def watch(self, hired: Hired) -> None:
         """Tell the supervisor (`died`) as soon as this process ends."""

@@ -46,6 +46,10 @@ class Recovery:
         self._reshards = 0
         self.counts = {"promoted": 0, "rewound": 0, "departed": 0}
 
+    def let_go(self) -> None:
+        """Let go of shards that an earlier supervisor held when it died."""
+        self._fleet.ask_all(Release(_TOKEN))
+
     def close(self) -> None:
         """Hire nobody any more."""
         self._hirer.shutdown(cancel_futures=True)

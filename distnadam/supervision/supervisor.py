@@ -46,6 +46,7 @@ class Supervisor:
         self._recovery = Recovery(self._fleet, self._source, self._publish, lambda what, about: self._events.put((what, about)))
         self._asking: set[int] = set()
         self._holder: tuple[str, float] | None = None
+        self._uneven: tuple[tuple[int, ...], float] | None = None
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, Future[Roster]]] = []
@@ -67,6 +68,7 @@ class Supervisor:
         self._source.begin(initial, directory)
         for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
             self._fleet.crew.watch(hired)
+        self._recovery.let_go()
         for answer in self._fleet.describe().values():
             for rank in answer.dead if isinstance(answer, Description) else ():
                 self._on_died_rank(rank, answer.newest[rank])  # as an earlier supervisor knew
@@ -201,7 +203,7 @@ class Supervisor:
     def _look(self, *, prompted: bool) -> None:
         """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
         now = time.monotonic()
-        quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._holder)
+        quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._holder or self._uneven)
         if self._roster.failed or (quiet and now < self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
@@ -249,17 +251,24 @@ class Supervisor:
         return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
 
     def _check_holder(self, described: Sequence[Description], now: float) -> None:
-        """Let go of shards that somebody has held for too long without reading or writing files: that one is dead."""
+        """Let go of shards whose holder has died, or has held them for too long without reading or writing files.
+
+        Where that leaves them at different rounds and none moves, a step from outside reached some of them only: all must go back.
+        """
+        rounds = tuple(answer.round for answer in described)
+        if self._uneven is not None and (self._uneven[0] != rounds or len(set(rounds)) == 1):
+            self._uneven = None
+        elif self._uneven is not None and now - self._uneven[1] > self._options.shard_timeout_s:
+            self._fleet.stuck, self._uneven = True, None
         token = min((answer.holder for answer in described if answer.holder is not None), default=None)
         if token is None or any(answer.busy for answer in described):
             self._holder = None
         elif self._holder is None or self._holder[0] != token:
             self._holder = (token, now)
-        elif now - self._holder[1] > self._options.step_timeout_s:
+        elif self._fleet.crew.has_ended(token) or now - self._holder[1] > self._options.step_timeout_s:
             log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
             self._fleet.ask_all(Release(token))
-            self._holder = None
-            self._fleet.stuck = self._fleet.stuck or len({answer.round for answer in described}) > 1
+            self._holder, self._uneven = None, (rounds, now)
 
     def _publish(self, failed: str | None) -> None:
         with self._lock:

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from distnadam import DistNadam
 from distnadam.backends.cluster import process_born
 from tests.chaos.scene import SHARD_TIMEOUT_S, WORKERS, Case, Process, Scene
-from tests.chaos.trainers import superseded
+from tests.chaos.trainers import despite_rewinds, superseded
 
 Rng = np.random.Generator
 _HALT_S = 1.5
@@ -198,11 +198,11 @@ class _Visitor:
 
     def read(self) -> None:
         while True:
-            self._optimizer.get_weights()
+            despite_rewinds(self._optimizer.get_weights)
 
     def save(self) -> None:
         while True:
-            self._optimizer.save(self._directory)
+            despite_rewinds(lambda: self._optimizer.save(self._directory))
 
     def hold(self) -> None:
         shards = self._optimizer._running()
@@ -211,7 +211,7 @@ class _Visitor:
             with shards.boundary():
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        shards._recovering(die)
+        despite_rewinds(lambda: shards._recovering(die))
 
 
 _visitor = ray.remote(_Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)  # type: ignore[attr-defined]
@@ -257,7 +257,7 @@ def shard_during_save(scene: Scene, rng: Rng) -> float:
         moments.append(_kill(victim))
 
     with scene.beside(strike):
-        path = scene.optimizer.save(scene.directory / "checkpoints")
+        path = despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
     DistNadam.restore(path, num_shards=1, backend="local").close()
     return moments[0]
 
@@ -288,6 +288,14 @@ def driver(scene: Scene, rng: Rng) -> float:
     scene.driver = None
     scene.connect_from_a_new_process()
     return moment
+
+
+def node(scene: Scene, rng: Rng) -> float:
+    """A Ray node dies with the shards, standbys, workers, and perhaps the supervisor that live there."""
+    scene.await_standbys()
+    assert scene.nodes is not None
+    pause(rng)
+    return scene.nodes.kill_one()
 
 
 def _any(case: Case) -> bool:
@@ -328,5 +336,6 @@ FAULTS = (
     Fault("shard killed during a save", _any, shard_during_save),
     Fault("supervisor killed", _named, supervisor),
     Fault("supervisor and shard killed", _named, supervisor_and_shard),
-    Fault("driver killed", lambda case: case.named, driver),
+    Fault("driver killed", _named, driver),
+    Fault("node killed", lambda case: case.nodes > 1, node),
 )

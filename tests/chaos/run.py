@@ -18,8 +18,8 @@ import numpy as np
 import ray
 
 from tests.chaos.faults import FAULTS, Fault, pause
-from tests.chaos.scene import Case, Scene, ledgers, stage, undisturbed
-from tests.chaos.trainers import WORKERS
+from tests.chaos.scene import Case, Nodes, Scene, ledgers, stage, undisturbed
+from tests.chaos.trainers import WORKERS, despite_rewinds
 from tests.models import bits
 
 FAULTS_PER_CASE = 6
@@ -74,11 +74,19 @@ def cases(rng: np.random.Generator) -> list[Case]:
     return [found[i] for i in rng.permutation(len(found))]
 
 
+def cases_of_nodes() -> list[Case]:
+    """Configurations on two Ray nodes, named, since the supervisor may live on the one that dies."""
+    both = {"named": True, "checkpoints": True, "nodes": 2}
+    return [Case(2, 1, **both), Case(3, 0, **both)]  # type: ignore[arg-type]
+
+
 def strike(scene: Scene, faults: list[Fault], rng: np.random.Generator, report: Report) -> None:
     """Strike one fault after another, each at a random moment once training goes on."""
     for fault in faults:
         scene.await_step(time.monotonic())
         pause(rng)
+        if scene.case.checkpoints and rng.random() < 0.5:
+            despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
         before = scene.counts()
         moment = fault.strike(scene, rng)
         seconds = scene.await_step(moment) - moment
@@ -96,7 +104,7 @@ def compare(scene: Scene, report: Report) -> None:
     rounds = scene.optimizer.round
     with undisturbed(scene.case, rounds) as expected:
         names = ["params"] * (len(bits(expected)) - len(expected.get_weights())) + ["iterations", "m_schedule", "moments"]
-        pairs = zip(bits(scene.optimizer), bits(expected), strict=True)
+        pairs = zip(despite_rewinds(lambda: bits(scene.optimizer)), bits(expected), strict=True)
         differ = {names[min(i, len(names) - 1)] for i, (ours, theirs) in enumerate(pairs) if ours != theirs}
     for what in sorted(differ):
         report.differences.append(f"DIFFERENT: {what} after {rounds} rounds with {scene.case}")
@@ -118,13 +126,15 @@ def count(ledger: Mapping[str, Any], rounds: int) -> tuple[int, int]:
     return len(required - set(counted)), sum(number - 1 for number in counted.values()) + len(set(counted) - required)
 
 
-def play(num_faults: int, seed: int, *, per_case: int = FAULTS_PER_CASE, only: str | None = None, within: str = "") -> Report:
-    """Strike so many faults, each kind in turn, over all configurations; Ray must run."""
+def play(
+    num_faults: int, seed: int, *, per_case: int = FAULTS_PER_CASE, only: str | None = None, within: str = "", nodes: Nodes | None = None
+) -> Report:
+    """Strike so many faults, each kind in turn, over all configurations, on the nodes given or on the Ray that runs."""
     rng, report = np.random.default_rng(seed), Report()
     left: list[Case] = []
     struck: Counter[str] = Counter()
     while report.faults < num_faults and not report.differences:
-        left = left or [case for case in cases(rng) if within in str(case)]
+        left = left or [case for case in (cases(rng) if nodes is None else cases_of_nodes()) if within in str(case)]
         case = left.pop(0)
         fitting = [fault for fault in FAULTS if fault.fits(case) and (only is None or only == fault.name)]
         fitting = [fitting[i] for i in rng.permutation(len(fitting))]
@@ -135,7 +145,7 @@ def play(num_faults: int, seed: int, *, per_case: int = FAULTS_PER_CASE, only: s
             continue
         struck.update(fault.name for fault in chosen)
         print(f"{case}: {', '.join(fault.name for fault in chosen)}", flush=True)
-        with tempfile.TemporaryDirectory() as directory, stage(case, Path(directory), f"chaos-{seed}-{report.faults}") as scene:
+        with tempfile.TemporaryDirectory() as directory, stage(case, Path(directory), f"chaos-{seed}-{report.faults}", nodes) as scene:
             try:
                 strike(scene, chosen, rng, report)
                 compare(scene, report)
@@ -151,13 +161,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one kind of fault, by its name")
     parser.add_argument("--within", default="", help="configurations that hold this text")
+    parser.add_argument("--nodes", action="store_true", help="on two Ray nodes, of which one may be killed")
     asked = parser.parse_args()
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=400 * 2**20, log_to_driver=False)
-    report = play(asked.faults, asked.seed, only=asked.only, within=asked.within)
+    nodes = Nodes(2) if asked.nodes else None
+    if nodes is None:
+        ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=400 * 2**20, log_to_driver=False)
+    report = play(asked.faults, asked.seed, only=asked.only, within=asked.within, nodes=nodes)
+    if nodes is not None:
+        nodes.close()
     print(report)
     if report.differences:
-        only = "".join(f" --{option} '{value}'" for option, value in (("only", asked.only), ("within", asked.within)) if value)
+        only = " --nodes" * asked.nodes + "".join(
+            f" --{option} '{value}'" for option, value in (("only", asked.only), ("within", asked.within)) if value
+        )
         print(f"to repeat: python -m tests.chaos.run --faults {asked.faults} --seed {asked.seed}{only}")
     return 1 if report.differences else 0
 

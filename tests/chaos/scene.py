@@ -35,10 +35,12 @@ class Case:
     named: bool = False
     checkpoints: bool = False
     transport: str = "auto"
+    nodes: int = 1
 
     def __str__(self) -> str:
         said = [f"num_shards={self.num_shards}", f"replicas={self.replicas}"]
         said += [name for name in ("clipnorm", "named", "checkpoints") if getattr(self, name)]
+        said += [f"nodes={self.nodes}"] if self.nodes > 1 else []
         return " ".join([*said, *(["objects"] if self.transport == "objects" else [])])
 
     def optimizer(self, directory: Path, name: str | None) -> DistNadam:
@@ -54,6 +56,33 @@ class Case:
         return DistNadam(num_workers=WORKERS, backend="ray", **how)  # type: ignore[arg-type]
 
 
+class Nodes:
+    """A Ray of several nodes on this machine; all but the head may be killed, and are then replaced."""
+
+    def __init__(self, count: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000}
+        how = {"num_cpus": 2, "object_store_memory": 150 * 2**20, "include_dashboard": False}
+        self._how = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
+        config = soon | {"health_check_failure_threshold": 2}
+        self._cluster = Cluster(initialize_head=True, head_node_args=how | {"_system_config": config})
+        self._others = [self._cluster.add_node(**self._how) for _ in range(count - 1)]
+        ray.init(address=self._cluster.address, log_to_driver=False)
+
+    def kill_one(self) -> float:
+        """Kill a node with all that lives on it, then add another; return when it was killed."""
+        moment = time.monotonic()
+        self._cluster.remove_node(self._others.pop(), allow_graceful=False)
+        self._others.append(self._cluster.add_node(**self._how))
+        return moment
+
+    def close(self) -> None:
+        """End every node."""
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
 @dataclass
 class Scene:
     """One case under way."""
@@ -65,6 +94,7 @@ class Scene:
     crowd: Crowd
     name: str | None = None
     driver: subprocess.Popen[str] | None = None
+    nodes: "Nodes | None" = None
 
     def ask_supervisor(self, what: Any) -> Any:
         """Have the supervisor's process call a function on its actor; one that died is waited for."""
@@ -166,7 +196,7 @@ def _start_driver(*args: str) -> "subprocess.Popen[str]":
 
 
 @contextmanager
-def stage(case: Case, directory: Path, name: str) -> Iterator[Scene]:
+def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) -> Iterator[Scene]:
     """Build an optimizer and its trainers; close everything at the end. A named one is built by another process, which may be killed."""
     board, driver = str(directory / "board"), None
     if case.named:
@@ -178,7 +208,7 @@ def stage(case: Case, directory: Path, name: str) -> Iterator[Scene]:
     else:
         optimizer = case.optimizer(directory / "checkpoints", None).build(params())
     try:
-        scene = Scene(case, directory, optimizer, Board(board), Crowd(optimizer, board), name if case.named else None, driver)
+        scene = Scene(case, directory, optimizer, Board(board), Crowd(optimizer, board), name if case.named else None, driver, nodes)
         try:
             yield scene
         finally:

@@ -1,6 +1,8 @@
 """Two dozen faults on real processes: the same bits as without them, every push counted once, and nothing left behind."""
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from tests.chaos.faults import FAULTS
 from tests.chaos.leftovers import leftovers, wait_for_no_more_than
-from tests.chaos.run import Report, cases, count, play, strike
+from tests.chaos.run import Report, cases, cases_of_nodes, count, play, strike
 from tests.chaos.scene import Case, stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -24,6 +26,14 @@ def test_two_dozen_faults_of_a_dozen_kinds_change_no_bit_and_count_every_push_on
     assert not report.differences, str(report)
     assert (report.faults, report.lost, report.doubled) == (24, 0, 0)
     assert len(report.kinds) >= 12
+
+
+@pytest.mark.timeout(600)
+def test_a_ray_node_that_dies_with_all_that_lives_on_it_changes_no_bit() -> None:
+    command = [sys.executable, "-m", "tests.chaos.run", "--nodes", "--faults", "6", "--seed", str(SEED), "--only", "node killed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # several nodes are a Ray of their own
+    assert done.returncode == 0, done.stdout
+    assert "gradients lost 0, doubled 0" in done.stdout
 
 
 @pytest.mark.timeout(600)
@@ -44,7 +54,7 @@ def test_close_after_deaths_of_all_kinds_of_process_leaves_no_process_actor_sock
 
 
 def test_every_kind_of_fault_fits_a_configuration_and_has_a_name_of_its_own() -> None:
-    every = cases(np.random.default_rng(0))
+    every = [*cases(np.random.default_rng(0)), *cases_of_nodes()]
     assert all(any(fault.fits(case) for case in every) for fault in FAULTS)
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
 

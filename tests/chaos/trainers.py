@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -18,9 +18,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam import DistNadam
 from distnadam.backends.cluster import process_born
-from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
+from distnadam.errors import LatePush, Rewound, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from tests.models import gradients, leaves, params
 
+Result = TypeVar("Result")
 WORKERS = 2
 PATIENCE_S = 120.0
 """Seconds without a step after which a run counts as hung."""
@@ -42,6 +43,15 @@ def _like(tree: Any, flat: Iterator[Any]) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_like(child, flat) for child in tree)
     return next(flat)
+
+
+def despite_rewinds(work: Callable[[], Result]) -> Result:
+    """Do what an optimizer's handle refuses once after the shards went back."""
+    while True:
+        try:
+            return work()
+        except Rewound:
+            continue
 
 
 class Board:
