@@ -101,14 +101,19 @@ class Seat:
         answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
         incarnation = answers[0].incarnation
         answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._ranges))})
-        try:
-            self._ask(dict(adoptions(self.rank, answers)))
-        except IllegalMessage as error:
-            self._backend.report_stuck()
-            raise ShardLost(f"{error}; all shards must go back") from error
+        self._adopt(answers, incarnation)
         if not answers[0].member:
             self._await_admission()
         return incarnation
+
+    def _adopt(self, joined: dict[int, Joined], incarnation: int) -> None:
+        """Have a predecessor's push that some shard counts count on all, before this worker can push for that round."""
+        adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != incarnation}
+        try:
+            self._ask(dict(adopts))
+        except IllegalMessage as error:
+            self._backend.report_stuck()
+            raise ShardLost(f"{error}; all shards must go back") from error
 
     def _await_admission(self) -> None:
         """Wait until the supervisor has made this rank a member again, at a boundary of its choice."""
@@ -158,7 +163,7 @@ class Seat:
 
     def _rejoin(self) -> None:
         """Be known to the shards as they are now, and reach them where they are."""
-        self._recovering(lambda: self._ask(self._everyone(Join(self.rank, self._incarnation))))
+        self._recovering(lambda: self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))), self._incarnation))
         if "link" in self.__dict__:
             self.link.reconnect()
 

@@ -21,7 +21,7 @@ from distnadam.supervision.crew import Crew, Hired, require_alive
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.transport.replica import Replica, pack_record, unpack_record
 
-_LIVELOCK = 4000
+_LIVELOCK = 300
 
 
 class Process:
@@ -295,6 +295,8 @@ class WorldBackend(Backend):
         self.world.supervisor._source.begin(initial, directory)
 
     def await_recovery(self, timeout_s: float) -> None:
+        self.world._posts += 1
+        assert self.world._posts < _LIVELOCK
         self.world.look()
         self._roster = require_alive(self.world.supervisor._roster)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -145,7 +146,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @rule()
     def save(self) -> None:
         self.world.rested()
-        about: dict[str, Any] = {"config": self.config.to_dict(), "options": {}, "topology": {}, "data": {}}
+        topology = {"num_shards": self.num_shards, "num_workers": RANKS, "replicas": 0, "name": None}
+        about: dict[str, Any] = {"config": self.config.to_dict(), "options": self.options.to_dict(), "topology": topology, "data": {}}
         try:
             Controller(WorldBackend(self.world), self.layout, self.num_shards, self.options).save(self.root, about)
         except (StepTimeout, StaleEpoch):
@@ -225,7 +227,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
 
 FaultsAgainstOneProcess.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=40, derandomize=True, database=None, phases=[Phase_.generate], deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
