@@ -101,14 +101,14 @@ class Seat:
         answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
         incarnation = answers[0].incarnation
         answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._ranges))})
-        self._adopt(answers, incarnation)
+        self._adopt(answers)
         if not answers[0].member:
             self._await_admission()
         return incarnation
 
-    def _adopt(self, joined: dict[int, Joined], incarnation: int) -> None:
-        """Have a predecessor's push that some shard counts count on all, before this worker can push for that round."""
-        adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != incarnation}
+    def _adopt(self, joined: dict[int, Joined], in_flight: int = 0) -> None:
+        """Have the rank's push that some shard counts count on all; not that of `in_flight`, a worker which sends it again."""
+        adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != in_flight}
         try:
             self._ask(dict(adopts))
         except IllegalMessage as error:
@@ -138,6 +138,7 @@ class Seat:
                 continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
+            self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))))  # a shard may have died with what it must count
 
     def _send(self, flight: Flight) -> None:
         """Send a push to every shard; one that has counted it already says so."""
