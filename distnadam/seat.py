@@ -107,14 +107,19 @@ class Seat:
         answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
         incarnation = answers[0].incarnation
         answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._shards.ranges))})
-        try:
-            self._ask(dict(adoptions(self.rank, answers)))
-        except IllegalMessage as error:
-            self._backend.report_stuck()
-            raise ShardLost(f"{error}; all shards must go back") from error
+        self._adopt(answers)
         if not answers[0].member:
             self._await_admission()
         return incarnation
+
+    def _adopt(self, joined: dict[int, Joined], in_flight: int = 0) -> None:
+        """Have the rank's push that some shard counts count on all; not that of `in_flight`, a worker which sends it again."""
+        adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != in_flight}
+        try:
+            self._ask(dict(adopts))
+        except IllegalMessage as error:
+            self._backend.report_stuck()
+            raise ShardLost(f"{error}; all shards must go back") from error
 
     def _await_admission(self) -> None:
         """Wait until the supervisor has made this rank a member again, at a boundary of its choice."""
@@ -139,6 +144,7 @@ class Seat:
                 continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
+            self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))))  # a shard may have died with what it must count
 
     def _send(self, flight: Flight) -> None:
         """Send a push to every shard; one that has counted it already says so."""
@@ -164,7 +170,7 @@ class Seat:
 
     def _rejoin(self) -> None:
         """Be known to the shards as they are now, and reach them where they are."""
-        self._recovering(lambda: self._ask(self._everyone(Join(self.rank, self._incarnation))))
+        self._recovering(lambda: self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))), self._incarnation))
         if "link" in self.__dict__:
             self.link.reconnect(self._shards.ranges)
 

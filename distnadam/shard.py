@@ -34,7 +34,7 @@ class Shard(Machine):
 
     def _on_join(self, message: msg.Join, caller: Any) -> list[Effect]:
         committed = self._counted.get(message.rank)
-        if not self.collecting and message.rank in self._now.pushes:
+        if message.rank in self._now.pushes and (not self.collecting or message.rank in self._now.adopted):
             committed = note_of(self._now.pushes[message.rank])
         incarnation = self.members.join(message)
         if self.collecting:
@@ -56,7 +56,9 @@ class Shard(Machine):
             if message.gradients is None and note.complaint is None:
                 raise IllegalMessage(f"{who}: the push of worker {note.incarnation} for round {note.round} cannot be had any more")
             push = msg.Push(self.epochs.now, rank, note.incarnation, note.round, message.gradients, note.complaint)
+            self._now.adopted.add(rank)
             return [*self._now.supersede(push, self.spec.index), Answer(caller, None)]
+        self._now.adopted.add(rank)
         return [Answer(caller, None)]
 
     def _on_push(self, push: msg.Push, caller: Any) -> list[Effect]:
@@ -70,7 +72,7 @@ class Shard(Machine):
             self._now.waiting.append(waiting)
             return []
         superseded: list[Effect] = []
-        if held is None or held.incarnation < push.incarnation:
+        if held is None or (held.incarnation < push.incarnation and push.rank not in self._now.adopted):
             superseded = self._now.supersede(push, self.spec.index)
         self._now.waiting.append(waiting)
         return [*superseded, *self._drop_pushes_that_wait_in_vain()]
