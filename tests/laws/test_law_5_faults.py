@@ -4,6 +4,7 @@ The machine drives real shards, standbys, workers and the supervisor in one thre
 round, rank, incarnation and parameters, so that one that is lost, doubled, mixed or computed from wrong parameters changes bits.
 """
 
+import contextlib
 import shutil
 import tempfile
 from collections import deque
@@ -148,10 +149,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.world.rested()
         topology = {"num_shards": self.num_shards, "num_workers": RANKS, "replicas": 0, "name": None}
         about: dict[str, Any] = {"config": self.config.to_dict(), "options": self.options.to_dict(), "topology": topology, "data": {}}
-        try:
+        with contextlib.suppress(StepTimeout, StaleEpoch):
             Controller(WorldBackend(self.world), self.layout, self.num_shards, self.options).save(self.root, about)
-        except (StepTimeout, StaleEpoch):
-            pass
 
     # What befalls them
 
@@ -227,7 +226,13 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
 
 FaultsAgainstOneProcess.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, derandomize=True, database=None, phases=[Phase_.generate], deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80,
+    stateful_step_count=40,
+    derandomize=True,
+    database=None,
+    phases=[Phase_.generate],
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )
 
 
