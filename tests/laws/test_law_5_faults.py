@@ -225,6 +225,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         assert (got.clock, got.skipped) == (expected.clock, expected.skipped)
 
 
+# The same examples every time; no shrinking, which would take longer than the suite may.
 FaultsAgainstOneProcess.TestCase.settings = settings(
     max_examples=80,
     stateful_step_count=40,
