@@ -28,7 +28,8 @@ from distnadam.messages import ShardSpec
 from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of
-from tests.world import Process, World, WorldBackend
+from tests.world import Process, World
+from tests.world_backend import WorldBackend
 
 RANKS = 3
 SIZE = 3000
