@@ -84,11 +84,18 @@ class Seat:
 
     def see_through(self, flight: Flight) -> dict[int, Decided]:
         """Return how a push's round ended, whatever dies meanwhile, unless the state it was computed from is gone."""
+        deadline = time.monotonic() + self._timeout_s
         while True:
             try:
                 if flight.pending is None:
                     self._send(flight)
-                return self._take(self._conclude(flight))
+                answers = self._conclude(flight)
+                if len({decided.epoch for decided in answers.values()}) == 1:
+                    return self._take(answers)
+                flight.pending = None  # shards were replaced or went back between the answers; a push that counted may be asked about again
+                if time.monotonic() > deadline:
+                    raise StepTimeout(f"worker {self.rank}: the shards did not agree on an epoch in {self._timeout_s:g} s")
+                time.sleep(_POLL_S)
             except Reconfigured as error:
                 if error.epoch <= flight.epoch:
                     time.sleep(_POLL_S)  # other shards are yet to hear of it

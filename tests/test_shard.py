@@ -207,3 +207,33 @@ def test_a_write_refuses_the_pushes_that_wait_and_raises_the_epoch() -> None:
 def test_a_rank_that_does_not_exist_is_refused() -> None:
     with pytest.raises(LifecycleError, match=r"rank must be in \[0, 2\), got 2"):
         new_shard().receive(msg.Join(2), None)
+
+
+def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come() -> None:
+    shard = shard_in(Phase.AWAITING_NORMS)
+    assert shard.receive(orders.Attach("standby"), "attach") == []
+    effects = shard.receive(orders.Load(9, params=GRADIENTS), "load")
+    assert effects[-1] == Compute(Work.OBEY) and isinstance(shard.order, orders.Load)
+    loaded = orders.Standing(9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    after = shard.computed(Work.OBEY, loaded)
+    assert Answer("load", 4) in after and after[-1] == Compute(Work.OBEY) and isinstance(shard.order, orders.Attach)
+
+
+def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
+    shard = shard_in(Phase.STEPPING)
+    shard.receive(orders.Load(9, params=GRADIENTS), "first")
+    shard.receive(orders.Load(8, params=GRADIENTS), "second")
+    shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
+    loaded = orders.Standing(9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    assert isinstance(replies(shard.computed(Work.OBEY, loaded))[-1], IllegalMessage)
+    assert shard.phase is Phase.COLLECTING
+
+
+def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
+    shard = shard_in(Phase.COLLECTING)
+    reign = orders.Reign(3, ((1, (0,)),))
+    assert len(shard.receive(reign, "one")) == 2
+    before = fingerprint(shard)
+    assert shard.receive(reign, "again") == [Answer("again", 3)]
+    assert shard.receive(orders.Reign(2, ((1, (1,)),)), "older") == [Answer("older", 3)]
+    assert fingerprint(shard) == before

@@ -10,18 +10,17 @@ from concurrent.futures import Future
 from typing import Any
 
 from distnadam.arrays import Flat, cut_flat, empty_flat
-from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
 from distnadam.backends.standby import Standby
-from distnadam.errors import DistNadamError, ShardLost, StepTimeout
-from distnadam.layout import Layout, Ranges
+from distnadam.errors import ShardLost, StepTimeout
+from distnadam.layout import Ranges
 from distnadam.messages import Lost, ShardSpec
 from distnadam.orders import LetGo, Record, Reign, Replicated
-from distnadam.supervision.crew import Crew, Hired, require_alive
+from distnadam.supervision.crew import Crew, Hired
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.transport.replica import Replica, pack_record, unpack_record
 
-_LIVELOCK = 300
+LIVELOCK = 300
 
 
 class Process:
@@ -202,7 +201,7 @@ class World:
     def work(self) -> bool:
         """Have every shard do what is due first; return whether anything was."""
         self._posts += 1
-        assert self._posts < _LIVELOCK, "everybody is busy and nobody comes further"
+        assert self._posts < LIVELOCK, "everybody is busy and nobody comes further"
         return sum(process.work() for process in self.shards) > 0
 
     def rested(self) -> None:
@@ -250,82 +249,3 @@ def _pass_on(inner: Future[Any], outer: Future[Any]) -> None:
         outer.set_exception(error) if error is not None else outer.set_result(answered.result())
 
     inner.add_done_callback(done)
-
-
-class _WorldPending(Pending):
-    def __init__(self, world: World, futures: dict[int, Future[Any]]) -> None:
-        self._world, self._futures = world, futures
-
-    def result(self, timeout_s: float) -> dict[int, Any]:
-        while True:
-            for future in self._futures.values():
-                if future.done() and (error := future.exception()) is not None:
-                    raise error
-            if all(future.done() for future in self._futures.values()):
-                return {index: future.result() for index, future in self._futures.items()}
-            if not self._world.work():
-                raise TimeoutError
-
-
-class _WorldLink(Link):
-    def __init__(self, world: World, layout: Layout, rank: int, incarnation: int) -> None:
-        self._world, self.gradients, self.parameters = world, empty_flat(layout.sizes), None
-        world.memories[rank, incarnation] = self.gradients
-
-    def post(self, messages: Mapping[int, Any]) -> Pending:
-        return _WorldPending(self._world, {index: self._world.transmit(index, message) for index, message in messages.items()})
-
-    def close(self) -> None:
-        pass
-
-
-class WorldBackend(Backend):
-    """The seam to a world's shards; each copy has its own idea of where they are."""
-
-    name = "world"
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._roster = world.supervisor._roster
-
-    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
-        pass
-
-    def began(self, *, initial: Flat | None, directory: str | None) -> None:
-        self.world.supervisor._source.begin(initial, directory)
-
-    def await_recovery(self, timeout_s: float) -> None:
-        self.world._posts += 1
-        assert self.world._posts < _LIVELOCK
-        self.world.look()
-        self._roster = require_alive(self.world.supervisor._roster)
-
-    @property
-    def version(self) -> int:
-        return self._roster.version
-
-    def moved_since(self, version: int) -> bool:
-        self.await_recovery(0)
-        return self._roster.version > version
-
-    def report_stuck(self) -> None:
-        self.world.supervisor.notice("stuck", -1, 0)
-
-    def saved(self, root: str) -> None:
-        self.world.supervisor.saved(root)
-
-    def changing(self, what: str) -> None:
-        self.world.supervisor.changing(what)
-
-    def post(self, messages: Mapping[int, Any]) -> Pending:
-        self.world.work()
-        return _WorldPending(self.world, {i: self._roster.shards[i].handle.send(m) for i, m in messages.items()})
-
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
-        return _WorldLink(self.world, layout, rank, incarnation)
-
-    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
-        raise DistNadamError("there are no teams here")
-
-    def close(self, *, destroy: bool) -> None:
-        pass

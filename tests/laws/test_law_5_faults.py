@@ -28,7 +28,8 @@ from distnadam.messages import ShardSpec
 from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of
-from tests.world import Process, World, WorldBackend
+from tests.world import Process, World
+from tests.world_backend import WorldBackend
 
 RANKS = 3
 SIZE = 3000
@@ -225,6 +226,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         assert (got.clock, got.skipped) == (expected.clock, expected.skipped)
 
 
+# The same examples every time; no shrinking, which would take longer than the suite may.
 FaultsAgainstOneProcess.TestCase.settings = settings(
     max_examples=80,
     stateful_step_count=40,

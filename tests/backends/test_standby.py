@@ -1,0 +1,132 @@
+"""A standby follows its primary to the bit, and goes on as it would have; one that is out of date never steps in."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distnadam.arrays import Flat
+from distnadam.backends.host import ShardHost
+from distnadam.backends.standby import Standby
+from distnadam.config import NadamConfig, Options
+from distnadam.errors import IllegalMessage
+from distnadam.layout import Layout
+from distnadam.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Write
+from distnadam.nadam.norms import tensor_square_sums
+from distnadam.orders import Attach, LetGo, Load, Record, Reign, Replicated
+from distnadam.transport.replica import Replica, pack_record, unpack_record
+from tests.one_process import State, state_of
+
+SIZE = 1500
+LAYOUT = Layout.of({"a": np.ones(SIZE - 7, np.float32), "b": np.ones(7, np.float32)})
+INITIAL = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
+
+
+class InProcess(Replica):
+    """The way to a standby in this process, records as bytes; `sent` are all of them."""
+
+    def __init__(self, standby: Standby, standing: Any, config: NadamConfig, arrays: dict[str, Flat]) -> None:
+        self.standby, self.reached, self.sent = standby, standing.round, list[Record]()
+        self.mean = {"float32": np.zeros(SIZE, np.float32)}
+        standby.take_arrays({name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})
+        standby.begin(standing, config)
+
+    def ready(self) -> bool:
+        return True
+
+    def send(self, record: Record) -> bool:
+        self.sent.append(record)
+        self.standby.apply(unpack_record(pack_record(record)[4:]), self.mean)
+        return True
+
+    def close(self) -> None:
+        self.send(LetGo())
+
+
+def pair(kernel: str = "numpy", workers: int = 2, **config: Any) -> tuple[ShardHost, Standby, ShardSpec]:
+    options = Options(kernel=kernel, on_nonfinite="skip" if workers == 2 else "raise")  # type: ignore[arg-type]
+    spec = ShardSpec(0, 1, workers, 1, None, NadamConfig(**config), options, LAYOUT, LAYOUT.cuts(1)[0])
+    standby = Standby(spec)
+    primary = ShardHost(spec, attach=lambda where, *told: InProcess(standby, *told))
+    primary.send(Load(1, params=INITIAL)).result(0)
+    for rank in range(workers):
+        primary.send(Join(rank)).result(0)
+    primary.send(Attach("there")).result(0)
+    return primary, standby, spec
+
+
+def do_round(host: ShardHost, number: int, seed: int, *, epoch: int = 1, workers: int = 2, finite: bool = True) -> None:
+    rng = np.random.default_rng(seed)
+    for rank in range(workers):
+        gradient = {"float32": (10 * rng.standard_normal(SIZE)).astype(np.float32)} if finite else None
+        answer = host.send(Push(epoch, rank, 1, number, gradient, None if finite else "NaN"))
+    if isinstance(measured := answer.result(0), Measured):
+        host.send(Norms(epoch, 0, 1, number, tensor_square_sums(2, [measured.sums]))).result(0)
+
+
+def same(one: State, other: State) -> bool:
+    return all(getattr(one, x).tobytes() == getattr(other, x).tobytes() for x in ("params", "m", "v")) and one.clock == other.clock
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+@settings(max_examples=15, deadline=None)
+@given(
+    finite=st.lists(st.booleans(), min_size=1, max_size=6),
+    workers=st.integers(1, 3),
+    clip=st.sampled_from([{}, {"clipnorm": 1.0}, {"clipvalue": 0.5}, {"global_clipnorm": 2.0, "clipvalue": 0.1}]),
+)
+def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_would_have(
+    kernel: str, finite: list[bool], workers: int, clip: dict[str, float]
+) -> None:
+    primary, standby, _ = pair(kernel, workers, **clip)
+    for number, good in enumerate(finite, 1):
+        do_round(primary, number, number, workers=workers, finite=good)
+        assert standby.reached == number
+    promoted, standing = standby.promote(Reign(2, ((1, tuple(range(workers))),)), ShardHost)
+    assert same(state_of(promoted), state_of(primary))
+    assert standing.ledger == primary._shard.members.ledger.to_dict()
+    assert promoted._shard._counted == primary._shard._counted
+    primary._replica, number = None, len(finite) + 1
+    do_round(primary, number, 99, workers=workers)
+    do_round(promoted, number, 99, epoch=2, workers=workers)
+    assert same(state_of(promoted), state_of(primary))
+
+
+def test_it_knows_the_membership_and_the_epoch_of_the_last_reign() -> None:
+    primary, standby, _ = pair()
+    primary.send(Reign(5, ((1, (0, 1)), (3, (1,))), {0: 4})).result(0)
+    promoted, standing = standby.promote(Reign(0, ()), ShardHost)
+    assert promoted._shard.members.schedule == ((1, (0, 1)), (3, (1,)))
+    assert promoted._shard.members.ledger.newest(0) == 4
+    assert standing.epoch == 5 and promoted._shard.epochs.now == 6
+
+
+@pytest.mark.parametrize("replaced", ["written", "loaded"])
+def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str) -> None:
+    primary, standby, _ = pair()
+    do_round(primary, 1, 1)
+    if replaced == "written":
+        primary.send(Hold("me")).result(0)
+        primary.send(Write("me", {"params": INITIAL})).result(0)
+    else:
+        primary.send(Load(2, params=INITIAL)).result(0)
+    assert standby.reached is None
+    with pytest.raises(IllegalMessage, match="has no state yet"):
+        standby.promote(Reign(3, ()), ShardHost)
+
+
+def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date() -> None:
+    primary, standby, _ = pair()
+    do_round(primary, 1, 1)
+    clock = primary._shard.clock
+    with pytest.raises(IllegalMessage, match="standby of shard 0: expected round 2, got round 3"):
+        standby.apply(Replicated(3, 0, "applied", None, {}, 0.002, 0, clock), INITIAL)
+    assert standby.reached is None
+
+
+def test_arrays_without_their_place_in_time_are_no_state() -> None:
+    _, standby, _ = pair()
+    standby.take_arrays(dict.fromkeys(("params", "m", "v"), INITIAL))
+    assert standby.reached is None

@@ -1,0 +1,138 @@
+"""Taking a rank over: what must be adopted where, in the rules by themselves and in shards whose pushes may not mix."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam.backends.host import ShardHost
+from distnadam.config import NadamConfig, Options
+from distnadam.epochs import Epochs
+from distnadam.errors import IllegalMessage, LatePush, Reconfigured, Rewound, StaleEpoch, SupersededWorker, WorkerLost
+from distnadam.layout import Layout
+from distnadam.messages import Adopt, Decided, Describe, Join, Joined, Pull, Push, PushNote, ShardSpec
+from distnadam.orders import GiveUp, Load, Reign
+from distnadam.takeover import adoptions
+
+NOTE, OLDER = PushNote(1, 5, {"float32": "float32"}), PushNote(1, 4, {"float32": "float32"})
+LAYOUT = Layout.of({"w": np.ones(4, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("joined", "adopting"),
+    [
+        ([Joined(2, 4), Joined(2, 4)], []),
+        ([Joined(2, 5, NOTE), Joined(2, 4, OLDER)], [1]),
+        ([Joined(2, 4, NOTE), Joined(2, 4)], [1]),
+        ([Joined(2, 5, NOTE), Joined(2, 4, NOTE)], []),
+        ([Joined(2, 5, NOTE), Joined(2, 5, NOTE)], []),
+        ([Joined(2, 5), Joined(2, 4, NOTE), Joined(2, 4, OLDER)], [2]),
+    ],
+)
+def test_what_one_shard_counts_is_adopted_by_those_who_have_not(joined: list[Joined], adopting: list[int]) -> None:
+    assert adoptions(0, dict(enumerate(joined))) == {shard: Adopt(0, NOTE) for shard in adopting}
+
+
+def shard(**memory: Any) -> ShardHost:
+    host = ShardHost(ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0]))
+    for rank in (0, 1):
+        host.send(Join(rank)).result(0)
+    return host
+
+
+def push(rank: int, incarnation: int = 1, value: float = 1.0, epoch: int = 0, number: int = 1) -> Push:
+    return Push(epoch, rank, incarnation, number, {"float32": np.full(4, value, np.float32)})
+
+
+def moment(host: ShardHost) -> float:
+    return float(host._shard.state.m["float32"][0])
+
+
+def test_a_push_on_one_of_two_shards_is_completed_from_its_workers_memory_or_taken_back_on_both() -> None:
+    first, second = shard(), shard()
+    second.find_slot = lambda rank, incarnation, dtypes: {"float32": np.full(4, 7.0, np.float32)}
+    first.send(push(1))
+    first.send(push(0, value=7.0)).result(0)  # the round is applied there, and then its worker dies
+    second.send(push(1))
+    joined = {i: host.send(Join(0, 2)).result(0) for i, host in enumerate((first, second))}
+    adopts = adoptions(0, joined)
+    assert list(adopts) == [1]
+    second.send(adopts[1]).result(0)
+    assert moment(first) == moment(second) and second._shard.round == 1
+
+    lacking = shard()
+    with pytest.raises(IllegalMessage, match="the push of worker 1 for round 1 cannot be had any more"):
+        lacking.send(Adopt(0, PushNote(1, 1, {"float32": "float32"}))).result(0)
+
+
+def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:
+    host = shard()
+    old = host.send(push(0, value=7.0))
+    note = PushNote(1, 1, {"float32": "float32"})
+    assert host.send(Join(0, 2)).result(0).committed is None, "set aside: nobody counts it"
+    host.send(Adopt(0, note)).result(0)
+    assert host.send(Join(0, 3)).result(0).committed == note, "as good as counted from here on"
+    late = host.send(push(0, incarnation=3, value=9.0))
+    host.send(push(1, value=7.0)).result(0)
+    assert np.isclose(moment(host), 7.0 * (1 - 0.9))
+    assert isinstance(old.result(0), Decided)
+    with pytest.raises(LatePush, match="completed with the push of worker 1; this push did not count"):
+        late.result(0)
+
+
+def test_a_successors_push_replaces_one_that_was_set_aside() -> None:
+    host = shard()
+    old = host.send(push(0, value=7.0))
+    host.send(Join(0, 2)).result(0)
+    host.send(push(0, incarnation=2, value=3.0))
+    with pytest.raises(SupersededWorker, match="the push of worker 1 was not counted"):
+        old.result(0)
+    host.send(push(1, value=3.0)).result(0)
+    assert np.isclose(moment(host), 3.0 * (1 - 0.9))
+
+
+def test_giving_up_a_rank_tells_who_waits_unless_somebody_has_taken_it_over() -> None:
+    host = shard()
+    host.send(Join(0, 2)).result(0)
+    waits = host.send(push(1))
+    host.send(GiveUp(0, 1)).result(0)
+    assert not waits.done(), "it was meant for the worker before"
+    host.send(GiveUp(0, 2)).result(0)
+    with pytest.raises(WorkerLost, match="worker 0 died before it pushed for round 1 and nobody took it over"):
+        waits.result(0)
+    assert host.send(Describe()).result(0).given_up == (0,)
+    host.send(Join(0, 3)).result(0)
+    assert host.send(Describe()).result(0).given_up == ()
+
+
+def test_a_member_that_departed_is_not_waited_for_from_that_round_on() -> None:
+    host = shard()
+    host.send(Reign(1, ((1, (0, 1)), (2, (1,))))).result(0)
+    host.send(push(0, epoch=1))
+    host.send(push(1, epoch=1)).result(0)
+    host.send(push(1, epoch=1, number=2)).result(0)
+    with pytest.raises(Reconfigured, match="rank 0: is no member of round 3"):
+        host.send(push(0, epoch=1, number=3)).result(0)
+
+
+def test_a_pull_for_a_round_of_before_a_rewind_is_told_so() -> None:
+    host = shard()
+    waits = host.send(Pull(0, 1, at_least=3))
+    host.send(Load(4, params={"float32": np.ones(4, np.float32)}, newest={0: 1})).result(0)
+    for pull in (waits, host.send(Pull(0, 1, at_least=3, epoch=0))):
+        with pytest.raises(Rewound, match="all shards went back after a death, to round 0"):
+            pull.result(0)
+    assert host.send(Pull(0, 1)).result(0).round == 0
+
+
+def test_of_all_that_happened_since_the_gravest_is_told() -> None:
+    epochs = Epochs()
+    epochs.rise("reconfigured")
+    epochs.rise("rewound", 5)
+    epochs.rise("replaced")
+    told = {epoch: type(epochs.refusal(epoch, "shard 0", 3)) for epoch in (0, 1, 5, 6, 7)}
+    assert told == {0: Rewound, 1: Rewound, 5: StaleEpoch, 6: type(None), 7: StaleEpoch}
+    again = Epochs()
+    again.know(epochs.risen)
+    again.rise("reconfigured", 2)
+    assert (again.now, again.reason) == (6, "reconfigured")
