@@ -8,6 +8,7 @@ own, without `about`, is taken too: the list follows the order of its params, an
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,15 @@ def weights(state: OptimizerState, order: Sequence[str] | None = None) -> list[A
     return [*clock, *(state.m[i] for i in at), *(state.v[i] for i in at)]
 
 
-def variables(state: OptimizerState, order: Sequence[str] | None = None) -> list[Array]:
+def variables(state: OptimizerState, order: Sequence[str] | None = None, *, lossy: bool = False) -> list[Array]:
     """Return the values of Keras 3's `optimizer.variables`, to be assigned one by one once it is built.
 
-    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ..., u_product]``.
+    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ..., u_product]``. Raise ConversionError naming the difference where Keras 3
+    trains on differently, unless `lossy`.
     """
+    job = Conversion(Path("keras.optimizers.Nadam"), lossy=lossy)
+    _compare_with_keras_3(state, job)
+    job.settle()
     slots = [array for i in state.positions(order) for array in (state.m[i], state.v[i])]
     clock = [np.array(state.clock.iterations, np.int32), np.array(state.rate, np.float32)]
     return [*clock, *slots, np.array(state.clock.m_schedule, np.float32)]
@@ -65,13 +70,10 @@ def write(state: OptimizerState, job: Conversion) -> None:
 
 def write_keras_3(state: OptimizerState, job: Conversion) -> None:
     """Write Keras 3's variables beside the parameters."""
-    find_momentum(job, state, 1.0, "Keras 3 has 1, fixed")
-    find_count(job, state, 2**31 - 1, "Keras 3's int32 iteration")
-    clips = [name for name in _CLIPS if getattr(state.config, name) is not None]
+    _compare_with_keras_3(state, job)
     find_outside(job, state, "Keras 3", clips=_CLIPS)
-    if len(clips) > 1:
-        job.differences.append(f"clipping: {' and '.join(clips)} are both set here, and Keras 3 takes one of them")
-    _write(state, job, "keras3", variables(state, job.order), config_of_keras_3(state))
+    job.settle()
+    _write(state, job, "keras3", variables(state, job.order, lossy=job.lossy), config_of_keras_3(state))
 
 
 def read(job: Conversion) -> OptimizerState:
@@ -96,13 +98,20 @@ def read_keras_3(job: Conversion) -> OptimizerState:
     return _state(job, about, list(params), (given[0], given[-1]), slots, {"schedule_decay": 1.0, **rate})
 
 
+def _compare_with_keras_3(state: OptimizerState, job: Conversion) -> None:
+    find_momentum(job, state, 1.0, "Keras 3 has 1, fixed")
+    find_count(job, state, 2**31 - 1, "Keras 3's int32 iteration")
+    clips = [name for name in _CLIPS if getattr(state.config, name) is not None]
+    if len(clips) > 1:
+        job.differences.append(f"clipping: {' and '.join(clips)} are both set here, and Keras 3 takes one of them")
+
+
 def _common(state: OptimizerState) -> dict[str, Any]:
     clips = {name: getattr(state.config, name) for name in _CLIPS if getattr(state.config, name) is not None}
     return {"beta_1": state.config.beta_1, "beta_2": state.config.beta_2, "epsilon": state.config.epsilon, **clips}
 
 
 def _write(state: OptimizerState, job: Conversion, kind: str, values: list[Array], settings: dict[str, Any]) -> None:
-    job.settle()
     at = state.positions(job.order)
     arrays = {f"params/{state.names[i]}": state.params[i] for i in at}
     arrays |= {f"optimizer/{i:05d}": value for i, value in enumerate(values)}

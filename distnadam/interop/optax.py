@@ -9,6 +9,7 @@ without `about`, is taken too, and the config must be given.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,20 @@ def config(state: OptimizerState) -> dict[str, Any]:
     return {"learning_rate": state.rate, "b1": ours.beta_1, "b2": ours.beta_2, "eps": ours.epsilon}
 
 
-def opt_state(state: OptimizerState, like: Any) -> Any:
+def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
     """Return an optimizer state as optax.nadam continues from it.
 
     Args:
         state: a loaded checkpoint.
         like: what `optax.nadam(...).init(params)` returned, or a chain's that holds it, for params of the checkpoint's tree.
+        lossy: give it even where optax.nadam trains on differently.
 
     Raises:
-        ConversionError: optax is not installed.
+        ConversionError: naming each difference; or optax is not installed.
     """
+    job = Conversion(Path("optax.nadam"), lossy=lossy)
+    _compare(state, job)
+    job.settle()
     try:
         import jax.numpy as jnp
         import optax
@@ -54,9 +59,7 @@ def opt_state(state: OptimizerState, like: Any) -> Any:
 
 def write(state: OptimizerState, job: Conversion) -> None:
     """Write the state of optax.nadam beside the parameters."""
-    find_momentum(job, state, math.inf, "optax.nadam has no momentum schedule")
-    find_product(job, state, "optax.nadam")
-    find_count(job, state, 2**31 - 1, "optax's int32 count")
+    _compare(state, job)
     find_outside(job, state, "optax.nadam")
     job.settle()
     arrays = {f"{theirs}/{n}": a for ours, theirs in _SLOTS.items() for n, a in zip(state.names, getattr(state, ours), strict=True)}
@@ -80,6 +83,12 @@ def read(job: Conversion) -> OptimizerState:
     started = make_state(where, layout, settings, (arrays["count"], 1.0), slots)
     clock = unscheduled(settings, started.clock.iterations)
     return OptimizerState(layout, settings, clock, started.params, started.m, started.v)
+
+
+def _compare(state: OptimizerState, job: Conversion) -> None:
+    find_momentum(job, state, math.inf, "optax.nadam has no momentum schedule")
+    find_product(job, state, "optax.nadam")
+    find_count(job, state, 2**31 - 1, "optax's int32 count")
 
 
 def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from distnadam import DistNadam, schedules
 from distnadam.checkpoint import store
 from distnadam.checkpoint.difference import compare
 from distnadam.errors import CheckpointError, ConfigError, ConversionError, StructureError
-from distnadam.interop import Format, export_checkpoint, import_checkpoint, keras, load_checkpoint
+from distnadam.interop import Format, export_checkpoint, import_checkpoint, keras, load_checkpoint, optax
 from distnadam.interop.formulas import NO_SCHEDULE, momentum
 from tests import models
 
@@ -124,6 +124,15 @@ def test_another_momentum_schedule_is_refused_by_name_unless_asked_for(name: For
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
     done = export_checkpoint(path, tmp_path / "file", to=name, lossy=True)
     assert done.notes[0].startswith("differs: momentum schedule")
+
+
+def test_the_variables_in_memory_are_refused_alike(tmp_path: Path) -> None:
+    state = load_checkpoint(saved(tmp_path / "a"))
+    with pytest.raises(ConversionError, match="momentum schedule: schedule_decay"):
+        keras.variables(state)
+    assert len(keras.variables(state, lossy=True)) == 3 + 2 * 6
+    with pytest.raises(ConversionError, match=r"optax\.nadam: momentum schedule"):
+        optax.opt_state(state, None)
 
 
 @pytest.mark.parametrize("name", ["keras3", "optax"])
