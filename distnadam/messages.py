@@ -268,6 +268,7 @@ class Description:
     `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
     the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
     `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
+    `saved` is the directory of checkpoints that the shard last wrote to or read from.
     """
 
     spec: ShardSpec | None
@@ -289,6 +290,7 @@ class Description:
     changed: str | None = None
     replicated: int | None = None
     given_up: tuple[int, ...] = ()
+    saved: str | None = None
 
 
 _Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost

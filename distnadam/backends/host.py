@@ -72,6 +72,7 @@ class ShardHost:
         self._waiting: set[Reply] = set()
         self._closed = False
         self._filing = 0
+        self._saved: str | None = None
         self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
 
@@ -227,7 +228,7 @@ class ShardHost:
             record = write_shard(Path(message.directory), message.file_name, ranges=self._spec.ranges, state=shard.state.arrays())
         finally:
             self._filing -= 1
-        shard.changed = None
+        shard.changed, self._saved = None, str(Path(message.directory).parent)
         return record
 
     def _obey(self) -> Any:
@@ -245,6 +246,7 @@ class ShardHost:
             return Standing(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
         manifest = Manifest.from_bytes(order.manifest, order.directory)
         state.begin(read_shard(Path(order.directory), manifest, ranges=spec.ranges, leftovers=order.leftovers))
+        self._saved = str(Path(order.directory).parent)
         clock = Clock(manifest.iterations, manifest.m_schedule)
         return Standing(order.epoch, manifest.round, manifest.skipped, clock, 0.0, 0, "applied", None, manifest.ledger)
 
@@ -277,7 +279,7 @@ class ShardHost:
     def _completed(self, reply: Description) -> Description:
         """Add to a shard's description what only its host knows."""
         replicated = self._replica.reached if self._replica is not None else None
-        return dataclasses.replace(reply, busy=reply.busy or self._filing > 0, replicated=replicated)
+        return dataclasses.replace(reply, busy=reply.busy or self._filing > 0, replicated=replicated, saved=self._saved)
 
     _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {Work.MEASURE: _measure, Work.STEP: _step, Work.OBEY: _obey}
 

@@ -69,9 +69,11 @@ class Supervisor:
         for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
             self._fleet.crew.watch(hired)
         self._recovery.let_go()
-        for answer in self._fleet.describe().values():
-            for rank in answer.dead if isinstance(answer, Description) else ():
-                self._on_died_rank(rank, answer.newest[rank])  # as an earlier supervisor knew
+        for answer in self._fleet.describe().values():  # as an earlier supervisor knew
+            if isinstance(answer, Description):
+                self._source.directory = self._source.directory or answer.saved
+                for rank in answer.dead:
+                    self._on_died_rank(rank, answer.newest[rank])
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
         self._events.put(("look", None))

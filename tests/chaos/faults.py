@@ -1,19 +1,19 @@
 """The kinds of fault, as a table. Each is struck at a scene that is training, and returns when the death, or the halt, was."""
 
-import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
 from distnadam import DistNadam
-from distnadam.backends.cluster import process_born
 from tests.chaos.scene import SHARD_TIMEOUT_S, WORKERS, Case, Process, Scene
 from tests.chaos.trainers import despite_rewinds, superseded
+from tests.chaos.visitors import visit
 
 Rng = np.random.Generator
 _HALT_S = 1.5
@@ -187,44 +187,8 @@ def shard_and_worker(scene: Scene, rng: Rng) -> float:
 # Those who act on the optimizer as a whole
 
 
-class _Visitor:
-    """Another process that reads, saves, or holds all shards at a boundary."""
-
-    def __init__(self, optimizer: DistNadam, directory: str) -> None:
-        self._optimizer, self._directory = optimizer, directory
-
-    def about(self) -> tuple[int, str]:
-        return os.getpid(), process_born(os.getpid())
-
-    def read(self) -> None:
-        while True:
-            despite_rewinds(self._optimizer.get_weights)
-
-    def save(self) -> None:
-        while True:
-            despite_rewinds(lambda: self._optimizer.save(self._directory))
-
-    def hold(self) -> None:
-        shards = self._optimizer._running()
-
-        def die() -> None:
-            with shards.boundary():
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        despite_rewinds(lambda: shards._recovering(die))
-
-
-_visitor = ray.remote(_Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)  # type: ignore[attr-defined]
-
-
-def _visit(scene: Scene, what: str) -> tuple[Process, object]:
-    actor = _visitor.remote(scene.optimizer, str(scene.directory / "checkpoints"))
-    victim = Process(*ray.get(actor.about.remote()))
-    return victim, getattr(actor, what).remote()
-
-
 def reader(scene: Scene, rng: Rng) -> float:
-    victim, _call = _visit(scene, "read")
+    victim, _call = visit(scene, "read")
     time.sleep(0.05)
     pause(rng)
     return _kill(victim)
@@ -232,7 +196,7 @@ def reader(scene: Scene, rng: Rng) -> float:
 
 def holder(scene: Scene, rng: Rng) -> float:
     """It dies while it holds all shards, who wait for it until it counts as gone."""
-    _, call = _visit(scene, "hold")
+    _, call = visit(scene, "hold")
     try:
         ray.get(call)
     except RayActorError:
@@ -241,7 +205,7 @@ def holder(scene: Scene, rng: Rng) -> float:
 
 
 def saver(scene: Scene, rng: Rng) -> float:
-    victim, _call = _visit(scene, "save")
+    victim, _call = visit(scene, "save")
     time.sleep(0.05)
     pause(rng)
     return _kill(victim)
@@ -298,21 +262,11 @@ def node(scene: Scene, rng: Rng) -> float:
     return scene.nodes.kill_one()
 
 
-def _any(case: Case) -> bool:
-    return True
-
-
-def _replicated(case: Case) -> bool:
-    return case.replicas == 1
-
-
-def _named(case: Case) -> bool:
-    return case.named
-
-
 def _several(case: Case) -> bool:
     return case.num_shards > 1
 
+
+_any, _replicated, _named = attrgetter("num_shards"), attrgetter("replicas"), attrgetter("named")
 
 FAULTS = (
     Fault("worker killed", _any, worker),

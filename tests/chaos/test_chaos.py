@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from tests.chaos.faults import FAULTS
 from tests.chaos.leftovers import leftovers, wait_for_no_more_than
-from tests.chaos.run import Report, cases, cases_of_nodes, count, play, strike
+from tests.chaos.run import Report, cases, cases_of_nodes, compare, count, play, strike
 from tests.chaos.scene import Case, stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -34,6 +35,18 @@ def test_a_ray_node_that_dies_with_all_that_lives_on_it_changes_no_bit() -> None
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # several nodes are a Ray of their own
     assert done.returncode == 0, done.stdout
     assert "gradients lost 0, doubled 0" in done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_supervisors_successor_goes_back_to_where_the_last_save_went(tmp_path: Path) -> None:
+    kinds, report = {fault.name: fault for fault in FAULTS}, Report()
+    with stage(Case(2, 0, named=True), tmp_path, "successor") as scene:
+        scene.await_step(time.monotonic())
+        scene.optimizer.save(tmp_path / "elsewhere")
+        strike(scene, [kinds["supervisor killed"], kinds["shard killed"]], np.random.default_rng(SEED), report)
+        assert scene.counts()["rewound"] == 1
+        compare(scene, report)
+    assert not report.differences, str(report)
 
 
 @pytest.mark.timeout(600)

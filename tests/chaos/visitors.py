@@ -1,0 +1,47 @@
+"""Other processes that act on the optimizer as a whole, so as to be killed meanwhile."""
+
+import os
+import signal
+
+import ray
+
+from distnadam import DistNadam
+from distnadam.backends.cluster import process_born
+from tests.chaos.scene import Scene
+from tests.chaos.trainers import Process, despite_rewinds
+
+
+class Visitor:
+    """Another process that reads, saves, or holds all shards at a boundary."""
+
+    def __init__(self, optimizer: DistNadam, directory: str) -> None:
+        self._optimizer, self._directory = optimizer, directory
+
+    def about(self) -> tuple[int, str]:
+        return os.getpid(), process_born(os.getpid())
+
+    def read(self) -> None:
+        while True:
+            despite_rewinds(self._optimizer.get_weights)
+
+    def save(self) -> None:
+        while True:
+            despite_rewinds(lambda: self._optimizer.save(self._directory))
+
+    def hold(self) -> None:
+        shards = self._optimizer._running()
+
+        def die() -> None:
+            with shards.boundary():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        despite_rewinds(lambda: shards._recovering(die))
+
+
+_visitor = ray.remote(Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)  # type: ignore[attr-defined]
+
+
+def visit(scene: Scene, what: str) -> tuple[Process, object]:
+    actor = _visitor.remote(scene.optimizer, str(scene.directory / "checkpoints"))
+    victim = Process(*ray.get(actor.about.remote()))
+    return victim, getattr(actor, what).remote()
