@@ -37,7 +37,6 @@ def shard_in(phase: Phase) -> Shard:
     for rank in (0, 1):
         shard.receive(msg.Join(rank), "join")
     if phase is Phase.OBEYING:
-        shard.receive(msg.Hold("me"), "hold")
         shard.receive(orders.Attach("standby"), "attach")
         return shard
     if phase is Phase.COLLECTING:
@@ -79,6 +78,7 @@ EXAMPLES: list[Any] = [
     orders.Load(9, params=GRADIENTS),
     orders.Attach(None),
     orders.GiveUp(0, 1),
+    orders.Retire(9),
     msg.Hold("you"),
     msg.Advance("me", 1),
     msg.Release("you"),

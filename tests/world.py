@@ -7,16 +7,19 @@ nothing sleeps, and what cannot be had at once is a TimeoutError.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.host import ShardHost
 from distnadam.backends.standby import Standby
+from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.layout import Ranges
-from distnadam.messages import Lost, ShardSpec
-from distnadam.orders import LetGo, Record, Reign, Replicated
-from distnadam.supervision.crew import Crew, Hired
+from distnadam.messages import Lost, Read, ShardSpec
+from distnadam.orders import LetGo, Load, Record, Reign, Replicated
+from distnadam.reshard import copy_plan
+from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.transport.replica import Replica, pack_record, unpack_record
 
@@ -140,6 +143,25 @@ class _WorldCrew(Crew):
     def watch(self, hired: Hired) -> None:
         pass
 
+    def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
+        held = self.ask(dict(enumerate(old)), {index: Read(token, ARRAYS) for index in range(len(old))}, 0)
+        errors = [answer for answer in held.values() if isinstance(answer, Exception)]
+        if errors:
+            return errors
+        order, messages = replace(order, standing=old[0].handle.host.standing), {}
+        for index, ranges in enumerate(cuts[1]):
+            state: dict[str, Flat] = {
+                name: {space: np.empty(end - begin, space) for space, (begin, end) in ranges.items()} for name in ARRAYS
+            }
+            for copy in copy_plan(cuts[0], ranges):
+                there, here = cuts[0][copy.source][copy.space][0], ranges[copy.space][0]
+                for name in ARRAYS:
+                    part = held[copy.source][name][copy.space][copy.begin - there : copy.end - there]
+                    state[name][copy.space][copy.begin - here : copy.end - here] = part
+            messages[index] = replace(order, state=state)
+        loaded = self.ask(dict(enumerate(new)), messages, 0)
+        return [answer for answer in loaded.values() if isinstance(answer, Exception)]
+
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         answers: dict[int, Any] = {}
         asked = {i: hired[i].handle for i in messages if i in hired}
@@ -221,9 +243,9 @@ class World:
         for process in self.shards:
             process.send(Lost(rank, incarnation))
 
-    def transmit(self, index: int, message: Any) -> Future[Any]:
+    def transmit(self, process: Process, message: Any) -> Future[Any]:
         """Send a worker's message the way that the next fault says."""
-        process, fault = self.shards[index], self.faults.popleft() if self.faults else ""
+        fault = self.faults.popleft() if self.faults else ""
         outer: Future[Any] = Future()
         if fault == "lose":
             outer.set_exception(ShardLost("the connection broke"))

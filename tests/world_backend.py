@@ -29,12 +29,13 @@ class _WorldPending(Pending):
 
 
 class _WorldLink(Link):
-    def __init__(self, world: World, layout: Layout, rank: int, incarnation: int) -> None:
-        self._world, self.gradients, self.parameters = world, empty_flat(layout.sizes), None
+    def __init__(self, backend: "WorldBackend", layout: Layout, rank: int, incarnation: int) -> None:
+        self._backend, self.gradients, self.parameters, world = backend, empty_flat(layout.sizes), None, backend.world
         world.memories[rank, incarnation] = self.gradients
 
     def post(self, messages: Mapping[int, Any]) -> Pending:
-        return _WorldPending(self._world, {index: self._world.transmit(index, message) for index, message in messages.items()})
+        world, shards = self._backend.world, self._backend._roster.shards
+        return _WorldPending(world, {index: world.transmit(shards[index].handle, message) for index, message in messages.items()})
 
     def close(self) -> None:
         pass
@@ -61,6 +62,19 @@ class WorldBackend(Backend):
         self.world.look()
         self._roster = require_alive(self.world.supervisor._roster)
 
+    def refresh(self) -> None:
+        self._roster = require_alive(self.world.supervisor._roster)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._roster.shards)
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        done = self.world.supervisor.reshard(num_shards, cuts)
+        self.world.look()
+        done.result()
+        self.refresh()
+
     @property
     def version(self) -> int:
         return self._roster.version
@@ -83,7 +97,7 @@ class WorldBackend(Backend):
         return _WorldPending(self.world, {i: self._roster.shards[i].handle.send(m) for i, m in messages.items()})
 
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
-        return _WorldLink(self.world, layout, rank, incarnation)
+        return _WorldLink(self, layout, rank, incarnation)
 
     def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
         raise DistNadamError("there are no teams here")

@@ -22,7 +22,7 @@ from distnadam import seat
 from distnadam.arrays import cut_flat
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
-from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
+from distnadam.errors import ClusterError, IllegalMessage, LatePush, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
 from distnadam.transitions import Phase
@@ -63,7 +63,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         config = NadamConfig(clipvalue=0.5, **clip)
         gone = {"min_workers": 1, "rejoin_timeout_s": 0.0} if elastic else {"rejoin_timeout_s": 1e6}
         self.options = Options(step_timeout_s=0.0, on_nonfinite="skip", kernel="numpy", **gone)  # type: ignore[arg-type]
-        self.config, self.num_shards = config, num_shards
+        self.config = config
         self.world, self.layout = begin_world(config, self.options, num_shards, replicas)
         self.model = OneProcess(self.layout, config, INITIAL, gradient)
         self.workers: dict[int, Worker] = {}
@@ -101,7 +101,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.tickets.pop(rank, None)
         self.workers.pop(rank, None)
         try:
-            self.workers[rank] = Worker(Controller(WorldBackend(self.world), self.layout, self.num_shards, self.options), rank)
+            self.workers[rank] = Worker(self.controller(), rank)
         except StepTimeout:
             self.world.look()  # it is no member yet, or a shard lags behind
 
@@ -148,21 +148,30 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @rule()
     def save(self) -> None:
         self.world.rested()
-        topology = {"num_shards": self.num_shards, "num_workers": RANKS, "replicas": 0, "name": None}
+        topology = {"num_shards": len(self.world.shards), "num_workers": RANKS, "replicas": 0, "name": None}
         about: dict[str, Any] = {"config": self.config.to_dict(), "options": self.options.to_dict(), "topology": topology, "data": {}}
         with contextlib.suppress(StepTimeout, StaleEpoch):
-            Controller(WorldBackend(self.world), self.layout, self.num_shards, self.options).save(self.root, about)
+            self.controller().save(self.root, about)
+
+    @rule(num_shards=st.integers(1, 3))
+    def reshard(self, num_shards: int) -> None:
+        self.world.rested()
+        with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage):
+            self.controller().reshard(num_shards)
+
+    def controller(self) -> Controller:
+        return Controller(WorldBackend(self.world), self.layout, len(self.world.shards), self.options)
 
     # What befalls them
 
     @rule(index=SHARD)
     def kill_shard(self, index: int) -> None:
-        self.world.shards[index % self.num_shards].kill()
+        self.world.shards[index % len(self.world.shards)].kill()
 
     @rule(index=SHARD, where=st.sampled_from(["before", "after"]))
     def doom_shard(self, index: int, where: str) -> None:
         """Let a shard die as it tells its standby of a round."""
-        self.world.shards[index % self.num_shards].crash = where
+        self.world.shards[index % len(self.world.shards)].crash = where
 
     @rule(index=SHARD)
     def kill_standby(self, index: int) -> None:
@@ -177,7 +186,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
     @rule(index=SHARD)
     def work(self, index: int) -> None:
-        self.world.shards[index % self.num_shards].work()
+        self.world.shards[index % len(self.world.shards)].work()
 
     @rule()
     def look(self) -> None:
