@@ -150,9 +150,7 @@ class _WorldCrew(Crew):
             return errors
         order, messages = replace(order, standing=old[0].handle.host.standing), {}
         for index, ranges in enumerate(cuts[1]):
-            state: dict[str, Flat] = {
-                name: {space: np.empty(end - begin, space) for space, (begin, end) in ranges.items()} for name in ARRAYS
-            }
+            state = {name: empty_flat({space: end - begin for space, (begin, end) in ranges.items()}) for name in ARRAYS}
             for copy in copy_plan(cuts[0], ranges):
                 there, here = cuts[0][copy.source][copy.space][0], ranges[copy.space][0]
                 for name in ARRAYS:
