@@ -213,7 +213,7 @@ def _told(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _as_dict(path: Path, manifest: Manifest) -> Mapping[str, Any]:
+def _as_dict(path: object, manifest: Manifest) -> Mapping[str, Any]:
     return {
         "path": str(path),
         "iterations": manifest.iterations,

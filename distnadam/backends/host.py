@@ -4,19 +4,21 @@ It carries out the state machine's effects and knows nothing of how messages cam
 """
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, ClassVar
 
 from distnadam.arrays import Flat
-from distnadam.checkpoint.format import read_shard, write_shard
+from distnadam.checkpoint.behind import Behind
+from distnadam.checkpoint.format import fill_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import NadamConfig
-from distnadam.errors import ConfigError, LifecycleError
-from distnadam.messages import Adopt, Description, Measured, Message, Save, ShardSpec
+from distnadam.errors import CheckpointError, ConfigError, LifecycleError
+from distnadam.filing import Collect, Reserve, Save
+from distnadam.messages import Adopt, Description, Measured, Message, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
 from distnadam.nadam.schedule import Clock, prepare, step_scalars
@@ -71,6 +73,7 @@ class ShardHost:
         self._waiting: set[Reply] = set()
         self._closed = False
         self._filing = 0
+        self._behind = Behind(spec.ranges)
         self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
 
@@ -104,9 +107,12 @@ class ShardHost:
         if closed:
             reply(_closed(self._spec.index))
             return
-        if isinstance(message, Save):
-            save = message
-            run(lambda: self._answer(reply, self._attempt(lambda: self._save(save))))
+        if isinstance(message, Collect):
+            self._collect(message, reply)
+            return
+        if isinstance(message, (Reserve, Save)):
+            work = self._behind.reserve if isinstance(message, Reserve) else functools.partial(self._save, message)
+            run(lambda: self._answer(reply, self._attempt(work)))
             return
         if isinstance(message, Adopt) and message.note.dtypes is not None:
             found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
@@ -130,6 +136,7 @@ class ShardHost:
             self._replica.close()
         for stepper in self._steppers.values():
             stepper.close()
+        self._behind.close()
 
     def _carry_out(self, effects: list[Effect], run: Run) -> None:
         for effect in effects:
@@ -212,19 +219,33 @@ class ShardHost:
         return [Part(s.begin - begin, s.end - begin, scales[s.tensor]) for s in self._segments[space]]
 
     def _save(self, message: Save) -> Any:
-        """Write the shard's checkpoint file; nobody else moves a held shard meanwhile."""
-        shard = self._shard
+        """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard meanwhile."""
+        shard, ranges = self._shard, self._spec.ranges
         shard.gate.require(message.token, self._spec.index)
+        before, arrays = shard.changed, shard.state.arrays()
+
+        def write(state: dict[str, Flat]) -> Any:
+            record = write_shard(message.directory, message.file_name, ranges=ranges, state=state)
+            if shard.changed is before:
+                shard.changed = None
+            return record
+
         self._filing += 1
         try:
-            record = write_shard(Path(message.directory), message.file_name, ranges=self._spec.ranges, state=shard.state.arrays())
+            return self._behind.snapshot(message.file_name, arrays, write) if message.behind else write(arrays)
         finally:
             self._filing -= 1
-        shard.changed = None
-        return record
+
+    def _collect(self, message: Collect, reply: Reply) -> None:
+        try:
+            written = self._behind.written(message.file_name)
+        except CheckpointError as error:
+            self._answer(reply, error)
+        else:
+            written.add_done_callback(lambda done: self._answer(reply, done.exception() or done.result()))
 
     def _obey(self) -> Any:
-        """Load or copy the state as the supervisor ordered; what fails changes nothing, and is the answer."""
+        """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a shard that loads without a state."""
         order = self._shard.order
         return self._attempt(lambda: self._load(order) if isinstance(order, Load) else self._attach(order))
 
@@ -234,7 +255,7 @@ class ShardHost:
             state.begin({"params": order.params or {}})
             return Standing(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
         manifest = Manifest.from_bytes(order.manifest, order.directory)
-        state.begin(read_shard(Path(order.directory), manifest, ranges=spec.ranges, leftovers=order.leftovers))
+        fill_shard(order.directory, manifest, ranges=spec.ranges, state=state.renew(), leftovers=order.leftovers)
         clock = Clock(manifest.iterations, manifest.m_schedule)
         return Standing(order.epoch, manifest.round, manifest.skipped, clock, 0.0, 0, "applied", None, manifest.ledger)
 

@@ -4,10 +4,10 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from distnadam import policy
+from distnadam.checkpoint.places import Folder
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
 from distnadam.messages import Description, Hold, Join, Joined, Release
 from distnadam.orders import Attach, GiveUp, Reign, Schedule
@@ -111,7 +111,7 @@ class Recovery:
                 self._publish(None)
                 return
             for error in errors[:1]:
-                log.warning("passing over %s: %s", candidate if isinstance(candidate, Path) else "the first parameters", error)
+                log.warning("passing over %s: %s", candidate if isinstance(candidate, Folder) else "the first parameters", error)
         self._publish(f"{decision.why}, and no checkpoint under {self._source.directory} can be loaded")
 
     # Ranks
