@@ -1,8 +1,8 @@
 """What callers say to a shard and what it answers: plain records, the whole protocol in one place.
 
 Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever acts on the optimizer as a whole first
-holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, and Save of `filing`), then lets go (Release). Arrays
-are the shard's own range. What the supervisor says to a shard, which nobody may refuse, is in `orders`.
+holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, and `filing`), then lets go (Release).
+Arrays are the shard's own range. What the supervisor says to a shard, which nobody may refuse, is in `orders`.
 """
 
 from dataclasses import dataclass, field

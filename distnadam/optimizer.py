@@ -368,7 +368,7 @@ class DistNadam:
         """Return an optimizer restored from one checkpoint; what `told` says is None is as saved."""
         saved, backend = manifest.topology, told["backend"]
         optimizer = cls(
-            **NadamConfig.from_dict(manifest.config).__dict__,
+            **manifest.nadam_config(f"{directory}/{store.MANIFEST}").__dict__,
             **{key: saved[key] if told[key] is None else told[key] for key in ("num_shards", "num_workers", "replicas")},
             backend=backend or "auto",
             name=None if backend == "local" else saved["name"] if told["name"] is None else told["name"],

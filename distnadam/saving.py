@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distnadam.checkpoint import store
@@ -144,8 +144,7 @@ def _snapshot(shards: Controller, root: Folder) -> _Taken:
             except BaseException:
                 store.discard_partial(taken.directory, taken.save_id)
                 raise
-        hold.pop_all()  # into `taken`
-    return taken
+        return replace(taken, hold=hold.pop_all())
 
 
 def _begin(shards: Controller, root: Folder, held: Held, hold: ExitStack) -> _Taken:

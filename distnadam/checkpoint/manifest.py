@@ -66,6 +66,10 @@ class Manifest:
         envelope = {"magic": MAGIC, "version": FORMAT_VERSION, "checksum": xxhash.xxh3_128_hexdigest(packed), "body": packed}
         return bytes(msgpack.packb(envelope))
 
+    def nadam_config(self, where: str) -> NadamConfig:
+        """Return the config; raise CheckpointError, beginning with `where`, where its schedule is one that nobody here knows."""
+        return _understood("config", NadamConfig.from_dict, self.config, where)  # type: ignore[no-any-return]
+
     @classmethod
     def from_bytes(cls, raw: bytes, where: str) -> "Manifest":
         """Return the manifest of a file's bytes; raise CheckpointError beginning with `where` and saying why it is refused."""

@@ -102,7 +102,8 @@ class RemoteFolder(Folder):
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error is the one to tell
                     file.discard()
-                file.closed = True  # or the collector would send what there is
+                with contextlib.suppress(AttributeError):
+                    file.closed = True  # or the collector would send what there is
                 raise
             file.close()
 
