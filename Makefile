@@ -1,11 +1,13 @@
-# make train: set up, then train the built-in digits task on a Ray of its own.   make test: set up, then run the tests.
+# make train: set up, then train the built-in digits task on a Ray of its own.   make test: set up, then run the tests.   make chaos N=200: kill that often.
 VENV := .venv
 BENCH := .venv-bench
 PYTHON ?= python3
 BENCH_ARGS ?=
+N ?= 200
+SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow lint bench clean
+.PHONY: train test test-slow chaos lint bench clean
 
 train: $(VENV)/installed
 	$(BIN)/distnadam train digits --workers 2 --shards 2
@@ -15,6 +17,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m tests.chaos.run --faults $(N) --seed $(SEED)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

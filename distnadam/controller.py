@@ -3,7 +3,6 @@
 Shard 0 is held first and the others after it, so that two who act at once queue there and never wait for each other in a ring.
 """
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Rewound, ShardLost, StaleEpoch, StepTimeout
-from distnadam.layout import Layout
+from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, StepTimeout
+from distnadam.layout import Layout, Ranges
 from distnadam.ledger import DIRECT
 from distnadam.messages import (
     Advance,
@@ -61,14 +60,12 @@ class _Direct:
     square_sums: Any = None
 
     def aim(self, held: Held) -> None:
-        """Choose the round at the first boundary; at a later one, after a death, it must still be this one or the one just decided."""
+        """Choose the round at the first boundary; at a later one, after a death, it is still this one."""
         if self.round == 0:
             if held.pending:
                 ranks = ", ".join(map(str, held.pending))
                 raise PushesPending(f"ranks {ranks} have pushed for round {held.round + 1}: their round must end first")
             self.incarnation, self.round = dict(held.ledger["newest"]).get(DIRECT, 0) + 1, held.round + 1
-        elif not self.round - 1 <= held.round <= self.round:
-            raise StaleEpoch(f"all shards went back, to round {held.round}; compute again from there", held.epoch, held.round)
 
     def step(self, token: str, gradients: Flat, complaint: str | None) -> Step:
         return Step(token, self.incarnation, self.round, None if complaint else gradients, complaint)
@@ -77,22 +74,38 @@ class _Direct:
 class Controller:
     """The shards of one running optimizer, addressed as one. Picklable where its backend is."""
 
-    def __init__(self, backend: Backend, layout: Layout, num_shards: int, options: Options) -> None:
-        self.backend, self.layout, self.ranges, self.options = backend, layout, layout.cuts(num_shards), options
+    def __init__(self, backend: Backend, layout: Layout, num_shards: int, options: Options, rewound: int | None = None) -> None:
+        self.backend, self.layout, self.options = backend, layout, options
+        self._rewound = rewound
+        self._cuts = {num_shards: layout.cuts(num_shards)}
         self._slot: GradientSlot | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Controller, (self.backend, self.layout, len(self.ranges), self.options)
+        return Controller, (self.backend, self.layout, len(self.ranges), self.options, self._rewound)
+
+    @property
+    def ranges(self) -> list[Ranges]:
+        """What each shard holds, by how many there are now."""
+        count = self.backend.num_shards
+        if count not in self._cuts:
+            self._cuts[count] = self.layout.cuts(count)
+        return self._cuts[count]
 
     def describe(self) -> Description:
         """Return where shard 0 stands; never waits for a round."""
         description: Description = self.recovering(lambda: self.ask({0: Describe()})[0])
         return description
 
+    def describe_all(self) -> list[Description]:
+        """Return where every shard stands; never waits for a round, so they may differ."""
+        answers = self.recovering(lambda: self.ask(self._everyone(Describe())))
+        return [answers[index] for index in sorted(answers)]
+
     def load(self, params: Flat) -> None:
         """Give newly made shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
         self.ask({index: Load(1, params=cut) for index, cut in enumerate(cuts)})
+        self._rewound = 1
         self.backend.began(initial=params, directory=None)
 
     def restore(self, directory: Folder, manifest: Manifest) -> None:
@@ -100,24 +113,36 @@ class Controller:
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)}
         self.ask(messages, timeout_s=_IO_TIMEOUT_S)
-        root = str(directory).rpartition("/")[0]
-        self.backend.began(initial=None, directory=root)
+        self._rewound = 1
+        self.backend.began(initial=None, directory=str(directory).rpartition("/")[0])
 
     @contextmanager
     def boundary(self) -> Iterator[Boundary]:
         """Hold all shards between two rounds, the same two everywhere."""
-        token = secrets.token_hex(8)
+        token = self.backend.token()
         try:
             held = self.ask({0: Hold(token)})
             held |= self.ask({index: Hold(token) for index in range(1, len(self.ranges))})
             newest = max(held.values(), key=lambda h: h.round)
             late = [index for index, h in held.items() if h.round < newest.round]
             self.ask({index: Advance(token, newest.round) for index in late})
+            self._check_rewound(newest, max(h.rewound for h in held.values()))
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
             yield Boundary(token, Held(newest.epoch, newest.round, newest.clock, newest.skipped, tuple(sorted(pending)), newest.ledger))
         finally:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
                 self.backend.post({index: Release(token) for index in range(len(self.ranges))})
+
+    def knows_rewound(self, rewound: int) -> None:
+        """Take that a worker made of this handle knows that the shards went back in that epoch."""
+        self._rewound = max(self._rewound or 0, rewound)
+
+    def _check_rewound(self, held: Held, rewound: int) -> None:
+        """Tell each handle once that the shards went back since it last looked, so that nobody takes an earlier step for a later one."""
+        known, self._rewound = self._rewound, rewound
+        if known is not None and rewound > known:
+            told = f"all shards went back after a death, to round {held.round}: what came after is to be computed again"
+            raise Rewound(told, held.epoch, held.round)
 
     def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one round, copied."""
@@ -160,14 +185,12 @@ class Controller:
             PushesPending: workers' pushes wait.
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
-        if self._slot is None:
-            memory = empty_flat(self.layout.sizes)
-            self._slot = GradientSlot(self.layout, self.ranges, "apply_gradients", memory, check=self.options.check_gradients)
-        complaint, parts, mine = self._slot.fill(gradients), self._slot.parts(), _Direct()
+        mine = _Direct()
 
         def once() -> Decided:
             with self.boundary() as at:
                 mine.aim(at.held)
+                complaint, parts = self._fill(gradients)
                 answers = self.ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
                 measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, Measured)}
                 if len(measured) == len(answers):
@@ -178,6 +201,18 @@ class Controller:
                 return decided
 
         return self.recovering(once)
+
+    def reshard(self, num_shards: int) -> None:
+        """Cut the state anew into so many shards between two rounds; whoever waits for a round goes on with the new ones."""
+        if num_shards != self.backend.num_shards:
+            self.recovering(lambda: self.backend.reshard(num_shards, self.layout.cuts(num_shards)))
+
+    def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
+        """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
+        if self._slot is None:
+            memory = empty_flat(self.layout.sizes)
+            self._slot = GradientSlot(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
+        return self._slot.fill(gradients), self._slot.parts(self.ranges)
 
     def _everyone(self, message: Message) -> dict[int, Message]:
         return dict.fromkeys(range(len(self.ranges)), message)
@@ -190,8 +225,10 @@ class Controller:
                 return work()
             except ShardLost:
                 self.backend.await_recovery(self.options.step_timeout_s)
-            except (Rewound, IllegalMessage) as error:
-                if isinstance(error, IllegalMessage) and not self.backend.moved_since(version):
+            except Reconfigured:
+                self.backend.refresh()
+            except IllegalMessage:
+                if not self.backend.moved_since(version):
                     raise
 
     def ask(self, messages: Mapping[int, Message | Order], timeout_s: float | None = None) -> dict[int, Any]:

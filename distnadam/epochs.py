@@ -24,6 +24,11 @@ class Epochs:
         """Every rise so far, and its reason."""
         return tuple(self._risen)
 
+    @property
+    def rewound(self) -> int:
+        """The epoch in which all shards last went back, or began; 0 before."""
+        return max((number for number, reason in self._risen if reason == "rewound"), default=0)
+
     def know(self, risen: tuple[tuple[int, Reason], ...]) -> None:
         """Take over what another has seen."""
         self._risen = list(risen)

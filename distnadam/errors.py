@@ -27,6 +27,7 @@
     │   ├── StepTimeout                 waited too long for a shard or for other workers
     │   ├── ArenaError                  shared memory cannot be had (Ray objects are used instead)
     │   └── LaneError                   a shard cannot be reached by a socket (Ray objects are used instead)
+    ├── ConversionError (ValueError)    another framework's Nadam cannot hold this state, or ours cannot hold its
     ├── TrainingError                   `fit` cannot go on; the task's own error is its cause
     ├── KernelError                     this thread's arithmetic is not IEEE (flushed denormals)
     └── CheckpointError                 a file was refused
@@ -152,6 +153,10 @@ class ArenaError(ClusterError):
 
 class LaneError(ClusterError):
     """A shard of this machine cannot be reached through its socket, or what came through it is no message."""
+
+
+class ConversionError(DistNadamError, ValueError):
+    """Another framework's Nadam differs from ours in what this state needs; the message names each difference."""
 
 
 class TrainingError(DistNadamError):

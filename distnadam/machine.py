@@ -11,7 +11,7 @@ import distnadam.messages as msg
 from distnadam import orders
 from distnadam.arrays import Flat
 from distnadam.epochs import Epochs
-from distnadam.errors import DistNadamError, LatePush, ShardLost
+from distnadam.errors import DistNadamError, IllegalMessage, LatePush, ShardLost
 from distnadam.gate import Gate
 from distnadam.ledger import DIRECT
 from distnadam.members import Members
@@ -106,6 +106,7 @@ class Machine:
             self.members.schedule,
             self.changed,
             self.epochs.risen,
+            dict(self._counted),
         )
 
     # The round
@@ -113,7 +114,8 @@ class Machine:
     def _progress(self) -> list[Effect]:
         """Take the round as far as it goes without the host."""
         now, at_rest = self._now, self.phase in (*_AT_REST, Phase.HOLLOW)
-        if self._orders and at_rest and (self.phase is Phase.COLLECTING or isinstance(self.order, orders.Load)):
+        free = self.phase is Phase.COLLECTING and self.gate.holder is None
+        if self._orders and at_rest and (free or isinstance(self.order, orders.Load)):
             return self._begin_order()
         if not self.gate.passes(self.round):
             return []
@@ -155,7 +157,7 @@ class Machine:
             self.members.ledger.count(rank, push.incarnation, self.round)
             self._counted[rank] = note_of(push)
         ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
-        counted = {rank: push.incarnation for rank, push in ended.pushes.items()}
+        counted = {rank: self._counted[rank] for rank in ended.pushes}
         record = orders.Replicated(self.round, self.skipped, outcome, complaint, counted, self.lr, self.state.active, self.clock)
         told = [Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting]
         return [Replicate(record), *told, *self._settle()]
@@ -186,12 +188,16 @@ class Machine:
     def _begin_order(self) -> list[Effect]:
         """Give the next order to the host; one that loads ends the round first."""
         told: list[Effect] = []
-        if isinstance(self.order, orders.Load):
-            before = self.epochs.now
-            self.epochs.rise("rewound", self.order.epoch)
-            error = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
+        caller, order = self._orders[0]
+        if isinstance(order, orders.Load):
+            before, who = self.epochs.now, f"shard {self.spec.index}"
+            if order.epoch <= before > 0:
+                del self._orders[0]
+                return [Answer(caller, IllegalMessage(f"{who}: a load of epoch {order.epoch} came in epoch {before}")), *self._progress()]
+            self.epochs.rise("reconfigured" if order.standing is not None else "rewound", order.epoch)
+            error = self.epochs.refusal(before, who, self.round)
             assert error is not None
-            told = [Replicate(None), *self._drop_pushes(error)]
+            told = [Replicate(orders.LetGo()), *self._drop_pushes(error)]
             told += [Answer(caller, error) for caller in (*self.gate.reset(), *(caller for caller, _ in self._pulls))]
             self._pulls = []
         self.phase = Phase.OBEYING
@@ -205,6 +211,8 @@ class Machine:
         self.phase = Phase.COLLECTING
         if isinstance(order, orders.Load) and isinstance(result, orders.Standing):
             self._stand(result)
+            if order.standing is not None:
+                self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
             self.members.schedule = order.schedule or self.members.schedule
             self.members.ledger.admit_all(order.newest)
             result = self.round
@@ -224,21 +232,21 @@ class Machine:
         """Stand where a primary stood, under the epoch in which it is gone; its arrays are in the state."""
         self._stand(standing)
         self.epochs.know(standing.risen)
-        self.epochs.rise("reconfigured", reign.epoch)
-        self.members.schedule = reign.schedule
+        self.epochs.rise("reconfigured", max(reign.epoch, standing.epoch + 1))
+        self.members.schedule = reign.schedule or self.members.schedule
         self.members.ledger.admit_all(reign.newest)
 
     def _stand(self, standing: orders.Standing) -> None:
         self.clock, self.round, self.skipped, self.lr = standing.clock, standing.round, standing.skipped, standing.lr
         self.members.ledger = self.members.ledger.from_dict(standing.ledger)
         self.members.schedule = standing.schedule or self.members.schedule
-        self._last, self._counted, self.changed = (standing.outcome, standing.complaint), {}, standing.changed
+        self._last, self._counted, self.changed = (standing.outcome, standing.complaint), dict(standing.counted), standing.changed
 
     # What it says of itself
 
     def _held(self) -> msg.Held:
         ledger = self.members.ledger.to_dict()
-        return msg.Held(self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger)
+        return msg.Held(self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger, self.epochs.rewound)
 
     def _decided(self, want_parameters: bool) -> msg.Decided:
         outcome, complaint = self._last
@@ -251,9 +259,11 @@ class Machine:
             self.lr,
             self.state.active,
             self.state.params if want_parameters else None,
+            self.epochs.rewound,
         )
 
-    def _described(self, *, with_spec: bool) -> msg.Description:
+    def described(self, *, with_spec: bool) -> msg.Description:
+        """Return what `Describe` is answered, whatever phase this is."""
         needed = self.members.needed(self.round + 1)
         return msg.Description(
             spec=self.spec if with_spec else None,
@@ -273,4 +283,5 @@ class Machine:
             schedule=self.members.schedule,
             newest=self.members.ledger.newest_of_all(),
             changed=self.changed,
+            given_up=tuple(sorted(self.members.given_up)),
         )

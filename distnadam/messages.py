@@ -120,12 +120,13 @@ class Norms:
 
 @dataclass(frozen=True)
 class Pull:
-    """Asks for the parameters once `at_least` rounds are decided."""
+    """Asks for the parameters once `at_least` rounds are decided, a number that was true in `epoch`."""
 
     rank: int
     incarnation: int
     at_least: int = 0
     want_parameters: bool = False
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ class Lost:
 class Decided:
     """Where a shard stands after a round: how it ended, and the parameters where they were asked for.
 
-    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last applied step, equal on all shards.
+    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last applied step, equal on all shards;
+    `rewound` is the epoch in which all shards last went back.
     """
 
     epoch: int
@@ -159,6 +161,7 @@ class Decided:
     lr: float
     buffer: int
     parameters: Flat | None = None
+    rewound: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Held:
-    """The shard's place in time while held, and the ranks whose pushes wait."""
+    """The shard's place in time while held, the ranks whose pushes wait, and the epoch in which all shards last went back."""
 
     epoch: int
     round: int
@@ -193,6 +196,7 @@ class Held:
     skipped: int
     pending: tuple[int, ...]
     ledger: dict[str, Any] = field(default_factory=dict)
+    rewound: int = 0
 
 
 @dataclass(frozen=True)
@@ -255,7 +259,7 @@ class Description:
 
     `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
     the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
-    `replicated` is the last round that the standby has, None without one.
+    `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
     """
 
     spec: ShardSpec | None
@@ -276,6 +280,7 @@ class Description:
     newest: dict[int, int] = field(default_factory=dict)
     changed: str | None = None
     replicated: int | None = None
+    given_up: tuple[int, ...] = ()
 
 
 _Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost

@@ -191,7 +191,12 @@ class DistNadam:
         self._config = config
 
     def get_params(self) -> Any:
-        """Return a copy of the parameters in the structure given to `build`, each in its own dtype; shape () as a NumPy scalar."""
+        """Return a copy of the parameters in the structure given to `build`, each in its own dtype; shape () as a NumPy scalar.
+
+        Raises:
+            Rewound: a shard died and all went back to round `error.step` since this handle last looked, as every method that reads,
+                writes or steps the whole says once.
+        """
         shards = self._running()
         return shards.layout.tree(shards.read(("params",))[1]["params"])
 
@@ -281,7 +286,7 @@ class DistNadam:
             StructureError: naming the tensor's path, the expected and the given; nothing was applied.
             NonFiniteGradient: naming the tensor; nothing was applied (`Options(on_nonfinite="skip")` counts it as skipped instead).
             PushesPending: workers have pushed for the coming round.
-            StaleEpoch: a shard died and all went back to round `error.step`; nothing of this gradient is left.
+            Rewound: a shard died and all went back to round `error.step`; nothing of this gradient is left.
         """
         decided = self._changing().step(gradients)
         if decided.outcome == "refused":
@@ -305,6 +310,15 @@ class DistNadam:
     def team(self, make: Callable[[int], Any]) -> Team:
         """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor otherwise: the workers of `fit`."""
         return self._running().backend.team(self._num_workers, make, cpus=self._options.worker_cpus)
+
+    def reshard(self, num_shards: int) -> None:
+        """Cut the state anew into so many shards, between two steps; training waits only for the move itself, and keeps its bits.
+
+        Raises:
+            ConfigError: the number is less than 1.
+            ClusterError: the new shards cannot be had; the present ones go on.
+        """
+        self._running().reshard(check_count("num_shards", num_shards))
 
     # Checkpoints
 
@@ -399,7 +413,7 @@ class DistNadam:
 
     def _topology(self) -> dict[str, Any]:
         return {
-            "num_shards": self._num_shards,
+            "num_shards": self._num_shards if self._shards is None else len(self._shards.ranges),
             "num_workers": self._num_workers,
             "replicas": self._replicas,
             "backend": self._asked_backend,

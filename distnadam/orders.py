@@ -8,7 +8,7 @@ from typing import Any
 
 from distnadam.arrays import Flat
 from distnadam.epochs import Reason
-from distnadam.messages import Outcome
+from distnadam.messages import Outcome, PushNote
 from distnadam.nadam.schedule import Clock
 
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]
@@ -34,6 +34,7 @@ class Load:
         manifest: the manifest file's bytes.
         leftovers: files whose bytes that no shard needs this one verifies.
         params: the shard's ranges.
+        state: all arrays of the shard's ranges, as other shards held them, and `standing`, where those stood in time.
         schedule: the membership; empty leaves it.
         newest: the newest incarnation of each rank, where it is known.
     """
@@ -43,6 +44,8 @@ class Load:
     manifest: bytes = b""
     leftovers: tuple[int, ...] = ()
     params: Flat | None = None
+    state: dict[str, Flat] | None = None
+    standing: "Standing | None" = None
     schedule: Schedule = ()
     newest: dict[int, int] = field(default_factory=dict)
 
@@ -56,9 +59,10 @@ class Attach:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Nobody takes this dead rank over: tell those who wait for it `WorkerLost`, from now on at once."""
+    """Nobody takes this dead worker's rank over: tell those who wait for it `WorkerLost`, at once until somebody does after all."""
 
     rank: int
+    incarnation: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Standing:
     schedule: Schedule = ()
     changed: str | None = None
     risen: tuple[tuple[int, Reason], ...] = ()
+    counted: dict[int, PushNote] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Replicated:
     skipped: int
     outcome: Outcome
     complaint: str | None
-    counted: dict[int, int]
+    counted: dict[int, PushNote]
     lr: float
     active: int
     clock: Clock
@@ -102,4 +107,17 @@ class ReplicatedJoin:
     incarnation: int
 
 
-Order = Reign | Load | Attach | GiveUp
+@dataclass(frozen=True)
+class Retire:
+    """Other shards hold these ranges from this epoch on: refuse everything, so that whoever asks looks for them."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class LetGo:
+    """The primary goes on without this standby, which must never step in for it again."""
+
+
+Record = Replicated | ReplicatedJoin | Reign | LetGo
+Order = Reign | Load | Attach | GiveUp | Retire

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ShardSeen:
-    """One shard: whether its process lives, where it stands, and the last round its standby has (None: no standby that could step in)."""
+    """One shard: whether its process lives, where it stands, and the last round its standby has (None: no standby that could step in).
+
+    `changed` is what was replaced from outside since it was loaded or saved, as far as this shard has heard.
+    """
 
     alive: bool
     epoch: int = 0
@@ -18,6 +21,7 @@ class ShardSeen:
     round: int = 0
     schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
     standby: int | None = None
+    changed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,37 +119,42 @@ def decide(seen: Seen, rules: Rules) -> list[Decision]:
     if gone:
         return _shards_died(seen, gone)
     torn = _torn(seen)
-    if torn:
+    if torn is not None:
         return torn
     if seen.stuck:
-        return _rewind(seen, (), "some shards have applied a round that the others cannot complete")
+        return _rewind(seen, (), "some shards have applied a round that the others cannot complete", seen.changed)
     return _ranks(seen, rules)
 
 
 def _shards_died(seen: Seen, gone: tuple[int, ...]) -> list[Decision]:
-    if all(seen.shards[index].standby is not None for index in gone):
-        reached = {index: seen.shards[index].standby or 0 for index in gone}
-        newest = max([shard.round for shard in seen.shards if shard.alive], default=max(reached.values()))
-        if all(number >= newest - 1 for number in reached.values()):
-            return [Promote(gone)]
-    return _rewind(seen, gone, f"shard {', '.join(map(str, gone))} died without a standby that could step in")
+    rounds = [shard.round if shard.alive else shard.standby for shard in seen.shards]
+    known = [number for number in rounds if number is not None]
+    if len(known) == len(rounds) and max(known) - min(known) <= 1:
+        return [Promote(gone)]
+    return _rewind(seen, gone, f"shard {', '.join(map(str, gone))} died without a standby that could step in", seen.changed)
 
 
-def _torn(seen: Seen) -> list[Decision]:
-    """A change that reached some shards only: a reign is told to the others, anything else was half done and is undone."""
+def _torn(seen: Seen) -> list[Decision] | None:
+    """A change that reached some shards only: a reign is told to the others, anything else was half done and is undone.
+
+    None: there is no such change. While its author may yet complete it, nothing is decided that would make shards look equal.
+    """
     newest = max(shard.epoch for shard in seen.shards)
     behind = tuple(index for index, shard in enumerate(seen.shards) if shard.epoch < newest)
     if not behind:
-        return []
+        return None
+    if any(shard.epoch == 0 for shard in seen.shards):
+        return _rewind(seen, (), "a shard that was made anew has no state yet", seen.changed)
     if all(shard.reason == "reconfigured" for shard in seen.shards if shard.epoch == newest):
         return [Complete(behind, newest)]
     if seen.held:
         return []  # on its way
-    return _rewind(seen, (), f"shard {', '.join(map(str, behind))} missed a replacement of the state that others have taken", lost=None)
+    before = next((seen.shards[index].changed for index in behind if seen.shards[index].changed is not None), None)
+    why = f"shard {', '.join(map(str, behind))} missed a replacement of the state that others have taken"
+    return _rewind(seen, (), why, before)
 
 
-def _rewind(seen: Seen, gone: tuple[int, ...], why: str, lost: str | None = "") -> list[Decision]:
-    changed = seen.changed if lost == "" else lost
+def _rewind(seen: Seen, gone: tuple[int, ...], why: str, changed: str | None) -> list[Decision]:
     if not seen.source:
         return [Fail(f"{why}, and there is no checkpoint to go back to: save, set Options(checkpoint_dir=...), or use replicas=1")]
     if changed is not None:

@@ -21,10 +21,14 @@ class Waiting:
 
 @dataclass
 class Round:
-    """Pushes by rank, those set aside when their worker was taken over, who waits, and where clipping needs norms the sums and totals."""
+    """Pushes by rank, those set aside when their worker was taken over, who waits, and where clipping needs norms the sums and totals.
+
+    `adopted` are ranks whose push here counts whoever pushes later, since another shard counts it.
+    """
 
     pushes: dict[int, msg.Push] = field(default_factory=dict)
     aside: dict[int, msg.Push] = field(default_factory=dict)
+    adopted: set[int] = field(default_factory=set)
     waiting: list[Waiting] = field(default_factory=list)
     measured: msg.Measured | None = None
     square_sums: Any = None
@@ -36,12 +40,12 @@ class Round:
 
     def refuse(self, error: DistNadamError) -> list[Effect]:
         """Give everyone who waits the error, and forget the pushes."""
-        self.pushes, self.aside = {}, {}
+        self.pushes, self.aside, self.adopted = {}, {}, set()
         return self.answer(error)
 
     def set_aside(self, rank: int, incarnation: int) -> None:
-        """Put the push of a worker older than this one aside."""
-        if rank in self.pushes and self.pushes[rank].incarnation < incarnation:
+        """Put the push of a worker older than this one aside, unless it must count."""
+        if rank in self.pushes and rank not in self.adopted and self.pushes[rank].incarnation < incarnation:
             self.aside[rank] = self.pushes.pop(rank)
 
     def take_up(self, rank: int, incarnation: int) -> bool:

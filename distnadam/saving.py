@@ -201,7 +201,7 @@ def _manifest(shards: Controller, taken: _Taken, records: Mapping[int, FileRecor
         round=held.round,
         skipped=held.skipped,
         ledger=held.ledger,
-        files=tuple(records[i] for i in range(len(shards.ranges))),
+        files=tuple(records[i] for i in sorted(taken.names)),
         saved_at=store.now(),
         **about,
     )

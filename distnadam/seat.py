@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from distnadam.arrays import Flat
 from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
-from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StepTimeout
+from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StaleEpoch, StepTimeout
+from distnadam.layout import Ranges
 from distnadam.messages import Decided, Describe, Description, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.takeover import adoptions
@@ -24,12 +25,12 @@ _PATIENCE_S = 10.0
 class Flight:
     """A push that is not decided: what it is, the answers now awaited, and the norms of its round once they are known.
 
-    `parts` are the gradients of each shard's ranges, which stay as they are until the flight ends.
+    `parts` gives the gradients of each shard's ranges, which stay as they are until the flight ends, whatever the shards are by then.
     """
 
     epoch: int
     round: int
-    parts: Sequence[Flat]
+    parts: Callable[[list[Ranges]], Sequence[Flat]]
     complaint: str | None
     want_parameters: bool
     pending: Pending | None = None
@@ -41,16 +42,17 @@ class Seat:
 
     def __init__(self, shards: Controller, rank: int) -> None:
         self.rank, self._shards = rank, shards
-        self._backend, self._layout, self._ranges = shards.backend, shards.layout, shards.ranges
+        self._backend, self._layout = shards.backend, shards.layout
         self._timeout_s = shards.options.step_timeout_s
         self.epoch = self.round = -1
         self.buffer = 0
+        self._rewound: int | None = None
         self._incarnation = self._recovering(self._join)
 
     @cached_property
     def link(self) -> Link:
         """Made at first use, so that a worker which only travels to another process takes no memory here."""
-        return self._backend.link(self._layout, self._ranges, self.rank, self._incarnation)
+        return self._backend.link(self._layout, self._shards.ranges, self.rank, self._incarnation)
 
     @property
     def copies(self) -> bool:
@@ -69,7 +71,7 @@ class Seat:
         """Ask every shard where it stands until all stand at one round, and take that as this rank's place."""
         return self._recovering(lambda: self._pull(want_parameters))
 
-    def push(self, parts: Sequence[Flat], complaint: str | None, *, want_parameters: bool) -> Flight:
+    def push(self, parts: Callable[[list[Ranges]], Sequence[Flat]], complaint: str | None, *, want_parameters: bool) -> Flight:
         """Send every shard its part for the next round, without waiting."""
         if self.epoch < 0:
             self.pull(want_parameters=False)
@@ -91,7 +93,11 @@ class Seat:
                 if error.epoch <= flight.epoch:
                     time.sleep(_POLL_S)  # other shards are yet to hear of it
                 flight.epoch, flight.pending = max(flight.epoch, error.epoch), None
+                self._backend.refresh()
                 self._rejoin()
+            except Rewound as error:
+                self._rewound = max(self._rewound or 0, error.epoch)
+                raise
             except ShardLost:
                 flight.pending = None
                 self._backend.await_recovery(self._timeout_s)
@@ -100,15 +106,20 @@ class Seat:
     def _join(self) -> int:
         answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
         incarnation = answers[0].incarnation
-        answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._ranges))})
-        try:
-            self._ask(dict(adoptions(self.rank, answers)))
-        except IllegalMessage as error:
-            self._backend.report_stuck()
-            raise ShardLost(f"{error}; all shards must go back") from error
+        answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._shards.ranges))})
+        self._adopt(answers)
         if not answers[0].member:
             self._await_admission()
         return incarnation
+
+    def _adopt(self, joined: dict[int, Joined], in_flight: int = 0) -> None:
+        """Have the rank's push that some shard counts count on all; not that of `in_flight`, a worker which sends it again."""
+        adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != in_flight}
+        try:
+            self._ask(dict(adopts))
+        except IllegalMessage as error:
+            self._backend.report_stuck()
+            raise ShardLost(f"{error}; all shards must go back") from error
 
     def _await_admission(self) -> None:
         """Wait until the supervisor has made this rank a member again, at a boundary of its choice."""
@@ -119,18 +130,27 @@ class Seat:
             time.sleep(_POLL_S)
 
     def _pull(self, want_parameters: bool) -> dict[int, Decided]:
-        at_least = 0
+        at_least = epoch = 0
+        deadline = time.monotonic() + self._timeout_s
         while True:
-            answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want_parameters and self.copies)))
-            at_least = max(d.round for d in answers.values())
+            want = want_parameters and self.copies
+            answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want, epoch)))
+            at_least, epoch = max(d.round for d in answers.values()), max(d.epoch for d in answers.values())
+            if any(d.epoch != epoch for d in answers.values()):  # something is on its way: rounds of two epochs say nothing
+                if time.monotonic() > deadline:
+                    raise StepTimeout(f"worker {self.rank}: the shards did not agree on an epoch in {self._timeout_s:g} s")
+                at_least = 0
+                time.sleep(_POLL_S)
+                continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
+            self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))))  # a shard may have died with what it must count
 
     def _send(self, flight: Flight) -> None:
         """Send a push to every shard; one that has counted it already says so."""
         key, want = (flight.epoch, self.rank, self._incarnation, flight.round), flight.want_parameters and self.copies
-        told = flight.complaint
-        flight.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(flight.parts)})
+        told, parts = flight.complaint, flight.parts(self._shards.ranges)
+        flight.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
 
     def _conclude(self, flight: Flight) -> dict[int, Decided]:
         """Wait for the answers, the second phase included where clipping needs norms."""
@@ -150,9 +170,9 @@ class Seat:
 
     def _rejoin(self) -> None:
         """Be known to the shards as they are now, and reach them where they are."""
-        self._recovering(lambda: self._ask(self._everyone(Join(self.rank, self._incarnation))))
+        self._recovering(lambda: self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))), self._incarnation))
         if "link" in self.__dict__:
-            self.link.reconnect()
+            self.link.reconnect(self._shards.ranges)
 
     def _recovering(self, work: Callable[[], _T]) -> _T:
         """Do what may be done again from its beginning, as often as shards die meanwhile."""
@@ -161,8 +181,12 @@ class Seat:
                 return work()
             except ShardLost:
                 self._backend.await_recovery(self._timeout_s)
+            except Reconfigured:
+                self._backend.refresh()
             except Rewound:
-                continue  # it waited while the shards went back, and asks again
+                raise  # this rank has not been told yet
+            except StaleEpoch:
+                continue  # it waited while the state was replaced, and asks again
 
     def _take(self, answers: dict[int, Decided]) -> dict[int, Decided]:
         """Take the place in time that all shards stand at; raise ShardsDisagree where they do not."""
@@ -173,11 +197,17 @@ class Seat:
                     f"shard 0 {first.outcome} round {first.round} with lr={first.lr!r}, shard {index} {other.outcome} round {other.round}"
                     f" with lr={other.lr!r}; a learning-rate function must give every shard the same rate for the same step"
                 )
+        known, self._rewound = self._rewound, max(answer.rewound for answer in answers.values())
+        self._shards.knows_rewound(self._rewound)
+        if known is not None and self._rewound > known:
+            self.epoch = -1
+            told = f"worker {self.rank}: all shards went back after a death, to round {first.round}; compute again from there"
+            raise Rewound(told, first.epoch, first.round)
         self.epoch, self.round, self.buffer = first.epoch, first.round, first.buffer
         return answers
 
     def _everyone(self, message: Message) -> dict[int, Message]:
-        return dict.fromkeys(range(len(self._ranges)), message)
+        return dict.fromkeys(range(len(self._shards.ranges)), message)
 
     def _ask(self, messages: dict[int, Message]) -> dict[int, Any]:
         return self._wait(self._backend.post(messages)) if messages else {}
@@ -190,7 +220,7 @@ class Seat:
             raise StepTimeout(f"{told}; {self._who_is_late()}") from error
 
     def _who_is_late(self) -> str:
-        asked = {shard: self._backend.post({shard: Describe()}) for shard in range(len(self._ranges))}
+        asked = {shard: self._backend.post({shard: Describe()}) for shard in range(len(self._shards.ranges))}
         deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
         for shard, pending in asked.items():
             try:

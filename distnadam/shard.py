@@ -7,7 +7,7 @@ from typing import Any
 
 import distnadam.messages as msg
 from distnadam import orders
-from distnadam.errors import IllegalMessage, LatePush, RoundMismatch, ShardLost
+from distnadam.errors import IllegalMessage, LatePush, Reconfigured, RoundMismatch, ShardLost
 from distnadam.ledger import DIRECT
 from distnadam.machine import Machine
 from distnadam.rounds import Round, Waiting, note_of
@@ -21,6 +21,8 @@ class Shard(Machine):
 
     def receive(self, message: Any, caller: Any) -> list[Effect]:
         """Take one message; return what is to be done. Raise a ProtocolError, with nothing changed, where it is refused."""
+        if isinstance(self._broken, Reconfigured) and type(message) not in LEGAL[Phase.BROKEN]:
+            raise self._broken
         if self._broken is not None and type(message) not in LEGAL[Phase.BROKEN]:
             raise ShardLost(f"shard {self.spec.index}: broken by {type(self._broken).__name__}: {self._broken}") from self._broken
         if self.phase is Phase.HOLLOW and type(message) not in LEGAL[Phase.HOLLOW]:
@@ -34,7 +36,7 @@ class Shard(Machine):
 
     def _on_join(self, message: msg.Join, caller: Any) -> list[Effect]:
         committed = self._counted.get(message.rank)
-        if not self.collecting and message.rank in self._now.pushes:
+        if message.rank in self._now.pushes and (not self.collecting or message.rank in self._now.adopted):
             committed = note_of(self._now.pushes[message.rank])
         incarnation = self.members.join(message)
         if self.collecting:
@@ -56,7 +58,9 @@ class Shard(Machine):
             if message.gradients is None and note.complaint is None:
                 raise IllegalMessage(f"{who}: the push of worker {note.incarnation} for round {note.round} cannot be had any more")
             push = msg.Push(self.epochs.now, rank, note.incarnation, note.round, message.gradients, note.complaint)
+            self._now.adopted.add(rank)
             return [*self._now.supersede(push, self.spec.index), Answer(caller, None)]
+        self._now.adopted.add(rank)
         return [Answer(caller, None)]
 
     def _on_push(self, push: msg.Push, caller: Any) -> list[Effect]:
@@ -70,7 +74,7 @@ class Shard(Machine):
             self._now.waiting.append(waiting)
             return []
         superseded: list[Effect] = []
-        if held is None or held.incarnation < push.incarnation:
+        if held is None or (held.incarnation < push.incarnation and push.rank not in self._now.adopted):
             superseded = self._now.supersede(push, self.spec.index)
         self._now.waiting.append(waiting)
         return [*superseded, *self._drop_pushes_that_wait_in_vain()]
@@ -83,6 +87,9 @@ class Shard(Machine):
 
     def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
         self.members.check_newest(pull.rank, pull.incarnation)
+        refusal = self.epochs.refusal(pull.epoch, f"shard {self.spec.index}", self.round) if pull.at_least else None
+        if refusal is not None and not isinstance(refusal, Reconfigured):
+            raise refusal  # that round may never come
         self._pulls.append((caller, pull))
         return self._settle()
 
@@ -126,13 +133,13 @@ class Shard(Machine):
         self.epochs.rise("replaced")
         refusal = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
         assert refusal is not None
-        return [Replicate(None), *self._drop_pushes(refusal), Answer(caller, None)]
+        return [Replicate(orders.LetGo()), *self._drop_pushes(refusal), Answer(caller, None)]
 
     def _on_setrate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
         self.config = self.config.with_lr(message.lr)
         self.changed = f"the learning rate was replaced after round {self.round}"
-        return [Replicate(None), Answer(caller, None)]
+        return [Replicate(orders.LetGo()), Answer(caller, None)]
 
     def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the round for a step from outside; a push that came since the holder looked is late."""
@@ -155,28 +162,39 @@ class Shard(Machine):
         return self._take_norms(message.square_sums, Waiting(caller, DIRECT, self.members.ledger.newest(DIRECT)))
 
     def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
-        return [Answer(caller, self._described(with_spec=message.spec))]
+        return [Answer(caller, self.described(with_spec=message.spec))]
 
     # The supervisor
 
     def _on_reign(self, order: orders.Reign, caller: Any) -> list[Effect]:
-        if order.epoch > self.epochs.now:
-            self.epochs.rise("reconfigured", order.epoch)
-            self.members.schedule = order.schedule
-            self.members.ledger.admit_all(order.newest)
-            if self.collecting:
-                needed = {DIRECT, *self.members.needed(self.round + 1)}
-                self._now.pushes = {rank: push for rank, push in self._now.pushes.items() if rank in needed}
-        return [Answer(caller, self.epochs.now)]
+        if order.epoch <= self.epochs.now:
+            return [Answer(caller, self.epochs.now)]
+        self.epochs.rise("reconfigured", order.epoch)
+        self.members.schedule = order.schedule
+        self.members.ledger.admit_all(order.newest)
+        if self.collecting:
+            needed = {DIRECT, *self.members.needed(self.round + 1)}
+            self._now.pushes = {rank: push for rank, push in self._now.pushes.items() if rank in needed}
+        return [Replicate(order), Answer(caller, self.epochs.now)]
 
     def _on_giveup(self, order: orders.GiveUp, caller: Any) -> list[Effect]:
+        if self.members.ledger.newest(order.rank) > order.incarnation:
+            return [Answer(caller, None)]  # somebody has taken it over after all
         self.members.given_up.add(order.rank)
         return [Answer(caller, None), *self._drop_pushes_that_wait_in_vain()]
+
+    def _on_retire(self, order: orders.Retire, caller: Any) -> list[Effect]:
+        error = Reconfigured(f"shard {self.spec.index}: other shards hold its ranges now; look for them", order.epoch, self.round)
+        return [*self.broke(error), Replicate(orders.LetGo()), Answer(caller, None)]
 
     def _on_load(self, order: orders.Load, caller: Any) -> list[Effect]:
         if order.epoch <= self.epochs.now and self.epochs.now > 0:
             raise IllegalMessage(f"shard {self.spec.index}: a load of epoch {order.epoch} came in epoch {self.epochs.now}")
-        self._orders.append((caller, order))
+        begun = self._orders[:1] if self.phase is Phase.OBEYING else []
+        rest = self._orders[len(begun) :]
+        loads = [entry for entry in rest if isinstance(entry[1], orders.Load)]
+        copies = [entry for entry in rest if isinstance(entry[1], orders.Attach)]  # which may wait for a round that will never end
+        self._orders = [*begun, *loads, (caller, order), *copies]
         return []
 
     def _on_attach(self, order: orders.Attach, caller: Any) -> list[Effect]:

@@ -45,9 +45,9 @@ class Compute:
 
 @dataclass(frozen=True)
 class Replicate:
-    """An effect: tell the standby, if there is one, before anything that follows; None says that it cannot follow and is let go."""
+    """An effect: tell the standby, if there is one, before anything that follows."""
 
-    record: orders.Replicated | orders.ReplicatedJoin | None
+    record: orders.Record
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ _ALWAYS = frozenset(
         orders.Load,
         orders.Attach,
         orders.GiveUp,
+        orders.Retire,
     }
 )
 _AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms}

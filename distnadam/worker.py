@@ -63,7 +63,7 @@ class Worker:
     @cached_property
     def _slot(self) -> GradientSlot:
         check = self._shards.options.check_gradients
-        return GradientSlot(self._layout, self._shards.ranges, f"worker {self.rank}", self._seat.link.gradients, check=check)
+        return GradientSlot(self._layout, f"worker {self.rank}", self._seat.link.gradients, check=check)
 
     @property
     def _views(self) -> list[ParameterView]:
@@ -171,7 +171,7 @@ class Worker:
     def _push(self, gradients: Any, *, want_parameters: bool) -> Ticket:
         self._settle()
         complaint = self._slot.finish() if gradients is None else self._slot.fill(gradients)
-        flight = self._seat.push(self._slot.parts(), complaint, want_parameters=want_parameters)
+        flight = self._seat.push(self._slot.parts, complaint, want_parameters=want_parameters)
         self._outstanding = Ticket(lambda: self._finish(flight))
         return self._outstanding
 

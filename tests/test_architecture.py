@@ -26,7 +26,7 @@ LAYERS = [
     ["seat"],
     ["worker"],
     ["optimizer"],
-    ["training"],
+    ["training", "interop"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -58,8 +58,8 @@ PURE = {
 }
 PURE_MAY_IMPORT = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module_names
 IMPURE_STDLIB = {"socket", "threading", "subprocess", "pathlib", "time", "asyncio", "tempfile", "shutil"}
-RAY_MODULES = {f"backends/{name}.py" for name in ("ray", "actors", "shardactor", "supervisoractor", "cluster")}
-LONGEST = {"optimizer.py": 440}  # the public face: more than half of it is docstrings
+RAY_MODULES = {f"backends/{name}.py" for name in ("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster")}
+LONGEST = {"optimizer.py": 450}  # the public face: more than half of it is docstrings
 
 
 def imports(source: str) -> set[str]:

@@ -141,6 +141,78 @@ def test_inspect_verify_and_plot_read_a_run(tmp_path: Path) -> None:
     assert call("inspect", tmp_path / "nothing").exit_code == 1
 
 
+def test_inspect_tells_everything_and_the_state_of_each_files_checksums(tmp_path: Path) -> None:
+    assert call(*TRAIN, "--steps", 5, "--checkpoint-dir", tmp_path).exit_code == 0
+    shown = json.loads(call("inspect", tmp_path, "--json").output)
+    assert shown["checksums"] == "verified"
+    assert [f["checksums"] for f in shown["files"]] == ["verified", "verified"]
+    assert {"lr", "epsilon", "schedule_decay"} <= shown["config"].keys()
+    tensors = {t["path"]: t for t in shown["tensors"]}
+    assert (tensors["0/kernel"]["dtype"], len(tensors["0/kernel"]["shape"])) == ("float32", 2)
+    assert shown["sizes"]["state_bytes"] == 12 * shown["sizes"]["elements"] < shown["sizes"]["file_bytes"]
+    assert shown["sizes"]["file_bytes"] == sum(f["bytes"] for f in shown["files"])
+    assert json.loads(call("inspect", tmp_path, "--json", "--no-read").output)["checksums"] == "not read"
+    told = call("inspect", tmp_path).output
+    for word in ("config.lr", "0.002", "schedule_decay", "0/kernel", "float32[0:", "1 verified", "of state"):
+        assert word in told
+    step = tmp_path / "step_00000005"
+    victim = next(step.glob("shard-00001-*"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\xff")
+    done = call("inspect", step)
+    assert done.exit_code == 1
+    assert f"{victim.name}: bytes [" in done.output
+    victim.unlink()
+    done = call("inspect", step, "--json", "--no-read")
+    assert done.exit_code == 0
+    assert "is missing" in json.loads(done.output)["files"][1]["checksums"]
+
+
+def test_diff_says_what_differs_and_exits_1(tmp_path: Path) -> None:
+    assert call(*TRAIN, "--steps", 20, "--save-every", 10, "--checkpoint-dir", tmp_path / "a").exit_code == 0
+    assert call(*TRAIN, "--steps", 10, "--shards", 3, "--checkpoint-dir", tmp_path / "b").exit_code == 0
+    early, late = tmp_path / "a" / "step_00000010", tmp_path / "a" / "step_00000020"
+    same = call("diff", early, tmp_path / "b")
+    assert same.exit_code == 0, same.output
+    assert "the same" in same.output
+    done = call("diff", early, late)
+    assert done.exit_code == 1
+    for word in ("iterations: 10 in the first, 20 in the second", "0/kernel", "max ulp", "first index"):
+        assert word in done.output
+    found = json.loads(call("diff", early, late, "--json").output)
+    assert (found["same"], found["settings"]["iterations"]) == (False, [10, 20])
+    assert found["tensors"][0].keys() >= {"path", "array", "max_abs", "max_ulp", "first_index"}
+    assert call("diff", early, tmp_path / "nothing").exit_code == 1
+
+
+def test_export_and_import_go_there_and_back(tmp_path: Path) -> None:
+    assert call(*TRAIN, "--steps", 5, "--checkpoint-dir", tmp_path / "a").exit_code == 0
+    file, back = tmp_path / "keras.npz", tmp_path / "back"
+    done = call("export", tmp_path / "a", file, "--to", "keras", "--json")
+    assert json.loads(done.output) == {"path": str(file), "notes": []}
+    done = call("import", file, back, "--from", "keras", "--config", '{"lr": 0.5}')
+    assert done.output.strip() == str(back / "step_00000005")
+    assert call("verify", back).exit_code == 0
+    done = call("diff", tmp_path / "a", back)
+    assert "config.lr: 0.002 in the first, 0.5 in the second" in done.output
+    assert "tensors" not in done.output
+    refused = call("export", tmp_path / "a", tmp_path / "o.npz", "--to", "optax")
+    assert refused.exit_code == 1
+    assert "momentum schedule: schedule_decay is 0.004 here" in refused.output
+    lossy = call("export", tmp_path / "a", tmp_path / "o.npz", "--to", "optax", "--lossy")
+    assert lossy.exit_code == 0
+    assert "differs: momentum schedule" in lossy.output
+    assert call("export", tmp_path / "a", tmp_path / "p.safetensors", "--to", "safetensors", "--parameters-only").exit_code == 0
+    wrong = call("import", tmp_path / "p.safetensors", tmp_path / "c", "--from", "numpy")
+    assert wrong.exit_code == 1
+    assert "p.safetensors: is no npz file" in wrong.output
+    order = call("export", tmp_path / "a", tmp_path / "k.npz", "--to", "keras", "--order", "0/kernel,nothing")
+    assert order.exit_code == 1
+    assert "not 'nothing'" in order.output
+    for config in ("{", "[1]"):
+        assert call("import", file, back, "--from", "keras", "--config", config).exit_code == 2
+    assert call("export", tmp_path / "a", file, "--to", "caffe").exit_code == 2
+
+
 def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     found = json.loads(call("doctor", "--json").output)

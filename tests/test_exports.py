@@ -8,7 +8,7 @@ from pathlib import Path
 import distnadam
 from distnadam import errors
 
-NEVER_IMPORTED = ("ray", "torch", "jax", "sklearn", "matplotlib", "numba")
+NEVER_IMPORTED = ("ray", "torch", "jax", "sklearn", "matplotlib", "numba", "keras", "tensorflow", "tf_keras", "optax")
 BLOCKER = """
 import sys
 class Block:

@@ -31,7 +31,7 @@ from tests.models import bits, gradients, params, run
         ("global_clipnorm", -2.0),
         ("num_shards", 0),
         ("num_workers", 1.5),
-        ("replicas", 1),
+        ("replicas", 2),
         ("backend", "spark"),
         ("name", "../up"),
     ],

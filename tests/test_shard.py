@@ -78,7 +78,7 @@ EXAMPLES: list[Any] = [
     orders.Reign(9, ((1, (0, 1)),)),
     orders.Load(9, params=GRADIENTS),
     orders.Attach(None),
-    orders.GiveUp(0),
+    orders.GiveUp(0, 1),
     msg.Hold("you"),
     msg.Advance("me", 1),
     msg.Release("you"),

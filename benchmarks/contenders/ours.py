@@ -69,7 +69,7 @@ def main() -> None:
         trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
         times = ray.get([trainer.run.remote(args.mode, args.steps, rank) for rank, trainer in enumerate(trainers)])
         if args.memory:
-            shards = [int(ray.get(actor.about.remote())["pid"]) for actor in optimizer._running().backend._actors]  # type: ignore[attr-defined]
+            shards = [int(ray.get(actor.about.remote())["pid"]) for actor in optimizer._running().backend.actors]  # type: ignore[attr-defined]
             used = memory_of([*shards, *ray.get([trainer.pid.remote() for trainer in trainers])])
             planned = args.elements * (16 + 4 * args.workers)
             print(f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The seam between those who talk to shards and where the shards live. Nothing here knows which it is."""
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,8 +40,8 @@ class Link(ABC):
     def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
         """Send each shard its push or norms, without waiting; a push's gradients are views of `gradients`."""
 
-    def reconnect(self) -> None:
-        """Follow the shards to where they are now; the memory stays where it is."""
+    def reconnect(self, ranges: list[Ranges]) -> None:
+        """Follow the shards to where they are now, and to what each holds now; the memory stays where it is."""
         return
 
     @abstractmethod
@@ -73,6 +74,10 @@ class Backend(ABC):
 
     name: str
 
+    def token(self) -> str:
+        """Return a new token to hold the shards by; where processes die, it tells a supervisor whose it is."""
+        return secrets.token_hex(8)
+
     @abstractmethod
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """Make the shards; raise a ClusterError where they cannot be had, leaving none behind."""
@@ -89,6 +94,23 @@ class Backend(ABC):
             StepTimeout: it was not in time.
         """
         raise Unrecoverable("the shards of this process cannot be replaced")
+
+    def refresh(self) -> None:
+        """Learn where the shards are now, without waiting for anything."""
+        return
+
+    @property
+    @abstractmethod
+    def num_shards(self) -> int:
+        """How many shards there are, as far as this process knows."""
+
+    @abstractmethod
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """Have so many shards hold these ranges from the next round on, in place of the present ones.
+
+        Raises:
+            ClusterError: they cannot be had; the present ones go on.
+        """
 
     @property
     def version(self) -> int:

@@ -154,6 +154,17 @@ def process_born(pid: int) -> str:
     return "" if fields[0] in ("Z", "X") else fields[19]
 
 
+def process_token() -> str:
+    """Return a new token of which `token_has_ended` can say, on this node, whether the process that made it is gone."""
+    return "/".join((ray.get_runtime_context().get_node_id(), str(os.getpid()), process_born(os.getpid()), secrets.token_hex(4)))
+
+
+def token_has_ended(token: str, node: str) -> bool:
+    """Whether the process that made a token is known, on this node, to be gone; of one of another node nothing is known."""
+    where, *process = token.split("/")
+    return where == node and len(process) == 3 and process_born(int(process[0])) != process[1]
+
+
 def end_process(pid: int, born: str) -> None:
     """Kill a process of this node, if it is still the one that was born then, and wait until it is gone."""
     with contextlib.suppress(OSError):

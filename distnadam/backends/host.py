@@ -12,25 +12,25 @@ from concurrent.futures import Future
 from typing import Any, ClassVar
 
 from distnadam.arrays import Flat
+from distnadam.backends.outbox import Outbox, Run
 from distnadam.checkpoint.behind import Behind
 from distnadam.checkpoint.format import fill_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import NadamConfig
-from distnadam.errors import CheckpointError, ConfigError, LifecycleError
+from distnadam.errors import ConfigError, LifecycleError
 from distnadam.filing import Collect, Reserve, Save
-from distnadam.messages import Adopt, Description, Measured, Message, ShardSpec
+from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
 from distnadam.nadam.schedule import Clock, prepare, step_scalars
-from distnadam.orders import Attach, Load, Order, ReplicatedJoin, Standing
+from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
-from distnadam.transitions import Answer, Compute, Effect, Notice, Replicate, Work
+from distnadam.transitions import Answer, Notice, Replicate, Work
 from distnadam.transport.replica import Replica
 
 log = logging.getLogger("distnadam")
 
-Run = Callable[[Callable[[], None]], object]
 Reply = Callable[[Any], None]
 """Takes an answer, or the error that is raised where the question was asked."""
 FindSlot = Callable[[int, int, dict[str, str]], Flat | None]
@@ -70,12 +70,18 @@ class ShardHost:
         self.find_slot: FindSlot = lambda rank, incarnation, dtypes: None
         self._spec, self._run_by_default = spec, run
         self._lock = threading.Lock()
+        self._outbox = Outbox(self._lock, self._carry_out, lambda work, run: run(lambda: self._compute(work, run)), run)
         self._waiting: set[Reply] = set()
         self._closed = False
         self._filing = 0
         self._behind = Behind(spec.ranges)
         self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
+
+    @property
+    def standing(self) -> Standing:
+        """Where the shard stands, while nothing is computed."""
+        return self._shard.standing
 
     def take_over(self, standing: Standing, arrays: dict[str, Flat], reign: Any) -> None:
         """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
@@ -108,7 +114,7 @@ class ShardHost:
             reply(_closed(self._spec.index))
             return
         if isinstance(message, Collect):
-            self._collect(message, reply)
+            self._behind.collect(message.file_name, lambda answer: self._answer(reply, answer))
             return
         if isinstance(message, (Reserve, Save)):
             work = self._behind.reserve if isinstance(message, Reserve) else functools.partial(self._save, message)
@@ -117,13 +123,18 @@ class ShardHost:
         if isinstance(message, Adopt) and message.note.dtypes is not None:
             found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
             message = dataclasses.replace(message, gradients=found)
+        if isinstance(message, Describe):
+            with self._lock:
+                description = self._completed(self._shard.described(with_spec=message.spec))
+            self._answer(reply, description)  # at once, whatever is being told to the standby
+            return
         try:
             with self._lock:
-                effects = self._shard.receive(message, reply)
+                self._outbox.put(self._shard.receive(message, reply), run)
         except Exception as error:
             self._answer(reply, error)
         else:
-            self._carry_out(effects, run)
+            self._outbox.empty()
 
     def close(self) -> None:
         """Refuse what comes and answer who waits."""
@@ -138,36 +149,32 @@ class ShardHost:
             stepper.close()
         self._behind.close()
 
-    def _carry_out(self, effects: list[Effect], run: Run) -> None:
-        for effect in effects:
-            if isinstance(effect, Compute):
-                work = effect.work
-                run(lambda work=work: self._compute(work, run))  # type: ignore[misc]  # one Compute at a time
-            elif isinstance(effect, Answer):
-                self._answer(effect.caller, self._completed(effect.reply))
-            elif isinstance(effect, Notice):
-                self._on_notice(effect)
-            elif self._replica is not None:
-                self._replicate(effect, self._replica)
+    def _carry_out(self, effect: Answer | Notice | Replicate) -> None:
+        if isinstance(effect, Answer):
+            self._answer(effect.caller, effect.reply)
+        elif isinstance(effect, Notice):
+            self._on_notice(effect)
+        elif self._replica is not None:
+            self._replicate(effect, self._replica)
 
     def _compute(self, work: Work, run: Run) -> None:
         try:
             result = self._WORK[work](self)
         except ConfigError as error:  # of the learning-rate function, before any array was touched
             with self._lock:
-                effects = self._shard.refused(error)
-            self._carry_out(effects, run)
+                self._outbox.put(self._shard.refused(error), run)
+            self._outbox.empty()
             return
         except BaseException as error:
             with self._lock:
-                effects = self._shard.broke(error)
-            self._carry_out(effects, run)
+                self._outbox.put(self._shard.broke(error), run)
+            self._outbox.empty()
             if not isinstance(error, Exception):
                 raise
             return
         with self._lock:
-            effects = self._shard.computed(work, result)
-        self._carry_out(effects, run)
+            self._outbox.put(self._shard.computed(work, result), run)
+        self._outbox.empty()
         if work is Work.STEP:
             prepare(result[0], self._shard.config)
 
@@ -236,14 +243,6 @@ class ShardHost:
         finally:
             self._filing -= 1
 
-    def _collect(self, message: Collect, reply: Reply) -> None:
-        try:
-            written = self._behind.written(message.file_name)
-        except CheckpointError as error:
-            self._answer(reply, error)
-        else:
-            written.add_done_callback(lambda done: self._answer(reply, done.exception() or done.result()))
-
     def _obey(self) -> Any:
         """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a shard that loads without a state."""
         order = self._shard.order
@@ -251,6 +250,9 @@ class ShardHost:
 
     def _load(self, order: Load) -> Standing:
         spec, state = self._spec, self._shard.state
+        if order.state is not None and order.standing is not None:
+            state.begin(order.state, order.standing.active)
+            return order.standing
         if order.directory is None:
             state.begin({"params": order.params or {}})
             return Standing(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
@@ -263,14 +265,18 @@ class ShardHost:
         assert self._connect is not None
         self._detach(told=False)
         shard = self._shard
-        self._replica = replica = self._connect(order.standby, shard.standing, shard.config, shard.state.arrays())
-        for rank, incarnation in shard.members.ledger.newest_of_all().items():  # those that joined meanwhile among them
-            replica.send(ReplicatedJoin(rank, incarnation))
+        with self._lock:
+            standing = shard.standing
+        replica = self._connect(order.standby, standing, shard.config, shard.state.arrays())
+        with self._lock:  # what came meanwhile was told to no standby
+            self._replica = replica
+            reign = Reign(shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all())
+        replica.send(reign)
         return shard.round
 
     def _replicate(self, effect: Replicate, replica: Replica) -> None:
         """Let the standby have a record before anyone hears of what it says; one that cannot keep up is let go."""
-        if effect.record is None or not replica.send(effect.record):
+        if isinstance(effect.record, LetGo) or not replica.send(effect.record):
             self._detach()
 
     def _detach(self, *, told: bool = True) -> None:
@@ -281,10 +287,8 @@ class ShardHost:
                 log.warning("shard %d: its standby is gone or out of date; a new one will be filled", self._spec.index)
                 self._on_notice(Notice("standby lost", -1, 0))
 
-    def _completed(self, reply: Any) -> Any:
+    def _completed(self, reply: Description) -> Description:
         """Add to a shard's description what only its host knows."""
-        if not isinstance(reply, Description):
-            return reply
         replicated = self._replica.reached if self._replica is not None else None
         return dataclasses.replace(reply, busy=reply.busy or self._filing > 0, replicated=replicated)
 

@@ -57,36 +57,28 @@ class RayLink(Link):
         self._lanes: Lanes | None = None
         self._places: list[Place] = []
         self.parameters = None
-        self._sizes, self._ranges, self._incarnation, self._count = layout.sizes, ranges, incarnation, len(ranges)
-        self.reconnect()
+        self._sizes, self._ranges, self._incarnation = layout.sizes, ranges, incarnation
+        self.reconnect(ranges)
 
     @cached_property
     def gradients(self) -> Flat:  # type: ignore[override]  # made at first use
         """See `Link.gradients`."""
         return empty_flat(self._sizes) if self._lanes is None else self._lanes.gradients
 
-    def reconnect(self) -> None:
+    def reconnect(self, ranges: list[Ranges]) -> None:
         """See `Link.reconnect`: open lanes to shards of this node that have none; say which have one, and why others have not."""
-        places, refused = self._places_now(), []
-        changed = [i for i, place in enumerate(places) if i >= len(self._places) or place != self._places[i] or not self._has_lane(i)]
-        near = [i for i in changed if places[i].node == self._node and places[i].address is not None]
+        places = self._places_now()
+        if ranges is not self._ranges:
+            self._ranges, self._places = ranges, []
+            if self._lanes is not None:
+                self._lanes.cut(ranges)
         try:
-            if near and self._lanes is None and "gradients" not in self.__dict__:
-                self._lanes = Lanes(self._sizes, self._ranges, self._rank, self._incarnation)
-            for shard in changed:
-                if self._lanes is not None:
-                    self._lanes.drop(shard)
-            for shard in near:
-                address = places[shard].address
-                if self._lanes is not None and address is not None:
-                    self._lanes.open(shard, address)
+            self._open_lanes(places)
         except (ArenaError, LaneError) as error:
-            refused.append(str(error))
+            log.warning("worker %d: %s; %s", self._rank, error, REMEDY)
         self._places = places
-        if refused:
-            log.warning("worker %d: %s; %s", self._rank, "; ".join(refused), REMEDY)
-        by_lane = [shard for shard in range(self._count) if self._has_lane(shard)]
-        others = [shard for shard in range(self._count) if shard not in by_lane]
+        by_lane = [shard for shard in range(len(ranges)) if self._has_lane(shard)]
+        others = [shard for shard in range(len(ranges)) if shard not in by_lane]
         told = "worker %d: shards %s by shared memory (same node), shards %s by Ray objects"
         log.info(told, self._rank, by_lane or "none", others or "none")
         if not by_lane and "gradients" not in self.__dict__:
@@ -95,6 +87,19 @@ class RayLink(Link):
         if self._lanes is not None and self._lanes.complete:
             first, second = self._lanes.parameters
             self.parameters = (first, second)
+
+    def _open_lanes(self, places: list[Place]) -> None:
+        """Open a lane to each shard of this node that is new or has none; raise ArenaError or LaneError where one cannot be had."""
+        changed = [i for i, place in enumerate(places) if i >= len(self._places) or place != self._places[i] or not self._has_lane(i)]
+        near = {i: address for i in changed if places[i].node == self._node and (address := places[i].address) is not None}
+        if near and self._lanes is None and "gradients" not in self.__dict__:
+            self._lanes = Lanes(self._sizes, self._ranges, self._rank, self._incarnation)
+        if self._lanes is None:
+            return
+        for shard in changed:
+            self._lanes.drop(shard)
+        for shard, address in near.items():
+            self._lanes.open(shard, address)
 
     def _has_lane(self, shard: int) -> bool:
         return self._lanes is not None and shard in self._lanes

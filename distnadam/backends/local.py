@@ -3,14 +3,17 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 from distnadam.arrays import Flat, cut_flat, empty_flat, zeros_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
+from distnadam.checkpoint.format import ARRAYS
+from distnadam.errors import Reconfigured
 from distnadam.layout import Layout, Ranges
-from distnadam.messages import Message, Norms, Push, ShardSpec
-from distnadam.orders import Order
+from distnadam.messages import Advance, Hold, Message, Norms, Push, Read, ShardSpec
+from distnadam.orders import Order, Reign, Retire
 
 
 class LocalPending(Pending):
@@ -79,20 +82,55 @@ class LocalBackend(Backend):
 
     def __init__(self) -> None:
         self._hosts: list[ShardHost] = []
+        self._specs: list[ShardSpec] = []
         self.parameters: tuple[Flat, Flat] = ({}, {})
 
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """See `Backend.start`; standbys in the same process would die with it, so there are none."""
-        sizes, options = specs[0].layout.sizes, specs[0].options
+        sizes = specs[0].layout.sizes
         self.parameters = (zeros_flat(sizes), zeros_flat(sizes))
-        threads = options.threads or len(os.sched_getaffinity(0))
-        for spec in specs:
-            first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
-            self._hosts.append(ShardHost(spec, buffers=(first, second), threads=threads))
+        self._specs = list(specs)
+        self._hosts = [self._make(spec) for spec in specs]
 
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """See `Backend.post`."""
-        return LocalPending({index: self._hosts[index].send(message) for index, message in messages.items()})
+        hosts = self._hosts
+        if any(index >= len(hosts) for index in messages):
+            raise Reconfigured(f"there are {len(hosts)} shards now; look again")
+        return LocalPending({index: hosts[index].send(message) for index, message in messages.items()})
+
+    @property
+    def num_shards(self) -> int:
+        """See `Backend.num_shards`."""
+        return len(self._hosts)
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """See `Backend.reshard`; the parameters stay where they are."""
+        old, token = self._hosts, "reshard"
+        held = [host.send(Hold(token)).result() for host in old]
+        newest = max(answer.round for answer in held)
+        for host, answer in zip(old, held, strict=True):
+            if answer.round < newest:
+                host.send(Advance(token, newest)).result()
+        standing, epoch = old[0].standing, max(answer.epoch for answer in held) + 1
+        arrays = [host.send(Read(token, ARRAYS)).result() for host in old]
+        whole = {name: empty_flat(self._specs[0].layout.sizes) for name in ARRAYS}
+        for spec, parts in zip(self._specs, arrays, strict=True):
+            for name, flat in parts.items():
+                for space, (begin, end) in spec.ranges.items():
+                    whole[name][space][begin:end] = flat[space]
+        self._specs = [replace(self._specs[0], index=i, num_shards=num_shards, ranges=ranges) for i, ranges in enumerate(cuts)]
+        self._hosts = [self._make(spec) for spec in self._specs]
+        for spec, host in zip(self._specs, self._hosts, strict=True):
+            cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
+            host.take_over(standing, cut, Reign(epoch, standing.schedule))
+        for host in old:
+            host.send(Retire(epoch)).result()
+            host.close()
+
+    def _make(self, spec: ShardSpec) -> ShardHost:
+        first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
+        return ShardHost(spec, buffers=(first, second), threads=spec.options.threads or len(os.sched_getaffinity(0)))
 
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
         """See `Backend.link`."""

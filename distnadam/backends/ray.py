@@ -13,12 +13,22 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam.arrays import Flat
-from distnadam.backends.actors import make_member, make_supervisor
+from distnadam.backends import cluster
+from distnadam.backends.actors import make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.cluster import NAMESPACE, OwnRay, await_start, check_fits, check_versions, ensure_ray, kill, node_facts
 from distnadam.backends.link import REMEDY, Place, RayLink
+from distnadam.backends.raycalls import RayPending, RayTeam, require_ray
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, LifecycleError, NameTaken, NotRunning, ShardLost, StepTimeout, Unrecoverable, WorkerLost
+from distnadam.errors import (
+    DistNadamError,
+    LifecycleError,
+    NameTaken,
+    NotRunning,
+    Reconfigured,
+    StepTimeout,
+    Unrecoverable,
+)
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, ShardSpec
 from distnadam.orders import Order
@@ -29,92 +39,14 @@ log = logging.getLogger("distnadam")
 _CONNECT_S = 60.0
 _RETRY_S = 0.2
 _CLOSE_S = 20.0
-
-
-class RayPending(Pending):
-    """Object references of answers; `who` names in an error who should have given them."""
-
-    def __init__(self, refs: dict[int, Any], who: str) -> None:
-        self._refs, self._who = refs, who
-
-    def result(self, timeout_s: float) -> dict[int, Any]:
-        """See `Pending.result`."""
-        _require_ray()
-        try:
-            return dict(zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True))
-        except GetTimeoutError as error:
-            raise TimeoutError from error
-        except RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, DistNadamError):
-                raise cause from None
-            raise
-        except (RayActorError, ActorUnavailableError) as error:
-            kind = ShardLost if self._who == "shard" else WorkerLost
-            raise kind(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
-
-    def _dead(self) -> str:
-        ready, _ = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)
-        dead = []
-        for index, ref in self._refs.items():
-            if ref in ready:
-                try:
-                    ray.get(ref)
-                except RayActorError:
-                    dead.append(str(index))
-                except Exception:
-                    continue
-        return f"{self._who} {', '.join(dead)}"
-
-
-class RayTeam(Team):
-    """Actors of this driver.
-
-    Args:
-        size: ranks.
-        make: makes a rank's object, in its actor.
-        cpus: CPUs that each asks for.
-    """
-
-    def __init__(self, size: int, make: Callable[[int], Any], cpus: float) -> None:
-        self._make, self._cpus = make, cpus
-        self._actors = {rank: make_member(make, rank, cpus) for rank in range(size)}
-        self._calls: dict[Any, int] = {}
-
-    def call(self, rank: int, method: str, *args: Any) -> None:
-        """See `Team.call`."""
-        self._calls[self._actors[rank].call.remote(method, args)] = rank
-
-    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """See `Team.results`."""
-        _require_ray()
-        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s) if self._calls else ([], [])
-        return [(self._calls.pop(ref), self._result(ref)) for ref in ready]
-
-    def replace(self, rank: int) -> None:
-        """See `Team.replace`."""
-        self._calls = {ref: r for ref, r in self._calls.items() if r != rank}
-        kill(self._actors[rank])
-        self._actors[rank] = make_member(self._make, rank, self._cpus)
-
-    def close(self) -> None:
-        """See `Team.close`."""
-        for actor in self._actors.values():
-            kill(actor)
-
-    def _result(self, ref: Any) -> Any:
-        try:
-            return ray.get(ref)
-        except RayTaskError as error:
-            return error.cause if isinstance(error.cause, DistNadamError) else error
-        except RayActorError as error:
-            return WorkerLost(f"its process or node died: {str(error).splitlines()[0]}")
+_RESHARD_S = 3600.0
 
 
 class RayBackend(Backend):
     """One actor per shard, and a supervisor. A copy that was pickled reaches the same actors from any process of the cluster."""
 
     name = "ray"
+    token = staticmethod(cluster.process_token)
 
     def __init__(
         self, supervisor: Any = None, name: str | None = None, roster: Roster | None = None, options: Options | None = None
@@ -187,11 +119,27 @@ class RayBackend(Backend):
         """See `Backend.post`."""
         self.require_open()
         shards = self._roster.shards
+        if any(index >= len(shards) for index in messages):
+            raise Reconfigured(f"there are {len(shards)} shards now; look again")
         return RayPending({index: shards[index].handle.send.remote(message) for index, message in messages.items()}, "shard")
 
     def await_recovery(self, timeout_s: float) -> None:
         """See `Backend.await_recovery`."""
         self._roster = require_alive(self._call("roster", self._roster.version, suspect=True, timeout_s=timeout_s))
+
+    def refresh(self) -> None:
+        """See `Backend.refresh`."""
+        self._roster = require_alive(self._call("roster", 0, timeout_s=_CONNECT_S))
+
+    @property
+    def num_shards(self) -> int:
+        """See `Backend.num_shards`."""
+        return len(self._roster.shards)
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """See `Backend.reshard`."""
+        self._call("reshard", num_shards, cuts, timeout_s=_RESHARD_S)
+        self.refresh()
 
     @property
     def version(self) -> int:
@@ -229,7 +177,7 @@ class RayBackend(Backend):
         """Raise LifecycleError where this process has closed its handle, or shut Ray down."""
         if self._closed:
             raise LifecycleError("the optimizer was closed in this process")
-        _require_ray()
+        require_ray()
 
     def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
         """See `Backend.team`; each member is an actor."""
@@ -264,12 +212,6 @@ class RayBackend(Backend):
                     )
                     raise Unrecoverable(told) from error
                 time.sleep(_RETRY_S)
-
-
-def _require_ray() -> None:
-    """Raise where Ray was shut down: its functions would quietly start another, or join one that is dying."""
-    if not ray.is_initialized():
-        raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 
 def _named(name: str) -> Any:

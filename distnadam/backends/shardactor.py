@@ -1,7 +1,9 @@
 """A shard, or its standby, as it lives in a Ray actor: messages by calls and lanes, a standby followed by lane or by calls."""
 
 import asyncio
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,17 +14,20 @@ from distnadam.backends.cluster import node_facts
 from distnadam.backends.host import ShardHost
 from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
+from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
-from distnadam.messages import Message, ShardSpec
-from distnadam.orders import Order, Reign, Replicated, Standing
+from distnadam.messages import Message, Read, ShardSpec
+from distnadam.orders import LetGo, Load, Order, Record, Reign, Replicated, Standing
+from distnadam.reshard import Copy
 from distnadam.supervision.crew import Hired
 from distnadam.transitions import Notice
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address
 from distnadam.transport.lanes import LaneServer, parameter_arena
-from distnadam.transport.replica import LaneFollower, LaneReplica, Record, Replica
+from distnadam.transport.replica import LaneFollower, LaneReplica, Replica
 
 _DRAIN_S = 10.0
+_LET_GO_S = 1.0
 
 
 class ShardActor:
@@ -70,6 +75,28 @@ class ShardActor:
         if self._host is None:
             raise ClusterError(f"shard {self._spec.index}: this process is a standby")
         return await asyncio.wrap_future(self._host.send(message))
+
+    async def part(self, token: str, copy: Copy) -> list[Any]:
+        """Return the held shard's "params", "m" and "v" of some elements."""
+        assert self._host is not None
+        begin = self._spec.ranges[copy.space][0]
+        arrays = await asyncio.wrap_future(self._host.send(Read(token, ARRAYS)))
+        return [arrays[name][copy.space][copy.begin - begin : copy.end - begin] for name in ARRAYS]
+
+    async def install(self, order: Load, plan: Sequence[Copy], *parts: Any) -> Any:
+        """Load a state that is put together of other shards' parts."""
+        sizes = {space: end - begin for space, (begin, end) in self._spec.ranges.items()}
+        state = {name: empty_flat(sizes) for name in ARRAYS}
+        for copy, part in zip(plan, parts, strict=True):
+            first = self._spec.ranges[copy.space][0]
+            for name, values in zip(ARRAYS, part, strict=True):
+                state[name][copy.space][copy.begin - first : copy.end - first] = values
+        return await self.send(dataclasses.replace(order, state=state))
+
+    async def standing(self) -> Standing:
+        """Return where the held shard stands."""
+        assert self._host is not None
+        return self._host.standing
 
     async def forever(self) -> None:
         """Never return, so that the call's end tells that this process ended."""
@@ -143,9 +170,13 @@ class ShardActor:
         timeout_s = self._spec.options.shard_timeout_s
         if standby.place.node == self._place.node and standby.place.address is not None:
             replica: Replica = LaneReplica(standby.place.address, arrays, standing.round, timeout_s)
-            ray.get(standby.handle.begin.remote(standing, config), timeout=timeout_s)
+            try:
+                ray.get(standby.handle.begin.remote(standing, config), timeout=timeout_s)
+            except BaseException:
+                replica.close()
+                raise
             return replica
-        return CallReplica(standby.handle, standing, config, arrays, timeout_s)
+        return CallReplica(standby.handle, standing, config, arrays, timeout_s / 4)  # this shard's own silence is judged by all of it
 
 
 class CallReplica(Replica):
@@ -186,3 +217,5 @@ class CallReplica(Replica):
 
     def close(self) -> None:
         """See `Replica.close`."""
+        with contextlib.suppress(Exception):  # it is gone, or does not answer; the supervisor hears of that by itself
+            ray.get(self._standby.replicate.remote(LetGo()), timeout=_LET_GO_S)

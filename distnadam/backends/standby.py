@@ -15,7 +15,7 @@ from distnadam.ledger import Ledger
 from distnadam.messages import ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
 from distnadam.nadam.schedule import step_scalars
-from distnadam.orders import Reign, Replicated, ReplicatedJoin, Standing
+from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin, Standing
 
 
 class Standby:
@@ -37,35 +37,40 @@ class Standby:
     def take_arrays(self, arrays: dict[str, Flat]) -> None:
         """Take a copy of the primary's "params", "m" and "v", to be stepped in place."""
         with self._lock:
-            self._arrays = arrays
+            self._arrays, self._standing = arrays, None  # they are of no known place in time yet
 
     def begin(self, standing: Standing, config: NadamConfig) -> None:
         """Take the place in time that the arrays are of, and the hyper-parameters as they are now."""
         with self._lock:
+            if not self._arrays:
+                raise IllegalMessage(f"standby of shard {self._spec.index}: was let go before it had its place in time")
             self._spec = dataclasses.replace(self._spec, config=config)
             self._standing, self._ledger = standing, Ledger.from_dict(standing.ledger)
 
-    def apply(self, record: Replicated | ReplicatedJoin, mean: Flat) -> None:
+    def apply(self, record: Record, mean: Flat) -> None:
         """Follow the primary by one record; `mean` is the round's mean gradient, scaled and clipped.
+
+        A standby that is let go, or could not follow, has no place in time any more: its primary goes on without it.
 
         Raises:
             IllegalMessage: it is not the record that comes next.
             ShardsDisagree: the learning-rate function gave this process another rate than the primary.
         """
         with self._lock:
-            if isinstance(record, ReplicatedJoin):
+            now, self._standing = self._standing, None
+            if isinstance(record, LetGo):
+                self._arrays = {}
+            elif now is None:
+                raise IllegalMessage(f"standby of shard {self._spec.index}: has no place in time, got {record}")
+            elif isinstance(record, ReplicatedJoin):
                 self._ledger.admit(record.rank, record.incarnation)
-                return
-            who, now = f"standby of shard {self._spec.index}", self._standing
-            if now is None or record.round != now.round + 1:
-                raise IllegalMessage(f"{who}: expected round {now.round + 1 if now else 'none'}, got round {record.round}")
-            if record.outcome == "applied":
-                self._step(now, record, mean, who)
-            for rank, incarnation in record.counted.items():
-                self._ledger.admit(rank, incarnation)
-                self._ledger.count(rank, incarnation, record.round)
-            told = {name: getattr(record, name) for name in ("round", "skipped", "outcome", "complaint", "lr", "active", "clock")}
-            self._standing = dataclasses.replace(now, **told)
+                self._standing = now
+            elif isinstance(record, Reign):
+                self._ledger.admit_all(record.newest)
+                risen = (*now.risen, (record.epoch, "reconfigured")) if record.epoch > now.epoch else now.risen
+                self._standing = dataclasses.replace(now, epoch=max(now.epoch, record.epoch), schedule=record.schedule, risen=risen)
+            else:
+                self._standing = self._follow(now, record, mean)
 
     def promote(self, reign: Reign, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, Standing]:
         """Return a host that stands, as the primary, where this standby has got to; raise IllegalMessage where it was never filled."""
@@ -85,6 +90,18 @@ class Standby:
         """The round it has followed its primary to, None before it was filled."""
         with self._lock:
             return self._standing.round if self._standing is not None else None
+
+    def _follow(self, now: Standing, record: Replicated, mean: Flat) -> Standing:
+        who = f"standby of shard {self._spec.index}"
+        if record.round != now.round + 1:
+            raise IllegalMessage(f"{who}: expected round {now.round + 1}, got round {record.round}")
+        if record.outcome == "applied":
+            self._step(now, record, mean, who)
+        for rank, note in record.counted.items():
+            self._ledger.admit(rank, note.incarnation)
+            self._ledger.count(rank, note.incarnation, record.round)
+        told = {name: getattr(record, name) for name in ("round", "skipped", "outcome", "complaint", "lr", "active", "clock")}
+        return dataclasses.replace(now, counted={**now.counted, **record.counted}, **told)
 
     def _step(self, now: Standing, record: Replicated, mean: Flat, who: str) -> None:
         config = self._spec.config

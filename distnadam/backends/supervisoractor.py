@@ -13,12 +13,14 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts
+from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts, token_has_ended
 from distnadam.backends.link import Place
 from distnadam.errors import ClusterError, DistNadamError, ShardLost, StepTimeout
+from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
-from distnadam.orders import Reign
-from distnadam.supervision.crew import Crew, Hired, Roster
+from distnadam.orders import Load, Reign
+from distnadam.reshard import copy_plan
+from distnadam.supervision.crew import Crew, Cuts, Hired, Roster
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.transport.doorbell import Address, Watch
 
@@ -32,6 +34,7 @@ class Tools:
 
 
 _OPEN_S = 120.0
+_MOVE_S = 3600.0
 _FENCE_S = 5.0
 _SLICE_S = 0.05
 
@@ -91,6 +94,10 @@ class RayCrew(Crew):
         """See `Crew.dismiss`."""
         kill(hired.handle)
 
+    def has_ended(self, token: str) -> bool:
+        """See `Crew.has_ended`."""
+        return token_has_ended(token, self._node)
+
     def watch(self, hired: Hired) -> None:
         """See `Crew.watch`: by a socket on this node, which tells at once, and by Ray everywhere."""
         with contextlib.suppress(Exception):
@@ -103,6 +110,18 @@ class RayCrew(Crew):
         hired.handle.forever.remote().future().add_done_callback(ended)
         if hired.place.node == self._node and hired.place.address is not None:
             self._watch.add(hired.place.address, ended)
+
+    def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
+        """See `Crew.move`; the arrays go from actor to actor."""
+        standing = self._get({0: old[0].handle.standing.remote()}, _OPEN_S)[0]
+        if isinstance(standing, Exception):
+            return [standing]
+        order, refs = dataclasses.replace(order, standing=standing), {}
+        for hired, ranges in zip(new, cuts[1], strict=True):
+            plan = copy_plan(cuts[0], ranges)
+            parts = [old[copy.source].handle.part.remote(token, copy) for copy in plan]
+            refs[hired.index] = hired.handle.install.remote(order, plan, *parts)
+        return [answer for answer in self._get(refs, _MOVE_S).values() if isinstance(answer, Exception)]
 
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """See `Crew.ask`; None asks a standby how far it is."""
@@ -197,6 +216,10 @@ class SupervisorActor:
         """See `Supervisor.saved`."""
         self._supervisor.saved(root, changes)
 
+    async def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """See `Supervisor.reshard`."""
+        await asyncio.wrap_future(self._supervisor.reshard(num_shards, cuts))
+
     async def lost_ranks(self) -> dict[int, int]:
         """See `Supervisor.lost_ranks`."""
         return self._supervisor.lost_ranks()
@@ -206,8 +229,8 @@ class SupervisorActor:
         return {**node_facts(), **self._supervisor.recoveries()}
 
     async def specs(self) -> Sequence[ShardSpec]:
-        """Return the shards' specs as they were made."""
-        return self._specs
+        """Return the shards' specs."""
+        return self._supervisor.specs()
 
     async def close(self) -> None:
         """See `Supervisor.close`."""
@@ -230,9 +253,10 @@ class SupervisorActor:
             try:
                 place, standing_by = ray.get([actor.place.remote(), actor.stands_by.remote()], timeout=_FENCE_S)
             except Exception:
+                kill(actor)  # dead, or silent: it is not asked again, and another takes its place
                 continue
             (standbys if standing_by else shards)[index] = Hired(index, actor, place)
         missing = {i: Hired(i, None, Place("")) for i in range(len(self._specs)) if i not in shards}
         everyone = shards | missing
-        self._supervisor.adopt([everyone[i] for i in sorted(everyone)], standbys)
+        self._supervisor.adopt([everyone[i] for i in sorted(everyone)], standbys, list(missing.values()))
         threading.Thread(target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True).start()

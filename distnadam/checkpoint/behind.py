@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from typing import Any
 
 import numpy as np
 
 from distnadam.arrays import Flat
 from distnadam.checkpoint.format import ARRAYS, State
 from distnadam.checkpoint.manifest import FileRecord
-from distnadam.errors import CheckpointError
+from distnadam.errors import ShardLost
 from distnadam.layout import Ranges
 
 
@@ -32,7 +33,7 @@ class Behind:
             self._kept = {name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()} for name in ARRAYS}
 
     def snapshot(self, name: str, arrays: dict[str, Flat], write: Callable[[State], FileRecord]) -> None:
-        """Copy the arrays and return; the copy is written by `write`, whose result is had from `written` by that name."""
+        """Copy the arrays and return; the copy is written by `write`, whose result `collect` has under that name."""
         self.reserve()
         wait_for(self._written.values())
         self._written.clear()
@@ -43,11 +44,13 @@ class Behind:
             self._pool = ThreadPoolExecutor(1, "saver")
         self._written[name] = self._pool.submit(write, self._kept)
 
-    def written(self, name: str) -> "Future[FileRecord]":
-        """Return the future record of a snapshot; raise CheckpointError where none of that name was taken here."""
-        if name not in self._written:
-            raise CheckpointError(f"{name}: the shard that was to write it has been replaced since")
-        return self._written[name]
+    def collect(self, name: str, reply: Callable[[Any], None]) -> None:
+        """Have `reply` given the record of a snapshot once it is written, or why it was not."""
+        written = self._written.get(name)
+        if written is None:
+            reply(ShardLost(f"{name}: the process that was to write it has been replaced since"))
+        else:
+            written.add_done_callback(lambda done: reply(done.exception() or done.result()))
 
     def close(self) -> None:
         """Take no more snapshots; what is being written is written to its end."""

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from distnadam.errors import Unrecoverable
+from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
-from distnadam.orders import Reign
+from distnadam.orders import Load, Reign
+
+Cuts = tuple[Sequence[Ranges], Sequence[Ranges]]
+"""The ranges of the present shards, and of those that are to replace them."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,25 @@ class Crew(ABC):
     def dismiss(self, hired: Hired) -> None:
         """End a process that is not needed any more."""
 
+    def has_ended(self, token: str) -> bool:
+        """Whether the process that made a token is known to be gone."""
+        return False
+
     @abstractmethod
     def watch(self, hired: Hired) -> None:
         """Tell the supervisor (`died`) as soon as this process ends."""
+
+    @abstractmethod
+    def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
+        """Have new shards load what old ones, held by that token, hold; return what went wrong.
+
+        Args:
+            token: by which the old shards are held.
+            old: in their order.
+            new: in theirs.
+            cuts: what the old ones hold, and what the new ones shall.
+            order: the new ones' order, without its state and standing.
+        """
 
     @abstractmethod
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:

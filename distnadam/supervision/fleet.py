@@ -1,12 +1,15 @@
 """The processes of one optimizer as its supervisor has them: shards, standbys, which of them are gone, and how all are asked at once."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.messages import Describe, Description, ShardSpec
+from distnadam.orders import Schedule
 from distnadam.supervision.crew import Crew, Hired
+from distnadam.transitions import Phase
 
 ASK_S = 60.0
 """Seconds in which a shard answers anything that does not wait for a round or a file."""
@@ -27,6 +30,10 @@ class Fleet:
         self.standbys: dict[int, Hired] = {}
         self.gone: set[Hired] = set()
         self.newest: dict[int, int] = {}
+        self.dead: dict[int, tuple[int, float]] = {}  # by rank: the worker that died, and when
+        self.stuck = False
+        self.epoch = 0
+        self.schedule: Schedule = ()
 
     def alive(self) -> dict[int, Hired]:
         """Return the shards that are not known to be gone, by index."""
@@ -45,19 +52,33 @@ class Fleet:
         return self.ask(dict.fromkeys(self.alive(), message), timeout_s)
 
     def describe(self, timeout_s: float = ASK_S) -> dict[int, Any]:
-        """Return what the living shards say of themselves; those that died, or are silent for so long, are gone from then on."""
+        """Return what the living shards say of themselves; those that died, broke, or are silent for so long, are gone from then on."""
         answers = self.ask_all(Describe(), timeout_s)
         for index, answer in answers.items():
-            if isinstance(answer, (ShardLost, StepTimeout)):
+            if isinstance(answer, Description) and answer.phase != Phase.BROKEN.value:
+                self._know(answer)
+            elif isinstance(answer, (Description, ShardLost, StepTimeout)):
                 self.gone.add(self.shards[index])
-            elif isinstance(answer, Description):
-                for rank, incarnation in answer.newest.items():
-                    self.joined(rank, incarnation)
         return answers
+
+    def _know(self, seen: Description) -> None:
+        """Remember what must outlive all shards: the newest epoch and its membership, and each rank's newest worker."""
+        if seen.epoch >= self.epoch:
+            self.epoch, self.schedule = seen.epoch, seen.schedule
+        for rank, incarnation in seen.newest.items():
+            self.joined(rank, incarnation)
+
+    def next_epoch(self) -> int:
+        """Return an epoch later than any before; a successor that finds no shard alive takes it from the clock, far above any count."""
+        return (self.epoch or int(time.time())) + 1
 
     def joined(self, rank: int, incarnation: int) -> None:
         """Take note of a rank's newest worker."""
         self.newest[rank] = max(self.newest.get(rank, 0), incarnation)
+
+    def replace(self, specs: Sequence[ShardSpec], shards: Sequence[Hired]) -> None:
+        """Take other shards, with no standbys yet, in place of the present ones."""
+        self.specs, self.shards, self.standbys = list(specs), list(shards), {}
 
     def spec(self, index: int) -> ShardSpec:
         """Return the spec of a shard with the learning rate that the living ones have now."""

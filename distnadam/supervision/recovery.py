@@ -2,24 +2,29 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from distnadam import policy
 from distnadam.checkpoint.places import Folder
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
-from distnadam.messages import Description, Hold, Join, Joined, Release
-from distnadam.orders import Attach, GiveUp, Reign, Schedule
+from distnadam.layout import Ranges
+from distnadam.messages import Advance, Description, Held, Hold, Join, Joined, Release
+from distnadam.orders import Attach, GiveUp, Load, Reign, Retire, Schedule
 from distnadam.supervision.crew import Hired
-from distnadam.supervision.fleet import Fleet
+from distnadam.supervision.fleet import ASK_S, Fleet
 from distnadam.supervision.source import Source
 from distnadam.takeover import adoptions
+from distnadam.transitions import Phase
 
 log = logging.getLogger("distnadam")
 
 _LOAD_S = 3600.0
 _HIRE_AGAIN_S = 1.0
+_HOLD_S = 5.0
 _TOKEN = "supervisor"
 
 
@@ -30,16 +35,20 @@ class Recovery:
         fleet: the processes.
         source: what can be gone back to.
         publish: tells everyone where the shards are now, or why there are none any more.
-        hired: told the index and the process of a new standby, None where none could be had, from another thread.
+        report: told, from another thread, "hired" with the number of reshards, the index and the process of a new standby, None where none
+            could be had, and "attached" with those of one that was filled, and the error where it could not be.
     """
 
-    def __init__(
-        self, fleet: Fleet, source: Source, publish: Callable[[str | None], None], hired: Callable[[int, Hired | None], None]
-    ) -> None:
-        self._fleet, self._source, self._publish, self._hired = fleet, source, publish, hired
+    def __init__(self, fleet: Fleet, source: Source, publish: Callable[[str | None], None], report: Callable[[str, Any], None]) -> None:
+        self._fleet, self._source, self._publish, self._report = fleet, source, publish, report
         self._hirer = ThreadPoolExecutor(1, "hirer")
         self._filling: set[int] = set()
+        self._reshards = 0
         self.counts = {"promoted": 0, "rewound": 0, "departed": 0}
+
+    def let_go(self) -> None:
+        """Let go of shards that an earlier supervisor held when it died."""
+        self._fleet.ask_all(Release(_TOKEN))
 
     def close(self) -> None:
         """Hire nobody any more."""
@@ -49,9 +58,9 @@ class Recovery:
         """Do what was decided on what was seen."""
         log.info("supervisor: %s", decision)
         if isinstance(decision, policy.Promote):
-            self._promote(decision, seen)
+            self._promote(decision)
         elif isinstance(decision, policy.Rewind):
-            self._rewind(decision, seen)
+            self._rewind(decision)
         elif isinstance(decision, policy.Complete):
             self._reign(decision.epoch, next(s.schedule for s in seen.shards if s.epoch == decision.epoch))
         elif isinstance(decision, policy.Depart):
@@ -60,16 +69,15 @@ class Recovery:
             self._admit(decision, seen)
         elif isinstance(decision, policy.GiveUp):
             for rank in decision.ranks:
-                self._fleet.ask_all(GiveUp(rank))
+                self._fleet.ask_all(GiveUp(rank, self._fleet.newest.get(rank, 0)))
         else:
             log.error("supervisor: %s", decision.why)
             self._publish(decision.why)
 
     # Shards
 
-    def _promote(self, decision: policy.Promote, seen: policy.Seen) -> None:
-        fleet, epoch = self._fleet, max(shard.epoch for shard in seen.shards) + 1
-        schedule = next((shard.schedule for shard in seen.shards if shard.alive), ())
+    def _promote(self, decision: policy.Promote) -> None:
+        fleet, epoch, schedule = self._fleet, self._fleet.next_epoch(), self._fleet.schedule
         for index in decision.shards:
             log.warning("shard %d died; its standby takes over", index)
             fleet.crew.fence(fleet.shards[index])
@@ -88,25 +96,26 @@ class Recovery:
         self._fleet.ask_all(Reign(epoch, schedule, dict(self._fleet.newest)))
         self._publish(None)
 
-    def _rewind(self, decision: policy.Rewind, seen: policy.Seen) -> None:
+    def _rewind(self, decision: policy.Rewind) -> None:
         """Make what is gone anew, and have all shards load the newest checkpoint that all of them can read."""
         log.warning("%s: all shards go back to the last checkpoint", decision.why)
         fleet = self._fleet
         for index in fleet.missing():
             fleet.crew.fence(fleet.shards[index])
+            if (outdated := fleet.standbys.pop(index, None)) is not None:
+                fleet.crew.fence(outdated)  # it must not step in for the new one
             fleet.shards[index] = fleet.crew.hire(fleet.spec(index), standby=False, near=list(fleet.alive().values()))
             fleet.crew.watch(fleet.shards[index])
-        epoch = max(shard.epoch for shard in seen.shards)
-        schedule = next((shard.schedule for shard in seen.shards if shard.alive), ())
+        epoch, schedule = fleet.next_epoch(), fleet.schedule
         for candidate in self._source.candidates():
-            epoch += 1
             loads = self._source.loads(candidate, fleet.specs, epoch, schedule=schedule, newest=dict(fleet.newest))
+            epoch += 1
             answers = fleet.ask(loads, _LOAD_S)
             errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
             if any(isinstance(error, (ShardLost, StepTimeout)) for error in errors):
                 return  # another death: look again
             if not errors and len(answers) == len(fleet.shards):
-                self._source.changed = None
+                self._source.changed, fleet.stuck = None, False
                 self.counts["rewound"] += 1
                 self._publish(None)
                 return
@@ -116,68 +125,138 @@ class Recovery:
 
     # Ranks
 
-    def settle(self, rank: int, incarnation: int) -> bool:
-        """Refuse a dead worker from now on; see its last push through where a shard has counted it; return whether that is impossible."""
-        joins = self._fleet.ask_all(Join(rank, incarnation + 1, reserve=True))
+    def settle(self, rank: int) -> bool:
+        """Refuse a dead worker from now on, and see its last push through where a shard has counted it, or have all go back.
+
+        Return False where that is not for now: somebody has taken the rank over, who does the same, or a shard died, which comes first.
+        """
+        fleet = self._fleet
+        joins = fleet.ask_all(Join(rank, fleet.dead[rank][0] + 1, reserve=True))
         joined = {index: answer for index, answer in joins.items() if isinstance(answer, Joined)}
-        if len(joined) < len(joins):
-            return False  # somebody has taken it over already, who does the same; or a shard died, which comes first
-        adopted = self._fleet.ask(adoptions(rank, joined))
-        return any(isinstance(answer, IllegalMessage) for answer in adopted.values())
+        if len(joined) < len(fleet.shards):
+            return False
+        adopted = fleet.ask(adoptions(rank, joined))
+        fleet.stuck = fleet.stuck or any(isinstance(answer, IllegalMessage) for answer in adopted.values())
+        return not any(isinstance(answer, Exception) for answer in adopted.values())
 
     def _depart(self, decision: policy.Depart, seen: policy.Seen) -> None:
-        """Let ranks leave from the first round that no shard can have begun without them."""
         log.warning("ranks %s leave; the others go on", ", ".join(map(str, decision.ranks)))
-        first = max(shard.round for shard in seen.shards) + 1
-        self._set_members(first, tuple(sorted(seen.members - set(decision.ranks))), seen)
-        self.counts["departed"] += len(decision.ranks)
+        with self._between_rounds() as held:
+            if held and all(self.settle(rank) for rank in decision.ranks):
+                self._set_members(tuple(sorted(seen.members - set(decision.ranks))))
+                self.counts["departed"] += len(decision.ranks)
 
     def _admit(self, decision: policy.Admit, seen: policy.Seen) -> None:
-        """Take ranks in between two rounds, the same two on every shard."""
         log.info("ranks %s join", ", ".join(map(str, decision.ranks)))
-        held = self._fleet.ask_all(Hold(_TOKEN), self._fleet.options.step_timeout_s)
-        try:
-            if all(hasattr(answer, "round") for answer in held.values()):
-                first = max(answer.round for answer in held.values()) + 1
-                self._set_members(first, tuple(sorted(seen.members | set(decision.ranks))), seen)
-        finally:
-            self._fleet.ask_all(Release(_TOKEN))
+        with self._between_rounds() as held:
+            if held:
+                self._set_members(tuple(sorted(seen.members | set(decision.ranks))))
 
-    def _set_members(self, first: int, ranks: tuple[int, ...], seen: policy.Seen) -> None:
-        newest = max(seen.shards, key=lambda shard: shard.epoch)
-        kept = tuple(entry for entry in newest.schedule if entry[0] < first)
-        self._reign(newest.epoch + 1, (*kept, (first, ranks)))
+    @contextmanager
+    def _between_rounds(self) -> Iterator[bool]:
+        """Hold all shards, shard 0 first as everybody does; False where somebody else has them, or one is gone: it is tried again."""
+        fleet, held = self._fleet, True
+        try:
+            for indices in ([0], range(1, len(fleet.shards))):
+                answers = fleet.ask({index: Hold(_TOKEN) for index in indices}, _HOLD_S) if held else {}
+                held = held and len(answers) == len(indices) and all(isinstance(answer, Held) for answer in answers.values())
+            yield held
+        finally:
+            fleet.ask_all(Release(_TOKEN))
+
+    def _set_members(self, ranks: tuple[int, ...]) -> None:
+        """Have these ranks from the first round on that no held shard has begun: it may have all its pushes, and await norms."""
+        fleet = self._fleet
+        described = [answer for answer in fleet.describe().values() if isinstance(answer, Description)]
+        if len(described) == len(fleet.shards):
+            begun = max(answer.round + (answer.phase != Phase.COLLECTING.value) for answer in described)
+            kept = tuple(entry for entry in fleet.schedule if entry[0] <= begun)
+            self._reign(fleet.epoch + 1, (*kept, (begun + 1, ranks)))
+
+    def _level(self) -> bool:
+        """Have the held shards that are behind complete the round that others have decided; return whether all stand at one round."""
+        fleet = self._fleet
+        rounds = {index: answer.round for index, answer in fleet.describe().items() if isinstance(answer, Description)}
+        late = {index: Advance(_TOKEN, max(rounds.values())) for index, number in rounds.items() if number < max(rounds.values())}
+        return len(rounds) == len(fleet.shards) and not any(fleet.ask(late, _HOLD_S).values())
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
+        """Have new shards take the state over between two rounds; the old ones go on where that fails.
+
+        Raises:
+            ClusterError: no processes can be had for them, or an old one died meanwhile.
+        """
+        fleet, first = self._fleet, self._fleet.spec(0)
+        specs = [replace(first, index=i, num_shards=num_shards, ranges=ranges) for i, ranges in enumerate(cuts)]
+        new: list[Hired] = []
+        try:
+            for spec in specs:
+                new.append(fleet.crew.hire(spec, standby=False, near=[*fleet.alive().values(), *new]))
+            with self._between_rounds() as held:
+                if not held or not self._level():
+                    raise StepTimeout("reshard: the shards could not be held between two rounds; try again")
+                old, ranges = list(fleet.shards), [spec.ranges for spec in fleet.specs]
+                order = Load(fleet.epoch + 1, newest=dict(fleet.newest))
+                for error in fleet.crew.move(_TOKEN, old, new, (ranges, cuts), order):
+                    raise error
+                spare = [*old, *fleet.standbys.values()]
+                fleet.replace(specs, new)
+                self._reshards, self._filling = self._reshards + 1, set()
+                self._publish(None)
+                fleet.crew.ask(dict(enumerate(old)), {index: Retire(order.epoch) for index in range(len(old))}, ASK_S)
+        except BaseException:
+            for hired in new:
+                fleet.crew.dismiss(hired)
+            raise
+        for hired in spare:
+            fleet.crew.dismiss(hired)
+        for hired in new:
+            fleet.crew.watch(hired)
 
     # Standbys
 
     def fill_standbys(self) -> None:
-        """See to it that every shard has a standby that follows it; new processes are made beside the watch."""
+        """See to it that every shard has a standby that follows it; processes are made, and filled, beside the watch."""
         fleet = self._fleet
         for index, answer in fleet.describe().items():
             if not isinstance(answer, Description) or answer.replicated is not None or index in self._filling:
                 continue
-            standby = fleet.standbys.get(index)
-            if standby is None:
-                self._filling.add(index)
-                self._hirer.submit(self._hire, index, fleet.spec(index), list(fleet.alive().values()))
-                continue
-            attached = fleet.ask({index: Attach(standby)}, _LOAD_S).get(index)
-            if isinstance(attached, Exception):
-                log.warning("shard %d: its standby could not be filled: %s", index, str(attached).splitlines()[-1])
-                fleet.crew.fence(fleet.standbys.pop(index))
+            self._filling.add(index)
+            if (standby := fleet.standbys.get(index)) is None:
+                self._hirer.submit(self._hire, self._reshards, index, fleet.spec(index), list(fleet.alive().values()))
+            else:
+                self._hirer.submit(self._attach, self._reshards, index, fleet.shards[index], standby)
 
-    def take_standby(self, index: int, hired: Hired | None) -> None:
-        """Take a new standby that was hired, to be filled."""
+    def take_standby(self, reshards: int, index: int, hired: Hired | None) -> None:
+        """Take a new standby that was hired, to be filled; one for a shard that is no more is let go."""
+        if reshards != self._reshards:
+            if hired is not None:
+                self._fleet.crew.dismiss(hired)
+            return
         self._filling.discard(index)
         if hired is not None:
             self._fleet.standbys[index] = hired
             self._fleet.crew.watch(hired)
 
-    def _hire(self, index: int, spec: Any, near: list[Hired]) -> None:
+    def take_attached(self, reshards: int, index: int, standby: Hired, error: Any) -> None:
+        """Take that a standby was filled, or could not be."""
+        if reshards != self._reshards:
+            return
+        self._filling.discard(index)
+        if isinstance(error, Exception):
+            log.warning("shard %d: its standby could not be filled: %s", index, str(error).splitlines()[-1])
+            if self._fleet.standbys.get(index) == standby:
+                self._fleet.crew.fence(self._fleet.standbys.pop(index))
+
+    def _hire(self, reshards: int, index: int, spec: Any, near: list[Hired]) -> None:
         hired = None
         try:
             hired = self._fleet.crew.hire(spec, standby=True, near=near)
         except DistNadamError as error:
             log.warning("no standby for shard %d can be had: %s", index, error)
             time.sleep(_HIRE_AGAIN_S)
-        self._hired(index, hired)
+        self._report("hired", (reshards, index, hired))
+
+    def _attach(self, reshards: int, index: int, primary: Hired, standby: Hired) -> None:
+        answer = self._fleet.crew.ask({index: primary}, {index: Attach(standby)}, _LOAD_S).get(index)
+        self._report("attached", (reshards, index, standby, answer))

@@ -13,6 +13,7 @@ from typing import Any
 
 from distnadam import policy
 from distnadam.arrays import Flat
+from distnadam.layout import Ranges
 from distnadam.messages import Description, Release, ShardSpec
 from distnadam.supervision.crew import Crew, Hired, Roster
 from distnadam.supervision.fleet import ASK_S, Fleet
@@ -43,12 +44,10 @@ class Supervisor:
         self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
         self._fleet = Fleet(specs, crew)
         self._source = Source(options.checkpoint_dir, retain_initial=options.retain_initial)
-        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda i, hired: self._events.put(("hired", (i, hired))))
-        self._dead: dict[int, tuple[int, float]] = {}
+        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda what, about: self._events.put((what, about)))
         self._asking: set[int] = set()
-        self._given_up: set[int] = set()
-        self._stuck = False
         self._holder: tuple[str, float] | None = None
+        self._uneven: tuple[tuple[int, ...], float] | None = None
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, Future[Roster]]] = []
@@ -59,23 +58,28 @@ class Supervisor:
 
     # What others tell and ask
 
-    def adopt(self, shards: Sequence[Hired], standbys: Mapping[int, Hired]) -> None:
-        """Take processes that were made already."""
-        self._fleet.shards, self._fleet.standbys = list(shards), dict(standbys)
-        self._publish(None)
+    def adopt(self, shards: Sequence[Hired], standbys: Mapping[int, Hired], gone: Sequence[Hired] = ()) -> None:
+        """Take processes that were made already; nobody is told of them before those that are gone have been replaced."""
+        self._fleet.shards, self._fleet.standbys, self._fleet.gone = list(shards), dict(standbys), set(gone)
+        if not gone:
+            self._publish(None)
 
     def begin(self, *, initial: Flat | None, directory: str | None) -> None:
         """Start the watch over shards that have their state: from parameters with nothing behind them, or from a checkpoint."""
         self._source.begin(initial, directory)
-        for hired in (*self._fleet.shards, *self._fleet.standbys.values()):
+        for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
             self._fleet.crew.watch(hired)
+        self._recovery.let_go()
+        for answer in self._fleet.describe().values():
+            for rank in answer.dead if isinstance(answer, Description) else ():
+                self._on_died_rank(rank, answer.newest[rank])  # as an earlier supervisor knew
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
         self._events.put(("look", None))
 
     def died(self, hired: Hired) -> None:
         """Take that a process ended."""
-        self._events.put(("died", hired))
+        self._events.put(("died", (hired,)))
 
     def notice(self, what: str, rank: int, incarnation: int) -> None:
         """Take what a shard says of a rank or of its standby."""
@@ -107,11 +111,21 @@ class Supervisor:
 
     def lost_ranks(self) -> dict[int, int]:
         """Return the ranks whose worker died and that nobody has taken over, and the incarnation that died."""
-        return {rank: incarnation for rank, (incarnation, _) in dict(self._dead).items()}
+        return {rank: incarnation for rank, (incarnation, _) in dict(self._fleet.dead).items()}
 
     def recoveries(self) -> dict[str, int]:
         """Return how many shards were taken over by standbys, how often all went back, how many ranks left."""
         return dict(self._recovery.counts)
+
+    def specs(self) -> list[ShardSpec]:
+        """Return the shards' specs."""
+        return list(self._fleet.specs)
+
+    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> Future[None]:
+        """Have so many shards hold these ranges from the next round on; the future carries what prevented it."""
+        future: Future[None] = Future()
+        self._events.put(("reshard", (num_shards, cuts, future)))
+        return future
 
     def close(self) -> None:
         """Stop watching, then end every process."""
@@ -136,7 +150,7 @@ class Supervisor:
                 log.exception("supervisor")
                 self._publish(f"the supervisor could not recover: {type(error).__name__}: {error}")
             for what, about in events:
-                if what == "suspect" and not about.done():
+                if what == "suspect" and not about.done() and self._roster.shards:
                     about.set_result(self._roster)
 
     def _drain(self) -> list[tuple[str, Any]]:
@@ -149,38 +163,52 @@ class Supervisor:
             return events
 
     def _take(self, what: str, about: Any) -> None:
-        if what == "died":
-            self._fleet.gone.add(about)
-            if self._fleet.standbys.get(about.index) == about:
-                del self._fleet.standbys[about.index]
-        elif what == "joined":
-            rank, incarnation = about
-            self._fleet.joined(rank, incarnation)
-            if rank in self._dead and incarnation > self._dead[rank][0]:
-                del self._dead[rank]
-            self._given_up.discard(rank)
-            self._asking.add(rank)
-        elif what == "left":
-            self._asking.discard(about[0])
-        elif what == "died rank":
-            self._lose(*about)
-        elif what == "stuck":
-            self._stuck = True
-        elif what == "hired":
-            self._recovery.take_standby(*about)
+        if what not in ("look", "suspect", "standby lost"):  # those only prompt a look
+            getattr(self, f"_on_{what.replace(' ', '_')}")(*about)
 
-    def _lose(self, rank: int, incarnation: int) -> None:
-        if self._fleet.newest.get(rank, 0) > incarnation or rank in self._dead:
+    def _on_died(self, hired: Hired) -> None:
+        self._fleet.gone.add(hired)
+        if self._fleet.standbys.get(hired.index) == hired:
+            del self._fleet.standbys[hired.index]
+
+    def _on_joined(self, rank: int, incarnation: int) -> None:
+        self._fleet.joined(rank, incarnation)
+        if rank in self._fleet.dead and incarnation > self._fleet.dead[rank][0]:
+            del self._fleet.dead[rank]
+        self._asking.add(rank)
+
+    def _on_left(self, rank: int, _: int) -> None:
+        self._asking.discard(rank)
+
+    def _on_stuck(self, _: int, __: int) -> None:
+        self._fleet.stuck = True
+
+    def _on_hired(self, *about: Any) -> None:
+        self._recovery.take_standby(*about)
+
+    def _on_attached(self, *about: Any) -> None:
+        self._recovery.take_attached(*about)
+
+    def _on_reshard(self, num_shards: int, cuts: Sequence[Ranges], future: Future[None]) -> None:
+        try:
+            self._recovery.reshard(num_shards, cuts)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    def _on_died_rank(self, rank: int, incarnation: int) -> None:
+        if self._fleet.newest.get(rank, 0) > incarnation or rank in self._fleet.dead:
             return  # taken over already, or told by another shard
-        self._dead[rank] = (incarnation, time.monotonic())
+        self._fleet.dead[rank] = (incarnation, time.monotonic())
         self._asking.discard(rank)
         log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
-        self._stuck = self._recovery.settle(rank, incarnation) or self._stuck
+        self._recovery.settle(rank)
 
     def _look(self, *, prompted: bool) -> None:
         """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
         now = time.monotonic()
-        quiet = not (prompted or self._dead or self._stuck or self._holder)
+        quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._holder or self._uneven)
         if self._roster.failed or (quiet and now < self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
@@ -191,10 +219,6 @@ class Supervisor:
                 break
             for decision in decisions:
                 self._recovery.carry_out(decision, seen)
-                if isinstance(decision, policy.GiveUp):
-                    self._given_up |= set(decision.ranks)
-                if isinstance(decision, policy.Rewind):
-                    self._stuck = False
             if self._roster.failed:
                 return
         if self._replicas:
@@ -206,24 +230,25 @@ class Supervisor:
         fleet, now = self._fleet, time.monotonic()
         answers = fleet.describe(min(ASK_S, self._options.shard_timeout_s))
         shards = [self._seen(hired, answers.get(index)) for index, hired in enumerate(fleet.shards)]
-        described = [answer for answer in answers.values() if isinstance(answer, Description)]
+        described = [answer for i, answer in answers.items() if isinstance(answer, Description) and fleet.shards[i] not in fleet.gone]
         self._check_holder(described, now)
         return policy.Seen(
             shards=shards,
-            dead={rank: now - since for rank, (_, since) in self._dead.items()},
+            dead={rank: now - since for rank, (_, since) in fleet.dead.items()},
             held=self._holder is not None,
-            stuck=self._stuck or any(answer.phase == Phase.HOLLOW.value for answer in described),
+            stuck=fleet.stuck or any(answer.phase == Phase.HOLLOW.value for answer in described),
             members=frozenset(described[0].members if described else ()),
             asking=frozenset(self._asking),
             source=self._source.present,
-            changed=self._source.changed,
-            given_up=frozenset(self._given_up),
+            changed=self._source.changed or next((d.changed for d in described if d.changed is not None), None),
+            given_up=frozenset.intersection(*(frozenset(d.given_up) for d in described)) if described else frozenset(),
         )
 
     def _seen(self, hired: Hired, answer: Any) -> policy.ShardSeen:
-        if isinstance(answer, Description):
-            return policy.ShardSeen(True, answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated)
         fleet, reached = self._fleet, None
+        if isinstance(answer, Description) and hired not in fleet.gone:
+            told = (answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated, answer.changed)
+            return policy.ShardSeen(True, *told)
         if hired in fleet.gone:
             fleet.crew.fence(hired)  # what it had sent to its standby is all there then
             standby = fleet.standbys.get(hired.index)
@@ -231,17 +256,24 @@ class Supervisor:
         return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
 
     def _check_holder(self, described: Sequence[Description], now: float) -> None:
-        """Let go of shards that somebody has held for too long without reading or writing files: that one is dead."""
+        """Let go of shards whose holder has died, or has held them for too long without reading or writing files.
+
+        Where that leaves them at different rounds and none moves, a step from outside reached some of them only: all must go back.
+        """
+        rounds = tuple(answer.round for answer in described)
+        if self._uneven is not None and (self._uneven[0] != rounds or len(set(rounds)) == 1):
+            self._uneven = None
+        elif self._uneven is not None and now - self._uneven[1] > self._options.shard_timeout_s:
+            self._fleet.stuck, self._uneven = True, None
         token = min((answer.holder for answer in described if answer.holder is not None), default=None)
         if token is None or any(answer.busy for answer in described):
             self._holder = None
         elif self._holder is None or self._holder[0] != token:
             self._holder = (token, now)
-        elif now - self._holder[1] > self._options.step_timeout_s:
+        elif self._fleet.crew.has_ended(token) or now - self._holder[1] > self._options.step_timeout_s:
             log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
             self._fleet.ask_all(Release(token))
-            self._holder = None
-            self._stuck = self._stuck or len({answer.round for answer in described}) > 1
+            self._holder, self._uneven = None, (rounds, now)
 
     def _publish(self, failed: str | None) -> None:
         with self._lock:

@@ -18,7 +18,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, LocalFolder, place
 from distnadam.config import check_count
-from distnadam.errors import CheckpointError, ConfigError, ShardLost, TrainingError, Unrecoverable
+from distnadam.errors import CheckpointError, ConfigError, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.layout import Layout
 from distnadam.optimizer import DistNadam
 from distnadam.schedules import rate_to_dict
@@ -28,7 +28,7 @@ from distnadam.training.member import Member, task_errors
 from distnadam.training.plot import plot_loss
 from distnadam.training.ranks import Ranks, Recoveries
 from distnadam.training.saves import Keep, Saves
-from distnadam.training.task import Task
+from distnadam.training.task import Task, task_name
 
 SEGMENT_S = 0.3
 """About how long workers run between two looks of the driver, in seconds."""
@@ -68,9 +68,8 @@ def fit(
         checkpoint_dir: where checkpoints, metrics.csv and loss.png go; None means ``runs/<task>-<time>/``. Where it is an fsspec URL, the
             checkpoints go there and the others to that place.
         save_every: steps between checkpoints, written behind the training; one is written at the end in any case.
-        keep: the last checkpoints, so many, are kept.
-        keep_every: those of steps that are multiples of this are kept too.
-        keep_every_s: and one in each so many seconds.
+        keep: the last checkpoints, so many, are kept; beside them
+        keep_every: those of steps that are multiples of this, and `keep_every_s`: one in each so many seconds.
         resume: "auto" goes on from the newest valid checkpoint in `checkpoint_dir` where there is one, "must" insists on one, "never"
             insists on none.
         evaluate_every: steps between evaluations; one comes at the end in any case.
@@ -106,11 +105,6 @@ def fit(
         run = _Run(task, label, seed, root, folder, topology, plan, told, history)
         run.run(optimizer)
     return history
-
-
-def task_name(task: Task) -> str:
-    """Return the task's `name` where it has one, else its class's."""
-    return str(getattr(task, "name", type(task).__name__.lower()))
 
 
 @dataclass(frozen=True)
@@ -208,13 +202,22 @@ class _Run:
                 if done >= step:  # earlier ones were told before the shards went back
                     self._tell("on_step", done + 1, loss)
             step = self.reached = end
-            if plan.due(plan.evaluate_every, step) and not self.interrupted:
-                self._evaluate(optimizer, step)
-            if plan.due(plan.save_every, step) or self.interrupted:
-                saves.save(optimizer, step, wait=step == plan.steps or self.interrupted)
-                if self.interrupted:
-                    self._tell("on_message", f"saved step {step} of {plan.steps}")
-            saves.poll()
+            self._at_boundary(optimizer, ranks, saves, step)
+
+    def _at_boundary(self, optimizer: DistNadam, ranks: Ranks, saves: Saves, step: int) -> None:
+        """Evaluate and save where that is due; where the shards went back meanwhile, train up to here again first."""
+        wait = step == self.plan.steps or self.interrupted
+        due = [self._evaluate] if self.plan.due(self.plan.evaluate_every, step) and not self.interrupted else []
+        due += [partial(saves.save, wait=wait)] if self.plan.due(self.plan.save_every, step) or self.interrupted else []
+        while due:
+            try:
+                due[0](optimizer, step)
+                due.pop(0)
+            except Rewound:
+                self._segment(ranks, step)
+        saves.poll()
+        if self.interrupted:
+            self._tell("on_message", f"saved step {step} of {self.plan.steps}")
 
     def _segment(self, ranks: Ranks, end: int) -> dict[int, float]:
         """Run one segment to its end, also where Ctrl-C comes meanwhile; a second one raises."""

@@ -2,7 +2,8 @@
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from distnadam.errors import DistNadamError, LatePush, StaleEpoch, StructureError, TrainingError
 from distnadam.training.task import Task
@@ -23,7 +24,7 @@ class Member:
         Raises:
             TrainingError: the task's own code raised; the message names the rank and the step, a note holds the traceback.
         """
-        params, losses = self._worker.pull(), {}
+        params, losses = self._pull(), {}
         while (step := self._worker.round) < end:
             where = f"worker {self._worker.rank}, step {step}"
             with task_errors(where):
@@ -35,8 +36,14 @@ class Member:
             except StructureError as error:
                 raise TrainingError(f"{where}: {error}") from error
             except (StaleEpoch, LatePush):
-                params = self._worker.pull()
+                params = self._pull()
         return losses
+
+    def _pull(self) -> Any:
+        """Return the parameters as they are now, wherever the shards have gone."""
+        while True:
+            with suppress(StaleEpoch):
+                return self._worker.pull()
 
 
 @contextmanager

@@ -156,19 +156,27 @@ class Lanes:
         self.drop(shard)
         line, _, fds = call(address, {"rank": self._rank, "incarnation": self._incarnation}, [self._arena.fd])
         try:
-            if self._parameters is None or not self._lines:  # nobody is left of those who kept up the old one
-                self._parameters = Arena.attach(fds.pop(), self._sizes, copies=2)
-            elif not os.path.samestat(os.fstat(self._parameters.fd), os.fstat(fds[0])):
+            known = self._parameters is not None and os.path.samestat(os.fstat(self._parameters.fd), os.fstat(fds[0]))
+            if not known and self._lines:
                 raise LaneError(f"shard {shard} keeps its parameters in another arena than its neighbours")
+            if not known:  # nobody is left of those who kept up an older one
+                self._parameters = Arena.attach(fds.pop(), self._sizes, copies=2)
         except DistNadamError:
             line.close()
             raise
         finally:
             for fd in fds:
                 os.close(fd)
+        assert self._parameters is not None
         self._parameters.populate(self._ranges[shard])
         self._lines[shard], self._shard_of[line.fileno()] = line, shard
         self._poll.register(line.fileno(), select.POLLIN)
+
+    def cut(self, ranges: list[Ranges]) -> None:
+        """Take that other shards hold these ranges from now on; all lanes are to be opened anew."""
+        for shard in list(self._lines):
+            self.drop(shard)
+        self._ranges = ranges
 
     def drop(self, shard: int) -> None:
         """Hang up on a shard that is gone, or goes by another way from now on."""

@@ -17,13 +17,12 @@ import numpy as np
 
 from distnadam.arrays import Flat, empty_flat
 from distnadam.errors import ArenaError, LaneError
+from distnadam.messages import PushNote
 from distnadam.nadam.schedule import Clock
-from distnadam.orders import Replicated, ReplicatedJoin
+from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address, Line, Server, call
 from distnadam.transport.wire import HEADER
-
-Record = Replicated | ReplicatedJoin
 
 
 class Replica(ABC):
@@ -45,7 +44,7 @@ class Replica(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the standby."""
+        """Let go of the standby, which learns that it is out of date from now on: the end of its primary alone would not say so."""
 
 
 class LaneReplica(Replica):
@@ -93,6 +92,7 @@ class LaneReplica(Replica):
 
     def close(self) -> None:
         """See `Replica.close`."""
+        self._line.send(pack_record(LetGo()))
         self._line.close()
 
     def _hung_up(self) -> bool:
@@ -112,7 +112,8 @@ class LaneFollower:
         self._sizes, self._begin, self._apply = sizes, begin, apply
         self._mean: Flat = empty_flat({})
         self._primary: Line | None = None
-        self.ended = Event()
+        self.ended = Event()  # set while nobody sends: one that was never filled has nothing to wait for
+        self.ended.set()
         self._server = Server(self._greet, self._take, self._end)
 
     @property
@@ -144,7 +145,7 @@ class LaneFollower:
         try:
             self._apply(record, self._mean)
         except Exception as error:
-            raise LaneError(f"round {record} could not be followed: {error}") from error
+            raise LaneError(f"{record} could not be followed: {error}") from error
         if isinstance(record, Replicated):
             body = msgpack.packb(record.round)
             with suppress(OSError):
@@ -160,9 +161,14 @@ def pack_record(record: Record) -> bytes:
     body: tuple[Any, ...]
     if isinstance(record, ReplicatedJoin):
         body = ("join", record.rank, record.incarnation)
+    elif isinstance(record, Reign):
+        body = ("reign", record.epoch, record.schedule, record.newest)
+    elif isinstance(record, LetGo):
+        body = ("let go",)
     else:
         clock = (record.clock.iterations, record.clock.m_schedule)
-        told = (record.outcome, record.complaint, record.counted, record.lr, record.active)
+        counted = [(rank, note.incarnation, note.dtypes, note.complaint) for rank, note in record.counted.items()]
+        told = (record.outcome, record.complaint, counted, record.lr, record.active)
         body = ("round", record.round, record.skipped, *told, *clock)
     data: bytes = msgpack.packb(body)
     return HEADER.pack(len(data)) + data
@@ -174,7 +180,13 @@ def unpack_record(frame: bytes) -> Record:
         kind, *fields = msgpack.unpackb(frame, strict_map_key=False)
         if kind == "join":
             return ReplicatedJoin(*fields)
-        number, skipped, outcome, complaint, counted, lr, active, iterations, m_schedule = fields
+        if kind == "reign":
+            epoch, schedule, newest = fields
+            return Reign(epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest)
+        if kind == "let go":
+            return LetGo()
+        number, skipped, outcome, complaint, notes, lr, active, iterations, m_schedule = fields
+        counted = {rank: PushNote(incarnation, number, dtypes, why) for rank, incarnation, dtypes, why in notes}
         return Replicated(number, skipped, outcome, complaint, counted, lr, active, Clock(iterations, m_schedule))
     except (ValueError, TypeError) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

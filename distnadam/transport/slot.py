@@ -22,15 +22,15 @@ class GradientSlot:
 
     Args:
         layout: the model's layout.
-        ranges: what each shard holds.
         who: begins the sentence of a complaint, such as "worker 1".
         memory: one flat array per space.
         check: whether gradients are judged at all.
     """
 
-    def __init__(self, layout: Layout, ranges: list[Ranges], who: str, memory: Flat, *, check: bool = True) -> None:
-        self._layout, self._ranges, self._who, self._memory, self._check = layout, ranges, who, memory, check
-        self._forms: dict[tuple[str, ...], tuple[Flat, list[Array], list[Flat]]] = {}
+    def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
+        self._layout, self._who, self._memory, self._check = layout, who, memory, check
+        self._forms: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
+        self._cut: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._given: set[int] = set()
         self._lent: dict[str, str] | None = None
         self._narrow = [i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end]
@@ -106,9 +106,11 @@ class GradientSlot:
             self._judge(space, 0, values.size)
         return self._complaint
 
-    def parts(self) -> list[Flat]:
+    def parts(self, ranges: list[Ranges]) -> list[Flat]:
         """Return views of each shard's ranges, in the dtypes that the gradients now lie in."""
-        return self._parts
+        if self._cut is None or self._cut[0] is not self.flat or self._cut[1] is not ranges:
+            self._cut = (self.flat, ranges, [cut_flat(self.flat, each) for each in ranges])
+        return self._cut[2]
 
     def _begin(self, halves: Mapping[str, str]) -> None:
         self._given.clear()
@@ -120,8 +122,8 @@ class GradientSlot:
         key = tuple(halves.get(space, space) for space in self._memory)
         if key not in self._forms:
             flat = {s: m.view(dtype_of(name))[: m.size] for (s, m), name in zip(self._memory.items(), key, strict=True)}
-            self._forms[key] = flat, self._layout.views(flat), [cut_flat(flat, ranges) for ranges in self._ranges]
-        self.flat, self._views, self._parts = self._forms[key]
+            self._forms[key] = flat, self._layout.views(flat)
+        self.flat, self._views = self._forms[key]
 
     def _common_half(self, leaves: list[Array]) -> dict[str, str]:
         """Return the half precision in which all gradients of the float32 space came, if they did."""

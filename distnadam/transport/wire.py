@@ -30,7 +30,8 @@ def pack(number: int, message: Any) -> bytes:
         gradients = None if message.gradients is None else {space: name_of(array.dtype) for space, array in message.gradients.items()}
         body = ("push", message.epoch, message.rank, message.incarnation, message.round, gradients, message.complaint)
     elif isinstance(message, Decided):
-        body = ("decided", message.epoch, message.round, message.iterations, message.outcome, message.complaint, message.lr, message.buffer)
+        place = (message.epoch, message.round, message.iterations)
+        body = ("decided", *place, message.outcome, message.complaint, message.lr, message.buffer, message.rewound)
     elif isinstance(message, Norms):
         body = ("norms", message.epoch, message.rank, message.incarnation, message.round, message.square_sums)
     elif isinstance(message, Measured):
@@ -82,6 +83,11 @@ def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: 
     return Push(epoch, rank, incarnation, number, None if dtypes is None else gradients_of(dtypes), complaint)
 
 
+def _decided(_: GradientsOf | None, *fields: Any) -> Decided:
+    epoch, number, iterations, outcome, complaint, lr, buffer, rewound = fields
+    return Decided(epoch, number, iterations, outcome, complaint, lr, buffer, None, rewound)
+
+
 def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -> DistNadamError:
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, StaleEpoch):
@@ -91,7 +97,7 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
-    "decided": lambda _, *fields: Decided(*fields),
+    "decided": _decided,
     "norms": lambda _, *fields: Norms(*fields),
     "measured": lambda _, number, sums: Measured(number, tuple((tensor, array) for tensor, array in sums)),
     "leave": lambda _, *fields: Leave(*fields),

@@ -10,7 +10,7 @@ import pytest
 import distnadam.backends.host as host
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.errors import CheckpointBusy, CheckpointError, ShardLost, StepTimeout
+from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
 from distnadam.messages import Hold
 from tests.models import bits, params, run
 
@@ -154,7 +154,7 @@ def test_a_snapshot_is_only_taken_of_held_shards() -> None:
         shards = optimizer._running()
         with pytest.raises(IllegalMessage, match="legal only between Hold and Release"):
             shards.ask({0: Save("nobody", "directory", "file", behind=True)})
-        with pytest.raises(CheckpointError, match="has been replaced since"):
+        with pytest.raises(ShardLost, match="has been replaced since"):
             shards.ask({0: Collect("file")})
         shards.ask({0: Hold("me")})
 
@@ -172,7 +172,10 @@ def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_be
 
         def ask(messages: Any, timeout_s: float | None = None) -> Any:
             if "Collect" in {type(message).__name__ for message in messages.values()}:
-                ray.kill(shards.backend.actors[1])  # type: ignore[attr-defined]
+                actor = shards.backend.actors[1]  # type: ignore[attr-defined]
+                ray.kill(actor)
+                with pytest.raises(ray.exceptions.RayActorError):
+                    ray.get(actor.forever.remote())
             return real(messages, timeout_s)
 
         shards.ask = ask  # type: ignore[method-assign]
@@ -182,6 +185,8 @@ def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_be
         assert isinstance(caught.value.__cause__, ShardLost)
         assert [step.name for step in store.steps(tmp_path)] == ["step_00000001"]
         shards.ask = real  # type: ignore[method-assign]
-        assert store.verify(optimizer.save(tmp_path, wait=False).result())
+        with pytest.raises(Rewound, match="to round 1"):
+            optimizer.save(tmp_path, wait=False)
+        assert store.verify(optimizer.save(tmp_path, wait=False).result()).round == 1
     with DistNadam.restore(tmp_path / "step_00000001", backend="local") as again:
         assert bits(again) == expected

@@ -1,0 +1,58 @@
+"""Effects on their way out of a shard's machine: in the order they came to be, by one thread at a time, whoever brought them.
+
+So nobody hears of a round before the standby has it, and no step begins while the mean of the last is yet to be announced.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from distnadam.transitions import Compute, Effect, Work
+
+Run = Callable[[Callable[[], None]], object]
+
+
+class Outbox:
+    """See the module.
+
+    Args:
+        lock: the machine's, held by whoever calls `put`.
+        carry: carries out one effect that is no work.
+        begin: begins work by the runner given.
+        run: the runner of work that another thread than its own comes upon.
+    """
+
+    def __init__(self, lock: threading.Lock, carry: Callable[[Any], None], begin: Callable[[Work, Run], object], run: Run) -> None:
+        self._lock, self._carry, self._begin, self._run = lock, carry, begin, run
+        self._effects: deque[tuple[Effect, Run, int]] = deque()
+        self._busy = False
+
+    def put(self, effects: list[Effect], run: Run) -> None:
+        """Queue effects, under the lock under which they came to be."""
+        self._effects.extend((effect, run, threading.get_ident()) for effect in effects)
+
+    def empty(self) -> None:
+        """Carry out all there is, unless another thread is at it; work begins last, beside whatever comes next."""
+        with self._lock:
+            if self._busy:
+                return
+            self._busy = True
+        begun: list[tuple[Work, Run]] = []  # one at most: the machine asks for no more before it was reported
+        try:
+            while (entry := self._next()) is not None:
+                effect, run, owner = entry
+                if isinstance(effect, Compute):
+                    begun.append((effect.work, run if owner == threading.get_ident() else self._run))
+                else:
+                    self._carry(effect)
+        except BaseException:
+            self._busy = False
+            raise
+        for work, run in begun:
+            self._begin(work, run)
+
+    def _next(self) -> tuple[Effect, Run, int] | None:
+        with self._lock:
+            self._busy = bool(self._effects)
+            return self._effects.popleft() if self._effects else None

@@ -1,0 +1,98 @@
+"""Calls to Ray actors that are on their way: answers of shards, and a team of ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+
+from distnadam.backends.actors import make_member
+from distnadam.backends.base import Pending, Team
+from distnadam.backends.cluster import kill
+from distnadam.errors import DistNadamError, LifecycleError, ShardLost, WorkerLost
+
+
+def require_ray() -> None:
+    """Raise where Ray was shut down: its functions would quietly start another, or join one that is dying."""
+    if not ray.is_initialized():
+        raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
+
+
+class RayPending(Pending):
+    """Object references of answers; `who` names in an error who should have given them."""
+
+    def __init__(self, refs: dict[int, Any], who: str) -> None:
+        self._refs, self._who = refs, who
+
+    def result(self, timeout_s: float) -> dict[int, Any]:
+        """See `Pending.result`."""
+        require_ray()
+        try:
+            return dict(zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True))
+        except GetTimeoutError as error:
+            raise TimeoutError from error
+        except RayTaskError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, DistNadamError):
+                raise cause from None
+            raise
+        except (RayActorError, ActorUnavailableError) as error:
+            kind = ShardLost if self._who == "shard" else WorkerLost
+            raise kind(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
+
+    def _dead(self) -> str:
+        ready, _ = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)
+        dead = []
+        for index, ref in self._refs.items():
+            if ref in ready:
+                try:
+                    ray.get(ref)
+                except RayActorError:
+                    dead.append(str(index))
+                except Exception:
+                    continue
+        return f"{self._who} {', '.join(dead)}"
+
+
+class RayTeam(Team):
+    """Actors of this driver.
+
+    Args:
+        size: ranks.
+        make: makes a rank's object, in its actor.
+        cpus: CPUs that each asks for.
+    """
+
+    def __init__(self, size: int, make: Callable[[int], Any], cpus: float) -> None:
+        self._make, self._cpus = make, cpus
+        self._actors = {rank: make_member(make, rank, cpus) for rank in range(size)}
+        self._calls: dict[Any, int] = {}
+
+    def call(self, rank: int, method: str, *args: Any) -> None:
+        """See `Team.call`."""
+        self._calls[self._actors[rank].call.remote(method, args)] = rank
+
+    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
+        """See `Team.results`."""
+        require_ray()
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s) if self._calls else ([], [])
+        return [(self._calls.pop(ref), self._result(ref)) for ref in ready]
+
+    def replace(self, rank: int) -> None:
+        """See `Team.replace`."""
+        self._calls = {ref: r for ref, r in self._calls.items() if r != rank}
+        kill(self._actors[rank])
+        self._actors[rank] = make_member(self._make, rank, self._cpus)
+
+    def close(self) -> None:
+        """See `Team.close`."""
+        for actor in self._actors.values():
+            kill(actor)
+
+    def _result(self, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            return error.cause if isinstance(error.cause, DistNadamError) else error
+        except RayActorError as error:
+            return WorkerLost(f"its process or node died: {str(error).splitlines()[0]}")

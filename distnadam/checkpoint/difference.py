@@ -1,0 +1,164 @@
+"""What differs between two checkpoints: settings, clock, and every tensor's bits. Shards, options and names of runs do not count.
+
+A few tensors are in memory at a time, and every byte of both checkpoints is verified.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distnadam.arrays import Array
+from distnadam.checkpoint import store
+from distnadam.checkpoint.format import ARRAYS, read_shard, verify_files
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.layout import Layout, TensorSpec
+
+_BATCH = 1 << 22
+"""Elements read together."""
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How one array of one tensor differs.
+
+    Args:
+        path: the tensor's.
+        array: "params", "m" or "v".
+        count: elements whose bits differ.
+        elements: elements in all.
+        max_abs: the largest difference; None where one of the two is not finite.
+        max_ulp: the largest distance in representable numbers (-0 and 0 being neighbours).
+        first_index: the first element that differs.
+        first: its two values.
+    """
+
+    path: str
+    array: str
+    count: int
+    elements: int
+    max_abs: float | None
+    max_ulp: int
+    first_index: tuple[int, ...]
+    first: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """All that differs between two checkpoints.
+
+    Args:
+        paths: the two directories.
+        settings: what is no array, by name (such as "config.lr"), with both values.
+        structure: tensors that only one has, or with another shape or dtype, as sentences; their values are not compared.
+        tensors: those whose values differ.
+    """
+
+    paths: tuple[str, str]
+    settings: dict[str, tuple[Any, Any]]
+    structure: tuple[str, ...]
+    tensors: tuple[TensorDifference, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether training goes on from both with the same bits, given the same gradients."""
+        return not (self.settings or self.structure or self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; a number that is not finite, which JSON cannot say, is a string."""
+        told = asdict(self)
+        for tensor in told["tensors"]:
+            tensor["first"] = [value if np.isfinite(value) else str(value) for value in tensor["first"]]
+        return {"same": self.same, **told}
+
+
+def compare(a: Path, b: Path) -> Difference:
+    """Return what differs between two checkpoints, each one or the newest valid one in a directory.
+
+    Raises:
+        CheckpointError: naming the file that is refused.
+    """
+    found = [store.find(path.absolute())[:2] for path in (a, b)]
+    for directory, manifest in found:
+        verify_files(directory, manifest)
+    layouts = [Layout.from_dict(manifest.layout) for _, manifest in found]
+    first, second = ({t.path: t for t in layout.tensors} for layout in layouts)
+    structure, differences = list(_structure(first, second)), []
+    both = [t for t in layouts[0].tensors if t.path in second and (t.shape, t.dtype) == (second[t.path].shape, second[t.path].dtype)]
+    for batch in _batches(both):
+        left, right = _read(*found[0], batch), _read(*found[1], [second[t.path] for t in batch])
+        differences += [d for path, name in left if (d := _values(path, name, left[path, name], right[path, name])) is not None]
+    settings = _settings(found[0][1], found[1][1])
+    return Difference((str(found[0][0]), str(found[1][0])), settings, tuple(structure), tuple(differences))
+
+
+def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ: the config's, the clock's, and the data position."""
+
+    def plain(manifest: Manifest) -> dict[str, Any]:
+        clock = {name: getattr(manifest, name) for name in ("iterations", "m_schedule", "round", "skipped")}
+        return clock | {f"{part}.{k}": v for part in ("config", "data") for k, v in getattr(manifest, part).items()}
+
+    first, second = plain(a), plain(b)
+    return {k: (first.get(k), second.get(k)) for k in {**first, **second} if first.get(k) != second.get(k)}
+
+
+def _structure(a: Mapping[str, TensorSpec], b: Mapping[str, TensorSpec]) -> Iterator[str]:
+    for path in {**a, **b}:
+        if path not in a or path not in b:
+            yield f"{path!r} is only in the {'first' if path in a else 'second'}"
+        elif (a[path].shape, a[path].dtype) != (b[path].shape, b[path].dtype):
+            yield f"{path!r} is {a[path].dtype} {a[path].shape} in the first, {b[path].dtype} {b[path].shape} in the second"
+
+
+def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    """Yield neighbouring tensors together, so that many small ones are not read one by one."""
+    batch: list[TensorSpec] = []
+    elements = 0
+    for tensor in tensors:
+        batch.append(tensor)
+        elements += tensor.end - tensor.begin
+        if elements >= _BATCH:
+            yield batch
+            batch, elements = [], 0
+    if batch:
+        yield batch
+
+
+def _read(directory: store.Where, manifest: Manifest, tensors: Sequence[TensorSpec]) -> dict[tuple[str, str], Array]:
+    """Return the arrays of some tensors by (path, array), reading the least range of each space that holds them."""
+    ranges = dict.fromkeys(manifest.files[0].ranges, (0, 0))
+    for tensor in tensors:
+        begin, end = ranges[tensor.space]
+        ranges[tensor.space] = (tensor.begin, tensor.end) if begin == end else (min(begin, tensor.begin), max(end, tensor.end))
+    state = read_shard(directory, manifest, ranges=ranges)
+
+    def cut(tensor: TensorSpec, name: str) -> Array:
+        first = ranges[tensor.space][0]
+        return state[name][tensor.space][tensor.begin - first : tensor.end - first].reshape(tensor.shape)
+
+    return {(tensor.path, name): cut(tensor, name) for tensor in tensors for name in ARRAYS}
+
+
+def _values(path: str, array: str, a: Array, b: Array) -> TensorDifference | None:
+    kind = np.dtype(f"u{a.itemsize}")
+    wrong = a.view(kind) != b.view(kind)
+    count = int(np.count_nonzero(wrong))
+    if count == 0:
+        return None
+    bits = _ordered(a[wrong]), _ordered(b[wrong])
+    with np.errstate(invalid="ignore", over="ignore"):
+        largest = float(np.abs(a[wrong].astype(np.float64) - b[wrong].astype(np.float64)).max())
+    ulps = np.where(bits[0] > bits[1], bits[0] - bits[1], bits[1] - bits[0])
+    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), a.shape))
+    told = largest if np.isfinite(largest) else None
+    return TensorDifference(path, array, count, a.size, told, int(ulps.max()), index, (float(a[index]), float(b[index])))
+
+
+def _ordered(values: Array) -> Array:
+    """Return unsigned integers in the order of the numbers, neighbours differing by one."""
+    kind = np.dtype(f"u{values.itemsize}")
+    bits, sign = values.view(kind), kind.type(1 << (8 * values.itemsize - 1))
+    return np.where(bits & sign != 0, ~bits, bits | sign)

@@ -1,0 +1,121 @@
+"""The commands that look at checkpoints: what one holds, whether it is whole, what differs between two."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distnadam.checkpoint import store
+from distnadam.checkpoint.difference import Difference, compare
+from distnadam.checkpoint.report import UNREAD, VERIFIED, describe
+from distnadam.cli.group import JSON, PATH, errors_told, main
+from distnadam.errors import CheckpointError
+
+
+@main.command()
+@click.argument("checkpoint", type=PATH)
+@click.option("--no-read", is_flag=True, help="Do not read the shards' files: their checksums stay unverified.")
+@JSON
+def inspect(checkpoint: Path, *, no_read: bool, as_json: bool) -> None:
+    """Show what CHECKPOINT, or the newest valid one in a directory, holds; exit 1 where a checksum is wrong."""
+    with errors_told():
+        path, manifest, passed_over = store.find(checkpoint.absolute())
+        found = describe(path, manifest, read=not no_read)
+    for sentence in passed_over:
+        click.echo(f"passed over: {sentence}", err=True)
+    if as_json:
+        click.echo(json.dumps(found, default=str))
+    else:
+        _show(found)
+    if found["checksums"] == "refused":
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@JSON
+def diff(a: Path, b: Path, *, as_json: bool) -> None:
+    """Show what differs between checkpoints A and B, whatever their shards; exit 1 where something does."""
+    with errors_told():
+        found = compare(a, b)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), default=str))
+    elif found.same:
+        click.echo("the same: settings, clock, and every bit of the tensors")
+    else:
+        _show_difference(found)
+    if not found.same:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("path", type=PATH)
+@JSON
+def verify(path: Path, *, as_json: bool) -> None:
+    """Verify every byte of a checkpoint, or of all in a directory; exit 1 where one is refused."""
+    path = path.absolute()
+    found = [path] if (path / store.MANIFEST).exists() or not store.steps(path) else store.steps(path)
+    verdicts = []
+    for directory in found:
+        try:
+            manifest = store.verify(directory)
+            verdicts.append({"checkpoint": str(directory), "valid": True, "step": manifest.iterations, "reason": None})
+        except CheckpointError as error:
+            verdicts.append({"checkpoint": str(directory), "valid": False, "step": None, "reason": str(error)})
+    if as_json:
+        click.echo(json.dumps(verdicts))
+    else:
+        table = Table("checkpoint", "step", "verdict")
+        for v in verdicts:
+            table.add_row(Path(str(v["checkpoint"])).name, str(v["step"] or "-"), Text("valid" if v["valid"] else str(v["reason"])))
+        Console(soft_wrap=True, highlight=False).print(table)
+    if not all(v["valid"] for v in verdicts):
+        sys.exit(1)
+
+
+def _show(found: dict[str, Any]) -> None:
+    console, sizes = Console(soft_wrap=True, highlight=False, markup=False), found["sizes"]
+    console.print(found["path"])
+    facts = Table(show_header=False)
+    for name in ("iterations", "m_schedule", "round", "skipped"):
+        facts.add_row(name, str(found[name]))
+    for part in ("config", "topology", "data"):
+        for name, value in found[part].items():
+            facts.add_row(f"{part}.{name}", Text(str(value)))
+    facts.add_row("elements", str(sizes["elements"]))
+    facts.add_row("bytes", f"{sizes['state_bytes']} of state, {sizes['file_bytes']} in files, {sizes['manifest_bytes']} of manifest")
+    facts.add_row("checksums", found["checksums"])
+    tensors = Table("tensor", "shape", "dtype", "elements", title="tensors")
+    for t in found["tensors"]:
+        tensors.add_row(Text(t["path"]), str(tuple(t["shape"])), t["dtype"], f"{t['space']}[{t['begin']}:{t['end']}]")
+    files = Table("shard", "bytes", "ranges", "chunks", title="shards")
+    problems: list[str] = []
+    for index, f in enumerate(found["files"]):
+        ranges = ", ".join(f"{space}[{begin}:{end}]" for space, (begin, end) in f["ranges"].items())
+        good = f["checksums"] in (VERIFIED, UNREAD)
+        files.add_row(str(index), str(f["bytes"]), Text(ranges), f"{f['chunks']} {f['checksums']}" if good else "refused")
+        problems += [] if good else [f["checksums"]]
+    for table in (facts, tensors, files):
+        console.print(table)
+    for problem in problems:
+        click.echo(f"problem: {problem}", err=True)
+
+
+def _show_difference(found: Difference) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for name, (first, second) in found.settings.items():
+        console.print(f"{name}: {first} in the first, {second} in the second")
+    for sentence in found.structure:
+        console.print(sentence)
+    for d in found.tensors:
+        largest = "not finite" if d.max_abs is None else f"{d.max_abs:.6g}"
+        console.print(
+            f"{d.path}: {d.array}: {d.count} of {d.elements} differ, max abs {largest}, max ulp {d.max_ulp}, first index {d.first_index}:"
+            f" {d.first[0]!r} in the first, {d.first[1]!r} in the second"
+        )

@@ -1,0 +1,341 @@
+"""The kinds of fault, as a table. Each is struck at a scene that is training, and returns when the death, or the halt, was."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError
+
+from distnadam import DistNadam
+from distnadam.backends.cluster import process_born
+from tests.chaos.scene import SHARD_TIMEOUT_S, WORKERS, Case, Process, Scene
+from tests.chaos.trainers import despite_rewinds, superseded
+
+Rng = np.random.Generator
+_HALT_S = 1.5
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind: its name, the cases in which it can be struck, and the strike."""
+
+    name: str
+    fits: Callable[[Case], bool]
+    strike: Callable[[Scene, Rng], float]
+
+
+def pause(rng: Rng) -> None:
+    """Let a random time pass, from nothing to a tenth of a second, most often about as long as a phase of a step takes."""
+    time.sleep(rng.choice([0.0, 1e-3, 1e-2, 1e-1]) * rng.random())
+
+
+def _kill(*victims: Process) -> float:
+    moment = time.monotonic()
+    for victim in victims:
+        victim.signal(signal.SIGKILL)
+    return moment
+
+
+def _rank(rng: Rng) -> int:
+    return int(rng.integers(WORKERS))
+
+
+def _some_shard(scene: Scene, rng: Rng) -> int:
+    return int(rng.integers(scene.case.num_shards))
+
+
+# Workers
+
+
+def worker(scene: Scene, rng: Rng) -> float:
+    victim = scene.crowd.process(_rank(rng))
+    pause(rng)
+    return _kill(victim)
+
+
+def worker_between_doorbells(scene: Scene, rng: Rng) -> float:
+    """The worker's message reaches some shards only: the push, or with clipping the norms."""
+    rank, count = _rank(rng), scene.case.num_shards
+    reached = tuple(int(i) for i in range(count) if rng.random() < 0.5)
+    post = int(rng.integers(1, 3)) if scene.case.clipnorm else 1
+    victim = scene.crowd.process(rank)
+    ray.get(scene.crowd.actor(rank).doom.remote(reached, post))
+    while victim.alive:
+        time.sleep(1e-4)
+    return time.monotonic()
+
+
+def worker_halts(scene: Scene, rng: Rng) -> float:
+    victim = scene.crowd.process(_rank(rng))
+    pause(rng)
+    return _halt(victim, rng)
+
+
+def _halt(victim: Process, rng: Rng) -> float:
+    moment = time.monotonic()
+    victim.signal(signal.SIGSTOP)
+    time.sleep(_HALT_S * rng.random())
+    victim.signal(signal.SIGCONT)
+    return moment
+
+
+def worker_halts_and_is_replaced(scene: Scene, rng: Rng) -> float:
+    """The one that wakes up must be refused, and what it had on its way must not count twice."""
+    rank = _rank(rng)
+    victim = scene.crowd.process(rank)
+    pause(rng)
+    moment = time.monotonic()
+    victim.signal(signal.SIGSTOP)
+    old = scene.crowd.replace(rank)
+    scene.await_step(time.monotonic())
+    victim.signal(signal.SIGCONT)
+    assert superseded(old, 60.0), f"worker {rank} was replaced, woke up, and was not told so"
+    return moment
+
+
+def all_workers(scene: Scene, rng: Rng) -> float:
+    victims = [scene.crowd.process(rank) for rank in range(WORKERS)]
+    pause(rng)
+    return _kill(*victims)
+
+
+# Shards and standbys
+
+
+def shard(scene: Scene, rng: Rng) -> float:
+    scene.await_standbys()
+    victim = scene.shards()[_some_shard(scene, rng)]
+    pause(rng)
+    return _kill(victim)
+
+
+def shard_again_at_once(scene: Scene, rng: Rng) -> float:
+    """A second death while the first is being recovered from."""
+    index = _some_shard(scene, rng)
+    first = scene.shards()[index]
+    _kill(first)
+    time.sleep(rng.random())
+    return _kill(scene.shards().get(_some_shard(scene, rng), first))
+
+
+def shard_halts(scene: Scene, rng: Rng) -> float:
+    victim = scene.shards()[_some_shard(scene, rng)]
+    pause(rng)
+    return _halt(victim, rng)
+
+
+def shard_halts_and_is_replaced(scene: Scene, rng: Rng) -> float:
+    victim = scene.shards()[_some_shard(scene, rng)]
+    pause(rng)
+    moment = time.monotonic()
+    victim.signal(signal.SIGSTOP)
+    while victim.alive and time.monotonic() < moment + 10 * SHARD_TIMEOUT_S:
+        time.sleep(0.01)
+    victim.signal(signal.SIGCONT)
+    return moment
+
+
+def standby(scene: Scene, rng: Rng) -> float:
+    scene.await_standbys()
+    victim = scene.standbys()[_some_shard(scene, rng)]
+    pause(rng)
+    return _kill(victim)
+
+
+def standby_halts(scene: Scene, rng: Rng) -> float:
+    scene.await_standbys()
+    victim = scene.standbys()[_some_shard(scene, rng)]
+    pause(rng)
+    return _halt(victim, rng)
+
+
+def shard_and_standby(scene: Scene, rng: Rng) -> float:
+    scene.await_standbys()
+    index = _some_shard(scene, rng)
+    victims = [scene.shards()[index], scene.standbys()[index]]
+    pause(rng)
+    return _kill(*(victims if rng.random() < 0.5 else reversed(victims)))
+
+
+def two_shards(scene: Scene, rng: Rng) -> float:
+    scene.await_standbys()
+    shards = scene.shards()
+    first, second = (shards[int(i)] for i in rng.permutation(len(shards))[:2])
+    pause(rng)
+    _kill(first)
+    pause(rng)
+    return _kill(second)
+
+
+def all_shards(scene: Scene, rng: Rng) -> float:
+    victims = scene.shards().values()
+    pause(rng)
+    return _kill(*victims)
+
+
+def shard_and_worker(scene: Scene, rng: Rng) -> float:
+    scene.await_standbys()
+    victims = [scene.shards()[_some_shard(scene, rng)], scene.crowd.process(_rank(rng))]
+    pause(rng)
+    return _kill(*(victims if rng.random() < 0.5 else reversed(victims)))
+
+
+# Those who act on the optimizer as a whole
+
+
+class _Visitor:
+    """Another process that reads, saves, or holds all shards at a boundary."""
+
+    def __init__(self, optimizer: DistNadam, directory: str) -> None:
+        self._optimizer, self._directory = optimizer, directory
+
+    def about(self) -> tuple[int, str]:
+        return os.getpid(), process_born(os.getpid())
+
+    def read(self) -> None:
+        while True:
+            despite_rewinds(self._optimizer.get_weights)
+
+    def save(self) -> None:
+        while True:
+            despite_rewinds(lambda: self._optimizer.save(self._directory))
+
+    def hold(self) -> None:
+        shards = self._optimizer._running()
+
+        def die() -> None:
+            with shards.boundary():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        despite_rewinds(lambda: shards._recovering(die))
+
+
+_visitor = ray.remote(_Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)  # type: ignore[attr-defined]
+
+
+def _visit(scene: Scene, what: str) -> tuple[Process, object]:
+    actor = _visitor.remote(scene.optimizer, str(scene.directory / "checkpoints"))
+    victim = Process(*ray.get(actor.about.remote()))
+    return victim, getattr(actor, what).remote()
+
+
+def reader(scene: Scene, rng: Rng) -> float:
+    victim, _call = _visit(scene, "read")
+    time.sleep(0.05)
+    pause(rng)
+    return _kill(victim)
+
+
+def holder(scene: Scene, rng: Rng) -> float:
+    """It dies while it holds all shards, who wait for it until it counts as gone."""
+    _, call = _visit(scene, "hold")
+    try:
+        ray.get(call)
+    except RayActorError:
+        return time.monotonic()
+    raise AssertionError("the holder lives")
+
+
+def saver(scene: Scene, rng: Rng) -> float:
+    victim, _call = _visit(scene, "save")
+    time.sleep(0.05)
+    pause(rng)
+    return _kill(victim)
+
+
+def shard_during_save(scene: Scene, rng: Rng) -> float:
+    """The save is done again after the recovery and its checkpoint is whole."""
+    victim = scene.shards()[_some_shard(scene, rng)]
+    moments: list[float] = []
+
+    def strike() -> None:
+        pause(rng)
+        moments.append(_kill(victim))
+
+    with scene.beside(strike):
+        path = despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
+    DistNadam.restore(path, num_shards=1, backend="local").close()
+    return moments[0]
+
+
+# Who decides
+
+
+def supervisor(scene: Scene, rng: Rng) -> float:
+    victim = scene.supervisor()
+    pause(rng)
+    return _kill(victim)
+
+
+def supervisor_and_shard(scene: Scene, rng: Rng) -> float:
+    scene.await_standbys()
+    victims = [scene.supervisor(), scene.shards()[_some_shard(scene, rng)]]
+    pause(rng)
+    return _kill(*(victims if rng.random() < 0.5 else reversed(victims)))
+
+
+def driver(scene: Scene, rng: Rng) -> float:
+    """Who built the optimizer dies; the others go on, and so does a new process that connects."""
+    pause(rng)
+    moment = time.monotonic()
+    assert scene.driver is not None
+    scene.driver.kill()
+    scene.driver.wait()
+    scene.driver = None
+    scene.connect_from_a_new_process()
+    return moment
+
+
+def node(scene: Scene, rng: Rng) -> float:
+    """A Ray node dies with the shards, standbys, workers, and perhaps the supervisor that live there."""
+    scene.await_standbys()
+    assert scene.nodes is not None
+    pause(rng)
+    return scene.nodes.kill_one()
+
+
+def _any(case: Case) -> bool:
+    return True
+
+
+def _replicated(case: Case) -> bool:
+    return case.replicas == 1
+
+
+def _named(case: Case) -> bool:
+    return case.named
+
+
+def _several(case: Case) -> bool:
+    return case.num_shards > 1
+
+
+FAULTS = (
+    Fault("worker killed", _any, worker),
+    Fault("worker killed between doorbells", _any, worker_between_doorbells),
+    Fault("worker halts", _any, worker_halts),
+    Fault("worker halts and is replaced", _any, worker_halts_and_is_replaced),
+    Fault("all workers killed", _any, all_workers),
+    Fault("shard killed", _any, shard),
+    Fault("shard killed again at once", _any, shard_again_at_once),
+    Fault("shard halts", _any, shard_halts),
+    Fault("shard halts and is replaced", _any, shard_halts_and_is_replaced),
+    Fault("standby killed", _replicated, standby),
+    Fault("standby halts", _replicated, standby_halts),
+    Fault("shard and standby killed", _replicated, shard_and_standby),
+    Fault("two shards killed", _several, two_shards),
+    Fault("all shards killed", _any, all_shards),
+    Fault("shard and worker killed", _any, shard_and_worker),
+    Fault("reader killed", _any, reader),
+    Fault("holder killed", _any, holder),
+    Fault("saver killed", _any, saver),
+    Fault("shard killed during a save", _any, shard_during_save),
+    Fault("supervisor killed", _named, supervisor),
+    Fault("supervisor and shard killed", _named, supervisor_and_shard),
+    Fault("driver killed", _named, driver),
+    Fault("node killed", lambda case: case.nodes > 1, node),
+)

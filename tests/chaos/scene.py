@@ -1,0 +1,239 @@
+"""What the chaos suite strikes at: one configuration of an optimizer on Ray with its trainers, and who runs in which process."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from distnadam import DistNadam, Options
+from distnadam.backends.cluster import process_born
+from distnadam.messages import Describe, Hold, Release
+from tests.chaos.trainers import PATIENCE_S, WORKERS, Board, Crowd, Process, gradients_at
+from tests.models import params
+
+STEP_TIMEOUT_S = 12.0
+SHARD_TIMEOUT_S = 6.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. `checkpoints`: whether there is a directory to go back to from the beginning, or only `build`'s parameters."""
+
+    num_shards: int
+    replicas: int
+    clipnorm: float | None = None
+    named: bool = False
+    checkpoints: bool = False
+    transport: str = "auto"
+    nodes: int = 1
+
+    def __str__(self) -> str:
+        said = [f"num_shards={self.num_shards}", f"replicas={self.replicas}"]
+        said += [name for name in ("clipnorm", "named", "checkpoints") if getattr(self, name)]
+        said += [f"nodes={self.nodes}"] if self.nodes > 1 else []
+        return " ".join([*said, *(["objects"] if self.transport == "objects" else [])])
+
+    def optimizer(self, directory: Path, name: str | None) -> DistNadam:
+        """Return the optimizer, not yet built."""
+        options = Options(
+            step_timeout_s=STEP_TIMEOUT_S,
+            shard_timeout_s=SHARD_TIMEOUT_S,
+            rejoin_timeout_s=60.0,
+            checkpoint_dir=str(directory) if self.checkpoints else None,
+            transport=self.transport,  # type: ignore[arg-type]
+        )
+        how = {"num_shards": self.num_shards, "replicas": self.replicas, "clipnorm": self.clipnorm, "name": name, "options": options}
+        return DistNadam(num_workers=WORKERS, backend="ray", **how)  # type: ignore[arg-type]
+
+
+class Nodes:
+    """A Ray of several nodes on this machine; all but the head may be killed, and are then replaced."""
+
+    def __init__(self, count: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000}
+        how = {"num_cpus": 2, "object_store_memory": 150 * 2**20, "include_dashboard": False}
+        self._how = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
+        config = soon | {"health_check_failure_threshold": 2}
+        self._cluster = Cluster(initialize_head=True, head_node_args=how | {"_system_config": config})
+        self._others = [self._cluster.add_node(**self._how) for _ in range(count - 1)]
+        ray.init(address=self._cluster.address, log_to_driver=False)
+
+    def kill_one(self) -> float:
+        """Kill a node with all that lives on it, then add another; return when it was killed."""
+        moment = time.monotonic()
+        self._cluster.remove_node(self._others.pop(), allow_graceful=False)
+        self._others.append(self._cluster.add_node(**self._how))
+        return moment
+
+    def close(self) -> None:
+        """End every node."""
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+@dataclass
+class Scene:
+    """One case under way."""
+
+    case: Case
+    directory: Path
+    optimizer: DistNadam
+    board: Board
+    crowd: Crowd
+    name: str | None = None
+    driver: subprocess.Popen[str] | None = None
+    nodes: "Nodes | None" = None
+
+    def ask_supervisor(self, what: Any) -> Any:
+        """Have the supervisor's process call a function on its actor; one that died is waited for."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return ray.get(self.optimizer._running().backend._supervisor.__ray_call__.remote(what), timeout=PATIENCE_S)  # type: ignore[attr-defined]
+            except (RayActorError, ActorUnavailableError):
+                if not self.case.named or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def supervisor(self) -> Process:
+        """Return the supervisor's process."""
+        return Process(*self.ask_supervisor(_own_process))
+
+    def shards(self) -> dict[int, Process]:
+        """Return the shards' processes that the supervisor knows of, by index, once it knows all."""
+        while len(found := self.ask_supervisor(_shards)) < self.case.num_shards:
+            time.sleep(0.01)
+        return {index: Process(*process) for index, process in found.items()}
+
+    def standbys(self) -> dict[int, Process]:
+        """Return the standbys' processes, filled or not, by index."""
+        return {i: Process(*p) for i, p in self.ask_supervisor(_standbys).items()}
+
+    def await_standbys(self) -> None:
+        """Wait until every shard has a standby that follows it."""
+        shards = self.optimizer._running()
+        deadline = time.monotonic() + PATIENCE_S
+        while self.case.replicas:
+            told = shards._recovering(lambda: shards._ask(shards._everyone(Describe())))
+            if all(answer.replicated is not None for answer in told.values()):
+                return
+            if time.monotonic() > deadline:
+                raise AssertionError(f"hung: the standbys are not filled: {told}")
+            time.sleep(0.02)
+
+    def await_step(self, since: float) -> float:
+        """Wait for a step that began after a moment and return when it ended."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (ended := self.board.stepped_since(since)) is None:
+            if self.crowd.failures:
+                raise self.crowd.failures[0]
+            if time.monotonic() > deadline:
+                raise AssertionError(f"hung: no step in {PATIENCE_S:g} s after a fault at round {self.board.round}: {self._diagnosis()}")
+            time.sleep(0.001)
+        return ended
+
+    def counts(self) -> dict[str, int]:
+        """Return what the present supervisor has recovered from."""
+        return dict(self.ask_supervisor(_counts))
+
+    @contextmanager
+    def beside(self, work: Callable[[], None]) -> Iterator[None]:
+        """Have work done in another thread meanwhile."""
+        thread = threading.Thread(target=work)
+        thread.start()
+        yield
+        thread.join()
+
+    def connect_from_a_new_process(self) -> None:
+        """Have a new process connect to the optimizer and ask where it stands."""
+        assert self.name is not None
+        told, _ = _start_driver(self.name).communicate(timeout=PATIENCE_S)
+        assert told.startswith("round "), told
+
+    def _diagnosis(self) -> str:
+        try:
+            return str(ray.get([a.send.remote(Describe()) for a in self.optimizer._running().backend.actors], timeout=5))  # type: ignore[attr-defined]
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def _own_process(actor: Any) -> tuple[int, str]:
+    return os.getpid(), process_born(os.getpid())
+
+
+def _facts(actor: Any, hired: Sequence[Any]) -> dict[int, tuple[int, str]]:
+    known = [(each.index, actor._crew._facts.get(each.handle)) for each in hired]
+    return {index: (int(facts["pid"]), facts["born"]) for index, facts in known if facts is not None}
+
+
+def _shards(actor: Any) -> dict[int, tuple[int, str]]:
+    return _facts(actor, list(actor._supervisor._fleet.shards))
+
+
+def _standbys(actor: Any) -> dict[int, tuple[int, str]]:
+    return _facts(actor, list(actor._supervisor._fleet.standbys.values()))
+
+
+def _counts(actor: Any) -> dict[str, int]:
+    return dict(actor._supervisor.recoveries())
+
+
+def _start_driver(*args: str) -> "subprocess.Popen[str]":
+    address = ray.get_runtime_context().gcs_address
+    return subprocess.Popen([sys.executable, "-m", "tests.chaos.driver", address, *args], stdout=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) -> Iterator[Scene]:
+    """Build an optimizer and its trainers; close everything at the end. A named one is built by another process, which may be killed."""
+    board, driver = str(directory / "board"), None
+    if case.named:
+        driver = _start_driver(name, str(directory / "checkpoints"), json.dumps(asdict(case)))
+        assert driver.stdout is not None
+        told = driver.stdout.readline()
+        assert told.startswith("built"), told
+        optimizer = DistNadam.connect(name)
+    else:
+        optimizer = case.optimizer(directory / "checkpoints", None).build(params())
+    try:
+        scene = Scene(case, directory, optimizer, Board(board), Crowd(optimizer, board), name if case.named else None, driver, nodes)
+        try:
+            yield scene
+        finally:
+            scene.crowd.close()
+    finally:
+        optimizer._running().backend.close(destroy=True)  # also where its driver is dead
+        if driver is not None:
+            driver.kill()
+            driver.communicate()
+
+
+def undisturbed(case: Case, rounds: int) -> DistNadam:
+    """Return a local optimizer after so many rounds without a fault; the caller closes it."""
+    optimizer = DistNadam(num_workers=WORKERS, backend="local", clipnorm=case.clipnorm).build(params())
+    workers = [optimizer.worker(rank) for rank in range(WORKERS)]
+    for step in range(rounds):
+        tree = workers[0].pull()
+        for ticket in [worker.push(gradients_at(tree, step, worker.rank)) for worker in workers]:
+            ticket.result()
+    return optimizer
+
+
+def ledgers(optimizer: DistNadam) -> list[dict[str, Any]]:
+    """Return every shard's ledger."""
+    shards = optimizer._running()
+    held = shards._recovering(lambda: shards._ask(shards._everyone(Hold("audit"))))
+    shards._ask(shards._everyone(Release("audit")))
+    return [held[index].ledger for index in sorted(held)]

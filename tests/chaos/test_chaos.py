@@ -1,0 +1,65 @@
+"""Two dozen faults on real processes: the same bits as without them, every push counted once, and nothing left behind."""
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.chaos.faults import FAULTS
+from tests.chaos.leftovers import leftovers, wait_for_no_more_than
+from tests.chaos.run import Report, cases, cases_of_nodes, count, play, strike
+from tests.chaos.scene import Case, stage
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+SEED = 4
+
+
+@pytest.mark.timeout(1200)
+def test_two_dozen_faults_of_a_dozen_kinds_change_no_bit_and_count_every_push_once(capsys: pytest.CaptureFixture[str]) -> None:
+    report = play(24, SEED)
+    with capsys.disabled():
+        print(f"\n{report}")
+    assert not report.differences, str(report)
+    assert (report.faults, report.lost, report.doubled) == (24, 0, 0)
+    assert len(report.kinds) >= 12
+
+
+@pytest.mark.timeout(600)
+def test_a_ray_node_that_dies_with_all_that_lives_on_it_changes_no_bit() -> None:
+    command = [sys.executable, "-m", "tests.chaos.run", "--nodes", "--faults", "6", "--seed", str(SEED), "--only", "node killed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # several nodes are a Ray of their own
+    assert done.returncode == 0, done.stdout
+    assert "gradients lost 0, doubled 0" in done.stdout
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", [Case(2, 1, checkpoints=True), Case(2, 0, named=True, checkpoints=True)], ids=str)
+def test_close_after_deaths_of_all_kinds_of_process_leaves_no_process_actor_socket_memory_or_file(case: Case, tmp_path: Path) -> None:
+    gc.collect()
+    before, report = leftovers(), Report()
+    names = {"worker killed", "shard killed", "standby killed", "saver killed", "supervisor killed"}
+    with stage(case, tmp_path, "leftovers") as scene:
+        strike(scene, [fault for fault in FAULTS if fault.name in names and fault.fits(case)], np.random.default_rng(SEED), report)
+        during = leftovers()
+        del scene
+    assert all(during[what] > before[what] for what in ("actors", "sockets", "memfds"))
+    gc.collect()
+    wait_for_no_more_than(before)
+    left = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert [path.name for path in left if "partial" in path.name or path.name.startswith(".")] == []
+
+
+def test_every_kind_of_fault_fits_a_configuration_and_has_a_name_of_its_own() -> None:
+    every = [*cases(np.random.default_rng(0)), *cases_of_nodes()]
+    assert all(any(fault.fits(case) for case in every) for fault in FAULTS)
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+
+
+def test_the_count_of_a_ledger_sees_a_gradient_that_is_lost_and_one_that_is_doubled() -> None:
+    assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 4, 5]]}, 5) == (0, 0)
+    assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 5, 5]]}, 5) == (1, 0)
+    assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 3, 5]]}, 5) == (0, 1)

@@ -1,0 +1,254 @@
+"""The real libraries go on from an export as we do, and we go on from their state as they do: ten steps each, to float32 rounding."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam import DistNadam
+from distnadam.interop import Format, export_checkpoint, import_checkpoint, keras, load_checkpoint, optax
+from distnadam.interop import torch as torch_format
+
+pytestmark = pytest.mark.slow
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+NAMES = ["bias", "kernel", "scale"]
+STEPS = 10
+Params = dict[str, np.ndarray]
+
+
+def params() -> Params:
+    rng = np.random.default_rng(5)
+    return {
+        "bias": rng.standard_normal(7).astype(np.float32),
+        "kernel": rng.standard_normal((11, 7)).astype(np.float32),
+        "scale": np.float32(1.5),
+    }
+
+
+def gradients(step: int) -> Params:
+    rng = np.random.default_rng([6, step])
+    return {name: np.asarray(rng.standard_normal(np.shape(p)) * 10.0 ** (step % 3 - 1), np.float32) for name, p in params().items()}
+
+
+def trained(tmp_path: Path, steps: int = 25, **config: Any) -> str:
+    """A checkpoint after some steps of ours."""
+    with DistNadam(**{"lr": 0.01, **config}, backend="local").build(params()) as optimizer:
+        for step in range(steps):
+            optimizer.apply_gradients(gradients(step))
+        return optimizer.save(tmp_path / "ours")
+
+
+def go_on_here(checkpoint: str, begin: int) -> tuple[Params, DistNadam]:
+    optimizer = DistNadam.restore(checkpoint, backend="local", num_shards=2)
+    for step in range(begin, begin + STEPS):
+        optimizer.apply_gradients(gradients(step))
+    return optimizer.get_params(), optimizer
+
+
+def close(theirs: Sequence[Any], ours: Sequence[Any], *, rel: float = 2**-21) -> None:
+    """To float32 rounding over the steps: four units in the last place of each tensor's largest magnitude."""
+    for given, expected in zip(theirs, ours, strict=True):
+        scale = np.abs(expected).max()
+        assert np.abs(np.asarray(given, np.float64) - expected).max() <= rel * scale
+
+
+def in_names(tree: Params) -> list[np.ndarray]:
+    return [np.asarray(tree[name]) for name in NAMES]
+
+
+class Torch:
+    """torch.optim.NAdam on tensors of ours."""
+
+    def __init__(self, start: Params, **config: Any) -> None:
+        import torch
+
+        self.torch = torch
+        self.tensors = {name: torch.nn.Parameter(torch.tensor(np.array(value))) for name, value in start.items()}
+        self.optimizer = torch.optim.NAdam(list(self.tensors.items()), **config)
+
+    def run(self, begin: int, end: int) -> Params:
+        for step in range(begin, end):
+            for name, gradient in gradients(step).items():
+                self.tensors[name].grad = self.torch.tensor(gradient)
+            self.optimizer.step()
+        return {name: tensor.detach().numpy() for name, tensor in self.tensors.items()}
+
+
+class TfKerasLegacy:
+    """tf_keras.optimizers.legacy.Nadam."""
+
+    def __init__(self, start: Params, **config: Any) -> None:
+        import tensorflow as tf
+        import tf_keras
+
+        self.tf = tf
+        self.variables = {name: tf.Variable(value, name=name) for name, value in start.items()}
+        self.optimizer = tf_keras.optimizers.legacy.Nadam(**config)
+
+    def load(self, weights: list[np.ndarray]) -> None:
+        zeros = [(self.tf.zeros_like(v), v) for v in self.variables.values()]
+        kept = {name: v.numpy() for name, v in self.variables.items()}
+        self.optimizer.apply_gradients(zeros)  # makes the slots
+        for name, value in kept.items():
+            self.variables[name].assign(value)
+        self.optimizer.set_weights(weights)
+
+    def run(self, begin: int, end: int) -> Params:
+        for step in range(begin, end):
+            found = gradients(step)
+            self.optimizer.apply_gradients([(self.tf.constant(found[name]), v) for name, v in self.variables.items()])
+        return {name: v.numpy() for name, v in self.variables.items()}
+
+
+class Keras3:
+    """keras.optimizers.Nadam of Keras 3, on JAX."""
+
+    def __init__(self, start: Params, **config: Any) -> None:
+        import keras as real
+
+        self.variables = {name: real.Variable(value, name=name) for name, value in start.items()}
+        self.optimizer = real.optimizers.Nadam(**config)
+        self.optimizer.build(list(self.variables.values()))
+
+    def load(self, values: list[np.ndarray]) -> None:
+        for variable, value in zip(self.optimizer.variables, values, strict=True):
+            variable.assign(value)
+
+    def run(self, begin: int, end: int) -> Params:
+        for step in range(begin, end):
+            found = gradients(step)
+            self.optimizer.apply([found[name] for name in self.variables])
+        return {name: np.asarray(v.value) for name, v in self.variables.items()}
+
+
+class Optax:
+    """optax.nadam."""
+
+    def __init__(self, start: Params, **config: Any) -> None:
+        import jax.numpy as jnp
+        import optax as real
+
+        self.real, self.nadam = real, real.nadam(**config)
+        self.params = {name: jnp.asarray(value) for name, value in start.items()}
+        self.state = self.nadam.init(self.params)
+
+    def run(self, begin: int, end: int) -> Params:
+        for step in range(begin, end):
+            updates, self.state = self.nadam.update(gradients(step), self.state, self.params)
+            self.params = self.real.apply_updates(self.params, updates)
+        return {name: np.asarray(value) for name, value in self.params.items()}
+
+
+def exported(checkpoint: str, tmp_path: Path, to: Format) -> Any:
+    return export_checkpoint(checkpoint, tmp_path / f"theirs.{to}", to=to)
+
+
+@pytest.mark.parametrize("config", [{}, {"schedule_decay": 0.05, "epsilon": 1e-8, "beta_1": 0.8}])
+def test_torch_goes_on_from_an_export_as_we_do(config: dict[str, float], tmp_path: Path) -> None:
+    import torch
+
+    checkpoint = trained(tmp_path, **config)
+    done = exported(checkpoint, tmp_path, "torch")
+    content = torch.load(done.path, weights_only=True)
+    there = Torch({name: tensor.numpy() for name, tensor in content["model"].items()})
+    there.optimizer.load_state_dict(content["optimizer"])
+    ours, optimizer = go_on_here(checkpoint, 25)
+    close(in_names(there.run(25, 35)), in_names(ours))
+    slots = there.optimizer.state_dict()["state"]
+    assert [int(slots[i]["step"]) for i in range(3)] == [35, 35, 35]
+    _, m_schedule, *moments = optimizer.get_weights()
+    close([slots[i]["exp_avg"] for i in range(3)] + [slots[i]["exp_avg_sq"] for i in range(3)], moments)
+    assert float(slots[0]["mu_product"]) == pytest.approx(float(m_schedule), rel=1e-5)
+
+
+def test_torchs_order_of_parameters_is_followed(tmp_path: Path) -> None:
+    checkpoint = trained(tmp_path)
+    order = ["scale", "bias", "kernel"]
+    there = Torch({name: np.asarray(load_checkpoint(Path(checkpoint)).params[NAMES.index(name)]) for name in order})
+    there.optimizer.load_state_dict(torch_format.state_dict(load_checkpoint(Path(checkpoint)), order))
+    close(in_names(there.run(25, 35)), in_names(go_on_here(checkpoint, 25)[0]))
+
+
+def test_we_go_on_from_torchs_state_as_it_does(tmp_path: Path) -> None:
+    import torch
+
+    there = Torch(params(), lr=0.01, momentum_decay=0.02)
+    there.run(0, 25)
+    torch.save({"model": {n: t.detach() for n, t in there.tensors.items()}, "optimizer": there.optimizer.state_dict()}, tmp_path / "t.pt")
+    done = import_checkpoint(tmp_path / "t.pt", tmp_path / "back", source_format="torch")
+    ours, optimizer = go_on_here(done.path, 25)
+    assert optimizer.iterations == 35
+    assert optimizer.get_config()["epsilon"] == 1e-8
+    close(in_names(there.run(25, 35)), in_names(ours))
+
+
+@pytest.mark.parametrize("config", [{}, {"schedule_decay": 0.05, "epsilon": 1e-6}])
+def test_tf_keras_legacy_goes_on_from_an_export_as_we_do(config: dict[str, float], tmp_path: Path) -> None:
+    checkpoint = trained(tmp_path, **config)
+    state = load_checkpoint(Path(checkpoint))
+    settings = keras.config(state)
+    there = TfKerasLegacy(dict(zip(NAMES, state.params, strict=True)), learning_rate=settings.pop("lr"), **settings)
+    there.load(keras.weights(state))
+    ours, optimizer = go_on_here(checkpoint, 25)
+    close(in_names(there.run(25, 35)), in_names(ours))
+    close(there.optimizer.get_weights()[2:], optimizer.get_weights()[2:], rel=2e-5)  # the reference rounds 1 - beta_2 to float32
+
+
+def test_we_go_on_from_tf_keras_legacys_weights_as_it_does(tmp_path: Path) -> None:
+    there = TfKerasLegacy(params(), learning_rate=0.01)
+    values = there.run(0, 25)
+    given = {f"params/{name}": value for name, value in values.items()}
+    given |= {f"optimizer/{i:05d}": weight for i, weight in enumerate(there.optimizer.get_weights())}
+    np.savez(tmp_path / "k.npz", **given)
+    done = import_checkpoint(tmp_path / "k.npz", tmp_path / "back", source_format="keras", config=there.optimizer.get_config())
+    ours, optimizer = go_on_here(done.path, 25)
+    assert optimizer.iterations == 35
+    close(in_names(there.run(25, 35)), in_names(ours))
+
+
+def test_keras_3_goes_on_from_an_export_as_we_do(tmp_path: Path) -> None:
+    checkpoint = trained(tmp_path, schedule_decay=1.0)
+    state = load_checkpoint(Path(checkpoint))
+    there = Keras3(dict(zip(NAMES, state.params, strict=True)), **keras.config_of_keras_3(state))
+    there.load(keras.variables(state))
+    ours, optimizer = go_on_here(checkpoint, 25)
+    close(in_names(there.run(25, 35)), in_names(ours))
+    assert int(there.optimizer.iterations) == optimizer.iterations == 35
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")  # Keras's own get_config
+def test_we_go_on_from_keras_3s_variables_as_it_does(tmp_path: Path) -> None:
+    there = Keras3(params(), learning_rate=0.01)
+    values = there.run(0, 25)
+    given = {f"params/{name}": value for name, value in values.items()}
+    given |= {f"optimizer/{i:05d}": np.asarray(v.value) for i, v in enumerate(there.optimizer.variables)}
+    np.savez(tmp_path / "k.npz", **given)
+    done = import_checkpoint(tmp_path / "k.npz", tmp_path / "back", source_format="keras3", config=there.optimizer.get_config())
+    ours, optimizer = go_on_here(done.path, 25)
+    assert (optimizer.iterations, optimizer.get_config()["schedule_decay"]) == (35, 1.0)
+    close(in_names(there.run(25, 35)), in_names(ours))
+
+
+def test_we_go_on_from_optaxs_state_as_it_does_and_give_it_back(tmp_path: Path) -> None:
+    there = Optax(params(), learning_rate=0.01)
+    values = there.run(0, 25)
+    scaled = there.state[0]
+    given = {f"params/{name}": value for name, value in values.items()}
+    given |= {f"{slot}/{name}": np.asarray(getattr(scaled, slot)[name]) for slot in ("mu", "nu") for name in NAMES}
+    np.savez(tmp_path / "o.npz", **given, count=np.asarray(scaled.count))
+    done = import_checkpoint(tmp_path / "o.npz", tmp_path / "back", source_format="optax", config={"learning_rate": 0.01})
+    ours, optimizer = go_on_here(done.path, 25)
+    assert optimizer.iterations == 35
+    expected = there.run(25, 35)
+    close(in_names(expected), in_names(ours))
+
+    back = load_checkpoint(Path(optimizer.save(tmp_path / "later")))
+    again = Optax(ours, **optax.config(back))
+    again.state = optax.opt_state(back, again.state)
+    close(in_names(again.run(35, 45)), in_names(there.run(35, 45)))
+    assert export_checkpoint(tmp_path / "later", tmp_path / "o2.npz", to="optax").notes == ()

@@ -1,0 +1,244 @@
+"""Law 5: kill any process at any moment, lose and delay any message: the same bits as one process that counts the same pushes.
+
+The machine drives real shards, standbys, workers and the supervisor in one thread (`tests.world`); a worker's gradient depends on its
+round, rank, incarnation and parameters, so that one that is lost, doubled, mixed or computed from wrong parameters changes bits.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import Phase as Phase_
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from distnadam import seat
+from distnadam.arrays import cut_flat
+from distnadam.config import NadamConfig, Options
+from distnadam.controller import Controller
+from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
+from distnadam.layout import Layout
+from distnadam.messages import ShardSpec
+from distnadam.transitions import Phase
+from distnadam.worker import Ticket, Worker
+from tests.one_process import OneProcess, State, history_of, state_of
+from tests.world import Process, World, WorldBackend
+
+RANKS = 3
+SIZE = 3000
+INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)
+RANK, SHARD = st.integers(0, RANKS - 1), st.integers(0, 2)
+EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost)
+
+
+def gradient(number: int, rank: int, incarnation: int, params: Any) -> Any:
+    if (7 * number + 3 * rank + incarnation) % 13 == 0:
+        return None
+    noise = np.random.default_rng([number, rank, incarnation]).standard_normal(SIZE).astype(np.float32)
+    return noise + np.float32(0.1) * params
+
+
+def begin_world(config: NadamConfig, options: Options, num_shards: int, replicas: int) -> tuple[World, Layout]:
+    layout = Layout.of({"w": INITIAL})
+    specs = [ShardSpec(i, num_shards, RANKS, replicas, None, config, options, layout, cut) for i, cut in enumerate(layout.cuts(num_shards))]
+    world = World(specs, replicas=replicas)
+    Controller(WorldBackend(world), layout, num_shards, options).load({"float32": INITIAL})
+    world.look()
+    return world, layout
+
+
+class FaultsAgainstOneProcess(RuleBasedStateMachine):
+    @initialize(
+        num_shards=st.integers(1, 3), replicas=st.integers(0, 1), elastic=st.booleans(), clip=st.sampled_from([{}, {"clipnorm": 1.0}])
+    )
+    def start(self, num_shards: int, replicas: int, elastic: bool, clip: dict[str, float]) -> None:
+        self.root = Path(tempfile.mkdtemp())
+        config = NadamConfig(clipvalue=0.5, **clip)
+        gone = {"min_workers": 1, "rejoin_timeout_s": 0.0} if elastic else {"rejoin_timeout_s": 1e6}
+        self.options = Options(step_timeout_s=0.0, on_nonfinite="skip", kernel="numpy", **gone)  # type: ignore[arg-type]
+        self.config, self.num_shards = config, num_shards
+        self.world, self.layout = begin_world(config, self.options, num_shards, replicas)
+        self.model = OneProcess(self.layout, config, INITIAL, gradient)
+        self.workers: dict[int, Worker] = {}
+        self.tickets: dict[int, Ticket] = {}
+        self.epochs: dict[Process, int] = {}
+        for rank in range(RANKS):
+            self.join(rank)
+
+    def teardown(self) -> None:
+        """Whatever happened, once it stops the run goes on: nobody waits for ever."""
+        if not hasattr(self, "world"):
+            return
+        try:
+            self.world.faults.clear()
+            while self.world.late:
+                self.world.deliver_one(0)
+            target = max((process.host._shard.round for process in self.world.shards if process.host), default=0) + 2
+            for _ in range(60):
+                self.advance()
+                self.agree()
+                if all(process.alive and process.host and process.host._shard.round >= target for process in self.world.shards):
+                    return
+            raise AssertionError(
+                f"nobody comes to round {target}: {[p.host and p.host._shard.described(with_spec=False) for p in self.world.shards]}"
+            )
+        finally:
+            shutil.rmtree(self.root)
+
+    # What workers do
+
+    @rule(rank=RANK)
+    def join(self, rank: int) -> None:
+        """Take the rank over, from a living worker too."""
+        self.world.rested()
+        self.tickets.pop(rank, None)
+        self.workers.pop(rank, None)
+        try:
+            self.workers[rank] = Worker(Controller(WorldBackend(self.world), self.layout, self.num_shards, self.options), rank)
+        except StepTimeout:
+            self.world.look()  # it is no member yet, or a shard lags behind
+
+    @rule(rank=RANK)
+    def push(self, rank: int) -> None:
+        self.world.rested()
+        if (worker := self.workers.get(rank)) is None or rank in self.tickets:
+            return
+        try:
+            params = worker.pull()["w"]
+            given = gradient(worker.round + 1, rank, worker._seat._incarnation, params)
+            self.tickets[rank] = worker.push({"w": np.full(SIZE, np.nan, np.float32) if given is None else given})
+        except SupersededWorker:
+            del self.workers[rank]
+        except EXPECTED:
+            pass
+
+    @rule(rank=RANK)
+    def finish(self, rank: int) -> None:
+        self.world.rested()
+        if (ticket := self.tickets.get(rank)) is None:
+            return
+        try:
+            ticket.result()
+        except StepTimeout:
+            return
+        except SupersededWorker:
+            del self.workers[rank]
+        except EXPECTED:
+            pass
+        del self.tickets[rank]
+
+    @rule()
+    def advance(self) -> None:
+        """Everybody does a round as far as it goes."""
+        for rank in range(RANKS):
+            if rank not in self.workers:
+                self.join(rank)
+            self.push(rank)
+        for rank in range(RANKS):
+            self.finish(rank)
+        self.world.look()
+
+    @rule()
+    def save(self) -> None:
+        self.world.rested()
+        topology = {"num_shards": self.num_shards, "num_workers": RANKS, "replicas": 0, "name": None}
+        about: dict[str, Any] = {"config": self.config.to_dict(), "options": self.options.to_dict(), "topology": topology, "data": {}}
+        with contextlib.suppress(StepTimeout, StaleEpoch):
+            Controller(WorldBackend(self.world), self.layout, self.num_shards, self.options).save(self.root, about)
+
+    # What befalls them
+
+    @rule(index=SHARD)
+    def kill_shard(self, index: int) -> None:
+        self.world.shards[index % self.num_shards].kill()
+
+    @rule(index=SHARD, where=st.sampled_from(["before", "after"]))
+    def doom_shard(self, index: int, where: str) -> None:
+        """Let a shard die as it tells its standby of a round."""
+        self.world.shards[index % self.num_shards].crash = where
+
+    @rule(index=SHARD)
+    def kill_standby(self, index: int) -> None:
+        if (standby := self.world.standbys.get(index)) is not None:
+            standby.kill()
+
+    @rule(rank=RANK)
+    def kill_worker(self, rank: int) -> None:
+        self.tickets.pop(rank, None)
+        if (worker := self.workers.pop(rank, None)) is not None:
+            self.world.kill_worker(rank, worker._seat._incarnation)
+
+    @rule(index=SHARD)
+    def work(self, index: int) -> None:
+        self.world.shards[index % self.num_shards].work()
+
+    @rule()
+    def look(self) -> None:
+        self.world.rested()
+        self.world.look()
+
+    @rule(faults=st.lists(st.sampled_from(["", "", "lose", "lose answer", "repeat", "delay"]), min_size=1, max_size=6))
+    def disturb(self, faults: list[str]) -> None:
+        self.world.faults = deque(faults)
+
+    @rule(which=st.integers(0, 9))
+    def deliver_late(self, which: int) -> None:
+        self.world.deliver_one(which)
+
+    # What must hold
+
+    @invariant()
+    def agree(self) -> None:
+        """Every shard and standby holds the bits of one process that counted the same pushes, each needed rank's once in each round."""
+        histories: dict[int, list[Any]] = {}
+        for process in self.world.shards:
+            if process.alive and process.host is not None and process.host._shard.phase is not Phase.OBEYING:
+                shard = process.host._shard
+                assert self.epochs.get(process, 0) <= shard.epochs.now
+                self.epochs[process] = shard.epochs.now
+                history = history_of(shard.members.ledger.to_dict(), shard.round)
+                for number, counted in enumerate(history, 1):
+                    assert tuple(rank for rank, _ in counted) == shard.members.needed(number)
+                if shard.phase is not Phase.STEPPING:
+                    self.same_bits(state_of(process.host), self.model.after(history), process)
+                if shard.epochs.now:
+                    histories.setdefault(shard.epochs.now, []).append(history)
+        for process in self.world.standbys.values():
+            if process.alive and process.standby is not None and (now := process.standby._standing) is not None:
+                arrays = {name: flat["float32"] for name, flat in process.standby._arrays.items()}
+                state = State(**arrays, clock=now.clock, skipped=now.skipped)
+                self.same_bits(state, self.model.after(history_of(process.standby._ledger.to_dict(), now.round)), process)
+        for same_epoch in histories.values():
+            first = min(same_epoch, key=len)
+            assert all(history[: len(first)] == first and len(history) <= len(first) + 1 for history in same_epoch)
+
+    def same_bits(self, got: State, expected: State, process: Process) -> None:
+        for name in ("params", "m", "v"):
+            cut = cut_flat({"float32": getattr(expected, name)}, process.spec.ranges)["float32"]
+            assert getattr(got, name).tobytes() == cut.tobytes(), f"{name} of shard {process.spec.index}"
+        assert (got.clock, got.skipped) == (expected.clock, expected.skipped)
+
+
+FaultsAgainstOneProcess.TestCase.settings = settings(
+    max_examples=80,
+    stateful_step_count=40,
+    derandomize=True,
+    database=None,
+    phases=[Phase_.generate],
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seat, "_POLL_S", 0.0)
+
+
+TestFaults = FaultsAgainstOneProcess.TestCase

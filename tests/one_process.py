@@ -1,0 +1,90 @@
+"""What a run must come to, computed by one shard in one process from the record of whose pushes counted in which round."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from distnadam.backends.host import ShardHost
+from distnadam.config import NadamConfig, Options
+from distnadam.layout import Layout
+from distnadam.messages import Join, Measured, Norms, Push, ShardSpec
+from distnadam.nadam.norms import tensor_square_sums
+from distnadam.nadam.schedule import Clock
+from distnadam.orders import Reign, Standing
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+History = tuple[tuple[tuple[int, int], ...], ...]
+"""For each round, who counted: (rank, incarnation), in rank order."""
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a round leaves behind."""
+
+    params: Array
+    m: Array
+    v: Array
+    clock: Clock
+    skipped: int
+
+
+class OneProcess:
+    """The model: `gradient(round, rank, incarnation, params)` is None where it is not finite.
+
+    Args:
+        layout: one float32 space.
+        config: the hyper-parameters.
+        initial: the first parameters.
+        gradient: what each worker pushes.
+    """
+
+    def __init__(
+        self, layout: Layout, config: NadamConfig, initial: Array, gradient: Callable[[int, int, int, Array], Array | None]
+    ) -> None:
+        self._layout, self._config, self._gradient = layout, config, gradient
+        zeros = np.zeros_like(initial)
+        self._known: dict[History, State] = {(): State(initial, zeros, zeros, Clock(), 0)}
+
+    def after(self, history: History) -> State:
+        """Return the state that these rounds lead to."""
+        if history not in self._known:
+            self._known[history] = self._next(self.after(history[:-1]), len(history), history[-1])
+        return self._known[history]
+
+    def _next(self, before: State, number: int, counted: tuple[tuple[int, int], ...]) -> State:
+        ranks = tuple(rank for rank, _ in counted)
+        options = Options(on_nonfinite="skip", kernel="numpy")
+        spec = ShardSpec(0, 1, max(ranks) + 1, 0, None, self._config, options, self._layout, self._layout.cuts(1)[0])
+        host = ShardHost(spec)
+        standing = Standing(0, number - 1, before.skipped, before.clock, 0.0, 0, "applied", None, {"runs": [], "newest": []})
+        arrays = {name: {"float32": getattr(before, name)} for name in ("params", "m", "v")}
+        host.take_over(standing, arrays, Reign(1, ((1, ranks),)))
+        for rank in ranks:
+            host.send(Join(rank, 1)).result(0)
+        for rank, incarnation in counted:
+            gradient = self._gradient(number, rank, incarnation, before.params)
+            flat = None if gradient is None else {"float32": gradient}
+            answer = host.send(Push(1, rank, 1, number, flat, "not finite" if flat is None else None))
+        measured = answer.result(0)
+        if isinstance(measured, Measured):
+            totals = tensor_square_sums(len(self._layout.tensors), [measured.sums])
+            host.send(Norms(1, ranks[0], 1, number, totals)).result(0)
+        return state_of(host)
+
+
+def state_of(host: ShardHost) -> State:
+    """Copy a host's state, whatever it is doing."""
+    shard = host._shard
+    arrays = {name: flat["float32"].copy() for name, flat in shard.state.arrays().items()}
+    return State(**arrays, clock=replace(shard.clock), skipped=shard.skipped)
+
+
+def history_of(ledger: dict[str, Any], decided: int) -> History:
+    """Return whose pushes a ledger counted in each round; a rank that counted twice in one is there twice."""
+    rounds: list[list[tuple[int, int]]] = [[] for _ in range(decided)]
+    for rank, incarnation, first, last in ledger["runs"]:
+        for number in range(first, last + 1):
+            rounds[number - 1].append((rank, incarnation))
+    return tuple(tuple(sorted(counted)) for counted in rounds)

@@ -1,0 +1,331 @@
+"""A cluster in this thread for tests: processes that die when told, a supervisor driven by hand, a transport that loses and delays.
+
+Everything but the processes and the transport between them is the real thing. Whoever waits has the shards do the work that is due;
+nothing sleeps, and what cannot be had at once is a TimeoutError.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from distnadam.arrays import Flat, cut_flat, empty_flat
+from distnadam.backends.base import Backend, Link, Pending, Team
+from distnadam.backends.host import ShardHost
+from distnadam.backends.standby import Standby
+from distnadam.errors import DistNadamError, ShardLost, StepTimeout
+from distnadam.layout import Layout, Ranges
+from distnadam.messages import Lost, ShardSpec
+from distnadam.orders import LetGo, Record, Reign, Replicated
+from distnadam.supervision.crew import Crew, Hired, require_alive
+from distnadam.supervision.supervisor import Supervisor
+from distnadam.transport.replica import Replica, pack_record, unpack_record
+
+_LIVELOCK = 300
+
+
+class Process:
+    """A shard or a standby; `works` is what it is yet to compute, `crash` where it dies on its way: "before" or "after" a record."""
+
+    def __init__(self, world: "World", spec: ShardSpec, *, standby: bool) -> None:
+        self.world, self.spec, self.alive = world, spec, True
+        self.works: deque[Callable[[], None]] = deque()
+        self.standby = Standby(spec) if standby else None
+        self.host = None if standby else self.make_host(spec)
+
+        self.crash = ""
+        self._asked: list[Future[Any]] = []
+
+    def make_host(self, spec: ShardSpec) -> ShardHost:
+        world = self.world
+        how = {"run": lambda work: self.works.append(work), "attach": self._attach}
+        told = lambda n: self.alive and world.supervisor.notice(n.what, n.rank, n.incarnation)  # noqa: E731
+        host = ShardHost(spec, on_notice=told, **how)  # type: ignore[arg-type]
+        host.find_slot = lambda rank, incarnation, dtypes: world.memory(rank, incarnation, spec.ranges)
+        return host
+
+    def send(self, message: Any) -> Future[Any]:
+        """Give the shard a message; the answer of one that dies meanwhile is ShardLost."""
+        future: Future[Any] = Future()
+        if not self.alive or self.host is None:
+            future.set_exception(ShardLost(f"shard {self.spec.index}: is dead"))
+            return future
+        self._asked.append(future)
+
+        def answered(inner: Future[Any]) -> None:
+            if self.alive and not future.done():
+                error = inner.exception()
+                future.set_exception(error) if error is not None else future.set_result(inner.result())
+
+        self.host.send(message).add_done_callback(answered)
+        return future
+
+    def kill(self) -> None:
+        self.alive = False
+        self.works.clear()
+        for future in self._asked:
+            if not future.done():
+                future.set_exception(ShardLost(f"shard {self.spec.index}: died"))
+        for hired in self.world.hired:
+            if hired.handle is self:
+                self.world.supervisor.died(hired)
+
+    def work(self) -> bool:
+        """Do what is due first; return whether there was anything."""
+        if self.works:
+            self.works.popleft()()
+            return True
+        return False
+
+    def _attach(self, standby: Hired, standing: Any, config: Any, arrays: dict[str, Flat]) -> Replica:
+        return _InProcess(self, standby.handle, standing, config, arrays)
+
+
+class _InProcess(Replica):
+    """The way between two processes here, records as the bytes that a lane carries."""
+
+    def __init__(self, primary: Process, follower: Process, standing: Any, config: Any, arrays: dict[str, Flat]) -> None:
+        if not follower.alive or follower.standby is None:
+            raise ShardLost("the standby is dead")
+        self._primary, self._follower, self._standby = primary, follower, follower.standby
+        self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
+        self._standby.take_arrays({name: {space: values.copy() for space, values in flat.items()} for name, flat in arrays.items()})
+        self._standby.begin(standing, config)
+        self.reached = standing.round
+
+    def ready(self) -> bool:
+        return self._follower.alive
+
+    def send(self, record: Record) -> bool:
+        crash = self._primary.crash if isinstance(record, Replicated) else ""
+        if crash == "before":
+            self._primary.kill()
+        if not self._primary.alive or not self._follower.alive:
+            return False
+        self._standby.apply(unpack_record(pack_record(record)[4:]), self.mean)
+        if isinstance(record, Replicated):
+            self.reached = record.round
+        if crash == "after":
+            self._primary.kill()
+        return True
+
+    def close(self) -> None:
+        if self._primary.alive and self._follower.alive:
+            self._standby.apply(LetGo(), self.mean)
+
+
+class _WorldCrew(Crew):
+    def __init__(self, world: "World") -> None:
+        self._world = world
+
+    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
+        hired = Hired(spec.index, Process(self._world, spec, standby=standby), None)
+        self._world.hired.append(hired)
+        return hired
+
+    def promote(self, standby: Hired, reign: Reign, *, near: Sequence[Hired]) -> Hired:
+        process = standby.handle
+        if not process.alive:
+            raise ShardLost("the standby died")
+        process.host, _ = process.standby.promote(reign, process.make_host)
+        process.standby = None
+        return standby
+
+    def fence(self, hired: Hired) -> None:
+        if hired.handle.alive:
+            hired.handle.kill()
+
+    def dismiss(self, hired: Hired) -> None:
+        self.fence(hired)
+
+    def watch(self, hired: Hired) -> None:
+        pass
+
+    def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        answers: dict[int, Any] = {}
+        asked = {i: hired[i].handle for i in messages if i in hired}
+        futures = {i: process.send(messages[i]) for i, process in asked.items() if messages[i] is not None}
+        for index, process in asked.items():
+            if messages[index] is None:
+                answers[index] = process.standby.reached if process.alive and process.standby is not None else ShardLost("dead")
+                continue
+            while not futures[index].done() and process.work():
+                pass
+            error = futures[index].exception() if futures[index].done() else StepTimeout(f"shard {index} is silent")
+            answers[index] = error or futures[index].result()
+        return answers
+
+
+class _Now:
+    """An executor that does it at once."""
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> None:
+        work(*args)
+
+
+class World:
+    """The processes of one optimizer and its supervisor, and the memory of its workers.
+
+    `faults` are taken one by one by the messages of workers: "" delivers, "lose" loses the message, "lose answer" its answer, "repeat"
+    delivers it twice, "delay" keeps it for `deliver_one`, with its own copy of the gradients.
+    """
+
+    def __init__(self, specs: Sequence[ShardSpec], *, replicas: int) -> None:
+        self.hired: list[Hired] = []
+        self.memories: dict[tuple[int, int], Flat] = {}
+        self.faults: deque[str] = deque()
+        self.late: list[Callable[[], None]] = []
+        self._posts = 0
+        self.crew = _WorldCrew(self)
+        self.supervisor = Supervisor(specs, replicas, self.crew)
+        self.supervisor._recovery._hirer = _Now()  # type: ignore[assignment]
+        self.supervisor.adopt([self.crew.hire(spec, standby=False, near=[]) for spec in specs], {})
+
+    @property
+    def shards(self) -> list[Process]:
+        return [hired.handle for hired in self.supervisor._fleet.shards]
+
+    @property
+    def standbys(self) -> dict[int, Process]:
+        return {index: hired.handle for index, hired in self.supervisor._fleet.standbys.items()}
+
+    def look(self) -> None:
+        """Let the supervisor take what it was told, and decide until nothing is left."""
+        for _ in range(3):  # standbys are hired, then filled
+            while not self.supervisor._events.empty():
+                self.supervisor._take(*self.supervisor._events.get())
+            self.supervisor._next_look = 0.0
+            self.supervisor._look(prompted=True)
+            if self.supervisor._events.empty():
+                break
+
+    def work(self) -> bool:
+        """Have every shard do what is due first; return whether anything was."""
+        self._posts += 1
+        assert self._posts < _LIVELOCK, "everybody is busy and nobody comes further"
+        return sum(process.work() for process in self.shards) > 0
+
+    def rested(self) -> None:
+        """Count anew how long somebody waits."""
+        self._posts = 0
+
+    def deliver_one(self, which: int) -> None:
+        """Deliver one of the messages that were delayed."""
+        if self.late:
+            self.late.pop(which % len(self.late))()
+
+    def memory(self, rank: int, incarnation: int, ranges: Ranges) -> Flat | None:
+        flat = self.memories.get((rank, incarnation))
+        return None if flat is None else cut_flat(flat, ranges)
+
+    def kill_worker(self, rank: int, incarnation: int) -> None:
+        for process in self.shards:
+            process.send(Lost(rank, incarnation))
+
+    def transmit(self, index: int, message: Any) -> Future[Any]:
+        """Send a worker's message the way that the next fault says."""
+        process, fault = self.shards[index], self.faults.popleft() if self.faults else ""
+        outer: Future[Any] = Future()
+        if fault == "lose":
+            outer.set_exception(ShardLost("the connection broke"))
+            return outer
+        if fault == "delay":
+            copied = message
+            if getattr(message, "gradients", None) is not None:
+                copied = type(message)(**{**vars(message), "gradients": {s: a.copy() for s, a in message.gradients.items()}})
+            self.late.append(lambda: _pass_on(process.send(copied), outer))
+            return outer
+        if fault == "repeat":
+            process.send(message)
+        answer = process.send(message)
+        if fault == "lose answer":
+            outer.set_exception(ShardLost("the connection broke"))
+            return outer
+        return answer
+
+
+def _pass_on(inner: Future[Any], outer: Future[Any]) -> None:
+    def done(answered: Future[Any]) -> None:
+        error = answered.exception()
+        outer.set_exception(error) if error is not None else outer.set_result(answered.result())
+
+    inner.add_done_callback(done)
+
+
+class _WorldPending(Pending):
+    def __init__(self, world: World, futures: dict[int, Future[Any]]) -> None:
+        self._world, self._futures = world, futures
+
+    def result(self, timeout_s: float) -> dict[int, Any]:
+        while True:
+            for future in self._futures.values():
+                if future.done() and (error := future.exception()) is not None:
+                    raise error
+            if all(future.done() for future in self._futures.values()):
+                return {index: future.result() for index, future in self._futures.items()}
+            if not self._world.work():
+                raise TimeoutError
+
+
+class _WorldLink(Link):
+    def __init__(self, world: World, layout: Layout, rank: int, incarnation: int) -> None:
+        self._world, self.gradients, self.parameters = world, empty_flat(layout.sizes), None
+        world.memories[rank, incarnation] = self.gradients
+
+    def post(self, messages: Mapping[int, Any]) -> Pending:
+        return _WorldPending(self._world, {index: self._world.transmit(index, message) for index, message in messages.items()})
+
+    def close(self) -> None:
+        pass
+
+
+class WorldBackend(Backend):
+    """The seam to a world's shards; each copy has its own idea of where they are."""
+
+    name = "world"
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._roster = world.supervisor._roster
+
+    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
+        pass
+
+    def began(self, *, initial: Flat | None, directory: str | None) -> None:
+        self.world.supervisor._source.begin(initial, directory)
+
+    def await_recovery(self, timeout_s: float) -> None:
+        self.world._posts += 1
+        assert self.world._posts < _LIVELOCK
+        self.world.look()
+        self._roster = require_alive(self.world.supervisor._roster)
+
+    @property
+    def version(self) -> int:
+        return self._roster.version
+
+    def moved_since(self, version: int) -> bool:
+        self.await_recovery(0)
+        return self._roster.version > version
+
+    def report_stuck(self) -> None:
+        self.world.supervisor.notice("stuck", -1, 0)
+
+    def saved(self, root: str) -> None:
+        self.world.supervisor.saved(root)
+
+    def changing(self, what: str) -> None:
+        self.world.supervisor.changing(what)
+
+    def post(self, messages: Mapping[int, Any]) -> Pending:
+        self.world.work()
+        return _WorldPending(self.world, {i: self._roster.shards[i].handle.send(m) for i, m in messages.items()})
+
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+        return _WorldLink(self.world, layout, rank, incarnation)
+
+    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
+        raise DistNadamError("there are no teams here")
+
+    def close(self, *, destroy: bool) -> None:
+        pass
