@@ -79,6 +79,7 @@ EXAMPLES: list[Any] = [
     orders.Load(9, params=GRADIENTS),
     orders.Attach(None),
     orders.GiveUp(0, 1),
+    orders.Retire(9),
     msg.Hold("you"),
     msg.Advance("me", 1),
     msg.Release("you"),
