@@ -154,18 +154,18 @@ def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Folder, Ma
 def find(path: Where) -> tuple[Folder, Manifest, list[str]]:
     """Return the checkpoint meant by a path, and what was passed over.
 
-    One checkpoint means that one: its bytes are verified by who reads them. Otherwise the newest checkpoint under the path that
+    One checkpoint means that one: its files are looked at by who reads them. Otherwise the newest checkpoint under the path that
     verifies; each newer one that does not gets a sentence.
 
     Raises:
         CheckpointError: the one is refused, or there is none that is valid.
     """
     passed_over: list[str] = []
-    strict = is_one(path)
+    if is_one(path):
+        return place(path), load(path), passed_over
     for folder, manifest in candidates(path, passed_over):
         try:
-            if not strict:
-                verify_files(folder, manifest)
+            verify_files(folder, manifest)
         except CheckpointError as error:
             passed_over.append(str(error))
         else:
