@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kernel, step
+from benchmarks import checkpoint, kernel, step
 
 
 def main() -> None:
@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--elements", type=lambda text: int(float(text)), default=50_000_000, help="of the kernel's arrays")
     parser.add_argument("--kernel-rounds", type=int, default=7)
     parser.add_argument("--step-rounds", type=int, default=2)
+    parser.add_argument("--checkpoint-rounds", type=int, default=3)
     parser.add_argument("--sizes", nargs="*", default=list(step.SIZES), choices=list(step.SIZES))
     parser.add_argument("--curves", action="store_true", help="also 1 to 16 shards and 1 to 8 workers")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
@@ -34,9 +35,12 @@ def main() -> None:
         for row in curves:
             table.add_row(str(row["shards"]), str(row["workers"]), f"{row['ms']:.2f}")
         console.print(table)
+    checkpoints, left_out = checkpoint.measure(args.elements, args.checkpoint_rounds)
+    checkpoint.report(checkpoints, left_out, args.elements, console)
     args.out.mkdir(parents=True, exist_ok=True)
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
-    (args.out / "bench.json").write_text(json.dumps({"machine": machine, "kernel": kernels, "step": steps, "curves": curves}, indent=1))
+    found = {"machine": machine, "kernel": kernels, "step": steps, "curves": curves, "checkpoint": checkpoints}
+    (args.out / "bench.json").write_text(json.dumps(found, indent=1))
     draw(kernels, steps, args.out / "bench.png")
     console.print(f"written: {args.out / 'bench.json'}, {args.out / 'bench.png'}")
 

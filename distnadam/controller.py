@@ -1,4 +1,4 @@
-"""Acting on all shards as one optimizer: hold them at one round, then read, write, step, save or restore. No maths, no Ray.
+"""Acting on all shards as one optimizer: hold them at one round, then read, write, step or restore. No maths, no Ray.
 
 Shard 0 is held first and the others after it, so that two who act at once queue there and never wait for each other in a ring.
 """
@@ -6,14 +6,13 @@ Shard 0 is held first and the others after it, so that two who act at once queue
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.base import Backend
-from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
-from distnadam.checkpoint.manifest import FileRecord, Manifest
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.places import Folder, parent_of
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, StepTimeout
 from distnadam.layout import Layout, Ranges
@@ -29,7 +28,6 @@ from distnadam.messages import (
     Message,
     Read,
     Release,
-    Save,
     SetRate,
     Step,
     StepNorms,
@@ -95,39 +93,39 @@ class Controller:
 
     def describe(self) -> Description:
         """Return where shard 0 stands; never waits for a round."""
-        description: Description = self._recovering(lambda: self._ask({0: Describe()})[0])
+        description: Description = self.recovering(lambda: self.ask({0: Describe()})[0])
         return description
 
     def describe_all(self) -> list[Description]:
         """Return where every shard stands; never waits for a round, so they may differ."""
-        answers = self._recovering(lambda: self._ask(self._everyone(Describe())))
+        answers = self.recovering(lambda: self.ask(self._everyone(Describe())))
         return [answers[index] for index in sorted(answers)]
 
     def load(self, params: Flat) -> None:
         """Give newly made shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
-        self._ask({index: Load(1, params=cut) for index, cut in enumerate(cuts)})
+        self.ask({index: Load(1, params=cut) for index, cut in enumerate(cuts)})
         self._rewound = 1
         self.backend.began(initial=params, directory=None)
 
-    def restore(self, directory: Path, manifest: Manifest) -> None:
+    def restore(self, directory: Folder, manifest: Manifest) -> None:
         """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)}
-        self._ask(messages, timeout_s=_IO_TIMEOUT_S)
+        self.ask(messages, timeout_s=_IO_TIMEOUT_S)
         self._rewound = 1
-        self.backend.began(initial=None, directory=str(directory.parent))
+        self.backend.began(initial=None, directory=parent_of(directory))
 
     @contextmanager
     def boundary(self) -> Iterator[Boundary]:
         """Hold all shards between two rounds, the same two everywhere."""
         token = self.backend.token()
         try:
-            held = self._ask({0: Hold(token)})
-            held |= self._ask({index: Hold(token) for index in range(1, len(self.ranges))})
+            held = self.ask({0: Hold(token)})
+            held |= self.ask({index: Hold(token) for index in range(1, len(self.ranges))})
             newest = max(held.values(), key=lambda h: h.round)
             late = [index for index, h in held.items() if h.round < newest.round]
-            self._ask({index: Advance(token, newest.round) for index in late})
+            self.ask({index: Advance(token, newest.round) for index in late})
             self._check_rewound(newest, max(h.rewound for h in held.values()))
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
             yield Boundary(token, Held(newest.epoch, newest.round, newest.clock, newest.skipped, tuple(sorted(pending)), newest.ledger))
@@ -148,12 +146,12 @@ class Controller:
 
     def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one round, copied."""
-        return self._recovering(lambda: self._read(what))
+        return self.recovering(lambda: self._read(what))
 
     def _read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         whole = {name: empty_flat(self.layout.sizes) for name in what}
         with self.boundary() as at:
-            for index, parts in self._ask(self._everyone(Read(at.token, what))).items():
+            for index, parts in self.ask(self._everyone(Read(at.token, what))).items():
                 for name, flat in parts.items():
                     for space, (begin, end) in self.ranges[index].items():
                         whole[name][space][begin:end] = flat[space]
@@ -166,9 +164,9 @@ class Controller:
             with self.boundary() as at:
                 self.backend.changing(f"the state was replaced after round {at.held.round}")
                 cuts = ({name: cut_flat(flat, ranges) for name, flat in state.items()} for ranges in self.ranges)
-                self._ask({index: Write(at.token, cut, clock) for index, cut in enumerate(cuts)})
+                self.ask({index: Write(at.token, cut, clock) for index, cut in enumerate(cuts)})
 
-        self._recovering(write)
+        self.recovering(write)
 
     def set_rate(self, lr: Rate) -> None:
         """Replace the learning rate from the next step on."""
@@ -176,9 +174,9 @@ class Controller:
         def write() -> None:
             with self.boundary() as at:
                 self.backend.changing(f"the learning rate was replaced after round {at.held.round}")
-                self._ask(self._everyone(SetRate(at.token, lr)))
+                self.ask(self._everyone(SetRate(at.token, lr)))
 
-        self._recovering(write)
+        self.recovering(write)
 
     def step(self, gradients: Any) -> Decided:
         """Apply one step from an already averaged gradient tree.
@@ -193,21 +191,21 @@ class Controller:
             with self.boundary() as at:
                 mine.aim(at.held)
                 complaint, parts = self._fill(gradients)
-                answers = self._ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
+                answers = self.ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
                 measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, Measured)}
                 if len(measured) == len(answers):
                     mine.square_sums = tensor_square_sums(len(self.layout.tensors), list(measured.values()))
                 if measured:
-                    answers |= self._ask({i: StepNorms(at.token, mine.square_sums) for i in measured})
+                    answers |= self.ask({i: StepNorms(at.token, mine.square_sums) for i in measured})
                 decided: Decided = answers[0]
                 return decided
 
-        return self._recovering(once)
+        return self.recovering(once)
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards between two rounds; whoever waits for a round goes on with the new ones."""
         if num_shards != self.backend.num_shards:
-            self._recovering(lambda: self.backend.reshard(num_shards, self.layout.cuts(num_shards)))
+            self.recovering(lambda: self.backend.reshard(num_shards, self.layout.cuts(num_shards)))
 
     def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
         """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
@@ -216,44 +214,10 @@ class Controller:
             self._slot = GradientSlot(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
         return self._slot.fill(gradients), self._slot.parts(self.ranges)
 
-    def save(self, root: Path, about: Mapping[str, Any]) -> Path:
-        """Write a checkpoint of one round under `root` and return its directory; `about` is the manifest's part that shards do not know."""
-        return self._recovering(lambda: self._save(root, about))
-
-    def _save(self, root: Path, about: Mapping[str, Any]) -> Path:
-        save_id = store.new_save_id()
-        with self.boundary() as at:
-            directory = store.step_directory(root, at.held.round)
-            with store.writing(directory):
-                count = len(self.ranges)
-                names = {i: store.shard_file_name(i, count, save_id) for i in range(count)}
-                try:
-                    records = self._ask({i: Save(at.token, str(directory), n) for i, n in names.items()}, timeout_s=_IO_TIMEOUT_S)
-                    files = tuple(records[i] for i in range(count))
-                    store.commit(directory, self._manifest(save_id, at.held, files, about))
-                except BaseException:
-                    store.discard_partial(directory, save_id)
-                    raise
-            self.backend.saved(str(root))
-        return directory
-
-    def _manifest(self, save_id: str, held: Held, files: tuple[FileRecord, ...], about: Mapping[str, Any]) -> Manifest:
-        return Manifest(
-            save_id=save_id,
-            layout=self.layout.to_dict(),
-            iterations=held.clock.iterations,
-            m_schedule=held.clock.m_schedule,
-            round=held.round,
-            skipped=held.skipped,
-            ledger=held.ledger,
-            files=files,
-            **about,
-        )
-
     def _everyone(self, message: Message) -> dict[int, Message]:
         return dict.fromkeys(range(len(self.ranges)), message)
 
-    def _recovering(self, work: Callable[[], _T]) -> _T:
+    def recovering(self, work: Callable[[], _T]) -> _T:
         """Do what may be done again from its beginning, as often as shards die, or go back under it, meanwhile."""
         while True:
             version = self.backend.version
@@ -267,7 +231,8 @@ class Controller:
                 if not self.backend.moved_since(version):
                     raise
 
-    def _ask(self, messages: Mapping[int, Message | Order], timeout_s: float | None = None) -> dict[int, Any]:
+    def ask(self, messages: Mapping[int, Message | Order], timeout_s: float | None = None) -> dict[int, Any]:
+        """Send each shard its message and return the answers; raise StepTimeout naming who should have given them."""
         if not messages:
             return {}
         timeout_s = self.options.step_timeout_s if timeout_s is None else timeout_s

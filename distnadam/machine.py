@@ -11,7 +11,7 @@ import distnadam.messages as msg
 from distnadam import orders
 from distnadam.arrays import Flat
 from distnadam.epochs import Epochs
-from distnadam.errors import DistNadamError, IllegalMessage, LatePush
+from distnadam.errors import DistNadamError, IllegalMessage, LatePush, ShardLost
 from distnadam.gate import Gate
 from distnadam.ledger import DIRECT
 from distnadam.members import Members
@@ -21,6 +21,7 @@ from distnadam.state import ShardState
 from distnadam.transitions import Answer, Compute, Effect, Phase, Replicate, Work
 
 _AT_REST = (Phase.COLLECTING, Phase.AWAITING_NORMS)
+_STATELESS = (Phase.OBEYING, Phase.HOLLOW)
 
 
 class Machine:
@@ -40,6 +41,7 @@ class Machine:
         self._pulls: list[tuple[Any, msg.Pull]] = []
         self._orders: list[tuple[Any, orders.Load | orders.Attach]] = []
         self._broken: BaseException | None = None
+        self._why_hollow = ""
 
     # What the host may do
 
@@ -111,7 +113,7 @@ class Machine:
 
     def _progress(self) -> list[Effect]:
         """Take the round as far as it goes without the host."""
-        now, at_rest = self._now, self.phase in _AT_REST
+        now, at_rest = self._now, self.phase in (*_AT_REST, Phase.HOLLOW)
         free = self.phase is Phase.COLLECTING and self.gate.holder is None
         if self._orders and at_rest and (free or isinstance(self.order, orders.Load)):
             return self._begin_order()
@@ -171,7 +173,7 @@ class Machine:
 
     def _settle(self) -> list[Effect]:
         """Answer the pulls, advances and holds whose time has come."""
-        if self.phase is Phase.OBEYING:
+        if self.phase in _STATELESS:
             return []
         ready = [(caller, pull) for caller, pull in self._pulls if pull.at_least <= self.round]
         self._pulls = [x for x in self._pulls if x[1].at_least > self.round]
@@ -204,6 +206,8 @@ class Machine:
     def _obeyed(self, result: Any) -> list[Effect]:
         """Take what the host made of an order: an error, or for a load the place in time that it loaded."""
         caller, order = self._orders.pop(0)
+        if isinstance(order, orders.Load) and not isinstance(result, orders.Standing):
+            return [*self._hollowed(result), Answer(caller, result)]
         self.phase = Phase.COLLECTING
         if isinstance(order, orders.Load) and isinstance(result, orders.Standing):
             self._stand(result)
@@ -213,6 +217,16 @@ class Machine:
             self.members.ledger.admit_all(order.newest)
             result = self.round
         return [Answer(caller, result)]
+
+    def _hollowed(self, cause: Any) -> list[Effect]:
+        """Take that loading failed half-way: there is nothing to serve until another load; who waits is told so."""
+        self.phase, self._why_hollow = Phase.HOLLOW, str(cause)
+        error = ShardLost(f"shard {self.spec.index}: is {self.phase.value}: {cause}")
+        attaches = [caller for caller, order in self._orders if isinstance(order, orders.Attach)]
+        self._orders = [x for x in self._orders if isinstance(x[1], orders.Load)]
+        waiting = [*(w.caller for w in self._now.waiting), *(caller for caller, _ in self._pulls), *attaches, *self.gate.reset()]
+        self._now, self._pulls = Round(), []
+        return [Answer(caller, error) for caller in waiting]
 
     def take_over(self, standing: orders.Standing, reign: orders.Reign) -> None:
         """Stand where a primary stood, under the epoch in which it is gone; its arrays are in the state."""

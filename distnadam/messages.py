@@ -1,8 +1,8 @@
 """What callers say to a shard and what it answers: plain records, the whole protocol in one place.
 
 Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever acts on the optimizer as a whole first
-holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, Save), then lets go (Release). Arrays
-are the shard's own range. What the supervisor says to a shard, which nobody may refuse, is in `orders`.
+holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, and `filing`), then lets go (Release).
+Arrays are the shard's own range. What the supervisor says to a shard, which nobody may refuse, is in `orders`.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from distnadam.arrays import Array, Flat
 from distnadam.config import NadamConfig, Options
+from distnadam.filing import Filing
 from distnadam.layout import Layout, Ranges
 from distnadam.nadam.schedule import Clock
 from distnadam.schedules import Rate
@@ -246,15 +247,6 @@ class StepNorms:
 
 
 @dataclass(frozen=True)
-class Save:
-    """Asks the held shard to write its state to one file; answered with the file's record."""
-
-    token: str
-    directory: str
-    file_name: str
-
-
-@dataclass(frozen=True)
 class Describe:
     """Asks for the shard's status, and with `spec` for its spec too; always legal."""
 
@@ -294,5 +286,5 @@ class Description:
 
 
 _Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost
-_Holder = Hold | Advance | Release | Read | Write | SetRate | Step | StepNorms | Save
-Message = _Worker | _Holder | Describe
+_Holder = Hold | Advance | Release | Read | Write | SetRate | Step | StepNorms
+Message = _Worker | _Holder | Filing | Describe

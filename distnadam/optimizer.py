@@ -1,10 +1,8 @@
 """`DistNadam`: the Keras-style face of the shards. No maths, no Ray, no files: it checks, delegates, and puts trees together."""
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 
@@ -12,12 +10,15 @@ from distnadam.arrays import Array
 from distnadam.backends.base import Team
 from distnadam.backends.choice import BackendName, choose
 from distnadam.checkpoint import store
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.places import Folder, place
 from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count
 from distnadam.controller import Controller
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
 from distnadam.gradients import gradients_of
 from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
+from distnadam.saving import Saver, Saving
 from distnadam.schedules import Rate, rate_from, rate_to_dict
 from distnadam.weights import from_weights, to_weights
 from distnadam.worker import Ticket, Worker
@@ -93,6 +94,7 @@ class DistNadam:
         self._own_worker: Worker | None = None
         self._creator = True
         self._closed = False
+        self._saver = Saver()
         self.restored_data: dict[str, Any] = {}
 
     # Life
@@ -117,17 +119,22 @@ class DistNadam:
         return self
 
     def close(self) -> None:
-        """End the shards where this object made them; otherwise only let go of them."""
+        """Finish a background save, and raise its error; end the shards where this object made them, otherwise only let go of them."""
         if self._closed:
             return
         self._closed = True
-        if self._shards is not None:
-            self._shards.backend.close(destroy=self._creator)
+        try:
+            self._saver.finish()
+        finally:
+            if self._shards is not None:
+                self._shards.backend.close(destroy=self._creator)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._saver.give_up()  # what ended the block is told
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -180,7 +187,7 @@ class DistNadam:
     def lr(self, value: Rate) -> None:
         config = self._config.with_lr(rate_from(value))
         if self._is_built():
-            self._running().set_rate(config.lr)
+            self._changing().set_rate(config.lr)
         self._config = config
 
     def get_params(self) -> Any:
@@ -199,7 +206,7 @@ class DistNadam:
         Raises:
             StructureError: naming the tensor that is missing, unexpected, of another shape or not finite; nothing was changed.
         """
-        shards = self._running()
+        shards = self._changing()
         flat = shards.layout.flat(params, what="params")
         for tensor, view in zip(shards.layout.tensors, shards.layout.views(flat), strict=True):
             if not np.isfinite(view).all():
@@ -218,7 +225,7 @@ class DistNadam:
         Raises:
             StructureError: (a ValueError) naming the expected and given length, or the index and the expected and given shape.
         """
-        shards = self._running()
+        shards = self._changing()
         clock, m, v = from_weights(shards.layout, weights)
         shards.fill({"m": m, "v": v}, clock)
 
@@ -281,7 +288,7 @@ class DistNadam:
             PushesPending: workers have pushed for the coming round.
             Rewound: a shard died and all went back to round `error.step`; nothing of this gradient is left.
         """
-        decided = self._running().step(gradients)
+        decided = self._changing().step(gradients)
         if decided.outcome == "refused":
             raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.complaint}")
         return decided.iterations
@@ -315,28 +322,35 @@ class DistNadam:
 
     # Checkpoints
 
-    def save(self, path: str | os.PathLike[str], *, wait: bool = True, data: Mapping[str, Any] | None = None) -> str:
+    @overload
+    def save(self, path: store.Where, *, wait: Literal[True] = True, data: Mapping[str, Any] | None = None) -> str: ...
+
+    @overload
+    def save(self, path: store.Where, *, wait: bool, data: Mapping[str, Any] | None = None) -> str | Saving: ...
+
+    def save(self, path: store.Where, *, wait: bool = True, data: Mapping[str, Any] | None = None) -> str | Saving:
         """Write the state of one round to ``path/step_<round>/`` and return that directory.
 
         Args:
-            path: a local directory, on a disk that every node with a shard shares.
-            wait: only True in this version.
+            path: a local directory, on a disk that every node with a shard shares, or an fsspec URL such as s3://bucket/run.
+            wait: False copies the state to memory kept for it (12 bytes per float32 element, from the first such save on), returns a handle
+                (`result()`, `done()`), and writes behind the training. The next save waits for it; its error is raised by
+                `result()`, else by the next call that changes or saves the state, or by `close()`.
             data: plain data to keep beside the state, such as the position in the data; `restored_data` gives it back.
 
         Raises:
             CheckpointError: naming the file that could not be written; earlier checkpoints stay as they were.
             ConfigError: the learning rate is a plain function, which cannot be stored.
         """
-        if not wait:
-            raise ConfigError("wait must be True in this version, got False")
+        shards, root = self._changing(), place(path)
         config = self._config.with_lr(self.lr).to_dict()
         about = {"config": config, "options": self._options.to_dict(), "topology": self._topology(), "data": dict(data or {})}
-        return str(self._running().save(Path(path).absolute(), about))
+        return self._saver.save(shards, root, about) if wait else self._saver.save_behind(shards, root, about)
 
     @classmethod
     def restore(
         cls,
-        path: str | os.PathLike[str],
+        path: store.Where,
         *,
         num_shards: int | None = None,
         num_workers: int | None = None,
@@ -348,7 +362,8 @@ class DistNadam:
         """Return a built optimizer that goes on where a checkpoint stopped, on any number of shards; what is None is as saved.
 
         Args:
-            path: one checkpoint, which is then that one or an error; or a directory of checkpoints, of which the newest valid one.
+            path: one checkpoint, which is then that one or an error; or a directory of checkpoints, of which the newest valid one: a
+                warning says what was passed over. A local path or an fsspec URL.
             num_shards: shards to cut the state into.
             num_workers: ranks from now on.
             replicas: standbys per shard.
@@ -359,15 +374,18 @@ class DistNadam:
         Raises:
             CheckpointError: naming the file that was refused, and why.
         """
-        directory, manifest, _ = store.find(Path(path).absolute())
-        saved = manifest.topology
+        told = {"num_shards": num_shards, "num_workers": num_workers, "replicas": replicas, "backend": backend, "name": name}
+        return store.first_that_loads(path, lambda directory, manifest: cls._restored(directory, manifest, told, options))
+
+    @classmethod
+    def _restored(cls, directory: Folder, manifest: Manifest, told: Mapping[str, Any], options: Options | None) -> "DistNadam":
+        """Return an optimizer restored from one checkpoint; what `told` says is None is as saved."""
+        saved, backend = manifest.topology, told["backend"]
         optimizer = cls(
-            **NadamConfig.from_dict(manifest.config).__dict__,
-            num_shards=saved["num_shards"] if num_shards is None else num_shards,
-            num_workers=saved["num_workers"] if num_workers is None else num_workers,
-            replicas=saved["replicas"] if replicas is None else replicas,
+            **manifest.nadam_config(f"{directory}/{store.MANIFEST}").__dict__,
+            **{key: saved[key] if told[key] is None else told[key] for key in ("num_shards", "num_workers", "replicas")},
             backend=backend or "auto",
-            name=None if backend == "local" else saved["name"] if name is None else name,
+            name=None if backend == "local" else saved["name"] if told["name"] is None else told["name"],
             options=Options.of(manifest.options if options is None else options),
         )
         optimizer._start(Layout.from_dict(manifest.layout), lambda shards: shards.restore(directory, manifest))
@@ -406,6 +424,11 @@ class DistNadam:
         if self._closed:
             raise LifecycleError("this optimizer was closed")
         return self._shards is not None
+
+    def _changing(self) -> Controller:
+        """Return the shards, to be changed or saved; raise the error of a background save that failed."""
+        self._saver.surface()
+        return self._running()
 
     def _running(self) -> Controller:
         if self._closed:

@@ -25,6 +25,8 @@ class Shard(Machine):
             raise self._broken
         if self._broken is not None and type(message) not in LEGAL[Phase.BROKEN]:
             raise ShardLost(f"shard {self.spec.index}: broken by {type(self._broken).__name__}: {self._broken}") from self._broken
+        if self.phase is Phase.HOLLOW and type(message) not in LEGAL[Phase.HOLLOW]:
+            raise ShardLost(f"shard {self.spec.index}: is {self.phase.value}: {self._why_hollow}")
         if type(message) not in LEGAL[self.phase]:
             raise IllegalMessage(f"shard {self.spec.index}: {type(message).__name__} is not legal while {self.phase.value}")
         handler = getattr(self, _HANDLERS[type(message)])

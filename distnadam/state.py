@@ -41,6 +41,11 @@ class ShardState:
         """Return the present arrays by name."""
         return {"params": self.params, "m": self.m, "v": self.v}
 
+    def renew(self) -> dict[str, Flat]:
+        """Return the arrays by name, to be filled in place; the present parameters are `buffers[0]` from now on."""
+        self.active = 0
+        return self.arrays()
+
     def begin(self, arrays: dict[str, Flat], active: int = 0) -> None:
         """Take whole arrays by name, those not given being zero; the present parameters are `buffers[active]` from now on."""
         self.active = active

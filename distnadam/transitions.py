@@ -16,6 +16,7 @@ class Phase(Enum):
     AWAITING_NORMS = "awaiting norms"
     STEPPING = "stepping"
     OBEYING = "loading or copying its state"
+    HOLLOW = "without a state, since loading failed"
     BROKEN = "broken"
 
 
@@ -80,12 +81,13 @@ _ALWAYS = frozenset(
         orders.Retire,
     }
 )
-_AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms, msg.Save}
+_AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms}
 LEGAL: dict[Phase, frozenset[type]] = {
     Phase.COLLECTING: _AT_REST,
     Phase.MEASURING: _ALWAYS,
     Phase.AWAITING_NORMS: _AT_REST,
     Phase.STEPPING: _ALWAYS,
     Phase.OBEYING: _ALWAYS,
+    Phase.HOLLOW: frozenset({msg.Describe, msg.Release, msg.Lost, msg.Leave, orders.Load, orders.Reign, orders.GiveUp}),
     Phase.BROKEN: frozenset({msg.Describe, msg.Release, msg.Lost}),
 }

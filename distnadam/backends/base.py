@@ -129,8 +129,12 @@ class Backend(ABC):
         """Say, before it is done, that the state is replaced from outside, which no replay from a checkpoint would repeat."""
         return
 
-    def saved(self, root: str) -> None:
-        """Say that a checkpoint is complete under this directory."""
+    def changes(self) -> int:
+        """Return a number that is another one after every `changing`; it belongs to a state while the shards are held."""
+        return 0
+
+    def saved(self, root: str, changes: int) -> None:
+        """Say that a checkpoint is complete under this directory, of a state that had that number of changes."""
         return
 
     def lost_ranks(self) -> dict[int, int]:

@@ -4,23 +4,25 @@ It carries out the state machine's effects and knows nothing of how messages cam
 """
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, ClassVar
 
 from distnadam.arrays import Flat
+from distnadam.backends.arithmetic import Arithmetic
 from distnadam.backends.outbox import Outbox, Run
-from distnadam.checkpoint.format import read_shard, write_shard
+from distnadam.checkpoint.behind import Behind
+from distnadam.checkpoint.format import fill_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.places import parent_of
 from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
-from distnadam.messages import Adopt, Describe, Description, Measured, Message, Save, ShardSpec
-from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
-from distnadam.nadam.norms import clip_scales
-from distnadam.nadam.schedule import Clock, prepare, step_scalars
+from distnadam.filing import Collect, Reserve, Save
+from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec
+from distnadam.nadam.schedule import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
@@ -73,8 +75,8 @@ class ShardHost:
         self._closed = False
         self._filing = 0
         self._saved: str | None = None
-        self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
-        self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
+        self._behind = Behind(spec.ranges)
+        self._arithmetic = Arithmetic(spec, threads)
 
     @property
     def standing(self) -> Standing:
@@ -111,9 +113,12 @@ class ShardHost:
         if closed:
             reply(_closed(self._spec.index))
             return
-        if isinstance(message, Save):
-            save = message
-            run(lambda: self._answer(reply, self._attempt(lambda: self._save(save))))
+        if isinstance(message, Collect):
+            self._behind.collect(message.file_name, lambda answer: self._answer(reply, answer))
+            return
+        if isinstance(message, (Reserve, Save)):
+            work = self._behind.reserve if isinstance(message, Reserve) else functools.partial(self._save, message)
+            run(lambda: self._answer(reply, self._attempt(work)))
             return
         if isinstance(message, Adopt) and message.note.dtypes is not None:
             found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
@@ -140,8 +145,8 @@ class ShardHost:
             self._answer(reply, _closed(self._spec.index))
         if self._replica is not None:
             self._replica.close()
-        for stepper in self._steppers.values():
-            stepper.close()
+        self._arithmetic.close()
+        self._behind.close()
 
     def _carry_out(self, effect: Answer | Notice | Replicate) -> None:
         if isinstance(effect, Answer):
@@ -186,53 +191,34 @@ class ShardHost:
             return error
 
     def _measure(self) -> Measured:
-        """Sum the squares of the mean gradient, chunk by chunk."""
-        gradients, found = self._shard.gradients(), []
-        for space, segments in self._segments.items():
-            offset = self._spec.ranges[space][0]
-            scratch = Scratch(space)
-            slices = [g[space] for g in gradients]
-            found += [(s.tensor, square_sums(slices, s.begin - offset, s.end - offset, scratch)) for s in segments]
-        return Measured(self._shard.round + 1, tuple(found))
+        return self._arithmetic.measure(self._shard)
 
     def _step(self) -> tuple[Clock, float]:
-        """Apply the round's mean gradient; the new parameters go to the spare buffer."""
-        shard, config = self._shard, self._shard.config
-        scalars = step_scalars(shard.clock, config)
-        rates = Rates(1.0 - config.beta_1, 1.0 - config.beta_2, config.clipvalue)
-        gradients, state = shard.gradients(), shard.state
         if self._replica is not None and not self._replica.ready():
             self._detach()
-        for space, stepper in self._steppers.items():
-            slots = Slots(state.params[space], state.m[space], state.v[space], state.spare[space])
-            keep = None if self._replica is None else self._replica.mean[space]
-            stepper.step(slots, [g[space] for g in gradients], scalars, rates, self._parts(space), keep)
-        return scalars.after, scalars.lr
-
-    def _parts(self, space: str) -> list[Part]:
-        begin, end = self._spec.ranges[space]
-        sums = self._shard.square_sums()
-        if sums is None:
-            return [Part(0, end - begin)]
-        scales = clip_scales(self._shard.config, sums)
-        if len(set(scales)) <= 1:
-            return [Part(0, end - begin, scales[0])]
-        return [Part(s.begin - begin, s.end - begin, scales[s.tensor]) for s in self._segments[space]]
+        return self._arithmetic.step(self._shard, None if self._replica is None else self._replica.mean)
 
     def _save(self, message: Save) -> Any:
-        """Write the shard's checkpoint file; nobody else moves a held shard meanwhile."""
-        shard = self._shard
+        """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard meanwhile."""
+        shard, ranges = self._shard, self._spec.ranges
         shard.gate.require(message.token, self._spec.index)
+        before, arrays = shard.changed, shard.state.arrays()
+
+        def write(state: dict[str, Flat]) -> Any:
+            record = write_shard(message.directory, message.file_name, ranges=ranges, state=state)
+            if shard.changed is before:
+                shard.changed = None
+            self._saved = parent_of(message.directory)
+            return record
+
         self._filing += 1
         try:
-            record = write_shard(Path(message.directory), message.file_name, ranges=self._spec.ranges, state=shard.state.arrays())
+            return self._behind.snapshot(message.file_name, arrays, write) if message.behind else write(arrays)
         finally:
             self._filing -= 1
-        shard.changed, self._saved = None, str(Path(message.directory).parent)
-        return record
 
     def _obey(self) -> Any:
-        """Load or copy the state as the supervisor ordered; what fails changes nothing, and is the answer."""
+        """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a shard that loads without a state."""
         order = self._shard.order
         return self._attempt(lambda: self._load(order) if isinstance(order, Load) else self._attach(order))
 
@@ -245,8 +231,8 @@ class ShardHost:
             state.begin({"params": order.params or {}})
             return Standing(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
         manifest = Manifest.from_bytes(order.manifest, order.directory)
-        state.begin(read_shard(Path(order.directory), manifest, ranges=spec.ranges, leftovers=order.leftovers))
-        self._saved = str(Path(order.directory).parent)
+        fill_shard(order.directory, manifest, ranges=spec.ranges, state=state.renew(), leftovers=order.leftovers)
+        self._saved = parent_of(order.directory)
         clock = Clock(manifest.iterations, manifest.m_schedule)
         return Standing(order.epoch, manifest.round, manifest.skipped, clock, 0.0, 0, "applied", None, manifest.ledger)
 

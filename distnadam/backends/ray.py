@@ -159,9 +159,14 @@ class RayBackend(Backend):
         """See `Backend.changing`."""
         self._call("changing", what, timeout_s=_CONNECT_S)
 
-    def saved(self, root: str) -> None:
+    def changes(self) -> int:
+        """See `Backend.changes`."""
+        number: int = self._call("changes", timeout_s=_CONNECT_S)
+        return number
+
+    def saved(self, root: str, changes: int) -> None:
         """See `Backend.saved`."""
-        self._call("saved", root, timeout_s=_CONNECT_S)
+        self._call("saved", root, changes, timeout_s=_CONNECT_S)
 
     def lost_ranks(self) -> dict[int, int]:
         """See `Backend.lost_ranks`."""

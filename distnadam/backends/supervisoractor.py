@@ -208,9 +208,13 @@ class SupervisorActor:
         """See `Supervisor.changing`."""
         self._supervisor.changing(what)
 
-    async def saved(self, root: str) -> None:
+    async def changes(self) -> int:
+        """See `Supervisor.changes`."""
+        return self._supervisor.changes()
+
+    async def saved(self, root: str, changes: int) -> None:
         """See `Supervisor.saved`."""
-        self._supervisor.saved(root)
+        self._supervisor.saved(root, changes)
 
     async def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
         """See `Supervisor.reshard`."""

@@ -127,7 +127,7 @@ def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
         yield batch
 
 
-def _read(directory: Path, manifest: Manifest, tensors: Sequence[TensorSpec]) -> dict[tuple[str, str], Array]:
+def _read(directory: store.Where, manifest: Manifest, tensors: Sequence[TensorSpec]) -> dict[tuple[str, str], Array]:
     """Return the arrays of some tensors by (path, array), reading the least range of each space that holds them."""
     ranges = dict.fromkeys(manifest.files[0].ranges, (0, 0))
     for tensor in tensors:

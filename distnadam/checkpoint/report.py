@@ -1,19 +1,19 @@
 """What one checkpoint holds, as plain data: everything of its manifest, sizes, and the state of every file's checksums."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import ARRAYS, verify_files
 from distnadam.checkpoint.manifest import FileRecord, Manifest
+from distnadam.checkpoint.places import Folder, place
 from distnadam.errors import CheckpointError
 from distnadam.layout import Layout
 
 VERIFIED, UNREAD = "verified", "not read"
 
 
-def describe(directory: Path, manifest: Manifest, *, read: bool = True) -> dict[str, Any]:
+def describe(directory: store.Where, manifest: Manifest, *, read: bool = True) -> dict[str, Any]:
     """Return what a checkpoint holds.
 
     Args:
@@ -22,10 +22,12 @@ def describe(directory: Path, manifest: Manifest, *, read: bool = True) -> dict[
         read: verify every byte; otherwise the files are only looked up and their checksums' state is "not read".
     """
     layout = Layout.from_dict(manifest.layout)
-    files = [_file(directory, manifest, record, read) for record in manifest.files]
-    size = (directory / store.MANIFEST).stat().st_size
+    folder = place(directory)
+    there = folder.files()
+    files = [_file(folder, there.get(record.name), manifest, record, read) for record in manifest.files]
+    size = there.get(store.MANIFEST, 0)
     return {
-        "path": str(directory),
+        "path": str(folder),
         "iterations": manifest.iterations,
         "m_schedule": manifest.m_schedule,
         "round": manifest.round,
@@ -50,13 +52,13 @@ def describe(directory: Path, manifest: Manifest, *, read: bool = True) -> dict[
     }
 
 
-def _file(directory: Path, manifest: Manifest, record: FileRecord, read: bool) -> dict[str, Any]:
-    path, verdict = directory / record.name, UNREAD
+def _file(folder: Folder, size: int | None, manifest: Manifest, record: FileRecord, read: bool) -> dict[str, Any]:
+    verdict = UNREAD
     try:
-        if not path.is_file() or path.stat().st_size != record.size:
-            raise CheckpointError(f"{path}: is missing, or not of {record.size} bytes")
+        if size != record.size:
+            raise CheckpointError(f"{folder}/{record.name}: is missing, or not of {record.size} bytes")
         if read:
-            verify_files(directory, dataclasses.replace(manifest, files=(record,)))
+            verify_files(folder, dataclasses.replace(manifest, files=(record,)))
             verdict = VERIFIED
     except CheckpointError as error:
         verdict = str(error)

@@ -74,7 +74,7 @@ class OptimizerState:
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
         arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in SLOTS}
         with store.writing(directory):
-            if (directory / store.MANIFEST).exists():
+            if store.MANIFEST in directory.files():
                 raise CheckpointError(f"{directory}: is a checkpoint already; import into another directory")
             try:
                 record = write_shard(directory, store.shard_file_name(0, 1, save_id), ranges=ranges, state=arrays)
@@ -91,12 +91,13 @@ class OptimizerState:
                     ledger=Ledger().to_dict(),
                     data={},
                     files=(record,),
+                    saved_at=store.now(),
                 )
                 store.commit(directory, manifest)
             except BaseException:
                 store.discard_partial(directory, save_id)
                 raise
-        return directory
+        return Path(str(directory))
 
 
 def load_checkpoint(path: Path) -> OptimizerState:

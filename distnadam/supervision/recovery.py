@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from distnadam import policy
+from distnadam.checkpoint.places import Folder
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
 from distnadam.layout import Ranges
 from distnadam.messages import Advance, Description, Held, Hold, Join, Joined, Release
@@ -120,7 +120,7 @@ class Recovery:
                 self._publish(None)
                 return
             for error in errors[:1]:
-                log.warning("passing over %s: %s", candidate if isinstance(candidate, Path) else "the first parameters", error)
+                log.warning("passing over %s: %s", candidate if isinstance(candidate, Folder) else "the first parameters", error)
         self._publish(f"{decision.why}, and no checkpoint under {self._source.directory} can be loaded")
 
     # Ranks

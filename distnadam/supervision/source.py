@@ -1,13 +1,14 @@
 """What all shards can go back to: the newest checkpoint they can read, or the parameters given to `build`."""
 
 import logging
+import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from distnadam.arrays import Flat, cut_flat
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
+from distnadam.checkpoint.places import Folder
 from distnadam.errors import CheckpointError
 from distnadam.messages import ShardSpec
 from distnadam.orders import Load
@@ -28,6 +29,7 @@ class Source:
         self._retain_initial = retain_initial
         self.initial: Flat | None = None
         self.changed: str | None = None
+        self.changes = 0
 
     @property
     def present(self) -> bool:
@@ -39,21 +41,33 @@ class Source:
         self.initial = initial if self._retain_initial else None
         self.directory = self._fixed or directory
 
-    def saved(self, root: str) -> None:
-        """Take that a checkpoint is complete: it makes good whatever was changed before, and the first parameters are not needed."""
-        self.directory, self.changed, self.initial = self._fixed or root, None, None
+    def change(self, what: str) -> None:
+        """Take that the state is about to be replaced from outside."""
+        self.changed, self.changes = what, max(time.time_ns(), self.changes + 1)
 
-    def candidates(self) -> list[Path | Flat]:
+    def saved(self, root: str, changes: int) -> None:
+        """Take that a checkpoint is complete: it makes good whatever was changed before it, and the first parameters are not needed."""
+        self.directory, self.initial = self._fixed or root, None
+        if changes == self.changes:
+            self.changed = None
+
+    def candidates(self) -> list[Folder | Flat]:
         """Return what could be loaded, best first."""
-        found: list[Path | Flat] = list(reversed(store.steps(Path(self.directory)))) if self.directory is not None else []
+        found: list[Folder | Flat] = []
+        if self.directory is not None:
+            try:
+                found += reversed(store.steps(self.directory))
+            except CheckpointError as error:
+                log.warning("no checkpoint can be looked for: %s", error)
         return found + ([self.initial] if self.initial is not None else [])
 
-    def loads(self, candidate: Path | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any) -> dict[int, Load]:
+    def loads(self, candidate: Folder | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any) -> dict[int, Load]:
         """Return the order that has each shard load its part; none where the checkpoint is refused."""
-        if not isinstance(candidate, Path):
+        if not isinstance(candidate, Folder):
             return {i: Load(epoch, params=cut_flat(candidate, spec.ranges), **how) for i, spec in enumerate(specs)}
         try:
             manifest = store.load(candidate)
+            store.check_files(candidate, manifest)
         except CheckpointError as error:
             log.warning("passing over %s", error)
             return {}

@@ -19,6 +19,7 @@ from distnadam.supervision.crew import Crew, Hired, Roster
 from distnadam.supervision.fleet import ASK_S, Fleet
 from distnadam.supervision.recovery import Recovery
 from distnadam.supervision.source import Source
+from distnadam.transitions import Phase
 
 log = logging.getLogger("distnadam")
 
@@ -88,11 +89,15 @@ class Supervisor:
 
     def changing(self, what: str) -> None:
         """Take that the state is about to be replaced from outside, which going back to the last checkpoint would lose."""
-        self._source.changed = what
+        self._source.change(what)
 
-    def saved(self, root: str) -> None:
-        """Take that a checkpoint is complete under this directory."""
-        self._source.saved(root)
+    def changes(self) -> int:
+        """Return a number that is another one after every change from outside."""
+        return self._source.changes
+
+    def saved(self, root: str, changes: int) -> None:
+        """Take that a checkpoint is complete under this directory, of when `changes` was that number."""
+        self._source.saved(root, changes)
 
     def roster(self, newer_than: int, suspect: bool = False) -> Future[Roster]:
         """Return the roster once there is one newer than what the caller has seen; with a suspicion, after a look, whatever it finds."""
@@ -233,7 +238,7 @@ class Supervisor:
             shards=shards,
             dead={rank: now - since for rank, (_, since) in fleet.dead.items()},
             held=self._holder is not None,
-            stuck=fleet.stuck,
+            stuck=fleet.stuck or any(answer.phase == Phase.HOLLOW.value for answer in described),
             members=frozenset(described[0].members if described else ()),
             asking=frozenset(self._asking),
             source=self._source.present,

@@ -29,7 +29,7 @@ class Callback:
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """The task has evaluated the parameters."""
 
-    def on_save(self, step: int, path: Path) -> None:
+    def on_save(self, step: int, path: Path | str) -> None:
         """A checkpoint is complete."""
 
     def on_message(self, text: str) -> None:

@@ -16,6 +16,7 @@ from distnadam.backends.base import Team
 from distnadam.backends.choice import BackendName
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.places import Folder, LocalFolder, place
 from distnadam.config import check_count
 from distnadam.errors import CheckpointError, ConfigError, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.layout import Layout
@@ -26,7 +27,8 @@ from distnadam.training.history import History, Recorder
 from distnadam.training.member import Member, task_errors
 from distnadam.training.plot import plot_loss
 from distnadam.training.ranks import Ranks, Recoveries
-from distnadam.training.task import Task
+from distnadam.training.saves import Keep, Saves
+from distnadam.training.task import Task, task_name
 
 SEGMENT_S = 0.3
 """About how long workers run between two looks of the driver, in seconds."""
@@ -45,6 +47,8 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     save_every: int | None = None,
     keep: int = 3,
+    keep_every: int | None = None,
+    keep_every_s: float | None = None,
     resume: Literal["auto", "must", "never"] = "auto",
     evaluate_every: int | None = None,
     callbacks: Sequence[Callback] = (),
@@ -61,9 +65,11 @@ def fit(
         optimizer: a `DistNadam` that is not built, for its hyper-parameters and options; None means the defaults.
         backend: as `DistNadam` has it.
         seed: given to `Task.init`.
-        checkpoint_dir: where checkpoints, metrics.csv and loss.png go; None means ``runs/<task>-<time>/``.
-        save_every: steps between checkpoints; one is written at the end in any case.
-        keep: checkpoints kept.
+        checkpoint_dir: where checkpoints, metrics.csv and loss.png go; None means ``runs/<task>-<time>/``. Where it is an fsspec URL, the
+            checkpoints go there and the others to that place.
+        save_every: steps between checkpoints, written behind the training; one is written at the end in any case.
+        keep: the last checkpoints, so many, are kept; beside them
+        keep_every: those of steps that are multiples of this, and `keep_every_s`: one in each so many seconds.
         resume: "auto" goes on from the newest valid checkpoint in `checkpoint_dir` where there is one, "must" insists on one, "never"
             insists on none.
         evaluate_every: steps between evaluations; one comes at the end in any case.
@@ -78,7 +84,7 @@ def fit(
     """
     for name, value in (("steps", steps), ("keep", keep), ("num_workers", num_workers), ("num_shards", num_shards)):
         check_count(name, value)
-    for name, every in (("save_every", save_every), ("evaluate_every", evaluate_every)):
+    for name, every in (("save_every", save_every), ("evaluate_every", evaluate_every), ("keep_every", keep_every)):
         if every is not None:
             check_count(name, every)
     if resume not in ("auto", "must", "never"):
@@ -86,22 +92,19 @@ def fit(
     if not isinstance(task, Task):
         raise ConfigError(f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}")
     seed, label = check_count("seed", seed, least=0), task_name(task)
-    root = Path(checkpoint_dir or Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    by_default = Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = place(checkpoint_dir or by_default)
+    root = folder.path if isinstance(folder, LocalFolder) else by_default.absolute()
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
     display = [ProgressDisplay(screen)] if screen is not None else []
     told = [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
     topology = {"num_workers": num_workers, "num_shards": num_shards, "replicas": replicas, "backend": backend}
-    plan = _Plan(steps, save_every, evaluate_every, keep, resume)
+    plan = _Plan(steps, save_every, evaluate_every, resume, Keep(keep, keep_every, keep_every_s))
     with store.DirectoryLock(root):
-        run = _Run(task, label, seed, root, topology, plan, told, history)
+        run = _Run(task, label, seed, root, folder, topology, plan, told, history)
         run.run(optimizer)
     return history
-
-
-def task_name(task: Task) -> str:
-    """Return the task's `name` where it has one, else its class's."""
-    return str(getattr(task, "name", type(task).__name__.lower()))
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ class _Plan:
     steps: int
     save_every: int | None
     evaluate_every: int | None
-    keep: int
     resume: str
+    keep: Keep
 
     def boundary_after(self, step: int) -> int:
         """Return the next step at which something is due."""
@@ -127,6 +130,7 @@ class _Run:
     label: str
     seed: int
     root: Path
+    folder: Folder
     topology: dict[str, Any]
     plan: _Plan
     callbacks: list[Callback]
@@ -162,6 +166,8 @@ class _Run:
 
     def _with_team(self, optimizer: DistNadam) -> None:
         team: Team | None = None
+        saved_with = {"task": self.label, "seed": self.seed, "num_workers": self.topology["num_workers"]}
+        saves = Saves(self.folder, self.plan.keep, saved_with, partial(self._tell, "on_save"), partial(self._tell, "on_message"))
         try:
             begin = optimizer.round
             self._tell("on_begin", begin, self.plan.steps)
@@ -169,18 +175,20 @@ class _Run:
             team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=size))
             ranks = Ranks(team, size, optimizer, self.recoveries, partial(self._tell, "on_message"))
             try:
-                self._train(optimizer, ranks, begin)
+                self._train(optimizer, ranks, saves, begin)
             except KeyboardInterrupt:
                 if self.interrupted:
                     raise
                 self.interrupted = True  # it came between two segments, where nothing is pending
-                self._save(optimizer, optimizer.round)
+                saves.save(optimizer, optimizer.round, wait=True)
+                self._tell("on_message", f"saved step {optimizer.round} of {self.plan.steps}")
         finally:
+            saves.give_up()
             optimizer.close()  # first: it releases workers that wait for one that is gone
             if team is not None:
                 team.close()
 
-    def _train(self, optimizer: DistNadam, ranks: Ranks, step: int) -> None:
+    def _train(self, optimizer: DistNadam, ranks: Ranks, saves: Saves, step: int) -> None:
         plan, length = self.plan, 1
         if step >= plan.steps:
             self._tell("on_message", f"nothing to do: {step} of {plan.steps} steps are done")
@@ -194,18 +202,22 @@ class _Run:
                 if done >= step:  # earlier ones were told before the shards went back
                     self._tell("on_step", done + 1, loss)
             step = self.reached = end
-            self._at_boundary(optimizer, ranks, step)
+            self._at_boundary(optimizer, ranks, saves, step)
 
-    def _at_boundary(self, optimizer: DistNadam, ranks: Ranks, step: int) -> None:
+    def _at_boundary(self, optimizer: DistNadam, ranks: Ranks, saves: Saves, step: int) -> None:
         """Evaluate and save where that is due; where the shards went back meanwhile, train up to here again first."""
+        wait = step == self.plan.steps or self.interrupted
         due = [self._evaluate] if self.plan.due(self.plan.evaluate_every, step) and not self.interrupted else []
-        due += [self._save] if self.plan.due(self.plan.save_every, step) or self.interrupted else []
+        due += [partial(saves.save, wait=wait)] if self.plan.due(self.plan.save_every, step) or self.interrupted else []
         while due:
             try:
                 due[0](optimizer, step)
                 due.pop(0)
             except Rewound:
                 self._segment(ranks, step)
+        saves.poll()
+        if self.interrupted:
+            self._tell("on_message", f"saved step {step} of {self.plan.steps}")
 
     def _segment(self, ranks: Ranks, end: int) -> dict[int, float]:
         """Run one segment to its end, also where Ctrl-C comes meanwhile; a second one raises."""
@@ -223,14 +235,6 @@ class _Run:
             metrics = {name: float(value) for name, value in self.task.evaluate(params).items()}
         self._tell("on_evaluate", step, metrics)
 
-    def _save(self, optimizer: DistNadam, step: int) -> None:
-        data = {"task": self.label, "seed": self.seed, "num_workers": self.topology["num_workers"]}
-        path = Path(optimizer.save(self.root, data=data))
-        store.prune(self.root, self.plan.keep, path)
-        self._tell("on_save", step, path)
-        if self.interrupted:
-            self._tell("on_message", f"saved step {step} of {self.plan.steps} to {path}")
-
     def _optimizer(self, template: DistNadam | None, params: Any) -> DistNadam:
         """Return a built optimizer: restored where there is something to resume, else new."""
         config = (template or DistNadam()).get_config() | self.topology
@@ -243,18 +247,18 @@ class _Run:
             if template is not None:
                 self._tell_what_stays(found[1].config, config)
             optimizer = DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
-            self.history.resumed_from = found[0]
+            self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalFolder) else str(found[0])
         return optimizer
 
-    def _checkpoint(self) -> tuple[Path, Manifest] | None:
-        resume, existing = self.plan.resume, store.steps(self.root)
+    def _checkpoint(self) -> tuple[Folder, Manifest] | None:
+        resume, existing = self.plan.resume, store.steps(self.folder)
         if not existing:
             if resume == "must":
-                raise CheckpointError(f"{self.root}: holds no checkpoint to resume from")
+                raise CheckpointError(f"{self.folder}: holds no checkpoint to resume from")
             return None
         if resume == "never":
-            raise CheckpointError(f"{self.root}: holds checkpoints, the newest {existing[-1].name}; resume it or choose another directory")
-        path, manifest, passed_over = store.find(self.root)
+            raise CheckpointError(f"{self.folder}: holds checkpoints, the newest {existing[-1].name}; resume it, or choose another")
+        path, manifest, passed_over = store.find(self.folder)
         for sentence in passed_over:
             self._tell("on_message", f"passed over: {sentence}")
         self._tell("on_message", f"resuming from {path}")
@@ -265,10 +269,10 @@ class _Run:
         for key, ours in (("task", self.label), ("seed", self.seed)):
             if saved.get(key) != ours:
                 raise CheckpointError(
-                    f"{self.root}: its checkpoint is of {key} {saved.get(key)!r}, this run's is {ours!r}; choose another directory"
+                    f"{self.folder}: its checkpoint is of {key} {saved.get(key)!r}, this run's is {ours!r}; choose another directory"
                 )
         if Layout.from_dict(manifest.layout) != layout:
-            raise CheckpointError(f"{self.root}: its checkpoint has other tensors than this task's init gives; choose another directory")
+            raise CheckpointError(f"{self.folder}: its checkpoint has other tensors than this task's init gives; choose another directory")
         if saved.get("num_workers") != self.topology["num_workers"]:
             self._tell(
                 "on_message",

@@ -21,8 +21,8 @@ class History:
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    checkpoints: list[Path] = field(default_factory=list)
-    resumed_from: Path | None = None
+    checkpoints: list[Path | str] = field(default_factory=list)
+    resumed_from: Path | str | None = None
     seconds: float = 0.0
     recoveries: int = 0
 
@@ -58,6 +58,6 @@ class Recorder(Callback):
         """Enter the metrics."""
         self._history.evaluations.append((step, dict(metrics)))
 
-    def on_save(self, step: int, path: Path) -> None:
+    def on_save(self, step: int, path: Path | str) -> None:
         """Enter the checkpoint."""
         self._history.checkpoints.append(path)

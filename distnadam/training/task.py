@@ -23,3 +23,8 @@ class Task(Protocol):
 
     def evaluate(self, params: Any) -> Mapping[str, float]:
         """Return metrics of the parameters; called in the process that called `fit`."""
+
+
+def task_name(task: Task) -> str:
+    """Return the task's `name` where it has one, else its class's."""
+    return str(getattr(task, "name", type(task).__name__.lower()))

@@ -1,0 +1,178 @@
+"""Checkpoints of one state, params, m and v: ours beside raw writing and reading, torch, safetensors; same bytes, same disk, one run.
+
+Each contender runs once per round, in turn; medians count. What is read was flushed and dropped from the page cache before.
+"""
+
+import gc
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from distnadam import DistNadam
+
+SHARDS = 2
+Timed = Callable[[], float]
+BASES = {"save": "raw write and fsync", "stall": "one memory copy of the state", "restore": "raw read"}
+
+
+def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
+    """Return one row per contender, and what was left out."""
+    root = Path(tempfile.mkdtemp(prefix="distnadam-bench-"))
+    rng = np.random.default_rng(0)
+    state = {name: rng.standard_normal(elements, dtype=np.float32) for name in ("params", "m", "v")}
+    times: dict[tuple[str, str], list[float]] = {}
+    missing: list[str] = []
+    optimizer = DistNadam(num_shards=SHARDS, backend="local").build({"w": state["params"]})
+    optimizer.set_weights([np.array(1), np.array(0.5), state["m"], np.abs(state["v"])])
+    contenders: dict[tuple[str, str], Timed] = {}
+    for add in (add_raw, add_ours, add_safetensors, add_torch):
+        try:
+            add(contenders, root, state, optimizer)
+        except ImportError as error:
+            missing.append(f"{add.__name__.removeprefix('add_')}: {error}")
+    try:
+        for number in range(rounds + 1):
+            for key, contender in contenders.items():
+                seconds = contender()
+                gc.collect()
+                if number:
+                    times.setdefault(key, []).append(seconds)
+    finally:
+        optimizer.close()
+        shutil.rmtree(root)
+    found = {key: statistics.median(seconds) for key, seconds in times.items()}
+    gigabytes = 12 * elements / 1e9
+    rows: list[dict[str, object]] = []
+    for (what, name), seconds in found.items():
+        base = found[what, BASES[what]]
+        rows.append({"what": what, "who": name, "ms": 1e3 * seconds, "gb_per_s": gigabytes / seconds, "of_base": base / seconds})
+    return rows, missing
+
+
+def add_raw(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+    path = root / "raw"
+    kept = [np.ones_like(values) for values in state.values()]
+
+    def write() -> None:
+        path.unlink(missing_ok=True)
+        with open(path, "wb", buffering=0) as file:
+            for values in state.values():
+                view = memoryview(values).cast("B")
+                while view:
+                    view = view[file.write(view[: 1 << 20]) :]
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        room = [np.empty_like(values) for values in state.values()]
+        with open(path, "rb", buffering=0) as file:
+            for values in room:
+                view = memoryview(values).cast("B")
+                while view:
+                    view = view[file.readinto(view[: 1 << 20]) :]
+
+    def copy() -> None:
+        for source, target in zip(state.values(), kept, strict=True):
+            np.copyto(target, source)
+
+    contenders["save", BASES["save"]] = lambda: timed(write)
+    contenders["stall", BASES["stall"]] = lambda: timed(copy)
+    contenders["restore", BASES["restore"]] = lambda: timed(read, drop=path)
+
+
+def add_ours(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+    path = root / "ours"
+
+    def behind() -> float:
+        began = time.perf_counter()
+        saving: Any = optimizer.save(path, wait=False)
+        seconds = time.perf_counter() - began
+        saving.result()
+        return seconds
+
+    def restore(shards: int) -> None:
+        DistNadam.restore(path / "step_00000000", num_shards=shards, backend="local").close()
+
+    contenders["save", "distnadam"] = lambda: timed(lambda: optimizer.save(path))
+    contenders["stall", "distnadam, wait=False"] = behind
+    for shards in (SHARDS, 3):
+        name = f"distnadam, {SHARDS} -> {shards} shards"
+        contenders["restore", name] = lambda shards=shards: timed(lambda: restore(shards), drop=path)  # type: ignore[misc]
+
+
+def add_safetensors(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = root / "state.safetensors"
+    contenders["save", "safetensors, no fsync"] = lambda: timed(lambda: save_file(state, path))
+    contenders["restore", "safetensors"] = lambda: timed(lambda: load_file(path), drop=path)
+
+
+def add_torch(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    tensors = {name: torch.from_numpy(values) for name, values in state.items()}
+    path, many, behind = root / "state.pt", root / "dcp", root / "dcp-async"
+
+    def stall() -> float:
+        shutil.rmtree(behind, ignore_errors=True)
+        began = time.perf_counter()
+        saving = dcp.async_save(tensors, checkpoint_id=behind, no_dist=True)
+        seconds = time.perf_counter() - began
+        saving.result()
+        return seconds
+
+    def save() -> None:
+        shutil.rmtree(many, ignore_errors=True)
+        dcp.save(tensors, checkpoint_id=many, no_dist=True)
+
+    def load() -> None:
+        dcp.load({name: torch.empty_like(tensor) for name, tensor in tensors.items()}, checkpoint_id=many, no_dist=True)
+
+    contenders["save", "torch.save, no fsync"] = lambda: timed(lambda: torch.save(tensors, path))
+    contenders["save", "torch.distributed.checkpoint"] = lambda: timed(save)
+    contenders["stall", "torch.distributed.checkpoint, async_save"] = stall
+    contenders["restore", "torch.load"] = lambda: timed(lambda: torch.load(path), drop=path)
+    contenders["restore", "torch.distributed.checkpoint"] = lambda: timed(load, drop=many)
+
+
+def timed(work: Callable[[], object], *, drop: Path | None = None) -> float:
+    """Return seconds; files under `drop` are read from the disk."""
+    for file in [] if drop is None else [drop] if drop.is_file() else [p for p in drop.rglob("*") if p.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def report(rows: list[dict[str, object]], left_out: list[str], elements: int, console: Console) -> None:
+    """Print the table."""
+    table = Table("", "who", "ms", "GB/s", "speed, of the raw one", title=f"checkpoints of {12 * elements / 1e6:.0f} MB")
+    for row in rows:
+        table.add_row(str(row["what"]), str(row["who"]), f"{row['ms']:.0f}", f"{row['gb_per_s']:.2f}", f"{row['of_base']:.2f}")
+    console.print(table)
+    for sentence in left_out:
+        console.print(f"left out: {sentence}")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--elements", type=lambda text: int(float(text)), default=50_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    found, absent = measure(args.elements, args.rounds)
+    report(found, absent, args.elements, Console(width=110))

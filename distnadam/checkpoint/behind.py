@@ -1,0 +1,58 @@
+"""A shard's snapshot, taken in one copy into memory kept for it, and written to its file behind the training by a thread of its own."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from typing import Any
+
+import numpy as np
+
+from distnadam.arrays import Flat
+from distnadam.checkpoint.format import ARRAYS, State
+from distnadam.checkpoint.manifest import FileRecord
+from distnadam.errors import ShardLost
+from distnadam.layout import Ranges
+
+
+class Behind:
+    """See the module. One snapshot at a time: a second waits until the first is written.
+
+    Args:
+        ranges: the shard's.
+    """
+
+    def __init__(self, ranges: Ranges) -> None:
+        self._ranges = ranges
+        self._kept: State = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._written: dict[str, Future[FileRecord]] = {}
+
+    def reserve(self) -> None:
+        """Have the memory, touched, so that a snapshot takes one copy and no page faults."""
+        if not self._kept:
+            self._kept = {name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()} for name in ARRAYS}
+
+    def snapshot(self, name: str, arrays: dict[str, Flat], write: Callable[[State], FileRecord]) -> None:
+        """Copy the arrays and return; the copy is written by `write`, whose result `collect` has under that name."""
+        self.reserve()
+        wait_for(self._written.values())
+        self._written.clear()
+        for array in ARRAYS:
+            for space, values in arrays[array].items():
+                np.copyto(self._kept[array][space], values)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "saver")
+        self._written[name] = self._pool.submit(write, self._kept)
+
+    def collect(self, name: str, reply: Callable[[Any], None]) -> None:
+        """Have `reply` given the record of a snapshot once it is written, or why it was not."""
+        written = self._written.get(name)
+        if written is None:
+            reply(ShardLost(f"{name}: the process that was to write it has been replaced since"))
+        else:
+            written.add_done_callback(lambda done: reply(done.exception() or done.result()))
+
+    def close(self) -> None:
+        """Take no more snapshots; what is being written is written to its end."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)

@@ -1,0 +1,257 @@
+"""Where checkpoints lie: a folder of a local disk, or (in `remote`) one under any fsspec URL. What a checkpoint is, is not known here.
+
+Every refusal by the system is a CheckpointError that names the file. A file that is being written looks complete to nobody who knows
+its size; `replace` makes a file appear whole or not at all.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from distnadam.errors import CheckpointBusy, CheckpointError
+
+Pieces = Callable[[], Iterator[memoryview]]
+"""A file's contents, from its beginning each time it is asked."""
+ReadInto = Callable[[Sequence[memoryview], int], None]
+"""Fills buffers, one after another, with a file's bytes from an offset on."""
+
+
+class Folder(ABC):
+    """Files and folders under one name; `str` of it is what users give and get: a plain path where local, a URL otherwise.
+
+    `run_bytes` is how much is best read at once.
+    """
+
+    run_bytes = 1 << 20
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The last part of the path."""
+
+    @abstractmethod
+    def child(self, name: str) -> "Folder":
+        """Return the folder of that name in this one, there or not."""
+
+    @abstractmethod
+    def make(self) -> None:
+        """See to it that files can be written here."""
+
+    @abstractmethod
+    def files(self) -> dict[str, int]:
+        """Return the sizes of the files here, by name; none where there is no such folder."""
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Return the names of the folders here."""
+
+    @abstractmethod
+    def read(self, name: str, at_most: int) -> bytes:
+        """Return a file's contents; raise CheckpointError where there is none, or it has more bytes than that."""
+
+    @abstractmethod
+    def reading(self, name: str) -> contextlib.AbstractContextManager[ReadInto]:
+        """Open a file to be read by any number of threads."""
+
+    @abstractmethod
+    def write(self, name: str, pieces: Pieces) -> None:
+        """Write a new file and flush it to where it lasts; where that fails, nothing of it is left."""
+
+    @abstractmethod
+    def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
+        """Write a file, or replace it, in one atomic step that lasts; `temporary` is a name that nobody else uses."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file where it is."""
+
+    @abstractmethod
+    def remove_folder(self) -> None:
+        """Remove this folder where nothing is in it."""
+
+    @abstractmethod
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Hold this folder, which must be there, for one writer; raise CheckpointBusy where another holds it."""
+
+
+def place(where: "str | os.PathLike[str] | Folder") -> Folder:
+    """Return the folder of a path or URL; raise CheckpointError where no filesystem of that protocol is installed."""
+    if isinstance(where, Folder):
+        return where
+    text = os.fspath(where)
+    protocol, separator, rest = text.partition("://")
+    if not separator:
+        return LocalFolder(Path(text))
+    if protocol in ("file", "local"):
+        return LocalFolder(Path(rest))
+    from distnadam.checkpoint.remote import remote_folder
+
+    return remote_folder(text)
+
+
+def parent_of(where: object) -> str:
+    """Return the name of the folder that a folder lies in."""
+    return str(where).rstrip("/").rpartition("/")[0]
+
+
+@contextlib.contextmanager
+def told(path: object, what: str) -> Iterator[None]:
+    """Turn what the system refuses into a CheckpointError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be {what}: {error.strerror or error}") from error
+
+
+class LocalFolder(Folder):
+    """A folder of this machine's disks, or of one that it mounts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """See `Folder.name`."""
+        return self.path.name
+
+    def child(self, name: str) -> "LocalFolder":
+        """See `Folder.child`."""
+        return LocalFolder(self.path / name)
+
+    def make(self) -> None:
+        """See `Folder.make`."""
+        with told(self.path, "made"):
+            os.makedirs(self.path, exist_ok=True)
+
+    def files(self) -> dict[str, int]:
+        """See `Folder.files`; what is neither file nor folder, a pipe say, has no size that fits: -1."""
+        found = {}
+        with told(self.path, "read"), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    with contextlib.suppress(FileNotFoundError):
+                        found[entry.name] = entry.stat().st_size if entry.is_file() else -1
+        return found
+
+    def folders(self) -> list[str]:
+        """See `Folder.folders`."""
+        with told(self.path, "read"), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+        return []
+
+    def read(self, name: str, at_most: int) -> bytes:
+        """See `Folder.read`."""
+        with self.reading(name) as read_into:
+            size = os.stat(self.path / name).st_size
+            if size > at_most:
+                raise CheckpointError(f"{self.path / name}: has {size} bytes, expected at most {at_most}")
+            contents = bytearray(size)
+            read_into([memoryview(contents)], 0)
+        return bytes(contents)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[ReadInto]:
+        """See `Folder.reading`; a pipe, which would be waited for, is refused."""
+        path = self.path / name
+        with told(path, "read"):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+        def read_into(views: Sequence[memoryview], offset: int) -> None:
+            wanted = [view for view in views if view]
+            while wanted:
+                with told(path, "read"):
+                    got = os.preadv(descriptor, wanted, offset)
+                if got == 0:
+                    raise CheckpointError(f"{path}: ends at byte {offset}, before it should")
+                offset += got
+                while wanted and got >= len(wanted[0]):
+                    got -= len(wanted.pop(0))
+                if got:
+                    wanted[0] = wanted[0][got:]
+
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CheckpointError(f"{path}: is missing, or no file")
+            yield read_into
+        finally:
+            os.close(descriptor)
+
+    def write(self, name: str, pieces: Pieces) -> None:
+        """See `Folder.write`."""
+        path = self.path / name
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError as error:
+            told_what = "cannot be written: its folder is not on this node; save to a disk that every node with a shard shares, or to a URL"
+            raise CheckpointError(f"{path}: {told_what}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        try:
+            with told(path, "written"):
+                for piece in pieces():
+                    while piece:
+                        piece = piece[os.write(descriptor, piece) :]
+                os.fsync(descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
+        """See `Folder.replace`."""
+        with told(self.path, "flushed"):
+            _sync(self.path)
+        self.write(temporary, lambda: iter([memoryview(contents)]))
+        try:
+            with told(self.path / name, "written"):
+                os.replace(self.path / temporary, self.path / name)
+        except CheckpointError:
+            self.remove(temporary)
+            raise
+        with told(self.path, "flushed"):
+            _sync(self.path)
+            _sync(self.path.parent)
+
+    def remove(self, name: str) -> None:
+        """See `Folder.remove`."""
+        with told(self.path / name, "removed"), contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path / name)
+
+    def remove_folder(self) -> None:
+        """See `Folder.remove_folder`."""
+        with contextlib.suppress(OSError):  # holds something of somebody else's
+            os.rmdir(self.path)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """See `Folder.hold`; the hold ends with this process."""
+        with told(self.path, "opened"):
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointBusy(f"{self.path}: another save is writing it") from error
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

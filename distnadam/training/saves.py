@@ -1,0 +1,84 @@
+"""The checkpoints of one run of `fit`: written behind the training, told when they are complete, old ones removed."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distnadam.checkpoint import store
+from distnadam.checkpoint.places import Folder, LocalFolder
+from distnadam.errors import CheckpointError, ShardLost
+from distnadam.optimizer import DistNadam
+from distnadam.saving import Saving
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay, as `fit` has it."""
+
+    last: int
+    every: int | None
+    every_s: float | None
+
+
+class Saves:
+    """See the module.
+
+    Args:
+        folder: where checkpoints go.
+        keep: which of them stay.
+        data: what is kept beside the state.
+        on_save: told the step and the checkpoint, once it is complete.
+        on_message: told what else the user should know.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        keep: Keep,
+        data: Mapping[str, Any],
+        on_save: Callable[[int, Path | str], None],
+        on_message: Callable[[str], None],
+    ) -> None:
+        self._folder, self._keep, self._data = folder, keep, data
+        self._on_save, self._on_message = on_save, on_message
+        self._saving: tuple[int, Saving] | None = None
+
+    def save(self, optimizer: DistNadam, step: int, *, wait: bool) -> None:
+        """Save; an earlier one is waited for."""
+        self.finish()
+        saved = optimizer.save(self._folder, wait=wait, data=self._data)
+        if isinstance(saved, Saving):
+            self._saving = (step, saved)
+        else:
+            self._complete(step, saved)
+
+    def poll(self) -> None:
+        """Tell of the one that is being written where it is complete."""
+        if self._saving is not None and self._saving[1].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the one that is being written; where a shard died meanwhile, do without it."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            directory = saving[1].result()
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, ShardLost):
+                raise
+            self._on_message(f"no checkpoint of step {saving[0]}: {error}")
+        else:
+            self._complete(saving[0], directory)
+
+    def give_up(self) -> None:
+        """Wait for the one that is being written while something else, which is told, ends the run."""
+        try:
+            self.finish()
+        except CheckpointError as error:
+            self._on_message(str(error))
+
+    def _complete(self, step: int, directory: str) -> None:
+        store.prune(self._folder, self._keep.last, directory, keep_every=self._keep.every, keep_every_s=self._keep.every_s)
+        self._on_save(step, Path(directory) if isinstance(self._folder, LocalFolder) else directory)

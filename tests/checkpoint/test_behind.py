@@ -1,0 +1,192 @@
+"""Saving behind the training: a snapshot of one round, one save at a time, errors told at the next call and at the end."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import distnadam.backends.host as host
+from distnadam import DistNadam
+from distnadam.checkpoint import store
+from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
+from distnadam.messages import Hold
+from tests.models import bits, params, run
+
+
+class Gate:
+    """Lets shards' files be written only once it is opened, and fail where it is told to."""
+
+    def __init__(self) -> None:
+        self.opened, self.begun = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+
+    def __call__(self, write: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        self.begun.set()
+        assert self.opened.wait(60)
+        if self.error is not None:
+            raise self.error
+        return write(*args, **how)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate, write = Gate(), host.write_shard
+    monkeypatch.setattr(host, "write_shard", lambda *args, **how: gate(write, *args, **how))
+    yield gate
+    gate.opened.set()
+
+
+def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(gate: Gate, tmp_path: Path) -> None:
+    with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
+        run(optimizer, 0, 2)
+        before = bits(optimizer)
+        saving = optimizer.save(tmp_path, wait=False, data={"position": 2})
+        run(optimizer, 2, 5)
+        assert not saving.done()
+        assert store.steps(tmp_path) and not list(tmp_path.glob("*/manifest.msgpack"))
+        with pytest.raises(StepTimeout, match="was not complete in"):
+            saving.result(timeout_s=0.01)
+        gate.opened.set()
+        assert saving.result() == str(tmp_path / "step_00000002")
+        assert saving.done()
+    with DistNadam.restore(tmp_path, num_shards=2, backend="local") as again:
+        assert bits(again) == before
+        assert again.restored_data == {"position": 2}
+
+
+def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(backend: str, tmp_path: Path) -> None:
+    with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
+        kept = []
+        for step in range(3):
+            run(optimizer, step, step + 1)
+            kept.append((bits(optimizer), optimizer.save(tmp_path, wait=False)))
+    for step, (expected, saving) in enumerate(kept):
+        with DistNadam.restore(saving.result(), num_shards=3, backend="local") as again:
+            assert (again.round, bits(again)) == (step + 1, expected)
+
+
+def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(gate: Gate, tmp_path: Path) -> None:
+    with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
+        gate.error = CheckpointError("shard-0: the disk is full")
+        saving = optimizer.save(tmp_path, wait=False)
+        gate.opened.set()
+        saving._future.exception()
+        optimizer.get_params()
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            optimizer.apply_gradients(params())
+        optimizer.apply_gradients(params())
+        assert list(tmp_path.iterdir()) == []
+        gate.error = None
+        assert optimizer.save(tmp_path) == str(tmp_path / "step_00000001")
+
+
+def test_an_error_that_nobody_was_told_comes_at_the_end(gate: Gate, tmp_path: Path) -> None:
+    gate.error = CheckpointError("shard-0: the disk is full")
+    gate.opened.set()
+    optimizer = DistNadam(backend="local").build(params())
+    optimizer.save(tmp_path, wait=False)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        optimizer.close()
+    optimizer.close()
+
+
+def test_an_error_that_was_told_is_not_told_again_and_never_hides_what_ended_the_block(gate: Gate, tmp_path: Path) -> None:
+    gate.error = CheckpointError("shard-0: the disk is full")
+    gate.opened.set()
+    with DistNadam(backend="local").build(params()) as optimizer, pytest.raises(CheckpointError, match="full"):
+        optimizer.save(tmp_path, wait=False).result()
+    with pytest.raises(KeyError, match="mine"):
+        fail_while_saving(tmp_path)
+
+
+def fail_while_saving(root: Path) -> None:
+    with DistNadam(backend="local").build(params()) as optimizer:
+        optimizer.save(root, wait=False)
+        raise KeyError("mine")
+
+
+def test_closing_waits_for_the_checkpoint(gate: Gate, tmp_path: Path) -> None:
+    optimizer = DistNadam(num_shards=2, backend="local").build(params())
+    optimizer.save(tmp_path, wait=False)
+    threading.Timer(0.1, gate.opened.set).start()
+    optimizer.close()
+    assert store.verify(tmp_path / "step_00000000").round == 0
+
+
+def test_nobody_else_writes_that_checkpoint_meanwhile(gate: Gate, tmp_path: Path) -> None:
+    with DistNadam(backend="local").build(params()) as first, DistNadam(backend="local").build(params()) as second:
+        first.save(tmp_path, wait=False)
+        with pytest.raises(CheckpointBusy, match="another save is writing it"):
+            second.save(tmp_path)
+        gate.opened.set()
+
+
+def test_the_memory_for_snapshots_is_kept(tmp_path: Path) -> None:
+    with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
+        optimizer.save(tmp_path, wait=False).result()
+        hosts = optimizer._running().backend._hosts  # type: ignore[attr-defined]
+        before = [h._behind._kept["m"]["float32"].ctypes.data for h in hosts]
+        optimizer.apply_gradients(params())
+        optimizer.save(tmp_path, wait=False).result()
+        assert [h._behind._kept["m"]["float32"].ctypes.data for h in hosts] == before
+
+
+def test_a_change_after_the_snapshot_is_not_taken_for_saved(gate: Gate, tmp_path: Path) -> None:
+    with DistNadam(backend="local").build(params()) as optimizer:
+        shard = optimizer._running().backend._hosts[0]._shard  # type: ignore[attr-defined]
+        optimizer.set_params(params(1))
+        saving = optimizer.save(tmp_path, wait=False)
+        optimizer.set_params(params(2))
+        gate.opened.set()
+        saving.result()
+        assert shard.changed is not None
+        optimizer.save(tmp_path)
+        assert shard.changed is None
+
+
+def test_a_snapshot_is_only_taken_of_held_shards() -> None:
+    from distnadam.errors import IllegalMessage
+    from distnadam.filing import Collect, Save
+
+    with DistNadam(backend="local").build(params()) as optimizer:
+        shards = optimizer._running()
+        with pytest.raises(IllegalMessage, match="legal only between Hold and Release"):
+            shards.ask({0: Save("nobody", "directory", "file", behind=True)})
+        with pytest.raises(ShardLost, match="has been replaced since"):
+            shards.ask({0: Collect("file")})
+        shards.ask({0: Hold("me")})
+
+
+def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_before(tmp_path: Path, ray_cluster: None) -> None:
+    import ray
+
+    with DistNadam(num_shards=2, num_workers=2, backend="ray").build(params()) as optimizer:
+        run(optimizer, 0, 1)
+        optimizer.save(tmp_path)
+        expected = bits(optimizer)
+        run(optimizer, 1, 2)
+        shards = optimizer._running()
+        real = shards.ask
+
+        def ask(messages: Any, timeout_s: float | None = None) -> Any:
+            if "Collect" in {type(message).__name__ for message in messages.values()}:
+                actor = shards.backend.actors[1]  # type: ignore[attr-defined]
+                ray.kill(actor)
+                with pytest.raises(ray.exceptions.RayActorError):
+                    ray.get(actor.forever.remote())
+            return real(messages, timeout_s)
+
+        shards.ask = ask  # type: ignore[method-assign]
+        saving = optimizer.save(tmp_path, wait=False)
+        with pytest.raises(CheckpointError, match=r"step_00000002: a shard died before its file was written") as caught:
+            saving.result()
+        assert isinstance(caught.value.__cause__, ShardLost)
+        assert [step.name for step in store.steps(tmp_path)] == ["step_00000001"]
+        shards.ask = real  # type: ignore[method-assign]
+        with pytest.raises(Rewound, match="to round 1"):
+            optimizer.save(tmp_path, wait=False)
+        assert store.verify(optimizer.save(tmp_path, wait=False).result()).round == 1
+    with DistNadam.restore(tmp_path / "step_00000001", backend="local") as again:
+        assert bits(again) == expected

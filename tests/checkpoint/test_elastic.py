@@ -1,0 +1,140 @@
+"""Restoring on any number of shards: every chunk read once into its place, only what is needed, and nothing served that is not whole."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distnadam import DistNadam
+from distnadam.arrays import empty_flat
+from distnadam.backends.host import ShardHost
+from distnadam.checkpoint import format as files
+from distnadam.checkpoint import store
+from distnadam.checkpoint.format import ARRAYS, CHUNK_BYTES, fill_shard, leftover_readers, read_shard, write_shard
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.config import NadamConfig, Options
+from distnadam.errors import CheckpointError, ShardLost
+from distnadam.layout import Layout, Ranges
+from distnadam.messages import Pull, Push, ShardSpec
+from distnadam.orders import Load
+from tests.models import bits, params, run
+
+SHAPES = st.lists(st.tuples(st.sampled_from(["float32", "float64"]), st.integers(0, 6000)), min_size=1, max_size=6)
+
+
+def write_checkpoint(directory: Path, layout: Layout, cuts: Sequence[Ranges], whole: dict[str, Any]) -> Manifest:
+    """The files of shards that were cut so, and a manifest that names them."""
+    save_id, records = "0" * 16, []
+    for index, ranges in enumerate(cuts):
+        state = {name: {s: flat[s][begin:end] for s, (begin, end) in ranges.items()} for name, flat in whole.items()}
+        records.append(write_shard(directory, store.shard_file_name(index, len(cuts), save_id), ranges=ranges, state=state))
+    return Manifest(save_id, {}, {}, {}, layout.to_dict(), 0, 1.0, 0, 0, {}, {}, tuple(records))
+
+
+@given(shapes=SHAPES, before=st.integers(1, 64), after=st.integers(1, 64))
+@settings(max_examples=60, deadline=None)
+def test_any_number_of_shards_becomes_any_other_and_every_chunk_is_verified_by_someone(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[str, int]], before: int, after: int
+) -> None:
+    layout = Layout.of({f"t{i}": np.zeros(n, dtype) for i, (dtype, n) in enumerate(shapes)})
+    rng, directory = np.random.default_rng(0), tmp_path_factory.mktemp("elastic")
+    whole = {name: {s: rng.standard_normal(n).astype(s) for s, n in layout.sizes.items()} for name in ARRAYS}
+    manifest = write_checkpoint(directory, layout, layout.cuts(before), whole)
+    seen: set[tuple[str, int]] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        verify = files._verify
+
+        def noted(pieces: Any, path: str, record: Any, run: range) -> None:
+            seen.update((record.name, number) for number in run)
+            verify(pieces, path, record, run)
+
+        patch.setattr(files, "_verify", noted)
+        for ranges, left in zip(layout.cuts(after), leftover_readers(manifest, after), strict=True):
+            got = read_shard(directory, manifest, ranges=ranges, leftovers=left)
+            for name, flat in whole.items():
+                assert all(np.array_equal(got[name][s], flat[s][begin:end]) for s, (begin, end) in ranges.items())
+    assert seen == {(record.name, n) for record in manifest.files for n in range(len(record.checksums))}
+
+
+def test_a_shard_reads_its_range_rounded_out_to_chunks_and_no_more(tmp_path: Path) -> None:
+    layout = Layout.of({"w": np.zeros(3_000_000, np.float32)})
+    whole = {name: {"float32": np.arange(3_000_000, dtype=np.float32)} for name in ARRAYS}
+    manifest = write_checkpoint(tmp_path, layout, layout.cuts(3), whole)
+    read: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_verify", lambda pieces, *about: read.append(sum(map(len, pieces))))
+        for ranges, left in zip(layout.cuts(5), leftover_readers(manifest, 5), strict=True):
+            read.clear()
+            begin, end = ranges["float32"]
+            read_shard(tmp_path, manifest, ranges=ranges, leftovers=left)
+            pieces = 2 * len(ARRAYS)  # each array of two old files at most, each rounded out at both ends
+            assert sum(read) <= 12 * (end - begin) + 2 * pieces * CHUNK_BYTES
+
+
+def test_what_is_read_goes_to_the_arrays_themselves_with_no_second_copy_of_the_state(tmp_path: Path) -> None:
+    import tracemalloc
+
+    layout = Layout.of({"w": np.zeros(4_000_000, np.float32)})
+    whole = {name: {"float32": np.arange(4_000_000, dtype=np.float32)} for name in ARRAYS}
+    manifest = write_checkpoint(tmp_path, layout, layout.cuts(3), whole)
+    state = {name: empty_flat(layout.sizes) for name in ARRAYS}
+    tracemalloc.start()
+    fill_shard(tmp_path, manifest, ranges=layout.cuts(1)[0], state=state)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.11 * layout.state_bytes
+    assert all(np.array_equal(state[name]["float32"], whole[name]["float32"]) for name in ARRAYS)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 16), (16, 3)])
+def test_a_run_on_ray_goes_on_with_other_shards(before: int, after: int, tmp_path: Path, ray_cluster: None) -> None:
+    with DistNadam(num_shards=before, num_workers=2, backend="local").build(params()) as optimizer:
+        run(optimizer, 0, 2)
+        optimizer.save(tmp_path)
+        expected = bits(optimizer)
+    with DistNadam.restore(tmp_path, num_shards=after, backend="ray") as optimizer:
+        assert bits(optimizer) == expected
+
+
+def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_another(tmp_path: Path) -> None:
+    for name in ("bad", "good"):
+        with DistNadam(num_workers=2, backend="local").build(params()) as optimizer:
+            run(optimizer, 0, 2)
+            optimizer.save(tmp_path / name)
+            whole = optimizer._running().read(ARRAYS)[1]
+    bad, good = (store.steps(tmp_path / name)[-1] for name in ("bad", "good"))
+    victim = Path(str(bad)) / store.load(bad).files[0].name
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    layout = Layout.of(params())
+    host = ShardHost(ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0]))
+    with pytest.raises(CheckpointError, match=victim.name):
+        host.send(Load(1, str(bad), store.load(bad).to_bytes())).result()
+    for message in (Pull(0, 1, want_parameters=True), Push(1, 0, 1, 1, None, "none")):
+        with pytest.raises(ShardLost, match="without a state, since loading failed"):
+            host.send(message).result()
+    assert host.send(Load(2, str(good), store.load(good).to_bytes())).result() == 2
+    assert all(np.array_equal(host._shard.state.arrays()[name][s], whole[name][s]) for name in ARRAYS for s in layout.sizes)
+    host.close()
+
+
+def test_a_directory_falls_back_to_an_older_one_while_it_loads_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with DistNadam(num_shards=2, num_workers=2, backend="local").build(params()) as optimizer:
+        kept = []
+        for step in range(2):
+            run(optimizer, step, step + 1)
+            kept.append((Path(optimizer.save(tmp_path)), bits(optimizer)))
+    victim = sorted(kept[1][0].glob("shard-*"))[1]
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with DistNadam.restore(tmp_path, num_shards=3, backend="local") as optimizer:
+        assert bits(optimizer) == kept[0][1]
+    assert f"passed over: {victim}" in caplog.text
+    with pytest.raises(CheckpointError, match=victim.name):
+        DistNadam.restore(kept[1][0], backend="local")

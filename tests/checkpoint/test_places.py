@@ -1,0 +1,223 @@
+"""Where checkpoints lie: one contract for a folder and a URL, what nodes without a shared disk are told, a full disk, retention."""
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+import distnadam.backends.host as host
+import distnadam.checkpoint.remote as remote
+from distnadam import DistNadam
+from distnadam.checkpoint import store
+from distnadam.checkpoint.places import Folder, LocalFolder, place
+from distnadam.errors import CheckpointError
+from distnadam.training.digits import Digits
+from distnadam.training.fit import fit
+from tests.models import bits, params, run
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same kind of place, named in each of the ways there are."""
+    monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
+    yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}/run"}[request.param]
+    fsspec.filesystem("memory").store.clear()
+
+
+def contents(*parts: bytes) -> Any:
+    return lambda: (memoryview(part) for part in parts)
+
+
+def test_a_folder_writes_reads_replaces_and_removes_files(root: str) -> None:
+    folder = place(root).child("below")
+    assert (folder.files(), folder.folders(), folder.name) == ({}, [], "below")
+    folder.make()
+    with folder.hold():
+        folder.write("first", contents(b"abc", b"", b"defg"))
+        folder.replace("second", b"old", temporary=".t")
+        folder.replace("second", b"new!", temporary=".t")
+    assert folder.files() == {"first": 7, "second": 4}
+    assert folder.read("second", 4) == b"new!"
+    with pytest.raises(CheckpointError, match="second"):
+        folder.read("second", 3)
+    room = [bytearray(2), bytearray(0), bytearray(3)]
+    with folder.reading("first") as read_into:
+        read_into([memoryview(part) for part in room], 1)
+        assert b"".join(room) == b"bcdef"
+        with pytest.raises(CheckpointError, match="ends at byte 7"):
+            read_into([memoryview(bytearray(9))], 2)
+    with pytest.raises(CheckpointError, match=r"third: cannot be read"):
+        folder.read("third", 9)
+    assert place(root).folders() == ["below"]
+    for name in ("first", "second", "second"):
+        folder.remove(name)
+    folder.remove_folder()
+    assert folder.files() == {}
+
+
+def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
+    with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
+        for step in range(4):
+            run(optimizer, step, step + 1)
+            path = optimizer.save(root, wait=False).result()
+            assert path == f"{place(root)}/step_{step + 1:08d}"
+        again = optimizer.save(root)
+        assert len(place(again).files()) == 4
+        assert [step.name for step in store.prune(root, 2, again)] == ["step_00000002", "step_00000001"]
+        expected = bits(optimizer)
+    with DistNadam.restore(root, num_shards=2, backend="local") as other:
+        assert bits(other) == expected
+    place(again).remove(next(name for name in place(again).files() if name.startswith("shard")))
+    with pytest.raises(CheckpointError, match="is missing"):
+        DistNadam.restore(again, backend="local")
+    with DistNadam.restore(root, backend="local") as other:
+        assert other.round == 3
+
+
+def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
+    folder, files = place("memory://flaky"), fsspec.filesystem("memory")
+    failures = [OSError("try later")] * 2
+    real = type(files).open
+
+    def flaky(self: Any, path: str, mode: str = "rb", **how: Any) -> Any:
+        if "w" in mode and failures:
+            raise failures.pop()
+        return real(self, path, mode, **how)
+
+    monkeypatch.setattr(type(files), "open", flaky)
+    folder.write("file", contents(b"abc"))
+    assert (folder.read("file", 9), failures) == (b"abc", [])
+    failures[:] = [OSError("try later")] * 9
+    with pytest.raises(CheckpointError, match=r"memory://flaky/other: cannot be written: OSError: try later"):
+        folder.write("other", contents(b"abc"))
+    assert len(failures) == 6
+    assert folder.files() == {"file": 3}
+
+    def breaking() -> Iterator[memoryview]:
+        yield memoryview(b"a part")
+        raise CheckpointError("the shard is gone")
+
+    failures.clear()
+    with pytest.raises(CheckpointError, match="the shard is gone"):
+        folder.write("part", breaking)
+    assert folder.files() == {"file": 3}
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket/run", "ftps3://x"])
+def test_a_protocol_that_nothing_here_speaks_is_said(url: str) -> None:
+    with pytest.raises(CheckpointError, match="nothing here speaks"):
+        DistNadam.restore(url)
+
+
+def test_nodes_without_a_shared_disk_are_told_when_they_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = host.write_shard
+
+    def elsewhere(directory: str, name: str, **how: Any) -> Any:
+        there = tmp_path / "another node" / Path(directory).name
+        if "00001-of" not in name:
+            return real(directory, name, **how)
+        there.mkdir(parents=True, exist_ok=True)
+        return real(there, name, **how)
+
+    with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
+        monkeypatch.setattr(host, "write_shard", elsewhere)
+        for wait in (True, False):
+            with pytest.raises(CheckpointError, match=r"shard-00001-of-00002.*is not here; save to a disk that every node"):
+                save(optimizer, tmp_path / "run", wait=wait)
+            assert store.steps(tmp_path / "run") == []
+        monkeypatch.setattr(host, "write_shard", lambda directory, name, **how: real(tmp_path / "no such", name, **how))
+        with pytest.raises(CheckpointError, match="its folder is not on this node; save to a disk that every node"):
+            optimizer.save(tmp_path / "run")
+
+
+def save(optimizer: DistNadam, path: Path, *, wait: bool) -> str:
+    saved = optimizer.save(path, wait=wait)
+    return saved if isinstance(saved, str) else saved.result()
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "distnadam", str(tmp_path)], capture_output=True, check=False)
+    if mount.returncode != 0:
+        pytest.skip("no disk of a given size can be mounted here")
+    try:
+        with DistNadam(num_shards=2, backend="local").build({"w": np.ones(30_000, np.float32)}) as optimizer:
+            optimizer.save(tmp_path)
+            expected = bits(optimizer)
+            optimizer.apply_gradients({"w": np.ones(30_000, np.float32)})
+            for wait in (True, False):
+                with pytest.raises(CheckpointError, match=f"shard-0000.*{os.strerror(errno.ENOSPC)}"):
+                    save(optimizer, tmp_path, wait=wait)
+                assert [step.name for step in store.steps(tmp_path)] == ["step_00000000"]
+        with DistNadam.restore(tmp_path, backend="local") as again:
+            assert bits(again) == expected
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> list[Folder]:
+    """Checkpoints of rounds 0 to 12, one saved every minute."""
+    with DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer:
+        for number in range(13):
+            directory = Path(optimizer.save(tmp_path))
+            manifest = replace(store.load(directory), saved_at=60.0 * number)
+            (directory / store.MANIFEST).write_bytes(manifest.to_bytes())
+            optimizer.apply_gradients({"w": np.ones(3)})
+    return store.steps(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        ({}, [11, 12]),
+        ({"keep_every": 5}, [0, 5, 10, 11, 12]),
+        ({"keep_every_s": 240.0}, [0, 4, 8, 11, 12]),
+        ({"keep_every": 6, "keep_every_s": 500.0}, [0, 6, 9, 11, 12]),
+    ],
+)
+@pytest.mark.parametrize("often", [False, True], ids=["once", "after every save"])
+def test_the_last_ones_and_one_in_so_many_steps_or_seconds_are_kept(
+    rules: dict[str, Any], kept: list[int], often: bool, history: list[Folder], tmp_path: Path
+) -> None:
+    for newest in history if often else history[-1:]:
+        store.prune(tmp_path, 2, newest, **rules)
+    assert [store.load(step).round for step in store.steps(tmp_path)] == kept
+
+
+def test_the_last_valid_one_is_kept_whatever_is_newer(history: list[Folder], tmp_path: Path) -> None:
+    for step in history[4:]:
+        step.remove(store.MANIFEST)
+    store.prune(tmp_path, 1, history[-1])
+    assert store.find(tmp_path)[1].round == 3
+
+
+def test_fit_keeps_its_checkpoints_at_a_url_and_its_records_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    how: dict[str, Any] = {
+        "backend": "local",
+        "verbose": False,
+        "checkpoint_dir": "memory://fit/run",
+        "save_every": 2,
+        "keep": 2,
+        "keep_every": 4,
+    }
+    first = fit(Digits(), steps=8, **how)
+    assert first.metrics_path.is_relative_to(tmp_path)
+    assert first.checkpoints == [f"memory://fit/run/step_{step:08d}" for step in (2, 4, 6, 8)]
+    assert [step.name for step in store.steps("memory://fit/run")] == ["step_00000004", "step_00000006", "step_00000008"]
+    assert fit(Digits(), steps=10, **how).resumed_from == "memory://fit/run/step_00000008"
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_a_local_folder_is_a_path() -> None:
+    folder = place("file:///tmp/x")
+    assert isinstance(folder, LocalFolder)
+    assert os.fspath(folder) == str(folder) == "/tmp/x"

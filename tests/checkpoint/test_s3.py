@@ -1,0 +1,89 @@
+"""Checkpoints on an object store, over HTTP: an S3-speaking server of this machine."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distnadam import DistNadam
+from distnadam.checkpoint import store
+from distnadam.checkpoint.places import place
+from distnadam.errors import CheckpointError
+from tests.models import bits, params, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the warnings of the server and of its client are not ours
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty folder on a server that lives as long as the test."""
+    server_module = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    told = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (told | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"bucket-{os.urandom(4).hex()}"  # the server's module keeps buckets over the tests
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}/run"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_a_run_saves_and_restores_there_on_other_shards(bucket: str, tmp_path: Path) -> None:
+    with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
+        for step in range(3):
+            run(optimizer, step, step + 1)
+            optimizer.save(bucket, wait=False)
+        again = optimizer.save(bucket)  # the same step a second time, where nothing can be renamed
+        expected = bits(optimizer)
+    assert [step.name for step in store.prune(bucket, 2, again)] == ["step_00000001"]
+    assert len(place(again).files()) == 4
+    with DistNadam.restore(bucket, num_shards=2, backend="local") as optimizer:
+        assert bits(optimizer) == expected
+        local = optimizer.save(tmp_path)
+    assert [f.ranges for f in store.verify(local).files] != [f.ranges for f in store.verify(again).files]
+
+
+def test_an_upload_that_is_cut_off_never_looks_complete(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distnadam.checkpoint.remote as remote
+
+    monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
+    folder = place(bucket).child("cut")
+
+    def cut() -> Iterator[memoryview]:
+        yield memoryview(bytes(60 << 20))  # more than one part of a multipart upload
+        raise ConnectionError("the line is gone")
+
+    with pytest.raises(CheckpointError, match=r"/run/cut/file: cannot be written: ConnectionError: the line is gone"):
+        folder.write("file", cut)
+    assert folder.files() == {}
+
+
+def test_shards_on_ray_write_and_read_there(bucket: str, request: pytest.FixtureRequest) -> None:
+    import ray
+
+    ray.shutdown()  # workers of a Ray that runs already would not know the server
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    try:
+        with DistNadam(num_shards=2, num_workers=2, backend="ray").build(params()) as optimizer:
+            run(optimizer, 0, 2)
+            saved: Any = optimizer.save(bucket, wait=False)
+            expected = bits(optimizer)
+            with DistNadam.restore(saved.result(), num_shards=3, backend="ray") as again:
+                assert bits(again) == expected
+    finally:
+        ray.shutdown()
+
+
+def test_a_bucket_that_is_not_there_is_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distnadam.checkpoint.remote as remote
+
+    monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
+    with pytest.raises(CheckpointError, match="s3://nowhere/run"):
+        DistNadam.restore("s3://nowhere/run", backend="local")
