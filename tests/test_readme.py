@@ -23,4 +23,4 @@ def test_a_block_of_the_readme_runs(
 
 
 def test_the_readme_has_a_block_for_every_use() -> None:
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8

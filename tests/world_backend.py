@@ -86,8 +86,11 @@ class WorldBackend(Backend):
     def report_stuck(self) -> None:
         self.world.supervisor.notice("stuck", -1, 0)
 
-    def saved(self, root: str) -> None:
-        self.world.supervisor.saved(root)
+    def changes(self) -> int:
+        return self.world.supervisor.changes()
+
+    def saved(self, root: str, changes: int) -> None:
+        self.world.supervisor.saved(root, changes)
 
     def changing(self, what: str) -> None:
         self.world.supervisor.changing(what)

@@ -179,8 +179,10 @@ class Supervisor:
             del self._fleet.dead[rank]
         self._asking.add(rank)
 
-    def _on_left(self, rank: int, _: int) -> None:
+    def _on_left(self, rank: int, incarnation: int) -> None:
         self._asking.discard(rank)
+        if self._rules.min_workers is not None and self._fleet.newest.get(rank, 0) == incarnation:
+            self._fleet.dead.setdefault(rank, (incarnation, time.monotonic()))  # it is as gone as if it had died
 
     def _on_stuck(self, _: int, __: int) -> None:
         self._fleet.stuck = True

@@ -126,7 +126,7 @@ class Scene:
         shards = self.optimizer._running()
         deadline = time.monotonic() + PATIENCE_S
         while self.case.replicas:
-            told = shards._recovering(lambda: shards._ask(shards._everyone(Describe())))
+            told = shards.recovering(lambda: shards.ask(shards._everyone(Describe())))
             if all(answer.replicated is not None for answer in told.values()):
                 return
             if time.monotonic() > deadline:
@@ -234,6 +234,6 @@ def undisturbed(case: Case, rounds: int) -> DistNadam:
 def ledgers(optimizer: DistNadam) -> list[dict[str, Any]]:
     """Return every shard's ledger."""
     shards = optimizer._running()
-    held = shards._recovering(lambda: shards._ask(shards._everyone(Hold("audit"))))
-    shards._ask(shards._everyone(Release("audit")))
+    held = shards.recovering(lambda: shards.ask(shards._everyone(Hold("audit"))))
+    shards.ask(shards._everyone(Release("audit")))
     return [held[index].ledger for index in sorted(held)]

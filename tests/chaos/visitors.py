@@ -35,7 +35,7 @@ class Visitor:
             with shards.boundary():
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        despite_rewinds(lambda: shards._recovering(die))
+        despite_rewinds(lambda: shards.recovering(die))
 
 
 _visitor = ray.remote(Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)  # type: ignore[attr-defined]

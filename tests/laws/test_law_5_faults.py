@@ -20,11 +20,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from distnadam import seat
 from distnadam.arrays import cut_flat
+from distnadam.checkpoint.places import LocalFolder
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
+from distnadam.saving import Saver
 from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of
@@ -151,7 +153,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         topology = {"num_shards": len(self.world.shards), "num_workers": RANKS, "replicas": 0, "name": None}
         about: dict[str, Any] = {"config": self.config.to_dict(), "options": self.options.to_dict(), "topology": topology, "data": {}}
         with contextlib.suppress(StepTimeout, StaleEpoch):
-            self.controller().save(self.root, about)
+            Saver().save(self.controller(), LocalFolder(self.root), about)
 
     @rule(num_shards=st.integers(1, 3))
     def reshard(self, num_shards: int) -> None:

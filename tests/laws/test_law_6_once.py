@@ -203,7 +203,7 @@ def test_a_step_from_outside_that_was_not_seen_through_holds_nobody_up() -> None
         shards = optimizer._running()
         with shards.boundary() as at:
             parts = [{s: np.ones(e - b, s) for s, (b, e) in ranges.items()} for ranges in shards.ranges]
-            shards._ask({i: Step(at.token, 1, 1, part) for i, part in enumerate(parts)})
+            shards.ask({i: Step(at.token, 1, 1, part) for i, part in enumerate(parts)})
         assert optimizer.iterations == 0
         assert optimizer.apply_gradients(gradients(0, 0)) == 1
         assert optimizer.worker(0).push(gradients(1, 0)).result() == 2
