@@ -164,7 +164,7 @@ class Controller:
             with self.boundary() as at:
                 self.backend.changing(f"the state was replaced after round {at.held.round}")
                 cuts = ({name: cut_flat(flat, ranges) for name, flat in state.items()} for ranges in self.ranges)
-                self.ask({index: Write(at.token, cut, clock) for index, cut in enumerate(cuts)})
+                self.ask({index: Write(at.token, cut, clock, at.held.epoch + 1) for index, cut in enumerate(cuts)})
 
         self.recovering(write)
 

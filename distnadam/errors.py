@@ -22,6 +22,7 @@
     │   ├── NameTaken                   an optimizer of that name is running
     │   ├── NotRunning                  no optimizer of that name is running
     │   ├── ShardLost                   a shard's process died
+    │   │   └── ShardUnavailable        a call to a shard failed; it may have been carried out or not
     │   ├── WorkerLost                  another rank's worker died, and nobody took it over in time
     │   ├── ShardsDisagree              two shards computed different scalars
     │   ├── StepTimeout                 waited too long for a shard or for other workers
@@ -133,6 +134,10 @@ class NotRunning(ClusterError):
 
 class ShardLost(ClusterError):
     """A shard's process or node died."""
+
+
+class ShardUnavailable(ShardLost):
+    """A call to a shard failed on its way there or back: it may have been carried out or not, and the shard may well live."""
 
 
 class WorkerLost(ClusterError):

@@ -33,8 +33,12 @@ class Gate:
         self._queue.append((caller, token))
 
     def admit(self, decided: int) -> list[Any]:
-        """Give a free gate to the first in the queue, closed after `decided`; return its caller, if any."""
-        if self.holder is not None or not self._queue:
+        """Give a free gate to the first in the queue, closed after `decided`; return its caller, or the holder's that asked again."""
+        if self.holder is not None:
+            again = [caller for caller, token in self._queue if token == self.holder]
+            self._queue = [entry for entry in self._queue if entry[1] != self.holder]
+            return again
+        if not self._queue:
             return []
         caller, self.holder = self._queue.pop(0)
         self._limit = decided

@@ -40,6 +40,7 @@ class Machine:
         self._counted: dict[int, msg.PushNote] = {}
         self._pulls: list[tuple[Any, msg.Pull]] = []
         self._orders: list[tuple[Any, orders.Load | orders.Attach]] = []
+        self._loaded = 0
         self._broken: BaseException | None = None
         self._why_hollow = ""
 
@@ -193,7 +194,8 @@ class Machine:
             before, who = self.epochs.now, f"shard {self.spec.index}"
             if order.epoch <= before > 0:
                 del self._orders[0]
-                return [Answer(caller, IllegalMessage(f"{who}: a load of epoch {order.epoch} came in epoch {before}")), *self._progress()]
+                refused = IllegalMessage(f"{who}: a load of epoch {order.epoch} came in epoch {before}")
+                return [Answer(caller, self.round if order.epoch == self._loaded else refused), *self._progress()]
             self.epochs.rise("reconfigured" if order.standing is not None else "rewound", order.epoch)
             error = self.epochs.refusal(before, who, self.round)
             assert error is not None
@@ -211,6 +213,7 @@ class Machine:
         self.phase = Phase.COLLECTING
         if isinstance(order, orders.Load) and isinstance(result, orders.Standing):
             self._stand(result)
+            self._loaded = order.epoch
             if order.standing is not None:
                 self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
             self.members.schedule = order.schedule or self.members.schedule

@@ -22,6 +22,7 @@ class Members:
         self.left: set[int] = set()
         self.dead: set[int] = set()
         self.given_up: set[int] = set()
+        self._holders: dict[int, int] = {}
 
     def needed(self, number: int) -> tuple[int, ...]:
         """Return the ranks whose pushes make up a round."""
@@ -34,9 +35,14 @@ class Members:
         admitted = self.ledger.admit(rank, message.incarnation)
         self.check_newest(rank, admitted)
         if not message.reserve:
+            self._holders[rank] = admitted
             for ranks in (self.left, self.dead, self.given_up):
                 ranks.discard(rank)
         return admitted
+
+    def taken_over(self, rank: int, incarnation: int) -> bool:
+        """Whether a worker newer than that one has joined, not only had its place reserved."""
+        return self._holders.get(rank, 0) > incarnation
 
     def leave(self, rank: int, incarnation: int) -> None:
         """Take note that a worker closed."""

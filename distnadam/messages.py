@@ -209,11 +209,12 @@ class Read:
 
 @dataclass(frozen=True)
 class Write:
-    """Replaces arrays of the held shard, and its clock where given; the epoch rises and pending pushes are refused."""
+    """Replaces arrays of the held shard, and its clock where given; the epoch rises to the one given, and pending pushes are refused."""
 
     token: str
     state: dict[str, Flat]
     clock: Clock | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True)

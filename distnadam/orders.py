@@ -59,7 +59,7 @@ class Attach:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Nobody takes this dead worker's rank over: tell those who wait for it `WorkerLost`, at once until somebody does after all."""
+    """Nobody takes the rank of this dead worker over: tell those who wait for it `WorkerLost`, at once until somebody does after all."""
 
     rank: int
     incarnation: int

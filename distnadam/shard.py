@@ -130,7 +130,7 @@ class Shard(Machine):
         if message.clock is not None:
             self.clock = message.clock
         before, self.changed = self.epochs.now, f"the state was replaced after round {self.round}"
-        self.epochs.rise("replaced")
+        self.epochs.rise("replaced", message.epoch)
         refusal = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
         assert refusal is not None
         return [Replicate(orders.LetGo()), *self._drop_pushes(refusal), Answer(caller, None)]
@@ -178,7 +178,7 @@ class Shard(Machine):
         return [Replicate(order), Answer(caller, self.epochs.now)]
 
     def _on_giveup(self, order: orders.GiveUp, caller: Any) -> list[Effect]:
-        if self.members.ledger.newest(order.rank) > order.incarnation:
+        if self.members.taken_over(order.rank, order.incarnation):
             return [Answer(caller, None)]  # somebody has taken it over after all
         self.members.given_up.add(order.rank)
         return [Answer(caller, None), *self._drop_pushes_that_wait_in_vain()]

@@ -205,8 +205,9 @@ class RayBackend(Backend):
                 raise StepTimeout(f"the optimizer's supervisor did not answer {method} in {timeout_s:g} s") from error
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, DistNadamError) else error) from None
-            except (RayActorError, ActorUnavailableError) as error:
-                if self._name is None or time.monotonic() >= deadline:
+            except RayActorError as error:
+                lives = isinstance(error, ActorUnavailableError)  # the call may have been carried out, which does no harm twice
+                if not (lives or self._name) or time.monotonic() >= deadline:
                     told = (
                         "the optimizer's supervisor died, and its shards with it: restore from a checkpoint, or give the optimizer a name"
                     )

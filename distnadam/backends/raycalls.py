@@ -9,7 +9,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from distnadam.backends.actors import make_member
 from distnadam.backends.base import Pending, Team
 from distnadam.backends.cluster import kill
-from distnadam.errors import DistNadamError, LifecycleError, ShardLost, WorkerLost
+from distnadam.errors import DistNadamError, LifecycleError, ShardLost, ShardUnavailable, WorkerLost
 
 
 def require_ray() -> None:
@@ -36,7 +36,9 @@ class RayPending(Pending):
             if isinstance(cause, DistNadamError):
                 raise cause from None
             raise
-        except (RayActorError, ActorUnavailableError) as error:
+        except ActorUnavailableError as error:
+            raise ShardUnavailable(f"{self._who} {', '.join(map(str, self._refs))}: {str(error).splitlines()[0]}") from error
+        except RayActorError as error:
             kind = ShardLost if self._who == "shard" else WorkerLost
             raise kind(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
 

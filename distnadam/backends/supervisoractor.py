@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts, token_has_ended
 from distnadam.backends.link import Place
-from distnadam.errors import ClusterError, DistNadamError, ShardLost, StepTimeout
+from distnadam.errors import ClusterError, DistNadamError, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
 from distnadam.orders import Load, Reign
@@ -37,6 +37,7 @@ _OPEN_S = 120.0
 _MOVE_S = 3600.0
 _FENCE_S = 5.0
 _SLICE_S = 0.05
+_TRIES = 5
 
 
 class RayCrew(Crew):
@@ -125,12 +126,17 @@ class RayCrew(Crew):
 
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """See `Crew.ask`; None asks a standby how far it is."""
-        refs = {
-            index: hired[index].handle.reached.remote() if message is None else hired[index].handle.send.remote(message)
-            for index, message in messages.items()
-            if index in hired
-        }
-        return self._get(refs, timeout_s, lambda: {index for index in refs if hired[index].handle in self._ended})
+        answers: dict[int, Any] = {}
+        for _ in range(_TRIES):  # what a supervisor says does no harm twice
+            again = [i for i in messages if i in hired and (i not in answers or isinstance(answers[i], ShardUnavailable))]
+            refs = {i: self._send(hired[i].handle, messages[i]) for i in again}
+            answers |= self._get(refs, timeout_s, lambda refs=refs: {i for i in refs if hired[i].handle in self._ended})  # type: ignore[misc]
+            if not any(isinstance(answer, ShardUnavailable) for answer in answers.values()):
+                break
+        return answers
+
+    def _send(self, actor: Any, message: Any) -> Any:
+        return actor.reached.remote() if message is None else actor.send.remote(message)
 
     def _get(self, refs: dict[int, Any], timeout_s: float, ended: Callable[[], set[int]] = set) -> dict[int, Any]:
         """Wait for answers, but not for those of processes that are known to have ended, which Ray takes seconds to tell."""
@@ -152,6 +158,8 @@ class RayCrew(Crew):
                 answers[index] = ray.get(ref)
             except RayTaskError as error:
                 answers[index] = error.cause if isinstance(error.cause, DistNadamError) else ClusterError(str(error))
+            except ActorUnavailableError as error:
+                answers[index] = ShardUnavailable(f"shard {index}: {str(error).splitlines()[0]}")
             except (RayActorError, GetTimeoutError) as error:
                 answers[index] = ShardLost(f"shard {index}: its process or node died: {str(error).splitlines()[0]}")
             except Exception as error:

@@ -69,7 +69,7 @@ class Recovery:
             self._admit(decision, seen)
         elif isinstance(decision, policy.GiveUp):
             for rank in decision.ranks:
-                self._fleet.ask_all(GiveUp(rank, self._fleet.newest.get(rank, 0)))
+                self._fleet.ask_all(GiveUp(rank, self._fleet.dead[rank][0]))
         else:
             log.error("supervisor: %s", decision.why)
             self._publish(decision.why)

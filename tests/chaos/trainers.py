@@ -261,6 +261,8 @@ def superseded(run: Any, timeout_s: float) -> bool:
     try:
         ray.get(run, timeout=timeout_s)
     except RayTaskError as error:
+        if not isinstance(error.cause, SupersededWorker):
+            print(f"it was told {error.cause!r}")
         return isinstance(error.cause, SupersededWorker)
     except RayActorError:
         return True
