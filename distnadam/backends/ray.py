@@ -87,6 +87,7 @@ class RayBackend(Backend):
         try:
             check_fits(options, len(specs) * (1 + replicas))
             self._supervisor = make_supervisor(specs, replicas)
+            await_start([self._supervisor.about.remote()], options)
             actors = ray.get(self._supervisor.hire.remote())
             facts = await_start([actor.about.remote() for actor in actors], options)
             check_versions(facts, node_facts())
