@@ -22,7 +22,8 @@ from distnadam.orders import Load, Reign
 from distnadam.reshard import copy_plan
 from distnadam.supervision.crew import Crew, Cuts, Hired, Roster
 from distnadam.supervision.supervisor import Supervisor
-from distnadam.transport.doorbell import Address, Watch
+from distnadam.transport.doorbell import Address
+from distnadam.transport.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,17 @@ _READ_BYTES = 1 << 16
 _open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
+def ring_without_yielding() -> None:
+    """Schedule this thread as batch work, so that whoever its bell wakes does not interrupt it on its own core.
+
+    With more processes than cores, a thread that rings several bells is else preempted at each. A thread that was given a policy
+    keeps it; forked children and new threads have the ordinary one.
+    """
+    with suppress(OSError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+
+
 def _close_in_child() -> None:
     for line in list(_open):
         line.close()
@@ -142,36 +153,6 @@ def call(address: Address, greeting: dict[str, Any], fds: list[int]) -> tuple[Li
         raise LaneError(f"no lane to the socket {address.name}: {error}") from error
 
 
-class Watch:
-    """Tells, from a thread of its own, when processes that listen somewhere end."""
-
-    def __init__(self) -> None:
-        self._poll = select.epoll()
-        self._watched: dict[int, tuple[Line, Callable[[], None]]] = {}
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
-
-    def add(self, address: Address, on_end: Callable[[], None]) -> None:
-        """Watch the process that listens there; one that cannot be reached has ended."""
-        try:
-            line, _, fds = call(address, {"rank": None}, [])
-        except LaneError:
-            on_end()
-            return
-        for fd in fds:
-            os.close(fd)
-        self._watched[line.fileno()] = (line, on_end)
-        self._poll.register(line.fileno(), select.EPOLLIN)
-
-    def _run(self) -> None:
-        while True:
-            for fd, _ in self._poll.poll():
-                line, on_end = self._watched[fd]
-                if line.receive() is None:
-                    del self._watched[fd]
-                    line.close()
-                    on_end()
-
-
 class Server:
     """Listens in a thread of its own and hands every frame to `on_frame`.
 
@@ -209,6 +190,7 @@ class Server:
         os.close(self._stop)
 
     def _serve(self) -> None:
+        ring_without_yielding()
         while True:
             for fd, events in self._poll.poll():
                 if fd == self._stop:

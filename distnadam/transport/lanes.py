@@ -6,6 +6,7 @@ into the machine's parameter arena, and rings back. Whoever cannot have a lane g
 
 import os
 import select
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.layout import Ranges
 from distnadam.messages import Decided, Leave, Lost, Message, ShardSpec
 from distnadam.transport.arena import Arena
-from distnadam.transport.doorbell import Address, Line, Server, call
+from distnadam.transport.doorbell import Address, Line, Server, call, ring_without_yielding
 from distnadam.transport.wire import pack, unpack
 
 _LONGEST_S = 86400.0
@@ -132,7 +133,7 @@ class Lanes:
         self._answers: dict[int, dict[int, Any]] = {}
         self._poll = select.poll()
         self._shard_of: dict[int, int] = {}
-        self._number = 0
+        self._number = self._thread = 0
         self._drop = weakref.finalize(self, _take_leave, self._lines, Leave(rank, incarnation))
         self._drop.atexit = False
 
@@ -191,6 +192,9 @@ class Lanes:
 
     def post(self, messages: Mapping[int, Message]) -> int:
         """Send each shard its message and return the number that `collect` takes."""
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            ring_without_yielding()
         self._number += 1
         self._answers = {self._number: {}}  # what comes for older ones is of no use any more
         for shard, message in messages.items():
