@@ -9,7 +9,7 @@ from functools import lru_cache
 
 _CONTEXT = Context(prec=40, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _PI = Decimal("3.14159265358979323846264338327950288419716939937511")
-_STRIDE = 1024
+_DIGITS = 64
 
 
 def power(base: float, exponent: float) -> float:
@@ -24,14 +24,19 @@ def power(base: float, exponent: float) -> float:
 def power_of_step(base: float, rate: float, step: int) -> float:
     """Return ``base ** (rate * step)`` for a base and rate of at least 0, the same bits on every host, in little time.
 
-    The step is split in two, and both factors are kept, so that most steps cost one multiplication; the result is a function of the
-    arguments alone, not of what was asked before.
+    The power is multiplied together of one factor per digit of the step, and the factors are kept, so that most steps cost a few
+    multiplications; the result is a function of the arguments alone, not of what was asked before.
     """
     _check_base(base)
     if base == 0.0 or rate == 0.0 or base == 1.0:
         return float(base ** (rate * step))
-    high, low = divmod(step, _STRIDE)
-    return float(_CONTEXT.multiply(_factor(base, rate, high * _STRIDE), _factor(base, rate, low)))
+    product, place = Decimal(1), 1
+    while step:
+        step, digit = divmod(step, _DIGITS)
+        if digit:
+            product = _CONTEXT.multiply(product, _factor(base, rate, digit * place))
+        place *= _DIGITS
+    return float(product)
 
 
 @lru_cache(maxsize=256)
@@ -50,7 +55,7 @@ def cosine_of_pi_times(fraction: float) -> float:
     return float(total)
 
 
-@lru_cache(maxsize=8 * _STRIDE)
+@lru_cache(maxsize=1024)
 def _factor(base: float, rate: float, step: int) -> Decimal:
     return _exp_ln(base, _CONTEXT.multiply(Decimal(rate), Decimal(step)))
 

@@ -21,6 +21,7 @@ from distnadam.state import ShardState
 from distnadam.transitions import Answer, Compute, Effect, Phase, Replicate, Work
 
 _AT_REST = (Phase.COLLECTING, Phase.AWAITING_NORMS)
+_READY_TO_LOAD = (*_AT_REST, Phase.HOLLOW)
 _STATELESS = (Phase.OBEYING, Phase.HOLLOW)
 
 
@@ -114,10 +115,11 @@ class Machine:
 
     def _progress(self) -> list[Effect]:
         """Take the round as far as it goes without the host."""
-        now, at_rest = self._now, self.phase in (*_AT_REST, Phase.HOLLOW)
-        free = self.phase is Phase.COLLECTING and self.gate.holder is None
-        if self._orders and at_rest and (free or isinstance(self.order, orders.Load)):
-            return self._begin_order()
+        now = self._now
+        if self._orders and self.phase in _READY_TO_LOAD:
+            free = self.phase is Phase.COLLECTING and self.gate.holder is None
+            if free or isinstance(self.order, orders.Load):
+                return self._begin_order()
         if not self.gate.passes(self.round):
             return []
         if self.phase is Phase.COLLECTING and (DIRECT in now.pushes or now.pushes.keys() >= set(self.members.needed(self.round + 1))):

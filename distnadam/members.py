@@ -26,7 +26,8 @@ class Members:
 
     def needed(self, number: int) -> tuple[int, ...]:
         """Return the ranks whose pushes make up a round."""
-        return next(ranks for first, ranks in reversed(self.schedule) if first <= number)
+        first, ranks = self.schedule[-1]
+        return ranks if first <= number else next(ranks for first, ranks in reversed(self.schedule) if first <= number)
 
     def join(self, message: msg.Join) -> int:
         """Give a rank to a worker and return its incarnation; raise where the rank does not exist or a newer worker has it."""
@@ -82,6 +83,8 @@ class Members:
 
     def given_up_of(self, number: int, pushed: set[int]) -> WorkerLost | None:
         """Return what those who wait for a round are told where a member that nobody takes over has not pushed for it."""
+        if not self.given_up:
+            return None
         missing = sorted(self.given_up & set(self.needed(number)) - pushed)
         if not missing:
             return None

@@ -25,12 +25,15 @@ class Outbox:
 
     def __init__(self, lock: threading.Lock, carry: Callable[[Any], None], begin: Callable[[Work, Run], object], run: Run) -> None:
         self._lock, self._carry, self._begin, self._run = lock, carry, begin, run
-        self._effects: deque[tuple[Effect, Run, int]] = deque()
+        self._queued: deque[tuple[Effect, Run, int]] = deque()
+        self._at_hand: deque[tuple[Effect, Run, int]] = deque()  # whoever is at it has these to itself
         self._busy = False
 
     def put(self, effects: list[Effect], run: Run) -> None:
         """Queue effects, under the lock under which they came to be."""
-        self._effects.extend((effect, run, threading.get_ident()) for effect in effects)
+        if effects:
+            owner = threading.get_ident()
+            self._queued.extend([(effect, run, owner) for effect in effects])
 
     def empty(self) -> None:
         """Carry out all there is, unless another thread is at it; work begins last, beside whatever comes next."""
@@ -40,19 +43,23 @@ class Outbox:
             self._busy = True
         begun: list[tuple[Work, Run]] = []  # one at most: the machine asks for no more before it was reported
         try:
-            while (entry := self._next()) is not None:
-                effect, run, owner = entry
-                if isinstance(effect, Compute):
-                    begun.append((effect.work, run if owner == threading.get_ident() else self._run))
-                else:
-                    self._carry(effect)
+            while self._fetch():
+                while self._at_hand:
+                    effect, run, owner = self._at_hand.popleft()
+                    if isinstance(effect, Compute):
+                        begun.append((effect.work, run if owner == threading.get_ident() else self._run))
+                    else:
+                        self._carry(effect)
         except BaseException:
             self._busy = False
             raise
         for work, run in begun:
             self._begin(work, run)
 
-    def _next(self) -> tuple[Effect, Run, int] | None:
+    def _fetch(self) -> bool:
+        """Take what is queued; return whether there is anything, and where not, be done."""
         with self._lock:
-            self._busy = bool(self._effects)
-            return self._effects.popleft() if self._effects else None
+            if self._queued:
+                self._at_hand, self._queued = self._at_hand + self._queued if self._at_hand else self._queued, deque()
+            self._busy = bool(self._at_hand)
+            return self._busy
