@@ -41,10 +41,19 @@ class Trainer:
         return os.getpid()
 
 
-def memory_of(pids: list[int]) -> int:
-    """Bytes that processes use, those of shared pages counted in proportion to who shares them."""
-    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:] for pid in pids]
-    return sum(int(dict(line.split(":", 1) for line in lines)["Pss"].split()[0]) * 1024 for lines in rollups)
+def memory_of(pids: list[int]) -> tuple[int, int]:
+    """Bytes that processes use, those of shared pages counted in proportion to who shares them: of all, and of Ray's object store."""
+    total = store = 0
+    for pid in pids:
+        mapped = ""
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            fields = line.split()
+            if not fields[0].endswith(":"):
+                mapped = line
+            elif fields[0] == "Pss:":
+                total += int(fields[1]) * 1024
+                store += int(fields[1]) * 1024 if "/plasma" in mapped else 0
+    return total, store
 
 
 def main() -> None:
@@ -61,7 +70,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="print on standard error what the shards and workers use")
     args = parser.parse_args()
     ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    options = Options(kernel=args.kernel, transport=args.transport, check_gradients=not args.unchecked)
+    how = {"check_gradients": not args.unchecked, "retain_initial": not args.memory}  # the copy that is kept for a rewind is stated apart
+    options = Options(kernel=args.kernel, transport=args.transport, **how)
     sizes = [args.elements * (i + 1) // args.tensors - args.elements * i // args.tensors for i in range(args.tensors)]
     params = {f"{i:05d}": np.zeros(size, np.float32) for i, size in enumerate(sizes)}
     with DistNadam(num_shards=args.shards, num_workers=args.workers, backend="ray", options=options).build(params) as optimizer:
@@ -70,9 +80,10 @@ def main() -> None:
         times = ray.get([trainer.run.remote(args.mode, args.steps, rank) for rank, trainer in enumerate(trainers)])
         if args.memory:
             shards = [int(ray.get(actor.about.remote())["pid"]) for actor in optimizer._running().backend.actors]  # type: ignore[attr-defined]
-            used = memory_of([*shards, *ray.get([trainer.pid.remote() for trainer in trainers])])
-            planned = args.elements * (16 + 4 * args.workers)
-            print(f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}", file=sys.stderr)
+            total, store = memory_of([*shards, *ray.get([trainer.pid.remote() for trainer in trainers])])
+            planned, used = args.elements * (16 + 4 * args.workers), total - store
+            told = f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}"
+            print(f"{told}; beside {store / 1e9:.2f} GB of Ray's object store, through which the parameters came", file=sys.stderr)
     ray.shutdown()
     print(json.dumps(times[0]))
 
