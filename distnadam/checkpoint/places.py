@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from distnadam.checkpoint.pastcache import write_pieces
 from distnadam.errors import CheckpointBusy, CheckpointError
 
 Pieces = Callable[[], Iterator[memoryview]]
@@ -198,9 +199,7 @@ class LocalFolder(Folder):
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
         try:
             with told(path, "written"):
-                for piece in pieces():
-                    while piece:
-                        piece = piece[os.write(descriptor, piece) :]
+                write_pieces(descriptor, pieces())
                 os.fsync(descriptor)
         except BaseException:
             with contextlib.suppress(OSError):
