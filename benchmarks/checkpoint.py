@@ -1,6 +1,7 @@
 """Checkpoints of one state, params, m and v: ours beside raw writing and reading, torch, safetensors; same bytes, same disk, one run.
 
-Each contender runs once per round, in turn; medians count. What is read was flushed and dropped from the page cache before.
+Each contender runs once per round, in turn, after a pause for the disk; medians count. What is written is new, and what is read was
+flushed and dropped from the page cache before.
 """
 
 import gc
@@ -20,6 +21,7 @@ from rich.table import Table
 from distnadam import DistNadam
 
 SHARDS = 2
+PAUSE_S = 1.0
 Timed = Callable[[], float]
 BASES = {"save": "raw write and fsync", "stall": "one memory copy of the state", "restore": "raw read"}
 
@@ -42,6 +44,7 @@ def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[s
     try:
         for number in range(rounds + 1):
             for key, contender in contenders.items():
+                time.sleep(PAUSE_S)
                 seconds = contender()
                 gc.collect()
                 if number:
@@ -63,7 +66,6 @@ def add_raw(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[st
     kept = [np.ones_like(values) for values in state.values()]
 
     def write() -> None:
-        path.unlink(missing_ok=True)
         with open(path, "wb", buffering=0) as file:
             for values in state.values():
                 view = memoryview(values).cast("B")
@@ -83,7 +85,7 @@ def add_raw(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[st
         for source, target in zip(state.values(), kept, strict=True):
             np.copyto(target, source)
 
-    contenders["save", BASES["save"]] = lambda: timed(write)
+    contenders["save", BASES["save"]] = lambda: timed(write, fresh=path)
     contenders["stall", BASES["stall"]] = lambda: timed(copy)
     contenders["restore", BASES["restore"]] = lambda: timed(read, drop=path)
 
@@ -92,6 +94,7 @@ def add_ours(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[s
     path = root / "ours"
 
     def behind() -> float:
+        remove(path)
         began = time.perf_counter()
         saving: Any = optimizer.save(path, wait=False)
         seconds = time.perf_counter() - began
@@ -101,7 +104,7 @@ def add_ours(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[s
     def restore(shards: int) -> None:
         DistNadam.restore(path / "step_00000000", num_shards=shards, backend="local").close()
 
-    contenders["save", "distnadam"] = lambda: timed(lambda: optimizer.save(path))
+    contenders["save", "distnadam"] = lambda: timed(lambda: optimizer.save(path), fresh=path)
     contenders["stall", "distnadam, wait=False"] = behind
     for shards in (SHARDS, 3):
         name = f"distnadam, {SHARDS} -> {shards} shards"
@@ -112,7 +115,7 @@ def add_safetensors(contenders: dict[tuple[str, str], Timed], root: Path, state:
     from safetensors.numpy import load_file, save_file
 
     path = root / "state.safetensors"
-    contenders["save", "safetensors, no fsync"] = lambda: timed(lambda: save_file(state, path))
+    contenders["save", "safetensors, no fsync"] = lambda: timed(lambda: save_file(state, path), fresh=path)
     contenders["restore", "safetensors"] = lambda: timed(lambda: load_file(path), drop=path)
 
 
@@ -124,7 +127,7 @@ def add_torch(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[
     path, many, behind = root / "state.pt", root / "dcp", root / "dcp-async"
 
     def stall() -> float:
-        shutil.rmtree(behind, ignore_errors=True)
+        remove(behind)
         began = time.perf_counter()
         saving = dcp.async_save(tensors, checkpoint_id=behind, no_dist=True)
         seconds = time.perf_counter() - began
@@ -132,21 +135,22 @@ def add_torch(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[
         return seconds
 
     def save() -> None:
-        shutil.rmtree(many, ignore_errors=True)
         dcp.save(tensors, checkpoint_id=many, no_dist=True)
 
     def load() -> None:
         dcp.load({name: torch.empty_like(tensor) for name, tensor in tensors.items()}, checkpoint_id=many, no_dist=True)
 
-    contenders["save", "torch.save, no fsync"] = lambda: timed(lambda: torch.save(tensors, path))
-    contenders["save", "torch.distributed.checkpoint"] = lambda: timed(save)
+    contenders["save", "torch.save, no fsync"] = lambda: timed(lambda: torch.save(tensors, path), fresh=path)
+    contenders["save", "torch.distributed.checkpoint"] = lambda: timed(save, fresh=many)
     contenders["stall", "torch.distributed.checkpoint, async_save"] = stall
     contenders["restore", "torch.load"] = lambda: timed(lambda: torch.load(path), drop=path)
     contenders["restore", "torch.distributed.checkpoint"] = lambda: timed(load, drop=many)
 
 
-def timed(work: Callable[[], object], *, drop: Path | None = None) -> float:
-    """Return seconds; files under `drop` are read from the disk."""
+def timed(work: Callable[[], object], *, fresh: Path | None = None, drop: Path | None = None) -> float:
+    """Return seconds; what is at `fresh` is removed before, and files under `drop` are read from the disk."""
+    if fresh is not None:
+        remove(fresh)
     for file in [] if drop is None else [drop] if drop.is_file() else [p for p in drop.rglob("*") if p.is_file()]:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -155,6 +159,13 @@ def timed(work: Callable[[], object], *, drop: Path | None = None) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def report(rows: list[dict[str, object]], left_out: list[str], elements: int, console: Console) -> None:

@@ -333,9 +333,9 @@ class DistNadam:
 
         Args:
             path: a local directory, on a disk that every node with a shard shares, or an fsspec URL such as s3://bucket/run.
-            wait: False copies the state to memory kept for it (12 bytes per float32 element, from the first such save on), returns a handle
-                (`result()`, `done()`), and writes behind the training. The next save waits for it; its error is raised by
-                `result()`, else by the next call that changes or saves the state, or by `close()`.
+            wait: False copies the state to memory kept for it (12 bytes per float32 element, from the first such save or `reserve` on),
+                returns a handle (`result()`, `done()`), and writes behind the training. The next save waits for it; its error is
+                raised by `result()`, else by the next call that changes or saves the state, or by `close()`.
             data: plain data to keep beside the state, such as the position in the data; `restored_data` gives it back.
 
         Raises:
@@ -346,6 +346,10 @@ class DistNadam:
         config = self._config.with_lr(self.lr).to_dict()
         about = {"config": config, "options": self._options.to_dict(), "topology": self._topology(), "data": dict(data or {})}
         return self._saver.save(shards, root, about) if wait else self._saver.save_behind(shards, root, about)
+
+    def reserve(self) -> None:
+        """Have the memory for `save(..., wait=False)` now, so that the first such save holds the training up no longer than any."""
+        self._saver.reserve(self._running())
 
     @classmethod
     def restore(

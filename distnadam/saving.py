@@ -110,10 +110,14 @@ class Saver:
         self.finish()
         return shards.recovering(lambda: _save(shards, root, about))
 
+    def reserve(self, shards: Controller) -> None:
+        """Have every shard get the memory that snapshots are taken into, while rounds go on."""
+        shards.recovering(lambda: shards.ask(_everyone(shards, Reserve())))
+
     def save_behind(self, shards: Controller, root: Folder, about: Mapping[str, Any]) -> Saving:
         """Have every shard take a snapshot of one round, and write the checkpoint while training goes on."""
         self.finish()
-        shards.recovering(lambda: shards.ask(_everyone(shards, Reserve())))
+        self.reserve(shards)
         taken = shards.recovering(lambda: _snapshot(shards, root))
         saving = self._newest = Saving()
         threading.Thread(target=_write_behind, args=(shards, taken, about, saving), name="saving").start()

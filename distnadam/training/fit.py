@@ -166,12 +166,13 @@ class _Run:
 
     def _with_team(self, optimizer: DistNadam) -> None:
         team: Team | None = None
-        saved_with = {"task": self.label, "seed": self.seed, "num_workers": self.topology["num_workers"]}
+        size = self.topology["num_workers"]
+        saved_with = {"task": self.label, "seed": self.seed, "num_workers": size}
         saves = Saves(self.folder, self.plan.keep, saved_with, partial(self._tell, "on_save"), partial(self._tell, "on_message"))
         try:
-            begin = optimizer.round
-            self._tell("on_begin", begin, self.plan.steps)
-            size = self.topology["num_workers"]
+            if self.plan.save_every is not None:
+                optimizer.reserve()
+            self._tell("on_begin", begin := optimizer.round, self.plan.steps)
             team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=size))
             ranks = Ranks(team, size, optimizer, self.recoveries, partial(self._tell, "on_message"))
             try:
@@ -241,14 +242,12 @@ class _Run:
         rate_to_dict(config["lr"])  # a function that no checkpoint can hold is refused before the first step, not at the first save
         found = self._checkpoint()
         if found is None:
-            optimizer = DistNadam.from_config(config).build(params)
-        else:
-            self._check_same_run(found[1], Layout.of(params))
-            if template is not None:
-                self._tell_what_stays(found[1].config, config)
-            optimizer = DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
-            self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalFolder) else str(found[0])
-        return optimizer
+            return DistNadam.from_config(config).build(params)
+        self._check_same_run(found[1], Layout.of(params))
+        if template is not None:
+            self._tell_what_stays(found[1].config, config)
+        self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalFolder) else str(found[0])
+        return DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
 
     def _checkpoint(self) -> tuple[Folder, Manifest] | None:
         resume, existing = self.plan.resume, store.steps(self.folder)

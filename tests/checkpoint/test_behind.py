@@ -1,10 +1,12 @@
 """Saving behind the training: a snapshot of one round, one save at a time, errors told at the next call and at the end."""
 
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import distnadam.backends.host as host
@@ -190,3 +192,14 @@ def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_be
         assert store.verify(optimizer.save(tmp_path, wait=False).result()).round == 1
     with DistNadam.restore(tmp_path / "step_00000001", backend="local") as again:
         assert bits(again) == expected
+
+
+def test_the_first_save_after_reserve_allocates_no_copy_of_the_state(tmp_path: Path) -> None:
+    with DistNadam(num_shards=2, backend="local").build({"w": np.ones(10**6, np.float32)}) as optimizer:
+        optimizer.reserve()
+        tracemalloc.start()
+        try:
+            optimizer.save(tmp_path, wait=False).result()
+            assert tracemalloc.get_traced_memory()[1] < 2 * 10**6  # the state has 12
+        finally:
+            tracemalloc.stop()
