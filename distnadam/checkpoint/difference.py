@@ -5,7 +5,6 @@ A few tensors are in memory at a time, and every byte of both checkpoints is ver
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,13 +73,13 @@ class Difference:
         return {"same": self.same, **told}
 
 
-def compare(a: Path, b: Path) -> Difference:
+def compare(a: store.Where, b: store.Where) -> Difference:
     """Return what differs between two checkpoints, each one or the newest valid one in a directory.
 
     Raises:
         CheckpointError: naming the file that is refused.
     """
-    found = [store.find(path.absolute())[:2] for path in (a, b)]
+    found = [store.find(where)[:2] for where in (a, b)]
     for directory, manifest in found:
         verify_files(directory, manifest)
     layouts = [Layout.from_dict(manifest.layout) for _, manifest in found]

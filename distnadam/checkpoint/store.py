@@ -1,18 +1,17 @@
 """Checkpoints in a folder: committed by one atomic replace, found by what is valid, never by a pointer. Local paths or fsspec URLs."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from distnadam.checkpoint.format import check_file_record, verify_files
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.places import Folder, LocalFolder, place
-from distnadam.errors import CheckpointBusy, CheckpointError
+from distnadam.checkpoint.places import Folder, place
+from distnadam.errors import CheckpointError
 
 log = logging.getLogger("distnadam")
 
@@ -257,36 +256,3 @@ def remove(directory: Where) -> None:
 def now() -> float:
     """Return the time that a manifest is given, in seconds since 1970."""
     return time.time()
-
-
-class DirectoryLock:
-    """Holds a directory of checkpoints for one run, as long as this process lives and has not let go; at a URL nobody is kept out."""
-
-    def __init__(self, root: Where) -> None:
-        folder = place(root)
-        self._path = folder.path / ".lock" if isinstance(folder, LocalFolder) else None
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> Self:
-        if self._path is None:
-            return self
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CheckpointError(f"{self._path.parent}: cannot be made or written: {error.strerror or error}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise CheckpointBusy(f"{self._path.parent}: another run writes here (process {holder}); choose another directory") from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-        self._descriptor = descriptor
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None

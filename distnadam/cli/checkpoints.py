@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,19 +11,20 @@ from rich.text import Text
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.difference import Difference, compare
+from distnadam.checkpoint.places import place
 from distnadam.checkpoint.report import UNREAD, VERIFIED, describe
-from distnadam.cli.group import JSON, PATH, errors_told, main
+from distnadam.cli.group import JSON, errors_told, main
 from distnadam.errors import CheckpointError
 
 
 @main.command()
-@click.argument("checkpoint", type=PATH)
+@click.argument("checkpoint")
 @click.option("--no-read", is_flag=True, help="Do not read the shards' files: their checksums stay unverified.")
 @JSON
-def inspect(checkpoint: Path, *, no_read: bool, as_json: bool) -> None:
+def inspect(checkpoint: str, *, no_read: bool, as_json: bool) -> None:
     """Show what CHECKPOINT, or the newest valid one in a directory, holds; exit 1 where a checksum is wrong."""
     with errors_told():
-        path, manifest, passed_over = store.find(checkpoint.absolute())
+        path, manifest, passed_over = store.find(checkpoint)
         found = describe(path, manifest, read=not no_read)
     for sentence in passed_over:
         click.echo(f"passed over: {sentence}", err=True)
@@ -37,10 +37,10 @@ def inspect(checkpoint: Path, *, no_read: bool, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
+@click.argument("a")
+@click.argument("b")
 @JSON
-def diff(a: Path, b: Path, *, as_json: bool) -> None:
+def diff(a: str, b: str, *, as_json: bool) -> None:
     """Show what differs between checkpoints A and B, whatever their shards; exit 1 where something does."""
     with errors_told():
         found = compare(a, b)
@@ -55,13 +55,15 @@ def diff(a: Path, b: Path, *, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=PATH)
+@click.argument("path")
 @JSON
-def verify(path: Path, *, as_json: bool) -> None:
+def verify(path: str, *, as_json: bool) -> None:
     """Verify every byte of a checkpoint, or of all in a directory; exit 1 where one is refused."""
-    path = path.absolute()
-    found = [path] if (path / store.MANIFEST).exists() or not store.steps(path) else store.steps(path)
     verdicts = []
+    with errors_told():
+        folder = place(path)
+        steps = [] if store.MANIFEST in folder.files() else store.steps(folder)
+        found = steps or [folder]
     for directory in found:
         try:
             manifest = store.verify(directory)
@@ -73,7 +75,7 @@ def verify(path: Path, *, as_json: bool) -> None:
     else:
         table = Table("checkpoint", "step", "verdict")
         for v in verdicts:
-            table.add_row(Path(str(v["checkpoint"])).name, str(v["step"] or "-"), Text("valid" if v["valid"] else str(v["reason"])))
+            table.add_row(str(v["checkpoint"]).rpartition("/")[2], str(v["step"] or "-"), Text("valid" if v["valid"] else str(v["reason"])))
         Console(soft_wrap=True, highlight=False).print(table)
     if not all(v["valid"] for v in verdicts):
         sys.exit(1)

@@ -25,7 +25,7 @@ from distnadam.training.task import Task
 @click.option("--lr", default=0.002, show_default=True, type=float, help="Learning rate.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the parameters and batches.")
 @click.option("--local", is_flag=True, help="Run in this process, without Ray.")
-@click.option("--checkpoint-dir", type=PATH, help="Where to write, and to resume from.  [default: runs/TASK-TIME/]")
+@click.option("--checkpoint-dir", metavar="PATH|URL", help="Where to write, and to resume from.  [default: runs/TASK-TIME/]")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints to keep.")
 @click.option("--evaluate-every", type=click.IntRange(1), help="Steps between evaluations.")

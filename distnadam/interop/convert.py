@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError, ConfigError
 from distnadam.interop import arrays, keras, optax, torch
 from distnadam.interop.formulas import Conversion
@@ -41,7 +42,7 @@ class Converted:
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: store.Where,
     output: str | os.PathLike[str],
     *,
     to: Format,
@@ -52,7 +53,7 @@ def export_checkpoint(
     """Write a checkpoint's state as a file of another framework, whole or not at all.
 
     Args:
-        checkpoint: one checkpoint, or a directory of them, of which the newest valid one.
+        checkpoint: one checkpoint, or a directory of them, of which the newest valid one; a path or an fsspec URL.
         output: the file to write; one that is there is replaced.
         to: "keras" (the reference's and tf_keras legacy's list of weights), "keras3", "torch", "optax", "safetensors" or "numpy".
         slots: False writes the parameters alone, each in its own dtype (safetensors and numpy only).
@@ -71,13 +72,13 @@ def export_checkpoint(
     if not slots and to not in _OWN:
         raise ConfigError(f"slots=False writes parameters alone, which is for {' and '.join(_OWN)}, got to={to!r}")
     job = Conversion(Path(output).absolute(), order=order, slots=slots, lossy=lossy)
-    _WRITERS[to](load_checkpoint(Path(checkpoint)), job)
+    _WRITERS[to](load_checkpoint(checkpoint), job)
     return Converted(str(job.path), job.told)
 
 
 def import_checkpoint(
     source: str | os.PathLike[str],
-    directory: str | os.PathLike[str],
+    directory: store.Where,
     *,
     source_format: Format,
     config: Mapping[str, Any] | None = None,
@@ -88,7 +89,7 @@ def import_checkpoint(
 
     Args:
         source: a file as `export_checkpoint` writes it, or one's own of that layout (each module of `distnadam.interop` says which).
-        directory: where ``step_<iterations>/`` is made; it must not be there yet.
+        directory: where ``step_<iterations>/`` is made, which must not be there yet; a path or an fsspec URL.
         source_format: what the file is.
         config: hyper-parameters that the file lacks, or that replace its own, in our spelling or the framework's.
         order: the tensors' paths in the order of the other optimizer's variables, where the file does not say it.
@@ -108,4 +109,4 @@ def import_checkpoint(
         raise CheckpointError(f"{job.path}: there is no such file")
     state = _READERS[source_format](job)
     job.settle()
-    return Converted(str(state.save(Path(directory).absolute())), job.told)
+    return Converted(state.save(directory), job.told)

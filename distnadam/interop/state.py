@@ -5,7 +5,6 @@ It knows layouts and checkpoints, no framework. What cannot be a state is refuse
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ class OptimizerState:
         """
         return positions(self.names, order)
 
-    def save(self, root: Path) -> Path:
+    def save(self, root: store.Where) -> str:
         """Write a checkpoint of one shard under `root`, which `verify` accepts and `DistNadam.restore` continues from; return it."""
         decided, save_id = self.clock.iterations, store.new_save_id()
         directory = store.step_directory(root, decided)
@@ -97,17 +96,17 @@ class OptimizerState:
             except BaseException:
                 store.discard_partial(directory, save_id)
                 raise
-        return Path(str(directory))
+        return str(directory)
 
 
-def load_checkpoint(path: Path) -> OptimizerState:
+def load_checkpoint(path: store.Where) -> OptimizerState:
     """Return the state of a checkpoint, or of the newest valid one in a directory, every byte of it verified.
 
     Raises:
         CheckpointError: naming the file that was refused, and why.
         ConfigError: its learning rate is a schedule of the user's that was not imported.
     """
-    directory, manifest, _ = store.find(path.absolute())
+    directory, manifest, _ = store.find(path)
     layout = Layout.from_dict(manifest.layout)
     whole = {space: (0, size) for space, size in layout.sizes.items()}
     flat = read_shard(directory, manifest, ranges=whole, leftovers=range(len(manifest.files)))

@@ -7,6 +7,7 @@ where that is gone too, the whole run begins anew from its newest checkpoint.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from distnadam.backends.base import Team
 from distnadam.backends.choice import BackendName
 from distnadam.checkpoint import store
+from distnadam.checkpoint.claim import Claim, claim
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, LocalFolder, place
 from distnadam.config import check_count
@@ -25,9 +27,10 @@ from distnadam.schedules import rate_to_dict
 from distnadam.training.callbacks import Callback, MetricsFile, ProgressDisplay, console
 from distnadam.training.history import History, Recorder
 from distnadam.training.member import Member, task_errors
+from distnadam.training.plan import Keep, Plan
 from distnadam.training.plot import plot_loss
 from distnadam.training.ranks import Ranks, Recoveries
-from distnadam.training.saves import Keep, Saves
+from distnadam.training.saves import Saves
 from distnadam.training.task import Task, task_name
 
 SEGMENT_S = 0.3
@@ -100,28 +103,11 @@ def fit(
     display = [ProgressDisplay(screen)] if screen is not None else []
     told = [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
     topology = {"num_workers": num_workers, "num_shards": num_shards, "replicas": replicas, "backend": backend}
-    plan = _Plan(steps, save_every, evaluate_every, resume, Keep(keep, keep_every, keep_every_s))
-    with store.DirectoryLock(root):
-        run = _Run(task, label, seed, root, folder, topology, plan, told, history)
+    plan = Plan(steps, save_every, evaluate_every, resume, Keep(keep, keep_every, keep_every_s))
+    with claim(LocalFolder(root)) as here, nullcontext(here) if isinstance(folder, LocalFolder) else claim(folder) as claimed:
+        run = _Run(task, label, seed, root, claimed, topology, plan, told, history)
         run.run(optimizer)
     return history
-
-
-@dataclass(frozen=True)
-class _Plan:
-    steps: int
-    save_every: int | None
-    evaluate_every: int | None
-    resume: str
-    keep: Keep
-
-    def boundary_after(self, step: int) -> int:
-        """Return the next step at which something is due."""
-        due = [step + every - step % every for every in (self.save_every, self.evaluate_every) if every is not None]
-        return min([self.steps, *due])
-
-    def due(self, every: int | None, step: int) -> bool:
-        return step == self.steps or (every is not None and step % every == 0)
 
 
 @dataclass
@@ -130,9 +116,9 @@ class _Run:
     label: str
     seed: int
     root: Path
-    folder: Folder
+    claim: Claim
     topology: dict[str, Any]
-    plan: _Plan
+    plan: Plan
     callbacks: list[Callback]
     history: History
     interrupted: bool = field(default=False, init=False)
@@ -168,7 +154,7 @@ class _Run:
         team: Team | None = None
         size = self.topology["num_workers"]
         saved_with = {"task": self.label, "seed": self.seed, "num_workers": size}
-        saves = Saves(self.folder, self.plan.keep, saved_with, partial(self._tell, "on_save"), partial(self._tell, "on_message"))
+        saves = Saves(self.claim, self.plan.keep, saved_with, partial(self._tell, "on_save"), partial(self._tell, "on_message"))
         try:
             if self.plan.save_every is not None:
                 optimizer.reserve()
@@ -250,14 +236,14 @@ class _Run:
         return DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
 
     def _checkpoint(self) -> tuple[Folder, Manifest] | None:
-        resume, existing = self.plan.resume, store.steps(self.folder)
+        resume, existing = self.plan.resume, store.steps(self.claim.folder)
         if not existing:
             if resume == "must":
-                raise CheckpointError(f"{self.folder}: holds no checkpoint to resume from")
+                raise CheckpointError(f"{self.claim.folder}: holds no checkpoint to resume from")
             return None
         if resume == "never":
-            raise CheckpointError(f"{self.folder}: holds checkpoints, the newest {existing[-1].name}; resume it, or choose another")
-        path, manifest, passed_over = store.find(self.folder)
+            raise CheckpointError(f"{self.claim.folder}: holds checkpoints, the newest {existing[-1].name}; resume it, or choose another")
+        path, manifest, passed_over = store.find(self.claim.folder)
         for sentence in passed_over:
             self._tell("on_message", f"passed over: {sentence}")
         self._tell("on_message", f"resuming from {path}")
@@ -268,10 +254,10 @@ class _Run:
         for key, ours in (("task", self.label), ("seed", self.seed)):
             if saved.get(key) != ours:
                 raise CheckpointError(
-                    f"{self.folder}: its checkpoint is of {key} {saved.get(key)!r}, this run's is {ours!r}; choose another directory"
+                    f"{self.claim.folder}: its checkpoint is of {key} {saved.get(key)!r}, this run's is {ours!r}; choose another directory"
                 )
         if Layout.from_dict(manifest.layout) != layout:
-            raise CheckpointError(f"{self.folder}: its checkpoint has other tensors than this task's init gives; choose another directory")
+            raise CheckpointError(f"{self.claim.folder}: its checkpoint has other tensors than the task's; choose another directory")
         if saved.get("num_workers") != self.topology["num_workers"]:
             self._tell(
                 "on_message",

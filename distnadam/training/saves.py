@@ -1,31 +1,23 @@
 """The checkpoints of one run of `fit`: written behind the training, told when they are complete, old ones removed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.places import Folder, LocalFolder
+from distnadam.checkpoint.claim import Claim
+from distnadam.checkpoint.places import LocalFolder
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
 from distnadam.saving import Saving
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay, as `fit` has it."""
-
-    last: int
-    every: int | None
-    every_s: float | None
+from distnadam.training.plan import Keep
 
 
 class Saves:
     """See the module.
 
     Args:
-        folder: where checkpoints go.
+        claim: on where checkpoints go.
         keep: which of them stay.
         data: what is kept beside the state.
         on_save: told the step and the checkpoint, once it is complete.
@@ -34,19 +26,20 @@ class Saves:
 
     def __init__(
         self,
-        folder: Folder,
+        claim: Claim,
         keep: Keep,
         data: Mapping[str, Any],
         on_save: Callable[[int, Path | str], None],
         on_message: Callable[[str], None],
     ) -> None:
-        self._folder, self._keep, self._data = folder, keep, data
+        self._claim, self._folder, self._keep, self._data = claim, claim.folder, keep, data
         self._on_save, self._on_message = on_save, on_message
         self._saving: tuple[int, Saving] | None = None
 
     def save(self, optimizer: DistNadam, step: int, *, wait: bool) -> None:
-        """Save; an earlier one is waited for."""
+        """Save; an earlier one is waited for. Raise CheckpointBusy where another run has taken the folder over."""
         self.finish()
+        self._claim.check()
         saved = optimizer.save(self._folder, wait=wait, data=self._data)
         if isinstance(saved, Saving):
             self._saving = (step, saved)

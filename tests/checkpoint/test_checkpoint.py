@@ -19,8 +19,10 @@ from safetensors.numpy import load_file
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
+from distnadam.checkpoint.claim import claim
 from distnadam.checkpoint.format import CHUNK_BYTES, read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.places import place
 from distnadam.errors import CheckpointBusy, CheckpointError
 from tests.models import bits, params, run
 
@@ -195,9 +197,9 @@ def test_pruning_keeps_the_newest_and_never_counts_one_without_a_manifest(tmp_pa
 
 
 def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
-    with store.DirectoryLock(tmp_path), pytest.raises(CheckpointBusy, match=str(os.getpid())), store.DirectoryLock(tmp_path):
+    with claim(place(tmp_path)), pytest.raises(CheckpointBusy, match=str(os.getpid())), claim(place(tmp_path)):
         pass
-    with store.DirectoryLock(tmp_path):
+    with claim(place(tmp_path)):
         pass
 
 

@@ -1,6 +1,7 @@
 """Where checkpoints lie: one contract for a folder and a URL, what nodes without a shared disk are told, a full disk, retention."""
 
 import errno
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -11,13 +12,16 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import distnadam.backends.host as host
 import distnadam.checkpoint.remote as remote
 from distnadam import DistNadam
 from distnadam.checkpoint import store
+from distnadam.checkpoint.claim import claim
 from distnadam.checkpoint.places import Folder, LocalFolder, place
-from distnadam.errors import CheckpointError
+from distnadam.cli import main
+from distnadam.errors import CheckpointBusy, CheckpointError
 from distnadam.training.digits import Digits
 from distnadam.training.fit import fit
 from tests.models import bits, params, run
@@ -215,6 +219,29 @@ def test_fit_keeps_its_checkpoints_at_a_url_and_its_records_here(tmp_path: Path,
     assert [step.name for step in store.steps("memory://fit/run")] == ["step_00000004", "step_00000006", "step_00000008"]
     assert fit(Digits(), steps=10, **how).resumed_from == "memory://fit/run/step_00000008"
     fsspec.filesystem("memory").store.clear()
+
+
+def test_fit_keeps_a_second_run_out_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with claim(place("memory://fit/held")), pytest.raises(CheckpointBusy, match="memory://fit/held: another run writes here"):
+        fit(Digits(), steps=1, backend="local", verbose=False, checkpoint_dir="memory://fit/held")
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_the_commands_take_urls(root: str, tmp_path: Path) -> None:
+    with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
+        optimizer.save(root)
+
+    def told(*args: str) -> Any:
+        done = CliRunner().invoke(main, [*args, "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    assert [v["valid"] for v in told("verify", root)] == [v["valid"] for v in told("verify", f"{root}/step_00000000")] == [True]
+    assert told("inspect", root)["checksums"] == "verified"
+    told("export", root, str(tmp_path / "state.npz"), "--to", "numpy")
+    told("import", str(tmp_path / "state.npz"), f"{root}/back", "--from", "numpy")
+    assert told("diff", f"{root}/back", root)["tensors"] == []
 
 
 def test_a_local_folder_is_a_path() -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from distnadam import DistNadam, fit
 from distnadam.checkpoint import store
+from distnadam.checkpoint.claim import claim
+from distnadam.checkpoint.places import place
 from distnadam.errors import CheckpointBusy, CheckpointError, ConfigError, TrainingError
 from distnadam.training.callbacks import Callback, read_metrics
 
@@ -145,7 +147,7 @@ def test_resume_may_be_forbidden_or_demanded(tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    with store.DirectoryLock(tmp_path), pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"):
+    with claim(place(tmp_path)), pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"):
         train(tmp_path)
 
 
@@ -224,7 +226,7 @@ def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(tmp_path: Pat
     with pytest.raises(TrainingError, match="worker 1, step 7: the task raised ZeroDivisionError: the batch is bad") as caught:
         fit(Quadratic(fails_at=(1, 7)), steps=20, backend=backend, checkpoint_dir=tmp_path, verbose=False)
     assert any("in batch" in note for note in caught.value.__notes__)
-    with store.DirectoryLock(tmp_path):  # let go of
+    with claim(place(tmp_path)):  # let go of
         assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("worker")]
 
 
