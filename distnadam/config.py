@@ -6,6 +6,7 @@ Frozen, validated where they are made, and plain data on the way to a checkpoint
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -173,6 +174,13 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value.__index__())
+
+
+def check_name(name: object) -> str:
+    """Return an optimizer's name where it can be one; raise ConfigError otherwise."""
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
+        raise ConfigError(f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}")
+    return name
 
 
 def _fields(record: NadamConfig | Options) -> dict[str, Any]:

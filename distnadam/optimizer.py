@@ -1,6 +1,5 @@
 """`DistNadam`: the Keras-style face of the shards. No maths, no Ray, no files: it checks, delegates, and puts trees together."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, overload
 
@@ -12,7 +11,7 @@ from distnadam.backends.choice import BackendName, choose
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, place
-from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count
+from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count, check_name
 from distnadam.controller import Controller
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
 from distnadam.gradients import gradients_of
@@ -86,10 +85,7 @@ class DistNadam:
             raise ConfigError(f"min_workers must be at most num_workers={self._num_workers}, got {self._options.min_workers}")
         if backend not in ("auto", "local", "ray"):
             raise ConfigError(f'backend must be "auto", "local" or "ray", got {backend!r}')
-        name = name or None
-        if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
-            raise ConfigError(f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}")
-        self._asked_backend, self._name = backend, name
+        self._asked_backend, self._name = backend, check_name(name) if name else None
         self._shards: Controller | None = None
         self._own_worker: Worker | None = None
         self._creator = True
@@ -314,11 +310,15 @@ class DistNadam:
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards, between two steps; training waits only for the move itself, and keeps its bits.
 
+        A save of this handle's that is being written behind the training is waited for.
+
         Raises:
             ConfigError: the number is less than 1.
             ClusterError: the new shards cannot be had; the present ones go on.
         """
-        self._running().reshard(check_count("num_shards", num_shards))
+        shards, count = self._running(), check_count("num_shards", num_shards)
+        self._saver.finish()  # the present shards are writing it
+        shards.reshard(count)
 
     # Checkpoints
 

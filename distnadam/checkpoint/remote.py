@@ -1,6 +1,6 @@
 """A folder under an fsspec URL: object stores and the like, where nothing is renamed and a file appears once all of it has arrived.
 
-What fails for a while is tried again, with growing pauses. There are no locks there: two runs must not be given one folder.
+What fails for a while is tried again, with growing pauses. There are no locks there: two runs are kept apart by leases (`claim`).
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Law 4: save at step k, restore on any number of shards and either backend, go on: bit-identical to not having stopped."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,47 @@ def test_a_restored_run_ends_with_the_undisturbed_bits(
         assert bits(optimizer) == at_save
         run(optimizer, saved, 6)
         assert bits(optimizer) == undisturbed(6, clipnorm=0.5)
+
+
+_MOVES = st.one_of(
+    st.tuples(st.just("train"), st.integers(1, 3)),
+    st.tuples(st.just("save"), st.booleans()),
+    st.tuples(st.just("restore"), st.integers(1, 24)),
+    st.tuples(st.just("reshard"), st.integers(1, 24)),
+)
+
+
+@given(moves=st.lists(_MOVES, min_size=1, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_any_sequence_of_saves_restores_and_reshards_keeps_the_undisturbed_bits(
+    moves: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A restore goes back to the newest checkpoint, whatever was trained since; the rounds after it are trained again."""
+    root = tmp_path_factory.mktemp("run")
+    optimizer = DistNadam(num_shards=3, num_workers=2, backend="local", clipnorm=0.5).build(params())
+    optimizer.save(root)
+    newest = 0
+    try:
+        for move, how in [*moves, ("restore", 2), ("train", 1)]:
+            if move == "train":
+                run(optimizer, optimizer.round, optimizer.round + how)
+            elif move == "save":
+                optimizer.save(root, wait=bool(how))
+                newest = optimizer.round
+            elif move == "reshard":
+                optimizer.reshard(how)
+            else:
+                optimizer.close()
+                optimizer = DistNadam.restore(root, num_shards=how, backend="local")
+                assert optimizer.round == newest
+            assert tuple(bits(optimizer)) == _undisturbed_at(optimizer.round)
+    finally:
+        optimizer.close()
+
+
+@cache
+def _undisturbed_at(steps: int) -> tuple[bytes, ...]:
+    return tuple(undisturbed(steps, clipnorm=0.5))
 
 
 @pytest.mark.parametrize(("first", "second"), [("local", "ray"), ("ray", "local"), ("ray", "ray")])
