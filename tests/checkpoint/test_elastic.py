@@ -138,3 +138,17 @@ def test_a_directory_falls_back_to_an_older_one_while_it_loads_and_says_so(tmp_p
     assert f"passed over: {victim}" in caplog.text
     with pytest.raises(CheckpointError, match=victim.name):
         DistNadam.restore(kept[1][0], backend="local")
+
+
+def test_a_restore_on_ray_takes_no_more_memory_on_its_way_than_what_it_ends_with(tmp_path: Path, ray_cluster: None) -> None:
+    import ray
+
+    elements, shards = 10**7, 3
+    with DistNadam(num_shards=2, backend="local").build({"w": np.ones(elements, np.float32)}) as optimizer:
+        optimizer.save(tmp_path)
+    with DistNadam.restore(tmp_path, num_shards=shards, backend="ray") as optimizer:
+        backend: Any = optimizer._running().backend
+        for facts in ray.get([actor.about.remote() for actor in backend.actors]):
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{facts['pid']}/status").read_text().splitlines())
+            peak, held = (int(status[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
+            assert peak - held < 0.1 * 12 * elements / shards
