@@ -3,6 +3,7 @@
 Shard 0 is held first and the others after it, so that two who act at once queue there and never wait for each other in a ring.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, parent_of
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, StepTimeout
+from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.layout import Layout, Ranges
 from distnadam.ledger import DIRECT
 from distnadam.messages import (
@@ -104,17 +105,28 @@ class Controller:
     def load(self, params: Flat) -> None:
         """Give newly made shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
-        self.ask({index: Load(1, params=cut) for index, cut in enumerate(cuts)})
-        self._rewound = 1
+        self._begin({index: Load(1, params=cut) for index, cut in enumerate(cuts)}, self.options.step_timeout_s)
         self.backend.began(initial=params, directory=None)
 
     def restore(self, directory: Folder, manifest: Manifest) -> None:
         """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)}
-        self.ask(messages, timeout_s=_IO_TIMEOUT_S)
-        self._rewound = 1
+        self._begin(messages, _IO_TIMEOUT_S)
         self.backend.began(initial=None, directory=parent_of(directory))
+
+    def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
+        """Have newly made shards load; where a call was lost, it is made again, and a shard that has loaded says so."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.ask(loads, timeout_s=timeout_s)
+            except ShardUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                self._rewound = 1
+                return
 
     @contextmanager
     def boundary(self) -> Iterator[Boundary]:

@@ -11,7 +11,7 @@ import distnadam.messages as msg
 from distnadam import orders
 from distnadam.arrays import Flat
 from distnadam.epochs import Epochs
-from distnadam.errors import DistNadamError, IllegalMessage, LatePush, ShardLost
+from distnadam.errors import DistNadamError, IllegalMessage, LatePush, Reconfigured, ShardLost
 from distnadam.gate import Gate
 from distnadam.ledger import DIRECT
 from distnadam.members import Members
@@ -41,7 +41,7 @@ class Machine:
         self._counted: dict[int, msg.PushNote] = {}
         self._pulls: list[tuple[Any, msg.Pull]] = []
         self._orders: list[tuple[Any, orders.Load | orders.Attach]] = []
-        self._loaded = 0
+        self._loaded: tuple[int, Any] = (0, None)  # the epoch of the last load, and how it was answered
         self._broken: BaseException | None = None
         self._why_hollow = ""
 
@@ -197,7 +197,7 @@ class Machine:
             if order.epoch <= before > 0:
                 del self._orders[0]
                 refused = IllegalMessage(f"{who}: a load of epoch {order.epoch} came in epoch {before}")
-                return [Answer(caller, self.round if order.epoch == self._loaded else refused), *self._progress()]
+                return [Answer(caller, self._loaded[1] if order.epoch == self._loaded[0] else refused), *self._progress()]
             self.epochs.rise("reconfigured" if order.standing is not None else "rewound", order.epoch)
             error = self.epochs.refusal(before, who, self.round)
             assert error is not None
@@ -211,16 +211,17 @@ class Machine:
         """Take what the host made of an order: an error, or for a load the place in time that it loaded."""
         caller, order = self._orders.pop(0)
         if isinstance(order, orders.Load) and not isinstance(result, orders.Standing):
+            self._loaded = order.epoch, result
             return [*self._hollowed(result), Answer(caller, result)]
         self.phase = Phase.COLLECTING
         if isinstance(order, orders.Load) and isinstance(result, orders.Standing):
             self._stand(result)
-            self._loaded = order.epoch
             if order.standing is not None:
                 self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
             self.members.schedule = order.schedule or self.members.schedule
             self.members.ledger.admit_all(order.newest)
             result = self.round
+            self._loaded = order.epoch, result
         return [Answer(caller, result)]
 
     def _hollowed(self, cause: Any) -> list[Effect]:
@@ -289,4 +290,5 @@ class Machine:
             newest=self.members.ledger.newest_of_all(),
             changed=self.changed,
             given_up=tuple(sorted(self.members.given_up)),
+            retired=isinstance(self._broken, Reconfigured),
         )

@@ -20,7 +20,10 @@ Outcome = Literal["applied", "skipped", "refused"]
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a shard is told once, when it is made."""
+    """What a shard is told once, when it is made.
+
+    `run` begins the names by which the cluster knows this optimizer's processes; `cutting` counts how often the state was cut anew.
+    """
 
     index: int
     num_shards: int
@@ -31,6 +34,8 @@ class ShardSpec:
     options: Options
     layout: Layout
     ranges: Ranges
+    run: str = ""
+    cutting: int = 0
 
 
 @dataclass(frozen=True)
@@ -261,7 +266,7 @@ class Description:
     `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
     the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
     `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
-    `saved` is the directory of checkpoints that the shard last wrote to or read from.
+    `saved` is the directory of checkpoints that the shard last wrote to or read from; `retired` whether others hold its ranges.
     """
 
     spec: ShardSpec | None
@@ -284,6 +289,7 @@ class Description:
     replicated: int | None = None
     given_up: tuple[int, ...] = ()
     saved: str | None = None
+    retired: bool = False
 
 
 _Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost

@@ -188,7 +188,10 @@ class Shard(Machine):
         return [*self.broke(error), Replicate(orders.LetGo()), Answer(caller, None)]
 
     def _on_load(self, order: orders.Load, caller: Any) -> list[Effect]:
-        if order.epoch <= self.epochs.now and self.epochs.now > 0:
+        if order.epoch == self._loaded[0]:
+            return [Answer(caller, self._loaded[1])]  # asked again, since the answer was lost
+        loading = self.phase is Phase.OBEYING and isinstance(self.order, orders.Load) and self.order.epoch == order.epoch
+        if order.epoch <= self.epochs.now and self.epochs.now > 0 and not loading:
             raise IllegalMessage(f"shard {self.spec.index}: a load of epoch {order.epoch} came in epoch {self.epochs.now}")
         begun = self._orders[:1] if self.phase is Phase.OBEYING else []
         rest = self._orders[len(begun) :]

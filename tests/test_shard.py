@@ -1,5 +1,6 @@
 """The shard's state machine by itself: which message is legal when, that a refused one changes nothing, and what a broken shard says."""
 
+import dataclasses
 import pickle
 from typing import Any
 
@@ -228,6 +229,17 @@ def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
     loaded = orders.Standing(9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
     assert isinstance(replies(shard.computed(Work.OBEY, loaded))[-1], IllegalMessage)
     assert shard.phase is Phase.COLLECTING
+
+
+@pytest.mark.parametrize("answered", ["while it loads", "once it has loaded", "once that has failed"])
+def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_ended(answered: str) -> None:
+    shard, standing, refused = new_shard(), new_shard().standing, CheckpointError("file: a bit is wrong")
+    shard.receive(orders.Load(9, "directory"), "first")
+    effects = shard.receive(orders.Load(9, "directory"), "again") if answered == "while it loads" else []
+    effects += shard.computed(Work.OBEY, refused if "failed" in answered else dataclasses.replace(standing, round=4))
+    effects += shard.receive(orders.Load(9, "directory"), "again") if answered != "while it loads" else []
+    ended = refused if "failed" in answered else 4
+    assert [e for e in effects if isinstance(e, (Answer, Compute))] == [Answer("first", ended), Answer("again", ended)]
 
 
 def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:

@@ -137,8 +137,9 @@ class _WorldCrew(Crew):
         if hired.handle.alive:
             hired.handle.kill()
 
-    def dismiss(self, hired: Hired) -> None:
-        self.fence(hired)
+    def dismiss(self, *hired: Hired) -> None:
+        for each in hired:
+            self.fence(each)
 
     def watch(self, hired: Hired) -> None:
         pass

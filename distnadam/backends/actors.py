@@ -10,7 +10,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distnadam.backends.cluster import NAMESPACE, actor_options, end_process
+from distnadam.backends import registry
+from distnadam.backends.cluster import NAMESPACE, actor_options, end_processes, process_born
+from distnadam.backends.link import Place
 from distnadam.backends.shardactor import ShardActor
 from distnadam.backends.supervisoractor import SupervisorActor, Tools
 from distnadam.config import Options
@@ -23,13 +25,17 @@ class Member:
     def __init__(self, make: Callable[[int], Any], rank: int) -> None:
         self._member = make(rank)
 
+    def about(self) -> Place:
+        """Return this process."""
+        return registry.here()
+
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
         """Call a method of the object."""
         return getattr(self._member, method)(*args)
 
 
 _shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActor), ray.remote(Member)
-_end_process = ray.remote(end_process)
+_end_processes, _process_born = ray.remote(end_processes), ray.remote(process_born)
 
 
 def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, apart_from: str | None = None) -> Any:
@@ -37,10 +43,14 @@ def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, apart_from: 
     return _shard.options(**actor_options(spec, label, apart_from)).remote(spec, supervisor)
 
 
-def end_on(node: str, pid: int, born: str) -> Any:
-    """Have a process of another node killed; return a reference to wait for."""
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return _end_process.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pid, born)
+def end_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
+    """Have processes of another node killed; return a reference to wait for."""
+    return _end_processes.options(**_there(node)).remote(processes, grace_s)
+
+
+def born_on(node: str, pid: int) -> Any:
+    """Return a reference to when a process of another node was born, "" where there is none."""
+    return _process_born.options(**_there(node)).remote(pid)
 
 
 def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
@@ -48,7 +58,11 @@ def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
     asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0, "label_selector": dict(specs[0].options.label_selector)}
     if specs[0].name is not None:
         asked |= {"name": specs[0].name, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1}
-    return _supervisor.options(**asked).remote(specs, replicas, Tools(make_shard, end_on))
+    return _supervisor.options(**asked).remote(specs, replicas, Tools(make_shard, end_on, born_on))
+
+
+def _there(node: str) -> dict[str, Any]:
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "max_retries": 0}
 
 
 def make_member(make: Callable[[int], Any], rank: int, options: Options) -> Any:

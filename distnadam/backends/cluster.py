@@ -8,16 +8,25 @@ import platform
 import re
 import secrets
 import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam.config import Options
-from distnadam.errors import ClusterError, InsufficientResources, NotRunning, ShardLost, VersionMismatch
+from distnadam.errors import (
+    ClusterError,
+    DistNadamError,
+    InsufficientResources,
+    NotRunning,
+    ShardLost,
+    StepTimeout,
+    VersionMismatch,
+)
 from distnadam.messages import ShardSpec
 
 log = logging.getLogger("distnadam")
@@ -30,6 +39,9 @@ _MISSING = re.compile(r"No module named \\?'([\w.]+)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
 _START_S = 120.0
 _REPORT_EVERY_S = 5.0
+_AGAIN_S = 0.05
+
+_K = TypeVar("_K")
 
 
 class OwnRay:
@@ -114,23 +126,80 @@ def check_fits(options: Options, num_shards: int) -> None:
         time.sleep(min(_REPORT_EVERY_S, max(0.1, deadline - time.monotonic())))
 
 
-def await_start(refs: Sequence[Any], options: Options) -> list[dict[str, str]]:
-    """Return every shard's facts; say every few seconds who is awaited; raise where they do not all start in time."""
+def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]:
+    """Return every actor's facts; say every few seconds who is awaited; raise where they do not all start in time."""
     timeout_s = _START_S if options.start_timeout_s is None else max(options.start_timeout_s, _START_S)
     deadline = time.monotonic() + timeout_s
-    remaining = list(refs)
-    while remaining:
-        ready, remaining = ray.wait(remaining, num_returns=len(remaining), timeout=_REPORT_EVERY_S)
-        _raise_failed(ready)
-        if remaining and time.monotonic() >= deadline:
+    waiting, facts = {index: actor.about.remote() for index, actor in enumerate(actors)}, dict[int, dict[str, str]]()
+    while waiting:
+        ready = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=_REPORT_EVERY_S)[0]
+        for index in [i for i, ref in waiting.items() if ref in ready]:
+            try:
+                facts[index] = _started(waiting.pop(index))
+            except ActorUnavailableError:
+                waiting[index] = actors[index].about.remote()  # the call was lost
+        if waiting and time.monotonic() >= deadline:
             free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
             raise InsufficientResources(
-                f"{len(remaining)} of {len(refs)} shards did not start in {timeout_s:g} s; each asks CPU {options.shard_cpus:g},"
+                f"{len(waiting)} of {len(actors)} shards did not start in {timeout_s:g} s; each asks CPU {options.shard_cpus:g},"
                 f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free in the cluster: {free}"
             )
-        if remaining:
-            log.warning("waiting for %d of %d shards to start", len(remaining), len(refs))
-    return list(ray.get(list(refs)))
+        if waiting and not ready:
+            log.warning("waiting for %d of %d shards to start", len(waiting), len(actors))
+    return [facts[index] for index in sorted(facts)]
+
+
+def until_answered(call: Callable[[], Any], *, timeout_s: float, first: Any = None) -> Any:
+    """Return the answer of a call that does no harm twice, made again as long as Ray loses it; `first` is one on its way already.
+
+    Raises:
+        DistNadamError: what was raised there.
+        StepTimeout: there was no answer in time.
+        RayActorError: the actor is dead.
+    """
+    deadline, ref = time.monotonic() + timeout_s, first if first is not None else call()
+    while True:
+        try:
+            return ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+        except ActorUnavailableError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_AGAIN_S)
+            ref = call()
+        except GetTimeoutError as error:
+            raise StepTimeout(f"an actor did not answer in {timeout_s:g} s") from error
+        except RayTaskError as error:
+            raise own(error) from None
+
+
+def all_answered(keys: Iterable[_K], call: Callable[[_K], Any], *, timeout_s: float) -> dict[_K, Any]:
+    """Return by key the answers of calls as `until_answered` makes them, all at once."""
+    asked = {key: call(key) for key in keys}
+    return {key: until_answered(lambda key=key: call(key), timeout_s=timeout_s, first=ref) for key, ref in asked.items()}  # type: ignore[misc]
+
+
+def insist(call: Callable[[], Any]) -> None:
+    """Make a call that does no harm twice, and whose answer nobody waits for, again as long as Ray loses it."""
+
+    def again() -> None:
+        with contextlib.suppress(Exception):  # Ray was shut down, or the actor is gone
+            insist(call)
+
+    def done(future: Any) -> None:
+        if isinstance(future.exception(), ActorUnavailableError):
+            timer = threading.Timer(_AGAIN_S, again)
+            timer.daemon = True
+            timer.start()
+
+    call().future().add_done_callback(done)
+
+
+def own(error: RayTaskError) -> Exception:
+    """Return the error of ours that an actor's call raised, however many actors it came through; else the given one."""
+    cause: Any = error
+    while isinstance(cause, RayTaskError) and cause.cause is not None:
+        cause = cause.cause
+    return cause if isinstance(cause, DistNadamError) else error
 
 
 def node_facts() -> dict[str, str]:
@@ -152,32 +221,37 @@ def node_facts() -> dict[str, str]:
 
 def process_born(pid: int) -> str:
     """Return what tells a process of this host from an earlier one of the same number; "" where it is gone or waits to be buried."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in ("Z", "X") else fields[19]
+    state, born = _state_and_birth(pid)
+    return "" if state in ("Z", "X") else born
 
 
 def process_token() -> str:
-    """Return a new token of which `token_has_ended` can say, on this node, whether the process that made it is gone."""
+    """Return a new token, which tells by which process of which node it was made."""
     return "/".join((ray.get_runtime_context().get_node_id(), str(os.getpid()), process_born(os.getpid()), secrets.token_hex(4)))
 
 
-def token_has_ended(token: str, node: str) -> bool:
-    """Whether the process that made a token is known, on this node, to be gone; of one of another node nothing is known."""
-    where, *process = token.split("/")
-    return where == node and len(process) == 3 and process_born(int(process[0])) != process[1]
+def end_processes(processes: Sequence[tuple[int, str]], grace_s: float = 0.0) -> None:
+    """Kill those processes of this node that are still the ones born then, and wait until they are gone.
+
+    With a grace they are those that Ray was told to end; only what is stopped, or takes longer, is killed: Ray tells users of every kill.
+    """
+    patience, deadline = time.monotonic() + grace_s, time.monotonic() + grace_s + _FENCE_S
+    while left := [(pid, born) for pid, born in processes if process_born(pid) == born]:
+        for pid, born in left:
+            if time.monotonic() >= patience or _state_and_birth(pid) == ("T", born):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.001)
 
 
-def end_process(pid: int, born: str) -> None:
-    """Kill a process of this node, if it is still the one that was born then, and wait until it is gone."""
-    with contextlib.suppress(OSError):
-        if process_born(pid) == born:
-            os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + _FENCE_S
-        while process_born(pid) == born and time.monotonic() < deadline:
-            time.sleep(0.001)
+def _state_and_birth(pid: int) -> tuple[str, str]:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
 
 
 def kill(actor: Any) -> None:
@@ -199,18 +273,20 @@ def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str
         raise VersionMismatch(f"{'; '.join(sorted(told))}: install the same versions on every node")
 
 
-def _raise_failed(ready: Sequence[Any]) -> None:
-    for ref in ready:
-        try:
-            ray.get(ref)
-        except RayActorError as error:
-            text = str(error)
-            if (missing := _MISSING.search(text)) is not None:
-                where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
-                raise VersionMismatch(
-                    f"node {where} lacks the package {missing[1]!r}, which the shards need: install the same versions on every node"
-                ) from error
-            raise ShardLost(f"a shard did not start: {text}") from error
+def _started(ref: Any) -> dict[str, str]:
+    try:
+        facts: dict[str, str] = ray.get(ref)
+        return facts
+    except ActorUnavailableError:
+        raise
+    except RayActorError as error:
+        text = str(error)
+        if (missing := _MISSING.search(text)) is not None:
+            where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
+            raise VersionMismatch(
+                f"node {where} lacks the package {missing[1]!r}, which the shards need: install the same versions on every node"
+            ) from error
+        raise ShardLost(f"a shard did not start: {text}") from error
 
 
 def _labelled(node: Mapping[str, Any], selector: Mapping[str, str]) -> bool:

@@ -23,11 +23,13 @@ REMEDY = "Ray objects are used instead, which cost more time: give the node or c
 
 @dataclass(frozen=True)
 class Place:
-    """Where a shard runs: its Ray node, and where its lanes are called, or why it has none."""
+    """Where a shard runs: its Ray node and process, and where its lanes are called, or why it has none."""
 
     node: str
     address: Address | None = None
     reason: str | None = None
+    pid: int = 0
+    born: str = ""
 
 
 class RayLink(Link):

@@ -7,21 +7,34 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from distnadam.arrays import Flat
-from distnadam.backends import cluster
-from distnadam.backends.actors import make_supervisor
+from distnadam.backends import cluster, registry
+from distnadam.backends.actors import end_on, make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
-from distnadam.backends.cluster import NAMESPACE, OwnRay, await_start, check_fits, check_versions, ensure_ray, kill, node_facts
+from distnadam.backends.cluster import (
+    NAMESPACE,
+    OwnRay,
+    await_start,
+    check_fits,
+    check_versions,
+    ensure_ray,
+    kill,
+    node_facts,
+    own,
+    until_answered,
+)
 from distnadam.backends.link import REMEDY, Place, RayLink
 from distnadam.backends.raycalls import RayPending, RayTeam, require_ray
 from distnadam.config import Options
 from distnadam.errors import (
-    DistNadamError,
+    ClusterError,
     LifecycleError,
     NameTaken,
     NotRunning,
@@ -30,7 +43,7 @@ from distnadam.errors import (
     Unrecoverable,
 )
 from distnadam.layout import Layout, Ranges
-from distnadam.messages import Message, ShardSpec
+from distnadam.messages import Message, Release, ShardSpec
 from distnadam.orders import Order
 from distnadam.supervision.crew import Roster, require_alive
 
@@ -39,6 +52,7 @@ log = logging.getLogger("distnadam")
 _CONNECT_S = 60.0
 _RETRY_S = 0.2
 _CLOSE_S = 20.0
+_OPEN_S = 600.0
 _RESHARD_S = 3600.0
 
 
@@ -54,6 +68,7 @@ class RayBackend(Backend):
         self._supervisor, self._name, self._options = supervisor, name, options or Options()
         self._roster = roster or Roster(0, ())
         self._own: OwnRay | None = None
+        self._run: str | None = None
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -79,6 +94,19 @@ class RayBackend(Backend):
         backend._roster = require_alive(backend._call("roster", 0, timeout_s=_CONNECT_S))
         return backend, spec
 
+    @classmethod
+    def stop(cls, name: str) -> None:
+        """End a running named optimizer, or what is left of one, from any process; raise NotRunning where there is nothing of it."""
+        ensure_ray(None, start=False)
+        run = registry.runs_of(name)
+        try:
+            supervisor = _named(name)
+        except NotRunning:
+            if not registry.actors_of(run):
+                raise
+            supervisor = None
+        _end(supervisor, run)
+
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """See `Backend.start`."""
         options = self._options = specs[0].options
@@ -86,24 +114,28 @@ class RayBackend(Backend):
         self._own = ensure_ray(options)
         try:
             check_fits(options, len(specs) * (1 + replicas))
-            self._supervisor = make_supervisor(specs, replicas)
-            await_start([self._supervisor.about.remote()], options)
-            actors = ray.get(self._supervisor.hire.remote())
-            facts = await_start([actor.about.remote() for actor in actors], options)
-            check_versions(facts, node_facts())
-            self._roster = ray.get(self._supervisor.open.remote())
+            self._start(specs, replicas)
         except BaseException as error:
-            taken = isinstance(error, ValueError) and "already" in str(error) and self._name is not None
-            if taken:
-                self._supervisor = None  # it is the other's
             self.close(destroy=True)
-            if taken:
+            if isinstance(error, ValueError) and "already" in str(error) and self._name is not None:
                 raise NameTaken(
                     f"an optimizer named {self._name!r} is running on this cluster: connect to it, or choose another"
                 ) from error
+            if isinstance(error, RayError):
+                raise ClusterError(f"the optimizer could not be started: {str(error).splitlines()[0]}") from error
             raise
         for reason in sorted({place.reason for place in self.places if place.reason}):
             log.warning("%s; %s", reason, REMEDY)
+
+    def _start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
+        """Make the supervisor and the shards; every call may be lost and is made again."""
+        run, options = registry.new_run(self._name), self._options
+        self._supervisor = make_supervisor([replace(spec, run=run) for spec in specs], replicas)
+        self._run = run  # from here on there is something to end
+        await_start([self._supervisor], options)
+        actors = until_answered(self._supervisor.hire.remote, timeout_s=_CONNECT_S)
+        check_versions(await_start(actors, options), node_facts())
+        self._roster = until_answered(self._supervisor.open.remote, timeout_s=_OPEN_S)
 
     def began(self, *, initial: Flat | None, directory: str | None) -> None:
         """See `Backend.began`."""
@@ -122,6 +154,10 @@ class RayBackend(Backend):
         shards = self._roster.shards
         if any(index >= len(shards) for index in messages):
             raise Reconfigured(f"there are {len(shards)} shards now; look again")
+        if messages and all(isinstance(message, Release) for message in messages.values()):
+            for index, message in messages.items():  # one that is lost would hold the shard until a timeout
+                cluster.insist(partial(shards[index].handle.send.remote, message))
+            return RayPending({}, "shard")
         return RayPending({index: shards[index].handle.send.remote(message) for index, message in messages.items()}, "shard")
 
     def await_recovery(self, timeout_s: float) -> None:
@@ -185,11 +221,9 @@ class RayBackend(Backend):
         return RayTeam(size, make, options)
 
     def close(self, *, destroy: bool) -> None:
-        """See `Backend.close`."""
+        """See `Backend.close`; a handle that did not make the shards ends those of its name."""
         if destroy and self._supervisor is not None and ray.is_initialized():
-            with contextlib.suppress(Exception):  # it is gone, and its shards with it
-                ray.get(self._supervisor.close.remote(), timeout=_CLOSE_S)
-            kill(self._supervisor)
+            _end(self._supervisor, self._run or (registry.runs_of(self._name) if self._name else None))
         self._closed = True
         if self._own is not None:
             self._own.shut_down()
@@ -205,7 +239,7 @@ class RayBackend(Backend):
             except GetTimeoutError as error:
                 raise StepTimeout(f"the optimizer's supervisor did not answer {method} in {timeout_s:g} s") from error
             except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, DistNadamError) else error) from None
+                raise own(error) from None
             except RayActorError as error:
                 lives = isinstance(error, ActorUnavailableError)  # the call may have been carried out, which does no harm twice
                 if not (lives or self._name) or time.monotonic() >= deadline:
@@ -214,6 +248,17 @@ class RayBackend(Backend):
                     )
                     raise Unrecoverable(told) from error
                 time.sleep(_RETRY_S)
+
+
+def _end(supervisor: Any, run: str | None) -> None:
+    """End an optimizer's processes: by its supervisor where that answers, and whatever is left then."""
+    if supervisor is not None:
+        with contextlib.suppress(Exception):  # it is gone, or stopped
+            ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
+        kill(supervisor)
+    with contextlib.suppress(Exception):  # the cluster is gone
+        if run is not None:
+            registry.sweep(run, end_on)
 
 
 def _named(name: str) -> Any:

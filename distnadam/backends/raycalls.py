@@ -1,16 +1,18 @@
 """Calls to Ray actors that are on their way: answers of shards, and a team of ranks."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam.backends.actors import make_member
+from distnadam.backends import registry
+from distnadam.backends.actors import end_on, make_member
 from distnadam.backends.base import Pending, Team
-from distnadam.backends.cluster import kill
+from distnadam.backends.cluster import kill, own
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, LifecycleError, ShardLost, ShardUnavailable, WorkerLost
+from distnadam.errors import LifecycleError, ShardLost, ShardUnavailable, WorkerLost
 
 
 def require_ray() -> None:
@@ -33,10 +35,7 @@ class RayPending(Pending):
         except GetTimeoutError as error:
             raise TimeoutError from error
         except RayTaskError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, DistNadamError):
-                raise cause from None
-            raise
+            raise own(error) from None
         except ActorUnavailableError as error:
             raise ShardUnavailable(f"{self._who} {', '.join(map(str, self._refs))}: {str(error).splitlines()[0]}") from error
         except RayActorError as error:
@@ -69,6 +68,7 @@ class RayTeam(Team):
     def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
         self._make, self._options = make, options
         self._actors = {rank: make_member(make, rank, options) for rank in range(size)}
+        self._places = {actor: actor.about.remote() for actor in self._actors.values()}
         self._calls: dict[Any, int] = {}
 
     def call(self, rank: int, method: str, *args: Any) -> None:
@@ -84,18 +84,31 @@ class RayTeam(Team):
     def replace(self, rank: int) -> None:
         """See `Team.replace`."""
         self._calls = {ref: r for ref, r in self._calls.items() if r != rank}
-        kill(self._actors[rank])
-        self._actors[rank] = make_member(self._make, rank, self._options)
+        self._end([self._actors[rank]])
+        actor = self._actors[rank] = make_member(self._make, rank, self._options)
+        self._places[actor] = actor.about.remote()
 
     def close(self) -> None:
         """See `Team.close`."""
-        for actor in self._actors.values():
+        self._end(list(self._actors.values()))
+
+    def _end(self, actors: list[Any]) -> None:
+        """End processes, also those that are stopped and obey nobody."""
+        if not ray.is_initialized():
+            return
+        refs = [self._places.pop(actor) for actor in actors if actor in self._places]
+        places = []
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []:
+            with contextlib.suppress(Exception):  # it never ran
+                places.append(ray.get(ref))
+        for actor in actors:
             kill(actor)
+        registry.strike(places, end_on, grace_s=registry.GRACE_S)
 
     def _result(self, ref: Any) -> Any:
         try:
             return ray.get(ref)
         except RayTaskError as error:
-            return error.cause if isinstance(error.cause, DistNadamError) else error
+            return own(error)
         except RayActorError as error:
             return WorkerLost(f"its process or node died: {str(error).splitlines()[0]}")

@@ -10,16 +10,18 @@ from typing import Any
 import ray
 
 from distnadam.arrays import Flat, cut_flat, empty_flat
-from distnadam.backends.cluster import node_facts
+from distnadam.backends import registry
+from distnadam.backends.cluster import insist, node_facts
 from distnadam.backends.host import ShardHost
 from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
-from distnadam.messages import Message, Read, ShardSpec
+from distnadam.messages import Describe, Message, Read, ShardSpec
 from distnadam.orders import LetGo, Load, Order, Record, Reign, Replicated, Standing
 from distnadam.reshard import Copy
 from distnadam.supervision.crew import Hired
+from distnadam.supervision.succession import Met
 from distnadam.transitions import Notice
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address
@@ -36,7 +38,7 @@ class ShardActor:
     def __init__(self, spec: ShardSpec, supervisor: Any) -> None:
         self._spec, self._supervisor = spec, supervisor
         self._executor = ThreadPoolExecutor(1, "shard")
-        self._place = Place(ray.get_runtime_context().get_node_id())
+        self._place = registry.enter(spec.run)
         self._threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
         self._arena: Arena | None = None
         self._host: ShardHost | None = None
@@ -48,7 +50,9 @@ class ShardActor:
         return node_facts()
 
     async def open(self, neighbour: Address | None, *, standby: bool = False) -> Place:
-        """Get memory, a neighbour's where it has some to share, and begin to serve, or to follow."""
+        """Get memory, a neighbour's where it has some to share, and begin to serve, or to follow; asked again, only say where."""
+        if self._host is not None or self._standby is not None:
+            return self._place
         if standby:
             self._standby = Standby(self._spec, self._threads)
             sizes = {space: end - begin for space, (begin, end) in self._spec.ranges.items()}
@@ -66,9 +70,13 @@ class ShardActor:
         """Return where this is to be called."""
         return self._place
 
-    async def stands_by(self) -> bool:
-        """Return whether this is a standby."""
-        return self._host is None
+    async def introduce(self) -> Met:
+        """Return what a supervisor's successor must know of this process."""
+        hired = Hired(self._spec.index, None, self._place)
+        if self._host is None:
+            return Met(hired, self._spec, standby=True, reached=None if self._standby is None else self._standby.reached)
+        description = await self.send(Describe())
+        return Met(hired, self._spec, epoch=description.epoch, retired=description.retired)
 
     async def send(self, message: Message | Order) -> Any:
         """Give the shard a message and return its answer."""
@@ -128,7 +136,9 @@ class ShardActor:
         return self._standby.reached
 
     async def promote(self, reign: Reign, neighbour: Address | None) -> Place:
-        """Standby: become the shard."""
+        """Standby: become the shard; asked again, only say where."""
+        if self._host is not None:
+            return self._place
         assert self._standby is not None
         if self._arena is None or neighbour is not None:
             self._share_memory(neighbour)
@@ -163,7 +173,7 @@ class ShardActor:
         self._place = dataclasses.replace(self._place, address=lanes.address)
 
     def _notice(self, notice: Notice) -> None:
-        self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation)
+        insist(lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation))
 
     def _attach(self, standby: Hired, standing: Standing, config: Any, arrays: dict[str, Flat]) -> Replica:
         """Copy the state to a standby; between processes of one node by memory, else by objects."""

@@ -3,24 +3,26 @@
 import asyncio
 import contextlib
 import dataclasses
-import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError
 
-from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts, token_has_ended
+from distnadam.backends import registry
+from distnadam.backends.cluster import all_answered, kill, node_facts, process_born, until_answered
+from distnadam.backends.gather import insist_on
 from distnadam.backends.link import Place
-from distnadam.errors import ClusterError, DistNadamError, ShardLost, ShardUnavailable, StepTimeout
+from distnadam.errors import ShardLost
 from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
 from distnadam.orders import Load, Reign
 from distnadam.reshard import copy_plan
 from distnadam.supervision.crew import Crew, Cuts, Hired, Roster
+from distnadam.supervision.succession import Met, Succession, succession
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.transport.doorbell import Address
 from distnadam.transport.watch import Watch
@@ -28,17 +30,17 @@ from distnadam.transport.watch import Watch
 
 @dataclass(frozen=True)
 class Tools:
-    """What needs `ray.remote`: `make_shard(spec, supervisor, label, apart_from)` is an actor, `end_on(node, pid, born)` a reference."""
+    """What needs `ray.remote`: `make_shard(spec, supervisor, label, apart_from)` returns an actor, the others references; see `actors`."""
 
     make_shard: Callable[[ShardSpec, Any, str | None, str | None], Any]
-    end_on: Callable[[str, int, str], Any]
+    end_on: registry.EndOn
+    born_on: Callable[[str, int], Any]
 
 
 _OPEN_S = 120.0
 _MOVE_S = 3600.0
-_FENCE_S = 5.0
+_MEET_S = 5.0
 _SLICE_S = 0.05
-_TRIES = 5
 
 
 class RayCrew(Crew):
@@ -46,30 +48,31 @@ class RayCrew(Crew):
 
     Args:
         supervisor: the supervisor's own actor, which shards tell what happens.
-        name: the optimizer's, where it outlives who made it.
+        run: begins the names of the optimizer's processes.
         tools: makes actors, and ends processes of other nodes.
         on_death: told which process ended.
     """
 
-    def __init__(self, supervisor: Any, name: str | None, tools: Tools, on_death: Callable[[Hired], None]) -> None:
-        self._supervisor, self._name, self._tools, self._on_death = supervisor, name, tools, on_death
-        self._node = ray.get_runtime_context().get_node_id()
+    def __init__(self, supervisor: Any, run: str, tools: Tools, on_death: Callable[[Hired], None]) -> None:
+        self._supervisor, self._run, self._tools, self._on_death = supervisor, run, tools, on_death
+        self._own = registry.enter(run)
+        self._node = self._own.node
         self._watch = Watch()
         self._ended: set[Any] = set()
-        self._facts: dict[Any, dict[str, str]] = {}
+        self._births: dict[str, Any] = {}  # by token: an answer on its way from another node
 
     def make(self, spec: ShardSpec, *, standby: bool = False, apart_from: str | None = None) -> Any:
         """Return a new actor, which may not have started yet, on another node than that one where there is another."""
-        label = f"{spec.name}/{spec.index}{'s' if standby else ''}-{os.urandom(4).hex()}" if spec.name is not None else None
-        return self._tools.make_shard(spec, self._supervisor, label, apart_from)
+        return self._tools.make_shard(spec, self._supervisor, registry.label_of(spec, standby=standby), apart_from)
 
     def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
         """See `Crew.hire`."""
         primaries = [hired.place.node for hired in near if standby and hired.index == spec.index]
         actor = self.make(spec, standby=standby, apart_from=next(iter(primaries), None))
         try:
-            place = ray.get(actor.place.remote(), timeout=_OPEN_S)
-            place = ray.get(actor.open.remote(self._neighbour(place.node, near), standby=standby), timeout=_OPEN_S)
+            place = until_answered(actor.place.remote, timeout_s=_OPEN_S)
+            neighbour = self._neighbour(place.node, near)
+            place = until_answered(lambda: actor.open.remote(neighbour, standby=standby), timeout_s=_OPEN_S)
         except Exception as error:
             kill(actor)
             raise ShardLost(f"shard {spec.index}: a process for it could not be had: {str(error).splitlines()[0]}") from error
@@ -78,95 +81,96 @@ class RayCrew(Crew):
     def promote(self, standby: Hired, reign: Reign, *, near: Sequence[Hired]) -> Hired:
         """See `Crew.promote`."""
         neighbour = self._neighbour(standby.place.node, near)
-        answer = self._get({0: standby.handle.promote.remote(reign, neighbour)}, _OPEN_S)[0]
+        answer = insist_on({0: lambda: standby.handle.promote.remote(reign, neighbour)}, _OPEN_S)[0]
         if isinstance(answer, Exception):
             raise ShardLost(f"the standby of shard {standby.index}: {answer}") from answer
         return dataclasses.replace(standby, place=answer)
 
     def fence(self, hired: Hired) -> None:
         """See `Crew.fence`: SIGKILL by a process of its own node, since one that is stopped does not obey Ray."""
-        facts = self._facts.get(hired.handle)
-        if facts is not None and hired.place.node == self._node:
-            end_process(int(facts["pid"]), facts["born"])
-        elif facts is not None:
-            with contextlib.suppress(Exception):  # the node is gone, with all that ran there
-                ray.get(self._tools.end_on(hired.place.node, int(facts["pid"]), facts["born"]), timeout=_FENCE_S)
+        registry.end(self._run, [hired.place] if hired.place.pid else [], self._tools.end_on)
         kill(hired.handle)
 
-    def dismiss(self, hired: Hired) -> None:
+    def dismiss(self, *hired: Hired) -> None:
         """See `Crew.dismiss`."""
-        kill(hired.handle)
+        for each in hired:
+            kill(each.handle)
+        registry.end(self._run, [each.place for each in hired if each.place.pid], self._tools.end_on, grace_s=registry.GRACE_S)
+
+    def meet(self, first: ShardSpec) -> Succession:
+        """Find the processes of an optimizer whose supervisor died, and end those that do not answer, or are not needed any more."""
+        asked = {actor.introduce.remote(): actor for actor in registry.actors_of(self._run)}
+        met: list[Met] = []
+        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=_MEET_S)[0] if asked else []:
+            with contextlib.suppress(Exception):  # it died
+                answer = ray.get(ref)
+                met.append(dataclasses.replace(answer, hired=dataclasses.replace(answer.hired, handle=asked[ref])))
+        registry.sweep(self._run, self._tools.end_on, spare=[self._own, *(each.hired.place for each in met)])
+        answered = {each.hired.handle for each in met}
+        for actor in asked.values():
+            if actor not in answered:
+                kill(actor)
+        found = succession(first, met)
+        self.dismiss(*found.spare)
+        return found
 
     def has_ended(self, token: str) -> bool:
-        """See `Crew.has_ended`."""
-        return token_has_ended(token, self._node)
+        """See `Crew.has_ended`; a process of another node is asked about there, and the answer is there the next time."""
+        node, *process = token.split("/")
+        if len(process) != 3:
+            return False
+        pid, born = int(process[0]), process[1]
+        if node == self._node:
+            return process_born(pid) != born
+        ref = self._births.setdefault(token, self._tools.born_on(node, pid))
+        if not ray.wait([ref], timeout=0)[0]:
+            return False
+        del self._births[token]
+        try:
+            return bool(ray.get(ref) != born)
+        except Exception:
+            return not any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
 
     def watch(self, hired: Hired) -> None:
         """See `Crew.watch`: by a socket on this node, which tells at once, and by Ray everywhere."""
-        with contextlib.suppress(Exception):
-            self._facts[hired.handle] = ray.get(hired.handle.about.remote(), timeout=_OPEN_S)
 
-        def ended(_: Any = None) -> None:
+        def ended(future: Any = None) -> None:
+            if future is not None and isinstance(future.exception(), ActorUnavailableError):
+                threading.Timer(_SLICE_S, wait).start()  # only the call was lost
+                return
             self._ended.add(hired.handle)
             self._on_death(hired)
 
-        hired.handle.forever.remote().future().add_done_callback(ended)
+        def wait() -> None:
+            hired.handle.forever.remote().future().add_done_callback(ended)
+
+        wait()
         if hired.place.node == self._node and hired.place.address is not None:
             self._watch.add(hired.place.address, ended)
 
     def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
         """See `Crew.move`; the arrays go from actor to actor."""
-        standing = self._get({0: old[0].handle.standing.remote()}, _OPEN_S)[0]
+        standing = insist_on({0: old[0].handle.standing.remote}, _OPEN_S)[0]
         if isinstance(standing, Exception):
             return [standing]
-        order, refs = dataclasses.replace(order, standing=standing), {}
-        for hired, ranges in zip(new, cuts[1], strict=True):
+        order = dataclasses.replace(order, standing=standing)
+
+        def install(hired: Hired, ranges: Ranges) -> Any:
             plan = copy_plan(cuts[0], ranges)
             parts = [old[copy.source].handle.part.remote(token, copy) for copy in plan]
-            refs[hired.index] = hired.handle.install.remote(order, plan, *parts)
-        return [answer for answer in self._get(refs, _MOVE_S).values() if isinstance(answer, Exception)]
+            return hired.handle.install.remote(order, plan, *parts)
+
+        calls = {hired.index: partial(install, hired, ranges) for hired, ranges in zip(new, cuts[1], strict=True)}
+        return [answer for answer in insist_on(calls, _MOVE_S).values() if isinstance(answer, Exception)]
 
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """See `Crew.ask`; None asks a standby how far it is."""
-        answers: dict[int, Any] = {}
-        for _ in range(_TRIES):  # what a supervisor says does no harm twice
-            again = [i for i in messages if i in hired and (i not in answers or isinstance(answers[i], ShardUnavailable))]
-            refs = {i: self._send(hired[i].handle, messages[i]) for i in again}
-            answers |= self._get(refs, timeout_s, lambda refs=refs: {i for i in refs if hired[i].handle in self._ended})  # type: ignore[misc]
-            if not any(isinstance(answer, ShardUnavailable) for answer in answers.values()):
-                break
-        return answers
+        asked = {i: hired[i].handle for i in messages if i in hired}
+        calls = {i: partial(self._send, actor, messages[i]) for i, actor in asked.items()}
+        return insist_on(calls, timeout_s, lambda: {i for i, actor in asked.items() if actor in self._ended})
 
     def _send(self, actor: Any, message: Any) -> Any:
         return actor.reached.remote() if message is None else actor.send.remote(message)
-
-    def _get(self, refs: dict[int, Any], timeout_s: float, ended: Callable[[], set[int]] = set) -> dict[int, Any]:
-        """Wait for answers, but not for those of processes that are known to have ended, which Ray takes seconds to tell."""
-        deadline, ready = time.monotonic() + timeout_s, set()
-        while refs and time.monotonic() < deadline:
-            awaited = [ref for index, ref in refs.items() if index not in ended()]
-            ready = set(ray.wait(awaited, num_returns=len(awaited), timeout=_SLICE_S)[0]) if awaited else set()
-            if len(ready) == len(awaited):
-                break
-        answers: dict[int, Any] = {}
-        for index, ref in refs.items():
-            if ref not in ready and index in ended():
-                answers[index] = ShardLost(f"shard {index}: its process ended")
-                continue
-            if ref not in ready:
-                answers[index] = StepTimeout(f"shard {index} did not answer in {timeout_s:g} s")
-                continue
-            try:
-                answers[index] = ray.get(ref)
-            except RayTaskError as error:
-                answers[index] = error.cause if isinstance(error.cause, DistNadamError) else ClusterError(str(error))
-            except ActorUnavailableError as error:
-                answers[index] = ShardUnavailable(f"shard {index}: {str(error).splitlines()[0]}")
-            except (RayActorError, GetTimeoutError) as error:
-                answers[index] = ShardLost(f"shard {index}: its process or node died: {str(error).splitlines()[0]}")
-            except Exception as error:
-                answers[index] = ClusterError(f"shard {index}: {type(error).__name__}: {error}")
-        return answers
 
     def _neighbour(self, node: str, near: Sequence[Hired]) -> Address | None:
         return next((hired.place.address for hired in near if hired.place.node == node and hired.place.address is not None), None)
@@ -177,28 +181,36 @@ class SupervisorActor:
 
     def __init__(self, specs: Sequence[ShardSpec], replicas: int, tools: Tools) -> None:
         context = ray.get_runtime_context()
-        self._crew = RayCrew(context.current_actor, specs[0].name, tools, self._died)
-        self._specs = specs
-        self._supervisor = Supervisor(specs, replicas, self._crew)
+        self._crew = RayCrew(context.current_actor, specs[0].run, tools, self._died)
         self._made: list[Any] = []
-        if context.was_current_actor_reconstructed:
-            self._find_again()
+        self._opening, self._opened = asyncio.Lock(), False
+        found = self._crew.meet(specs[0]) if context.was_current_actor_reconstructed else None
+        self._specs = specs if found is None else found.specs
+        self._supervisor = Supervisor(self._specs, replicas, self._crew)
+        if found is not None:
+            self._succeed(found)
 
     async def hire(self) -> list[Any]:
-        """Make the shards' actors, which may not have started yet, and return them."""
-        self._made = [self._crew.make(spec) for spec in self._specs]
+        """Make the shards' actors, which may not have started yet, and return them; asked again, return the same."""
+        self._made = self._made or [self._crew.make(spec) for spec in self._specs]
         return self._made
 
     async def open(self) -> Roster:
-        """Have the first shard of each node make the node's parameter memory, then the others join it."""
-        nodes = [place.node for place in await asyncio.gather(*[a.place.remote() for a in self._made])]
-        firsts = {node: nodes.index(node) for node in nodes}
-        made = dict(zip(firsts, await asyncio.gather(*[self._made[i].open.remote(None) for i in firsts.values()]), strict=True))
-        rest = {i: a.open.remote(made[nodes[i]].address) for i, a in enumerate(self._made) if i not in firsts.values()}
-        joined = dict(zip(rest, await asyncio.gather(*rest.values()), strict=True))
-        shards = [Hired(i, a, joined.get(i) or made[nodes[i]]) for i, a in enumerate(self._made)]
-        self._supervisor.adopt(shards, {})
+        """Have the first shard of each node make the node's parameter memory, then the others join it; asked again, say where they are."""
+        async with self._opening:
+            if not self._opened:
+                await asyncio.to_thread(self._open)
+                self._opened = True
         return await self.roster(0)
+
+    def _open(self) -> None:
+        actors = dict(enumerate(self._made))
+        nodes = {i: place.node for i, place in all_answered(actors, lambda i: actors[i].place.remote(), timeout_s=_OPEN_S).items()}
+        firsts = {node: min(i for i in nodes if nodes[i] == node) for node in nodes.values()}
+        places = all_answered(firsts.values(), lambda i: actors[i].open.remote(None), timeout_s=_OPEN_S)
+        near = {node: places[i].address for node, i in firsts.items()}
+        places |= all_answered(actors.keys() - places.keys(), lambda i: actors[i].open.remote(near[nodes[i]]), timeout_s=_OPEN_S)
+        self._supervisor.adopt([Hired(i, actors[i], places[i]) for i in sorted(actors)], {})
 
     async def begin(self, directory: str | None, *initial: Any) -> None:
         """Start the watch; `initial` are the first parameters by space, in the order of their names."""
@@ -249,24 +261,9 @@ class SupervisorActor:
     def _died(self, hired: Hired) -> None:
         self._supervisor.died(hired)
 
-    def _find_again(self) -> None:
-        """Find the living actors of this optimizer by their names, and take them over."""
-        prefix, found = f"{self._specs[0].name}/", []
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix):
-                with contextlib.suppress(ValueError):
-                    found.append((entry["name"].removeprefix(prefix), ray.get_actor(entry["name"], namespace=NAMESPACE)))
-        shards: dict[int, Hired] = {}
-        standbys: dict[int, Hired] = {}
-        for label, actor in found:
-            index = int(label.split("-")[0].removesuffix("s"))
-            try:
-                place, standing_by = ray.get([actor.place.remote(), actor.stands_by.remote()], timeout=_FENCE_S)
-            except Exception:
-                kill(actor)  # dead, or silent: it is not asked again, and another takes its place
-                continue
-            (standbys if standing_by else shards)[index] = Hired(index, actor, place)
-        missing = {i: Hired(i, None, Place("")) for i in range(len(self._specs)) if i not in shards}
-        everyone = shards | missing
-        self._supervisor.adopt([everyone[i] for i in sorted(everyone)], standbys, list(missing.values()))
+    def _succeed(self, found: Succession) -> None:
+        """Take over what was found; what is missing counts as dead."""
+        everyone = {i: found.shards.get(i) or Hired(i, None, Place("")) for i in range(len(found.specs))}
+        self._made, self._opened = [hired.handle for hired in everyone.values()], True
+        self._supervisor.adopt(list(everyone.values()), found.standbys, [hired for i, hired in everyone.items() if i not in found.shards])
         threading.Thread(target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True).start()

@@ -39,8 +39,8 @@ class Crew(ABC):
         """End a process for certain, so that it can neither write nor answer any more."""
 
     @abstractmethod
-    def dismiss(self, hired: Hired) -> None:
-        """End a process that is not needed any more."""
+    def dismiss(self, *hired: Hired) -> None:
+        """End processes that are not needed any more, stopped ones too."""
 
     def has_ended(self, token: str) -> bool:
         """Whether the process that made a token is known to be gone."""

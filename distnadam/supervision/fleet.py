@@ -35,6 +35,11 @@ class Fleet:
         self.epoch = 0
         self.schedule: Schedule = ()
 
+    @property
+    def cutting(self) -> int:
+        """How often the state was cut anew."""
+        return self.specs[0].cutting
+
     def alive(self) -> dict[int, Hired]:
         """Return the shards that are not known to be gone, by index."""
         return {index: hired for index, hired in enumerate(self.shards) if hired not in self.gone}

@@ -35,15 +35,14 @@ class Recovery:
         fleet: the processes.
         source: what can be gone back to.
         publish: tells everyone where the shards are now, or why there are none any more.
-        report: told, from another thread, "hired" with the number of reshards, the index and the process of a new standby, None where none
-            could be had, and "attached" with those of one that was filled, and the error where it could not be.
+        report: told, from another thread, "hired" with the cutting, the index and the process of a new standby, None where none could be
+            had, and "attached" with those of one that was filled, and the error where it could not be.
     """
 
     def __init__(self, fleet: Fleet, source: Source, publish: Callable[[str | None], None], report: Callable[[str, Any], None]) -> None:
         self._fleet, self._source, self._publish, self._report = fleet, source, publish, report
         self._hirer = ThreadPoolExecutor(1, "hirer")
         self._filling: set[int] = set()
-        self._reshards = 0
         self.counts = {"promoted": 0, "rewound": 0, "departed": 0}
 
     def let_go(self) -> None:
@@ -187,7 +186,10 @@ class Recovery:
             ClusterError: no processes can be had for them, or an old one died meanwhile.
         """
         fleet, first = self._fleet, self._fleet.spec(0)
-        specs = [replace(first, index=i, num_shards=num_shards, ranges=ranges) for i, ranges in enumerate(cuts)]
+        if num_shards == len(fleet.shards):
+            return  # asked again, after an answer that was lost
+        cutting = first.cutting + 1
+        specs = [replace(first, index=i, num_shards=num_shards, ranges=ranges, cutting=cutting) for i, ranges in enumerate(cuts)]
         new: list[Hired] = []
         try:
             for spec in specs:
@@ -199,17 +201,15 @@ class Recovery:
                 order = Load(fleet.epoch + 1, newest=dict(fleet.newest))
                 for error in fleet.crew.move(_TOKEN, old, new, (ranges, cuts), order):
                     raise error
+                fleet.crew.ask(dict(enumerate(old)), {index: Retire(order.epoch) for index in range(len(old))}, ASK_S)
                 spare = [*old, *fleet.standbys.values()]
                 fleet.replace(specs, new)
-                self._reshards, self._filling = self._reshards + 1, set()
-                self._publish(None)
-                fleet.crew.ask(dict(enumerate(old)), {index: Retire(order.epoch) for index in range(len(old))}, ASK_S)
+                self._filling = set()
+                self._publish(None)  # not before the old ones are retired: see `succession`
         except BaseException:
-            for hired in new:
-                fleet.crew.dismiss(hired)
+            fleet.crew.dismiss(*new)
             raise
-        for hired in spare:
-            fleet.crew.dismiss(hired)
+        fleet.crew.dismiss(*spare)
         for hired in new:
             fleet.crew.watch(hired)
 
@@ -223,13 +223,13 @@ class Recovery:
                 continue
             self._filling.add(index)
             if (standby := fleet.standbys.get(index)) is None:
-                self._hirer.submit(self._hire, self._reshards, index, fleet.spec(index), list(fleet.alive().values()))
+                self._hirer.submit(self._hire, fleet.cutting, index, fleet.spec(index), list(fleet.alive().values()))
             else:
-                self._hirer.submit(self._attach, self._reshards, index, fleet.shards[index], standby)
+                self._hirer.submit(self._attach, fleet.cutting, index, fleet.shards[index], standby)
 
-    def take_standby(self, reshards: int, index: int, hired: Hired | None) -> None:
+    def take_standby(self, cutting: int, index: int, hired: Hired | None) -> None:
         """Take a new standby that was hired, to be filled; one for a shard that is no more is let go."""
-        if reshards != self._reshards:
+        if cutting != self._fleet.cutting:
             if hired is not None:
                 self._fleet.crew.dismiss(hired)
             return
@@ -238,9 +238,9 @@ class Recovery:
             self._fleet.standbys[index] = hired
             self._fleet.crew.watch(hired)
 
-    def take_attached(self, reshards: int, index: int, standby: Hired, error: Any) -> None:
+    def take_attached(self, cutting: int, index: int, standby: Hired, error: Any) -> None:
         """Take that a standby was filled, or could not be."""
-        if reshards != self._reshards:
+        if cutting != self._fleet.cutting:
             return
         self._filling.discard(index)
         if isinstance(error, Exception):
@@ -248,15 +248,15 @@ class Recovery:
             if self._fleet.standbys.get(index) == standby:
                 self._fleet.crew.fence(self._fleet.standbys.pop(index))
 
-    def _hire(self, reshards: int, index: int, spec: Any, near: list[Hired]) -> None:
+    def _hire(self, cutting: int, index: int, spec: Any, near: list[Hired]) -> None:
         hired = None
         try:
             hired = self._fleet.crew.hire(spec, standby=True, near=near)
         except DistNadamError as error:
             log.warning("no standby for shard %d can be had: %s", index, error)
             time.sleep(_HIRE_AGAIN_S)
-        self._report("hired", (reshards, index, hired))
+        self._report("hired", (cutting, index, hired))
 
-    def _attach(self, reshards: int, index: int, primary: Hired, standby: Hired) -> None:
+    def _attach(self, cutting: int, index: int, primary: Hired, standby: Hired) -> None:
         answer = self._fleet.crew.ask({index: primary}, {index: Attach(standby)}, _LOAD_S).get(index)
-        self._report("attached", (reshards, index, standby, answer))
+        self._report("attached", (cutting, index, standby, answer))

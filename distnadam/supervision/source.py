@@ -37,9 +37,9 @@ class Source:
         return self.initial is not None or self.directory is not None
 
     def begin(self, initial: Flat | None, directory: str | None) -> None:
-        """Take what the shards began with."""
-        self.initial = initial if self._retain_initial else None
-        self.directory = self._fixed or directory
+        """Take what the shards began with, as far as it is known."""
+        self.initial = initial if initial is not None and self._retain_initial else self.initial
+        self.directory = self._fixed or directory or self.directory
 
     def change(self, what: str) -> None:
         """Take that the state is about to be replaced from outside."""

@@ -52,7 +52,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, Future[Roster]]] = []
         self._roster = Roster(0, ())
-        self._closed = False
+        self._closed = self._begun = False
         self._next_look = 0.0
         self._thread: threading.Thread | None = None
 
@@ -65,8 +65,15 @@ class Supervisor:
             self._publish(None)
 
     def begin(self, *, initial: Flat | None, directory: str | None) -> None:
-        """Start the watch over shards that have their state: from parameters with nothing behind them, or from a checkpoint."""
+        """Start the watch over shards that have their state: from parameters with nothing behind them, or from a checkpoint.
+
+        Told again, as by a call that seemed lost, or of a successor that watches already, it only takes what can be gone back to.
+        """
         self._source.begin(initial, directory)
+        with self._lock:
+            begun, self._begun = self._begun, True
+        if begun:
+            return
         for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
             self._fleet.crew.watch(hired)
         self._recovery.let_go()
@@ -130,14 +137,14 @@ class Supervisor:
         return future
 
     def close(self) -> None:
-        """Stop watching, then end every process."""
+        """Stop watching, and end every process: at once, lest a look waits for one that is stopped, and those that it was about to make."""
         self._closed = True
         self._events.put(("look", None))
+        self._fleet.crew.dismiss(*self._fleet.shards, *self._fleet.standbys.values())
         if self._thread is not None:
             self._thread.join()
         self._recovery.close()
-        for hired in (*self._fleet.shards, *self._fleet.standbys.values()):
-            self._fleet.crew.dismiss(hired)
+        self._fleet.crew.dismiss(*self._fleet.shards, *self._fleet.standbys.values())
 
     # The watch
 
@@ -219,6 +226,8 @@ class Supervisor:
         for _ in range(_ROUNDS_OF_DECISIONS):
             seen = self._observe()
             decisions = policy.decide(seen, self._rules)
+            if self._closed:
+                return
             if not decisions:
                 break
             for decision in decisions:

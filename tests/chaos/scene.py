@@ -174,8 +174,7 @@ def _own_process(actor: Any) -> tuple[int, str]:
 
 
 def _facts(actor: Any, hired: Sequence[Any]) -> dict[int, tuple[int, str]]:
-    known = [(each.index, actor._crew._facts.get(each.handle)) for each in hired]
-    return {index: (int(facts["pid"]), facts["born"]) for index, facts in known if facts is not None}
+    return {each.index: (each.place.pid, each.place.born) for each in hired if each.place.pid}
 
 
 def _shards(actor: Any) -> dict[int, tuple[int, str]]:

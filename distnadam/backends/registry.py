@@ -1,0 +1,107 @@
+"""The processes of optimizers as the cluster knows them, whether their supervisor lives or not: names, and where each process runs.
+
+Names of Ray's lead to actors that answer. A record that each process enters before anything else leads to those that do not: one that is
+stopped obeys nobody, and can only be ended by its number. Names and records begin with the optimizer's `run`.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+from distnadam.backends.cluster import NAMESPACE, end_processes, kill, process_born
+from distnadam.backends.link import Place
+from distnadam.messages import ShardSpec
+
+EndOn = Callable[[str, Sequence[tuple[int, str]], float], Any]
+"""Has processes, given by number and birth, of a node ended by somebody there; returns a reference to wait for."""
+GRACE_S = 10.0
+"""Seconds in which a process that Ray was told to end may do so by itself."""
+_END_S = 5.0
+
+
+def new_run(name: str | None) -> str:
+    """Return what begins the names of a new optimizer's processes."""
+    return f"{name or '-'}/{secrets.token_hex(6)}"
+
+
+def runs_of(name: str) -> str:
+    """Return what begins the names of the processes of every optimizer that has this name, or had it."""
+    return f"{name}/"
+
+
+def label_of(spec: ShardSpec, *, standby: bool) -> str | None:
+    """Return a new actor name for a shard or its standby; None where nobody will look for it by name."""
+    return f"{spec.run}/{spec.cutting}.{spec.index}{'s' * standby}-{secrets.token_hex(4)}" if spec.name is not None else None
+
+
+def here() -> Place:
+    """Return this process, as a place without lanes."""
+    return Place(ray.get_runtime_context().get_node_id(), pid=os.getpid(), born=process_born(os.getpid()))
+
+
+def enter(run: str) -> Place:
+    """Record that this process belongs to an optimizer, and return it."""
+    place = here()
+    internal_kv._internal_kv_put(_record(run, place), b"", namespace=NAMESPACE)
+    return place
+
+
+def actors_of(run: str) -> list[Any]:
+    """Return the actors with names of this optimizer that Ray does not know to be dead."""
+    found = []
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith(run):
+            with contextlib.suppress(ValueError):  # it has died since
+                found.append(ray.get_actor(entry["name"], namespace=NAMESPACE))
+    return found
+
+
+def places_of(run: str) -> list[Place]:
+    """Return where processes of this optimizer run, or ran, that nobody has ended by `end`."""
+    return [Place(node, pid=int(pid), born=born) for node, pid, born in (key.rsplit("/", 3)[1:] for key in _records(run))]
+
+
+def strike(places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> None:
+    """Kill processes, stopped ones too, and wait until they are gone; with a grace, those that Ray was told to end."""
+    node, by_node = ray.get_runtime_context().get_node_id(), dict[str, list[tuple[int, str]]]()
+    for place in places:
+        by_node.setdefault(place.node, []).append((place.pid, place.born))
+    here_too = by_node.pop(node, [])
+    waits = [end_on(other, processes, grace_s) for other, processes in by_node.items()]
+    end_processes(here_too, grace_s)
+    if waits:
+        ray.wait(waits, num_returns=len(waits), timeout=_END_S)  # a node that is gone took its processes along
+
+
+def end(run: str, places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> None:
+    """End processes as `strike` does, and forget them."""
+    ended = list(places)
+    strike(ended, end_on, grace_s=grace_s)
+    for record in (key for key in _records(run) if any(key.endswith(_tail(place)) for place in ended)):
+        internal_kv._internal_kv_del(record, namespace=NAMESPACE)
+
+
+def sweep(run: str, end_on: EndOn, *, spare: Sequence[Place] = ()) -> None:
+    """End all processes whose names or records begin so, but not those that are spared."""
+    if not spare:
+        for actor in actors_of(run):
+            kill(actor)
+    kept = {_tail(place) for place in spare}
+    end(run, [place for place in places_of(run) if _tail(place) not in kept], end_on, grace_s=0.0 if spare else GRACE_S)
+
+
+def _record(run: str, place: Place) -> str:
+    return f"{run}{_tail(place)}"
+
+
+def _tail(place: Place) -> str:
+    return f"/{place.node}/{place.pid}/{place.born}"
+
+
+def _records(run: str) -> list[str]:
+    return [key.decode() for key in internal_kv._internal_kv_list(run, namespace=NAMESPACE)]

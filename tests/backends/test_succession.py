@@ -1,0 +1,176 @@
+"""Named optimizers whose supervisor dies, on real processes: its successor finds who lives, ends who does not answer, and goes on."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from distnadam import DistNadam, Options
+from distnadam.backends import registry
+from distnadam.backends.cluster import process_born
+from distnadam.backends.ray import RayBackend
+from distnadam.errors import NotRunning, Rewound
+from tests.models import bits
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+SIZE = 5000
+START = {"w": np.linspace(-1, 1, SIZE, dtype=np.float32)}
+
+
+def gradient(number: int) -> Any:
+    return {"w": np.random.default_rng(number).standard_normal(SIZE).astype(np.float32)}
+
+
+def build(name: str, root: Path | None = None, **how: Any) -> DistNadam:
+    options = Options(shard_timeout_s=3.0, step_timeout_s=60.0, checkpoint_dir=None if root is None else str(root))
+    return DistNadam(**({"num_shards": 2, "backend": "ray", "name": name, "options": options} | how)).build(START)
+
+
+def step_to(optimizer: DistNadam, end: int) -> None:
+    """Apply steps, however often the shards go back, until so many are applied."""
+    while True:
+        try:
+            while (done := optimizer.round) < end:
+                optimizer.apply_gradients(gradient(done))
+            return
+        except Rewound:
+            continue
+
+
+def undisturbed(end: int) -> list[bytes]:
+    with DistNadam(backend="local").build(START) as optimizer:
+        step_to(optimizer, end)
+        return bits(optimizer)
+
+
+def backend_of(optimizer: DistNadam) -> RayBackend:
+    backend = optimizer._running().backend
+    assert isinstance(backend, RayBackend)
+    return backend
+
+
+def supervisor_of(optimizer: DistNadam) -> int:
+    return int(backend_of(optimizer)._call("about", timeout_s=60.0)["pid"])
+
+
+def processes_of(name: str) -> set[tuple[int, str]]:
+    """The processes that an optimizer of this name has, or left."""
+    return {(place.pid, place.born) for place in registry.places_of(registry.runs_of(name))}
+
+
+def wait_until_another_supervises(optimizer: DistNadam, before: int) -> None:
+    while supervisor_of(optimizer) == before:
+        pass  # the test's time limit bounds it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [0, 1])
+def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and_never_wakes_up(replicas: int, tmp_path: Path) -> None:
+    optimizer = build(f"stopped{replicas}", tmp_path, replicas=replicas)
+    try:
+        step_to(optimizer, 3)
+        victim, supervisor = backend_of(optimizer).places[1], supervisor_of(optimizer)
+        os.kill(victim.pid, signal.SIGSTOP)
+        os.kill(supervisor, signal.SIGKILL)
+        wait_until_another_supervises(optimizer, supervisor)
+        step_to(optimizer, 6)
+        assert process_born(victim.pid) != victim.born, "a process that was replaced must not be there to wake up"
+        assert bits(optimizer) == undisturbed(6)
+    finally:
+        optimizer.close()
+    assert processes_of(f"stopped{replicas}") == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shards", "together"), [(1, False), (3, True)])
+def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(shards: int, together: bool, tmp_path: Path) -> None:
+    name = f"resharded-to-{shards}"
+    with build(name, tmp_path) as optimizer:
+        step_to(optimizer, 3)
+        optimizer.reshard(shards)
+        step_to(optimizer, 5)
+        optimizer.save(tmp_path)
+        supervisor = supervisor_of(optimizer)
+        os.kill(supervisor, signal.SIGKILL)
+        if not together:
+            wait_until_another_supervises(optimizer, supervisor)
+        os.kill(backend_of(optimizer).places[-1].pid, signal.SIGKILL)
+        wait_until_another_supervises(optimizer, supervisor)
+        step_to(optimizer, 8)
+        assert len(backend_of(optimizer).places) == shards
+        assert len(DistNadam.connect(name)._running().ranges) == shards
+        assert bits(optimizer) == undisturbed(8)
+        assert len(processes_of(name)) == shards + 1
+    assert processes_of(name) == set()
+
+
+def test_an_optimizer_is_ended_by_its_name_by_whoever_knows_it_even_where_only_its_shards_are_left() -> None:
+    optimizer = build("ended", replicas=1)
+    there = processes_of("ended")
+    assert len(there) >= 3
+    DistNadam.stop("ended")
+    with pytest.raises(NotRunning, match="no optimizer named 'ended'"):
+        DistNadam.connect("ended")
+    assert not any(process_born(pid) == born for pid, born in there)
+    optimizer.close()
+
+    build("orphaned")
+    ray.kill(ray.get_actor("orphaned", namespace="distnadam"))  # for good
+    DistNadam.stop("orphaned")
+    assert processes_of("orphaned") == set()
+    with pytest.raises(NotRunning, match="no optimizer named 'orphaned'"):
+        DistNadam.stop("orphaned")
+    with build("orphaned") as again:
+        assert again.apply_gradients(gradient(0)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hurt", [signal.SIGSTOP, signal.SIGKILL])
+def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(hurt: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distnadam.backends.ray._CLOSE_S", 1.0)
+    optimizer = build(f"hurt{hurt}")
+    there = processes_of(f"hurt{hurt}")
+    os.kill(backend_of(optimizer).places[0].pid, signal.SIGSTOP)
+    os.kill(supervisor_of(optimizer), hurt)
+    optimizer.close()
+    assert not any(process_born(pid) == born for pid, born in there)
+    assert processes_of(f"hurt{hurt}") == set()
+
+
+def test_close_of_an_unnamed_one_ends_a_stopped_shard() -> None:
+    optimizer = DistNadam(num_shards=2, backend="ray").build(START)
+    victim = backend_of(optimizer).places[1]
+    os.kill(victim.pid, signal.SIGSTOP)
+    optimizer.close()
+    assert process_born(victim.pid) != victim.born
+
+
+class Sleeper:
+    """A member of a team."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_members_of_a_team_that_are_stopped_end_where_they_are_replaced_and_with_the_team() -> None:
+    with DistNadam(num_workers=2, backend="ray").build(START) as optimizer:
+        team = optimizer.team(Sleeper)
+        for rank in range(2):
+            team.call(rank, "pid")
+        pids: dict[int, int] = {}
+        while len(pids) < 2:
+            pids |= dict(team.results(1.0))
+        born = {pid: process_born(pid) for pid in pids.values()}
+        for pid in born:
+            os.kill(pid, signal.SIGSTOP)
+        team.replace(0)
+        assert process_born(pids[0]) != born[pids[0]]
+        team.close()
+        assert process_born(pids[1]) != born[pids[1]]

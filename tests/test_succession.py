@@ -1,0 +1,77 @@
+"""What a successor makes of the processes it finds, as a table: the present cutting, who is who, who is spare."""
+
+import numpy as np
+import pytest
+
+from distnadam.config import NadamConfig, Options
+from distnadam.layout import Layout
+from distnadam.messages import ShardSpec
+from distnadam.supervision.crew import Hired
+from distnadam.supervision.succession import Met, succession
+
+LAYOUT = Layout.of({"w": np.zeros(5000, np.float32)})
+
+
+def spec(cutting: int, count: int, index: int = 0) -> ShardSpec:
+    return ShardSpec(index, count, 1, 0, "name", NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(count)[index], "run", cutting)
+
+
+def met(cutting: int, count: int, index: int, **how: object) -> Met:
+    kind = "standby" if how.get("standby") else "shard"
+    return Met(Hired(index, f"{kind} {cutting}.{index}", None), spec(cutting, count, index), **({"epoch": 1} | how))  # type: ignore[arg-type]
+
+
+OLD = [met(0, 2, 0), met(0, 2, 1)]
+NEW = [met(1, 3, i, epoch=2) for i in range(3)]
+RETIRED = [met(0, 2, 0, retired=True, epoch=2), met(0, 2, 1, retired=True, epoch=2)]
+HOLLOW = [met(1, 3, i, epoch=0) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("found", "count", "shards"),
+    [
+        (OLD, 2, ["shard 0.0", "shard 0.1"]),
+        (OLD[1:], 2, ["shard 0.1"]),
+        ([], 2, []),
+        (OLD + HOLLOW, 2, ["shard 0.0", "shard 0.1"]),
+        (OLD + HOLLOW[:1], 2, ["shard 0.0", "shard 0.1"]),
+        (OLD + NEW, 2, ["shard 0.0", "shard 0.1"]),
+        (OLD[:1] + NEW, 2, ["shard 0.0"]),
+        (RETIRED[:1] + OLD[1:] + NEW, 2, ["shard 0.1"]),
+        (RETIRED + NEW, 3, ["shard 1.0", "shard 1.1", "shard 1.2"]),
+        (RETIRED[:1] + NEW[1:], 3, ["shard 1.1", "shard 1.2"]),
+        (NEW[:1], 3, ["shard 1.0"]),
+        (HOLLOW, 3, ["shard 1.0", "shard 1.1", "shard 1.2"]),
+    ],
+    ids=[
+        "before any reshard",
+        "one died",
+        "all died",
+        "the new ones had no state yet",
+        "not all new ones were there",
+        "the new ones had theirs, the old ones were not retired",
+        "and one of the old ones died",
+        "retired in part",
+        "retired",
+        "retired, some died",
+        "the old ones are gone, some died",
+        "none has a state",
+    ],
+)
+def test_the_present_cutting_is_the_oldest_that_still_holds_its_state(found: list[Met], count: int, shards: list[str]) -> None:
+    after = succession(spec(0, 2), found)
+    assert [s.num_shards for s in after.specs] == [count] * count
+    assert [s.ranges for s in after.specs] == LAYOUT.cuts(count)
+    assert [after.shards[index].handle for index in sorted(after.shards)] == shards
+    taken = {*after.shards.values(), *after.standbys.values()}
+    assert {*after.spare} == {each.hired for each in found} - taken
+
+
+def test_of_two_for_one_place_the_one_with_a_state_is_taken_and_the_other_spared() -> None:
+    filled = met(0, 2, 0, standby=True, reached=7)
+    empty = Met(Hired(0, "another standby", None), spec(0, 2), standby=True)
+    new = Met(Hired(0, "a new shard", None), spec(0, 2), epoch=0)
+    after = succession(spec(0, 2), [*OLD, filled, empty, new])
+    assert after.standbys == {0: filled.hired}
+    assert after.shards[0] == OLD[0].hired
+    assert set(after.spare) == {empty.hired, new.hired}
