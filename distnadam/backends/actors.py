@@ -31,9 +31,9 @@ _shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActo
 _end_process = ray.remote(end_process)
 
 
-def make_shard(spec: ShardSpec, supervisor: Any, label: str | None) -> Any:
-    """Return a new actor for a shard or its standby, to be opened."""
-    return _shard.options(**actor_options(spec, label)).remote(spec, supervisor)
+def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, apart_from: str | None) -> Any:
+    """Return a new actor for a shard or its standby, to be opened; on another node than that, if it can be."""
+    return _shard.options(**actor_options(spec, label, apart_from)).remote(spec, supervisor)
 
 
 def end_on(node: str, pid: int, born: str) -> Any:
@@ -43,10 +43,15 @@ def end_on(node: str, pid: int, born: str) -> Any:
 
 
 def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
-    """Return a new supervisor; a named one outlives who made it, and is made again by Ray where it dies."""
+    """Return a new supervisor.
+
+    A named one outlives who made it, and is made again by Ray where it dies; an unnamed one ends with this process, so it lives beside it.
+    """
     asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0}
     if specs[0].name is not None:
         asked |= {"name": specs[0].name, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1}
+    else:
+        asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _supervisor.options(**asked).remote(specs, replicas, Tools(make_shard, end_on))
 
 

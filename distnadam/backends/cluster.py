@@ -27,6 +27,7 @@ _FENCE_S = 5.0
 _PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
+_NODE = "ray.io/node-id"
 _START_S = 120.0
 _REPORT_EVERY_S = 5.0
 
@@ -69,8 +70,11 @@ def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
     return None
 
 
-def actor_options(spec: ShardSpec, label: str | None) -> dict[str, Any]:
-    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it."""
+def actor_options(spec: ShardSpec, label: str | None, apart_from: str | None) -> dict[str, Any]:
+    """Return what a shard's actor asks of Ray.
+
+    One with a label is found by it, and outlives who made it; where there is another node than that it is to be apart from, it runs there.
+    """
     options = spec.options
     asked: dict[str, Any] = {
         "num_cpus": options.shard_cpus,
@@ -84,6 +88,9 @@ def actor_options(spec: ShardSpec, label: str | None) -> dict[str, Any]:
         asked["memory"] = options.shard_memory_bytes
     if options.label_selector:
         asked["label_selector"] = dict(options.label_selector)
+    if apart_from is not None:
+        asked["label_selector"] = {**options.label_selector, _NODE: f"!{apart_from}"}
+        asked["fallback_strategy"] = [{"label_selector": {_NODE: "!none", **options.label_selector}}]  # which every node has
     if label is not None:
         asked |= {"name": label, "namespace": NAMESPACE, "lifetime": "detached"}
     return asked
