@@ -58,7 +58,9 @@ PURE = {
 }
 PURE_MAY_IMPORT = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module_names
 IMPURE_STDLIB = {"socket", "threading", "subprocess", "pathlib", "time", "asyncio", "tempfile", "shutil"}
-RAY_MODULES = {f"backends/{name}.py" for name in ("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster", "callreplica")}
+RAY_MODULES = {
+    f"backends/{name}.py" for name in ("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster", "callreplica", "fencing")
+}
 LONGEST = {"optimizer.py": 450}  # the public face: more than half of it is docstrings
 
 

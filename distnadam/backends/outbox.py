@@ -21,10 +21,18 @@ class Outbox:
         carry: carries out one effect that is no work.
         begin: begins work by the runner given.
         run: the runner of work that another thread than its own comes upon.
+        may: whether anything may leave now; what may not waits for the next `empty`.
     """
 
-    def __init__(self, lock: threading.Lock, carry: Callable[[Any], None], begin: Callable[[Work, Run], object], run: Run) -> None:
-        self._lock, self._carry, self._begin, self._run = lock, carry, begin, run
+    def __init__(
+        self,
+        lock: threading.Lock,
+        carry: Callable[[Any], None],
+        begin: Callable[[Work, Run], object],
+        run: Run,
+        may: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._lock, self._carry, self._begin, self._run, self._may = lock, carry, begin, run, may
         self._effects: deque[tuple[Effect, Run, int]] = deque()
         self._busy = False
 
@@ -54,5 +62,5 @@ class Outbox:
 
     def _next(self) -> tuple[Effect, Run, int] | None:
         with self._lock:
-            self._busy = bool(self._effects)
-            return self._effects.popleft() if self._effects else None
+            self._busy = bool(self._effects) and self._may()
+            return self._effects.popleft() if self._busy else None

@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +14,7 @@ from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.callreplica import CallReplica, Feed
 from distnadam.backends.cluster import node_facts
 from distnadam.backends.host import ShardHost
+from distnadam.backends.lease import Lease, lease_s
 from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
@@ -25,6 +28,8 @@ from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address
 from distnadam.transport.lanes import LaneServer, parameter_arena
 from distnadam.transport.replica import LaneFollower, LaneReplica, Replica
+
+log = logging.getLogger("distnadam")
 
 _DRAIN_S = 10.0
 
@@ -41,6 +46,8 @@ class ShardActor:
         self._host: ShardHost | None = None
         self._standby: Standby | None = None
         self._follower: LaneFollower | None = None
+        self._lease: Lease | None = None
+        self._remote: Hired | None = None
         self._feed = Feed()
 
     async def about(self) -> dict[str, str]:
@@ -168,9 +175,11 @@ class ShardActor:
             first, second = (cut_flat(flat, spec.ranges) for flat in self._arena.flats)
             buffers = (first, second)
         how = {"threads": self._threads, "run": self._executor.submit, "on_notice": self._notice, "attach": self._attach}
-        return ShardHost(spec, buffers=buffers, **how)  # type: ignore[arg-type]
+        return ShardHost(spec, buffers=buffers, may=lambda: self._lease is not None and self._lease.good, **how)  # type: ignore[arg-type]
 
     def _serve(self, host: ShardHost) -> None:
+        """Ask for leave, and take workers' calls."""
+        self._lease = Lease(self._lease_s, self._ask_for_leave, host.resume, self._end)
         if self._arena is None:
             self._place = dataclasses.replace(self._place, address=None)
             return
@@ -178,12 +187,28 @@ class ShardActor:
         host.find_slot = lanes.slot
         self._place = dataclasses.replace(self._place, address=lanes.address)
 
+    @property
+    def _lease_s(self) -> float:
+        return lease_s(self._spec.options.shard_timeout_s)
+
+    def _ask_for_leave(self, lost: Hired | None) -> bool | None:
+        who = ray.get_runtime_context().get_actor_id()
+        answer: bool | None = ray.get(self._supervisor.leave.remote(who, lost), timeout=self._lease_s)
+        return answer
+
+    def _end(self) -> None:
+        log.error("shard %d: another has taken its place while it could not be reached; this process ends", self._spec.index)
+        os._exit(1)
+
     def _notice(self, notice: Notice) -> None:
+        if notice.what == "standby lost" and self._remote is not None and self._lease is not None:
+            self._lease.renounce(self._remote)  # it may not know; nobody hears of a round that it lacks before the supervisor does
+            self._remote = None
         self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation)
 
     def _attach(self, standby: Hired, standing: Standing, config: Any, arrays: dict[str, Flat]) -> Replica:
         """Copy the state to a standby; between processes of one node by memory, else by objects."""
-        timeout_s = self._spec.options.shard_timeout_s
+        timeout_s, self._remote = self._spec.options.shard_timeout_s, None
         if standby.place.node == self._place.node and standby.place.address is not None:
             replica: Replica = LaneReplica(standby.place.address, arrays, standing.round, timeout_s)
             try:
@@ -192,4 +217,5 @@ class ShardActor:
                 replica.close()
                 raise
             return replica
+        self._remote = standby
         return CallReplica(standby.handle, standing, config, arrays, timeout_s / 4)  # this shard's own silence is judged by all of it

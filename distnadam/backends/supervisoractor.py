@@ -13,7 +13,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts, token_has_ended
+from distnadam.backends.cluster import NAMESPACE, kill, node_facts, token_has_ended
+from distnadam.backends.fencing import Fencing
+from distnadam.backends.lease import lease_s
 from distnadam.backends.link import Place
 from distnadam.errors import ClusterError, DistNadamError, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.layout import Ranges
@@ -48,19 +50,23 @@ class RayCrew(Crew):
         name: the optimizer's, where it outlives who made it.
         tools: makes actors, and ends processes of other nodes.
         on_death: told which process ended.
+        lasts_s: seconds for which a shard's leave lasts.
     """
 
-    def __init__(self, supervisor: Any, name: str | None, tools: Tools, on_death: Callable[[Hired], None]) -> None:
+    def __init__(self, supervisor: Any, name: str | None, tools: Tools, on_death: Callable[[Hired], None], lasts_s: float) -> None:
         self._supervisor, self._name, self._tools, self._on_death = supervisor, name, tools, on_death
         self._node = ray.get_runtime_context().get_node_id()
         self._watch = Watch()
         self._ended: set[Any] = set()
+        self.fencing = Fencing(tools.end_on, self._ended, lasts_s)
         self._facts: dict[Any, dict[str, str]] = {}
 
     def make(self, spec: ShardSpec, *, standby: bool = False, apart_from: str | None = None) -> Any:
         """Return a new actor, which may not have started yet; on another node than that, if it can be."""
         label = f"{spec.name}/{spec.index}{'s' if standby else ''}-{os.urandom(4).hex()}" if spec.name is not None else None
-        return self._tools.make_shard(spec, self._supervisor, label, apart_from)
+        actor = self._tools.make_shard(spec, self._supervisor, label, apart_from)
+        self.fencing.admit(actor)
+        return actor
 
     def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
         """See `Crew.hire`."""
@@ -83,14 +89,12 @@ class RayCrew(Crew):
         return dataclasses.replace(standby, place=answer)
 
     def fence(self, hired: Hired) -> None:
-        """See `Crew.fence`: SIGKILL by a process of its own node, since one that is stopped does not obey Ray."""
-        facts = self._facts.get(hired.handle)
-        if facts is not None and hired.place.node == self._node:
-            end_process(int(facts["pid"]), facts["born"])
-        elif facts is not None:
-            with contextlib.suppress(Exception):  # the node is gone, with all that ran there
-                ray.get(self._tools.end_on(hired.place.node, int(facts["pid"]), facts["born"]), timeout=_FENCE_S)
-        kill(hired.handle)
+        """See `Crew.fence`."""
+        self.fencing.fence(hired, self._facts.get(hired.handle))
+
+    def in_charge(self) -> bool:
+        """See `Crew.in_charge`."""
+        return self.fencing.leases.in_charge
 
     def dismiss(self, hired: Hired) -> None:
         """See `Crew.dismiss`."""
@@ -176,7 +180,8 @@ class SupervisorActor:
 
     def __init__(self, specs: Sequence[ShardSpec], replicas: int, tools: Tools) -> None:
         context = ray.get_runtime_context()
-        self._crew = RayCrew(context.current_actor, specs[0].name, tools, self._died)
+        lasts_s = lease_s(specs[0].options.shard_timeout_s)
+        self._crew = RayCrew(context.current_actor, specs[0].name, tools, self._died, lasts_s)
         self._specs = specs
         self._supervisor = Supervisor(specs, replicas, self._crew)
         self._made: list[Any] = []
@@ -208,6 +213,12 @@ class SupervisorActor:
     async def roster(self, newer_than: int, *, suspect: bool = False) -> Roster:
         """See `Supervisor.roster`."""
         return await asyncio.wrap_future(self._supervisor.roster(newer_than, suspect))
+
+    async def leave(self, who: str, lost: Hired | None) -> bool | None:
+        """Give a shard leave, as `Leases.ask` has it; `lost` is a standby on another node that it has gone on without."""
+        if lost is not None:
+            self._supervisor.outdated(lost)
+        return self._crew.fencing.leases.ask(who)
 
     async def notice(self, what: str, rank: int, incarnation: int) -> None:
         """See `Supervisor.notice`."""
@@ -267,5 +278,7 @@ class SupervisorActor:
             (standbys if standing_by else shards)[index] = Hired(index, actor, place)
         missing = {i: Hired(i, None, Place("")) for i in range(len(self._specs)) if i not in shards}
         everyone = shards | missing
+        for hired in (*everyone.values(), *standbys.values()):
+            self._crew.fencing.inherit(hired)
         self._supervisor.adopt([everyone[i] for i in sorted(everyone)], standbys, list(missing.values()))
         threading.Thread(target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True).start()

@@ -1,0 +1,82 @@
+"""How a supervisor makes certain that a process of its optimizer is gone, or stands still, before another takes its place."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import ray
+
+from distnadam.backends.cluster import end_process, kill
+from distnadam.backends.lease import Leases
+from distnadam.supervision.crew import Hired
+
+log = logging.getLogger("distnadam")
+
+_FENCE_S = 5.0
+
+
+class Fencing:
+    """See the module.
+
+    Args:
+        end_on: `end_on(node, pid, born)` has a process of another node killed, and returns a reference to wait for.
+        ended: the actors whose end Ray has told.
+        lasts_s: seconds for which a shard's leave lasts.
+    """
+
+    def __init__(self, end_on: Callable[[str, int, str], Any], ended: Container[Any], lasts_s: float) -> None:
+        self._end_on, self._ended = end_on, ended
+        self._node = ray.get_runtime_context().get_node_id()
+        self._fenced: set[Hired] = set()
+        self.leases = Leases(lasts_s, self._belongs, lambda: os._exit(1))
+
+    def inherit(self, hired: Hired) -> None:
+        """Know a shard of an earlier supervisor, which may have given it leave."""
+        self.leases.admit(_who(hired.index, hired.handle), inherited=True)
+
+    def admit(self, actor: Any) -> None:
+        """Know a new shard's actor."""
+        self.leases.admit(_who(0, actor))
+
+    def fence(self, hired: Hired, facts: Mapping[str, str] | None) -> None:
+        """Kill a process; where nobody can, wait until it stands still.
+
+        Args:
+            hired: whose it is.
+            facts: what `node_facts` said there, where it is known.
+        """
+        if hired in self._fenced:
+            return
+        lapses_s = self.leases.refuse(_who(hired.index, hired.handle))
+        ended = self._end(hired, facts)
+        kill(hired.handle)
+        if not ended and lapses_s:
+            log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", hired.index, lapses_s)
+            time.sleep(lapses_s)
+        self._fenced.add(hired)
+
+    def _end(self, hired: Hired, facts: Mapping[str, str] | None) -> bool:
+        """Kill a process, and return whether it is certain to be gone."""
+        node = hired.place.node
+        if facts is not None and node == self._node:
+            end_process(int(facts["pid"]), facts["born"])  # by its number, since one that is stopped does not obey Ray
+            return True
+        alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
+        if not node:
+            return all(alive.values())  # nobody knows where it was
+        if facts is not None and alive.get(node):
+            with contextlib.suppress(Exception):
+                ray.get(self._end_on(node, int(facts["pid"]), facts["born"]), timeout=_FENCE_S)
+                return True
+        return bool(alive.get(node)) and hired.handle in self._ended
+
+    def _belongs(self) -> bool:
+        return any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes())
+
+
+def _who(index: int, actor: Any) -> str:
+    """What a shard calls itself where it asks for leave; one that is missing, its index."""
+    return str(index) if actor is None else str(actor._actor_id.hex())
