@@ -54,10 +54,16 @@ def born_on(node: str, pid: int) -> Any:
 
 
 def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
-    """Return a new supervisor; a named one outlives who made it, and is made again by Ray where it dies."""
-    asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0, "label_selector": dict(specs[0].options.label_selector)}
+    """Return a new supervisor.
+
+    A named one outlives who made it, and is made again by Ray where it dies; an unnamed one ends with this process, so it lives beside it.
+    """
+    asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0}
     if specs[0].name is not None:
         asked |= {"name": specs[0].name, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1}
+        asked |= {"label_selector": dict(specs[0].options.label_selector)}
+    else:
+        asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _supervisor.options(**asked).remote(specs, replicas, Tools(make_shard, end_on, born_on))
 
 

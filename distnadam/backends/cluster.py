@@ -37,6 +37,7 @@ _FENCE_S = 5.0
 _PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
+_NODE = "ray.io/node-id"
 _START_S = 120.0
 _REPORT_EVERY_S = 5.0
 _AGAIN_S = 0.05

@@ -52,6 +52,7 @@ class ShardHost:
         run: carries out heavy work: at once in the calling thread, or by handing it to an executor.
         on_notice: told what happens to ranks and to the standby.
         attach: makes the way to a standby, from what an `Attach` order says, the shard's place in time and its arrays.
+        may: whether anybody may be told anything now, a standby included; `resume` once that may be so again.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ShardHost:
         run: Run = run_here,
         on_notice: Callable[[Notice], None] = lambda notice: None,
         attach: Callable[[Any, Standing, NadamConfig, dict[str, Flat]], Replica] | None = None,
+        may: Callable[[], bool] = lambda: True,
     ) -> None:
         self._shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
         self._on_notice, self._connect = on_notice, attach
@@ -70,7 +72,7 @@ class ShardHost:
         self.find_slot: FindSlot = lambda rank, incarnation, dtypes: None
         self._spec, self._run_by_default = spec, run
         self._lock = threading.Lock()
-        self._outbox = Outbox(self._lock, self._carry_out, lambda work, run: run(lambda: self._compute(work, run)), run)
+        self._outbox = Outbox(self._lock, self._carry_out, lambda work, run: run(lambda: self._compute(work, run)), run, may)
         self._waiting: set[Reply] = set()
         self._closed = False
         self._filing = 0
@@ -135,6 +137,10 @@ class ShardHost:
             self._answer(reply, error)
         else:
             self._outbox.empty()
+
+    def resume(self) -> None:
+        """Tell what could not be told before."""
+        self._outbox.empty()
 
     def close(self) -> None:
         """Refuse what comes and answer who waits."""

@@ -21,10 +21,18 @@ class Outbox:
         carry: carries out one effect that is no work.
         begin: begins work by the runner given.
         run: the runner of work that another thread than its own comes upon.
+        may: whether anything may leave now; what may not waits for the next `empty`.
     """
 
-    def __init__(self, lock: threading.Lock, carry: Callable[[Any], None], begin: Callable[[Work, Run], object], run: Run) -> None:
-        self._lock, self._carry, self._begin, self._run = lock, carry, begin, run
+    def __init__(
+        self,
+        lock: threading.Lock,
+        carry: Callable[[Any], None],
+        begin: Callable[[Work, Run], object],
+        run: Run,
+        may: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._lock, self._carry, self._begin, self._run, self._may = lock, carry, begin, run, may
         self._queued: deque[tuple[Effect, Run, int]] = deque()
         self._at_hand: deque[tuple[Effect, Run, int]] = deque()  # whoever is at it has these to itself
         self._busy = False
@@ -44,7 +52,7 @@ class Outbox:
         begun: list[tuple[Work, Run]] = []  # one at most: the machine asks for no more before it was reported
         try:
             while self._fetch():
-                while self._at_hand:
+                while self._at_hand and self._may():
                     effect, run, owner = self._at_hand.popleft()
                     if isinstance(effect, Compute):
                         begun.append((effect.work, run if owner == threading.get_ident() else self._run))
@@ -57,9 +65,9 @@ class Outbox:
             self._begin(work, run)
 
     def _fetch(self) -> bool:
-        """Take what is queued; return whether there is anything, and where not, be done."""
+        """Take what is queued; return whether there is anything that may leave, and where not, be done."""
         with self._lock:
-            if self._queued:
-                self._at_hand, self._queued = self._at_hand + self._queued if self._at_hand else self._queued, deque()
-            self._busy = bool(self._at_hand)
+            self._at_hand.extend(self._queued)
+            self._queued.clear()
+            self._busy = bool(self._at_hand) and self._may()
             return self._busy

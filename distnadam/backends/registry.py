@@ -82,7 +82,12 @@ def end(run: str, places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.
     """End processes as `strike` does, and forget them."""
     ended = list(places)
     strike(ended, end_on, grace_s=grace_s)
-    for record in (key for key in _records(run) if any(key.endswith(_tail(place)) for place in ended)):
+    forget(run, ended)
+
+
+def forget(run: str, places: Sequence[Place]) -> None:
+    """Strike the records of processes that are gone."""
+    for record in (key for key in _records(run) if any(key.endswith(_tail(place)) for place in places)):
         internal_kv._internal_kv_del(record, namespace=NAMESPACE)
 
 

@@ -1,8 +1,9 @@
 """A shard, or its standby, as it lives in a Ray actor: messages by calls and lanes, a standby followed by lane or by calls."""
 
 import asyncio
-import contextlib
 import dataclasses
+import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,8 +12,10 @@ import ray
 
 from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends import registry
+from distnadam.backends.callreplica import CallReplica, Feed
 from distnadam.backends.cluster import insist, node_facts
 from distnadam.backends.host import ShardHost
+from distnadam.backends.lease import Lease, lease_s
 from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
@@ -28,8 +31,9 @@ from distnadam.transport.doorbell import Address
 from distnadam.transport.lanes import LaneServer, parameter_arena
 from distnadam.transport.replica import LaneFollower, LaneReplica, Replica
 
+log = logging.getLogger("distnadam")
+
 _DRAIN_S = 10.0
-_LET_GO_S = 1.0
 
 
 class ShardActor:
@@ -44,6 +48,9 @@ class ShardActor:
         self._host: ShardHost | None = None
         self._standby: Standby | None = None
         self._follower: LaneFollower | None = None
+        self._lease: Lease | None = None
+        self._remote: Hired | None = None
+        self._feed = Feed()
 
     async def about(self) -> dict[str, str]:
         """Return what `node_facts` says here."""
@@ -110,22 +117,38 @@ class ShardActor:
         """Never return, so that the call's end tells that this process ended."""
         await asyncio.Event().wait()
 
-    async def begin(self, standing: Standing, config: Any, *arrays: Any) -> None:
-        """Standby: take the place in time of the arrays; those come here where the primary is on another node."""
+    async def begin(self, standing: Standing, config: Any, feed: int = 0, *arrays: Any) -> None:
+        """Standby: take the place in time of the arrays; those come here where the primary is on another node, and begin a feed."""
         assert self._standby is not None
-        if arrays:
-            spaces = sorted(self._spec.ranges)
+        if not arrays:
+            self._standby.begin(standing, config)
+            return
+        await self._feed.turn(feed, 0)
+        spaces, standby = sorted(self._spec.ranges), self._standby
+
+        def fill() -> None:
             named = [dict(zip(spaces, arrays[i::3], strict=True)) for i in range(3)]
             copied = [{space: values.copy() for space, values in flat.items()} for flat in named]
-            self._standby.take_arrays(dict(zip(("params", "m", "v"), copied, strict=True)))
-        self._standby.begin(standing, config)
+            standby.take_arrays(dict(zip(("params", "m", "v"), copied, strict=True)))
+            standby.begin(standing, config)
 
-    async def replicate(self, record: Record, *means: Any) -> int:
-        """Standby: take a record from a primary on another node."""
+        await asyncio.wrap_future(self._executor.submit(fill))  # after what an earlier feed has begun
+        self._feed.done(0)
+
+    async def replicate(self, feed: int, number: int, record: Record, *means: Any) -> int:
+        """Standby: take a record from a primary on another node, after those before it, since calls may overtake each other."""
         assert self._standby is not None
+        await self._feed.turn(feed, number)
         standby, mean = self._standby, dict(zip(sorted(self._spec.ranges), means, strict=True)) if means else {}
         await asyncio.wrap_future(self._executor.submit(standby.apply, record, mean))
+        self._feed.done(number)
         return record.round if isinstance(record, Replicated) else -1
+
+    async def let_go(self, feed: int) -> None:
+        """Standby: follow this feed no further, nor step in."""
+        assert self._standby is not None
+        if self._feed.end(feed):
+            self._standby.apply(LetGo(), {})
 
     async def reached(self) -> int | None:
         """Standby: the round that it has reached, once all that a dead primary sent is applied."""
@@ -162,9 +185,11 @@ class ShardActor:
             first, second = (cut_flat(flat, spec.ranges) for flat in self._arena.flats)
             buffers = (first, second)
         how = {"threads": self._threads, "run": self._executor.submit, "on_notice": self._notice, "attach": self._attach}
-        return ShardHost(spec, buffers=buffers, **how)  # type: ignore[arg-type]
+        return ShardHost(spec, buffers=buffers, may=lambda: self._lease is not None and self._lease.good, **how)  # type: ignore[arg-type]
 
     def _serve(self, host: ShardHost) -> None:
+        """Ask for leave, and take workers' calls."""
+        self._lease = Lease(self._lease_s, self._ask_for_leave, host.resume, self._end)
         if self._arena is None:
             self._place = dataclasses.replace(self._place, address=None)
             return
@@ -172,12 +197,28 @@ class ShardActor:
         host.find_slot = lanes.slot
         self._place = dataclasses.replace(self._place, address=lanes.address)
 
+    @property
+    def _lease_s(self) -> float:
+        return lease_s(self._spec.options.shard_timeout_s)
+
+    def _ask_for_leave(self, lost: Hired | None) -> bool | None:
+        who = ray.get_runtime_context().get_actor_id()
+        answer: bool | None = ray.get(self._supervisor.leave.remote(who, lost), timeout=self._lease_s)
+        return answer
+
+    def _end(self) -> None:
+        log.error("shard %d: another has taken its place while it could not be reached; this process ends", self._spec.index)
+        os._exit(1)
+
     def _notice(self, notice: Notice) -> None:
+        if notice.what == "standby lost" and self._remote is not None and self._lease is not None:
+            self._lease.renounce(self._remote)  # it may not know; nobody hears of a round that it lacks before the supervisor does
+            self._remote = None
         insist(lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation))
 
     def _attach(self, standby: Hired, standing: Standing, config: Any, arrays: dict[str, Flat]) -> Replica:
         """Copy the state to a standby; between processes of one node by memory, else by objects."""
-        timeout_s = self._spec.options.shard_timeout_s
+        timeout_s, self._remote = self._spec.options.shard_timeout_s, None
         if standby.place.node == self._place.node and standby.place.address is not None:
             replica: Replica = LaneReplica(standby.place.address, arrays, standing.round, timeout_s)
             try:
@@ -186,46 +227,5 @@ class ShardActor:
                 replica.close()
                 raise
             return replica
+        self._remote = standby
         return CallReplica(standby.handle, standing, config, arrays, timeout_s / 4)  # this shard's own silence is judged by all of it
-
-
-class CallReplica(Replica):
-    """A standby on another node: what it is given travels by Ray objects, and counts once it has answered.
-
-    While the first copy is on its way, rounds go on without waiting for it.
-    """
-
-    def __init__(self, standby: Any, standing: Standing, config: Any, arrays: dict[str, Flat], timeout_s: float) -> None:
-        self._standby, self._timeout_s = standby, timeout_s
-        self._spaces = sorted(arrays["params"])
-        self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
-        given = [arrays[name][space] for space in self._spaces for name in ("params", "m", "v")]
-        self._calls = [standby.begin.remote(standing, config, *given)]
-        self.reached, self._synced = standing.round, False
-
-    def ready(self) -> bool:
-        """See `Replica.ready`; a call has copied its arguments."""
-        return True
-
-    def send(self, record: Record) -> bool:
-        """See `Replica.send`."""
-        means = [self.mean[space] for space in self._spaces] if isinstance(record, Replicated) and record.outcome == "applied" else []
-        self._calls.append(self._standby.replicate.remote(record, *means))
-        try:
-            if self._synced:
-                ray.get(self._calls, timeout=self._timeout_s)
-                self._calls = []
-            else:
-                done, self._calls = ray.wait(self._calls, num_returns=len(self._calls), timeout=0)
-                ray.get(done)
-                self._synced = not self._calls
-        except Exception:  # whatever it is, that standby cannot follow
-            return False
-        if isinstance(record, Replicated):
-            self.reached = record.round
-        return True
-
-    def close(self) -> None:
-        """See `Replica.close`."""
-        with contextlib.suppress(Exception):  # it is gone, or does not answer; the supervisor hears of that by itself
-            ray.get(self._standby.replicate.remote(LetGo()), timeout=_LET_GO_S)

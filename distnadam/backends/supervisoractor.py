@@ -14,7 +14,9 @@ from ray.exceptions import ActorUnavailableError
 
 from distnadam.backends import registry
 from distnadam.backends.cluster import all_answered, kill, node_facts, process_born, until_answered
+from distnadam.backends.fencing import Fencing
 from distnadam.backends.gather import insist_on
+from distnadam.backends.lease import lease_s
 from distnadam.backends.link import Place
 from distnadam.errors import ShardLost
 from distnadam.layout import Ranges
@@ -51,24 +53,28 @@ class RayCrew(Crew):
         run: begins the names of the optimizer's processes.
         tools: makes actors, and ends processes of other nodes.
         on_death: told which process ended.
+        lasts_s: seconds for which a shard's leave lasts.
     """
 
-    def __init__(self, supervisor: Any, run: str, tools: Tools, on_death: Callable[[Hired], None]) -> None:
+    def __init__(self, supervisor: Any, run: str, tools: Tools, on_death: Callable[[Hired], None], lasts_s: float) -> None:
         self._supervisor, self._run, self._tools, self._on_death = supervisor, run, tools, on_death
         self._own = registry.enter(run)
         self._node = self._own.node
         self._watch = Watch()
         self._ended: set[Any] = set()
         self._births: dict[str, Any] = {}  # by token: an answer on its way from another node
+        self.fencing = Fencing(run, tools.end_on, self._ended, lasts_s)
 
     def make(self, spec: ShardSpec, *, standby: bool = False, apart_from: str | None = None) -> Any:
         """Return a new actor, which may not have started yet, on another node than that one where there is another."""
-        return self._tools.make_shard(spec, self._supervisor, registry.label_of(spec, standby=standby), apart_from)
+        actor = self._tools.make_shard(spec, self._supervisor, registry.label_of(spec, standby=standby), apart_from)
+        self.fencing.admit(actor)
+        return actor
 
     def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
         """See `Crew.hire`."""
-        primaries = [hired.place.node for hired in near if standby and hired.index == spec.index]
-        actor = self.make(spec, standby=standby, apart_from=next(iter(primaries), None))
+        primary = next((hired.place.node for hired in near if hired.index == spec.index), None) if standby else None
+        actor = self.make(spec, standby=standby, apart_from=primary)
         try:
             place = until_answered(actor.place.remote, timeout_s=_OPEN_S)
             neighbour = self._neighbour(place.node, near)
@@ -87,9 +93,12 @@ class RayCrew(Crew):
         return dataclasses.replace(standby, place=answer)
 
     def fence(self, hired: Hired) -> None:
-        """See `Crew.fence`: SIGKILL by a process of its own node, since one that is stopped does not obey Ray."""
-        registry.end(self._run, [hired.place] if hired.place.pid else [], self._tools.end_on)
-        kill(hired.handle)
+        """See `Crew.fence`."""
+        self.fencing.fence(hired)
+
+    def in_charge(self) -> bool:
+        """See `Crew.in_charge`."""
+        return self.fencing.leases.in_charge
 
     def dismiss(self, *hired: Hired) -> None:
         """See `Crew.dismiss`."""
@@ -181,7 +190,8 @@ class SupervisorActor:
 
     def __init__(self, specs: Sequence[ShardSpec], replicas: int, tools: Tools) -> None:
         context = ray.get_runtime_context()
-        self._crew = RayCrew(context.current_actor, specs[0].run, tools, self._died)
+        lasts_s = lease_s(specs[0].options.shard_timeout_s)
+        self._crew = RayCrew(context.current_actor, specs[0].run, tools, self._died, lasts_s)
         self._made: list[Any] = []
         self._opening, self._opened = asyncio.Lock(), False
         found = self._crew.meet(specs[0]) if context.was_current_actor_reconstructed else None
@@ -221,6 +231,12 @@ class SupervisorActor:
     async def roster(self, newer_than: int, *, suspect: bool = False) -> Roster:
         """See `Supervisor.roster`."""
         return await asyncio.wrap_future(self._supervisor.roster(newer_than, suspect))
+
+    async def leave(self, who: str, lost: Hired | None) -> bool | None:
+        """Give a shard leave, as `Leases.ask` has it; `lost` is a standby on another node that it has gone on without."""
+        if lost is not None:
+            self._supervisor.outdated(lost)
+        return self._crew.fencing.leases.ask(who)
 
     async def notice(self, what: str, rank: int, incarnation: int) -> None:
         """See `Supervisor.notice`."""
@@ -265,5 +281,7 @@ class SupervisorActor:
         """Take over what was found; what is missing counts as dead."""
         everyone = {i: found.shards.get(i) or Hired(i, None, Place("")) for i in range(len(found.specs))}
         self._made, self._opened = [hired.handle for hired in everyone.values()], True
+        for hired in (*everyone.values(), *found.standbys.values()):
+            self._crew.fencing.inherit(hired)
         self._supervisor.adopt(list(everyone.values()), found.standbys, [hired for i, hired in everyone.items() if i not in found.shards])
         threading.Thread(target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True).start()

@@ -42,6 +42,10 @@ class Crew(ABC):
     def dismiss(self, *hired: Hired) -> None:
         """End processes that are not needed any more, stopped ones too."""
 
+    def in_charge(self) -> bool:
+        """Whether the supervisor may decide anything now; not while it may have been cut off, and another put in its place."""
+        return True
+
     def has_ended(self, token: str) -> bool:
         """Whether the process that made a token is known to be gone."""
         return False

@@ -29,6 +29,7 @@ class Fleet:
         self.shards: list[Hired] = []
         self.standbys: dict[int, Hired] = {}
         self.gone: set[Hired] = set()
+        self.outdated: set[Hired] = set()  # standbys whose primary has gone on without them, and which may not know
         self.newest: dict[int, int] = {}
         self.dead: dict[int, tuple[int, float]] = {}  # by rank: the worker that died, and when
         self.stuck = False

@@ -90,6 +90,11 @@ class Supervisor:
         """Take that a process ended."""
         self._events.put(("died", (hired,)))
 
+    def outdated(self, standby: Hired) -> None:
+        """Take that a primary goes on without its standby, which must not step in for it from now on."""
+        self._fleet.outdated.add(standby)
+        self._events.put(("outdated", (standby,)))
+
     def notice(self, what: str, rank: int, incarnation: int) -> None:
         """Take what a shard says of a rank or of its standby."""
         self._events.put((what, (rank, incarnation)))
@@ -164,6 +169,8 @@ class Supervisor:
 
     def _drain(self) -> list[tuple[str, Any]]:
         events = []
+        while not (self._fleet.crew.in_charge() or self._closed):
+            time.sleep(TICK_S)
         try:
             events.append(self._events.get(timeout=TICK_S))
             while True:
@@ -179,6 +186,10 @@ class Supervisor:
         self._fleet.gone.add(hired)
         if self._fleet.standbys.get(hired.index) == hired:
             del self._fleet.standbys[hired.index]
+
+    def _on_outdated(self, standby: Hired) -> None:
+        self._on_died(standby)
+        self._fleet.crew.dismiss(standby)
 
     def _on_joined(self, rank: int, incarnation: int) -> None:
         self._fleet.joined(rank, incarnation)
@@ -228,7 +239,7 @@ class Supervisor:
             decisions = policy.decide(seen, self._rules)
             if self._closed:
                 return
-            if not decisions:
+            if not decisions or not self._fleet.crew.in_charge():
                 break
             for decision in decisions:
                 self._recovery.carry_out(decision, seen)
@@ -264,8 +275,8 @@ class Supervisor:
             return policy.ShardSeen(True, *told)
         if hired in fleet.gone:
             fleet.crew.fence(hired)  # what it had sent to its standby is all there then
-            standby = fleet.standbys.get(hired.index)
-            reached = fleet.crew.ask({0: standby}, {0: None}, ASK_S)[0] if standby is not None else None
+            if (standby := fleet.standbys.get(hired.index)) is not None and standby not in fleet.outdated:
+                reached = fleet.crew.ask({0: standby}, {0: None}, ASK_S)[0]
         return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
 
     def _check_holder(self, described: Sequence[Description], now: float) -> None:

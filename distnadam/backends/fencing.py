@@ -1,0 +1,80 @@
+"""How a supervisor makes certain that a process of its optimizer is gone, or stands still, before another takes its place."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Container
+from typing import Any
+
+import ray
+
+from distnadam.backends import registry
+from distnadam.backends.cluster import kill
+from distnadam.backends.lease import Leases
+from distnadam.supervision.crew import Hired
+
+log = logging.getLogger("distnadam")
+
+_FENCE_S = 5.0
+
+
+class Fencing:
+    """See the module.
+
+    Args:
+        run: begins the names of the optimizer's processes.
+        end_on: has processes of another node killed.
+        ended: the actors whose end Ray has told.
+        lasts_s: seconds for which a shard's leave lasts.
+    """
+
+    def __init__(self, run: str, end_on: registry.EndOn, ended: Container[Any], lasts_s: float) -> None:
+        self._run, self._end_on, self._ended = run, end_on, ended
+        self._node = ray.get_runtime_context().get_node_id()
+        self._fenced: set[Hired] = set()
+        self.leases = Leases(lasts_s, self._belongs, lambda: os._exit(1))
+
+    def inherit(self, hired: Hired) -> None:
+        """Know a shard of an earlier supervisor, which may have given it leave."""
+        self.leases.admit(_who(hired.index, hired.handle), inherited=True)
+
+    def admit(self, actor: Any) -> None:
+        """Know a new shard's actor."""
+        self.leases.admit(_who(0, actor))
+
+    def fence(self, hired: Hired) -> None:
+        """Kill a process; where nobody can, wait until it stands still."""
+        if hired in self._fenced:
+            return
+        lapses_s = self.leases.refuse(_who(hired.index, hired.handle))
+        ended = self._end(hired)
+        kill(hired.handle)
+        if not ended and lapses_s:
+            log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", hired.index, lapses_s)
+            time.sleep(lapses_s)
+        self._fenced.add(hired)
+
+    def _end(self, hired: Hired) -> bool:
+        """Kill a process, and return whether it is certain to be gone."""
+        place = hired.place
+        if place.pid and place.node == self._node:
+            registry.end(self._run, [place], self._end_on)  # by its number, since one that is stopped does not obey Ray
+            return True
+        alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
+        if not place.node:
+            return all(alive.values())  # nobody knows where it was
+        if place.pid and alive.get(place.node):
+            with contextlib.suppress(Exception):
+                ray.get(self._end_on(place.node, [(place.pid, place.born)], 0.0), timeout=_FENCE_S)
+                registry.forget(self._run, [place])
+                return True
+        return bool(alive.get(place.node)) and hired.handle in self._ended
+
+    def _belongs(self) -> bool:
+        return any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes())
+
+
+def _who(index: int, actor: Any) -> str:
+    """What a shard calls itself where it asks for leave; one that is missing, its index."""
+    return str(index) if actor is None else str(actor._actor_id.hex())

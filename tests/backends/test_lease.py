@@ -1,0 +1,146 @@
+"""Leave is given, lapses, is renounced and refused; a shard without it tells nobody anything, and loses nothing by that."""
+
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam.backends import lease
+from distnadam.backends.host import ShardHost
+from distnadam.backends.lease import Lease, Leases
+from distnadam.config import NadamConfig, Options
+from distnadam.layout import Layout
+from distnadam.messages import Describe, Join, Push, ShardSpec
+from distnadam.orders import Load
+
+LAYOUT = Layout.of({"w": np.ones(10, np.float32)})
+
+
+class Clock:
+    """Stands still until it is moved."""
+
+    seconds = 1000.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(lease, "now", lambda: clock.seconds)
+    return clock
+
+
+class Asked:
+    """A lease whose asking is answered by the test, and what came of each."""
+
+    def __init__(self, lasts_s: float) -> None:
+        self.questions: queue.Queue[Any] = queue.Queue()
+        self._answers: queue.Queue[bool | None] = queue.Queue()
+        self.renewed: queue.Queue[str] = queue.Queue()
+        self.lease = Lease(lasts_s, self._ask, lambda: self.renewed.put("renewed"), lambda: self.renewed.put("refused"))
+
+    def _ask(self, told: Any) -> bool | None:
+        self.questions.put(told)
+        return self._answers.get()
+
+    def answer(self, answer: bool | None) -> None:
+        self._answers.put(answer)
+
+
+@pytest.fixture
+def asked(clock: Clock) -> Iterator[Asked]:
+    asked = Asked(10.0)
+    yield asked
+    asked.answer(False)  # ends its thread
+
+
+def test_leave_counts_from_when_it_was_asked_for_and_lapses(asked: Asked, clock: Clock) -> None:
+    assert not asked.lease.good
+    asked.questions.get()
+    clock.seconds += 4.0  # the answer takes its time
+    asked.answer(True)
+    asked.renewed.get()
+    assert asked.lease.good
+    clock.seconds += 5.9
+    assert asked.lease.good
+    clock.seconds += 0.2
+    assert not asked.lease.good
+
+
+def test_leave_that_was_asked_for_before_it_was_renounced_does_not_count(asked: Asked, clock: Clock) -> None:
+    assert asked.questions.get() is None
+    clock.seconds += 1.0
+    asked.lease.renounce("the standby is lost")
+    asked.answer(True)
+    asked.renewed.get()
+    assert not asked.lease.good
+    assert asked.questions.get() == "the standby is lost"
+    asked.answer(True)
+    asked.renewed.get()
+    assert asked.lease.good
+    asked.lease.renounce("another")  # wakes it
+    assert asked.questions.get() == "another"
+
+
+def test_a_shard_that_is_refused_is_told_once(asked: Asked) -> None:
+    asked.questions.get()
+    asked.answer(False)
+    assert asked.renewed.get() == "refused"
+    assert not asked.lease.good
+
+
+def leases(clock: Clock, *, belongs: bool) -> Leases:
+    """Leases whose thread has looked once."""
+    looked: queue.Queue[None] = queue.Queue()
+    given = Leases(8.0, lambda: belongs, lambda: looked.put(None))
+    if belongs:
+        while not given.in_charge:
+            pass
+    else:
+        looked.get()
+    return given
+
+
+def test_only_known_shards_get_leave_and_a_supervisor_waits_for_what_it_gave_to_lapse(clock: Clock) -> None:
+    given = leases(clock, belongs=True)
+    assert given.ask("stranger") is False
+    given.admit("shard")
+    assert given.ask("shard") is True
+    clock.seconds += 3.0
+    assert given.refuse("shard") == 5.0
+    assert given.ask("shard") is False
+    given.admit("never asked")
+    assert given.refuse("never asked") == 0.0
+
+
+def test_a_successor_waits_for_what_its_predecessor_may_have_given(clock: Clock) -> None:
+    given = leases(clock, belongs=True)
+    given.admit("shard", inherited=True)
+    assert given.refuse("shard") == 8.0 + 4.0  # until a predecessor that was cut off had noticed that
+
+
+def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leave(clock: Clock) -> None:
+    given = leases(clock, belongs=False)
+    given.admit("shard")
+    assert not given.in_charge
+    assert given.ask("shard") is None
+
+
+def test_a_shard_without_leave_answers_nobody_but_says_where_it_stands_and_answers_all_once_it_has_leave() -> None:
+    spec = ShardSpec(0, 1, 1, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0])
+    may = [True]
+    host = ShardHost(spec, may=lambda: may[0])
+    host.send(Load(1, params={"float32": np.ones(10, np.float32)})).result(0)
+    host.send(Join(0)).result(0)
+    may[0] = False
+    gradients = {"float32": np.ones(10, np.float32)}
+    decided = host.send(Push(1, 0, 1, 1, gradients))
+    assert host.send(Describe()).result(0).round == 0, "no round was begun"
+    assert not decided.done()
+    host.resume()
+    assert not decided.done()
+    may[0] = True
+    host.resume()
+    assert decided.result(0).round == 1
+    host.close()

@@ -1,0 +1,161 @@
+"""A Ray of several hosts, each a node started as deploy/README.md says, behind a token, and programs that run on them."""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.hosts.network import Host, Network
+from tests.hosts.program import Program
+
+ROOT = Path(__file__).parent.parent.parent
+RAY = str(Path(sys.executable).parent / "ray")
+PORT = 6379
+SOON = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""How the head finds out soon that a host is gone: after some 3 s, where Ray's own choice is up to a minute."""
+_STORE_BYTES = 400 * 2**20
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line that `distnadam` logged: when, on which host, in which process there."""
+
+    time: float
+    host: str
+    pid: int
+    text: str
+
+
+class Cluster:
+    """Hosts and their Ray nodes, the first the head; a context manager.
+
+    Args:
+        directory: where the hosts' own files go, the token, and the logs.
+        resources: Ray resources of each host, the head's first, CPUs among them as "CPU".
+        env: further environment of every node and program.
+    """
+
+    def __init__(self, directory: Path, resources: list[dict[str, float]], *, env: Mapping[str, str] | None = None) -> None:
+        token, self._logs = directory / "token", directory / "logs"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self._logs.mkdir()
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | dict(env or {})
+        self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"}
+        self.env |= {"PYTHONPATH": f"{ROOT / 'tests/hosts/site'}:{ROOT}", "DISTNADAM_TEST_LOGS": str(self._logs)}
+        self._nodes: dict[int, subprocess.Popen[str]] = {}
+        self._programs: list[Program] = []
+        self._resources: dict[int, dict[str, float]] = {}
+        self.network = Network(directory)
+        try:
+            self.add(resources[0])
+            self.add(*resources[1:])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def hosts(self) -> list[Host]:
+        """Every host, the head's first."""
+        return self.network.hosts
+
+    @property
+    def address(self) -> str:
+        """The head's, for RAY_ADDRESS."""
+        return f"{self.hosts[0].address}:{PORT}"
+
+    def add(self, *resources: dict[str, float]) -> list[Host]:
+        """Add hosts and wait until they have joined."""
+        new = [self.network.add_host() for _ in resources]
+        for host, has in zip(new, resources, strict=True):
+            self._resources[host.number] = has
+            self._begin(host)
+        for host in new:
+            self._await(host)
+        return new
+
+    def restart(self, host: Host) -> None:
+        """Plug a host in, whatever was done to its cable, and start its node anew, whatever is left of the last one."""
+        host.kill()
+        self._nodes[host.number].communicate()
+        host.unshape()
+        host.mend()
+        self._begin(host)
+        self._await(host)
+
+    def ended(self, host: Host) -> bool:
+        """Whether a host's node has ended."""
+        return self._nodes[host.number].poll() is not None
+
+    def _begin(self, host: Host) -> None:
+        head, has = host.number == 1, dict(self._resources[host.number])
+        where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if head else [f"--address={self.address}"]
+        room = [f"--num-cpus={has.pop('CPU', 1):.0f}", f"--resources={json.dumps(has)}", f"--object-store-memory={_STORE_BYTES}"]
+        command = host.command(RAY, "start", *where, f"--node-ip-address={host.address}", *room, "--disable-usage-stats", "--block")
+        env = self._env(host) | (SOON if head else {})
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self._nodes[host.number] = subprocess.Popen(command, env=env, **pipes)  # type: ignore[call-overload]
+
+    def _await(self, host: Host) -> None:
+        said: list[str] = []
+        for _ in range(_TRIES):  # where much else runs, Ray itself gives up too soon
+            for line in self._nodes[host.number].stdout:  # type: ignore[union-attr]
+                said.append(line)
+                if "--block" in line:  # the last thing it says before it waits
+                    return
+            host.kill()
+            self._nodes[host.number].communicate()
+            self._begin(host)
+        raise AssertionError(f"host {host.number}: {''.join(said)}")
+
+    def _env(self, host: Host) -> dict[str, str]:
+        return self.env | {"DISTNADAM_TEST_HOST": host.address}
+
+    def run(self, host: Host, *command: str, **env: str) -> Program:
+        """Start a program on a host, in the repository's root, that knows the cluster's address."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        known = self._env(host) | {"RAY_ADDRESS": self.address} | env
+        program = Program(subprocess.Popen(host.command(*command), env=known, cwd=ROOT, **pipes))  # type: ignore[call-overload]
+        self._programs.append(program)
+        return program
+
+    def python(self, host: Host, *args: object, **env: str) -> Program:
+        """Start Python so."""
+        return self.run(host, sys.executable, *map(str, args), **env)
+
+    def logged(self, pattern: str = "", since: float = 0.0) -> list[Line]:
+        """What `distnadam` has logged on all hosts that has this in it, in order of time."""
+        found = []
+        for path in self._logs.iterdir():
+            host, _, pid = path.name.rpartition("-")
+            for line in path.read_text().splitlines():
+                moment, _, text = line.partition(" ")
+                if re.search(pattern, text) and re.fullmatch(r"\d+\.\d+", moment) and float(moment) >= since:
+                    found.append(Line(float(moment), host, int(pid), text))
+        return sorted(found, key=lambda line: line.time)
+
+    def close(self) -> None:
+        """End everything."""
+        self.network.close()
+        for node in self._nodes.values():
+            node.communicate()
+        for program in self._programs:
+            program.close()

@@ -1,0 +1,224 @@
+"""Hosts on one machine: network namespaces around a switch, each with an address of its own, cut off and shaped as a cable would be.
+
+No namespace has a name, so two networks never meet, and the kernel removes each with its last process. A keeper ends those processes when
+the network is closed, or when the process that made it dies, however it does. A host's processes see their host's alone, and its own
+/tmp/ray, where Ray keeps its sockets; all hosts share the other files, /dev/shm and the hostname.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_SUBNET = "10.77.0"
+_UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+_INIT = """
+import os, time
+print("ready", flush=True)
+while True:
+    try:
+        os.wait()  # orphans are buried, as a host's first process must
+    except ChildProcessError:
+        time.sleep(0.1)
+"""
+
+
+def why_not() -> str | None:
+    """Why hosts cannot be made here, None where they can; asked once, since the answer stays."""
+    return _why_not()
+
+
+@functools.cache
+def _why_not() -> str | None:
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    missing = [tool for tool in ("ip", "tc", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
+    if missing:
+        return f"{', '.join(missing)} not found: install iproute2 and util-linux"
+    pair = "ip link add name switch type bridge && ip link add name port type veth peer name cable"
+    done = subprocess.run(["unshare", "--net", "--mount", "sh", "-c", pair], capture_output=True, text=True)
+    return f"this machine makes no network namespaces: {done.stderr.strip()}" if done.returncode else None
+
+
+def _inside(pid: int, *command: str, whole: bool = False) -> list[str]:
+    return ["nsenter", "-t", str(pid), "-n", *(["-m", "-p"] if whole else []), "--", *command]
+
+
+def _do(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host: known by the process that holds its namespaces, reached from any process of this machine that may.
+
+    `port` is its end of the cable at the switch, which `switch` holds.
+    """
+
+    number: int
+    holder: int
+    switch: int
+
+    @property
+    def address(self) -> str:
+        """Its own."""
+        return f"{_SUBNET}.{self.number}"
+
+    @property
+    def port(self) -> str:
+        """The switch's end of its cable."""
+        return f"port{self.number}"
+
+    def command(self, *command: str) -> list[str]:
+        """A command line that runs another on this host, as a child of the process that it becomes."""
+        return _inside(self.holder, *command, whole=True)
+
+    # The cable
+
+    def cut(self) -> None:
+        """Take the link down: nothing passes, and nobody is told."""
+        _do(_inside(self.switch, "ip", "link", "set", self.port, "down"))
+
+    def mend(self) -> None:
+        """Take the link up again."""
+        _do(_inside(self.switch, "ip", "link", "set", self.port, "up"))
+
+    def deafen(self) -> None:
+        """Lose everything that is sent to this host; what it sends arrives."""
+        _do(_inside(self.switch, "tc", "qdisc", "replace", "dev", self.port, "root", "blackhole"))
+
+    def silence(self) -> None:
+        """Lose everything that this host sends; what is sent to it arrives."""
+        _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", "root", "blackhole"))
+
+    def shape(self, bits_per_s: float) -> None:
+        """Let no more pass than so many bits per second, in each direction."""
+        tbf = ["root", "tbf", "rate", f"{bits_per_s:.0f}bit", "burst", "256kb", "latency", "50ms"]
+        _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", *tbf))
+        _do(_inside(self.switch, "tc", "qdisc", "replace", "dev", self.port, *tbf))
+
+    def unshape(self) -> None:
+        """Let everything pass again, as fast as it can."""
+        for pid, device in ((self.holder, "eth0"), (self.switch, self.port)):
+            subprocess.run(_inside(pid, "tc", "qdisc", "del", "dev", device, "root"), capture_output=True)
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes received and sent over the cable so far."""
+        for line in Path(f"/proc/{self.holder}/net/dev").read_text().splitlines():
+            name, _, numbers = line.partition(":")
+            if name.strip() == "eth0":
+                fields = numbers.split()
+                return int(fields[0]), int(fields[8])
+        raise OSError(f"host {self.number} has no cable")
+
+    # Its processes
+
+    def processes(self) -> set[int]:
+        """All processes of this host but those that hold it, by the numbers that they have outside."""
+        return in_namespaces({namespace(self.holder)}) - {self.holder, parent(self.holder)}
+
+    def kill(self) -> None:
+        """Kill every process of this host, as a power cut would."""
+        kill_all(self.processes)
+
+
+class Network:
+    """A switch and the hosts around it; a context manager that leaves nothing behind.
+
+    Args:
+        directory: where each host's own files go.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        keeper = ["unshare", "--net", sys.executable, "-m", "tests.hosts.keeper"]
+        self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._keeper.stdout is not None
+        self._keeper.stdout.readline()
+        self.switch = self._keeper.pid
+        self.hosts: list[Host] = []
+        self._makers: list[subprocess.Popen[str]] = []
+        try:
+            _do(_inside(self.switch, "sh", "-c", "ip link add switch type bridge && ip link set switch up"))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Network":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def add_host(self) -> Host:
+        """Plug in one more host."""
+        maker = subprocess.Popen([*_UNSHARE, sys.executable, "-c", _INIT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._makers.append(maker)
+        assert maker.stdout is not None and self._keeper.stdin is not None
+        maker.stdout.readline()
+        print(namespace(maker.pid), file=self._keeper.stdin, flush=True)
+        (holder,) = Path(f"/proc/{maker.pid}/task/{maker.pid}/children").read_text().split()
+        host = Host(len(self.hosts) + 1, int(holder), self.switch)
+        own = self._directory / f"host{host.number}" / "ray"
+        own.mkdir(parents=True)
+        os.chmod(own, 0o777)
+        port = f"ip link add {host.port} type veth peer name eth0 netns {holder} && ip link set {host.port} master switch up"
+        _do(_inside(self.switch, "sh", "-c", port))
+        cable = f"ip addr add {host.address}/24 dev eth0 && ip link set eth0 up && ip link set lo up && ip route add default dev eth0"
+        _do(host.command("sh", "-c", f"{cable} && mkdir -p /tmp/ray && mount --bind {own} /tmp/ray"))
+        self.hosts.append(host)
+        return host
+
+    def close(self) -> None:
+        """End every process on it; the namespaces go with them."""
+        self._keeper.communicate()
+        for maker in self._makers:
+            maker.communicate()
+
+
+def to_json(hosts: Sequence[Host]) -> str:
+    """Describe hosts, so that another process can strike at them."""
+    return json.dumps([asdict(host) for host in hosts])
+
+
+def from_json(text: str) -> list[Host]:
+    """Return hosts that another process described."""
+    return [Host(**fields) for fields in json.loads(text)]
+
+
+def namespace(pid: int) -> str:
+    """The network namespace of a process, "" where there is no such process."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/net")
+    return ""
+
+
+def parent(pid: int) -> int:
+    """The parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def in_namespaces(namespaces: set[str]) -> set[int]:
+    """All processes of these network namespaces; never one of this process's own."""
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    return {pid for pid in pids if namespace(pid) in namespaces - {"", namespace(os.getpid())}}
+
+
+def kill_all(find: Callable[[], set[int]], *, but: str = "") -> None:
+    """Kill what is found until nothing is; what runs the command `but` is left to end by itself."""
+    while pids := find():
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().strip() != but:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)

@@ -1,0 +1,96 @@
+"""A program that runs on a host, and the events that it says on its standard output: lines of JSON, among whatever else is printed."""
+
+import contextlib
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+PATIENCE_S = 150.0
+"""Seconds in which anything awaited must have come."""
+
+
+def say(**what: Any) -> None:
+    """Say, in such a program, that something happened."""
+    print(json.dumps({**what, "time": time.time()}), flush=True)
+
+
+class Program:
+    """One program, its output read by a thread."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        self._lines: list[str] = []
+        self._events: list[dict[str, Any]] = []
+        self._more = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What it has said so far."""
+        with self._more:
+            return list(self._events)
+
+    @property
+    def output(self) -> str:
+        """All that it has printed so far."""
+        with self._more:
+            return "".join(self._lines)
+
+    def tell(self, text: str) -> None:
+        """Write a line to its standard input."""
+        assert self._process.stdin is not None
+        print(text, file=self._process.stdin, flush=True)
+
+    def first(self, what: str, wanted: Callable[[Any], bool] = lambda value: True, *, patience_s: float = PATIENCE_S) -> Any:
+        """Wait for an event that has this key, with a wanted value, and return the event; fail where the program ends before."""
+        deadline, looked = time.monotonic() + patience_s, 0
+        with self._more:
+            while True:
+                for event in self._events[looked:]:
+                    if what in event and wanted(event[what]):
+                        return event
+                looked = len(self._events)
+                left = deadline - time.monotonic()
+                if self._ended or left <= 0:
+                    raise AssertionError(f"{what!r} was not said {'to the end' if self._ended else 'in time'}:\n{''.join(self._lines)}")
+                self._more.wait(left)
+
+    def finish(self, patience_s: float = PATIENCE_S) -> str:
+        """Close its standard input, wait for its end, which is to be a good one, and return what it has printed."""
+        self._hang_up()
+        try:
+            status = self._process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it did not end in {patience_s:g} s:\n{self.output}") from None
+        self._reader.join()
+        assert status == 0, self.output
+        return self.output
+
+    def close(self) -> None:
+        """Take that its host, and so its process, has ended."""
+        self._hang_up()
+        self._process.wait()
+        self._reader.join()
+
+    def _hang_up(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                with self._more:
+                    self._lines.append(line)
+                    if line.startswith("{"):
+                        self._events.append(json.loads(line))
+                    self._more.notify_all()
+        with self._more:
+            self._ended = True
+            self._more.notify_all()

@@ -1,0 +1,62 @@
+"""What is trained over hosts beside the digits: a synthetic task, as large and as slow as wanted; and the bits that a run ends with."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distnadam import DistNadam
+
+
+class Synthetic:
+    """Parameters that go towards a target, each rank with noise of its own; no step costs more than a few passes over them.
+
+    Args:
+        size: parameters.
+        pause_s: seconds that a gradient takes at least.
+    """
+
+    name = "synthetic"
+
+    def __init__(self, size: int, pause_s: float = 0.0) -> None:
+        self.size, self.pause_s = size, pause_s
+
+    def init(self, seed: int) -> Any:
+        self.seed = seed
+        return {"w": np.linspace(-1, 1, self.size, dtype=np.float32)}
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        time.sleep(self.pause_s)
+        noise = np.random.default_rng([self.seed, step, rank, world_size]).standard_normal(1024).astype(np.float32)
+        return np.resize(noise, self.size)
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        error = params["w"] - np.float32(0.5) + np.float32(0.1) * batch
+        return float(np.abs(error[:1000]).mean()), {"w": error}
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        return {"mean": float(params["w"].mean())}
+
+
+def digest(directory: str | Path) -> dict[str, str]:
+    """The bits of the newest checkpoint: of the parameters, and of everything that `get_weights` gives."""
+    with DistNadam.restore(directory, num_shards=1, backend="local") as optimizer:
+        return digest_of(optimizer)
+
+
+def digest_of(optimizer: DistNadam) -> dict[str, str]:
+    """The bits that an optimizer holds."""
+    weights, params = optimizer.get_weights(), optimizer.get_params()
+    leaves = list(params.values()) if isinstance(params, dict) else [layer[key] for layer in params for key in sorted(layer)]
+    return {"params": _hash(leaves), "weights": _hash(weights), "iterations": str(int(weights[0]))}
+
+
+def _hash(arrays: list[Any]) -> str:
+    told = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        told.update(json.dumps([str(array.dtype), list(array.shape)]).encode())
+        told.update(np.ascontiguousarray(array).tobytes())
+    return told.hexdigest()

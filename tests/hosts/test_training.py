@@ -1,0 +1,84 @@
+"""Three hosts train as one process does, to the bit: lanes within a host, Ray objects between hosts, both in each step."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hosts.cluster import ROOT, Cluster
+from tests.hosts.network import why_not
+from tests.hosts.tasks import digest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+RESOURCES = [{"CPU": 1, "shard": 1}] * 3
+"""Room for one worker and one shard on each host."""
+ONE_EACH = {"num_workers": 3, "num_shards": 3, "options": {"worker_cpus": 1, "shard_resources": {"shard": 1}}}
+
+
+def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, str]:
+    """Train by the local backend, on one shard; return the bits."""
+    alone = {**about, "directory": str(directory), "num_shards": 1, "options": {}, "backend": "local"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "tests.hosts.train", json.dumps(alone)], cwd=ROOT, env=env, check=True, capture_output=True)
+    return digest(directory)
+
+
+def train_on(cluster: Cluster, directory: Path, about: dict[str, Any]) -> list[str]:
+    """Train over the hosts, the driver on the head; return the shards' hosts."""
+    program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.train", json.dumps({**about, "directory": str(directory)}))
+    shards: list[str] = program.first("shards")["shards"]
+    program.first("done")
+    program.finish()
+    return shards
+
+
+@pytest.mark.parametrize("task", [{"steps": 60}, {"steps": 5, "size": 10**7}], ids=["digits", "ten million parameters"])
+def test_hosts_train_to_the_bits_of_one_process_by_lanes_within_a_host_and_objects_between(
+    task: dict[str, Any], hosts: Cluster, tmp_path: Path
+) -> None:
+    began = time.time()
+    shards = train_on(hosts, tmp_path / "hosts", task | ONE_EACH)
+    assert sorted(shards) == sorted(host.address for host in hosts.hosts)
+    told = {line.host: line.text for line in hosts.logged("by shared memory", since=began)}
+    # Ray's node decides: all these processes share a hostname, and /dev/shm
+    for rank_host, text in told.items():
+        here = [index for index, host in enumerate(shards) if host == rank_host]
+        others = [index for index, host in enumerate(shards) if host != rank_host]
+        assert text.endswith(f"shards {here} by shared memory (same node), shards {others} by Ray objects"), text
+    assert sorted(told) == sorted(shards), "a worker on each host"
+    assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", task | ONE_EACH)
+
+
+def certificates(directory: Path) -> dict[str, str]:
+    """Make an authority and one certificate for all hosts; return the environment that has Ray use them."""
+    ca, server = directory / "ca", directory / "server"
+    names = ",".join([f"IP:10.77.0.{number}" for number in range(1, 5)] + ["IP:127.0.0.1"])
+    (directory / "names").write_text(f"subjectAltName={names}\n")
+    make = [
+        f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout {ca}.key -out {ca}.crt",
+        f"req -newkey rsa:2048 -nodes -subj /CN=host -keyout {server}.key -out {server}.csr",
+        f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 -extfile {directory}/names -out {server}.crt",
+    ]
+    for command in make:
+        subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+    files = {"RAY_TLS_SERVER_CERT": f"{server}.crt", "RAY_TLS_SERVER_KEY": f"{server}.key", "RAY_TLS_CA_CERT": f"{ca}.crt"}
+    return {"RAY_USE_TLS": "1", **files}
+
+
+def test_hosts_with_certificates_train_to_the_same_bits(tmp_path: Path) -> None:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    (tmp_path / "keys").mkdir()
+    env = certificates(tmp_path / "keys")
+    with Cluster(tmp_path, RESOURCES, env=env) as cluster:
+        train_on(cluster, tmp_path / "hosts", {"steps": 30} | ONE_EACH)
+        other = cluster.hosts[1]
+        ask = f"openssl s_client -connect {cluster.address} -CAfile {env['RAY_TLS_CA_CERT']} -verify_return_error -brief"
+        assert "Verification: OK" in cluster.run(other, "sh", "-c", f"{ask} < /dev/null || true").finish()
+    assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", {"steps": 30} | ONE_EACH)

@@ -1,0 +1,68 @@
+"""`python -m tests.hosts.train JSON` calls `fit` over the hosts, or with "backend": "local" in its own process, and says what happens."""
+
+import gc
+import json
+import sys
+import time
+from typing import Any
+
+from distnadam import DistNadam, Options, fit
+from distnadam.backends.ray import RayBackend
+from distnadam.controller import Controller
+from distnadam.training.callbacks import Callback
+from distnadam.training.digits import Digits
+from tests.hosts.program import say
+from tests.hosts.tasks import Synthetic
+
+_LOOK_EVERY_S = 0.1
+
+
+class Say(Callback):
+    """Says what `fit` tells, on which hosts the shards are, and how many of them have a standby."""
+
+    def __init__(self) -> None:
+        self._looked, self._standbys = 0.0, 0
+
+    def on_begin(self, step: int, steps: int) -> None:
+        say(begin=step, shards=hosts_of(_running().backend))
+
+    def on_step(self, step: int, loss: float) -> None:
+        say(step=step)
+        if time.monotonic() < self._looked + _LOOK_EVERY_S:
+            return
+        standbys = sum(each.replicated is not None for each in _running().describe_all())
+        if standbys != self._standbys:
+            say(standbys=standbys)
+        self._looked, self._standbys = time.monotonic(), standbys
+
+    def on_message(self, text: str) -> None:
+        say(message=text)
+
+
+def _running() -> Controller:
+    """The shards of the optimizer that `fit` has at the moment."""
+    found = [each for each in gc.get_objects() if isinstance(each, Controller)]
+    return next(each for each in found if not getattr(each.backend, "_closed", False))
+
+
+def hosts_of(backend: Any) -> list[str]:
+    """The address of each shard's host."""
+    if not isinstance(backend, RayBackend):
+        return []
+    import ray
+
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    return [addresses[place.node] for place in backend.places]
+
+
+def main(about: dict[str, Any]) -> None:
+    """Train as asked."""
+    task = Synthetic(about["size"], about.get("pause_s", 0.0)) if "size" in about else Digits()
+    optimizer = DistNadam(name=about.get("name"), options=Options(**about.get("options", {})))
+    how = {key: about[key] for key in ("num_workers", "num_shards", "replicas", "save_every", "backend") if key in about}
+    fit(task, steps=about["steps"], checkpoint_dir=about["directory"], optimizer=optimizer, verbose=False, callbacks=[Say()], **how)
+    say(done=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
