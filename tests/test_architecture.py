@@ -11,7 +11,7 @@ LAYERS = [
     ["errors", "exact", "metrics"],
     ["schedules", "arrays"],
     ["config", "layout", "filing"],
-    ["nadam", "reshard", "ledger", "gate", "state", "epochs", "policy"],
+    ["nadam", "reshard", "ledger", "gate", "state", "epochs", "policy", "meter"],
     ["messages"],
     ["orders", "takeover"],
     ["transitions", "members"],
@@ -35,6 +35,7 @@ PURE = {
     "errors",
     "exact",
     "metrics",
+    "meter",
     "config",
     "schedules",
     "arrays",
@@ -59,7 +60,7 @@ PURE = {
 }
 PURE_MAY_IMPORT = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module_names
 IMPURE_STDLIB = {"socket", "threading", "subprocess", "pathlib", "time", "asyncio", "tempfile", "shutil"}
-RAY_MODULES = {f"backends/{name}.py" for name in ("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster")}
+RAY_MODULES = {f"backends/{name}.py" for name in ("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster", "exporter")}
 LONGEST = {"optimizer.py": 450}  # the public face: more than half of it is docstrings
 
 

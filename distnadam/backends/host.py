@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from time import perf_counter
 from typing import Any, ClassVar
 
 from distnadam.arrays import Flat
@@ -22,6 +23,7 @@ from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.filing import Collect, Reserve, Save
 from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec
+from distnadam.meter import Meter, Sample, state_bytes
 from distnadam.nadam.schedule import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
 from distnadam.shard import Shard
@@ -76,6 +78,7 @@ class ShardHost:
         self._filing = 0
         self._saved: str | None = None
         self._behind = Behind(spec.ranges)
+        self._meter: Meter | None = None
         self._arithmetic = Arithmetic(spec, threads)
 
     @property
@@ -87,6 +90,11 @@ class ShardHost:
         """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
         self._shard.state.begin(arrays, standing.active)
         self._shard.take_over(standing, reign)
+
+    def count_in(self, meter: Meter) -> None:
+        """Count the rounds applied in a meter, and tell it how the shard stands."""
+        self._meter = meter
+        meter.sources.append(self._samples)
 
     def send(self, message: Message | Order) -> Future[Any]:
         """Give the shard a message; the future carries its answer or its refusal."""
@@ -194,9 +202,13 @@ class ShardHost:
         return self._arithmetic.measure(self._shard)
 
     def _step(self) -> tuple[Clock, float]:
+        began = perf_counter()
         if self._replica is not None and not self._replica.ready():
             self._detach()
-        return self._arithmetic.step(self._shard, None if self._replica is None else self._replica.mean)
+        result = self._arithmetic.step(self._shard, None if self._replica is None else self._replica.mean)
+        if self._meter is not None:
+            self._meter.apply.add(perf_counter() - began)
+        return result
 
     def _save(self, message: Save) -> Any:
         """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard meanwhile."""
@@ -266,6 +278,16 @@ class ShardHost:
         """Add to a shard's description what only its host knows."""
         replicated = self._replica.reached if self._replica is not None else None
         return dataclasses.replace(reply, busy=reply.busy or self._filing > 0, replicated=replicated, saved=self._saved)
+
+    def _samples(self) -> Iterator[Sample]:
+        with self._lock:
+            now = self._completed(self._shard.described(with_spec=False))
+        yield "distnadam_queue_depth", {}, len(set(now.members) - set(now.waiting_for))
+        yield "distnadam_shard_bytes", {"shard": str(self._spec.index)}, state_bytes(self._spec.ranges)
+        if self._spec.index == 0:
+            yield "distnadam_iterations", {}, now.iterations
+        if self._spec.replicas:
+            yield "distnadam_replica_lag_rounds", {}, now.round - (now.replicated or 0)
 
     _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {Work.MEASURE: _measure, Work.STEP: _step, Work.OBEY: _obey}
 

@@ -6,7 +6,9 @@ Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -17,6 +19,7 @@ from distnadam.backends import cluster
 from distnadam.backends.actors import make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.cluster import NAMESPACE, OwnRay, await_start, check_fits, check_versions, ensure_ray, kill, node_facts
+from distnadam.backends.exporter import Exporter
 from distnadam.backends.link import REMEDY, Place, RayLink
 from distnadam.backends.raycalls import RayPending, RayTeam, require_ray
 from distnadam.config import Options
@@ -31,6 +34,7 @@ from distnadam.errors import (
 )
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, ShardSpec
+from distnadam.meter import Meter
 from distnadam.orders import Order
 from distnadam.supervision.crew import Roster, require_alive
 
@@ -69,6 +73,18 @@ class RayBackend(Backend):
         """Where the shards are, in order."""
         return [hired.place for hired in self._roster.shards]
 
+    @property
+    def meter(self) -> Meter | None:
+        """See `Backend.meter`."""
+        return self._exporter.meter if self._exporter is not None else None
+
+    @cached_property
+    def _exporter(self) -> Exporter | None:
+        exporter = Exporter.start(self._name, self._options)
+        if exporter is not None:
+            weakref.finalize(self, exporter.finish)  # who got this handle with a task may never close it
+        return exporter
+
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
         """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
@@ -85,6 +101,7 @@ class RayBackend(Backend):
         self._name = specs[0].name
         self._own = ensure_ray(options)
         try:
+            Exporter.check(options)
             check_fits(options, len(specs) * (1 + replicas))
             self._supervisor = make_supervisor(specs, replicas)
             await_start([self._supervisor.about.remote()], options)
@@ -191,6 +208,8 @@ class RayBackend(Backend):
                 ray.get(self._supervisor.close.remote(), timeout=_CLOSE_S)
             kill(self._supervisor)
         self._closed = True
+        if (exporter := self.__dict__.get("_exporter")) is not None:
+            exporter.close()
         if self._own is not None:
             self._own.shut_down()
             self._own = None

@@ -11,6 +11,7 @@ import ray
 
 from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.cluster import node_facts
+from distnadam.backends.exporter import Exporter
 from distnadam.backends.host import ShardHost
 from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
@@ -42,6 +43,7 @@ class ShardActor:
         self._host: ShardHost | None = None
         self._standby: Standby | None = None
         self._follower: LaneFollower | None = None
+        self._exporter = Exporter.start(spec.name, spec.options)
 
     async def about(self) -> dict[str, str]:
         """Return what `node_facts` says here."""
@@ -152,7 +154,10 @@ class ShardActor:
             first, second = (cut_flat(flat, spec.ranges) for flat in self._arena.flats)
             buffers = (first, second)
         how = {"threads": self._threads, "run": self._executor.submit, "on_notice": self._notice, "attach": self._attach}
-        return ShardHost(spec, buffers=buffers, **how)  # type: ignore[arg-type]
+        host = ShardHost(spec, buffers=buffers, **how)  # type: ignore[arg-type]
+        if self._exporter is not None:
+            host.count_in(self._exporter.meter)
+        return host
 
     def _serve(self, host: ShardHost) -> None:
         if self._arena is None:

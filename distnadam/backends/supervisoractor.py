@@ -6,7 +6,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam.backends.cluster import NAMESPACE, end_process, kill, node_facts, token_has_ended
+from distnadam.backends.exporter import Exporter
 from distnadam.backends.link import Place
 from distnadam.errors import ClusterError, DistNadamError, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
+from distnadam.meter import Sample, state_bytes
 from distnadam.orders import Load, Reign
 from distnadam.reshard import copy_plan
 from distnadam.supervision.crew import Crew, Cuts, Hired, Roster
@@ -180,6 +182,9 @@ class SupervisorActor:
         self._specs = specs
         self._supervisor = Supervisor(specs, replicas, self._crew)
         self._made: list[Any] = []
+        self._exporter = Exporter.start(specs[0].name, specs[0].options)
+        if self._exporter is not None:
+            self._exporter.meter.sources.append(self._samples)
         if context.was_current_actor_reconstructed:
             self._find_again()
 
@@ -244,6 +249,11 @@ class SupervisorActor:
     async def close(self) -> None:
         """See `Supervisor.close`."""
         await asyncio.to_thread(self._supervisor.close)
+
+    def _samples(self) -> Iterator[Sample]:
+        sizes = [state_bytes(spec.ranges) for spec in self._supervisor.specs()]
+        yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries().values())
+        yield "distnadam_shard_imbalance", {}, max(sizes) * len(sizes) / max(1, sum(sizes))
 
     def _died(self, hired: Hired) -> None:
         self._supervisor.died(hired)

@@ -44,7 +44,7 @@ class Recovery:
         self._hirer = ThreadPoolExecutor(1, "hirer")
         self._filling: set[int] = set()
         self._reshards = 0
-        self.counts = {"promoted": 0, "rewound": 0, "departed": 0}
+        self.counts = {"promoted": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
     def let_go(self) -> None:
         """Let go of shards that an earlier supervisor held when it died."""

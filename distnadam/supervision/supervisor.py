@@ -116,7 +116,8 @@ class Supervisor:
         return {rank: incarnation for rank, (incarnation, _) in dict(self._fleet.dead).items()}
 
     def recoveries(self) -> dict[str, int]:
-        """Return how many shards were taken over by standbys, how often all went back, how many ranks left."""
+        """Return how many shards were taken over by standbys, how often all went back, how many ranks left or were
+        taken over."""
         return dict(self._recovery.counts)
 
     def specs(self) -> list[ShardSpec]:
@@ -177,6 +178,7 @@ class Supervisor:
         self._fleet.joined(rank, incarnation)
         if rank in self._fleet.dead and incarnation > self._fleet.dead[rank][0]:
             del self._fleet.dead[rank]
+            self._recovery.counts["rejoined"] += 1
         self._asking.add(rank)
 
     def _on_left(self, rank: int, incarnation: int) -> None:
