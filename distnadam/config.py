@@ -101,6 +101,8 @@ class Options:
         rejoin_timeout_s: seconds in which a dead worker's rank may be taken over by a new one, before it leaves (`min_workers`) or those
             who wait for it are told `WorkerLost`.
         shard_timeout_s: seconds without a sign of life after which a shard counts as dead and is replaced.
+        metrics: "auto" exports what is measured (`distnadam.metrics`) where Ray's own metrics are on, that is where Ray was installed with
+            the extra `metrics`; True insists on it, False measures nothing.
     """
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -123,6 +125,7 @@ class Options:
     min_workers: int | None = None
     rejoin_timeout_s: float = 30.0
     shard_timeout_s: float = 30.0
+    metrics: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -168,6 +171,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "retain_initial": (True, False),
     "transport": ("auto", "objects"),
     "kernel": ("auto", "numpy", "fused"),
+    "metrics": ("auto", True, False),
 }
 
 

@@ -1,6 +1,7 @@
 """The metrics that a run exports, as a table: names, kinds, what each says and its tags.
 
 Ray's exporter puts `ray_` before a name, and after a histogram's `_bucket`, `_sum` or `_count`. Deploy files are checked against this.
+Histograms are of a sample where there is more to tell than anybody needs: their shares are right, their counts are not of all steps.
 """
 
 from collections.abc import Mapping
@@ -30,12 +31,16 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "Bytes of gradients and parameters that moved, by shared memory (lane) or by Ray objects.",
             ("optimizer", "transport", "direction"),
         ),
-        "distnadam_recoveries_total": Metric("counter", "Deaths of shards and workers that were recovered from."),
+        "distnadam_recoveries_total": Metric(
+            "counter", "Deaths of shards and workers that were recovered from; all shards going back counts once."
+        ),
         "distnadam_save_failures_total": Metric("counter", "Checkpoints that could not be written."),
         "distnadam_queue_depth": Metric("gauge", "Pushes that a shard holds for a round not yet applied."),
         "distnadam_shard_bytes": Metric("gauge", "Bytes of state that a shard holds.", ("optimizer", "shard")),
         "distnadam_shard_imbalance": Metric("gauge", "The largest shard's bytes over the mean of all."),
         "distnadam_iterations": Metric("gauge", "Steps applied so far."),
-        "distnadam_replica_lag_rounds": Metric("gauge", "Rounds by which the furthest standby is behind its shard."),
+        "distnadam_replica_lag_rounds": Metric(
+            "gauge", "Rounds by which a shard's standby is behind it; all of them where it has none yet."
+        ),
     }
 )

@@ -8,7 +8,6 @@ import numpy as np
 from distnadam.arrays import Array
 from distnadam.backends import choice
 from distnadam.backends.base import Team
-from distnadam.backends.choice import BackendName
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, place
@@ -66,7 +65,7 @@ class DistNadam:
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
-        backend: BackendName = "auto",
+        backend: choice.BackendName = "auto",
         name: str | None = None,
         options: Options | None = None,
         **unknown: Any,
@@ -89,8 +88,7 @@ class DistNadam:
         self._asked_backend, self._name = backend, check_name(name) if name else None
         self._shards: Controller | None = None
         self._own_worker: Worker | None = None
-        self._creator, self._closed = True, False
-        self._saver = Saver()
+        self._creator, self._closed, self._saver = True, False, Saver()
         self.restored_data: dict[str, Any] = {}
 
     # Life
@@ -313,8 +311,6 @@ class DistNadam:
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards, between two steps; training waits only for the move itself, and keeps its bits.
 
-        A save of this handle's that is being written behind the training is waited for.
-
         Raises:
             ConfigError: the number is less than 1.
             ClusterError: the new shards cannot be had; the present ones go on.
@@ -362,7 +358,7 @@ class DistNadam:
         num_shards: int | None = None,
         num_workers: int | None = None,
         replicas: int | None = None,
-        backend: BackendName | None = None,
+        backend: choice.BackendName | None = None,
         name: str | None = None,
         options: Options | None = None,
     ) -> "DistNadam":
@@ -447,7 +443,7 @@ class DistNadam:
 
 def _attach(shards: Controller, config: NadamConfig, options: Options, num_workers: int, replicas: int, name: str | None) -> DistNadam:
     """Return a handle on running shards, which closing it leaves alone."""
-    topology = {"num_shards": len(shards.ranges), "num_workers": num_workers, "replicas": replicas}
-    optimizer = DistNadam(**topology, backend="ray", name=name, options=options)
+    where: dict[str, Any] = {"backend": "ray", "name": name, "options": options}
+    optimizer = DistNadam(num_shards=len(shards.ranges), num_workers=num_workers, replicas=replicas, **where)
     optimizer._config, optimizer._creator, optimizer._shards = config, False, shards
     return optimizer

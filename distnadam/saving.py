@@ -5,9 +5,10 @@ No maths, no Ray. One save of an optimizer is in flight at a time: the next one 
 
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.places import Folder
 from distnadam.controller import Controller
-from distnadam.errors import CheckpointError, DistNadamError, ShardLost, StepTimeout
+from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.filing import Collect, Reserve, Save
 from distnadam.messages import Held, Message
+from distnadam.meter import Meter
 
 log = logging.getLogger("distnadam")
 
@@ -108,7 +110,8 @@ class Saver:
     def save(self, shards: Controller, root: Folder, about: Mapping[str, Any]) -> str:
         """Write a checkpoint of one round under `root` while the shards are held, and return its directory."""
         self.finish()
-        return shards.recovering(lambda: _save(shards, root, about))
+        with _measured(shards.backend.meter):
+            return shards.recovering(lambda: _save(shards, root, about))
 
     def reserve(self, shards: Controller) -> None:
         """Have every shard get the memory that snapshots are taken into, while rounds go on."""
@@ -117,8 +120,9 @@ class Saver:
     def save_behind(self, shards: Controller, root: Folder, about: Mapping[str, Any]) -> Saving:
         """Have every shard take a snapshot of one round, and write the checkpoint while training goes on."""
         self.finish()
-        self.reserve(shards)
-        taken = shards.recovering(lambda: _snapshot(shards, root))
+        with _failures_counted(shards.backend.meter):
+            self.reserve(shards)
+            taken = shards.recovering(lambda: _snapshot(shards, root))
         saving = self._newest = Saving()
         threading.Thread(target=_write_behind, args=(shards, taken, about, saving), name="saving").start()
         return saving
@@ -163,10 +167,8 @@ def _begin(shards: Controller, root: Folder, held: Held, hold: ExitStack) -> _Ta
 def _write_behind(shards: Controller, taken: _Taken, about: Mapping[str, Any], saving: Saving) -> None:
     try:
         try:
-            collects = {i: Collect(name) for i, name in taken.names.items()}
-            records = shards.ask(collects, timeout_s=_IO_TIMEOUT_S)
-            store.commit(taken.directory, _manifest(shards, taken, records, about))
-            shards.backend.saved(taken.root, taken.changes)
+            with _measured(shards.backend.meter):
+                _collect(shards, taken, about)
         except BaseException:
             store.discard_partial(taken.directory, taken.save_id)
             raise
@@ -184,6 +186,33 @@ def _write_behind(shards: Controller, taken: _Taken, about: Mapping[str, Any], s
         saving.fail(error)
     else:
         saving.complete(str(taken.directory))
+
+
+def _collect(shards: Controller, taken: _Taken, about: Mapping[str, Any]) -> None:
+    collects = {i: Collect(name) for i, name in taken.names.items()}
+    records = shards.ask(collects, timeout_s=_IO_TIMEOUT_S)
+    store.commit(taken.directory, _manifest(shards, taken, records, about))
+    shards.backend.saved(taken.root, taken.changes)
+
+
+@contextmanager
+def _failures_counted(meter: Meter | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if meter is not None and not isinstance(error, Rewound):
+            meter.save_failures += 1
+        raise
+
+
+@contextmanager
+def _measured(meter: Meter | None) -> Iterator[None]:
+    """Count the seconds of a save, or that it failed."""
+    began = time.monotonic()
+    with _failures_counted(meter):
+        yield
+    if meter is not None:
+        meter.save.add(time.monotonic() - began)
 
 
 def _caused(error: CheckpointError, cause: BaseException) -> CheckpointError:

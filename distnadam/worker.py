@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 from distnadam.controller import Controller
 from distnadam.errors import DistNadamError, LifecycleError, NonFiniteGradient, StepTimeout
 from distnadam.messages import Decided
+from distnadam.meter import Traffic
 from distnadam.seat import Flight, Seat
 from distnadam.transport.parameters import ParameterView
 from distnadam.transport.slot import GradientSlot
@@ -59,6 +61,8 @@ class Worker:
         self._outstanding: Ticket | None = None
         self._closed = False
         self._viewed: tuple[Any, list[ParameterView]] = (None, [])
+        self._meter = shards.backend.meter
+        self._traffic: tuple[Any, Any, Traffic] = (None, None, Traffic({}, {}))
 
     @cached_property
     def _slot(self) -> GradientSlot:
@@ -95,7 +99,11 @@ class Worker:
     def pull(self) -> Any:
         """Return the present parameters in the structure given to `build`, each in its own dtype, once this worker's push is decided."""
         self._settle()
+        began = perf_counter()
         self._take(self._seat.pull(want_parameters=True))
+        if self._meter is not None:
+            self._meter.pull.add(perf_counter() - began)
+            self._moved().pulled += 1
         return self._tree()
 
     def push(self, gradients: Any = None) -> Ticket:
@@ -122,7 +130,11 @@ class Worker:
             StructureError, LifecycleError: as `push`.
             NonFiniteGradient, StaleEpoch, Rewound, StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
         """
+        began = perf_counter()
         self._push(gradients, want_parameters=True).result()
+        if self._meter is not None:
+            self._meter.step.add(perf_counter() - began)
+            self._traffic[2].pulled += 1
         return self._tree()
 
     def push_tensor(self, path: str, gradient: Any) -> None:
@@ -170,8 +182,11 @@ class Worker:
 
     def _push(self, gradients: Any, *, want_parameters: bool) -> Ticket:
         self._settle()
+        began = perf_counter()
         complaint = self._slot.finish() if gradients is None else self._slot.fill(gradients)
         flight = self._seat.push(self._slot.parts, complaint, want_parameters=want_parameters)
+        if self._meter is not None:
+            self._meter.push.add(perf_counter() - began)
         self._outstanding = Ticket(lambda: self._finish(flight))
         return self._outstanding
 
@@ -190,10 +205,22 @@ class Worker:
             self._outstanding, self._seat.epoch = None, -1  # look again where the shards stand before the next push
             raise
         self._outstanding = None
+        if self._meter is not None:
+            self._moved().pushed += 1
         decided = self._take(answers)
         if decided.outcome == "refused":
             raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.complaint}")
         return decided
+
+    def _moved(self) -> Traffic:
+        """Return where this worker's pushes and pulls are counted while the shards are reached as they are now."""
+        wiring, flat = self._seat.link.wiring, self._slot.flat
+        if self._traffic[0] is not wiring or self._traffic[1] is not flat:
+            traffic = Traffic({}, {}) if wiring is None else Traffic.of(wiring.ranges, wiring.lanes, flat)
+            self._traffic = (wiring, flat, traffic)
+            if self._meter is not None:
+                self._meter.traffic.append(traffic)
+        return self._traffic[2]
 
     def _take(self, answers: dict[int, Decided]) -> Decided:
         """Take over the parameters that answers brought."""

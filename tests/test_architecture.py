@@ -13,7 +13,7 @@ LAYERS = [
     ["config", "layout", "filing"],
     ["nadam", "reshard", "ledger", "gate", "state", "epochs", "policy"],
     ["messages"],
-    ["orders", "takeover"],
+    ["orders", "takeover", "meter"],
     ["transitions", "members"],
     ["rounds"],
     ["machine", "weights", "gradients"],
@@ -35,6 +35,7 @@ PURE = {
     "errors",
     "exact",
     "metrics",
+    "meter",
     "config",
     "schedules",
     "arrays",
@@ -63,7 +64,7 @@ RAY_MODULES = {
     f"backends/{name}.py"
     for name in (
         *("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster"),
-        *("registry", "gather", "callreplica", "fencing"),
+        *("registry", "gather", "callreplica", "fencing", "exporter"),
     )
 }
 LONGEST = {"optimizer.py": 450}  # the public face: more than half of it is docstrings

@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distnadam.backends import registry
-from distnadam.backends.cluster import NAMESPACE, actor_options, end_processes, process_born
+from distnadam.backends.cluster import NAMESPACE, end_processes, process_born
 from distnadam.backends.link import Place
 from distnadam.backends.shardactor import ShardActor
 from distnadam.backends.supervisoractor import SupervisorActor, Tools
@@ -35,12 +35,13 @@ class Member:
 
 
 _shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActor), ray.remote(Member)
+_NODE = "ray.io/node-id"
 _end_processes, _process_born = ray.remote(end_processes), ray.remote(process_born)
 
 
 def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, apart_from: str | None = None) -> Any:
     """Return a new actor for a shard or its standby, to be opened; on another node than that one, where there is another."""
-    return _shard.options(**actor_options(spec, label, apart_from)).remote(spec, supervisor)
+    return _shard.options(**_actor_options(spec, label, apart_from)).remote(spec, supervisor)
 
 
 def end_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
@@ -75,3 +76,27 @@ def make_member(make: Callable[[int], Any], rank: int, options: Options) -> Any:
     """Return a new actor for one rank of a team."""
     asked = {"num_cpus": options.worker_cpus, "label_selector": dict(options.worker_label_selector)}
     return _member.options(**asked, max_restarts=0, scheduling_strategy="SPREAD").remote(make, rank)
+
+
+def _actor_options(spec: ShardSpec, label: str | None, apart_from: str | None) -> dict[str, Any]:
+    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it.
+
+    It goes to another node than `apart_from`, where one has the labels that it must have.
+    """
+    options, selector = spec.options, dict(spec.options.label_selector)
+    asked: dict[str, Any] = {
+        "num_cpus": options.shard_cpus,
+        "resources": dict(options.shard_resources),
+        "label_selector": selector,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
+    if options.spread:
+        asked["scheduling_strategy"] = "SPREAD"
+    if options.shard_memory_bytes:
+        asked["memory"] = options.shard_memory_bytes
+    if apart_from is not None:
+        asked |= {"label_selector": selector | {_NODE: f"!{apart_from}"}, "fallback_strategy": [{"label_selector": selector}]}
+    if label is not None:
+        asked |= {"name": label, "namespace": NAMESPACE, "lifetime": "detached"}
+    return asked

@@ -3,6 +3,7 @@
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from distnadam.arrays import Flat
@@ -10,6 +11,7 @@ from distnadam.config import Options
 from distnadam.errors import Unrecoverable
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, Norms, Push, ShardSpec
+from distnadam.meter import Meter
 from distnadam.orders import Order
 
 
@@ -27,15 +29,25 @@ class Pending(ABC):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """What each shard holds, and which of them share memory with a worker."""
+
+    ranges: list[Ranges]
+    lanes: frozenset[int]
+
+
 class Link(ABC):
     """One worker's way to all shards.
 
     `gradients` is the memory that the worker writes its gradients into; `parameters` are both buffers of the whole model's parameters
-    where the worker shares them with every shard, else None, and answers bring what was asked for.
+    where the worker shares them with every shard, else None, and answers bring what was asked for. `wiring` is another object whenever
+    a shard is reached in another way; None where nothing moves.
     """
 
     gradients: Flat
     parameters: tuple[Flat, Flat] | None = None
+    wiring: Wiring | None = None
 
     @abstractmethod
     def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
@@ -74,6 +86,11 @@ class Backend(ABC):
     """All shards of one optimizer."""
 
     name: str
+
+    @property
+    def meter(self) -> Meter | None:
+        """Where this process counts what it does for the optimizer; None where nobody would see it."""
+        return None
 
     def token(self) -> str:
         """Return a new token to hold the shards by; where processes die, it tells a supervisor whose it is."""

@@ -27,17 +27,14 @@ from distnadam.errors import (
     StepTimeout,
     VersionMismatch,
 )
-from distnadam.messages import ShardSpec
 
 log = logging.getLogger("distnadam")
 
 NAMESPACE = "distnadam"
-_NODE = "ray.io/node-id"
 _FENCE_S = 5.0
 _PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
-_NODE = "ray.io/node-id"
 _START_S = 120.0
 _REPORT_EVERY_S = 5.0
 _AGAIN_S = 0.05
@@ -81,30 +78,6 @@ def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
         mode = os.environ.get("RAY_AUTH_MODE", "unset")
         raise ClusterError(f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {mode}): {error}") from error
     return None
-
-
-def actor_options(spec: ShardSpec, label: str | None, apart_from: str | None) -> dict[str, Any]:
-    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it.
-
-    It goes to another node than `apart_from`, where one has the labels that it must have.
-    """
-    options, selector = spec.options, dict(spec.options.label_selector)
-    asked: dict[str, Any] = {
-        "num_cpus": options.shard_cpus,
-        "resources": dict(options.shard_resources),
-        "label_selector": selector,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-    }
-    if options.spread:
-        asked["scheduling_strategy"] = "SPREAD"
-    if options.shard_memory_bytes:
-        asked["memory"] = options.shard_memory_bytes
-    if apart_from is not None:
-        asked |= {"label_selector": selector | {_NODE: f"!{apart_from}"}, "fallback_strategy": [{"label_selector": selector}]}
-    if label is not None:
-        asked |= {"name": label, "namespace": NAMESPACE, "lifetime": "detached"}
-    return asked
 
 
 def check_fits(options: Options, num_shards: int) -> None:

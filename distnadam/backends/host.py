@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from time import perf_counter
 from typing import Any, ClassVar
 
 from distnadam.arrays import Flat
@@ -22,11 +23,12 @@ from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.filing import Collect, Reserve, Save
 from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec
+from distnadam.meter import Meter, shard_samples
 from distnadam.nadam.schedule import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
-from distnadam.transitions import Answer, Notice, Replicate, Work
+from distnadam.transitions import Answer, Effect, Notice, Replicate, Work
 from distnadam.transport.replica import Replica
 
 log = logging.getLogger("distnadam")
@@ -78,6 +80,7 @@ class ShardHost:
         self._filing = 0
         self._saved: str | None = None
         self._behind = Behind(spec.ranges)
+        self._meter: Meter | None = None
         self._arithmetic = Arithmetic(spec, threads)
 
     @property
@@ -89,6 +92,11 @@ class ShardHost:
         """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
         self._shard.state.begin(arrays, standing.active)
         self._shard.take_over(standing, reign)
+
+    def count_in(self, meter: Meter) -> None:
+        """Count the rounds applied in a meter, and tell it how the shard stands."""
+        self._meter = meter
+        meter.sources.append(lambda: shard_samples(self._spec, self._described(with_spec=False)))
 
     def send(self, message: Message | Order) -> Future[Any]:
         """Give the shard a message; the future carries its answer or its refusal."""
@@ -126,9 +134,7 @@ class ShardHost:
             found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
             message = dataclasses.replace(message, gradients=found)
         if isinstance(message, Describe):
-            with self._lock:
-                description = self._completed(self._shard.described(with_spec=message.spec))
-            self._answer(reply, description)  # at once, whatever is being told to the standby
+            self._answer(reply, self._described(with_spec=message.spec))  # at once, whatever is being told to the standby
             return
         try:
             with self._lock:
@@ -166,22 +172,22 @@ class ShardHost:
         try:
             result = self._WORK[work](self)
         except ConfigError as error:  # of the learning-rate function, before any array was touched
-            with self._lock:
-                self._outbox.put(self._shard.refused(error), run)
-            self._outbox.empty()
-            return
+            refusal = error
+            self._report(lambda: self._shard.refused(refusal), run)
         except BaseException as error:
-            with self._lock:
-                self._outbox.put(self._shard.broke(error), run)
-            self._outbox.empty()
+            failure = error
+            self._report(lambda: self._shard.broke(failure), run)
             if not isinstance(error, Exception):
                 raise
-            return
+        else:
+            self._report(lambda: self._shard.computed(work, result), run)
+            if work is Work.STEP:
+                prepare(result[0], self._shard.config)
+
+    def _report(self, outcome: Callable[[], list[Effect]], run: Run) -> None:
         with self._lock:
-            self._outbox.put(self._shard.computed(work, result), run)
+            self._outbox.put(outcome(), run)
         self._outbox.empty()
-        if work is Work.STEP:
-            prepare(result[0], self._shard.config)
 
     def _answer(self, reply: Reply, answer: Any) -> None:
         with self._lock:
@@ -200,9 +206,13 @@ class ShardHost:
         return self._arithmetic.measure(self._shard)
 
     def _step(self) -> tuple[Clock, float]:
+        began = perf_counter()
         if self._replica is not None and not self._replica.ready():
             self._detach()
-        return self._arithmetic.step(self._shard, None if self._replica is None else self._replica.mean)
+        result = self._arithmetic.step(self._shard, None if self._replica is None else self._replica.mean)
+        if self._meter is not None:
+            self._meter.apply.add(perf_counter() - began)
+        return result
 
     def _save(self, message: Save) -> Any:
         """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard meanwhile."""
@@ -268,10 +278,12 @@ class ShardHost:
                 log.warning("shard %d: its standby is gone or out of date; a new one will be filled", self._spec.index)
                 self._on_notice(Notice("standby lost", -1, 0))
 
-    def _completed(self, reply: Description) -> Description:
-        """Add to a shard's description what only its host knows."""
-        replicated = self._replica.reached if self._replica is not None else None
-        return dataclasses.replace(reply, busy=reply.busy or self._filing > 0, replicated=replicated, saved=self._saved)
+    def _described(self, *, with_spec: bool) -> Description:
+        """Return the shard's description, with what only its host knows."""
+        with self._lock:
+            told, replica = self._shard.described(with_spec=with_spec), self._replica
+        reached = replica.reached if replica is not None else None
+        return dataclasses.replace(told, busy=told.busy or self._filing > 0, replicated=reached, saved=self._saved)
 
     _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {Work.MEASURE: _measure, Work.STEP: _step, Work.OBEY: _obey}
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distnadam.arrays import Flat, empty_flat
-from distnadam.backends.base import Backend, Link, Pending
+from distnadam.backends.base import Backend, Link, Pending, Wiring
 from distnadam.errors import ArenaError, LaneError
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Decided, Norms, Push
@@ -83,6 +83,7 @@ class RayLink(Link):
         others = [shard for shard in range(len(ranges)) if shard not in by_lane]
         told = "worker %d: shards %s by shared memory (same node), shards %s by Ray objects"
         log.info(told, self._rank, by_lane or "none", others or "none")
+        self.wiring = Wiring(ranges, frozenset(by_lane))
         if not by_lane and "gradients" not in self.__dict__:
             self._lanes = None
         self.parameters = None

@@ -6,9 +6,10 @@ Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import ray
@@ -30,6 +31,7 @@ from distnadam.backends.cluster import (
     own,
     until_answered,
 )
+from distnadam.backends.exporter import Exporter
 from distnadam.backends.link import REMEDY, Place, RayLink
 from distnadam.backends.raycalls import RayPending, RayTeam, require_ray
 from distnadam.config import Options
@@ -44,6 +46,7 @@ from distnadam.errors import (
 )
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, Release, ShardSpec
+from distnadam.meter import Meter
 from distnadam.orders import Order
 from distnadam.supervision.crew import Roster, require_alive
 
@@ -84,6 +87,18 @@ class RayBackend(Backend):
         """Where the shards are, in order."""
         return [hired.place for hired in self._roster.shards]
 
+    @property
+    def meter(self) -> Meter | None:
+        """See `Backend.meter`."""
+        return self._exporter.meter if self._exporter is not None else None
+
+    @cached_property
+    def _exporter(self) -> Exporter | None:
+        exporter = Exporter.start(self._name, self._options)
+        if exporter is not None:
+            weakref.finalize(self, exporter.finish)  # who got this handle with a task may never close it
+        return exporter
+
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
         """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
@@ -113,6 +128,7 @@ class RayBackend(Backend):
         self._name = specs[0].name
         self._own = ensure_ray(options)
         try:
+            Exporter.check(options)
             check_fits(options, len(specs) * (1 + replicas))
             self._start(specs, replicas)
         except BaseException as error:
@@ -225,6 +241,8 @@ class RayBackend(Backend):
         if destroy and self._supervisor is not None and ray.is_initialized():
             _end(self._supervisor, self._run or (registry.runs_of(self._name) if self._name else None))
         self._closed = True
+        if (exporter := self.__dict__.get("_exporter")) is not None:
+            exporter.close()
         if self._own is not None:
             self._own.shut_down()
             self._own = None

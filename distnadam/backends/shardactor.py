@@ -14,6 +14,7 @@ from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends import registry
 from distnadam.backends.callreplica import CallReplica, Feed
 from distnadam.backends.cluster import insist, node_facts
+from distnadam.backends.exporter import Exporter
 from distnadam.backends.host import ShardHost
 from distnadam.backends.lease import Lease, lease_s
 from distnadam.backends.link import Place
@@ -51,6 +52,7 @@ class ShardActor:
         self._lease: Lease | None = None
         self._remote: Hired | None = None
         self._feed = Feed()
+        self._exporter = Exporter.start(spec.name, spec.options)
 
     async def about(self) -> dict[str, str]:
         """Return what `node_facts` says here."""
@@ -185,7 +187,11 @@ class ShardActor:
             first, second = (cut_flat(flat, spec.ranges) for flat in self._arena.flats)
             buffers = (first, second)
         how = {"threads": self._threads, "run": self._executor.submit, "on_notice": self._notice, "attach": self._attach}
-        return ShardHost(spec, buffers=buffers, may=lambda: self._lease is not None and self._lease.good, **how)  # type: ignore[arg-type]
+        may = {"may": lambda: self._lease is not None and self._lease.good}
+        host = ShardHost(spec, buffers=buffers, **may, **how)  # type: ignore[arg-type]
+        if self._exporter is not None:
+            host.count_in(self._exporter.meter)
+        return host
 
     def _serve(self, host: ShardHost) -> None:
         """Ask for leave, and take workers' calls."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from ray.exceptions import ActorUnavailableError
 
 from distnadam.backends import registry
 from distnadam.backends.cluster import all_answered, kill, node_facts, process_born, until_answered
+from distnadam.backends.exporter import Exporter
 from distnadam.backends.fencing import Fencing
 from distnadam.backends.gather import insist_on
 from distnadam.backends.lease import lease_s
@@ -21,6 +22,7 @@ from distnadam.backends.link import Place
 from distnadam.errors import ShardLost
 from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
+from distnadam.meter import Sample, state_bytes
 from distnadam.orders import Load, Reign
 from distnadam.reshard import copy_plan
 from distnadam.supervision.crew import Crew, Cuts, Hired, Roster
@@ -193,6 +195,9 @@ class SupervisorActor:
         lasts_s = lease_s(specs[0].options.shard_timeout_s)
         self._crew = RayCrew(context.current_actor, specs[0].run, tools, self._died, lasts_s)
         self._made: list[Any] = []
+        self._exporter = Exporter.start(specs[0].name, specs[0].options)
+        if self._exporter is not None:
+            self._exporter.meter.sources.append(self._samples)
         self._opening, self._opened = asyncio.Lock(), False
         found = self._crew.meet(specs[0]) if context.was_current_actor_reconstructed else None
         self._specs = specs if found is None else found.specs
@@ -273,6 +278,11 @@ class SupervisorActor:
     async def close(self) -> None:
         """See `Supervisor.close`."""
         await asyncio.to_thread(self._supervisor.close)
+
+    def _samples(self) -> Iterator[Sample]:
+        sizes = [state_bytes(spec.ranges) for spec in self._supervisor.specs()]
+        yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries().values())
+        yield "distnadam_shard_imbalance", {}, max(sizes) * len(sizes) / max(1, sum(sizes))
 
     def _died(self, hired: Hired) -> None:
         self._supervisor.died(hired)

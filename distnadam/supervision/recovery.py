@@ -43,7 +43,7 @@ class Recovery:
         self._fleet, self._source, self._publish, self._report = fleet, source, publish, report
         self._hirer = ThreadPoolExecutor(1, "hirer")
         self._filling: set[int] = set()
-        self.counts = {"promoted": 0, "rewound": 0, "departed": 0}
+        self.counts = {"promoted": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
     def let_go(self) -> None:
         """Let go of shards that an earlier supervisor held when it died."""

@@ -15,6 +15,7 @@ from distnadam import policy
 from distnadam.arrays import Flat
 from distnadam.layout import Ranges
 from distnadam.messages import Description, Release, ShardSpec
+from distnadam.supervision.board import Board
 from distnadam.supervision.crew import Crew, Hired, Roster
 from distnadam.supervision.fleet import ASK_S, Fleet
 from distnadam.supervision.recovery import Recovery
@@ -50,8 +51,7 @@ class Supervisor:
         self._uneven: tuple[tuple[int, ...], float] | None = None
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
-        self._waiting: list[tuple[int, Future[Roster]]] = []
-        self._roster = Roster(0, ())
+        self._board = Board()
         self._closed = self._begun = False
         self._next_look = 0.0
         self._thread: threading.Thread | None = None
@@ -113,12 +113,7 @@ class Supervisor:
 
     def roster(self, newer_than: int, suspect: bool = False) -> Future[Roster]:
         """Return the roster once there is one newer than what the caller has seen; with a suspicion, after a look, whatever it finds."""
-        future: Future[Roster] = Future()
-        with self._lock:
-            if self._roster.version > newer_than or self._roster.failed:
-                future.set_result(self._roster)
-            else:
-                self._waiting.append((newer_than, future))
+        future = self._board.newer(newer_than)
         if suspect:
             self._events.put(("suspect", future))
         return future
@@ -128,7 +123,8 @@ class Supervisor:
         return {rank: incarnation for rank, (incarnation, _) in dict(self._fleet.dead).items()}
 
     def recoveries(self) -> dict[str, int]:
-        """Return how many shards were taken over by standbys, how often all went back, how many ranks left."""
+        """Return how many shards were taken over by standbys, how often all went back, how many ranks left or were
+        taken over."""
         return dict(self._recovery.counts)
 
     def specs(self) -> list[ShardSpec]:
@@ -164,8 +160,8 @@ class Supervisor:
                 log.exception("supervisor")
                 self._publish(f"the supervisor could not recover: {type(error).__name__}: {error}")
             for what, about in events:
-                if what == "suspect" and not about.done() and self._roster.shards:
-                    about.set_result(self._roster)
+                if what == "suspect" and not about.done() and self._board.now.shards:
+                    about.set_result(self._board.now)
 
     def _drain(self) -> list[tuple[str, Any]]:
         events = []
@@ -195,6 +191,7 @@ class Supervisor:
         self._fleet.joined(rank, incarnation)
         if rank in self._fleet.dead and incarnation > self._fleet.dead[rank][0]:
             del self._fleet.dead[rank]
+            self._recovery.counts["rejoined"] += 1
         self._asking.add(rank)
 
     def _on_left(self, rank: int, incarnation: int) -> None:
@@ -231,7 +228,7 @@ class Supervisor:
         """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
         now = time.monotonic()
         quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._holder or self._uneven)
-        if self._roster.failed or (quiet and now < self._next_look):
+        if self._board.now.failed or (quiet and now < self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
         for _ in range(_ROUNDS_OF_DECISIONS):
@@ -243,7 +240,7 @@ class Supervisor:
                 break
             for decision in decisions:
                 self._recovery.carry_out(decision, seen)
-            if self._roster.failed:
+            if self._board.now.failed:
                 return
         if self._replicas:
             self._recovery.fill_standbys()
@@ -300,10 +297,4 @@ class Supervisor:
             self._holder, self._uneven = None, (rounds, now)
 
     def _publish(self, failed: str | None) -> None:
-        with self._lock:
-            self._roster = Roster(max(time.time_ns(), self._roster.version + 1), tuple(self._fleet.shards), failed)
-            ready = [future for newer_than, future in self._waiting if self._roster.version > newer_than]
-            self._waiting = []
-        for future in ready:
-            if not future.done():
-                future.set_result(self._roster)
+        self._board.publish(self._fleet.shards, failed)

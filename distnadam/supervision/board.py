@@ -1,0 +1,37 @@
+"""Where a supervisor puts up who its shards are, and who waits for that to change."""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from distnadam.supervision.crew import Hired, Roster
+
+
+class Board:
+    """See the module; `now` is the newest roster. Any thread may call."""
+
+    def __init__(self) -> None:
+        self.now = Roster(0, ())
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[int, Future[Roster]]] = []
+
+    def newer(self, than: int) -> Future[Roster]:
+        """Return the roster once there is one newer than that version, or none will be any more."""
+        future: Future[Roster] = Future()
+        with self._lock:
+            if self.now.version > than or self.now.failed:
+                future.set_result(self.now)
+            else:
+                self._waiting.append((than, future))
+        return future
+
+    def publish(self, shards: Sequence[Hired], failed: str | None) -> None:
+        """Put up a new roster, or why there will be none any more."""
+        with self._lock:
+            self.now = Roster(max(time.time_ns(), self.now.version + 1), tuple(shards), failed)
+            ready = [future for than, future in self._waiting if self.now.version > than]
+            self._waiting = []
+        for future in ready:
+            if not future.done():
+                future.set_result(self.now)
