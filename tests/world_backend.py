@@ -49,7 +49,7 @@ class WorldBackend(Backend):
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._roster = world.supervisor._roster
+        self._roster = world.supervisor._board.now
 
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         pass
@@ -61,10 +61,10 @@ class WorldBackend(Backend):
         self.world._posts += 1
         assert self.world._posts < LIVELOCK
         self.world.look()
-        self._roster = require_alive(self.world.supervisor._roster)
+        self._roster = require_alive(self.world.supervisor._board.now)
 
     def refresh(self) -> None:
-        self._roster = require_alive(self.world.supervisor._roster)
+        self._roster = require_alive(self.world.supervisor._board.now)
 
     @property
     def num_shards(self) -> int:
