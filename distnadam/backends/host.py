@@ -26,6 +26,7 @@ from distnadam.nadam.schedule import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
+from distnadam.status import described
 from distnadam.transitions import Answer, Notice, Replicate, Work
 from distnadam.transport.replica import Replica
 
@@ -125,7 +126,7 @@ class ShardHost:
             message = dataclasses.replace(message, gradients=found)
         if isinstance(message, Describe):
             with self._lock:
-                description = self._completed(self._shard.described(with_spec=message.spec))
+                description = self._completed(described(self._shard, with_spec=message.spec))
             self._answer(reply, description)  # at once, whatever is being told to the standby
             return
         try:
