@@ -31,7 +31,7 @@ class Machine:
     def __init__(self, spec: msg.ShardSpec, state: ShardState) -> None:
         self.spec, self.state = spec, state
         self.config, self.clock, self.members = spec.config, Clock(), Members(spec.index, spec.num_workers)
-        self.epochs, self.round, self.skipped = Epochs(), 0, 0
+        self.epochs, self.round, self.skipped, self.furthest = Epochs(), 0, 0, 0
         self.phase = Phase.COLLECTING
         self.lr = 0.0
         self.changed: str | None = None
@@ -87,6 +87,16 @@ class Machine:
         return self.phase in (Phase.COLLECTING, Phase.OBEYING)
 
     @property
+    def retired(self) -> bool:
+        """Whether other shards hold these ranges."""
+        return isinstance(self._broken, Reconfigured)
+
+    @property
+    def pushed(self) -> frozenset[int]:
+        """The ranks that have pushed for the coming round."""
+        return frozenset(self._now.pushes)
+
+    @property
     def order(self) -> orders.Load | orders.Attach:
         """The order that is being obeyed."""
         return self._orders[0][1]
@@ -109,6 +119,8 @@ class Machine:
             self.changed,
             self.epochs.risen,
             dict(self._counted),
+            self.members.here,
+            self.furthest,
         )
 
     # The round
@@ -154,6 +166,7 @@ class Machine:
     def _decide(self, outcome: msg.Outcome, complaint: str | None) -> list[Effect]:
         """End the round: count its pushes, tell the standby, answer who waits, begin the next."""
         self.round += 1
+        self.furthest = max(self.furthest, self.round)
         self.skipped += outcome != "applied"
         self._last = (outcome, complaint)
         for rank, push in self._now.pushes.items():
@@ -220,6 +233,8 @@ class Machine:
                 self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
             self.members.schedule = order.schedule or self.members.schedule
             self.members.ledger.admit_all(order.newest)
+            self.members.holders = {**order.here, **self.members.holders}
+            self.furthest = max(self.furthest, self.round, order.furthest)
             result = self.round
             self._loaded = order.epoch, result
         return [Answer(caller, result)]
@@ -247,6 +262,8 @@ class Machine:
         self.members.ledger = self.members.ledger.from_dict(standing.ledger)
         self.members.schedule = standing.schedule or self.members.schedule
         self._last, self._counted, self.changed = (standing.outcome, standing.complaint), dict(standing.counted), standing.changed
+        self.members.holders = {**standing.here, **self.members.holders}
+        self.furthest = max(self.furthest, standing.furthest, standing.round)
 
     # What it says of itself
 
@@ -266,29 +283,4 @@ class Machine:
             self.state.active,
             self.state.params if want_parameters else None,
             self.epochs.rewound,
-        )
-
-    def described(self, *, with_spec: bool) -> msg.Description:
-        """Return what `Describe` is answered, whatever phase this is."""
-        needed = self.members.needed(self.round + 1)
-        return msg.Description(
-            spec=self.spec if with_spec else None,
-            epoch=self.epochs.now,
-            round=self.round,
-            iterations=self.clock.iterations,
-            skipped=self.skipped,
-            phase=self.phase.value,
-            waiting_for=tuple(rank for rank in needed if rank not in self._now.pushes),
-            left=tuple(sorted(self.members.left)),
-            dead=tuple(sorted(self.members.dead)),
-            members=needed,
-            holder=self.gate.holder,
-            busy=self.phase is Phase.OBEYING,
-            lr=self.config.lr,
-            epoch_reason=self.epochs.reason,
-            schedule=self.members.schedule,
-            newest=self.members.ledger.newest_of_all(),
-            changed=self.changed,
-            given_up=tuple(sorted(self.members.given_up)),
-            retired=isinstance(self._broken, Reconfigured),
         )

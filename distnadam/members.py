@@ -1,6 +1,7 @@
 """Who holds each rank of a shard's workers: incarnations, membership by round, who left, who died, and whose push may count. Pure."""
 
 import distnadam.messages as msg
+from distnadam.description import Holders
 from distnadam.epochs import Epochs
 from distnadam.errors import LatePush, LifecycleError, Reconfigured, RoundMismatch, SupersededWorker, WorkerLost
 from distnadam.ledger import Ledger
@@ -22,7 +23,7 @@ class Members:
         self.left: set[int] = set()
         self.dead: set[int] = set()
         self.given_up: set[int] = set()
-        self._holders: dict[int, int] = {}
+        self.holders: Holders = {}
 
     def needed(self, number: int) -> tuple[int, ...]:
         """Return the ranks whose pushes make up a round."""
@@ -36,14 +37,20 @@ class Members:
         admitted = self.ledger.admit(rank, message.incarnation)
         self.check_newest(rank, admitted)
         if not message.reserve:
-            self._holders[rank] = admitted
+            self.holders[rank] = admitted, message.process
             for ranks in (self.left, self.dead, self.given_up):
                 ranks.discard(rank)
         return admitted
 
     def taken_over(self, rank: int, incarnation: int) -> bool:
         """Whether a worker newer than that one has joined, not only had its place reserved."""
-        return self._holders.get(rank, 0) > incarnation
+        return rank in self.holders and self.holders[rank][0] > incarnation
+
+    @property
+    def here(self) -> Holders:
+        """The ranks that a worker holds which has neither left, nor died, nor had its place reserved for another."""
+        gone = self.left | self.dead
+        return {rank: held for rank, held in self.holders.items() if held[0] == self.ledger.newest(rank) and rank not in gone}
 
     def leave(self, rank: int, incarnation: int) -> None:
         """Take note that a worker closed."""

@@ -2,16 +2,18 @@
 
 Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever acts on the optimizer as a whole first
 holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, and `filing`), then lets go (Release).
-Arrays are the shard's own range. What the supervisor says to a shard, which nobody may refuse, is in `orders`.
+Arrays are the shard's own range. What a shard says of itself is in `description`; what the supervisor says to one, which nobody may
+refuse, in `orders`.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distnadam.arrays import Array, Flat
-from distnadam.config import NadamConfig, Options
+from distnadam.description import Describe as Describe
+from distnadam.description import Description as Description
+from distnadam.description import ShardSpec as ShardSpec
 from distnadam.filing import Filing
-from distnadam.layout import Layout, Ranges
 from distnadam.nadam.schedule import Clock
 from distnadam.schedules import Rate
 
@@ -19,36 +21,17 @@ Outcome = Literal["applied", "skipped", "refused"]
 
 
 @dataclass(frozen=True)
-class ShardSpec:
-    """What a shard is told once, when it is made.
-
-    `run` begins the names by which the cluster knows this optimizer's processes; `cutting` counts how often the state was cut anew.
-    """
-
-    index: int
-    num_shards: int
-    num_workers: int
-    replicas: int
-    name: str | None
-    config: NadamConfig
-    options: Options
-    layout: Layout
-    ranges: Ranges
-    run: str = ""
-    cutting: int = 0
-
-
-@dataclass(frozen=True)
 class Join:
     """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others are told it.
 
     From then on its predecessor is refused, and a push of that one which waits for others is set aside until the new worker pushes, or
-    until `Adopt` says that it counts. `reserve` does all this without a worker: nobody is there yet.
+    until `Adopt` says that it counts. `reserve` does all this without a worker: nobody is there yet. `process` is a token of the worker's.
     """
 
     rank: int
     incarnation: int | None = None
     reserve: bool = False
+    process: str = ""
 
 
 @dataclass(frozen=True)
@@ -250,46 +233,6 @@ class StepNorms:
 
     token: str
     square_sums: Array
-
-
-@dataclass(frozen=True)
-class Describe:
-    """Asks for the shard's status, and with `spec` for its spec too; always legal."""
-
-    spec: bool = False
-
-
-@dataclass(frozen=True)
-class Description:
-    """A shard's spec and where it stands.
-
-    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
-    the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
-    `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
-    `saved` is the directory of checkpoints that the shard last wrote to or read from; `retired` whether others hold its ranges.
-    """
-
-    spec: ShardSpec | None
-    epoch: int
-    round: int
-    iterations: int
-    skipped: int
-    phase: str
-    waiting_for: tuple[int, ...]
-    left: tuple[int, ...]
-    dead: tuple[int, ...]
-    members: tuple[int, ...]
-    holder: str | None
-    busy: bool
-    lr: Rate
-    epoch_reason: str = ""
-    schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    newest: dict[int, int] = field(default_factory=dict)
-    changed: str | None = None
-    replicated: int | None = None
-    given_up: tuple[int, ...] = ()
-    saved: str | None = None
-    retired: bool = False
 
 
 _Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distnadam.arrays import Flat
+from distnadam.description import Holders
 from distnadam.epochs import Reason
 from distnadam.messages import Outcome, PushNote
 from distnadam.nadam.schedule import Clock
@@ -37,6 +38,8 @@ class Load:
         state: all arrays of the shard's ranges, as other shards held them, and `standing`, where those stood in time.
         schedule: the membership; empty leaves it.
         newest: the newest incarnation of each rank, where it is known.
+        here: the ranks that a living worker holds, likewise.
+        furthest: the latest round that was ever decided.
     """
 
     epoch: int
@@ -48,6 +51,8 @@ class Load:
     standing: "Standing | None" = None
     schedule: Schedule = ()
     newest: dict[int, int] = field(default_factory=dict)
+    here: Holders = field(default_factory=dict)
+    furthest: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Standing:
     changed: str | None = None
     risen: tuple[tuple[int, Reason], ...] = ()
     counted: dict[int, PushNote] = field(default_factory=dict)
+    here: Holders = field(default_factory=dict)
+    furthest: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,10 +108,11 @@ class Replicated:
 
 @dataclass(frozen=True)
 class ReplicatedJoin:
-    """A rank was taken over."""
+    """A rank was taken over, by a worker of that process; None: nobody holds it, since that worker left, died, or is yet to come."""
 
     rank: int
     incarnation: int
+    process: str | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Seen:
         source: whether there is a checkpoint, or `build`'s parameters, to go back to.
         changed: what was replaced from outside since that, which going back would lose; None: nothing.
         given_up: ranks whose waiters have been told.
+        furthest: the latest round that was ever decided; where shards went back from there, they replay what is recorded.
     """
 
     shards: Sequence[ShardSeen]
@@ -49,6 +50,7 @@ class Seen:
     source: bool = True
     changed: str | None = None
     given_up: frozenset[int] = frozenset()
+    furthest: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def _rewind(seen: Seen, gone: tuple[int, ...], why: str, changed: str | None) ->
 
 def _ranks(seen: Seen, rules: Rules) -> list[Decision]:
     decisions: list[Decision] = []
-    if seen.asking - seen.members:
+    replays = max(shard.round for shard in seen.shards) < seen.furthest
+    if seen.asking - seen.members and not replays:
         decisions.append(Admit(tuple(sorted(seen.asking - seen.members))))
     late = {rank for rank, seconds in seen.dead.items() if seconds >= rules.rejoin_timeout_s and rank in seen.members}
     if late and rules.min_workers is not None and len(seen.members) - len(late) >= rules.min_workers:

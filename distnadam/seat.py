@@ -47,6 +47,7 @@ class Seat:
         self.epoch = self.round = -1
         self.buffer = 0
         self._rewound: int | None = None
+        self._process = self._backend.token()
         self._incarnation = self._recovering(self._join)
 
     @cached_property
@@ -90,16 +91,16 @@ class Seat:
                 if flight.pending is None:
                     self._send(flight)
                 answers = self._conclude(flight)
-                if len({decided.epoch for decided in answers.values()}) == 1:
+                if len({(decided.epoch, decided.round) for decided in answers.values()}) == 1:
                     return self._take(answers)
+                if len({decided.epoch for decided in answers.values()}) == 1:
+                    return self.pull(want_parameters=flight.want_parameters)  # it counted long ago, and rounds go on without this rank
                 flight.pending = None  # shards were replaced or went back between the answers; a push that counted may be asked about again
-                if time.monotonic() > deadline:
-                    raise StepTimeout(f"worker {self.rank}: the shards did not agree on an epoch in {self._timeout_s:g} s")
-                time.sleep(_POLL_S)
+                self._await(deadline, "the shards did not agree on an epoch")
             except Reconfigured as error:
-                if error.epoch <= flight.epoch:
-                    time.sleep(_POLL_S)  # other shards are yet to hear of it
-                flight.epoch, flight.pending = max(flight.epoch, error.epoch), None
+                known, flight.epoch, flight.pending = flight.epoch, max(flight.epoch, error.epoch), None
+                if error.epoch <= known:  # other shards are yet to hear of it, or the round is to be decided without this rank
+                    self._await(deadline, f"round {flight.round} was not decided: {error}")
                 self._backend.refresh()
                 self._rejoin()
             except Rewound as error:
@@ -111,9 +112,9 @@ class Seat:
                 self._rejoin()
 
     def _join(self) -> int:
-        answers: dict[int, Joined] = self._ask({0: Join(self.rank)})
+        answers: dict[int, Joined] = self._ask({0: Join(self.rank, process=self._process)})
         incarnation = answers[0].incarnation
-        answers |= self._ask({i: Join(self.rank, incarnation) for i in range(1, len(self._shards.ranges))})
+        answers |= self._ask({i: Join(self.rank, incarnation, process=self._process) for i in range(1, len(self._shards.ranges))})
         self._adopt(answers)
         if not answers[0].member:
             self._await_admission()
@@ -132,9 +133,13 @@ class Seat:
         """Wait until the supervisor has made this rank a member again, at a boundary of its choice."""
         deadline = time.monotonic() + self._timeout_s
         while self.rank not in self._ask({0: Describe()})[0].members:
-            if time.monotonic() > deadline:
-                raise StepTimeout(f"worker {self.rank}: was not admitted as a member in {self._timeout_s:g} s")
-            time.sleep(_POLL_S)
+            self._await(deadline, "was not admitted as a member")
+
+    def _await(self, deadline: float, what: str) -> None:
+        """Let a moment pass, unless the time is over."""
+        if time.monotonic() > deadline:
+            raise StepTimeout(f"worker {self.rank}: {what} in {self._timeout_s:g} s")
+        time.sleep(_POLL_S)
 
     def _pull(self, want_parameters: bool) -> dict[int, Decided]:
         at_least = epoch = 0
@@ -144,14 +149,12 @@ class Seat:
             answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want, epoch)))
             at_least, epoch = max(d.round for d in answers.values()), max(d.epoch for d in answers.values())
             if any(d.epoch != epoch for d in answers.values()):  # something is on its way: rounds of two epochs say nothing
-                if time.monotonic() > deadline:
-                    raise StepTimeout(f"worker {self.rank}: the shards did not agree on an epoch in {self._timeout_s:g} s")
                 at_least = 0
-                time.sleep(_POLL_S)
+                self._await(deadline, "the shards did not agree on an epoch")
                 continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
-            self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))))  # a shard may have died with what it must count
+            self._adopt(self._ask(self._everyone(self._known())))  # a shard may have died with what it must count
 
     def _send(self, flight: Flight) -> None:
         """Send a push to every shard; one that has counted it already says so."""
@@ -177,9 +180,12 @@ class Seat:
 
     def _rejoin(self) -> None:
         """Be known to the shards as they are now, and reach them where they are."""
-        self._recovering(lambda: self._adopt(self._ask(self._everyone(Join(self.rank, self._incarnation))), self._incarnation))
+        self._recovering(lambda: self._adopt(self._ask(self._everyone(self._known())), self._incarnation))
         if "link" in self.__dict__:
             self.link.reconnect(self._shards.ranges)
+
+    def _known(self) -> Join:
+        return Join(self.rank, self._incarnation, process=self._process)
 
     def _recovering(self, work: Callable[[], _T]) -> _T:
         """Do what may be done again from its beginning, as often as shards die meanwhile."""

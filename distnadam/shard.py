@@ -11,6 +11,7 @@ from distnadam.errors import IllegalMessage, LatePush, Reconfigured, RoundMismat
 from distnadam.ledger import DIRECT
 from distnadam.machine import Machine
 from distnadam.rounds import Round, Waiting, note_of
+from distnadam.status import described
 from distnadam.transitions import LEGAL, Answer, Effect, Notice, Phase, Replicate
 
 _HANDLERS = {kind: f"_on_{kind.__name__.lower()}" for kinds in LEGAL.values() for kind in kinds}
@@ -42,7 +43,7 @@ class Shard(Machine):
         if self.collecting:
             self._now.set_aside(message.rank, incarnation)
         notices = [] if message.reserve else [Notice("joined", message.rank, incarnation)]
-        record = Replicate(orders.ReplicatedJoin(message.rank, incarnation))
+        record = Replicate(orders.ReplicatedJoin(message.rank, incarnation, None if message.reserve else message.process))
         member = message.rank in self.members.needed(self.round + 1)
         return [record, *notices, Answer(caller, msg.Joined(incarnation, self.round, committed, member))]
 
@@ -95,10 +96,14 @@ class Shard(Machine):
 
     def _on_leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
         self.members.leave(message.rank, message.incarnation)
-        return [Notice("left", message.rank, message.incarnation), Answer(caller, None)]
+        gone = Replicate(orders.ReplicatedJoin(message.rank, message.incarnation))
+        return [gone, Notice("left", message.rank, message.incarnation), Answer(caller, None)]
 
     def _on_lost(self, message: msg.Lost, caller: Any) -> list[Effect]:
-        return [Notice("died rank", message.rank, message.incarnation)] if self.members.lose(message.rank, message.incarnation) else []
+        if self._broken is not None or not self.members.lose(message.rank, message.incarnation):
+            return [Answer(caller, None)]  # whoever hangs up on a shard that was retired has not died
+        gone = Replicate(orders.ReplicatedJoin(message.rank, message.incarnation))
+        return [gone, Notice("died rank", message.rank, message.incarnation), Answer(caller, None)]
 
     # Whoever acts on the optimizer as a whole
 
@@ -162,7 +167,7 @@ class Shard(Machine):
         return self._take_norms(message.square_sums, Waiting(caller, DIRECT, self.members.ledger.newest(DIRECT)))
 
     def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
-        return [Answer(caller, self.described(with_spec=message.spec))]
+        return [Answer(caller, described(self, with_spec=message.spec))]
 
     # The supervisor
 

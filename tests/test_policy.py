@@ -49,6 +49,8 @@ TABLE: list[tuple[str, Seen, Rules, list[type]]] = [
     ("they were told", Seen([alive()], dead={0: 31.0}, members=ALL, given_up=frozenset({0})), WAITS, []),
     ("dead, but no member", Seen([alive()], dead={0: 31.0}, members=frozenset({1, 2})), GOES_ON, []),
     ("a rank comes back", Seen([alive()], members=frozenset({1, 2}), asking=ALL), GOES_ON, [Admit]),
+    ("a rank comes back in a replay", Seen([alive(5)], members=frozenset({1, 2}), asking=ALL, furthest=6), GOES_ON, []),
+    ("a rank comes back after it", Seen([alive(6)], members=frozenset({1, 2}), asking=ALL, furthest=6), GOES_ON, [Admit]),
     ("a shard before a rank", Seen([dead(), alive()], dead={0: 31.0}, members=ALL, asking=ALL), GOES_ON, [Rewind]),
     (
         "nothing hides a write on its way",
@@ -92,6 +94,7 @@ SEEN = st.builds(
     source=st.booleans(),
     changed=st.none() | st.just("changed"),
     given_up=RANKS,
+    furthest=st.integers(0, 6),
 )
 RULES = st.builds(Rules, rejoin_timeout_s=st.floats(0, 50), min_workers=st.none() | st.integers(1, 4))
 
@@ -113,6 +116,8 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(seen: Seen, rules:
             left = seen.members - set(decision.ranks)
             assert rules.min_workers is not None and len(left) >= rules.min_workers
             assert all(seen.dead[rank] >= rules.rejoin_timeout_s for rank in decision.ranks)
+        if isinstance(decision, Admit):
+            assert max(shard.round for shard in seen.shards) >= seen.furthest
     if gone:
         assert len(decisions) == 1, "shards come first, and by themselves"
     if any(isinstance(decision, (Depart, Admit)) for decision in decisions):

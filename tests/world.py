@@ -198,7 +198,8 @@ class World:
         self._posts = 0
         self.crew = _WorldCrew(self)
         self.supervisor = Supervisor(specs, replicas, self.crew)
-        self.supervisor._recovery._hirer = _Now()  # type: ignore[assignment]
+        self.at_once = _Now()
+        self.supervisor._recovery._hirer = self.at_once  # type: ignore[assignment]
         self.supervisor.adopt([self.crew.hire(spec, standby=False, near=[]) for spec in specs], {})
 
     @property

@@ -28,6 +28,7 @@ from distnadam.nadam.schedule import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
+from distnadam.status import described
 from distnadam.transitions import Answer, Effect, Notice, Replicate, Work
 from distnadam.transport.replica import Replica
 
@@ -281,7 +282,7 @@ class ShardHost:
     def _described(self, *, with_spec: bool) -> Description:
         """Return the shard's description, with what only its host knows."""
         with self._lock:
-            told, replica = self._shard.described(with_spec=with_spec), self._replica
+            told, replica = described(self._shard, with_spec=with_spec), self._replica
         reached = replica.reached if replica is not None else None
         return dataclasses.replace(told, busy=told.busy or self._filing > 0, replicated=reached, saved=self._saved)
 

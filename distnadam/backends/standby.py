@@ -64,7 +64,10 @@ class Standby:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no place in time, got {record}")
             elif isinstance(record, ReplicatedJoin):
                 self._ledger.admit(record.rank, record.incarnation)
-                self._standing = now
+                here = {rank: held for rank, held in now.here.items() if rank != record.rank}
+                if record.process is not None:
+                    here[record.rank] = record.incarnation, record.process
+                self._standing = dataclasses.replace(now, here=here)
             elif isinstance(record, Reign):
                 self._ledger.admit_all(record.newest)
                 risen = (*now.risen, (record.epoch, "reconfigured")) if record.epoch > now.epoch else now.risen

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from distnadam.description import Describe, Description, Holders, ShardSpec
 from distnadam.errors import ShardLost, StepTimeout
-from distnadam.messages import Describe, Description, ShardSpec
 from distnadam.orders import Schedule
 from distnadam.supervision.crew import Crew, Hired
 from distnadam.transitions import Phase
@@ -31,6 +31,8 @@ class Fleet:
         self.gone: set[Hired] = set()
         self.outdated: set[Hired] = set()  # standbys whose primary has gone on without them, and which may not know
         self.newest: dict[int, int] = {}
+        self.here: Holders = {}
+        self.furthest = 0
         self.dead: dict[int, tuple[int, float]] = {}  # by rank: the worker that died, and when
         self.stuck = False
         self.epoch = 0
@@ -65,6 +67,8 @@ class Fleet:
                 self._know(answer)
             elif isinstance(answer, (Description, ShardLost, StepTimeout)):
                 self.gone.add(self.shards[index])
+        described = [answer for answer in answers.values() if isinstance(answer, Description)]
+        self.here = holders(described) if described else self.here
         return answers
 
     def _know(self, seen: Description) -> None:
@@ -73,6 +77,10 @@ class Fleet:
             self.epoch, self.schedule = seen.epoch, seen.schedule
         for rank, incarnation in seen.newest.items():
             self.joined(rank, incarnation)
+        for rank, (incarnation, _) in seen.here.items():
+            if rank in self.dead and incarnation > self.dead[rank][0]:
+                del self.dead[rank]  # somebody has taken it over
+        self.furthest = max(self.furthest, seen.furthest)
 
     def next_epoch(self) -> int:
         """Return an epoch later than any before; a successor that finds no shard alive takes it from the clock, far above any count."""
@@ -91,3 +99,12 @@ class Fleet:
         rates = [answer.lr for answer in self.ask_all(Describe()).values() if isinstance(answer, Description)]
         spec = self.specs[index]
         return replace(spec, config=spec.config.with_lr(rates[0])) if rates else spec
+
+
+def holders(described: Sequence[Description]) -> Holders:
+    """Return the ranks that a living worker holds: the newest that any shard knows of, unless one knows that it is gone."""
+    here: Holders = {}
+    for each in described:
+        here |= {rank: held for rank, held in each.here.items() if held[0] >= here.get(rank, (0, ""))[0]}
+    gone = {(rank, each.newest.get(rank, 0)) for each in described for rank in (*each.left, *each.dead)}
+    return {rank: held for rank, held in here.items() if (rank, held[0]) not in gone}

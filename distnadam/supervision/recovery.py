@@ -107,7 +107,8 @@ class Recovery:
             fleet.crew.watch(fleet.shards[index])
         epoch, schedule = fleet.next_epoch(), fleet.schedule
         for candidate in self._source.candidates():
-            loads = self._source.loads(candidate, fleet.specs, epoch, schedule=schedule, newest=dict(fleet.newest))
+            known = {"schedule": schedule, "newest": dict(fleet.newest), "here": dict(fleet.here), "furthest": fleet.furthest}
+            loads = self._source.loads(candidate, fleet.specs, epoch, **known)
             epoch += 1
             answers = fleet.ask(loads, _LOAD_S)
             errors = [answer for answer in answers.values() if isinstance(answer, Exception)]

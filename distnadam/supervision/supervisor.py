@@ -14,13 +14,13 @@ from typing import Any
 from distnadam import policy
 from distnadam.arrays import Flat
 from distnadam.layout import Ranges
-from distnadam.messages import Description, Release, ShardSpec
+from distnadam.messages import Description, ShardSpec
 from distnadam.supervision.board import Board
 from distnadam.supervision.crew import Crew, Hired, Roster
-from distnadam.supervision.fleet import ASK_S, Fleet
+from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.recovery import Recovery
+from distnadam.supervision.sight import Sight
 from distnadam.supervision.source import Source
-from distnadam.transitions import Phase
 
 log = logging.getLogger("distnadam")
 
@@ -46,9 +46,7 @@ class Supervisor:
         self._fleet = Fleet(specs, crew)
         self._source = Source(options.checkpoint_dir, retain_initial=options.retain_initial)
         self._recovery = Recovery(self._fleet, self._source, self._publish, lambda what, about: self._events.put((what, about)))
-        self._asking: set[int] = set()
-        self._holder: tuple[str, float] | None = None
-        self._uneven: tuple[tuple[int, ...], float] | None = None
+        self._sight = Sight(self._fleet, self._source, options, self._on_died_rank)
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
         self._board = Board()
@@ -69,22 +67,27 @@ class Supervisor:
 
         Told again, as by a call that seemed lost, or of a successor that watches already, it only takes what can be gone back to.
         """
-        self._source.begin(initial, directory)
         with self._lock:
             begun, self._begun = self._begun, True
         if begun:
+            self._source.begin(initial, directory)
             return
+        self.take_stock(initial=initial, directory=directory)
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._thread.start()
+        self._events.put(("look", None))
+
+    def take_stock(self, *, initial: Flat | None, directory: str | None) -> None:
+        """Watch the processes, and learn from them what an earlier supervisor knew."""
+        self._source.begin(initial, directory)
         for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
             self._fleet.crew.watch(hired)
         self._recovery.let_go()
-        for answer in self._fleet.describe().values():  # as an earlier supervisor knew
+        for answer in self._fleet.describe().values():
             if isinstance(answer, Description):
                 self._source.directory = self._source.directory or answer.saved
                 for rank in answer.dead:
                     self._on_died_rank(rank, answer.newest[rank])
-        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
-        self._thread.start()
-        self._events.put(("look", None))
 
     def died(self, hired: Hired) -> None:
         """Take that a process ended."""
@@ -192,10 +195,8 @@ class Supervisor:
         if rank in self._fleet.dead and incarnation > self._fleet.dead[rank][0]:
             del self._fleet.dead[rank]
             self._recovery.counts["rejoined"] += 1
-        self._asking.add(rank)
 
     def _on_left(self, rank: int, incarnation: int) -> None:
-        self._asking.discard(rank)
         if self._rules.min_workers is not None and self._fleet.newest.get(rank, 0) == incarnation:
             self._fleet.dead.setdefault(rank, (incarnation, time.monotonic()))  # it is as gone as if it had died
 
@@ -220,19 +221,18 @@ class Supervisor:
         if self._fleet.newest.get(rank, 0) > incarnation or rank in self._fleet.dead:
             return  # taken over already, or told by another shard
         self._fleet.dead[rank] = (incarnation, time.monotonic())
-        self._asking.discard(rank)
         log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
         self._recovery.settle(rank)
 
     def _look(self, *, prompted: bool) -> None:
         """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
         now = time.monotonic()
-        quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._holder or self._uneven)
+        quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._sight.awaits)
         if self._board.now.failed or (quiet and now < self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
         for _ in range(_ROUNDS_OF_DECISIONS):
-            seen = self._observe()
+            seen = self._sight.look()
             decisions = policy.decide(seen, self._rules)
             if self._closed:
                 return
@@ -244,57 +244,6 @@ class Supervisor:
                 return
         if self._replicas:
             self._recovery.fill_standbys()
-
-    # What it sees
-
-    def _observe(self) -> policy.Seen:
-        fleet, now = self._fleet, time.monotonic()
-        answers = fleet.describe(min(ASK_S, self._options.shard_timeout_s))
-        shards = [self._seen(hired, answers.get(index)) for index, hired in enumerate(fleet.shards)]
-        described = [answer for i, answer in answers.items() if isinstance(answer, Description) and fleet.shards[i] not in fleet.gone]
-        self._check_holder(described, now)
-        return policy.Seen(
-            shards=shards,
-            dead={rank: now - since for rank, (_, since) in fleet.dead.items()},
-            held=self._holder is not None,
-            stuck=fleet.stuck or any(answer.phase == Phase.HOLLOW.value for answer in described),
-            members=frozenset(described[0].members if described else ()),
-            asking=frozenset(self._asking),
-            source=self._source.present,
-            changed=self._source.changed or next((d.changed for d in described if d.changed is not None), None),
-            given_up=frozenset.intersection(*(frozenset(d.given_up) for d in described)) if described else frozenset(),
-        )
-
-    def _seen(self, hired: Hired, answer: Any) -> policy.ShardSeen:
-        fleet, reached = self._fleet, None
-        if isinstance(answer, Description) and hired not in fleet.gone:
-            told = (answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated, answer.changed)
-            return policy.ShardSeen(True, *told)
-        if hired in fleet.gone:
-            fleet.crew.fence(hired)  # what it had sent to its standby is all there then
-            if (standby := fleet.standbys.get(hired.index)) is not None and standby not in fleet.outdated:
-                reached = fleet.crew.ask({0: standby}, {0: None}, ASK_S)[0]
-        return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
-
-    def _check_holder(self, described: Sequence[Description], now: float) -> None:
-        """Let go of shards whose holder has died, or has held them for too long without reading or writing files.
-
-        Where that leaves them at different rounds and none moves, a step from outside reached some of them only: all must go back.
-        """
-        rounds = tuple(answer.round for answer in described)
-        if self._uneven is not None and (self._uneven[0] != rounds or len(set(rounds)) == 1):
-            self._uneven = None
-        elif self._uneven is not None and now - self._uneven[1] > self._options.shard_timeout_s:
-            self._fleet.stuck, self._uneven = True, None
-        token = min((answer.holder for answer in described if answer.holder is not None), default=None)
-        if token is None or any(answer.busy for answer in described):
-            self._holder = None
-        elif self._holder is None or self._holder[0] != token:
-            self._holder = (token, now)
-        elif self._fleet.crew.has_ended(token) or now - self._holder[1] > self._options.step_timeout_s:
-            log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
-            self._fleet.ask_all(Release(token))
-            self._holder, self._uneven = None, (rounds, now)
 
     def _publish(self, failed: str | None) -> None:
         self._board.publish(self._fleet.shards, failed)

@@ -160,7 +160,7 @@ def pack_record(record: Record) -> bytes:
     """Return a frame."""
     body: tuple[Any, ...]
     if isinstance(record, ReplicatedJoin):
-        body = ("join", record.rank, record.incarnation)
+        body = ("join", record.rank, record.incarnation, record.process)
     elif isinstance(record, Reign):
         body = ("reign", record.epoch, record.schedule, record.newest)
     elif isinstance(record, LetGo):

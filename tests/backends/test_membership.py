@@ -58,8 +58,9 @@ def recorded(optimizer: DistNadam) -> list[tuple[int, ...]]:
     return [tuple(sorted({rank for rank, _, first, end in runs if first <= number <= end})) for number in range(1, last + 1)]
 
 
-def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replays_to_the_same_bits() -> None:
-    options = Options(min_workers=1, rejoin_timeout_s=0.5)
+@pytest.mark.parametrize("transport", ["auto", "objects"])  # objects have no line whose end would tell of a death
+def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replays_to_the_same_bits(transport: Any) -> None:
+    options = Options(min_workers=1, rejoin_timeout_s=0.5, transport=transport)
     with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(START) as optimizer:
         first, second = (Trainer.remote(optimizer, rank) for rank in range(2))
         assert ray.get([first.train.remote(10), second.train.remote(10)]) == [10, 10]
@@ -76,8 +77,9 @@ def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replay
         assert bits(optimizer) == replayed(members)
 
 
-def test_without_leave_to_go_on_those_who_wait_are_told_who_is_lost() -> None:
-    options = Options(rejoin_timeout_s=0.2)
+@pytest.mark.parametrize("transport", ["auto", "objects"])
+def test_without_leave_to_go_on_those_who_wait_are_told_who_is_lost(transport: Any) -> None:
+    options = Options(rejoin_timeout_s=0.2, transport=transport)
     with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(START) as optimizer:
         first, second = (Trainer.remote(optimizer, rank) for rank in range(2))
         ray.get([first.train.remote(3), second.train.remote(3)])

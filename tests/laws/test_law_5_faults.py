@@ -27,6 +27,7 @@ from distnadam.errors import ClusterError, IllegalMessage, LatePush, StaleEpoch,
 from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
 from distnadam.saving import Saver
+from distnadam.status import described
 from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of
@@ -88,9 +89,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 self.agree()
                 if all(process.alive and process.host and process.host._shard.round >= target for process in self.world.shards):
                     return
-            raise AssertionError(
-                f"nobody comes to round {target}: {[p.host and p.host._shard.described(with_spec=False) for p in self.world.shards]}"
-            )
+            raise AssertionError(f"nobody comes to round {target}: {[p.host and described(p.host._shard) for p in self.world.shards]}")
         finally:
             shutil.rmtree(self.root)
 

@@ -1,0 +1,74 @@
+"""What a shard is told once, and what it says of itself whenever it is asked: plain records."""
+
+from dataclasses import dataclass, field
+
+from distnadam.config import NadamConfig, Options
+from distnadam.layout import Layout, Ranges
+from distnadam.schedules import Rate
+
+Holders = dict[int, tuple[int, str]]
+"""By rank: the incarnation of its worker, and the token of that one's process."""
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What a shard is told once, when it is made.
+
+    `run` begins the names by which the cluster knows this optimizer's processes; `cutting` counts how often the state was cut anew.
+    """
+
+    index: int
+    num_shards: int
+    num_workers: int
+    replicas: int
+    name: str | None
+    config: NadamConfig
+    options: Options
+    layout: Layout
+    ranges: Ranges
+    run: str = ""
+    cutting: int = 0
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Asks for the shard's status, and with `spec` for its spec too; always legal."""
+
+    spec: bool = False
+
+
+@dataclass(frozen=True)
+class Description:
+    """A shard's spec and where it stands.
+
+    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
+    the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
+    `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
+    `here` are the ranks that a living worker holds, as far as this shard knows, with its incarnation and a token of its process; `furthest`
+    is the latest round that was ever decided, before the shards went back too. `saved` is the directory of checkpoints that the shard
+    last wrote to or read from; `retired` whether others hold its ranges.
+    """
+
+    spec: ShardSpec | None
+    epoch: int
+    round: int
+    iterations: int
+    skipped: int
+    phase: str
+    waiting_for: tuple[int, ...]
+    left: tuple[int, ...]
+    dead: tuple[int, ...]
+    members: tuple[int, ...]
+    holder: str | None
+    busy: bool
+    lr: Rate
+    epoch_reason: str = ""
+    schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    newest: dict[int, int] = field(default_factory=dict)
+    changed: str | None = None
+    replicated: int | None = None
+    given_up: tuple[int, ...] = ()
+    saved: str | None = None
+    retired: bool = False
+    here: Holders = field(default_factory=dict)
+    furthest: int = 0

@@ -1,0 +1,103 @@
+"""What a supervisor sees of its optimizer each time it looks, as `policy` takes it; and who is found to be gone on the way."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from distnadam import policy
+from distnadam.config import Options
+from distnadam.messages import Description, Lost, Release
+from distnadam.supervision.crew import Hired
+from distnadam.supervision.fleet import ASK_S, Fleet
+from distnadam.supervision.source import Source
+from distnadam.transitions import Phase
+
+log = logging.getLogger("distnadam")
+
+
+class Sight:
+    """See the module.
+
+    Args:
+        fleet: the processes.
+        source: what can be gone back to.
+        options: for how long what may be borne.
+        on_died_rank: told a rank and its worker's incarnation where that one is found to have died.
+    """
+
+    def __init__(self, fleet: Fleet, source: Source, options: Options, on_died_rank: Callable[[int, int], None]) -> None:
+        self._fleet, self._source, self._options, self._on_died_rank = fleet, source, options, on_died_rank
+        self._holder: tuple[str, float] | None = None
+        self._uneven: tuple[tuple[int, ...], float] | None = None
+        self._rounds: tuple[int, ...] = ()
+
+    @property
+    def awaits(self) -> bool:
+        """Whether something may change by the mere passing of time."""
+        return self._holder is not None or self._uneven is not None
+
+    def look(self) -> policy.Seen:
+        """Ask every shard where it stands, and return what is to be decided on."""
+        fleet, now = self._fleet, time.monotonic()
+        answers = fleet.describe(min(ASK_S, self._options.shard_timeout_s))
+        shards = [self._seen(hired, answers.get(index)) for index, hired in enumerate(fleet.shards)]
+        described = [answer for i, answer in answers.items() if isinstance(answer, Description) and fleet.shards[i] not in fleet.gone]
+        self._check_holder(described, now)
+        self._check_workers(described)
+        members = frozenset(described[0].members if described else ())
+        return policy.Seen(
+            shards=shards,
+            dead={rank: now - since for rank, (_, since) in fleet.dead.items()},
+            held=self._holder is not None,
+            stuck=fleet.stuck or any(answer.phase == Phase.HOLLOW.value for answer in described),
+            members=members,
+            asking=frozenset(fleet.here) - members,
+            source=self._source.present,
+            changed=self._source.changed or next((d.changed for d in described if d.changed is not None), None),
+            given_up=frozenset.intersection(*(frozenset(d.given_up) for d in described)) if described else frozenset(),
+            furthest=fleet.furthest,
+        )
+
+    def _seen(self, hired: Hired, answer: Any) -> policy.ShardSeen:
+        fleet, reached = self._fleet, None
+        if isinstance(answer, Description) and hired not in fleet.gone:
+            told = (answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated, answer.changed)
+            return policy.ShardSeen(True, *told)
+        if hired in fleet.gone:
+            fleet.crew.fence(hired)  # what it had sent to its standby is all there then
+            if (standby := fleet.standbys.get(hired.index)) is not None and standby not in fleet.outdated:
+                reached = fleet.crew.ask({0: standby}, {0: None}, ASK_S)[0]
+        return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
+
+    def _check_holder(self, described: Sequence[Description], now: float) -> None:
+        """Let go of shards whose holder has died, or has held them for too long without reading or writing files.
+
+        Where that leaves them at different rounds and none moves, a step from outside reached some of them only: all must go back.
+        """
+        rounds = tuple(answer.round for answer in described)
+        if self._uneven is not None and (self._uneven[0] != rounds or len(set(rounds)) == 1):
+            self._uneven = None
+        elif self._uneven is not None and now - self._uneven[1] > self._options.shard_timeout_s:
+            self._fleet.stuck, self._uneven = True, None
+        token = min((answer.holder for answer in described if answer.holder is not None), default=None)
+        if token is None or any(answer.busy for answer in described):
+            self._holder = None
+        elif self._holder is None or self._holder[0] != token:
+            self._holder = (token, now)
+        elif self._fleet.crew.has_ended(token) or now - self._holder[1] > self._options.step_timeout_s:
+            log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
+            self._fleet.ask_all(Release(token))
+            self._holder, self._uneven = None, (rounds, now)
+
+    def _check_workers(self, described: Sequence[Description]) -> None:
+        """Where rounds do not go on, see whether those who are waited for are still there: not every worker has a line that would tell."""
+        rounds, before = tuple(answer.round for answer in described), self._rounds
+        self._rounds = rounds
+        if rounds != before:
+            return
+        for rank in {rank for answer in described for rank in answer.waiting_for} & self._fleet.here.keys() - self._fleet.dead.keys():
+            incarnation, process = self._fleet.here[rank]
+            if self._fleet.crew.has_ended(process):
+                self._fleet.ask_all(Lost(rank, incarnation))
+                self._on_died_rank(rank, incarnation)

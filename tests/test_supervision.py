@@ -1,0 +1,131 @@
+"""What a supervisor decides over time, in a world of this thread: a recorded membership is replayed, a successor knows who is there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam import seat
+from distnadam.config import NadamConfig, Options
+from distnadam.controller import Controller
+from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
+from distnadam.layout import Layout
+from distnadam.messages import ShardSpec
+from distnadam.supervision.supervisor import Supervisor
+from distnadam.worker import Worker
+from tests.one_process import history_of
+from tests.world import World
+from tests.world_backend import WorldBackend
+
+RANKS, SIZE = 3, 300
+LAYOUT = Layout.of({"w": np.ones(SIZE, np.float32)})
+ELASTIC = Options(step_timeout_s=0.0, kernel="numpy", min_workers=1, rejoin_timeout_s=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seat, "_POLL_S", 0.0)
+
+
+class Training:
+    """Ranks that train in a world of two shards."""
+
+    def __init__(self, options: Options = ELASTIC, num_shards: int = 2) -> None:
+        cuts = LAYOUT.cuts(num_shards)
+        specs = [ShardSpec(i, num_shards, RANKS, 0, None, NadamConfig(), options, LAYOUT, cut) for i, cut in enumerate(cuts)]
+        self.world, self.options = World(specs, replicas=0), options
+        self.controller().load({"float32": np.ones(SIZE, np.float32)})
+        self.world.look()
+        self.workers: dict[int, Worker] = {}
+        for rank in range(RANKS):
+            self.join(rank)
+
+    def controller(self) -> Controller:
+        return Controller(WorldBackend(self.world), LAYOUT, len(self.world.shards), self.options)
+
+    def join(self, rank: int) -> None:
+        """Have a new worker take the rank, once it is admitted."""
+        for _ in range(10):
+            self.world.rested()
+            try:
+                self.workers[rank] = Worker(self.controller(), rank)
+                return
+            except StepTimeout:
+                self.world.look()
+        raise AssertionError(f"rank {rank} was not admitted")
+
+    def die(self, rank: int) -> None:
+        self.world.kill_worker(rank, self.workers.pop(rank)._seat._incarnation)
+        self.world.look()
+
+    def train(self, end: int) -> None:
+        """Have all that are there push until so many rounds are decided."""
+        for _ in range(100):
+            if all(process.host and process.host._shard.round >= end for process in self.world.shards):
+                return
+            tickets = []
+            for rank, worker in list(self.workers.items()):
+                self.world.rested()
+                try:
+                    worker.pull()
+                    tickets.append(worker.push({"w": np.full(SIZE, rank + 1, np.float32)}))
+                except SupersededWorker:
+                    del self.workers[rank]
+                except (StaleEpoch, LatePush, StepTimeout):
+                    continue
+            for ticket in tickets:
+                self.world.rested()
+                try:
+                    ticket.result()
+                except (StaleEpoch, LatePush, StepTimeout):
+                    continue
+            self.world.look()
+        raise AssertionError(f"round {end} was not reached")
+
+    def members(self) -> list[Sequence[int]]:
+        """Who was counted in each round."""
+        shard = self.world.shards[0].host._shard  # type: ignore[union-attr]
+        return [[rank for rank, _ in counted] for counted in history_of(shard.members.ledger.to_dict(), shard.round)]
+
+
+def test_the_membership_of_every_round_is_replayed_after_all_went_back_whoever_asks_by_then() -> None:
+    training = Training()
+    training.train(3)
+    training.die(1)
+    training.train(6)
+    training.join(1)
+    training.train(10)
+    before = training.members()
+    assert [1 in ranks for ranks in before] == [True] * 3 + [False] * 3 + [True] * 4
+    training.world.shards[0].kill()
+    training.world.look()
+    assert all(process.host._shard.round == 0 for process in training.world.shards)  # type: ignore[union-attr]
+    training.train(12)
+    assert training.members()[:10] == before
+
+
+def test_a_successor_admits_who_asked_its_predecessor_and_knows_who_is_gone() -> None:
+    training = Training()
+    training.train(2)
+    training.die(1)
+    training.train(4)
+    with pytest.raises(StepTimeout, match="was not admitted"):
+        Worker(training.controller(), 1)
+    succeed(training.world)
+    training.world.look()
+    training.join(1)
+    training.die(2)
+    succeed(training.world)
+    training.world.look()
+    training.train(6)
+    assert [list(ranks) for ranks in training.members()] == [[0, 1, 2]] * 2 + [[0, 2]] * 2 + [[0, 1]] * 2
+
+
+def succeed(world: World) -> None:
+    """Put another supervisor, which was told nothing, in place of the one that is there."""
+    old: Any = world.supervisor._fleet
+    world.supervisor = Supervisor(old.specs, 0, world.crew)
+    world.supervisor._recovery._hirer = world.at_once  # type: ignore[assignment]
+    world.supervisor.adopt(old.shards, old.standbys)
+    world.supervisor.take_stock(initial=None, directory=None)
