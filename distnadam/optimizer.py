@@ -7,8 +7,9 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 
 from distnadam.arrays import Array
+from distnadam.backends import choice
 from distnadam.backends.base import Team
-from distnadam.backends.choice import BackendName, choose
+from distnadam.backends.choice import BackendName
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, place
@@ -92,8 +93,7 @@ class DistNadam:
         self._asked_backend, self._name = backend, name
         self._shards: Controller | None = None
         self._own_worker: Worker | None = None
-        self._creator = True
-        self._closed = False
+        self._creator, self._closed = True, False
         self._saver = Saver()
         self.restored_data: dict[str, Any] = {}
 
@@ -145,11 +145,14 @@ class DistNadam:
     @classmethod
     def connect(cls, name: str) -> "DistNadam":
         """Attach to a running optimizer by its name, from any process of the Ray cluster; raise NotRunning where there is none."""
-        from distnadam.backends.ray import RayBackend
-
-        backend, spec = RayBackend.connect(name)
+        backend, spec = choice.connect(name)
         shards = Controller(backend, spec.layout, spec.num_shards, spec.options)
         return _attach(shards, spec.config, spec.options, spec.num_workers, spec.replicas, name)
+
+    @classmethod
+    def stop(cls, name: str) -> None:
+        """End a running optimizer by its name, as its creator's `close` would; raise NotRunning where there is nothing of one."""
+        choice.stop(name)
 
     # The present
 
@@ -399,7 +402,7 @@ class DistNadam:
             raise LifecycleError("this optimizer was closed; make a new one")
         if self._shards is not None:
             raise LifecycleError("this optimizer is built already")
-        backend = choose(self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1)
+        backend = choice.choose(self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1)
         if self._name is not None and backend.name == "local":
             raise ConfigError(f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to")
         shared = (self._num_shards, self._num_workers, self._replicas, self._name, self._config, self._options, layout)

@@ -25,7 +25,7 @@ LAYERS = [
     ["saving"],
     ["seat"],
     ["worker"],
-    ["optimizer"],
+    ["optimizer", "status"],
     ["training", "interop"],
     ["cli"],
     ["__main__", "__init__"],

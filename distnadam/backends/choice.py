@@ -1,4 +1,4 @@
-"""Which backend "auto" means here and now. Imports Ray's backend only where Ray is meant."""
+"""Which backend is meant here and now, and the running optimizers of Ray by their names. Imports Ray's backend only where Ray is meant."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ from typing import Literal
 
 from distnadam.backends.base import Backend
 from distnadam.errors import ClusterError
+from distnadam.messages import ShardSpec
 
 BackendName = Literal["auto", "local", "ray"]
 
@@ -26,6 +27,20 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
     from distnadam.backends.ray import RayBackend
 
     return RayBackend()
+
+
+def connect(name: str) -> tuple[Backend, ShardSpec]:
+    """Return a backend that reaches a running named optimizer, and the spec of its shard 0; raise NotRunning where there is none."""
+    from distnadam.backends.ray import RayBackend
+
+    return RayBackend.connect(name)
+
+
+def stop(name: str) -> None:
+    """End a running named optimizer, or what is left of one; raise NotRunning where there is nothing of it."""
+    from distnadam.backends.ray import RayBackend
+
+    RayBackend.stop(name)
 
 
 def _installed() -> bool:

@@ -8,6 +8,7 @@ import platform
 import re
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ _MISSING = re.compile(r"No module named \\?'([\w.]+)")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
 _START_S = 120.0
 _REPORT_EVERY_S = 5.0
+_ANSWER_S = 5.0
+_AGAIN_S = 0.2
 
 
 class OwnRay:
@@ -58,15 +61,42 @@ def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
         return None
     address = os.environ.get("RAY_ADDRESS")
     if not address and not start:
-        raise NotRunning("no Ray runs in this process and RAY_ADDRESS is not set: there is nothing to connect to")
+        raise NotRunning(
+            "no Ray runs in this process and RAY_ADDRESS is not set: there is nothing to connect to; give the head's HOST:PORT"
+        )
     if not address:
         return OwnRay(options)
+    _require_listener(address)
     try:
         ray.init(address=address, log_to_driver=False, namespace="distnadam-driver")
+    except ConnectionError as error:  # Ray does not say why: it has only heard no
+        told = f"cannot join the Ray at RAY_ADDRESS={address}, which answers but refuses: RAY_AUTH_MODE is {_auth_mode()} here"
+        raise ClusterError(f"{told}; give it, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster's hosts have them") from error
     except Exception as error:
-        mode = os.environ.get("RAY_AUTH_MODE", "unset")
-        raise ClusterError(f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {mode}): {error}") from error
+        first = str(error).splitlines()[0]
+        raise ClusterError(f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {_auth_mode()}): {first}") from error
     return None
+
+
+def _auth_mode() -> str:
+    return os.environ.get("RAY_AUTH_MODE", "unset")
+
+
+def _require_listener(address: str) -> None:
+    """Raise ClusterError where nobody listens at HOST:PORT for some seconds; Ray itself tries for minutes, and may end the process."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdigit():
+        return
+    deadline = time.monotonic() + _ANSWER_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline or isinstance(error, socket.gaierror):
+                told = f"nobody answers at RAY_ADDRESS={address} ({error.strerror or error})"
+                raise ClusterError(f"{told}: expected the address of a running Ray's head, as HOST:PORT") from error
+            time.sleep(_AGAIN_S)
 
 
 def actor_options(spec: ShardSpec, label: str | None) -> dict[str, Any]:

@@ -95,6 +95,12 @@ class RayBackend(Backend):
         backend._roster = require_alive(backend._call("roster", 0, timeout_s=_CONNECT_S))
         return backend, spec
 
+    @classmethod
+    def stop(cls, name: str) -> None:
+        """End a running named optimizer, or what is left of one, from any process; raise NotRunning where there is nothing of it."""
+        ensure_ray(None, start=False)
+        cls(_named(name), name).close(destroy=True)
+
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """See `Backend.start`."""
         options = self._options = specs[0].options
@@ -148,6 +154,11 @@ class RayBackend(Backend):
     def refresh(self) -> None:
         """See `Backend.refresh`."""
         self._roster = require_alive(self._call("roster", 0, timeout_s=_CONNECT_S))
+
+    def hosts(self) -> list[str]:
+        """See `Backend.hosts`."""
+        addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
+        return [f"{addresses.get(place.node, 'a node that is gone')} ({place.node[:8]})" for place in self.places]
 
     @property
     def num_shards(self) -> int:
@@ -227,6 +238,9 @@ class RayBackend(Backend):
                 raise (error.cause if isinstance(error.cause, DistNadamError) else error) from None
             except RayActorError as error:
                 lives = isinstance(error, ActorUnavailableError)  # the call may have been carried out, which does no harm twice
+                if not lives and self._name and not _is_named(self._supervisor, self._name):
+                    told = f"the optimizer {self._name!r} was ended by another process: by `distnadam stop`, or by its creator"
+                    raise LifecycleError(told) from error
                 if not (lives or self._name) or time.monotonic() >= deadline:
                     told = (
                         "the optimizer's supervisor died, and its shards with it: restore from a checkpoint, or give the optimizer a name"
@@ -235,8 +249,21 @@ class RayBackend(Backend):
                 time.sleep(_RETRY_S)
 
 
+def _is_named(supervisor: Any, name: str) -> bool:
+    """Whether the name is still this supervisor's, which Ray then makes again; one that was ended has lost it."""
+    try:
+        return bool(ray.get_actor(name, namespace=NAMESPACE) == supervisor)
+    except ValueError:
+        return False
+    except Exception:  # the cluster does not answer: nothing is known
+        return True
+
+
 def _named(name: str) -> Any:
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as error:
-        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster") from error
+        known = ray.util.list_named_actors(all_namespaces=True)
+        names = sorted(entry["name"] for entry in known if entry["namespace"] == NAMESPACE and "/" not in entry["name"])
+        there = f"; those that are: {', '.join(names)}" if names else ""
+        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster{there}") from error

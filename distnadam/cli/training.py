@@ -21,6 +21,7 @@ from distnadam.training.task import Task
 @click.argument("task")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Data-parallel workers.")
 @click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Shards of the optimizer.")
+@click.option("--name", help="Name of the optimizer, by which `distnadam status`, `save`, `reshard` and `stop` find it.")
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Steps in all, those before a resume included.")
 @click.option("--lr", default=0.002, show_default=True, type=float, help="Learning rate.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the parameters and batches.")
@@ -34,18 +35,20 @@ from distnadam.training.task import Task
 @JSON
 def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet: bool, as_json: bool, **how: Any) -> None:
     """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME."""
+    name = how.pop("name")
     with errors_told():
         history = fit(
             load_task(task),
             num_workers=workers,
             num_shards=shards,
-            optimizer=DistNadam(lr=lr),
+            optimizer=DistNadam(lr=lr, name=name),
             backend="local" if local else "ray",
             verbose=not quiet,
             **how,
         )
     again = ["distnadam", "train", task, "--workers", workers, "--shards", shards, "--lr", lr, "--seed", how["seed"]]
     again += ["--steps", how["steps"], "--keep", how["keep"], "--checkpoint-dir", history.checkpoint_dir, *(["--local"] if local else [])]
+    again += ["--name", name] if name else []
     again += [x for name in ("save_every", "evaluate_every") if how[name] for x in (f"--{name.replace('_', '-')}", how[name])]
     summary = _summary(history, shlex.join(map(str, again)))
     click.echo(json.dumps(summary) if as_json else "\n".join(f"{key.replace('_', ' '):<12} {_told(v)}" for key, v in summary.items() if v))

@@ -246,7 +246,7 @@ class _Run:
             self._check_same_run(found[1], Layout.of(params))
             if template is not None:
                 self._tell_what_stays(found[1].config, config)
-            optimizer = DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
+            optimizer = DistNadam.restore(found[0], **self.topology, name=config["name"], options=DistNadam.from_config(config).options)
             self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalFolder) else str(found[0])
         return optimizer
 
