@@ -7,11 +7,11 @@ from typing import Any
 
 import distnadam.messages as msg
 from distnadam import orders
+from distnadam.describe import described
 from distnadam.errors import IllegalMessage, LatePush, Reconfigured, RoundMismatch, ShardLost
 from distnadam.ledger import DIRECT
 from distnadam.machine import Machine
 from distnadam.rounds import Round, Waiting, note_of
-from distnadam.status import described
 from distnadam.transitions import LEGAL, Answer, Effect, Notice, Phase, Replicate
 
 _HANDLERS = {kind: f"_on_{kind.__name__.lower()}" for kinds in LEGAL.values() for kind in kinds}

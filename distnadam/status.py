@@ -1,33 +1,128 @@
-"""What a shard's machine says of itself, whatever phase it is in. Pure."""
+"""What a running optimizer does, as somebody sees it who is no part of it. Every shard is asked, none waited for long. No Ray here."""
 
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distnadam.backends.choice import connect
+from distnadam.checkpoint import store
 from distnadam.description import Description
-from distnadam.machine import Machine
-from distnadam.transitions import Phase
+from distnadam.errors import CheckpointError, NotRunning, ShardLost
+from distnadam.messages import Describe
+from distnadam.meter import state_bytes
+from distnadam.schedules import rate_at
+
+ANSWER_S = 5.0
+"""Seconds in which a shard says where it stands."""
 
 
-def described(shard: Machine, *, with_spec: bool = False) -> Description:
-    """Return what `Describe` is answered."""
-    members, needed = shard.members, shard.members.needed(shard.round + 1)
-    return Description(
-        spec=shard.spec if with_spec else None,
-        epoch=shard.epochs.now,
-        round=shard.round,
-        iterations=shard.clock.iterations,
-        skipped=shard.skipped,
-        phase=shard.phase.value,
-        waiting_for=tuple(rank for rank in needed if rank not in shard.pushed),
-        left=tuple(sorted(members.left)),
-        dead=tuple(sorted(members.dead)),
-        members=needed,
-        holder=shard.gate.holder,
-        busy=shard.phase is Phase.OBEYING,
-        lr=shard.config.lr,
-        epoch_reason=shard.epochs.reason,
-        schedule=members.schedule,
-        newest=members.ledger.newest_of_all(),
-        changed=shard.changed,
-        given_up=tuple(sorted(members.given_up)),
-        retired=shard.retired,
-        here=members.here,
-        furthest=shard.furthest,
-    )
+@dataclass(frozen=True)
+class ShardStatus:
+    """One shard: `lag` is how many rounds its standby is behind it, None where it has no standby that follows it."""
+
+    index: int
+    node: str
+    state: str
+    round: int | None = None
+    bytes: int | None = None
+    lag: int | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """One look at an optimizer; `at` is the time by a clock of this process."""
+
+    name: str | None
+    step: int
+    round: int
+    skipped: int
+    lr: float
+    steps_per_s: float | None
+    shards: tuple[ShardStatus, ...]
+    workers: Mapping[int, str]
+    replicas: int
+    checkpoint: str | None
+    at: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        told = asdict(self)
+        return {key: told[key] for key in told if key != "at"} | {"workers": [{"rank": r, "state": s} for r, s in self.workers.items()]}
+
+
+class Running:
+    """A named optimizer that runs on the Ray cluster of this process, or of RAY_ADDRESS; raise NotRunning where there is none."""
+
+    def __init__(self, name: str) -> None:
+        self._backend, self._spec = connect(name)
+
+    def look(self, earlier: Status | None = None) -> Status:
+        """Look at it; with an earlier look, also at how many steps a second it has made since; raise NotRunning where no shard answers."""
+        told, shards = self._ask()
+        spec, first, now = self._spec, min(told, key=lambda seen: seen.round), time.monotonic()
+        return Status(
+            name=spec.name,
+            step=first.iterations,
+            round=first.round,
+            skipped=first.skipped,
+            lr=rate_at(first.lr, first.iterations),
+            steps_per_s=None if earlier is None else (first.iterations - earlier.step) / (now - earlier.at),
+            shards=tuple(shards),
+            workers={rank: _worker(rank, first) for rank in range(spec.num_workers)},
+            replicas=spec.replicas,
+            checkpoint=_newest(self._saves_to(told)),
+            at=now,
+        )
+
+    def saves_to(self) -> str | None:
+        """Return the directory that it saves to: the one that was set, else that of the last save or restore."""
+        return self._saves_to(self._ask()[0])
+
+    def _saves_to(self, told: list[Description]) -> str | None:
+        return self._spec.options.checkpoint_dir or next((seen.saved for seen in told if seen.saved is not None), None)
+
+    def _ask(self) -> tuple[list[Description], list[ShardStatus]]:
+        backend, told, shards = self._backend, list[Description](), list[ShardStatus]()
+        backend.refresh()
+        asked = {index: backend.post({index: Describe(spec=True)}) for index in range(backend.num_shards)}
+        deadline = time.monotonic() + ANSWER_S
+        for index, host in enumerate(backend.hosts()):
+            try:
+                seen: Description = asked[index].result(max(0.1, deadline - time.monotonic()))[index]
+            except TimeoutError:
+                shards.append(ShardStatus(index, host, "silent"))
+            except ShardLost:
+                shards.append(ShardStatus(index, host, "dead"))
+            else:
+                told.append(seen)
+                size = state_bytes(seen.spec.ranges) if seen.spec is not None else None
+                lag = None if seen.replicated is None else seen.round - seen.replicated
+                shards.append(ShardStatus(index, host, seen.phase, seen.round, size, lag))
+        if not told:
+            raise NotRunning(f"no shard of {self._spec.name!r} answers")
+        return told, shards
+
+
+def _newest(directory: str | None) -> str | None:
+    """Return the newest checkpoint in a directory as far as it can be seen from here."""
+    if directory is None:
+        return None
+    with suppress(CheckpointError):
+        for step in reversed(store.steps(directory)):
+            if store.MANIFEST in step.files():
+                return str(step)
+    return f"{directory} (nothing to be seen from here)"
+
+
+def _worker(rank: int, seen: Description) -> str:
+    if rank in seen.dead:
+        return "died"
+    if rank in seen.left:
+        return "closed"
+    if rank not in seen.members:
+        return "gone: the others go on without it"
+    if rank not in seen.newest:
+        return "not there yet"
+    return "computing" if rank in seen.waiting_for else "waiting for others"

@@ -17,7 +17,7 @@ LAYERS = [
     ["transitions", "members"],
     ["rounds"],
     ["machine", "weights", "gradients"],
-    ["status"],
+    ["describe"],
     ["shard"],
     ["transport", "checkpoint"],
     ["supervision"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["saving"],
     ["seat"],
     ["worker"],
-    ["optimizer"],
+    ["optimizer", "status"],
     ["training", "interop"],
     ["cli"],
     ["__main__", "__init__"],
@@ -57,7 +57,7 @@ PURE = {
     "orders",
     "takeover",
     "machine",
-    "status",
+    "describe",
     "shard",
     "weights",
 }
@@ -67,7 +67,7 @@ RAY_MODULES = {
     f"backends/{name}.py"
     for name in (
         *("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster"),
-        *("registry", "gather", "callreplica", "fencing", "exporter"),
+        *("registry", "gather", "callreplica", "fencing", "exporter", "joining", "named"),
     )
 }
 LONGEST = {"optimizer.py": 450}  # the public face: more than half of it is docstrings

@@ -122,6 +122,10 @@ class Backend(ABC):
     def num_shards(self) -> int:
         """How many shards there are, as far as this process knows."""
 
+    def hosts(self) -> list[str]:
+        """Return where each shard runs, in words."""
+        return ["this process"] * self.num_shards
+
     @abstractmethod
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
         """Have so many shards hold these ranges from the next round on, in place of the present ones.

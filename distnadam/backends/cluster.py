@@ -19,10 +19,8 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from distnadam.config import Options
 from distnadam.errors import (
-    ClusterError,
     DistNadamError,
     InsufficientResources,
-    NotRunning,
     ShardLost,
     StepTimeout,
     VersionMismatch,
@@ -40,44 +38,6 @@ _REPORT_EVERY_S = 5.0
 _AGAIN_S = 0.05
 
 _K = TypeVar("_K")
-
-
-class OwnRay:
-    """A Ray that we started, behind a token that only this process and its children know."""
-
-    def __init__(self, options: Options | None) -> None:
-        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray asks for one by itself, and would write it to the home
-        store = options.object_store_bytes if options is not None else None
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=store,
-            namespace="distnadam-driver",
-        )
-
-    def shut_down(self) -> None:
-        """Stop every process of this Ray; the environment keeps the token, which Ray has read for good."""
-        ray.shutdown()
-
-
-def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
-    """Join the Ray of this process or of `RAY_ADDRESS`; where there is neither, start and return our own, or raise NotRunning."""
-    if ray.is_initialized():
-        return None
-    address = os.environ.get("RAY_ADDRESS")
-    if not address and not start:
-        raise NotRunning("no Ray runs in this process and RAY_ADDRESS is not set: there is nothing to connect to")
-    if not address:
-        return OwnRay(options)
-    try:
-        ray.init(address=address, log_to_driver=False, namespace="distnadam-driver")
-    except Exception as error:
-        mode = os.environ.get("RAY_AUTH_MODE", "unset")
-        raise ClusterError(f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {mode}): {error}") from error
-    return None
 
 
 def check_fits(options: Options, num_shards: int) -> None:

@@ -20,6 +20,7 @@ from distnadam.checkpoint.format import fill_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import parent_of
 from distnadam.config import NadamConfig
+from distnadam.describe import described
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.filing import Collect, Reserve, Save
 from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec
@@ -28,7 +29,6 @@ from distnadam.nadam.schedule import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
-from distnadam.status import described
 from distnadam.transitions import Answer, Effect, Notice, Replicate, Work
 from distnadam.transport.replica import Replica
 

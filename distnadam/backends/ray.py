@@ -3,7 +3,6 @@
 Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and shut down at close.
 """
 
-import contextlib
 import logging
 import time
 import weakref
@@ -17,22 +16,20 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from distnadam.arrays import Flat
 from distnadam.backends import cluster, registry
-from distnadam.backends.actors import end_on, make_supervisor
+from distnadam.backends.actors import make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.cluster import (
-    NAMESPACE,
-    OwnRay,
     await_start,
     check_fits,
     check_versions,
-    ensure_ray,
-    kill,
     node_facts,
     own,
     until_answered,
 )
 from distnadam.backends.exporter import Exporter
+from distnadam.backends.joining import OwnRay, ensure_ray
 from distnadam.backends.link import REMEDY, Place, RayLink
+from distnadam.backends.named import end_optimizer, is_named, named
 from distnadam.backends.raycalls import RayPending, RayTeam, require_ray
 from distnadam.config import Options
 from distnadam.errors import (
@@ -54,7 +51,6 @@ log = logging.getLogger("distnadam")
 
 _CONNECT_S = 60.0
 _RETRY_S = 0.2
-_CLOSE_S = 20.0
 _OPEN_S = 600.0
 _RESHARD_S = 3600.0
 
@@ -103,7 +99,7 @@ class RayBackend(Backend):
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
         """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
         ensure_ray(None, start=False)
-        backend = cls(_named(name), name)
+        backend = cls(named(name), name)
         spec: ShardSpec = backend._call("specs", timeout_s=_CONNECT_S)[0]
         backend._options = spec.options
         backend._roster = require_alive(backend._call("roster", 0, timeout_s=_CONNECT_S))
@@ -115,12 +111,12 @@ class RayBackend(Backend):
         ensure_ray(None, start=False)
         run = registry.runs_of(name)
         try:
-            supervisor = _named(name)
+            supervisor = named(name)
         except NotRunning:
             if not registry.actors_of(run):
                 raise
             supervisor = None
-        _end(supervisor, run)
+        end_optimizer(supervisor, run)
 
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """See `Backend.start`."""
@@ -184,6 +180,11 @@ class RayBackend(Backend):
         """See `Backend.refresh`."""
         self._roster = require_alive(self._call("roster", 0, timeout_s=_CONNECT_S))
 
+    def hosts(self) -> list[str]:
+        """See `Backend.hosts`."""
+        addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
+        return [f"{addresses.get(place.node, 'a node that is gone')} ({place.node[:8]})" for place in self.places]
+
     @property
     def num_shards(self) -> int:
         """See `Backend.num_shards`."""
@@ -239,7 +240,7 @@ class RayBackend(Backend):
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`; a handle that did not make the shards ends those of its name."""
         if destroy and self._supervisor is not None and ray.is_initialized():
-            _end(self._supervisor, self._run or (registry.runs_of(self._name) if self._name else None))
+            end_optimizer(self._supervisor, self._run or (registry.runs_of(self._name) if self._name else None))
         self._closed = True
         if (exporter := self.__dict__.get("_exporter")) is not None:
             exporter.close()
@@ -260,27 +261,12 @@ class RayBackend(Backend):
                 raise own(error) from None
             except RayActorError as error:
                 lives = isinstance(error, ActorUnavailableError)  # the call may have been carried out, which does no harm twice
+                if not lives and self._name and not is_named(self._supervisor, self._name):
+                    told = f"the optimizer {self._name!r} was ended by another process: by `distnadam stop`, or by its creator"
+                    raise LifecycleError(told) from error
                 if not (lives or self._name) or time.monotonic() >= deadline:
                     told = (
                         "the optimizer's supervisor died, and its shards with it: restore from a checkpoint, or give the optimizer a name"
                     )
                     raise Unrecoverable(told) from error
                 time.sleep(_RETRY_S)
-
-
-def _end(supervisor: Any, run: str | None) -> None:
-    """End an optimizer's processes: by its supervisor where that answers, and whatever is left then."""
-    if supervisor is not None:
-        with contextlib.suppress(Exception):  # it is gone, or stopped
-            ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
-        kill(supervisor)
-    with contextlib.suppress(Exception):  # the cluster is gone
-        if run is not None:
-            registry.sweep(run, end_on)
-
-
-def _named(name: str) -> Any:
-    try:
-        return ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError as error:
-        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster") from error

@@ -46,6 +46,7 @@ def placement(command: Any) -> Any:
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Data-parallel workers.")
 @click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Shards of the optimizer.")
 @click.option("--replicas", default=0, show_default=True, type=click.IntRange(0, 1), help="Standbys of each shard.")
+@click.option("--name", help="Name of the optimizer, by which `distnadam status`, `save`, `reshard` and `stop` find it.")
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Steps in all, those before a resume included.")
 @click.option("--lr", default=0.002, show_default=True, type=float, help="Learning rate.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the parameters and batches.")
@@ -61,6 +62,7 @@ def placement(command: Any) -> Any:
 def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet: bool, as_json: bool, **how: Any) -> None:
     """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME."""
     asked = {"--workers": workers, "--shards": shards, "--lr": lr, **{f"--{key.replace('_', '-')}": value for key, value in how.items()}}
+    name = how.pop("name")
     options = Options(
         shard_cpus=how.pop("shard_cpus"),
         worker_cpus=how.pop("worker_cpus"),
@@ -73,7 +75,7 @@ def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet
             load_task(task),
             num_workers=workers,
             num_shards=shards,
-            optimizer=DistNadam(lr=lr, options=options),
+            optimizer=DistNadam(lr=lr, name=name, options=options),
             backend="local" if local else "ray",
             verbose=not quiet,
             **how,

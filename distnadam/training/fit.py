@@ -233,7 +233,7 @@ class _Run:
         if template is not None:
             self._tell_what_stays(found[1].config, config)
         self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalFolder) else str(found[0])
-        return DistNadam.restore(found[0], **self.topology, options=DistNadam.from_config(config).options)
+        return DistNadam.restore(found[0], **self.topology, name=config["name"], options=DistNadam.from_config(config).options)
 
     def _checkpoint(self) -> tuple[Folder, Manifest] | None:
         resume, existing = self.plan.resume, store.steps(self.claim.folder)

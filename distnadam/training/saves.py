@@ -1,6 +1,7 @@
 """The checkpoints of one run of `fit`: written behind the training, told when they are complete, old ones removed."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,20 @@ from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
 from distnadam.saving import Saving
 from distnadam.training.plan import Keep
+
+_DATA = frozenset({"task", "seed", "num_workers"})
+
+
+def data_of_run(where: store.Where) -> dict[str, Any]:
+    """Return what `fit` keeps beside the state in the newest checkpoint under a path, so that it goes on from one that others write there.
+
+    It is the same for all of a run's checkpoints; what others keep, such as a place in their data, may not be, and is not copied.
+    """
+    for step in reversed(store.steps(where)):
+        with suppress(CheckpointError):
+            data = store.load(step).data
+            return dict(data) if data.keys() == _DATA else {}
+    return {}
 
 
 class Saves:

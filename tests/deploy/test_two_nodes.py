@@ -84,18 +84,22 @@ def node(env: dict[str, str], *args: str) -> Iterator[None]:
         process.communicate(timeout=60)
 
 
-@contextmanager
-def two_nodes(directory: Path, second_starts_with: str | None = None) -> Iterator[dict[str, str]]:
-    """A head and a second node with a token; yields the environment of a driver."""
+def environment(directory: Path) -> dict[str, str]:
+    """An environment without settings of Ray but those of a new token, which lies in the directory."""
     token = directory / "token"
     token.write_text(secrets.token_hex(32))
-    base = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    base |= {
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
+
+
+@contextmanager
+def two_nodes(directory: Path, second_starts_with: str | None = None) -> Iterator[dict[str, str]]:
+    """A head and a second node with a token; yields the environment of a driver."""
+    base = environment(directory)
     port, second = free_port(), dict(base)
     if second_starts_with is not None:
         (directory / "sitecustomize.py").write_text(second_starts_with)

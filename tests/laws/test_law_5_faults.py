@@ -23,11 +23,11 @@ from distnadam.arrays import cut_flat
 from distnadam.checkpoint.places import LocalFolder
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
+from distnadam.describe import described
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
 from distnadam.saving import Saver
-from distnadam.status import described
 from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of

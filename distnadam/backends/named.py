@@ -1,0 +1,45 @@
+"""Optimizers by their names: who supervises one, whether that is still so, and the end of one or of what is left of it."""
+
+import contextlib
+from typing import Any
+
+import ray
+
+from distnadam.backends import registry
+from distnadam.backends.actors import end_on
+from distnadam.backends.cluster import NAMESPACE, kill
+from distnadam.errors import NotRunning
+
+_CLOSE_S = 20.0
+
+
+def end_optimizer(supervisor: Any, run: str | None) -> None:
+    """End an optimizer's processes: by its supervisor where that answers, and whatever is left then."""
+    if supervisor is not None:
+        with contextlib.suppress(Exception):  # it is gone, or stopped
+            ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
+        kill(supervisor)
+    with contextlib.suppress(Exception):  # the cluster is gone
+        if run is not None:
+            registry.sweep(run, end_on)
+
+
+def is_named(supervisor: Any, name: str) -> bool:
+    """Whether the name is still this supervisor's, which Ray then makes again; one that was ended has lost it."""
+    try:
+        return bool(ray.get_actor(name, namespace=NAMESPACE) == supervisor)
+    except ValueError:
+        return False
+    except Exception:  # the cluster does not answer: nothing is known
+        return True
+
+
+def named(name: str) -> Any:
+    """Return the supervisor of the optimizer of that name; raise NotRunning where there is none, with the names of those there are."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError as error:
+        known = ray.util.list_named_actors(all_namespaces=True)
+        names = sorted(entry["name"] for entry in known if entry["namespace"] == NAMESPACE and "/" not in entry["name"])
+        there = f"; those that are: {', '.join(names)}" if names else ""
+        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster{there}") from error
