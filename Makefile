@@ -3,11 +3,12 @@ VENV := .venv
 BENCH := .venv-bench
 PYTHON ?= python3
 BENCH_ARGS ?=
+RAY_VERSIONS ?= 2.54.1 2.60.0
 N ?= 200
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow chaos lint bench clean
+.PHONY: train test test-slow test-ray-versions chaos lint bench clean
 
 train: $(VENV)/installed
 	$(BIN)/distnadam train digits --workers 2 --shards 2
@@ -17,6 +18,14 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# What touches Ray, with the oldest and the newest Ray that we say we support. Old Rays leave files to the garbage collector, and warn of it.
+test-ray-versions: $(RAY_VERSIONS:%=.venv-ray-%/installed)
+	set -e; for version in $(RAY_VERSIONS); do \
+		echo "Ray $$version"; \
+		RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 .venv-ray-$$version/bin/python -m pytest -m "not slow" \
+			-W "ignore::pytest.PytestUnraisableExceptionWarning" tests/backends tests/laws tests/training tests/test_operating.py; \
+	done
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m tests.chaos.run --faults $(N) --seed $(SEED)
@@ -40,5 +49,11 @@ $(BENCH)/installed: pyproject.toml constraints.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
+.venv-ray-%/installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -v "^ray==" constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt --editable ".[dev]" "ray==$*"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(BENCH) build dist *.egg-info
+	rm -rf $(VENV) $(BENCH) .venv-ray-* build dist *.egg-info

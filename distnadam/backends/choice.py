@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import secrets
 import sys
 from typing import Literal
 
@@ -24,9 +25,17 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
         return LocalBackend()
     if not _installed():
         raise ClusterError("backend='ray' needs the package ray: pip install ray, or use backend='local'")
+    _ask_for_a_token()
     from distnadam.backends.ray import RayBackend
 
     return RayBackend()
+
+
+def _ask_for_a_token() -> None:
+    """See to it that a Ray of our own is behind a token: Ray before 2.59 must be told before it is imported."""
+    told = {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if "ray" not in sys.modules and not told:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def connect(name: str) -> tuple[Backend, ShardSpec]:

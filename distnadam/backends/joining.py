@@ -11,6 +11,8 @@ import ray
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NotRunning
 
+log = logging.getLogger("distnadam")
+
 _ANSWER_S = 5.0
 _AGAIN_S = 0.05
 
@@ -30,6 +32,8 @@ class OwnRay:
             object_store_memory=store,
             namespace="distnadam-driver",
         )
+        if "RAY_AUTH_MODE" not in os.environ:  # Ray before 2.59, imported before we could ask for it
+            log.warning("whoever reaches the Ray started here may run code on it: set RAY_AUTH_MODE=token")
 
     def shut_down(self) -> None:
         """Stop every process of this Ray; the environment keeps the token, which Ray has read for good."""

@@ -142,7 +142,6 @@ def test_backends_agree_on_a_model_with_an_empty_shard() -> None:
 OWN = """
 import os, sys
 import numpy as np
-import ray
 from distnadam import DistNadam
 from distnadam.errors import LifecycleError
 with DistNadam(num_shards=2, backend="ray").build({"w": np.ones(3, np.float32)}) as optimizer:
@@ -156,6 +155,7 @@ except LifecycleError as error:
     assert "closed in this process" in str(error)
 else:
     raise AssertionError
+import ray
 assert not ray.is_initialized(), "looking started another Ray"
 """
 
