@@ -31,7 +31,7 @@ from distnadam.training.plan import Keep, Plan
 from distnadam.training.plot import plot_loss
 from distnadam.training.ranks import Ranks, Recoveries
 from distnadam.training.saves import Saves
-from distnadam.training.task import Task, task_name
+from distnadam.training.task import Task, run_directory, task_name
 
 SEGMENT_S = 0.3
 """About how long workers run between two looks of the driver, in seconds."""
@@ -95,7 +95,7 @@ def fit(
     if not isinstance(task, Task):
         raise ConfigError(f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}")
     seed, label = check_count("seed", seed, least=0), task_name(task)
-    by_default = Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
+    by_default = run_directory(label)
     folder = place(checkpoint_dir or by_default)
     root = folder.path if isinstance(folder, LocalFolder) else by_default.absolute()
     history = History(root, root / "metrics.csv")

@@ -1,6 +1,9 @@
-"""What a task must offer `fit`. Knows nothing of the rest."""
+"""What a task must offer `fit`, and what it is called. Knows nothing of the rest."""
 
+import re
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -23,6 +26,11 @@ class Task(Protocol):
 
     def evaluate(self, params: Any) -> Mapping[str, float]:
         """Return metrics of the parameters; called in the process that called `fit`."""
+
+
+def run_directory(label: str) -> Path:
+    """Return where a run of a task goes by default, whatever the task is called."""
+    return Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]', '-', label)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def task_name(task: Task) -> str:

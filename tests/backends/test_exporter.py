@@ -84,7 +84,11 @@ class Scraped:
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_METRICS, reason="Ray's Prometheus endpoint needs distnadam[metrics]")
 def test_a_prometheus_endpoint_shows_what_a_run_did(tmp_path: Path) -> None:
-    env, python = os.environ | {"RAY_metrics_report_interval_ms": "2000"}, [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path)]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}  # which who scrapes does not need
+    env, python = (
+        os.environ | token | {"RAY_metrics_report_interval_ms": "2000"},
+        [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path)],
+    )
     with subprocess.Popen(python, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         port = int(process.stdout.readline())

@@ -1,0 +1,20 @@
+"""Another user of the host, as the tests have one."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+_BECOME = f"import os\nos.setgroups([])\nos.setgid({NOBODY})\nos.setuid({NOBODY})\n"
+
+
+def as_nobody(imports: str, code: str, *args: Any) -> str:
+    """Run code as another user, after imports as this one, whose home that user may not read; return what it prints."""
+    command = [sys.executable, "-c", f"{imports}\n{_BECOME}{code}", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

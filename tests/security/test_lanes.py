@@ -1,0 +1,126 @@
+"""The lanes of a real optimizer, and another user of the host who knows everything about them that can be known."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from distnadam import DistNadam
+from distnadam.errors import LaneError
+from distnadam.transport.arena import Arena
+from distnadam.transport.doorbell import Address, call
+from distnadam.worker import Worker
+from tests.security.strangers import NOBODY, as_nobody, as_root
+
+pytestmark = as_root
+GRADIENTS = {"w": np.ones(5000, np.float32)}
+RING = """
+for name, token in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        call(Address(name, token), {"rank": None}, [])
+    except LaneError as error:
+        print(error)
+    raw = socket.socket(socket.AF_UNIX)
+    raw.connect("\\0" + name)
+    raw.sendall(b"x" * 100)
+    try:
+        print(socket.recv_fds(raw, 100, 4)[:2])
+    except ConnectionError as error:
+        print("hung up")
+"""
+PEEP = """
+for pid in sys.argv[1:]:
+    for what in ("fd", "map_files", "environ", "maps", "mem"):
+        path = f"/proc/{pid}/{what}"
+        try:
+            os.listdir(path) if os.path.isdir(path) else open(path, "rb").read(1)
+        except PermissionError:
+            continue
+        print("read", path)
+    for number in range(3, 100):
+        for how in (os.O_RDONLY, os.O_RDWR):
+            try:
+                os.open(f"/proc/{pid}/fd/{number}", how)
+            except PermissionError:
+                continue
+            print("opened", pid, number)
+print("names", sum("@distnadam-" in line for line in open("/proc/net/unix")) > 0)
+"""
+LISTEN = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0distnadam-fake-" + sys.argv[1])
+listener.listen()
+print("ready", flush=True)
+connection, _ = listener.accept()
+try:
+    print(socket.recv_fds(connection, 1000, 4)[:2])
+except ConnectionError:
+    print("(b'', [])")
+"""
+
+
+def memory_of(pid: int) -> list[str]:
+    found = []
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+    return [path for path in found if path.startswith("/memfd:distnadam")]
+
+
+@pytest.fixture
+def worker(ray_cluster: None) -> Iterator[tuple[DistNadam, Worker]]:
+    with DistNadam(num_shards=2, backend="ray").build(GRADIENTS) as optimizer, optimizer.worker(0) as worker:
+        worker.step(GRADIENTS)
+        yield optimizer, worker
+
+
+def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_tokens(worker: tuple[DistNadam, Worker]) -> None:
+    optimizer, mine = worker
+    addresses = [place.address for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
+    told = as_nobody(
+        "import socket, sys\nfrom distnadam.errors import LaneError\nfrom distnadam.transport.doorbell import Address, call",
+        RING,
+        *(part for address in addresses for part in (address.name, address.token)),
+    )
+    assert told.count(f"runs as user 0, this one as {NOBODY}") == 2, told
+    assert told.count("hung up") + told.count("(b'', [])") == 2, told
+    mine.step(GRADIENTS)
+    assert optimizer.iterations == 2
+
+
+def test_another_user_cannot_open_the_memory_nor_read_the_processes(worker: tuple[DistNadam, Worker]) -> None:
+    optimizer, _ = worker
+    actors = optimizer._running().backend.actors  # type: ignore[attr-defined]
+    pids = [os.getpid(), *(int(facts["pid"]) for facts in ray.get([actor.about.remote() for actor in actors]))]
+    assert all(memory_of(pid) for pid in pids), "there is something to be opened"
+    told = as_nobody("import os, sys", PEEP, *pids)
+    assert told == "names True\n", "names are no secret, and nothing else is to be had"
+
+
+def test_a_worker_hands_its_memory_to_no_other_user_who_listens_under_a_shards_name(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", LISTEN, tmp_path.name], stdout=subprocess.PIPE, text=True) as fake:
+        assert fake.stdout is not None
+        assert fake.stdout.readline() == "ready\n"
+        arena = Arena.create({"float32": 100})
+        with pytest.raises(LaneError, match=f"runs as user {NOBODY}, this one as 0"):
+            call(Address(f"distnadam-fake-{tmp_path.name}", "token"), {"rank": 0, "incarnation": 1}, [arena.fd])
+        assert fake.stdout.read() == "(b'', [])\n", "neither token nor memory"
+
+
+def test_names_and_tokens_are_not_to_be_guessed_and_end_with_the_optimizer(ray_cluster: None) -> None:
+    with DistNadam(num_shards=2, backend="ray").build(GRADIENTS) as optimizer:
+        addresses = [place.address for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
+        names = {line.rpartition("@")[2] for line in Path("/proc/net/unix").read_text().splitlines() if "@distnadam-" in line}
+        assert names >= {address.name for address in addresses}
+    assert len({a.name for a in addresses} | {a.token for a in addresses}) == 4
+    assert all(len(a.token) == 32 and len(a.name) == len("distnadam-") + 32 for a in addresses)
+    while "@" + addresses[0].name in Path("/proc/net/unix").read_text():
+        pass  # the test's own time limit bounds it

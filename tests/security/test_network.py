@@ -1,0 +1,86 @@
+"""Nothing of ours listens on a network: what listens in a process of ours listens in any process of Ray."""
+
+import ast
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from distnadam import DistNadam
+from tests.backends.test_ray import shard_processes
+from tests.test_architecture import MODULES, PACKAGE
+
+GRADIENTS = {"w": np.ones(5000, np.float32)}
+LISTENING = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}
+
+
+def listeners(pid: int) -> set[tuple[str, str]]:
+    """The protocols and local addresses at which a process takes what comes from a network."""
+    sockets = set()
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            sockets.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+        except FileNotFoundError:
+            continue  # closed meanwhile
+    found = set()
+    for protocol, state in LISTENING.items():
+        for line in Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == state and f"socket:[{fields[9]}]" in sockets:
+                found.add((protocol, fields[1]))
+    return found
+
+
+class Bare:
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class Trainer:
+    def __init__(self, optimizer: DistNadam) -> None:
+        self.worker = optimizer.worker(0)
+        self.worker.step(GRADIENTS)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def test_shards_standbys_supervisor_and_workers_listen_where_any_actor_of_ray_does_and_nowhere_else(ray_cluster: None) -> None:
+    before = listeners(os.getpid())
+    bare = ray.remote(num_cpus=0)(Bare).remote()
+    usual = [protocol for protocol, _ in sorted(listeners(ray.get(bare.pid.remote())))]
+    assert usual, "the look at a process sees what Ray listens on"
+    with DistNadam(num_shards=2, replicas=1, backend="ray").build(GRADIENTS) as optimizer, optimizer.worker(0) as worker:
+        worker.step(GRADIENTS)
+        trainer = ray.remote(num_cpus=0)(Trainer).remote(optimizer)
+        theirs = ray.get(trainer.pid.remote())
+        while len(shard_processes()) < 5:
+            pass  # until the standbys are there too; the test's own time limit bounds it
+        for pid in (*shard_processes(), theirs):
+            assert [protocol for protocol, _ in sorted(listeners(pid))] == usual
+        assert listeners(os.getpid()) == before
+    ray.kill(trainer)
+    ray.kill(bare)
+
+
+def test_a_local_optimizer_listens_on_nothing() -> None:
+    before = listeners(os.getpid())
+    with DistNadam(num_shards=2, backend="local").build(GRADIENTS) as optimizer, optimizer.worker(0) as worker:
+        worker.step(GRADIENTS)
+        assert listeners(os.getpid()) == before
+
+
+def calls(source: str) -> list[str]:
+    """What a source does with sockets: makes one, binds or connects one."""
+    names = ("socket.socket", "socket.create_server", "socket.create_connection", "HTTPServer", "start_server", "socketserver")
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [ast.unparse(node) for node in found if any(name in ast.unparse(node.func) for name in names)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_sources_make_sockets_of_this_machine_only_but_to_look_whether_ray_answers(path: Path) -> None:
+    looks = ["joining.py"]
+    made = [call for call in calls(path.read_text()) if not call.startswith("socket.socket(socket.AF_UNIX")]
+    assert made == [] or (path.name in looks and all(call.startswith("socket.create_connection(") for call in made))

@@ -1,0 +1,161 @@
+"""No file of ours is ever unpickled, nor is code made of one: by what the sources say, and by files that would run code."""
+
+import ast
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam import DistNadam
+from distnadam.checkpoint import store
+from distnadam.errors import CheckpointError
+from tests.test_architecture import MODULES, PACKAGE
+from tests.test_cli import call
+
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle", "yaml"}
+RUNNERS = {"eval", "exec", "compile", "__import__"}
+IMPORTS_A_TASK = "cli/training.py"
+
+
+def trespasses(source: str) -> list[str]:
+    """What a source does that could make code of a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        found += [f"imports {name}" for name in names if name.split(".")[0] in UNPICKLERS]
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        how = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if called in RUNNERS or called == "importlib.import_module":
+            found.append(f"calls {called}")
+        if how.get("allow_pickle", "False") != "False" or (called in ("np.load", "numpy.load") and "allow_pickle" not in how):
+            found.append(f"{called} may unpickle")
+        if called == "torch.load" and how.get("weights_only") != "True":
+            found.append("torch.load may unpickle")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_source_of_ours_can_make_code_of_a_file(path: Path) -> None:
+    allowed = ["calls importlib.import_module"] if str(path.relative_to(PACKAGE)) == IMPORTS_A_TASK else []
+    assert trespasses(path.read_text()) == allowed
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from cloudpickle import loads",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "read_array(file, allow_pickle=maybe)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "eval(text)",
+        "importlib.import_module(name)",
+    ],
+)
+def test_the_look_at_the_sources_sees_what_could(source: str) -> None:
+    assert trespasses(source)
+
+
+class Bomb:
+    """What runs a command where it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.fixture
+def witness(tmp_path: Path) -> Path:
+    """A directory that is there once a bomb went off, as it does where a test unpickles one."""
+    one = tmp_path / "it went off"
+    pickle.loads(pickle.dumps(Bomb(one)))
+    assert one.exists()
+    one.rmdir()
+    return one
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    with DistNadam(num_shards=2, backend="local").build({"w": np.ones(5000, np.float32)}) as optimizer:
+        return Path(optimizer.save(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("victim", [store.MANIFEST, "shard-00000-of-00002-*"])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_in_the_place_of_a_checkpoints_file_is_refused_and_runs_nothing(
+    victim: str, protocol: int, saved: Path, witness: Path
+) -> None:
+    next(saved.glob(victim)).write_bytes(pickle.dumps(Bomb(witness), protocol))
+    for command in (
+        ["verify", saved],
+        ["inspect", saved],
+        ["diff", saved, saved],
+        ["export", saved, saved.parent / "o.npz", "--to", "numpy"],
+    ):
+        assert call(*command).exit_code == 1, command
+    with pytest.raises(CheckpointError):
+        DistNadam.restore(saved, backend="local")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "keras", "safetensors", "torch"])
+def test_a_pickle_that_is_to_be_imported_is_refused_and_runs_nothing(kind: str, tmp_path: Path, witness: Path) -> None:
+    if kind == "torch" and importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    bare, zipped = tmp_path / "bare", tmp_path / "zipped.npz"
+    bare.write_bytes(pickle.dumps(Bomb(witness)))
+    np.savez(zipped, w=np.array([Bomb(witness)], object))
+    for file in (bare, zipped):
+        done = call("import", file, tmp_path / "out", "--from", kind)
+        assert done.exit_code == 1, done.output
+        assert file.name in done.output
+    assert not witness.exists()
+    assert not (tmp_path / "out").exists()
+
+
+UNPICKLED = """
+import pickle, sys
+from pathlib import Path
+import distnadam
+from distnadam import DistNadam
+from distnadam.cli import main
+seen = []
+sys.addaudithook(lambda event, args: seen.append(args) if event == "pickle.find_class" else None)
+path = DistNadam.restore(sys.argv[1], backend="local", options=distnadam.Options(kernel="numpy")).save(sys.argv[2])
+main(["verify", path], standalone_mode=False)
+assert seen == [], seen
+pickle.loads(pickle.dumps(Path("x")))
+assert seen, "the hook sees nothing"
+"""
+
+
+def test_saving_and_restoring_looks_up_no_class_of_a_pickle(saved: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNPICKLED, str(saved), str(tmp_path / "again")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_numbas_cache_which_is_pickled_lies_beside_the_package_or_in_the_users_own_directory() -> None:
+    fused = pytest.importorskip("distnadam.nadam.fused", reason="needs numba")
+    for compiled in (fused._step, fused._gradient):
+        where = Path(compiled._cache.cache_path)
+        assert where == PACKAGE / "nadam" / "__pycache__" or where.is_relative_to(Path.home())
