@@ -100,6 +100,16 @@ def nodes_come_and_go(tree: Tree) -> Iterator[str]:
             yield f"{cluster.name}: two of the shards' nodes may be on one machine"
 
 
+def shards_fit_on_what_is_left(tree: Tree) -> Iterator[str]:
+    """When one of the shards' nodes is gone, the others have CPUs for all shards and standbys."""
+    for cluster in (each for each in clusters(tree) if each.holder["kind"] == "RayJob"):
+        shards, options = next(group for group in cluster.workers if group.name == "shards"), asked(cluster)
+        left = (shards.spec["minReplicas"] - 1) * quantity(shards.container["resources"]["limits"]["cpu"])
+        needed = int(str(options["shards"])) * (1 + int(str(options["replicas"]))) * float(str(options["shard_cpus"]))
+        if needed > left:
+            yield f"{cluster.name}: shards and standbys ask for {needed:g} CPUs, without one node there are {left:g}"
+
+
 def resumes(tree: Tree) -> Iterator[str]:
     """A job that is run again goes on from a checkpoint that is not in its cluster."""
     for cluster in clusters(tree):

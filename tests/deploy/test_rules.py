@@ -107,6 +107,7 @@ BROKEN = [
     ("nodes_come_and_go", JOB, "minReplicas: 0", "minReplicas: 8", "is not autoscaled"),
     ("nodes_come_and_go", JOB, "--workers 4", "--workers 17", "17 workers do not fit on 8 nodes of 2"),
     ("nodes_come_and_go", JOB, "whenUnsatisfiable: DoNotSchedule", "whenUnsatisfiable: ScheduleAnyway", "may be on one machine"),
+    ("shards_fit_on_what_is_left", JOB, 'cpu: "4"', 'cpu: "2"', "ask for 4 CPUs, without one node there are 2"),
     ("resumes", JOB, "--resume auto", "--resume never", "does not go on from a checkpoint"),
     ("resumes", JOB, "s3://distnadam/digits", "/tmp/digits", "does not go on from a checkpoint"),
     ("the_storage_is_known", JOB, "name: distnadam-storage", "name: storage", "has no keys of distnadam-storage"),

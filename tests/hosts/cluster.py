@@ -6,6 +6,7 @@ import re
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Cluster:
         self.env |= {"PYTHONPATH": f"{ROOT / 'tests/hosts/site'}:{ROOT}", "DISTNADAM_TEST_LOGS": str(self._logs)}
         self._nodes: dict[int, subprocess.Popen[str]] = {}
         self._programs: list[Program] = []
+        self.struck: set[Host] = set()
         self._resources: dict[int, dict[str, float]] = {}
         self.network = Network(directory)
         try:
@@ -92,8 +94,20 @@ class Cluster:
             self._await(host)
         return new
 
+    def strike(self, host: Host, how: str) -> float:
+        """Do to a host what its method of that name does; return when."""
+        self.struck.add(host)
+        moment = time.time()
+        getattr(host, how)()
+        return moment
+
+    def host_at(self, address: str) -> Host:
+        """The host of an address."""
+        return next(host for host in self.hosts if host.address == address)
+
     def restart(self, host: Host) -> None:
         """Plug a host in, whatever was done to its cable, and start its node anew, whatever is left of the last one."""
+        self.struck.discard(host)
         host.kill()
         self._nodes[host.number].communicate()
         host.unshape()

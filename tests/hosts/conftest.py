@@ -19,7 +19,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 @pytest.fixture
 def whole_hosts(hosts: Cluster) -> Iterator[Cluster]:
-    """The same hosts, all but the head started anew after a test that struck at them."""
+    """The same hosts; those that the test struck at are started anew after it."""
     yield hosts
-    for host in hosts.hosts[1:]:
+    for host in sorted(hosts.struck, key=lambda host: host.number):
         hosts.restart(host)

@@ -1,32 +1,23 @@
 """Three hosts train as one process does, to the bit: lanes within a host, Ray objects between hosts, both in each step."""
 
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.hosts.cluster import ROOT, Cluster
+from tests.hosts.cluster import Cluster
 from tests.hosts.network import why_not
 from tests.hosts.tasks import digest
+from tests.hosts.train import train_in_one_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 RESOURCES = [{"CPU": 1, "shard": 1}] * 3
 """Room for one worker and one shard on each host."""
 ONE_EACH = {"num_workers": 3, "num_shards": 3, "options": {"worker_cpus": 1, "shard_resources": {"shard": 1}}}
-
-
-def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, str]:
-    """Train by the local backend, on one shard; return the bits."""
-    alone = {**about, "directory": str(directory), "num_shards": 1, "options": {}, "backend": "local"}
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "tests.hosts.train", json.dumps(alone)], cwd=ROOT, env=env, check=True, capture_output=True)
-    return digest(directory)
 
 
 def train_on(cluster: Cluster, directory: Path, about: dict[str, Any]) -> list[str]:

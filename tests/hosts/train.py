@@ -2,8 +2,11 @@
 
 import gc
 import json
+import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from distnadam import DistNadam, Options, fit
@@ -12,8 +15,9 @@ from distnadam.controller import Controller
 from distnadam.training.callbacks import Callback
 from distnadam.training.digits import Digits
 from tests.hosts.program import say
-from tests.hosts.tasks import Synthetic
+from tests.hosts.tasks import Synthetic, digest
 
+_ROOT = Path(__file__).parent.parent.parent
 _LOOK_EVERY_S = 0.1
 
 
@@ -53,6 +57,14 @@ def hosts_of(backend: Any) -> list[str]:
 
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     return [addresses[place.node] for place in backend.places]
+
+
+def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, str]:
+    """Have another process train as asked by the local backend, on one shard; return the bits that it ends with."""
+    alone = {**about, "directory": str(directory), "num_shards": 1, "options": {}, "backend": "local"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "tests.hosts.train", json.dumps(alone)], cwd=_ROOT, env=env, check=True, capture_output=True)
+    return digest(directory)
 
 
 def main(about: dict[str, Any]) -> None:

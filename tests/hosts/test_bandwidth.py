@@ -1,0 +1,18 @@
+"""Over a cable of 1 Gbit/s, a step moves each gradient and each parameter once, and little else."""
+
+import pytest
+
+from tests.hosts.bandwidth import measure
+from tests.hosts.cluster import Cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+RESOURCES = [{"CPU": 1}, {"CPU": 1, "shard": 1}]
+
+
+def test_a_step_between_hosts_moves_every_gradient_and_every_parameter_once(hosts: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = measure(hosts, size=4 * 10**6, steps=10, bits_per_s=1e9)
+    with capsys.disabled():
+        print(f"\n{measured}")
+    for moved in (measured.bytes_in, measured.bytes_out):
+        assert measured.parameter_bytes <= moved <= 1.15 * measured.parameter_bytes

@@ -1,0 +1,46 @@
+"""A host joins while training goes on, and `reshard`, asked for by a process there that knows only a name, puts a shard on it."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.cluster import Cluster
+from tests.hosts.tasks import digest
+from tests.hosts.train import train_in_one_process
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 2}, {"CPU": 2, "shard": 2}]
+"""Of four places for shards two are taken: of three new shards, made beside the old ones, the new host gets at least one."""
+RESHARD = """
+import json
+from distnadam import DistNadam
+from tests.hosts.program import say
+from tests.hosts.train import hosts_of
+
+optimizer = DistNadam.connect("growing")
+before = hosts_of(optimizer._running().backend)
+optimizer.reshard(3)
+say(before=before, after=hosts_of(optimizer._running().backend))
+"""
+
+
+def test_a_host_that_joins_while_training_goes_on_gets_a_shard(hosts: Cluster, tmp_path: Path) -> None:
+    about = {"steps": 400, "size": 20_000, "pause_s": 0.01, "num_workers": 3, "num_shards": 2, "name": "growing"}
+    about |= {"directory": str(tmp_path / "hosts"), "options": {"shard_resources": {"shard": 1}, "worker_cpus": 0.5}}
+    program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.train", json.dumps(about))
+    program.first("step")
+    (new,) = hosts.add({"CPU": 2, "shard": 2})
+    resharding = hosts.python(new, "-c", RESHARD)
+    said = resharding.first("after")
+    resharding.finish()
+    assert new.address not in said["before"] and len(said["before"]) == 2
+    assert new.address in said["after"] and len(said["after"]) == 3
+    resharded = time.time()
+    assert program.first("step", lambda step: step == about["steps"])["time"] > resharded, "it was over before"
+    program.finish()
+    reach_the_third = {line.text.split(":")[0] for line in hosts.logged(r"^worker .*2\]")}
+    assert reach_the_third == {"worker 0", "worker 1", "worker 2"}
+    assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", about | {"name": None})

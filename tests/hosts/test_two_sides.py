@@ -1,0 +1,70 @@
+"""A host with a shard and all its workers is cut off, and comes back when the others have gone on: the two sides never both go on.
+
+Everything that training needs is on the side that is cut off, the supervisor too where that is asked; the other has Ray's head.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distnadam import DistNadam
+from tests.hosts.cluster import Cluster
+from tests.hosts.sides import gradients, params
+from tests.hosts.tasks import digest_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 8}, {"CPU": 2, "shard": 8}]
+ROUNDS = 200
+
+
+def rounds(diary: Path) -> list[tuple[float, int]]:
+    """When a trainer was told of which round."""
+    return [(float(moment), int(what)) for moment, what in entries(diary) if what.isdigit()]
+
+
+def entries(diary: Path) -> list[tuple[str, str]]:
+    lines = diary.read_text().splitlines() if diary.exists() else []
+    return [(moment, what) for moment, _, what in (line.partition(" ") for line in lines)]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    """Wait until it is so; the test's own time limit bounds it."""
+    while not what():
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("how", "replicas", "together"),
+    [("cut", 0, False), ("cut", 1, True), ("silence", 1, False), ("deafen", 0, True)],
+    ids=["cut off", "cut off with its supervisor", "not heard", "not hearing, with its supervisor"],
+)
+def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_refused_afterwards(
+    how: str, replicas: int, together: bool, whole_hosts: Cluster, tmp_path: Path
+) -> None:
+    hosts, diaries = whole_hosts, [tmp_path / "first", tmp_path / "second"]
+    about = {"replicas": replicas, "together": together, "directory": str(tmp_path / "checkpoints"), "rounds": ROUNDS}
+    program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.sides", json.dumps(about | {"diaries": [str(diary) for diary in diaries]}))
+    victim = hosts.host_at(program.first("shard")["shard"])
+    wait_for(lambda: len(rounds(diaries[0])) >= 20)
+    hosts.strike(victim, how)
+    program.tell("take over")
+    wait_for(lambda: len(rounds(diaries[1])) >= 20)
+    victim.unshape()
+    victim.mend()
+    wait_for(lambda: hosts.ended(victim) or entries(diaries[0])[-1][1].startswith("ended"))
+    told = program.first("digest")["digest"]
+    program.finish()
+    assert rounds(diaries[0])[-1][0] < rounds(diaries[1])[0][0], "both sides went on"
+    ended = [what for _, what in entries(diaries[0]) if what.startswith("ended")]
+    assert ended in ([], ["ended by SupersededWorker"]), "it ends with its host's Ray, or is refused by name"
+    if replicas:
+        assert rounds(diaries[1])[0][1] == rounds(diaries[0])[-1][1] + 1, "every round that was told of counts"
+    with DistNadam(backend="local").build(params()) as alone, alone.worker(0) as worker:
+        tree = worker.pull()
+        for step in range(ROUNDS):
+            tree = worker.step(gradients(tree, step))
+        assert told == digest_of(alone)
