@@ -45,19 +45,24 @@ class Cluster:
         directory: where the hosts' own files go, the token, and the logs.
         resources: Ray resources of each host, the head's first, CPUs among them as "CPU".
         env: further environment of every node and program.
+        dashboard: whether the head is to have one, and so take jobs, on its own address alone.
     """
 
-    def __init__(self, directory: Path, resources: list[dict[str, float]], *, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, resources: list[dict[str, float]], *, env: Mapping[str, str] | None = None, dashboard: bool = False
+    ) -> None:
         token, self._logs = directory / "token", directory / "logs"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
         self._logs.mkdir()
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | dict(env or {})
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # as in an activated environment
         self.env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"}
         self.env |= {"PYTHONPATH": f"{ROOT / 'tests/hosts/site'}:{ROOT}", "DISTNADAM_TEST_LOGS": str(self._logs)}
         self._nodes: dict[int, subprocess.Popen[str]] = {}
         self._programs: list[Program] = []
+        self._dashboard = dashboard
         self.struck: set[Host] = set()
         self._resources: dict[int, dict[str, float]] = {}
         self.network = Network(directory)
@@ -121,7 +126,8 @@ class Cluster:
 
     def _begin(self, host: Host) -> None:
         head, has = host.number == 1, dict(self._resources[host.number])
-        where = ["--head", f"--port={PORT}", "--include-dashboard=false"] if head else [f"--address={self.address}"]
+        board = f"--include-dashboard={str(self._dashboard).lower()}"
+        where = ["--head", f"--port={PORT}", board, "--dashboard-host=127.0.0.1"] if head else [f"--address={self.address}"]
         room = [f"--num-cpus={has.pop('CPU', 1):.0f}", f"--resources={json.dumps(has)}", f"--object-store-memory={_STORE_BYTES}"]
         command = host.command(RAY, "start", *where, f"--node-ip-address={host.address}", *room, "--disable-usage-stats", "--block")
         env = self._env(host) | (SOON if head else {})

@@ -1,0 +1,48 @@
+"""A training job: `ray job submit --address http://<the head's address>:8265 --working-dir . -- python job.py <checkpoints>`.
+
+`<checkpoints>` is a directory that every host shares, or a URL such as s3://bucket/run. Submitted again, it goes on from the newest.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from distnadam import DistNadam, fit
+
+
+class Line:
+    """Fit y = 3x + 1."""
+
+    name = "line"
+
+    def init(self, seed: int) -> Any:
+        """Return the first parameters."""
+        self.seed = seed
+        return {"slope": np.float32(0), "offset": np.float32(0)}
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        """Return one rank's batch of one step."""
+        x = np.random.default_rng([self.seed, step, rank, world_size]).standard_normal(32).astype(np.float32)
+        return x, 3 * x + 1
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        """Return the mean squared error and its gradients."""
+        x, y = batch
+        error = params["slope"] * x + params["offset"] - y
+        return float((error**2).mean()), {"slope": 2 * (error * x).mean(), "offset": 2 * error.mean()}
+
+    def evaluate(self, params: Any) -> Mapping[str, float]:
+        """Return what was found."""
+        return {"slope": float(params["slope"]), "offset": float(params["offset"])}
+
+
+def main(checkpoints: str) -> None:
+    """Run the command."""
+    history = fit(Line(), steps=300, optimizer=DistNadam(lr=0.1), backend="ray", checkpoint_dir=checkpoints, save_every=100)
+    print(f"y = {history.metrics['slope']:.2f} x + {history.metrics['offset']:.2f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
