@@ -259,7 +259,9 @@ class Machine:
 
     def _stand(self, standing: orders.Standing) -> None:
         self.clock, self.round, self.skipped, self.lr = standing.clock, standing.round, standing.skipped, standing.lr
+        known = self.members.ledger.newest_of_all()
         self.members.ledger = self.members.ledger.from_dict(standing.ledger)
+        self.members.ledger.admit_all(known)  # a number that was given away is never given again
         self.members.schedule = standing.schedule or self.members.schedule
         self._last, self._counted, self.changed = (standing.outcome, standing.complaint), dict(standing.counted), standing.changed
         self.members.holders = {**standing.here, **self.members.holders}

@@ -36,6 +36,9 @@ class Members:
         self._check_rank(rank)
         admitted = self.ledger.admit(rank, message.incarnation)
         self.check_newest(rank, admitted)
+        if not message.reserve and self.holders.get(rank, (0, ""))[0] == admitted and self.holders[rank][1] != message.process:
+            told = "was given to another process too, by a shard that died since; join again"
+            raise SupersededWorker(f"shard {self._shard}: rank {rank}: the number {admitted} {told}")
         if not message.reserve:
             self.holders[rank] = admitted, message.process
             for ranks in (self.left, self.dead, self.given_up):

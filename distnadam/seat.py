@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from distnadam.arrays import Flat
 from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
-from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StaleEpoch, StepTimeout
+from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StaleEpoch, StepTimeout, SupersededWorker
 from distnadam.layout import Ranges
 from distnadam.messages import Decided, Describe, Description, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
@@ -112,9 +112,16 @@ class Seat:
                 self._rejoin()
 
     def _join(self) -> int:
-        answers: dict[int, Joined] = self._ask({0: Join(self.rank, process=self._process)})
-        incarnation = answers[0].incarnation
-        answers |= self._ask({i: Join(self.rank, incarnation, process=self._process) for i in range(1, len(self._shards.ranges))})
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            answers: dict[int, Joined] = self._ask({0: Join(self.rank, process=self._process)})
+            incarnation = answers[0].incarnation
+            try:
+                others = range(1, len(self._shards.ranges))
+                answers |= self._ask({i: Join(self.rank, incarnation, process=self._process) for i in others})
+                break
+            except SupersededWorker:  # others know of a newer one, of which shard 0 has heard by now
+                self._await(deadline, "the shards did not agree on who takes the rank over")
         self._adopt(answers)
         if not answers[0].member:
             self._await_admission()

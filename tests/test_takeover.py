@@ -136,3 +136,20 @@ def test_of_all_that_happened_since_the_gravest_is_told() -> None:
     again.know(epochs.risen)
     again.rise("reconfigured", 2)
     assert (again.now, again.reason) == (6, "reconfigured")
+
+
+def test_a_number_that_was_given_away_is_never_given_again_though_the_state_goes_back() -> None:
+    host = shard()
+    assert host.send(Join(0)).result(0).incarnation == 2
+    host.send(Load(4, params={"float32": np.ones(4, np.float32)})).result(0)
+    assert host.send(Join(0)).result(0).incarnation == 3
+
+
+def test_two_processes_that_were_given_one_number_by_two_shards_never_hold_the_rank_together() -> None:
+    host = shard()
+    host.send(Join(0, 5, process="here")).result(0)
+    host.send(Join(0, 5, process="here")).result(0)
+    with pytest.raises(SupersededWorker, match="the number 5 was given to another process too"):
+        host.send(Join(0, 5, process="there")).result(0)
+    host.send(Join(0, 5, reserve=True)).result(0)
+    assert host.send(Describe()).result(0).here == {0: (5, "here"), 1: (1, "")}

@@ -69,6 +69,9 @@ class Fleet:
                 self.gone.add(self.shards[index])
         described = [answer for answer in answers.values() if isinstance(answer, Description)]
         self.here = holders(described) if described else self.here
+        for rank, (incarnation, _) in self.here.items():
+            if rank in self.dead and incarnation > self.dead[rank][0]:
+                del self.dead[rank]  # somebody has taken it over
         return answers
 
     def _know(self, seen: Description) -> None:
@@ -77,9 +80,6 @@ class Fleet:
             self.epoch, self.schedule = seen.epoch, seen.schedule
         for rank, incarnation in seen.newest.items():
             self.joined(rank, incarnation)
-        for rank, (incarnation, _) in seen.here.items():
-            if rank in self.dead and incarnation > self.dead[rank][0]:
-                del self.dead[rank]  # somebody has taken it over
         self.furthest = max(self.furthest, seen.furthest)
 
     def next_epoch(self) -> int:
@@ -102,9 +102,10 @@ class Fleet:
 
 
 def holders(described: Sequence[Description]) -> Holders:
-    """Return the ranks that a living worker holds: the newest that any shard knows of, unless one knows that it is gone."""
-    here: Holders = {}
+    """Return the ranks that a living worker holds: where any shard knows of one, and none knows that it is gone, or of a newer one."""
+    newest: dict[int, int] = {}
     for each in described:
-        here |= {rank: held for rank, held in each.here.items() if held[0] >= here.get(rank, (0, ""))[0]}
-    gone = {(rank, each.newest.get(rank, 0)) for each in described for rank in (*each.left, *each.dead)}
-    return {rank: held for rank, held in here.items() if (rank, held[0]) not in gone}
+        newest |= {rank: number for rank, number in each.newest.items() if number > newest.get(rank, 0)}
+    gone = {rank for each in described for rank in (*each.left, *each.dead) if each.newest.get(rank, 0) == newest[rank]}
+    here = {rank: held for each in described for rank, held in each.here.items() if held[0] == newest[rank]}
+    return {rank: held for rank, held in here.items() if rank not in gone}

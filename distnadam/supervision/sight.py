@@ -92,6 +92,9 @@ class Sight:
 
     def _check_workers(self, described: Sequence[Description]) -> None:
         """Where rounds do not go on, see whether those who are waited for are still there: not every worker has a line that would tell."""
+        for answer in described:
+            for rank in set(answer.dead) - self._fleet.here.keys() - self._fleet.dead.keys():
+                self._on_died_rank(rank, answer.newest[rank])  # whoever was told so may have died since
         rounds, before = tuple(answer.round for answer in described), self._rounds
         self._rounds = rounds
         if rounds != before:

@@ -218,7 +218,8 @@ class Supervisor:
             future.set_result(None)
 
     def _on_died_rank(self, rank: int, incarnation: int) -> None:
-        if self._fleet.newest.get(rank, 0) > incarnation or rank in self._fleet.dead:
+        known = self._fleet.dead.get(rank, (0, 0.0))[0]
+        if self._fleet.newest.get(rank, 0) > max(incarnation, known) or known >= incarnation:
             return  # taken over already, or told by another shard
         self._fleet.dead[rank] = (incarnation, time.monotonic())
         log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)

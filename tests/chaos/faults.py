@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
 from distnadam import DistNadam
+from tests.chaos import changes
+from tests.chaos.blows import Rng, any_rank, any_shard, kill, pause
 from tests.chaos.scene import SHARD_TIMEOUT_S, WORKERS, Case, Process, Scene
 from tests.chaos.trainers import despite_rewinds, superseded
 from tests.chaos.visitors import visit
 
-Rng = np.random.Generator
 _HALT_S = 1.5
 
 
@@ -28,38 +28,18 @@ class Fault:
     strike: Callable[[Scene, Rng], float]
 
 
-def pause(rng: Rng) -> None:
-    """Let a random time pass, from nothing to a tenth of a second, most often about as long as a phase of a step takes."""
-    time.sleep(rng.choice([0.0, 1e-3, 1e-2, 1e-1]) * rng.random())
-
-
-def _kill(*victims: Process) -> float:
-    moment = time.monotonic()
-    for victim in victims:
-        victim.signal(signal.SIGKILL)
-    return moment
-
-
-def _rank(rng: Rng) -> int:
-    return int(rng.integers(WORKERS))
-
-
-def _some_shard(scene: Scene, rng: Rng) -> int:
-    return int(rng.integers(scene.case.num_shards))
-
-
 # Workers
 
 
 def worker(scene: Scene, rng: Rng) -> float:
-    victim = scene.crowd.process(_rank(rng))
+    victim = scene.crowd.process(any_rank(rng))
     pause(rng)
-    return _kill(victim)
+    return kill(victim)
 
 
 def worker_between_doorbells(scene: Scene, rng: Rng) -> float:
     """The worker's message reaches some shards only: the push, or with clipping the norms."""
-    rank, count = _rank(rng), scene.case.num_shards
+    rank, count = any_rank(rng), scene.num_shards
     reached = tuple(int(i) for i in range(count) if rng.random() < 0.5)
     post = int(rng.integers(1, 3)) if scene.case.clipnorm else 1
     victim = scene.crowd.process(rank)
@@ -70,7 +50,7 @@ def worker_between_doorbells(scene: Scene, rng: Rng) -> float:
 
 
 def worker_halts(scene: Scene, rng: Rng) -> float:
-    victim = scene.crowd.process(_rank(rng))
+    victim = scene.crowd.process(any_rank(rng))
     pause(rng)
     return _halt(victim, rng)
 
@@ -85,7 +65,7 @@ def _halt(victim: Process, rng: Rng) -> float:
 
 def worker_halts_and_is_replaced(scene: Scene, rng: Rng) -> float:
     """The one that wakes up must be refused, and what it had on its way must not count twice."""
-    rank = _rank(rng)
+    rank = any_rank(rng)
     victim = scene.crowd.process(rank)
     pause(rng)
     moment = time.monotonic()
@@ -100,7 +80,7 @@ def worker_halts_and_is_replaced(scene: Scene, rng: Rng) -> float:
 def all_workers(scene: Scene, rng: Rng) -> float:
     victims = [scene.crowd.process(rank) for rank in range(WORKERS)]
     pause(rng)
-    return _kill(*victims)
+    return kill(*victims)
 
 
 # Shards and standbys
@@ -108,28 +88,28 @@ def all_workers(scene: Scene, rng: Rng) -> float:
 
 def shard(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
-    victim = scene.shards()[_some_shard(scene, rng)]
+    victim = scene.shards()[any_shard(scene, rng)]
     pause(rng)
-    return _kill(victim)
+    return kill(victim)
 
 
 def shard_again_at_once(scene: Scene, rng: Rng) -> float:
     """A second death while the first is being recovered from."""
-    index = _some_shard(scene, rng)
+    index = any_shard(scene, rng)
     first = scene.shards()[index]
-    _kill(first)
+    kill(first)
     time.sleep(rng.random())
-    return _kill(scene.shards().get(_some_shard(scene, rng), first))
+    return kill(scene.shards().get(any_shard(scene, rng), first))
 
 
 def shard_halts(scene: Scene, rng: Rng) -> float:
-    victim = scene.shards()[_some_shard(scene, rng)]
+    victim = scene.shards()[any_shard(scene, rng)]
     pause(rng)
     return _halt(victim, rng)
 
 
 def shard_halts_and_is_replaced(scene: Scene, rng: Rng) -> float:
-    victim = scene.shards()[_some_shard(scene, rng)]
+    victim = scene.shards()[any_shard(scene, rng)]
     pause(rng)
     moment = time.monotonic()
     victim.signal(signal.SIGSTOP)
@@ -141,47 +121,47 @@ def shard_halts_and_is_replaced(scene: Scene, rng: Rng) -> float:
 
 def standby(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
-    victim = scene.standbys()[_some_shard(scene, rng)]
+    victim = scene.standbys()[any_shard(scene, rng)]
     pause(rng)
-    return _kill(victim)
+    return kill(victim)
 
 
 def standby_halts(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
-    victim = scene.standbys()[_some_shard(scene, rng)]
+    victim = scene.standbys()[any_shard(scene, rng)]
     pause(rng)
     return _halt(victim, rng)
 
 
 def shard_and_standby(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
-    index = _some_shard(scene, rng)
+    index = any_shard(scene, rng)
     victims = [scene.shards()[index], scene.standbys()[index]]
     pause(rng)
-    return _kill(*(victims if rng.random() < 0.5 else reversed(victims)))
+    return kill(*(victims if rng.random() < 0.5 else reversed(victims)))
 
 
 def two_shards(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
     shards = scene.shards()
-    first, second = (shards[int(i)] for i in rng.permutation(len(shards))[:2])
+    first, second = (shards[int(i)] for i in rng.permutation(len(shards))[:2])  # a reshard leaves as many at least
     pause(rng)
-    _kill(first)
+    kill(first)
     pause(rng)
-    return _kill(second)
+    return kill(second)
 
 
 def all_shards(scene: Scene, rng: Rng) -> float:
     victims = scene.shards().values()
     pause(rng)
-    return _kill(*victims)
+    return kill(*victims)
 
 
 def shard_and_worker(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
-    victims = [scene.shards()[_some_shard(scene, rng)], scene.crowd.process(_rank(rng))]
+    victims = [scene.shards()[any_shard(scene, rng)], scene.crowd.process(any_rank(rng))]
     pause(rng)
-    return _kill(*(victims if rng.random() < 0.5 else reversed(victims)))
+    return kill(*(victims if rng.random() < 0.5 else reversed(victims)))
 
 
 # Those who act on the optimizer as a whole
@@ -191,7 +171,7 @@ def reader(scene: Scene, rng: Rng) -> float:
     victim, _call = visit(scene, "read")
     time.sleep(0.05)
     pause(rng)
-    return _kill(victim)
+    return kill(victim)
 
 
 def holder(scene: Scene, rng: Rng) -> float:
@@ -208,17 +188,17 @@ def saver(scene: Scene, rng: Rng) -> float:
     victim, _call = visit(scene, "save")
     time.sleep(0.05)
     pause(rng)
-    return _kill(victim)
+    return kill(victim)
 
 
 def shard_during_save(scene: Scene, rng: Rng) -> float:
     """The save is done again after the recovery and its checkpoint is whole."""
-    victim = scene.shards()[_some_shard(scene, rng)]
+    victim = scene.shards()[any_shard(scene, rng)]
     moments: list[float] = []
 
     def strike() -> None:
         pause(rng)
-        moments.append(_kill(victim))
+        moments.append(kill(victim))
 
     with scene.beside(strike):
         path = despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
@@ -232,14 +212,14 @@ def shard_during_save(scene: Scene, rng: Rng) -> float:
 def supervisor(scene: Scene, rng: Rng) -> float:
     victim = scene.supervisor()
     pause(rng)
-    return _kill(victim)
+    return kill(victim)
 
 
 def supervisor_and_shard(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
-    victims = [scene.supervisor(), scene.shards()[_some_shard(scene, rng)]]
+    victims = [scene.supervisor(), scene.shards()[any_shard(scene, rng)]]
     pause(rng)
-    return _kill(*(victims if rng.random() < 0.5 else reversed(victims)))
+    return kill(*(victims if rng.random() < 0.5 else reversed(victims)))
 
 
 def driver(scene: Scene, rng: Rng) -> float:
@@ -266,7 +246,7 @@ def _several(case: Case) -> bool:
     return case.num_shards > 1
 
 
-_any, _replicated, _named = attrgetter("num_shards"), attrgetter("replicas"), attrgetter("named")
+_any, _replicated, _named, _elastic = attrgetter("num_shards"), attrgetter("replicas"), attrgetter("named"), attrgetter("elastic")
 
 FAULTS = (
     Fault("worker killed", _any, worker),
@@ -291,5 +271,10 @@ FAULTS = (
     Fault("supervisor killed", _named, supervisor),
     Fault("supervisor and shard killed", _named, supervisor_and_shard),
     Fault("driver killed", _named, driver),
+    Fault("cut anew", _any, changes.reshard),
+    Fault("shard killed while cut anew", _any, changes.shard_during_reshard),
+    Fault("supervisor killed while cut anew", _named, changes.supervisor_during_reshard),
+    Fault("worker leaves and joins again", _elastic, changes.worker_leaves),
+    Fault("shard killed while a worker is away", _elastic, changes.shard_while_a_worker_is_away),
     Fault("node killed", lambda case: case.nodes > 1, node),
 )

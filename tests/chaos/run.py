@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from tests.chaos.faults import FAULTS, Fault, pause
-from tests.chaos.scene import Case, Nodes, Scene, ledgers, stage, undisturbed
+from distnadam.orders import Schedule
+from tests.chaos.blows import pause
+from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.scene import Case, Nodes, Scene, described, ledgers, members_of, stage, undisturbed
 from tests.chaos.trainers import WORKERS, despite_rewinds
 from tests.models import bits
 
@@ -70,6 +72,8 @@ def cases(rng: np.random.Generator) -> list[Case]:
         Case(2, 0),
         Case(2, 1, transport="objects"),
         Case(2, 0, clipnorm=0.5, transport="objects", checkpoints=True),
+        Case(2, 0, named=True, checkpoints=True, elastic=True),
+        Case(3, 1, clipnorm=0.5, elastic=True),
     ]
     return [found[i] for i in rng.permutation(len(found))]
 
@@ -102,14 +106,15 @@ def compare(scene: Scene, report: Report) -> None:
     end = scene.board.round + _ROUNDS_AFTER
     scene.crowd.finish(end)
     rounds = scene.optimizer.round
-    with undisturbed(scene.case, rounds) as expected:
+    schedule = described(scene.optimizer)[0].schedule
+    with undisturbed(scene.case, rounds, schedule) as expected:
         names = ["params"] * (len(bits(expected)) - len(expected.get_weights())) + ["iterations", "m_schedule", "moments"]
         pairs = zip(despite_rewinds(lambda: bits(scene.optimizer)), bits(expected), strict=True)
         differ = {names[min(i, len(names) - 1)] for i, (ours, theirs) in enumerate(pairs) if ours != theirs}
     for what in sorted(differ):
         report.differences.append(f"DIFFERENT: {what} after {rounds} rounds with {scene.case}")
     for index, ledger in enumerate(all_ledgers := ledgers(scene.optimizer)):
-        lost, doubled = count(ledger, rounds)
+        lost, doubled = count(ledger, rounds, schedule)
         report.lost, report.doubled = report.lost + lost, report.doubled + doubled
         if lost or doubled or ledger["runs"] != all_ledgers[0]["runs"]:
             report.differences.append(
@@ -119,10 +124,10 @@ def compare(scene: Scene, report: Report) -> None:
     report.rounds += rounds
 
 
-def count(ledger: Mapping[str, Any], rounds: int) -> tuple[int, int]:
-    """Return how many (rank, round) a ledger lacks, and how many it has more than once."""
+def count(ledger: Mapping[str, Any], rounds: int, schedule: Schedule = ((1, tuple(range(WORKERS))),)) -> tuple[int, int]:
+    """Return how many (rank, round) of these members a ledger lacks, and how many it has more than once, or of others."""
     counted = Counter((rank, number) for rank, _, first, last in ledger["runs"] for number in range(first, last + 1))
-    required = {(rank, number) for rank in range(WORKERS) for number in range(1, rounds + 1)}
+    required = {(rank, number) for number in range(1, rounds + 1) for rank in members_of(schedule, number)}
     return len(required - set(counted)), sum(number - 1 for number in counted.values()) + len(set(counted) - required)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,12 +18,14 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from distnadam import DistNadam, Options
 from distnadam.backends.cluster import process_born
-from distnadam.messages import Describe, Hold, Release
+from distnadam.messages import Describe, Description, Hold, Release
+from distnadam.orders import Reign, Schedule
 from tests.chaos.trainers import PATIENCE_S, WORKERS, Board, Crowd, Process, gradients_at
 from tests.models import params
 
 STEP_TIMEOUT_S = 12.0
 SHARD_TIMEOUT_S = 6.0
+REJOIN_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,11 @@ class Case:
     checkpoints: bool = False
     transport: str = "auto"
     nodes: int = 1
+    elastic: bool = False
 
     def __str__(self) -> str:
         said = [f"num_shards={self.num_shards}", f"replicas={self.replicas}"]
-        said += [name for name in ("clipnorm", "named", "checkpoints") if getattr(self, name)]
+        said += [name for name in ("clipnorm", "named", "checkpoints", "elastic") if getattr(self, name)]
         said += [f"nodes={self.nodes}"] if self.nodes > 1 else []
         return " ".join([*said, *(["objects"] if self.transport == "objects" else [])])
 
@@ -48,7 +52,8 @@ class Case:
         options = Options(
             step_timeout_s=STEP_TIMEOUT_S,
             shard_timeout_s=SHARD_TIMEOUT_S,
-            rejoin_timeout_s=60.0,
+            rejoin_timeout_s=REJOIN_TIMEOUT_S if self.elastic else 60.0,
+            min_workers=1 if self.elastic else None,
             checkpoint_dir=str(directory) if self.checkpoints else None,
             transport=self.transport,  # type: ignore[arg-type]
         )
@@ -111,9 +116,14 @@ class Scene:
         """Return the supervisor's process."""
         return Process(*self.ask_supervisor(_own_process))
 
+    @property
+    def num_shards(self) -> int:
+        """How many shards there are now."""
+        return len(self.ask_supervisor(_shards))
+
     def shards(self) -> dict[int, Process]:
         """Return the shards' processes that the supervisor knows of, by index, once it knows all."""
-        while len(found := self.ask_supervisor(_shards)) < self.case.num_shards:
+        while (0, "") in (found := self.ask_supervisor(_shards)).values():
             time.sleep(0.01)
         return {index: Process(*process) for index, process in found.items()}
 
@@ -123,11 +133,10 @@ class Scene:
 
     def await_standbys(self) -> None:
         """Wait until every shard has a standby that follows it."""
-        shards = self.optimizer._running()
         deadline = time.monotonic() + PATIENCE_S
         while self.case.replicas:
-            told = shards.recovering(lambda: shards.ask(shards._everyone(Describe())))
-            if all(answer.replicated is not None for answer in told.values()):
+            told = described(self.optimizer)
+            if all(answer.replicated is not None for answer in told):
                 return
             if time.monotonic() > deadline:
                 raise AssertionError(f"hung: the standbys are not filled: {told}")
@@ -143,6 +152,24 @@ class Scene:
                 raise AssertionError(f"hung: no step in {PATIENCE_S:g} s after a fault at round {self.board.round}: {self._diagnosis()}")
             time.sleep(0.001)
         return ended
+
+    @contextmanager
+    def away(self, rank: int) -> Iterator[float]:
+        """Have a rank's worker die and leave; at the end another joins."""
+        victim = self.crowd.keep_away(rank)
+        moment = time.monotonic()
+        victim.signal(signal.SIGKILL)
+        self._await_members(lambda members: rank not in members)
+        yield moment
+        self.crowd.replace(rank)
+        self._await_members(lambda members: rank in members)
+
+    def _await_members(self, met: Callable[[Sequence[int]], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not met(described(self.optimizer)[0].members):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"hung: the members stay as they are: {self._diagnosis()}")
+            time.sleep(0.02)
 
     def counts(self) -> dict[str, int]:
         """Return what the present supervisor has recovered from."""
@@ -164,6 +191,7 @@ class Scene:
 
     def _diagnosis(self) -> str:
         try:
+            self.optimizer._running().backend.refresh()
             return str(ray.get([a.send.remote(Describe()) for a in self.optimizer._running().backend.actors], timeout=5))  # type: ignore[attr-defined]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
@@ -174,7 +202,7 @@ def _own_process(actor: Any) -> tuple[int, str]:
 
 
 def _facts(actor: Any, hired: Sequence[Any]) -> dict[int, tuple[int, str]]:
-    return {each.index: (each.place.pid, each.place.born) for each in hired if each.place.pid}
+    return {each.index: (each.place.pid, each.place.born) for each in hired}
 
 
 def _shards(actor: Any) -> dict[int, tuple[int, str]]:
@@ -219,15 +247,29 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
             driver.communicate()
 
 
-def undisturbed(case: Case, rounds: int) -> DistNadam:
-    """Return a local optimizer after so many rounds without a fault; the caller closes it."""
+def described(optimizer: DistNadam) -> list[Description]:
+    """Return what every shard says of itself."""
+    shards = optimizer._running()
+    told = shards.recovering(lambda: shards.ask(shards._everyone(Describe())))
+    return [told[index] for index in sorted(told)]
+
+
+def undisturbed(case: Case, rounds: int, schedule: Schedule) -> DistNadam:
+    """Return a local optimizer after so many rounds without a fault, of those members; the caller closes it."""
     optimizer = DistNadam(num_workers=WORKERS, backend="local", clipnorm=case.clipnorm).build(params())
     workers = [optimizer.worker(rank) for rank in range(WORKERS)]
+    optimizer._running().ask({0: Reign(2, schedule)})
     for step in range(rounds):
-        tree = workers[0].pull()
-        for ticket in [worker.push(gradients_at(tree, step, worker.rank)) for worker in workers]:
+        present = [workers[rank] for rank in members_of(schedule, step + 1)]
+        trees = [worker.pull() for worker in present]
+        for ticket in [worker.push(gradients_at(tree, step, worker.rank)) for worker, tree in zip(present, trees, strict=True)]:
             ticket.result()
     return optimizer
+
+
+def members_of(schedule: Schedule, number: int) -> Sequence[int]:
+    """Return the ranks that a round needed."""
+    return next(ranks for first, ranks in reversed(schedule) if first <= number)
 
 
 def ledgers(optimizer: DistNadam) -> list[dict[str, Any]]:

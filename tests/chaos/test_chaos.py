@@ -79,3 +79,7 @@ def test_the_count_of_a_ledger_sees_a_gradient_that_is_lost_and_one_that_is_doub
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 4, 5]]}, 5) == (0, 0)
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 5, 5]]}, 5) == (1, 0)
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 3, 5]]}, 5) == (0, 1)
+    left = ((1, (0, 1)), (3, (0,)), (5, (0, 1)))
+    assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 2], [1, 2, 5, 5]]}, 5, left) == (0, 0)
+    assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 5, 5]]}, 5, left) == (0, 1)
+    assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 2]]}, 5, left) == (1, 0)

@@ -173,6 +173,7 @@ class Crowd:
         self._runs: dict[int, Any] = {}
         self._about: dict[int, Any] = {}
         self._end: int | None = None
+        self._away: set[int] = set()
         self._lock = threading.RLock()
         self.failures: list[BaseException] = []
         self.done: dict[int, int] = {}
@@ -186,12 +187,20 @@ class Crowd:
         """Make a rank's trainer anew and return the run of the one before, which is left alone."""
         with self._lock:
             old = self._runs.get(rank)
+            self._away.discard(rank)
             actor = self._actors[rank] = _trainer.remote(self._optimizer, rank, self._board)
             self._about[rank] = actor.about.remote()
             if self._end is not None:
                 actor.finish.remote(self._end)
             self._runs[rank] = actor.run.remote()
             return old
+
+    def keep_away(self, rank: int) -> Process:
+        """Return a rank's present process, in whose place no other is made before `replace`."""
+        victim = self.process(rank)
+        with self._lock:
+            self._away.add(rank)
+        return victim
 
     def process(self, rank: int) -> Process:
         """Return a rank's present process, once it runs."""
@@ -230,7 +239,7 @@ class Crowd:
         while not self._stop.wait(0.01):
             for rank in range(WORKERS):
                 with self._lock:
-                    if rank not in self.done:
+                    if rank not in self.done and rank not in self._away:
                         self._attend(rank)
 
     def _attend(self, rank: int) -> None:
