@@ -84,7 +84,8 @@ class Options:
         shard_memory_bytes: memory that each shard's actor asks of Ray, in bytes; 0 asks for none.
         shard_resources: further Ray resources that each shard's actor asks for, by name.
         worker_cpus: CPUs that each of `fit`'s worker actors asks of Ray.
-        label_selector: Ray node labels that the shards' nodes must have.
+        label_selector: Ray node labels that the nodes of the shards, their standbys and their supervisor must have.
+        worker_label_selector: Ray node labels that the nodes of `fit`'s workers must have.
         spread: place shards over the nodes as evenly as they allow; otherwise fill one node first.
         start_timeout_s: seconds to wait, saying so, for resources that the cluster does not have yet. None: refuse at once what its
             nodes cannot meet, and give what they can meet 120 s to start.
@@ -111,6 +112,7 @@ class Options:
     shard_resources: Mapping[str, float] = field(default_factory=dict)
     worker_cpus: float = 0.0
     label_selector: Mapping[str, str] = field(default_factory=dict)
+    worker_label_selector: Mapping[str, str] = field(default_factory=dict)
     spread: bool = True
     start_timeout_s: float | None = None
     step_timeout_s: float = 300.0
@@ -133,7 +135,7 @@ class Options:
         for name in ("shard_cpus", "worker_cpus", "step_timeout_s", "start_timeout_s", "rejoin_timeout_s", "shard_timeout_s"):
             if getattr(self, name) is not None:
                 _set_number(self, name)
-        for name, kind in (("shard_resources", float), ("label_selector", str)):
+        for name, kind in (("shard_resources", float), ("label_selector", str), ("worker_label_selector", str)):
             mapping = getattr(self, name)
             if not isinstance(mapping, Mapping):
                 raise ConfigError(f"{name} must be a mapping, got {mapping!r}")

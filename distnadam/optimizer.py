@@ -309,7 +309,7 @@ class DistNadam:
 
     def team(self, make: Callable[[int], Any]) -> Team:
         """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor otherwise: the workers of `fit`."""
-        return self._running().backend.team(self._num_workers, make, cpus=self._options.worker_cpus)
+        return self._running().backend.team(self._num_workers, make, self._options)
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards, between two steps; training waits only for the move itself, and keeps its bits.

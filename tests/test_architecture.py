@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 LAYERS = [
-    ["errors", "exact"],
+    ["errors", "exact", "metrics"],
     ["schedules", "arrays"],
     ["config", "layout", "filing"],
     ["nadam", "reshard", "ledger", "gate", "state", "epochs", "policy"],
@@ -34,6 +34,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PURE = {
     "errors",
     "exact",
+    "metrics",
     "config",
     "schedules",
     "arrays",

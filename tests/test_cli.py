@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,6 +46,26 @@ def test_training_ends_with_a_summary_and_the_command_to_resume(tmp_path: Path) 
     assert done.exit_code == 0, done.output
     for word in ("accuracy", "step_00000030", "loss.png", "metrics.csv", "distnadam train digits --workers 2"):
         assert word in done.output
+
+
+def test_the_command_to_resume_repeats_what_was_asked_for(tmp_path: Path) -> None:
+    labels = ["--shard-label", "role=shards", "--shard-label", "zone=in(a,b)", "--worker-label", "role=workers"]
+    asked = [*labels, "--worker-cpus", 1, "--lr", 0.01]
+    done = call(*TRAIN, "--steps", 5, "--checkpoint-dir", "file://" + str(tmp_path), *asked)
+    assert done.exit_code == 0, done.output
+    resume = json.loads(done.output)["resume"]
+    for words in ("--shard-label role=shards --shard-label 'zone=in(a,b)' --worker-label role=workers", "--worker-cpus 1.0", "--lr 0.01"):
+        assert words in resume
+    assert f"--checkpoint-dir file://{tmp_path}" in resume
+    assert "--shard-cpus" not in resume
+    again = call(*shlex.split(resume)[1:], "--json")
+    assert again.exit_code == 0, again.output
+
+
+def test_a_label_that_is_none_is_refused() -> None:
+    done = call(*TRAIN, "--shard-label", "shards")
+    assert done.exit_code == 2
+    assert "'shards' is not KEY=VALUE" in done.output
 
 
 def test_local_training_never_imports_ray(tmp_path: Path) -> None:

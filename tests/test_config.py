@@ -43,6 +43,7 @@ def test_a_bad_hyper_parameter_is_named_with_its_value(arguments: dict[str, Any]
         ({"shard_resources": [("a", 1)]}, "shard_resources must be a mapping"),
         ({"shard_resources": {"a": -1}}, r"shard_resources\['a'\] must be finite and at least 0, got -1"),
         ({"label_selector": {"a": 1}}, r"label_selector\['a'\] must be a string, got 1"),
+        ({"worker_label_selector": ["a=b"]}, r"worker_label_selector must be a mapping"),
         ({"spread": "no"}, "spread must be one of True, False, got 'no'"),
         ({"shard_memory_bytes": 1.5}, "shard_memory_bytes must be a whole number of at least 0, got 1.5"),
     ],

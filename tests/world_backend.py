@@ -6,6 +6,7 @@ from typing import Any
 
 from distnadam.arrays import Flat, empty_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
+from distnadam.config import Options
 from distnadam.errors import DistNadamError
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import ShardSpec
@@ -102,7 +103,7 @@ class WorldBackend(Backend):
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
         return _WorldLink(self, layout, rank, incarnation)
 
-    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
         raise DistNadamError("there are no teams here")
 
     def close(self, *, destroy: bool) -> None:

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distnadam.backends.cluster import NAMESPACE, actor_options, end_process
 from distnadam.backends.shardactor import ShardActor
 from distnadam.backends.supervisoractor import SupervisorActor, Tools
+from distnadam.config import Options
 from distnadam.messages import ShardSpec
 
 
@@ -31,8 +32,8 @@ _shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActo
 _end_process = ray.remote(end_process)
 
 
-def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, apart_from: str | None) -> Any:
-    """Return a new actor for a shard or its standby, to be opened; on another node than that, if it can be."""
+def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, apart_from: str | None = None) -> Any:
+    """Return a new actor for a shard or its standby, to be opened; on another node than that one, where there is another."""
     return _shard.options(**actor_options(spec, label, apart_from)).remote(spec, supervisor)
 
 
@@ -50,11 +51,13 @@ def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
     asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0}
     if specs[0].name is not None:
         asked |= {"name": specs[0].name, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1}
+        asked["label_selector"] = dict(specs[0].options.label_selector)
     else:
         asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _supervisor.options(**asked).remote(specs, replicas, Tools(make_shard, end_on))
 
 
-def make_member(make: Callable[[int], Any], rank: int, cpus: float) -> Any:
+def make_member(make: Callable[[int], Any], rank: int, options: Options) -> Any:
     """Return a new actor for one rank of a team."""
-    return _member.options(num_cpus=cpus, max_restarts=0, scheduling_strategy="SPREAD").remote(make, rank)
+    asked = {"num_cpus": options.worker_cpus, "label_selector": dict(options.worker_label_selector)}
+    return _member.options(**asked, max_restarts=0, scheduling_strategy="SPREAD").remote(make, rank)

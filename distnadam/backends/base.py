@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distnadam.arrays import Flat
+from distnadam.config import Options
 from distnadam.errors import Unrecoverable
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, Norms, Push, ShardSpec
@@ -158,5 +159,5 @@ class Backend(ABC):
         """Let go of the shards; with `destroy`, end them, so that everyone who waits for one gets an error."""
 
     @abstractmethod
-    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
-        """Make `size` objects by `make(rank)`, each where it can compute without the others' leave, asking for `cpus` CPUs each."""
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
+        """Make `size` objects by `make(rank)`, each where it can compute without the others' leave; `options` say what each asks for."""

@@ -23,6 +23,7 @@ from distnadam.messages import ShardSpec
 log = logging.getLogger("distnadam")
 
 NAMESPACE = "distnadam"
+_NODE = "ray.io/node-id"
 _FENCE_S = 5.0
 _PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
@@ -71,14 +72,15 @@ def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
 
 
 def actor_options(spec: ShardSpec, label: str | None, apart_from: str | None) -> dict[str, Any]:
-    """Return what a shard's actor asks of Ray.
+    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it.
 
-    One with a label is found by it, and outlives who made it; where there is another node than that it is to be apart from, it runs there.
+    It goes to another node than `apart_from`, where one has the labels that it must have.
     """
-    options = spec.options
+    options, selector = spec.options, dict(spec.options.label_selector)
     asked: dict[str, Any] = {
         "num_cpus": options.shard_cpus,
         "resources": dict(options.shard_resources),
+        "label_selector": selector,
         "max_restarts": 0,
         "max_task_retries": 0,
     }
@@ -86,11 +88,8 @@ def actor_options(spec: ShardSpec, label: str | None, apart_from: str | None) ->
         asked["scheduling_strategy"] = "SPREAD"
     if options.shard_memory_bytes:
         asked["memory"] = options.shard_memory_bytes
-    if options.label_selector:
-        asked["label_selector"] = dict(options.label_selector)
     if apart_from is not None:
-        asked["label_selector"] = {**options.label_selector, _NODE: f"!{apart_from}"}
-        asked["fallback_strategy"] = [{"label_selector": {_NODE: "!none", **options.label_selector}}]  # which every node has
+        asked |= {"label_selector": selector | {_NODE: f"!{apart_from}"}, "fallback_strategy": [{"label_selector": selector}]}
     if label is not None:
         asked |= {"name": label, "namespace": NAMESPACE, "lifetime": "detached"}
     return asked
@@ -216,7 +215,14 @@ def _raise_failed(ready: Sequence[Any]) -> None:
 
 
 def _labelled(node: Mapping[str, Any], selector: Mapping[str, str]) -> bool:
-    return all(node.get("Labels", {}).get(key) == value for key, value in selector.items())
+    return all(_meets(node.get("Labels", {}).get(key), wanted) for key, wanted in selector.items())
+
+
+def _meets(label: str | None, wanted: str) -> bool:
+    """Whether a label is as Ray's selectors say it: value, !value, in(a,b) or !in(a,b)."""
+    plain = wanted.removeprefix("!")
+    among = plain[3:-1].split(",") if plain.startswith("in(") else [plain]
+    return (label in [value.strip() for value in among]) == (plain == wanted)
 
 
 def _room(resources: Mapping[str, float], ask: Mapping[str, float], most: int) -> int:

@@ -10,6 +10,7 @@ from distnadam.arrays import Flat, cut_flat, empty_flat, zeros_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
 from distnadam.checkpoint.format import ARRAYS
+from distnadam.config import Options
 from distnadam.errors import Reconfigured
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Advance, Hold, Message, Norms, Push, Read, ShardSpec
@@ -136,7 +137,7 @@ class LocalBackend(Backend):
         """See `Backend.link`."""
         return LocalLink(self, layout)
 
-    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
         """See `Backend.team`; threads ask for nothing."""
         return LocalTeam(size, make)
 

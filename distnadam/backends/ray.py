@@ -180,9 +180,9 @@ class RayBackend(Backend):
             raise LifecycleError("the optimizer was closed in this process")
         require_ray()
 
-    def team(self, size: int, make: Callable[[int], Any], *, cpus: float) -> Team:
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
         """See `Backend.team`; each member is an actor."""
-        return RayTeam(size, make, cpus)
+        return RayTeam(size, make, options)
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`."""

@@ -9,6 +9,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from distnadam.backends.actors import make_member
 from distnadam.backends.base import Pending, Team
 from distnadam.backends.cluster import kill
+from distnadam.config import Options
 from distnadam.errors import DistNadamError, LifecycleError, ShardLost, ShardUnavailable, WorkerLost
 
 
@@ -62,12 +63,12 @@ class RayTeam(Team):
     Args:
         size: ranks.
         make: makes a rank's object, in its actor.
-        cpus: CPUs that each asks for.
+        options: say what each asks of Ray.
     """
 
-    def __init__(self, size: int, make: Callable[[int], Any], cpus: float) -> None:
-        self._make, self._cpus = make, cpus
-        self._actors = {rank: make_member(make, rank, cpus) for rank in range(size)}
+    def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
+        self._make, self._options = make, options
+        self._actors = {rank: make_member(make, rank, options) for rank in range(size)}
         self._calls: dict[Any, int] = {}
 
     def call(self, rank: int, method: str, *args: Any) -> None:
@@ -84,7 +85,7 @@ class RayTeam(Team):
         """See `Team.replace`."""
         self._calls = {ref: r for ref, r in self._calls.items() if r != rank}
         kill(self._actors[rank])
-        self._actors[rank] = make_member(self._make, rank, self._cpus)
+        self._actors[rank] = make_member(self._make, rank, self._options)
 
     def close(self) -> None:
         """See `Team.close`."""

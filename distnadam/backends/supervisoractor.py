@@ -29,7 +29,7 @@ from distnadam.transport.doorbell import Address, Watch
 
 @dataclass(frozen=True)
 class Tools:
-    """What needs `ray.remote`: `make_shard(spec, supervisor, label, apart_from)` gives an actor, `end_on(node, pid, born)` a reference."""
+    """What needs `ray.remote`: `make_shard(spec, supervisor, label, apart_from)` is an actor, `end_on(node, pid, born)` a reference."""
 
     make_shard: Callable[[ShardSpec, Any, str | None, str | None], Any]
     end_on: Callable[[str, int, str], Any]
@@ -62,7 +62,7 @@ class RayCrew(Crew):
         self._facts: dict[Any, dict[str, str]] = {}
 
     def make(self, spec: ShardSpec, *, standby: bool = False, apart_from: str | None = None) -> Any:
-        """Return a new actor, which may not have started yet; on another node than that, if it can be."""
+        """Return a new actor, which may not have started yet, on another node than that one where there is another."""
         label = f"{spec.name}/{spec.index}{'s' if standby else ''}-{os.urandom(4).hex()}" if spec.name is not None else None
         actor = self._tools.make_shard(spec, self._supervisor, label, apart_from)
         self.fencing.admit(actor)
@@ -70,8 +70,8 @@ class RayCrew(Crew):
 
     def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
         """See `Crew.hire`."""
-        primary = next((hired.place.node for hired in near if hired.index == spec.index), None) if standby else None
-        actor = self.make(spec, standby=standby, apart_from=primary)
+        primaries = [hired.place.node for hired in near if standby and hired.index == spec.index]
+        actor = self.make(spec, standby=standby, apart_from=next(iter(primaries), None))
         try:
             place = ray.get(actor.place.remote(), timeout=_OPEN_S)
             place = ray.get(actor.open.remote(self._neighbour(place.node, near), standby=standby), timeout=_OPEN_S)

@@ -4,12 +4,14 @@ import importlib
 import json
 import shlex
 import sys
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
 
 from distnadam.cli.group import JSON, PATH, errors_told, main
+from distnadam.config import Options
 from distnadam.optimizer import DistNadam
 from distnadam.training.fit import fit
 from distnadam.training.history import History
@@ -17,37 +19,67 @@ from distnadam.training.plot import plot_loss
 from distnadam.training.task import Task
 
 
+def _labels(context: click.Context, option: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    """Return KEY=VALUE pairs as a mapping; raise BadParameter naming what is none."""
+    for pair in pairs:
+        if not all(pair.partition("=")[::2]):
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", context, option)
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+PLACEMENT = [
+    click.option("--shard-cpus", default=0.0, type=click.FloatRange(0), help="CPUs that each shard asks of Ray.  [default: 0]"),
+    click.option("--worker-cpus", default=0.0, type=click.FloatRange(0), help="CPUs that each worker asks of Ray.  [default: 0]"),
+    click.option("--shard-label", multiple=True, callback=_labels, metavar="KEY=VALUE", help="Label of the Ray nodes that shards go to."),
+    click.option("--worker-label", multiple=True, callback=_labels, metavar="KEY=VALUE", help="Label of the Ray nodes that workers go to."),
+    click.option("--start-timeout", type=click.FloatRange(0), metavar="SECONDS", help="Wait so long for nodes.  [default: refuse at once]"),
+]
+
+
+def placement(command: Any) -> Any:
+    """Give a command the options that say where shards and workers run, and what they ask for."""
+    return reduce(lambda so_far, option: option(so_far), reversed(PLACEMENT), command)
+
+
 @main.command()
 @click.argument("task")
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Data-parallel workers.")
 @click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Shards of the optimizer.")
+@click.option("--replicas", default=0, show_default=True, type=click.IntRange(0, 1), help="Standbys of each shard.")
 @click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Steps in all, those before a resume included.")
 @click.option("--lr", default=0.002, show_default=True, type=float, help="Learning rate.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the parameters and batches.")
 @click.option("--local", is_flag=True, help="Run in this process, without Ray.")
-@click.option("--checkpoint-dir", type=PATH, help="Where to write, and to resume from.  [default: runs/TASK-TIME/]")
+@click.option("--checkpoint-dir", metavar="PATH|URL", help="Where to write, and to resume from.  [default: runs/TASK-TIME/]")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints to keep.")
 @click.option("--evaluate-every", type=click.IntRange(1), help="Steps between evaluations.")
 @click.option("--resume", type=click.Choice(["auto", "must", "never"]), default="auto", show_default=True, help="Whether to resume.")
+@placement
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @JSON
 def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet: bool, as_json: bool, **how: Any) -> None:
     """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME."""
+    asked = {"--workers": workers, "--shards": shards, "--lr": lr, **{f"--{key.replace('_', '-')}": value for key, value in how.items()}}
+    options = Options(
+        shard_cpus=how.pop("shard_cpus"),
+        worker_cpus=how.pop("worker_cpus"),
+        label_selector=how.pop("shard_label"),
+        worker_label_selector=how.pop("worker_label"),
+        start_timeout_s=how.pop("start_timeout"),
+    )
     with errors_told():
         history = fit(
             load_task(task),
             num_workers=workers,
             num_shards=shards,
-            optimizer=DistNadam(lr=lr),
+            optimizer=DistNadam(lr=lr, options=options),
             backend="local" if local else "ray",
             verbose=not quiet,
             **how,
         )
-    again = ["distnadam", "train", task, "--workers", workers, "--shards", shards, "--lr", lr, "--seed", how["seed"]]
-    again += ["--steps", how["steps"], "--keep", how["keep"], "--checkpoint-dir", history.checkpoint_dir, *(["--local"] if local else [])]
-    again += [x for name in ("save_every", "evaluate_every") if how[name] for x in (f"--{name.replace('_', '-')}", how[name])]
-    summary = _summary(history, shlex.join(map(str, again)))
+    asked["--checkpoint-dir"] = how["checkpoint_dir"] or history.checkpoint_dir
+    summary = _summary(history, _again(task, asked, ["--local"] if local else []))
     click.echo(json.dumps(summary) if as_json else "\n".join(f"{key.replace('_', ' '):<12} {_told(v)}" for key, v in summary.items() if v))
 
 
@@ -91,6 +123,16 @@ def _module(name: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:
         raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+
+
+def _again(task: str, asked: dict[str, Any], flags: list[str]) -> str:
+    """Return the command that resumes: all that was asked for."""
+    words: list[Any] = ["distnadam", "train", task]
+    for option, value in asked.items():
+        values = [f"{key}={label}" for key, label in value.items()] if isinstance(value, dict) else [value]
+        nothing = value is None or option == "--resume" or (option.endswith("-cpus") and not value)
+        words += [word for one in values if not nothing for word in (option, one)]
+    return shlex.join(map(str, [*words, *flags]))
 
 
 def _summary(history: History, resume: str) -> dict[str, Any]:

@@ -27,11 +27,17 @@ START = {"w": np.ones(3000, np.float32)}
         (Options(shard_resources={"TPU": 1}), "TPU 1 each, the nodes have 0 in all"),
         (Options(shard_memory_bytes=2**60), "memory"),
         (Options(label_selector={"zone": "moon"}), r"0 suitable node\(s\)"),
+        (Options(label_selector={"zone": "in(moon, mars)"}), r"0 suitable node\(s\)"),
     ],
 )
 def test_an_ask_that_the_nodes_cannot_meet_is_refused_at_once_with_what_is_missing(options: Options, told: str) -> None:
     with pytest.raises(InsufficientResources, match=told):
         DistNadam(num_shards=3, backend="ray", options=options).build(START)
+
+
+def test_a_label_may_be_refused_rather_than_asked_for() -> None:
+    with DistNadam(num_shards=2, replicas=1, backend="ray", options=Options(label_selector={"zone": "!moon"})).build(START) as optimizer:
+        assert optimizer.apply_gradients(START) == 1
 
 
 def test_an_ask_may_be_waited_for_visibly(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,41 @@
+"""The metrics that a run exports, as a table: names, kinds, what each says and its tags.
+
+Ray's exporter puts `ray_` before a name, and after a histogram's `_bucket`, `_sum` or `_count`. Deploy files are checked against this.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its kind, what it says, and the tags beside which it is told apart."""
+
+    kind: Literal["histogram", "counter", "gauge"]
+    description: str
+    tag_keys: tuple[str, ...] = ("optimizer",)
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "distnadam_push_seconds": Metric("histogram", "Seconds in which a worker hands over one gradient."),
+        "distnadam_apply_seconds": Metric("histogram", "Seconds in which a shard applies one round."),
+        "distnadam_pull_seconds": Metric("histogram", "Seconds in which a worker gets the parameters."),
+        "distnadam_step_seconds": Metric("histogram", "Seconds of a worker's step: push, wait for every rank, pull."),
+        "distnadam_save_seconds": Metric("histogram", "Seconds in which a checkpoint is written."),
+        "distnadam_bytes_total": Metric(
+            "counter",
+            "Bytes of gradients and parameters that moved, by shared memory (lane) or by Ray objects.",
+            ("optimizer", "transport", "direction"),
+        ),
+        "distnadam_recoveries_total": Metric("counter", "Deaths of shards and workers that were recovered from."),
+        "distnadam_save_failures_total": Metric("counter", "Checkpoints that could not be written."),
+        "distnadam_queue_depth": Metric("gauge", "Pushes that a shard holds for a round not yet applied."),
+        "distnadam_shard_bytes": Metric("gauge", "Bytes of state that a shard holds.", ("optimizer", "shard")),
+        "distnadam_shard_imbalance": Metric("gauge", "The largest shard's bytes over the mean of all."),
+        "distnadam_iterations": Metric("gauge", "Steps applied so far."),
+        "distnadam_replica_lag_rounds": Metric("gauge", "Rounds by which the furthest standby is behind its shard."),
+    }
+)
