@@ -46,13 +46,13 @@ class Program:
         assert self._process.stdin is not None
         print(text, file=self._process.stdin, flush=True)
 
-    def first(self, what: str, wanted: Callable[[Any], bool] = lambda value: True, *, patience_s: float = PATIENCE_S) -> Any:
-        """Wait for an event that has this key, with a wanted value, and return the event; fail where the program ends before."""
-        deadline, looked = time.monotonic() + patience_s, 0
+    def first(self, what: str, wanted: Callable[[Any], bool] = lambda value: True, *, also: str = "time") -> Any:
+        """Wait for an event that has these keys, the first with a wanted value, and return it; fail where the program ends before."""
+        deadline, looked = time.monotonic() + PATIENCE_S, 0
         with self._more:
             while True:
                 for event in self._events[looked:]:
-                    if what in event and wanted(event[what]):
+                    if what in event and also in event and wanted(event[what]):
                         return event
                 looked = len(self._events)
                 left = deadline - time.monotonic()

@@ -1,0 +1,175 @@
+"""Strike at hosts with a seeded schedule, while `fit` trains over them, and compare the end, bit for bit, with one process's.
+
+`python -m tests.hosts.chaos --faults N --seed S`; exit status 1 on any difference.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from distnadam.checkpoint import store
+from tests.hosts.cluster import Cluster
+from tests.hosts.network import Host, why_not
+from tests.hosts.program import Program
+from tests.hosts.tasks import digest
+from tests.hosts.train import train_in_one_process
+
+Rng = np.random.Generator
+RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 9}, {"CPU": 2, "shard": 9}]
+"""Shards keep off the head, which must not be lost; each of the other hosts has room for all."""
+FAULTS_PER_RUN = 3
+WORKERS, STEPS, PAUSE_S = 3, 500, 0.01
+_AT_ONCE_S = 0.05
+
+
+def _for_good(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng) -> float:
+    """Strike, and bring the host back once the others have gone on: by its cable, then by starting it anew."""
+    cluster.strike(host, how)
+    seconds = go_on()
+    if how != "kill" and rng.random() < 0.5:
+        host.unshape()
+        host.mend()
+        time.sleep(rng.uniform(0, 3.0))
+    cluster.restart(host)
+    return seconds
+
+
+def _for_a_moment(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng) -> float:
+    cluster.strike(host, how)
+    time.sleep(rng.choice([0.05, 0.5, 2.0]) * rng.random())
+    host.unshape()
+    host.mend()
+    cluster.struck.discard(host)
+    return go_on()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind: its name, what is done to a host, for how long, and whether the head may suffer it."""
+
+    name: str
+    how: str
+    strike: Callable[[Cluster, Host, str, Callable[[], float], Rng], float]
+    head_too: bool = False
+
+
+FAULTS = (
+    Fault("host cut off", "cut", _for_good),
+    Fault("host killed", "kill", _for_good),
+    Fault("host not heard", "silence", _for_good),
+    Fault("host not hearing", "deafen", _for_good),
+    Fault("host cut off for a moment", "cut", _for_a_moment, head_too=True),
+    Fault("host not heard for a moment", "silence", _for_a_moment, head_too=True),
+    Fault("host not hearing for a moment", "deafen", _for_a_moment, head_too=True),
+)
+
+
+@dataclass
+class Report:
+    """What was done and seen: by kind and replicas, the seconds from each strike until `fit` told of another step."""
+
+    seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    decisions: Counter[str] = field(default_factory=Counter)
+    differences: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{'kind':34} replicas  faults  to the next step, s: median  worst"]
+        for (kind, replicas), times in sorted(self.seconds.items()):
+            lines.append(f"{kind:34} {replicas:8} {len(times):7} {median(times):28.2f} {max(times):6.2f}")
+        decided = ", ".join(f"{number} {what}" for what, number in sorted(self.decisions.items())) or "nothing"
+        lines.append(f"{sum(map(len, self.seconds.values()))} faults; decided: {decided}")
+        return "\n".join([*lines, *self.differences])
+
+
+def play(num_faults: int, seed: int, cluster: Cluster, directory: Path) -> Report:
+    """Strike so many faults, each kind in turn, some in each run, over runs with and without standbys."""
+    rng, report, left = np.random.default_rng(seed), Report(), list[Fault]()
+    began, struck, number = time.time(), 0, 0
+    while struck < num_faults and not report.differences:
+        chosen = []
+        for _ in range(min(FAULTS_PER_RUN, num_faults - struck)):
+            left = left or [FAULTS[i] for i in rng.permutation(len(FAULTS))]
+            chosen.append(left.pop())
+        print(f"run {number}: {', '.join(fault.name for fault in chosen)}", flush=True)
+        try:
+            _run(chosen, number, cluster, directory / f"run{number}", rng, report)
+        except AssertionError as error:
+            report.differences.append(f"FAILED in run {number}: {error}")
+        struck, number = struck + len(chosen), number + 1
+    for line in cluster.logged("^supervisor: ", since=began):
+        report.decisions[line.text.removeprefix("supervisor: ").partition("(")[0]] += 1
+    return report
+
+
+def _run(faults: list[Fault], number: int, cluster: Cluster, directory: Path, rng: Rng, report: Report) -> None:
+    replicas = number % 2
+    options = {"shard_resources": {"shard": 1}, "worker_cpus": 0.5, "shard_timeout_s": 8.0, "checkpoint_dir": str(directory / "hosts")}
+    about: dict[str, Any] = {
+        "steps": STEPS,
+        "size": 20_000,
+        "pause_s": PAUSE_S,
+        "num_workers": WORKERS,
+        "num_shards": int(rng.integers(1, 4)),
+    }
+    about |= {"replicas": replicas, "save_every": 50, "directory": str(directory / "hosts"), "options": options}
+    about |= {"clipnorm": 0.5 if rng.random() < 0.3 else None, "name": f"chaos{number}" if rng.random() < 0.5 else None}
+    program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.train", json.dumps(about))
+    for index, fault in enumerate(faults):
+        reached = STEPS * (index + 1) // (len(faults) + 1)
+        program.first("step", lambda step, reached=reached: step >= reached)
+        if replicas:
+            program.first("standbys", lambda count: count == about["num_shards"])
+        time.sleep(rng.uniform(0, 0.3))
+        host = cluster.hosts[int(rng.integers(0 if fault.head_too else 1, len(cluster.hosts)))]
+        go_on = partial(_next_step, program, time.time())
+        seconds = fault.strike(cluster, host, fault.how, go_on, rng)
+        report.seconds.setdefault((fault.name, replicas), []).append(seconds)
+        print(f"  {fault.name}, {host.address}: {seconds:.1f} s", flush=True)
+    program.first("done")
+    program.finish()
+    about |= {"name": None, "replicas": 0}
+    if digest(directory / "hosts") != train_in_one_process(directory / "alone", about):
+        report.differences.append(f"DIFFERENT bits in run {number}")
+    _, manifest, _ = store.find(str(directory / "hosts"))
+    counted = Counter((rank, each) for rank, _, first, last in manifest.ledger["runs"] for each in range(first, last + 1))
+    if counted != Counter((rank, each) for rank in range(WORKERS) for each in range(1, STEPS + 1)):
+        report.differences.append(f"DIFFERENT: a push is lost or counted twice in run {number}: {manifest.ledger['runs']}")
+
+
+def _next_step(program: Program, moment: float) -> float:
+    """Wait until `fit` tells of a step that began after a moment; return how long after.
+
+    It tells of several at once, at the end of a segment: those it tells first after the moment may be from before.
+    """
+    since = moment
+    for _ in range(2):
+        since = program.first("time", lambda told, since=since: told > since + _AT_ONCE_S, also="step")["time"]
+    return float(since) - moment
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=21)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    if (reason := why_not()) is not None:
+        raise SystemExit(reason)
+    with tempfile.TemporaryDirectory() as directory, Cluster(Path(directory), RESOURCES) as cluster:
+        report = play(asked.faults, asked.seed, cluster, Path(directory))
+    print(report)
+    return 1 if report.differences else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
