@@ -1,6 +1,7 @@
 """What several test files share: one Ray for the whole run, a model whose tensors are cut in the middle, its gradients, its digest."""
 
 import os
+import signal
 
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
 os.environ.pop("RAY_ADDRESS", None)
@@ -8,6 +9,8 @@ os.environ.pop("RAY_ADDRESS", None)
 from collections.abc import Iterator
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in its background has them ignore Ctrl-C
 
 
 @pytest.fixture(scope="session")

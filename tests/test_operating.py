@@ -90,7 +90,7 @@ def test_reshard_cuts_a_running_optimizer_anew(running: DistNadam) -> None:
 def test_stop_ends_it_for_all_who_use_it(running: DistNadam) -> None:
     with running.worker(0) as worker:
         worker.step(GRADIENTS)
-        assert call("stop", "operated").stdout == "operated: ended\n"
+        assert call("stop", "operated").stdout.endswith("operated: ended\n")  # Ray tells whose optimizer it was of the deaths, here
         with pytest.raises(LifecycleError, match=r"'operated' was ended by another process: by `distnadam stop`"):
             worker.step(GRADIENTS)
     with pytest.raises(LifecycleError, match="was ended"):
