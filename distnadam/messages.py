@@ -48,13 +48,14 @@ class PushNote:
 class Joined:
     """The worker's incarnation, the rounds that the shard has decided, and the push of a predecessor that it has counted or is about to.
 
-    `member` is whether the coming round needs the rank.
+    `member` is whether the coming round needs the rank, `orphaned` whether the shard awaits norms from workers that are all taken over.
     """
 
     incarnation: int
     round: int = 0
     committed: PushNote | None = None
     member: bool = True
+    orphaned: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from distnadam.arrays import Flat
 from distnadam.backends.base import Link, Pending
@@ -161,7 +161,10 @@ class Seat:
                 continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
-            self._adopt(self._ask(self._everyone(self._known())))  # a shard may have died with what it must count
+            joined = self._ask(self._everyone(self._known()))
+            self._adopt(joined)  # a shard may have died with what it must count
+            if any(answer.orphaned for answer in joined.values()):
+                self._norms_are_gone(at_least)
 
     def _send(self, flight: Flight) -> None:
         """Send a push to every shard; one that has counted it already says so."""
@@ -177,13 +180,17 @@ class Seat:
             if len(measured) == len(answers):
                 flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
             if flight.square_sums is None:
-                self._backend.report_stuck()
-                raise ShardLost(f"worker {self.rank}: the norms of round {flight.round} went with a shard; all must go back")
+                self._norms_are_gone(flight.round)
             want = flight.want_parameters and self.copies
             norms = Norms(flight.epoch, self.rank, self._incarnation, flight.round, flight.square_sums, want)
             flight.pending = self.link.post(dict.fromkeys(measured, norms))
             answers = answers | self._wait(flight.pending)
         return answers
+
+    def _norms_are_gone(self, number: int) -> NoReturn:
+        """Have all go back: a round was applied by some shards, and nobody has the norms that the others need."""
+        self._backend.report_stuck()
+        raise ShardLost(f"worker {self.rank}: the norms of round {number} went with who had them; all must go back")
 
     def _rejoin(self) -> None:
         """Be known to the shards as they are now, and reach them where they are."""

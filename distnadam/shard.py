@@ -45,7 +45,12 @@ class Shard(Machine):
         notices = [] if message.reserve else [Notice("joined", message.rank, incarnation)]
         record = Replicate(orders.ReplicatedJoin(message.rank, incarnation, None if message.reserve else message.process))
         member = message.rank in self.members.needed(self.round + 1)
-        return [record, *notices, Answer(caller, msg.Joined(incarnation, self.round, committed, member))]
+        return [record, *notices, Answer(caller, msg.Joined(incarnation, self.round, committed, member, self._is_orphaned()))]
+
+    def _is_orphaned(self) -> bool:
+        """Whether nobody who pushed is still there to send the norms that are awaited, or will be."""
+        pushes, measured = self._now.pushes.items(), self.phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
+        return measured and all(push.incarnation < self.members.ledger.newest(rank) for rank, push in pushes)
 
     def _on_adopt(self, message: msg.Adopt, caller: Any) -> list[Effect]:
         rank, note = message.rank, message.note

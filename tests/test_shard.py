@@ -139,6 +139,13 @@ def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(on_nonf
     assert (shard.round, shard.skipped, shard.clock.iterations) == (1, 1, 0)
 
 
+@pytest.mark.parametrize("phase", [Phase.MEASURING, Phase.AWAITING_NORMS])
+def test_a_shard_whose_norms_nobody_is_left_to_send_tells_those_who_join(phase: Phase) -> None:
+    shard = shard_in(phase)
+    assert [replies(shard.receive(msg.Join(rank), "join"))[0].orphaned for rank in (0, 1)] == [False, True]
+    assert not replies(shard_in(Phase.COLLECTING).receive(msg.Join(0), "join"))[0].orphaned
+
+
 def test_a_norm_that_overflows_refuses_the_round_and_names_the_tensor() -> None:
     shard = shard_in(Phase.MEASURING)
     shard.computed(Work.MEASURE, MEASURED)

@@ -96,6 +96,7 @@ def test_a_prometheus_endpoint_shows_what_a_run_did(tmp_path: Path) -> None:
             port,
             lambda s: (
                 s("iterations") == s("step_seconds_count") == 20
+                and s("apply_seconds_count") == 40
                 and s("shard_bytes") == s("shard_bytes", "unnamed") == 16 * 9000
                 and s("shard_imbalance") == pytest.approx(4904 / 4500)
                 and s("queue_depth") == 0

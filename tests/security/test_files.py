@@ -84,7 +84,7 @@ def test_rays_own_directory_is_open_to_other_users_unless_it_lies_in_a_private_o
             code = "for path in sys.argv[1:]:\n    print('refused' if not os.access(path, os.R_OK | os.W_OK) else 'open')"
             told = as_nobody("import sys", code, session, session / "logs", session / "sockets")
             assert told.split() == ["refused" if private else "open"] * 3
-            print(file=process.stdin, flush=True)
+            process.communicate("\n")
     assert process.returncode == 0
 
 
