@@ -133,7 +133,9 @@ class RayCrew(Crew):
         pid, born = int(process[0]), process[1]
         if node == self._node:
             return process_born(pid) != born
-        ref = self._births.setdefault(token, self._tools.born_on(node, pid))
+        if token not in self._births:
+            self._births[token] = self._tools.born_on(node, pid)
+        ref = self._births[token]
         if not ray.wait([ref], timeout=0)[0]:
             return False
         del self._births[token]

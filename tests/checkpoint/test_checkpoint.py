@@ -19,10 +19,8 @@ from safetensors.numpy import load_file
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.claim import claim
 from distnadam.checkpoint.format import CHUNK_BYTES, read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.places import place
 from distnadam.errors import CheckpointBusy, CheckpointError
 from tests.models import bits, params, run
 
@@ -194,13 +192,6 @@ def test_pruning_keeps_the_newest_and_never_counts_one_without_a_manifest(tmp_pa
     deleted = store.prune(tmp_path, 2, store.steps(tmp_path)[-1])
     assert [path.name for path in deleted] == ["step_00000002", "step_00000001"]
     assert [path.name for path in store.steps(tmp_path)] == ["step_00000003", "step_00000004", "step_00000005"]
-
-
-def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
-    with claim(place(tmp_path)), pytest.raises(CheckpointBusy, match=str(os.getpid())), claim(place(tmp_path)):
-        pass
-    with claim(place(tmp_path)):
-        pass
 
 
 def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:

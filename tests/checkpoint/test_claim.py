@@ -1,15 +1,17 @@
-"""One run at a time in a folder at a URL, whoever lives, dies, or wakes up."""
+"""One run at a time in a folder, here or at a URL, whoever lives, dies, or wakes up."""
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import fsspec
 import pytest
 
 import distnadam.checkpoint.claim as claims
-from distnadam.checkpoint.claim import Lease
+from distnadam.checkpoint.claim import Lease, claim
 from distnadam.checkpoint.places import Folder, place
 from distnadam.errors import CheckpointBusy
 
@@ -26,6 +28,13 @@ def die(lease: Lease) -> None:
     """Let a lease be as its process's death leaves it."""
     lease._ended.set()
     lease._thread.join()
+
+
+def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    with claim(place(tmp_path)), pytest.raises(CheckpointBusy, match=str(os.getpid())), claim(place(tmp_path)):
+        pass
+    with claim(place(tmp_path)):
+        pass
 
 
 def test_a_second_run_is_refused_by_name_while_the_first_lives(folder: Folder) -> None:

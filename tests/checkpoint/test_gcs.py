@@ -5,10 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from distnadam import DistNadam
-from distnadam.checkpoint import store
-from distnadam.checkpoint.places import place
-from tests.models import bits, params, run
+from tests.checkpoint.stores import saves_prunes_and_restores
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the warnings of the server and of its client are not ours
 
@@ -30,14 +27,5 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_a_run_saves_restores_and_prunes_there(bucket: str) -> None:
-    with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
-        for step in range(3):
-            run(optimizer, step, step + 1)
-            optimizer.save(bucket, wait=False)
-        again = optimizer.save(bucket)  # the same step a second time, where nothing can be renamed
-        expected = bits(optimizer)
-    assert [step.name for step in store.prune(bucket, 2, again)] == ["step_00000001"]
-    assert len(place(again).files()) == 4
-    with DistNadam.restore(bucket, num_shards=2, backend="local") as optimizer:
-        assert bits(optimizer) == expected
+def test_a_run_saves_prunes_and_restores_there_on_other_shards(bucket: str) -> None:
+    saves_prunes_and_restores(bucket)

@@ -11,6 +11,7 @@ from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.places import place
 from distnadam.errors import CheckpointError
+from tests.checkpoint.stores import saves_prunes_and_restores
 from tests.models import bits, params, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the warnings of the server and of its client are not ours
@@ -35,19 +36,16 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_a_run_saves_and_restores_there_on_other_shards(bucket: str, tmp_path: Path) -> None:
+def test_a_run_saves_prunes_and_restores_there_on_other_shards(bucket: str) -> None:
+    saves_prunes_and_restores(bucket)
+
+
+def test_a_checkpoint_there_goes_on_here(bucket: str, tmp_path: Path) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
-        for step in range(3):
-            run(optimizer, step, step + 1)
-            optimizer.save(bucket, wait=False)
-        again = optimizer.save(bucket)  # the same step a second time, where nothing can be renamed
-        expected = bits(optimizer)
-    assert [step.name for step in store.prune(bucket, 2, again)] == ["step_00000001"]
-    assert len(place(again).files()) == 4
+        there = optimizer.save(bucket)
     with DistNadam.restore(bucket, num_shards=2, backend="local") as optimizer:
-        assert bits(optimizer) == expected
-        local = optimizer.save(tmp_path)
-    assert [f.ranges for f in store.verify(local).files] != [f.ranges for f in store.verify(again).files]
+        here = optimizer.save(tmp_path)
+    assert [f.ranges for f in store.verify(here).files] != [f.ranges for f in store.verify(there).files]
 
 
 def test_an_upload_that_is_cut_off_never_looks_complete(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ FILES = {"RayCluster": "ray.io_rayclusters.v1.7.0.yaml", "RayJob": "ray.io_rayjo
 @cache
 def validator(kind: str) -> Any:
     """What refuses a manifest that the custom resource's schema does not take, or that says what the schema does not know."""
-    path = next((folder / FILES[kind] for folder in (FOLDER, Path("/work/shared/crds")) if (folder / FILES[kind]).is_file()), None)
+    path = next((folder / FILES[kind] for folder in (FOLDER, ROOT.parent / "shared" / "crds") if (folder / FILES[kind]).is_file()), None)
     if path is None:
         pytest.skip(f"KubeRay's schemas are not here: put {FILES[kind]} into {FOLDER}, or its folder into DISTNADAM_CRDS")
     text = path.read_text()
