@@ -60,13 +60,18 @@ class _Direct:
     round: int = 0
     square_sums: Any = None
 
+    def taken(self, held: Held) -> bool:
+        """Whether a shard that stands there has taken it: what others lack of it then comes from here, and from nobody else."""
+        return any(run == [DIRECT, self.incarnation, *run[2:]] and run[2] <= self.round <= run[3] for run in held.ledger["runs"])
+
     def aim(self, held: Held) -> None:
-        """Choose the round at the first boundary; at a later one, after a death, it is still this one."""
-        if self.round == 0:
+        """Choose the round at the first boundary; at a later one it is still this one, unless workers have had it meanwhile."""
+        if self.round == 0 or (self.round <= held.round and not self.taken(held)):
             if held.pending:
                 ranks = ", ".join(map(str, held.pending))
                 raise PushesPending(f"ranks {ranks} have pushed for round {held.round + 1}: their round must end first")
             self.incarnation, self.round = dict(held.ledger["newest"]).get(DIRECT, 0) + 1, held.round + 1
+            self.square_sums = None
 
     def step(self, token: str, gradients: Flat, complaint: str | None) -> Step:
         return Step(token, self.incarnation, self.round, None if complaint else gradients, complaint)
@@ -129,14 +134,16 @@ class Controller:
                 return
 
     @contextmanager
-    def boundary(self) -> Iterator[Boundary]:
-        """Hold all shards between two rounds, the same two everywhere."""
+    def boundary(self, step: _Direct | None = None) -> Iterator[Boundary]:
+        """Hold all shards between two rounds, the same two everywhere, but for those that lack a step which the caller gives them again."""
         token = self.backend.token()
         try:
             held = self.ask({0: Hold(token)})
             held |= self.ask({index: Hold(token) for index in range(1, len(self.ranges))})
             newest = max(held.values(), key=lambda h: h.round)
             late = [index for index, h in held.items() if h.round < newest.round]
+            if step is not None and step.round == newest.round and step.taken(newest):
+                late = []
             self.ask({index: Advance(token, newest.round) for index in late})
             self._check_rewound(newest, max(h.rewound for h in held.values()))
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
@@ -146,7 +153,7 @@ class Controller:
                 self.backend.post({index: Release(token) for index in range(len(self.ranges))})
 
     def knows_rewound(self, rewound: int) -> None:
-        """Take that a worker made of this handle knows that the shards went back in that epoch."""
+        """Take that the user of this handle, or of a worker made of it, was told that the shards went back in that epoch."""
         self._rewound = max(self._rewound or 0, rewound)
 
     def _check_rewound(self, held: Held, rewound: int) -> None:
@@ -200,7 +207,7 @@ class Controller:
         mine = _Direct()
 
         def once() -> Decided:
-            with self.boundary() as at:
+            with self.boundary(mine) as at:
                 mine.aim(at.held)
                 complaint, parts = self._fill(gradients)
                 answers = self.ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
@@ -235,6 +242,9 @@ class Controller:
             version = self.backend.version
             try:
                 return work()
+            except Rewound as error:
+                self.knows_rewound(error.epoch)  # a shard may have told it
+                raise
             except ShardLost:
                 self.backend.await_recovery(self.options.step_timeout_s)
             except Reconfigured:

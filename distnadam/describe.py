@@ -1,6 +1,7 @@
 """What a shard's machine says of itself, whatever phase it is in. Pure."""
 
 from distnadam.description import Description
+from distnadam.ledger import DIRECT
 from distnadam.machine import Machine
 from distnadam.transitions import Phase
 
@@ -30,4 +31,5 @@ def described(shard: Machine, *, with_spec: bool = False) -> Description:
         retired=shard.retired,
         here=members.here,
         furthest=shard.furthest,
+        stepped=members.ledger.last(DIRECT),
     )

@@ -46,7 +46,7 @@ class Description:
     `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
     `here` are the ranks that a living worker holds, as far as this shard knows, with its incarnation and a token of its process; `furthest`
     is the latest round that was ever decided, before the shards went back too. `saved` is the directory of checkpoints that the shard
-    last wrote to or read from; `retired` whether others hold its ranges.
+    last wrote to or read from; `retired` whether others hold its ranges; `stepped` the last round that was a step from outside.
     """
 
     spec: ShardSpec | None
@@ -72,3 +72,4 @@ class Description:
     retired: bool = False
     here: Holders = field(default_factory=dict)
     furthest: int = 0
+    stepped: int = 0

@@ -45,6 +45,11 @@ class Ledger:
         """Whether the push of (rank, incarnation) for that round was counted."""
         return any(i == incarnation and first <= decided <= last for i, first, last in reversed(self._runs.get(rank, [])))
 
+    def last(self, rank: int) -> int:
+        """Return the last round in which a push of this rank was counted, 0 where none was."""
+        runs = self._runs.get(rank)
+        return runs[-1][2] if runs else 0
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` takes."""
         return {

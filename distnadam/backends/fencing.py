@@ -33,6 +33,7 @@ class Fencing:
         self._run, self._end_on, self._ended = run, end_on, ended
         self._node = ray.get_runtime_context().get_node_id()
         self._fenced: set[Hired] = set()
+        self._dismissed: set[Hired] = set()
         self.leases = Leases(lasts_s, self._belongs, lambda: os._exit(1))
 
     def inherit(self, hired: Hired) -> None:
@@ -55,18 +56,25 @@ class Fencing:
             time.sleep(lapses_s)
         self._fenced.add(hired)
 
+    def dismiss(self, *hired: Hired) -> None:
+        """End processes by Ray, which tells nobody of it; those that do not obey, by their numbers."""
+        self._dismissed.update(hired)
+        for each in hired:
+            kill(each.handle)
+        registry.end(self._run, [each.place for each in hired if each.place.pid], self._end_on, grace_s=registry.GRACE_S)
+
     def _end(self, hired: Hired) -> bool:
         """Kill a process, and return whether it is certain to be gone."""
-        place = hired.place
+        place, grace_s = hired.place, registry.GRACE_S if hired in self._dismissed else 0.0
         if place.pid and place.node == self._node:
-            registry.end(self._run, [place], self._end_on)  # by its number, since one that is stopped does not obey Ray
+            registry.end(self._run, [place], self._end_on, grace_s=grace_s)  # by its number, since one that is stopped does not obey Ray
             return True
         alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
         if not place.node:
             return all(alive.values())  # nobody knows where it was
         if place.pid and alive.get(place.node):
             with contextlib.suppress(Exception):
-                ray.get(self._end_on(place.node, [(place.pid, place.born)], 0.0), timeout=_FENCE_S)
+                ray.get(self._end_on(place.node, [(place.pid, place.born)], grace_s), timeout=grace_s + _FENCE_S)
                 registry.forget(self._run, [place])
                 return True
         return bool(alive.get(place.node)) and hired.handle in self._ended

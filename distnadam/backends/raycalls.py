@@ -1,7 +1,7 @@
 """Calls to Ray actors that are on their way: answers of shards, and a team of ranks."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -21,6 +21,12 @@ def require_ray() -> None:
         raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 
+def disregard(refs: Iterable[Any]) -> None:
+    """Do without the answers of calls, and what they fail with: Ray shows its user every error that nobody asked for."""
+    for ref in refs:
+        ref.future()  # asks, and waits for nothing
+
+
 class RayPending(Pending):
     """Object references of answers; `who` names in an error who should have given them."""
 
@@ -30,6 +36,13 @@ class RayPending(Pending):
     def result(self, timeout_s: float) -> dict[int, Any]:
         """See `Pending.result`."""
         require_ray()
+        try:
+            return self._get(timeout_s)
+        except BaseException:
+            disregard(self._refs.values())
+            raise
+
+    def _get(self, timeout_s: float) -> dict[int, Any]:
         try:
             return dict(zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True))
         except GetTimeoutError as error:
@@ -83,14 +96,20 @@ class RayTeam(Team):
 
     def replace(self, rank: int) -> None:
         """See `Team.replace`."""
-        self._calls = {ref: r for ref, r in self._calls.items() if r != rank}
         self._end([self._actors[rank]])
+        self._forget([ref for ref, called in self._calls.items() if called == rank])
         actor = self._actors[rank] = make_member(self._make, rank, self._options)
         self._places[actor] = actor.about.remote()
 
     def close(self) -> None:
         """See `Team.close`."""
         self._end(list(self._actors.values()))
+        self._forget(list(self._calls))
+
+    def _forget(self, refs: list[Any]) -> None:
+        for ref in refs:
+            del self._calls[ref]
+        disregard(refs)
 
     def _end(self, actors: list[Any]) -> None:
         """End processes, also those that are stopped and obey nobody."""

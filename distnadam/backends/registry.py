@@ -46,6 +46,7 @@ def here() -> Place:
 
 def enter(run: str) -> Place:
     """Record that this process belongs to an optimizer, and return it."""
+    os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # threads of an asynchronous actor may block; Ray warns of them too
     place = here()
     internal_kv._internal_kv_put(_record(run, place), b"", namespace=NAMESPACE)
     return place

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -104,9 +105,7 @@ class RayCrew(Crew):
 
     def dismiss(self, *hired: Hired) -> None:
         """See `Crew.dismiss`."""
-        for each in hired:
-            kill(each.handle)
-        registry.end(self._run, [each.place for each in hired if each.place.pid], self._tools.end_on, grace_s=registry.GRACE_S)
+        self.fencing.dismiss(*hired)
 
     def meet(self, first: ShardSpec) -> Succession:
         """Find the processes of an optimizer whose supervisor died, and end those that do not answer, or are not needed any more."""
@@ -201,7 +200,9 @@ class SupervisorActor:
         if self._exporter is not None:
             self._exporter.meter.sources.append(self._samples)
         self._opening, self._opened = asyncio.Lock(), False
-        found = self._crew.meet(specs[0]) if context.was_current_actor_reconstructed else None
+        with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # of Ray's, in Ray's own lines
+            again = context.was_current_actor_reconstructed
+        found = self._crew.meet(specs[0]) if again else None
         self._specs = specs if found is None else found.specs
         self._supervisor = Supervisor(self._specs, replicas, self._crew)
         if found is not None:

@@ -1,5 +1,6 @@
 """The commands about a run: train a task, and draw its loss."""
 
+import contextlib
 import importlib
 import json
 import shlex
@@ -70,7 +71,7 @@ def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet
         worker_label_selector=how.pop("worker_label"),
         start_timeout_s=how.pop("start_timeout"),
     )
-    with errors_told():
+    with errors_told(), contextlib.redirect_stdout(sys.stderr):  # Ray prints there what it has to tell; the answer is the summary
         history = fit(
             load_task(task),
             num_workers=workers,

@@ -44,6 +44,7 @@ class Sight:
         shards = [self._seen(hired, answers.get(index)) for index, hired in enumerate(fleet.shards)]
         described = [answer for i, answer in answers.items() if isinstance(answer, Description) and fleet.shards[i] not in fleet.gone]
         self._check_holder(described, now)
+        self._check_steps(described, now)
         self._check_workers(described)
         members = frozenset(described[0].members if described else ())
         return policy.Seen(
@@ -71,15 +72,7 @@ class Sight:
         return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
 
     def _check_holder(self, described: Sequence[Description], now: float) -> None:
-        """Let go of shards whose holder has died, or has held them for too long without reading or writing files.
-
-        Where that leaves them at different rounds and none moves, a step from outside reached some of them only: all must go back.
-        """
-        rounds = tuple(answer.round for answer in described)
-        if self._uneven is not None and (self._uneven[0] != rounds or len(set(rounds)) == 1):
-            self._uneven = None
-        elif self._uneven is not None and now - self._uneven[1] > self._options.shard_timeout_s:
-            self._fleet.stuck, self._uneven = True, None
+        """Let go of shards whose holder has died, or has held them for too long without reading or writing files."""
         token = min((answer.holder for answer in described if answer.holder is not None), default=None)
         if token is None or any(answer.busy for answer in described):
             self._holder = None
@@ -88,7 +81,21 @@ class Sight:
         elif self._fleet.crew.has_ended(token) or now - self._holder[1] > self._options.step_timeout_s:
             log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
             self._fleet.ask_all(Release(token))
-            self._holder, self._uneven = None, (rounds, now)
+            self._holder = None
+
+    def _check_steps(self, described: Sequence[Description], now: float) -> None:
+        """Have all go back where some lack a step from outside that others have applied, and nobody brings it to them.
+
+        Whoever holds the shards may be about to; or may wait for the same.
+        """
+        rounds = tuple(answer.round for answer in described)
+        lacking = len(set(rounds)) > 1 and any(answer.stepped == answer.round == max(rounds) for answer in described)
+        if not lacking or any(answer.busy for answer in described):
+            self._uneven = None
+        elif self._uneven is None or self._uneven[0] != rounds:
+            self._uneven = (rounds, now)
+        elif now - self._uneven[1] > (self._options.shard_timeout_s if self._holder is None else self._options.step_timeout_s / 2):
+            self._fleet.stuck, self._uneven = True, None
 
     def _check_workers(self, described: Sequence[Description]) -> None:
         """Where rounds do not go on, see whether those who are waited for are still there: not every worker has a line that would tell."""

@@ -122,6 +122,25 @@ def command_of(pid: int) -> bytes:
         return b""
 
 
+QUIET = """
+import os, ray
+import numpy as np
+from distnadam import DistNadam
+
+ray.init(address=os.environ["CLUSTER"])
+for replicas in (0, 1, 0):
+    with DistNadam(num_shards=5, replicas=replicas, backend="ray").build({"w": np.ones(3000, np.float32)}) as optimizer:
+        optimizer.apply_gradients({"w": np.ones(3000, np.float32)})
+"""
+
+
+def test_ray_tells_the_user_of_nothing_where_all_went_well() -> None:
+    env = os.environ | {"CLUSTER": ray.get_runtime_context().gcs_address}
+    done = subprocess.run([sys.executable, "-c", QUIET], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert not [line for line in done.stderr.splitlines() if "pid=" in line or "raylet" in line]
+
+
 def test_optimizers_come_and_go_and_leave_no_process() -> None:
     for _ in range(3):
         with DistNadam(num_shards=2, backend="ray").build(START) as optimizer:

@@ -1,0 +1,79 @@
+"""A step from outside that has reached some shards only, because a call was lost, or because whoever gave it is gone."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam import DistNadam, Options
+from distnadam.backends.base import Pending
+from distnadam.errors import Rewound, ShardUnavailable
+from distnadam.messages import Step, StepNorms
+from tests.models import bits
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+START = {"w": np.linspace(-1, 1, 3000, dtype=np.float32)}
+OPTIONS = Options(shard_timeout_s=2.0, step_timeout_s=20.0)
+
+
+class Failing(Pending):
+    """Answers that come, and are not heard."""
+
+    def __init__(self, pending: Pending, error: BaseException) -> None:
+        self._pending, self._error = pending, error
+
+    def result(self, timeout_s: float) -> dict[int, Any]:
+        self._pending.result(timeout_s)
+        raise self._error
+
+
+def gradient(number: int) -> dict[str, np.ndarray]:
+    return {"w": np.random.default_rng(number).standard_normal(3000).astype(np.float32)}
+
+
+def lose(optimizer: DistNadam, kind: type, reached: Callable[[int], bool], error: BaseException) -> list[list[int]]:
+    """Have the next message of a kind reach some shards only, and its caller hear an error; return where it says whom it did not reach."""
+    backend, lost = optimizer._running().backend, list[list[int]]()
+    post = backend.post
+
+    def lossy(messages: Mapping[int, Any]) -> Pending:
+        if lost or not isinstance(next(iter(messages.values())), kind):
+            return post(messages)
+        lost.append([index for index in messages if not reached(index)])
+        return Failing(post({index: message for index, message in messages.items() if reached(index)}), error)
+
+    backend.post = lossy  # type: ignore[method-assign]
+    return lost
+
+
+def undisturbed(steps: int, **how: Any) -> list[bytes]:
+    with DistNadam(backend="local", **how).build(START) as optimizer:
+        for number in range(steps):
+            optimizer.apply_gradients(gradient(number))
+        return bits(optimizer)
+
+
+@pytest.mark.parametrize("clipnorm", [None, 0.5])
+@pytest.mark.parametrize("reached", [lambda index: index == 0, lambda index: index > 0, lambda index: False, lambda index: True])
+def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(reached: Callable[[int], bool], clipnorm: float | None) -> None:
+    with DistNadam(num_shards=3, clipnorm=clipnorm, backend="ray", options=OPTIONS).build(START) as optimizer:
+        optimizer.apply_gradients(gradient(0))
+        lost = lose(optimizer, StepNorms if clipnorm else Step, reached, ShardUnavailable("shard 9: lost by this test"))
+        assert optimizer.apply_gradients(gradient(1)) == 2
+        assert lost == [[index for index in range(3) if not reached(index)]]
+        assert optimizer.apply_gradients(gradient(2)) == 3
+        assert bits(optimizer) == undisturbed(3, clipnorm=clipnorm)
+
+
+def test_a_step_that_nobody_brings_to_an_end_is_undone_everywhere() -> None:
+    with DistNadam(num_shards=3, backend="ray", options=OPTIONS).build(START) as optimizer:
+        lost = lose(optimizer, Step, lambda index: index == 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.apply_gradients(gradient(0))
+        assert lost == [[0, 2]]
+        with pytest.raises(Rewound, match="to round 0"):
+            optimizer.apply_gradients(gradient(0))
+        assert optimizer.apply_gradients(gradient(0)) == 1
+        assert bits(optimizer) == undisturbed(1)
