@@ -4,11 +4,15 @@ Also the dtypes the package knows: what a tensor may be, and the dtype its maste
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from distnadam.errors import OutOfMemory
 
 Array = NDArray[Any]
 Flat = dict[str, Array]
@@ -65,6 +69,19 @@ def empty_flat(sizes: dict[str, int]) -> Flat:
 def zeros_flat(sizes: dict[str, int]) -> Flat:
     """Return zeroed storage of `sizes[space]` elements per space."""
     return {space: np.zeros(n, space) for space, n in sizes.items()}
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Say what there was no memory for."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):  # a thread's stack is memory too
+            raise
+        raise OutOfMemory(f"{what}: {str(error) or 'no memory'}; use more shards, or processes that may have more") from error
 
 
 def cut_flat(flat: Flat, ranges: dict[str, tuple[int, int]]) -> Flat:

@@ -17,6 +17,7 @@
     │   └── PushesPending               a step from outside while workers have pushed
     ├── ClusterError                    what runs the shards cannot do what is asked
     │   ├── InsufficientResources       the cluster is too small for the ask
+    │   ├── OutOfMemory (MemoryError)   a process cannot have the memory for a shard's state, or for a copy of it
     │   ├── Unrecoverable               processes died and the settings allow no recovery
     │   ├── VersionMismatch             a node has another version of a package, or lacks it
     │   ├── NameTaken                   an optimizer of that name is running
@@ -114,6 +115,10 @@ class ClusterError(DistNadamError):
 
 class InsufficientResources(ClusterError):
     """The cluster lacks what the shards or workers ask; the message says how much of what."""
+
+
+class OutOfMemory(ClusterError, MemoryError):
+    """A process cannot have the memory for a shard's state, or for a copy of it; what runs goes on as it was."""
 
 
 class Unrecoverable(ClusterError):

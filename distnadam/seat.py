@@ -72,16 +72,18 @@ class Seat:
         """Ask every shard where it stands until all stand at one round, and take that as this rank's place."""
         return self._recovering(lambda: self._pull(want_parameters))
 
-    def push(self, parts: Callable[[list[Ranges]], Sequence[Flat]], complaint: str | None, *, want_parameters: bool) -> Flight:
-        """Send every shard its part for the next round, without waiting."""
+    def aim(self, parts: Callable[[list[Ranges]], Sequence[Flat]], complaint: str | None, *, want_parameters: bool) -> Flight:
+        """Return a push for the next round, which nobody has been sent yet."""
         if self.epoch < 0:
             self.pull(want_parameters=False)
-        flight = Flight(self.epoch, self.round + 1, parts, complaint, want_parameters)
+        return Flight(self.epoch, self.round + 1, parts, complaint, want_parameters)
+
+    def launch(self, flight: Flight) -> None:
+        """Send every shard its part, without waiting."""
         try:
             self._send(flight)
-        except ShardLost:
+        except (ShardLost, Reconfigured):
             flight.pending = None  # sent again when it is waited for
-        return flight
 
     def see_through(self, flight: Flight) -> dict[int, Decided]:
         """Return how a push's round ended, whatever dies meanwhile, unless the state it was computed from is gone."""
@@ -110,6 +112,9 @@ class Seat:
                 flight.pending = None
                 self._backend.await_recovery(self._timeout_s)
                 self._rejoin()
+            except BaseException:
+                flight.pending = None  # a Ctrl-C may leave its answers half heard
+                raise
 
     def _join(self) -> int:
         deadline = time.monotonic() + self._timeout_s

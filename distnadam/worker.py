@@ -109,6 +109,8 @@ class Worker:
     def push(self, gradients: Any = None) -> Ticket:
         """Send this rank's gradients for the next round and return at once; the ticket's `result` waits for the round.
 
+        They count once, also where a Ctrl-C or a timeout cuts this call or its `result` off: the worker's next call sees them through.
+
         Args:
             gradients: a tree like the one given to `build`, of floating-point arrays of the same shapes; they may be reused at once.
                 Where all of them come in one half precision, half the bytes are moved, and summed in float32. None: what was written
@@ -184,11 +186,12 @@ class Worker:
         self._settle()
         began = perf_counter()
         complaint = self._slot.finish() if gradients is None else self._slot.fill(gradients)
-        flight = self._seat.push(self._slot.parts, complaint, want_parameters=want_parameters)
+        flight = self._seat.aim(self._slot.parts, complaint, want_parameters=want_parameters)
+        ticket = self._outstanding = Ticket(lambda: self._finish(flight))  # before it is sent: a Ctrl-C may leave it half sent
+        self._seat.launch(flight)
         if self._meter is not None:
             self._meter.push.add(perf_counter() - began)
-        self._outstanding = Ticket(lambda: self._finish(flight))
-        return self._outstanding
+        return ticket
 
     def _settle(self) -> None:
         """See the outstanding push through."""

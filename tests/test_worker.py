@@ -63,3 +63,28 @@ def test_a_learning_rate_that_differs_between_shards_is_noticed() -> None:
         pytest.raises(ShardsDisagree, match="must give every shard the same rate for the same step"),
     ):
         worker.step(gradients(0, 0))
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "waiting"])
+def test_a_step_that_was_interrupted_counts_once_on_every_shard(moment: str) -> None:
+    start, trees = {"w": np.ones(100, np.float32)}, [{"w": np.full(100, number, np.float32)} for number in range(1, 4)]
+    with DistNadam(num_shards=2, backend="local").build(start) as optimizer, optimizer.worker(0) as worker:
+        worker.step(trees[0])
+        link = worker._seat.link
+        post = link.post
+
+        def interrupted(messages: Any) -> Any:
+            link.post = post  # type: ignore[method-assign]
+            reached = {"before": [], "between": [0], "waiting": [0, 1]}[moment]
+            post({shard: messages[shard] for shard in reached})
+            raise KeyboardInterrupt
+
+        link.post = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            worker.step(trees[1])
+        worker.step(trees[2])
+        ends = bits(optimizer)
+    with DistNadam(backend="local").build(start) as optimizer:
+        for tree in trees:
+            optimizer.apply_gradients(tree)
+        assert bits(optimizer) == ends

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from time import perf_counter
 from typing import Any, ClassVar
 
-from distnadam.arrays import Flat
+from distnadam.arrays import Flat, memory_for
 from distnadam.backends.arithmetic import Arithmetic
 from distnadam.backends.outbox import Outbox, Run
 from distnadam.checkpoint.behind import Behind
@@ -199,7 +199,8 @@ class ShardHost:
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
         try:
-            return work()
+            with memory_for(f"shard {self._spec.index}: a copy of its state"):
+                return work()
         except Exception as error:
             return error
 

@@ -6,7 +6,7 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadP
 from dataclasses import replace
 from typing import Any
 
-from distnadam.arrays import Flat, cut_flat, empty_flat, zeros_flat
+from distnadam.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
 from distnadam.checkpoint.format import ARRAYS
@@ -14,6 +14,7 @@ from distnadam.config import Options
 from distnadam.errors import Reconfigured
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import Advance, Hold, Message, Norms, Push, Read, ShardSpec
+from distnadam.meter import state_bytes
 from distnadam.orders import Order, Reign, Retire
 
 
@@ -89,7 +90,8 @@ class LocalBackend(Backend):
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """See `Backend.start`; standbys in the same process would die with it, so there are none."""
         sizes = specs[0].layout.sizes
-        self.parameters = (zeros_flat(sizes), zeros_flat(sizes))
+        with memory_for("two buffers of the model's parameters"):
+            self.parameters = (zeros_flat(sizes), zeros_flat(sizes))
         self._specs = list(specs)
         self._hosts = [self._make(spec) for spec in specs]
 
@@ -131,7 +133,8 @@ class LocalBackend(Backend):
 
     def _make(self, spec: ShardSpec) -> ShardHost:
         first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
-        return ShardHost(spec, buffers=(first, second), threads=spec.options.threads or len(os.sched_getaffinity(0)))
+        with memory_for(f"shard {spec.index}: its state of {state_bytes(spec.ranges)} bytes"):
+            return ShardHost(spec, buffers=(first, second), threads=spec.options.threads or len(os.sched_getaffinity(0)))
 
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
         """See `Backend.link`."""

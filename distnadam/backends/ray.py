@@ -134,7 +134,8 @@ class RayBackend(Backend):
                     f"an optimizer named {self._name!r} is running on this cluster: connect to it, or choose another"
                 ) from error
             if isinstance(error, RayError):
-                raise ClusterError(f"the optimizer could not be started: {str(error).splitlines()[0]}") from error
+                line = -1 if isinstance(error, RayTaskError) else 0  # the end of a traceback, the beginning of a letter
+                raise ClusterError(f"the optimizer could not be started: {str(error).strip().splitlines()[line]}") from error
             raise
         for reason in sorted({place.reason for place in self.places if place.reason}):
             log.warning("%s; %s", reason, REMEDY)

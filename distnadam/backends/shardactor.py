@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from distnadam.arrays import Flat, cut_flat, empty_flat
+from distnadam.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.backends import registry
 from distnadam.backends.callreplica import CallReplica, Feed
 from distnadam.backends.cluster import insist, node_facts
@@ -22,6 +22,7 @@ from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.messages import Describe, Message, Read, ShardSpec
+from distnadam.meter import state_bytes
 from distnadam.orders import LetGo, Load, Order, Record, Reign, Replicated, Standing
 from distnadam.reshard import Copy
 from distnadam.supervision.crew import Hired
@@ -60,8 +61,12 @@ class ShardActor:
 
     async def open(self, neighbour: Address | None, *, standby: bool = False) -> Place:
         """Get memory, a neighbour's where it has some to share, and begin to serve, or to follow; asked again, only say where."""
-        if self._host is not None or self._standby is not None:
-            return self._place
+        if self._host is None and self._standby is None:
+            with memory_for(f"shard {self._spec.index}: its state of {state_bytes(self._spec.ranges)} bytes"):
+                self._open(neighbour, standby=standby)
+        return self._place
+
+    def _open(self, neighbour: Address | None, *, standby: bool) -> None:
         if standby:
             self._standby = Standby(self._spec, self._threads)
             sizes = {space: end - begin for space, (begin, end) in self._spec.ranges.items()}
@@ -69,11 +74,11 @@ class ShardActor:
             self._place = dataclasses.replace(self._place, address=self._follower.address)
             if neighbour is not None:
                 self._share_memory(neighbour)
-            return self._place
+            return
         self._share_memory(neighbour)
-        self._host = self._make_host(self._spec)
-        self._serve(self._host)
-        return self._place
+        host = self._make_host(self._spec)
+        self._serve(host)
+        self._host = host
 
     async def place(self) -> Place:
         """Return where this is to be called."""
