@@ -12,7 +12,7 @@ class Reserve:
 class Save:
     """Asks the held shard to write its state to one file; answered with the file's record.
 
-    With `behind` the state is copied, and the answer is None once it is; the file is written afterwards, and `Collect` asks for its record.
+    With `behind` the answer is None at once; the state is copied before it changes, then written, and `Collect` asks for its record.
     """
 
     token: str

@@ -23,10 +23,10 @@ from distnadam.config import NadamConfig
 from distnadam.describe import described
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.filing import Collect, Reserve, Save
-from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec
+from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec, Write
 from distnadam.meter import Meter, shard_samples
 from distnadam.nadam.schedule import Clock, prepare
-from distnadam.orders import Attach, LetGo, Load, Order, Reign, Standing
+from distnadam.orders import Attach, LetGo, Load, Order, Reign, Retire, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
 from distnadam.transitions import Answer, Effect, Notice, Replicate, Work
@@ -36,6 +36,8 @@ log = logging.getLogger("distnadam")
 
 Reply = Callable[[Any], None]
 """Takes an answer, or the error that is raised where the question was asked."""
+_CHANGES = (Write, Retire)
+"""What changes a shard's arrays at once, or has others change them; a step and an order do so where they are carried out."""
 FindSlot = Callable[[int, int, dict[str, str]], Flat | None]
 """From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory, where the process has it."""
 
@@ -134,6 +136,8 @@ class ShardHost:
         if isinstance(message, Adopt) and message.note.dtypes is not None:
             found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
             message = dataclasses.replace(message, gradients=found)
+        if isinstance(message, _CHANGES):
+            self._behind.settle()
         if isinstance(message, Describe):
             self._answer(reply, self._described(with_spec=message.spec))  # at once, whatever is being told to the standby
             return
@@ -208,6 +212,7 @@ class ShardHost:
         return self._arithmetic.measure(self._shard)
 
     def _step(self) -> tuple[Clock, float]:
+        self._behind.settle()
         began = perf_counter()
         if self._replica is not None and not self._replica.ready():
             self._detach()
@@ -238,6 +243,7 @@ class ShardHost:
     def _obey(self) -> Any:
         """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a shard that loads without a state."""
         order = self._shard.order
+        self._behind.settle()
         return self._attempt(lambda: self._load(order) if isinstance(order, Load) else self._attach(order))
 
     def _load(self, order: Load) -> Standing:

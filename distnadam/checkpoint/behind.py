@@ -1,8 +1,12 @@
-"""A shard's snapshot, taken in one copy into memory kept for it, and written to its file behind the training by a thread of its own."""
+"""A shard's snapshot: copied into memory kept for it while the workers compute, and written to its file, by a thread of its own.
+
+Whoever is about to change the arrays waits for the copy's end, so the snapshot is of one round.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -26,23 +30,42 @@ class Behind:
         self._kept: State = {}
         self._pool: ThreadPoolExecutor | None = None
         self._written: dict[str, Future[FileRecord]] = {}
+        self._copied: Event | None = None
 
     def reserve(self) -> None:
-        """Have the memory, touched, so that a snapshot takes one copy and no page faults."""
+        """Have the memory, touched, so that a copy meets no page faults."""
         if not self._kept:
             self._kept = {name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()} for name in ARRAYS}
 
     def snapshot(self, name: str, arrays: dict[str, Flat], write: Callable[[State], FileRecord]) -> None:
-        """Copy the arrays and return; the copy is written by `write`, whose result `collect` has under that name."""
+        """Begin to copy the arrays; the copy is written by `write`, whose result `collect` has under that name."""
         self.reserve()
         wait_for(self._written.values())
         self._written.clear()
-        for array in ARRAYS:
-            for space, values in arrays[array].items():
-                np.copyto(self._kept[array][space], values)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "saver")
-        self._written[name] = self._pool.submit(write, self._kept)
+        copied = self._copied = Event()
+
+        def take() -> FileRecord:
+            try:
+                for array in ARRAYS:
+                    for space, values in arrays[array].items():
+                        np.copyto(self._kept[array][space], values)
+            finally:
+                copied.set()
+            return write(self._kept)
+
+        try:
+            self._written[name] = self._pool.submit(take)
+        except BaseException:
+            copied.set()
+            raise
+
+    def settle(self) -> None:
+        """Wait until the arrays may be changed."""
+        if self._copied is not None:
+            self._copied.wait()
+            self._copied = None
 
     def collect(self, name: str, reply: Callable[[Any], None]) -> None:
         """Have `reply` given the record of a snapshot once it is written, or why it was not."""
@@ -54,5 +77,6 @@ class Behind:
 
     def close(self) -> None:
         """Take no more snapshots; what is being written is written to its end."""
+        self.settle()
         if self._pool is not None:
             self._pool.shutdown(wait=False)

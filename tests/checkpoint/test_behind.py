@@ -3,6 +3,7 @@
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import distnadam.backends.host as host
 from distnadam import DistNadam
-from distnadam.checkpoint import store
+from distnadam.checkpoint import behind, store
 from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
 from distnadam.messages import Hold
 from tests.models import bits, params, run
@@ -56,6 +57,44 @@ def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(ga
     with DistNadam.restore(tmp_path, num_shards=2, backend="local") as again:
         assert bits(again) == before
         assert again.restored_data == {"position": 2}
+
+
+CHANGES: dict[str, Callable[[DistNadam], object]] = {
+    "a step": lambda optimizer: optimizer.apply_gradients(params(1)),
+    "a worker's step": lambda optimizer: run(optimizer, 0, 1),
+    "new parameters": lambda optimizer: optimizer.set_params(params(2)),
+    "a reshard": lambda optimizer: (optimizer.reshard(2), optimizer.apply_gradients(params(1))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_would_change_the_arrays_waits_until_they_are_copied(change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened = threading.Event()
+
+    class Slow:
+        full = staticmethod(np.full)
+
+        @staticmethod
+        def copyto(target: Any, source: Any) -> None:
+            assert opened.wait(60)
+            np.copyto(target, source)
+
+    with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
+        optimizer.apply_gradients(params(3))
+        before = bits(optimizer)
+        monkeypatch.setattr(behind, "np", Slow)
+        saving = optimizer.save(tmp_path, wait=False)
+        assert bits(optimizer) == before, "reading waits for nothing"
+        with ThreadPoolExecutor(1) as pool:
+            changing = pool.submit(CHANGES[change], optimizer)
+            with pytest.raises(TimeoutError):
+                changing.result(timeout=0.3)
+            opened.set()
+            changing.result()
+        saving.result()
+        assert bits(optimizer) != before
+    with DistNadam.restore(tmp_path, backend="local") as again:
+        assert bits(again) == before
 
 
 def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(backend: str, tmp_path: Path) -> None:
