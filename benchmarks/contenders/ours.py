@@ -56,6 +56,12 @@ def memory_of(pids: list[int]) -> tuple[int, int]:
     return total, store
 
 
+def scheduled(pids: list[int]) -> tuple[int, int]:
+    """Nanoseconds for which the threads of processes have run, and have waited for a core."""
+    found = [path.read_text().split() for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    return sum(int(ran) for ran, _, _ in found), sum(int(waited) for _, waited, _ in found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=lambda text: int(float(text)), default=10**6)
@@ -68,6 +74,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tensors", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="print on standard error what the shards and workers use")
+    parser.add_argument("--cpu", action="store_true", help="print on standard error for how long the shards and workers compute in a step")
     args = parser.parse_args()
     ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     how = {"check_gradients": not args.unchecked, "retain_initial": not args.memory}  # the copy that is kept for a rewind is stated apart
@@ -77,10 +84,15 @@ def main() -> None:
     with DistNadam(num_shards=args.shards, num_workers=args.workers, backend="ray", options=options).build(params) as optimizer:
         del params
         trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
+        shards = [place.pid for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
+        sides = {"a shard": shards, "a worker": ray.get([trainer.pid.remote() for trainer in trainers])}
+        before = {side: scheduled(pids) for side, pids in sides.items()}
         times = ray.get([trainer.run.remote(args.mode, args.steps, rank) for rank, trainer in enumerate(trainers)])
+        for side, pids in sides.items() if args.cpu else ():
+            ran, waited = (1e-3 * (now - then) / len(pids) / args.steps for now, then in zip(scheduled(pids), before[side], strict=True))
+            print(f"{side}, a step: computes {ran:.0f} us, waits {waited:.0f} us for a core", file=sys.stderr)
         if args.memory:
-            shards = [int(ray.get(actor.about.remote())["pid"]) for actor in optimizer._running().backend.actors]  # type: ignore[attr-defined]
-            total, store = memory_of([*shards, *ray.get([trainer.pid.remote() for trainer in trainers])])
+            total, store = memory_of([pid for pids in sides.values() for pid in pids])
             planned, used = args.elements * (16 + 4 * args.workers), total - store
             told = f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}"
             print(f"{told}; beside {store / 1e9:.2f} GB of Ray's object store, through which the parameters came", file=sys.stderr)
