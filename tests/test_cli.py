@@ -121,13 +121,16 @@ def test_a_task_of_ones_own_is_found_in_a_file(tmp_path: Path) -> None:
         "    def init(self, seed): return [np.ones(3, np.float32)]\n"
         "    def batch(self, step, rank, world_size): return rank\n"
         "    def loss_and_gradients(self, params, batch): return 1.0, [params[0] * (batch + 1)]\n"
-        "    def evaluate(self, params): return {'first': float(params[0][0])}\n"
+        "    def evaluate(self, params):\n"
+        "        print('said by the task')\n"
+        "        return {'first': float(params[0][0])}\n"
     )
     done = call(
         "train", f"{tmp_path / 'own_task.py'}:Own", "--local", "--json", "--quiet", "--steps", 3, "--checkpoint-dir", tmp_path / "run"
     )
     assert done.exit_code == 0, done.output
-    assert json.loads(done.output)["first"] < 1
+    assert "said by the task" in done.stderr
+    assert json.loads(done.stdout)["first"] < 1
 
 
 def test_a_failing_task_is_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
