@@ -76,7 +76,8 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
             free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
             raise InsufficientResources(
                 f"{len(waiting)} of {len(actors)} shards did not start in {timeout_s:g} s; each asks CPU {options.shard_cpus:g},"
-                f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free in the cluster: {free}"
+                f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free in the cluster: {free}; where that is"
+                " enough, a node cannot start processes: its logs, under /tmp/ray/session_latest/logs there, say why"
             )
         if waiting and not ready:
             log.warning("waiting for %d of %d shards to start", len(waiting), len(actors))
