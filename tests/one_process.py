@@ -9,7 +9,8 @@ import numpy as np
 from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig, Options
 from distnadam.layout import Layout
-from distnadam.messages import Join, Measured, Norms, Push, ShardSpec
+from distnadam.ledger import DIRECT
+from distnadam.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Step, StepNorms
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.schedule import Clock
 from distnadam.orders import Reign, Standing
@@ -56,21 +57,22 @@ class OneProcess:
     def _next(self, before: State, number: int, counted: tuple[tuple[int, int], ...]) -> State:
         ranks = tuple(rank for rank, _ in counted)
         options = Options(on_nonfinite="skip", kernel="numpy")
-        spec = ShardSpec(0, 1, max(ranks) + 1, 0, None, self._config, options, self._layout, self._layout.cuts(1)[0])
+        spec = ShardSpec(0, 1, max(0, *ranks) + 1, 0, None, self._config, options, self._layout, self._layout.cuts(1)[0])
         host = ShardHost(spec)
         standing = Standing(0, number - 1, before.skipped, before.clock, 0.0, 0, "applied", None, {"runs": [], "newest": []})
         arrays = {name: {"float32": getattr(before, name)} for name in ("params", "m", "v")}
-        host.take_over(standing, arrays, Reign(1, ((1, ranks),)))
-        for rank in ranks:
-            host.send(Join(rank, 1)).result(0)
+        outside = ranks == (DIRECT,)
+        host.take_over(standing, arrays, Reign(1, ((1, (0,) if outside else ranks),)))
+        host.send(Hold("")) if outside else [host.send(Join(rank, 1)).result(0) for rank in ranks]
         for rank, incarnation in counted:
             gradient = self._gradient(number, rank, incarnation, before.params)
             flat = None if gradient is None else {"float32": gradient}
-            answer = host.send(Push(1, rank, 1, number, flat, "not finite" if flat is None else None))
+            complaint = "not finite" if flat is None else None
+            answer = host.send(Step("", 1, number, flat, complaint) if outside else Push(1, rank, 1, number, flat, complaint))
         measured = answer.result(0)
         if isinstance(measured, Measured):
             totals = tensor_square_sums(len(self._layout.tensors), [measured.sums])
-            host.send(Norms(1, ranks[0], 1, number, totals)).result(0)
+            host.send(StepNorms("", totals) if outside else Norms(1, ranks[0], 1, number, totals)).result(0)
         return state_of(host)
 
 

@@ -9,9 +9,9 @@ from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.config import Options
 from distnadam.errors import DistNadamError
 from distnadam.layout import Layout, Ranges
-from distnadam.messages import ShardSpec
+from distnadam.messages import ShardSpec, Step, StepNorms
 from distnadam.supervision.crew import require_alive
-from tests.world import LIVELOCK, World
+from tests.world import LIVELOCK, Process, World
 
 
 class _WorldPending(Pending):
@@ -98,7 +98,10 @@ class WorldBackend(Backend):
 
     def post(self, messages: Mapping[int, Any]) -> Pending:
         self.world.work()
-        return _WorldPending(self.world, {i: self._roster.shards[i].handle.send(m) for i, m in messages.items()})
+        return _WorldPending(self.world, {i: self._send(self._roster.shards[i].handle, m) for i, m in messages.items()})
+
+    def _send(self, process: Process, message: Any) -> Future[Any]:
+        return self.world.transmit(process, message) if isinstance(message, (Step, StepNorms)) else process.send(message)
 
     def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
         return _WorldLink(self, layout, rank, incarnation)

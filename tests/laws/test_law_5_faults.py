@@ -24,8 +24,9 @@ from distnadam.checkpoint.places import LocalFolder
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.describe import described
-from distnadam.errors import ClusterError, IllegalMessage, LatePush, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
+from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from distnadam.layout import Layout
+from distnadam.ledger import DIRECT
 from distnadam.messages import ShardSpec
 from distnadam.saving import Saver
 from distnadam.transitions import Phase
@@ -38,10 +39,13 @@ RANKS = 3
 SIZE = 3000
 INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)
 RANK, SHARD = st.integers(0, RANKS - 1), st.integers(0, 2)
+OUTSIDE = np.random.default_rng(99).standard_normal(SIZE).astype(np.float32)
 EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost)
 
 
 def gradient(number: int, rank: int, incarnation: int, params: Any) -> Any:
+    if rank == DIRECT:
+        return OUTSIDE  # whoever steps from outside does not know in which round it will be
     if (7 * number + 3 * rank + incarnation) % 13 == 0:
         return None
     noise = np.random.default_rng([number, rank, incarnation]).standard_normal(SIZE).astype(np.float32)
@@ -65,7 +69,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp())
         config = NadamConfig(clipvalue=0.5, **clip)
         gone = {"min_workers": 1, "rejoin_timeout_s": 0.0} if elastic else {"rejoin_timeout_s": 1e6}
-        self.options = Options(step_timeout_s=0.0, on_nonfinite="skip", kernel="numpy", **gone)  # type: ignore[arg-type]
+        self.options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone)  # type: ignore[arg-type]
         self.config = config
         self.world, self.layout = begin_world(config, self.options, num_shards, replicas)
         self.model = OneProcess(self.layout, config, INITIAL, gradient)
@@ -160,6 +164,12 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage):
             self.controller().reshard(num_shards)
 
+    @rule()
+    def step_from_outside(self) -> None:
+        self.world.rested()
+        with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage, PushesPending):
+            self.controller().step({"w": OUTSIDE})
+
     def controller(self) -> Controller:
         return Controller(WorldBackend(self.world), self.layout, len(self.world.shards), self.options)
 
@@ -215,7 +225,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 self.epochs[process] = shard.epochs.now
                 history = history_of(shard.members.ledger.to_dict(), shard.round)
                 for number, counted in enumerate(history, 1):
-                    assert tuple(rank for rank, _ in counted) == shard.members.needed(number)
+                    assert tuple(rank for rank, _ in counted) in ((DIRECT,), shard.members.needed(number))
                 if shard.phase is not Phase.STEPPING:
                     self.same_bits(state_of(process.host), self.model.after(history), process)
                 if shard.epochs.now:
