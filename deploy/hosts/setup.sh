@@ -2,6 +2,7 @@
 # Run by cluster.sh as root on each host: a user of its own, a virtual environment, the units, and settings that only that user reads.
 # A disk that all hosts share knows users by number, so the user has the same one everywhere: this, or the second argument.
 set -eu
+umask 022 # the user reads what root makes here, but for the token
 from=$1
 uid=${2:-642}
 python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
