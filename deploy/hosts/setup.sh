@@ -1,10 +1,9 @@
 #!/bin/sh
 # Run by cluster.sh as root on each host: a user of its own, a virtual environment, the units, and settings that only that user reads.
-# A disk that all hosts share knows users by number, so the user has the same one everywhere: this, or the second argument.
 set -eu
 umask 022 # the user reads what root makes here, but for the token
 from=$1
-uid=${2:-642}
+uid=${2:-642} # the same on every host, since a disk that they share knows users by number
 python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 if ! id distnadam >/dev/null 2>&1; then
     getent group distnadam >/dev/null || groupadd --system --gid "$uid" distnadam
