@@ -31,6 +31,8 @@ SOON = {
     "RAY_health_check_failure_threshold": "3",
 }
 """How the head finds out soon that a host is gone: after some 3 s, where Ray's own choice is up to a minute."""
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where systemd looks for programs for a unit that says nothing of it."""
 _STORE_BYTES = 400 * 2**20
 _TRIES = 3
 
@@ -145,7 +147,7 @@ class Cluster:
         given = unit.environment({"/etc/distnadam/ray.env": self._settings(host)})
         room = [f"--num-cpus={has.pop('CPU', 1):.0f}", f"--resources={json.dumps(has)}"]  # not all that this machine has
         command = host.command(*unit.command(given), *room)
-        env = self._env(host) | given | (SOON if head else {})
+        env = self._env(host) | {"PATH": _SYSTEM_PATH} | given | (SOON if head else {})
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self._nodes[host.number] = subprocess.Popen(command, env=env, **pipes)  # type: ignore[call-overload]
 
@@ -162,13 +164,12 @@ class Cluster:
         raise AssertionError(f"host {host.number}: {''.join(said)}")
 
     def _env(self, host: Host) -> dict[str, str]:
-        """What a process of a host finds set, be it a node's or one that `run.sh` runs."""
-        return assignments(self._settings(host)) | self.env | {"DISTNADAM_TEST_HOST": host.address}
+        return self.env | {"DISTNADAM_TEST_HOST": host.address}
 
     def run(self, host: Host, *command: str, **env: str) -> Program:
-        """Start a program on a host, in the repository's root, that knows the cluster's address."""
+        """Start a program on a host, in the repository's root, that finds set what `run.sh` sets: `ray.env` and the cluster's address."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        known = self._env(host) | {"RAY_ADDRESS": self.address} | env
+        known = assignments(self._settings(host)) | self._env(host) | {"RAY_ADDRESS": self.address} | env
         program = Program(subprocess.Popen(host.command(*command), env=known, cwd=ROOT, **pipes))  # type: ignore[call-overload]
         self._programs.append(program)
         return program
