@@ -58,6 +58,7 @@ install)
     prepare
     for host in "$head" "$@"; do install_on "$host"; done ;;
 add)
+    [ -e "$here/token" ] || { echo "no $here/token: add from the copy that the others were installed from" >&2; exit 1; }
     prepare
     for host in "$@"; do install_on "$host"; start_on "$host"; done ;;
 start)

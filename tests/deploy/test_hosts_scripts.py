@@ -107,9 +107,14 @@ def test_where_installing_fails_the_token_stays_on_no_host(site: Site) -> None:
     assert site.left() == []
 
 
-def test_add_installs_on_the_new_host_alone_and_starts_it(site: Site) -> None:
+def test_add_brings_the_token_of_the_others_to_the_new_host_alone_and_starts_it(site: Site) -> None:
+    without = site.cluster("add", "10.0.0.1", "10.0.0.4")
+    assert (without.returncode, site.said.exists()) == (1, False)
+    assert "add from the copy that the others were installed from" in without.stderr
+    (site.hosts / "token").write_text("theirs")
     done = site.cluster("add", "10.0.0.1", "10.0.0.4")
     assert done.returncode == 0, done.stderr
+    assert Path(f"{site.installed}-10.0.0.4", "token").read_text() == "theirs"
     assert [path.name for path in site.installed.parent.glob("installed-*")] == ["installed-10.0.0.4"]
     assert "HEAD_ADDRESS=10.0.0.1\n" in Path(f"{site.installed}-10.0.0.4", "ray.env").read_text()
     assert "10.0.0.4: sudo 'systemctl' 'enable' '--now' 'distnadam-node.service'" in site.said.read_text()
