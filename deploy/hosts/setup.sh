@@ -1,16 +1,35 @@
 #!/bin/sh
 # Run by cluster.sh as root on each host: a user of its own, a virtual environment, the units, and settings that only that user reads.
 set -eu
+umask 022 # the user reads what root makes here, but for the token
 from=$1
-id distnadam >/dev/null 2>&1 || useradd --system --create-home --home-dir /var/lib/distnadam --shell /usr/sbin/nologin distnadam
+uid=${2:-642} # the same on every host, since a disk that they share knows users by number
 python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+if ! id distnadam >/dev/null 2>&1; then
+    getent group distnadam >/dev/null || groupadd --system --gid "$uid" distnadam
+    useradd --system --uid "$uid" --gid distnadam --create-home --home-dir /var/lib/distnadam --shell /usr/sbin/nologin distnadam
+elif [ "$(id -u distnadam)" != "$uid" ]; then
+    echo "the user distnadam is $(id -u distnadam) here, not $uid, and stays so: on a shared disk it is another user" >&2
+fi
+
 mkdir -p /opt/distnadam /etc/distnadam
 [ -x /opt/distnadam/venv/bin/python ] || python3 -m venv /opt/distnadam/venv
-/opt/distnadam/venv/bin/python -m pip install --quiet --constraint "$from/constraints.txt" "$(ls "$from"/*.whl)[digits,fused,metrics,plot,s3]"
+pip() { /opt/distnadam/venv/bin/python -m pip install --quiet --constraint "$from/constraints.txt" "$@"; }
+wheel=$(ls "$from"/*.whl)
+pip "$wheel[digits,fused,metrics,plot,s3]"
+pip --force-reinstall --no-deps "$wheel" # pip takes a wheel of the same version for the one that is there
 
+settle() { # settle FILE NAME: settings edited here are kept, but for the address of that name, which cluster.sh knows
+    if [ -e "/etc/distnadam/$1" ]; then
+        sed -i "s/^$2=.*/$(grep "^$2=" "$from/$1")/" "/etc/distnadam/$1"
+    else
+        install -m 0644 "$from/$1" "/etc/distnadam/$1"
+    fi
+}
 install -m 0644 "$from"/*.service /etc/systemd/system/
-install -m 0644 "$from/ray.env" /etc/distnadam/ray.env
-[ -e /etc/distnadam/train.env ] || install -m 0644 "$from/train.env" /etc/distnadam/train.env
+settle ray.env HEAD_ADDRESS
+settle ray.env NODE_ADDRESS
+settle train.env RAY_ADDRESS
 install -m 0400 -o distnadam "$from/token" /etc/distnadam/token
 
 cat > /opt/distnadam/run.sh <<'END'

@@ -16,6 +16,7 @@ from tests.deploy import shell
 from tests.deploy.clusters import quantity
 from tests.deploy.rules_exposure import COMPOSE, DOCKERFILE, ours
 from tests.deploy.tree import Tree
+from tests.deploy.units import PROGRAMS, Unit
 
 SERVICE = {"image", "build", "command", "environment", "networks", "restart", "init", "cap_drop", "security_opt", "shm_size", "mem_limit"}
 SERVICE |= {"healthcheck", "depends_on", "configs", "volumes", "ports"}
@@ -91,16 +92,46 @@ def units_are_complete(tree: Tree) -> Iterator[str]:
     """Every variable of a unit is in an environment file, every `ray start` stays in the foreground, and a program is named by its path."""
     known = {line.partition("=")[0] for env in ("ray", "train") for line in tree.settings(f"deploy/hosts/{env}.env")}
     for path in tree.under("deploy/hosts/", ".service"):
-        text = shell.whole(tree.texts[path])
-        if unknown := set(re.findall(r"\$\{?(\w+)", "\n".join(re.findall(r"^Exec\w*=.*$", text, re.M)))) - known:
+        unit = Unit.parse(tree.texts[path])
+        if unknown := set(re.findall(r"\$\{?(\w+)", " ".join(unit.values("Service", "ExecStart")))) - known:
             yield f"{path}: nobody sets {sorted(unknown)}"
         for line in shell.lines(tree, path):
             if not line.startswith("/"):
                 yield f"{path}: systemd wants a path: {line[:40]}"
             if " start " in line and "--block" not in line:
                 yield f"{path}: ray start ends at once without --block, and its node with it"
-        if "User=distnadam" not in text.splitlines():
+        if unit.values("Service", "User") != ["distnadam"]:
             yield f"{path}: runs as root"
+
+
+def units_survive_a_reboot(tree: Tree) -> Iterator[str]:
+    """Every unit can be enabled, so that it is started after a reboot, too."""
+    for path in tree.under("deploy/hosts/", ".service"):
+        if Unit.parse(tree.texts[path]).values("Install", "WantedBy") != ["multi-user.target"]:
+            yield f"{path}: is not started after a reboot, since nothing wants it"
+
+
+def units_find_our_commands(tree: Tree) -> Iterator[str]:
+    """What a unit's program starts by name, as jobs do with `distnadam`, is looked for in the environment of the cluster first."""
+    for path in tree.under("deploy/hosts/", ".service"):
+        values = Unit.parse(tree.texts[path]).values("Service", "Environment")
+        if not any(value.startswith(f"PATH={PROGRAMS}:") for value in values):
+            yield f"{path}: does not find our commands: no Environment=PATH={PROGRAMS}:..."
+
+
+def the_run_ends_before_the_head(tree: Tree) -> Iterator[str]:
+    """The run's unit starts the head and is stopped before it, but not by its death; `cluster.sh stop` ends it first."""
+    path, script = "deploy/hosts/distnadam-train.service", tree.texts["deploy/hosts/cluster.sh"]
+    unit = Unit.parse(tree.texts[path])
+    for key in ("Wants", "PartOf", "After"):
+        if "distnadam-head.service" not in " ".join(unit.values("Unit", key)).split():
+            yield f"{path}: has no {key}=distnadam-head.service"
+    for key in ("Requires", "BindsTo"):
+        if unit.values("Unit", key):
+            yield f"{path}: {key}= would keep the run from going on after its head has died"
+    stops = re.findall(r"disable --now distnadam-(\w+)", script)
+    if stops != ["train", "node", "head"]:
+        yield f"deploy/hosts/cluster.sh: stops {stops}: first the run, which would start the head again, and last the head"
 
 
 @cache

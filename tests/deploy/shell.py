@@ -2,12 +2,12 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from tests.deploy import units
 from tests.deploy.tree import Tree, walk
-
-VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 
 
 def lines(tree: Tree, path: str) -> Iterator[str]:
@@ -24,9 +24,9 @@ def whole(text: str) -> str:
 
 
 def _unit(tree: Tree, path: str) -> Iterator[str]:
-    variables = dict(line.split("=", 1) for env in ("ray", "train") for line in tree.settings(f"deploy/hosts/{env}.env"))
-    for line in re.findall(r"^Exec\w*=(.*)$", whole(tree.texts[path]), re.M):
-        yield VARIABLE.sub(lambda match: variables.get(match[1] or match[2], match[0]), line)
+    unit = units.Unit.parse(tree.texts[path])
+    files = {f"/etc/distnadam/{name}.env": tree.texts[f"deploy/hosts/{name}.env"] for name in ("ray", "train")}
+    yield shlex.join(unit.command(unit.environment(files)))
 
 
 def _dockerfile(tree: Tree, path: str) -> Iterator[str]:

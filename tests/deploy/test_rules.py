@@ -13,6 +13,7 @@ NO_RULES = {"images", "expressions"}
 DOCKERFILE, COMPOSE, ENV = "deploy/docker/Dockerfile", "deploy/docker/compose.yaml", "deploy/hosts/ray.env"
 HEAD, NODE, SCRIPT = "deploy/hosts/distnadam-head.service", "deploy/hosts/distnadam-node.service", "deploy/hosts/cluster.sh"
 JOB, CLUSTER = "deploy/kubernetes/base/rayjob.yaml", "deploy/kubernetes/cluster/raycluster.yaml"
+TRAIN = "deploy/hosts/distnadam-train.service"
 POLICY, NAMESPACE = "deploy/kubernetes/shared/networkpolicy.yaml", "deploy/kubernetes/shared/namespace.yaml"
 SECRET, SIZES = "deploy/kubernetes/secret.example.yaml", "deploy/kubernetes/overlays/large/sizes.yaml"
 AWS, GCP, ONPREM = (f"deploy/launcher/{name}.yaml" for name in ("aws", "gcp", "onprem"))
@@ -79,6 +80,14 @@ BROKEN = [
     ("units_are_complete", NODE, "ray start --block", "ray start", "ends at once without --block"),
     ("units_are_complete", NODE, "/opt/distnadam/venv/bin/ray", "ray", "systemd wants a path"),
     ("units_are_complete", HEAD, "User=distnadam\n", "", "runs as root"),
+    *(("units_survive_a_reboot", unit, "WantedBy=multi-user.target\n", "", "after a reboot") for unit in (HEAD, NODE, TRAIN)),
+    ("units_survive_a_reboot", TRAIN, "[Install]\n", "", "after a reboot"),
+    *(("units_find_our_commands", unit, "Environment=PATH=/opt/distnadam/venv/bin:", "Environment=PATH=", "our commands")
+      for unit in (HEAD, NODE, TRAIN)),
+    ("the_run_ends_before_the_head", TRAIN, "PartOf=distnadam-head.service\n", "", "has no PartOf"),
+    ("the_run_ends_before_the_head", TRAIN, "After=distnadam-head.service\n", "", "has no After"),
+    ("the_run_ends_before_the_head", TRAIN, "Wants=", "BindsTo=", "from going on after its head has died"),
+    ("the_run_ends_before_the_head", SCRIPT, "disable --now distnadam-train.service", "stop distnadam-train.service", "first the run"),
     ("launcher_fits_its_schema", AWS, "max_workers: 10", "max_workers: 10\ninitial_workers: 2", "initial_workers"),
     ("launcher_fits_its_schema", GCP, "pull_before_run", "pull", "'pull' was unexpected"),
     ("launcher_fits_its_schema", ONPREM, "worker_ips", "workers_ips", "workers_ips"),

@@ -1,4 +1,8 @@
-"""A Ray of several hosts, each a node started as deploy/README.md says, behind a token, and programs that run on them."""
+"""A Ray of several hosts, each a node started as the units of deploy/hosts start it, behind a token, and programs that run on them.
+
+What a unit executes, and the environment that it and `ray.env` give it, are read from those files, with the host's addresses where
+`cluster.sh` puts them. The user, its limits and its protection, which need systemd, are not.
+"""
 
 import json
 import os
@@ -11,11 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.deploy.units import Unit, assignments
 from tests.hosts.network import Host, Network
 from tests.hosts.program import Program
 
 ROOT = Path(__file__).parent.parent.parent
-RAY = str(Path(sys.executable).parent / "ray")
+UNITS = ROOT / "deploy" / "hosts"
+PROGRAMS = Path(sys.executable).parent
+RAY = str(PROGRAMS / "ray")
 PORT = 6379
 SOON = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -24,6 +31,8 @@ SOON = {
     "RAY_health_check_failure_threshold": "3",
 }
 """How the head finds out soon that a host is gone: after some 3 s, where Ray's own choice is up to a minute."""
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where systemd looks for programs for a unit that says nothing of it."""
 _STORE_BYTES = 400 * 2**20
 _TRIES = 3
 
@@ -51,14 +60,12 @@ class Cluster:
     def __init__(
         self, directory: Path, resources: list[dict[str, float]], *, env: Mapping[str, str] | None = None, dashboard: bool = False
     ) -> None:
-        token, self._logs = directory / "token", directory / "logs"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
+        self._token, self._logs = directory / "token", directory / "logs"
+        self._token.write_text(secrets.token_hex(32))
+        self._token.chmod(0o600)
         self._logs.mkdir()
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | dict(env or {})
-        self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self.env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # as in an activated environment
-        self.env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1"}
+        self.env |= {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         self.env |= {"PYTHONPATH": f"{ROOT / 'tests/hosts/site'}:{ROOT}", "DISTNADAM_TEST_LOGS": str(self._logs)}
         self._nodes: dict[int, subprocess.Popen[str]] = {}
         self._programs: list[Program] = []
@@ -124,13 +131,23 @@ class Cluster:
         """Whether a host's node has ended."""
         return self._nodes[host.number].poll() is not None
 
+    def _settings(self, host: Host) -> str:
+        """The host's `ray.env`: ours, with what `cluster.sh` and its administrator fill in."""
+        filled = {"HEAD_ADDRESS": self.hosts[0].address, "NODE_ADDRESS": host.address, "RAY_AUTH_TOKEN_PATH": str(self._token)}
+        filled |= {"OBJECT_STORE_BYTES": str(_STORE_BYTES), "RAY_DASHBOARD": str(self._dashboard).lower()}
+        text = (UNITS / "ray.env").read_text()
+        for name, value in filled.items():
+            text, times = re.subn(f"^{name}=.*", f"{name}={value}", text, flags=re.M)
+            assert times == 1, f"ray.env has {name} {times} times"
+        return text
+
     def _begin(self, host: Host) -> None:
         head, has = host.number == 1, dict(self._resources[host.number])
-        board = f"--include-dashboard={str(self._dashboard).lower()}"
-        where = ["--head", f"--port={PORT}", board, "--dashboard-host=127.0.0.1"] if head else [f"--address={self.address}"]
-        room = [f"--num-cpus={has.pop('CPU', 1):.0f}", f"--resources={json.dumps(has)}", f"--object-store-memory={_STORE_BYTES}"]
-        command = host.command(RAY, "start", *where, f"--node-ip-address={host.address}", *room, "--disable-usage-stats", "--block")
-        env = self._env(host) | (SOON if head else {})
+        unit = Unit.of_hosts(UNITS / f"distnadam-{'head' if head else 'node'}.service", PROGRAMS)
+        given = unit.environment({"/etc/distnadam/ray.env": self._settings(host)})
+        room = [f"--num-cpus={has.pop('CPU', 1):.0f}", f"--resources={json.dumps(has)}"]  # not all that this machine has
+        command = host.command(*unit.command(given), *room)
+        env = self._env(host) | {"PATH": _SYSTEM_PATH} | given | (SOON if head else {})
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         self._nodes[host.number] = subprocess.Popen(command, env=env, **pipes)  # type: ignore[call-overload]
 
@@ -150,9 +167,9 @@ class Cluster:
         return self.env | {"DISTNADAM_TEST_HOST": host.address}
 
     def run(self, host: Host, *command: str, **env: str) -> Program:
-        """Start a program on a host, in the repository's root, that knows the cluster's address."""
+        """Start a program on a host, in the repository's root, that finds set what `run.sh` sets: `ray.env` and the cluster's address."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        known = self._env(host) | {"RAY_ADDRESS": self.address} | env
+        known = assignments(self._settings(host)) | self._env(host) | {"RAY_ADDRESS": self.address} | env
         program = Program(subprocess.Popen(host.command(*command), env=known, cwd=ROOT, **pipes))  # type: ignore[call-overload]
         self._programs.append(program)
         return program

@@ -1,0 +1,120 @@
+"""`cluster.sh` with stand-ins for ssh and sudo, which run on this machine what hosts would: commands arrive word for word, in order."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.tree import ROOT
+
+SSH = """#!/bin/sh
+shift 2
+host=$1; shift
+echo "$host: $*" >> "$SAID"
+export TMPDIR="$REMOTE"
+exec sh -c "$*"
+"""
+SUDO = """#!/bin/sh
+[ ! -e "$FAILS" ] || exit 1
+case $1 in
+sh) cp -R "$3" "$INSTALLED-$(sed -n 's/^NODE_ADDRESS=//p' "$3/ray.env")"; echo "${4:-}" > "$UID_GIVEN" ;;
+/opt/distnadam/run.sh) shift; exec "$@" ;;
+systemctl) ;;
+*) exit 1 ;;
+esac
+"""
+PIP = """#!/bin/sh
+while [ "$1" != --wheel-dir ]; do shift; done
+mkdir -p "$2" && touch "$2/distnadam-2-py3-none-any.whl"
+"""
+
+
+class Site:
+    """A copy of the scripts, and what they did."""
+
+    def __init__(self, directory: Path) -> None:
+        self.hosts, self.remote = directory / "deploy/hosts", directory / "remote"
+        shutil.copytree(ROOT / "deploy/hosts", self.hosts, ignore=shutil.ignore_patterns("token"))
+        shutil.copy(ROOT / "constraints.txt", directory)
+        self.said, self.installed, self.fails, self.uid = (directory / name for name in ("said", "installed", "fails", "uid"))
+        self.remote.mkdir()
+        (directory / "local").mkdir()
+        (directory / "bin").mkdir()
+        for name, text in {"ssh": SSH, "sudo": SUDO, "pip": PIP}.items():
+            (directory / "bin" / name).write_text(text)
+            (directory / "bin" / name).chmod(0o755)
+        self.env = {"PATH": f"{directory / 'bin'}:{os.environ['PATH']}", "PYTHON": str(directory / "bin/pip"), "HOME": str(directory)}
+        self.env |= {"SAID": str(self.said), "INSTALLED": str(self.installed), "FAILS": str(self.fails), "UID_GIVEN": str(self.uid)}
+        self.env |= {"REMOTE": str(self.remote), "TMPDIR": str(directory / "local")}
+
+    def cluster(self, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        """Run the script."""
+        return subprocess.run([self.hosts / "cluster.sh", *arguments], env=self.env | env, capture_output=True, text=True, timeout=60)
+
+    def left(self) -> list[Path]:
+        """What lies about in either machine's temporary folder."""
+        return [*self.remote.iterdir(), *(self.remote.parent / "local").iterdir()]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "prints"),
+    [
+        (["sh", "-c", "echo hello world; echo again"], "hello world\nagain\n"),
+        (["printf", "%s|", "mine here.py:Line", "it's", "", "$HOME", "*", '"', "a\nb"], "mine here.py:Line|it's||$HOME|*|\"|a\nb|"),
+    ],
+)
+def test_run_gives_the_host_the_words_that_it_was_given(command: list[str], prints: str, site: Site) -> None:
+    done = site.cluster("run", "10.0.0.1", "--", *command)
+    assert (done.returncode, done.stdout, done.stderr) == (0, prints, "")
+
+
+def test_stop_ends_the_run_first_says_so_and_the_head_last(site: Site) -> None:
+    done = site.cluster("stop", "10.0.0.1", "10.0.0.2")
+    assert done.returncode == 0
+    assert "stopping the run on 10.0.0.1" in done.stdout
+    said = [line.replace("'", "").split() for line in site.said.read_text().splitlines()]
+    ends = [("10.0.0.1:", "distnadam-train"), ("10.0.0.2:", "distnadam-node"), ("10.0.0.1:", "distnadam-head")]
+    assert said == [[host, "sudo", "systemctl", "disable", "--now", f"{unit}.service"] for host, unit in ends]
+
+
+def test_install_brings_one_wheel_the_hosts_addresses_and_one_token_and_leaves_nothing_about(site: Site) -> None:
+    old = site.hosts.parent / "wheel" / "distnadam-1-py3-none-any.whl"
+    old.parent.mkdir()
+    old.touch()
+    done = site.cluster("install", "10.0.0.1", "10.0.0.2", DISTNADAM_UID="731")
+    assert done.returncode == 0, done.stderr
+    for address in ("10.0.0.1", "10.0.0.2"):
+        came = Path(f"{site.installed}-{address}")
+        assert [path.name for path in came.glob("*.whl")] == ["distnadam-2-py3-none-any.whl"]
+        assert "HEAD_ADDRESS=10.0.0.1\n" in (came / "ray.env").read_text()
+        assert "RAY_ADDRESS=10.0.0.1:6379\n" in (came / "train.env").read_text()
+        assert (came / "token").read_text() == (site.hosts / "token").read_text()
+    assert site.uid.read_text() == "731\n"
+    assert site.left() == []
+
+
+def test_where_installing_fails_the_token_stays_on_no_host(site: Site) -> None:
+    site.fails.touch()
+    assert site.cluster("install", "10.0.0.1", "10.0.0.2").returncode != 0
+    assert "tar" in site.said.read_text()
+    assert site.left() == []
+
+
+def test_add_brings_the_token_of_the_others_to_the_new_host_alone_and_starts_it(site: Site) -> None:
+    without = site.cluster("add", "10.0.0.1", "10.0.0.4")
+    assert (without.returncode, site.said.exists()) == (1, False)
+    assert "add from the copy that the others were installed from" in without.stderr
+    (site.hosts / "token").write_text("theirs")
+    done = site.cluster("add", "10.0.0.1", "10.0.0.4")
+    assert done.returncode == 0, done.stderr
+    assert Path(f"{site.installed}-10.0.0.4", "token").read_text() == "theirs"
+    assert [path.name for path in site.installed.parent.glob("installed-*")] == ["installed-10.0.0.4"]
+    assert "HEAD_ADDRESS=10.0.0.1\n" in Path(f"{site.installed}-10.0.0.4", "ray.env").read_text()
+    assert "10.0.0.4: sudo 'systemctl' 'enable' '--now' 'distnadam-node.service'" in site.said.read_text()
