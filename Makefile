@@ -19,12 +19,14 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
 
-# What touches Ray, with the oldest and the newest Ray that we say we support. Old Rays leave files to the garbage collector, and warn of it.
+# What touches Ray, with the oldest and the newest Ray that we say we support; deploy files name its commands. Old Rays leave files to the
+# garbage collector, and warn of it.
 test-ray-versions: $(RAY_VERSIONS:%=.venv-ray-%/installed)
 	set -e; for version in $(RAY_VERSIONS); do \
 		echo "Ray $$version"; \
 		RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 .venv-ray-$$version/bin/python -m pytest -m "not slow" \
-			-W "ignore::pytest.PytestUnraisableExceptionWarning" tests/backends tests/laws tests/training tests/test_operating.py; \
+			-W "ignore::pytest.PytestUnraisableExceptionWarning" \
+			tests/backends tests/laws tests/training tests/deploy tests/test_operating.py; \
 	done
 
 chaos: $(VENV)/installed

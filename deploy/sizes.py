@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much memory and /dev/shm a node needs, from the model's size and how it is spread. Needs nothing but Python.
 
-    python deploy/sizes.py --parameters 1e9 --workers 8 --shards 4 --replicas 1 --shard-nodes 4 --workers-per-node 2
+    python3 deploy/sizes.py --parameters 1e9 --workers 8 --shards 4 --replicas 1 --shard-nodes 4 --workers-per-node 2
 
 Parameters are float32, 4 bytes. deploy/README.md, Sizes, says the formulas in words; a test holds the manifests to them.
 """
@@ -101,13 +101,38 @@ def _up(size: float, step: int) -> int:
     return -int(-size // step) * step
 
 
+def _elements(text: str) -> int:
+    """Elements of a model; 1e9 is a number of them, 0.5, nan and inf are not."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, such as 1e9, got {text!r}")
+    return int(value)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def main() -> None:
     """Print what each kind of node needs."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--parameters", type=lambda text: int(float(text)), required=True, help="elements of the model, such as 1e9")
-    for name, default in (("workers", 2), ("shards", 2), ("replicas", 0), ("shard-nodes", 1), ("workers-per-node", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--parameters", type=_elements, required=True, help="elements of the model, such as 1e9")
+    for name, default, told in (
+        ("workers", 2, "ranks in all"),
+        ("shards", 2, "shards in all"),
+        ("shard-nodes", 1, "nodes that hold shards"),
+        ("workers-per-node", 1, "ranks on one node"),
+    ):
+        parser.add_argument(f"--{name}", type=_count, default=default, help=f"{told}, {default} unless told")
+    parser.add_argument("--replicas", type=int, choices=(0, 1), default=0, help="standbys of each shard, 0 unless told")
     run = Run(**vars(parser.parse_args()))
+    if run.workers_per_node > run.workers:
+        parser.error(f"argument --workers-per-node: {run.workers_per_node} on one node are more than the {run.workers} workers in all")
     print(f"{'node with':<20} {'/dev/shm':>10} {'memory':>10}   --object-store-memory")
     kinds = {"shards": shard_node, "workers": worker_node, "shards and workers": shared_node, "head": head_node}
     for kind, size in kinds.items():

@@ -53,6 +53,7 @@ class Seat:
     @cached_property
     def link(self) -> Link:
         """Made at first use, so that a worker which only travels to another process takes no memory here."""
+        self._reached = self._backend.version  # before: what is newer is looked at again
         return self._backend.link(self._layout, self._shards.ranges, self.rank, self._incarnation)
 
     @property
@@ -157,6 +158,8 @@ class Seat:
         at_least = epoch = 0
         deadline = time.monotonic() + self._timeout_s
         while True:
+            if "link" in self.__dict__ and self._reached != self._backend.version:
+                self._reconnect()  # lanes to shards that hold nothing any more would bring parameters that nobody steps
             want = want_parameters and self.copies
             answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want, epoch)))
             at_least, epoch = max(d.round for d in answers.values()), max(d.epoch for d in answers.values())
@@ -200,7 +203,12 @@ class Seat:
     def _rejoin(self) -> None:
         """Be known to the shards as they are now, and reach them where they are."""
         self._recovering(lambda: self._adopt(self._ask(self._everyone(self._known())), self._incarnation))
+        self._reconnect()
+
+    def _reconnect(self) -> None:
+        """Reach the shards where they are now."""
         if "link" in self.__dict__:
+            self._reached = self._backend.version
             self.link.reconnect(self._shards.ranges)
 
     def _known(self) -> Join:

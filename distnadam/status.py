@@ -20,13 +20,14 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """One shard: `lag` is how many rounds its standby is behind it, None where it has no standby that follows it."""
+    """One shard: `standby` is the node of its standby, `lag` how many rounds that is behind it, None where none follows it yet."""
 
     index: int
     node: str
     state: str
     round: int | None = None
     bytes: int | None = None
+    standby: str | None = None
     lag: int | None = None
 
 
@@ -87,19 +88,20 @@ class Running:
         backend, told, shards = self._backend, list[Description](), list[ShardStatus]()
         backend.refresh()
         asked = {index: backend.post({index: Describe(spec=True)}) for index in range(backend.num_shards)}
+        standbys = backend.standbys() if self._spec.replicas else {}
         deadline = time.monotonic() + ANSWER_S
         for index, host in enumerate(backend.hosts()):
             try:
                 seen: Description = asked[index].result(max(0.1, deadline - time.monotonic()))[index]
             except TimeoutError:
-                shards.append(ShardStatus(index, host, "silent"))
+                shards.append(ShardStatus(index, host, "silent", standby=standbys.get(index)))
             except ShardLost:
-                shards.append(ShardStatus(index, host, "dead"))
+                shards.append(ShardStatus(index, host, "dead", standby=standbys.get(index)))
             else:
                 told.append(seen)
                 size = state_bytes(seen.spec.ranges) if seen.spec is not None else None
                 lag = None if seen.replicated is None else seen.round - seen.replicated
-                shards.append(ShardStatus(index, host, seen.phase, seen.round, size, lag))
+                shards.append(ShardStatus(index, host, seen.phase, seen.round, size, standbys.get(index), lag))
         if not told:
             raise NotRunning(f"no shard of {self._spec.name!r} answers")
         return told, shards

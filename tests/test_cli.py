@@ -14,6 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from distnadam.cli import main
+from distnadam.cli.group import verbatim
+from distnadam.cli.operating import shown
+from distnadam.status import ShardStatus, Status
 from tests.test_exports import BLOCKER
 
 TRAIN = ["train", "digits", "--local", "--json", "--quiet"]
@@ -248,3 +251,24 @@ def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPa
     done = call("doctor", "--json")
     assert done.exit_code == 1
     assert "RAY_AUTH_MODE is not" in json.loads(done.output)["problems"][-1]
+
+
+BRACKETS = "[bold]a :smile: [x]"
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distnadam.diagnosis.fused_installed", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "[::1]:6379")
+    printed = call("doctor").stdout
+    assert "pip install 'distnadam[fused]'" in printed
+    assert "[::1]:6379" in printed
+    done = call("train", "digits", "--local", "--steps", 2, "--save-every", 1, "--checkpoint-dir", tmp_path / BRACKETS)
+    assert done.exit_code == 0, done.stderr
+    assert BRACKETS in call("inspect", tmp_path / BRACKETS).stdout
+    newest = max((tmp_path / BRACKETS).glob("step_*"))
+    assert BRACKETS in call("verify", newest.rename(newest.with_name(BRACKETS))).stdout
+    shard = ShardStatus(0, BRACKETS, BRACKETS, standby=BRACKETS)
+    seen = Status("x", 1, 1, 0, 0.1, None, (shard,), {0: BRACKETS}, 1, f"s3://{BRACKETS}", 0.0)
+    with (console := verbatim()).capture() as captured:
+        console.print(shown(seen))
+    assert captured.get().count(BRACKETS) == 5, "node, state, standby, worker, checkpoint"

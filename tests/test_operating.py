@@ -51,11 +51,12 @@ def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(watc
     ]
     assert sum(s["bytes"] for s in seen["shards"]) == 16 * 5000
     assert all("." in s["node"] for s in seen["shards"])
+    assert [s["standby"] for s in seen["shards"]] == [s["node"] for s in seen["shards"]], "here, on the one node that there is"
     assert seen["checkpoint"] == saved
     assert [w["state"] for w in seen["workers"]] == ["waiting for others", "not there yet"]
     assert seen["steps_per_s"] == 0
     table = call("status", "operated").stdout
-    for word in ("operated: step 1", "0.0 steps/s", "lr 0.002", "standby lag", "0 rounds", "closed", "step_00000001"):
+    for word in ("operated: step 1", "0.0 steps/s", "lr 0.002", "standbys", "0 rounds", "closed", "step_00000001"):
         assert word in table
 
 

@@ -1,4 +1,4 @@
-"""Workers are Ray actors, which keep what they need from one call to the next: `RAY_ADDRESS=<the head's address>:6379 python actors.py`.
+"""Workers are Ray actors, which keep what they need from one call to the next: `RAY_ADDRESS=<the head's address>:6379 python3 actors.py`.
 
 Where one dies, a new actor takes its rank over; those who wait for it go on as soon as it has pushed.
 """

@@ -1,6 +1,9 @@
-"""A training job: `ray job submit --address http://<the head's address>:8265 --working-dir . -- python job.py <checkpoints>`.
+"""A training job, given to Ray on the head: `ray job submit --working-dir . -- python3 job.py <checkpoints>`.
 
-`<checkpoints>` is a directory that every host shares, or a URL such as s3://bucket/run. Submitted again, it goes on from the newest.
+Only the head itself reaches its dashboard, which takes jobs. From elsewhere bring that here first, by `ssh -L 8265:127.0.0.1:8265 <head>`,
+or `kubectl port-forward --namespace distnadam svc/distnadam-head-svc 8265`; then, with the cluster's token, submit with
+`--address http://127.0.0.1:8265`. `<checkpoints>` is a directory that every host shares, or a URL such as s3://bucket/run. Submitted
+again, it goes on from the newest.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Workers are plain processes, which Ray did not start: all they know is an address and a name.
 
-On any host of the cluster, with its token, first `RAY_ADDRESS=<the head's address>:6379 python plain.py build shared`, which leaves the
-optimizer running, then for each rank, wherever it is to run, `RAY_ADDRESS=... python plain.py train shared <rank>`.
+On any host of the cluster, with its token, first `RAY_ADDRESS=<the head's address>:6379 python3 plain.py build shared`, which leaves the
+optimizer running, then for each rank, wherever it is to run, `RAY_ADDRESS=... python3 plain.py train shared <rank>`.
 """
 
 import sys

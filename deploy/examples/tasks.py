@@ -1,4 +1,4 @@
-"""Workers are Ray tasks: `RAY_ADDRESS=<the head's address>:6379 python tasks.py`.
+"""Workers are Ray tasks: `RAY_ADDRESS=<the head's address>:6379 python3 tasks.py`.
 
 A task whose process or host dies is run again by Ray; the new one takes the rank over, and goes on at the round that training is at.
 """

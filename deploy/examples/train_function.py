@@ -1,4 +1,4 @@
-"""Workers are Ray Train's: `RAY_ADDRESS=<the head's address>:6379 python train_function.py <results>`; needs `pip install "ray[train]"`.
+"""Workers are Ray Train's: `RAY_ADDRESS=<the head's address>:6379 python3 train_function.py <results>`; needs `pip install "ray[train]"`.
 
 Ray Train starts the functions and gives them their ranks; each finds the optimizer by its name. `<results>` is where Ray Train keeps
 records of its own: a directory that every host shares.

@@ -126,6 +126,10 @@ class Backend(ABC):
         """Return where each shard runs, in words."""
         return ["this process"] * self.num_shards
 
+    def standbys(self) -> dict[int, str]:
+        """Return where the standbys run, in words, by the index of their shard; one that is there may be yet to be filled."""
+        return {}
+
     @abstractmethod
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
         """Have so many shards hold these ranges from the next round on, in place of the present ones.

@@ -6,7 +6,7 @@ Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own
 import logging
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -183,8 +183,12 @@ class RayBackend(Backend):
 
     def hosts(self) -> list[str]:
         """See `Backend.hosts`."""
-        addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
-        return [f"{addresses.get(place.node, 'a node that is gone')} ({place.node[:8]})" for place in self.places]
+        return _in_words([place.node for place in self.places])
+
+    def standbys(self) -> dict[int, str]:
+        """See `Backend.standbys`."""
+        nodes: dict[int, str] = self._call("about", timeout_s=_CONNECT_S)["standbys"]
+        return dict(zip(nodes, _in_words(nodes.values()), strict=True))
 
     @property
     def num_shards(self) -> int:
@@ -271,3 +275,9 @@ class RayBackend(Backend):
                     )
                     raise Unrecoverable(told) from error
                 time.sleep(_RETRY_S)
+
+
+def _in_words(nodes: Iterable[str]) -> list[str]:
+    """Return the address of each of Ray's nodes, with the beginning of what Ray calls it."""
+    addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
+    return [f"{addresses.get(node, 'a node that is gone')} ({node[:8]})" for node in nodes]

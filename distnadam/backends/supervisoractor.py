@@ -271,8 +271,8 @@ class SupervisorActor:
         return self._supervisor.lost_ranks()
 
     async def about(self) -> dict[str, Any]:
-        """Return what `node_facts` says here, and what was recovered from."""
-        return {**node_facts(), **self._supervisor.recoveries()}
+        """Return what `node_facts` says here, what was recovered from, and by its shard's index the node of each standby."""
+        return {**node_facts(), **self._supervisor.recoveries(), "standbys": {i: p.node for i, p in self._supervisor.standbys().items()}}
 
     async def specs(self) -> Sequence[ShardSpec]:
         """Return the shards' specs."""

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +12,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.difference import Difference, compare
 from distnadam.checkpoint.places import place
 from distnadam.checkpoint.report import UNREAD, VERIFIED, describe
-from distnadam.cli.group import JSON, errors_told, main
+from distnadam.cli.group import JSON, errors_told, main, verbatim
 from distnadam.errors import CheckpointError
 
 
@@ -76,13 +75,13 @@ def verify(path: str, *, as_json: bool) -> None:
         table = Table("checkpoint", "step", "verdict")
         for v in verdicts:
             table.add_row(str(v["checkpoint"]).rpartition("/")[2], str(v["step"] or "-"), Text("valid" if v["valid"] else str(v["reason"])))
-        Console(soft_wrap=True, highlight=False).print(table)
+        verbatim().print(table)
     if not all(v["valid"] for v in verdicts):
         sys.exit(1)
 
 
 def _show(found: dict[str, Any]) -> None:
-    console, sizes = Console(soft_wrap=True, highlight=False, markup=False), found["sizes"]
+    console, sizes = verbatim(), found["sizes"]
     console.print(found["path"])
     facts = Table(show_header=False)
     for name in ("iterations", "m_schedule", "round", "skipped"):
@@ -110,7 +109,7 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _show_difference(found: Difference) -> None:
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = verbatim()
     for name, (first, second) in found.settings.items():
         console.print(f"{name}: {first} in the first, {second} in the second")
     for sentence in found.structure:

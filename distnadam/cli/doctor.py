@@ -4,10 +4,9 @@ import json
 import sys
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from distnadam.cli.group import JSON, main
+from distnadam.cli.group import JSON, main, verbatim
 from distnadam.diagnosis import diagnose
 
 
@@ -26,7 +25,7 @@ def doctor(*, as_json: bool) -> None:
                     table.add_row(package, version or "not installed")
             elif key != "problems":
                 table.add_row(key.replace("_", " "), "not set" if value is None else str(value))
-        Console(soft_wrap=True, highlight=False).print(table)
+        verbatim().print(table)
         for problem in found.problems:
             click.echo(f"problem: {problem}", err=True)
     if found.problems:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from rich.console import Console
 
 from distnadam.errors import DistNadamError
 
@@ -17,6 +18,11 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead 
 @click.version_option(package_name="distnadam")
 def main() -> None:
     """Train with a sharded Nadam parameter server, and look after its checkpoints."""
+
+
+def verbatim(*, soft_wrap: bool = True) -> Console:
+    """Return where tables go: what is in them, such as a path of the user's, is shown as it is, brackets and colons too."""
+    return Console(soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager

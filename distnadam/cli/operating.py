@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from distnadam.cli.group import JSON, errors_told, main
+from distnadam.cli.group import JSON, errors_told, main, verbatim
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
 from distnadam.status import Running, Status
@@ -39,7 +39,7 @@ def on_running(command: _F) -> _F:
 @click.option("--every", default=2.0, show_default=True, type=click.FloatRange(0.1), metavar="SECONDS", help="Between two looks.")
 @JSON
 def status(name: str, address: str | None, *, watch: bool, every: float, as_json: bool) -> None:
-    """Show what the running optimizer NAME does: steps, shards and their nodes, workers, standbys, the last checkpoint."""
+    """Show what the running optimizer NAME does: steps, shards, standbys and their nodes, workers, the last checkpoint."""
     with errors_told():
         with joined(address):
             running = Running(name)
@@ -48,9 +48,9 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
             for seen in looks if watch else [next(looks)]:
                 click.echo(json.dumps(seen.to_dict()))
         elif not watch:
-            Console(soft_wrap=True, highlight=False).print(shown(next(looks)))
+            verbatim().print(shown(next(looks)))
         else:
-            with Live(console=Console(highlight=False), auto_refresh=False) as live:
+            with Live(console=verbatim(soft_wrap=False), auto_refresh=False) as live:
                 for seen in looks:
                     live.update(shown(seen), refresh=True)
 
@@ -114,17 +114,18 @@ def shown(seen: Status) -> RenderableType:
     """Return a status as tables."""
     rate = "" if seen.steps_per_s is None else f", {seen.steps_per_s:.1f} steps/s"
     skipped = f", {seen.skipped} rounds skipped or refused" if seen.skipped else ""
-    shards = Table(title="shards")
-    for heading in ("shard", "node", "state", "round", "MiB", *(["standby lag"] if seen.replicas else [])):
+    shards, standbys = Table(title="shards"), Table("shard", "node", "lag", title="standbys")
+    for heading in ("shard", "node", "state", "round", "MiB"):
         shards.add_column(heading, no_wrap=True)
     for shard in seen.shards:
         cells = [str(shard.index), shard.node, shard.state, _told(shard.round), "" if shard.bytes is None else f"{shard.bytes / 2**20:.1f}"]
-        shards.add_row(*cells, *(["no standby yet" if shard.lag is None else f"{shard.lag} rounds"] if seen.replicas else []))
+        shards.add_row(*cells)
+        standbys.add_row(cells[0], shard.standby or "none yet", "not filled yet" if shard.lag is None else f"{shard.lag} rounds")
     workers = Table("rank", "state", title="workers")
     for rank, state in seen.workers.items():
         workers.add_row(str(rank), state)
     head = f"{seen.name}: step {seen.step}{rate}, lr {seen.lr:g}{skipped}"
-    return Group(head, shards, workers, f"last checkpoint: {seen.checkpoint or 'none'}")
+    return Group(head, shards, *([standbys] if seen.replicas else []), workers, f"last checkpoint: {seen.checkpoint or 'none'}")
 
 
 def _looks(running: Running, every: float) -> Iterator[Status]:

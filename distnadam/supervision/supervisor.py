@@ -130,6 +130,10 @@ class Supervisor:
         taken over."""
         return dict(self._recovery.counts)
 
+    def standbys(self) -> dict[int, Any]:
+        """Return the places of the standbys that there are, filled or not, by the index of their shard."""
+        return {index: hired.place for index, hired in dict(self._fleet.standbys).items()}
+
     def specs(self) -> list[ShardSpec]:
         """Return the shards' specs."""
         return list(self._fleet.specs)

@@ -143,4 +143,4 @@ def console(verbose: bool | str) -> Console | None:
     """Return where to show progress, on standard error; None for silence."""
     if verbose is False:
         return None
-    return Console(file=sys.stderr)
+    return Console(file=sys.stderr, markup=False, emoji=False)  # paths and names are shown as they are

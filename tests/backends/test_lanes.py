@@ -151,6 +151,20 @@ def test_a_shards_death_is_told_at_once_and_all_go_back() -> None:
             ticket.result()
 
 
+@pytest.mark.parametrize(("transport", "told"), [("auto", "[0, 1, 2, 3] by shared"), ("objects", "none by shared")])
+def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_so(
+    transport: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with build(num_workers=1, name="pulled", options=Options(transport=transport)) as optimizer, optimizer.worker(0) as worker:  # type: ignore[arg-type]
+        worker.step(gradients(0, 0))
+        DistNadam.connect("pulled").reshard(4)
+        caplog.set_level(logging.INFO, "distnadam")
+        worker.pull()
+        assert [f"worker 0: shards {told}" in line for line in caplog.messages] == [True]
+        worker.step(gradients(1, 0))
+        assert len(caplog.messages) == 1, "the step had nothing to learn"
+
+
 def test_two_optimizers_side_by_side_do_not_meet() -> None:
     with build() as one, build() as other:
         trainers = [Trainer.remote(optimizer, rank) for optimizer in (one, other) for rank in range(2)]

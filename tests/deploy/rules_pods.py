@@ -6,13 +6,16 @@ from collections.abc import Iterator
 import click
 
 from deploy import sizes
+from tests.deploy import shell
 from tests.deploy.clusters import FOLDERS, Cluster, clusters, pods, quantity, rendered
 from tests.deploy.commands import entry_point
 from tests.deploy.kustomize import render
 from tests.deploy.tree import Tree
 
 PART = {"app.kubernetes.io/part-of": "distnadam"}
-SECRET = "deploy/kubernetes/secret.example.yaml"
+SECRET, README = "deploy/kubernetes/secret.example.yaml", "deploy/README.md"
+OF_A_RUN = {"steps", "quiet"}
+"""Options of a job that its cluster does not depend on."""
 
 
 def overlays_apply(tree: Tree) -> Iterator[str]:
@@ -58,7 +61,12 @@ def nothing_on_the_head(tree: Tree) -> Iterator[str]:
 
 def asked(cluster: Cluster) -> dict[str, object]:
     """What a job's entrypoint asks for, as the command line reads it."""
-    words = shlex.split(cluster.holder["spec"]["entrypoint"])
+    return trained(cluster.holder["spec"]["entrypoint"])
+
+
+def trained(command: str) -> dict[str, object]:
+    """The options of a `distnadam train`, as the command line reads them."""
+    words = shlex.split(command)
     train = entry_point("distnadam")
     assert isinstance(train, click.Group) and words[:2] == ["distnadam", "train"]
     return train.commands["train"].make_context("train", words[2:]).params
@@ -143,6 +151,18 @@ def the_policy_covers_all(tree: Tree) -> Iterator[str]:
     for name, pod in pods(tree):
         if not PART.items() <= pod.get("metadata", {}).get("labels", {}).items():
             yield f"{name}: has no label {PART}, so no policy is about it"
+
+
+def readme_asks_as_the_job_does(tree: Tree) -> Iterator[str]:
+    """What README gives to the cluster by hand asks of it what the manifest's job does, so that nothing lands on the head."""
+    job = next(cluster for cluster in clusters(tree) if cluster.folder == "deploy/kubernetes/base")
+    given = [line for line in shell.lines(tree, README) if "kubectl exec" in line and "distnadam train" in line]
+    if not given:
+        yield f"{README}: says no command for deploy/kubernetes/cluster"
+    for line in given:
+        options, wanted = trained("distnadam train" + line.partition("distnadam train")[2]), asked(job)
+        if differ := sorted(name for name in wanted if name not in OF_A_RUN and options[name] != wanted[name]):
+            yield f"{README}: {', '.join(differ)} of {line[:40]} are not those of {job.name}"
 
 
 def one_cluster_twice(tree: Tree) -> Iterator[str]:

@@ -9,7 +9,6 @@ from tests.deploy.tree import Tree
 
 Rule = Callable[[Tree], Iterator[str]]
 MODULES = [rules_controller, rules_exposure, rules_machines, rules_pods, rules_words]
-NO_RULES = {"images", "expressions"}
 DOCKERFILE, COMPOSE, ENV = "deploy/docker/Dockerfile", "deploy/docker/compose.yaml", "deploy/hosts/ray.env"
 HEAD, NODE, SCRIPT = "deploy/hosts/distnadam-head.service", "deploy/hosts/distnadam-node.service", "deploy/hosts/cluster.sh"
 JOB, CLUSTER = "deploy/kubernetes/base/rayjob.yaml", "deploy/kubernetes/cluster/raycluster.yaml"
@@ -35,6 +34,7 @@ BROKEN = [
     ("restart_policy", JOB, "RAY_AUTH_MODE\n", "RAY_enable_autoscaler_v2\n", "said twice"),
     ("resources_once", CLUSTER, "  headGroupSpec:\n", '  headGroupSpec:\n    resources: {CPU: "0"}\n', "both in"),
     ("labels", JOB, "        labels:\n          distnadam/role: workers", "        labels:\n          -bad: workers", "is no label"),
+    ("labels", JOB, "        labels:\n          distnadam/role: workers", "        labels:\n          distnadam/role: -bad", "-bad is no"),
     ("labels", CLUSTER, 'object-store-memory: "738197504"', 'labels: "a=b"', "use the group's labels"),
     ("replicas", JOB, "maxReplicas: 2", "maxReplicas: 1", "not in order"),
     ("replicas", JOB, "      - groupName: workers", "      - suspend: true\n        groupName: workers", "cannot be suspended"),
@@ -43,6 +43,7 @@ BROKEN = [
     ("finishing", JOB, "submissionMode: K8sJobMode", "submissionMode: InteractiveMode", "refused with InteractiveMode"),
     ("finishing", JOB, "  backoffLimit", "  clusterSelector: {ray.io/cluster: distnadam}\n  backoffLimit", "no cluster of its own"),
     ("finishing", JOB, "  backoffLimit", "  suspend: true\n  backoffLimit", "does not run"),
+    ("finishing", JOB, "  backoffLimit", "  deletionStrategy: {onSuccess: {policy: DeleteSelf}}\n  backoffLimit", "needs a feature gate"),
     ("no_gates", JOB, "    rayVersion", "    networkPolicy: {mode: DenyAll}\n    rayVersion", "need a feature gate"),
     ("no_gates", NAMESPACE, "kind: Namespace", "kind: RayService", "nothing is served"),
     ("token_in_docker", DOCKERFILE, "ENV RAY_AUTH_MODE=token", "ENV", "does not set RAY_AUTH_MODE=token"),
@@ -55,6 +56,7 @@ BROKEN = [
     ("no_secret_inside", ENV, "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled", "switches the token off"),
     ("no_open_address", NODE, "${NODE_ADDRESS}", "0.0.0.0", "0.0.0.0"),
     ("no_open_address", POLICY, "    - from: # Prometheus\n", "    - {}\n    - from:\n", "lets anybody in"),
+    ("no_open_address", POLICY, "- from: # Prometheus\n", "- from: [{ipBlock: {cidr: 10.0.0.0/8}}]\n    - from:\n", "lets anybody in"),
     ("dashboard_is_local", HEAD, "--dashboard-host=127.0.0.1", "--dashboard-host=10.0.0.1", "not on 127.0.0.1"),
     ("dashboard_is_local", GCP, "--dashboard-host=127.0.0.1 ", "", "not on 127.0.0.1"),
     ("ports_are_local", COMPOSE, "127.0.0.1:9090:9090", "9090:9090", "not 127.0.0.1's alone"),
@@ -124,6 +126,8 @@ BROKEN = [
     ("the_storage_is_known", SECRET, "namespace: distnadam", "namespace: default", "not in the namespace"),
     ("the_policy_covers_all", JOB, "app.kubernetes.io/part-of", "app.kubernetes.io/part", "so no policy is about it"),
     ("the_policy_covers_all", POLICY, "policyTypes: [Ingress, Egress]", "policyTypes: [Ingress]", "in both directions"),
+    ("readme_asks_as_the_job_does", "deploy/README.md", "--worker-label distnadam/role=workers --start", "--start", "worker_label of"),
+    ("readme_asks_as_the_job_does", "deploy/README.md", "kubectl exec", "kubectl exac", "says no command"),
     ("one_cluster_twice", CLUSTER, "idleTimeoutSeconds: 300", "idleTimeoutSeconds: 60", "is not the cluster of"),
     ("sizes_follow", JOB, "sizeLimit: 768Mi", "sizeLimit: 64Mi", "is what sizes.py says"),
     ("sizes_follow", JOB, "--workers 4", "--workers 8", "is what sizes.py says"),

@@ -106,7 +106,32 @@ def test_a_node_needs_more_for_more_of_everything_and_memory_holds_the_store(of:
 
 def test_the_table_in_the_readme_is_what_the_script_prints() -> None:
     text = (ROOT / "deploy" / "README.md").read_text()
-    found = re.search(r"    python deploy/sizes\.py (--parameters .*)\n\n((?:    .*\n)+)", text)
+    found = re.search(r"    python3 deploy/sizes\.py (--parameters .*)\n\n((?:    .*\n)+)", text)
     assert found is not None
     done = subprocess.run([sys.executable, ROOT / "deploy/sizes.py", *found[1].split()], capture_output=True, text=True, timeout=60)
     assert [line.strip() for line in found[2].splitlines()] == [line.strip() for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("--parameters 1e9 --workers -3", "argument --workers: expected a whole number of at least 1, got '-3'"),
+        ("--parameters 1e9 --shards 0", "argument --shards: expected a whole number of at least 1, got '0'"),
+        ("--parameters 1e9 --shard-nodes two", "argument --shard-nodes: expected a whole number of at least 1, got 'two'"),
+        ("--parameters 1e9 --workers 2 --workers-per-node 3", "argument --workers-per-node: 3 on one node are more than the 2 workers"),
+        ("--parameters 1e9 --replicas 2", "argument --replicas: invalid choice: "),
+        ("--parameters much", "argument --parameters: expected a whole number of at least 1, such as 1e9, got 'much'"),
+        ("--parameters -1e9", "argument --parameters: expected"),
+        ("--parameters 0.5", "such as 1e9, got '0.5'"),
+        ("--parameters inf", "such as 1e9, got 'inf'"),
+        ("--workers 2", "the following arguments are required: --parameters"),
+    ],
+)
+def test_sizes_of_what_cannot_be_are_refused_in_so_many_words(
+    asked: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sizes.py", *asked.split()])
+    with pytest.raises(SystemExit) as ended:
+        sizes.main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 from tests.hosts.cluster import Cluster
+from tests.hosts.network import BURST_BYTES
 
 FLOAT32_BYTES = 4
 
@@ -25,6 +26,11 @@ class Measured:
     def explained_s(self) -> float:
         """Seconds that the bytes alone take."""
         return 8 * (self.bytes_in + self.bytes_out) / self.bits_per_s if self.bits_per_s is not None else 0.0
+
+    @property
+    def least_s(self) -> float:
+        """Seconds below which no step can be: every gradient and every parameter passes, each direction but for its burst at that speed."""
+        return 8 * 2 * (self.parameter_bytes - BURST_BYTES) / self.bits_per_s if self.bits_per_s is not None else 0.0
 
     def __str__(self) -> str:
         sizes = f"{self.parameter_bytes / 1e6:.0f} MB of parameters: {self.bytes_in / 1e6:.1f} MB in, {self.bytes_out / 1e6:.1f} MB out"

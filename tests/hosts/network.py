@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+BURST_BYTES = 256 * 2**10
+"""What passes at once over a cable of limited speed that was idle."""
 _SUBNET = "10.77.0"
 _UNSHARE = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _INIT = """
@@ -102,8 +104,8 @@ class Host:
         _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", "root", "blackhole"))
 
     def shape(self, bits_per_s: float) -> None:
-        """Let no more pass than so many bits per second, in each direction."""
-        tbf = ["root", "tbf", "rate", f"{bits_per_s:.0f}bit", "burst", "256kb", "latency", "50ms"]
+        """Let no more pass than so many bits per second, in each direction, but at once what was saved up while it was idle: a burst."""
+        tbf = ["root", "tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(BURST_BYTES), "latency", "50ms"]
         _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", *tbf))
         _do(_inside(self.switch, "tc", "qdisc", "replace", "dev", self.port, *tbf))
 

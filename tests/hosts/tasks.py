@@ -17,12 +17,13 @@ class Synthetic:
     Args:
         size: parameters.
         pause_s: seconds that a gradient takes at least.
+        awaits: a step, and the file without which it does not begin on any rank.
     """
 
     name = "synthetic"
 
-    def __init__(self, size: int, pause_s: float = 0.0) -> None:
-        self.size, self.pause_s = size, pause_s
+    def __init__(self, size: int, pause_s: float = 0.0, awaits: tuple[int, str] | None = None) -> None:
+        self.size, self.pause_s, self.awaits = size, pause_s, awaits
 
     def init(self, seed: int) -> Any:
         self.seed = seed
@@ -30,6 +31,8 @@ class Synthetic:
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
         time.sleep(self.pause_s)
+        while self.awaits is not None and step == self.awaits[0] and not Path(self.awaits[1]).exists():
+            time.sleep(0.01)  # the test's own time limit bounds it
         noise = np.random.default_rng([self.seed, step, rank, world_size]).standard_normal(1024).astype(np.float32)
         return np.resize(noise, self.size)
 

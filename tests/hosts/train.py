@@ -69,7 +69,7 @@ def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, st
 
 def main(about: dict[str, Any]) -> None:
     """Train as asked."""
-    task = Synthetic(about["size"], about.get("pause_s", 0.0)) if "size" in about else Digits()
+    task = Synthetic(about["size"], about.get("pause_s", 0.0), about.get("awaits")) if "size" in about else Digits()
     optimizer = DistNadam(name=about.get("name"), clipnorm=about.get("clipnorm"), options=Options(**about.get("options", {})))
     how = {key: about[key] for key in ("num_workers", "num_shards", "replicas", "save_every", "backend") if key in about}
     fit(task, steps=about["steps"], checkpoint_dir=about["directory"], optimizer=optimizer, verbose=False, callbacks=[Say()], **how)

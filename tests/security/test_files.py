@@ -132,3 +132,17 @@ def test_whoever_links_a_name_that_a_checkpoint_will_have_to_another_file_does_n
     assert precious.read_text() == "mine"
     assert not (saved / "manifest.msgpack").is_symlink()
     assert call("verify", saved).exit_code == 0
+
+
+def test_whoever_may_write_a_checkpoint_may_change_the_model(tmp_path: Path) -> None:
+    saved = {}
+    for who, value in (("ours", 1), ("theirs", 2)):
+        with DistNadam(backend="local").build({"w": np.full(5000, value, np.float32)}) as optimizer:
+            saved[who] = Path(optimizer.save(tmp_path / who))
+    for file in saved["ours"].iterdir():
+        file.unlink()
+    for file in saved["theirs"].iterdir():
+        file.rename(saved["ours"] / file.name)
+    assert call("verify", tmp_path / "ours").exit_code == 0, "every checksum is right"
+    with DistNadam.restore(tmp_path / "ours", backend="local") as optimizer:
+        assert set(optimizer.get_params()["w"]) == {2.0}
