@@ -44,7 +44,7 @@ class Seat:
         self.rank, self._shards = rank, shards
         self._backend, self._layout = shards.backend, shards.layout
         self._timeout_s = shards.options.step_timeout_s
-        self.epoch = self.round = -1
+        self.epoch = self.round = self._reached = -1
         self.buffer = 0
         self._rewound: int | None = None
         self._process = self._backend.token()
@@ -158,7 +158,7 @@ class Seat:
         at_least = epoch = 0
         deadline = time.monotonic() + self._timeout_s
         while True:
-            if "link" in self.__dict__ and self._reached != self._backend.version:
+            if self._is_elsewhere():
                 self._reconnect()  # lanes to shards that hold nothing any more would bring parameters that nobody steps
             want = want_parameters and self.copies
             answers = self._ask(self._everyone(Pull(self.rank, self._incarnation, at_least, want, epoch)))
@@ -166,6 +166,8 @@ class Seat:
             if any(d.epoch != epoch for d in answers.values()):  # something is on its way: rounds of two epochs say nothing
                 at_least = 0
                 self._await(deadline, "the shards did not agree on an epoch")
+                continue
+            if self._is_elsewhere():
                 continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
@@ -204,6 +206,10 @@ class Seat:
         """Be known to the shards as they are now, and reach them where they are."""
         self._recovering(lambda: self._adopt(self._ask(self._everyone(self._known())), self._incarnation))
         self._reconnect()
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the shards, as far as this process has heard, are not where its lanes lead."""
+        return "link" in self.__dict__ and self._reached != self._backend.version
 
     def _reconnect(self) -> None:
         """Reach the shards where they are now."""
