@@ -55,7 +55,7 @@ def undisturbed(steps: int, **how: Any) -> list[bytes]:
         return bits(optimizer)
 
 
-@pytest.mark.parametrize("clipnorm", [None, 0.5])
+@pytest.mark.parametrize("clipnorm", [None, pytest.param(0.5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reached", [lambda index: index == 0, lambda index: index > 0, lambda index: False, lambda index: True])
 def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(reached: Callable[[int], bool], clipnorm: float | None) -> None:
     with DistNadam(num_shards=3, clipnorm=clipnorm, backend="ray", options=OPTIONS).build(START) as optimizer:
@@ -67,6 +67,7 @@ def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(reached: 
         assert bits(optimizer) == undisturbed(3, clipnorm=clipnorm)
 
 
+@pytest.mark.slow
 def test_a_step_that_nobody_brings_to_an_end_is_undone_everywhere() -> None:
     with DistNadam(num_shards=3, backend="ray", options=OPTIONS).build(START) as optimizer:
         lost = lose(optimizer, Step, lambda index: index == 1, KeyboardInterrupt())

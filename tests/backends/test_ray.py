@@ -134,6 +134,7 @@ for replicas in (0, 1, 0):
 """
 
 
+@pytest.mark.slow
 def test_ray_tells_the_user_of_nothing_where_all_went_well() -> None:
     env = os.environ | {"CLUSTER": ray.get_runtime_context().gcs_address}
     done = subprocess.run([sys.executable, "-c", QUIET], env=env, capture_output=True, text=True, check=True)
