@@ -63,7 +63,8 @@ def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_r
     refused = (["ended by SupersededWorker"], ["ended by LifecycleError"])  # the latter where the run has ended before it asks
     assert ended in ([], *refused), "it ends with its host's Ray, or is refused by name"
     if replicas:
-        assert rounds(diaries[1])[0][1] == rounds(diaries[0])[-1][1] + 1, "every round that was told of counts"
+        told_of, goes_on_at = rounds(diaries[0])[-1][1], rounds(diaries[1])[0][1]
+        assert goes_on_at in (told_of + 1, told_of + 2), "every round that was told of counts; one that only the standby has may"
     with DistNadam(backend="local").build(params()) as alone, alone.worker(0) as worker:
         tree = worker.pull()
         for step in range(ROUNDS):
