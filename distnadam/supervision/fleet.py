@@ -11,7 +11,7 @@ from distnadam.orders import Schedule
 from distnadam.supervision.crew import Crew, Hired
 from distnadam.transitions import Phase
 
-ASK_S = 60.0
+_ASK_S = 60.0
 """Seconds in which a shard answers anything that does not wait for a round or a file."""
 
 
@@ -51,17 +51,22 @@ class Fleet:
         """Return the indices of the shards that are gone."""
         return [index for index, hired in enumerate(self.shards) if hired in self.gone]
 
-    def ask(self, messages: Mapping[int, Any], timeout_s: float = ASK_S) -> dict[int, Any]:
-        """Send some living shards a message each; return their answers or errors."""
-        return self.crew.ask(self.alive(), messages, timeout_s)
+    @property
+    def ask_s(self) -> float:
+        """Seconds in which a shard that lives answers what takes no time."""
+        return min(_ASK_S, self.specs[0].options.shard_timeout_s)
 
-    def ask_all(self, message: Any, timeout_s: float = ASK_S) -> dict[int, Any]:
+    def ask(self, messages: Mapping[int, Any], timeout_s: float | None = None) -> dict[int, Any]:
+        """Send some living shards a message each; return their answers or errors."""
+        return self.crew.ask(self.alive(), messages, self.ask_s if timeout_s is None else timeout_s)
+
+    def ask_all(self, message: Any, timeout_s: float | None = None) -> dict[int, Any]:
         """Send every living shard a message; return their answers or errors."""
         return self.ask(dict.fromkeys(self.alive(), message), timeout_s)
 
-    def describe(self, timeout_s: float = ASK_S) -> dict[int, Any]:
-        """Return what the living shards say of themselves; those that died, broke, or are silent for so long, are gone from then on."""
-        answers = self.ask_all(Describe(), timeout_s)
+    def describe(self) -> dict[int, Any]:
+        """Return what the living shards say of themselves; those that died, broke, or are silent for too long, are gone from then on."""
+        answers = self.ask_all(Describe())
         for index, answer in answers.items():
             if isinstance(answer, Description) and answer.phase != Phase.BROKEN.value:
                 self._know(answer)

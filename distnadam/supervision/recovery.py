@@ -15,7 +15,7 @@ from distnadam.layout import Ranges
 from distnadam.messages import Advance, Description, Held, Hold, Join, Joined, Release
 from distnadam.orders import Attach, GiveUp, Load, Reign, Retire, Schedule
 from distnadam.supervision.crew import Hired
-from distnadam.supervision.fleet import ASK_S, Fleet
+from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.source import Source
 from distnadam.takeover import adoptions
 from distnadam.transitions import Phase
@@ -23,6 +23,8 @@ from distnadam.transitions import Phase
 log = logging.getLogger("distnadam")
 
 _LOAD_S = 3600.0
+_RETIRE_S = 60.0
+"""Seconds in which a shard has copied what it was to save, before it lets go of its arrays."""
 _HIRE_AGAIN_S = 1.0
 _HOLD_S = 5.0
 _TOKEN = "supervisor"
@@ -202,7 +204,7 @@ class Recovery:
                 order = Load(fleet.epoch + 1, newest=dict(fleet.newest))
                 for error in fleet.crew.move(_TOKEN, old, new, (ranges, cuts), order):
                     raise error
-                fleet.crew.ask(dict(enumerate(old)), {index: Retire(order.epoch) for index in range(len(old))}, ASK_S)
+                fleet.crew.ask(dict(enumerate(old)), {index: Retire(order.epoch) for index in range(len(old))}, _RETIRE_S)
                 spare = [*old, *fleet.standbys.values()]
                 fleet.replace(specs, new)
                 self._filling = set()

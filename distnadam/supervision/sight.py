@@ -9,7 +9,7 @@ from distnadam import policy
 from distnadam.config import Options
 from distnadam.messages import Description, Lost, Release
 from distnadam.supervision.crew import Hired
-from distnadam.supervision.fleet import ASK_S, Fleet
+from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.source import Source
 from distnadam.transitions import Phase
 
@@ -40,7 +40,7 @@ class Sight:
     def look(self) -> policy.Seen:
         """Ask every shard where it stands, and return what is to be decided on."""
         fleet, now = self._fleet, time.monotonic()
-        answers = fleet.describe(min(ASK_S, self._options.shard_timeout_s))
+        answers = fleet.describe()
         shards = [self._seen(hired, answers.get(index)) for index, hired in enumerate(fleet.shards)]
         described = [answer for i, answer in answers.items() if isinstance(answer, Description) and fleet.shards[i] not in fleet.gone]
         self._check_holder(described, now)
@@ -68,7 +68,7 @@ class Sight:
         if hired in fleet.gone:
             fleet.crew.fence(hired)  # what it had sent to its standby is all there then
             if (standby := fleet.standbys.get(hired.index)) is not None and standby not in fleet.outdated:
-                reached = fleet.crew.ask({0: standby}, {0: None}, ASK_S)[0]
+                reached = fleet.crew.ask({0: standby}, {0: None}, fleet.ask_s)[0]
         return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
 
     def _check_holder(self, described: Sequence[Description], now: float) -> None:
