@@ -1,6 +1,6 @@
 """One leaf of a tree as a NumPy array, whoever made it: NumPy, torch, JAX. No framework is imported here.
 
-Also the dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are kept in.
+Also the dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are kept in; and the storage of those.
 """
 
 import sys
@@ -76,8 +76,6 @@ def memory_for(what: str) -> Iterator[None]:
     """Say what there was no memory for."""
     try:
         yield
-    except OutOfMemory:
-        raise
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):  # a thread's stack is memory too
             raise

@@ -17,7 +17,7 @@ from distnadam.checkpoint.places import Folder, parent_of
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.layout import Layout, Ranges
-from distnadam.ledger import DIRECT
+from distnadam.ledger import DIRECT, Ledger
 from distnadam.messages import (
     Advance,
     Decided,
@@ -62,7 +62,7 @@ class _Direct:
 
     def taken(self, held: Held) -> bool:
         """Whether a shard that stands there has taken it: what others lack of it then comes from here, and from nobody else."""
-        return any(run == [DIRECT, self.incarnation, *run[2:]] and run[2] <= self.round <= run[3] for run in held.ledger["runs"])
+        return Ledger.from_dict(held.ledger).counted(DIRECT, self.incarnation, self.round)
 
     def aim(self, held: Held) -> None:
         """Choose the round at the first boundary; at a later one it is still this one, unless workers have had it meanwhile."""
@@ -71,7 +71,7 @@ class _Direct:
                 ranks = ", ".join(map(str, held.pending))
                 raise PushesPending(f"ranks {ranks} have pushed for round {held.round + 1}: their round must end first")
             self.incarnation, self.round = dict(held.ledger["newest"]).get(DIRECT, 0) + 1, held.round + 1
-            self.square_sums = None
+            self.square_sums = None  # those of the round that it missed
 
     def step(self, token: str, gradients: Flat, complaint: str | None) -> Step:
         return Step(token, self.incarnation, self.round, None if complaint else gradients, complaint)

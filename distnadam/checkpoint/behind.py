@@ -30,7 +30,8 @@ class Behind:
         self._kept: State = {}
         self._pool: ThreadPoolExecutor | None = None
         self._written: dict[str, Future[FileRecord]] = {}
-        self._copied: Event | None = None
+        self._copied = Event()
+        self._copied.set()
 
     def reserve(self) -> None:
         """Have the memory, touched, so that a copy meets no page faults."""
@@ -44,7 +45,7 @@ class Behind:
         self._written.clear()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "saver")
-        copied = self._copied = Event()
+        copied = Event()
 
         def take() -> FileRecord:
             try:
@@ -55,17 +56,12 @@ class Behind:
                 copied.set()
             return write(self._kept)
 
-        try:
-            self._written[name] = self._pool.submit(take)
-        except BaseException:
-            copied.set()
-            raise
+        self._written[name] = self._pool.submit(take)
+        self._copied = copied  # nobody changes the arrays before: whoever asked for this holds the shard
 
     def settle(self) -> None:
         """Wait until the arrays may be changed."""
-        if self._copied is not None:
-            self._copied.wait()
-            self._copied = None
+        self._copied.wait()
 
     def collect(self, name: str, reply: Callable[[Any], None]) -> None:
         """Have `reply` given the record of a snapshot once it is written, or why it was not."""

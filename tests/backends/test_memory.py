@@ -21,25 +21,21 @@ SHORT = """
 import json, os, re, resource, sys
 import numpy as np
 
-def limit():
+def limit(room):
     used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
 
 def main():
     from distnadam import DistNadam
     from distnadam.errors import OutOfMemory
 
     small, big = {"w": np.ones(1000, np.float32)}, {"w": np.ones(2**26, np.float32)}
+    room = int(sys.argv[2])
     if sys.argv[1] == "local":
-        limit()
+        limit(room)
     else:
         import ray
-        room = sys.argv[2]
-        def short():
-            import re, resource
-            used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-            resource.setrlimit(resource.RLIMIT_AS, (used + int(room), resource.RLIM_INFINITY))
-        env = {"worker_process_setup_hook": short}
+        env = {"worker_process_setup_hook": lambda: limit(room)}
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=env)
     told = {}
     with DistNadam(num_shards=2, backend=sys.argv[1]).build(small) as first:
