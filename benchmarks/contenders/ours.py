@@ -14,6 +14,7 @@ import numpy as np
 import ray
 
 from distnadam import DistNadam, Options
+from distnadam.backends import registry
 
 
 @ray.remote(num_cpus=0)
@@ -62,6 +63,15 @@ def scheduled(pids: list[int]) -> tuple[int, int]:
     return sum(int(ran) for ran, _, _ in found), sum(int(waited) for _, waited, _ in found)
 
 
+def standbys_of(optimizer: DistNadam, count: int, shards: list[int]) -> list[int]:
+    """Wait until so many standbys follow, and return their processes: those of the optimizer that are neither shards nor the supervisor."""
+    running = optimizer._running()
+    while sum(told.replicated is not None for told in running.describe_all()) < count:
+        time.sleep(0.1)
+    pids = {place.pid for place in registry.places_of(running.backend._run)} - set(shards)  # type: ignore[attr-defined]
+    return [pid for pid in pids if "Supervisor" not in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=lambda text: int(float(text)), default=10**6)
@@ -72,20 +82,24 @@ def main() -> None:
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--replicas", type=int, choices=(0, 1), default=0)
     parser.add_argument("--tensors", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="print on standard error what the shards and workers use")
-    parser.add_argument("--cpu", action="store_true", help="print on standard error for how long the shards and workers compute in a step")
+    parser.add_argument("--cpu", action="store_true", help="print on standard error for how long each process computes in a step")
     args = parser.parse_args()
     ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     how = {"check_gradients": not args.unchecked, "retain_initial": not args.memory}  # the copy that is kept for a rewind is stated apart
     options = Options(kernel=args.kernel, transport=args.transport, **how)
     sizes = [args.elements * (i + 1) // args.tensors - args.elements * i // args.tensors for i in range(args.tensors)]
     params = {f"{i:05d}": np.zeros(size, np.float32) for i, size in enumerate(sizes)}
-    with DistNadam(num_shards=args.shards, num_workers=args.workers, backend="ray", options=options).build(params) as optimizer:
+    topology = {"num_shards": args.shards, "num_workers": args.workers, "replicas": args.replicas}
+    with DistNadam(**topology, backend="ray", options=options).build(params) as optimizer:
         del params
         trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
         shards = [place.pid for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
         sides = {"a shard": shards, "a worker": ray.get([trainer.pid.remote() for trainer in trainers])}
+        if args.replicas:
+            sides["a standby"] = standbys_of(optimizer, args.shards, shards)
         before = {side: scheduled(pids) for side, pids in sides.items()}
         times = ray.get([trainer.run.remote(args.mode, args.steps, rank) for rank, trainer in enumerate(trainers)])
         for side, pids in sides.items() if args.cpu else ():
@@ -93,7 +107,7 @@ def main() -> None:
             print(f"{side}, a step: computes {ran:.0f} us, waits {waited:.0f} us for a core", file=sys.stderr)
         if args.memory:
             total, store = memory_of([pid for pids in sides.values() for pid in pids])
-            planned, used = args.elements * (16 + 4 * args.workers), total - store
+            planned, used = args.elements * (16 + 4 * args.workers + 12 * args.replicas), total - store
             told = f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}"
             print(f"{told}; beside {store / 1e9:.2f} GB of Ray's object store, through which the parameters came", file=sys.stderr)
     ray.shutdown()
