@@ -66,8 +66,8 @@ IMPURE_STDLIB = {"socket", "threading", "subprocess", "pathlib", "time", "asynci
 RAY_MODULES = {
     f"backends/{name}.py"
     for name in (
-        *("ray", "raycalls", "actors", "shardactor", "supervisoractor", "cluster"),
-        *("registry", "gather", "callreplica", "fencing", "exporter", "joining", "named"),
+        *("ray", "raycalls", "raycrew", "actors", "shardactor", "supervisoractor", "cluster"),
+        *("registry", "gather", "callreplica", "fencing", "exporter", "joining", "named", "placement"),
     )
 }
 LONGEST = {"optimizer.py": 450}  # the public face: more than half of it is docstrings

@@ -4,17 +4,19 @@ Retries are never Ray's: a call that was lost is repeated by its sender and coun
 a named optimizer's supervisor.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distnadam.backends import registry
+from distnadam.backends import placement, registry
 from distnadam.backends.cluster import NAMESPACE, end_processes, process_born
 from distnadam.backends.link import Place
+from distnadam.backends.raycrew import Tools
 from distnadam.backends.shardactor import ShardActor
-from distnadam.backends.supervisoractor import SupervisorActor, Tools
+from distnadam.backends.supervisoractor import SupervisorActor
 from distnadam.config import Options
 from distnadam.messages import ShardSpec
 
@@ -35,13 +37,12 @@ class Member:
 
 
 _shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActor), ray.remote(Member)
-_NODE = "ray.io/node-id"
 _end_processes, _process_born = ray.remote(end_processes), ray.remote(process_born)
 
 
-def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, apart_from: str | None = None) -> Any:
-    """Return a new actor for a shard or its standby, to be opened; on another node than that one, where there is another."""
-    return _shard.options(**_actor_options(spec, label, apart_from)).remote(spec, supervisor)
+def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, avoided: set[str]) -> Any:
+    """Return a new actor for a shard or its standby, to be opened; on another node than those, where there is another."""
+    return _shard.options(**_actor_options(spec, label, avoided)).remote(spec, supervisor)
 
 
 def end_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
@@ -62,7 +63,7 @@ def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
     asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0}
     if specs[0].name is not None:
         asked |= {"name": specs[0].name, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1}
-        asked |= {"label_selector": dict(specs[0].options.label_selector)}
+        asked |= placement.at(len(specs), ray.nodes(), {}, specs[0].options.label_selector, first=_first(specs[0]))
     else:
         asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _supervisor.options(**asked).remote(specs, replicas, Tools(make_shard, end_on, born_on))
@@ -72,31 +73,30 @@ def _there(node: str) -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "max_retries": 0}
 
 
-def make_member(make: Callable[[int], Any], rank: int, options: Options) -> Any:
-    """Return a new actor for one rank of a team."""
-    asked = {"num_cpus": options.worker_cpus, "label_selector": dict(options.worker_label_selector)}
-    return _member.options(**asked, max_restarts=0, scheduling_strategy="SPREAD").remote(make, rank)
+def make_member(make: Callable[[int], Any], rank: int, options: Options, first: int) -> Any:
+    """Return a new actor for one rank of a team, whose ranks take the nodes in turn from that one on."""
+    asked = placement.at(rank, ray.nodes(), {"CPU": options.worker_cpus}, options.worker_label_selector, first=first)
+    return _member.options(**asked, num_cpus=options.worker_cpus, max_restarts=0).remote(make, rank)
 
 
-def _actor_options(spec: ShardSpec, label: str | None, apart_from: str | None) -> dict[str, Any]:
-    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it.
+def _first(spec: ShardSpec) -> int:
+    """Return with which node to begin: another one for each optimizer."""
+    return zlib.crc32(spec.run.encode())
 
-    It goes to another node than `apart_from`, where one has the labels that it must have.
-    """
-    options, selector = spec.options, dict(spec.options.label_selector)
+
+def _actor_options(spec: ShardSpec, label: str | None, avoided: set[str]) -> dict[str, Any]:
+    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it."""
+    options = spec.options
     asked: dict[str, Any] = {
         "num_cpus": options.shard_cpus,
         "resources": dict(options.shard_resources),
-        "label_selector": selector,
         "max_restarts": 0,
         "max_task_retries": 0,
     }
-    if options.spread:
-        asked["scheduling_strategy"] = "SPREAD"
+    ask, selector = placement.shard_ask(options), options.label_selector
+    asked |= placement.at(spec.index, ray.nodes(), ask, selector, first=_first(spec), spread=options.spread, avoided=avoided)
     if options.shard_memory_bytes:
         asked["memory"] = options.shard_memory_bytes
-    if apart_from is not None:
-        asked |= {"label_selector": selector | {_NODE: f"!{apart_from}"}, "fallback_strategy": [{"label_selector": selector}]}
     if label is not None:
         asked |= {"name": label, "namespace": NAMESPACE, "lifetime": "detached"}
     return asked

@@ -40,26 +40,6 @@ _AGAIN_S = 0.05
 _K = TypeVar("_K")
 
 
-def check_fits(options: Options, num_shards: int) -> None:
-    """Raise InsufficientResources where the nodes, even empty, cannot hold the shards; wait first as long as `start_timeout_s` says."""
-    ask = {"CPU": options.shard_cpus, "memory": float(options.shard_memory_bytes), **options.shard_resources}
-    ask = {name: amount for name, amount in ask.items() if amount > 0}
-    deadline = time.monotonic() + (options.start_timeout_s or 0.0)
-    while True:
-        nodes = [node for node in ray.nodes() if node["Alive"] and _labelled(node, options.label_selector)]
-        room = sum(_room(node["Resources"], ask, num_shards) for node in nodes)
-        if room >= num_shards:
-            return
-        has = {name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ask}
-        wanted = ", ".join(f"{name} {amount:g} each, the nodes have {has[name]:g} in all" for name, amount in ask.items()) or "no resource"
-        told = f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {room}"
-        if time.monotonic() >= deadline:
-            remedy = "ask for less in Options, or add nodes (Options(start_timeout_s=...) waits for them)"
-            raise InsufficientResources(f"{told}; {remedy}")
-        log.warning("waiting for nodes: %s", told)
-        time.sleep(min(_REPORT_EVERY_S, max(0.1, deadline - time.monotonic())))
-
-
 def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]:
     """Return every actor's facts; say every few seconds who is awaited; raise where they do not all start in time."""
     timeout_s = _START_S if options.start_timeout_s is None else max(options.start_timeout_s, _START_S)
@@ -222,18 +202,3 @@ def _started(ref: Any) -> dict[str, str]:
                 f"node {where} lacks the package {missing[1]!r}, which the shards need: install the same versions on every node"
             ) from error
         raise ShardLost(f"a shard did not start: {text}") from error
-
-
-def _labelled(node: Mapping[str, Any], selector: Mapping[str, str]) -> bool:
-    return all(_meets(node.get("Labels", {}).get(key), wanted) for key, wanted in selector.items())
-
-
-def _meets(label: str | None, wanted: str) -> bool:
-    """Whether a label is as Ray's selectors say it: value, !value, in(a,b) or !in(a,b)."""
-    plain = wanted.removeprefix("!")
-    among = plain[3:-1].split(",") if plain.startswith("in(") else [plain]
-    return (label in [value.strip() for value in among]) == (plain == wanted)
-
-
-def _room(resources: Mapping[str, float], ask: Mapping[str, float], most: int) -> int:
-    return min([int((resources.get(name, 0.0) + 1e-9) // amount) for name, amount in ask.items()], default=most)

@@ -34,6 +34,7 @@ class Fencing:
         self._node = ray.get_runtime_context().get_node_id()
         self._fenced: set[Hired] = set()
         self._dismissed: set[Hired] = set()
+        self.unreachable: set[str] = set()  # nodes that did not answer when a process of theirs was to be ended
         self.leases = Leases(lasts_s, self._belongs, lambda: os._exit(1))
 
     def inherit(self, hired: Hired) -> None:
@@ -50,6 +51,7 @@ class Fencing:
             return
         lapses_s = self.leases.refuse(_who(hired.index, hired.handle))
         ended = self._end(hired)
+        (self.unreachable.discard if ended else self.unreachable.add)(hired.place.node)
         kill(hired.handle)
         if not ended and lapses_s:
             log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", hired.index, lapses_s)

@@ -20,7 +20,6 @@ from distnadam.backends.actors import make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.cluster import (
     await_start,
-    check_fits,
     check_versions,
     node_facts,
     own,
@@ -30,6 +29,7 @@ from distnadam.backends.exporter import Exporter
 from distnadam.backends.joining import OwnRay, ensure_ray
 from distnadam.backends.link import REMEDY, Place, RayLink
 from distnadam.backends.named import end_optimizer, is_named, named
+from distnadam.backends.placement import check_fits
 from distnadam.backends.raycalls import RayPending, RayTeam, require_ray
 from distnadam.config import Options
 from distnadam.errors import (

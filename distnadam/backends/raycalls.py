@@ -1,6 +1,7 @@
 """Calls to Ray actors that are on their way: answers of shards, and a team of ranks."""
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,7 +81,8 @@ class RayTeam(Team):
 
     def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
         self._make, self._options = make, options
-        self._actors = {rank: make_member(make, rank, options) for rank in range(size)}
+        self._first = secrets.randbelow(2**16)  # several teams begin on different nodes
+        self._actors = {rank: make_member(make, rank, options, self._first) for rank in range(size)}
         self._places = {actor: actor.about.remote() for actor in self._actors.values()}
         self._calls: dict[Any, int] = {}
 
@@ -98,7 +100,7 @@ class RayTeam(Team):
         """See `Team.replace`."""
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
-        actor = self._actors[rank] = make_member(self._make, rank, self._options)
+        actor = self._actors[rank] = make_member(self._make, rank, self._options, self._first)
         self._places[actor] = actor.about.remote()
 
     def close(self) -> None:

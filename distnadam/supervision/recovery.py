@@ -105,6 +105,7 @@ class Recovery:
             fleet.crew.fence(fleet.shards[index])
             if (outdated := fleet.standbys.pop(index, None)) is not None:
                 fleet.crew.fence(outdated)  # it must not step in for the new one
+        for index in fleet.missing():
             fleet.shards[index] = fleet.crew.hire(fleet.spec(index), standby=False, near=list(fleet.alive().values()))
             fleet.crew.watch(fleet.shards[index])
         epoch, schedule = fleet.next_epoch(), fleet.schedule
