@@ -1,5 +1,6 @@
 """All ranks of `fit` as one: runs a segment to its end, replacing those that die, hang or fail, as long as steps are made."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from distnadam.backends.base import Team
@@ -9,22 +10,27 @@ from distnadam.optimizer import DistNadam
 POLL_S = 0.1
 """Seconds between two looks for ranks whose process died."""
 MOST_RECOVERIES = 3
-"""Recoveries in a row, with no new step between them, after which a run is given up."""
+"""Recoveries of one rank in a row, with no new step between them, after which a run is given up."""
 
 
 class Recoveries:
-    """Counts recoveries since the last new step, and gives up after `MOST_RECOVERIES`."""
+    """Counts recoveries since the last new step, of each rank and of the whole run, and gives up after `MOST_RECOVERIES` of one."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._since, self._reached = 0, -1
+        self._since, self._reached = Counter[int | None](), -1
 
-    def count(self, step: int, error: Exception) -> None:
-        """Take that something failed after `step` steps; raise where it did so too often."""
+    def count(self, step: int, error: Exception, rank: int | None = None) -> None:
+        """Take that a rank, or else the whole run, failed after `step` steps; raise where it did so too often.
+
+        Ranks count apart, since a host takes all of its ranks along.
+        """
         self.total += 1
-        self._since = 1 if step > self._reached else self._since + 1
+        if step > self._reached:
+            self._since.clear()
+        self._since[rank] += 1
         self._reached = max(step, self._reached)
-        if self._since <= MOST_RECOVERIES:
+        if self._since[rank] <= MOST_RECOVERIES:
             return
         if isinstance(error, TrainingError):
             raise error
@@ -91,14 +97,14 @@ class Ranks:
                     self._replace(late, error)
             self._run(rank, self._running[rank])
         elif isinstance(error, TrainingError) or not isinstance(error, DistNadamError):
-            self._recoveries.count(self._optimizer.round, error)
+            self._recoveries.count(self._optimizer.round, error, rank)
             self._tell(f"{error}; trying again")
             self._run(rank, self._running[rank])
         else:
             raise error
 
     def _replace(self, rank: int, error: Exception) -> None:
-        self._recoveries.count(self._optimizer.round, error)
+        self._recoveries.count(self._optimizer.round, error, rank)
         self._tell(f"{error}; worker {rank} is started anew")
         end = self._running[rank]
         self._team.replace(rank)

@@ -27,7 +27,7 @@ class Dying(Quadratic):
         victim = self.victims.get((rank, step))
         if victim is not None and not (self.directory / f"{victim}-{step}.struck").exists():
             (self.directory / f"{victim}-{step}.struck").touch()
-            os.kill(os.getpid() if victim == "worker" else shard_process(), signal.SIGKILL)
+            os.kill(os.getpid() if victim.startswith("worker") else shard_process(), signal.SIGKILL)
         return super().batch(step, rank, world_size)
 
 
@@ -42,6 +42,16 @@ def shard_process() -> int:
     lanes = next(thing for thing in gc.get_objects() if type(thing) is Lanes and thing._lines)
     line = lanes._lines[max(lanes._lines)]
     return int(struct.unpack("3i", line._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+def test_a_host_that_takes_more_ranks_along_than_a_run_may_fail_changes_no_bit(tmp_path: Path) -> None:
+    train(Quadratic(), tmp_path / "undisturbed", backend="local", num_workers=6)
+    (tmp_path / "struck").mkdir()
+    task = Dying(tmp_path / "struck", {(rank, 5): f"worker {rank}" for rank in range(5)})
+    task.name = Quadratic.name
+    history = train(task, tmp_path / "disturbed", num_workers=6)
+    assert history.recoveries >= 5
+    assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
 
 
 class Poisoned(Quadratic):
