@@ -73,9 +73,10 @@ def _there(node: str) -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "max_retries": 0}
 
 
-def make_member(make: Callable[[int], Any], rank: int, options: Options, first: int) -> Any:
-    """Return a new actor for one rank of a team, whose ranks take the nodes in turn from that one on."""
-    asked = placement.at(rank, ray.nodes(), {"CPU": options.worker_cpus}, options.worker_label_selector, first=first)
+def make_member(make: Callable[[int], Any], rank: int, options: Options, first: int, avoided: set[str]) -> Any:
+    """Return a new actor for one rank of a team, whose ranks take the nodes in turn from the first on, except those to be avoided."""
+    ask, selector = {"CPU": options.worker_cpus}, options.worker_label_selector
+    asked = placement.at(rank, ray.nodes(), ask, selector, first=first, avoided=avoided)
     return _member.options(**asked, num_cpus=options.worker_cpus, max_restarts=0).remote(make, rank)
 
 

@@ -51,8 +51,9 @@ class Fencing:
             return
         lapses_s = self.leases.refuse(_who(hired.index, hired.handle))
         ended = self._end(hired)
-        (self.unreachable.discard if ended else self.unreachable.add)(hired.place.node)
         kill(hired.handle)
+        if not ended and hired.place.node:
+            self.unreachable.add(hired.place.node)
         if not ended and lapses_s:
             log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", hired.index, lapses_s)
             time.sleep(lapses_s)

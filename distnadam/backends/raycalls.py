@@ -82,7 +82,8 @@ class RayTeam(Team):
     def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
         self._make, self._options = make, options
         self._first = secrets.randbelow(2**16)  # several teams begin on different nodes
-        self._actors = {rank: make_member(make, rank, options, self._first) for rank in range(size)}
+        self._unreachable: set[str] = set()  # nodes that did not answer when a process of theirs was to be ended
+        self._actors = {rank: self._make_member(rank) for rank in range(size)}
         self._places = {actor: actor.about.remote() for actor in self._actors.values()}
         self._calls: dict[Any, int] = {}
 
@@ -100,13 +101,16 @@ class RayTeam(Team):
         """See `Team.replace`."""
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
-        actor = self._actors[rank] = make_member(self._make, rank, self._options, self._first)
+        actor = self._actors[rank] = self._make_member(rank)
         self._places[actor] = actor.about.remote()
 
     def close(self) -> None:
         """See `Team.close`."""
         self._end(list(self._actors.values()))
         self._forget(list(self._calls))
+
+    def _make_member(self, rank: int) -> Any:
+        return make_member(self._make, rank, self._options, self._first, self._unreachable)
 
     def _forget(self, refs: list[Any]) -> None:
         for ref in refs:
@@ -124,7 +128,7 @@ class RayTeam(Team):
                 places.append(ray.get(ref))
         for actor in actors:
             kill(actor)
-        registry.strike(places, end_on, grace_s=registry.GRACE_S)
+        self._unreachable |= registry.strike(places, end_on, grace_s=registry.GRACE_S)
 
     def _result(self, ref: Any) -> Any:
         try:

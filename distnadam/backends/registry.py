@@ -67,16 +67,19 @@ def places_of(run: str) -> list[Place]:
     return [Place(node, pid=int(pid), born=born) for node, pid, born in (key.rsplit("/", 3)[1:] for key in _records(run))]
 
 
-def strike(places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> None:
-    """Kill processes, stopped ones too, and wait until they are gone; with a grace, those that Ray was told to end."""
+def strike(places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> set[str]:
+    """Kill processes, stopped ones too, and wait until they are gone; with a grace, those that Ray was told to end.
+
+    Return the nodes that did not answer.
+    """
     node, by_node = ray.get_runtime_context().get_node_id(), dict[str, list[tuple[int, str]]]()
     for place in places:
         by_node.setdefault(place.node, []).append((place.pid, place.born))
     here_too = by_node.pop(node, [])
-    waits = [end_on(other, processes, grace_s) for other, processes in by_node.items()]
+    waits = {end_on(other, processes, grace_s): other for other, processes in by_node.items()}
     end_processes(here_too, grace_s)
-    if waits:
-        ray.wait(waits, num_returns=len(waits), timeout=_END_S)  # a node that is gone took its processes along
+    silent = ray.wait(list(waits), num_returns=len(waits), timeout=_END_S)[1] if waits else []  # what is gone took its processes along
+    return {waits[ref] for ref in silent}
 
 
 def end(run: str, places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> None:
