@@ -80,8 +80,8 @@ def fit(
         verbose: show progress on standard error; "auto" as True.
 
     Raises:
-        TrainingError: the task's code raised, or a worker's process died, and three recoveries of one rank in a row brought no new step; the message
-            names the rank and the step.
+        TrainingError: the task's code raised, or a worker's process died, and three recoveries in a row of one rank, or of the
+            run, brought no new step; the message names the rank and the step.
         CheckpointBusy: another run writes `checkpoint_dir`.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written; a second Ctrl-C raises at once.
     """
