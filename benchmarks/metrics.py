@@ -1,13 +1,19 @@
-"""What exporting metrics costs: the same step with and without, in turn, in the same worker processes on one Ray whose metrics are on.
+"""What exporting metrics costs: steps with and without, by turns, in the same worker processes on one Ray whose metrics are on.
 
-`python -m benchmarks.metrics`, in an environment with the extra `metrics`. A second optimizer without shows what the machine's noise
-makes of two that are the same. The cost includes the exporters' threads and Ray's own agent, which work on the same cores.
+`python -m benchmarks.metrics`, in an environment with the extra `metrics`. Arms take turns at every step, in an order drawn anew each time,
+so that what the machine does beside falls on all alike; a second optimizer without metrics shows what is left of it. What works in the
+background falls on all arms too, so its CPU time is read from the clocks of those who spend it: the exporter's thread in a worker, which
+tells most, and Ray's agent, all that it does.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
+import random
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,64 +40,97 @@ class Trainer:
             for view in worker.gradients().values():
                 np.random.default_rng(rank).standard_normal(out=view, dtype=np.float32)
 
-    def run(self, arm: str, steps: int) -> float:
-        """Return the median seconds of a step."""
-        worker, times = self.workers[arm], []
+    def run(self, steps: int, seed: int) -> dict[str, list[float]]:
+        """Return each arm's seconds, step by step."""
+        order, times = random.Random(seed), dict[str, list[float]]({arm: [] for arm in ARMS})
         for _ in range(steps):
-            began = time.perf_counter()
-            worker.step()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times)
+            for arm in order.sample(list(ARMS), len(ARMS)):
+                began = time.perf_counter()
+                self.workers[arm].step()
+                times[arm].append(time.perf_counter() - began)
+        return times
+
+    def exporting_s(self) -> float:
+        """Return the CPU seconds that this process has spent exporting."""
+        clocks = [time.pthread_getcpuclockid(thread.ident) for thread in threading.enumerate() if thread.name == "metrics"]
+        return sum(map(time.clock_gettime, clocks))
 
 
-def measure(elements: int, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Return each arm's medians, one per round; within a round the arms come in an order that changes from round to round."""
+def agent_s() -> float:
+    """Return the CPU seconds that the agent of this Ray has spent."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_text()
+            if "dashboard/agent.py" in command and session in command:
+                user, system = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
+                return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    raise RuntimeError("this Ray has no agent")
+
+
+def measure(elements: int, seconds: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Return each arm's seconds, step by step, and the CPU seconds spent in the background per second, by who spent them."""
     params = {"w": np.zeros(elements, np.float32)}
     optimizers = {
         arm: DistNadam(num_shards=2, num_workers=2, backend="ray", options=Options(metrics=on)).build(params) for arm, on in ARMS.items()
     }
     trainers = [Trainer.remote(optimizers, rank) for rank in range(2)]
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for number in range(-1, rounds):
-        arms = list(ARMS)[number % 3 :] + list(ARMS)[: number % 3]
-        for arm in arms if number % 2 else reversed(arms):
-            found = ray.get([trainer.run.remote(arm, steps) for trainer in trainers])
-            if number >= 0:  # the first is warm-up
-                times[arm].append(found[0])
+    steps, began, spent = 50, 0.0, dict[str, float]()
+    for number in itertools.count(-1):
+        if number == 0:
+            began, spent = time.monotonic(), {"exporter": ray.get(trainers[0].exporting_s.remote()), "agent": agent_s()}
+        found = ray.get([trainer.run.remote(steps, number) for trainer in trainers])[0]
+        if number >= 0:  # the first is warm-up
+            for arm in ARMS:
+                times[arm] += found[arm]
+            if time.monotonic() - began > seconds:
+                break
+        steps = max(10, int(2.0 / sum(map(statistics.median, found.values()))))
+    elapsed = time.monotonic() - began
+    now = {"exporter": ray.get(trainers[0].exporting_s.remote()), "agent": agent_s()}
     for optimizer in optimizers.values():
         optimizer.close()
-    return times
+    return {arm: np.array(each) for arm, each in times.items()}, {who: (now[who] - spent[who]) / elapsed for who in now}
 
 
-def ratios(times: dict[str, list[float]], arm: str) -> list[float]:
-    """Return, per round, an arm's step over that of the arm without metrics, sorted."""
-    return sorted(mine / other for mine, other in zip(times[arm], times["off"], strict=True))
+def over_off(times: dict[str, np.ndarray], arm: str) -> tuple[float, float, float]:
+    """Return the median of an arm's steps, each over the one without beside it, and the ends of its 95% interval.
+
+    The interval is of the bootstrap over fifty pieces of the run, since neighbouring steps are alike.
+    """
+    pieces = np.array_split(times[arm] / times["off"], 50)
+    draws = np.random.default_rng(0).integers(0, len(pieces), (1000, len(pieces)))
+    drawn = sorted(float(np.median(np.concatenate([pieces[i] for i in draw]))) for draw in draws)
+    return float(np.median(np.concatenate(pieces))), drawn[25], drawn[974]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=lambda text: int(float(text)), nargs="*", default=[10**4, 10**6])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--seconds", type=float, default=0.5, help="about so long is each arm's turn")
+    parser.add_argument("--seconds", type=float, default=120.0, help="about so long for each size")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     if ray.nodes()[0]["MetricsExportPort"] <= 0:
         parser.error("Ray's metrics are off here: pip install 'distnadam[metrics]'")
-    table = Table("elements", "arm", "ms", "over off: median", "quartiles", title="one step, 2 workers, 2 shards, views")
+    table = Table("elements", "arm", "steps", "ms", "over off", "95% interval", title="one step, 2 workers, 2 shards, views")
     rows: list[dict[str, Any]] = []
+    told = []
     for elements in args.elements:
-        once = statistics.median(measure(elements, 1, 50)["off"])
-        times = measure(elements, args.rounds, max(20, int(args.seconds / once)))
+        times, background = measure(elements, args.seconds)
         for arm in ARMS:
-            found = ratios(times, arm)
-            low, middle, high = found[len(found) // 4], statistics.median(found), found[3 * len(found) // 4]
+            ratio, low, high = over_off(times, arm)
             rows.append(
-                {"elements": elements, "arm": arm, "ms": statistics.median(times[arm]) * 1e3, "ratio": middle, "quartiles": [low, high]}
+                {"elements": elements, "arm": arm, "ms": float(np.median(times[arm])) * 1e3, "ratio": ratio, "interval": [low, high]}
             )
-            table.add_row(f"{elements:.0e}", arm, f"{rows[-1]['ms']:.3f}", f"{middle:.4f}", f"{low:.4f} to {high:.4f}")
+            table.add_row(f"{elements:.0e}", arm, str(len(times[arm])), f"{rows[-1]['ms']:.3f}", f"{ratio:.4f}", f"{low:.4f} to {high:.4f}")
+        rows.append({"elements": elements, "background": background})
+        told.append(
+            f"{elements:.0e}: in the background, of one core: " + ", ".join(f"{who} {part:.2%}" for who, part in background.items())
+        )
     ray.shutdown()
-    Console(width=110).print(table)
+    Console(width=110).print(table, *told, sep="\n")
     if args.out is not None:
         args.out.write_text(json.dumps(rows, indent=1))
 
