@@ -71,7 +71,7 @@ class Machine:
 
     def refused(self, error: DistNadamError) -> list[Effect]:
         """Take that a step could not be begun: nothing was touched, whoever waits gets the error, and the round begins anew."""
-        return [*self._drop_pushes(error), *self._settle(), *self._progress()]
+        return [*self._drop_pushes(msg.Dropped(error)), *self._settle(), *self._progress()]
 
     def gradients(self) -> list[Flat]:
         """Return the round's gradients in rank order."""
@@ -152,11 +152,11 @@ class Machine:
         error = self.members.given_up_of(self.round + 1, set(self._now.pushes))
         if error is None or self.phase is not Phase.COLLECTING or DIRECT in self._now.pushes:
             return []
-        return self._drop_pushes(error)
+        return self._drop_pushes(msg.Dropped(error))
 
-    def _drop_pushes(self, error: DistNadamError) -> list[Effect]:
-        """Begin the round anew; whoever waited for it gets the error."""
-        refused = self._now.refuse(error)
+    def _drop_pushes(self, reply: DistNadamError | msg.Dropped) -> list[Effect]:
+        """Begin the round anew; whoever waited for it gets the reply."""
+        refused = self._now.refuse(reply)
         self._now, self.phase = Round(), Phase.COLLECTING
         return refused
 

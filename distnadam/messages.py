@@ -13,6 +13,7 @@ from distnadam.arrays import Array, Flat
 from distnadam.description import Describe as Describe
 from distnadam.description import Description as Description
 from distnadam.description import ShardSpec as ShardSpec
+from distnadam.errors import DistNadamError
 from distnadam.filing import Filing
 from distnadam.nadam.schedule import Clock
 from distnadam.schedules import Rate
@@ -93,6 +94,16 @@ class Measured:
 
     round: int
     sums: tuple[tuple[int, Array], ...]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """The round was begun anew: the push did not count here and is held no more, for this reason.
+
+    Others may have counted it, or hold it yet. Its worker pushes nothing else before it knows that it counted everywhere, or nowhere.
+    """
+
+    error: DistNadamError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
 from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StaleEpoch, StepTimeout, SupersededWorker
 from distnadam.layout import Ranges
-from distnadam.messages import Decided, Describe, Description, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
+from distnadam.messages import Decided, Describe, Description, Dropped, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.takeover import adoptions
 
@@ -93,13 +93,10 @@ class Seat:
             try:
                 if flight.pending is None:
                     self._send(flight)
-                answers = self._conclude(flight)
-                if len({(decided.epoch, decided.round) for decided in answers.values()}) == 1:
-                    return self._take(answers)
-                if len({decided.epoch for decided in answers.values()}) == 1:
-                    return self.pull(want_parameters=flight.want_parameters)  # it counted long ago, and rounds go on without this rank
-                flight.pending = None  # shards were replaced or went back between the answers; a push that counted may be asked about again
-                self._await(deadline, "the shards did not agree on an epoch")
+                if (ended := self._agreed(flight, self._conclude(flight))) is not None:
+                    return ended
+                flight.pending = None
+                self._await(deadline, f"the shards did not agree on round {flight.round}")
             except Reconfigured as error:
                 known, flight.epoch, flight.pending = flight.epoch, max(flight.epoch, error.epoch), None
                 if error.epoch <= known:  # other shards are yet to hear of it, or the round is to be decided without this rank
@@ -183,10 +180,12 @@ class Seat:
         flight.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
 
     def _conclude(self, flight: Flight) -> dict[int, Decided]:
-        """Wait for the answers, the second phase included where clipping needs norms."""
+        """Wait for the answers, the second phase included where clipping needs norms, unless a shard has dropped the push."""
         assert flight.pending is not None
         answers = self._wait(flight.pending)
-        while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}:
+        while not any(isinstance(answer, Dropped) for answer in answers.values()) and (
+            measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}
+        ):
             if len(measured) == len(answers):
                 flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
             if flight.square_sums is None:
@@ -196,6 +195,20 @@ class Seat:
             flight.pending = self.link.post(dict.fromkeys(measured, norms))
             answers = answers | self._wait(flight.pending)
         return answers
+
+    def _agreed(self, flight: Flight, answers: dict[int, Any]) -> dict[int, Decided] | None:
+        """Return how the round ended; None where it is to be sent again, to shards that know that it counted as well.
+
+        Some of them were replaced or went back between the answers, or dropped what others have counted. Raise what all dropped it for.
+        """
+        dropped = [answer.error for answer in answers.values() if isinstance(answer, Dropped)]
+        if len(dropped) == len(answers):
+            raise dropped[0]
+        if dropped or len({decided.epoch for decided in answers.values()}) > 1:
+            return None
+        if len({decided.round for decided in answers.values()}) > 1:
+            return self.pull(want_parameters=flight.want_parameters)  # it counted long ago, and rounds go on without this rank
+        return self._take(answers)
 
     def _norms_are_gone(self, number: int) -> NoReturn:
         """Have all go back: a round was applied by some shards, and nobody has the norms that the others need."""

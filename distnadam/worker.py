@@ -31,7 +31,8 @@ class Ticket:
             StaleEpoch: the state was replaced meanwhile; pull and compute again.
             Rewound: (a StaleEpoch) a shard died and all went back to round `error.step`; pull and compute again from there.
             StepTimeout: the other workers did not push, or a shard did not answer, in time; the message names them. May be called again.
-            WorkerLost: another rank's worker died before it pushed, and nobody took it over; this push was dropped.
+            WorkerLost: another rank's worker died before it pushed, and nobody took it over; every shard has dropped this push, so that
+                another gradient may be pushed for the round.
             Unrecoverable: a shard died, and the settings allow no recovery.
         """
         if self._error is not None:

@@ -17,7 +17,7 @@ from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.layout import Ranges
 from distnadam.messages import Lost, Read, ShardSpec
-from distnadam.orders import LetGo, Load, Record, Reign, Replicated
+from distnadam.orders import GiveUp, LetGo, Load, Record, Reign, Replicated
 from distnadam.reshard import copy_plan
 from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.supervisor import Supervisor
@@ -164,6 +164,9 @@ class _WorldCrew(Crew):
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         answers: dict[int, Any] = {}
         asked = {i: hired[i].handle for i in messages if i in hired}
+        lost = {i for i in asked if isinstance(messages[i], GiveUp) and self._world.next_fault() == "lose"}
+        answers |= {i: StepTimeout(f"shard {i}: the connection broke") for i in lost}
+        asked = {i: process for i, process in asked.items() if i not in lost}
         futures = {i: process.send(messages[i]) for i, process in asked.items() if messages[i] is not None}
         for index, process in asked.items():
             if messages[index] is None:
@@ -187,10 +190,12 @@ class World:
     """The processes of one optimizer and its supervisor, and the memory of its workers.
 
     `faults` are taken one by one by the messages of workers: "" delivers, "lose" loses the message, "lose answer" its answer, "repeat"
-    delivers it twice, "delay" keeps it for `deliver_one`, with its own copy of the gradients.
+    delivers it twice, "delay" keeps it for `deliver_one`, with its own copy of the gradients. "lose" also befalls what shards are told
+    of a rank that nobody takes over. With `objects` every message has its own copy; otherwise shards read what lies in the memory.
     """
 
-    def __init__(self, specs: Sequence[ShardSpec], *, replicas: int) -> None:
+    def __init__(self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False) -> None:
+        self.objects = objects
         self.hired: list[Hired] = []
         self.memories: dict[tuple[int, int], Flat] = {}
         self.faults: deque[str] = deque()
@@ -230,6 +235,10 @@ class World:
         """Count anew how long somebody waits."""
         self._posts = 0
 
+    def next_fault(self) -> str:
+        """Take what is to befall the next message."""
+        return self.faults.popleft() if self.faults else ""
+
     def deliver_one(self, which: int) -> None:
         """Deliver one of the messages that were delayed."""
         if self.late:
@@ -245,17 +254,17 @@ class World:
 
     def transmit(self, process: Process, message: Any) -> Future[Any]:
         """Send a worker's message the way that the next fault says."""
-        fault = self.faults.popleft() if self.faults else ""
+        fault = self.next_fault()
         outer: Future[Any] = Future()
         if fault == "lose":
             outer.set_exception(ShardLost("the connection broke"))
             return outer
         if fault == "delay":
-            copied = message
-            if getattr(message, "gradients", None) is not None:
-                copied = type(message)(**{**vars(message), "gradients": {s: a.copy() for s, a in message.gradients.items()}})
+            copied = _copied(message)
             self.late.append(lambda: _pass_on(process.send(copied), outer))
             return outer
+        if self.objects:
+            message = _copied(message)
         if fault == "repeat":
             process.send(message)
         answer = process.send(message)
@@ -263,6 +272,13 @@ class World:
             outer.set_exception(ShardLost("the connection broke"))
             return outer
         return answer
+
+
+def _copied(message: Any) -> Any:
+    """Return a message with its own copy of the gradients, as one that a Ray object carries has."""
+    if getattr(message, "gradients", None) is None:
+        return message
+    return replace(message, gradients={space: array.copy() for space, array in message.gradients.items()})
 
 
 def _pass_on(inner: Future[Any], outer: Future[Any]) -> None:

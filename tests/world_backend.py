@@ -6,7 +6,8 @@ from typing import Any
 
 from distnadam.arrays import Flat, empty_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
-from distnadam.config import Options
+from distnadam.config import NadamConfig, Options
+from distnadam.controller import Controller
 from distnadam.errors import DistNadamError
 from distnadam.layout import Layout, Ranges
 from distnadam.messages import ShardSpec, Step, StepNorms
@@ -111,3 +112,16 @@ class WorldBackend(Backend):
 
     def close(self, *, destroy: bool) -> None:
         pass
+
+
+def begin_world(
+    initial: Any, config: NadamConfig, options: Options, num_shards: int, num_workers: int, replicas: int, *, objects: bool = False
+) -> tuple[World, Layout]:
+    """Return a world whose shards hold one tensor `w` of float32."""
+    layout = Layout.of({"w": initial})
+    cuts = layout.cuts(num_shards)
+    specs = [ShardSpec(i, num_shards, num_workers, replicas, None, config, options, layout, cut) for i, cut in enumerate(cuts)]
+    world = World(specs, replicas=replicas, objects=objects)
+    Controller(WorldBackend(world), layout, num_shards, options).load({"float32": initial})
+    world.look()
+    return world, layout

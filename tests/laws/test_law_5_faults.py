@@ -7,7 +7,7 @@ round, rank, incarnation and parameters, so that one that is lost, doubled, mixe
 import contextlib
 import shutil
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,13 @@ from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.describe import described
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
-from distnadam.layout import Layout
 from distnadam.ledger import DIRECT
-from distnadam.messages import ShardSpec
 from distnadam.saving import Saver
 from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of
-from tests.world import Process, World
-from tests.world_backend import WorldBackend
+from tests.world import Process
+from tests.world_backend import WorldBackend, begin_world
 
 RANKS = 3
 SIZE = 3000
@@ -43,38 +41,34 @@ OUTSIDE = np.random.default_rng(99).standard_normal(SIZE).astype(np.float32)
 EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost)
 
 
-def gradient(number: int, rank: int, incarnation: int, params: Any) -> Any:
+def gradient(number: int, rank: int, incarnation: int, params: Any, attempt: int = 0) -> Any:
     if rank == DIRECT:
         return OUTSIDE  # whoever steps from outside does not know in which round it will be
     if (7 * number + 3 * rank + incarnation) % 13 == 0:
         return None
-    noise = np.random.default_rng([number, rank, incarnation]).standard_normal(SIZE).astype(np.float32)
+    noise = np.random.default_rng([number, rank, incarnation, attempt]).standard_normal(SIZE).astype(np.float32)
     return noise + np.float32(0.1) * params
-
-
-def begin_world(config: NadamConfig, options: Options, num_shards: int, replicas: int) -> tuple[World, Layout]:
-    layout = Layout.of({"w": INITIAL})
-    specs = [ShardSpec(i, num_shards, RANKS, replicas, None, config, options, layout, cut) for i, cut in enumerate(layout.cuts(num_shards))]
-    world = World(specs, replicas=replicas)
-    Controller(WorldBackend(world), layout, num_shards, options).load({"float32": INITIAL})
-    world.look()
-    return world, layout
 
 
 class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @initialize(
-        num_shards=st.integers(1, 3), replicas=st.integers(0, 1), elastic=st.booleans(), clip=st.sampled_from([{}, {"clipnorm": 1.0}])
+        num_shards=st.integers(1, 3),
+        replicas=st.integers(0, 1),
+        gone=st.sampled_from([{"rejoin_timeout_s": 1e6}, {"rejoin_timeout_s": 0.0}, {"rejoin_timeout_s": 0.0, "min_workers": 1}]),
+        clip=st.sampled_from([{}, {"clipnorm": 1.0}]),
+        objects=st.booleans(),
     )
-    def start(self, num_shards: int, replicas: int, elastic: bool, clip: dict[str, float]) -> None:
+    def start(self, num_shards: int, replicas: int, gone: dict[str, Any], clip: dict[str, float], objects: bool) -> None:
         self.root = Path(tempfile.mkdtemp())
         config = NadamConfig(clipvalue=0.5, **clip)
-        gone = {"min_workers": 1, "rejoin_timeout_s": 0.0} if elastic else {"rejoin_timeout_s": 1e6}
-        self.options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone)  # type: ignore[arg-type]
+        self.options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone)
         self.config = config
-        self.world, self.layout = begin_world(config, self.options, num_shards, replicas)
-        self.model = OneProcess(self.layout, config, INITIAL, gradient)
+        self.world, self.layout = begin_world(INITIAL, config, self.options, num_shards, RANKS, replicas, objects=objects)
+        self.attempts: Counter[tuple[int, int, int]] = Counter()  # pushes of a (round, rank, incarnation) that were dropped for certain
+        self.model = OneProcess(self.layout, config, INITIAL, self.given)
         self.workers: dict[int, Worker] = {}
         self.tickets: dict[int, Ticket] = {}
+        self.pushed: dict[int, tuple[int, int, int]] = {}
         self.epochs: dict[Process, int] = {}
         for rank in range(RANKS):
             self.join(rank)
@@ -97,6 +91,10 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         finally:
             shutil.rmtree(self.root)
 
+    def given(self, number: int, rank: int, incarnation: int, params: Any) -> Any:
+        """What a worker pushes: another gradient each time that it was told that one did not count."""
+        return gradient(number, rank, incarnation, params, self.attempts[number, rank, incarnation])
+
     # What workers do
 
     @rule(rank=RANK)
@@ -117,7 +115,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             return
         try:
             params = worker.pull()["w"]
-            given = gradient(worker.round + 1, rank, worker._seat._incarnation, params)
+            given = self.given(worker.round + 1, rank, worker._seat._incarnation, params)
+            self.pushed[rank] = (worker.round + 1, rank, worker._seat._incarnation)
             self.tickets[rank] = worker.push({"w": np.full(SIZE, np.nan, np.float32) if given is None else given})
         except SupersededWorker:
             del self.workers[rank]
@@ -135,6 +134,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             return
         except SupersededWorker:
             del self.workers[rank]
+        except WorkerLost:
+            self.attempts[self.pushed[rank]] += 1
         except EXPECTED:
             pass
         del self.tickets[rank]
