@@ -36,7 +36,7 @@ def image_is_pinned_and_unprivileged(tree: Tree) -> Iterator[str]:
                 yield f"{DOCKERFILE}: installs without constraints.txt, or something else than the wheel: {command.strip()[:60]}"
     if "pip wheel" not in text or not re.search(r"^COPY --from=build .*/wheel", text, re.M):
         yield f"{DOCKERFILE}: does not build the wheel, or does not take the one that it built"
-    extras = {extra for found in re.findall(r"\.whl\)\[([\w,]+)\]", text) for extra in found.split(",")}
+    extras = {extra for found in re.findall(r"\.whl[^\])]*\)\[([\w,]+)\]", text) for extra in found.split(",")}
     if missing := EXTRAS - extras:
         yield f"{DOCKERFILE}: lacks the extras {sorted(missing)}"
 
