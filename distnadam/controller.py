@@ -42,6 +42,8 @@ from distnadam.transport.slot import GradientSlot
 
 _T = TypeVar("_T")
 _IO_TIMEOUT_S = 24 * 3600.0
+_PATIENCE_S = 10.0
+"""How long a shard may take to say where it stands, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,23 @@ class Controller:
         """Return where every shard stands; never waits for a round, so they may differ."""
         answers = self.recovering(lambda: self.ask(self._everyone(Describe())))
         return [answers[index] for index in sorted(answers)]
+
+    def who_is_late(self, decided: int) -> str:
+        """Say, for an error, which shards do not answer, and which ranks have not pushed for the round after `decided`."""
+        asked = {shard: self.backend.post({shard: Describe()}) for shard in range(len(self.ranges))}
+        deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
+        for shard, pending in asked.items():
+            try:
+                status: Description = pending.result(max(0.1, deadline - time.monotonic()))[shard]
+            except TimeoutError:
+                silent.append(shard)
+                continue
+            if status.round > decided:
+                continue
+            fates = dict.fromkeys(status.left, " (closed)") | dict.fromkeys(status.dead, " (died)")
+            missing |= {f"{rank}{fates.get(rank, '')}" for rank in status.waiting_for}
+        hung = f"shards {', '.join(map(str, silent))} do not answer; " if silent else ""
+        return f"{hung}still to push: ranks {', '.join(sorted(missing)) or 'none'}"
 
     def load(self, params: Flat) -> None:
         """Give newly made shards their first parameters."""

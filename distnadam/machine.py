@@ -44,6 +44,7 @@ class Machine:
         self._loaded: tuple[int, Any] = (0, None)  # the epoch of the last load, and how it was answered
         self._broken: BaseException | None = None
         self._why_hollow = ""
+        self._refusal: DistNadamError | None = None  # why this round was begun anew
 
     # What the host may do
 
@@ -71,7 +72,8 @@ class Machine:
 
     def refused(self, error: DistNadamError) -> list[Effect]:
         """Take that a step could not be begun: nothing was touched, whoever waits gets the error, and the round begins anew."""
-        return [*self._drop_pushes(msg.Dropped(error)), *self._settle(), *self._progress()]
+        self._refusal = error
+        return [*self._drop_pushes(error), *self._settle(), *self._progress()]
 
     def gradients(self) -> list[Flat]:
         """Return the round's gradients in rank order."""
@@ -150,13 +152,13 @@ class Machine:
 
     def _drop_pushes_that_wait_in_vain(self) -> list[Effect]:
         error = self.members.given_up_of(self.round + 1, set(self._now.pushes))
-        if error is None or self.phase is not Phase.COLLECTING or DIRECT in self._now.pushes:
+        if error is None or self.phase is not Phase.COLLECTING or DIRECT in self._now.pushes or self._now.adopted:
             return []
-        return self._drop_pushes(msg.Dropped(error))
+        return self._drop_pushes(error)
 
-    def _drop_pushes(self, reply: DistNadamError | msg.Dropped) -> list[Effect]:
-        """Begin the round anew; whoever waited for it gets the reply."""
-        refused = self._now.refuse(reply)
+    def _drop_pushes(self, error: DistNadamError) -> list[Effect]:
+        """Begin the round anew; whoever waited for it gets the error."""
+        refused = self._now.refuse(error)
         self._now, self.phase = Round(), Phase.COLLECTING
         return refused
 
@@ -165,7 +167,7 @@ class Machine:
 
     def _decide(self, outcome: msg.Outcome, complaint: str | None) -> list[Effect]:
         """End the round: count its pushes, tell the standby, answer who waits, begin the next."""
-        self.round += 1
+        self.round, self._refusal = self.round + 1, None
         self.furthest = max(self.furthest, self.round)
         self.skipped += outcome != "applied"
         self._last = (outcome, complaint)

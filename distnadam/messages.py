@@ -13,7 +13,6 @@ from distnadam.arrays import Array, Flat
 from distnadam.description import Describe as Describe
 from distnadam.description import Description as Description
 from distnadam.description import ShardSpec as ShardSpec
-from distnadam.errors import DistNadamError
 from distnadam.filing import Filing
 from distnadam.nadam.schedule import Clock
 from distnadam.schedules import Rate
@@ -63,7 +62,8 @@ class Joined:
 class Adopt:
     """A push of a worker that was taken over counts after all, since another shard has counted it.
 
-    `gradients` is filled in by the shard's host, from the worker's memory, where the shard has not set the push aside.
+    `gradients` are the sender's where it has them; else the shard's host fills them in from the worker's memory. They are needed where
+    the shard has not set the push aside.
     """
 
     rank: int
@@ -94,16 +94,6 @@ class Measured:
 
     round: int
     sums: tuple[tuple[int, Array], ...]
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """The round was begun anew: the push did not count here and is held no more, for this reason.
-
-    Others may have counted it, or hold it yet. Its worker pushes nothing else before it knows that it counted everywhere, or nowhere.
-    """
-
-    error: DistNadamError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from typing import Any
 import distnadam.messages as msg
 from distnadam.arrays import name_of
 from distnadam.errors import DistNadamError, SupersededWorker
-from distnadam.ledger import DIRECT
 from distnadam.transitions import Answer, Effect
 
 
@@ -39,12 +38,10 @@ class Round:
         waiting, self.waiting = self.waiting, []
         return [Answer(w.caller, reply) for w in waiting]
 
-    def refuse(self, reply: DistNadamError | msg.Dropped) -> list[Effect]:
-        """Give everyone who waits the reply, and forget the pushes; a step from outside has none, and is told the error alone."""
+    def refuse(self, error: DistNadamError) -> list[Effect]:
+        """Give everyone who waits the error, and forget the pushes."""
         self.pushes, self.aside, self.adopted = {}, {}, set()
-        waiting, self.waiting = self.waiting, []
-        plain = reply.error if isinstance(reply, msg.Dropped) else reply
-        return [Answer(w.caller, plain if w.rank == DIRECT else reply) for w in waiting]
+        return self.answer(error)
 
     def set_aside(self, rank: int, incarnation: int) -> None:
         """Put the push of a worker older than this one aside, unless it must count."""

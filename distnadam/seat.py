@@ -1,40 +1,35 @@
 """One rank's seat at all shards: joins, pulls, pushes, and sees a push through whatever dies meanwhile. No trees, no maths, no Ray."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
 from distnadam.arrays import Flat
 from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
-from distnadam.errors import IllegalMessage, Reconfigured, Rewound, ShardLost, ShardsDisagree, StaleEpoch, StepTimeout, SupersededWorker
+from distnadam.errors import (
+    ConfigError,
+    IllegalMessage,
+    LatePush,
+    Reconfigured,
+    Rewound,
+    ShardLost,
+    ShardsDisagree,
+    StaleEpoch,
+    StepTimeout,
+    SupersededWorker,
+    WorkerLost,
+)
+from distnadam.flight import Flight
 from distnadam.layout import Ranges
-from distnadam.messages import Decided, Describe, Description, Dropped, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
+from distnadam.messages import Decided, Describe, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.takeover import adoptions
 
 _T = TypeVar("_T")
 _POLL_S = 0.02
-_PATIENCE_S = 10.0
-"""How long a shard may take to say where it stands, in seconds."""
-
-
-@dataclass
-class Flight:
-    """A push that is not decided: what it is, the answers now awaited, and the norms of its round once they are known.
-
-    `parts` gives the gradients of each shard's ranges, which stay as they are until the flight ends, whatever the shards are by then.
-    """
-
-    epoch: int
-    round: int
-    parts: Callable[[list[Ranges]], Sequence[Flat]]
-    complaint: str | None
-    want_parameters: bool
-    pending: Pending | None = None
-    square_sums: Any = None
 
 
 class Seat:
@@ -88,15 +83,29 @@ class Seat:
 
     def see_through(self, flight: Flight) -> dict[int, Decided]:
         """Return how a push's round ended, whatever dies meanwhile, unless the state it was computed from is gone."""
+        try:
+            return self._see_through(flight)
+        except (WorkerLost, ConfigError, IllegalMessage) as error:
+            if not self._renounce(flight, adopting=isinstance(error, WorkerLost)):
+                raise
+        try:
+            return self._see_through(flight)  # as a successor: gives the norms, and hears the end
+        except LatePush:
+            return self.pull(want_parameters=flight.want_parameters)
+
+    def _see_through(self, flight: Flight) -> dict[int, Decided]:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
                 if flight.pending is None:
                     self._send(flight)
-                if (ended := self._agreed(flight, self._conclude(flight))) is not None:
-                    return ended
-                flight.pending = None
-                self._await(deadline, f"the shards did not agree on round {flight.round}")
+                answers = self._conclude(flight)
+                if len({(decided.epoch, decided.round) for decided in answers.values()}) == 1:
+                    return self._take(answers)
+                if len({decided.epoch for decided in answers.values()}) == 1:
+                    return self.pull(want_parameters=flight.want_parameters)  # it counted long ago, and rounds go on without this rank
+                flight.pending = None  # shards were replaced or went back between the answers; a push that counted may be asked about again
+                self._await(deadline, "the shards did not agree on an epoch")
             except Reconfigured as error:
                 known, flight.epoch, flight.pending = flight.epoch, max(flight.epoch, error.epoch), None
                 if error.epoch <= known:  # other shards are yet to hear of it, or the round is to be decided without this rank
@@ -114,6 +123,27 @@ class Seat:
                 flight.pending = None  # a Ctrl-C may leave its answers half heard
                 raise
 
+    def _renounce(self, flight: Flight, *, adopting: bool) -> bool:
+        """Go on under a new number after a shard has dropped a push, since others may hold it, or be yet to get it.
+
+        A rank, a number and a round name one gradient for ever: no shard can count the old one beside another that is pushed next. Return
+        whether one had counted it already; then it counts on all, where that is to be seen to here.
+        """
+        old, self._incarnation = self._incarnation, self._incarnation + 1
+        joined = self._recovering(lambda: self._ask_from_first(self._known()))
+        notes = [answer.committed for answer in joined.values()]
+        counted = adopting and any(note is not None and (note.incarnation, note.round) == (old, flight.round) for note in notes)
+        if counted:
+            parts = flight.parts(self._shards.ranges)
+            self._adopt(joined, gradients=dict(enumerate(parts)))
+        self._reconnect()
+        return counted
+
+    def _ask_from_first(self, join: Join) -> dict[int, Joined]:
+        """Have shard 0 know of a worker before the others, as everybody does."""
+        first = self._ask({0: join})
+        return first | self._ask(dict.fromkeys(range(1, len(self._shards.ranges)), join))
+
     def _join(self) -> int:
         deadline = time.monotonic() + self._timeout_s
         while True:
@@ -130,9 +160,14 @@ class Seat:
             self._await_admission()
         return incarnation
 
-    def _adopt(self, joined: dict[int, Joined], in_flight: int = 0) -> None:
-        """Have the rank's push that some shard counts count on all; not that of `in_flight`, a worker which sends it again."""
+    def _adopt(self, joined: dict[int, Joined], in_flight: int = 0, gradients: Mapping[int, Flat] | None = None) -> None:
+        """Have the rank's push that some shard counts count on all; not that of `in_flight`, a worker which sends it again.
+
+        `gradients` are that push's, by shard, where they are at hand.
+        """
         adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != in_flight}
+        if gradients is not None:
+            adopts = {shard: replace(adopt, gradients=gradients[shard]) for shard, adopt in adopts.items() if adopt.note.complaint is None}
         try:
             self._ask(dict(adopts))
         except IllegalMessage as error:
@@ -180,12 +215,10 @@ class Seat:
         flight.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
 
     def _conclude(self, flight: Flight) -> dict[int, Decided]:
-        """Wait for the answers, the second phase included where clipping needs norms, unless a shard has dropped the push."""
+        """Wait for the answers, the second phase included where clipping needs norms."""
         assert flight.pending is not None
         answers = self._wait(flight.pending)
-        while not any(isinstance(answer, Dropped) for answer in answers.values()) and (
-            measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}
-        ):
+        while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}:
             if len(measured) == len(answers):
                 flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
             if flight.square_sums is None:
@@ -195,20 +228,6 @@ class Seat:
             flight.pending = self.link.post(dict.fromkeys(measured, norms))
             answers = answers | self._wait(flight.pending)
         return answers
-
-    def _agreed(self, flight: Flight, answers: dict[int, Any]) -> dict[int, Decided] | None:
-        """Return how the round ended; None where it is to be sent again, to shards that know that it counted as well.
-
-        Some of them were replaced or went back between the answers, or dropped what others have counted. Raise what all dropped it for.
-        """
-        dropped = [answer.error for answer in answers.values() if isinstance(answer, Dropped)]
-        if len(dropped) == len(answers):
-            raise dropped[0]
-        if dropped or len({decided.epoch for decided in answers.values()}) > 1:
-            return None
-        if len({decided.round for decided in answers.values()}) > 1:
-            return self.pull(want_parameters=flight.want_parameters)  # it counted long ago, and rounds go on without this rank
-        return self._take(answers)
 
     def _norms_are_gone(self, number: int) -> NoReturn:
         """Have all go back: a round was applied by some shards, and nobody has the norms that the others need."""
@@ -228,7 +247,7 @@ class Seat:
         """Reach the shards where they are now."""
         if "link" in self.__dict__:
             self._reached = self._backend.version
-            self.link.reconnect(self._shards.ranges)
+            self.link.reconnect(self._shards.ranges, self._incarnation)
 
     def _known(self) -> Join:
         return Join(self.rank, self._incarnation, process=self._process)
@@ -276,20 +295,4 @@ class Seat:
             return pending.result(self._timeout_s)
         except TimeoutError as error:
             told = f"worker {self.rank}: round {self.round + 1} was not decided in {self._timeout_s:g} s"
-            raise StepTimeout(f"{told}; {self._who_is_late()}") from error
-
-    def _who_is_late(self) -> str:
-        asked = {shard: self._backend.post({shard: Describe()}) for shard in range(len(self._shards.ranges))}
-        deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
-        for shard, pending in asked.items():
-            try:
-                status: Description = pending.result(max(0.1, deadline - time.monotonic()))[shard]
-            except TimeoutError:
-                silent.append(shard)
-                continue
-            if status.round > self.round:
-                continue
-            fates = dict.fromkeys(status.left, " (closed)") | dict.fromkeys(status.dead, " (died)")
-            missing |= {f"{rank}{fates.get(rank, '')}" for rank in status.waiting_for}
-        hung = f"shards {', '.join(map(str, silent))} do not answer; " if silent else ""
-        return f"{hung}still to push: ranks {', '.join(sorted(missing)) or 'none'}"
+            raise StepTimeout(f"{told}; {self._shards.who_is_late(self.round)}") from error

@@ -89,6 +89,8 @@ class Shard(Machine):
         if self.members.already_counted(message, self.round):
             return [Answer(caller, self._decided(message.want_parameters))]
         self.members.check_current(message, self.epochs, self.round)
+        if message.rank not in self._now.pushes and self._refusal is not None:
+            raise self._refusal  # the round that was measured was begun anew
         return self._take_norms(message.square_sums, Waiting(caller, message.rank, message.incarnation, message.want_parameters))
 
     def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
@@ -217,7 +219,7 @@ class Shard(Machine):
     # Checks
 
     def _take_norms(self, square_sums: Any, waiting: Waiting) -> list[Effect]:
-        if self._now.measured is None:
+        if self._now.measured is None or waiting.rank not in self._now.pushes:
             raise IllegalMessage(f"shard {self.spec.index}: norms came while {self.phase.value}")
         self._now.waiting.append(waiting)
         self._now.square_sums = square_sums

@@ -8,9 +8,10 @@ from typing import Any
 
 from distnadam.controller import Controller
 from distnadam.errors import DistNadamError, LifecycleError, NonFiniteGradient, StepTimeout
+from distnadam.flight import Flight
 from distnadam.messages import Decided
 from distnadam.meter import Traffic
-from distnadam.seat import Flight, Seat
+from distnadam.seat import Seat
 from distnadam.transport.parameters import ParameterView
 from distnadam.transport.slot import GradientSlot
 
@@ -31,8 +32,8 @@ class Ticket:
             StaleEpoch: the state was replaced meanwhile; pull and compute again.
             Rewound: (a StaleEpoch) a shard died and all went back to round `error.step`; pull and compute again from there.
             StepTimeout: the other workers did not push, or a shard did not answer, in time; the message names them. May be called again.
-            WorkerLost: another rank's worker died before it pushed, and nobody took it over; every shard has dropped this push, so that
-                another gradient may be pushed for the round.
+            WorkerLost: another rank's worker died before it pushed, and nobody took it over; this push counts nowhere, and another
+                gradient may be pushed for the round.
             Unrecoverable: a shard died, and the settings allow no recovery.
         """
         if self._error is not None:

@@ -24,6 +24,7 @@ LAYERS = [
     ["backends", "diagnosis"],
     ["controller"],
     ["saving"],
+    ["flight"],
     ["seat"],
     ["worker"],
     ["optimizer", "status"],

@@ -1,4 +1,7 @@
-"""A push that some shards have dropped, when nobody took a dead rank over, and others hold yet: it counts everywhere, or nowhere."""
+"""A push that some shards have dropped and others hold, have counted, or are yet to get: it counts everywhere, or nowhere.
+
+A push is dropped where nobody took a dead rank over, or where the learning-rate function raised.
+"""
 
 from collections import deque
 from typing import Any
@@ -7,12 +10,13 @@ import numpy as np
 import pytest
 
 from distnadam import seat
+from distnadam.arrays import cut_flat
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
-from distnadam.errors import StepTimeout, WorkerLost
+from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLost
+from distnadam.messages import Hold, Step
 from distnadam.worker import Worker
 from tests.one_process import state_of
-from tests.world import World
 from tests.world_backend import WorldBackend, begin_world
 
 SIZE = 3000
@@ -24,68 +28,122 @@ def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seat, "_POLL_S", 0.0)
 
 
-class Scene:
-    """Two shards, two ranks; rank 1 has died, which shard 0 alone knows to be for good, and rank 0 waits with its first push."""
+CASES = pytest.mark.parametrize(("objects", "clip"), [(False, {}), (True, {}), (True, {"clipnorm": 1e6}), (True, {"global_clipnorm": 1e6})])
 
-    def __init__(self, *, objects: bool, clip: dict[str, float]) -> None:
+
+class Scene:
+    """Two shards, two ranks, and what each shard's first moments come to."""
+
+    def __init__(self, *, objects: bool = True, **config: Any) -> None:
         self.options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, rejoin_timeout_s=0.0, kernel="numpy")
-        self.world, self.layout = begin_world(INITIAL, NadamConfig(**clip), self.options, 2, 2, 0, objects=objects)
-        self.first, second = self.worker(0), self.worker(1)
-        self.waits = self.push(self.first, 1.0)
-        self.world.kill_worker(1, second._seat._incarnation)
-        self.world.faults = deque(["", "lose"] * 50)
+        self.world, self.layout = begin_world(INITIAL, NadamConfig(**config), self.options, 2, 2, 0, objects=objects)
+        self.workers = [self.worker(rank) for rank in range(2)]
+
+    def controller(self) -> Controller:
+        return Controller(WorldBackend(self.world), self.layout, 2, self.options)
+
+    def worker(self, rank: int) -> Worker:
+        return Worker(self.controller(), rank)
+
+    def push(self, rank: int, value: float) -> Any:
+        self.workers[rank].pull()
+        return self.workers[rank].push({"w": np.full(SIZE, value, np.float32)})
+
+    def lose_rank_1(self, faults: list[str]) -> None:
+        """Have rank 1 die for good, of which the shards hear or not."""
+        self.world.kill_worker(1, self.workers[1]._seat._incarnation)
+        self.world.faults = deque(faults * 50)
         self.world.look()
         self.world.faults.clear()
         self.world.rested()
 
-    def worker(self, rank: int) -> Worker:
-        return Worker(Controller(WorldBackend(self.world), self.layout, 2, self.options), rank)
+    def take_over_rank_1(self) -> None:
+        self.workers[1] = self.worker(1)
 
-    def push(self, worker: Worker, value: float) -> Any:
-        worker.pull()
-        return worker.push({"w": np.full(SIZE, value, np.float32)})
+    def see_through(self, *tickets: Any) -> list[Any]:
+        """Wait for tickets by turns, since here each does its part only while it is waited for; return rounds or errors."""
+        found: dict[int, Any] = {}
+        for _ in range(6):
+            for index, ticket in enumerate(tickets):
+                self.world.rested()
+                try:
+                    found[index] = ticket.result()
+                except StepTimeout:
+                    continue
+                except DistNadamError as error:
+                    found[index] = error
+        return [found[index] for index in range(len(tickets))]
 
-
-def moments(world: World) -> set[float]:
-    return {float(value) for process in world.shards for value in state_of(process.host).m}
-
-
-CASES = pytest.mark.parametrize(("objects", "clip"), [(False, {}), (True, {}), (True, {"clipnorm": 1e6}), (True, {"global_clipnorm": 1e6})])
-
-
-@CASES
-def test_a_push_that_one_shard_holds_counts_on_the_one_that_dropped_it_too(objects: bool, clip: dict[str, float]) -> None:
-    scene = Scene(objects=objects, clip=clip)
-    with pytest.raises(StepTimeout, match="worker 0: round 1 was not decided"):
-        scene.waits.result()
-    with pytest.raises(StepTimeout):
-        scene.first.push({"w": np.full(SIZE, 5.0, np.float32)})
-    successor = scene.push(scene.worker(1), 3.0)
-    for _ in range(4):  # each does its part while the other is waited for
-        for ticket in (scene.waits, successor):
-            try:
-                ticket.result()
-            except StepTimeout:
-                continue
-    assert (scene.waits.result(), successor.result()) == (1, 1)
-    assert len(moments(scene.world)) == 1
-    assert np.isclose(moments(scene.world).pop(), 0.1 * (1.0 + 3.0) / 2)
+    def require_mean_of(self, *values: float) -> None:
+        for process in self.world.shards:
+            assert np.allclose(state_of(process.host).m, 0.1 * sum(values) / len(values))
 
 
 @CASES
-def test_a_push_that_all_have_dropped_is_told_so_and_another_counts_alone(objects: bool, clip: dict[str, float]) -> None:
-    scene = Scene(objects=objects, clip=clip)
-    scene.world.look()  # the other shard is told
+@pytest.mark.parametrize("faults", [["", "lose"], ["lose", ""], [""]])
+def test_another_gradient_counts_alone_whichever_shards_had_dropped_the_first(faults: list[str], objects: bool, clip: Any) -> None:
+    scene = Scene(objects=objects, **clip)
+    first = scene.push(0, 1.0)
+    scene.lose_rank_1(faults)
     with pytest.raises(WorkerLost, match="worker 1 died before it pushed for round 1 and nobody took it over"):
-        scene.waits.result()
-    second = scene.worker(1)
-    tickets = [scene.push(scene.first, 5.0), scene.push(second, 3.0)]
-    for _ in range(4):
-        for ticket in tickets:
-            try:
-                ticket.result()
-            except StepTimeout:
-                continue
-    assert [ticket.result() for ticket in tickets] == [1, 1]
-    assert len(moments(scene.world)) == 1
-    assert np.isclose(moments(scene.world).pop(), 0.1 * (5.0 + 3.0) / 2)
+        first.result()
+    scene.take_over_rank_1()
+    assert scene.see_through(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
+    scene.require_mean_of(5.0, 3.0)
+
+
+@CASES
+def test_a_push_that_one_shard_has_counted_counts_on_the_one_that_dropped_it(objects: bool, clip: Any) -> None:
+    scene = Scene(objects=objects, **clip)
+    first = scene.push(0, 1.0)
+    scene.lose_rank_1(["", "lose"])
+    scene.take_over_rank_1()
+    assert scene.see_through(scene.push(1, 3.0), first) == [1, 1]
+    scene.require_mean_of(1.0, 3.0)
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_a_late_copy_of_a_dropped_push_counts_nowhere(already: bool) -> None:
+    scene = Scene()
+    scene.world.faults = deque(["", "delay"])
+    first = scene.push(0, 1.0)
+    scene.lose_rank_1([""])
+    assert isinstance(scene.see_through(first)[0], WorkerLost)
+    scene.take_over_rank_1()
+    second = scene.push(0, 5.0) if already else None
+    scene.world.deliver_one(0)
+    assert scene.see_through(second or scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
+    scene.require_mean_of(5.0, 3.0)
+
+
+@pytest.mark.parametrize("clip", [{}, {"global_clipnorm": 1e6}])
+def test_every_worker_hears_why_no_step_can_be_made_and_another_gradient_counts_alone(clip: Any) -> None:
+    def no_rate(step: int) -> float:
+        raise RuntimeError("no rate")
+
+    scene = Scene(lr=no_rate, **clip)
+    tickets = [scene.push(0, 1.0), scene.push(1, 2.0)]
+    assert [str(error) for error in scene.see_through(*tickets)] == ["lr at step 0: the schedule raised RuntimeError: no rate"] * 2
+    scene.controller().set_rate(0.001)
+    assert scene.see_through(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
+    scene.require_mean_of(5.0, 3.0)
+
+
+def test_norms_of_a_dropped_round_clip_no_step_from_outside() -> None:
+    def no_rate(step: int) -> float:
+        raise RuntimeError("no rate")
+
+    scene = Scene(lr=no_rate, global_clipnorm=0.5)
+    tickets = [scene.push(0, 1.0), scene.push(1, 1.0)]
+    assert isinstance(scene.see_through(tickets[0])[0], ConfigError)
+    scene.controller().set_rate(0.001)
+    process = scene.world.shards[0]
+    process.send(Hold("outside")).result(0)
+    gradients = cut_flat({"float32": np.full(SIZE, 100.0, np.float32)}, process.spec.ranges)
+    process.send(Step("outside", 1, 1, gradients))
+    while process.work():
+        pass
+    assert isinstance(scene.see_through(tickets[1])[0], ConfigError)
+    assert not process.work(), "it still awaits its own norms"
+    assert process.host is not None
+    assert process.host._shard.round == 0

@@ -33,7 +33,12 @@ class _WorldPending(Pending):
 class _WorldLink(Link):
     def __init__(self, backend: "WorldBackend", layout: Layout, rank: int, incarnation: int) -> None:
         self._backend, self.gradients, self.parameters, world = backend, empty_flat(layout.sizes), None, backend.world
-        world.memories[rank, incarnation] = self.gradients
+        world.memories[rank, incarnation], self._known = self.gradients, (rank, incarnation)
+
+    def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
+        memories, known = self._backend.world.memories, self._known
+        memories[known[0], incarnation] = memories.pop(known)
+        self._known = known[0], incarnation
 
     def post(self, messages: Mapping[int, Any]) -> Pending:
         world, shards = self._backend.world, self._backend._roster.shards

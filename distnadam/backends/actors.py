@@ -5,7 +5,7 @@ a named optimizer's supervisor.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ray
@@ -40,9 +40,9 @@ _shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActo
 _end_processes, _process_born = ray.remote(end_processes), ray.remote(process_born)
 
 
-def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, avoided: set[str]) -> Any:
+def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, silent: Collection[str], apart_from: Collection[str]) -> Any:
     """Return a new actor for a shard or its standby, to be opened; on another node than those, where there is another."""
-    return _shard.options(**_actor_options(spec, label, avoided)).remote(spec, supervisor)
+    return _shard.options(**_actor_options(spec, label, silent, apart_from)).remote(spec, supervisor)
 
 
 def end_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
@@ -73,10 +73,10 @@ def _there(node: str) -> dict[str, Any]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "max_retries": 0}
 
 
-def make_member(make: Callable[[int], Any], rank: int, options: Options, first: int, avoided: set[str]) -> Any:
-    """Return a new actor for one rank of a team, whose ranks take the nodes in turn from the first on, except those to be avoided."""
+def make_member(make: Callable[[int], Any], rank: int, options: Options, first: int, silent: Collection[str]) -> Any:
+    """Return a new actor for one rank of a team, whose ranks take the nodes in turn from the first on."""
     ask, selector = {"CPU": options.worker_cpus}, options.worker_label_selector
-    asked = placement.at(rank, ray.nodes(), ask, selector, first=first, avoided=avoided)
+    asked = placement.at(rank, ray.nodes(), ask, selector, first=first, silent=silent)
     return _member.options(**asked, num_cpus=options.worker_cpus, max_restarts=0).remote(make, rank)
 
 
@@ -85,7 +85,7 @@ def _first(spec: ShardSpec) -> int:
     return zlib.crc32(spec.run.encode())
 
 
-def _actor_options(spec: ShardSpec, label: str | None, avoided: set[str]) -> dict[str, Any]:
+def _actor_options(spec: ShardSpec, label: str | None, silent: Collection[str], apart_from: Collection[str]) -> dict[str, Any]:
     """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it."""
     options = spec.options
     asked: dict[str, Any] = {
@@ -94,8 +94,8 @@ def _actor_options(spec: ShardSpec, label: str | None, avoided: set[str]) -> dic
         "max_restarts": 0,
         "max_task_retries": 0,
     }
-    ask, selector = placement.shard_ask(options), options.label_selector
-    asked |= placement.at(spec.index, ray.nodes(), ask, selector, first=_first(spec), spread=options.spread, avoided=avoided)
+    about: dict[str, Any] = {"first": _first(spec), "spread": options.spread, "silent": silent, "apart_from": apart_from}
+    asked |= placement.at(spec.index, ray.nodes(), placement.shard_ask(options), options.label_selector, **about)
     if options.shard_memory_bytes:
         asked["memory"] = options.shard_memory_bytes
     if label is not None:

@@ -53,8 +53,8 @@ class Link(ABC):
     def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
         """Send each shard its push or norms, without waiting; a push's gradients are views of `gradients`."""
 
-    def reconnect(self, ranges: list[Ranges]) -> None:
-        """Follow the shards to where they are now, and to what each holds now; the memory stays where it is."""
+    def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
+        """Follow the shards to where they are now, and to what each holds now, as that worker; the memory stays where it is."""
         return
 
     @abstractmethod

@@ -12,6 +12,7 @@ import ray
 from distnadam.backends import registry
 from distnadam.backends.cluster import kill
 from distnadam.backends.lease import Leases
+from distnadam.backends.placement import Silent
 from distnadam.supervision.crew import Hired
 
 log = logging.getLogger("distnadam")
@@ -34,7 +35,7 @@ class Fencing:
         self._node = ray.get_runtime_context().get_node_id()
         self._fenced: set[Hired] = set()
         self._dismissed: set[Hired] = set()
-        self.unreachable: set[str] = set()  # nodes that did not answer when a process of theirs was to be ended
+        self.silent = Silent()
         self.leases = Leases(lasts_s, self._belongs, lambda: os._exit(1))
 
     def inherit(self, hired: Hired) -> None:
@@ -52,8 +53,8 @@ class Fencing:
         lapses_s = self.leases.refuse(_who(hired.index, hired.handle))
         ended = self._end(hired)
         kill(hired.handle)
-        if not ended and hired.place.node:
-            self.unreachable.add(hired.place.node)
+        if not ended:
+            self.silent.add(hired.place.node)
         if not ended and lapses_s:
             log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", hired.index, lapses_s)
             time.sleep(lapses_s)

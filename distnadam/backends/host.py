@@ -133,7 +133,7 @@ class ShardHost:
             work = self._behind.reserve if isinstance(message, Reserve) else functools.partial(self._save, message)
             run(lambda: self._answer(reply, self._attempt(work)))
             return
-        if isinstance(message, Adopt) and message.note.dtypes is not None:
+        if isinstance(message, Adopt) and message.note.dtypes is not None and message.gradients is None:
             found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
             message = dataclasses.replace(message, gradients=found)
         if isinstance(message, _CHANGES):

@@ -60,20 +60,20 @@ class RayLink(Link):
         self._places: list[Place] = []
         self.parameters = None
         self._sizes, self._ranges, self._incarnation = layout.sizes, ranges, incarnation
-        self.reconnect(ranges)
+        self.reconnect(ranges, incarnation)
 
     @cached_property
     def gradients(self) -> Flat:  # type: ignore[override]  # made at first use
         """See `Link.gradients`."""
         return empty_flat(self._sizes) if self._lanes is None else self._lanes.gradients
 
-    def reconnect(self, ranges: list[Ranges]) -> None:
+    def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
         """See `Link.reconnect`: open lanes to shards of this node that have none; say which have one, and why others have not."""
         places = self._places_now()
-        if ranges is not self._ranges:
-            self._ranges, self._places = ranges, []
+        if ranges is not self._ranges or incarnation != self._incarnation:
+            self._ranges, self._places, self._incarnation = ranges, [], incarnation
             if self._lanes is not None:
-                self._lanes.cut(ranges)
+                self._lanes.begin_anew(ranges, incarnation)
         try:
             self._open_lanes(places)
         except (ArenaError, LaneError) as error:

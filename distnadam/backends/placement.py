@@ -1,7 +1,7 @@
 """Room for the shards on a cluster's nodes, and which node a shard, a standby or a worker goes to.
 
-Ray's own SPREAD counts separately on every node that decides, and an actor that asks for no CPU is decided on by a random one, so that such
-actors may all end on one node. So we name a node, and Ray chooses where that one is gone or full.
+Ray's own SPREAD counts separately on every node that decides, and an actor that asks for nothing is decided on by a random one, so that
+such actors may all end on one node. For those we name the node, and Ray chooses where that one is gone.
 """
 
 import logging
@@ -18,6 +18,7 @@ log = logging.getLogger("distnadam")
 
 _NODE = "ray.io/node-id"
 _REPORT_EVERY_S = 5.0
+_SILENT_S = 60.0
 
 
 def check_fits(options: Options, num_shards: int) -> None:
@@ -44,6 +45,22 @@ def shard_ask(options: Options) -> dict[str, float]:
     return {"CPU": options.shard_cpus, "memory": float(options.shard_memory_bytes), **options.shard_resources}
 
 
+class Silent:
+    """The nodes that did not answer a moment ago; Ray takes up to a minute to find out that they are gone."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def add(self, *nodes: str) -> None:
+        """Take note of nodes that do not answer now."""
+        self._since |= {node: time.monotonic() for node in nodes if node}
+
+    @property
+    def now(self) -> set[str]:
+        """Those that did not answer within the last minute."""
+        return {node for node, since in self._since.items() if time.monotonic() - since < _SILENT_S}
+
+
 def at(
     index: int,
     nodes: Sequence[Mapping[str, Any]],
@@ -52,9 +69,12 @@ def at(
     *,
     first: int,
     spread: bool = True,
-    avoided: Collection[str] = (),
+    silent: Collection[str] = (),
+    apart_from: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the options by which Ray places one of several actors that ask the same.
+
+    What asks for a resource is left to Ray, which knows what is free, and lets an autoscaler know what is not.
 
     Args:
         index: which of them it is.
@@ -62,28 +82,19 @@ def at(
         ask: what it asks, by resource.
         selector: labels that its node must have.
         first: with which of the nodes, in the order of their names, to begin; any number.
-        spread: one on each node in turn; otherwise a node is filled before the next one gets any.
-        avoided: nodes that get none, where there are others.
+        spread: one on each node in turn; otherwise all on one.
+        silent: nodes that get none, where there are others.
+        apart_from: nodes that get none, where there are others, silent ones among them.
     """
-    others = sorted((node for node in _suitable(nodes, selector) if node["NodeID"] not in avoided), key=lambda node: str(node["NodeID"]))
-    seats = _seats(_rotated(others, first), _positive(ask), index + 1, spread=spread)
-    choices = [dict(selector)]
-    if avoided:
-        choices.insert(0, {**selector, _NODE: f"!in({', '.join(sorted(avoided))})"})
-    if seats:
-        choices.insert(0, {**selector, _NODE: seats[index % len(seats)]})
-    return {"label_selector": choices[0], "fallback_strategy": [{"label_selector": choice} for choice in choices[1:]]}
-
-
-def _seats(nodes: Sequence[Mapping[str, Any]], ask: Mapping[str, float], most: int, *, spread: bool) -> list[str]:
-    """Return the nodes' names in the order in which they are filled, each as often as it has room, but no more than so often."""
-    seats = [(turn, str(node["NodeID"])) for node in nodes for turn in range(_room(node["Resources"], ask, most))]
-    return [node for _, node in (sorted(seats, key=lambda seat: seat[0]) if spread else seats)]
-
-
-def _rotated(nodes: Sequence[Any], first: int) -> list[Any]:
-    start = first % max(1, len(nodes))
-    return [*nodes[start:], *nodes[:start]]
+    choices, avoided = [dict(selector)], sorted({*silent, *apart_from})
+    if _NODE not in selector:
+        unlike = dict.fromkeys(f"!in({', '.join(some)})" for some in (avoided, sorted(apart_from)) if some)
+        choices = [*({**selector, _NODE: each} for each in unlike), *choices]
+        seats = sorted(str(node["NodeID"]) for node in _suitable(nodes, selector) if node["NodeID"] not in avoided)
+        if seats and not _positive(ask):
+            choices.insert(0, {**selector, _NODE: seats[(first + index * spread) % len(seats)]})
+    told = {"label_selector": choices[0], "fallback_strategy": [{"label_selector": choice} for choice in choices[1:]]}
+    return told | ({"scheduling_strategy": "SPREAD"} if spread else {})
 
 
 def _positive(ask: Mapping[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from distnadam.backends import registry
 from distnadam.backends.actors import end_on, make_member
 from distnadam.backends.base import Pending, Team
 from distnadam.backends.cluster import kill, own
+from distnadam.backends.placement import Silent
 from distnadam.config import Options
 from distnadam.errors import LifecycleError, ShardLost, ShardUnavailable, WorkerLost
 
@@ -82,7 +83,7 @@ class RayTeam(Team):
     def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
         self._make, self._options = make, options
         self._first = secrets.randbelow(2**16)  # several teams begin on different nodes
-        self._unreachable: set[str] = set()  # nodes that did not answer when a process of theirs was to be ended
+        self._silent = Silent()
         self._actors = {rank: self._make_member(rank) for rank in range(size)}
         self._places = {actor: actor.about.remote() for actor in self._actors.values()}
         self._calls: dict[Any, int] = {}
@@ -110,7 +111,7 @@ class RayTeam(Team):
         self._forget(list(self._calls))
 
     def _make_member(self, rank: int) -> Any:
-        return make_member(self._make, rank, self._options, self._first, self._unreachable)
+        return make_member(self._make, rank, self._options, self._first, self._silent.now)
 
     def _forget(self, refs: list[Any]) -> None:
         for ref in refs:
@@ -128,7 +129,7 @@ class RayTeam(Team):
                 places.append(ray.get(ref))
         for actor in actors:
             kill(actor)
-        self._unreachable |= registry.strike(places, end_on, grace_s=registry.GRACE_S)
+        self._silent.add(*registry.strike(places, end_on, grace_s=registry.GRACE_S))
 
     def _result(self, ref: Any) -> Any:
         try:

@@ -28,9 +28,9 @@ from distnadam.transport.watch import Watch
 
 @dataclass(frozen=True)
 class Tools:
-    """What needs `ray.remote`: `make_shard(spec, supervisor, label, avoided)` returns an actor, the others references; see `actors`."""
+    """What needs `ray.remote`: `make_shard` takes a spec, the supervisor, a label, and nodes silent and to be apart from; see `actors`."""
 
-    make_shard: Callable[[ShardSpec, Any, str | None, set[str]], Any]
+    make_shard: Callable[[ShardSpec, Any, str | None, Collection[str], Collection[str]], Any]
     end_on: registry.EndOn
     born_on: Callable[[str, int], Any]
 
@@ -62,18 +62,17 @@ class RayCrew(Crew):
         self._births: dict[str, Any] = {}  # by token: an answer on its way from another node
         self.fencing = Fencing(run, tools.end_on, self._ended, lasts_s)
 
-    def make(self, spec: ShardSpec, *, standby: bool = False, avoided: Collection[str] = ()) -> Any:
+    def make(self, spec: ShardSpec, *, standby: bool = False, apart_from: Collection[str] = ()) -> Any:
         """Return a new actor, which may not have started yet, on none of those nodes where there is another."""
-        actor = self._tools.make_shard(
-            spec, self._supervisor, registry.label_of(spec, standby=standby), self.fencing.unreachable.union(avoided)
-        )
+        label, silent = registry.label_of(spec, standby=standby), self.fencing.silent.now
+        actor = self._tools.make_shard(spec, self._supervisor, label, silent, apart_from)
         self.fencing.admit(actor)
         return actor
 
     def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
         """See `Crew.hire`."""
         primary = [hired.place.node for hired in near if standby and hired.index == spec.index]
-        actor = self.make(spec, standby=standby, avoided=primary)
+        actor = self.make(spec, standby=standby, apart_from=primary)
         try:
             place = until_answered(actor.place.remote, timeout_s=OPEN_S)
             neighbour = self._neighbour(place.node, near)

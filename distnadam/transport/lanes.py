@@ -134,7 +134,13 @@ class Lanes:
         self._poll = select.poll()
         self._shard_of: dict[int, int] = {}
         self._number = self._thread = 0
-        self._drop = weakref.finalize(self, _take_leave, self._lines, Leave(rank, incarnation))
+        self._drop: Any = None
+        self._take_leave_at_the_end()
+
+    def _take_leave_at_the_end(self) -> None:
+        if self._drop is not None:
+            self._drop.detach()
+        self._drop = weakref.finalize(self, _take_leave, self._lines, Leave(self._rank, self._incarnation))
         self._drop.atexit = False
 
     @property
@@ -173,11 +179,12 @@ class Lanes:
         self._lines[shard], self._shard_of[line.fileno()] = line, shard
         self._poll.register(line.fileno(), select.POLLIN)
 
-    def cut(self, ranges: list[Ranges]) -> None:
-        """Take that other shards hold these ranges from now on; all lanes are to be opened anew."""
+    def begin_anew(self, ranges: list[Ranges], incarnation: int) -> None:
+        """Take what the shards hold, and as which worker they are called, from now on; all lanes are to be opened anew."""
         for shard in list(self._lines):
             self.drop(shard)
-        self._ranges = ranges
+        self._ranges, self._incarnation = ranges, incarnation
+        self._take_leave_at_the_end()
 
     def drop(self, shard: int) -> None:
         """Hang up on a shard that is gone, or goes by another way from now on."""

@@ -13,7 +13,7 @@ import numpy as np
 from distnadam import errors
 from distnadam.arrays import Flat, name_of
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
-from distnadam.messages import Decided, Dropped, Leave, Measured, Norms, Push
+from distnadam.messages import Decided, Leave, Measured, Norms, Push
 
 HEADER = struct.Struct("<I")
 _SUMS = 1  # the msgpack extension of a float64 array
@@ -38,10 +38,8 @@ def pack(number: int, message: Any) -> bytes:
         body = ("measured", message.round, message.sums)
     elif isinstance(message, Leave):
         body = ("leave", message.rank, message.incarnation)
-    elif isinstance(message, Dropped):
-        body = ("dropped", *_parts_of(message.error))
     elif isinstance(message, DistNadamError):
-        body = ("error", *_parts_of(message))
+        body = ("error", type(message).__name__, str(message), getattr(message, "epoch", -1), getattr(message, "step", -1))
     else:
         raise TypeError(f"{type(message).__name__} does not travel by lane")
     data: bytes = msgpack.packb((number, *body), default=_pack_array)
@@ -90,10 +88,6 @@ def _decided(_: GradientsOf | None, *fields: Any) -> Decided:
     return Decided(epoch, number, iterations, outcome, complaint, lr, buffer, None, rewound)
 
 
-def _parts_of(error: DistNadamError) -> tuple[str, str, int, int]:
-    return type(error).__name__, str(error), getattr(error, "epoch", -1), getattr(error, "step", -1)
-
-
 def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -> DistNadamError:
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, StaleEpoch):
@@ -107,7 +101,6 @@ _MAKE: dict[str, Callable[..., Any]] = {
     "norms": lambda _, *fields: Norms(*fields),
     "measured": lambda _, number, sums: Measured(number, tuple((tensor, array) for tensor, array in sums)),
     "leave": lambda _, *fields: Leave(*fields),
-    "dropped": lambda *fields: Dropped(_error(*fields)),
     "error": _error,
 }
 

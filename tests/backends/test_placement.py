@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from distnadam.backends.placement import at
+from distnadam.backends import placement
+from distnadam.backends.placement import Silent, at
 
 ID = "ray.io/node-id"
 
@@ -34,16 +35,15 @@ def test_optimizers_begin_on_different_nodes() -> None:
     assert {chosen(0, THREE, first=first) for first in range(3)} == {"a", "b", "c"}
 
 
-def test_a_node_gets_no_more_than_it_has_room_for() -> None:
-    nodes = [node("a", shard=1.0), node("b", shard=3.0), node("c")]
-    assert Counter(chosen(index, nodes, {"shard": 1.0}) for index in range(4)) == {"a": 1, "b": 3}
-    assert Counter(chosen(index, nodes, {"shard": 0.5}) for index in range(8)) == {"a": 2, "b": 6}
+def test_all_go_to_one_node_where_they_are_not_to_be_spread() -> None:
+    assert len({chosen(index, THREE, spread=False) for index in range(5)}) == 1
 
 
-def test_a_node_is_filled_before_the_next_where_they_are_not_to_be_spread() -> None:
-    nodes = [node("a", shard=2.0), node("b", shard=2.0)]
-    assert [chosen(index, nodes, {"shard": 1.0}, spread=False) for index in range(4)] == ["a", "a", "b", "b"]
-    assert [chosen(index, nodes, spread=False) for index in range(4)] == ["a"] * 4
+def test_what_asks_for_something_is_left_to_ray_which_knows_what_is_free() -> None:
+    plain = at(1, THREE, {"CPU": 1.0}, {"kind": "big"}, first=0)
+    assert plain == {"label_selector": {"kind": "big"}, "fallback_strategy": [], "scheduling_strategy": "SPREAD"}
+    apart = at(1, THREE, {"shard": 1.0}, {}, first=0, silent={"b"}, apart_from=["a"])
+    assert choices(apart) == [{ID: "!in(a, b)"}, {ID: "!in(a)"}, {}]
 
 
 @pytest.mark.parametrize("selector", [{"kind": "big"}, {"kind": "!small"}, {"kind": "in(big, huge)"}, {"kind": "!in(small)"}])
@@ -55,20 +55,35 @@ def test_only_living_nodes_with_the_labels_are_taken(selector: dict[str, str]) -
 def test_standbys_of_a_node_s_shards_are_spread_over_the_others() -> None:
     for nodes in (THREE, [*THREE, node("d")], [*THREE, node("d"), node("e")]):
         first = [index for index in range(12) if chosen(index, nodes) == "a"]
-        there = Counter(chosen(index, nodes, avoided={"a"}) for index in first)
+        there = Counter(chosen(index, nodes, apart_from=["a"]) for index in first)
         assert "a" not in there
         assert max(there.values()) - min(there[other["NodeID"]] for other in nodes if other["NodeID"] != "a") <= 1
 
 
-def test_ray_chooses_where_the_node_is_gone_or_full_and_keeps_to_the_labels() -> None:
-    asked = at(0, [node("a", label="big"), node("b", label="big")], {}, {"kind": "big"}, first=0, avoided={"a"})
-    assert asked == {
-        "label_selector": {"kind": "big", ID: "b"},
-        "fallback_strategy": [{"label_selector": {"kind": "big", ID: "!in(a)"}}, {"label_selector": {"kind": "big"}}],
-    }
+def choices(options: dict[str, Any]) -> list[dict[str, str]]:
+    """The labels that are asked for, in order."""
+    return [options["label_selector"], *(choice["label_selector"] for choice in options["fallback_strategy"])]
+
+
+def test_ray_chooses_where_the_node_is_gone_and_keeps_to_the_labels_and_apart() -> None:
+    nodes = [node(name, label="big") for name in "abc"]
+    asked = choices(at(0, nodes, {}, {"kind": "big"}, first=0, silent=["b"], apart_from=["a"]))
+    assert asked == [{"kind": "big", ID: "c"}, {"kind": "big", ID: "!in(a, b)"}, {"kind": "big", ID: "!in(a)"}, {"kind": "big"}]
 
 
 def test_a_single_node_takes_the_standby_too_and_none_leaves_the_choice_to_ray() -> None:
-    alone = at(0, [node("a")], {}, {}, first=0, avoided={"a"})
-    assert alone == {"label_selector": {ID: "!in(a)"}, "fallback_strategy": [{"label_selector": {}}]}
-    assert at(0, [], {}, {"kind": "big"}, first=5) == {"label_selector": {"kind": "big"}, "fallback_strategy": []}
+    assert choices(at(0, [node("a")], {}, {}, first=0, apart_from=["a"])) == [{ID: "!in(a)"}, {}]
+    assert choices(at(0, [], {}, {"kind": "big"}, first=5)) == [{"kind": "big"}]
+
+
+def test_a_user_who_names_nodes_is_obeyed() -> None:
+    assert choices(at(0, THREE, {}, {ID: "in(a, b)"}, first=2, silent=["a"], apart_from=["b"])) == [{ID: "in(a, b)"}]
+
+
+def test_a_silent_node_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, now = Silent(), [100.0]
+    monkeypatch.setattr(placement.time, "monotonic", lambda: now[0])
+    silent.add("a", "")
+    assert silent.now == {"a"}
+    now[0] += 61.0
+    assert silent.now == set()
