@@ -167,7 +167,7 @@ class Seat:
         """
         adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != in_flight}
         if gradients is not None:
-            adopts = {shard: replace(adopt, gradients=gradients[shard]) for shard, adopt in adopts.items() if adopt.note.complaint is None}
+            adopts = {i: replace(a, gradients=None if a.note.complaint else gradients[i]) for i, a in adopts.items()}
         try:
             self._ask(dict(adopts))
         except IllegalMessage as error:

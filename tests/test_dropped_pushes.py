@@ -35,7 +35,7 @@ class Scene:
     """Two shards, two ranks, and what each shard's first moments come to."""
 
     def __init__(self, *, objects: bool = True, **config: Any) -> None:
-        self.options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, rejoin_timeout_s=0.0, kernel="numpy")
+        self.options = Options(on_nonfinite="skip", step_timeout_s=0.0, shard_timeout_s=1e-9, rejoin_timeout_s=0.0, kernel="numpy")
         self.world, self.layout = begin_world(INITIAL, NadamConfig(**config), self.options, 2, 2, 0, objects=objects)
         self.workers = [self.worker(rank) for rank in range(2)]
 
@@ -100,6 +100,18 @@ def test_a_push_that_one_shard_has_counted_counts_on_the_one_that_dropped_it(obj
     scene.take_over_rank_1()
     assert scene.see_through(scene.push(1, 3.0), first) == [1, 1]
     scene.require_mean_of(1.0, 3.0)
+
+
+@CASES
+def test_a_complaint_that_one_shard_has_counted_skips_the_round_on_the_one_that_dropped_it(objects: bool, clip: Any) -> None:
+    scene = Scene(objects=objects, **clip)
+    first = scene.push(0, np.nan)
+    scene.lose_rank_1(["", "lose"])
+    scene.take_over_rank_1()
+    assert scene.see_through(scene.push(1, 3.0), first) == [1, 1]
+    scene.require_mean_of(0.0)
+    ledgers = [process.host._shard.members.ledger.to_dict()["runs"] for process in scene.world.shards if process.host]
+    assert ledgers[0] == ledgers[1]
 
 
 @pytest.mark.parametrize("already", [False, True])
