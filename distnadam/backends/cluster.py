@@ -1,4 +1,4 @@
-"""What we ask of a Ray cluster and find out about it: room for the shards, versions on its nodes, calls that it loses, processes to end."""
+"""What we find out about a Ray cluster, and do to it: versions on its nodes, calls that it loses, processes to end."""
 
 import contextlib
 import importlib.metadata
