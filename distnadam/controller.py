@@ -9,14 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.base import Backend
 from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, parent_of
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
-from distnadam.layout import Layout, Ranges
 from distnadam.ledger import DIRECT, Ledger
 from distnadam.messages import (
     Advance,
@@ -38,6 +36,8 @@ from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.schedule import Clock
 from distnadam.orders import Load, Order
 from distnadam.schedules import Rate
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
+from distnadam.tensors.layout import Layout, Ranges
 from distnadam.transport.slot import GradientSlot
 
 _T = TypeVar("_T")

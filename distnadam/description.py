@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from distnadam.config import NadamConfig, Options
-from distnadam.layout import Layout, Ranges
 from distnadam.schedules import Rate
+from distnadam.tensors.layout import Layout, Ranges
 
 Holders = dict[int, tuple[int, str]]
 """By rank: the incarnation of its worker, and the token of that one's process."""

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distnadam.arrays import Flat
 from distnadam.backends.base import Pending
-from distnadam.layout import Ranges
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Ranges
 
 
 @dataclass

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Array, as_numpy, is_float
 from distnadam.errors import GradientError
-from distnadam.layout import Layout
+from distnadam.tensors.arrays import Array, as_numpy, is_float
+from distnadam.tensors.layout import Layout
 
 
 def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:

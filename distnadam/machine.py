@@ -9,7 +9,6 @@ from typing import Any
 
 import distnadam.messages as msg
 from distnadam import orders
-from distnadam.arrays import Flat
 from distnadam.epochs import Epochs
 from distnadam.errors import DistNadamError, IllegalMessage, LatePush, Reconfigured, ShardLost
 from distnadam.gate import Gate
@@ -18,6 +17,7 @@ from distnadam.members import Members
 from distnadam.nadam.schedule import Clock
 from distnadam.rounds import Round, Waiting, note_of
 from distnadam.state import ShardState
+from distnadam.tensors.arrays import Flat
 from distnadam.transitions import Answer, Compute, Effect, Phase, Replicate, Work
 
 _AT_REST = (Phase.COLLECTING, Phase.AWAITING_NORMS)

@@ -9,13 +9,13 @@ refuse, in `orders`.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distnadam.arrays import Array, Flat
 from distnadam.description import Describe as Describe
 from distnadam.description import Description as Description
 from distnadam.description import ShardSpec as ShardSpec
 from distnadam.filing import Filing
 from distnadam.nadam.schedule import Clock
 from distnadam.schedules import Rate
+from distnadam.tensors.arrays import Array, Flat
 
 Outcome = Literal["applied", "skipped", "refused"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distnadam.arrays import Flat
-from distnadam.layout import Ranges
 from distnadam.messages import Description, ShardSpec
 from distnadam.metrics import METRICS
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Ranges
 
 BOUNDS_S = tuple(digit * 10.0**exponent for exponent in range(-5, 2) for digit in (1, 2, 5))
 """Upper ends of the buckets that seconds are counted in, from 10 microseconds to 50 s."""

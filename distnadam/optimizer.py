@@ -5,7 +5,6 @@ from typing import Any, Literal, Self, overload
 
 import numpy as np
 
-from distnadam.arrays import Array
 from distnadam.backends import choice
 from distnadam.backends.base import Team
 from distnadam.checkpoint import store
@@ -15,10 +14,11 @@ from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count,
 from distnadam.controller import Controller
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
 from distnadam.gradients import gradients_of
-from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
 from distnadam.saving import Saver, Saving
 from distnadam.schedules import Rate, rate_from, rate_to_dict
+from distnadam.tensors.arrays import Array
+from distnadam.tensors.layout import Layout
 from distnadam.weights import from_weights, to_weights
 from distnadam.worker import Ticket, Worker
 

@@ -6,11 +6,11 @@ An order bears a new epoch and is obeyed whoever holds the shard; it waits only 
 from dataclasses import dataclass, field
 from typing import Any
 
-from distnadam.arrays import Flat
 from distnadam.description import Holders
 from distnadam.epochs import Reason
 from distnadam.messages import Outcome, PushNote
 from distnadam.nadam.schedule import Clock
+from distnadam.tensors.arrays import Flat
 
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]
 """Membership: from each of these rounds on, these ranks; in order. Kept over a rewind, so that a replay has the same members."""

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import distnadam.messages as msg
-from distnadam.arrays import name_of
 from distnadam.errors import DistNadamError, SupersededWorker
+from distnadam.tensors.arrays import name_of
 from distnadam.transitions import Answer, Effect
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
-from distnadam.arrays import Flat
 from distnadam.backends.base import Link, Pending
 from distnadam.controller import Controller
 from distnadam.errors import (
@@ -23,10 +22,11 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.flight import Flight
-from distnadam.layout import Ranges
 from distnadam.messages import Decided, Describe, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.takeover import adoptions
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Ranges
 
 _T = TypeVar("_T")
 _POLL_S = 0.02

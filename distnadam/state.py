@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distnadam.arrays import Flat, zeros_flat
-from distnadam.layout import Ranges
+from distnadam.tensors.arrays import Flat, zeros_flat
+from distnadam.tensors.layout import Ranges
 
 
 @dataclass

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Array, Flat, as_numpy, empty_flat, is_float
 from distnadam.errors import StructureError
-from distnadam.layout import Layout
 from distnadam.nadam.schedule import Clock
+from distnadam.tensors.arrays import Array, Flat, as_numpy, empty_flat, is_float
+from distnadam.tensors.layout import Layout
 
 
 def to_weights(layout: Layout, clock: Clock, m: Flat, v: Flat) -> list[Array]:

@@ -8,12 +8,12 @@ import numpy as np
 
 from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig, Options
-from distnadam.layout import Layout
 from distnadam.ledger import DIRECT
 from distnadam.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Step, StepNorms
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.schedule import Clock
 from distnadam.orders import Reign, Standing
+from distnadam.tensors.layout import Layout
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 History = tuple[tuple[tuple[int, int], ...], ...]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from distnadam import seat
-from distnadam.arrays import cut_flat
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLost
 from distnadam.messages import Hold, Step
+from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Worker
 from tests.one_process import state_of
 from tests.world_backend import WorldBackend, begin_world

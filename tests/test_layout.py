@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam.errors import StructureError
-from distnadam.layout import CHUNK, Layout
+from distnadam.tensors.layout import CHUNK, Layout
 
 SHAPES = st.one_of(
     st.just(()), st.tuples(st.integers(0, 3000)), st.tuples(st.integers(0, 60), st.integers(0, 60)), st.just((CHUNK,)), st.just((2, CHUNK))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distnadam.errors import StructureError
-from distnadam.reshard import Copy, copy_plan
+from distnadam.tensors.copy_plan import Copy, copy_plan
 
 
 def cut(size: int, points: list[int]) -> list[tuple[int, int]]:

@@ -11,11 +11,11 @@ import distnadam.messages as msg
 from distnadam import orders
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, DistNadamError, IllegalMessage, LifecycleError, ShardLost, StaleEpoch
-from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
 from distnadam.nadam.schedule import Clock
 from distnadam.shard import Shard
 from distnadam.state import ShardState
+from distnadam.tensors.layout import Layout
 from distnadam.transitions import LEGAL, Answer, Compute, Phase, Work
 
 LAYOUT = Layout.of({"w": np.ones(3, np.float32)})

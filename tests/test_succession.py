@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from distnadam.config import NadamConfig, Options
-from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.succession import Met, succession
+from distnadam.tensors.layout import Layout
 
 LAYOUT = Layout.of({"w": np.zeros(5000, np.float32)})
 

@@ -10,9 +10,9 @@ from distnadam import seat
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
-from distnadam.layout import Layout
 from distnadam.messages import ShardSpec
 from distnadam.supervision.supervisor import Supervisor
+from distnadam.tensors.layout import Layout
 from distnadam.worker import Worker
 from tests.one_process import history_of
 from tests.world import World

@@ -9,10 +9,10 @@ from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig, Options
 from distnadam.epochs import Epochs
 from distnadam.errors import IllegalMessage, LatePush, Reconfigured, Rewound, StaleEpoch, SupersededWorker, WorkerLost
-from distnadam.layout import Layout
 from distnadam.messages import Adopt, Decided, Describe, Join, Joined, Pull, Push, PushNote, ShardSpec
 from distnadam.orders import GiveUp, Load, Reign
 from distnadam.takeover import adoptions
+from distnadam.tensors.layout import Layout
 
 NOTE, OLDER = PushNote(1, 5, {"float32": "float32"}), PushNote(1, 4, {"float32": "float32"})
 LAYOUT = Layout.of({"w": np.ones(4, np.float32)})

@@ -10,17 +10,17 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from distnadam.arrays import Flat, cut_flat, empty_flat
 from distnadam.backends.host import ShardHost
 from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
-from distnadam.layout import Ranges
 from distnadam.messages import Lost, Read, ShardSpec
 from distnadam.orders import GiveUp, LetGo, Load, Record, Reign, Replicated
-from distnadam.reshard import copy_plan
 from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.supervisor import Supervisor
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
+from distnadam.tensors.copy_plan import copy_plan
+from distnadam.tensors.layout import Ranges
 from distnadam.transport.replica import Replica, pack_record, unpack_record
 
 LIVELOCK = 300

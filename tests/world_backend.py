@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from distnadam.arrays import Flat, empty_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import DistNadamError
-from distnadam.layout import Layout, Ranges
 from distnadam.messages import ShardSpec, Step, StepNorms
 from distnadam.supervision.crew import require_alive
+from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.layout import Layout, Ranges
 from tests.world import LIVELOCK, Process, World
 
 

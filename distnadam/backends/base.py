@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distnadam.arrays import Flat
 from distnadam.config import Options
 from distnadam.errors import Unrecoverable
-from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, Norms, Push, ShardSpec
 from distnadam.meter import Meter
 from distnadam.orders import Order
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Layout, Ranges
 
 
 class Pending(ABC):

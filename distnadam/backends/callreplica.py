@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
-from distnadam.arrays import Flat, empty_flat
 from distnadam.errors import LaneError
 from distnadam.orders import Record, Replicated, Standing
+from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.replica import Replica
 
 _LET_GO_S = 1.0

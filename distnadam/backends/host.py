@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from time import perf_counter
 from typing import Any, ClassVar
 
-from distnadam.arrays import Flat, memory_for
 from distnadam.backends.arithmetic import Arithmetic
 from distnadam.backends.outbox import Outbox, Run
 from distnadam.checkpoint.behind import Behind
@@ -29,6 +28,7 @@ from distnadam.nadam.schedule import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Retire, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
+from distnadam.tensors.arrays import Flat, memory_for
 from distnadam.transitions import Answer, Effect, Notice, Replicate, Work
 from distnadam.transport.replica import Replica
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from distnadam.arrays import Flat, empty_flat
 from distnadam.backends.base import Backend, Link, Pending, Wiring
 from distnadam.errors import ArenaError, LaneError
-from distnadam.layout import Layout, Ranges
 from distnadam.messages import Decided, Norms, Push
+from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.layout import Layout, Ranges
 from distnadam.transport.doorbell import Address
 from distnadam.transport.lanes import Lanes
 

@@ -6,16 +6,16 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadP
 from dataclasses import replace
 from typing import Any
 
-from distnadam.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.config import Options
 from distnadam.errors import Reconfigured
-from distnadam.layout import Layout, Ranges
 from distnadam.messages import Advance, Hold, Message, Norms, Push, Read, ShardSpec
 from distnadam.meter import state_bytes
 from distnadam.orders import Order, Reign, Retire
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
+from distnadam.tensors.layout import Layout, Ranges
 
 
 class LocalPending(Pending):

@@ -14,7 +14,6 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from distnadam.arrays import Flat
 from distnadam.backends import cluster, registry
 from distnadam.backends.actors import make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
@@ -41,11 +40,12 @@ from distnadam.errors import (
     StepTimeout,
     Unrecoverable,
 )
-from distnadam.layout import Layout, Ranges
 from distnadam.messages import Message, Release, ShardSpec
 from distnadam.meter import Meter
 from distnadam.orders import Order
 from distnadam.supervision.crew import Roster, require_alive
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Layout, Ranges
 
 log = logging.getLogger("distnadam")
 

@@ -16,12 +16,12 @@ from distnadam.backends.cluster import kill, process_born, until_answered
 from distnadam.backends.fencing import Fencing
 from distnadam.backends.gather import insist_on
 from distnadam.errors import ShardLost
-from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
 from distnadam.orders import Load, Reign
-from distnadam.reshard import copy_plan
 from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.succession import Met, Succession, succession
+from distnadam.tensors.copy_plan import copy_plan
+from distnadam.tensors.layout import Ranges
 from distnadam.transport.doorbell import Address
 from distnadam.transport.watch import Watch
 

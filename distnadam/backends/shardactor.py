@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 
-from distnadam.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.backends import registry
 from distnadam.backends.callreplica import CallReplica, Feed
 from distnadam.backends.cluster import insist, node_facts
@@ -24,9 +23,10 @@ from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.messages import Describe, Message, Read, ShardSpec
 from distnadam.meter import state_bytes
 from distnadam.orders import LetGo, Load, Order, Record, Reign, Replicated, Standing
-from distnadam.reshard import Copy
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.succession import Met
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
+from distnadam.tensors.copy_plan import Copy
 from distnadam.transitions import Notice
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address

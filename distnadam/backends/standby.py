@@ -7,7 +7,6 @@ import dataclasses
 import threading
 from collections.abc import Callable
 
-from distnadam.arrays import Flat
 from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig
 from distnadam.errors import IllegalMessage, ShardsDisagree
@@ -16,6 +15,7 @@ from distnadam.messages import ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
 from distnadam.nadam.schedule import step_scalars
 from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin, Standing
+from distnadam.tensors.arrays import Flat
 
 
 class Standby:

@@ -13,12 +13,12 @@ from distnadam.backends.exporter import Exporter
 from distnadam.backends.lease import lease_s
 from distnadam.backends.link import Place
 from distnadam.backends.raycrew import OPEN_S, RayCrew, Tools
-from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
 from distnadam.meter import Sample, state_bytes
 from distnadam.supervision.crew import Hired, Roster
 from distnadam.supervision.succession import Succession
 from distnadam.supervision.supervisor import Supervisor
+from distnadam.tensors.layout import Ranges
 
 
 class SupervisorActor:

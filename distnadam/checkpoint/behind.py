@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Flat
 from distnadam.checkpoint.format import ARRAYS, State
 from distnadam.checkpoint.manifest import FileRecord
 from distnadam.errors import ShardLost
-from distnadam.layout import Ranges
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Ranges
 
 
 class Behind:

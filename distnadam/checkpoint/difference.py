@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Array
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import ARRAYS, read_shard, verify_files
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.layout import Layout, TensorSpec
+from distnadam.tensors.arrays import Array
+from distnadam.tensors.layout import Layout, TensorSpec
 
 _BATCH = 1 << 22
 """Elements read together."""

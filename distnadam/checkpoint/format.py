@@ -14,12 +14,12 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
-from distnadam.arrays import Array, Flat, empty_flat
 from distnadam.checkpoint.manifest import CHUNK_BYTES, FileRecord, Manifest
 from distnadam.checkpoint.places import Folder, ReadInto, place
 from distnadam.errors import CheckpointError
-from distnadam.layout import Ranges
-from distnadam.reshard import copy_plan
+from distnadam.tensors.arrays import Array, Flat, empty_flat
+from distnadam.tensors.copy_plan import copy_plan
+from distnadam.tensors.layout import Ranges
 
 _T = TypeVar("_T")
 State = dict[str, Flat]

@@ -8,7 +8,7 @@ from distnadam.checkpoint.format import ARRAYS, verify_files
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.places import Folder, place
 from distnadam.errors import CheckpointError
-from distnadam.layout import Layout
+from distnadam.tensors.layout import Layout
 
 VERIFIED, UNREAD = "verified", "not read"
 

@@ -9,8 +9,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from distnadam.arrays import Array
 from distnadam.errors import CheckpointError
+from distnadam.tensors.arrays import Array
 
 ABOUT = "about"
 """The entry (a JSON string) that says what a file of ours is."""

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Array, Flat, as_numpy, empty_flat, is_float
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ConfigError, StructureError
-from distnadam.layout import Layout
 from distnadam.ledger import Ledger
 from distnadam.nadam.schedule import Clock
 from distnadam.schedules import rate_at
+from distnadam.tensors.arrays import Array, Flat, as_numpy, empty_flat, is_float
+from distnadam.tensors.layout import Layout
 
 SLOTS = ("params", "m", "v")
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import as_numpy
 from distnadam.errors import CheckpointError, ConversionError
 from distnadam.interop.files import about_from, about_text, expect_kind, write_whole
 from distnadam.interop.formulas import Conversion, find_outside
 from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, read_layout
+from distnadam.tensors.arrays import as_numpy
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 _LACKING = {"weight_decay": 0, "maximize": False}

@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from distnadam.arrays import Array
+from distnadam.tensors.arrays import Array
 
 _BLOCK = 512
 """Elements of a block: all of the step's arrays together then stay in a first-level cache of 32 KiB between mean and step."""

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distnadam.arrays import SPACES, Array
 from distnadam.errors import KernelError
-from distnadam.layout import CHUNK
 from distnadam.nadam.schedule import StepScalars
+from distnadam.tensors.arrays import SPACES, Array
+from distnadam.tensors.layout import CHUNK
 
 BLOCK_BYTES = 768 * 1024
 """Bytes of one block of one array: smaller ones lose to the cost of a ufunc's call and to threads' turns, larger ones leave the cache."""

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from distnadam.arrays import Array
 from distnadam.config import NadamConfig
+from distnadam.tensors.arrays import Array
 
 
 def tensor_square_sums(num_tensors: int, sums_by_shard: Iterable[Sequence[tuple[int, Array]]]) -> Array:

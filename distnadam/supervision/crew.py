@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distnadam.errors import Unrecoverable
-from distnadam.layout import Ranges
 from distnadam.messages import ShardSpec
 from distnadam.orders import Load, Reign
+from distnadam.tensors.layout import Ranges
 
 Cuts = tuple[Sequence[Ranges], Sequence[Ranges]]
 """The ranges of the present shards, and of those that are to replace them."""

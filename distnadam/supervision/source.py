@@ -5,13 +5,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from distnadam.arrays import Flat, cut_flat
 from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.places import Folder
 from distnadam.errors import CheckpointError
 from distnadam.messages import ShardSpec
 from distnadam.orders import Load
+from distnadam.tensors.arrays import Flat, cut_flat
 
 log = logging.getLogger("distnadam")
 

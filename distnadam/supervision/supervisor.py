@@ -12,8 +12,6 @@ from concurrent.futures import Future
 from typing import Any
 
 from distnadam import policy
-from distnadam.arrays import Flat
-from distnadam.layout import Ranges
 from distnadam.messages import Description, ShardSpec
 from distnadam.supervision.board import Board
 from distnadam.supervision.crew import Crew, Hired, Roster
@@ -21,6 +19,8 @@ from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.recovery import Recovery
 from distnadam.supervision.sight import Sight
 from distnadam.supervision.source import Source
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Ranges
 
 log = logging.getLogger("distnadam")
 

@@ -21,9 +21,9 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, LocalFolder, place
 from distnadam.config import check_count
 from distnadam.errors import CheckpointError, ConfigError, Rewound, ShardLost, TrainingError, Unrecoverable
-from distnadam.layout import Layout
 from distnadam.optimizer import DistNadam
 from distnadam.schedules import rate_to_dict
+from distnadam.tensors.layout import Layout
 from distnadam.training.callbacks import Callback, MetricsFile, ProgressDisplay, console
 from distnadam.training.history import History, Recorder
 from distnadam.training.member import Member, task_errors

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Flat
 from distnadam.errors import ArenaError
-from distnadam.layout import Ranges
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Ranges
 
 _PAGE = mmap.PAGESIZE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL

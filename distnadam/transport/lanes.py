@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from distnadam.arrays import Flat, dtype_of
 from distnadam.errors import DistNadamError, LaneError, ShardLost
-from distnadam.layout import Ranges
 from distnadam.messages import Decided, Leave, Lost, Message, ShardSpec
+from distnadam.tensors.arrays import Flat, dtype_of
+from distnadam.tensors.layout import Ranges
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address, Line, Server, call, ring_without_yielding
 from distnadam.transport.wire import pack, unpack

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import Flat, dtype_of, empty_flat
-from distnadam.layout import Layout, Ranges
+from distnadam.tensors.arrays import Flat, dtype_of, empty_flat
+from distnadam.tensors.layout import Layout, Ranges
 
 
 class ParameterView:

@@ -15,11 +15,11 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from distnadam.arrays import Flat, empty_flat
 from distnadam.errors import ArenaError, LaneError
 from distnadam.messages import PushNote
 from distnadam.nadam.schedule import Clock
 from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin
+from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address, Line, Server, call
 from distnadam.transport.wire import HEADER

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.arrays import HALF, Array, Flat, as_numpy, cut_flat, dtype_of, name_of
 from distnadam.errors import ConfigError, LifecycleError, StructureError
-from distnadam.layout import Layout, Ranges, TensorSpec
+from distnadam.tensors.arrays import HALF, Array, Flat, as_numpy, cut_flat, dtype_of, name_of
+from distnadam.tensors.layout import Layout, Ranges, TensorSpec
 
 BLOCK = 65536
 """Elements copied and judged at a time, so that they are judged while they are in the cache."""

@@ -11,9 +11,9 @@ import msgpack
 import numpy as np
 
 from distnadam import errors
-from distnadam.arrays import Flat, name_of
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.messages import Decided, Leave, Measured, Norms, Push
+from distnadam.tensors.arrays import Flat, name_of
 
 HEADER = struct.Struct("<I")
 _SUMS = 1  # the msgpack extension of a float64 array

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam import DistNadam
-from distnadam.arrays import empty_flat
 from distnadam.backends.host import ShardHost
 from distnadam.checkpoint import format as files
 from distnadam.checkpoint import store
@@ -18,9 +17,10 @@ from distnadam.checkpoint.format import ARRAYS, CHUNK_BYTES, fill_shard, leftove
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ShardLost
-from distnadam.layout import Layout, Ranges
 from distnadam.messages import Pull, Push, ShardSpec
 from distnadam.orders import Load
+from distnadam.tensors.arrays import empty_flat
+from distnadam.tensors.layout import Layout, Ranges
 from tests.models import bits, params, run
 
 SHAPES = st.lists(st.tuples(st.sampled_from(["float32", "float64"]), st.integers(0, 6000)), min_size=1, max_size=6)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from deploy import sizes
-from distnadam.layout import Layout
 from distnadam.state import ShardState
+from distnadam.tensors.layout import Layout
 from distnadam.transport.arena import arena_bytes
 from tests.deploy.tree import ROOT
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from distnadam import seat
-from distnadam.arrays import cut_flat
 from distnadam.checkpoint.places import LocalFolder
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
@@ -27,6 +26,7 @@ from distnadam.describe import described
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from distnadam.ledger import DIRECT
 from distnadam.saving import Saver
+from distnadam.tensors.arrays import cut_flat
 from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of

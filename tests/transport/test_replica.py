@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.arrays import Flat
 from distnadam.errors import LaneError
 from distnadam.messages import PushNote
 from distnadam.nadam.schedule import Clock
 from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin
+from distnadam.tensors.arrays import Flat
 from distnadam.transport.doorbell import Address
 from distnadam.transport.replica import LaneFollower, LaneReplica, pack_record, unpack_record
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import optree
 
-from distnadam.arrays import SPACE_OF, SPACES, Array, Flat, as_numpy, dtype_of, is_float
 from distnadam.errors import StructureError
+from distnadam.tensors.arrays import SPACE_OF, SPACES, Array, Flat, as_numpy, dtype_of, is_float
 
 CHUNK = 1024
 """Elements in one piece of the grid on which ranges are cut and norms are summed."""

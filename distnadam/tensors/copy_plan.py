@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distnadam.errors import StructureError
-from distnadam.layout import Ranges
+from distnadam.tensors.layout import Ranges
 
 
 @dataclass(frozen=True)
