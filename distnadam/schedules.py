@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from distnadam.errors import ConfigError
-from distnadam.exact import cosine_of_pi_times, power
+from distnadam.reproducible_math import cosine_of_pi_times, power
 
 Rate = float | Callable[[int], float]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from distnadam.config import NadamConfig
 from distnadam.errors import ConversionError
-from distnadam.exact import power_of_step
 from distnadam.interop.state import OptimizerState
 from distnadam.nadam.schedule import Clock
+from distnadam.reproducible_math import power_of_step
 
 NO_SCHEDULE = 1000.0
 """A schedule_decay with which mu_t is beta_1 to the bit from the first step on, as 0.96 ** 1000 is less than 2 ** -58."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from distnadam.config import NadamConfig
-from distnadam.exact import power_of_step
+from distnadam.reproducible_math import power_of_step
 from distnadam.schedules import rate_at
 
 
