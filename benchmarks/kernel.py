@@ -13,7 +13,7 @@ from rich.table import Table
 
 from distnadam.config import NadamConfig
 from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
-from distnadam.nadam.schedule import Clock, step_scalars
+from distnadam.nadam.step_scalars import Clock, step_scalars
 
 Step = Callable[[], object]
 PEERS = {"over_floor": "memory floor", "over_torch_foreach": "torch NAdam, foreach", "over_torch_fused_adam": "torch Adam, fused"}

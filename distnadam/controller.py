@@ -33,7 +33,7 @@ from distnadam.messages import (
     Write,
 )
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.orders import Load, Order
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat

@@ -14,7 +14,7 @@ from distnadam.errors import DistNadamError, IllegalMessage, LatePush, Reconfigu
 from distnadam.gate import Gate
 from distnadam.ledger import DIRECT
 from distnadam.members import Members
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.rounds import Round, Waiting, note_of
 from distnadam.state import ShardState
 from distnadam.tensors.arrays import Flat

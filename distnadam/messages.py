@@ -13,7 +13,7 @@ from distnadam.description import Describe as Describe
 from distnadam.description import Description as Description
 from distnadam.description import ShardSpec as ShardSpec
 from distnadam.filing import Filing
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array, Flat
 

@@ -9,7 +9,7 @@ from typing import Any
 from distnadam.description import Holders
 from distnadam.epochs import Reason
 from distnadam.messages import Outcome, PushNote
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.tensors.arrays import Flat
 
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import StructureError
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.tensors.arrays import Array, Flat, as_numpy, empty_flat, is_float
 from distnadam.tensors.layout import Layout
 

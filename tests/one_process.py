@@ -11,7 +11,7 @@ from distnadam.config import NadamConfig, Options
 from distnadam.ledger import DIRECT
 from distnadam.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Step, StepNorms
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.orders import Reign, Standing
 from distnadam.tensors.layout import Layout
 

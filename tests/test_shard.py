@@ -12,7 +12,7 @@ from distnadam import orders
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, DistNadamError, IllegalMessage, LifecycleError, ShardLost, StaleEpoch
 from distnadam.messages import ShardSpec
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.shard import Shard
 from distnadam.state import ShardState
 from distnadam.tensors.layout import Layout

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 
 from distnadam.config import NadamConfig
-from distnadam.nadam.schedule import Clock, step_scalars
+from distnadam.nadam.step_scalars import Clock, step_scalars
 
 
 @ray.remote

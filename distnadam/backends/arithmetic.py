@@ -3,7 +3,7 @@
 from distnadam.messages import Measured, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
-from distnadam.nadam.schedule import Clock, step_scalars
+from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.shard import Shard
 from distnadam.tensors.arrays import Flat
 

@@ -24,7 +24,7 @@ from distnadam.errors import ConfigError, LifecycleError
 from distnadam.filing import Collect, Reserve, Save
 from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec, Write
 from distnadam.meter import Meter, shard_samples
-from distnadam.nadam.schedule import Clock, prepare
+from distnadam.nadam.step_scalars import Clock, prepare
 from distnadam.orders import Attach, LetGo, Load, Order, Reign, Retire, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState

@@ -13,7 +13,7 @@ from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.ledger import Ledger
 from distnadam.messages import ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
-from distnadam.nadam.schedule import step_scalars
+from distnadam.nadam.step_scalars import step_scalars
 from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin, Standing
 from distnadam.tensors.arrays import Flat
 

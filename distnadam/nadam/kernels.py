@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distnadam.errors import KernelError
-from distnadam.nadam.schedule import StepScalars
+from distnadam.nadam.step_scalars import StepScalars
 from distnadam.tensors.arrays import SPACES, Array
 from distnadam.tensors.layout import CHUNK
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from distnadam.errors import ArenaError, LaneError
 from distnadam.messages import PushNote
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.arena import Arena

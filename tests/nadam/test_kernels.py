@@ -28,7 +28,7 @@ from distnadam.nadam.kernels import (
     make_stepper,
     square_sums,
 )
-from distnadam.nadam.schedule import Clock, StepScalars
+from distnadam.nadam.step_scalars import Clock, StepScalars
 
 SCALARS = StepScalars(0.002, 0.0011, 0.0007, 3e-9, Clock(1, 0.9))
 DTYPES = ["float32", "float64"]

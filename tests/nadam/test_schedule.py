@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distnadam import reproducible_math
 from distnadam.config import NadamConfig
-from distnadam.nadam.schedule import Clock, step_scalars
+from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.schedules import Exponential
 
 

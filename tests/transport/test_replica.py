@@ -10,7 +10,7 @@ import pytest
 
 from distnadam.errors import LaneError
 from distnadam.messages import PushNote
-from distnadam.nadam.schedule import Clock
+from distnadam.nadam.step_scalars import Clock
 from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.doorbell import Address
