@@ -24,7 +24,7 @@ from rich.table import Table
 from distnadam import DistNadam, Options, fit
 from distnadam.errors import StaleEpoch
 from distnadam.ledger import Ledger
-from distnadam.messages import Push
+from distnadam.protocol.messages import Push
 from distnadam.rounds import note_of
 from distnadam.training.callbacks import Callback
 

@@ -16,7 +16,9 @@ from distnadam.checkpoint.places import Folder, parent_of
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.ledger import DIRECT, Ledger
-from distnadam.messages import (
+from distnadam.nadam.norms import tensor_square_sums
+from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol.messages import (
     Advance,
     Decided,
     Describe,
@@ -32,9 +34,7 @@ from distnadam.messages import (
     StepNorms,
     Write,
 )
-from distnadam.nadam.norms import tensor_square_sums
-from distnadam.nadam.step_scalars import Clock
-from distnadam.orders import Load, Order
+from distnadam.protocol.supervisor_messages import Load, Order
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges

@@ -1,8 +1,8 @@
 """What a shard's machine says of itself, whatever phase it is in. Pure."""
 
-from distnadam.description import Description
 from distnadam.ledger import DIRECT
 from distnadam.machine import Machine
+from distnadam.protocol.shard_status import Description
 from distnadam.transitions import Phase
 
 

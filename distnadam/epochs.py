@@ -1,10 +1,7 @@
 """The epoch of a shard: it rises whenever what workers know may be out of date, and says what became of older messages. Pure."""
 
-from typing import Literal
-
 from distnadam.errors import Reconfigured, Rewound, StaleEpoch
-
-Reason = Literal["replaced", "rewound", "reconfigured"]
+from distnadam.protocol.supervisor_messages import Reason
 
 
 class Epochs:

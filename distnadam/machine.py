@@ -7,14 +7,14 @@ is to be answered. What each message does is in `shard`.
 import math
 from typing import Any
 
-import distnadam.messages as msg
-from distnadam import orders
+import distnadam.protocol.messages as msg
 from distnadam.epochs import Epochs
 from distnadam.errors import DistNadamError, IllegalMessage, LatePush, Reconfigured, ShardLost
 from distnadam.gate import Gate
 from distnadam.ledger import DIRECT
 from distnadam.members import Members
 from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol import supervisor_messages
 from distnadam.rounds import Round, Waiting, note_of
 from distnadam.state import ShardState
 from distnadam.tensors.arrays import Flat
@@ -40,7 +40,7 @@ class Machine:
         self._last: tuple[msg.Outcome, str | None] = ("applied", None)
         self._counted: dict[int, msg.PushNote] = {}
         self._pulls: list[tuple[Any, msg.Pull]] = []
-        self._orders: list[tuple[Any, orders.Load | orders.Attach]] = []
+        self._orders: list[tuple[Any, supervisor_messages.Load | supervisor_messages.Attach]] = []
         self._loaded: tuple[int, Any] = (0, None)  # the epoch of the last load, and how it was answered
         self._broken: BaseException | None = None
         self._why_hollow = ""
@@ -99,15 +99,15 @@ class Machine:
         return frozenset(self._now.pushes)
 
     @property
-    def order(self) -> orders.Load | orders.Attach:
+    def order(self) -> supervisor_messages.Load | supervisor_messages.Attach:
         """The order that is being obeyed."""
         return self._orders[0][1]
 
     @property
-    def standing(self) -> orders.Standing:
+    def standing(self) -> supervisor_messages.Standing:
         """Where the shard stands, for a standby."""
         outcome, complaint = self._last
-        return orders.Standing(
+        return supervisor_messages.Standing(
             self.epochs.now,
             self.round,
             self.skipped,
@@ -132,7 +132,7 @@ class Machine:
         now = self._now
         if self._orders and self.phase in _READY_TO_LOAD:
             free = self.phase is Phase.COLLECTING and self.gate.holder is None
-            if free or isinstance(self.order, orders.Load):
+            if free or isinstance(self.order, supervisor_messages.Load):
                 return self._begin_order()
         if not self.gate.passes(self.round):
             return []
@@ -176,7 +176,9 @@ class Machine:
             self._counted[rank] = note_of(push)
         ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
         counted = {rank: self._counted[rank] for rank in ended.pushes}
-        record = orders.Replicated(self.round, self.skipped, outcome, complaint, counted, self.lr, self.state.active, self.clock)
+        record = supervisor_messages.Replicated(
+            self.round, self.skipped, outcome, complaint, counted, self.lr, self.state.active, self.clock
+        )
         told = [Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting]
         return [Replicate(record), *told, *self._settle()]
 
@@ -207,7 +209,7 @@ class Machine:
         """Give the next order to the host; one that loads ends the round first."""
         told: list[Effect] = []
         caller, order = self._orders[0]
-        if isinstance(order, orders.Load):
+        if isinstance(order, supervisor_messages.Load):
             before, who = self.epochs.now, f"shard {self.spec.index}"
             if order.epoch <= before > 0:
                 del self._orders[0]
@@ -216,7 +218,7 @@ class Machine:
             self.epochs.rise("reconfigured" if order.standing is not None else "rewound", order.epoch)
             error = self.epochs.refusal(before, who, self.round)
             assert error is not None
-            told = [Replicate(orders.LetGo()), *self._drop_pushes(error)]
+            told = [Replicate(supervisor_messages.LetGo()), *self._drop_pushes(error)]
             told += [Answer(caller, error) for caller in (*self.gate.reset(), *(caller for caller, _ in self._pulls))]
             self._pulls = []
         self.phase = Phase.OBEYING
@@ -225,11 +227,11 @@ class Machine:
     def _obeyed(self, result: Any) -> list[Effect]:
         """Take what the host made of an order: an error, or for a load the place in time that it loaded."""
         caller, order = self._orders.pop(0)
-        if isinstance(order, orders.Load) and not isinstance(result, orders.Standing):
+        if isinstance(order, supervisor_messages.Load) and not isinstance(result, supervisor_messages.Standing):
             self._loaded = order.epoch, result
             return [*self._hollowed(result), Answer(caller, result)]
         self.phase = Phase.COLLECTING
-        if isinstance(order, orders.Load) and isinstance(result, orders.Standing):
+        if isinstance(order, supervisor_messages.Load) and isinstance(result, supervisor_messages.Standing):
             self._stand(result)
             if order.standing is not None:
                 self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
@@ -245,13 +247,13 @@ class Machine:
         """Take that loading failed half-way: there is nothing to serve until another load; who waits is told so."""
         self.phase, self._why_hollow = Phase.HOLLOW, str(cause)
         error = ShardLost(f"shard {self.spec.index}: is {self.phase.value}: {cause}")
-        attaches = [caller for caller, order in self._orders if isinstance(order, orders.Attach)]
-        self._orders = [x for x in self._orders if isinstance(x[1], orders.Load)]
+        attaches = [caller for caller, order in self._orders if isinstance(order, supervisor_messages.Attach)]
+        self._orders = [x for x in self._orders if isinstance(x[1], supervisor_messages.Load)]
         waiting = [*(w.caller for w in self._now.waiting), *(caller for caller, _ in self._pulls), *attaches, *self.gate.reset()]
         self._now, self._pulls = Round(), []
         return [Answer(caller, error) for caller in waiting]
 
-    def take_over(self, standing: orders.Standing, reign: orders.Reign) -> None:
+    def take_over(self, standing: supervisor_messages.Standing, reign: supervisor_messages.Reign) -> None:
         """Stand where a primary stood, under the epoch in which it is gone; its arrays are in the state."""
         self._stand(standing)
         self.epochs.know(standing.risen)
@@ -259,7 +261,7 @@ class Machine:
         self.members.schedule = reign.schedule or self.members.schedule
         self.members.ledger.admit_all(reign.newest)
 
-    def _stand(self, standing: orders.Standing) -> None:
+    def _stand(self, standing: supervisor_messages.Standing) -> None:
         self.clock, self.round, self.skipped, self.lr = standing.clock, standing.round, standing.skipped, standing.lr
         known = self.members.ledger.newest_of_all()
         self.members.ledger = self.members.ledger.from_dict(standing.ledger)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distnadam.messages import Description, ShardSpec
 from distnadam.metrics import METRICS
+from distnadam.protocol.messages import Description, ShardSpec
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 

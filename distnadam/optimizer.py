@@ -14,7 +14,7 @@ from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count,
 from distnadam.controller import Controller
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
 from distnadam.gradients import gradients_of
-from distnadam.messages import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 from distnadam.saving import Saver, Saving
 from distnadam.schedules import Rate, rate_from, rate_to_dict
 from distnadam.tensors.arrays import Array

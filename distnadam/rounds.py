@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import distnadam.messages as msg
+import distnadam.protocol.messages as msg
 from distnadam.errors import DistNadamError, SupersededWorker
 from distnadam.tensors.arrays import name_of
 from distnadam.transitions import Answer, Effect

@@ -22,9 +22,9 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.flight import Flight
-from distnadam.messages import Decided, Describe, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.takeover import adoptions
+from distnadam.protocol.messages import Decided, Describe, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
+from distnadam.protocol.orphaned_push import adoptions
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 

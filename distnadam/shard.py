@@ -5,12 +5,12 @@
 
 from typing import Any
 
-import distnadam.messages as msg
-from distnadam import orders
+import distnadam.protocol.messages as msg
 from distnadam.describe import described
 from distnadam.errors import IllegalMessage, LatePush, Reconfigured, RoundMismatch, ShardLost
 from distnadam.ledger import DIRECT
 from distnadam.machine import Machine
+from distnadam.protocol import supervisor_messages
 from distnadam.rounds import Round, Waiting, note_of
 from distnadam.transitions import LEGAL, Answer, Effect, Notice, Phase, Replicate
 
@@ -43,7 +43,7 @@ class Shard(Machine):
         if self.collecting:
             self._now.set_aside(message.rank, incarnation)
         notices = [] if message.reserve else [Notice("joined", message.rank, incarnation)]
-        record = Replicate(orders.ReplicatedJoin(message.rank, incarnation, None if message.reserve else message.process))
+        record = Replicate(supervisor_messages.ReplicatedJoin(message.rank, incarnation, None if message.reserve else message.process))
         member = message.rank in self.members.needed(self.round + 1)
         return [record, *notices, Answer(caller, msg.Joined(incarnation, self.round, committed, member, self._is_orphaned()))]
 
@@ -103,13 +103,13 @@ class Shard(Machine):
 
     def _on_leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
         self.members.leave(message.rank, message.incarnation)
-        gone = Replicate(orders.ReplicatedJoin(message.rank, message.incarnation))
+        gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
         return [gone, Notice("left", message.rank, message.incarnation), Answer(caller, None)]
 
     def _on_lost(self, message: msg.Lost, caller: Any) -> list[Effect]:
         if self._broken is not None or not self.members.lose(message.rank, message.incarnation):
             return [Answer(caller, None)]  # whoever hangs up on a shard that was retired has not died
-        gone = Replicate(orders.ReplicatedJoin(message.rank, message.incarnation))
+        gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
         return [gone, Notice("died rank", message.rank, message.incarnation), Answer(caller, None)]
 
     # Whoever acts on the optimizer as a whole
@@ -145,13 +145,13 @@ class Shard(Machine):
         self.epochs.rise("replaced", message.epoch)
         refusal = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
         assert refusal is not None
-        return [Replicate(orders.LetGo()), *self._drop_pushes(refusal), Answer(caller, None)]
+        return [Replicate(supervisor_messages.LetGo()), *self._drop_pushes(refusal), Answer(caller, None)]
 
     def _on_setrate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
         self.config = self.config.with_lr(message.lr)
         self.changed = f"the learning rate was replaced after round {self.round}"
-        return [Replicate(orders.LetGo()), Answer(caller, None)]
+        return [Replicate(supervisor_messages.LetGo()), Answer(caller, None)]
 
     def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the round for a step from outside; a push that came since the holder looked is late."""
@@ -178,7 +178,7 @@ class Shard(Machine):
 
     # The supervisor
 
-    def _on_reign(self, order: orders.Reign, caller: Any) -> list[Effect]:
+    def _on_reign(self, order: supervisor_messages.Reign, caller: Any) -> list[Effect]:
         if order.epoch <= self.epochs.now:
             return [Answer(caller, self.epochs.now)]
         self.epochs.rise("reconfigured", order.epoch)
@@ -189,30 +189,32 @@ class Shard(Machine):
             self._now.pushes = {rank: push for rank, push in self._now.pushes.items() if rank in needed}
         return [Replicate(order), Answer(caller, self.epochs.now)]
 
-    def _on_giveup(self, order: orders.GiveUp, caller: Any) -> list[Effect]:
+    def _on_giveup(self, order: supervisor_messages.GiveUp, caller: Any) -> list[Effect]:
         if self.members.taken_over(order.rank, order.incarnation):
             return [Answer(caller, None)]  # somebody has taken it over after all
         self.members.given_up.add(order.rank)
         return [Answer(caller, None), *self._drop_pushes_that_wait_in_vain()]
 
-    def _on_retire(self, order: orders.Retire, caller: Any) -> list[Effect]:
+    def _on_retire(self, order: supervisor_messages.Retire, caller: Any) -> list[Effect]:
         error = Reconfigured(f"shard {self.spec.index}: other shards hold its ranges now; look for them", order.epoch, self.round)
-        return [*self.broke(error), Replicate(orders.LetGo()), Answer(caller, None)]
+        return [*self.broke(error), Replicate(supervisor_messages.LetGo()), Answer(caller, None)]
 
-    def _on_load(self, order: orders.Load, caller: Any) -> list[Effect]:
+    def _on_load(self, order: supervisor_messages.Load, caller: Any) -> list[Effect]:
         if order.epoch == self._loaded[0]:
             return [Answer(caller, self._loaded[1])]  # asked again, since the answer was lost
-        loading = self.phase is Phase.OBEYING and isinstance(self.order, orders.Load) and self.order.epoch == order.epoch
+        loading = self.phase is Phase.OBEYING and isinstance(self.order, supervisor_messages.Load) and self.order.epoch == order.epoch
         if order.epoch <= self.epochs.now and self.epochs.now > 0 and not loading:
             raise IllegalMessage(f"shard {self.spec.index}: a load of epoch {order.epoch} came in epoch {self.epochs.now}")
         begun = self._orders[:1] if self.phase is Phase.OBEYING else []
         rest = self._orders[len(begun) :]
-        loads = [entry for entry in rest if isinstance(entry[1], orders.Load)]
-        copies = [entry for entry in rest if isinstance(entry[1], orders.Attach)]  # which may wait for a round that will never end
+        loads = [entry for entry in rest if isinstance(entry[1], supervisor_messages.Load)]
+        copies = [
+            entry for entry in rest if isinstance(entry[1], supervisor_messages.Attach)
+        ]  # which may wait for a round that will never end
         self._orders = [*begun, *loads, (caller, order), *copies]
         return []
 
-    def _on_attach(self, order: orders.Attach, caller: Any) -> list[Effect]:
+    def _on_attach(self, order: supervisor_messages.Attach, caller: Any) -> list[Effect]:
         self._orders.append((caller, order))
         return []
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from distnadam.backends.choice import connect
 from distnadam.checkpoint import store
-from distnadam.description import Description
 from distnadam.errors import CheckpointError, NotRunning, ShardLost
-from distnadam.messages import Describe
 from distnadam.meter import state_bytes
+from distnadam.protocol.messages import Describe
+from distnadam.protocol.shard_status import Description
 from distnadam.schedules import rate_at
 
 ANSWER_S = 5.0

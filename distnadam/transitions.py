@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import distnadam.messages as msg
-from distnadam import orders
+import distnadam.protocol.messages as msg
+from distnadam.protocol import supervisor_messages
 
 
 class Phase(Enum):
@@ -47,7 +47,7 @@ class Compute:
 class Replicate:
     """An effect: tell the standby, if there is one, before anything that follows."""
 
-    record: orders.Record
+    record: supervisor_messages.Record
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ _ALWAYS = frozenset(
         msg.Advance,
         msg.Release,
         msg.Describe,
-        orders.Reign,
-        orders.Load,
-        orders.Attach,
-        orders.GiveUp,
-        orders.Retire,
+        supervisor_messages.Reign,
+        supervisor_messages.Load,
+        supervisor_messages.Attach,
+        supervisor_messages.GiveUp,
+        supervisor_messages.Retire,
     }
 )
 _AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms}
@@ -88,6 +88,8 @@ LEGAL: dict[Phase, frozenset[type]] = {
     Phase.AWAITING_NORMS: _AT_REST,
     Phase.STEPPING: _ALWAYS,
     Phase.OBEYING: _ALWAYS,
-    Phase.HOLLOW: frozenset({msg.Describe, msg.Release, msg.Lost, msg.Leave, orders.Load, orders.Reign, orders.GiveUp}),
+    Phase.HOLLOW: frozenset(
+        {msg.Describe, msg.Release, msg.Lost, msg.Leave, supervisor_messages.Load, supervisor_messages.Reign, supervisor_messages.GiveUp}
+    ),
     Phase.BROKEN: frozenset({msg.Describe, msg.Release, msg.Lost}),
 }

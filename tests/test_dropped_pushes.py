@@ -13,7 +13,7 @@ from distnadam import seat
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLost
-from distnadam.messages import Hold, Step
+from distnadam.protocol.messages import Hold, Step
 from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Worker
 from tests.one_process import state_of

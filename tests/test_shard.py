@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import distnadam.messages as msg
-from distnadam import orders
+import distnadam.protocol.messages as msg
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, DistNadamError, IllegalMessage, LifecycleError, ShardLost, StaleEpoch
-from distnadam.messages import ShardSpec
 from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol import supervisor_messages
+from distnadam.protocol.messages import ShardSpec
 from distnadam.shard import Shard
 from distnadam.state import ShardState
 from distnadam.tensors.layout import Layout
@@ -40,7 +40,7 @@ def shard_in(phase: Phase) -> Shard:
     if phase in (Phase.COLLECTING, Phase.OBEYING, Phase.HOLLOW):
         shard.receive(msg.Hold("me"), "hold")
         if phase is not Phase.COLLECTING:
-            shard.receive(orders.Load(7, "directory"), "load")
+            shard.receive(supervisor_messages.Load(7, "directory"), "load")
         if phase is Phase.HOLLOW:
             shard.computed(Work.OBEY, CheckpointError("file: a bit is wrong"))
         return shard
@@ -76,11 +76,11 @@ EXAMPLES: list[Any] = [
     msg.Leave(0, 1),
     msg.Lost(0, 1),
     msg.Adopt(0, msg.PushNote(1, 1, {"float32": "float32"}), GRADIENTS),
-    orders.Reign(9, ((1, (0, 1)),)),
-    orders.Load(9, params=GRADIENTS),
-    orders.Attach(None),
-    orders.GiveUp(0, 1),
-    orders.Retire(9),
+    supervisor_messages.Reign(9, ((1, (0, 1)),)),
+    supervisor_messages.Load(9, params=GRADIENTS),
+    supervisor_messages.Attach(None),
+    supervisor_messages.GiveUp(0, 1),
+    supervisor_messages.Retire(9),
     msg.Hold("you"),
     msg.Advance("me", 1),
     msg.Release("you"),
@@ -220,20 +220,20 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
 
 def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come() -> None:
     shard = shard_in(Phase.AWAITING_NORMS)
-    assert shard.receive(orders.Attach("standby"), "attach") == []
-    effects = shard.receive(orders.Load(9, params=GRADIENTS), "load")
-    assert effects[-1] == Compute(Work.OBEY) and isinstance(shard.order, orders.Load)
-    loaded = orders.Standing(9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    assert shard.receive(supervisor_messages.Attach("standby"), "attach") == []
+    effects = shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "load")
+    assert effects[-1] == Compute(Work.OBEY) and isinstance(shard.order, supervisor_messages.Load)
+    loaded = supervisor_messages.Standing(9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []})
     after = shard.computed(Work.OBEY, loaded)
-    assert Answer("load", 4) in after and after[-1] == Compute(Work.OBEY) and isinstance(shard.order, orders.Attach)
+    assert Answer("load", 4) in after and after[-1] == Compute(Work.OBEY) and isinstance(shard.order, supervisor_messages.Attach)
 
 
 def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
     shard = shard_in(Phase.STEPPING)
-    shard.receive(orders.Load(9, params=GRADIENTS), "first")
-    shard.receive(orders.Load(8, params=GRADIENTS), "second")
+    shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "first")
+    shard.receive(supervisor_messages.Load(8, params=GRADIENTS), "second")
     shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
-    loaded = orders.Standing(9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    loaded = supervisor_messages.Standing(9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
     assert isinstance(replies(shard.computed(Work.OBEY, loaded))[-1], IllegalMessage)
     assert shard.phase is Phase.COLLECTING
 
@@ -241,19 +241,19 @@ def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
 @pytest.mark.parametrize("answered", ["while it loads", "once it has loaded", "once that has failed"])
 def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_ended(answered: str) -> None:
     shard, standing, refused = new_shard(), new_shard().standing, CheckpointError("file: a bit is wrong")
-    shard.receive(orders.Load(9, "directory"), "first")
-    effects = shard.receive(orders.Load(9, "directory"), "again") if answered == "while it loads" else []
+    shard.receive(supervisor_messages.Load(9, "directory"), "first")
+    effects = shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered == "while it loads" else []
     effects += shard.computed(Work.OBEY, refused if "failed" in answered else dataclasses.replace(standing, round=4))
-    effects += shard.receive(orders.Load(9, "directory"), "again") if answered != "while it loads" else []
+    effects += shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered != "while it loads" else []
     ended = refused if "failed" in answered else 4
     assert [e for e in effects if isinstance(e, (Answer, Compute))] == [Answer("first", ended), Answer("again", ended)]
 
 
 def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
     shard = shard_in(Phase.COLLECTING)
-    reign = orders.Reign(3, ((1, (0,)),))
+    reign = supervisor_messages.Reign(3, ((1, (0,)),))
     assert len(shard.receive(reign, "one")) == 2
     before = fingerprint(shard)
     assert shard.receive(reign, "again") == [Answer("again", 3)]
-    assert shard.receive(orders.Reign(2, ((1, (1,)),)), "older") == [Answer("older", 3)]
+    assert shard.receive(supervisor_messages.Reign(2, ((1, (1,)),)), "older") == [Answer("older", 3)]
     assert fingerprint(shard) == before

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distnadam.config import NadamConfig, Options
-from distnadam.messages import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.succession import Met, succession
 from distnadam.tensors.layout import Layout

@@ -10,7 +10,7 @@ from distnadam import seat
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
-from distnadam.messages import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Worker

@@ -14,14 +14,15 @@ from distnadam.backends.host import ShardHost
 from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
-from distnadam.messages import Lost, Read, ShardSpec
-from distnadam.orders import GiveUp, LetGo, Load, Record, Reign, Replicated
+from distnadam.protocol.codec import pack_record, unpack_record
+from distnadam.protocol.messages import Lost, Read, ShardSpec
+from distnadam.protocol.supervisor_messages import GiveUp, LetGo, Load, Record, Reign, Replicated
 from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.replica import Replica, pack_record, unpack_record
+from distnadam.transport.replica import Replica
 
 LIVELOCK = 300
 

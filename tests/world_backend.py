@@ -8,7 +8,7 @@ from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import DistNadamError
-from distnadam.messages import ShardSpec, Step, StepNorms
+from distnadam.protocol.messages import ShardSpec, Step, StepNorms
 from distnadam.supervision.crew import require_alive
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges

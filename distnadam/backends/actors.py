@@ -18,7 +18,7 @@ from distnadam.backends.raycrew import Tools
 from distnadam.backends.shardactor import ShardActor
 from distnadam.backends.supervisoractor import SupervisorActor
 from distnadam.config import Options
-from distnadam.messages import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 
 
 class Member:

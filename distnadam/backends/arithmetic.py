@@ -1,9 +1,9 @@
 """A shard's arithmetic: the norms of a round's mean gradient, and the step, on what the state machine holds. No messages, no files."""
 
-from distnadam.messages import Measured, ShardSpec
 from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
 from distnadam.nadam.step_scalars import Clock, step_scalars
+from distnadam.protocol.messages import Measured, ShardSpec
 from distnadam.shard import Shard
 from distnadam.tensors.arrays import Flat
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from distnadam.config import Options
 from distnadam.errors import Unrecoverable
-from distnadam.messages import Message, Norms, Push, ShardSpec
 from distnadam.meter import Meter
-from distnadam.orders import Order
+from distnadam.protocol.messages import Message, Norms, Push, ShardSpec
+from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout, Ranges
 

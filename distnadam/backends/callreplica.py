@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from distnadam.errors import LaneError
-from distnadam.orders import Record, Replicated, Standing
+from distnadam.protocol.supervisor_messages import Record, Replicated, Standing
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.replica import Replica
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from distnadam.backends.base import Backend
 from distnadam.errors import ClusterError
-from distnadam.messages import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 
 BackendName = Literal["auto", "local", "ray"]
 

@@ -21,11 +21,10 @@ from distnadam.checkpoint.places import parent_of
 from distnadam.config import NadamConfig
 from distnadam.describe import described
 from distnadam.errors import ConfigError, LifecycleError
-from distnadam.filing import Collect, Reserve, Save
-from distnadam.messages import Adopt, Describe, Description, Measured, Message, ShardSpec, Write
 from distnadam.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
-from distnadam.orders import Attach, LetGo, Load, Order, Reign, Retire, Standing
+from distnadam.protocol.messages import Adopt, Collect, Describe, Description, Measured, Message, Reserve, Save, ShardSpec, Write
+from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Order, Reign, Retire, Standing
 from distnadam.shard import Shard
 from distnadam.state import ShardState
 from distnadam.tensors.arrays import Flat, memory_for

@@ -10,7 +10,7 @@ from typing import Any
 
 from distnadam.backends.base import Backend, Link, Pending, Wiring
 from distnadam.errors import ArenaError, LaneError
-from distnadam.messages import Decided, Norms, Push
+from distnadam.protocol.messages import Decided, Norms, Push
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.transport.doorbell import Address

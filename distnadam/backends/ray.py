@@ -40,9 +40,9 @@ from distnadam.errors import (
     StepTimeout,
     Unrecoverable,
 )
-from distnadam.messages import Message, Release, ShardSpec
 from distnadam.meter import Meter
-from distnadam.orders import Order
+from distnadam.protocol.messages import Message, Release, ShardSpec
+from distnadam.protocol.supervisor_messages import Order
 from distnadam.supervision.crew import Roster, require_alive
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout, Ranges

@@ -16,8 +16,8 @@ from distnadam.backends.cluster import kill, process_born, until_answered
 from distnadam.backends.fencing import Fencing
 from distnadam.backends.gather import insist_on
 from distnadam.errors import ShardLost
-from distnadam.messages import ShardSpec
-from distnadam.orders import Load, Reign
+from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.supervisor_messages import Load, Reign
 from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.succession import Met, Succession, succession
 from distnadam.tensors.copy_plan import copy_plan

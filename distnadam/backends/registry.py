@@ -15,7 +15,7 @@ from ray.experimental import internal_kv
 
 from distnadam.backends.cluster import NAMESPACE, end_processes, kill, process_born
 from distnadam.backends.link import Place
-from distnadam.messages import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 
 EndOn = Callable[[str, Sequence[tuple[int, str]], float], Any]
 """Has processes, given by number and birth, of a node ended by somebody there; returns a reference to wait for."""

@@ -20,9 +20,9 @@ from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
-from distnadam.messages import Describe, Message, Read, ShardSpec
 from distnadam.meter import state_bytes
-from distnadam.orders import LetGo, Load, Order, Record, Reign, Replicated, Standing
+from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
+from distnadam.protocol.supervisor_messages import LetGo, Load, Order, Record, Reign, Replicated, Standing
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.succession import Met
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distnadam.errors import Unrecoverable
-from distnadam.messages import ShardSpec
-from distnadam.orders import Load, Reign
+from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.supervisor_messages import Load, Reign
 from distnadam.tensors.layout import Ranges
 
 Cuts = tuple[Sequence[Ranges], Sequence[Ranges]]

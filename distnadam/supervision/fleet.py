@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from distnadam.description import Describe, Description, Holders, ShardSpec
 from distnadam.errors import ShardLost, StepTimeout
-from distnadam.orders import Schedule
+from distnadam.protocol.shard_status import Describe, Description, Holders, ShardSpec
+from distnadam.protocol.supervisor_messages import Schedule
 from distnadam.supervision.crew import Crew, Hired
 from distnadam.transitions import Phase
 

@@ -11,12 +11,12 @@ from typing import Any
 from distnadam import policy
 from distnadam.checkpoint.places import Folder
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
-from distnadam.messages import Advance, Description, Held, Hold, Join, Joined, Release
-from distnadam.orders import Attach, GiveUp, Load, Reign, Retire, Schedule
+from distnadam.protocol.messages import Advance, Description, Held, Hold, Join, Joined, Release
+from distnadam.protocol.orphaned_push import adoptions
+from distnadam.protocol.supervisor_messages import Attach, GiveUp, Load, Reign, Retire, Schedule
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.source import Source
-from distnadam.takeover import adoptions
 from distnadam.tensors.layout import Ranges
 from distnadam.transitions import Phase
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from distnadam import policy
 from distnadam.config import Options
-from distnadam.messages import Description, Lost, Release
+from distnadam.protocol.messages import Description, Lost, Release
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.source import Source

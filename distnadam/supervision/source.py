@@ -9,8 +9,8 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.places import Folder
 from distnadam.errors import CheckpointError
-from distnadam.messages import ShardSpec
-from distnadam.orders import Load
+from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.supervisor_messages import Load
 from distnadam.tensors.arrays import Flat, cut_flat
 
 log = logging.getLogger("distnadam")

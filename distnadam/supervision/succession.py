@@ -7,7 +7,7 @@ as one of the old ones answers and is not retired, it holds the present state, a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distnadam.messages import ShardSpec
+from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.crew import Hired
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from distnadam import policy
-from distnadam.messages import Description, ShardSpec
+from distnadam.protocol.messages import Description, ShardSpec
 from distnadam.supervision.board import Board
 from distnadam.supervision.crew import Crew, Hired, Roster
 from distnadam.supervision.fleet import Fleet

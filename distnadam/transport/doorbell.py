@@ -20,7 +20,7 @@ from typing import Any
 import msgpack
 
 from distnadam.errors import LaneError
-from distnadam.transport.wire import HEADER, Frames
+from distnadam.protocol.codec import HEADER, Frames
 
 _GREETING_S = 10.0
 _READ_BYTES = 1 << 16

@@ -14,12 +14,12 @@ from functools import partial
 from typing import Any
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
-from distnadam.messages import Decided, Leave, Lost, Message, ShardSpec
+from distnadam.protocol.codec import pack, unpack
+from distnadam.protocol.messages import Decided, Leave, Lost, Message, ShardSpec
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address, Line, Server, call, ring_without_yielding
-from distnadam.transport.wire import pack, unpack
 
 _LONGEST_S = 86400.0
 """Seconds of one poll, which takes no more than 31 bits of milliseconds."""

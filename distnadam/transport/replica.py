@@ -16,13 +16,11 @@ import msgpack
 import numpy as np
 
 from distnadam.errors import ArenaError, LaneError
-from distnadam.messages import PushNote
-from distnadam.nadam.step_scalars import Clock
-from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin
+from distnadam.protocol.codec import HEADER, pack_record, unpack_record
+from distnadam.protocol.supervisor_messages import LetGo, Record, Replicated
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address, Line, Server, call
-from distnadam.transport.wire import HEADER
 
 
 class Replica(ABC):
@@ -154,39 +152,3 @@ class LaneFollower:
     def _end(self, line: Line) -> None:
         if line is self._primary:
             self.ended.set()
-
-
-def pack_record(record: Record) -> bytes:
-    """Return a frame."""
-    body: tuple[Any, ...]
-    if isinstance(record, ReplicatedJoin):
-        body = ("join", record.rank, record.incarnation, record.process)
-    elif isinstance(record, Reign):
-        body = ("reign", record.epoch, record.schedule, record.newest)
-    elif isinstance(record, LetGo):
-        body = ("let go",)
-    else:
-        clock = (record.clock.iterations, record.clock.m_schedule)
-        counted = [(rank, note.incarnation, note.dtypes, note.complaint) for rank, note in record.counted.items()]
-        told = (record.outcome, record.complaint, counted, record.lr, record.active)
-        body = ("round", record.round, record.skipped, *told, *clock)
-    data: bytes = msgpack.packb(body)
-    return HEADER.pack(len(data)) + data
-
-
-def unpack_record(frame: bytes) -> Record:
-    """Return the record of a frame's body; raise LaneError where it is none."""
-    try:
-        kind, *fields = msgpack.unpackb(frame, strict_map_key=False)
-        if kind == "join":
-            return ReplicatedJoin(*fields)
-        if kind == "reign":
-            epoch, schedule, newest = fields
-            return Reign(epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest)
-        if kind == "let go":
-            return LetGo()
-        number, skipped, outcome, complaint, notes, lr, active, iterations, m_schedule = fields
-        counted = {rank: PushNote(incarnation, number, dtypes, why) for rank, incarnation, dtypes, why in notes}
-        return Replicated(number, skipped, outcome, complaint, counted, lr, active, Clock(iterations, m_schedule))
-    except (ValueError, TypeError) as error:
-        raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

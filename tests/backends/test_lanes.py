@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 
 from distnadam import DistNadam, Options
 from distnadam.errors import LifecycleError, NonFiniteGradient, Rewound, StepTimeout, StructureError, WorkerLost
-from distnadam.messages import Describe
+from distnadam.protocol.messages import Describe
 from tests.models import bits, gradients, leaves, params
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -9,7 +9,7 @@ import pytest
 from distnadam import DistNadam, Options
 from distnadam.backends.base import Pending
 from distnadam.errors import Rewound, ShardUnavailable
-from distnadam.messages import Step, StepNorms
+from distnadam.protocol.messages import Step, StepNorms
 from tests.models import bits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -11,12 +11,13 @@ from distnadam.backends.host import ShardHost
 from distnadam.backends.standby import Standby
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import IllegalMessage
-from distnadam.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Write
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.orders import Attach, LetGo, Load, Record, Reign, Replicated
+from distnadam.protocol.codec import pack_record, unpack_record
+from distnadam.protocol.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Write
+from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Record, Reign, Replicated
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout
-from distnadam.transport.replica import Replica, pack_record, unpack_record
+from distnadam.transport.replica import Replica
 from tests.one_process import State, state_of
 
 SIZE = 1500

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from distnadam.orders import Schedule
+from distnadam.protocol.supervisor_messages import Schedule
 from tests.chaos.blows import pause
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.scene import Case, Nodes, Scene, described, ledgers, members_of, stage, undisturbed

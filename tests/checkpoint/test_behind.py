@@ -14,7 +14,7 @@ import distnadam.backends.host as host
 from distnadam import DistNadam
 from distnadam.checkpoint import behind, store
 from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
-from distnadam.messages import Hold
+from distnadam.protocol.messages import Hold
 from tests.models import bits, params, run
 
 
@@ -189,7 +189,7 @@ def test_a_change_after_the_snapshot_is_not_taken_for_saved(gate: Gate, tmp_path
 
 def test_a_snapshot_is_only_taken_of_held_shards() -> None:
     from distnadam.errors import IllegalMessage
-    from distnadam.filing import Collect, Save
+    from distnadam.protocol.messages import Collect, Save
 
     with DistNadam(backend="local").build(params()) as optimizer:
         shards = optimizer._running()

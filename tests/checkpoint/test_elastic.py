@@ -17,8 +17,8 @@ from distnadam.checkpoint.format import ARRAYS, CHUNK_BYTES, fill_shard, leftove
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ShardLost
-from distnadam.messages import Pull, Push, ShardSpec
-from distnadam.orders import Load
+from distnadam.protocol.messages import Pull, Push, ShardSpec
+from distnadam.protocol.supervisor_messages import Load
 from distnadam.tensors.arrays import empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from tests.models import bits, params, run

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distnadam import DistNadam, Options
 from distnadam.errors import DistNadamError, Rewound, StaleEpoch, StepTimeout
-from distnadam.messages import Describe
+from distnadam.protocol.messages import Describe
 from tests.hosts.program import say
 from tests.hosts.tasks import digest_of
 

@@ -15,7 +15,7 @@ from distnadam import DistNadam, Options
 from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig
 from distnadam.errors import LatePush, ProtocolError, PushesPending, RoundMismatch, StaleEpoch, StepTimeout, SupersededWorker
-from distnadam.messages import Decided, Hold, Join, Push, Read, Release, ShardSpec, Step, Write
+from distnadam.protocol.messages import Decided, Hold, Join, Push, Read, Release, ShardSpec, Step, Write
 from distnadam.tensors.layout import Layout
 from tests.models import bits, gradients, params
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from distnadam.errors import LaneError
-from distnadam.messages import PushNote
 from distnadam.nadam.step_scalars import Clock
-from distnadam.orders import LetGo, Record, Reign, Replicated, ReplicatedJoin
+from distnadam.protocol.codec import pack_record, unpack_record
+from distnadam.protocol.messages import PushNote
+from distnadam.protocol.supervisor_messages import LetGo, Record, Reign, Replicated, ReplicatedJoin
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.doorbell import Address
-from distnadam.transport.replica import LaneFollower, LaneReplica, pack_record, unpack_record
+from distnadam.transport.replica import LaneFollower, LaneReplica
 
 SIZES = {"float32": 1000}
 ARRAYS = {name: {"float32": np.full(1000, value, np.float32)} for name, value in (("params", 1), ("m", 2), ("v", 3))}

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
-from distnadam.messages import Decided, Leave, Measured, Norms, Pull, Push
-from distnadam.transport.wire import Frames, pack, unpack
+from distnadam.protocol.codec import Frames, pack, unpack
+from distnadam.protocol.messages import Decided, Leave, Measured, Norms, Pull, Push
 
 GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
 MESSAGES: list[Any] = [

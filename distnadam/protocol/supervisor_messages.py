@@ -4,13 +4,15 @@ An order bears a new epoch and is obeyed whoever holds the shard; it waits only 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from distnadam.description import Holders
-from distnadam.epochs import Reason
-from distnadam.messages import Outcome, PushNote
 from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol.messages import Outcome, PushNote
+from distnadam.protocol.shard_status import Holders
 from distnadam.tensors.arrays import Flat
+
+Reason = Literal["replaced", "rewound", "reconfigured"]
+
 
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]
 """Membership: from each of these rounds on, these ranks; in order. Kept over a rewind, so that a replay has the same members."""
@@ -128,4 +130,6 @@ class LetGo:
 
 
 Record = Replicated | ReplicatedJoin | Reign | LetGo
+
+
 Order = Reign | Load | Attach | GiveUp | Retire

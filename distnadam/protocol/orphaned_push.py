@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from distnadam.messages import Adopt, Joined
+from distnadam.protocol.messages import Adopt, Joined
 
 
 def adoptions(rank: int, joined: Mapping[int, Joined]) -> dict[int, Adopt]:

@@ -12,12 +12,19 @@ import numpy as np
 
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
-from distnadam.messages import Decided, Leave, Measured, Norms, Push
+from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol.messages import Decided, Leave, Measured, Norms, Push, PushNote
+from distnadam.protocol.supervisor_messages import LetGo, Record, Reign, Replicated, ReplicatedJoin
 from distnadam.tensors.arrays import Flat, name_of
 
 HEADER = struct.Struct("<I")
+
+
 _SUMS = 1  # the msgpack extension of a float64 array
+
+
 _MOST_BYTES = 1 << 30
+
 
 GradientsOf = Callable[[dict[str, str]], Flat]
 """From the dtypes that a worker wrote, by space, to the views of the shard's ranges in its arena."""
@@ -115,3 +122,39 @@ def _unpack_array(code: int, data: bytes) -> Any:
     if code != _SUMS:
         raise ValueError(f"unknown extension {code}")
     return np.frombuffer(data, np.float64)
+
+
+def pack_record(record: Record) -> bytes:
+    """Return a frame."""
+    body: tuple[Any, ...]
+    if isinstance(record, ReplicatedJoin):
+        body = ("join", record.rank, record.incarnation, record.process)
+    elif isinstance(record, Reign):
+        body = ("reign", record.epoch, record.schedule, record.newest)
+    elif isinstance(record, LetGo):
+        body = ("let go",)
+    else:
+        clock = (record.clock.iterations, record.clock.m_schedule)
+        counted = [(rank, note.incarnation, note.dtypes, note.complaint) for rank, note in record.counted.items()]
+        told = (record.outcome, record.complaint, counted, record.lr, record.active)
+        body = ("round", record.round, record.skipped, *told, *clock)
+    data: bytes = msgpack.packb(body)
+    return HEADER.pack(len(data)) + data
+
+
+def unpack_record(frame: bytes) -> Record:
+    """Return the record of a frame's body; raise LaneError where it is none."""
+    try:
+        kind, *fields = msgpack.unpackb(frame, strict_map_key=False)
+        if kind == "join":
+            return ReplicatedJoin(*fields)
+        if kind == "reign":
+            epoch, schedule, newest = fields
+            return Reign(epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest)
+        if kind == "let go":
+            return LetGo()
+        number, skipped, outcome, complaint, notes, lr, active, iterations, m_schedule = fields
+        counted = {rank: PushNote(incarnation, number, dtypes, why) for rank, incarnation, dtypes, why in notes}
+        return Replicated(number, skipped, outcome, complaint, counted, lr, active, Clock(iterations, m_schedule))
+    except (ValueError, TypeError) as error:
+        raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

@@ -9,13 +9,41 @@ refuse, in `orders`.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distnadam.description import Describe as Describe
-from distnadam.description import Description as Description
-from distnadam.description import ShardSpec as ShardSpec
-from distnadam.filing import Filing
 from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol.shard_status import Describe as Describe
+from distnadam.protocol.shard_status import Description as Description
+from distnadam.protocol.shard_status import ShardSpec as ShardSpec
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array, Flat
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Asks for the memory that snapshots are taken into, so that they need not wait for it; always legal."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """Asks the held shard to write its state to one file; answered with the file's record.
+
+    With `behind` the answer is None at once; the state is copied before it changes, then written, and `Collect` asks for its record.
+    """
+
+    token: str
+    directory: str
+    file_name: str
+    behind: bool = False
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Asks for the record of a file that is written behind the training, once it is; always legal."""
+
+    file_name: str
+
+
+Filing = Reserve | Save | Collect
+
 
 Outcome = Literal["applied", "skipped", "refused"]
 
@@ -238,5 +266,9 @@ class StepNorms:
 
 
 _Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost
+
+
 _Holder = Hold | Advance | Release | Read | Write | SetRate | Step | StepNorms
+
+
 Message = _Worker | _Holder | Filing | Describe

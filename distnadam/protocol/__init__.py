@@ -1,0 +1,1 @@
+"""Every message between workers, shards, standbys and the supervisor, and its bytes. Pure."""
