@@ -17,7 +17,7 @@ from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.places import Folder
 from distnadam.controller import Controller
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
-from distnadam.meter import Meter
+from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Collect, Held, Message, Reserve, Save
 
 log = logging.getLogger("distnadam")

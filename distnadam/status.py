@@ -9,7 +9,7 @@ from typing import Any
 from distnadam.backends.choice import connect
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError, NotRunning, ShardLost
-from distnadam.meter import state_bytes
+from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe
 from distnadam.protocol.shard_status import Description
 from distnadam.schedules import rate_at

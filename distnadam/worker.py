@@ -9,7 +9,7 @@ from typing import Any
 from distnadam.controller import Controller
 from distnadam.errors import DistNadamError, LifecycleError, NonFiniteGradient, StepTimeout
 from distnadam.flight import Flight
-from distnadam.meter import Traffic
+from distnadam.metrics.meter import Traffic
 from distnadam.protocol.messages import Decided
 from distnadam.seat import Seat
 from distnadam.transport.parameters import ParameterView

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.meter import BOUNDS_S, Meter, Seconds, Traffic, state_bytes
-from distnadam.metrics import METRICS
+from distnadam.metrics.meter import BOUNDS_S, Meter, Seconds, Traffic, state_bytes
+from distnadam.metrics.table import METRICS
 
 
 def test_a_duration_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() -> None:

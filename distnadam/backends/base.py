@@ -8,7 +8,7 @@ from typing import Any
 
 from distnadam.config import Options
 from distnadam.errors import Unrecoverable
-from distnadam.meter import Meter
+from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Message, Norms, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import Flat

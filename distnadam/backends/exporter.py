@@ -14,8 +14,8 @@ from ray.util import metrics as rays
 
 from distnadam.config import Options
 from distnadam.errors import ClusterError
-from distnadam.meter import BOUNDS_S, Meter
-from distnadam.metrics import METRICS
+from distnadam.metrics.meter import BOUNDS_S, Meter
+from distnadam.metrics.table import METRICS
 
 log = logging.getLogger("distnadam")
 

@@ -21,7 +21,7 @@ from distnadam.checkpoint.places import parent_of
 from distnadam.config import NadamConfig
 from distnadam.describe import described
 from distnadam.errors import ConfigError, LifecycleError
-from distnadam.meter import Meter, shard_samples
+from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
 from distnadam.protocol.messages import Adopt, Collect, Describe, Description, Measured, Message, Reserve, Save, ShardSpec, Write
 from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Order, Reign, Retire, Standing

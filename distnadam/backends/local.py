@@ -11,7 +11,7 @@ from distnadam.backends.host import ShardHost
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.config import Options
 from distnadam.errors import Reconfigured
-from distnadam.meter import state_bytes
+from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Advance, Hold, Message, Norms, Push, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import Order, Reign, Retire
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat

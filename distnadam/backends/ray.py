@@ -40,7 +40,7 @@ from distnadam.errors import (
     StepTimeout,
     Unrecoverable,
 )
-from distnadam.meter import Meter
+from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Message, Release, ShardSpec
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.supervision.crew import Roster, require_alive

@@ -20,7 +20,7 @@ from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
 from distnadam.checkpoint.format import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
-from distnadam.meter import state_bytes
+from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import LetGo, Load, Order, Record, Reign, Replicated, Standing
 from distnadam.supervision.crew import Hired

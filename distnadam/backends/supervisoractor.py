@@ -13,7 +13,7 @@ from distnadam.backends.exporter import Exporter
 from distnadam.backends.lease import lease_s
 from distnadam.backends.link import Place
 from distnadam.backends.raycrew import OPEN_S, RayCrew, Tools
-from distnadam.meter import Sample, state_bytes
+from distnadam.metrics.meter import Sample, state_bytes
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.crew import Hired, Roster
 from distnadam.supervision.succession import Succession

@@ -15,7 +15,7 @@ import pytest
 
 from distnadam import DistNadam, Options
 from distnadam.errors import ClusterError
-from distnadam.metrics import METRICS
+from distnadam.metrics.table import METRICS
 
 HAS_METRICS = all(importlib.util.find_spec(name) is not None for name in ("aiohttp_cors", "opencensus", "prometheus_client"))
 RUN = """

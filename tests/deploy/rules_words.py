@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from distnadam.metrics import METRICS
+from distnadam.metrics.table import METRICS
 from tests.deploy import promql, shell
 from tests.deploy.commands import commands, refused
 from tests.deploy.tree import Tree

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distnadam.metrics import METRICS
+from distnadam.metrics.table import METRICS
 from distnadam.protocol.messages import Description, ShardSpec
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
