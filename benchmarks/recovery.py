@@ -23,9 +23,9 @@ from rich.table import Table
 
 from distnadam import DistNadam, Options, fit
 from distnadam.errors import StaleEpoch
-from distnadam.ledger import Ledger
 from distnadam.protocol.messages import Push
-from distnadam.rounds import note_of
+from distnadam.shard.ledger import Ledger
+from distnadam.shard.round import note_of
 from distnadam.training.callbacks import Callback
 
 PAUSE_S = 1.5

@@ -15,7 +15,6 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import Folder, parent_of
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
-from distnadam.ledger import DIRECT, Ledger
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
@@ -36,6 +35,7 @@ from distnadam.protocol.messages import (
 )
 from distnadam.protocol.supervisor_messages import Load, Order
 from distnadam.schedules import Rate
+from distnadam.shard.ledger import DIRECT, Ledger
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.transport.slot import GradientSlot

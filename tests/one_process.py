@@ -8,11 +8,11 @@ import numpy as np
 
 from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig, Options
-from distnadam.ledger import DIRECT
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Step, StepNorms
 from distnadam.protocol.supervisor_messages import Reign, Standing
+from distnadam.shard.ledger import DIRECT
 from distnadam.tensors.layout import Layout
 
 Array = np.ndarray[Any, np.dtype[np.float32]]

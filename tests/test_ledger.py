@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.ledger import Ledger
+from distnadam.shard.ledger import Ledger
 
 EVENTS = st.lists(st.tuples(st.sets(st.integers(0, 3)), st.sets(st.integers(0, 3))), max_size=40)
 

@@ -13,10 +13,10 @@ from distnadam.errors import CheckpointError, DistNadamError, IllegalMessage, Li
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol import supervisor_messages
 from distnadam.protocol.messages import ShardSpec
-from distnadam.shard import Shard
-from distnadam.state import ShardState
+from distnadam.shard.machine import Shard
+from distnadam.shard.phases import LEGAL, Answer, Compute, Phase, Work
+from distnadam.shard.state import ShardState
 from distnadam.tensors.layout import Layout
-from distnadam.transitions import LEGAL, Answer, Compute, Phase, Work
 
 LAYOUT = Layout.of({"w": np.ones(3, np.float32)})
 GRADIENTS = {"float32": np.ones(3, np.float32)}

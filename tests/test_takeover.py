@@ -7,11 +7,11 @@ import pytest
 
 from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig, Options
-from distnadam.epochs import Epochs
 from distnadam.errors import IllegalMessage, LatePush, Reconfigured, Rewound, StaleEpoch, SupersededWorker, WorkerLost
 from distnadam.protocol.messages import Adopt, Decided, Describe, Join, Joined, Pull, Push, PushNote, ShardSpec
 from distnadam.protocol.orphaned_push import adoptions
 from distnadam.protocol.supervisor_messages import GiveUp, Load, Reign
+from distnadam.shard.epochs import Epochs
 from distnadam.tensors.layout import Layout
 
 NOTE, OLDER = PushNote(1, 5, {"float32": "float32"}), PushNote(1, 4, {"float32": "float32"})

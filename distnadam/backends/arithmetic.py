@@ -4,7 +4,7 @@ from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, s
 from distnadam.nadam.norms import clip_scales
 from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.protocol.messages import Measured, ShardSpec
-from distnadam.shard import Shard
+from distnadam.shard.machine import Shard
 from distnadam.tensors.arrays import Flat
 
 

@@ -19,16 +19,15 @@ from distnadam.checkpoint.format import fill_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.places import parent_of
 from distnadam.config import NadamConfig
-from distnadam.describe import described
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
 from distnadam.protocol.messages import Adopt, Collect, Describe, Description, Measured, Message, Reserve, Save, ShardSpec, Write
 from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Order, Reign, Retire, Standing
-from distnadam.shard import Shard
-from distnadam.state import ShardState
+from distnadam.shard.machine import Shard, described
+from distnadam.shard.phases import Answer, Effect, Notice, Replicate, Work
+from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat, memory_for
-from distnadam.transitions import Answer, Effect, Notice, Replicate, Work
 from distnadam.transport.replica import Replica
 
 log = logging.getLogger("distnadam")

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from distnadam.transitions import Compute, Effect, Work
+from distnadam.shard.phases import Compute, Effect, Work
 
 Run = Callable[[Callable[[], None]], object]
 

@@ -23,11 +23,11 @@ from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import LetGo, Load, Order, Record, Reign, Replicated, Standing
+from distnadam.shard.phases import Notice
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.succession import Met
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
-from distnadam.transitions import Notice
 from distnadam.transport.arena import Arena
 from distnadam.transport.doorbell import Address
 from distnadam.transport.lanes import LaneServer, parameter_arena

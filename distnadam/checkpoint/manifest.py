@@ -13,7 +13,7 @@ import xxhash
 from distnadam.checkpoint.scan import check_msgpack
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, DistNadamError
-from distnadam.ledger import Ledger
+from distnadam.shard.ledger import Ledger
 from distnadam.tensors.layout import Layout, Ranges
 
 FORMAT_VERSION = 1

@@ -14,9 +14,9 @@ from distnadam.checkpoint.format import read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ConfigError, StructureError
-from distnadam.ledger import Ledger
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import rate_at
+from distnadam.shard.ledger import Ledger
 from distnadam.tensors.arrays import Array, Flat, as_numpy, empty_flat, is_float
 from distnadam.tensors.layout import Layout
 

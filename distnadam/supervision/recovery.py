@@ -14,11 +14,11 @@ from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTime
 from distnadam.protocol.messages import Advance, Description, Held, Hold, Join, Joined, Release
 from distnadam.protocol.orphaned_push import adoptions
 from distnadam.protocol.supervisor_messages import Attach, GiveUp, Load, Reign, Retire, Schedule
+from distnadam.shard.phases import Phase
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.source import Source
 from distnadam.tensors.layout import Ranges
-from distnadam.transitions import Phase
 
 log = logging.getLogger("distnadam")
 

@@ -8,10 +8,10 @@ from typing import Any
 from distnadam import policy
 from distnadam.config import Options
 from distnadam.protocol.messages import Description, Lost, Release
+from distnadam.shard.phases import Phase
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.fleet import Fleet
 from distnadam.supervision.source import Source
-from distnadam.transitions import Phase
 
 log = logging.getLogger("distnadam")
 

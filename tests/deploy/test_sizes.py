@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deploy import sizes
-from distnadam.state import ShardState
+from distnadam.shard.state import ShardState
 from distnadam.tensors.layout import Layout
 from distnadam.transport.arena import arena_bytes
 from tests.deploy.tree import ROOT

@@ -22,12 +22,12 @@ from distnadam import seat
 from distnadam.checkpoint.places import LocalFolder
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
-from distnadam.describe import described
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
-from distnadam.ledger import DIRECT
 from distnadam.saving import Saver
+from distnadam.shard.ledger import DIRECT
+from distnadam.shard.machine import described
+from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import cut_flat
-from distnadam.transitions import Phase
 from distnadam.worker import Ticket, Worker
 from tests.one_process import OneProcess, State, history_of, state_of
 from tests.world import Process

@@ -8,17 +8,17 @@ import math
 from typing import Any
 
 import distnadam.protocol.messages as msg
-from distnadam.epochs import Epochs
 from distnadam.errors import DistNadamError, IllegalMessage, LatePush, Reconfigured, ShardLost
-from distnadam.gate import Gate
-from distnadam.ledger import DIRECT
-from distnadam.members import Members
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol import supervisor_messages
-from distnadam.rounds import Round, Waiting, note_of
-from distnadam.state import ShardState
+from distnadam.shard.epochs import Epochs
+from distnadam.shard.exclusive_hold import Gate
+from distnadam.shard.ledger import DIRECT
+from distnadam.shard.membership import Members
+from distnadam.shard.phases import Answer, Compute, Effect, Phase, Replicate, Work
+from distnadam.shard.round import Round, Waiting, note_of
+from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat
-from distnadam.transitions import Answer, Compute, Effect, Phase, Replicate, Work
 
 _AT_REST = (Phase.COLLECTING, Phase.AWAITING_NORMS)
 _READY_TO_LOAD = (*_AT_REST, Phase.HOLLOW)

@@ -1,11 +1,11 @@
 """Who holds each rank of a shard's workers: incarnations, membership by round, who left, who died, and whose push may count. Pure."""
 
 import distnadam.protocol.messages as msg
-from distnadam.epochs import Epochs
 from distnadam.errors import LatePush, LifecycleError, Reconfigured, RoundMismatch, SupersededWorker, WorkerLost
-from distnadam.ledger import Ledger
 from distnadam.protocol.shard_status import Holders
 from distnadam.protocol.supervisor_messages import Schedule
+from distnadam.shard.epochs import Epochs
+from distnadam.shard.ledger import Ledger
 
 
 class Members:

@@ -5,8 +5,8 @@ from typing import Any
 
 import distnadam.protocol.messages as msg
 from distnadam.errors import DistNadamError, SupersededWorker
+from distnadam.shard.phases import Answer, Effect
 from distnadam.tensors.arrays import name_of
-from distnadam.transitions import Answer, Effect
 
 
 @dataclass(frozen=True)
