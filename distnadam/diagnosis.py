@@ -11,7 +11,7 @@ from typing import Any
 
 from distnadam.errors import ArenaError
 from distnadam.nadam.kernels import fused_installed
-from distnadam.transport.arena import Arena, available_bytes
+from distnadam.transport.shared_memory import Arena, available_bytes
 
 _PACKAGES = (
     "distnadam",

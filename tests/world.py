@@ -22,7 +22,7 @@ from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.replica import Replica
+from distnadam.transport.replication import Replica
 
 LIVELOCK = 300
 

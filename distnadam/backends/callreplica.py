@@ -11,7 +11,7 @@ import ray
 from distnadam.errors import LaneError
 from distnadam.protocol.supervisor_messages import Record, Replicated, Standing
 from distnadam.tensors.arrays import Flat, empty_flat
-from distnadam.transport.replica import Replica
+from distnadam.transport.replication import Replica
 
 _LET_GO_S = 1.0
 

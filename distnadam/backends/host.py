@@ -28,7 +28,7 @@ from distnadam.shard.machine import Shard, described
 from distnadam.shard.phases import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat, memory_for
-from distnadam.transport.replica import Replica
+from distnadam.transport.replication import Replica
 
 log = logging.getLogger("distnadam")
 

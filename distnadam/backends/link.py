@@ -13,8 +13,8 @@ from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.messages import Decided, Norms, Push
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
-from distnadam.transport.doorbell import Address
-from distnadam.transport.lanes import Lanes
+from distnadam.transport.connection import Address
+from distnadam.transport.shm_channel import Lanes
 
 log = logging.getLogger("distnadam")
 

@@ -22,8 +22,8 @@ from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.succession import Met, Succession, succession
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.doorbell import Address
-from distnadam.transport.watch import Watch
+from distnadam.transport.connection import Address
+from distnadam.transport.process_watch import Watch
 
 
 @dataclass(frozen=True)

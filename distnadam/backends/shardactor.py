@@ -28,10 +28,10 @@ from distnadam.supervision.crew import Hired
 from distnadam.supervision.succession import Met
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
-from distnadam.transport.arena import Arena
-from distnadam.transport.doorbell import Address
-from distnadam.transport.lanes import LaneServer, parameter_arena
-from distnadam.transport.replica import LaneFollower, LaneReplica, Replica
+from distnadam.transport.connection import Address
+from distnadam.transport.replication import LaneFollower, LaneReplica, Replica
+from distnadam.transport.shared_memory import Arena
+from distnadam.transport.shm_server import LaneServer, parameter_arena
 
 log = logging.getLogger("distnadam")
 

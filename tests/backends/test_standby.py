@@ -17,7 +17,7 @@ from distnadam.protocol.messages import Hold, Join, Measured, Norms, Push, Shard
 from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Record, Reign, Replicated
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout
-from distnadam.transport.replica import Replica
+from distnadam.transport.replication import Replica
 from tests.one_process import State, state_of
 
 SIZE = 1500

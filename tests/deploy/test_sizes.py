@@ -15,7 +15,7 @@ import pytest
 from deploy import sizes
 from distnadam.shard.state import ShardState
 from distnadam.tensors.layout import Layout
-from distnadam.transport.arena import arena_bytes
+from distnadam.transport.shared_memory import arena_bytes
 from tests.deploy.tree import ROOT
 
 STORES = """

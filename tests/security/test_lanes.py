@@ -13,8 +13,8 @@ import ray
 
 from distnadam import DistNadam
 from distnadam.errors import LaneError
-from distnadam.transport.arena import Arena
-from distnadam.transport.doorbell import Address, call
+from distnadam.transport.connection import Address, call
+from distnadam.transport.shared_memory import Arena
 from distnadam.worker import Worker
 from tests.security.strangers import NOBODY, as_nobody, as_root
 
@@ -86,7 +86,7 @@ def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_
     optimizer, mine = worker
     addresses = [place.address for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
     told = as_nobody(
-        "import socket, sys\nfrom distnadam.errors import LaneError\nfrom distnadam.transport.doorbell import Address, call",
+        "import socket, sys\nfrom distnadam.errors import LaneError\nfrom distnadam.transport.connection import Address, call",
         RING,
         *(part for address in addresses for part in (address.name, address.token)),
     )

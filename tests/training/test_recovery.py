@@ -37,7 +37,7 @@ def shard_process() -> int:
     import socket
     import struct
 
-    from distnadam.transport.lanes import Lanes
+    from distnadam.transport.shm_channel import Lanes
 
     lanes = next(thing for thing in gc.get_objects() if type(thing) is Lanes and thing._lines)
     line = lanes._lines[max(lanes._lines)]

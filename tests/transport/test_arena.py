@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distnadam.errors import ArenaError
-from distnadam.transport.arena import Arena, available_bytes
+from distnadam.transport.shared_memory import Arena, available_bytes
 
 SIZES = {"float32": 5000, "float64": 3}
 
@@ -67,7 +67,7 @@ def test_more_than_the_machine_has_is_refused_before_it_is_taken() -> None:
 
 
 def test_a_limit_of_the_system_is_an_error_and_no_signal() -> None:
-    code = "import resource; from distnadam.errors import ArenaError; from distnadam.transport.arena import Arena\n"
+    code = "import resource; from distnadam.errors import ArenaError; from distnadam.transport.shared_memory import Arena\n"
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
     code += "try: Arena.create({'float32': 10**6})\nexcept ArenaError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

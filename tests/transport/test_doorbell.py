@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distnadam.errors import LaneError
-from distnadam.transport.doorbell import Address, Line, Server, call
+from distnadam.transport.connection import Address, Line, Server, call
 
 
 class Echo:

@@ -14,8 +14,8 @@ from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import PushNote
 from distnadam.protocol.supervisor_messages import LetGo, Record, Reign, Replicated, ReplicatedJoin
 from distnadam.tensors.arrays import Flat
-from distnadam.transport.doorbell import Address
-from distnadam.transport.replica import LaneFollower, LaneReplica
+from distnadam.transport.connection import Address
+from distnadam.transport.replication import LaneFollower, LaneReplica
 
 SIZES = {"float32": 1000}
 ARRAYS = {name: {"float32": np.full(1000, value, np.float32)} for name, value in (("params", 1), ("m", 2), ("v", 3))}

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from distnadam.errors import LaneError
-from distnadam.transport.doorbell import Address, Line, call
+from distnadam.transport.connection import Address, Line, call
 
 
 class Watch:

@@ -19,8 +19,8 @@ from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.codec import HEADER, pack_record, unpack_record
 from distnadam.protocol.supervisor_messages import LetGo, Record, Replicated
 from distnadam.tensors.arrays import Flat, empty_flat
-from distnadam.transport.arena import Arena
-from distnadam.transport.doorbell import Address, Line, Server, call
+from distnadam.transport.connection import Address, Line, Server, call
+from distnadam.transport.shared_memory import Arena
 
 
 class Replica(ABC):
