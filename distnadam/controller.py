@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from distnadam.backends.base import Backend
-from distnadam.checkpoint.format import leftover_readers
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.places import Folder, parent_of
+from distnadam.checkpoint.shard_file import leftover_readers
+from distnadam.checkpoint.storage.base import Folder, parent_of
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.nadam.norms import tensor_square_sums

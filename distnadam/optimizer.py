@@ -9,7 +9,8 @@ from distnadam.backends import choice
 from distnadam.backends.base import Team
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.places import Folder, place
+from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count, check_name
 from distnadam.controller import Controller
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError

@@ -14,7 +14,7 @@ from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import FileRecord, Manifest
-from distnadam.checkpoint.places import Folder
+from distnadam.checkpoint.storage.base import Folder
 from distnadam.controller import Controller
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.metrics.meter import Meter

@@ -12,7 +12,7 @@ from typing import Any
 
 from distnadam.backends.host import ShardHost
 from distnadam.backends.standby import Standby
-from distnadam.checkpoint.format import ARRAYS
+from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import Lost, Read, ShardSpec

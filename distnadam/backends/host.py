@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from distnadam.backends.arithmetic import Arithmetic
 from distnadam.backends.outbox import Outbox, Run
 from distnadam.checkpoint.behind import Behind
-from distnadam.checkpoint.format import fill_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.places import parent_of
+from distnadam.checkpoint.shard_file import fill_shard, write_shard
+from distnadam.checkpoint.storage.base import parent_of
 from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples

@@ -8,7 +8,7 @@ from typing import Any
 
 from distnadam.backends.base import Backend, Link, Pending, Team
 from distnadam.backends.host import ShardHost
-from distnadam.checkpoint.format import ARRAYS
+from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.config import Options
 from distnadam.errors import Reconfigured
 from distnadam.metrics.meter import state_bytes

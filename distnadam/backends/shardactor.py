@@ -18,7 +18,7 @@ from distnadam.backends.host import ShardHost
 from distnadam.backends.lease import Lease, lease_s
 from distnadam.backends.link import Place
 from distnadam.backends.standby import Standby
-from distnadam.checkpoint.format import ARRAYS
+from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.checkpoint.format import ARRAYS, State
 from distnadam.checkpoint.manifest import FileRecord
+from distnadam.checkpoint.shard_file import ARRAYS, State
 from distnadam.errors import ShardLost
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges

@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 import xxhash
 
-from distnadam.checkpoint.scan import check_msgpack
+from distnadam.checkpoint.msgpack_guard import check_msgpack
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, DistNadamError
 from distnadam.shard.ledger import Ledger

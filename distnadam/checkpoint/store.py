@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from distnadam.checkpoint.format import check_file_record, verify_files
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.places import Folder, place
+from distnadam.checkpoint.shard_file import check_file_record, verify_files
+from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
 
 log = logging.getLogger("distnadam")

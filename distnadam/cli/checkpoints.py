@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.difference import Difference, compare
-from distnadam.checkpoint.places import place
-from distnadam.checkpoint.report import UNREAD, VERIFIED, describe
+from distnadam.checkpoint.diff import Difference, compare
+from distnadam.checkpoint.inspect import UNREAD, VERIFIED, describe
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.cli.group import JSON, errors_told, main, verbatim
 from distnadam.errors import CheckpointError
 

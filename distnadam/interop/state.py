@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.format import read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.shard_file import read_shard, write_shard
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock

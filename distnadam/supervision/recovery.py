@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from distnadam import policy
-from distnadam.checkpoint.places import Folder
+from distnadam.checkpoint.storage.base import Folder
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
 from distnadam.protocol.messages import Advance, Description, Held, Hold, Join, Joined, Release
 from distnadam.protocol.orphaned_push import adoptions

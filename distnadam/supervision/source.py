@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.format import leftover_readers
-from distnadam.checkpoint.places import Folder
+from distnadam.checkpoint.shard_file import leftover_readers
+from distnadam.checkpoint.storage.base import Folder
 from distnadam.errors import CheckpointError
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load

@@ -16,9 +16,11 @@ from typing import Any, Literal
 from distnadam.backends.base import Team
 from distnadam.backends.choice import BackendName
 from distnadam.checkpoint import store
-from distnadam.checkpoint.claim import Claim, claim
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.places import Folder, LocalFolder, place
+from distnadam.checkpoint.run_lock import Claim, claim
+from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.config import check_count
 from distnadam.errors import CheckpointError, ConfigError, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.optimizer import DistNadam

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.claim import Claim
-from distnadam.checkpoint.places import LocalFolder
+from distnadam.checkpoint.run_lock import Claim
+from distnadam.checkpoint.storage.local import LocalFolder
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
 from distnadam.saving import Saving

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.places import place
+from distnadam.checkpoint.storage.resolve import place
 from tests.chaos.faults import FAULTS
 from tests.chaos.leftovers import leftovers, wait_for_no_more_than
 from tests.chaos.run import Report, cases, cases_of_nodes, compare, count, play, strike

@@ -2,7 +2,7 @@
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.places import place
+from distnadam.checkpoint.storage.resolve import place
 from tests.models import bits, params, run
 
 

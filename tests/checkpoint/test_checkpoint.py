@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.format import CHUNK_BYTES, read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.shard_file import CHUNK_BYTES, read_shard, write_shard
 from distnadam.errors import CheckpointBusy, CheckpointError
 from tests.models import bits, params, run
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import distnadam.checkpoint.claim as claims
-from distnadam.checkpoint.claim import Lease, claim
-from distnadam.checkpoint.places import Folder, place
+import distnadam.checkpoint.run_lock as claims
+from distnadam.checkpoint.run_lock import Lease, claim
+from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointBusy
 
 LEASE_S = 0.4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam
-from distnadam.checkpoint.difference import compare
+from distnadam.checkpoint.diff import compare
 from distnadam.errors import CheckpointError
 from tests import models
 
@@ -71,7 +71,7 @@ def test_tensors_of_one_side_or_of_another_shape_are_told(tmp_path: Path) -> Non
 
 
 def test_many_tensors_are_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distnadam.checkpoint.difference._BATCH", 4)
+    monkeypatch.setattr("distnadam.checkpoint.diff._BATCH", 4)
     params = {f"{i:02d}": np.full(3, i, [np.float32, np.float64][i % 2]) for i in range(11)}
     changed = {name: value + (name in ("04", "09")) for name, value in params.items() if name != "02"}
     found = compare(saved(tmp_path / "a", params, num_shards=2), saved(tmp_path / "b", changed))

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from distnadam import DistNadam
 from distnadam.backends.host import ShardHost
-from distnadam.checkpoint import format as files
+from distnadam.checkpoint import shard_file as files
 from distnadam.checkpoint import store
-from distnadam.checkpoint.format import ARRAYS, CHUNK_BYTES, fill_shard, leftover_readers, read_shard, write_shard
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.shard_file import ARRAYS, CHUNK_BYTES, fill_shard, leftover_readers, read_shard, write_shard
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.protocol.messages import Pull, Push, ShardSpec

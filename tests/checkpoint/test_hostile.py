@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import MAGIC, Manifest
-from distnadam.checkpoint.scan import MOST_OBJECTS, check_msgpack
+from distnadam.checkpoint.msgpack_guard import MOST_OBJECTS, check_msgpack
 from distnadam.errors import CheckpointError
 from tests.models import bits, params
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distnadam.checkpoint import pastcache
+from distnadam.checkpoint.storage import direct_io
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -23,7 +23,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 def written(path: Path, pieces: list[bytes]) -> bytes:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        pastcache.write_pieces(descriptor, map(memoryview, pieces))
+        direct_io.write_pieces(descriptor, map(memoryview, pieces))
         assert not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
     finally:
         os.close(descriptor)
@@ -59,6 +59,6 @@ def test_what_the_system_refuses_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
     descriptor = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(OSError, match="No space left"):
-            pastcache.write_pieces(descriptor, [memoryview(bytes(10))])
+            direct_io.write_pieces(descriptor, [memoryview(bytes(10))])
     finally:
         os.close(descriptor)

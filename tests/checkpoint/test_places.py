@@ -15,11 +15,13 @@ import pytest
 from click.testing import CliRunner
 
 import distnadam.backends.host as host
-import distnadam.checkpoint.remote as remote
+import distnadam.checkpoint.storage.remote as remote
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.claim import claim
-from distnadam.checkpoint.places import Folder, LocalFolder, place
+from distnadam.checkpoint.run_lock import claim
+from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.cli import main
 from distnadam.errors import CheckpointBusy, CheckpointError
 from distnadam.training.digits import Digits

@@ -9,7 +9,7 @@ import pytest
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.places import place
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
 from tests.checkpoint.stores import saves_prunes_and_restores
 from tests.models import bits, params, run
@@ -49,7 +49,7 @@ def test_a_checkpoint_there_goes_on_here(bucket: str, tmp_path: Path) -> None:
 
 
 def test_an_upload_that_is_cut_off_never_looks_complete(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import distnadam.checkpoint.remote as remote
+    import distnadam.checkpoint.storage.remote as remote
 
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
     folder = place(bucket).child("cut")
@@ -80,7 +80,7 @@ def test_shards_on_ray_write_and_read_there(bucket: str, request: pytest.Fixture
 
 
 def test_a_bucket_that_is_not_there_is_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import distnadam.checkpoint.remote as remote
+    import distnadam.checkpoint.storage.remote as remote
 
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
     with pytest.raises(CheckpointError, match="s3://nowhere/run"):

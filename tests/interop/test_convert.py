@@ -9,7 +9,7 @@ import pytest
 
 from distnadam import DistNadam, schedules
 from distnadam.checkpoint import store
-from distnadam.checkpoint.difference import compare
+from distnadam.checkpoint.diff import compare
 from distnadam.errors import CheckpointError, ConfigError, ConversionError, StructureError
 from distnadam.interop import Format, export_checkpoint, import_checkpoint, keras, load_checkpoint, optax
 from distnadam.interop.formulas import NO_SCHEDULE, momentum

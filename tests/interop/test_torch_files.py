@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam
-from distnadam.checkpoint.difference import compare
+from distnadam.checkpoint.diff import compare
 from distnadam.errors import CheckpointError, ConversionError
 from distnadam.interop import export_checkpoint, import_checkpoint
 from tests import models

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from distnadam import seat
-from distnadam.checkpoint.places import LocalFolder
+from distnadam.checkpoint.storage.local import LocalFolder
 from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost

@@ -10,8 +10,8 @@ import pytest
 
 from distnadam import DistNadam, fit
 from distnadam.checkpoint import store
-from distnadam.checkpoint.claim import claim
-from distnadam.checkpoint.places import place
+from distnadam.checkpoint.run_lock import claim
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointBusy, CheckpointError, ConfigError, TrainingError
 from distnadam.training.callbacks import Callback, read_metrics
 

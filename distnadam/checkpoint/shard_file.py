@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 
 from distnadam.checkpoint.manifest import CHUNK_BYTES, FileRecord, Manifest
-from distnadam.checkpoint.places import Folder, ReadInto, place
+from distnadam.checkpoint.storage.base import Folder, ReadInto
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
 from distnadam.tensors.arrays import Array, Flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan

@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.format import ARRAYS, verify_files
 from distnadam.checkpoint.manifest import FileRecord, Manifest
-from distnadam.checkpoint.places import Folder, place
+from distnadam.checkpoint.shard_file import ARRAYS, verify_files
+from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
 from distnadam.tensors.layout import Layout
 

@@ -14,7 +14,8 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Self
 
-from distnadam.checkpoint.places import Folder, LocalFolder
+from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.local import LocalFolder
 from distnadam.errors import CheckpointBusy, CheckpointError
 
 log = logging.getLogger("distnadam")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.format import ARRAYS, read_shard, verify_files
 from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.shard_file import ARRAYS, read_shard, verify_files
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout, TensorSpec
 

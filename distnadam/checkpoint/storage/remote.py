@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from distnadam.checkpoint.places import Folder, Pieces, ReadInto
+from distnadam.checkpoint.storage.base import Folder, Pieces, ReadInto
 from distnadam.errors import CheckpointError
 
 _T = TypeVar("_T")

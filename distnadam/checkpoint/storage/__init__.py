@@ -1,0 +1,1 @@
+"""Directories that checkpoints lie in: local disks, and object stores by fsspec."""
