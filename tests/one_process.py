@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig, Options
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Step, StepNorms
 from distnadam.protocol.supervisor_messages import Reign, Standing
+from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import DIRECT
 from distnadam.tensors.layout import Layout
 

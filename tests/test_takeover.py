@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import IllegalMessage, LatePush, Reconfigured, Rewound, StaleEpoch, SupersededWorker, WorkerLost
 from distnadam.protocol.messages import Adopt, Decided, Describe, Join, Joined, Pull, Push, PushNote, ShardSpec
 from distnadam.protocol.orphaned_push import adoptions
 from distnadam.protocol.supervisor_messages import GiveUp, Load, Reign
+from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.epochs import Epochs
 from distnadam.tensors.layout import Layout
 

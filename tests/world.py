@@ -10,13 +10,13 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from distnadam.backends.host import ShardHost
-from distnadam.backends.standby import Standby
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import Lost, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import GiveUp, LetGo, Load, Record, Reign, Replicated
+from distnadam.runtime.shard_host import ShardHost
+from distnadam.runtime.standby import Standby
 from distnadam.supervision.crew import Crew, Cuts, Hired
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat

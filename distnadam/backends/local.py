@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from distnadam.backends.base import Backend, Link, Pending, Team
-from distnadam.backends.host import ShardHost
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.config import Options
 from distnadam.errors import Reconfigured
 from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Advance, Hold, Message, Norms, Push, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import Order, Reign, Retire
+from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
 from distnadam.tensors.layout import Layout, Ranges
 

@@ -14,15 +14,15 @@ from distnadam.backends import registry
 from distnadam.backends.callreplica import CallReplica, Feed
 from distnadam.backends.cluster import insist, node_facts
 from distnadam.backends.exporter import Exporter
-from distnadam.backends.host import ShardHost
 from distnadam.backends.lease import Lease, lease_s
 from distnadam.backends.link import Place
-from distnadam.backends.standby import Standby
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import LetGo, Load, Order, Record, Reign, Replicated, Standing
+from distnadam.runtime.shard_host import ShardHost
+from distnadam.runtime.standby import Standby
 from distnadam.shard.phases import Notice
 from distnadam.supervision.crew import Hired
 from distnadam.supervision.succession import Met

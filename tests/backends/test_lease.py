@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from distnadam.backends import lease
-from distnadam.backends.host import ShardHost
 from distnadam.backends.lease import Lease, Leases
 from distnadam.config import NadamConfig, Options
 from distnadam.protocol.messages import Describe, Join, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load
+from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.layout import Layout
 
 LAYOUT = Layout.of({"w": np.ones(10, np.float32)})

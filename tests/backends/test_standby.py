@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distnadam.backends.host import ShardHost
-from distnadam.backends.standby import Standby
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import IllegalMessage
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Write
 from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Record, Reign, Replicated
+from distnadam.runtime.shard_host import ShardHost
+from distnadam.runtime.standby import Standby
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout
 from distnadam.transport.replication import Replica

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import distnadam.backends.host as host
+import distnadam.runtime.shard_host as host
 from distnadam import DistNadam
-from distnadam.checkpoint import behind, store
+from distnadam.checkpoint import store
 from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
 from distnadam.protocol.messages import Hold
+from distnadam.runtime import snapshot
 from tests.models import bits, params, run
 
 
@@ -82,7 +83,7 @@ def test_what_would_change_the_arrays_waits_until_they_are_copied(change: str, m
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         optimizer.apply_gradients(params(3))
         before = bits(optimizer)
-        monkeypatch.setattr(behind, "np", Slow)
+        monkeypatch.setattr(snapshot, "np", Slow)
         saving = optimizer.save(tmp_path, wait=False)
         assert bits(optimizer) == before, "reading waits for nothing"
         with ThreadPoolExecutor(1) as pool:

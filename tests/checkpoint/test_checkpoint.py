@@ -147,7 +147,7 @@ def test_a_save_killed_leaves_the_previous_checkpoint_and_nothing_that_looks_com
 
 
 def _die_at(moment: str) -> None:
-    import distnadam.backends.host as host
+    import distnadam.runtime.shard_host as host
 
     def die(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)

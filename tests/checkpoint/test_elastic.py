@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam import DistNadam
-from distnadam.backends.host import ShardHost
 from distnadam.checkpoint import shard_file as files
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
@@ -19,6 +18,7 @@ from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.protocol.messages import Pull, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load
+from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.arrays import empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from tests.models import bits, params, run

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-import distnadam.backends.host as host
 import distnadam.checkpoint.storage.remote as remote
+import distnadam.runtime.shard_host as host
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import claim

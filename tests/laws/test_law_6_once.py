@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from distnadam import DistNadam, Options
-from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig
 from distnadam.errors import LatePush, ProtocolError, PushesPending, RoundMismatch, StaleEpoch, StepTimeout, SupersededWorker
 from distnadam.protocol.messages import Decided, Hold, Join, Push, Read, Release, ShardSpec, Step, Write
+from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.layout import Layout
 from tests.models import bits, gradients, params
 

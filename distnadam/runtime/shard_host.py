@@ -12,9 +12,6 @@ from concurrent.futures import Future
 from time import perf_counter
 from typing import Any, ClassVar
 
-from distnadam.backends.arithmetic import Arithmetic
-from distnadam.backends.outbox import Outbox, Run
-from distnadam.checkpoint.behind import Behind
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import fill_shard, write_shard
 from distnadam.checkpoint.storage.base import parent_of
@@ -24,6 +21,9 @@ from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
 from distnadam.protocol.messages import Adopt, Collect, Describe, Description, Measured, Message, Reserve, Save, ShardSpec, Write
 from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Order, Reign, Retire, Standing
+from distnadam.runtime.outbox import Outbox, Run
+from distnadam.runtime.shard_kernel import Arithmetic
+from distnadam.runtime.snapshot import Behind
 from distnadam.shard.machine import Shard, described
 from distnadam.shard.phases import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.state import ShardState

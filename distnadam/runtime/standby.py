@@ -7,13 +7,13 @@ import dataclasses
 import threading
 from collections.abc import Callable
 
-from distnadam.backends.host import ShardHost
 from distnadam.config import NadamConfig
 from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
 from distnadam.nadam.step_scalars import step_scalars
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import LetGo, Record, Reign, Replicated, ReplicatedJoin, Standing
+from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.arrays import Flat
 
