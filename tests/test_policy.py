@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.policy import Admit, Complete, Depart, Fail, GiveUp, Promote, Rewind, Rules, Seen, ShardSeen, decide
+from distnadam.supervision.policy import Admit, Complete, Depart, Fail, GiveUp, Promote, Rewind, Rules, Seen, ShardSeen, decide
 
 WAITS, GOES_ON = Rules(30.0), Rules(30.0, min_workers=2)
 ALL = frozenset({0, 1, 2})

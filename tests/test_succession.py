@@ -5,8 +5,8 @@ import pytest
 
 from distnadam.config import NadamConfig, Options
 from distnadam.protocol.messages import ShardSpec
-from distnadam.supervision.crew import Hired
-from distnadam.supervision.succession import Met, succession
+from distnadam.supervision.discovery import Met, succession
+from distnadam.supervision.process_manager import Hired
 from distnadam.tensors.layout import Layout
 
 LAYOUT = Layout.of({"w": np.zeros(5000, np.float32)})

@@ -17,7 +17,7 @@ from distnadam.protocol.messages import Lost, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import GiveUp, LetGo, Load, Record, Reign, Replicated
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.supervision.crew import Crew, Cuts, Hired
+from distnadam.supervision.process_manager import Crew, Cuts, Hired
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan

@@ -9,7 +9,7 @@ from distnadam.config import NadamConfig, Options
 from distnadam.controller import Controller
 from distnadam.errors import DistNadamError
 from distnadam.protocol.messages import ShardSpec, Step, StepNorms
-from distnadam.supervision.crew import require_alive
+from distnadam.supervision.shard_map import require_alive
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from tests.world import LIVELOCK, Process, World

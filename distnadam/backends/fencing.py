@@ -13,7 +13,7 @@ from distnadam.backends import registry
 from distnadam.backends.cluster import kill
 from distnadam.backends.lease import Leases
 from distnadam.backends.placement import Silent
-from distnadam.supervision.crew import Hired
+from distnadam.supervision.process_manager import Hired
 
 log = logging.getLogger("distnadam")
 

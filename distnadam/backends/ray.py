@@ -43,7 +43,7 @@ from distnadam.errors import (
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Message, Release, ShardSpec
 from distnadam.protocol.supervisor_messages import Order
-from distnadam.supervision.crew import Roster, require_alive
+from distnadam.supervision.shard_map import Roster, require_alive
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout, Ranges
 

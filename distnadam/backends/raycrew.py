@@ -18,8 +18,8 @@ from distnadam.backends.gather import insist_on
 from distnadam.errors import ShardLost
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load, Reign
-from distnadam.supervision.crew import Crew, Cuts, Hired
-from distnadam.supervision.succession import Met, Succession, succession
+from distnadam.supervision.discovery import Met, Succession, succession
+from distnadam.supervision.process_manager import Crew, Cuts, Hired
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address

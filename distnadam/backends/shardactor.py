@@ -24,8 +24,8 @@ from distnadam.protocol.supervisor_messages import LetGo, Load, Order, Record, R
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.shard.phases import Notice
-from distnadam.supervision.crew import Hired
-from distnadam.supervision.succession import Met
+from distnadam.supervision.discovery import Met
+from distnadam.supervision.process_manager import Hired
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
 from distnadam.transport.connection import Address

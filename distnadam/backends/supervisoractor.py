@@ -15,8 +15,9 @@ from distnadam.backends.link import Place
 from distnadam.backends.raycrew import OPEN_S, RayCrew, Tools
 from distnadam.metrics.meter import Sample, state_bytes
 from distnadam.protocol.messages import ShardSpec
-from distnadam.supervision.crew import Hired, Roster
-from distnadam.supervision.succession import Succession
+from distnadam.supervision.discovery import Succession
+from distnadam.supervision.process_manager import Hired
+from distnadam.supervision.shard_map import Roster
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.layout import Ranges
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from distnadam import policy
 from distnadam.protocol.messages import Description, ShardSpec
-from distnadam.supervision.board import Board
-from distnadam.supervision.crew import Crew, Hired, Roster
-from distnadam.supervision.fleet import Fleet
-from distnadam.supervision.recovery import Recovery
-from distnadam.supervision.sight import Sight
-from distnadam.supervision.source import Source
+from distnadam.supervision import policy
+from distnadam.supervision.cluster_state import Fleet
+from distnadam.supervision.executor import Recovery
+from distnadam.supervision.observer import Sight
+from distnadam.supervision.process_manager import Crew, Hired
+from distnadam.supervision.restore_points import Source
+from distnadam.supervision.shard_map import Board, Roster
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 

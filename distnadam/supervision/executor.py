@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from distnadam import policy
 from distnadam.checkpoint.storage.base import Folder
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
 from distnadam.protocol.messages import Advance, Description, Held, Hold, Join, Joined, Release
 from distnadam.protocol.orphaned_push import adoptions
 from distnadam.protocol.supervisor_messages import Attach, GiveUp, Load, Reign, Retire, Schedule
 from distnadam.shard.phases import Phase
-from distnadam.supervision.crew import Hired
-from distnadam.supervision.fleet import Fleet
-from distnadam.supervision.source import Source
+from distnadam.supervision import policy
+from distnadam.supervision.cluster_state import Fleet
+from distnadam.supervision.process_manager import Hired
+from distnadam.supervision.restore_points import Source
 from distnadam.tensors.layout import Ranges
 
 log = logging.getLogger("distnadam")

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distnadam import policy
 from distnadam.config import Options
 from distnadam.protocol.messages import Description, Lost, Release
 from distnadam.shard.phases import Phase
-from distnadam.supervision.crew import Hired
-from distnadam.supervision.fleet import Fleet
-from distnadam.supervision.source import Source
+from distnadam.supervision import policy
+from distnadam.supervision.cluster_state import Fleet
+from distnadam.supervision.process_manager import Hired
+from distnadam.supervision.restore_points import Source
 
 log = logging.getLogger("distnadam")
 

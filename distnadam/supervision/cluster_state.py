@@ -9,7 +9,7 @@ from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.shard_status import Describe, Description, Holders, ShardSpec
 from distnadam.protocol.supervisor_messages import Schedule
 from distnadam.shard.phases import Phase
-from distnadam.supervision.crew import Crew, Hired
+from distnadam.supervision.process_manager import Crew, Hired
 
 _ASK_S = 60.0
 """Seconds in which a shard answers anything that does not wait for a round or a file."""

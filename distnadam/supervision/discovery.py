@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distnadam.protocol.messages import ShardSpec
-from distnadam.supervision.crew import Hired
+from distnadam.supervision.process_manager import Hired
 
 
 @dataclass(frozen=True)

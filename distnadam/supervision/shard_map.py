@@ -1,11 +1,29 @@
-"""Where a supervisor puts up who its shards are, and who waits for that to change."""
+"""Which process to call for which shard: the newest map, and who waits for a newer one."""
 
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
-from distnadam.supervision.crew import Hired, Roster
+from distnadam.errors import Unrecoverable
+from distnadam.supervision.process_manager import Hired
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who is to be called for which shard; a higher version replaces a lower one. `failed` says why there is none any more."""
+
+    version: int
+    shards: tuple[Hired, ...]
+    failed: str | None = None
+
+
+def require_alive(roster: Roster) -> Roster:
+    """Return the roster; raise Unrecoverable where the supervisor has given up."""
+    if roster.failed is not None:
+        raise Unrecoverable(roster.failed)
+    return roster
 
 
 class Board:

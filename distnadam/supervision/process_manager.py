@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distnadam.errors import Unrecoverable
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load, Reign
 from distnadam.tensors.layout import Ranges
@@ -69,19 +68,3 @@ class Crew(ABC):
     @abstractmethod
     def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """Send each its message; return by index the answers, or the errors: ShardLost of one that died, StepTimeout of a silent one."""
-
-
-@dataclass(frozen=True)
-class Roster:
-    """Who is to be called for which shard; a higher version replaces a lower one. `failed` says why there is none any more."""
-
-    version: int
-    shards: tuple[Hired, ...]
-    failed: str | None = None
-
-
-def require_alive(roster: Roster) -> Roster:
-    """Return the roster; raise Unrecoverable where the supervisor has given up."""
-    if roster.failed is not None:
-        raise Unrecoverable(roster.failed)
-    return roster
