@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, overload
 
 import numpy as np
 
-from distnadam.backends import choice
+from distnadam.backends import factory
 from distnadam.backends.base import Team
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
@@ -66,7 +66,7 @@ class DistNadam:
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
-        backend: choice.BackendName = "auto",
+        backend: factory.BackendName = "auto",
         name: str | None = None,
         options: Options | None = None,
         **unknown: Any,
@@ -140,14 +140,14 @@ class DistNadam:
     @classmethod
     def connect(cls, name: str) -> "DistNadam":
         """Attach to a running optimizer by its name, from any process of the Ray cluster; raise NotRunning where there is none."""
-        backend, spec = choice.connect(name)
+        backend, spec = factory.connect(name)
         shards = Controller(backend, spec.layout, spec.num_shards, spec.options)
         return _attach(shards, spec.config, spec.options, spec.num_workers, spec.replicas, name)
 
     @classmethod
     def stop(cls, name: str) -> None:
         """End a running optimizer by its name, as its creator's `close` would; raise NotRunning where there is nothing of one."""
-        choice.stop(name)
+        factory.stop(name)
 
     # The present
 
@@ -359,7 +359,7 @@ class DistNadam:
         num_shards: int | None = None,
         num_workers: int | None = None,
         replicas: int | None = None,
-        backend: choice.BackendName | None = None,
+        backend: factory.BackendName | None = None,
         name: str | None = None,
         options: Options | None = None,
     ) -> "DistNadam":
@@ -403,7 +403,7 @@ class DistNadam:
             raise LifecycleError("this optimizer was closed; make a new one")
         if self._shards is not None:
             raise LifecycleError("this optimizer is built already")
-        backend = choice.choose(self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1)
+        backend = factory.choose(self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1)
         if self._name is not None and backend.name == "local":
             raise ConfigError(f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to")
         shared = (self._num_shards, self._num_workers, self._replicas, self._name, self._config, self._options, layout)

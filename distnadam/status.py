@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distnadam.backends.choice import connect
+from distnadam.backends.factory import connect
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError, NotRunning, ShardLost
 from distnadam.metrics.meter import state_bytes

@@ -14,7 +14,7 @@ import numpy as np
 import ray
 
 from distnadam import DistNadam, Options
-from distnadam.backends import registry
+from distnadam.backends.ray import registry
 
 
 @ray.remote(num_cpus=0)

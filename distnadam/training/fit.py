@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distnadam.backends.base import Team
-from distnadam.backends.choice import BackendName
+from distnadam.backends.factory import BackendName
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.run_lock import Claim, claim

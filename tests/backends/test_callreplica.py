@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from distnadam.backends.callreplica import Feed
+from distnadam.backends.ray.object_replication import Feed
 from distnadam.errors import LaneError
 
 

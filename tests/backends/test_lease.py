@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.backends import lease
-from distnadam.backends.lease import Lease, Leases
+from distnadam.backends.ray import lease
+from distnadam.backends.ray.lease import Lease, Leases
 from distnadam.config import NadamConfig, Options
 from distnadam.protocol.messages import Describe, Join, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from distnadam.backends import placement
-from distnadam.backends.placement import Silent, at
+from distnadam.backends.ray import placement
+from distnadam.backends.ray.placement import Silent, at
 
 ID = "ray.io/node-id"
 

@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from distnadam import DistNadam, Options
-from distnadam.backends import registry
-from distnadam.backends.cluster import process_born
-from distnadam.backends.ray import RayBackend
+from distnadam.backends.ray import registry
+from distnadam.backends.ray.backend import RayBackend
+from distnadam.backends.ray.processes import process_born
 from distnadam.errors import NotRunning, Rewound
 from tests.models import bits
 
@@ -131,7 +131,7 @@ def test_an_optimizer_is_ended_by_its_name_by_whoever_knows_it_even_where_only_i
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [signal.SIGSTOP, signal.SIGKILL])
 def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(hurt: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distnadam.backends.named._CLOSE_S", 1.0)
+    monkeypatch.setattr("distnadam.backends.ray.names._CLOSE_S", 1.0)
     optimizer = build(f"hurt{hurt}")
     there = processes_of(f"hurt{hurt}")
     os.kill(backend_of(optimizer).places[0].pid, signal.SIGSTOP)

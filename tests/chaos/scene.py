@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from distnadam import DistNadam, Options
-from distnadam.backends.cluster import process_born
+from distnadam.backends.ray.processes import process_born
 from distnadam.protocol.messages import Describe, Description, Hold, Release
 from distnadam.protocol.supervisor_messages import Reign, Schedule
 from tests.chaos.trainers import PATIENCE_S, WORKERS, Board, Crowd, Process, gradients_at

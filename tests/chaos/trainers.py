@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam import DistNadam
-from distnadam.backends.cluster import process_born
+from distnadam.backends.ray.processes import process_born
 from distnadam.errors import LatePush, Rewound, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from tests.models import gradients, leaves, params
 

@@ -6,7 +6,7 @@ import signal
 import ray
 
 from distnadam import DistNadam
-from distnadam.backends.cluster import process_born
+from distnadam.backends.ray.processes import process_born
 from tests.chaos.scene import Scene
 from tests.chaos.trainers import Process, despite_rewinds
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distnadam import DistNadam, Options, fit
-from distnadam.backends.ray import RayBackend
+from distnadam.backends.ray.backend import RayBackend
 from distnadam.controller import Controller
 from distnadam.training.callbacks import Callback
 from distnadam.training.digits import Digits

@@ -26,7 +26,7 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
     if not _installed():
         raise ClusterError("backend='ray' needs the package ray: pip install ray, or use backend='local'")
     _ask_for_a_token()
-    from distnadam.backends.ray import RayBackend
+    from distnadam.backends.ray.backend import RayBackend
 
     return RayBackend()
 
@@ -40,14 +40,14 @@ def _ask_for_a_token() -> None:
 
 def connect(name: str) -> tuple[Backend, ShardSpec]:
     """Return a backend that reaches a running named optimizer, and the spec of its shard 0; raise NotRunning where there is none."""
-    from distnadam.backends.ray import RayBackend
+    from distnadam.backends.ray.backend import RayBackend
 
     return RayBackend.connect(name)
 
 
 def stop(name: str) -> None:
     """End a running named optimizer, or what is left of one; raise NotRunning where there is nothing of it."""
-    from distnadam.backends.ray import RayBackend
+    from distnadam.backends.ray.backend import RayBackend
 
     RayBackend.stop(name)
 

@@ -1,4 +1,4 @@
-"""The shards on a Ray cluster, as their clients reach them. Control goes through Ray, arrays by `RayLink`; the actors are in `actors`.
+"""The shards on a Ray nodes, as their clients reach them. Control goes through Ray, arrays by `RayLink`; the actors are in `actors`.
 
 Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and shut down at close.
 """
@@ -14,22 +14,18 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from distnadam.backends import cluster, registry
-from distnadam.backends.actors import make_supervisor
 from distnadam.backends.base import Backend, Link, Pending, Team
-from distnadam.backends.cluster import (
-    await_start,
-    check_versions,
-    node_facts,
-    own,
-    until_answered,
-)
-from distnadam.backends.exporter import Exporter
-from distnadam.backends.joining import OwnRay, ensure_ray
-from distnadam.backends.link import REMEDY, Place, RayLink
-from distnadam.backends.named import end_optimizer, is_named, named
-from distnadam.backends.placement import check_fits
-from distnadam.backends.raycalls import RayPending, RayTeam, require_ray
+from distnadam.backends.ray import calls, processes, registry
+from distnadam.backends.ray.actors import make_supervisor
+from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.calls import RayPending, own, require_ray, until_answered
+from distnadam.backends.ray.metrics_exporter import Exporter
+from distnadam.backends.ray.names import end_optimizer, is_named, named
+from distnadam.backends.ray.nodes import await_start, check_versions, node_facts
+from distnadam.backends.ray.placement import check_fits
+from distnadam.backends.ray.session import OwnRay, ensure_ray
+from distnadam.backends.ray.worker_channel import REMEDY, RayLink
+from distnadam.backends.ray.worker_group import RayTeam
 from distnadam.config import Options
 from distnadam.errors import (
     ClusterError,
@@ -59,7 +55,7 @@ class RayBackend(Backend):
     """One actor per shard, and a supervisor. A copy that was pickled reaches the same actors from any process of the cluster."""
 
     name = "ray"
-    token = staticmethod(cluster.process_token)
+    token = staticmethod(processes.process_token)
 
     def __init__(
         self, supervisor: Any = None, name: str | None = None, roster: Roster | None = None, options: Options | None = None
@@ -169,7 +165,7 @@ class RayBackend(Backend):
             raise Reconfigured(f"there are {len(shards)} shards now; look again")
         if messages and all(isinstance(message, Release) for message in messages.values()):
             for index, message in messages.items():  # one that is lost would hold the shard until a timeout
-                cluster.insist(partial(shards[index].handle.send.remote, message))
+                calls.insist(partial(shards[index].handle.send.remote, message))
             return RayPending({}, "shard")
         return RayPending({index: shards[index].handle.send.remote(message) for index, message in messages.items()}, "shard")
 

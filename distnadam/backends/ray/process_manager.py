@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError
 
-from distnadam.backends import registry
-from distnadam.backends.cluster import kill, process_born, until_answered
-from distnadam.backends.fencing import Fencing
-from distnadam.backends.gather import insist_on
+from distnadam.backends.ray import registry
+from distnadam.backends.ray.calls import insist_on, until_answered
+from distnadam.backends.ray.fencing import Fencing
+from distnadam.backends.ray.processes import kill, process_born
 from distnadam.errors import ShardLost
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load, Reign

@@ -11,12 +11,13 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distnadam.backends import placement, registry
-from distnadam.backends.cluster import NAMESPACE, end_processes, process_born
-from distnadam.backends.link import Place
-from distnadam.backends.raycrew import Tools
-from distnadam.backends.shardactor import ShardActor
-from distnadam.backends.supervisoractor import SupervisorActor
+from distnadam.backends.ray import placement, registry
+from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.nodes import NAMESPACE
+from distnadam.backends.ray.process_manager import Tools
+from distnadam.backends.ray.processes import end_processes, process_born
+from distnadam.backends.ray.shard_actor import ShardActor
+from distnadam.backends.ray.supervisor_actor import SupervisorActor
 from distnadam.config import Options
 from distnadam.protocol.messages import ShardSpec
 

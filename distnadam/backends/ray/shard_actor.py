@@ -10,12 +10,13 @@ from typing import Any
 
 import ray
 
-from distnadam.backends import registry
-from distnadam.backends.callreplica import CallReplica, Feed
-from distnadam.backends.cluster import insist, node_facts
-from distnadam.backends.exporter import Exporter
-from distnadam.backends.lease import Lease, lease_s
-from distnadam.backends.link import Place
+from distnadam.backends.ray import registry
+from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.calls import insist
+from distnadam.backends.ray.lease import Lease, lease_s
+from distnadam.backends.ray.metrics_exporter import Exporter
+from distnadam.backends.ray.nodes import node_facts
+from distnadam.backends.ray.object_replication import CallReplica, Feed
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import state_bytes

@@ -1,74 +1,21 @@
-"""Calls to Ray actors that are on their way: answers of shards, and a team of ranks."""
+"""A group of ranks, each an actor of this driver."""
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from distnadam.backends import registry
-from distnadam.backends.actors import end_on, make_member
-from distnadam.backends.base import Pending, Team
-from distnadam.backends.cluster import kill, own
-from distnadam.backends.placement import Silent
+from distnadam.backends.base import Team
+from distnadam.backends.ray import registry
+from distnadam.backends.ray.actors import end_on, make_member
+from distnadam.backends.ray.calls import disregard, own, require_ray
+from distnadam.backends.ray.placement import Silent
+from distnadam.backends.ray.processes import kill
 from distnadam.config import Options
-from distnadam.errors import LifecycleError, ShardLost, ShardUnavailable, WorkerLost
-
-
-def require_ray() -> None:
-    """Raise where Ray was shut down: its functions would quietly start another, or join one that is dying."""
-    if not ray.is_initialized():
-        raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
-
-
-def disregard(refs: Iterable[Any]) -> None:
-    """Do without the answers of calls, and what they fail with: Ray shows its user every error that nobody asked for."""
-    for ref in refs:
-        ref.future()  # asks, and waits for nothing
-
-
-class RayPending(Pending):
-    """Object references of answers; `who` names in an error who should have given them."""
-
-    def __init__(self, refs: dict[int, Any], who: str) -> None:
-        self._refs, self._who = refs, who
-
-    def result(self, timeout_s: float) -> dict[int, Any]:
-        """See `Pending.result`."""
-        require_ray()
-        try:
-            return self._get(timeout_s)
-        except BaseException:
-            disregard(self._refs.values())
-            raise
-
-    def _get(self, timeout_s: float) -> dict[int, Any]:
-        try:
-            return dict(zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True))
-        except GetTimeoutError as error:
-            raise TimeoutError from error
-        except RayTaskError as error:
-            raise own(error) from None
-        except ActorUnavailableError as error:
-            raise ShardUnavailable(f"{self._who} {', '.join(map(str, self._refs))}: {str(error).splitlines()[0]}") from error
-        except RayActorError as error:
-            kind = ShardLost if self._who == "shard" else WorkerLost
-            raise kind(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
-
-    def _dead(self) -> str:
-        ready, _ = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)
-        dead = []
-        for index, ref in self._refs.items():
-            if ref in ready:
-                try:
-                    ray.get(ref)
-                except RayActorError:
-                    dead.append(str(index))
-                except Exception:
-                    continue
-        return f"{self._who} {', '.join(dead)}"
+from distnadam.errors import WorkerLost
 
 
 class RayTeam(Team):

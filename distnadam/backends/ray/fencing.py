@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 
-from distnadam.backends import registry
-from distnadam.backends.cluster import kill
-from distnadam.backends.lease import Leases
-from distnadam.backends.placement import Silent
+from distnadam.backends.ray import registry
+from distnadam.backends.ray.lease import Leases
+from distnadam.backends.ray.placement import Silent
+from distnadam.backends.ray.processes import kill
 from distnadam.supervision.process_manager import Hired
 
 log = logging.getLogger("distnadam")

@@ -8,11 +8,12 @@ from typing import Any
 
 import ray
 
-from distnadam.backends.cluster import all_answered, node_facts
-from distnadam.backends.exporter import Exporter
-from distnadam.backends.lease import lease_s
-from distnadam.backends.link import Place
-from distnadam.backends.raycrew import OPEN_S, RayCrew, Tools
+from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.calls import all_answered
+from distnadam.backends.ray.lease import lease_s
+from distnadam.backends.ray.metrics_exporter import Exporter
+from distnadam.backends.ray.nodes import node_facts
+from distnadam.backends.ray.process_manager import OPEN_S, RayCrew, Tools
 from distnadam.metrics.meter import Sample, state_bytes
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.discovery import Succession

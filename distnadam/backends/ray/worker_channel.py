@@ -4,32 +4,21 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Backend, Link, Pending, Wiring
+from distnadam.backends.ray.address import Place
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.messages import Decided, Norms, Push
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
-from distnadam.transport.connection import Address
 from distnadam.transport.shm_channel import Lanes
 
 log = logging.getLogger("distnadam")
 
+
 REMEDY = "Ray objects are used instead, which cost more time: give the node or container more memory, or run fewer workers on it"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a shard runs: its Ray node and process, and where its lanes are called, or why it has none."""
-
-    node: str
-    address: Address | None = None
-    reason: str | None = None
-    pid: int = 0
-    born: str = ""
 
 
 class RayLink(Link):

@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray.experimental import internal_kv
 
-from distnadam.backends.cluster import NAMESPACE, end_processes, kill, process_born
-from distnadam.backends.link import Place
+from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.nodes import NAMESPACE
+from distnadam.backends.ray.processes import end_processes, kill, process_born
 from distnadam.protocol.messages import ShardSpec
 
 EndOn = Callable[[str, Sequence[tuple[int, str]], float], Any]

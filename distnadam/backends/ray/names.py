@@ -5,9 +5,10 @@ from typing import Any
 
 import ray
 
-from distnadam.backends import registry
-from distnadam.backends.actors import end_on
-from distnadam.backends.cluster import NAMESPACE, kill
+from distnadam.backends.ray import registry
+from distnadam.backends.ray.actors import end_on
+from distnadam.backends.ray.nodes import NAMESPACE
+from distnadam.backends.ray.processes import kill
 from distnadam.errors import NotRunning
 
 _CLOSE_S = 20.0

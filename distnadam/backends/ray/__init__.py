@@ -1,0 +1,1 @@
+"""The shards as Ray actors. Nothing else in the package imports Ray."""

@@ -1,0 +1,110 @@
+"""The nodes of a Ray cluster: how actors start there, and whether their versions agree."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from distnadam.backends.ray.processes import process_born
+from distnadam.config import Options
+from distnadam.errors import (
+    InsufficientResources,
+    ShardLost,
+    VersionMismatch,
+)
+
+log = logging.getLogger("distnadam")
+
+
+NAMESPACE = "distnadam"
+
+
+_PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
+
+
+_MISSING = re.compile(r"No module named \\?'([\w.]+)")
+
+
+_WHERE = re.compile(r"\bip=([^,)\s]+)")
+
+
+_START_S = 120.0
+
+
+_REPORT_EVERY_S = 5.0
+
+
+def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]:
+    """Return every actor's facts; say every few seconds who is awaited; raise where they do not all start in time."""
+    timeout_s = _START_S if options.start_timeout_s is None else max(options.start_timeout_s, _START_S)
+    deadline = time.monotonic() + timeout_s
+    waiting, facts = {index: actor.about.remote() for index, actor in enumerate(actors)}, dict[int, dict[str, str]]()
+    while waiting:
+        ready = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=_REPORT_EVERY_S)[0]
+        for index in [i for i, ref in waiting.items() if ref in ready]:
+            try:
+                facts[index] = _started(waiting.pop(index))
+            except ActorUnavailableError:
+                waiting[index] = actors[index].about.remote()  # the call was lost
+        if waiting and time.monotonic() >= deadline:
+            free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
+            raise InsufficientResources(
+                f"{len(waiting)} of {len(actors)} shards did not start in {timeout_s:g} s; each asks CPU {options.shard_cpus:g},"
+                f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free in the cluster: {free}; where that is"
+                " enough, a node cannot start processes: its logs, under /tmp/ray/session_latest/logs there, say why"
+            )
+        if waiting and not ready:
+            log.warning("waiting for %d of %d shards to start", len(waiting), len(actors))
+    return [facts[index] for index in sorted(facts)]
+
+
+def node_facts() -> dict[str, str]:
+    """Return this process's node and the versions of what the shards' bits or files depend on."""
+    node = f"{ray.util.get_node_ip_address()} (id {ray.get_runtime_context().get_node_id()[:12]})"
+    facts = {
+        "node": node,
+        "pid": str(os.getpid()),
+        "born": process_born(os.getpid()),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
+    for package in _PACKAGES:
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "missing"
+    return facts
+
+
+def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str]) -> None:
+    """Raise VersionMismatch naming each node and package that differs from the driver's."""
+    told = {
+        f"node {facts['node']} has {package} {facts[package]}, the driver has {driver[package]}"
+        for facts in shards
+        for package in ("python", *_PACKAGES)
+        if facts[package] != driver[package]
+    }
+    if told:
+        raise VersionMismatch(f"{'; '.join(sorted(told))}: install the same versions on every node")
+
+
+def _started(ref: Any) -> dict[str, str]:
+    try:
+        facts: dict[str, str] = ray.get(ref)
+        return facts
+    except ActorUnavailableError:
+        raise
+    except RayActorError as error:
+        text = str(error)
+        if (missing := _MISSING.search(text)) is not None:
+            where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
+            raise VersionMismatch(
+                f"node {where} lacks the package {missing[1]!r}, which the shards need: install the same versions on every node"
+            ) from error
+        raise ShardLost(f"a shard did not start: {text}") from error
