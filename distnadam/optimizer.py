@@ -11,16 +11,16 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Folder
 from distnadam.checkpoint.storage.resolve import place
+from distnadam.client.autodiff import gradients_of
+from distnadam.client.checkpointing import Saver, Saving
+from distnadam.client.keras_weights import from_weights, to_weights
+from distnadam.client.shard_group import Controller
 from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count, check_name
-from distnadam.controller import Controller
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
-from distnadam.gradients import gradients_of
 from distnadam.protocol.messages import ShardSpec
-from distnadam.saving import Saver, Saving
 from distnadam.schedules import Rate, rate_from, rate_to_dict
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
-from distnadam.weights import from_weights, to_weights
 from distnadam.worker import Ticket, Worker
 
 

@@ -6,14 +6,13 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any
 
-from distnadam.controller import Controller
+from distnadam.client.gradient_buffer import GradientSlot
+from distnadam.client.parameter_view import ParameterView
+from distnadam.client.shard_group import Controller
+from distnadam.client.worker_session import Flight, Seat
 from distnadam.errors import DistNadamError, LifecycleError, NonFiniteGradient, StepTimeout
-from distnadam.flight import Flight
 from distnadam.metrics.meter import Traffic
 from distnadam.protocol.messages import Decided
-from distnadam.seat import Seat
-from distnadam.transport.parameters import ParameterView
-from distnadam.transport.slot import GradientSlot
 
 
 class Ticket:

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from distnadam.cli import main
 from distnadam.cli.group import verbatim
 from distnadam.cli.operating import shown
-from distnadam.status import ShardStatus, Status
+from distnadam.client.status import ShardStatus, Status
 from tests.test_exports import BLOCKER
 
 TRAIN = ["train", "digits", "--local", "--json", "--quiet"]

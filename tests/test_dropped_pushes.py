@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam import seat
+from distnadam.client import worker_session
+from distnadam.client.shard_group import Controller
 from distnadam.config import NadamConfig, Options
-from distnadam.controller import Controller
 from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLost
 from distnadam.protocol.messages import Hold, Step
 from distnadam.tensors.arrays import cut_flat
@@ -25,7 +25,7 @@ INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)
 
 @pytest.fixture(autouse=True)
 def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seat, "_POLL_S", 0.0)
+    monkeypatch.setattr(worker_session, "_POLL_S", 0.0)
 
 
 CASES = pytest.mark.parametrize(("objects", "clip"), [(False, {}), (True, {}), (True, {"clipnorm": 1e6}), (True, {"global_clipnorm": 1e6})])

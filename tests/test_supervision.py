@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam import seat
+from distnadam.client import worker_session
+from distnadam.client.shard_group import Controller
 from distnadam.config import NadamConfig, Options
-from distnadam.controller import Controller
 from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.supervisor import Supervisor
@@ -25,7 +25,7 @@ ELASTIC = Options(step_timeout_s=0.0, kernel="numpy", min_workers=1, rejoin_time
 
 @pytest.fixture(autouse=True)
 def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seat, "_POLL_S", 0.0)
+    monkeypatch.setattr(worker_session, "_POLL_S", 0.0)
 
 
 class Training:

@@ -5,8 +5,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from distnadam.backends.base import Backend, Link, Pending, Team
+from distnadam.client.shard_group import Controller
 from distnadam.config import NadamConfig, Options
-from distnadam.controller import Controller
 from distnadam.errors import DistNadamError
 from distnadam.protocol.messages import ShardSpec, Step, StepNorms
 from distnadam.supervision.shard_map import require_alive

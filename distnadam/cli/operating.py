@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.table import Table
 
 from distnadam.cli.group import JSON, errors_told, main, verbatim
+from distnadam.client.status import Running, Status
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
-from distnadam.status import Running, Status
 from distnadam.training.saves import data_of_run
 
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -8,9 +8,9 @@ from typing import Any
 from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import Claim
 from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.client.checkpointing import Saving
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
-from distnadam.saving import Saving
 from distnadam.training.plan import Keep
 
 _DATA = frozenset({"task", "seed", "num_workers"})

@@ -11,7 +11,7 @@ from typing import Any
 
 from distnadam import DistNadam, Options, fit
 from distnadam.backends.ray.backend import RayBackend
-from distnadam.controller import Controller
+from distnadam.client.shard_group import Controller
 from distnadam.training.callbacks import Callback
 from distnadam.training.digits import Digits
 from tests.hosts.program import say

@@ -18,12 +18,12 @@ from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from distnadam import seat
 from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.client import worker_session
+from distnadam.client.checkpointing import Saver
+from distnadam.client.shard_group import Controller
 from distnadam.config import NadamConfig, Options
-from distnadam.controller import Controller
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
-from distnadam.saving import Saver
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.machine import described
 from distnadam.shard.phases import Phase
@@ -261,7 +261,7 @@ FaultsAgainstOneProcess.TestCase.settings = settings(
 
 @pytest.fixture(autouse=True)
 def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seat, "_POLL_S", 0.0)
+    monkeypatch.setattr(worker_session, "_POLL_S", 0.0)
 
 
 TestFaults = FaultsAgainstOneProcess.TestCase

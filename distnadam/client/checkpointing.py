@@ -15,7 +15,7 @@ from typing import Any
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.storage.base import Folder
-from distnadam.controller import Controller
+from distnadam.client.shard_group import Controller
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Collect, Held, Message, Reserve, Save

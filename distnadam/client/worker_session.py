@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
 from distnadam.backends.base import Link, Pending
-from distnadam.controller import Controller
+from distnadam.client.shard_group import Controller
 from distnadam.errors import (
     ConfigError,
     IllegalMessage,
@@ -21,14 +21,32 @@ from distnadam.errors import (
     SupersededWorker,
     WorkerLost,
 )
-from distnadam.flight import Flight
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import Decided, Describe, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
 from distnadam.protocol.orphaned_push import adoptions
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
+
+@dataclass
+class Flight:
+    """A push that is not decided: what it is, the answers now awaited, and the norms of its round once they are known.
+
+    `parts` gives the gradients of each shard's ranges, which stay as they are until the flight ends, whatever the shards are by then.
+    """
+
+    epoch: int
+    round: int
+    parts: Callable[[list[Ranges]], Sequence[Flat]]
+    complaint: str | None
+    want_parameters: bool
+    pending: Pending | None = None
+    square_sums: Any = None
+
+
 _T = TypeVar("_T")
+
+
 _POLL_S = 0.02
 
 

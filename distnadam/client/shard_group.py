@@ -13,6 +13,7 @@ from distnadam.backends.base import Backend
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Folder, parent_of
+from distnadam.client.gradient_buffer import GradientSlot
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.nadam.norms import tensor_square_sums
@@ -38,7 +39,6 @@ from distnadam.schedules import Rate
 from distnadam.shard.ledger import DIRECT, Ledger
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
-from distnadam.transport.slot import GradientSlot
 
 _T = TypeVar("_T")
 _IO_TIMEOUT_S = 24 * 3600.0
