@@ -17,7 +17,7 @@ from distnadam.cli.group import JSON, errors_told, main, verbatim
 from distnadam.client.status import Running, Status
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
-from distnadam.training.saves import data_of_run
+from distnadam.training.checkpoint_manager import data_of_run
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _RATE_S = 1.0

@@ -98,7 +98,7 @@ def plot(run: Path, *, output: Path | None) -> None:
 def load_task(name: str) -> Task:
     """Return the task of a name on the command line; raise UsageError where there is none."""
     if name == "digits":
-        from distnadam.training.digits import Digits
+        from distnadam.training.tasks.digits import Digits
 
         return Digits()
     module_name, _, attribute = name.rpartition(":")

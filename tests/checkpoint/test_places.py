@@ -24,8 +24,8 @@ from distnadam.checkpoint.storage.local import LocalFolder
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.cli import main
 from distnadam.errors import CheckpointBusy, CheckpointError
-from distnadam.training.digits import Digits
 from distnadam.training.fit import fit
+from distnadam.training.tasks.digits import Digits
 from tests.models import bits, params, run
 
 

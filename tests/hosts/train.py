@@ -13,7 +13,7 @@ from distnadam import DistNadam, Options, fit
 from distnadam.backends.ray.backend import RayBackend
 from distnadam.client.shard_group import Controller
 from distnadam.training.callbacks import Callback
-from distnadam.training.digits import Digits
+from distnadam.training.tasks.digits import Digits
 from tests.hosts.program import say
 from tests.hosts.tasks import Synthetic, digest
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distnadam import fit
-from distnadam.training.digits import Digits
+from distnadam.training.tasks.digits import Digits
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])

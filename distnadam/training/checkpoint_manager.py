@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,36 @@ from distnadam.checkpoint.storage.local import LocalFolder
 from distnadam.client.checkpointing import Saving
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
-from distnadam.training.plan import Keep
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay, as `fit` has it."""
+
+    last: int
+    every: int | None
+    every_s: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps in all, and those between two saves and two evaluations; whether to resume, and what to keep."""
+
+    steps: int
+    save_every: int | None
+    evaluate_every: int | None
+    resume: str
+    keep: Keep
+
+    def boundary_after(self, step: int) -> int:
+        """Return the next step at which something is due."""
+        due = [step + every - step % every for every in (self.save_every, self.evaluate_every) if every is not None]
+        return min([self.steps, *due])
+
+    def due(self, every: int | None, step: int) -> bool:
+        """Whether what is done every so many steps, and at the end, is to be done after this one."""
+        return step == self.steps or (every is not None and step % every == 0)
+
 
 _DATA = frozenset({"task", "seed", "num_workers"})
 
