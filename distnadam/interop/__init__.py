@@ -9,6 +9,6 @@ What each framework's "Nadam" is, in `formulas`; a framework is imported where i
 """
 
 from distnadam.interop.convert import FORMATS, Converted, Format, export_checkpoint, import_checkpoint
-from distnadam.interop.state import OptimizerState, load_checkpoint
+from distnadam.interop.optimizer_state import OptimizerState, load_checkpoint
 
 __all__ = ["FORMATS", "Converted", "Format", "OptimizerState", "export_checkpoint", "import_checkpoint", "load_checkpoint"]

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError, ConfigError
-from distnadam.interop import arrays, keras, optax, torch
+from distnadam.interop import keras, optax, own_files, torch
 from distnadam.interop.formulas import Conversion
-from distnadam.interop.state import OptimizerState, load_checkpoint
+from distnadam.interop.optimizer_state import OptimizerState, load_checkpoint
 
 Format = Literal["keras", "keras3", "torch", "optax", "safetensors", "numpy"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -19,16 +19,16 @@ _WRITERS: dict[str, Callable[[OptimizerState, Conversion], None]] = {
     "keras3": keras.write_keras_3,
     "torch": torch.write,
     "optax": optax.write,
-    "safetensors": arrays.write_safetensors,
-    "numpy": arrays.write_numpy,
+    "safetensors": own_files.write_safetensors,
+    "numpy": own_files.write_numpy,
 }
 _READERS: dict[str, Callable[[Conversion], OptimizerState]] = {
     "keras": keras.read,
     "keras3": keras.read_keras_3,
     "torch": torch.read,
     "optax": optax.read,
-    "safetensors": arrays.read_safetensors,
-    "numpy": arrays.read_numpy,
+    "safetensors": own_files.read_safetensors,
+    "numpy": own_files.read_numpy,
 }
 _OWN = ("safetensors", "numpy")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from distnadam.config import NadamConfig
 from distnadam.errors import ConversionError
-from distnadam.interop.state import OptimizerState
+from distnadam.interop.optimizer_state import OptimizerState
 from distnadam.nadam.step_scalars import Clock
 from distnadam.reproducible_math import power_of_step
 

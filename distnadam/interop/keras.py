@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import CheckpointError
-from distnadam.interop.files import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.formulas import Conversion, find_count, find_momentum, find_outside
-from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, positions, read_layout
+from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
+from distnadam.interop.optimizer_state import OptimizerState, layout_of, make_config, make_state, positions, read_layout
 from distnadam.tensors.arrays import Array
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
-from distnadam.interop.files import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.formulas import NO_SCHEDULE, Conversion, find_count, find_momentum, find_outside, find_product, unscheduled
-from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, read_layout
+from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
+from distnadam.interop.optimizer_state import OptimizerState, layout_of, make_config, make_state, read_layout
 
 _SLOTS = {"params": "params", "m": "mu", "v": "nu"}
 _SPELLING = {"learning_rate": "lr", "b1": "beta_1", "b2": "beta_2", "eps": "epsilon"}

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
-from distnadam.interop.files import about_from, about_text, expect_kind, write_whole
 from distnadam.interop.formulas import Conversion, find_outside
-from distnadam.interop.state import OptimizerState, layout_of, make_config, make_state, read_layout
+from distnadam.interop.npz import about_from, about_text, expect_kind, write_whole
+from distnadam.interop.optimizer_state import OptimizerState, layout_of, make_config, make_state, read_layout
 from distnadam.tensors.arrays import as_numpy
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq"}

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
-from distnadam.interop.files import ABOUT, about_from, about_text, expect_kind, group, read_npz, settings_of, write_npz, write_whole
 from distnadam.interop.formulas import Conversion
-from distnadam.interop.state import SLOTS, OptimizerState, layout_of, make_config, make_state, read_layout
+from distnadam.interop.npz import ABOUT, about_from, about_text, expect_kind, group, read_npz, settings_of, write_npz, write_whole
+from distnadam.interop.optimizer_state import SLOTS, OptimizerState, layout_of, make_config, make_state, read_layout
 from distnadam.tensors.arrays import BFLOAT16, Array, dtype_of
 
 
