@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from distnadam.cli import main
 from distnadam.cli.group import verbatim
-from distnadam.cli.operating import shown
+from distnadam.cli.running import shown
 from distnadam.client.status import ShardStatus, Status
 from tests.test_exports import BLOCKER
 
@@ -257,7 +257,7 @@ BRACKETS = "[bold]a :smile: [x]"
 
 
 def test_what_looks_like_markup_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distnadam.diagnosis.fused_installed", lambda: False)
+    monkeypatch.setattr("distnadam.cli.doctor.fused_installed", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "[::1]:6379")
     printed = call("doctor").stdout
     assert "pip install 'distnadam[fused]'" in printed

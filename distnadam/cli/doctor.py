@@ -1,13 +1,116 @@
 """The command that says what would run here."""
 
+import importlib.metadata
 import json
+import os
+import platform
+import secrets
+import shutil
+import socket
 import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import click
 from rich.table import Table
 
 from distnadam.cli.group import JSON, main, verbatim
-from distnadam.diagnosis import diagnose
+from distnadam.errors import ArenaError
+from distnadam.nadam.kernels import fused_installed
+from distnadam.transport.shared_memory import Arena, available_bytes
+
+_PACKAGES = (
+    "distnadam",
+    "numpy",
+    "ray",
+    "ml_dtypes",
+    "msgpack",
+    "optree",
+    "safetensors",
+    "xxhash",
+    "torch",
+    "jax",
+    "numba",
+    "scikit-learn",
+    "matplotlib",
+)
+
+
+_SMALL_SHM_BYTES = 1 << 30
+
+
+@dataclass
+class Diagnosis:
+    """What was found; `problems` are sentences, empty where all is well."""
+
+    python: str
+    versions: dict[str, str | None]
+    cpus: int
+    ray_address: str | None
+    ray_auth_mode: str | None
+    shm_bytes: int | None
+    shm_free_bytes: int | None
+    kernel: str
+    transport: str
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at this host and environment; connects to nothing."""
+    versions = {package: _version(package) for package in _PACKAGES}
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    cpus = len(os.sched_getaffinity(0))
+    found = Diagnosis(
+        python=platform.python_version(),
+        versions=versions,
+        cpus=cpus,
+        ray_address=os.environ.get("RAY_ADDRESS"),
+        ray_auth_mode=os.environ.get("RAY_AUTH_MODE"),
+        shm_bytes=shm.total if shm else None,
+        shm_free_bytes=shm.free if shm else None,
+        kernel=f"{_kernel()}, up to {cpus} thread(s) per shard where local",
+        transport=_transport(),
+    )
+    if versions["ray"] is None:
+        found.problems.append("ray is not installed: only backend='local' works; pip install ray")
+    if shm is None:
+        found.problems.append("there is no /dev/shm: Ray's object store will lie on the disk")
+    elif shm.total < _SMALL_SHM_BYTES:
+        found.problems.append(f"/dev/shm has only {shm.total >> 20} MiB: Ray's object store will be slow; in a container, give --shm-size")
+    if found.ray_address and found.ray_auth_mode is None:
+        found.problems.append("RAY_ADDRESS is set but RAY_AUTH_MODE is not: set it as the cluster has it, token or disabled")
+    if found.ray_address and found.ray_auth_mode == "disabled":
+        found.problems.append("RAY_AUTH_MODE is disabled: anyone who reaches the cluster's ports can run code on it")
+    return found
+
+
+def _kernel() -> str:
+    if fused_installed():
+        return "fused (numba is installed)"
+    return "NumPy, in blocks (pip install 'distnadam[fused]' for the compiled one)"
+
+
+def _transport() -> str:
+    """Try what a lane needs: sealed shared memory and a socket with an abstract name."""
+    try:
+        Arena.create({"float32": 1})
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"\0distnadam-{secrets.token_hex(8)}")
+    except (ArenaError, OSError, AttributeError) as error:
+        return f"Ray objects between processes: shared memory does not work here: {error}"
+    free = f"{available_bytes() >> 20} MiB are free for it"
+    return f"shared memory between processes of one Ray node ({free}), Ray objects between nodes; this process's memory where local"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @main.command()
