@@ -26,7 +26,7 @@ test-ray-versions: $(RAY_VERSIONS:%=.venv-ray-%/installed)
 		echo "Ray $$version"; \
 		RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 .venv-ray-$$version/bin/python -m pytest -m "not slow" \
 			-W "ignore::pytest.PytestUnraisableExceptionWarning" \
-			tests/backends tests/laws tests/training tests/deploy tests/test_operating.py; \
+			tests/backends tests/laws tests/training tests/deploy tests/cli/test_running.py; \
 	done
 
 chaos: $(VENV)/installed

@@ -1,134 +1,152 @@
-"""Imports point one way, pure modules stay pure, Ray is said in one place, and no module outgrows its screen."""
+"""The folder listing is the architecture: imports go down, inside a folder in no circle, pure folders are pure, Ray has one."""
 
 import ast
+import graphlib
 import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
-LAYERS = [
-    ["errors", "exact", "metrics"],
-    ["schedules", "arrays"],
-    ["config", "layout", "filing"],
-    ["nadam", "reshard", "ledger", "gate", "state", "epochs", "policy", "description"],
-    ["messages"],
-    ["orders", "takeover", "meter"],
-    ["transitions", "members"],
-    ["rounds"],
-    ["machine", "weights", "gradients"],
-    ["describe"],
-    ["shard"],
-    ["transport", "checkpoint"],
-    ["supervision"],
-    ["backends", "diagnosis"],
-    ["controller"],
-    ["saving"],
-    ["flight"],
-    ["seat"],
-    ["worker"],
-    ["optimizer", "status"],
-    ["training", "interop"],
-    ["cli"],
-    ["__main__", "__init__"],
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-PURE = {
-    "errors",
-    "exact",
-    "metrics",
-    "meter",
-    "config",
-    "schedules",
-    "arrays",
-    "layout",
-    "nadam",
-    "reshard",
-    "ledger",
-    "gate",
-    "state",
-    "filing",
-    "description",
-    "messages",
-    "transitions",
-    "members",
-    "rounds",
-    "epochs",
-    "policy",
-    "orders",
-    "takeover",
-    "machine",
-    "describe",
-    "shard",
-    "weights",
+ORDER = """
+    errors reproducible_math
+    schedules tensors
+    config
+    nadam
+    protocol
+    shard transport metrics
+    checkpoint
+    runtime supervision interop
+    backends
+    client
+    worker
+    optimizer
+    training
+    cli
+    __main__ __init__
+"""
+"""Folders and modules of the package, lowest line first; each imports from lines above it here, none from its own."""
+LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
+
+PURE = ("errors", "reproducible_math", "schedules", "tensors", "config", "nadam", "protocol", "shard", "supervision/policy")
+"""Folders and modules that compute, and do nothing else: no socket, file, clock, thread or Ray."""
+PURE_IMPORTS = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module_names - {
+    *("socket", "threading", "subprocess", "pathlib", "time", "asyncio", "tempfile", "shutil", "multiprocessing", "concurrent")
 }
-PURE_MAY_IMPORT = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module_names
-IMPURE_STDLIB = {"socket", "threading", "subprocess", "pathlib", "time", "asyncio", "tempfile", "shutil"}
-RAY_MODULES = {
-    f"backends/{name}.py"
-    for name in (
-        *("ray", "raycalls", "raycrew", "actors", "shardactor", "supervisoractor", "cluster"),
-        *("registry", "gather", "callreplica", "fencing", "exporter", "joining", "named", "placement"),
-    )
-}
-LONGEST = {"optimizer.py": 450}  # the public face: more than half of it is docstrings
+EXCEPTIONS = {"nadam": {"threading", "concurrent"}, "nadam/fused": {"numba"}, "protocol/codec": {"msgpack"}}
+"""What kernels may have beside that: threads over one range, and the compiler of the fused loop; and what bytes are made with."""
+
+RAY_FOLDER = "backends/ray/"
+MOST_LINES = 400
+
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def source_of(module: str) -> str:
+    return (PACKAGE / f"{module}.py").read_text()
 
 
 def imports(source: str) -> set[str]:
-    """Every module a source imports, at any depth; `from distnadam import x` counts as distnadam.x."""
+    """Every module that a source imports, at any depth; `from distnadam.x import y` counts as distnadam.x.y where that is a module."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            found |= {f"distnadam.{alias.name}" for alias in node.names} if node.module == "distnadam" else {node.module}
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if path_of(name) is not None}
+            found |= modules | ({node.module} if modules != inner else set())
     return found
 
 
-def room(module: str) -> str:
-    """The part of the house that a dotted module of ours is in."""
-    return [*module.split("."), "__init__"][1]
+def path_of(name: str) -> str | None:
+    """The module of the package that a dotted name is, as a path without its ending; None where it is none."""
+    first, *rest = name.split(".")
+    candidates = ("/".join(rest), "/".join([*rest, "__init__"]))
+    return next((path for path in candidates if first == "distnadam" and path in MODULES), None)
 
 
-def upward(name: str, source: str) -> list[str]:
-    """The imports of a module that point the wrong way."""
-    ours = {room(m) for m in imports(source) if m.split(".")[0] == "distnadam"}
-    return [other for other in sorted(ours) if other != name and RANK[other] >= RANK[name]]
+def ours(source: str) -> set[str]:
+    """The modules of the package that a source imports."""
+    return {path for name in imports(source) if (path := path_of(name)) is not None}
 
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+def unit(module: str) -> str:
+    """The folder at top level, or the module there, that a module is in."""
+    return module.split("/")[0]
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def upward(module: str, source: str) -> set[str]:
+    """The imports of a module that do not go down."""
+    own = unit(module)
+    return {other for other in ours(source) if unit(other) != own and LEVELS[unit(other)] >= LEVELS[own]}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_module_keeps_to_its_place(path: Path) -> None:
-    source, name = path.read_text(), room_of(path)
-    assert ast.get_docstring(ast.parse(source)), "a module says what it knows"
-    assert upward(name, source) == []
-    assert len(source.splitlines()) <= LONGEST.get(path.name, 300)
-    outside = {m.split(".")[0] for m in imports(source)}
-    if name in PURE:
-        allowed = PURE_MAY_IMPORT - (IMPURE_STDLIB - ({"threading"} if name == "nadam" else set()))
-        assert outside <= allowed | ({"numba"} if path.name == "fused.py" else set())
-    if str(path.relative_to(PACKAGE)) not in RAY_MODULES:
-        assert "ray" not in outside
+def is_pure(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}/") for name in PURE)
+
+
+def impure(module: str, source: str) -> set[str]:
+    """What a pure module imports and may not."""
+    allowed = PURE_IMPORTS | EXCEPTIONS.get(module, set()) | EXCEPTIONS.get(unit(module), set())
+    return {name.split(".")[0] for name in imports(source)} - allowed
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_says_what_it_knows_imports_only_downward_and_is_one_concept_long(module: str) -> None:
+    source = source_of(module)
+    assert ast.get_docstring(ast.parse(source)), "a module opens with what it knows"
+    assert upward(module, source) == set()
+    assert len(source.splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if is_pure(module)])
+def test_a_pure_module_imports_nothing_that_acts_on_the_world(module: str) -> None:
+    assert impure(module, source_of(module)) == set()
+
+
+def test_only_one_folder_imports_ray() -> None:
+    importing = {module for module in MODULES if "ray" in {name.split(".")[0] for name in imports(source_of(module))}}
+    assert importing
+    assert all(module.startswith(RAY_FOLDER) for module in importing)
+
+
+def test_no_folder_has_a_circle_of_imports_inside() -> None:
+    graph = {module: {other for other in ours(source_of(module)) if other != module} for module in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_ray_remote_is_said_in_one_module() -> None:
-    assert [p.name for p in MODULES if "ray.remote(" in p.read_text()] == ["actors.py"]
+    assert [module for module in MODULES if "ray.remote(" in source_of(module)] == ["backends/ray/actors"]
+
+
+def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
+    assert {unit(module) for module in MODULES} == LEVELS.keys()
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "wrong"),
+    ("module", "source", "wrong"),
     [
-        ("shard", "import distnadam.optimizer", ["optimizer"]),
-        ("config", "def f():\n    from distnadam.nadam import kernels", ["nadam"]),
-        ("worker", "from distnadam import training", ["training"]),
-        ("cli", "from distnadam.optimizer import DistNadam", []),
+        ("shard/machine", "import distnadam.optimizer", {"optimizer"}),
+        ("config", "def f():\n    from distnadam.nadam import kernels", {"nadam/kernels"}),
+        ("worker", "from distnadam import training", {"training/__init__"}),
+        ("transport/connection", "from distnadam.shard.phases import Phase", {"shard/phases"}),
+        ("cli/group", "from distnadam.optimizer import DistNadam", set()),
+        ("shard/machine", "from distnadam.shard.round import Round", set()),
     ],
 )
-def test_the_check_refuses_an_import_that_points_up(name: str, source: str, wrong: list[str]) -> None:
-    assert upward(name, source) == wrong
+def test_the_check_refuses_an_import_that_does_not_go_down(module: str, source: str, wrong: set[str]) -> None:
+    assert upward(module, source) == wrong
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("shard/machine", "import threading", {"threading"}),
+        ("nadam/kernels", "from concurrent.futures import ThreadPoolExecutor", set()),
+        ("nadam/norms", "import numba", {"numba"}),
+        ("protocol/messages", "import msgpack", {"msgpack"}),
+    ],
+)
+def test_the_check_refuses_what_acts_on_the_world(module: str, source: str, wrong: set[str]) -> None:
+    assert impure(module, source) == wrong

@@ -1,6 +1,6 @@
 """Law 5: kill any process at any moment, lose and delay any message: the same bits as one process that counts the same pushes.
 
-The machine drives real shards, standbys, workers and the supervisor in one thread (`tests.world`); a worker's gradient depends on its
+The machine drives real shards, standbys, workers and the supervisor in one thread (`tests.simulation`); a worker's gradient depends on its
 round, rank, incarnation and parameters, so that one that is lost, doubled, mixed or computed from wrong parameters changes bits.
 """
 
@@ -29,9 +29,9 @@ from distnadam.shard.machine import described
 from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Ticket, Worker
-from tests.one_process import OneProcess, State, history_of, state_of
-from tests.world import Process
-from tests.world_backend import WorldBackend, begin_world
+from tests.reference import OneProcess, State, history_of, state_of
+from tests.simulation import WorldBackend, begin_world
+from tests.simulation.world import Process
 
 RANKS = 3
 SIZE = 3000

@@ -15,8 +15,8 @@ import pytest
 
 from distnadam import DistNadam, fit
 from distnadam.errors import ConfigError
+from tests.cli.test_cli import call
 from tests.security.strangers import as_nobody, as_root
-from tests.test_cli import call
 from tests.training.test_fit import Quadratic
 
 GRADIENTS = {"w": np.ones(5000, np.float32)}

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from distnadam import DistNadam
-from tests.backends.test_ray import shard_processes
+from tests.backends.ray.test_backend import shard_processes
 from tests.test_architecture import MODULES, PACKAGE
 
 GRADIENTS = {"w": np.ones(5000, np.float32)}

@@ -15,8 +15,8 @@ import pytest
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError
+from tests.cli.test_cli import call
 from tests.test_architecture import MODULES, PACKAGE
-from tests.test_cli import call
 
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle", "yaml"}
 RUNNERS = {"eval", "exec", "compile", "__import__"}

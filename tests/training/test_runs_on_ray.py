@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_cli import TRAIN, call, files, start, wait_for
 from tests.processes import children, wait_until_gone
-from tests.test_cli import TRAIN, call, files, start, wait_for
 
 ON_RAY = ["train", "digits", "--workers", "2", "--shards", "2", "--steps", "150", "--save-every", "20"]
 

@@ -11,7 +11,7 @@ import pytest
 from distnadam import DistNadam, Options, fit
 from distnadam.checkpoint import store
 from distnadam.errors import LifecycleError
-from tests.test_cli import call
+from tests.cli.test_cli import call
 from tests.training.test_fit import Quadratic
 
 GRADIENTS = {"w": np.ones(5000, np.float32)}

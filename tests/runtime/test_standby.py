@@ -18,7 +18,7 @@ from distnadam.runtime.standby import Standby
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout
 from distnadam.transport.replication import Replica
-from tests.one_process import State, state_of
+from tests.reference import State, state_of
 
 SIZE = 1500
 LAYOUT = Layout.of({"a": np.ones(SIZE - 7, np.float32), "b": np.ones(7, np.float32)})

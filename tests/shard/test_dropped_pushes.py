@@ -16,8 +16,8 @@ from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLos
 from distnadam.protocol.messages import Hold, Step
 from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Worker
-from tests.one_process import state_of
-from tests.world_backend import WorldBackend, begin_world
+from tests.reference import state_of
+from tests.simulation.backend import WorldBackend, begin_world
 
 SIZE = 3000
 INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)

@@ -12,7 +12,7 @@ from distnadam.protocol.messages import ShardSpec, Step, StepNorms
 from distnadam.supervision.shard_map import require_alive
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
-from tests.world import LIVELOCK, Process, World
+from tests.simulation.world import LIVELOCK, Process, World
 
 
 class _WorldPending(Pending):

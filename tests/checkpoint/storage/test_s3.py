@@ -11,7 +11,7 @@ from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
-from tests.checkpoint.stores import saves_prunes_and_restores
+from tests.checkpoint.storage.stores import saves_prunes_and_restores
 from tests.models import bits, params, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the warnings of the server and of its client are not ours

@@ -14,9 +14,9 @@ from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Worker
-from tests.one_process import history_of
-from tests.world import World
-from tests.world_backend import WorldBackend
+from tests.reference import history_of
+from tests.simulation.backend import WorldBackend
+from tests.simulation.world import World
 
 RANKS, SIZE = 3, 300
 LAYOUT = Layout.of({"w": np.ones(SIZE, np.float32)})

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.checkpoint.stores import saves_prunes_and_restores
+from tests.checkpoint.storage.stores import saves_prunes_and_restores
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the warnings of the server and of its client are not ours
 

@@ -51,7 +51,7 @@ def live(address: str, replicas: str, name: str, root: str) -> None:
 
 @pytest.mark.parametrize(("replicas", "name"), [(0, ""), (1, "lost-calls")])
 def test_calls_that_are_lost_on_any_way_change_no_bit_and_leave_nothing_undone(replicas: int, name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.backends.test_lost_calls"]
+    command = [sys.executable, "-m", "tests.backends.ray.test_lost_calls"]
     arguments = [ray.get_runtime_context().gcs_address, str(replicas), name, str(tmp_path)]
     env = os.environ | {"RAY_testing_rpc_failure": RULE}
     done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, check=False)
