@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distnadam.config import NadamConfig
-from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
+from distnadam.nadam.kernels import Part, Slots, StepConstants, make_stepper
 from distnadam.nadam.step_scalars import Clock, step_scalars
 
 Step = Callable[[], object]
@@ -74,7 +74,7 @@ def add_floor(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndar
 def add_ours(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:
     config = NadamConfig()
     scalars = step_scalars(Clock(10, 0.5), config)
-    rates = Rates(1 - config.beta_1, 1 - config.beta_2)
+    rates = StepConstants(1 - config.beta_1, 1 - config.beta_2)
     in_place, buffered, part = Slots(p, m, v), Slots(p, m, v, np.ones_like(p)), [Part(0, p.size)]
     for kernel in ("numpy", "fused"):
         for threads in (1, 2):

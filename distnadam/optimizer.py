@@ -6,15 +6,15 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 
 from distnadam.backends import factory
-from distnadam.backends.base import Team
+from distnadam.backends.base import WorkerGroup
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.client.autodiff import gradients_of
-from distnadam.client.checkpointing import Saver, Saving
+from distnadam.client.checkpointing import CheckpointWriter, SaveHandle
 from distnadam.client.keras_weights import from_weights, to_weights
-from distnadam.client.shard_group import Controller
+from distnadam.client.shard_group import ShardGroup
 from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count, check_name
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
 from distnadam.protocol.messages import ShardSpec
@@ -87,9 +87,9 @@ class DistNadam:
         if backend not in ("auto", "local", "ray"):
             raise ConfigError(f'backend must be "auto", "local" or "ray", got {backend!r}')
         self._asked_backend, self._name = backend, check_name(name) if name else None
-        self._shards: Controller | None = None
+        self._shards: ShardGroup | None = None
         self._own_worker: Worker | None = None
-        self._creator, self._closed, self._saver = True, False, Saver()
+        self._creator, self._closed, self._saver = True, False, CheckpointWriter()
         self.restored_data: dict[str, Any] = {}
 
     # Life
@@ -141,7 +141,7 @@ class DistNadam:
     def connect(cls, name: str) -> "DistNadam":
         """Attach to a running optimizer by its name, from any process of the Ray cluster; raise NotRunning where there is none."""
         backend, spec = factory.connect(name)
-        shards = Controller(backend, spec.layout, spec.num_shards, spec.options)
+        shards = ShardGroup(backend, spec.layout, spec.num_shards, spec.options)
         return _attach(shards, spec.config, spec.options, spec.num_workers, spec.replicas, name)
 
     @classmethod
@@ -288,7 +288,7 @@ class DistNadam:
         """
         decided = self._changing().step(gradients)
         if decided.outcome == "refused":
-            raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.complaint}")
+            raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.rejection}")
         return decided.iterations
 
     def worker(self, rank: int) -> Worker:
@@ -305,7 +305,7 @@ class DistNadam:
         """Return the ranks whose worker died and that nobody has taken over yet, with the number of the worker that died."""
         return self._running().backend.lost_ranks()
 
-    def team(self, make: Callable[[int], Any]) -> Team:
+    def team(self, make: Callable[[int], Any]) -> WorkerGroup:
         """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor otherwise: the workers of `fit`."""
         return self._running().backend.team(self._num_workers, make, self._options)
 
@@ -326,9 +326,9 @@ class DistNadam:
     def save(self, path: store.Where, *, wait: Literal[True] = True, data: Mapping[str, Any] | None = None) -> str: ...
 
     @overload
-    def save(self, path: store.Where, *, wait: bool, data: Mapping[str, Any] | None = None) -> str | Saving: ...
+    def save(self, path: store.Where, *, wait: bool, data: Mapping[str, Any] | None = None) -> str | SaveHandle: ...
 
-    def save(self, path: store.Where, *, wait: bool = True, data: Mapping[str, Any] | None = None) -> str | Saving:
+    def save(self, path: store.Where, *, wait: bool = True, data: Mapping[str, Any] | None = None) -> str | SaveHandle:
         """Write the state of one round to ``path/step_<round>/`` and return that directory.
 
         Args:
@@ -345,7 +345,7 @@ class DistNadam:
         shards, root = self._changing(), place(path)
         config = self._config.with_lr(self.lr).to_dict()
         about = {"config": config, "options": self._options.to_dict(), "topology": self._topology(), "data": dict(data or {})}
-        return self._saver.save(shards, root, about) if wait else self._saver.save_behind(shards, root, about)
+        return self._saver.save(shards, root, about) if wait else self._saver.save_async(shards, root, about)
 
     def reserve(self) -> None:
         """Have the memory for `save(..., wait=False)` now, so that the first such save holds the training up no longer than any."""
@@ -382,7 +382,7 @@ class DistNadam:
         return store.first_that_loads(path, lambda directory, manifest: cls._restored(directory, manifest, told, options))
 
     @classmethod
-    def _restored(cls, directory: Folder, manifest: Manifest, told: Mapping[str, Any], options: Options | None) -> "DistNadam":
+    def _restored(cls, directory: Directory, manifest: Manifest, told: Mapping[str, Any], options: Options | None) -> "DistNadam":
         """Return an optimizer restored from one checkpoint; what `told` says is None is as saved."""
         saved, backend = manifest.topology, told["backend"]
         optimizer = cls(
@@ -398,7 +398,7 @@ class DistNadam:
 
     # What holds it together
 
-    def _start(self, layout: Layout, fill: Callable[[Controller], None]) -> None:
+    def _start(self, layout: Layout, fill: Callable[[ShardGroup], None]) -> None:
         if self._closed:
             raise LifecycleError("this optimizer was closed; make a new one")
         if self._shards is not None:
@@ -408,7 +408,7 @@ class DistNadam:
             raise ConfigError(f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to")
         shared = (self._num_shards, self._num_workers, self._replicas, self._name, self._config, self._options, layout)
         backend.start([ShardSpec(index, *shared, cut) for index, cut in enumerate(layout.cuts(self._num_shards))], self._replicas)
-        self._shards = Controller(backend, layout, self._num_shards, self._options)
+        self._shards = ShardGroup(backend, layout, self._num_shards, self._options)
         try:
             fill(self._shards)
         except BaseException:
@@ -429,12 +429,12 @@ class DistNadam:
             raise LifecycleError("this optimizer was closed")
         return self._shards is not None
 
-    def _changing(self) -> Controller:
+    def _changing(self) -> ShardGroup:
         """Return the shards, to be changed or saved; raise the error of a background save that failed."""
         self._saver.surface()
         return self._running()
 
-    def _running(self) -> Controller:
+    def _running(self) -> ShardGroup:
         if self._closed:
             raise LifecycleError("this optimizer was closed")
         if self._shards is None:
@@ -442,7 +442,7 @@ class DistNadam:
         return self._shards
 
 
-def _attach(shards: Controller, config: NadamConfig, options: Options, num_workers: int, replicas: int, name: str | None) -> DistNadam:
+def _attach(shards: ShardGroup, config: NadamConfig, options: Options, num_workers: int, replicas: int, name: str | None) -> DistNadam:
     """Return a handle on running shards, which closing it leaves alone."""
     where: dict[str, Any] = {"backend": "ray", "name": name, "options": options}
     optimizer = DistNadam(num_shards=len(shards.ranges), num_workers=num_workers, replicas=replicas, **where)

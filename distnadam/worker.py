@@ -6,21 +6,21 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any
 
-from distnadam.client.gradient_buffer import GradientSlot
+from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.parameter_view import ParameterView
-from distnadam.client.shard_group import Controller
-from distnadam.client.worker_session import Flight, Seat
+from distnadam.client.shard_group import ShardGroup
+from distnadam.client.worker_session import InFlightPush, WorkerSession
 from distnadam.errors import DistNadamError, LifecycleError, NonFiniteGradient, StepTimeout
 from distnadam.metrics.meter import Traffic
-from distnadam.protocol.messages import Decided
+from distnadam.protocol.messages import RoundResult
 
 
 class Ticket:
     """A push on its way; `result` waits until its round is decided."""
 
-    def __init__(self, finish: Callable[[], Decided]) -> None:
+    def __init__(self, finish: Callable[[], RoundResult]) -> None:
         self._finish = finish
-        self._decided: Decided | None = None
+        self._decided: RoundResult | None = None
         self._error: DistNadamError | None = None
 
     def result(self) -> int:
@@ -55,10 +55,10 @@ class Worker:
     becomes, where it is unpickled, a new worker that takes the rank over.
     """
 
-    def __init__(self, shards: Controller, rank: int) -> None:
+    def __init__(self, shards: ShardGroup, rank: int) -> None:
         self.rank = rank
         self._shards, self._layout = shards, shards.layout
-        self._seat = Seat(shards, rank)
+        self._seat = WorkerSession(shards, rank)
         self._outstanding: Ticket | None = None
         self._closed = False
         self._viewed: tuple[Any, list[ParameterView]] = (None, [])
@@ -66,9 +66,9 @@ class Worker:
         self._traffic: tuple[Any, Any, Traffic] = (None, None, Traffic({}, {}))
 
     @cached_property
-    def _slot(self) -> GradientSlot:
+    def _slot(self) -> GradientBuffer:
         check = self._shards.options.check_gradients
-        return GradientSlot(self._layout, f"worker {self.rank}", self._seat.link.gradients, check=check)
+        return GradientBuffer(self._layout, f"worker {self.rank}", self._seat.link.gradients, check=check)
 
     @property
     def _views(self) -> list[ParameterView]:
@@ -186,10 +186,10 @@ class Worker:
     def _push(self, gradients: Any, *, want_parameters: bool) -> Ticket:
         self._settle()
         began = perf_counter()
-        complaint = self._slot.finish() if gradients is None else self._slot.fill(gradients)
-        flight = self._seat.aim(self._slot.parts, complaint, want_parameters=want_parameters)
+        rejection = self._slot.finish() if gradients is None else self._slot.fill(gradients)
+        flight = self._seat.aim(self._slot.parts, rejection, want_parameters=want_parameters)
         ticket = self._outstanding = Ticket(lambda: self._finish(flight))  # before it is sent: a Ctrl-C may leave it half sent
-        self._seat.launch(flight)
+        self._seat.send(flight)
         if self._meter is not None:
             self._meter.push.add(perf_counter() - began)
         return ticket
@@ -200,9 +200,9 @@ class Worker:
         if self._outstanding is not None:
             self._outstanding.result()
 
-    def _finish(self, flight: Flight) -> Decided:
+    def _finish(self, flight: InFlightPush) -> RoundResult:
         try:
-            answers = self._seat.see_through(flight)
+            answers = self._seat.wait_for(flight)
         except StepTimeout:
             raise
         except DistNadamError:
@@ -213,7 +213,7 @@ class Worker:
             self._moved().pushed += 1
         decided = self._take(answers)
         if decided.outcome == "refused":
-            raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.complaint}")
+            raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.rejection}")
         return decided
 
     def _moved(self) -> Traffic:
@@ -226,7 +226,7 @@ class Worker:
                 self._meter.traffic.append(traffic)
         return self._traffic[2]
 
-    def _take(self, answers: dict[int, Decided]) -> Decided:
+    def _take(self, answers: dict[int, RoundResult]) -> RoundResult:
         """Take over the parameters that answers brought."""
         for index, decided in answers.items():
             if decided.parameters is not None:

@@ -9,8 +9,8 @@ import numpy as np
 from distnadam.config import NadamConfig, Options
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
-from distnadam.protocol.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Step, StepNorms
-from distnadam.protocol.supervisor_messages import Reign, Standing
+from distnadam.protocol.messages import Join, PartialNorms, Pause, Push, ShardSpec, Step, StepNorms, TotalNorms
+from distnadam.protocol.supervisor_messages import Reconfigure, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import DIRECT
 from distnadam.tensors.layout import Layout
@@ -59,20 +59,20 @@ class OneProcess:
         options = Options(on_nonfinite="skip", kernel="numpy")
         spec = ShardSpec(0, 1, max(0, *ranks) + 1, 0, None, self._config, options, self._layout, self._layout.cuts(1)[0])
         host = ShardHost(spec)
-        standing = Standing(0, number - 1, before.skipped, before.clock, 0.0, 0, "applied", None, {"runs": [], "newest": []})
+        standing = ShardControlState(0, number - 1, before.skipped, before.clock, 0.0, 0, "applied", None, {"runs": [], "newest": []})
         arrays = {name: {"float32": getattr(before, name)} for name in ("params", "m", "v")}
         outside = ranks == (DIRECT,)
-        host.take_over(standing, arrays, Reign(1, ((1, (0,) if outside else ranks),)))
-        host.send(Hold("")) if outside else [host.send(Join(rank, 1)).result(0) for rank in ranks]
+        host.take_over(standing, arrays, Reconfigure(1, ((1, (0,) if outside else ranks),)))
+        host.send(Pause("")) if outside else [host.send(Join(rank, 1)).result(0) for rank in ranks]
         for rank, incarnation in counted:
             gradient = self._gradient(number, rank, incarnation, before.params)
             flat = None if gradient is None else {"float32": gradient}
-            complaint = "not finite" if flat is None else None
-            answer = host.send(Step("", 1, number, flat, complaint) if outside else Push(1, rank, 1, number, flat, complaint))
+            rejection = "not finite" if flat is None else None
+            answer = host.send(Step("", 1, number, flat, rejection) if outside else Push(1, rank, 1, number, flat, rejection))
         measured = answer.result(0)
-        if isinstance(measured, Measured):
+        if isinstance(measured, PartialNorms):
             totals = tensor_square_sums(len(self._layout.tensors), [measured.sums])
-            host.send(StepNorms("", totals) if outside else Norms(1, ranks[0], 1, number, totals)).result(0)
+            host.send(StepNorms("", totals) if outside else TotalNorms(1, ranks[0], 1, number, totals)).result(0)
         return state_of(host)
 
 

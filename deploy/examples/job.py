@@ -15,7 +15,7 @@ import numpy as np
 from distnadam import DistNadam, fit
 
 
-class Line:
+class Connection:
     """Fit y = 3x + 1."""
 
     name = "line"
@@ -43,7 +43,7 @@ class Line:
 
 def main(checkpoints: str) -> None:
     """Run the command."""
-    history = fit(Line(), steps=300, optimizer=DistNadam(lr=0.1), backend="ray", checkpoint_dir=checkpoints, save_every=100)
+    history = fit(Connection(), steps=300, optimizer=DistNadam(lr=0.1), backend="ray", checkpoint_dir=checkpoints, save_every=100)
     print(f"y = {history.metrics['slope']:.2f} x + {history.metrics['offset']:.2f}")
 
 

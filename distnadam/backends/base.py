@@ -9,7 +9,7 @@ from typing import Any
 from distnadam.config import Options
 from distnadam.errors import Unrecoverable
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Message, Norms, Push, ShardSpec
+from distnadam.protocol.messages import Message, Push, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -30,14 +30,14 @@ class Pending(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Wiring:
+class Routes:
     """What each shard holds, and which of them share memory with a worker."""
 
     ranges: list[Ranges]
     lanes: frozenset[int]
 
 
-class Link(ABC):
+class WorkerChannel(ABC):
     """One worker's way to all shards.
 
     `gradients` is the memory that the worker writes its gradients into; `parameters` are both buffers of the whole model's parameters
@@ -47,10 +47,10 @@ class Link(ABC):
 
     gradients: Flat
     parameters: tuple[Flat, Flat] | None = None
-    wiring: Wiring | None = None
+    wiring: Routes | None = None
 
     @abstractmethod
-    def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
+    def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
         """Send each shard its push or norms, without waiting; a push's gradients are views of `gradients`."""
 
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
@@ -62,7 +62,7 @@ class Link(ABC):
         """Let go; views of the memory stay good."""
 
 
-class Team(ABC):
+class WorkerGroup(ABC):
     """Objects that compute beside the shards, one per rank, called by the name of a method."""
 
     @abstractmethod
@@ -143,11 +143,11 @@ class Backend(ABC):
         """A number that grows whenever the shards are reached in another way, or went back."""
         return 0
 
-    def moved_since(self, version: int) -> bool:
+    def wait_if_moved(self, version: int) -> bool:
         """Look whether that number has grown."""
         return False
 
-    def report_stuck(self) -> None:
+    def report_cannot_complete(self) -> None:
         """Say that shards stand at different rounds, and this caller cannot help."""
         return
 
@@ -172,7 +172,7 @@ class Backend(ABC):
         """Send each shard its message, without waiting."""
 
     @abstractmethod
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
         """Return the way that a worker which has joined talks to the shards."""
 
     def require_open(self) -> None:
@@ -184,5 +184,5 @@ class Backend(ABC):
         """Let go of the shards; with `destroy`, end them, so that everyone who waits for one gets an error."""
 
     @abstractmethod
-    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
         """Make `size` objects by `make(rank)`, each where it can compute without the others' leave; `options` say what each asks for."""

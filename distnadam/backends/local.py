@@ -6,13 +6,13 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadP
 from dataclasses import replace
 from typing import Any
 
-from distnadam.backends.base import Backend, Link, Pending, Team
+from distnadam.backends.base import Backend, Pending, WorkerChannel, WorkerGroup
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.config import Options
 from distnadam.errors import Reconfigured
 from distnadam.metrics.meter import state_bytes
-from distnadam.protocol.messages import Advance, Hold, Message, Norms, Push, Read, ShardSpec
-from distnadam.protocol.supervisor_messages import Order, Reign, Retire
+from distnadam.protocol.messages import CatchUp, Message, Pause, Push, Read, ShardSpec, TotalNorms
+from distnadam.protocol.supervisor_messages import Order, Reconfigure, Retire
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -35,22 +35,22 @@ class LocalPending(Pending):
         return {index: future.result() for index, future in self._futures.items()}
 
 
-class LocalLink(Link):
+class LocalWorkerChannel(WorkerChannel):
     """This process's memory: the shards read gradients where the worker wrote them, the worker reads the shards' parameters."""
 
     def __init__(self, backend: "LocalBackend", layout: Layout) -> None:
         self._backend = backend
         self.gradients, self.parameters = empty_flat(layout.sizes), backend.parameters
 
-    def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
-        """See `Link.post`."""
+    def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
+        """See `WorkerChannel.post`."""
         return self._backend.post(messages)
 
     def close(self) -> None:
-        """See `Link.close`."""
+        """See `WorkerChannel.close`."""
 
 
-class LocalTeam(Team):
+class LocalWorkerGroup(WorkerGroup):
     """Threads of this process; a member that is replaced goes on until its own call returns."""
 
     def __init__(self, size: int, make: Callable[[int], Any]) -> None:
@@ -59,21 +59,21 @@ class LocalTeam(Team):
         self._calls: dict[Future[Any], int] = {}
 
     def call(self, rank: int, method: str, *args: Any) -> None:
-        """See `Team.call`."""
+        """See `WorkerGroup.call`."""
         self._calls[self._pool.submit(getattr(self._members[rank], method), *args)] = rank
 
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """See `Team.results`."""
+        """See `WorkerGroup.results`."""
         done, _ = wait(self._calls, timeout=timeout_s, return_when=FIRST_COMPLETED)
         return [(self._calls.pop(future), future.exception() or future.result()) for future in done]
 
     def replace(self, rank: int) -> None:
-        """See `Team.replace`."""
+        """See `WorkerGroup.replace`."""
         self._calls = {future: r for future, r in self._calls.items() if r != rank}
         self._members[rank] = self._make(rank)
 
     def close(self) -> None:
-        """See `Team.close`."""
+        """See `WorkerGroup.close`."""
         self._pool.shutdown()
 
 
@@ -110,11 +110,11 @@ class LocalBackend(Backend):
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
         """See `Backend.reshard`; the parameters stay where they are."""
         old, token = self._hosts, "reshard"
-        held = [host.send(Hold(token)).result() for host in old]
+        held = [host.send(Pause(token)).result() for host in old]
         newest = max(answer.round for answer in held)
         for host, answer in zip(old, held, strict=True):
             if answer.round < newest:
-                host.send(Advance(token, newest)).result()
+                host.send(CatchUp(token, newest)).result()
         standing, epoch = old[0].standing, max(answer.epoch for answer in held) + 1
         arrays = [host.send(Read(token, ARRAYS)).result() for host in old]
         whole = {name: empty_flat(self._specs[0].layout.sizes) for name in ARRAYS}
@@ -126,7 +126,7 @@ class LocalBackend(Backend):
         self._hosts = [self._make(spec) for spec in self._specs]
         for spec, host in zip(self._specs, self._hosts, strict=True):
             cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
-            host.take_over(standing, cut, Reign(epoch, standing.schedule))
+            host.take_over(standing, cut, Reconfigure(epoch, standing.schedule))
         for host in old:
             host.send(Retire(epoch)).result()
             host.close()
@@ -136,13 +136,13 @@ class LocalBackend(Backend):
         with memory_for(f"shard {spec.index}: its state of {state_bytes(spec.ranges)} bytes"):
             return ShardHost(spec, buffers=(first, second), threads=spec.options.threads or len(os.sched_getaffinity(0)))
 
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
         """See `Backend.link`."""
-        return LocalLink(self, layout)
+        return LocalWorkerChannel(self, layout)
 
-    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
         """See `Backend.team`; threads ask for nothing."""
-        return LocalTeam(size, make)
+        return LocalWorkerGroup(size, make)
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`."""

@@ -6,7 +6,7 @@ from typing import Any
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.shard_file import ARRAYS, verify_files
-from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
 from distnadam.tensors.layout import Layout
@@ -53,7 +53,7 @@ def describe(directory: store.Where, manifest: Manifest, *, read: bool = True) -
     }
 
 
-def _file(folder: Folder, size: int | None, manifest: Manifest, record: FileRecord, read: bool) -> dict[str, Any]:
+def _file(folder: Directory, size: int | None, manifest: Manifest, record: FileRecord, read: bool) -> dict[str, Any]:
     verdict = UNREAD
     try:
         if size != record.size:

@@ -14,8 +14,8 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Self
 
-from distnadam.checkpoint.storage.base import Folder
-from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.checkpoint.storage.base import Directory
+from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.errors import CheckpointBusy, CheckpointError
 
 log = logging.getLogger("distnadam")
@@ -25,10 +25,10 @@ LEASE_S = 20.0
 _PREFIX = ".run-"
 
 
-class Claim(ABC):
+class RunLock(ABC):
     """Keeps other runs out of a folder while it is entered."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Directory) -> None:
         self.folder = folder
 
     @abstractmethod
@@ -42,15 +42,15 @@ class Claim(ABC):
         """Raise CheckpointBusy where another run took the folder over meanwhile."""
 
 
-def claim(folder: Folder) -> Claim:
+def claim(folder: Directory) -> RunLock:
     """Return what claims a folder; entering it raises CheckpointBusy where another run writes there."""
-    return DirectoryLock(folder) if isinstance(folder, LocalFolder) else Lease(folder)
+    return DirectoryLock(folder) if isinstance(folder, LocalDirectory) else LeaseFile(folder)
 
 
-class DirectoryLock(Claim):
+class DirectoryLock(RunLock):
     """A lock on a file in a local folder: it ends with this process, and nobody takes it over before."""
 
-    def __init__(self, folder: LocalFolder) -> None:
+    def __init__(self, folder: LocalDirectory) -> None:
         super().__init__(folder)
         self._path = folder.path / ".lock"
         self._descriptor: int | None = None
@@ -78,17 +78,17 @@ class DirectoryLock(Claim):
             self._descriptor = None
 
     def check(self) -> None:
-        """See `Claim.check`."""
+        """See `RunLock.check`."""
 
 
-class Lease(Claim):
+class LeaseFile(RunLock):
     """A file at a URL that a thread rewrites.
 
     Of two runs that start at once the one whose file's name comes first stays. A run that did not rewrite its file for longer than the
     lease, stopped or cut off, may be taken over from, and is told so before its next save.
     """
 
-    def __init__(self, folder: Folder, lease_s: float = LEASE_S) -> None:
+    def __init__(self, folder: Directory, lease_s: float = LEASE_S) -> None:
         super().__init__(folder)
         self._lease_s = lease_s
         self._name = f"{_PREFIX}{os.urandom(8).hex()}"
@@ -114,7 +114,7 @@ class Lease(Claim):
             self.folder.remove(self._name)
 
     def check(self) -> None:
-        """See `Claim.check`."""
+        """See `RunLock.check`."""
         if self._lost:
             raise CheckpointBusy(f"{self.folder}: another run took over while this one gave no sign of life; this one must stop")
 

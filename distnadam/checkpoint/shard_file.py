@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from distnadam.checkpoint.manifest import CHUNK_BYTES, FileRecord, Manifest
-from distnadam.checkpoint.storage.base import Folder, ReadInto
+from distnadam.checkpoint.storage.base import Directory, ReadInto
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
 from distnadam.tensors.arrays import Array, Flat, empty_flat
@@ -49,7 +49,7 @@ def header_of(ranges: Ranges) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(directory: str | os.PathLike[str] | Folder, name: str, *, ranges: Ranges, state: State) -> FileRecord:
+def write_shard(directory: str | os.PathLike[str] | Directory, name: str, *, ranges: Ranges, state: State) -> FileRecord:
     """Write one shard's file under its final name, which must be new, and flush it to where it lasts.
 
     Raises:
@@ -78,7 +78,9 @@ def write_shard(directory: str | os.PathLike[str] | Folder, name: str, *, ranges
     return FileRecord(name, sum(map(len, parts)), dict(ranges), tuple(checksums))
 
 
-def read_shard(directory: str | os.PathLike[str] | Folder, manifest: Manifest, *, ranges: Ranges, leftovers: Collection[int] = ()) -> State:
+def read_shard(
+    directory: str | os.PathLike[str] | Directory, manifest: Manifest, *, ranges: Ranges, leftovers: Collection[int] = ()
+) -> State:
     """Return new arrays, filled as `fill_shard` does."""
     sizes = {space: end - begin for space, (begin, end) in ranges.items()}
     state = {array: empty_flat(sizes) for array in ARRAYS}
@@ -87,7 +89,7 @@ def read_shard(directory: str | os.PathLike[str] | Folder, manifest: Manifest, *
 
 
 def fill_shard(
-    directory: str | os.PathLike[str] | Folder, manifest: Manifest, *, ranges: Ranges, state: State, leftovers: Collection[int] = ()
+    directory: str | os.PathLike[str] | Directory, manifest: Manifest, *, ranges: Ranges, state: State, leftovers: Collection[int] = ()
 ) -> None:
     """Fill one new shard's arrays from the old shards' files: only the chunks that hold something of it are read, each is verified.
 
@@ -119,12 +121,12 @@ def leftover_readers(manifest: Manifest, num_readers: int) -> list[list[int]]:
     return [empty[reader::num_readers] for reader in range(num_readers)]
 
 
-def verify_files(directory: str | os.PathLike[str] | Folder, manifest: Manifest) -> None:
+def verify_files(directory: str | os.PathLike[str] | Directory, manifest: Manifest) -> None:
     """Verify every byte of every file; raise CheckpointError naming the first that is refused."""
     _read(place(directory), [(record, [], True) for record in manifest.files])
 
 
-def check_file_record(folder: Folder, record: FileRecord) -> None:
+def check_file_record(folder: Directory, record: FileRecord) -> None:
     """Raise CheckpointError where a file cannot have the size that the manifest gives it."""
     needed = len(header_of(record.ranges)) + sum(count * np.dtype(space).itemsize for _, space, count in _tensors(record.ranges))
     if record.size != needed:
@@ -146,7 +148,7 @@ def _offsets(ranges: Ranges) -> dict[tuple[str, str], int]:
     return offsets
 
 
-def _read(folder: Folder, wanted: Sequence[tuple[FileRecord, list[Target], bool]]) -> None:
+def _read(folder: Directory, wanted: Sequence[tuple[FileRecord, list[Target], bool]]) -> None:
     """Read the chunks that are touched, or all of a file's, by several threads, each from one end of its share to the other."""
     at_once = max(1, folder.run_bytes // CHUNK_BYTES)
     with contextlib.ExitStack() as opened:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import check_file_record, verify_files
-from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointError
 
@@ -18,7 +18,7 @@ log = logging.getLogger("distnadam")
 
 _T = TypeVar("_T")
 MANIFEST = "manifest.msgpack"
-Where = str | os.PathLike[str] | Folder
+Where = str | os.PathLike[str] | Directory
 _STEP = re.compile(r"step_(\d{8,18})")
 _OURS = re.compile(r"shard-\d{5}-of-\d{5}-([0-9a-f]{16})\.safetensors")
 _LARGEST_MANIFEST = 64 << 20
@@ -29,7 +29,7 @@ def new_save_id() -> str:
     return os.urandom(8).hex()
 
 
-def step_directory(root: Where, decided: int) -> Folder:
+def step_directory(root: Where, decided: int) -> Directory:
     """Return where the checkpoint of a round lies; raise CheckpointError where `root` is itself a checkpoint."""
     folder = place(root)
     if MANIFEST in folder.files():
@@ -122,7 +122,7 @@ def is_one(path: Where) -> bool:
     return _STEP.fullmatch(folder.name) is not None or MANIFEST in folder.files()
 
 
-def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Folder, Manifest]]:
+def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Directory, Manifest]]:
     """Yield the checkpoints that a path can mean, best first; their bytes are verified by who reads them.
 
     One checkpoint means that one. A directory means the newest under it, then older ones; each that is refused here gets a sentence in
@@ -151,7 +151,7 @@ def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Folder, Ma
     raise CheckpointError(f"{folder}: holds no valid checkpoint{reasons}")
 
 
-def find(path: Where) -> tuple[Folder, Manifest, list[str]]:
+def find(path: Where) -> tuple[Directory, Manifest, list[str]]:
     """Return the checkpoint meant by a path, and what was passed over.
 
     One checkpoint means that one: its files are looked at by who reads them. Otherwise the newest checkpoint under the path that
@@ -173,7 +173,7 @@ def find(path: Where) -> tuple[Folder, Manifest, list[str]]:
     raise AssertionError("candidates ends with an error")
 
 
-def first_that_loads(path: Where, load: Callable[[Folder, Manifest], _T]) -> _T:
+def first_that_loads(path: Where, load: Callable[[Directory, Manifest], _T]) -> _T:
     """Return what `load` makes of the first of a path's candidates that it does not refuse; a warning says what was passed over."""
     passed_over: list[str] = []
     strict, said = is_one(path), 0
@@ -190,14 +190,14 @@ def first_that_loads(path: Where, load: Callable[[Folder, Manifest], _T]) -> _T:
     raise AssertionError("candidates ends with an error")
 
 
-def steps(root: Where) -> list[Folder]:
+def steps(root: Where) -> list[Directory]:
     """Return the directories under `root` that are named as checkpoints, oldest round first."""
     folder = place(root)
     found = sorted((int(match[1]), name) for name in folder.folders() if (match := _STEP.fullmatch(name)))
     return [folder.child(name) for _, name in found]
 
 
-def prune(root: Where, keep: int, newest: Where, *, keep_every: int | None = None, keep_every_s: float | None = None) -> list[Folder]:
+def prune(root: Where, keep: int, newest: Where, *, keep_every: int | None = None, keep_every_s: float | None = None) -> list[Directory]:
     """Delete checkpoints of those up to `newest`, which was just written, and return what was deleted, newest first.
 
     Kept are the last `keep`, those of rounds that are multiples of `keep_every`, and, going on from the oldest, one in each
@@ -223,7 +223,7 @@ def prune(root: Where, keep: int, newest: Where, *, keep_every: int | None = Non
     return deleted
 
 
-def _looked_at(folder: Folder) -> Manifest | None:
+def _looked_at(folder: Directory) -> Manifest | None:
     """Return the manifest of a checkpoint that is valid as far as can be seen without reading its shards' files."""
     with contextlib.suppress(CheckpointError):
         manifest = load(folder)
@@ -232,7 +232,7 @@ def _looked_at(folder: Folder) -> Manifest | None:
     return None
 
 
-def _round(folder: Folder) -> int:
+def _round(folder: Directory) -> int:
     return _number(folder.name)
 
 

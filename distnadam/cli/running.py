@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from distnadam.cli.group import JSON, errors_told, main, verbatim
-from distnadam.client.status import Running, Status
+from distnadam.client.status import RunningOptimizer, Status
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
 from distnadam.training.checkpoint_manager import data_of_run
@@ -42,7 +42,7 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
     """Show what the running optimizer NAME does: steps, shards, standbys and their nodes, workers, the last checkpoint."""
     with errors_told():
         with joined(address):
-            running = Running(name)
+            running = RunningOptimizer(name)
         looks = _looks(running, every if watch else _RATE_S)
         if as_json:
             for seen in looks if watch else [next(looks)]:
@@ -63,7 +63,7 @@ def save(name: str, address: str | None, path: str | None, *, as_json: bool) -> 
     """Write a checkpoint of the running optimizer NAME under PATH, a directory or URL, or where it saved last."""
     with errors_told():
         with joined(address):
-            running = Running(name)
+            running = RunningOptimizer(name)
         where = path or running.saves_to()
         if where is None:
             raise ConfigError(f"{name}: was never saved and has no checkpoint_dir: give a PATH")
@@ -128,7 +128,7 @@ def shown(seen: Status) -> RenderableType:
     return Group(head, shards, *([standbys] if seen.replicas else []), workers, f"last checkpoint: {seen.checkpoint or 'none'}")
 
 
-def _looks(running: Running, every: float) -> Iterator[Status]:
+def _looks(running: RunningOptimizer, every: float) -> Iterator[Status]:
     """Yield one look after another, the first once there is a rate to tell."""
     seen = running.look()
     while True:

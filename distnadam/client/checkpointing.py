@@ -14,18 +14,18 @@ from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import FileRecord, Manifest
-from distnadam.checkpoint.storage.base import Folder
-from distnadam.client.shard_group import Controller
+from distnadam.checkpoint.storage.base import Directory
+from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Collect, Held, Message, Reserve, Save
+from distnadam.protocol.messages import Collect, Message, Paused, Reserve, Save
 
 log = logging.getLogger("distnadam")
 
 _IO_TIMEOUT_S = 24 * 3600.0
 
 
-class Saving:
+class SaveHandle:
     """A checkpoint that is being written, or was: what `save(path, wait=False)` returns."""
 
     def __init__(self) -> None:
@@ -73,19 +73,19 @@ class _Taken:
     """A snapshot that the shards hold: where it goes, of when it is, and the hold on that directory."""
 
     root: str
-    directory: Folder
+    directory: Directory
     save_id: str
     names: dict[int, str]
-    held: Held
+    held: Paused
     changes: int
     hold: ExitStack
 
 
-class Saver:
+class CheckpointWriter:
     """The saves of one handle on an optimizer."""
 
     def __init__(self) -> None:
-        self._newest: Saving | None = None
+        self._newest: SaveHandle | None = None
 
     def surface(self) -> None:
         """Raise the error of a background save that failed, once."""
@@ -106,28 +106,28 @@ class Saver:
         except CheckpointError as error:
             log.warning("a background save failed: %s", error)
 
-    def save(self, shards: Controller, root: Folder, about: Mapping[str, Any]) -> str:
+    def save(self, shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> str:
         """Write a checkpoint of one round under `root` while the shards are held, and return its directory."""
         self.finish()
         with _measured(shards.backend.meter):
             return shards.recovering(lambda: _save(shards, root, about))
 
-    def reserve(self, shards: Controller) -> None:
+    def reserve(self, shards: ShardGroup) -> None:
         """Have every shard get the memory that snapshots are taken into, while rounds go on."""
         shards.recovering(lambda: shards.ask(_everyone(shards, Reserve())))
 
-    def save_behind(self, shards: Controller, root: Folder, about: Mapping[str, Any]) -> Saving:
+    def save_async(self, shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> SaveHandle:
         """Have every shard take a snapshot of one round, and write the checkpoint while training goes on."""
         self.finish()
         with _failures_counted(shards.backend.meter):
             self.reserve(shards)
             taken = shards.recovering(lambda: _snapshot(shards, root))
-        saving = self._newest = Saving()
+        saving = self._newest = SaveHandle()
         threading.Thread(target=_write_behind, args=(shards, taken, about, saving), name="saving").start()
         return saving
 
 
-def _save(shards: Controller, root: Folder, about: Mapping[str, Any]) -> str:
+def _save(shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> str:
     with shards.boundary() as at, ExitStack() as hold:
         taken = _begin(shards, root, at.held, hold)
         saves = {i: Save(at.token, str(taken.directory), name) for i, name in taken.names.items()}
@@ -141,7 +141,7 @@ def _save(shards: Controller, root: Folder, about: Mapping[str, Any]) -> str:
         return str(taken.directory)
 
 
-def _snapshot(shards: Controller, root: Folder) -> _Taken:
+def _snapshot(shards: ShardGroup, root: Directory) -> _Taken:
     with ExitStack() as hold:
         with shards.boundary() as at:
             taken = _begin(shards, root, at.held, hold)
@@ -154,7 +154,7 @@ def _snapshot(shards: Controller, root: Folder) -> _Taken:
         return replace(taken, hold=hold.pop_all())
 
 
-def _begin(shards: Controller, root: Folder, held: Held, hold: ExitStack) -> _Taken:
+def _begin(shards: ShardGroup, root: Directory, held: Paused, hold: ExitStack) -> _Taken:
     """Make and hold the directory of the round at which the shards are held."""
     directory, save_id = store.step_directory(root, held.round), store.new_save_id()
     hold.enter_context(store.writing(directory))
@@ -163,7 +163,7 @@ def _begin(shards: Controller, root: Folder, held: Held, hold: ExitStack) -> _Ta
     return _Taken(str(root), directory, save_id, names, held, shards.backend.changes(), hold)
 
 
-def _write_behind(shards: Controller, taken: _Taken, about: Mapping[str, Any], saving: Saving) -> None:
+def _write_behind(shards: ShardGroup, taken: _Taken, about: Mapping[str, Any], saving: SaveHandle) -> None:
     try:
         try:
             with _measured(shards.backend.meter):
@@ -187,7 +187,7 @@ def _write_behind(shards: Controller, taken: _Taken, about: Mapping[str, Any], s
         saving.complete(str(taken.directory))
 
 
-def _collect(shards: Controller, taken: _Taken, about: Mapping[str, Any]) -> None:
+def _collect(shards: ShardGroup, taken: _Taken, about: Mapping[str, Any]) -> None:
     collects = {i: Collect(name) for i, name in taken.names.items()}
     records = shards.ask(collects, timeout_s=_IO_TIMEOUT_S)
     store.commit(taken.directory, _manifest(shards, taken, records, about))
@@ -219,11 +219,11 @@ def _caused(error: CheckpointError, cause: BaseException) -> CheckpointError:
     return error
 
 
-def _everyone(shards: Controller, message: Message) -> dict[int, Message]:
+def _everyone(shards: ShardGroup, message: Message) -> dict[int, Message]:
     return dict.fromkeys(range(len(shards.ranges)), message)
 
 
-def _manifest(shards: Controller, taken: _Taken, records: Mapping[int, FileRecord], about: Mapping[str, Any]) -> Manifest:
+def _manifest(shards: ShardGroup, taken: _Taken, records: Mapping[int, FileRecord], about: Mapping[str, Any]) -> Manifest:
     held = taken.held
     return Manifest(
         save_id=taken.save_id,

@@ -14,7 +14,7 @@ BLOCK = 65536
 """Elements copied and judged at a time, so that they are judged while they are in the cache."""
 
 
-class GradientSlot:
+class GradientBuffer:
     """One rank's gradients, reused at every step.
 
     Each space lies in its own dtype, or, where all its gradients come in one half precision, in that, from the beginning of the same

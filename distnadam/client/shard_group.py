@@ -12,23 +12,23 @@ from typing import Any, TypeVar
 from distnadam.backends.base import Backend
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
-from distnadam.checkpoint.storage.base import Folder, parent_of
-from distnadam.client.gradient_buffer import GradientSlot
+from distnadam.checkpoint.storage.base import Directory, parent_of
+from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.config import Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
-    Advance,
-    Decided,
+    CatchUp,
     Describe,
     Description,
-    Held,
-    Hold,
-    Measured,
     Message,
+    PartialNorms,
+    Pause,
+    Paused,
     Read,
-    Release,
+    Resume,
+    RoundResult,
     SetRate,
     Step,
     StepNorms,
@@ -51,7 +51,7 @@ class Boundary:
     """All shards held at one round: the token they are held by, and where they stand."""
 
     token: str
-    held: Held
+    held: Paused
 
 
 @dataclass
@@ -62,11 +62,11 @@ class _Direct:
     round: int = 0
     square_sums: Any = None
 
-    def taken(self, held: Held) -> bool:
+    def taken(self, held: Paused) -> bool:
         """Whether a shard that stands there has taken it: what others lack of it then comes from here, and from nobody else."""
         return Ledger.from_dict(held.ledger).counted(DIRECT, self.incarnation, self.round)
 
-    def aim(self, held: Held) -> None:
+    def aim(self, held: Paused) -> None:
         """Choose the round at the first boundary; at a later one it is still this one, unless workers have had it meanwhile."""
         if self.round == 0 or (self.round <= held.round and not self.taken(held)):
             if held.pending:
@@ -75,21 +75,21 @@ class _Direct:
             self.incarnation, self.round = dict(held.ledger["newest"]).get(DIRECT, 0) + 1, held.round + 1
             self.square_sums = None  # those of the round that it missed
 
-    def step(self, token: str, gradients: Flat, complaint: str | None) -> Step:
-        return Step(token, self.incarnation, self.round, None if complaint else gradients, complaint)
+    def step(self, token: str, gradients: Flat, rejection: str | None) -> Step:
+        return Step(token, self.incarnation, self.round, None if rejection else gradients, rejection)
 
 
-class Controller:
+class ShardGroup:
     """The shards of one running optimizer, addressed as one. Picklable where its backend is."""
 
     def __init__(self, backend: Backend, layout: Layout, num_shards: int, options: Options, rewound: int | None = None) -> None:
         self.backend, self.layout, self.options = backend, layout, options
         self._rewound = rewound
         self._cuts = {num_shards: layout.cuts(num_shards)}
-        self._slot: GradientSlot | None = None
+        self._slot: GradientBuffer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Controller, (self.backend, self.layout, len(self.ranges), self.options, self._rewound)
+        return ShardGroup, (self.backend, self.layout, len(self.ranges), self.options, self._rewound)
 
     @property
     def ranges(self) -> list[Ranges]:
@@ -132,7 +132,7 @@ class Controller:
         self._begin({index: Load(1, params=cut) for index, cut in enumerate(cuts)}, self.options.step_timeout_s)
         self.backend.began(initial=params, directory=None)
 
-    def restore(self, directory: Folder, manifest: Manifest) -> None:
+    def restore(self, directory: Directory, manifest: Manifest) -> None:
         """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)}
@@ -157,25 +157,25 @@ class Controller:
         """Hold all shards between two rounds, the same two everywhere, but for those that lack a step which the caller gives them again."""
         token = self.backend.token()
         try:
-            held = self.ask({0: Hold(token)})
-            held |= self.ask({index: Hold(token) for index in range(1, len(self.ranges))})
+            held = self.ask({0: Pause(token)})
+            held |= self.ask({index: Pause(token) for index in range(1, len(self.ranges))})
             newest = max(held.values(), key=lambda h: h.round)
             late = [index for index, h in held.items() if h.round < newest.round]
             if step is not None and step.round == newest.round and step.taken(newest):
                 late = []
-            self.ask({index: Advance(token, newest.round) for index in late})
+            self.ask({index: CatchUp(token, newest.round) for index in late})
             self._check_rewound(newest, max(h.rewound for h in held.values()))
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
-            yield Boundary(token, Held(newest.epoch, newest.round, newest.clock, newest.skipped, tuple(sorted(pending)), newest.ledger))
+            yield Boundary(token, Paused(newest.epoch, newest.round, newest.clock, newest.skipped, tuple(sorted(pending)), newest.ledger))
         finally:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
-                self.backend.post({index: Release(token) for index in range(len(self.ranges))})
+                self.backend.post({index: Resume(token) for index in range(len(self.ranges))})
 
     def knows_rewound(self, rewound: int) -> None:
         """Take that the user of this handle, or of a worker made of it, was told that the shards went back in that epoch."""
         self._rewound = max(self._rewound or 0, rewound)
 
-    def _check_rewound(self, held: Held, rewound: int) -> None:
+    def _check_rewound(self, held: Paused, rewound: int) -> None:
         """Tell each handle once that the shards went back since it last looked, so that nobody takes an earlier step for a later one."""
         known, self._rewound = self._rewound, rewound
         if known is not None and rewound > known:
@@ -216,7 +216,7 @@ class Controller:
 
         self.recovering(write)
 
-    def step(self, gradients: Any) -> Decided:
+    def step(self, gradients: Any) -> RoundResult:
         """Apply one step from an already averaged gradient tree.
 
         Raises:
@@ -225,17 +225,17 @@ class Controller:
         """
         mine = _Direct()
 
-        def once() -> Decided:
+        def once() -> RoundResult:
             with self.boundary(mine) as at:
                 mine.aim(at.held)
-                complaint, parts = self._fill(gradients)
-                answers = self.ask({i: mine.step(at.token, part, complaint) for i, part in enumerate(parts)})
-                measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, Measured)}
+                rejection, parts = self._fill(gradients)
+                answers = self.ask({i: mine.step(at.token, part, rejection) for i, part in enumerate(parts)})
+                measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, PartialNorms)}
                 if len(measured) == len(answers):
                     mine.square_sums = tensor_square_sums(len(self.layout.tensors), list(measured.values()))
                 if measured:
                     answers |= self.ask({i: StepNorms(at.token, mine.square_sums) for i in measured})
-                decided: Decided = answers[0]
+                decided: RoundResult = answers[0]
                 return decided
 
         return self.recovering(once)
@@ -249,7 +249,7 @@ class Controller:
         """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
         if self._slot is None:
             memory = empty_flat(self.layout.sizes)
-            self._slot = GradientSlot(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
+            self._slot = GradientBuffer(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
         return self._slot.fill(gradients), self._slot.parts(self.ranges)
 
     def _everyone(self, message: Message) -> dict[int, Message]:
@@ -269,7 +269,7 @@ class Controller:
             except Reconfigured:
                 self.backend.refresh()
             except IllegalMessage:
-                if not self.backend.moved_since(version):
+                if not self.backend.wait_if_moved(version):
                     raise
 
     def ask(self, messages: Mapping[int, Message | Order], timeout_s: float | None = None) -> dict[int, Any]:

@@ -53,7 +53,7 @@ class Status:
         return {key: told[key] for key in told if key != "at"} | {"workers": [{"rank": r, "state": s} for r, s in self.workers.items()]}
 
 
-class Running:
+class RunningOptimizer:
     """A named optimizer that runs on the Ray cluster of this process, or of RAY_ADDRESS; raise NotRunning where there is none."""
 
     def __init__(self, name: str) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn, TypeVar
 
-from distnadam.backends.base import Link, Pending
-from distnadam.client.shard_group import Controller
+from distnadam.backends.base import Pending, WorkerChannel
+from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import (
     ConfigError,
     IllegalMessage,
@@ -22,14 +22,14 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.protocol.messages import Decided, Describe, Join, Joined, Leave, Measured, Message, Norms, Pull, Push
+from distnadam.protocol.messages import Describe, Join, Joined, Leave, Message, PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.protocol.orphaned_push import adoptions
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
 
 @dataclass
-class Flight:
+class InFlightPush:
     """A push that is not decided: what it is, the answers now awaited, and the norms of its round once they are known.
 
     `parts` gives the gradients of each shard's ranges, which stay as they are until the flight ends, whatever the shards are by then.
@@ -38,7 +38,7 @@ class Flight:
     epoch: int
     round: int
     parts: Callable[[list[Ranges]], Sequence[Flat]]
-    complaint: str | None
+    rejection: str | None
     want_parameters: bool
     pending: Pending | None = None
     square_sums: Any = None
@@ -50,10 +50,10 @@ _T = TypeVar("_T")
 _POLL_S = 0.02
 
 
-class Seat:
+class WorkerSession:
     """See the module. `epoch` and `round` are the place in time that this rank last saw, -1 before; `buffer` holds its parameters."""
 
-    def __init__(self, shards: Controller, rank: int) -> None:
+    def __init__(self, shards: ShardGroup, rank: int) -> None:
         self.rank, self._shards = rank, shards
         self._backend, self._layout = shards.backend, shards.layout
         self._timeout_s = shards.options.step_timeout_s
@@ -64,7 +64,7 @@ class Seat:
         self._incarnation = self._recovering(self._join)
 
     @cached_property
-    def link(self) -> Link:
+    def link(self) -> WorkerChannel:
         """Made at first use, so that a worker which only travels to another process takes no memory here."""
         self._reached = self._backend.version  # before: what is newer is looked at again
         return self._backend.link(self._layout, self._shards.ranges, self.rank, self._incarnation)
@@ -82,24 +82,24 @@ class Seat:
             if "link" in self.__dict__:
                 self.link.close()
 
-    def pull(self, *, want_parameters: bool) -> dict[int, Decided]:
+    def pull(self, *, want_parameters: bool) -> dict[int, RoundResult]:
         """Ask every shard where it stands until all stand at one round, and take that as this rank's place."""
         return self._recovering(lambda: self._pull(want_parameters))
 
-    def aim(self, parts: Callable[[list[Ranges]], Sequence[Flat]], complaint: str | None, *, want_parameters: bool) -> Flight:
+    def aim(self, parts: Callable[[list[Ranges]], Sequence[Flat]], rejection: str | None, *, want_parameters: bool) -> InFlightPush:
         """Return a push for the next round, which nobody has been sent yet."""
         if self.epoch < 0:
             self.pull(want_parameters=False)
-        return Flight(self.epoch, self.round + 1, parts, complaint, want_parameters)
+        return InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
 
-    def launch(self, flight: Flight) -> None:
+    def send(self, flight: InFlightPush) -> None:
         """Send every shard its part, without waiting."""
         try:
             self._send(flight)
         except (ShardLost, Reconfigured):
             flight.pending = None  # sent again when it is waited for
 
-    def see_through(self, flight: Flight) -> dict[int, Decided]:
+    def wait_for(self, flight: InFlightPush) -> dict[int, RoundResult]:
         """Return how a push's round ended, whatever dies meanwhile, unless the state it was computed from is gone."""
         try:
             return self._see_through(flight)
@@ -111,7 +111,7 @@ class Seat:
         except LatePush:
             return self.pull(want_parameters=flight.want_parameters)
 
-    def _see_through(self, flight: Flight) -> dict[int, Decided]:
+    def _see_through(self, flight: InFlightPush) -> dict[int, RoundResult]:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
@@ -141,7 +141,7 @@ class Seat:
                 flight.pending = None  # a Ctrl-C may leave its answers half heard
                 raise
 
-    def _renounce(self, flight: Flight, *, adopting: bool) -> bool:
+    def _renounce(self, flight: InFlightPush, *, adopting: bool) -> bool:
         """Go on under a new number after a shard has dropped a push, since others may hold it, or be yet to get it.
 
         A rank, a number and a round name one gradient for ever: no shard can count the old one beside another that is pushed next. Return
@@ -185,11 +185,11 @@ class Seat:
         """
         adopts = {shard: adopt for shard, adopt in adoptions(self.rank, joined).items() if adopt.note.incarnation != in_flight}
         if gradients is not None:
-            adopts = {i: replace(a, gradients=None if a.note.complaint else gradients[i]) for i, a in adopts.items()}
+            adopts = {i: replace(a, gradients=None if a.note.rejection else gradients[i]) for i, a in adopts.items()}
         try:
             self._ask(dict(adopts))
         except IllegalMessage as error:
-            self._backend.report_stuck()
+            self._backend.report_cannot_complete()
             raise ShardLost(f"{error}; all shards must go back") from error
 
     def _await_admission(self) -> None:
@@ -204,7 +204,7 @@ class Seat:
             raise StepTimeout(f"worker {self.rank}: {what} in {self._timeout_s:g} s")
         time.sleep(_POLL_S)
 
-    def _pull(self, want_parameters: bool) -> dict[int, Decided]:
+    def _pull(self, want_parameters: bool) -> dict[int, RoundResult]:
         at_least = epoch = 0
         deadline = time.monotonic() + self._timeout_s
         while True:
@@ -226,30 +226,30 @@ class Seat:
             if any(answer.orphaned for answer in joined.values()):
                 self._norms_are_gone(at_least)
 
-    def _send(self, flight: Flight) -> None:
+    def _send(self, flight: InFlightPush) -> None:
         """Send a push to every shard; one that has counted it already says so."""
         key, want = (flight.epoch, self.rank, self._incarnation, flight.round), flight.want_parameters and self.copies
-        told, parts = flight.complaint, flight.parts(self._shards.ranges)
+        told, parts = flight.rejection, flight.parts(self._shards.ranges)
         flight.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
 
-    def _conclude(self, flight: Flight) -> dict[int, Decided]:
+    def _conclude(self, flight: InFlightPush) -> dict[int, RoundResult]:
         """Wait for the answers, the second phase included where clipping needs norms."""
         assert flight.pending is not None
         answers = self._wait(flight.pending)
-        while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, Measured)}:
+        while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, PartialNorms)}:
             if len(measured) == len(answers):
                 flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
             if flight.square_sums is None:
                 self._norms_are_gone(flight.round)
             want = flight.want_parameters and self.copies
-            norms = Norms(flight.epoch, self.rank, self._incarnation, flight.round, flight.square_sums, want)
+            norms = TotalNorms(flight.epoch, self.rank, self._incarnation, flight.round, flight.square_sums, want)
             flight.pending = self.link.post(dict.fromkeys(measured, norms))
             answers = answers | self._wait(flight.pending)
         return answers
 
     def _norms_are_gone(self, number: int) -> NoReturn:
         """Have all go back: a round was applied by some shards, and nobody has the norms that the others need."""
-        self._backend.report_stuck()
+        self._backend.report_cannot_complete()
         raise ShardLost(f"worker {self.rank}: the norms of round {number} went with who had them; all must go back")
 
     def _rejoin(self) -> None:
@@ -284,7 +284,7 @@ class Seat:
             except StaleEpoch:
                 continue  # it waited while the state was replaced, and asks again
 
-    def _take(self, answers: dict[int, Decided]) -> dict[int, Decided]:
+    def _take(self, answers: dict[int, RoundResult]) -> dict[int, RoundResult]:
         """Take the place in time that all shards stand at; raise ShardsDisagree where they do not."""
         first = answers[0]
         for index, other in answers.items():

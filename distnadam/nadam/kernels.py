@@ -53,7 +53,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rates:
+class StepConstants:
     """The scalars of one step beside the schedule's: one minus each beta, and the clip value if any."""
 
     one_minus_beta_1: float
@@ -81,7 +81,7 @@ class Stepper(ABC):
         slots: Slots,
         gradients: Sequence[Array],
         scalars: StepScalars,
-        rates: Rates,
+        rates: StepConstants,
         parts: Sequence[Part],
         keep: Array | None = None,
     ) -> None:

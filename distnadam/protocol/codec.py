@@ -13,8 +13,8 @@ import numpy as np
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.nadam.step_scalars import Clock
-from distnadam.protocol.messages import Decided, Leave, Measured, Norms, Push, PushNote
-from distnadam.protocol.supervisor_messages import LetGo, Record, Reign, Replicated, ReplicatedJoin
+from distnadam.protocol.messages import Leave, PartialNorms, Push, PushNote, RoundResult, TotalNorms
+from distnadam.protocol.supervisor_messages import DetachStandby, Reconfigure, Record, ReplicatedJoin, ReplicatedRound
 from distnadam.tensors.arrays import Flat, name_of
 
 HEADER = struct.Struct("<I")
@@ -35,13 +35,13 @@ def pack(number: int, message: Any) -> bytes:
     body: tuple[Any, ...]
     if isinstance(message, Push):
         gradients = None if message.gradients is None else {space: name_of(array.dtype) for space, array in message.gradients.items()}
-        body = ("push", message.epoch, message.rank, message.incarnation, message.round, gradients, message.complaint)
-    elif isinstance(message, Decided):
+        body = ("push", message.epoch, message.rank, message.incarnation, message.round, gradients, message.rejection)
+    elif isinstance(message, RoundResult):
         place = (message.epoch, message.round, message.iterations)
-        body = ("decided", *place, message.outcome, message.complaint, message.lr, message.buffer, message.rewound)
-    elif isinstance(message, Norms):
+        body = ("decided", *place, message.outcome, message.rejection, message.lr, message.buffer, message.rewound)
+    elif isinstance(message, TotalNorms):
         body = ("norms", message.epoch, message.rank, message.incarnation, message.round, message.square_sums)
-    elif isinstance(message, Measured):
+    elif isinstance(message, PartialNorms):
         body = ("measured", message.round, message.sums)
     elif isinstance(message, Leave):
         body = ("leave", message.rank, message.incarnation)
@@ -84,15 +84,15 @@ class Frames:
             del self._buffer[: 4 + size]
 
 
-def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: int, number: int, dtypes: Any, complaint: Any) -> Push:
+def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: int, number: int, dtypes: Any, rejection: Any) -> Push:
     if gradients_of is None:
         raise LaneError("a push came where none is expected")
-    return Push(epoch, rank, incarnation, number, None if dtypes is None else gradients_of(dtypes), complaint)
+    return Push(epoch, rank, incarnation, number, None if dtypes is None else gradients_of(dtypes), rejection)
 
 
-def _decided(_: GradientsOf | None, *fields: Any) -> Decided:
-    epoch, number, iterations, outcome, complaint, lr, buffer, rewound = fields
-    return Decided(epoch, number, iterations, outcome, complaint, lr, buffer, None, rewound)
+def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
+    epoch, number, iterations, outcome, rejection, lr, buffer, rewound = fields
+    return RoundResult(epoch, number, iterations, outcome, rejection, lr, buffer, None, rewound)
 
 
 def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -> DistNadamError:
@@ -105,8 +105,8 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
     "decided": _decided,
-    "norms": lambda _, *fields: Norms(*fields),
-    "measured": lambda _, number, sums: Measured(number, tuple((tensor, array) for tensor, array in sums)),
+    "norms": lambda _, *fields: TotalNorms(*fields),
+    "measured": lambda _, number, sums: PartialNorms(number, tuple((tensor, array) for tensor, array in sums)),
     "leave": lambda _, *fields: Leave(*fields),
     "error": _error,
 }
@@ -129,14 +129,14 @@ def pack_record(record: Record) -> bytes:
     body: tuple[Any, ...]
     if isinstance(record, ReplicatedJoin):
         body = ("join", record.rank, record.incarnation, record.process)
-    elif isinstance(record, Reign):
+    elif isinstance(record, Reconfigure):
         body = ("reign", record.epoch, record.schedule, record.newest)
-    elif isinstance(record, LetGo):
+    elif isinstance(record, DetachStandby):
         body = ("let go",)
     else:
         clock = (record.clock.iterations, record.clock.m_schedule)
-        counted = [(rank, note.incarnation, note.dtypes, note.complaint) for rank, note in record.counted.items()]
-        told = (record.outcome, record.complaint, counted, record.lr, record.active)
+        counted = [(rank, note.incarnation, note.dtypes, note.rejection) for rank, note in record.counted.items()]
+        told = (record.outcome, record.rejection, counted, record.lr, record.active)
         body = ("round", record.round, record.skipped, *told, *clock)
     data: bytes = msgpack.packb(body)
     return HEADER.pack(len(data)) + data
@@ -150,11 +150,11 @@ def unpack_record(frame: bytes) -> Record:
             return ReplicatedJoin(*fields)
         if kind == "reign":
             epoch, schedule, newest = fields
-            return Reign(epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest)
+            return Reconfigure(epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest)
         if kind == "let go":
-            return LetGo()
-        number, skipped, outcome, complaint, notes, lr, active, iterations, m_schedule = fields
+            return DetachStandby()
+        number, skipped, outcome, rejection, notes, lr, active, iterations, m_schedule = fields
         counted = {rank: PushNote(incarnation, number, dtypes, why) for rank, incarnation, dtypes, why in notes}
-        return Replicated(number, skipped, outcome, complaint, counted, lr, active, Clock(iterations, m_schedule))
+        return ReplicatedRound(number, skipped, outcome, rejection, counted, lr, active, Clock(iterations, m_schedule))
     except (ValueError, TypeError) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

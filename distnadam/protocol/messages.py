@@ -42,7 +42,7 @@ class Collect:
     file_name: str
 
 
-Filing = Reserve | Save | Collect
+FileMessage = Reserve | Save | Collect
 
 
 Outcome = Literal["applied", "skipped", "refused"]
@@ -53,7 +53,7 @@ class Join:
     """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others are told it.
 
     From then on its predecessor is refused, and a push of that one which waits for others is set aside until the new worker pushes, or
-    until `Adopt` says that it counts. `reserve` does all this without a worker: nobody is there yet. `process` is a token of the worker's.
+    until `CompletePush` says that it counts. `reserve` does all this without a worker: nobody is there yet. `process` is a token of the worker's.
     """
 
     rank: int
@@ -69,7 +69,7 @@ class PushNote:
     incarnation: int
     round: int
     dtypes: dict[str, str] | None
-    complaint: str | None = None
+    rejection: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Adopt:
+class CompletePush:
     """A push of a worker that was taken over counts after all, since another shard has counted it.
 
     `gradients` are the sender's where it has them; else the shard's host fills them in from the worker's memory. They are needed where
@@ -112,12 +112,12 @@ class Push:
     incarnation: int
     round: int
     gradients: Flat | None
-    complaint: str | None = None
+    rejection: str | None = None
     want_parameters: bool = False
 
 
 @dataclass(frozen=True)
-class Measured:
+class PartialNorms:
     """Where clipping needs norms: the sums of squares of each chunk of the mean gradient, for each tensor in the shard's ranges."""
 
     round: int
@@ -125,7 +125,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Norms:
+class TotalNorms:
     """The second phase of a push: the sum of squares of each tensor of the whole model, float64 of shape (tensors,)."""
 
     epoch: int
@@ -156,7 +156,7 @@ class Leave:
 
 
 @dataclass(frozen=True)
-class Lost:
+class WorkerDied:
     """The worker's process died, as the end of its line told."""
 
     rank: int
@@ -164,7 +164,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Decided:
+class RoundResult:
     """Where a shard stands after a round: how it ended, and the parameters where they were asked for.
 
     `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last applied step, equal on all shards;
@@ -175,7 +175,7 @@ class Decided:
     round: int
     iterations: int
     outcome: Outcome
-    complaint: str | None
+    rejection: str | None
     lr: float
     buffer: int
     parameters: Flat | None = None
@@ -183,14 +183,14 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class Hold:
+class Pause:
     """Stop before the next round; answered in turn once this caller alone holds the shard and nothing is being computed."""
 
     token: str
 
 
 @dataclass(frozen=True)
-class Advance:
+class CatchUp:
     """Complete rounds up to `round`, though held; answered when it is decided."""
 
     token: str
@@ -198,14 +198,14 @@ class Advance:
 
 
 @dataclass(frozen=True)
-class Release:
+class Resume:
     """Go on."""
 
     token: str
 
 
 @dataclass(frozen=True)
-class Held:
+class Paused:
     """The shard's place in time while held, the ranks whose pushes wait, and the epoch in which all shards last went back."""
 
     epoch: int
@@ -254,21 +254,21 @@ class Step:
     incarnation: int
     round: int
     gradients: Flat | None
-    complaint: str | None = None
+    rejection: str | None = None
 
 
 @dataclass(frozen=True)
 class StepNorms:
-    """The second phase of `Step`, as `Norms` is of `Push`."""
+    """The second phase of `Step`, as `TotalNorms` is of `Push`."""
 
     token: str
     square_sums: Array
 
 
-_Worker = Join | Adopt | Push | Norms | Pull | Leave | Lost
+_Worker = Join | CompletePush | Push | TotalNorms | Pull | Leave | WorkerDied
 
 
-_Holder = Hold | Advance | Release | Read | Write | SetRate | Step | StepNorms
+_Holder = Pause | CatchUp | Resume | Read | Write | SetRate | Step | StepNorms
 
 
-Message = _Worker | _Holder | Filing | Describe
+Message = _Worker | _Holder | FileMessage | Describe

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from distnadam.protocol.messages import Adopt, Joined
+from distnadam.protocol.messages import CompletePush, Joined
 
 
-def adoptions(rank: int, joined: Mapping[int, Joined]) -> dict[int, Adopt]:
+def adoptions(rank: int, joined: Mapping[int, Joined]) -> dict[int, CompletePush]:
     """Return, by shard, what must be adopted after every shard has refused the rank's predecessor (`joined` are their answers).
 
     A push that some shard has counted, or cannot take back any more, counts on all; one that waits everywhere counts nowhere.
@@ -15,4 +15,4 @@ def adoptions(rank: int, joined: Mapping[int, Joined]) -> dict[int, Adopt]:
         return {}
     last = max(notes, key=lambda note: note.round)
     behind = [shard for shard, answer in joined.items() if answer.round < last.round and answer.committed != last]
-    return {shard: Adopt(rank, last) for shard in behind}
+    return {shard: CompletePush(rank, last) for shard in behind}

@@ -6,7 +6,7 @@ from distnadam.config import NadamConfig, Options
 from distnadam.schedules import Rate
 from distnadam.tensors.layout import Layout, Ranges
 
-Holders = dict[int, tuple[int, str]]
+Owners = dict[int, tuple[int, str]]
 """By rank: the incarnation of its worker, and the token of that one's process."""
 
 
@@ -14,7 +14,7 @@ Holders = dict[int, tuple[int, str]]
 class ShardSpec:
     """What a shard is told once, when it is made.
 
-    `run` begins the names by which the cluster knows this optimizer's processes; `cutting` counts how often the state was cut anew.
+    `run` begins the names by which the cluster knows this optimizer's processes; `layout_generation` counts how often the state was cut anew.
     """
 
     index: int
@@ -27,7 +27,7 @@ class ShardSpec:
     layout: Layout
     ranges: Ranges
     run: str = ""
-    cutting: int = 0
+    layout_generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Description:
     `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
     the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
     `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
-    `here` are the ranks that a living worker holds, as far as this shard knows, with its incarnation and a token of its process; `furthest`
+    `here` are the ranks that a living worker holds, as far as this shard knows, with its incarnation and a token of its process; `highest_round`
     is the latest round that was ever decided, before the shards went back too. `saved` is the directory of checkpoints that the shard
     last wrote to or read from; `retired` whether others hold its ranges; `stepped` the last round that was a step from outside.
     """
@@ -70,6 +70,6 @@ class Description:
     given_up: tuple[int, ...] = ()
     saved: str | None = None
     retired: bool = False
-    here: Holders = field(default_factory=dict)
-    furthest: int = 0
+    here: Owners = field(default_factory=dict)
+    highest_round: int = 0
     stepped: int = 0

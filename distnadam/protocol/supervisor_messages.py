@@ -8,22 +8,22 @@ from typing import Any, Literal
 
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Outcome, PushNote
-from distnadam.protocol.shard_status import Holders
+from distnadam.protocol.shard_status import Owners
 from distnadam.tensors.arrays import Flat
 
 Reason = Literal["replaced", "rewound", "reconfigured"]
 
 
-Schedule = tuple[tuple[int, tuple[int, ...]], ...]
+MembershipHistory = tuple[tuple[int, tuple[int, ...]], ...]
 """Membership: from each of these rounds on, these ranks; in order. Kept over a rewind, so that a replay has the same members."""
 
 
 @dataclass(frozen=True)
-class Reign:
+class Reconfigure:
     """From this epoch on: the membership, and the newest incarnation of each rank. The round in progress goes on."""
 
     epoch: int
-    schedule: Schedule
+    schedule: MembershipHistory
     newest: dict[int, int] = field(default_factory=dict)
 
 
@@ -50,22 +50,22 @@ class Load:
     leftovers: tuple[int, ...] = ()
     params: Flat | None = None
     state: dict[str, Flat] | None = None
-    standing: "Standing | None" = None
-    schedule: Schedule = ()
+    standing: "ShardControlState | None" = None
+    schedule: MembershipHistory = ()
     newest: dict[int, int] = field(default_factory=dict)
-    here: Holders = field(default_factory=dict)
-    furthest: int = 0
+    here: Owners = field(default_factory=dict)
+    highest_round: int = 0
 
 
 @dataclass(frozen=True)
-class Attach:
+class AttachStandby:
     """Copy the state to a standby between two rounds, and keep it up from then on; `standby` says how it is reached."""
 
     standby: Any
 
 
 @dataclass(frozen=True)
-class GiveUp:
+class AbandonRank:
     """Nobody takes the rank of this dead worker over: tell those who wait for it `WorkerLost`, at once until somebody does after all."""
 
     rank: int
@@ -73,7 +73,7 @@ class GiveUp:
 
 
 @dataclass(frozen=True)
-class Standing:
+class ShardControlState:
     """Where a shard stands in time: what a standby, or a shard that loads, goes on from."""
 
     epoch: int
@@ -83,24 +83,24 @@ class Standing:
     lr: float
     active: int
     outcome: Outcome
-    complaint: str | None
+    rejection: str | None
     ledger: dict[str, Any]
-    schedule: Schedule = ()
+    schedule: MembershipHistory = ()
     changed: str | None = None
     risen: tuple[tuple[int, Reason], ...] = ()
     counted: dict[int, PushNote] = field(default_factory=dict)
-    here: Holders = field(default_factory=dict)
-    furthest: int = 0
+    here: Owners = field(default_factory=dict)
+    highest_round: int = 0
 
 
 @dataclass(frozen=True)
-class Replicated:
+class ReplicatedRound:
     """One decided round for the standby; its mean gradient, scaled and clipped, lies in memory that both map, or in `gradients`."""
 
     round: int
     skipped: int
     outcome: Outcome
-    complaint: str | None
+    rejection: str | None
     counted: dict[int, PushNote]
     lr: float
     active: int
@@ -125,11 +125,11 @@ class Retire:
 
 
 @dataclass(frozen=True)
-class LetGo:
+class DetachStandby:
     """The primary goes on without this standby, which must never step in for it again."""
 
 
-Record = Replicated | ReplicatedJoin | Reign | LetGo
+Record = ReplicatedRound | ReplicatedJoin | Reconfigure | DetachStandby
 
 
-Order = Reign | Load | Attach | GiveUp | Retire
+Order = Reconfigure | Load | AttachStandby | AbandonRank | Retire

@@ -19,16 +19,16 @@ from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
-from distnadam.protocol.messages import Adopt, Collect, Describe, Description, Measured, Message, Reserve, Save, ShardSpec, Write
-from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Order, Reign, Retire, Standing
+from distnadam.protocol.messages import Collect, CompletePush, Describe, Description, Message, PartialNorms, Reserve, Save, ShardSpec, Write
+from distnadam.protocol.supervisor_messages import AttachStandby, DetachStandby, Load, Order, Reconfigure, Retire, ShardControlState
 from distnadam.runtime.outbox import Outbox, Run
-from distnadam.runtime.shard_kernel import Arithmetic
-from distnadam.runtime.snapshot import Behind
+from distnadam.runtime.shard_kernel import ShardKernel
+from distnadam.runtime.snapshot import SnapshotWriter
 from distnadam.shard.machine import Shard, described
 from distnadam.shard.phases import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat, memory_for
-from distnadam.transport.replication import Replica
+from distnadam.transport.replication import ReplicationStream
 
 log = logging.getLogger("distnadam")
 
@@ -36,7 +36,7 @@ Reply = Callable[[Any], None]
 """Takes an answer, or the error that is raised where the question was asked."""
 _CHANGES = (Write, Retire)
 """What changes a shard's arrays at once, or has others change them; a step and an order do so where they are carried out."""
-FindSlot = Callable[[int, int, dict[str, str]], Flat | None]
+FindGradients = Callable[[int, int, dict[str, str]], Flat | None]
 """From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory, where the process has it."""
 
 
@@ -54,7 +54,7 @@ class ShardHost:
         threads: threads of its kernel.
         run: carries out heavy work: at once in the calling thread, or by handing it to an executor.
         on_notice: told what happens to ranks and to the standby.
-        attach: makes the way to a standby, from what an `Attach` order says, the shard's place in time and its arrays.
+        attach: makes the way to a standby, from what an `AttachStandby` order says, the shard's place in time and its arrays.
         may: whether anybody may be told anything now, a standby included; `resume` once that may be so again.
     """
 
@@ -66,13 +66,13 @@ class ShardHost:
         threads: int = 1,
         run: Run = run_here,
         on_notice: Callable[[Notice], None] = lambda notice: None,
-        attach: Callable[[Any, Standing, NadamConfig, dict[str, Flat]], Replica] | None = None,
+        attach: Callable[[Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream] | None = None,
         may: Callable[[], bool] = lambda: True,
     ) -> None:
         self._shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
         self._on_notice, self._connect = on_notice, attach
-        self._replica: Replica | None = None
-        self.find_slot: FindSlot = lambda rank, incarnation, dtypes: None
+        self._replica: ReplicationStream | None = None
+        self.gradients_of_rank: FindGradients = lambda rank, incarnation, dtypes: None
         self._spec, self._run_by_default = spec, run
         self._lock = threading.Lock()
         self._outbox = Outbox(self._lock, self._carry_out, lambda work, run: run(lambda: self._compute(work, run)), run, may)
@@ -80,21 +80,21 @@ class ShardHost:
         self._closed = False
         self._filing = 0
         self._saved: str | None = None
-        self._behind = Behind(spec.ranges)
+        self._behind = SnapshotWriter(spec.ranges)
         self._meter: Meter | None = None
-        self._arithmetic = Arithmetic(spec, threads)
+        self._arithmetic = ShardKernel(spec, threads)
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> ShardControlState:
         """Where the shard stands, while nothing is computed."""
         return self._shard.standing
 
-    def take_over(self, standing: Standing, arrays: dict[str, Flat], reign: Any) -> None:
+    def take_over(self, standing: ShardControlState, arrays: dict[str, Flat], reign: Any) -> None:
         """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
         self._shard.state.begin(arrays, standing.active)
         self._shard.take_over(standing, reign)
 
-    def count_in(self, meter: Meter) -> None:
+    def attach_meter(self, meter: Meter) -> None:
         """Count the rounds applied in a meter, and tell it how the shard stands."""
         self._meter = meter
         meter.sources.append(lambda: shard_samples(self._spec, self._described(with_spec=False)))
@@ -131,8 +131,8 @@ class ShardHost:
             work = self._behind.reserve if isinstance(message, Reserve) else functools.partial(self._save, message)
             run(lambda: self._answer(reply, self._attempt(work)))
             return
-        if isinstance(message, Adopt) and message.note.dtypes is not None and message.gradients is None:
-            found = self.find_slot(message.rank, message.note.incarnation, message.note.dtypes)
+        if isinstance(message, CompletePush) and message.note.dtypes is not None and message.gradients is None:
+            found = self.gradients_of_rank(message.rank, message.note.incarnation, message.note.dtypes)
             message = dataclasses.replace(message, gradients=found)
         if isinstance(message, _CHANGES):
             self._behind.settle()
@@ -206,7 +206,7 @@ class ShardHost:
         except Exception as error:
             return error
 
-    def _measure(self) -> Measured:
+    def _measure(self) -> PartialNorms:
         return self._arithmetic.measure(self._shard)
 
     def _step(self) -> tuple[Clock, float]:
@@ -244,21 +244,21 @@ class ShardHost:
         self._behind.settle()
         return self._attempt(lambda: self._load(order) if isinstance(order, Load) else self._attach(order))
 
-    def _load(self, order: Load) -> Standing:
+    def _load(self, order: Load) -> ShardControlState:
         spec, state = self._spec, self._shard.state
         if order.state is not None and order.standing is not None:
             state.begin(order.state, order.standing.active)
             return order.standing
         if order.directory is None:
             state.begin({"params": order.params or {}})
-            return Standing(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+            return ShardControlState(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
         manifest = Manifest.from_bytes(order.manifest, order.directory)
-        fill_shard(order.directory, manifest, ranges=spec.ranges, state=state.renew(), leftovers=order.leftovers)
+        fill_shard(order.directory, manifest, ranges=spec.ranges, state=state.reset(), leftovers=order.leftovers)
         self._saved = parent_of(order.directory)
         clock = Clock(manifest.iterations, manifest.m_schedule)
-        return Standing(order.epoch, manifest.round, manifest.skipped, clock, 0.0, 0, "applied", None, manifest.ledger)
+        return ShardControlState(order.epoch, manifest.round, manifest.skipped, clock, 0.0, 0, "applied", None, manifest.ledger)
 
-    def _attach(self, order: Attach) -> int:
+    def _attach(self, order: AttachStandby) -> int:
         assert self._connect is not None
         self._detach(told=False)
         shard = self._shard
@@ -267,13 +267,13 @@ class ShardHost:
         replica = self._connect(order.standby, standing, shard.config, shard.state.arrays())
         with self._lock:  # what came meanwhile was told to no standby
             self._replica = replica
-            reign = Reign(shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all())
+            reign = Reconfigure(shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all())
         replica.send(reign)
         return shard.round
 
-    def _replicate(self, effect: Replicate, replica: Replica) -> None:
+    def _replicate(self, effect: Replicate, replica: ReplicationStream) -> None:
         """Let the standby have a record before anyone hears of what it says; one that cannot keep up is let go."""
-        if isinstance(effect.record, LetGo) or not replica.send(effect.record):
+        if isinstance(effect.record, DetachStandby) or not replica.send(effect.record):
             self._detach()
 
     def _detach(self, *, told: bool = True) -> None:
@@ -291,7 +291,7 @@ class ShardHost:
         reached = replica.reached if replica is not None else None
         return dataclasses.replace(told, busy=told.busy or self._filing > 0, replicated=reached, saved=self._saved)
 
-    _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {Work.MEASURE: _measure, Work.STEP: _step, Work.OBEY: _obey}
+    _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {Work.MEASURE: _measure, Work.STEP: _step, Work.LOAD_OR_COPY: _obey}
 
 
 def _closed(index: int) -> LifecycleError:

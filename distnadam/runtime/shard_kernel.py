@@ -1,14 +1,14 @@
 """A shard's arithmetic: the norms of a round's mean gradient, and the step, on what the state machine holds. No messages, no files."""
 
-from distnadam.nadam.kernels import Part, Rates, Scratch, Slots, make_stepper, square_sums
+from distnadam.nadam.kernels import Part, Scratch, Slots, StepConstants, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
 from distnadam.nadam.step_scalars import Clock, step_scalars
-from distnadam.protocol.messages import Measured, ShardSpec
+from distnadam.protocol.messages import PartialNorms, ShardSpec
 from distnadam.shard.machine import Shard
 from distnadam.tensors.arrays import Flat
 
 
-class Arithmetic:
+class ShardKernel:
     """See the module.
 
     Args:
@@ -26,7 +26,7 @@ class Arithmetic:
         for stepper in self._steppers.values():
             stepper.close()
 
-    def measure(self, shard: Shard) -> Measured:
+    def measure(self, shard: Shard) -> PartialNorms:
         """Sum the squares of the mean gradient, chunk by chunk."""
         gradients, found = shard.gradients(), []
         for space, segments in self._segments.items():
@@ -34,13 +34,13 @@ class Arithmetic:
             scratch = Scratch(space)
             slices = [g[space] for g in gradients]
             found += [(s.tensor, square_sums(slices, s.begin - offset, s.end - offset, scratch)) for s in segments]
-        return Measured(shard.round + 1, tuple(found))
+        return PartialNorms(shard.round + 1, tuple(found))
 
     def step(self, shard: Shard, keep: Flat | None) -> tuple[Clock, float]:
         """Apply the round's mean gradient, leaving it in `keep`; the new parameters go to the spare buffer."""
         config, gradients, state = shard.config, shard.gradients(), shard.state
         scalars = step_scalars(shard.clock, config)
-        rates = Rates(1.0 - config.beta_1, 1.0 - config.beta_2, config.clipvalue)
+        rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2, config.clipvalue)
         for space, stepper in self._steppers.items():
             slots = Slots(state.params[space], state.m[space], state.v[space], state.spare[space])
             kept = None if keep is None else keep[space]

@@ -18,7 +18,7 @@ from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
 
-class Behind:
+class SnapshotWriter:
     """See the module. One snapshot at a time: a second waits until the first is written.
 
     Args:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from distnadam.config import NadamConfig
 from distnadam.errors import IllegalMessage, ShardsDisagree
-from distnadam.nadam.kernels import Part, Rates, Slots, make_stepper
+from distnadam.nadam.kernels import Part, Slots, StepConstants, make_stepper
 from distnadam.nadam.step_scalars import step_scalars
 from distnadam.protocol.messages import ShardSpec
-from distnadam.protocol.supervisor_messages import LetGo, Record, Reign, Replicated, ReplicatedJoin, Standing
+from distnadam.protocol.supervisor_messages import DetachStandby, Reconfigure, Record, ReplicatedJoin, ReplicatedRound, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.arrays import Flat
@@ -30,7 +30,7 @@ class Standby:
         self._spec = spec
         self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._arrays: dict[str, Flat] = {}
-        self._standing: Standing | None = None
+        self._standing: ShardControlState | None = None
         self._ledger = Ledger()
         self._lock = threading.RLock()
 
@@ -39,7 +39,7 @@ class Standby:
         with self._lock:
             self._arrays, self._standing = arrays, None  # they are of no known place in time yet
 
-    def begin(self, standing: Standing, config: NadamConfig) -> None:
+    def begin(self, standing: ShardControlState, config: NadamConfig) -> None:
         """Take the place in time that the arrays are of, and the hyper-parameters as they are now."""
         with self._lock:
             if not self._arrays:
@@ -58,7 +58,7 @@ class Standby:
         """
         with self._lock:
             now, self._standing = self._standing, None
-            if isinstance(record, LetGo):
+            if isinstance(record, DetachStandby):
                 self._arrays = {}
             elif now is None:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no place in time, got {record}")
@@ -68,14 +68,14 @@ class Standby:
                 if record.process is not None:
                     here[record.rank] = record.incarnation, record.process
                 self._standing = dataclasses.replace(now, here=here)
-            elif isinstance(record, Reign):
+            elif isinstance(record, Reconfigure):
                 self._ledger.admit_all(record.newest)
                 risen = (*now.risen, (record.epoch, "reconfigured")) if record.epoch > now.epoch else now.risen
                 self._standing = dataclasses.replace(now, epoch=max(now.epoch, record.epoch), schedule=record.schedule, risen=risen)
             else:
                 self._standing = self._follow(now, record, mean)
 
-    def promote(self, reign: Reign, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, Standing]:
+    def promote(self, reign: Reconfigure, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, ShardControlState]:
         """Return a host that stands, as the primary, where this standby has got to; raise IllegalMessage where it was never filled."""
         with self._lock:
             if self._standing is None or not self._arrays:
@@ -94,7 +94,7 @@ class Standby:
         with self._lock:
             return self._standing.round if self._standing is not None else None
 
-    def _follow(self, now: Standing, record: Replicated, mean: Flat) -> Standing:
+    def _follow(self, now: ShardControlState, record: ReplicatedRound, mean: Flat) -> ShardControlState:
         who = f"standby of shard {self._spec.index}"
         if record.round != now.round + 1:
             raise IllegalMessage(f"{who}: expected round {now.round + 1}, got round {record.round}")
@@ -106,12 +106,12 @@ class Standby:
         told = {name: getattr(record, name) for name in ("round", "skipped", "outcome", "complaint", "lr", "active", "clock")}
         return dataclasses.replace(now, counted={**now.counted, **record.counted}, **told)
 
-    def _step(self, now: Standing, record: Replicated, mean: Flat, who: str) -> None:
+    def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:
         config = self._spec.config
         scalars = step_scalars(now.clock, config)
         if scalars.lr != record.lr:
             raise ShardsDisagree(f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has lr={record.lr!r}")
-        rates = Rates(1.0 - config.beta_1, 1.0 - config.beta_2)
+        rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2)
         for space, stepper in self._steppers.items():
             p, m, v = (self._arrays[name][space] for name in ("params", "m", "v"))
             stepper.step(Slots(p, m, v), [mean[space]], scalars, rates, [Part(0, p.size)])

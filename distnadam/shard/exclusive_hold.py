@@ -6,7 +6,7 @@ from typing import Any
 from distnadam.errors import IllegalMessage
 
 
-class Gate:
+class ExclusiveHold:
     """Lets rounds pass freely, or up to a limit while somebody holds the shard."""
 
     def __init__(self) -> None:

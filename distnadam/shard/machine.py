@@ -3,6 +3,7 @@
 `LEGAL` says which message may come in which phase; one that is refused raises and changes nothing. How a round goes on is in `machine`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import distnadam.protocol.messages as msg
@@ -11,7 +12,7 @@ from distnadam.protocol import supervisor_messages
 from distnadam.protocol.shard_status import Description
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import LEGAL, Answer, Effect, Notice, Phase, Replicate
-from distnadam.shard.round import Round, Waiting, note_of
+from distnadam.shard.round import Round, Waiter, note_of
 from distnadam.shard.round_lifecycle import Machine
 
 
@@ -30,7 +31,7 @@ def described(shard: Machine, *, with_spec: bool = False) -> Description:
         dead=tuple(sorted(members.dead)),
         members=needed,
         holder=shard.gate.holder,
-        busy=shard.phase is Phase.OBEYING,
+        busy=shard.phase is Phase.LOADING,
         lr=shard.config.lr,
         epoch_reason=shard.epochs.reason,
         schedule=members.schedule,
@@ -39,12 +40,9 @@ def described(shard: Machine, *, with_spec: bool = False) -> Description:
         given_up=tuple(sorted(members.given_up)),
         retired=shard.retired,
         here=members.here,
-        furthest=shard.furthest,
+        highest_round=shard.highest_round,
         stepped=members.ledger.last(DIRECT),
     )
-
-
-_HANDLERS = {kind: f"_on_{kind.__name__.lower()}" for kinds in LEGAL.values() for kind in kinds}
 
 
 class Shard(Machine):
@@ -56,12 +54,12 @@ class Shard(Machine):
             raise self._broken
         if self._broken is not None and type(message) not in LEGAL[Phase.BROKEN]:
             raise ShardLost(f"shard {self.spec.index}: broken by {type(self._broken).__name__}: {self._broken}") from self._broken
-        if self.phase is Phase.HOLLOW and type(message) not in LEGAL[Phase.HOLLOW]:
+        if self.phase is Phase.EMPTY and type(message) not in LEGAL[Phase.EMPTY]:
             raise ShardLost(f"shard {self.spec.index}: is {self.phase.value}: {self._why_hollow}")
         if type(message) not in LEGAL[self.phase]:
             raise IllegalMessage(f"shard {self.spec.index}: {type(message).__name__} is not legal while {self.phase.value}")
-        handler = getattr(self, _HANDLERS[type(message)])
-        return [*handler(message, caller), *self._progress()]
+        handler = _HANDLERS[type(message)]
+        return [*handler(self, message, caller), *self._progress()]
 
     # Workers
 
@@ -82,7 +80,7 @@ class Shard(Machine):
         pushes, measured = self._now.pushes.items(), self.phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
         return measured and all(push.incarnation < self.members.ledger.newest(rank) for rank, push in pushes)
 
-    def _on_adopt(self, message: msg.Adopt, caller: Any) -> list[Effect]:
+    def _on_complete_push(self, message: msg.CompletePush, caller: Any) -> list[Effect]:
         rank, note = message.rank, message.note
         who = f"shard {self.spec.index}: rank {rank}"
         counted = self.members.ledger.counted(rank, note.incarnation, note.round) and note.round <= self.round
@@ -90,10 +88,10 @@ class Shard(Machine):
             return [Answer(caller, None)]
         if note.round != self.round + 1:
             raise RoundMismatch(f"{who}: round {note.round} is to be completed, expected round {self.round + 1}")
-        if not self._now.take_up(rank, note.incarnation):
-            if message.gradients is None and note.complaint is None:
+        if not self._now.restore(rank, note.incarnation):
+            if message.gradients is None and note.rejection is None:
                 raise IllegalMessage(f"{who}: the push of worker {note.incarnation} for round {note.round} cannot be had any more")
-            push = msg.Push(self.epochs.now, rank, note.incarnation, note.round, message.gradients, note.complaint)
+            push = msg.Push(self.epochs.now, rank, note.incarnation, note.round, message.gradients, note.rejection)
             self._now.adopted.add(rank)
             return [*self._now.supersede(push, self.spec.index), Answer(caller, None)]
         self._now.adopted.add(rank)
@@ -103,7 +101,7 @@ class Shard(Machine):
         if self.members.already_counted(push, self.round):
             return [Answer(caller, self._decided(push.want_parameters))]
         self.members.check_current(push, self.epochs, self.round)
-        waiting, held = Waiting(caller, push.rank, push.incarnation, push.want_parameters), self._now.pushes.get(push.rank)
+        waiting, held = Waiter(caller, push.rank, push.incarnation, push.want_parameters), self._now.pushes.get(push.rank)
         if not self.collecting:  # the round has all its pushes, but may need this worker's norms
             if self._now.measured is not None:
                 return [Answer(caller, self._now.measured)]
@@ -115,13 +113,13 @@ class Shard(Machine):
         self._now.waiting.append(waiting)
         return [*superseded, *self._drop_pushes_that_wait_in_vain()]
 
-    def _on_norms(self, message: msg.Norms, caller: Any) -> list[Effect]:
+    def _on_total_norms(self, message: msg.TotalNorms, caller: Any) -> list[Effect]:
         if self.members.already_counted(message, self.round):
             return [Answer(caller, self._decided(message.want_parameters))]
         self.members.check_current(message, self.epochs, self.round)
         if message.rank not in self._now.pushes and self._refusal is not None:
             raise self._refusal  # the round that was measured was begun anew
-        return self._take_norms(message.square_sums, Waiting(caller, message.rank, message.incarnation, message.want_parameters))
+        return self._take_norms(message.square_sums, Waiter(caller, message.rank, message.incarnation, message.want_parameters))
 
     def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
         self.members.check_newest(pull.rank, pull.incarnation)
@@ -136,7 +134,7 @@ class Shard(Machine):
         gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
         return [gone, Notice("left", message.rank, message.incarnation), Answer(caller, None)]
 
-    def _on_lost(self, message: msg.Lost, caller: Any) -> list[Effect]:
+    def _on_worker_died(self, message: msg.WorkerDied, caller: Any) -> list[Effect]:
         if self._broken is not None or not self.members.lose(message.rank, message.incarnation):
             return [Answer(caller, None)]  # whoever hangs up on a shard that was retired has not died
         gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
@@ -144,16 +142,16 @@ class Shard(Machine):
 
     # Whoever acts on the optimizer as a whole
 
-    def _on_hold(self, message: msg.Hold, caller: Any) -> list[Effect]:
+    def _on_pause(self, message: msg.Pause, caller: Any) -> list[Effect]:
         self.gate.ask(caller, message.token)
         return self._settle()
 
-    def _on_advance(self, message: msg.Advance, caller: Any) -> list[Effect]:
+    def _on_catch_up(self, message: msg.CatchUp, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
         self.gate.advance(caller, message.round)
         return self._settle()
 
-    def _on_release(self, message: msg.Release, caller: Any) -> list[Effect]:
+    def _on_resume(self, message: msg.Resume, caller: Any) -> list[Effect]:
         held = self.gate.holder == message.token
         given_up = self.gate.release(message.token)
         if held and DIRECT in self._now.pushes and self.phase in (Phase.COLLECTING, Phase.AWAITING_NORMS):
@@ -175,13 +173,13 @@ class Shard(Machine):
         self.epochs.rise("replaced", message.epoch)
         refusal = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
         assert refusal is not None
-        return [Replicate(supervisor_messages.LetGo()), *self._drop_pushes(refusal), Answer(caller, None)]
+        return [Replicate(supervisor_messages.DetachStandby()), *self._drop_pushes(refusal), Answer(caller, None)]
 
-    def _on_setrate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
+    def _on_set_rate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
         self.config = self.config.with_lr(message.lr)
         self.changed = f"the learning rate was replaced after round {self.round}"
-        return [Replicate(supervisor_messages.LetGo()), Answer(caller, None)]
+        return [Replicate(supervisor_messages.DetachStandby()), Answer(caller, None)]
 
     def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the round for a step from outside; a push that came since the holder looked is late."""
@@ -194,21 +192,21 @@ class Shard(Machine):
         dropped = self._drop_pushes(late)
         self.gate.limit(self.round + 1)
         incarnation = self.members.ledger.admit(DIRECT, message.incarnation)
-        push = msg.Push(self.epochs.now, DIRECT, incarnation, self.round + 1, message.gradients, message.complaint)
+        push = msg.Push(self.epochs.now, DIRECT, incarnation, self.round + 1, message.gradients, message.rejection)
         self._now.pushes[DIRECT] = push
-        self._now.waiting.append(Waiting(caller, DIRECT, incarnation))
+        self._now.waiting.append(Waiter(caller, DIRECT, incarnation))
         return dropped
 
-    def _on_stepnorms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
+    def _on_step_norms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
         self.gate.require(message.token, self.spec.index)
-        return self._take_norms(message.square_sums, Waiting(caller, DIRECT, self.members.ledger.newest(DIRECT)))
+        return self._take_norms(message.square_sums, Waiter(caller, DIRECT, self.members.ledger.newest(DIRECT)))
 
     def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
         return [Answer(caller, described(self, with_spec=message.spec))]
 
     # The supervisor
 
-    def _on_reign(self, order: supervisor_messages.Reign, caller: Any) -> list[Effect]:
+    def _on_reconfigure(self, order: supervisor_messages.Reconfigure, caller: Any) -> list[Effect]:
         if order.epoch <= self.epochs.now:
             return [Answer(caller, self.epochs.now)]
         self.epochs.rise("reconfigured", order.epoch)
@@ -219,7 +217,7 @@ class Shard(Machine):
             self._now.pushes = {rank: push for rank, push in self._now.pushes.items() if rank in needed}
         return [Replicate(order), Answer(caller, self.epochs.now)]
 
-    def _on_giveup(self, order: supervisor_messages.GiveUp, caller: Any) -> list[Effect]:
+    def _on_abandon_rank(self, order: supervisor_messages.AbandonRank, caller: Any) -> list[Effect]:
         if self.members.taken_over(order.rank, order.incarnation):
             return [Answer(caller, None)]  # somebody has taken it over after all
         self.members.given_up.add(order.rank)
@@ -227,32 +225,57 @@ class Shard(Machine):
 
     def _on_retire(self, order: supervisor_messages.Retire, caller: Any) -> list[Effect]:
         error = Reconfigured(f"shard {self.spec.index}: other shards hold its ranges now; look for them", order.epoch, self.round)
-        return [*self.broke(error), Replicate(supervisor_messages.LetGo()), Answer(caller, None)]
+        return [*self.broke(error), Replicate(supervisor_messages.DetachStandby()), Answer(caller, None)]
 
     def _on_load(self, order: supervisor_messages.Load, caller: Any) -> list[Effect]:
         if order.epoch == self._loaded[0]:
             return [Answer(caller, self._loaded[1])]  # asked again, since the answer was lost
-        loading = self.phase is Phase.OBEYING and isinstance(self.order, supervisor_messages.Load) and self.order.epoch == order.epoch
+        loading = self.phase is Phase.LOADING and isinstance(self.order, supervisor_messages.Load) and self.order.epoch == order.epoch
         if order.epoch <= self.epochs.now and self.epochs.now > 0 and not loading:
             raise IllegalMessage(f"shard {self.spec.index}: a load of epoch {order.epoch} came in epoch {self.epochs.now}")
-        begun = self._orders[:1] if self.phase is Phase.OBEYING else []
+        begun = self._orders[:1] if self.phase is Phase.LOADING else []
         rest = self._orders[len(begun) :]
         loads = [entry for entry in rest if isinstance(entry[1], supervisor_messages.Load)]
         copies = [
-            entry for entry in rest if isinstance(entry[1], supervisor_messages.Attach)
+            entry for entry in rest if isinstance(entry[1], supervisor_messages.AttachStandby)
         ]  # which may wait for a round that will never end
         self._orders = [*begun, *loads, (caller, order), *copies]
         return []
 
-    def _on_attach(self, order: supervisor_messages.Attach, caller: Any) -> list[Effect]:
+    def _on_attach_standby(self, order: supervisor_messages.AttachStandby, caller: Any) -> list[Effect]:
         self._orders.append((caller, order))
         return []
 
     # Checks
 
-    def _take_norms(self, square_sums: Any, waiting: Waiting) -> list[Effect]:
+    def _take_norms(self, square_sums: Any, waiting: Waiter) -> list[Effect]:
         if self._now.measured is None or waiting.rank not in self._now.pushes:
             raise IllegalMessage(f"shard {self.spec.index}: norms came while {self.phase.value}")
         self._now.waiting.append(waiting)
         self._now.square_sums = square_sums
         return []
+
+
+_HANDLERS: dict[type, Callable[[Shard, Any, Any], list[Effect]]] = {
+    msg.Join: Shard._on_join,
+    msg.CompletePush: Shard._on_complete_push,
+    msg.Push: Shard._on_push,
+    msg.TotalNorms: Shard._on_total_norms,
+    msg.Pull: Shard._on_pull,
+    msg.Leave: Shard._on_leave,
+    msg.WorkerDied: Shard._on_worker_died,
+    msg.Pause: Shard._on_pause,
+    msg.CatchUp: Shard._on_catch_up,
+    msg.Resume: Shard._on_resume,
+    msg.Read: Shard._on_read,
+    msg.Write: Shard._on_write,
+    msg.SetRate: Shard._on_set_rate,
+    msg.Step: Shard._on_step,
+    msg.StepNorms: Shard._on_step_norms,
+    msg.Describe: Shard._on_describe,
+    supervisor_messages.Reconfigure: Shard._on_reconfigure,
+    supervisor_messages.AbandonRank: Shard._on_abandon_rank,
+    supervisor_messages.Retire: Shard._on_retire,
+    supervisor_messages.Load: Shard._on_load,
+    supervisor_messages.AttachStandby: Shard._on_attach_standby,
+}

@@ -2,13 +2,13 @@
 
 import distnadam.protocol.messages as msg
 from distnadam.errors import LatePush, LifecycleError, Reconfigured, RoundMismatch, SupersededWorker, WorkerLost
-from distnadam.protocol.shard_status import Holders
-from distnadam.protocol.supervisor_messages import Schedule
+from distnadam.protocol.shard_status import Owners
+from distnadam.protocol.supervisor_messages import MembershipHistory
 from distnadam.shard.epochs import Epochs
 from distnadam.shard.ledger import Ledger
 
 
-class Members:
+class Membership:
     """The workers of one shard, and the ledger of what they had counted.
 
     Args:
@@ -19,11 +19,11 @@ class Members:
     def __init__(self, shard: int, num_workers: int) -> None:
         self._shard, self._num_workers = shard, num_workers
         self.ledger = Ledger()
-        self.schedule: Schedule = ((1, tuple(range(num_workers))),)
+        self.schedule: MembershipHistory = ((1, tuple(range(num_workers))),)
         self.left: set[int] = set()
         self.dead: set[int] = set()
         self.given_up: set[int] = set()
-        self.holders: Holders = {}
+        self.holders: Owners = {}
 
     def needed(self, number: int) -> tuple[int, ...]:
         """Return the ranks whose pushes make up a round."""
@@ -50,7 +50,7 @@ class Members:
         return rank in self.holders and self.holders[rank][0] > incarnation
 
     @property
-    def here(self) -> Holders:
+    def here(self) -> Owners:
         """The ranks that a worker holds which has neither left, nor died, nor had its place reserved for another."""
         gone = self.left | self.dead
         return {rank: held for rank, held in self.holders.items() if held[0] == self.ledger.newest(rank) and rank not in gone}
@@ -67,11 +67,11 @@ class Members:
             self.dead.add(rank)
         return lost
 
-    def already_counted(self, message: msg.Push | msg.Norms, decided: int) -> bool:
+    def already_counted(self, message: msg.Push | msg.TotalNorms, decided: int) -> bool:
         """Whether this very push was counted in a round that is decided."""
         return message.round <= decided and self.ledger.counted(message.rank, message.incarnation, message.round)
 
-    def check_current(self, message: msg.Push | msg.Norms, epochs: Epochs, decided: int) -> None:
+    def check_current(self, message: msg.Push | msg.TotalNorms, epochs: Epochs, decided: int) -> None:
         """Raise a ProtocolError unless the message is of this epoch, of its rank's newest worker, and for the round after `decided`."""
         who = f"shard {self._shard}: rank {message.rank}"
         self._check_rank(message.rank)

@@ -15,8 +15,8 @@ class Phase(Enum):
     MEASURING = "measuring norms"
     AWAITING_NORMS = "awaiting norms"
     STEPPING = "stepping"
-    OBEYING = "loading or copying its state"
-    HOLLOW = "without a state, since loading failed"
+    LOADING = "loading or copying its state"
+    EMPTY = "without a state, since loading failed"
     BROKEN = "broken"
 
 
@@ -25,7 +25,7 @@ class Work(Enum):
 
     MEASURE = "measure"
     STEP = "step"
-    OBEY = "obey"
+    LOAD_OR_COPY = "obey"
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ _ALWAYS = frozenset(
     {
         msg.Join,
         msg.Push,
-        msg.Norms,
+        msg.TotalNorms,
         msg.Pull,
         msg.Leave,
-        msg.Lost,
-        msg.Adopt,
-        msg.Hold,
-        msg.Advance,
-        msg.Release,
+        msg.WorkerDied,
+        msg.CompletePush,
+        msg.Pause,
+        msg.CatchUp,
+        msg.Resume,
         msg.Describe,
-        supervisor_messages.Reign,
+        supervisor_messages.Reconfigure,
         supervisor_messages.Load,
-        supervisor_messages.Attach,
-        supervisor_messages.GiveUp,
+        supervisor_messages.AttachStandby,
+        supervisor_messages.AbandonRank,
         supervisor_messages.Retire,
     }
 )
@@ -87,9 +87,17 @@ LEGAL: dict[Phase, frozenset[type]] = {
     Phase.MEASURING: _ALWAYS,
     Phase.AWAITING_NORMS: _AT_REST,
     Phase.STEPPING: _ALWAYS,
-    Phase.OBEYING: _ALWAYS,
-    Phase.HOLLOW: frozenset(
-        {msg.Describe, msg.Release, msg.Lost, msg.Leave, supervisor_messages.Load, supervisor_messages.Reign, supervisor_messages.GiveUp}
+    Phase.LOADING: _ALWAYS,
+    Phase.EMPTY: frozenset(
+        {
+            msg.Describe,
+            msg.Resume,
+            msg.WorkerDied,
+            msg.Leave,
+            supervisor_messages.Load,
+            supervisor_messages.Reconfigure,
+            supervisor_messages.AbandonRank,
+        }
     ),
-    Phase.BROKEN: frozenset({msg.Describe, msg.Release, msg.Lost}),
+    Phase.BROKEN: frozenset({msg.Describe, msg.Resume, msg.WorkerDied}),
 }

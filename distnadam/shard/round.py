@@ -10,7 +10,7 @@ from distnadam.tensors.arrays import name_of
 
 
 @dataclass(frozen=True)
-class Waiting:
+class Waiter:
     """Who is to hear how the round ends, and for which worker it asked."""
 
     caller: Any
@@ -29,8 +29,8 @@ class Round:
     pushes: dict[int, msg.Push] = field(default_factory=dict)
     aside: dict[int, msg.Push] = field(default_factory=dict)
     adopted: set[int] = field(default_factory=set)
-    waiting: list[Waiting] = field(default_factory=list)
-    measured: msg.Measured | None = None
+    waiting: list[Waiter] = field(default_factory=list)
+    measured: msg.PartialNorms | None = None
     square_sums: Any = None
 
     def answer(self, reply: Any) -> list[Effect]:
@@ -48,7 +48,7 @@ class Round:
         if rank in self.pushes and rank not in self.adopted and self.pushes[rank].incarnation < incarnation:
             self.aside[rank] = self.pushes.pop(rank)
 
-    def take_up(self, rank: int, incarnation: int) -> bool:
+    def restore(self, rank: int, incarnation: int) -> bool:
         """Let a push that was set aside count after all; return whether it is there."""
         if rank in self.aside and self.aside[rank].incarnation == incarnation:
             self.pushes[rank] = self.aside.pop(rank)
@@ -67,4 +67,4 @@ class Round:
 def note_of(push: msg.Push) -> msg.PushNote:
     """Return what others need to know of a push."""
     dtypes = None if push.gradients is None else {space: name_of(array.dtype) for space, array in push.gradients.items()}
-    return msg.PushNote(push.incarnation, push.round, dtypes, push.complaint)
+    return msg.PushNote(push.incarnation, push.round, dtypes, push.rejection)

@@ -12,17 +12,17 @@ from distnadam.errors import DistNadamError, IllegalMessage, LatePush, Reconfigu
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol import supervisor_messages
 from distnadam.shard.epochs import Epochs
-from distnadam.shard.exclusive_hold import Gate
+from distnadam.shard.exclusive_hold import ExclusiveHold
 from distnadam.shard.ledger import DIRECT
-from distnadam.shard.membership import Members
+from distnadam.shard.membership import Membership
 from distnadam.shard.phases import Answer, Compute, Effect, Phase, Replicate, Work
-from distnadam.shard.round import Round, Waiting, note_of
+from distnadam.shard.round import Round, Waiter, note_of
 from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat
 
 _AT_REST = (Phase.COLLECTING, Phase.AWAITING_NORMS)
-_READY_TO_LOAD = (*_AT_REST, Phase.HOLLOW)
-_STATELESS = (Phase.OBEYING, Phase.HOLLOW)
+_READY_TO_LOAD = (*_AT_REST, Phase.EMPTY)
+_STATELESS = (Phase.LOADING, Phase.EMPTY)
 
 
 class Machine:
@@ -30,17 +30,17 @@ class Machine:
 
     def __init__(self, spec: msg.ShardSpec, state: ShardState) -> None:
         self.spec, self.state = spec, state
-        self.config, self.clock, self.members = spec.config, Clock(), Members(spec.index, spec.num_workers)
-        self.epochs, self.round, self.skipped, self.furthest = Epochs(), 0, 0, 0
+        self.config, self.clock, self.members = spec.config, Clock(), Membership(spec.index, spec.num_workers)
+        self.epochs, self.round, self.skipped, self.highest_round = Epochs(), 0, 0, 0
         self.phase = Phase.COLLECTING
         self.lr = 0.0
         self.changed: str | None = None
-        self.gate = Gate()
+        self.gate = ExclusiveHold()
         self._now = Round()
         self._last: tuple[msg.Outcome, str | None] = ("applied", None)
         self._counted: dict[int, msg.PushNote] = {}
         self._pulls: list[tuple[Any, msg.Pull]] = []
-        self._orders: list[tuple[Any, supervisor_messages.Load | supervisor_messages.Attach]] = []
+        self._orders: list[tuple[Any, supervisor_messages.Load | supervisor_messages.AttachStandby]] = []
         self._loaded: tuple[int, Any] = (0, None)  # the epoch of the last load, and how it was answered
         self._broken: BaseException | None = None
         self._why_hollow = ""
@@ -49,8 +49,8 @@ class Machine:
     # What the host may do
 
     def computed(self, work: Work, result: Any) -> list[Effect]:
-        """Take the result of work asked for: `Measured`, the pair (clock after the step, its learning rate), or what an order gave."""
-        if work is Work.OBEY:
+        """Take the result of work asked for: `PartialNorms`, the pair (clock after the step, its learning rate), or what an order gave."""
+        if work is Work.LOAD_OR_COPY:
             return [*self._obeyed(result), *self._settle(), *self._progress()]
         if work is Work.MEASURE:
             self._now.measured = result
@@ -86,7 +86,7 @@ class Machine:
     @property
     def collecting(self) -> bool:
         """Whether the round may still get pushes."""
-        return self.phase in (Phase.COLLECTING, Phase.OBEYING)
+        return self.phase in (Phase.COLLECTING, Phase.LOADING)
 
     @property
     def retired(self) -> bool:
@@ -99,15 +99,15 @@ class Machine:
         return frozenset(self._now.pushes)
 
     @property
-    def order(self) -> supervisor_messages.Load | supervisor_messages.Attach:
+    def order(self) -> supervisor_messages.Load | supervisor_messages.AttachStandby:
         """The order that is being obeyed."""
         return self._orders[0][1]
 
     @property
-    def standing(self) -> supervisor_messages.Standing:
+    def standing(self) -> supervisor_messages.ShardControlState:
         """Where the shard stands, for a standby."""
-        outcome, complaint = self._last
-        return supervisor_messages.Standing(
+        outcome, rejection = self._last
+        return supervisor_messages.ShardControlState(
             self.epochs.now,
             self.round,
             self.skipped,
@@ -115,14 +115,14 @@ class Machine:
             self.lr,
             self.state.active,
             outcome,
-            complaint,
+            rejection,
             self.members.ledger.to_dict(),
             self.members.schedule,
             self.changed,
             self.epochs.risen,
             dict(self._counted),
             self.members.here,
-            self.furthest,
+            self.highest_round,
         )
 
     # The round
@@ -137,7 +137,7 @@ class Machine:
         if not self.gate.passes(self.round):
             return []
         if self.phase is Phase.COLLECTING and (DIRECT in now.pushes or now.pushes.keys() >= set(self.members.needed(self.round + 1))):
-            complaints = [push.complaint for _, push in sorted(now.pushes.items()) if push.complaint is not None]
+            complaints = [push.rejection for _, push in sorted(now.pushes.items()) if push.rejection is not None]
             if complaints:
                 return self._refuse("; ".join(complaints))
             self.phase = Phase.MEASURING if self.config.clips_by_norm else Phase.STEPPING
@@ -162,27 +162,27 @@ class Machine:
         self._now, self.phase = Round(), Phase.COLLECTING
         return refused
 
-    def _refuse(self, complaint: str) -> list[Effect]:
-        return self._decide("skipped" if self.spec.options.on_nonfinite == "skip" else "refused", complaint)
+    def _refuse(self, rejection: str) -> list[Effect]:
+        return self._decide("skipped" if self.spec.options.on_nonfinite == "skip" else "refused", rejection)
 
-    def _decide(self, outcome: msg.Outcome, complaint: str | None) -> list[Effect]:
+    def _decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         """End the round: count its pushes, tell the standby, answer who waits, begin the next."""
         self.round, self._refusal = self.round + 1, None
-        self.furthest = max(self.furthest, self.round)
+        self.highest_round = max(self.highest_round, self.round)
         self.skipped += outcome != "applied"
-        self._last = (outcome, complaint)
+        self._last = (outcome, rejection)
         for rank, push in self._now.pushes.items():
             self.members.ledger.count(rank, push.incarnation, self.round)
             self._counted[rank] = note_of(push)
         ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
         counted = {rank: self._counted[rank] for rank in ended.pushes}
-        record = supervisor_messages.Replicated(
-            self.round, self.skipped, outcome, complaint, counted, self.lr, self.state.active, self.clock
+        record = supervisor_messages.ReplicatedRound(
+            self.round, self.skipped, outcome, rejection, counted, self.lr, self.state.active, self.clock
         )
         told = [Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting]
         return [Replicate(record), *told, *self._settle()]
 
-    def _told(self, waiting: Waiting, counted: msg.Push | None) -> msg.Decided | LatePush:
+    def _told(self, waiting: Waiter, counted: msg.Push | None) -> msg.RoundResult | LatePush:
         """Say how the round ended to one who waited for it, unless another worker's push was counted for its rank."""
         if counted is None or counted.incarnation != waiting.incarnation:
             other = "without this rank" if counted is None else f"with the push of worker {counted.incarnation}"
@@ -218,42 +218,42 @@ class Machine:
             self.epochs.rise("reconfigured" if order.standing is not None else "rewound", order.epoch)
             error = self.epochs.refusal(before, who, self.round)
             assert error is not None
-            told = [Replicate(supervisor_messages.LetGo()), *self._drop_pushes(error)]
+            told = [Replicate(supervisor_messages.DetachStandby()), *self._drop_pushes(error)]
             told += [Answer(caller, error) for caller in (*self.gate.reset(), *(caller for caller, _ in self._pulls))]
             self._pulls = []
-        self.phase = Phase.OBEYING
-        return [*told, Compute(Work.OBEY)]
+        self.phase = Phase.LOADING
+        return [*told, Compute(Work.LOAD_OR_COPY)]
 
     def _obeyed(self, result: Any) -> list[Effect]:
         """Take what the host made of an order: an error, or for a load the place in time that it loaded."""
         caller, order = self._orders.pop(0)
-        if isinstance(order, supervisor_messages.Load) and not isinstance(result, supervisor_messages.Standing):
+        if isinstance(order, supervisor_messages.Load) and not isinstance(result, supervisor_messages.ShardControlState):
             self._loaded = order.epoch, result
             return [*self._hollowed(result), Answer(caller, result)]
         self.phase = Phase.COLLECTING
-        if isinstance(order, supervisor_messages.Load) and isinstance(result, supervisor_messages.Standing):
+        if isinstance(order, supervisor_messages.Load) and isinstance(result, supervisor_messages.ShardControlState):
             self._stand(result)
             if order.standing is not None:
                 self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
             self.members.schedule = order.schedule or self.members.schedule
             self.members.ledger.admit_all(order.newest)
             self.members.holders = {**order.here, **self.members.holders}
-            self.furthest = max(self.furthest, self.round, order.furthest)
+            self.highest_round = max(self.highest_round, self.round, order.highest_round)
             result = self.round
             self._loaded = order.epoch, result
         return [Answer(caller, result)]
 
     def _hollowed(self, cause: Any) -> list[Effect]:
         """Take that loading failed half-way: there is nothing to serve until another load; who waits is told so."""
-        self.phase, self._why_hollow = Phase.HOLLOW, str(cause)
+        self.phase, self._why_hollow = Phase.EMPTY, str(cause)
         error = ShardLost(f"shard {self.spec.index}: is {self.phase.value}: {cause}")
-        attaches = [caller for caller, order in self._orders if isinstance(order, supervisor_messages.Attach)]
+        attaches = [caller for caller, order in self._orders if isinstance(order, supervisor_messages.AttachStandby)]
         self._orders = [x for x in self._orders if isinstance(x[1], supervisor_messages.Load)]
         waiting = [*(w.caller for w in self._now.waiting), *(caller for caller, _ in self._pulls), *attaches, *self.gate.reset()]
         self._now, self._pulls = Round(), []
         return [Answer(caller, error) for caller in waiting]
 
-    def take_over(self, standing: supervisor_messages.Standing, reign: supervisor_messages.Reign) -> None:
+    def take_over(self, standing: supervisor_messages.ShardControlState, reign: supervisor_messages.Reconfigure) -> None:
         """Stand where a primary stood, under the epoch in which it is gone; its arrays are in the state."""
         self._stand(standing)
         self.epochs.know(standing.risen)
@@ -261,30 +261,32 @@ class Machine:
         self.members.schedule = reign.schedule or self.members.schedule
         self.members.ledger.admit_all(reign.newest)
 
-    def _stand(self, standing: supervisor_messages.Standing) -> None:
+    def _stand(self, standing: supervisor_messages.ShardControlState) -> None:
         self.clock, self.round, self.skipped, self.lr = standing.clock, standing.round, standing.skipped, standing.lr
         known = self.members.ledger.newest_of_all()
         self.members.ledger = self.members.ledger.from_dict(standing.ledger)
         self.members.ledger.admit_all(known)  # a number that was given away is never given again
         self.members.schedule = standing.schedule or self.members.schedule
-        self._last, self._counted, self.changed = (standing.outcome, standing.complaint), dict(standing.counted), standing.changed
+        self._last, self._counted, self.changed = (standing.outcome, standing.rejection), dict(standing.counted), standing.changed
         self.members.holders = {**standing.here, **self.members.holders}
-        self.furthest = max(self.furthest, standing.furthest, standing.round)
+        self.highest_round = max(self.highest_round, standing.highest_round, standing.round)
 
     # What it says of itself
 
-    def _held(self) -> msg.Held:
+    def _held(self) -> msg.Paused:
         ledger = self.members.ledger.to_dict()
-        return msg.Held(self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger, self.epochs.rewound)
+        return msg.Paused(
+            self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger, self.epochs.rewound
+        )
 
-    def _decided(self, want_parameters: bool) -> msg.Decided:
-        outcome, complaint = self._last
-        return msg.Decided(
+    def _decided(self, want_parameters: bool) -> msg.RoundResult:
+        outcome, rejection = self._last
+        return msg.RoundResult(
             self.epochs.now,
             self.round,
             self.clock.iterations,
             outcome,
-            complaint,
+            rejection,
             self.lr,
             self.state.active,
             self.state.params if want_parameters else None,

@@ -41,7 +41,7 @@ class ShardState:
         """Return the present arrays by name."""
         return {"params": self.params, "m": self.m, "v": self.v}
 
-    def renew(self) -> dict[str, Flat]:
+    def reset(self) -> dict[str, Flat]:
         """Return the arrays by name, to be filled in place; the present parameters are `buffers[0]` from now on."""
         self.active = 0
         return self.arrays()

@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from distnadam.errors import ShardLost, StepTimeout
-from distnadam.protocol.shard_status import Describe, Description, Holders, ShardSpec
-from distnadam.protocol.supervisor_messages import Schedule
+from distnadam.protocol.shard_status import Describe, Description, Owners, ShardSpec
+from distnadam.protocol.supervisor_messages import MembershipHistory
 from distnadam.shard.phases import Phase
-from distnadam.supervision.process_manager import Crew, Hired
+from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 
 _ASK_S = 60.0
 """Seconds in which a shard answers anything that does not wait for a round or a file."""
 
 
-class Fleet:
+class ClusterState:
     """See the module.
 
     Args:
@@ -23,27 +23,27 @@ class Fleet:
         crew: what reaches and makes processes.
     """
 
-    def __init__(self, specs: Sequence[ShardSpec], crew: Crew) -> None:
+    def __init__(self, specs: Sequence[ShardSpec], crew: ProcessManager) -> None:
         self.specs, self.crew = list(specs), crew
         self.options = specs[0].options
-        self.shards: list[Hired] = []
-        self.standbys: dict[int, Hired] = {}
-        self.gone: set[Hired] = set()
-        self.outdated: set[Hired] = set()  # standbys whose primary has gone on without them, and which may not know
+        self.shards: list[ShardProcess] = []
+        self.standbys: dict[int, ShardProcess] = {}
+        self.gone: set[ShardProcess] = set()
+        self.outdated: set[ShardProcess] = set()  # standbys whose primary has gone on without them, and which may not know
         self.newest: dict[int, int] = {}
-        self.here: Holders = {}
-        self.furthest = 0
+        self.here: Owners = {}
+        self.highest_round = 0
         self.dead: dict[int, tuple[int, float]] = {}  # by rank: the worker that died, and when
         self.stuck = False
         self.epoch = 0
-        self.schedule: Schedule = ()
+        self.schedule: MembershipHistory = ()
 
     @property
-    def cutting(self) -> int:
+    def layout_generation(self) -> int:
         """How often the state was cut anew."""
-        return self.specs[0].cutting
+        return self.specs[0].layout_generation
 
-    def alive(self) -> dict[int, Hired]:
+    def alive(self) -> dict[int, ShardProcess]:
         """Return the shards that are not known to be gone, by index."""
         return {index: hired for index, hired in enumerate(self.shards) if hired not in self.gone}
 
@@ -85,7 +85,7 @@ class Fleet:
             self.epoch, self.schedule = seen.epoch, seen.schedule
         for rank, incarnation in seen.newest.items():
             self.joined(rank, incarnation)
-        self.furthest = max(self.furthest, seen.furthest)
+        self.highest_round = max(self.highest_round, seen.highest_round)
 
     def next_epoch(self) -> int:
         """Return an epoch later than any before; a successor that finds no shard alive takes it from the clock, far above any count."""
@@ -95,7 +95,7 @@ class Fleet:
         """Take note of a rank's newest worker."""
         self.newest[rank] = max(self.newest.get(rank, 0), incarnation)
 
-    def replace(self, specs: Sequence[ShardSpec], shards: Sequence[Hired]) -> None:
+    def replace(self, specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
         """Take other shards, with no standbys yet, in place of the present ones."""
         self.specs, self.shards, self.standbys = list(specs), list(shards), {}
 
@@ -106,7 +106,7 @@ class Fleet:
         return replace(spec, config=spec.config.with_lr(rates[0])) if rates else spec
 
 
-def holders(described: Sequence[Description]) -> Holders:
+def holders(described: Sequence[Description]) -> Owners:
     """Return the ranks that a living worker holds: where any shard knows of one, and none knows that it is gone, or of a newer one."""
     newest: dict[int, int] = {}
     for each in described:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distnadam.protocol.messages import ShardSpec
-from distnadam.supervision.process_manager import Hired
+from distnadam.supervision.process_manager import ShardProcess
 
 
 @dataclass(frozen=True)
-class Met:
+class DiscoveredProcess:
     """A process that answered.
 
     Args:
@@ -24,7 +24,7 @@ class Met:
         reached: the round that a standby has followed its primary to, None where it was not filled.
     """
 
-    hired: Hired
+    hired: ShardProcess
     spec: ShardSpec
     standby: bool = False
     epoch: int = 0
@@ -33,19 +33,19 @@ class Met:
 
 
 @dataclass(frozen=True)
-class Succession:
+class RecoveredTopology:
     """The shards and standbys that are taken over, by index, the specs of all shards, and the processes that nobody needs."""
 
     specs: tuple[ShardSpec, ...]
-    shards: dict[int, Hired]
-    standbys: dict[int, Hired]
-    spare: tuple[Hired, ...]
+    shards: dict[int, ShardProcess]
+    standbys: dict[int, ShardProcess]
+    spare: tuple[ShardProcess, ...]
 
 
-def succession(first: ShardSpec, met: Sequence[Met]) -> Succession:
+def recovered_topology(first: ShardSpec, met: Sequence[DiscoveredProcess]) -> RecoveredTopology:
     """Sort processes; `first` is the spec of the first shard that the optimizer was built with, which counts where nobody knows better."""
-    cutting = _present(met, first.cutting)
-    present = [each for each in met if each.spec.cutting == cutting]
+    layout_generation = _present(met, first.layout_generation)
+    present = [each for each in met if each.spec.layout_generation == layout_generation]
     spec = present[0].spec if present else first
     cuts = spec.layout.cuts(spec.num_shards)
     specs = tuple(replace(spec, index=index, ranges=ranges) for index, ranges in enumerate(cuts))
@@ -53,11 +53,11 @@ def succession(first: ShardSpec, met: Sequence[Met]) -> Succession:
     shards = {each.hired.index: each.hired for each in primaries}
     standbys = {each.hired.index: each.hired for each in sorted(present, key=lambda each: each.reached is not None) if each.standby}
     taken = [*shards.values(), *standbys.values()]
-    return Succession(specs, shards, standbys, tuple(each.hired for each in met if each.hired not in taken))
+    return RecoveredTopology(specs, shards, standbys, tuple(each.hired for each in met if each.hired not in taken))
 
 
-def _present(met: Sequence[Met], otherwise: int) -> int:
-    holding = [each.spec.cutting for each in met if not each.standby and each.epoch > 0 and not each.retired]
+def _present(met: Sequence[DiscoveredProcess], otherwise: int) -> int:
+    holding = [each.spec.layout_generation for each in met if not each.standby and each.epoch > 0 and not each.retired]
     if holding:
         return min(holding)
-    return max((each.spec.cutting for each in met), default=otherwise)
+    return max((each.spec.layout_generation for each in met), default=otherwise)

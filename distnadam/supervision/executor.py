@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
-from distnadam.protocol.messages import Advance, Description, Held, Hold, Join, Joined, Release
+from distnadam.protocol.messages import CatchUp, Description, Join, Joined, Pause, Paused, Resume
 from distnadam.protocol.orphaned_push import adoptions
-from distnadam.protocol.supervisor_messages import Attach, GiveUp, Load, Reign, Retire, Schedule
+from distnadam.protocol.supervisor_messages import AbandonRank, AttachStandby, Load, MembershipHistory, Reconfigure, Retire
 from distnadam.shard.phases import Phase
 from distnadam.supervision import policy
-from distnadam.supervision.cluster_state import Fleet
-from distnadam.supervision.process_manager import Hired
-from distnadam.supervision.restore_points import Source
+from distnadam.supervision.cluster_state import ClusterState
+from distnadam.supervision.process_manager import ShardProcess
+from distnadam.supervision.restore_points import RestorePoints
 from distnadam.tensors.layout import Ranges
 
 log = logging.getLogger("distnadam")
@@ -30,7 +30,7 @@ _HOLD_S = 5.0
 _TOKEN = "supervisor"
 
 
-class Recovery:
+class DecisionExecutor:
     """See the module.
 
     Args:
@@ -41,21 +41,23 @@ class Recovery:
             had, and "attached" with those of one that was filled, and the error where it could not be.
     """
 
-    def __init__(self, fleet: Fleet, source: Source, publish: Callable[[str | None], None], report: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self, fleet: ClusterState, source: RestorePoints, publish: Callable[[str | None], None], report: Callable[[str, Any], None]
+    ) -> None:
         self._fleet, self._source, self._publish, self._report = fleet, source, publish, report
         self._hirer = ThreadPoolExecutor(1, "hirer")
         self._filling: set[int] = set()
         self.counts = {"promoted": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Let go of shards that an earlier supervisor held when it died."""
-        self._fleet.ask_all(Release(_TOKEN))
+        self._fleet.ask_all(Resume(_TOKEN))
 
     def close(self) -> None:
         """Hire nobody any more."""
         self._hirer.shutdown(cancel_futures=True)
 
-    def carry_out(self, decision: policy.Decision, seen: policy.Seen) -> None:
+    def execute(self, decision: policy.Decision, seen: policy.Observation) -> None:
         """Do what was decided on what was seen."""
         log.info("supervisor: %s", decision)
         if isinstance(decision, policy.Promote):
@@ -68,9 +70,9 @@ class Recovery:
             self._depart(decision, seen)
         elif isinstance(decision, policy.Admit):
             self._admit(decision, seen)
-        elif isinstance(decision, policy.GiveUp):
+        elif isinstance(decision, policy.AbandonRanks):
             for rank in decision.ranks:
-                self._fleet.ask_all(GiveUp(rank, self._fleet.dead[rank][0]))
+                self._fleet.ask_all(AbandonRank(rank, self._fleet.dead[rank][0]))
         else:
             log.error("supervisor: %s", decision.why)
             self._publish(decision.why)
@@ -83,7 +85,7 @@ class Recovery:
             log.warning("shard %d died; its standby takes over", index)
             fleet.crew.fence(fleet.shards[index])
             standby = fleet.standbys.pop(index)
-            reign = Reign(epoch, schedule, dict(fleet.newest))
+            reign = Reconfigure(epoch, schedule, dict(fleet.newest))
             try:
                 fleet.shards[index] = fleet.crew.promote(standby, reign, near=list(fleet.alive().values()))
             except DistNadamError as error:
@@ -93,8 +95,8 @@ class Recovery:
         self.counts["promoted"] += len(decision.shards)
         self._reign(epoch, schedule)
 
-    def _reign(self, epoch: int, schedule: Schedule) -> None:
-        self._fleet.ask_all(Reign(epoch, schedule, dict(self._fleet.newest)))
+    def _reign(self, epoch: int, schedule: MembershipHistory) -> None:
+        self._fleet.ask_all(Reconfigure(epoch, schedule, dict(self._fleet.newest)))
         self._publish(None)
 
     def _rewind(self, decision: policy.Rewind) -> None:
@@ -110,7 +112,7 @@ class Recovery:
             fleet.crew.watch(fleet.shards[index])
         epoch, schedule = fleet.next_epoch(), fleet.schedule
         for candidate in self._source.candidates():
-            known = {"schedule": schedule, "newest": dict(fleet.newest), "here": dict(fleet.here), "furthest": fleet.furthest}
+            known = {"schedule": schedule, "newest": dict(fleet.newest), "here": dict(fleet.here), "furthest": fleet.highest_round}
             loads = self._source.loads(candidate, fleet.specs, epoch, **known)
             epoch += 1
             answers = fleet.ask(loads, _LOAD_S)
@@ -123,7 +125,7 @@ class Recovery:
                 self._publish(None)
                 return
             for error in errors[:1]:
-                log.warning("passing over %s: %s", candidate if isinstance(candidate, Folder) else "the first parameters", error)
+                log.warning("passing over %s: %s", candidate if isinstance(candidate, Directory) else "the first parameters", error)
         self._publish(f"{decision.why}, and no checkpoint under {self._source.directory} can be loaded")
 
     # Ranks
@@ -142,14 +144,14 @@ class Recovery:
         fleet.stuck = fleet.stuck or any(isinstance(answer, IllegalMessage) for answer in adopted.values())
         return not any(isinstance(answer, Exception) for answer in adopted.values())
 
-    def _depart(self, decision: policy.Depart, seen: policy.Seen) -> None:
+    def _depart(self, decision: policy.Depart, seen: policy.Observation) -> None:
         log.warning("ranks %s leave; the others go on", ", ".join(map(str, decision.ranks)))
         with self._between_rounds() as held:
             if held and all(self.settle(rank) for rank in decision.ranks):
                 self._set_members(tuple(sorted(seen.members - set(decision.ranks))))
                 self.counts["departed"] += len(decision.ranks)
 
-    def _admit(self, decision: policy.Admit, seen: policy.Seen) -> None:
+    def _admit(self, decision: policy.Admit, seen: policy.Observation) -> None:
         log.info("ranks %s join", ", ".join(map(str, decision.ranks)))
         with self._between_rounds() as held:
             if held:
@@ -161,11 +163,11 @@ class Recovery:
         fleet, held = self._fleet, True
         try:
             for indices in ([0], range(1, len(fleet.shards))):
-                answers = fleet.ask({index: Hold(_TOKEN) for index in indices}, _HOLD_S) if held else {}
-                held = held and len(answers) == len(indices) and all(isinstance(answer, Held) for answer in answers.values())
+                answers = fleet.ask({index: Pause(_TOKEN) for index in indices}, _HOLD_S) if held else {}
+                held = held and len(answers) == len(indices) and all(isinstance(answer, Paused) for answer in answers.values())
             yield held
         finally:
-            fleet.ask_all(Release(_TOKEN))
+            fleet.ask_all(Resume(_TOKEN))
 
     def _set_members(self, ranks: tuple[int, ...]) -> None:
         """Have these ranks from the first round on that no held shard has begun: it may have all its pushes, and await norms."""
@@ -180,7 +182,7 @@ class Recovery:
         """Have the held shards that are behind complete the round that others have decided; return whether all stand at one round."""
         fleet = self._fleet
         rounds = {index: answer.round for index, answer in fleet.describe().items() if isinstance(answer, Description)}
-        late = {index: Advance(_TOKEN, max(rounds.values())) for index, number in rounds.items() if number < max(rounds.values())}
+        late = {index: CatchUp(_TOKEN, max(rounds.values())) for index, number in rounds.items() if number < max(rounds.values())}
         return len(rounds) == len(fleet.shards) and not any(fleet.ask(late, _HOLD_S).values())
 
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
@@ -192,9 +194,12 @@ class Recovery:
         fleet, first = self._fleet, self._fleet.spec(0)
         if num_shards == len(fleet.shards):
             return  # asked again, after an answer that was lost
-        cutting = first.cutting + 1
-        specs = [replace(first, index=i, num_shards=num_shards, ranges=ranges, cutting=cutting) for i, ranges in enumerate(cuts)]
-        new: list[Hired] = []
+        layout_generation = first.layout_generation + 1
+        specs = [
+            replace(first, index=i, num_shards=num_shards, ranges=ranges, layout_generation=layout_generation)
+            for i, ranges in enumerate(cuts)
+        ]
+        new: list[ShardProcess] = []
         try:
             for spec in specs:
                 new.append(fleet.crew.hire(spec, standby=False, near=[*fleet.alive().values(), *new]))
@@ -209,7 +214,7 @@ class Recovery:
                 spare = [*old, *fleet.standbys.values()]
                 fleet.replace(specs, new)
                 self._filling = set()
-                self._publish(None)  # not before the old ones are retired: see `succession`
+                self._publish(None)  # not before the old ones are retired: see `recovered_topology`
         except BaseException:
             fleet.crew.dismiss(*new)
             raise
@@ -227,13 +232,13 @@ class Recovery:
                 continue
             self._filling.add(index)
             if (standby := fleet.standbys.get(index)) is None:
-                self._hirer.submit(self._hire, fleet.cutting, index, fleet.spec(index), list(fleet.alive().values()))
+                self._hirer.submit(self._hire, fleet.layout_generation, index, fleet.spec(index), list(fleet.alive().values()))
             else:
-                self._hirer.submit(self._attach, fleet.cutting, index, fleet.shards[index], standby)
+                self._hirer.submit(self._attach, fleet.layout_generation, index, fleet.shards[index], standby)
 
-    def take_standby(self, cutting: int, index: int, hired: Hired | None) -> None:
+    def take_standby(self, layout_generation: int, index: int, hired: ShardProcess | None) -> None:
         """Take a new standby that was hired, to be filled; one for a shard that is no more is let go."""
-        if cutting != self._fleet.cutting:
+        if layout_generation != self._fleet.layout_generation:
             if hired is not None:
                 self._fleet.crew.dismiss(hired)
             return
@@ -242,9 +247,9 @@ class Recovery:
             self._fleet.standbys[index] = hired
             self._fleet.crew.watch(hired)
 
-    def take_attached(self, cutting: int, index: int, standby: Hired, error: Any) -> None:
+    def take_attached(self, layout_generation: int, index: int, standby: ShardProcess, error: Any) -> None:
         """Take that a standby was filled, or could not be."""
-        if cutting != self._fleet.cutting:
+        if layout_generation != self._fleet.layout_generation:
             return
         self._filling.discard(index)
         if isinstance(error, Exception):
@@ -252,15 +257,15 @@ class Recovery:
             if self._fleet.standbys.get(index) == standby:
                 self._fleet.crew.fence(self._fleet.standbys.pop(index))
 
-    def _hire(self, cutting: int, index: int, spec: Any, near: list[Hired]) -> None:
+    def _hire(self, layout_generation: int, index: int, spec: Any, near: list[ShardProcess]) -> None:
         hired = None
         try:
             hired = self._fleet.crew.hire(spec, standby=True, near=near)
         except DistNadamError as error:
             log.warning("no standby for shard %d can be had: %s", index, error)
             time.sleep(_HIRE_AGAIN_S)
-        self._report("hired", (cutting, index, hired))
+        self._report("hired", (layout_generation, index, hired))
 
-    def _attach(self, cutting: int, index: int, primary: Hired, standby: Hired) -> None:
-        answer = self._fleet.crew.ask({index: primary}, {index: Attach(standby)}, _LOAD_S).get(index)
-        self._report("attached", (cutting, index, standby, answer))
+    def _attach(self, layout_generation: int, index: int, primary: ShardProcess, standby: ShardProcess) -> None:
+        answer = self._fleet.crew.ask({index: primary}, {index: AttachStandby(standby)}, _LOAD_S).get(index)
+        self._report("attached", (layout_generation, index, standby, answer))

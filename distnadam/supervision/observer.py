@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distnadam.config import Options
-from distnadam.protocol.messages import Description, Lost, Release
+from distnadam.protocol.messages import Description, Resume, WorkerDied
 from distnadam.shard.phases import Phase
 from distnadam.supervision import policy
-from distnadam.supervision.cluster_state import Fleet
-from distnadam.supervision.process_manager import Hired
-from distnadam.supervision.restore_points import Source
+from distnadam.supervision.cluster_state import ClusterState
+from distnadam.supervision.process_manager import ShardProcess
+from distnadam.supervision.restore_points import RestorePoints
 
 log = logging.getLogger("distnadam")
 
 
-class Sight:
+class Observer:
     """See the module.
 
     Args:
@@ -26,7 +26,7 @@ class Sight:
         on_died_rank: told a rank and its worker's incarnation where that one is found to have died.
     """
 
-    def __init__(self, fleet: Fleet, source: Source, options: Options, on_died_rank: Callable[[int, int], None]) -> None:
+    def __init__(self, fleet: ClusterState, source: RestorePoints, options: Options, on_died_rank: Callable[[int, int], None]) -> None:
         self._fleet, self._source, self._options, self._on_died_rank = fleet, source, options, on_died_rank
         self._holder: tuple[str, float] | None = None
         self._uneven: tuple[tuple[int, ...], float] | None = None
@@ -37,7 +37,7 @@ class Sight:
         """Whether something may change by the mere passing of time."""
         return self._holder is not None or self._uneven is not None
 
-    def look(self) -> policy.Seen:
+    def look(self) -> policy.Observation:
         """Ask every shard where it stands, and return what is to be decided on."""
         fleet, now = self._fleet, time.monotonic()
         answers = fleet.describe()
@@ -47,29 +47,29 @@ class Sight:
         self._check_steps(described, now)
         self._check_workers(described)
         members = frozenset(described[0].members if described else ())
-        return policy.Seen(
+        return policy.Observation(
             shards=shards,
             dead={rank: now - since for rank, (_, since) in fleet.dead.items()},
             held=self._holder is not None,
-            stuck=fleet.stuck or any(answer.phase == Phase.HOLLOW.value for answer in described),
+            stuck=fleet.stuck or any(answer.phase == Phase.EMPTY.value for answer in described),
             members=members,
             asking=frozenset(fleet.here) - members,
             source=self._source.present,
             changed=self._source.changed or next((d.changed for d in described if d.changed is not None), None),
             given_up=frozenset.intersection(*(frozenset(d.given_up) for d in described)) if described else frozenset(),
-            furthest=fleet.furthest,
+            highest_round=fleet.highest_round,
         )
 
-    def _seen(self, hired: Hired, answer: Any) -> policy.ShardSeen:
+    def _seen(self, hired: ShardProcess, answer: Any) -> policy.ShardObservation:
         fleet, reached = self._fleet, None
         if isinstance(answer, Description) and hired not in fleet.gone:
             told = (answer.epoch, answer.epoch_reason, answer.round, answer.schedule, answer.replicated, answer.changed)
-            return policy.ShardSeen(True, *told)
+            return policy.ShardObservation(True, *told)
         if hired in fleet.gone:
             fleet.crew.fence(hired)  # what it had sent to its standby is all there then
             if (standby := fleet.standbys.get(hired.index)) is not None and standby not in fleet.outdated:
                 reached = fleet.crew.ask({0: standby}, {0: None}, fleet.ask_s)[0]
-        return policy.ShardSeen(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
+        return policy.ShardObservation(hired not in fleet.gone, standby=reached if isinstance(reached, int) else None)
 
     def _check_holder(self, described: Sequence[Description], now: float) -> None:
         """Let go of shards whose holder has died, or has held them for too long without reading or writing files."""
@@ -78,9 +78,9 @@ class Sight:
             self._holder = None
         elif self._holder is None or self._holder[0] != token:
             self._holder = (token, now)
-        elif self._fleet.crew.has_ended(token) or now - self._holder[1] > self._options.step_timeout_s:
+        elif self._fleet.crew.is_dead(token) or now - self._holder[1] > self._options.step_timeout_s:
             log.warning("the shards were held for %g s by somebody who is gone; letting go", now - self._holder[1])
-            self._fleet.ask_all(Release(token))
+            self._fleet.ask_all(Resume(token))
             self._holder = None
 
     def _check_steps(self, described: Sequence[Description], now: float) -> None:
@@ -108,6 +108,6 @@ class Sight:
             return
         for rank in {rank for answer in described for rank in answer.waiting_for} & self._fleet.here.keys() - self._fleet.dead.keys():
             incarnation, process = self._fleet.here[rank]
-            if self._fleet.crew.has_ended(process):
-                self._fleet.ask_all(Lost(rank, incarnation))
+            if self._fleet.crew.is_dead(process):
+                self._fleet.ask_all(WorkerDied(rank, incarnation))
                 self._on_died_rank(rank, incarnation)

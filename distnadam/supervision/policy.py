@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class ShardSeen:
+class ShardObservation:
     """One shard: whether its process lives, where it stands, and the last round its standby has (None: no standby that could step in).
 
     `changed` is what was replaced from outside since it was loaded or saved, as far as this shard has heard.
@@ -25,7 +25,7 @@ class ShardSeen:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """An optimizer as its supervisor sees it.
 
     Args:
@@ -41,7 +41,7 @@ class Seen:
         furthest: the latest round that was ever decided; where shards went back from there, they replay what is recorded.
     """
 
-    shards: Sequence[ShardSeen]
+    shards: Sequence[ShardObservation]
     dead: Mapping[int, float] = field(default_factory=dict)
     held: bool = False
     stuck: bool = False
@@ -50,7 +50,7 @@ class Seen:
     source: bool = True
     changed: str | None = None
     given_up: frozenset[int] = frozenset()
-    furthest: int = 0
+    highest_round: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Admit:
 
 
 @dataclass(frozen=True)
-class GiveUp:
+class AbandonRanks:
     """Those who wait for these ranks are told that nobody comes."""
 
     ranks: tuple[int, ...]
@@ -112,10 +112,10 @@ class Fail:
     why: str
 
 
-Decision = Promote | Rewind | Complete | Depart | Admit | GiveUp | Fail
+Decision = Promote | Rewind | Complete | Depart | Admit | AbandonRanks | Fail
 
 
-def decide(seen: Seen, rules: Rules) -> list[Decision]:
+def decide(seen: Observation, rules: Rules) -> list[Decision]:
     """Return what is to be done now, most urgent first; an empty list where all is well."""
     gone = tuple(index for index, shard in enumerate(seen.shards) if not shard.alive)
     if gone:
@@ -128,7 +128,7 @@ def decide(seen: Seen, rules: Rules) -> list[Decision]:
     return _ranks(seen, rules)
 
 
-def _shards_died(seen: Seen, gone: tuple[int, ...]) -> list[Decision]:
+def _shards_died(seen: Observation, gone: tuple[int, ...]) -> list[Decision]:
     rounds = [shard.round if shard.alive else shard.standby for shard in seen.shards]
     known = [number for number in rounds if number is not None]
     if len(known) == len(rounds) and max(known) - min(known) <= 1:
@@ -136,7 +136,7 @@ def _shards_died(seen: Seen, gone: tuple[int, ...]) -> list[Decision]:
     return _rewind(seen, gone, f"shard {', '.join(map(str, gone))} died without a standby that could step in", seen.changed)
 
 
-def _torn(seen: Seen) -> list[Decision] | None:
+def _torn(seen: Observation) -> list[Decision] | None:
     """A change that reached some shards only: a reign is told to the others, anything else was half done and is undone.
 
     None: there is no such change. While its author may yet complete it, nothing is decided that would make shards look equal.
@@ -156,7 +156,7 @@ def _torn(seen: Seen) -> list[Decision] | None:
     return _rewind(seen, (), why, before)
 
 
-def _rewind(seen: Seen, gone: tuple[int, ...], why: str, changed: str | None) -> list[Decision]:
+def _rewind(seen: Observation, gone: tuple[int, ...], why: str, changed: str | None) -> list[Decision]:
     if not seen.source:
         return [Fail(f"{why}, and there is no checkpoint to go back to: save, set Options(checkpoint_dir=...), or use replicas=1")]
     if changed is not None:
@@ -166,14 +166,14 @@ def _rewind(seen: Seen, gone: tuple[int, ...], why: str, changed: str | None) ->
     return [Rewind(gone, why)]
 
 
-def _ranks(seen: Seen, rules: Rules) -> list[Decision]:
+def _ranks(seen: Observation, rules: Rules) -> list[Decision]:
     decisions: list[Decision] = []
-    replays = max(shard.round for shard in seen.shards) < seen.furthest
+    replays = max(shard.round for shard in seen.shards) < seen.highest_round
     if seen.asking - seen.members and not replays:
         decisions.append(Admit(tuple(sorted(seen.asking - seen.members))))
     late = {rank for rank, seconds in seen.dead.items() if seconds >= rules.rejoin_timeout_s and rank in seen.members}
     if late and rules.min_workers is not None and len(seen.members) - len(late) >= rules.min_workers:
         decisions.append(Depart(tuple(sorted(late))))
     elif late - seen.given_up:
-        decisions.append(GiveUp(tuple(sorted(late - seen.given_up))))
+        decisions.append(AbandonRanks(tuple(sorted(late - seen.given_up))))
     return decisions

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distnadam.protocol.messages import ShardSpec
-from distnadam.protocol.supervisor_messages import Load, Reign
+from distnadam.protocol.supervisor_messages import Load, Reconfigure
 from distnadam.tensors.layout import Ranges
 
 Cuts = tuple[Sequence[Ranges], Sequence[Ranges]]
@@ -14,7 +14,7 @@ Cuts = tuple[Sequence[Ranges], Sequence[Ranges]]
 
 
 @dataclass(frozen=True)
-class Hired:
+class ShardProcess:
     """One process: whose shard, a handle that only the crew understands, and where it is to be found."""
 
     index: int
@@ -22,39 +22,39 @@ class Hired:
     place: Any
 
 
-class Crew(ABC):
+class ProcessManager(ABC):
     """What a supervisor can do to the processes of its optimizer."""
 
     @abstractmethod
-    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
+    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
         """Make a process for a shard, or its standby, beside the present ones; raise ClusterError where none can be had."""
 
     @abstractmethod
-    def promote(self, standby: Hired, reign: Reign, *, near: Sequence[Hired]) -> Hired:
+    def promote(self, standby: ShardProcess, reign: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
         """Make a standby its shard's primary, once it has all that the dead one sent."""
 
     @abstractmethod
-    def fence(self, hired: Hired) -> None:
+    def fence(self, hired: ShardProcess) -> None:
         """End a process for certain, so that it can neither write nor answer any more."""
 
     @abstractmethod
-    def dismiss(self, *hired: Hired) -> None:
+    def dismiss(self, *hired: ShardProcess) -> None:
         """End processes that are not needed any more, stopped ones too."""
 
-    def in_charge(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether the supervisor may decide anything now; not while it may have been cut off, and another put in its place."""
         return True
 
-    def has_ended(self, token: str) -> bool:
+    def is_dead(self, token: str) -> bool:
         """Whether the process that made a token is known to be gone."""
         return False
 
     @abstractmethod
-    def watch(self, hired: Hired) -> None:
+    def watch(self, hired: ShardProcess) -> None:
         """Tell the supervisor (`died`) as soon as this process ends."""
 
     @abstractmethod
-    def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
+    def move(self, token: str, old: Sequence[ShardProcess], new: Sequence[ShardProcess], cuts: Cuts, order: Load) -> list[Exception]:
         """Have new shards load what old ones, held by that token, hold; return what went wrong.
 
         Args:
@@ -66,5 +66,5 @@ class Crew(ABC):
         """
 
     @abstractmethod
-    def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+    def ask(self, hired: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """Send each its message; return by index the answers, or the errors: ShardLost of one that died, StepTimeout of a silent one."""

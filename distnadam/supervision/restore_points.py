@@ -7,7 +7,7 @@ from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.shard_file import leftover_readers
-from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.errors import CheckpointError
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load
@@ -16,7 +16,7 @@ from distnadam.tensors.arrays import Flat, cut_flat
 log = logging.getLogger("distnadam")
 
 
-class Source:
+class RestorePoints:
     """See the module.
 
     Args:
@@ -51,9 +51,9 @@ class Source:
         if changes == self.changes:
             self.changed = None
 
-    def candidates(self) -> list[Folder | Flat]:
+    def candidates(self) -> list[Directory | Flat]:
         """Return what could be loaded, best first."""
-        found: list[Folder | Flat] = []
+        found: list[Directory | Flat] = []
         if self.directory is not None:
             try:
                 found += reversed(store.steps(self.directory))
@@ -61,9 +61,9 @@ class Source:
                 log.warning("no checkpoint can be looked for: %s", error)
         return found + ([self.initial] if self.initial is not None else [])
 
-    def loads(self, candidate: Folder | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any) -> dict[int, Load]:
+    def loads(self, candidate: Directory | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any) -> dict[int, Load]:
         """Return the order that has each shard load its part; none where the checkpoint is refused."""
-        if not isinstance(candidate, Folder):
+        if not isinstance(candidate, Directory):
             return {i: Load(epoch, params=cut_flat(candidate, spec.ranges), **how) for i, spec in enumerate(specs)}
         try:
             manifest = store.load(candidate)

@@ -7,36 +7,36 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from distnadam.errors import Unrecoverable
-from distnadam.supervision.process_manager import Hired
+from distnadam.supervision.process_manager import ShardProcess
 
 
 @dataclass(frozen=True)
-class Roster:
+class ShardMap:
     """Who is to be called for which shard; a higher version replaces a lower one. `failed` says why there is none any more."""
 
     version: int
-    shards: tuple[Hired, ...]
+    shards: tuple[ShardProcess, ...]
     failed: str | None = None
 
 
-def require_alive(roster: Roster) -> Roster:
+def require_alive(roster: ShardMap) -> ShardMap:
     """Return the roster; raise Unrecoverable where the supervisor has given up."""
     if roster.failed is not None:
         raise Unrecoverable(roster.failed)
     return roster
 
 
-class Board:
+class ShardMapPublisher:
     """See the module; `now` is the newest roster. Any thread may call."""
 
     def __init__(self) -> None:
-        self.now = Roster(0, ())
+        self.now = ShardMap(0, ())
         self._lock = threading.Lock()
-        self._waiting: list[tuple[int, Future[Roster]]] = []
+        self._waiting: list[tuple[int, Future[ShardMap]]] = []
 
-    def newer(self, than: int) -> Future[Roster]:
+    def newer(self, than: int) -> Future[ShardMap]:
         """Return the roster once there is one newer than that version, or none will be any more."""
-        future: Future[Roster] = Future()
+        future: Future[ShardMap] = Future()
         with self._lock:
             if self.now.version > than or self.now.failed:
                 future.set_result(self.now)
@@ -44,10 +44,10 @@ class Board:
                 self._waiting.append((than, future))
         return future
 
-    def publish(self, shards: Sequence[Hired], failed: str | None) -> None:
+    def publish(self, shards: Sequence[ShardProcess], failed: str | None) -> None:
         """Put up a new roster, or why there will be none any more."""
         with self._lock:
-            self.now = Roster(max(time.time_ns(), self.now.version + 1), tuple(shards), failed)
+            self.now = ShardMap(max(time.time_ns(), self.now.version + 1), tuple(shards), failed)
             ready = [future for than, future in self._waiting if self.now.version > than]
             self._waiting = []
         for future in ready:

@@ -13,12 +13,12 @@ from typing import Any
 
 from distnadam.protocol.messages import Description, ShardSpec
 from distnadam.supervision import policy
-from distnadam.supervision.cluster_state import Fleet
-from distnadam.supervision.executor import Recovery
-from distnadam.supervision.observer import Sight
-from distnadam.supervision.process_manager import Crew, Hired
-from distnadam.supervision.restore_points import Source
-from distnadam.supervision.shard_map import Board, Roster
+from distnadam.supervision.cluster_state import ClusterState
+from distnadam.supervision.executor import DecisionExecutor
+from distnadam.supervision.observer import Observer
+from distnadam.supervision.process_manager import ProcessManager, ShardProcess
+from distnadam.supervision.restore_points import RestorePoints
+from distnadam.supervision.shard_map import ShardMap, ShardMapPublisher
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
@@ -39,24 +39,24 @@ class Supervisor:
         crew: what reaches and makes processes.
     """
 
-    def __init__(self, specs: Sequence[ShardSpec], replicas: int, crew: Crew) -> None:
+    def __init__(self, specs: Sequence[ShardSpec], replicas: int, crew: ProcessManager) -> None:
         options = specs[0].options
         self._replicas, self._options = replicas, options
         self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
-        self._fleet = Fleet(specs, crew)
-        self._source = Source(options.checkpoint_dir, retain_initial=options.retain_initial)
-        self._recovery = Recovery(self._fleet, self._source, self._publish, lambda what, about: self._events.put((what, about)))
-        self._sight = Sight(self._fleet, self._source, options, self._on_died_rank)
+        self._fleet = ClusterState(specs, crew)
+        self._source = RestorePoints(options.checkpoint_dir, retain_initial=options.retain_initial)
+        self._recovery = DecisionExecutor(self._fleet, self._source, self._publish, lambda what, about: self._events.put((what, about)))
+        self._sight = Observer(self._fleet, self._source, options, self._on_died_rank)
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
-        self._board = Board()
+        self._board = ShardMapPublisher()
         self._closed = self._begun = False
         self._next_look = 0.0
         self._thread: threading.Thread | None = None
 
     # What others tell and ask
 
-    def adopt(self, shards: Sequence[Hired], standbys: Mapping[int, Hired], gone: Sequence[Hired] = ()) -> None:
+    def adopt(self, shards: Sequence[ShardProcess], standbys: Mapping[int, ShardProcess], gone: Sequence[ShardProcess] = ()) -> None:
         """Take processes that were made already; nobody is told of them before those that are gone have been replaced."""
         self._fleet.shards, self._fleet.standbys, self._fleet.gone = list(shards), dict(standbys), set(gone)
         if not gone:
@@ -72,28 +72,28 @@ class Supervisor:
         if begun:
             self._source.begin(initial, directory)
             return
-        self.take_stock(initial=initial, directory=directory)
+        self.resync(initial=initial, directory=directory)
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
         self._events.put(("look", None))
 
-    def take_stock(self, *, initial: Flat | None, directory: str | None) -> None:
+    def resync(self, *, initial: Flat | None, directory: str | None) -> None:
         """Watch the processes, and learn from them what an earlier supervisor knew."""
         self._source.begin(initial, directory)
         for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
             self._fleet.crew.watch(hired)
-        self._recovery.let_go()
+        self._recovery.release()
         for answer in self._fleet.describe().values():
             if isinstance(answer, Description):
                 self._source.directory = self._source.directory or answer.saved
                 for rank in answer.dead:
                     self._on_died_rank(rank, answer.newest[rank])
 
-    def died(self, hired: Hired) -> None:
+    def died(self, hired: ShardProcess) -> None:
         """Take that a process ended."""
         self._events.put(("died", (hired,)))
 
-    def outdated(self, standby: Hired) -> None:
+    def outdated(self, standby: ShardProcess) -> None:
         """Take that a primary goes on without its standby, which must not step in for it from now on."""
         self._fleet.outdated.add(standby)
         self._events.put(("outdated", (standby,)))
@@ -114,7 +114,7 @@ class Supervisor:
         """Take that a checkpoint is complete under this directory, of when `changes` was that number."""
         self._source.saved(root, changes)
 
-    def roster(self, newer_than: int, suspect: bool = False) -> Future[Roster]:
+    def roster(self, newer_than: int, suspect: bool = False) -> Future[ShardMap]:
         """Return the roster once there is one newer than what the caller has seen; with a suspicion, after a look, whatever it finds."""
         future = self._board.newer(newer_than)
         if suspect:
@@ -172,7 +172,7 @@ class Supervisor:
 
     def _drain(self) -> list[tuple[str, Any]]:
         events = []
-        while not (self._fleet.crew.in_charge() or self._closed):
+        while not (self._fleet.crew.is_leader() or self._closed):
             time.sleep(TICK_S)
         try:
             events.append(self._events.get(timeout=TICK_S))
@@ -185,12 +185,12 @@ class Supervisor:
         if what not in ("look", "suspect", "standby lost"):  # those only prompt a look
             getattr(self, f"_on_{what.replace(' ', '_')}")(*about)
 
-    def _on_died(self, hired: Hired) -> None:
+    def _on_died(self, hired: ShardProcess) -> None:
         self._fleet.gone.add(hired)
         if self._fleet.standbys.get(hired.index) == hired:
             del self._fleet.standbys[hired.index]
 
-    def _on_outdated(self, standby: Hired) -> None:
+    def _on_outdated(self, standby: ShardProcess) -> None:
         self._on_died(standby)
         self._fleet.crew.dismiss(standby)
 
@@ -241,10 +241,10 @@ class Supervisor:
             decisions = policy.decide(seen, self._rules)
             if self._closed:
                 return
-            if not decisions or not self._fleet.crew.in_charge():
+            if not decisions or not self._fleet.crew.is_leader():
                 break
             for decision in decisions:
-                self._recovery.carry_out(decision, seen)
+                self._recovery.execute(decision, seen)
             if self._board.now.failed:
                 return
         if self._replicas:

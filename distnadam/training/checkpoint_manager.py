@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.run_lock import Claim
-from distnadam.checkpoint.storage.local import LocalFolder
-from distnadam.client.checkpointing import Saving
+from distnadam.checkpoint.run_lock import RunLock
+from distnadam.checkpoint.storage.local import LocalDirectory
+from distnadam.client.checkpointing import SaveHandle
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Which checkpoints stay, as `fit` has it."""
 
     last: int
@@ -31,7 +31,7 @@ class Plan:
     save_every: int | None
     evaluate_every: int | None
     resume: str
-    keep: Keep
+    keep: RetentionPolicy
 
     def boundary_after(self, step: int) -> int:
         """Return the next step at which something is due."""
@@ -58,7 +58,7 @@ def data_of_run(where: store.Where) -> dict[str, Any]:
     return {}
 
 
-class Saves:
+class CheckpointManager:
     """See the module.
 
     Args:
@@ -71,22 +71,22 @@ class Saves:
 
     def __init__(
         self,
-        claim: Claim,
-        keep: Keep,
+        claim: RunLock,
+        keep: RetentionPolicy,
         data: Mapping[str, Any],
         on_save: Callable[[int, Path | str], None],
         on_message: Callable[[str], None],
     ) -> None:
         self._claim, self._folder, self._keep, self._data = claim, claim.folder, keep, data
         self._on_save, self._on_message = on_save, on_message
-        self._saving: tuple[int, Saving] | None = None
+        self._saving: tuple[int, SaveHandle] | None = None
 
     def save(self, optimizer: DistNadam, step: int, *, wait: bool) -> None:
         """Save; an earlier one is waited for. Raise CheckpointBusy where another run has taken the folder over."""
         self.finish()
         self._claim.check()
         saved = optimizer.save(self._folder, wait=wait, data=self._data)
-        if isinstance(saved, Saving):
+        if isinstance(saved, SaveHandle):
             self._saving = (step, saved)
         else:
             self._complete(step, saved)
@@ -119,4 +119,4 @@ class Saves:
 
     def _complete(self, step: int, directory: str) -> None:
         store.prune(self._folder, self._keep.last, directory, keep_every=self._keep.every, keep_every_s=self._keep.every_s)
-        self._on_save(step, Path(directory) if isinstance(self._folder, LocalFolder) else directory)
+        self._on_save(step, Path(directory) if isinstance(self._folder, LocalDirectory) else directory)

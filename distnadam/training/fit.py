@@ -12,13 +12,13 @@ from typing import Literal
 
 from distnadam.backends.factory import BackendName
 from distnadam.checkpoint.run_lock import claim
-from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.config import check_count
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
 from distnadam.training.callbacks import Callback, MetricsFile, ProgressDisplay, console
-from distnadam.training.checkpoint_manager import Keep, Plan
+from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
 from distnadam.training.run import _Run
 from distnadam.training.task import Task, run_directory, task_name
@@ -84,14 +84,14 @@ def fit(
     seed, label = check_count("seed", seed, least=0), task_name(task)
     by_default = run_directory(label)
     folder = place(checkpoint_dir or by_default)
-    root = folder.path if isinstance(folder, LocalFolder) else by_default.absolute()
+    root = folder.path if isinstance(folder, LocalDirectory) else by_default.absolute()
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
     display = [ProgressDisplay(screen)] if screen is not None else []
     told = [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
     topology = {"num_workers": num_workers, "num_shards": num_shards, "replicas": replicas, "backend": backend}
-    plan = Plan(steps, save_every, evaluate_every, resume, Keep(keep, keep_every, keep_every_s))
-    with claim(LocalFolder(root)) as here, nullcontext(here) if isinstance(folder, LocalFolder) else claim(folder) as claimed:
+    plan = Plan(steps, save_every, evaluate_every, resume, RetentionPolicy(keep, keep_every, keep_every_s))
+    with claim(LocalDirectory(root)) as here, nullcontext(here) if isinstance(folder, LocalDirectory) else claim(folder) as claimed:
         run = _Run(task, label, seed, root, claimed, topology, plan, told, history)
         run.run(optimizer)
     return history

@@ -10,7 +10,7 @@ from distnadam.training.task import Task
 from distnadam.worker import Worker
 
 
-class Member:
+class RankLoop:
     """One rank with its task and its worker."""
 
     def __init__(self, task: Task, worker: Worker, world_size: int) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 
-from distnadam.backends.base import Team
+from distnadam.backends.base import WorkerGroup
 from distnadam.errors import DistNadamError, StepTimeout, TrainingError, WorkerLost
 from distnadam.optimizer import DistNadam
 
@@ -13,7 +13,7 @@ MOST_RECOVERIES = 3
 """Recoveries of one rank in a row, with no new step between them, after which a run is given up."""
 
 
-class Recoveries:
+class RetryBudget:
     """Counts recoveries since the last new step, of each rank and of the whole run, and gives up after `MOST_RECOVERIES` of one."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Recoveries:
         raise TrainingError(told) from error
 
 
-class Ranks:
+class RankRunner:
     """The members of a team, driven segment by segment.
 
     Args:
@@ -49,7 +49,7 @@ class Ranks:
         tell: says a sentence to the user.
     """
 
-    def __init__(self, team: Team, size: int, optimizer: DistNadam, recoveries: Recoveries, tell: Callable[[str], None]) -> None:
+    def __init__(self, team: WorkerGroup, size: int, optimizer: DistNadam, recoveries: RetryBudget, tell: Callable[[str], None]) -> None:
         self._team, self._size, self._optimizer, self._recoveries, self._tell = team, size, optimizer, recoveries, tell
         self._running: dict[int, int] = {}
         self._replaced: dict[int, int] = {}

@@ -10,22 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distnadam.backends.base import Team
+from distnadam.backends.base import WorkerGroup
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.run_lock import Claim
-from distnadam.checkpoint.storage.base import Folder
-from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.checkpoint.run_lock import RunLock
+from distnadam.checkpoint.storage.base import Directory
+from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.errors import CheckpointError, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.optimizer import DistNadam
 from distnadam.schedules import rate_to_dict
 from distnadam.tensors.layout import Layout
 from distnadam.training.callbacks import Callback
-from distnadam.training.checkpoint_manager import Plan, Saves
+from distnadam.training.checkpoint_manager import CheckpointManager, Plan
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
-from distnadam.training.rank_loop import Member, task_errors
-from distnadam.training.rank_runner import Ranks, Recoveries
+from distnadam.training.rank_loop import RankLoop, task_errors
+from distnadam.training.rank_runner import RankRunner, RetryBudget
 from distnadam.training.task import Task
 
 SEGMENT_S = 0.3
@@ -38,14 +38,14 @@ class _Run:
     label: str
     seed: int
     root: Path
-    claim: Claim
+    claim: RunLock
     topology: dict[str, Any]
     plan: Plan
     callbacks: list[Callback]
     history: History
     interrupted: bool = field(default=False, init=False)
     reached: int = field(default=0, init=False)
-    recoveries: Recoveries = field(default_factory=Recoveries, init=False)
+    recoveries: RetryBudget = field(default_factory=RetryBudget, init=False)
 
     def run(self, template: DistNadam | None) -> None:
         params = self.task.init(self.seed)
@@ -73,16 +73,16 @@ class _Run:
         return True
 
     def _with_team(self, optimizer: DistNadam) -> None:
-        team: Team | None = None
+        team: WorkerGroup | None = None
         size = self.topology["num_workers"]
         saved_with = {"task": self.label, "seed": self.seed, "num_workers": size}
-        saves = Saves(self.claim, self.plan.keep, saved_with, partial(self._tell, "on_save"), partial(self._tell, "on_message"))
+        saves = CheckpointManager(self.claim, self.plan.keep, saved_with, partial(self._tell, "on_save"), partial(self._tell, "on_message"))
         try:
             if self.plan.save_every is not None:
                 optimizer.reserve()
             self._tell("on_begin", begin := optimizer.round, self.plan.steps)
             team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=size))
-            ranks = Ranks(team, size, optimizer, self.recoveries, partial(self._tell, "on_message"))
+            ranks = RankRunner(team, size, optimizer, self.recoveries, partial(self._tell, "on_message"))
             try:
                 self._train(optimizer, ranks, saves, begin)
             except KeyboardInterrupt:
@@ -97,7 +97,7 @@ class _Run:
             if team is not None:
                 team.close()
 
-    def _train(self, optimizer: DistNadam, ranks: Ranks, saves: Saves, step: int) -> None:
+    def _train(self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int) -> None:
         plan, length = self.plan, 1
         if step >= plan.steps:
             self._tell("on_message", f"nothing to do: {step} of {plan.steps} steps are done")
@@ -113,7 +113,7 @@ class _Run:
             step = self.reached = end
             self._at_boundary(optimizer, ranks, saves, step)
 
-    def _at_boundary(self, optimizer: DistNadam, ranks: Ranks, saves: Saves, step: int) -> None:
+    def _at_boundary(self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int) -> None:
         """Evaluate and save where that is due; where the shards went back meanwhile, train up to here again first."""
         wait = step == self.plan.steps or self.interrupted
         due = [self._evaluate] if self.plan.due(self.plan.evaluate_every, step) and not self.interrupted else []
@@ -128,7 +128,7 @@ class _Run:
         if self.interrupted:
             self._tell("on_message", f"saved step {step} of {self.plan.steps}")
 
-    def _segment(self, ranks: Ranks, end: int) -> dict[int, float]:
+    def _segment(self, ranks: RankRunner, end: int) -> dict[int, float]:
         """Run one segment to its end, also where Ctrl-C comes meanwhile; a second one raises."""
         ranks.begin(end)
         try:
@@ -154,10 +154,10 @@ class _Run:
         self._check_same_run(found[1], Layout.of(params))
         if template is not None:
             self._tell_what_stays(found[1].config, config)
-        self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalFolder) else str(found[0])
+        self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalDirectory) else str(found[0])
         return DistNadam.restore(found[0], **self.topology, name=config["name"], options=DistNadam.from_config(config).options)
 
-    def _checkpoint(self) -> tuple[Folder, Manifest] | None:
+    def _checkpoint(self) -> tuple[Directory, Manifest] | None:
         resume, existing = self.plan.resume, store.steps(self.claim.folder)
         if not existing:
             if resume == "must":
@@ -203,5 +203,5 @@ class _Run:
             getattr(callback, event)(*args)
 
 
-def _member(rank: int, *, task: Task, optimizer: DistNadam, world_size: int) -> Member:
-    return Member(task, optimizer.worker(rank), world_size)
+def _member(rank: int, *, task: Task, optimizer: DistNadam, world_size: int) -> RankLoop:
+    return RankLoop(task, optimizer.worker(rank), world_size)

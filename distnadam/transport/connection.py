@@ -28,7 +28,7 @@ _READ_BYTES = 1 << 16
 _open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
-def ring_without_yielding() -> None:
+def use_batch_scheduling() -> None:
     """Schedule this thread as batch work, so that whoever its bell wakes does not interrupt it on its own core.
 
     With more processes than cores, a thread that rings several bells is else preempted at each. A thread that was given a policy
@@ -55,10 +55,10 @@ class Address:
     token: str
 
 
-class Line:
+class Connection:
     """One end of a connection: whole frames out without ever waiting for the peer, whole frames in."""
 
-    def __init__(self, connection: socket.socket, on_blocked: Callable[["Line"], None] | None = None) -> None:
+    def __init__(self, connection: socket.socket, on_blocked: Callable[["Connection"], None] | None = None) -> None:
         self._socket, self._on_blocked = connection, on_blocked
         self._frames, self._unsent, self._lock = Frames(), bytearray(), threading.Lock()
         self.greeting: dict[str, Any] | None = None
@@ -126,7 +126,7 @@ class Line:
         self._socket.close()
 
 
-def call(address: Address, greeting: dict[str, Any], fds: list[int]) -> tuple[Line, dict[str, Any], list[int]]:
+def call(address: Address, greeting: dict[str, Any], fds: list[int]) -> tuple[Connection, dict[str, Any], list[int]]:
     """Connect to a shard and exchange greetings; return the line, the shard's greeting and its descriptors.
 
     Raises:
@@ -137,7 +137,7 @@ def call(address: Address, greeting: dict[str, Any], fds: list[int]) -> tuple[Li
         connection.settimeout(_GREETING_S)
         connection.connect("\0" + address.name)
         _check_same_user(connection)
-        line = Line(connection)
+        line = Connection(connection)
         connection.settimeout(_GREETING_S)
         line.send_greeting({"token": address.token, **greeting}, fds)
         data, received = line.receive_greeting()
@@ -164,9 +164,9 @@ class Server:
 
     def __init__(
         self,
-        on_greeting: Callable[[Line, dict[str, Any], list[int]], tuple[dict[str, Any], list[int]]],
-        on_frame: Callable[[Line, bytes], None],
-        on_end: Callable[[Line], None],
+        on_greeting: Callable[[Connection, dict[str, Any], list[int]], tuple[dict[str, Any], list[int]]],
+        on_frame: Callable[[Connection, bytes], None],
+        on_end: Callable[[Connection], None],
     ) -> None:
         self._on_greeting, self._on_frame, self._on_end = on_greeting, on_frame, on_end
         self.address = Address(f"distnadam-{secrets.token_hex(16)}", secrets.token_hex(16))
@@ -179,7 +179,7 @@ class Server:
         self._poll.register(self._listener, select.EPOLLIN)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._stop, select.EPOLLIN)
-        self._lines: dict[int, Line] = {}
+        self._lines: dict[int, Connection] = {}
         self._thread = threading.Thread(target=self._serve, name="doorbell", daemon=True)
         self._thread.start()
 
@@ -190,7 +190,7 @@ class Server:
         os.close(self._stop)
 
     def _serve(self) -> None:
-        ring_without_yielding()
+        use_batch_scheduling()
         while True:
             for fd, events in self._poll.poll():
                 if fd == self._stop:
@@ -211,11 +211,11 @@ class Server:
         except LaneError:
             connection.close()
             return
-        line = Line(connection, on_blocked=self._await_room)
+        line = Connection(connection, on_blocked=self._await_room)
         self._lines[line.fileno()] = line
         self._poll.register(line.fileno(), select.EPOLLIN)
 
-    def _attend(self, line: Line, events: int) -> None:
+    def _attend(self, line: Connection, events: int) -> None:
         if events & select.EPOLLOUT and line.flush():
             self._poll.modify(line.fileno(), select.EPOLLIN)
         if events & ~select.EPOLLOUT:
@@ -231,7 +231,7 @@ class Server:
             except (LaneError, OSError, ValueError):
                 self._end(line)
 
-    def _greet(self, line: Line) -> None:
+    def _greet(self, line: Connection) -> None:
         try:
             data, fds = line.receive_greeting()
         except BlockingIOError:
@@ -250,11 +250,11 @@ class Server:
             raise
         line.send_greeting(answer, given)
 
-    def _await_room(self, line: Line) -> None:
+    def _await_room(self, line: Connection) -> None:
         with suppress(OSError, ValueError):
             self._poll.modify(line.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
-    def _end(self, line: Line) -> None:
+    def _end(self, line: Connection) -> None:
         self._lines.pop(line.fileno(), None)
         line.close()  # leaves the poll too
         if line.greeting is not None:

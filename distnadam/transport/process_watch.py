@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable
 
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, Line, call
+from distnadam.transport.connection import Address, Connection, call
 
 
-class Watch:
+class ProcessWatch:
     """Tells, from a thread of its own, when processes that listen somewhere end."""
 
     def __init__(self) -> None:
         self._poll = select.epoll()
-        self._watched: dict[int, tuple[Line, Callable[[], None]]] = {}
+        self._watched: dict[int, tuple[Connection, Callable[[], None]]] = {}
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def add(self, address: Address, on_end: Callable[[], None]) -> None:

@@ -17,13 +17,13 @@ import numpy as np
 
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.codec import HEADER, pack_record, unpack_record
-from distnadam.protocol.supervisor_messages import LetGo, Record, Replicated
+from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
 from distnadam.tensors.arrays import Flat, empty_flat
-from distnadam.transport.connection import Address, Line, Server, call
+from distnadam.transport.connection import Address, Connection, Server, call
 from distnadam.transport.shared_memory import Arena
 
 
-class Replica(ABC):
+class ReplicationStream(ABC):
     """A primary's end of the way to its standby.
 
     `mean` is where the coming round's mean gradient goes; `reached` is the last round that the standby has.
@@ -45,7 +45,7 @@ class Replica(ABC):
         """Let go of the standby, which learns that it is out of date from now on: the end of its primary alone would not say so."""
 
 
-class LaneReplica(Replica):
+class ShmReplicationStream(ReplicationStream):
     """A standby of the same machine: its arrays are handed over as memory, rounds by a line.
 
     Args:
@@ -68,7 +68,7 @@ class LaneReplica(Replica):
         self._poll.register(self._line.fileno(), select.POLLIN)
 
     def ready(self) -> bool:
-        """See `Replica.ready`."""
+        """See `ReplicationStream.ready`."""
         deadline = time.monotonic() + self._timeout_s
         while self._acknowledged < self.reached:
             if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
@@ -81,23 +81,23 @@ class LaneReplica(Replica):
         return True
 
     def send(self, record: Record) -> bool:
-        """See `Replica.send`."""
+        """See `ReplicationStream.send`."""
         if not self._line.send(pack_record(record)):
             return False  # it does not read
-        if isinstance(record, Replicated):
+        if isinstance(record, ReplicatedRound):
             self.reached = record.round
         return not self._hung_up()
 
     def close(self) -> None:
-        """See `Replica.close`."""
-        self._line.send(pack_record(LetGo()))
+        """See `ReplicationStream.close`."""
+        self._line.send(pack_record(DetachStandby()))
         self._line.close()
 
     def _hung_up(self) -> bool:
         return any(event & (select.POLLHUP | select.POLLERR) for _, event in self._poll.poll(0))
 
 
-class LaneFollower:
+class StandbyReceiver:
     """A standby's end: takes a copy of the arrays, then records, in the thread that serves its socket.
 
     Args:
@@ -109,7 +109,7 @@ class LaneFollower:
     def __init__(self, sizes: Mapping[str, int], begin: Callable[[dict[str, Flat]], None], apply: Callable[[Record, Flat], None]) -> None:
         self._sizes, self._begin, self._apply = sizes, begin, apply
         self._mean: Flat = empty_flat({})
-        self._primary: Line | None = None
+        self._primary: Connection | None = None
         self.ended = Event()  # set while nobody sends: one that was never filled has nothing to wait for
         self.ended.set()
         self._server = Server(self._greet, self._take, self._end)
@@ -123,7 +123,7 @@ class LaneFollower:
         """Stop listening."""
         self._server.close()
 
-    def _greet(self, line: Line, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def _greet(self, line: Connection, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         if "decided" not in greeting:
             return {}, []  # a watcher, who only wants to know when this process ends
         if len(fds) != 2:
@@ -138,17 +138,17 @@ class LaneFollower:
         self._begin(dict(zip(("params", "m", "v"), copy.flats, strict=True)))
         return {}, []
 
-    def _take(self, line: Line, frame: bytes) -> None:
+    def _take(self, line: Connection, frame: bytes) -> None:
         record = unpack_record(frame)
         try:
             self._apply(record, self._mean)
         except Exception as error:
             raise LaneError(f"{record} could not be followed: {error}") from error
-        if isinstance(record, Replicated):
+        if isinstance(record, ReplicatedRound):
             body = msgpack.packb(record.round)
             with suppress(OSError):
                 line.send(HEADER.pack(len(body)) + body)
 
-    def _end(self, line: Line) -> None:
+    def _end(self, line: Connection) -> None:
         if line is self._primary:
             self.ended.set()

@@ -12,17 +12,17 @@ from typing import Any
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
-from distnadam.protocol.messages import Decided, Leave, Message
+from distnadam.protocol.messages import Leave, Message, RoundResult
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import Address, Line, call, ring_without_yielding
+from distnadam.transport.connection import Address, Connection, call, use_batch_scheduling
 from distnadam.transport.shared_memory import Arena
 
 _LONGEST_S = 86400.0
 """Seconds of one poll, which takes no more than 31 bits of milliseconds."""
 
 
-class Lanes:
+class ShmClient:
     """One worker's end of its lanes: an arena of its own, and a line to each shard of the machine.
 
     Where it is dropped without `close`, it takes leave; where its process ends, the lines' end says that the worker died.
@@ -38,7 +38,7 @@ class Lanes:
         self._sizes, self._ranges, self._rank, self._incarnation = sizes, ranges, rank, incarnation
         self._arena = Arena.create(sizes)
         self._parameters: Arena | None = None
-        self._lines: dict[int, Line] = {}
+        self._lines: dict[int, Connection] = {}
         self._answers: dict[int, dict[int, Any]] = {}
         self._poll = select.poll()
         self._shard_of: dict[int, int] = {}
@@ -110,7 +110,7 @@ class Lanes:
         """Send each shard its message and return the number that `collect` takes."""
         if self._thread != threading.get_ident():
             self._thread = threading.get_ident()
-            ring_without_yielding()
+            use_batch_scheduling()
         self._number += 1
         self._answers = {self._number: {}}  # what comes for older ones is of no use any more
         for shard, message in messages.items():
@@ -137,7 +137,7 @@ class Lanes:
                     self._attend(self._shard_of[fd], event)
         return answers
 
-    def parameters_of(self, shard: int, decided: Decided) -> Flat:
+    def parameters_of(self, shard: int, decided: RoundResult) -> Flat:
         """Return the views of one shard's ranges that an answer speaks of."""
         flat = self.parameters[decided.buffer]
         return {space: flat[space][begin:end] for space, (begin, end) in self._ranges[shard].items()}
@@ -165,7 +165,7 @@ class Lanes:
             self._answers[number][shard] = answer
 
 
-def _take_leave(lines: dict[int, Line], leave: Leave) -> None:
+def _take_leave(lines: dict[int, Connection], leave: Leave) -> None:
     for line in lines.values():
         line.send(pack(0, leave))
         line.close()

@@ -6,10 +6,10 @@ from typing import Any
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
-from distnadam.protocol.messages import Leave, Lost, Message, ShardSpec
+from distnadam.protocol.messages import Leave, Message, ShardSpec, WorkerDied
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import Address, Line, Server, call
+from distnadam.transport.connection import Address, Connection, Server, call
 from distnadam.transport.shared_memory import Arena
 
 Run = Callable[[Callable[[], None]], object]
@@ -30,7 +30,7 @@ def parameter_arena(spec: ShardSpec, neighbour: Address | None) -> Arena:
     return arena
 
 
-class LaneServer:
+class ShmServer:
     """One shard's end of its lanes.
 
     Args:
@@ -41,7 +41,7 @@ class LaneServer:
 
     def __init__(self, spec: ShardSpec, parameters: Arena, deliver: Deliver) -> None:
         self._spec, self._parameters, self._deliver = spec, parameters, deliver
-        self._workers: dict[Line, _Caller] = {}
+        self._workers: dict[Connection, _Caller] = {}
         self._memories: dict[int, _Caller] = {}  # by rank; kept after the worker's end, for a push that counts after all
         self._server = Server(self._greet, self._take, self._end)
 
@@ -59,7 +59,7 @@ class LaneServer:
         """Hang up on everyone."""
         self._server.close()
 
-    def _greet(self, line: Line, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def _greet(self, line: Connection, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         if greeting["rank"] is not None:
             if len(fds) != 1:
                 raise LaneError(f"expected one arena, got {len(fds)}")
@@ -69,7 +69,7 @@ class LaneServer:
             self._memories[greeting["rank"]] = self._workers[line]
         return {}, [self._parameters.fd]
 
-    def _take(self, line: Line, frame: bytes) -> None:
+    def _take(self, line: Connection, frame: bytes) -> None:
         worker = self._workers[line]
         number, message = unpack(frame, worker.gradients)
         if (message.rank, message.incarnation) != (worker.rank, worker.incarnation):
@@ -77,15 +77,15 @@ class LaneServer:
         reply = _ignore if isinstance(message, Leave) else partial(worker.answer, number)
         self._deliver(message, reply, _in_this_thread)
 
-    def _end(self, line: Line) -> None:
+    def _end(self, line: Connection) -> None:
         if (worker := self._workers.pop(line, None)) is not None:
-            self._deliver(Lost(worker.rank, worker.incarnation), _ignore, _in_this_thread)
+            self._deliver(WorkerDied(worker.rank, worker.incarnation), _ignore, _in_this_thread)
 
 
 class _Caller:
     """A worker as its shard sees it: a line, and views of its arena."""
 
-    def __init__(self, line: Line, rank: int, incarnation: int, arena: Arena, ranges: Ranges) -> None:
+    def __init__(self, line: Connection, rank: int, incarnation: int, arena: Arena, ranges: Ranges) -> None:
         self._line, self.rank, self.incarnation = line, rank, incarnation
         self._arena, self._ranges = arena, ranges
         self._views: dict[tuple[str, ...], Flat] = {}

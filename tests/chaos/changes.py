@@ -34,12 +34,12 @@ def supervisor_during_reshard(scene: Scene, rng: Rng) -> float:
 def _reshard_while(scene: Scene, rng: Rng, victim: Callable[[], Process]) -> float:
     moments: list[float] = []
 
-    def strike() -> None:
+    def kill() -> None:
         pause(rng, _RESHARD_S)
         moments.append(kill(victim()))
 
     count = _another_count(scene, rng)
-    with scene.beside(strike):
+    with scene.beside(kill):
         try:
             despite_rewinds(lambda: scene.optimizer.reshard(count))
         except ClusterError as error:

@@ -26,7 +26,7 @@ class Fault:
 
     name: str
     fits: Callable[[Case], bool]
-    strike: Callable[[Scene, Rng], float]
+    kill: Callable[[Scene, Rng], float]
 
 
 # Workers
@@ -198,11 +198,11 @@ def shard_during_save(scene: Scene, rng: Rng) -> float:
     victim = scene.shards()[any_shard(scene, rng)]
     moments: list[float] = []
 
-    def strike() -> None:
+    def kill() -> None:
         pause(rng)
         moments.append(kill(victim))
 
-    with scene.beside(strike):
+    with scene.beside(kill):
         path = despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
     DistNadam.restore(path, num_shards=1, backend="local").close()
     return moments[0]

@@ -7,7 +7,7 @@ import ray
 
 from tests.processes import children
 
-_ACTORS = ("ray::ShardActor", "ray::SupervisorActor", "ray::Member", "ray::Trainer", "ray::Visitor")
+_ACTORS = ("ray::ShardActor", "ray::SupervisorActor", "ray::RankActor", "ray::Trainer", "ray::Visitor")
 
 
 def leftovers() -> dict[str, int]:

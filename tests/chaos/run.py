@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from distnadam.protocol.supervisor_messages import Schedule
+from distnadam.protocol.supervisor_messages import MembershipHistory
 from tests.chaos.blows import pause
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.scene import Case, Nodes, Scene, described, ledgers, members_of, stage, undisturbed
@@ -84,7 +84,7 @@ def cases_of_nodes() -> list[Case]:
     return [Case(2, 1, **both), Case(3, 0, **both)]  # type: ignore[arg-type]
 
 
-def strike(scene: Scene, faults: list[Fault], rng: np.random.Generator, report: Report) -> None:
+def kill(scene: Scene, faults: list[Fault], rng: np.random.Generator, report: Report) -> None:
     """Strike one fault after another, each at a random moment once training goes on."""
     for fault in faults:
         scene.await_step(time.monotonic())
@@ -92,7 +92,7 @@ def strike(scene: Scene, faults: list[Fault], rng: np.random.Generator, report: 
         if scene.case.checkpoints and rng.random() < 0.5:
             despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
         before = scene.counts()
-        moment = fault.strike(scene, rng)
+        moment = fault.kill(scene, rng)
         seconds = scene.await_step(moment) - moment
         report.seconds.setdefault((fault.name, scene.case.replicas), []).append(seconds)
         counts = scene.counts()
@@ -124,7 +124,7 @@ def compare(scene: Scene, report: Report) -> None:
     report.rounds += rounds
 
 
-def count(ledger: Mapping[str, Any], rounds: int, schedule: Schedule = ((1, tuple(range(WORKERS))),)) -> tuple[int, int]:
+def count(ledger: Mapping[str, Any], rounds: int, schedule: MembershipHistory = ((1, tuple(range(WORKERS))),)) -> tuple[int, int]:
     """Return how many (rank, round) of these members a ledger lacks, and how many it has more than once, or of others."""
     counted = Counter((rank, number) for rank, _, first, last in ledger["runs"] for number in range(first, last + 1))
     required = {(rank, number) for number in range(1, rounds + 1) for rank in members_of(schedule, number)}
@@ -152,7 +152,7 @@ def play(
         print(f"{case}: {', '.join(fault.name for fault in chosen)}", flush=True)
         with tempfile.TemporaryDirectory() as directory, stage(case, Path(directory), f"chaos-{seed}-{report.faults}", nodes) as scene:
             try:
-                strike(scene, chosen, rng, report)
+                kill(scene, chosen, rng, report)
                 compare(scene, report)
             except Exception as error:
                 report.differences.append(f"FAILED with {case}: {type(error).__name__}: {error}")

@@ -17,10 +17,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
 from distnadam import DistNadam, Options
-from distnadam.backends.ray.processes import process_born
-from distnadam.protocol.messages import Describe, Description, Hold, Release
-from distnadam.protocol.supervisor_messages import Reign, Schedule
-from tests.chaos.trainers import PATIENCE_S, WORKERS, Board, Crowd, Process, gradients_at
+from distnadam.backends.ray.processes import process_start_time
+from distnadam.protocol.messages import Describe, Description, Pause, Resume
+from distnadam.protocol.supervisor_messages import MembershipHistory, Reconfigure
+from tests.chaos.trainers import PATIENCE_S, WORKERS, Crowd, Process, ShardMapPublisher, gradients_at
 from tests.models import params
 
 STEP_TIMEOUT_S = 12.0
@@ -95,7 +95,7 @@ class Scene:
     case: Case
     directory: Path
     optimizer: DistNadam
-    board: Board
+    board: ShardMapPublisher
     crowd: Crowd
     name: str | None = None
     driver: subprocess.Popen[str] | None = None
@@ -198,7 +198,7 @@ class Scene:
 
 
 def _own_process(actor: Any) -> tuple[int, str]:
-    return os.getpid(), process_born(os.getpid())
+    return os.getpid(), process_start_time(os.getpid())
 
 
 def _facts(actor: Any, hired: Sequence[Any]) -> dict[int, tuple[int, str]]:
@@ -235,7 +235,9 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
     else:
         optimizer = case.optimizer(directory / "checkpoints", None).build(params())
     try:
-        scene = Scene(case, directory, optimizer, Board(board), Crowd(optimizer, board), name if case.named else None, driver, nodes)
+        scene = Scene(
+            case, directory, optimizer, ShardMapPublisher(board), Crowd(optimizer, board), name if case.named else None, driver, nodes
+        )
         try:
             yield scene
         finally:
@@ -254,11 +256,11 @@ def described(optimizer: DistNadam) -> list[Description]:
     return [told[index] for index in sorted(told)]
 
 
-def undisturbed(case: Case, rounds: int, schedule: Schedule) -> DistNadam:
+def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNadam:
     """Return a local optimizer after so many rounds without a fault, of those members; the caller closes it."""
     optimizer = DistNadam(num_workers=WORKERS, backend="local", clipnorm=case.clipnorm).build(params())
     workers = [optimizer.worker(rank) for rank in range(WORKERS)]
-    optimizer._running().ask({0: Reign(2, schedule)})
+    optimizer._running().ask({0: Reconfigure(2, schedule)})
     for step in range(rounds):
         present = [workers[rank] for rank in members_of(schedule, step + 1)]
         trees = [worker.pull() for worker in present]
@@ -267,7 +269,7 @@ def undisturbed(case: Case, rounds: int, schedule: Schedule) -> DistNadam:
     return optimizer
 
 
-def members_of(schedule: Schedule, number: int) -> Sequence[int]:
+def members_of(schedule: MembershipHistory, number: int) -> Sequence[int]:
     """Return the ranks that a round needed."""
     return next(ranks for first, ranks in reversed(schedule) if first <= number)
 
@@ -275,6 +277,6 @@ def members_of(schedule: Schedule, number: int) -> Sequence[int]:
 def ledgers(optimizer: DistNadam) -> list[dict[str, Any]]:
     """Return every shard's ledger."""
     shards = optimizer._running()
-    held = shards.recovering(lambda: shards.ask(shards._everyone(Hold("audit"))))
-    shards.ask(shards._everyone(Release("audit")))
+    held = shards.recovering(lambda: shards.ask(shards._everyone(Pause("audit"))))
+    shards.ask(shards._everyone(Resume("audit")))
     return [held[index].ledger for index in sorted(held)]

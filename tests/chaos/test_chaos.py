@@ -13,7 +13,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.storage.resolve import place
 from tests.chaos.faults import FAULTS
 from tests.chaos.leftovers import leftovers, wait_for_no_more_than
-from tests.chaos.run import Report, cases, cases_of_nodes, compare, count, play, strike
+from tests.chaos.run import Report, cases, cases_of_nodes, compare, count, kill, play
 from tests.chaos.scene import Case, stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -45,7 +45,7 @@ def test_a_supervisors_successor_goes_back_to_where_the_last_save_went(tmp_path:
     with stage(Case(2, 0, named=True), tmp_path, "successor") as scene:
         scene.await_step(time.monotonic())
         scene.optimizer.save(tmp_path / "elsewhere")
-        strike(scene, [kinds["supervisor killed"], kinds["shard killed"]], np.random.default_rng(SEED), report)
+        kill(scene, [kinds["supervisor killed"], kinds["shard killed"]], np.random.default_rng(SEED), report)
         assert scene.counts()["rewound"] == 1
         compare(scene, report)
     assert not report.differences, str(report)
@@ -58,7 +58,7 @@ def test_close_after_deaths_of_all_kinds_of_process_leaves_no_process_actor_sock
     before, report = leftovers(), Report()
     names = {"worker killed", "shard killed", "standby killed", "saver killed", "supervisor killed"}
     with stage(case, tmp_path, "leftovers") as scene:
-        strike(scene, [fault for fault in FAULTS if fault.name in names and fault.fits(case)], np.random.default_rng(SEED), report)
+        kill(scene, [fault for fault in FAULTS if fault.name in names and fault.fits(case)], np.random.default_rng(SEED), report)
         during = leftovers()
         del scene
     assert all(during[what] > before[what] for what in ("actors", "sockets", "memfds"))

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam import DistNadam
-from distnadam.backends.ray.processes import process_born
+from distnadam.backends.ray.processes import process_start_time
 from distnadam.errors import LatePush, Rewound, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from tests.models import gradients, leaves, params
 
@@ -54,7 +54,7 @@ def despite_rewinds(work: Callable[[], Result]) -> Result:
             continue
 
 
-class Board:
+class ShardMapPublisher:
     """By rank: the last round decided, when its step began and ended (monotonic), rounds replayed so far."""
 
     def __init__(self, path: str) -> None:
@@ -92,14 +92,14 @@ class Trainer:
     """One rank in a process of its own, training until it is told where to end."""
 
     def __init__(self, optimizer: DistNadam, rank: int, board: str) -> None:
-        self._rank, self._board, self._rng = rank, Board(board), np.random.default_rng()
+        self._rank, self._board, self._rng = rank, ShardMapPublisher(board), np.random.default_rng()
         self._end = 2**62
         self._doom: tuple[tuple[int, ...], int] | None = None
         self._worker = optimizer.worker(rank)
 
     def about(self) -> tuple[int, str]:
         """Return this process."""
-        return os.getpid(), process_born(os.getpid())
+        return os.getpid(), process_start_time(os.getpid())
 
     def finish(self, end: int) -> None:
         """End once so many rounds are decided."""
@@ -161,7 +161,7 @@ class Process:
     @property
     def alive(self) -> bool:
         """Whether it is still there."""
-        return process_born(self.pid) == self.born
+        return process_start_time(self.pid) == self.born
 
 
 class Crowd:

@@ -6,7 +6,7 @@ import signal
 import ray
 
 from distnadam import DistNadam
-from distnadam.backends.ray.processes import process_born
+from distnadam.backends.ray.processes import process_start_time
 from tests.chaos.scene import Scene
 from tests.chaos.trainers import Process, despite_rewinds
 
@@ -18,7 +18,7 @@ class Visitor:
         self._optimizer, self._directory = optimizer, directory
 
     def about(self) -> tuple[int, str]:
-        return os.getpid(), process_born(os.getpid())
+        return os.getpid(), process_start_time(os.getpid())
 
     def read(self) -> None:
         while True:

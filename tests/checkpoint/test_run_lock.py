@@ -11,8 +11,8 @@ import fsspec
 import pytest
 
 import distnadam.checkpoint.run_lock as claims
-from distnadam.checkpoint.run_lock import Lease, claim
-from distnadam.checkpoint.storage.base import Folder
+from distnadam.checkpoint.run_lock import LeaseFile, claim
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.errors import CheckpointBusy
 
@@ -20,12 +20,12 @@ LEASE_S = 0.4
 
 
 @pytest.fixture
-def folder() -> Iterator[Folder]:
+def folder() -> Iterator[Directory]:
     yield place("memory://claim/run")
     fsspec.filesystem("memory").store.clear()
 
 
-def die(lease: Lease) -> None:
+def die(lease: LeaseFile) -> None:
     """Let a lease be as its process's death leaves it."""
     lease._ended.set()
     lease._thread.join()
@@ -38,11 +38,11 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_second_run_is_refused_by_name_while_the_first_lives(folder: Folder) -> None:
-    with Lease(folder, LEASE_S) as first:
+def test_a_second_run_is_refused_by_name_while_the_first_lives(folder: Directory) -> None:
+    with LeaseFile(folder, LEASE_S) as first:
         with (
             pytest.raises(CheckpointBusy, match=r"memory://claim/run: another run writes here \(process \d+ of .+\)"),
-            Lease(folder, LEASE_S),
+            LeaseFile(folder, LEASE_S),
         ):
             pass
         first.check()
@@ -50,18 +50,18 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives(folder: Folder) -
     assert folder.files() == {}
 
 
-def test_a_dead_run_is_outwaited(folder: Folder) -> None:
-    first = Lease(folder, LEASE_S).__enter__()
+def test_a_dead_run_is_outwaited(folder: Directory) -> None:
+    first = LeaseFile(folder, LEASE_S).__enter__()
     die(first)
-    with Lease(folder, LEASE_S) as second:
+    with LeaseFile(folder, LEASE_S) as second:
         second.check()
         assert len(folder.files()) == 1
 
 
-def test_a_run_that_was_taken_over_from_is_told_when_it_wakes_up(folder: Folder) -> None:
-    first = Lease(folder, LEASE_S).__enter__()
+def test_a_run_that_was_taken_over_from_is_told_when_it_wakes_up(folder: Directory) -> None:
+    first = LeaseFile(folder, LEASE_S).__enter__()
     die(first)
-    with Lease(folder, LEASE_S) as second:
+    with LeaseFile(folder, LEASE_S) as second:
         first._ended.clear()
         first._keep()
         with pytest.raises(CheckpointBusy, match="another run took over"):
@@ -69,13 +69,13 @@ def test_a_run_that_was_taken_over_from_is_told_when_it_wakes_up(folder: Folder)
         second.check()
 
 
-def test_of_runs_that_start_at_once_one_stays(folder: Folder) -> None:
+def test_of_runs_that_start_at_once_one_stays(folder: Directory) -> None:
     begun, held = threading.Barrier(4), []
 
     def start() -> None:
         begun.wait()
         with suppress(CheckpointBusy):
-            held.append(Lease(folder, LEASE_S).__enter__())
+            held.append(LeaseFile(folder, LEASE_S).__enter__())
 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(start) for _ in range(4)]:
@@ -85,8 +85,8 @@ def test_of_runs_that_start_at_once_one_stays(folder: Folder) -> None:
     held[0].__exit__()
 
 
-def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Lease(folder, LEASE_S) as lease:
+def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(folder: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LeaseFile(folder, LEASE_S) as lease:
         failed = threading.Event()
 
         def refuse(phase: str) -> None:

@@ -14,12 +14,12 @@ import distnadam.runtime.shard_host as host
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
-from distnadam.protocol.messages import Hold
+from distnadam.protocol.messages import Pause
 from distnadam.runtime import snapshot
 from tests.models import bits, params, run
 
 
-class Gate:
+class ExclusiveHold:
     """Lets shards' files be written only once it is opened, and fail where it is told to."""
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class Gate:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate, write = Gate(), host.write_shard
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExclusiveHold]:
+    gate, write = ExclusiveHold(), host.write_shard
     monkeypatch.setattr(host, "write_shard", lambda *args, **how: gate(write, *args, **how))
     yield gate
     gate.opened.set()
 
 
-def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(gate: Gate, tmp_path: Path) -> None:
+def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(gate: ExclusiveHold, tmp_path: Path) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         run(optimizer, 0, 2)
         before = bits(optimizer)
@@ -109,7 +109,7 @@ def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(backend: str,
             assert (again.round, bits(again)) == (step + 1, expected)
 
 
-def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(gate: Gate, tmp_path: Path) -> None:
+def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(gate: ExclusiveHold, tmp_path: Path) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         gate.error = CheckpointError("shard-0: the disk is full")
         saving = optimizer.save(tmp_path, wait=False)
@@ -124,7 +124,7 @@ def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(gate: Gate
         assert optimizer.save(tmp_path) == str(tmp_path / "step_00000001")
 
 
-def test_an_error_that_nobody_was_told_comes_at_the_end(gate: Gate, tmp_path: Path) -> None:
+def test_an_error_that_nobody_was_told_comes_at_the_end(gate: ExclusiveHold, tmp_path: Path) -> None:
     gate.error = CheckpointError("shard-0: the disk is full")
     gate.opened.set()
     optimizer = DistNadam(backend="local").build(params())
@@ -134,7 +134,7 @@ def test_an_error_that_nobody_was_told_comes_at_the_end(gate: Gate, tmp_path: Pa
     optimizer.close()
 
 
-def test_an_error_that_was_told_is_not_told_again_and_never_hides_what_ended_the_block(gate: Gate, tmp_path: Path) -> None:
+def test_an_error_that_was_told_is_not_told_again_and_never_hides_what_ended_the_block(gate: ExclusiveHold, tmp_path: Path) -> None:
     gate.error = CheckpointError("shard-0: the disk is full")
     gate.opened.set()
     with DistNadam(backend="local").build(params()) as optimizer, pytest.raises(CheckpointError, match="full"):
@@ -149,7 +149,7 @@ def fail_while_saving(root: Path) -> None:
         raise KeyError("mine")
 
 
-def test_closing_waits_for_the_checkpoint(gate: Gate, tmp_path: Path) -> None:
+def test_closing_waits_for_the_checkpoint(gate: ExclusiveHold, tmp_path: Path) -> None:
     optimizer = DistNadam(num_shards=2, backend="local").build(params())
     optimizer.save(tmp_path, wait=False)
     threading.Timer(0.1, gate.opened.set).start()
@@ -157,7 +157,7 @@ def test_closing_waits_for_the_checkpoint(gate: Gate, tmp_path: Path) -> None:
     assert store.verify(tmp_path / "step_00000000").round == 0
 
 
-def test_nobody_else_writes_that_checkpoint_meanwhile(gate: Gate, tmp_path: Path) -> None:
+def test_nobody_else_writes_that_checkpoint_meanwhile(gate: ExclusiveHold, tmp_path: Path) -> None:
     with DistNadam(backend="local").build(params()) as first, DistNadam(backend="local").build(params()) as second:
         first.save(tmp_path, wait=False)
         with pytest.raises(CheckpointBusy, match="another save is writing it"):
@@ -175,7 +175,7 @@ def test_the_memory_for_snapshots_is_kept(tmp_path: Path) -> None:
         assert [h._behind._kept["m"]["float32"].ctypes.data for h in hosts] == before
 
 
-def test_a_change_after_the_snapshot_is_not_taken_for_saved(gate: Gate, tmp_path: Path) -> None:
+def test_a_change_after_the_snapshot_is_not_taken_for_saved(gate: ExclusiveHold, tmp_path: Path) -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
         shard = optimizer._running().backend._hosts[0]._shard  # type: ignore[attr-defined]
         optimizer.set_params(params(1))
@@ -198,7 +198,7 @@ def test_a_snapshot_is_only_taken_of_held_shards() -> None:
             shards.ask({0: Save("nobody", "directory", "file", behind=True)})
         with pytest.raises(ShardLost, match="has been replaced since"):
             shards.ask({0: Collect("file")})
-        shards.ask({0: Hold("me")})
+        shards.ask({0: Pause("me")})
 
 
 def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_before(tmp_path: Path, ray_cluster: None) -> None:

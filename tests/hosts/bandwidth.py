@@ -10,7 +10,7 @@ FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Measured:
+class PartialNorms:
     """What one step moved over the shards' cable, in and out, in bytes, what it took, and what those bytes take at the cable's speed.
 
     Gradients go in before parameters come out, so the two times add up.
@@ -40,7 +40,7 @@ class Measured:
         return f"{sizes}; {speed}: {self.seconds / self.explained_s:.2f} times that"
 
 
-def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -> Measured:
+def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -> PartialNorms:
     """Step a worker on the head and a shard on the second host, which alone has room for one."""
     shards = cluster.hosts[1]
     program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.stepping", json.dumps({"size": size, "num_shards": 1, "steps": steps}))
@@ -55,4 +55,4 @@ def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -
     program.tell("end")
     program.finish()
     received, sent = (now - then for now, then in zip(after, before, strict=True))
-    return Measured(FLOAT32_BYTES * size, received / steps, sent / steps, seconds, bits_per_s)
+    return PartialNorms(FLOAT32_BYTES * size, received / steps, sent / steps, seconds, bits_per_s)

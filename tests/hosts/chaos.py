@@ -34,7 +34,7 @@ _AT_ONCE_S = 0.05
 
 def _for_good(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng) -> float:
     """Strike, and bring the host back once the others have gone on: by its cable, then by starting it anew."""
-    cluster.strike(host, how)
+    cluster.kill(host, how)
     seconds = go_on()
     if how != "kill" and rng.random() < 0.5:
         host.unshape()
@@ -45,7 +45,7 @@ def _for_good(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float]
 
 
 def _for_a_moment(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng) -> float:
-    cluster.strike(host, how)
+    cluster.kill(host, how)
     time.sleep(rng.choice([0.05, 0.5, 2.0]) * rng.random())
     host.unshape()
     host.mend()
@@ -59,7 +59,7 @@ class Fault:
 
     name: str
     how: str
-    strike: Callable[[Cluster, Host, str, Callable[[], float], Rng], float]
+    kill: Callable[[Cluster, Host, str, Callable[[], float], Rng], float]
     head_too: bool = False
 
 
@@ -132,7 +132,7 @@ def _run(faults: list[Fault], number: int, cluster: Cluster, directory: Path, rn
         time.sleep(rng.uniform(0, 0.3))
         host = cluster.hosts[int(rng.integers(0 if fault.head_too else 1, len(cluster.hosts)))]
         go_on = partial(_next_step, program, time.time())
-        seconds = fault.strike(cluster, host, fault.how, go_on, rng)
+        seconds = fault.kill(cluster, host, fault.how, go_on, rng)
         report.seconds.setdefault((fault.name, replicas), []).append(seconds)
         print(f"  {fault.name}, {host.address}: {seconds:.1f} s", flush=True)
     program.first("done")

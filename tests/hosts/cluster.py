@@ -38,7 +38,7 @@ _TRIES = 3
 
 
 @dataclass(frozen=True)
-class Line:
+class Connection:
     """One line that `distnadam` logged: when, on which host, in which process there."""
 
     time: float
@@ -106,7 +106,7 @@ class Cluster:
             self._await(host)
         return new
 
-    def strike(self, host: Host, how: str) -> float:
+    def kill(self, host: Host, how: str) -> float:
         """Do to a host what its method of that name does; return when."""
         self.struck.add(host)
         moment = time.time()
@@ -178,7 +178,7 @@ class Cluster:
         """Start Python so."""
         return self.run(host, sys.executable, *map(str, args), **env)
 
-    def logged(self, pattern: str = "", since: float = 0.0) -> list[Line]:
+    def logged(self, pattern: str = "", since: float = 0.0) -> list[Connection]:
         """What `distnadam` has logged on all hosts that has this in it, in order of time."""
         found = []
         for path in self._logs.iterdir():
@@ -186,7 +186,7 @@ class Cluster:
             for line in path.read_text().splitlines():
                 moment, _, text = line.partition(" ")
                 if re.search(pattern, text) and re.fullmatch(r"\d+\.\d+", moment) and float(moment) >= since:
-                    found.append(Line(float(moment), host, int(pid), text))
+                    found.append(Connection(float(moment), host, int(pid), text))
         return sorted(found, key=lambda line: line.time)
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ def test_a_run_that_loses_a_host_ends_with_the_bits_of_one_process(how: str, rep
     program.first("step", lambda step: step >= moment)
     time.sleep(rng.uniform(0, 0.3))  # told of several steps at a time, it is struck in the middle of any
     victim = hosts.host_at(shards[int(rng.integers(len(shards)))])
-    struck = hosts.strike(victim, how)
+    struck = hosts.kill(victim, how)
     program.first("done")
     program.finish()
     decisions = " ".join(line.text for line in hosts.logged("^supervisor: ", since=struck))
@@ -58,7 +58,7 @@ def test_cables_that_are_out_for_moments_change_no_bit(whole_hosts: Cluster, tmp
     for number, (host, how) in enumerate(zip(hosts.hosts, ("cut", "silence", "deafen"), strict=True)):
         program.first("step", lambda step, least=60 * (number + 1): step >= least)
         time.sleep(rng.uniform(0, 0.3))
-        hosts.strike(host, how)
+        hosts.kill(host, how)
         time.sleep(rng.uniform(0.1, 1.0))
         host.unshape()
         host.mend()

@@ -50,7 +50,7 @@ def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_r
     program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.sides", json.dumps(about | {"diaries": [str(diary) for diary in diaries]}))
     victim = hosts.host_at(program.first("shard")["shard"])
     wait_for(lambda: len(rounds(diaries[0])) >= 20)
-    hosts.strike(victim, how)
+    hosts.kill(victim, how)
     program.tell("take over")
     wait_for(lambda: len(rounds(diaries[1])) >= 20)
     victim.unshape()

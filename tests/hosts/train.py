@@ -11,7 +11,7 @@ from typing import Any
 
 from distnadam import DistNadam, Options, fit
 from distnadam.backends.ray.backend import RayBackend
-from distnadam.client.shard_group import Controller
+from distnadam.client.shard_group import ShardGroup
 from distnadam.training.callbacks import Callback
 from distnadam.training.tasks.digits import Digits
 from tests.hosts.program import say
@@ -43,9 +43,9 @@ class Say(Callback):
         say(message=text)
 
 
-def _running() -> Controller:
+def _running() -> ShardGroup:
     """The shards of the optimizer that `fit` has at the moment."""
-    found = [each for each in gc.get_objects() if isinstance(each, Controller)]
+    found = [each for each in gc.get_objects() if isinstance(each, ShardGroup)]
     return next(each for each in found if not getattr(each.backend, "_closed", False))
 
 

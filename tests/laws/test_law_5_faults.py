@@ -18,10 +18,10 @@ from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.client import worker_session
-from distnadam.client.checkpointing import Saver
-from distnadam.client.shard_group import Controller
+from distnadam.client.checkpointing import CheckpointWriter
+from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
 from distnadam.shard.ledger import DIRECT
@@ -157,7 +157,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         topology = {"num_shards": len(self.world.shards), "num_workers": RANKS, "replicas": 0, "name": None}
         about: dict[str, Any] = {"config": self.config.to_dict(), "options": self.options.to_dict(), "topology": topology, "data": {}}
         with contextlib.suppress(StepTimeout, StaleEpoch):
-            Saver().save(self.controller(), LocalFolder(self.root), about)
+            CheckpointWriter().save(self.controller(), LocalDirectory(self.root), about)
 
     @rule(num_shards=st.integers(1, 3))
     def reshard(self, num_shards: int) -> None:
@@ -171,8 +171,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage, PushesPending):
             self.controller().step({"w": OUTSIDE})
 
-    def controller(self) -> Controller:
-        return Controller(WorldBackend(self.world), self.layout, len(self.world.shards), self.options)
+    def controller(self) -> ShardGroup:
+        return ShardGroup(WorldBackend(self.world), self.layout, len(self.world.shards), self.options)
 
     # What befalls them
 
@@ -220,7 +220,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         """Every shard and standby holds the bits of one process that counted the same pushes, each needed rank's once in each round."""
         histories: dict[int, list[Any]] = {}
         for process in self.world.shards:
-            if process.alive and process.host is not None and process.host._shard.phase is not Phase.OBEYING:
+            if process.alive and process.host is not None and process.host._shard.phase is not Phase.LOADING:
                 shard = process.host._shard
                 assert self.epochs.get(process, 0) <= shard.epochs.now
                 self.epochs[process] = shard.epochs.now

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from distnadam import DistNadam, Options
 from distnadam.config import NadamConfig
 from distnadam.errors import LatePush, ProtocolError, PushesPending, RoundMismatch, StaleEpoch, StepTimeout, SupersededWorker
-from distnadam.protocol.messages import Decided, Hold, Join, Push, Read, Release, ShardSpec, Step, Write
+from distnadam.protocol.messages import Join, Pause, Push, Read, Resume, RoundResult, ShardSpec, Step, Write
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.layout import Layout
 from tests.models import bits, gradients, params
@@ -26,17 +26,17 @@ SIZE = 5
 def new_host() -> ShardHost:
     layout = Layout.of({"w": np.ones(SIZE, np.float32)})
     host = ShardHost(ShardSpec(0, 1, RANKS, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0]))
-    host.send(Hold("setup")).result(0)
+    host.send(Pause("setup")).result(0)
     host.send(Write("setup", {"params": {"float32": np.ones(SIZE, np.float32)}})).result(0)
-    host.send(Release("setup")).result(0)
+    host.send(Resume("setup")).result(0)
     return host
 
 
 def state_of(host: ShardHost) -> dict[str, Any]:
-    host.send(Hold("read")).result(0)
+    host.send(Pause("read")).result(0)
     arrays = host.send(Read("read", ("params", "m", "v"))).result(0)
     copy = {name: flat["float32"].tobytes() for name, flat in arrays.items()}
-    host.send(Release("read")).result(0)
+    host.send(Resume("read")).result(0)
     return copy
 
 
@@ -107,15 +107,15 @@ class OnceAgainstAModel(RuleBasedStateMachine):
         self.round += 1
         self.counted |= {(rank, push.incarnation, self.round) for rank, push in self.pending.items()}
         self.rounds.append([push for _, push in sorted(self.pending.items())])
-        assert all(isinstance(f.result(0), Decided) and f.result(0).round == self.round for _, f in self.waiting)
+        assert all(isinstance(f.result(0), RoundResult) and f.result(0).round == self.round for _, f in self.waiting)
         self.pending, self.waiting = {}, []
 
     @rule()
     def replace_the_state_by_itself(self) -> None:
-        self.host.send(Hold("x")).result(0)
+        self.host.send(Pause("x")).result(0)
         arrays = self.host.send(Read("x", ("params", "m", "v"))).result(0)
         self.host.send(Write("x", {name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})).result(0)
-        self.host.send(Release("x")).result(0)
+        self.host.send(Resume("x")).result(0)
         self.epoch += 1
         assert all(isinstance(f.exception(0), StaleEpoch) for _, f in self.waiting)
         self.pending, self.waiting = {}, []

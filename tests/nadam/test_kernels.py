@@ -20,9 +20,9 @@ from distnadam.nadam.kernels import (
     BLOCK_BYTES,
     KernelName,
     Part,
-    Rates,
     Scratch,
     Slots,
+    StepConstants,
     Stepper,
     check_denormals,
     make_stepper,
@@ -45,7 +45,7 @@ def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
     return values
 
 
-def plain(slots: Slots, gradients: list[Any], scale: float | None, rates: Rates) -> tuple[Any, Any, Any]:
+def plain(slots: Slots, gradients: list[Any], scale: float | None, rates: StepConstants) -> tuple[Any, Any, Any]:
     """One step as the docstring's formula says it, with temporaries, on whole arrays."""
     t = slots.p.dtype.type
     g = gradients[0].astype(t)
@@ -99,7 +99,7 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     out = None if in_place else np.empty(size, dtype)
     slots = Slots(numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), out)
     gradients = [numbers(rng, size, dtype) for _ in range(workers)]
-    rates = Rates(1.0 - 0.9, 1.0 - 0.999, clipvalue)
+    rates = StepConstants(1.0 - 0.9, 1.0 - 0.999, clipvalue)
     with np.errstate(all="ignore"):
         if half is not None and dtype == "float32":
             gradients = [np.clip(g, -1e4, 1e4).astype(half) if rng.random() < 0.7 else g for g in gradients]
@@ -140,7 +140,7 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
     slots = Slots(*(np.ones(size, np.float32) for _ in range(3)), np.empty(size, np.float32))
     gradients = [np.ones(size, np.float16 if half else np.float32) for _ in range(3)]
     tracemalloc.start()
-    stepper(kernel, "float32", 1).step(slots, gradients, SCALARS, Rates(0.1, 0.001, 0.5), [Part(0, size, 0.5)])
+    stepper(kernel, "float32", 1).step(slots, gradients, SCALARS, StepConstants(0.1, 0.001, 0.5), [Part(0, size, 0.5)])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * BLOCK_BYTES  # of the forty of each array

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
 from distnadam.protocol.codec import Frames, pack, unpack
-from distnadam.protocol.messages import Decided, Leave, Measured, Norms, Pull, Push
+from distnadam.protocol.messages import Leave, PartialNorms, Pull, Push, RoundResult, TotalNorms
 
 GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
 MESSAGES: list[Any] = [
     Push(1, 2, 3, 4, None, "worker 2: gradient 'w' is not finite"),
-    Decided(1, 2, 3, "applied", None, 0.002, 1),
-    Decided(1, 2, 3, "refused", "it is NaN", 0.0, 0),
+    RoundResult(1, 2, 3, "applied", None, 0.002, 1),
+    RoundResult(1, 2, 3, "refused", "it is NaN", 0.0, 0),
     Leave(1, 2),
 ]
 
@@ -40,9 +40,9 @@ def test_a_push_says_in_which_dtypes_the_gradients_lie() -> None:
 
 def test_sums_and_norms_come_back_to_the_bit() -> None:
     sums = (np.array([1.5, np.inf, 1e-320]), np.array([]))
-    _, measured = unpack(pack(1, Measured(3, ((0, sums[0]), (2, sums[1]))))[4:])
+    _, measured = unpack(pack(1, PartialNorms(3, ((0, sums[0]), (2, sums[1]))))[4:])
     assert [(tensor, array.tobytes()) for tensor, array in measured.sums] == [(0, sums[0].tobytes()), (2, b"")]
-    _, norms = unpack(pack(1, Norms(1, 2, 3, 4, sums[0]))[4:])
+    _, norms = unpack(pack(1, TotalNorms(1, 2, 3, 4, sums[0]))[4:])
     assert (norms.round, norms.square_sums.tobytes()) == (4, sums[0].tobytes())
 
 

@@ -11,13 +11,13 @@ from distnadam.config import NadamConfig, Options
 from distnadam.errors import IllegalMessage
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.codec import pack_record, unpack_record
-from distnadam.protocol.messages import Hold, Join, Measured, Norms, Push, ShardSpec, Write
-from distnadam.protocol.supervisor_messages import Attach, LetGo, Load, Record, Reign, Replicated
+from distnadam.protocol.messages import Join, PartialNorms, Pause, Push, ShardSpec, TotalNorms, Write
+from distnadam.protocol.supervisor_messages import AttachStandby, DetachStandby, Load, Reconfigure, Record, ReplicatedRound
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout
-from distnadam.transport.replication import Replica
+from distnadam.transport.replication import ReplicationStream
 from tests.reference import State, state_of
 
 SIZE = 1500
@@ -25,7 +25,7 @@ LAYOUT = Layout.of({"a": np.ones(SIZE - 7, np.float32), "b": np.ones(7, np.float
 INITIAL = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
 
 
-class InProcess(Replica):
+class InProcess(ReplicationStream):
     """The way to a standby in this process, records as bytes; `sent` are all of them."""
 
     def __init__(self, standby: Standby, standing: Any, config: NadamConfig, arrays: dict[str, Flat]) -> None:
@@ -43,7 +43,7 @@ class InProcess(Replica):
         return True
 
     def close(self) -> None:
-        self.send(LetGo())
+        self.send(DetachStandby())
 
 
 def pair(kernel: str = "numpy", workers: int = 2, **config: Any) -> tuple[ShardHost, Standby, ShardSpec]:
@@ -54,7 +54,7 @@ def pair(kernel: str = "numpy", workers: int = 2, **config: Any) -> tuple[ShardH
     primary.send(Load(1, params=INITIAL)).result(0)
     for rank in range(workers):
         primary.send(Join(rank)).result(0)
-    primary.send(Attach("there")).result(0)
+    primary.send(AttachStandby("there")).result(0)
     return primary, standby, spec
 
 
@@ -63,8 +63,8 @@ def do_round(host: ShardHost, number: int, seed: int, *, epoch: int = 1, workers
     for rank in range(workers):
         gradient = {"float32": (10 * rng.standard_normal(SIZE)).astype(np.float32)} if finite else None
         answer = host.send(Push(epoch, rank, 1, number, gradient, None if finite else "NaN"))
-    if isinstance(measured := answer.result(0), Measured):
-        host.send(Norms(epoch, 0, 1, number, tensor_square_sums(2, [measured.sums]))).result(0)
+    if isinstance(measured := answer.result(0), PartialNorms):
+        host.send(TotalNorms(epoch, 0, 1, number, tensor_square_sums(2, [measured.sums]))).result(0)
 
 
 def same(one: State, other: State) -> bool:
@@ -85,7 +85,7 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
     for number, good in enumerate(finite, 1):
         do_round(primary, number, number, workers=workers, finite=good)
         assert standby.reached == number
-    promoted, standing = standby.promote(Reign(2, ((1, tuple(range(workers))),)), ShardHost)
+    promoted, standing = standby.promote(Reconfigure(2, ((1, tuple(range(workers))),)), ShardHost)
     assert same(state_of(promoted), state_of(primary))
     assert standing.ledger == primary._shard.members.ledger.to_dict()
     assert promoted._shard._counted == primary._shard._counted
@@ -97,8 +97,8 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
 
 def test_it_knows_the_membership_and_the_epoch_of_the_last_reign() -> None:
     primary, standby, _ = pair()
-    primary.send(Reign(5, ((1, (0, 1)), (3, (1,))), {0: 4})).result(0)
-    promoted, standing = standby.promote(Reign(0, ()), ShardHost)
+    primary.send(Reconfigure(5, ((1, (0, 1)), (3, (1,))), {0: 4})).result(0)
+    promoted, standing = standby.promote(Reconfigure(0, ()), ShardHost)
     assert promoted._shard.members.schedule == ((1, (0, 1)), (3, (1,)))
     assert promoted._shard.members.ledger.newest(0) == 4
     assert standing.epoch == 5 and promoted._shard.epochs.now == 6
@@ -109,13 +109,13 @@ def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str) -> N
     primary, standby, _ = pair()
     do_round(primary, 1, 1)
     if replaced == "written":
-        primary.send(Hold("me")).result(0)
+        primary.send(Pause("me")).result(0)
         primary.send(Write("me", {"params": INITIAL})).result(0)
     else:
         primary.send(Load(2, params=INITIAL)).result(0)
     assert standby.reached is None
     with pytest.raises(IllegalMessage, match="has no state yet"):
-        standby.promote(Reign(3, ()), ShardHost)
+        standby.promote(Reconfigure(3, ()), ShardHost)
 
 
 def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date() -> None:
@@ -123,7 +123,7 @@ def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date
     do_round(primary, 1, 1)
     clock = primary._shard.clock
     with pytest.raises(IllegalMessage, match="standby of shard 0: expected round 2, got round 3"):
-        standby.apply(Replicated(3, 0, "applied", None, {}, 0.002, 0, clock), INITIAL)
+        standby.apply(ReplicatedRound(3, 0, "applied", None, {}, 0.002, 0, clock), INITIAL)
     assert standby.reached is None
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from distnadam.client import worker_session
-from distnadam.client.shard_group import Controller
+from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLost
-from distnadam.protocol.messages import Hold, Step
+from distnadam.protocol.messages import Pause, Step
 from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Worker
 from tests.reference import state_of
@@ -39,8 +39,8 @@ class Scene:
         self.world, self.layout = begin_world(INITIAL, NadamConfig(**config), self.options, 2, 2, 0, objects=objects)
         self.workers = [self.worker(rank) for rank in range(2)]
 
-    def controller(self) -> Controller:
-        return Controller(WorldBackend(self.world), self.layout, 2, self.options)
+    def controller(self) -> ShardGroup:
+        return ShardGroup(WorldBackend(self.world), self.layout, 2, self.options)
 
     def worker(self, rank: int) -> Worker:
         return Worker(self.controller(), rank)
@@ -60,7 +60,7 @@ class Scene:
     def take_over_rank_1(self) -> None:
         self.workers[1] = self.worker(1)
 
-    def see_through(self, *tickets: Any) -> list[Any]:
+    def wait_for(self, *tickets: Any) -> list[Any]:
         """Wait for tickets by turns, since here each does its part only while it is waited for; return rounds or errors."""
         found: dict[int, Any] = {}
         for _ in range(6):
@@ -88,7 +88,7 @@ def test_another_gradient_counts_alone_whichever_shards_had_dropped_the_first(fa
     with pytest.raises(WorkerLost, match="worker 1 died before it pushed for round 1 and nobody took it over"):
         first.result()
     scene.take_over_rank_1()
-    assert scene.see_through(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
+    assert scene.wait_for(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
     scene.require_mean_of(5.0, 3.0)
 
 
@@ -98,7 +98,7 @@ def test_a_push_that_one_shard_has_counted_counts_on_the_one_that_dropped_it(obj
     first = scene.push(0, 1.0)
     scene.lose_rank_1(["", "lose"])
     scene.take_over_rank_1()
-    assert scene.see_through(scene.push(1, 3.0), first) == [1, 1]
+    assert scene.wait_for(scene.push(1, 3.0), first) == [1, 1]
     scene.require_mean_of(1.0, 3.0)
 
 
@@ -108,7 +108,7 @@ def test_a_complaint_that_one_shard_has_counted_skips_the_round_on_the_one_that_
     first = scene.push(0, np.nan)
     scene.lose_rank_1(["", "lose"])
     scene.take_over_rank_1()
-    assert scene.see_through(scene.push(1, 3.0), first) == [0, 0], "a skipped round is no iteration"
+    assert scene.wait_for(scene.push(1, 3.0), first) == [0, 0], "a skipped round is no iteration"
     ledgers = [process.host._shard.members.ledger.to_dict()["runs"] for process in scene.world.shards if process.host]
     assert ledgers[0] == ledgers[1]
     assert len(ledgers[0]) == 2, "both ranks were counted in the one round"
@@ -120,11 +120,11 @@ def test_a_late_copy_of_a_dropped_push_counts_nowhere(already: bool) -> None:
     scene.world.faults = deque(["", "delay"])
     first = scene.push(0, 1.0)
     scene.lose_rank_1([""])
-    assert isinstance(scene.see_through(first)[0], WorkerLost)
+    assert isinstance(scene.wait_for(first)[0], WorkerLost)
     scene.take_over_rank_1()
     second = scene.push(0, 5.0) if already else None
     scene.world.deliver_one(0)
-    assert scene.see_through(second or scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
+    assert scene.wait_for(second or scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
     scene.require_mean_of(5.0, 3.0)
 
 
@@ -135,9 +135,9 @@ def test_every_worker_hears_why_no_step_can_be_made_and_another_gradient_counts_
 
     scene = Scene(lr=no_rate, **clip)
     tickets = [scene.push(0, 1.0), scene.push(1, 2.0)]
-    assert [str(error) for error in scene.see_through(*tickets)] == ["lr at step 0: the schedule raised RuntimeError: no rate"] * 2
+    assert [str(error) for error in scene.wait_for(*tickets)] == ["lr at step 0: the schedule raised RuntimeError: no rate"] * 2
     scene.controller().set_rate(0.001)
-    assert scene.see_through(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
+    assert scene.wait_for(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
     scene.require_mean_of(5.0, 3.0)
 
 
@@ -147,15 +147,15 @@ def test_norms_of_a_dropped_round_clip_no_step_from_outside() -> None:
 
     scene = Scene(lr=no_rate, global_clipnorm=0.5)
     tickets = [scene.push(0, 1.0), scene.push(1, 1.0)]
-    assert isinstance(scene.see_through(tickets[0])[0], ConfigError)
+    assert isinstance(scene.wait_for(tickets[0])[0], ConfigError)
     scene.controller().set_rate(0.001)
     process = scene.world.shards[0]
-    process.send(Hold("outside")).result(0)
+    process.send(Pause("outside")).result(0)
     gradients = cut_flat({"float32": np.full(SIZE, 100.0, np.float32)}, process.spec.ranges)
     process.send(Step("outside", 1, 1, gradients))
     while process.work():
         pass
-    assert isinstance(scene.see_through(tickets[1])[0], ConfigError)
+    assert isinstance(scene.wait_for(tickets[1])[0], ConfigError)
     assert not process.work(), "it still awaits its own norms"
     assert process.host is not None
     assert process.host._shard.round == 0

@@ -20,7 +20,7 @@ from distnadam.tensors.layout import Layout
 
 LAYOUT = Layout.of({"w": np.ones(3, np.float32)})
 GRADIENTS = {"float32": np.ones(3, np.float32)}
-MEASURED = msg.Measured(1, ((0, np.array([3.0])),))
+MEASURED = msg.PartialNorms(1, ((0, np.array([3.0])),))
 
 
 def new_shard(**config: Any) -> Shard:
@@ -28,8 +28,8 @@ def new_shard(**config: Any) -> Shard:
     return Shard(ShardSpec(0, 1, 2, 0, None, NadamConfig(**config), Options(), LAYOUT, ranges), ShardState.empty(ranges))
 
 
-def push(rank: int, decided: int = 1, complaint: str | None = None) -> msg.Push:
-    return msg.Push(0, rank, 1, decided, GRADIENTS, complaint)
+def push(rank: int, decided: int = 1, rejection: str | None = None) -> msg.Push:
+    return msg.Push(0, rank, 1, decided, GRADIENTS, rejection)
 
 
 def shard_in(phase: Phase) -> Shard:
@@ -37,12 +37,12 @@ def shard_in(phase: Phase) -> Shard:
     shard = new_shard(clipnorm=1.0)
     for rank in (0, 1):
         shard.receive(msg.Join(rank), "join")
-    if phase in (Phase.COLLECTING, Phase.OBEYING, Phase.HOLLOW):
-        shard.receive(msg.Hold("me"), "hold")
+    if phase in (Phase.COLLECTING, Phase.LOADING, Phase.EMPTY):
+        shard.receive(msg.Pause("me"), "hold")
         if phase is not Phase.COLLECTING:
             shard.receive(supervisor_messages.Load(7, "directory"), "load")
-        if phase is Phase.HOLLOW:
-            shard.computed(Work.OBEY, CheckpointError("file: a bit is wrong"))
+        if phase is Phase.EMPTY:
+            shard.computed(Work.LOAD_OR_COPY, CheckpointError("file: a bit is wrong"))
         return shard
     for rank in (0, 1):
         shard.receive(push(rank), f"push {rank}")
@@ -50,9 +50,9 @@ def shard_in(phase: Phase) -> Shard:
         return shard
     shard.computed(Work.MEASURE, MEASURED)
     if phase is Phase.AWAITING_NORMS:
-        shard.receive(msg.Hold("me"), "hold")
+        shard.receive(msg.Pause("me"), "hold")
         return shard
-    shard.receive(msg.Norms(0, 0, 1, 1, np.array([3.0])), "norms 0")
+    shard.receive(msg.TotalNorms(0, 0, 1, 1, np.array([3.0])), "norms 0")
     if phase is Phase.BROKEN:
         shard.broke(MemoryError("no room"))
     return shard
@@ -71,19 +71,19 @@ def fingerprint(shard: Shard) -> bytes:
 EXAMPLES: list[Any] = [
     msg.Join(0),
     push(0),
-    msg.Norms(0, 0, 1, 1, np.array([3.0])),
+    msg.TotalNorms(0, 0, 1, 1, np.array([3.0])),
     msg.Pull(0, 1),
     msg.Leave(0, 1),
-    msg.Lost(0, 1),
-    msg.Adopt(0, msg.PushNote(1, 1, {"float32": "float32"}), GRADIENTS),
-    supervisor_messages.Reign(9, ((1, (0, 1)),)),
+    msg.WorkerDied(0, 1),
+    msg.CompletePush(0, msg.PushNote(1, 1, {"float32": "float32"}), GRADIENTS),
+    supervisor_messages.Reconfigure(9, ((1, (0, 1)),)),
     supervisor_messages.Load(9, params=GRADIENTS),
-    supervisor_messages.Attach(None),
-    supervisor_messages.GiveUp(0, 1),
+    supervisor_messages.AttachStandby(None),
+    supervisor_messages.AbandonRank(0, 1),
     supervisor_messages.Retire(9),
-    msg.Hold("you"),
-    msg.Advance("me", 1),
-    msg.Release("you"),
+    msg.Pause("you"),
+    msg.CatchUp("me", 1),
+    msg.Resume("you"),
     msg.Read("me", ("m",)),
     msg.Write("me", {}),
     msg.SetRate("me", 0.1),
@@ -103,7 +103,7 @@ def test_a_message_is_taken_where_the_table_says_so_and_otherwise_changes_nothin
         shard.receive(message, "caller")
     except DistNadamError as error:
         refusal = error
-    out_of_phase = isinstance(refusal, ShardLost) if phase in (Phase.BROKEN, Phase.HOLLOW) else "is not legal while" in str(refusal)
+    out_of_phase = isinstance(refusal, ShardLost) if phase in (Phase.BROKEN, Phase.EMPTY) else "is not legal while" in str(refusal)
     assert out_of_phase == (type(message) not in LEGAL[phase])
     assert refusal is None or fingerprint(shard) == before
 
@@ -131,9 +131,9 @@ def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(on_nonf
     shard.spec = ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(on_nonfinite=on_nonfinite), LAYOUT, shard.spec.ranges)
     for rank in (0, 1):
         shard.receive(msg.Join(rank), None)
-    shard.receive(push(1, complaint="worker 1: NaN"), "one")
-    answers = shard.receive(push(0, complaint="worker 0: NaN"), "zero")
-    assert [(a.reply.outcome, a.reply.complaint) for a in answers if isinstance(a, Answer)] == [
+    shard.receive(push(1, rejection="worker 1: NaN"), "one")
+    answers = shard.receive(push(0, rejection="worker 0: NaN"), "zero")
+    assert [(a.reply.outcome, a.reply.rejection) for a in answers if isinstance(a, Answer)] == [
         (outcome, "worker 0: NaN; worker 1: NaN")
     ] * 2
     assert (shard.round, shard.skipped, shard.clock.iterations) == (1, 1, 0)
@@ -149,15 +149,15 @@ def test_a_shard_whose_norms_nobody_is_left_to_send_tells_those_who_join(phase: 
 def test_a_norm_that_overflows_refuses_the_round_and_names_the_tensor() -> None:
     shard = shard_in(Phase.MEASURING)
     shard.computed(Work.MEASURE, MEASURED)
-    answers = shard.receive(msg.Norms(0, 0, 1, 1, np.array([np.inf])), "norms")
-    assert "the mean gradient of 'w' overflows" in replies(answers)[0].complaint
+    answers = shard.receive(msg.TotalNorms(0, 0, 1, 1, np.array([np.inf])), "norms")
+    assert "the mean gradient of 'w' overflows" in replies(answers)[0].rejection
     assert shard.phase is Phase.COLLECTING
 
 
 def test_a_broken_shard_answers_everyone_who_waits_and_then_serves_no_one() -> None:
     shard = shard_in(Phase.STEPPING)
     shard.receive(msg.Pull(0, 1, at_least=1), "pull")
-    shard.receive(msg.Hold("later"), "hold")
+    shard.receive(msg.Pause("later"), "hold")
     callers = {a.caller for a in shard.broke(MemoryError("no room")) if isinstance(a, Answer)}
     assert {"norms 0", "pull", "hold"} <= callers
     with pytest.raises(ShardLost, match="broken by MemoryError: no room"):
@@ -168,24 +168,24 @@ def test_holders_take_turns_and_rounds_wait_for_the_last_of_them() -> None:
     shard = new_shard()
     for rank in (0, 1):
         shard.receive(msg.Join(rank), None)
-    assert [a.caller for a in shard.receive(msg.Hold("a"), "a")] == ["a"]  # type: ignore[union-attr]
-    assert shard.receive(msg.Hold("b"), "b") == []
+    assert [a.caller for a in shard.receive(msg.Pause("a"), "a")] == ["a"]  # type: ignore[union-attr]
+    assert shard.receive(msg.Pause("b"), "b") == []
     shard.receive(push(0), "zero")
     assert shard.receive(push(1), "one") == [], "a held shard begins no round"
-    released = shard.receive(msg.Release("a"), "release a")
+    released = shard.receive(msg.Resume("a"), "release a")
     assert [a.caller for a in released if isinstance(a, Answer)] == ["release a", "b"]
     assert Compute(Work.STEP) not in released
-    assert Compute(Work.STEP) in shard.receive(msg.Release("b"), "release b")
+    assert Compute(Work.STEP) in shard.receive(msg.Resume("b"), "release b")
 
 
 def test_a_holder_may_let_a_late_shard_complete_a_round() -> None:
     shard = new_shard()
     for rank in (0, 1):
         shard.receive(msg.Join(rank), None)
-    shard.receive(msg.Hold("a"), "a")
+    shard.receive(msg.Pause("a"), "a")
     for rank in (0, 1):
         shard.receive(push(rank), f"push {rank}")
-    assert Compute(Work.STEP) in shard.receive(msg.Advance("a", 1), "advance")
+    assert Compute(Work.STEP) in shard.receive(msg.CatchUp("a", 1), "advance")
     answers = [a.caller for a in shard.computed(Work.STEP, (Clock(1, 0.9), 0.002)) if isinstance(a, Answer)]
     assert answers == ["push 0", "push 1", "advance"]
 
@@ -197,7 +197,7 @@ def test_only_the_holder_reads_and_writes() -> None:
         msg.Write("you", {}),
         msg.SetRate("you", 0.1),
         msg.Step("you", 1, 1, GRADIENTS),
-        msg.Advance("you", 1),
+        msg.CatchUp("you", 1),
     ):
         with pytest.raises(IllegalMessage, match="legal only between Hold and Release of the same caller"):
             shard.receive(message, None)
@@ -220,12 +220,16 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
 
 def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come() -> None:
     shard = shard_in(Phase.AWAITING_NORMS)
-    assert shard.receive(supervisor_messages.Attach("standby"), "attach") == []
+    assert shard.receive(supervisor_messages.AttachStandby("standby"), "attach") == []
     effects = shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "load")
-    assert effects[-1] == Compute(Work.OBEY) and isinstance(shard.order, supervisor_messages.Load)
-    loaded = supervisor_messages.Standing(9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []})
-    after = shard.computed(Work.OBEY, loaded)
-    assert Answer("load", 4) in after and after[-1] == Compute(Work.OBEY) and isinstance(shard.order, supervisor_messages.Attach)
+    assert effects[-1] == Compute(Work.LOAD_OR_COPY) and isinstance(shard.order, supervisor_messages.Load)
+    loaded = supervisor_messages.ShardControlState(9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    after = shard.computed(Work.LOAD_OR_COPY, loaded)
+    assert (
+        Answer("load", 4) in after
+        and after[-1] == Compute(Work.LOAD_OR_COPY)
+        and isinstance(shard.order, supervisor_messages.AttachStandby)
+    )
 
 
 def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
@@ -233,8 +237,8 @@ def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
     shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "first")
     shard.receive(supervisor_messages.Load(8, params=GRADIENTS), "second")
     shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
-    loaded = supervisor_messages.Standing(9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
-    assert isinstance(replies(shard.computed(Work.OBEY, loaded))[-1], IllegalMessage)
+    loaded = supervisor_messages.ShardControlState(9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    assert isinstance(replies(shard.computed(Work.LOAD_OR_COPY, loaded))[-1], IllegalMessage)
     assert shard.phase is Phase.COLLECTING
 
 
@@ -243,7 +247,7 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
     shard, standing, refused = new_shard(), new_shard().standing, CheckpointError("file: a bit is wrong")
     shard.receive(supervisor_messages.Load(9, "directory"), "first")
     effects = shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered == "while it loads" else []
-    effects += shard.computed(Work.OBEY, refused if "failed" in answered else dataclasses.replace(standing, round=4))
+    effects += shard.computed(Work.LOAD_OR_COPY, refused if "failed" in answered else dataclasses.replace(standing, round=4))
     effects += shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered != "while it loads" else []
     ended = refused if "failed" in answered else 4
     assert [e for e in effects if isinstance(e, (Answer, Compute))] == [Answer("first", ended), Answer("again", ended)]
@@ -251,9 +255,9 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
 
 def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
     shard = shard_in(Phase.COLLECTING)
-    reign = supervisor_messages.Reign(3, ((1, (0,)),))
+    reign = supervisor_messages.Reconfigure(3, ((1, (0,)),))
     assert len(shard.receive(reign, "one")) == 2
     before = fingerprint(shard)
     assert shard.receive(reign, "again") == [Answer("again", 3)]
-    assert shard.receive(supervisor_messages.Reign(2, ((1, (1,)),)), "older") == [Answer("older", 3)]
+    assert shard.receive(supervisor_messages.Reconfigure(2, ((1, (1,)),)), "older") == [Answer("older", 3)]
     assert fingerprint(shard) == before

@@ -7,9 +7,9 @@ import pytest
 
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import IllegalMessage, LatePush, Reconfigured, Rewound, StaleEpoch, SupersededWorker, WorkerLost
-from distnadam.protocol.messages import Adopt, Decided, Describe, Join, Joined, Pull, Push, PushNote, ShardSpec
+from distnadam.protocol.messages import CompletePush, Describe, Join, Joined, Pull, Push, PushNote, RoundResult, ShardSpec
 from distnadam.protocol.orphaned_push import adoptions
-from distnadam.protocol.supervisor_messages import GiveUp, Load, Reign
+from distnadam.protocol.supervisor_messages import AbandonRank, Load, Reconfigure
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.epochs import Epochs
 from distnadam.tensors.layout import Layout
@@ -30,7 +30,7 @@ LAYOUT = Layout.of({"w": np.ones(4, np.float32)})
     ],
 )
 def test_what_one_shard_counts_is_adopted_by_those_who_have_not(joined: list[Joined], adopting: list[int]) -> None:
-    assert adoptions(0, dict(enumerate(joined))) == {shard: Adopt(0, NOTE) for shard in adopting}
+    assert adoptions(0, dict(enumerate(joined))) == {shard: CompletePush(0, NOTE) for shard in adopting}
 
 
 def shard(**memory: Any) -> ShardHost:
@@ -50,7 +50,7 @@ def moment(host: ShardHost) -> float:
 
 def test_a_push_on_one_of_two_shards_is_completed_from_its_workers_memory_or_taken_back_on_both() -> None:
     first, second = shard(), shard()
-    second.find_slot = lambda rank, incarnation, dtypes: {"float32": np.full(4, 7.0, np.float32)}
+    second.gradients_of_rank = lambda rank, incarnation, dtypes: {"float32": np.full(4, 7.0, np.float32)}
     first.send(push(1))
     first.send(push(0, value=7.0)).result(0)  # the round is applied there, and then its worker dies
     second.send(push(1))
@@ -62,7 +62,7 @@ def test_a_push_on_one_of_two_shards_is_completed_from_its_workers_memory_or_tak
 
     lacking = shard()
     with pytest.raises(IllegalMessage, match="the push of worker 1 for round 1 cannot be had any more"):
-        lacking.send(Adopt(0, PushNote(1, 1, {"float32": "float32"}))).result(0)
+        lacking.send(CompletePush(0, PushNote(1, 1, {"float32": "float32"}))).result(0)
 
 
 def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:
@@ -70,12 +70,12 @@ def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:
     old = host.send(push(0, value=7.0))
     note = PushNote(1, 1, {"float32": "float32"})
     assert host.send(Join(0, 2)).result(0).committed is None, "set aside: nobody counts it"
-    host.send(Adopt(0, note)).result(0)
+    host.send(CompletePush(0, note)).result(0)
     assert host.send(Join(0, 3)).result(0).committed == note, "as good as counted from here on"
     late = host.send(push(0, incarnation=3, value=9.0))
     host.send(push(1, value=7.0)).result(0)
     assert np.isclose(moment(host), 7.0 * (1 - 0.9))
-    assert isinstance(old.result(0), Decided)
+    assert isinstance(old.result(0), RoundResult)
     with pytest.raises(LatePush, match="completed with the push of worker 1; this push did not count"):
         late.result(0)
 
@@ -95,9 +95,9 @@ def test_giving_up_a_rank_tells_who_waits_unless_somebody_has_taken_it_over() ->
     host = shard()
     host.send(Join(0, 2)).result(0)
     waits = host.send(push(1))
-    host.send(GiveUp(0, 1)).result(0)
+    host.send(AbandonRank(0, 1)).result(0)
     assert not waits.done(), "it was meant for the worker before"
-    host.send(GiveUp(0, 2)).result(0)
+    host.send(AbandonRank(0, 2)).result(0)
     with pytest.raises(WorkerLost, match="worker 0 died before it pushed for round 1 and nobody took it over"):
         waits.result(0)
     assert host.send(Describe()).result(0).given_up == (0,)
@@ -107,7 +107,7 @@ def test_giving_up_a_rank_tells_who_waits_unless_somebody_has_taken_it_over() ->
 
 def test_a_member_that_departed_is_not_waited_for_from_that_round_on() -> None:
     host = shard()
-    host.send(Reign(1, ((1, (0, 1)), (2, (1,))))).result(0)
+    host.send(Reconfigure(1, ((1, (0, 1)), (2, (1,))))).result(0)
     host.send(push(0, epoch=1))
     host.send(push(1, epoch=1)).result(0)
     host.send(push(1, epoch=1, number=2)).result(0)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from distnadam.backends.base import Backend, Link, Pending, Team
-from distnadam.client.shard_group import Controller
+from distnadam.backends.base import Backend, Pending, WorkerChannel, WorkerGroup
+from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import DistNadamError
 from distnadam.protocol.messages import ShardSpec, Step, StepNorms
@@ -30,7 +30,7 @@ class _WorldPending(Pending):
                 raise TimeoutError
 
 
-class _WorldLink(Link):
+class _WorldLink(WorkerChannel):
     def __init__(self, backend: "WorldBackend", layout: Layout, rank: int, incarnation: int) -> None:
         self._backend, self.gradients, self.parameters, world = backend, empty_flat(layout.sizes), None, backend.world
         world.memories[rank, incarnation], self._known = self.gradients, (rank, incarnation)
@@ -86,11 +86,11 @@ class WorldBackend(Backend):
     def version(self) -> int:
         return self._roster.version
 
-    def moved_since(self, version: int) -> bool:
+    def wait_if_moved(self, version: int) -> bool:
         self.await_recovery(0)
         return self._roster.version > version
 
-    def report_stuck(self) -> None:
+    def report_cannot_complete(self) -> None:
         self.world.supervisor.notice("stuck", -1, 0)
 
     def changes(self) -> int:
@@ -109,10 +109,10 @@ class WorldBackend(Backend):
     def _send(self, process: Process, message: Any) -> Future[Any]:
         return self.world.transmit(process, message) if isinstance(message, (Step, StepNorms)) else process.send(message)
 
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
         return _WorldLink(self, layout, rank, incarnation)
 
-    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
         raise DistNadamError("there are no teams here")
 
     def close(self, *, destroy: bool) -> None:
@@ -127,6 +127,6 @@ def begin_world(
     cuts = layout.cuts(num_shards)
     specs = [ShardSpec(i, num_shards, num_workers, replicas, None, config, options, layout, cut) for i, cut in enumerate(cuts)]
     world = World(specs, replicas=replicas, objects=objects)
-    Controller(WorldBackend(world), layout, num_shards, options).load({"float32": initial})
+    ShardGroup(WorldBackend(world), layout, num_shards, options).load({"float32": initial})
     world.look()
     return world, layout

@@ -13,16 +13,16 @@ from typing import Any
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.codec import pack_record, unpack_record
-from distnadam.protocol.messages import Lost, Read, ShardSpec
-from distnadam.protocol.supervisor_messages import GiveUp, LetGo, Load, Record, Reign, Replicated
+from distnadam.protocol.messages import Read, ShardSpec, WorkerDied
+from distnadam.protocol.supervisor_messages import AbandonRank, DetachStandby, Load, Reconfigure, Record, ReplicatedRound
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.supervision.process_manager import Crew, Cuts, Hired
+from distnadam.supervision.process_manager import Cuts, ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.replication import Replica
+from distnadam.transport.replication import ReplicationStream
 
 LIVELOCK = 300
 
@@ -44,7 +44,7 @@ class Process:
         how = {"run": lambda work: self.works.append(work), "attach": self._attach}
         told = lambda n: self.alive and world.supervisor.notice(n.what, n.rank, n.incarnation)  # noqa: E731
         host = ShardHost(spec, on_notice=told, **how)  # type: ignore[arg-type]
-        host.find_slot = lambda rank, incarnation, dtypes: world.memory(rank, incarnation, spec.ranges)
+        host.gradients_of_rank = lambda rank, incarnation, dtypes: world.memory(rank, incarnation, spec.ranges)
         return host
 
     def send(self, message: Any) -> Future[Any]:
@@ -80,11 +80,11 @@ class Process:
             return True
         return False
 
-    def _attach(self, standby: Hired, standing: Any, config: Any, arrays: dict[str, Flat]) -> Replica:
+    def _attach(self, standby: ShardProcess, standing: Any, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
         return _InProcess(self, standby.handle, standing, config, arrays)
 
 
-class _InProcess(Replica):
+class _InProcess(ReplicationStream):
     """The way between two processes here, records as the bytes that a lane carries."""
 
     def __init__(self, primary: Process, follower: Process, standing: Any, config: Any, arrays: dict[str, Flat]) -> None:
@@ -100,13 +100,13 @@ class _InProcess(Replica):
         return self._follower.alive
 
     def send(self, record: Record) -> bool:
-        crash = self._primary.crash if isinstance(record, Replicated) else ""
+        crash = self._primary.crash if isinstance(record, ReplicatedRound) else ""
         if crash == "before":
             self._primary.kill()
         if not self._primary.alive or not self._follower.alive:
             return False
         self._standby.apply(unpack_record(pack_record(record)[4:]), self.mean)
-        if isinstance(record, Replicated):
+        if isinstance(record, ReplicatedRound):
             self.reached = record.round
         if crash == "after":
             self._primary.kill()
@@ -114,19 +114,19 @@ class _InProcess(Replica):
 
     def close(self) -> None:
         if self._primary.alive and self._follower.alive:
-            self._standby.apply(LetGo(), self.mean)
+            self._standby.apply(DetachStandby(), self.mean)
 
 
-class _WorldCrew(Crew):
+class _WorldCrew(ProcessManager):
     def __init__(self, world: "World") -> None:
         self._world = world
 
-    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
-        hired = Hired(spec.index, Process(self._world, spec, standby=standby), None)
+    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
+        hired = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)
         self._world.hired.append(hired)
         return hired
 
-    def promote(self, standby: Hired, reign: Reign, *, near: Sequence[Hired]) -> Hired:
+    def promote(self, standby: ShardProcess, reign: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
         process = standby.handle
         if not process.alive:
             raise ShardLost("the standby died")
@@ -134,18 +134,18 @@ class _WorldCrew(Crew):
         process.standby = None
         return standby
 
-    def fence(self, hired: Hired) -> None:
+    def fence(self, hired: ShardProcess) -> None:
         if hired.handle.alive:
             hired.handle.kill()
 
-    def dismiss(self, *hired: Hired) -> None:
+    def dismiss(self, *hired: ShardProcess) -> None:
         for each in hired:
             self.fence(each)
 
-    def watch(self, hired: Hired) -> None:
+    def watch(self, hired: ShardProcess) -> None:
         pass
 
-    def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
+    def move(self, token: str, old: Sequence[ShardProcess], new: Sequence[ShardProcess], cuts: Cuts, order: Load) -> list[Exception]:
         held = self.ask(dict(enumerate(old)), {index: Read(token, ARRAYS) for index in range(len(old))}, 0)
         errors = [answer for answer in held.values() if isinstance(answer, Exception)]
         if errors:
@@ -162,10 +162,10 @@ class _WorldCrew(Crew):
         loaded = self.ask(dict(enumerate(new)), messages, 0)
         return [answer for answer in loaded.values() if isinstance(answer, Exception)]
 
-    def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+    def ask(self, hired: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         answers: dict[int, Any] = {}
         asked = {i: hired[i].handle for i in messages if i in hired}
-        lost = {i for i in asked if isinstance(messages[i], GiveUp) and self._world.next_fault() == "lose"}
+        lost = {i for i in asked if isinstance(messages[i], AbandonRank) and self._world.next_fault() == "lose"}
         answers |= {i: StepTimeout(f"shard {i}: the connection broke") for i in lost}
         asked = {i: process for i, process in asked.items() if i not in lost}
         futures = {i: process.send(messages[i]) for i, process in asked.items() if messages[i] is not None}
@@ -197,7 +197,7 @@ class World:
 
     def __init__(self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False) -> None:
         self.objects = objects
-        self.hired: list[Hired] = []
+        self.hired: list[ShardProcess] = []
         self.memories: dict[tuple[int, int], Flat] = {}
         self.faults: deque[str] = deque()
         self.late: list[Callable[[], None]] = []
@@ -251,7 +251,7 @@ class World:
 
     def kill_worker(self, rank: int, incarnation: int) -> None:
         for process in self.shards:
-            process.send(Lost(rank, incarnation))
+            process.send(WorkerDied(rank, incarnation))
 
     def transmit(self, process: Process, message: Any) -> Future[Any]:
         """Send a worker's message the way that the next fault says."""

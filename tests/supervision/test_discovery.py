@@ -5,26 +5,28 @@ import pytest
 
 from distnadam.config import NadamConfig, Options
 from distnadam.protocol.messages import ShardSpec
-from distnadam.supervision.discovery import Met, succession
-from distnadam.supervision.process_manager import Hired
+from distnadam.supervision.discovery import DiscoveredProcess, recovered_topology
+from distnadam.supervision.process_manager import ShardProcess
 from distnadam.tensors.layout import Layout
 
 LAYOUT = Layout.of({"w": np.zeros(5000, np.float32)})
 
 
-def spec(cutting: int, count: int, index: int = 0) -> ShardSpec:
-    return ShardSpec(index, count, 1, 0, "name", NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(count)[index], "run", cutting)
+def spec(layout_generation: int, count: int, index: int = 0) -> ShardSpec:
+    return ShardSpec(index, count, 1, 0, "name", NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(count)[index], "run", layout_generation)
 
 
-def met(cutting: int, count: int, index: int, **how: object) -> Met:
+def met(layout_generation: int, count: int, index: int, **how: object) -> DiscoveredProcess:
     kind = "standby" if how.get("standby") else "shard"
-    return Met(Hired(index, f"{kind} {cutting}.{index}", None), spec(cutting, count, index), **({"epoch": 1} | how))  # type: ignore[arg-type]
+    return DiscoveredProcess(
+        ShardProcess(index, f"{kind} {layout_generation}.{index}", None), spec(layout_generation, count, index), **({"epoch": 1} | how)
+    )  # type: ignore[arg-type]
 
 
 OLD = [met(0, 2, 0), met(0, 2, 1)]
 NEW = [met(1, 3, i, epoch=2) for i in range(3)]
 RETIRED = [met(0, 2, 0, retired=True, epoch=2), met(0, 2, 1, retired=True, epoch=2)]
-HOLLOW = [met(1, 3, i, epoch=0) for i in range(3)]
+EMPTY = [met(1, 3, i, epoch=0) for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -33,15 +35,15 @@ HOLLOW = [met(1, 3, i, epoch=0) for i in range(3)]
         (OLD, 2, ["shard 0.0", "shard 0.1"]),
         (OLD[1:], 2, ["shard 0.1"]),
         ([], 2, []),
-        (OLD + HOLLOW, 2, ["shard 0.0", "shard 0.1"]),
-        (OLD + HOLLOW[:1], 2, ["shard 0.0", "shard 0.1"]),
+        (OLD + EMPTY, 2, ["shard 0.0", "shard 0.1"]),
+        (OLD + EMPTY[:1], 2, ["shard 0.0", "shard 0.1"]),
         (OLD + NEW, 2, ["shard 0.0", "shard 0.1"]),
         (OLD[:1] + NEW, 2, ["shard 0.0"]),
         (RETIRED[:1] + OLD[1:] + NEW, 2, ["shard 0.1"]),
         (RETIRED + NEW, 3, ["shard 1.0", "shard 1.1", "shard 1.2"]),
         (RETIRED[:1] + NEW[1:], 3, ["shard 1.1", "shard 1.2"]),
         (NEW[:1], 3, ["shard 1.0"]),
-        (HOLLOW, 3, ["shard 1.0", "shard 1.1", "shard 1.2"]),
+        (EMPTY, 3, ["shard 1.0", "shard 1.1", "shard 1.2"]),
     ],
     ids=[
         "before any reshard",
@@ -58,8 +60,10 @@ HOLLOW = [met(1, 3, i, epoch=0) for i in range(3)]
         "none has a state",
     ],
 )
-def test_the_present_cutting_is_the_oldest_that_still_holds_its_state(found: list[Met], count: int, shards: list[str]) -> None:
-    after = succession(spec(0, 2), found)
+def test_the_present_cutting_is_the_oldest_that_still_holds_its_state(
+    found: list[DiscoveredProcess], count: int, shards: list[str]
+) -> None:
+    after = recovered_topology(spec(0, 2), found)
     assert [s.num_shards for s in after.specs] == [count] * count
     assert [s.ranges for s in after.specs] == LAYOUT.cuts(count)
     assert [after.shards[index].handle for index in sorted(after.shards)] == shards
@@ -69,9 +73,9 @@ def test_the_present_cutting_is_the_oldest_that_still_holds_its_state(found: lis
 
 def test_of_two_for_one_place_the_one_with_a_state_is_taken_and_the_other_spared() -> None:
     filled = met(0, 2, 0, standby=True, reached=7)
-    empty = Met(Hired(0, "another standby", None), spec(0, 2), standby=True)
-    new = Met(Hired(0, "a new shard", None), spec(0, 2), epoch=0)
-    after = succession(spec(0, 2), [*OLD, filled, empty, new])
+    empty = DiscoveredProcess(ShardProcess(0, "another standby", None), spec(0, 2), standby=True)
+    new = DiscoveredProcess(ShardProcess(0, "a new shard", None), spec(0, 2), epoch=0)
+    after = recovered_topology(spec(0, 2), [*OLD, filled, empty, new])
     assert after.standbys == {0: filled.hired}
     assert after.shards[0] == OLD[0].hired
     assert set(after.spare) == {empty.hired, new.hired}

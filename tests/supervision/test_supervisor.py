@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distnadam.client import worker_session
-from distnadam.client.shard_group import Controller
+from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
 from distnadam.protocol.messages import ShardSpec
@@ -41,8 +41,8 @@ class Training:
         for rank in range(RANKS):
             self.join(rank)
 
-    def controller(self) -> Controller:
-        return Controller(WorldBackend(self.world), LAYOUT, len(self.world.shards), self.options)
+    def controller(self) -> ShardGroup:
+        return ShardGroup(WorldBackend(self.world), LAYOUT, len(self.world.shards), self.options)
 
     def join(self, rank: int) -> None:
         """Have a new worker take the rank, once it is admitted."""
@@ -128,4 +128,4 @@ def succeed(world: World) -> None:
     world.supervisor = Supervisor(old.specs, 0, world.crew)
     world.supervisor._recovery._hirer = world.at_once  # type: ignore[assignment]
     world.supervisor.adopt(old.shards, old.standbys)
-    world.supervisor.take_stock(initial=None, directory=None)
+    world.supervisor.resync(initial=None, directory=None)

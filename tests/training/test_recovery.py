@@ -37,9 +37,9 @@ def shard_process() -> int:
     import socket
     import struct
 
-    from distnadam.transport.shm_channel import Lanes
+    from distnadam.transport.shm_channel import ShmClient
 
-    lanes = next(thing for thing in gc.get_objects() if type(thing) is Lanes and thing._lines)
+    lanes = next(thing for thing in gc.get_objects() if type(thing) is ShmClient and thing._lines)
     line = lanes._lines[max(lanes._lines)]
     return int(struct.unpack("3i", line._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 

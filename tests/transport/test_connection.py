@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, Line, Server, call
+from distnadam.transport.connection import Address, Connection, Server, call
 
 
 class Echo:
@@ -24,13 +24,13 @@ class Echo:
         self.ended = threading.Semaphore(0)
         self.server = Server(self.greet, self.frame, lambda line: self.ended.release())
 
-    def greet(self, line: Line, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def greet(self, line: Connection, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         if greeting["name"] == "unwanted":
             raise LaneError("you are not wanted")
         self.greeted.append(greeting["name"])
         return {"hello": greeting["name"]}, []
 
-    def frame(self, line: Line, body: bytes) -> None:
+    def frame(self, line: Connection, body: bytes) -> None:
         line.send(len(body).to_bytes(4, "little") + body)
 
 
@@ -42,7 +42,7 @@ def echo() -> Iterator[Echo]:
     assert not echo.server._thread.is_alive()
 
 
-def receive(line: Line, count: int) -> list[bytes]:
+def receive(line: Connection, count: int) -> list[bytes]:
     got: list[bytes] = []
     while len(got) < count:
         select.select([line], [line] if not line.flush() else [], [])

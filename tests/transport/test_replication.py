@@ -12,18 +12,18 @@ from distnadam.errors import LaneError
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import PushNote
-from distnadam.protocol.supervisor_messages import LetGo, Record, Reign, Replicated, ReplicatedJoin
+from distnadam.protocol.supervisor_messages import DetachStandby, Reconfigure, Record, ReplicatedJoin, ReplicatedRound
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.connection import Address
-from distnadam.transport.replication import LaneFollower, LaneReplica
+from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
 
 SIZES = {"float32": 1000}
 ARRAYS = {name: {"float32": np.full(1000, value, np.float32)} for name, value in (("params", 1), ("m", 2), ("v", 3))}
 
 
-def decided(number: int) -> Replicated:
+def decided(number: int) -> ReplicatedRound:
     counted = {0: PushNote(1, number, {"float32": "float16"}), 2: PushNote(7, number, None, "NaN")}
-    return Replicated(number, 0, "applied", None, counted, 0.002, number % 2, Clock(number, 0.9))
+    return ReplicatedRound(number, 0, "applied", None, counted, 0.002, number % 2, Clock(number, 0.9))
 
 
 class Followed:
@@ -34,11 +34,11 @@ class Followed:
         self.came: list[tuple[Record, float]] = []
         self.hang = threading.Event()
         self.hang.set()
-        self.follower = LaneFollower(SIZES, self.begun.update, self._apply)
+        self.follower = StandbyReceiver(SIZES, self.begun.update, self._apply)
 
     def _apply(self, record: Record, mean: Flat) -> None:
         self.hang.wait()
-        if isinstance(record, Replicated) and record.round == 13:
+        if isinstance(record, ReplicatedRound) and record.round == 13:
             raise ValueError("it cannot be followed")
         self.came.append((record, float(mean["float32"][-1])))
 
@@ -52,7 +52,7 @@ def followed() -> Any:
 
 
 def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(followed: Followed) -> None:
-    replica = LaneReplica(followed.follower.address, ARRAYS, 4, 10.0)
+    replica = ShmReplicationStream(followed.follower.address, ARRAYS, 4, 10.0)
     assert {name: flat["float32"].tobytes() for name, flat in followed.begun.items()} == {
         name: flat["float32"].tobytes() for name, flat in ARRAYS.items()
     }
@@ -64,12 +64,12 @@ def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(follo
     assert followed.came == [(decided(number), float(number)) for number in (5, 6, 7)]
     replica.close()
     assert followed.follower.ended.wait(10)
-    assert followed.came[-1][0] == LetGo(), "it was let go, which the end of a process does not say"
+    assert followed.came[-1][0] == DetachStandby(), "it was let go, which the end of a process does not say"
 
 
 def primary_process(address: Address, rounds: int, unannounced: bool) -> None:
     """Be a primary that is killed: after so many records, with a mean half written where `unannounced`."""
-    replica = LaneReplica(address, ARRAYS, 0, 10.0)
+    replica = ShmReplicationStream(address, ARRAYS, 0, 10.0)
     for number in range(1, rounds + 1):
         replica.ready()
         replica.mean["float32"][:] = number
@@ -92,7 +92,7 @@ def test_all_that_a_killed_primary_announced_is_there_and_nothing_else(followed:
 
 
 def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(followed: Followed) -> None:
-    replica = LaneReplica(followed.follower.address, ARRAYS, 0, 0.05)
+    replica = ShmReplicationStream(followed.follower.address, ARRAYS, 0, 0.05)
     followed.hang.clear()
     replica.mean["float32"][:] = 1
     assert replica.send(decided(1))
@@ -100,18 +100,18 @@ def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(follow
     replica.close()
     followed.hang.set()
     assert followed.follower.ended.wait(10)
-    assert [record for record, _ in followed.came] == [decided(1), LetGo()], "when it goes on it learns that it is out of date"
+    assert [record for record, _ in followed.came] == [decided(1), DetachStandby()], "when it goes on it learns that it is out of date"
 
 
 def test_a_record_that_cannot_be_followed_ends_the_line_and_the_primary_sees_it(followed: Followed) -> None:
-    replica = LaneReplica(followed.follower.address, ARRAYS, 12, 10.0)
+    replica = ShmReplicationStream(followed.follower.address, ARRAYS, 12, 10.0)
     replica.send(decided(13))
     assert not replica.ready()
     assert followed.follower.ended.wait(10)
     replica.close()
 
 
-@pytest.mark.parametrize("record", [decided(3), ReplicatedJoin(1, 5), Reign(4, ((1, (0, 1)), (9, (0,))), {0: 3}), LetGo()])
+@pytest.mark.parametrize("record", [decided(3), ReplicatedJoin(1, 5), Reconfigure(4, ((1, (0, 1)), (9, (0,))), {0: 3}), DetachStandby()])
 def test_records_travel_whole(record: Record) -> None:
     assert unpack_record(pack_record(record)[4:]) == record
 

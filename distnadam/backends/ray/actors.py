@@ -12,23 +12,23 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distnadam.backends.ray import placement, registry
-from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.nodes import NAMESPACE
-from distnadam.backends.ray.process_manager import Tools
-from distnadam.backends.ray.processes import end_processes, process_born
+from distnadam.backends.ray.process_manager import ActorFactory
+from distnadam.backends.ray.processes import end_processes, process_start_time
 from distnadam.backends.ray.shard_actor import ShardActor
 from distnadam.backends.ray.supervisor_actor import SupervisorActor
 from distnadam.config import Options
 from distnadam.protocol.messages import ShardSpec
 
 
-class Member:
+class RankActor:
     """One rank of a team, whose methods are called by name."""
 
     def __init__(self, make: Callable[[int], Any], rank: int) -> None:
         self._member = make(rank)
 
-    def about(self) -> Place:
+    def about(self) -> ProcessAddress:
         """Return this process."""
         return registry.here()
 
@@ -37,8 +37,8 @@ class Member:
         return getattr(self._member, method)(*args)
 
 
-_shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActor), ray.remote(Member)
-_end_processes, _process_born = ray.remote(end_processes), ray.remote(process_born)
+_shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActor), ray.remote(RankActor)
+_end_processes, _process_born = ray.remote(end_processes), ray.remote(process_start_time)
 
 
 def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, silent: Collection[str], apart_from: Collection[str]) -> Any:
@@ -46,12 +46,12 @@ def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, silent: Coll
     return _shard.options(**_actor_options(spec, label, silent, apart_from)).remote(spec, supervisor)
 
 
-def end_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
+def kill_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
     """Have processes of another node killed; return a reference to wait for."""
     return _end_processes.options(**_there(node)).remote(processes, grace_s)
 
 
-def born_on(node: str, pid: int) -> Any:
+def start_time_on(node: str, pid: int) -> Any:
     """Return a reference to when a process of another node was born, "" where there is none."""
     return _process_born.options(**_there(node)).remote(pid)
 
@@ -67,7 +67,7 @@ def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
         asked |= placement.at(len(specs), ray.nodes(), {}, specs[0].options.label_selector, first=_first(specs[0]))
     else:
         asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _supervisor.options(**asked).remote(specs, replicas, Tools(make_shard, end_on, born_on))
+    return _supervisor.options(**asked).remote(specs, replicas, ActorFactory(make_shard, kill_on, start_time_on))
 
 
 def _there(node: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from distnadam.transport.connection import Address
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessAddress:
     """Where a shard runs: its Ray node and process, and where its lanes are called, or why it has none."""
 
     node: str

@@ -1,4 +1,4 @@
-"""The shards on a Ray nodes, as their clients reach them. Control goes through Ray, arrays by `RayLink`; the actors are in `actors`.
+"""The shards on a Ray nodes, as their clients reach them. Control goes through Ray, arrays by `RayWorkerChannel`; the actors are in `actors`.
 
 Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and shut down at close.
 """
@@ -14,18 +14,18 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from distnadam.backends.base import Backend, Link, Pending, Team
+from distnadam.backends.base import Backend, Pending, WorkerChannel, WorkerGroup
 from distnadam.backends.ray import calls, processes, registry
 from distnadam.backends.ray.actors import make_supervisor
-from distnadam.backends.ray.address import Place
-from distnadam.backends.ray.calls import RayPending, own, require_ray, until_answered
+from distnadam.backends.ray.address import ProcessAddress
+from distnadam.backends.ray.calls import RayPending, own, require_ray, retry_until_answered
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.names import end_optimizer, is_named, named
 from distnadam.backends.ray.nodes import await_start, check_versions, node_facts
 from distnadam.backends.ray.placement import check_fits
-from distnadam.backends.ray.session import OwnRay, ensure_ray
-from distnadam.backends.ray.worker_channel import REMEDY, RayLink
-from distnadam.backends.ray.worker_group import RayTeam
+from distnadam.backends.ray.session import OwnedRay, connect_or_start
+from distnadam.backends.ray.worker_channel import REMEDY, RayWorkerChannel
+from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.config import Options
 from distnadam.errors import (
     ClusterError,
@@ -37,9 +37,9 @@ from distnadam.errors import (
     Unrecoverable,
 )
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Message, Release, ShardSpec
+from distnadam.protocol.messages import Message, Resume, ShardSpec
 from distnadam.protocol.supervisor_messages import Order
-from distnadam.supervision.shard_map import Roster, require_alive
+from distnadam.supervision.shard_map import ShardMap, require_alive
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout, Ranges
 
@@ -58,11 +58,11 @@ class RayBackend(Backend):
     token = staticmethod(processes.process_token)
 
     def __init__(
-        self, supervisor: Any = None, name: str | None = None, roster: Roster | None = None, options: Options | None = None
+        self, supervisor: Any = None, name: str | None = None, roster: ShardMap | None = None, options: Options | None = None
     ) -> None:
         self._supervisor, self._name, self._options = supervisor, name, options or Options()
-        self._roster = roster or Roster(0, ())
-        self._own: OwnRay | None = None
+        self._roster = roster or ShardMap(0, ())
+        self._own: OwnedRay | None = None
         self._run: str | None = None
         self._closed = False
 
@@ -75,7 +75,7 @@ class RayBackend(Backend):
         return [hired.handle for hired in self._roster.shards]
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[ProcessAddress]:
         """Where the shards are, in order."""
         return [hired.place for hired in self._roster.shards]
 
@@ -94,7 +94,7 @@ class RayBackend(Backend):
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
         """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
-        ensure_ray(None, start=False)
+        connect_or_start(None, start=False)
         backend = cls(named(name), name)
         spec: ShardSpec = backend._call("specs", timeout_s=_CONNECT_S)[0]
         backend._options = spec.options
@@ -104,7 +104,7 @@ class RayBackend(Backend):
     @classmethod
     def stop(cls, name: str) -> None:
         """End a running named optimizer, or what is left of one, from any process; raise NotRunning where there is nothing of it."""
-        ensure_ray(None, start=False)
+        connect_or_start(None, start=False)
         run = registry.runs_of(name)
         try:
             supervisor = named(name)
@@ -118,7 +118,7 @@ class RayBackend(Backend):
         """See `Backend.start`."""
         options = self._options = specs[0].options
         self._name = specs[0].name
-        self._own = ensure_ray(options)
+        self._own = connect_or_start(options)
         try:
             Exporter.check(options)
             check_fits(options, len(specs) * (1 + replicas))
@@ -142,20 +142,20 @@ class RayBackend(Backend):
         self._supervisor = make_supervisor([replace(spec, run=run) for spec in specs], replicas)
         self._run = run  # from here on there is something to end
         await_start([self._supervisor], options)
-        actors = until_answered(self._supervisor.hire.remote, timeout_s=_CONNECT_S)
+        actors = retry_until_answered(self._supervisor.hire.remote, timeout_s=_CONNECT_S)
         check_versions(await_start(actors, options), node_facts())
-        self._roster = until_answered(self._supervisor.open.remote, timeout_s=_OPEN_S)
+        self._roster = retry_until_answered(self._supervisor.open.remote, timeout_s=_OPEN_S)
 
     def began(self, *, initial: Flat | None, directory: str | None) -> None:
         """See `Backend.began`."""
         given = [] if initial is None or not self._options.retain_initial else [initial[space] for space in sorted(initial)]
         self._call("begin", directory, *given, timeout_s=_CONNECT_S)
 
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> Link:
+    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
         """See `Backend.link`."""
         self.require_open()
         node, lanes = ray.get_runtime_context().get_node_id(), self._options.transport == "auto"
-        return RayLink(self, lambda: self.places if lanes else [], layout, ranges, node, rank, incarnation)
+        return RayWorkerChannel(self, lambda: self.places if lanes else [], layout, ranges, node, rank, incarnation)
 
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """See `Backend.post`."""
@@ -163,9 +163,9 @@ class RayBackend(Backend):
         shards = self._roster.shards
         if any(index >= len(shards) for index in messages):
             raise Reconfigured(f"there are {len(shards)} shards now; look again")
-        if messages and all(isinstance(message, Release) for message in messages.values()):
+        if messages and all(isinstance(message, Resume) for message in messages.values()):
             for index, message in messages.items():  # one that is lost would hold the shard until a timeout
-                calls.insist(partial(shards[index].handle.send.remote, message))
+                calls.retry_in_background(partial(shards[index].handle.send.remote, message))
             return RayPending({}, "shard")
         return RayPending({index: shards[index].handle.send.remote(message) for index, message in messages.items()}, "shard")
 
@@ -201,13 +201,13 @@ class RayBackend(Backend):
         """See `Backend.version`."""
         return self._roster.version
 
-    def moved_since(self, version: int) -> bool:
-        """See `Backend.moved_since`."""
+    def wait_if_moved(self, version: int) -> bool:
+        """See `Backend.wait_if_moved`."""
         self.await_recovery(self._options.step_timeout_s)
         return self._roster.version > version
 
-    def report_stuck(self) -> None:
-        """See `Backend.report_stuck`."""
+    def report_cannot_complete(self) -> None:
+        """See `Backend.report_cannot_complete`."""
         self._call("notice", "stuck", -1, 0, timeout_s=_CONNECT_S)
 
     def changing(self, what: str) -> None:
@@ -234,9 +234,9 @@ class RayBackend(Backend):
             raise LifecycleError("the optimizer was closed in this process")
         require_ray()
 
-    def team(self, size: int, make: Callable[[int], Any], options: Options) -> Team:
+    def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
         """See `Backend.team`; each member is an actor."""
-        return RayTeam(size, make, options)
+        return RayWorkerGroup(size, make, options)
 
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`; a handle that did not make the shards ends those of its name."""

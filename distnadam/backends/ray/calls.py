@@ -26,7 +26,7 @@ _AGAIN_S = 0.05
 _K = TypeVar("_K")
 
 
-def until_answered(call: Callable[[], Any], *, timeout_s: float, first: Any = None) -> Any:
+def retry_until_answered(call: Callable[[], Any], *, timeout_s: float, first: Any = None) -> Any:
     """Return the answer of a call that does no harm twice, made again as long as Ray loses it; `first` is one on its way already.
 
     Raises:
@@ -50,17 +50,17 @@ def until_answered(call: Callable[[], Any], *, timeout_s: float, first: Any = No
 
 
 def all_answered(keys: Iterable[_K], call: Callable[[_K], Any], *, timeout_s: float) -> dict[_K, Any]:
-    """Return by key the answers of calls as `until_answered` makes them, all at once."""
+    """Return by key the answers of calls as `retry_until_answered` makes them, all at once."""
     asked = {key: call(key) for key in keys}
-    return {key: until_answered(lambda key=key: call(key), timeout_s=timeout_s, first=ref) for key, ref in asked.items()}  # type: ignore[misc]
+    return {key: retry_until_answered(lambda key=key: call(key), timeout_s=timeout_s, first=ref) for key, ref in asked.items()}  # type: ignore[misc]
 
 
-def insist(call: Callable[[], Any]) -> None:
+def retry_in_background(call: Callable[[], Any]) -> None:
     """Make a call that does no harm twice, and whose answer nobody waits for, again as long as Ray loses it."""
 
     def again() -> None:
         with contextlib.suppress(Exception):  # Ray was shut down, or the actor is gone
-            insist(call)
+            retry_in_background(call)
 
     def done(future: Any) -> None:
         if isinstance(future.exception(), ActorUnavailableError):
@@ -85,7 +85,7 @@ _SLICE_S = 0.05
 _TRIES = 5
 
 
-def insist_on(calls: Mapping[int, Callable[[], Any]], timeout_s: float, ended: Callable[[], set[int]] = set) -> dict[int, Any]:
+def gather_with_retry(calls: Mapping[int, Callable[[], Any]], timeout_s: float, ended: Callable[[], set[int]] = set) -> dict[int, Any]:
     """Return the answers of calls that do no harm twice, as all that a supervisor says, made again where Ray lost them.
 
     Args:
@@ -140,7 +140,7 @@ def require_ray() -> None:
         raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 
-def disregard(refs: Iterable[Any]) -> None:
+def ignore_results(refs: Iterable[Any]) -> None:
     """Do without the answers of calls, and what they fail with: Ray shows its user every error that nobody asked for."""
     for ref in refs:
         ref.future()  # asks, and waits for nothing
@@ -158,7 +158,7 @@ class RayPending(Pending):
         try:
             return self._get(timeout_s)
         except BaseException:
-            disregard(self._refs.values())
+            ignore_results(self._refs.values())
             raise
 
     def _get(self, timeout_s: float) -> dict[int, Any]:

@@ -11,9 +11,9 @@ import ray
 
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.lease import Leases
-from distnadam.backends.ray.placement import Silent
-from distnadam.backends.ray.processes import kill
-from distnadam.supervision.process_manager import Hired
+from distnadam.backends.ray.placement import RecentlyUnreachable
+from distnadam.backends.ray.processes import kill_actor
+from distnadam.supervision.process_manager import ShardProcess
 
 log = logging.getLogger("distnadam")
 
@@ -30,15 +30,15 @@ class Fencing:
         lasts_s: seconds for which a shard's leave lasts.
     """
 
-    def __init__(self, run: str, end_on: registry.EndOn, ended: Container[Any], lasts_s: float) -> None:
-        self._run, self._end_on, self._ended = run, end_on, ended
+    def __init__(self, run: str, kill_on: registry.EndOn, ended: Container[Any], lasts_s: float) -> None:
+        self._run, self._end_on, self._ended = run, kill_on, ended
         self._node = ray.get_runtime_context().get_node_id()
-        self._fenced: set[Hired] = set()
-        self._dismissed: set[Hired] = set()
-        self.silent = Silent()
+        self._fenced: set[ShardProcess] = set()
+        self._dismissed: set[ShardProcess] = set()
+        self.silent = RecentlyUnreachable()
         self.leases = Leases(lasts_s, self._belongs, lambda: os._exit(1))
 
-    def inherit(self, hired: Hired) -> None:
+    def inherit(self, hired: ShardProcess) -> None:
         """Know a shard of an earlier supervisor, which may have given it leave."""
         self.leases.admit(_who(hired.index, hired.handle), inherited=True)
 
@@ -46,13 +46,13 @@ class Fencing:
         """Know a new shard's actor."""
         self.leases.admit(_who(0, actor))
 
-    def fence(self, hired: Hired) -> None:
+    def fence(self, hired: ShardProcess) -> None:
         """Kill a process; where nobody can, wait until it stands still."""
         if hired in self._fenced:
             return
         lapses_s = self.leases.refuse(_who(hired.index, hired.handle))
         ended = self._end(hired)
-        kill(hired.handle)
+        kill_actor(hired.handle)
         if not ended:
             self.silent.add(hired.place.node)
         if not ended and lapses_s:
@@ -60,14 +60,14 @@ class Fencing:
             time.sleep(lapses_s)
         self._fenced.add(hired)
 
-    def dismiss(self, *hired: Hired) -> None:
+    def dismiss(self, *hired: ShardProcess) -> None:
         """End processes by Ray, which tells nobody of it; those that do not obey, by their numbers."""
         self._dismissed.update(hired)
         for each in hired:
-            kill(each.handle)
+            kill_actor(each.handle)
         registry.end(self._run, [each.place for each in hired if each.place.pid], self._end_on, grace_s=registry.GRACE_S)
 
-    def _end(self, hired: Hired) -> bool:
+    def _end(self, hired: ShardProcess) -> bool:
         """Kill a process, and return whether it is certain to be gone."""
         place, grace_s = hired.place, registry.GRACE_S if hired in self._dismissed else 0.0
         if place.pid and place.node == self._node:

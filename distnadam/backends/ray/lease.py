@@ -98,7 +98,7 @@ class Leases:
         threading.Thread(target=self._keep, name="charge", daemon=True).start()
 
     @property
-    def in_charge(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether leave may be given, and anything be decided, now."""
         return now() < self._belonged + self._trusted_s
 
@@ -107,7 +107,7 @@ class Leases:
         with self._lock:
             if who not in self._known:
                 return False
-            if not self.in_charge:
+            if not self.is_leader:
                 return None
             self._given[who] = now()
             return True

@@ -6,9 +6,9 @@ from typing import Any
 import ray
 
 from distnadam.backends.ray import registry
-from distnadam.backends.ray.actors import end_on
+from distnadam.backends.ray.actors import kill_on
 from distnadam.backends.ray.nodes import NAMESPACE
-from distnadam.backends.ray.processes import kill
+from distnadam.backends.ray.processes import kill_actor
 from distnadam.errors import NotRunning
 
 _CLOSE_S = 20.0
@@ -19,10 +19,10 @@ def end_optimizer(supervisor: Any, run: str | None) -> None:
     if supervisor is not None:
         with contextlib.suppress(Exception):  # it is gone, or stopped
             ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
-        kill(supervisor)
+        kill_actor(supervisor)
     with contextlib.suppress(Exception):  # the cluster is gone
         if run is not None:
-            registry.sweep(run, end_on)
+            registry.kill_all(run, kill_on)
 
 
 def is_named(supervisor: Any, name: str) -> bool:

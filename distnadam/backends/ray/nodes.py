@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError
 
-from distnadam.backends.ray.processes import process_born
+from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
 from distnadam.errors import (
     InsufficientResources,
@@ -71,7 +71,7 @@ def node_facts() -> dict[str, str]:
     facts = {
         "node": node,
         "pid": str(os.getpid()),
-        "born": process_born(os.getpid()),
+        "born": process_start_time(os.getpid()),
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
     for package in _PACKAGES:

@@ -9,20 +9,20 @@ from typing import Any
 import ray
 
 from distnadam.errors import LaneError
-from distnadam.protocol.supervisor_messages import Record, Replicated, Standing
+from distnadam.protocol.supervisor_messages import Record, ReplicatedRound, ShardControlState
 from distnadam.tensors.arrays import Flat, empty_flat
-from distnadam.transport.replication import Replica
+from distnadam.transport.replication import ReplicationStream
 
 _LET_GO_S = 1.0
 
 
-class CallReplica(Replica):
+class ObjectReplicationStream(ReplicationStream):
     """A standby on another node: what it is given travels by Ray objects, and counts once it has answered.
 
     While the first copy is on its way, rounds go on without waiting for it.
     """
 
-    def __init__(self, standby: Any, standing: Standing, config: Any, arrays: dict[str, Flat], timeout_s: float) -> None:
+    def __init__(self, standby: Any, standing: ShardControlState, config: Any, arrays: dict[str, Flat], timeout_s: float) -> None:
         self._standby, self._timeout_s = standby, timeout_s
         self._spaces = sorted(arrays["params"])
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
@@ -32,12 +32,12 @@ class CallReplica(Replica):
         self.reached, self._synced = standing.round, False
 
     def ready(self) -> bool:
-        """See `Replica.ready`; a call has copied its arguments."""
+        """See `ReplicationStream.ready`; a call has copied its arguments."""
         return True
 
     def send(self, record: Record) -> bool:
-        """See `Replica.send`."""
-        means = [self.mean[space] for space in self._spaces] if isinstance(record, Replicated) and record.outcome == "applied" else []
+        """See `ReplicationStream.send`."""
+        means = [self.mean[space] for space in self._spaces] if isinstance(record, ReplicatedRound) and record.outcome == "applied" else []
         self._calls.append(self._standby.replicate.remote(self._feed, next(self._numbers), record, *means))
         try:
             self._synced = self._synced or bool(ray.wait(self._calls[:1], timeout=0)[0])
@@ -46,17 +46,17 @@ class CallReplica(Replica):
                 self._calls = []
         except Exception:  # whatever it is, that standby cannot follow
             return False
-        if isinstance(record, Replicated) and self._synced:
+        if isinstance(record, ReplicatedRound) and self._synced:
             self.reached = record.round
         return True
 
     def close(self) -> None:
-        """See `Replica.close`."""
+        """See `ReplicationStream.close`."""
         with contextlib.suppress(Exception):  # it is gone, or does not answer; the supervisor hears of that by itself
-            ray.get(self._standby.let_go.remote(self._feed), timeout=_LET_GO_S)
+            ray.get(self._standby.release.remote(self._feed), timeout=_LET_GO_S)
 
 
-class Feed:
+class OrderedStream:
     """Puts the calls of one primary to its standby into their order; a later feed ends an earlier one."""
 
     def __init__(self) -> None:

@@ -45,7 +45,7 @@ def shard_ask(options: Options) -> dict[str, float]:
     return {"CPU": options.shard_cpus, "memory": float(options.shard_memory_bytes), **options.shard_resources}
 
 
-class Silent:
+class RecentlyUnreachable:
     """The nodes that did not answer a moment ago; Ray takes up to a minute to find out that they are gone."""
 
     def __init__(self) -> None:

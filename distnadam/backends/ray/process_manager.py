@@ -12,27 +12,27 @@ import ray
 from ray.exceptions import ActorUnavailableError
 
 from distnadam.backends.ray import registry
-from distnadam.backends.ray.calls import insist_on, until_answered
+from distnadam.backends.ray.calls import gather_with_retry, retry_until_answered
 from distnadam.backends.ray.fencing import Fencing
-from distnadam.backends.ray.processes import kill, process_born
+from distnadam.backends.ray.processes import kill_actor, process_start_time
 from distnadam.errors import ShardLost
 from distnadam.protocol.messages import ShardSpec
-from distnadam.protocol.supervisor_messages import Load, Reign
-from distnadam.supervision.discovery import Met, Succession, succession
-from distnadam.supervision.process_manager import Crew, Cuts, Hired
+from distnadam.protocol.supervisor_messages import Load, Reconfigure
+from distnadam.supervision.discovery import DiscoveredProcess, RecoveredTopology, recovered_topology
+from distnadam.supervision.process_manager import Cuts, ProcessManager, ShardProcess
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address
-from distnadam.transport.process_watch import Watch
+from distnadam.transport.process_watch import ProcessWatch
 
 
 @dataclass(frozen=True)
-class Tools:
+class ActorFactory:
     """What needs `ray.remote`: `make_shard` takes a spec, the supervisor, a label, and nodes silent and to be apart from; see `actors`."""
 
     make_shard: Callable[[ShardSpec, Any, str | None, Collection[str], Collection[str]], Any]
-    end_on: registry.EndOn
-    born_on: Callable[[str, int], Any]
+    kill_on: registry.EndOn
+    start_time_on: Callable[[str, int], Any]
 
 
 OPEN_S = 120.0
@@ -42,7 +42,7 @@ _MEET_S = 5.0
 _SLICE_S = 0.05
 
 
-class RayCrew(Crew):
+class RayProcessManager(ProcessManager):
     """Processes as Ray actors.
 
     Args:
@@ -53,14 +53,14 @@ class RayCrew(Crew):
         lasts_s: seconds for which a shard's leave lasts.
     """
 
-    def __init__(self, supervisor: Any, run: str, tools: Tools, on_death: Callable[[Hired], None], lasts_s: float) -> None:
+    def __init__(self, supervisor: Any, run: str, tools: ActorFactory, on_death: Callable[[ShardProcess], None], lasts_s: float) -> None:
         self._supervisor, self._run, self._tools, self._on_death = supervisor, run, tools, on_death
         self._own = registry.enter(run)
         self._node = self._own.node
-        self._watch = Watch()
+        self._watch = ProcessWatch()
         self._ended: set[Any] = set()
         self._births: dict[str, Any] = {}  # by token: an answer on its way from another node
-        self.fencing = Fencing(run, tools.end_on, self._ended, lasts_s)
+        self.fencing = Fencing(run, tools.kill_on, self._ended, lasts_s)
 
     def make(self, spec: ShardSpec, *, standby: bool = False, apart_from: Collection[str] = ()) -> Any:
         """Return a new actor, which may not have started yet, on none of those nodes where there is another."""
@@ -69,66 +69,66 @@ class RayCrew(Crew):
         self.fencing.admit(actor)
         return actor
 
-    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[Hired]) -> Hired:
-        """See `Crew.hire`."""
+    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
+        """See `ProcessManager.hire`."""
         primary = [hired.place.node for hired in near if standby and hired.index == spec.index]
         actor = self.make(spec, standby=standby, apart_from=primary)
         try:
-            place = until_answered(actor.place.remote, timeout_s=OPEN_S)
+            place = retry_until_answered(actor.place.remote, timeout_s=OPEN_S)
             neighbour = self._neighbour(place.node, near)
-            place = until_answered(lambda: actor.open.remote(neighbour, standby=standby), timeout_s=OPEN_S)
+            place = retry_until_answered(lambda: actor.open.remote(neighbour, standby=standby), timeout_s=OPEN_S)
         except Exception as error:
-            kill(actor)
+            kill_actor(actor)
             raise ShardLost(f"shard {spec.index}: a process for it could not be had: {str(error).splitlines()[0]}") from error
-        return Hired(spec.index, actor, place)
+        return ShardProcess(spec.index, actor, place)
 
-    def promote(self, standby: Hired, reign: Reign, *, near: Sequence[Hired]) -> Hired:
-        """See `Crew.promote`."""
+    def promote(self, standby: ShardProcess, reign: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
+        """See `ProcessManager.promote`."""
         neighbour = self._neighbour(standby.place.node, near)
-        answer = insist_on({0: lambda: standby.handle.promote.remote(reign, neighbour)}, OPEN_S)[0]
+        answer = gather_with_retry({0: lambda: standby.handle.promote.remote(reign, neighbour)}, OPEN_S)[0]
         if isinstance(answer, Exception):
             raise ShardLost(f"the standby of shard {standby.index}: {answer}") from answer
         return dataclasses.replace(standby, place=answer)
 
-    def fence(self, hired: Hired) -> None:
-        """See `Crew.fence`."""
+    def fence(self, hired: ShardProcess) -> None:
+        """See `ProcessManager.fence`."""
         self.fencing.fence(hired)
 
-    def in_charge(self) -> bool:
-        """See `Crew.in_charge`."""
-        return self.fencing.leases.in_charge
+    def is_leader(self) -> bool:
+        """See `ProcessManager.is_leader`."""
+        return self.fencing.leases.is_leader
 
-    def dismiss(self, *hired: Hired) -> None:
-        """See `Crew.dismiss`."""
+    def dismiss(self, *hired: ShardProcess) -> None:
+        """See `ProcessManager.dismiss`."""
         self.fencing.dismiss(*hired)
 
-    def meet(self, first: ShardSpec) -> Succession:
+    def meet(self, first: ShardSpec) -> RecoveredTopology:
         """Find the processes of an optimizer whose supervisor died, and end those that do not answer, or are not needed any more."""
         asked = {actor.introduce.remote(): actor for actor in registry.actors_of(self._run)}
-        met: list[Met] = []
+        met: list[DiscoveredProcess] = []
         for ref in ray.wait(list(asked), num_returns=len(asked), timeout=_MEET_S)[0] if asked else []:
             with contextlib.suppress(Exception):  # it died
                 answer = ray.get(ref)
                 met.append(dataclasses.replace(answer, hired=dataclasses.replace(answer.hired, handle=asked[ref])))
-        registry.sweep(self._run, self._tools.end_on, spare=[self._own, *(each.hired.place for each in met)])
+        registry.kill_all(self._run, self._tools.kill_on, spare=[self._own, *(each.hired.place for each in met)])
         answered = {each.hired.handle for each in met}
         for actor in asked.values():
             if actor not in answered:
-                kill(actor)
-        found = succession(first, met)
+                kill_actor(actor)
+        found = recovered_topology(first, met)
         self.dismiss(*found.spare)
         return found
 
-    def has_ended(self, token: str) -> bool:
-        """See `Crew.has_ended`; a process of another node is asked about there, and the answer is there the next time."""
+    def is_dead(self, token: str) -> bool:
+        """See `ProcessManager.is_dead`; a process of another node is asked about there, and the answer is there the next time."""
         node, *process = token.split("/")
         if len(process) != 3:
             return False
         pid, born = int(process[0]), process[1]
         if node == self._node:
-            return process_born(pid) != born
+            return process_start_time(pid) != born
         if token not in self._births:
-            self._births[token] = self._tools.born_on(node, pid)
+            self._births[token] = self._tools.start_time_on(node, pid)
         ref = self._births[token]
         if not ray.wait([ref], timeout=0)[0]:
             return False
@@ -138,8 +138,8 @@ class RayCrew(Crew):
         except Exception:
             return not any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
 
-    def watch(self, hired: Hired) -> None:
-        """See `Crew.watch`: by a socket on this node, which tells at once, and by Ray everywhere."""
+    def watch(self, hired: ShardProcess) -> None:
+        """See `ProcessManager.watch`: by a socket on this node, which tells at once, and by Ray everywhere."""
 
         def ended(future: Any = None) -> None:
             if future is not None and isinstance(future.exception(), ActorUnavailableError):
@@ -155,29 +155,29 @@ class RayCrew(Crew):
         if hired.place.node == self._node and hired.place.address is not None:
             self._watch.add(hired.place.address, ended)
 
-    def move(self, token: str, old: Sequence[Hired], new: Sequence[Hired], cuts: Cuts, order: Load) -> list[Exception]:
-        """See `Crew.move`; the arrays go from actor to actor."""
-        standing = insist_on({0: old[0].handle.standing.remote}, OPEN_S)[0]
+    def move(self, token: str, old: Sequence[ShardProcess], new: Sequence[ShardProcess], cuts: Cuts, order: Load) -> list[Exception]:
+        """See `ProcessManager.move`; the arrays go from actor to actor."""
+        standing = gather_with_retry({0: old[0].handle.standing.remote}, OPEN_S)[0]
         if isinstance(standing, Exception):
             return [standing]
         order = dataclasses.replace(order, standing=standing)
 
-        def install(hired: Hired, ranges: Ranges) -> Any:
+        def install(hired: ShardProcess, ranges: Ranges) -> Any:
             plan = copy_plan(cuts[0], ranges)
             parts = [old[copy.source].handle.part.remote(token, copy) for copy in plan]
             return hired.handle.install.remote(order, plan, *parts)
 
         calls = {hired.index: partial(install, hired, ranges) for hired, ranges in zip(new, cuts[1], strict=True)}
-        return [answer for answer in insist_on(calls, _MOVE_S).values() if isinstance(answer, Exception)]
+        return [answer for answer in gather_with_retry(calls, _MOVE_S).values() if isinstance(answer, Exception)]
 
-    def ask(self, hired: Mapping[int, Hired], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
-        """See `Crew.ask`; None asks a standby how far it is."""
+    def ask(self, hired: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        """See `ProcessManager.ask`; None asks a standby how far it is."""
         asked = {i: hired[i].handle for i in messages if i in hired}
         calls = {i: partial(self._send, actor, messages[i]) for i, actor in asked.items()}
-        return insist_on(calls, timeout_s, lambda: {i for i, actor in asked.items() if actor in self._ended})
+        return gather_with_retry(calls, timeout_s, lambda: {i for i, actor in asked.items() if actor in self._ended})
 
     def _send(self, actor: Any, message: Any) -> Any:
         return actor.reached.remote() if message is None else actor.send.remote(message)
 
-    def _neighbour(self, node: str, near: Sequence[Hired]) -> Address | None:
+    def _neighbour(self, node: str, near: Sequence[ShardProcess]) -> Address | None:
         return next((hired.place.address for hired in near if hired.place.node == node and hired.place.address is not None), None)

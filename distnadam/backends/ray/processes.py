@@ -14,7 +14,7 @@ import ray
 _FENCE_S = 5.0
 
 
-def process_born(pid: int) -> str:
+def process_start_time(pid: int) -> str:
     """Return what tells a process of this host from an earlier one of the same number; "" where it is gone or waits to be buried."""
     state, born = _state_and_birth(pid)
     return "" if state in ("Z", "X") else born
@@ -22,7 +22,7 @@ def process_born(pid: int) -> str:
 
 def process_token() -> str:
     """Return a new token, which tells by which process of which node it was made."""
-    return "/".join((ray.get_runtime_context().get_node_id(), str(os.getpid()), process_born(os.getpid()), secrets.token_hex(4)))
+    return "/".join((ray.get_runtime_context().get_node_id(), str(os.getpid()), process_start_time(os.getpid()), secrets.token_hex(4)))
 
 
 def end_processes(processes: Sequence[tuple[int, str]], grace_s: float = 0.0) -> None:
@@ -31,7 +31,7 @@ def end_processes(processes: Sequence[tuple[int, str]], grace_s: float = 0.0) ->
     With a grace they are those that Ray was told to end; only what is stopped, or takes longer, is killed: Ray tells users of every kill.
     """
     patience, deadline = time.monotonic() + grace_s, time.monotonic() + grace_s + _FENCE_S
-    while left := [(pid, born) for pid, born in processes if process_born(pid) == born]:
+    while left := [(pid, born) for pid, born in processes if process_start_time(pid) == born]:
         for pid, born in left:
             if time.monotonic() >= patience or _state_and_birth(pid) == ("T", born):
                 with contextlib.suppress(OSError):
@@ -49,7 +49,7 @@ def _state_and_birth(pid: int) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
-def kill(actor: Any) -> None:
+def kill_actor(actor: Any) -> None:
     """End an actor, if it is there."""
     if actor is not None and ray.is_initialized():
         with contextlib.suppress(Exception):  # one that is dead already

@@ -13,9 +13,9 @@ from typing import Any
 import ray
 from ray.experimental import internal_kv
 
-from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.nodes import NAMESPACE
-from distnadam.backends.ray.processes import end_processes, kill, process_born
+from distnadam.backends.ray.processes import end_processes, kill_actor, process_start_time
 from distnadam.protocol.messages import ShardSpec
 
 EndOn = Callable[[str, Sequence[tuple[int, str]], float], Any]
@@ -37,15 +37,15 @@ def runs_of(name: str) -> str:
 
 def label_of(spec: ShardSpec, *, standby: bool) -> str | None:
     """Return a new actor name for a shard or its standby; None where nobody will look for it by name."""
-    return f"{spec.run}/{spec.cutting}.{spec.index}{'s' * standby}-{secrets.token_hex(4)}" if spec.name is not None else None
+    return f"{spec.run}/{spec.layout_generation}.{spec.index}{'s' * standby}-{secrets.token_hex(4)}" if spec.name is not None else None
 
 
-def here() -> Place:
+def here() -> ProcessAddress:
     """Return this process, as a place without lanes."""
-    return Place(ray.get_runtime_context().get_node_id(), pid=os.getpid(), born=process_born(os.getpid()))
+    return ProcessAddress(ray.get_runtime_context().get_node_id(), pid=os.getpid(), born=process_start_time(os.getpid()))
 
 
-def enter(run: str) -> Place:
+def enter(run: str) -> ProcessAddress:
     """Record that this process belongs to an optimizer, and return it."""
     os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # threads of an asynchronous actor may block; Ray warns of them too
     place = here()
@@ -63,12 +63,12 @@ def actors_of(run: str) -> list[Any]:
     return found
 
 
-def places_of(run: str) -> list[Place]:
+def places_of(run: str) -> list[ProcessAddress]:
     """Return where processes of this optimizer run, or ran, that nobody has ended by `end`."""
-    return [Place(node, pid=int(pid), born=born) for node, pid, born in (key.rsplit("/", 3)[1:] for key in _records(run))]
+    return [ProcessAddress(node, pid=int(pid), born=born) for node, pid, born in (key.rsplit("/", 3)[1:] for key in _records(run))]
 
 
-def strike(places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> set[str]:
+def kill(places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0.0) -> set[str]:
     """Kill processes, stopped ones too, and wait until they are gone; with a grace, those that Ray was told to end.
 
     Return the nodes that did not answer.
@@ -77,39 +77,39 @@ def strike(places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> s
     for place in places:
         by_node.setdefault(place.node, []).append((place.pid, place.born))
     here_too = by_node.pop(node, [])
-    waits = {end_on(other, processes, grace_s): other for other, processes in by_node.items()}
+    waits = {kill_on(other, processes, grace_s): other for other, processes in by_node.items()}
     end_processes(here_too, grace_s)
     silent = ray.wait(list(waits), num_returns=len(waits), timeout=_END_S)[1] if waits else []  # what is gone took its processes along
     return {waits[ref] for ref in silent}
 
 
-def end(run: str, places: Iterable[Place], end_on: EndOn, *, grace_s: float = 0.0) -> None:
-    """End processes as `strike` does, and forget them."""
+def end(run: str, places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0.0) -> None:
+    """End processes as `kill` does, and forget them."""
     ended = list(places)
-    strike(ended, end_on, grace_s=grace_s)
+    kill(ended, kill_on, grace_s=grace_s)
     forget(run, ended)
 
 
-def forget(run: str, places: Sequence[Place]) -> None:
+def forget(run: str, places: Sequence[ProcessAddress]) -> None:
     """Strike the records of processes that are gone."""
     for record in (key for key in _records(run) if any(key.endswith(_tail(place)) for place in places)):
         internal_kv._internal_kv_del(record, namespace=NAMESPACE)
 
 
-def sweep(run: str, end_on: EndOn, *, spare: Sequence[Place] = ()) -> None:
+def kill_all(run: str, kill_on: EndOn, *, spare: Sequence[ProcessAddress] = ()) -> None:
     """End all processes whose names or records begin so, but not those that are spared."""
     if not spare:
         for actor in actors_of(run):
-            kill(actor)
+            kill_actor(actor)
     kept = {_tail(place) for place in spare}
-    end(run, [place for place in places_of(run) if _tail(place) not in kept], end_on, grace_s=0.0 if spare else GRACE_S)
+    end(run, [place for place in places_of(run) if _tail(place) not in kept], kill_on, grace_s=0.0 if spare else GRACE_S)
 
 
-def _record(run: str, place: Place) -> str:
+def _record(run: str, place: ProcessAddress) -> str:
     return f"{run}{_tail(place)}"
 
 
-def _tail(place: Place) -> str:
+def _tail(place: ProcessAddress) -> str:
     return f"/{place.node}/{place.pid}/{place.born}"
 
 

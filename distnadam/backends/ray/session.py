@@ -17,7 +17,7 @@ _ANSWER_S = 5.0
 _AGAIN_S = 0.05
 
 
-class OwnRay:
+class OwnedRay:
     """A Ray that we started, behind a token that only this process and its children know."""
 
     def __init__(self, options: Options | None) -> None:
@@ -40,7 +40,7 @@ class OwnRay:
         ray.shutdown()
 
 
-def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
+def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay | None:
     """Join the Ray of this process or of `RAY_ADDRESS`; where there is neither, start and return our own, or raise NotRunning."""
     if ray.is_initialized():
         return None
@@ -50,7 +50,7 @@ def ensure_ray(options: Options | None, *, start: bool = True) -> OwnRay | None:
             "no Ray runs in this process and RAY_ADDRESS is not set: there is nothing to connect to; give the head's HOST:PORT"
         )
     if not address:
-        return OwnRay(options)
+        return OwnedRay(options)
     _require_listener(address)
     try:
         ray.init(address=address, log_to_driver=False, namespace="distnadam-driver")

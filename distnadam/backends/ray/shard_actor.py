@@ -11,28 +11,28 @@ from typing import Any
 import ray
 
 from distnadam.backends.ray import registry
-from distnadam.backends.ray.address import Place
-from distnadam.backends.ray.calls import insist
+from distnadam.backends.ray.address import ProcessAddress
+from distnadam.backends.ray.calls import retry_in_background
 from distnadam.backends.ray.lease import Lease, lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
-from distnadam.backends.ray.object_replication import CallReplica, Feed
+from distnadam.backends.ray.object_replication import ObjectReplicationStream, OrderedStream
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
-from distnadam.protocol.supervisor_messages import LetGo, Load, Order, Record, Reign, Replicated, Standing
+from distnadam.protocol.supervisor_messages import DetachStandby, Load, Order, Reconfigure, Record, ReplicatedRound, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.shard.phases import Notice
-from distnadam.supervision.discovery import Met
-from distnadam.supervision.process_manager import Hired
+from distnadam.supervision.discovery import DiscoveredProcess
+from distnadam.supervision.process_manager import ShardProcess
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
 from distnadam.transport.connection import Address
-from distnadam.transport.replication import LaneFollower, LaneReplica, Replica
+from distnadam.transport.replication import ReplicationStream, ShmReplicationStream, StandbyReceiver
 from distnadam.transport.shared_memory import Arena
-from distnadam.transport.shm_server import LaneServer, parameter_arena
+from distnadam.transport.shm_server import ShmServer, parameter_arena
 
 log = logging.getLogger("distnadam")
 
@@ -50,17 +50,17 @@ class ShardActor:
         self._arena: Arena | None = None
         self._host: ShardHost | None = None
         self._standby: Standby | None = None
-        self._follower: LaneFollower | None = None
+        self._follower: StandbyReceiver | None = None
         self._lease: Lease | None = None
-        self._remote: Hired | None = None
-        self._feed = Feed()
+        self._remote: ShardProcess | None = None
+        self._feed = OrderedStream()
         self._exporter = Exporter.start(spec.name, spec.options)
 
     async def about(self) -> dict[str, str]:
         """Return what `node_facts` says here."""
         return node_facts()
 
-    async def open(self, neighbour: Address | None, *, standby: bool = False) -> Place:
+    async def open(self, neighbour: Address | None, *, standby: bool = False) -> ProcessAddress:
         """Get memory, a neighbour's where it has some to share, and begin to serve, or to follow; asked again, only say where."""
         if self._host is None and self._standby is None:
             with memory_for(f"shard {self._spec.index}: its state of {state_bytes(self._spec.ranges)} bytes"):
@@ -71,7 +71,7 @@ class ShardActor:
         if standby:
             self._standby = Standby(self._spec, self._threads)
             sizes = {space: end - begin for space, (begin, end) in self._spec.ranges.items()}
-            self._follower = LaneFollower(sizes, self._standby.take_arrays, self._standby.apply)
+            self._follower = StandbyReceiver(sizes, self._standby.take_arrays, self._standby.apply)
             self._place = dataclasses.replace(self._place, address=self._follower.address)
             if neighbour is not None:
                 self._share_memory(neighbour)
@@ -81,17 +81,17 @@ class ShardActor:
         self._serve(host)
         self._host = host
 
-    async def place(self) -> Place:
+    async def place(self) -> ProcessAddress:
         """Return where this is to be called."""
         return self._place
 
-    async def introduce(self) -> Met:
+    async def introduce(self) -> DiscoveredProcess:
         """Return what a supervisor's successor must know of this process."""
-        hired = Hired(self._spec.index, None, self._place)
+        hired = ShardProcess(self._spec.index, None, self._place)
         if self._host is None:
-            return Met(hired, self._spec, standby=True, reached=None if self._standby is None else self._standby.reached)
+            return DiscoveredProcess(hired, self._spec, standby=True, reached=None if self._standby is None else self._standby.reached)
         description = await self.send(Describe())
-        return Met(hired, self._spec, epoch=description.epoch, retired=description.retired)
+        return DiscoveredProcess(hired, self._spec, epoch=description.epoch, retired=description.retired)
 
     async def send(self, message: Message | Order) -> Any:
         """Give the shard a message and return its answer."""
@@ -116,7 +116,7 @@ class ShardActor:
                 state[name][copy.space][copy.begin - first : copy.end - first] = values
         return await self.send(dataclasses.replace(order, state=state))
 
-    async def standing(self) -> Standing:
+    async def standing(self) -> ShardControlState:
         """Return where the held shard stands."""
         assert self._host is not None
         return self._host.standing
@@ -125,7 +125,7 @@ class ShardActor:
         """Never return, so that the call's end tells that this process ended."""
         await asyncio.Event().wait()
 
-    async def begin(self, standing: Standing, config: Any, feed: int = 0, *arrays: Any) -> None:
+    async def begin(self, standing: ShardControlState, config: Any, feed: int = 0, *arrays: Any) -> None:
         """Standby: take the place in time of the arrays; those come here where the primary is on another node, and begin a feed."""
         assert self._standby is not None
         if not arrays:
@@ -150,13 +150,13 @@ class ShardActor:
         standby, mean = self._standby, dict(zip(sorted(self._spec.ranges), means, strict=True)) if means else {}
         await asyncio.wrap_future(self._executor.submit(standby.apply, record, mean))
         self._feed.done(number)
-        return record.round if isinstance(record, Replicated) else -1
+        return record.round if isinstance(record, ReplicatedRound) else -1
 
-    async def let_go(self, feed: int) -> None:
+    async def release(self, feed: int) -> None:
         """Standby: follow this feed no further, nor step in."""
         assert self._standby is not None
         if self._feed.end(feed):
-            self._standby.apply(LetGo(), {})
+            self._standby.apply(DetachStandby(), {})
 
     async def reached(self) -> int | None:
         """Standby: the round that it has reached, once all that a dead primary sent is applied."""
@@ -166,7 +166,7 @@ class ShardActor:
             await asyncio.to_thread(self._follower.ended.wait, _DRAIN_S)
         return self._standby.reached
 
-    async def promote(self, reign: Reign, neighbour: Address | None) -> Place:
+    async def promote(self, reign: Reconfigure, neighbour: Address | None) -> ProcessAddress:
         """Standby: become the shard; asked again, only say where."""
         if self._host is not None:
             return self._place
@@ -196,7 +196,7 @@ class ShardActor:
         may = {"may": lambda: self._lease is not None and self._lease.good}
         host = ShardHost(spec, buffers=buffers, **may, **how)  # type: ignore[arg-type]
         if self._exporter is not None:
-            host.count_in(self._exporter.meter)
+            host.attach_meter(self._exporter.meter)
         return host
 
     def _serve(self, host: ShardHost) -> None:
@@ -205,15 +205,15 @@ class ShardActor:
         if self._arena is None:
             self._place = dataclasses.replace(self._place, address=None)
             return
-        lanes = LaneServer(self._spec, self._arena, host.deliver)
-        host.find_slot = lanes.slot
+        lanes = ShmServer(self._spec, self._arena, host.deliver)
+        host.gradients_of_rank = lanes.slot
         self._place = dataclasses.replace(self._place, address=lanes.address)
 
     @property
     def _lease_s(self) -> float:
         return lease_s(self._spec.options.shard_timeout_s)
 
-    def _ask_for_leave(self, lost: Hired | None) -> bool | None:
+    def _ask_for_leave(self, lost: ShardProcess | None) -> bool | None:
         who = ray.get_runtime_context().get_actor_id()
         answer: bool | None = ray.get(self._supervisor.leave.remote(who, lost), timeout=self._lease_s)
         return answer
@@ -226,13 +226,13 @@ class ShardActor:
         if notice.what == "standby lost" and self._remote is not None and self._lease is not None:
             self._lease.renounce(self._remote)  # it may not know; nobody hears of a round that it lacks before the supervisor does
             self._remote = None
-        insist(lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation))
+        retry_in_background(lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation))
 
-    def _attach(self, standby: Hired, standing: Standing, config: Any, arrays: dict[str, Flat]) -> Replica:
+    def _attach(self, standby: ShardProcess, standing: ShardControlState, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
         """Copy the state to a standby; between processes of one node by memory, else by objects."""
         timeout_s, self._remote = self._spec.options.shard_timeout_s, None
         if standby.place.node == self._place.node and standby.place.address is not None:
-            replica: Replica = LaneReplica(standby.place.address, arrays, standing.round, timeout_s)
+            replica: ReplicationStream = ShmReplicationStream(standby.place.address, arrays, standing.round, timeout_s)
             try:
                 ray.get(standby.handle.begin.remote(standing, config), timeout=timeout_s)
             except BaseException:
@@ -240,4 +240,6 @@ class ShardActor:
                 raise
             return replica
         self._remote = standby
-        return CallReplica(standby.handle, standing, config, arrays, timeout_s / 4)  # this shard's own silence is judged by all of it
+        return ObjectReplicationStream(
+            standby.handle, standing, config, arrays, timeout_s / 4
+        )  # this shard's own silence is judged by all of it

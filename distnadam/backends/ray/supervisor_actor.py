@@ -8,17 +8,17 @@ from typing import Any
 
 import ray
 
-from distnadam.backends.ray.address import Place
+from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.calls import all_answered
 from distnadam.backends.ray.lease import lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
-from distnadam.backends.ray.process_manager import OPEN_S, RayCrew, Tools
+from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
 from distnadam.metrics.meter import Sample, state_bytes
 from distnadam.protocol.messages import ShardSpec
-from distnadam.supervision.discovery import Succession
-from distnadam.supervision.process_manager import Hired
-from distnadam.supervision.shard_map import Roster
+from distnadam.supervision.discovery import RecoveredTopology
+from distnadam.supervision.process_manager import ShardProcess
+from distnadam.supervision.shard_map import ShardMap
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.layout import Ranges
 
@@ -26,10 +26,10 @@ from distnadam.tensors.layout import Ranges
 class SupervisorActor:
     """A `Supervisor`, its shards being this actor's children; a named one, made again by Ray, finds them by their names."""
 
-    def __init__(self, specs: Sequence[ShardSpec], replicas: int, tools: Tools) -> None:
+    def __init__(self, specs: Sequence[ShardSpec], replicas: int, tools: ActorFactory) -> None:
         context = ray.get_runtime_context()
         lasts_s = lease_s(specs[0].options.shard_timeout_s)
-        self._crew = RayCrew(context.current_actor, specs[0].run, tools, self._died, lasts_s)
+        self._crew = RayProcessManager(context.current_actor, specs[0].run, tools, self._died, lasts_s)
         self._made: list[Any] = []
         self._exporter = Exporter.start(specs[0].name, specs[0].options)
         if self._exporter is not None:
@@ -48,7 +48,7 @@ class SupervisorActor:
         self._made = self._made or [self._crew.make(spec) for spec in self._specs]
         return self._made
 
-    async def open(self) -> Roster:
+    async def open(self) -> ShardMap:
         """Have the first shard of each node make the node's parameter memory, then the others join it; asked again, say where they are."""
         async with self._opening:
             if not self._opened:
@@ -63,7 +63,7 @@ class SupervisorActor:
         places = all_answered(firsts.values(), lambda i: actors[i].open.remote(None), timeout_s=OPEN_S)
         near = {node: places[i].address for node, i in firsts.items()}
         places |= all_answered(actors.keys() - places.keys(), lambda i: actors[i].open.remote(near[nodes[i]]), timeout_s=OPEN_S)
-        self._supervisor.adopt([Hired(i, actors[i], places[i]) for i in sorted(actors)], {})
+        self._supervisor.adopt([ShardProcess(i, actors[i], places[i]) for i in sorted(actors)], {})
 
     async def begin(self, directory: str | None, *initial: Any) -> None:
         """Start the watch; `initial` are the first parameters by space, in the order of their names."""
@@ -71,11 +71,11 @@ class SupervisorActor:
         flat = dict(zip(spaces, initial, strict=True)) if initial else None
         await asyncio.to_thread(lambda: self._supervisor.begin(initial=flat, directory=directory))
 
-    async def roster(self, newer_than: int, *, suspect: bool = False) -> Roster:
+    async def roster(self, newer_than: int, *, suspect: bool = False) -> ShardMap:
         """See `Supervisor.roster`."""
         return await asyncio.wrap_future(self._supervisor.roster(newer_than, suspect))
 
-    async def leave(self, who: str, lost: Hired | None) -> bool | None:
+    async def leave(self, who: str, lost: ShardProcess | None) -> bool | None:
         """Give a shard leave, as `Leases.ask` has it; `lost` is a standby on another node that it has gone on without."""
         if lost is not None:
             self._supervisor.outdated(lost)
@@ -122,12 +122,12 @@ class SupervisorActor:
         yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries().values())
         yield "distnadam_shard_imbalance", {}, max(sizes) * len(sizes) / max(1, sum(sizes))
 
-    def _died(self, hired: Hired) -> None:
+    def _died(self, hired: ShardProcess) -> None:
         self._supervisor.died(hired)
 
-    def _succeed(self, found: Succession) -> None:
+    def _succeed(self, found: RecoveredTopology) -> None:
         """Take over what was found; what is missing counts as dead."""
-        everyone = {i: found.shards.get(i) or Hired(i, None, Place("")) for i in range(len(found.specs))}
+        everyone = {i: found.shards.get(i) or ShardProcess(i, None, ProcessAddress("")) for i in range(len(found.specs))}
         self._made, self._opened = [hired.handle for hired in everyone.values()], True
         for hired in (*everyone.values(), *found.standbys.values()):
             self._crew.fencing.inherit(hired)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from distnadam.backends.base import Backend, Link, Pending, Wiring
-from distnadam.backends.ray.address import Place
+from distnadam.backends.base import Backend, Pending, Routes, WorkerChannel
+from distnadam.backends.ray.address import ProcessAddress
 from distnadam.errors import ArenaError, LaneError
-from distnadam.protocol.messages import Decided, Norms, Push
+from distnadam.protocol.messages import Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
-from distnadam.transport.shm_channel import Lanes
+from distnadam.transport.shm_channel import ShmClient
 
 log = logging.getLogger("distnadam")
 
@@ -21,7 +21,7 @@ log = logging.getLogger("distnadam")
 REMEDY = "Ray objects are used instead, which cost more time: give the node or container more memory, or run fewer workers on it"
 
 
-class RayLink(Link):
+class RayWorkerChannel(WorkerChannel):
     """Lanes to the shards of this worker's node, Ray objects to all others.
 
     Args:
@@ -37,7 +37,7 @@ class RayLink(Link):
     def __init__(
         self,
         backend: Backend,
-        places_now: Callable[[], list[Place]],
+        places_now: Callable[[], list[ProcessAddress]],
         layout: Layout,
         ranges: list[Ranges],
         node: str,
@@ -45,19 +45,19 @@ class RayLink(Link):
         incarnation: int,
     ) -> None:
         self._backend, self._places_now, self._node, self._rank = backend, places_now, node, rank
-        self._lanes: Lanes | None = None
-        self._places: list[Place] = []
+        self._lanes: ShmClient | None = None
+        self._places: list[ProcessAddress] = []
         self.parameters = None
         self._sizes, self._ranges, self._incarnation = layout.sizes, ranges, incarnation
         self.reconnect(ranges, incarnation)
 
     @cached_property
     def gradients(self) -> Flat:  # type: ignore[override]  # made at first use
-        """See `Link.gradients`."""
+        """See `WorkerChannel.gradients`."""
         return empty_flat(self._sizes) if self._lanes is None else self._lanes.gradients
 
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
-        """See `Link.reconnect`: open lanes to shards of this node that have none; say which have one, and why others have not."""
+        """See `WorkerChannel.reconnect`: open lanes to shards of this node that have none; say which have one, and why others have not."""
         places = self._places_now()
         if ranges is not self._ranges or incarnation != self._incarnation:
             self._ranges, self._places, self._incarnation = ranges, [], incarnation
@@ -72,7 +72,7 @@ class RayLink(Link):
         others = [shard for shard in range(len(ranges)) if shard not in by_lane]
         told = "worker %d: shards %s by shared memory (same node), shards %s by Ray objects"
         log.info(told, self._rank, by_lane or "none", others or "none")
-        self.wiring = Wiring(ranges, frozenset(by_lane))
+        self.wiring = Routes(ranges, frozenset(by_lane))
         if not by_lane and "gradients" not in self.__dict__:
             self._lanes = None
         self.parameters = None
@@ -80,12 +80,12 @@ class RayLink(Link):
             first, second = self._lanes.parameters
             self.parameters = (first, second)
 
-    def _open_lanes(self, places: list[Place]) -> None:
+    def _open_lanes(self, places: list[ProcessAddress]) -> None:
         """Open a lane to each shard of this node that is new or has none; raise ArenaError or LaneError where one cannot be had."""
         changed = [i for i, place in enumerate(places) if i >= len(self._places) or place != self._places[i] or not self._has_lane(i)]
         near = {i: address for i in changed if places[i].node == self._node and (address := places[i].address) is not None}
         if near and self._lanes is None and "gradients" not in self.__dict__:
-            self._lanes = Lanes(self._sizes, self._ranges, self._rank, self._incarnation)
+            self._lanes = ShmClient(self._sizes, self._ranges, self._rank, self._incarnation)
         if self._lanes is None:
             return
         for shard in changed:
@@ -96,26 +96,26 @@ class RayLink(Link):
     def _has_lane(self, shard: int) -> bool:
         return self._lanes is not None and shard in self._lanes
 
-    def post(self, messages: Mapping[int, Push] | Mapping[int, Norms]) -> Pending:
-        """See `Link.post`."""
+    def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
+        """See `WorkerChannel.post`."""
         if self._lanes is None:
             return self._backend.post(messages)
         self._backend.require_open()
         by_lane = {i: m for i, m in messages.items() if i in self._lanes}
         number = self._lanes.post(by_lane) if by_lane else 0
         others = {i: m for i, m in messages.items() if i not in by_lane}
-        return RayLinkPending(self._lanes, number, by_lane, self._backend.post(others) if others else None)
+        return RayChannelPending(self._lanes, number, by_lane, self._backend.post(others) if others else None)
 
     def close(self) -> None:
-        """See `Link.close`."""
+        """See `WorkerChannel.close`."""
         if self._lanes is not None:
             self._lanes.close()
 
 
-class RayLinkPending(Pending):
+class RayChannelPending(Pending):
     """Answers by lane and by object."""
 
-    def __init__(self, lanes: Lanes, number: int, by_lane: Mapping[int, Push | Norms], others: Pending | None) -> None:
+    def __init__(self, lanes: ShmClient, number: int, by_lane: Mapping[int, Push | TotalNorms], others: Pending | None) -> None:
         self._lanes, self._number, self._by_lane, self._others = lanes, number, by_lane, others
 
     def result(self, timeout_s: float) -> dict[int, Any]:
@@ -125,7 +125,7 @@ class RayLinkPending(Pending):
         if self._others is not None:
             for shard, message in self._by_lane.items():
                 answer = answers[shard]
-                if isinstance(answer, Decided) and message.want_parameters:
+                if isinstance(answer, RoundResult) and message.want_parameters:
                     answers[shard] = dataclasses.replace(answer, parameters=self._lanes.parameters_of(shard, answer))
             answers = answers | self._others.result(max(0.0, deadline - time.monotonic()))
         return answers

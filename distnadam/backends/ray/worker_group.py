@@ -8,17 +8,17 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from distnadam.backends.base import Team
+from distnadam.backends.base import WorkerGroup
 from distnadam.backends.ray import registry
-from distnadam.backends.ray.actors import end_on, make_member
-from distnadam.backends.ray.calls import disregard, own, require_ray
-from distnadam.backends.ray.placement import Silent
-from distnadam.backends.ray.processes import kill
+from distnadam.backends.ray.actors import kill_on, make_member
+from distnadam.backends.ray.calls import ignore_results, own, require_ray
+from distnadam.backends.ray.placement import RecentlyUnreachable
+from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
 from distnadam.errors import WorkerLost
 
 
-class RayTeam(Team):
+class RayWorkerGroup(WorkerGroup):
     """Actors of this driver.
 
     Args:
@@ -30,30 +30,30 @@ class RayTeam(Team):
     def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
         self._make, self._options = make, options
         self._first = secrets.randbelow(2**16)  # several teams begin on different nodes
-        self._silent = Silent()
+        self._silent = RecentlyUnreachable()
         self._actors = {rank: self._make_member(rank) for rank in range(size)}
         self._places = {actor: actor.about.remote() for actor in self._actors.values()}
         self._calls: dict[Any, int] = {}
 
     def call(self, rank: int, method: str, *args: Any) -> None:
-        """See `Team.call`."""
+        """See `WorkerGroup.call`."""
         self._calls[self._actors[rank].call.remote(method, args)] = rank
 
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """See `Team.results`."""
+        """See `WorkerGroup.results`."""
         require_ray()
         ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s) if self._calls else ([], [])
         return [(self._calls.pop(ref), self._result(ref)) for ref in ready]
 
     def replace(self, rank: int) -> None:
-        """See `Team.replace`."""
+        """See `WorkerGroup.replace`."""
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
         actor = self._actors[rank] = self._make_member(rank)
         self._places[actor] = actor.about.remote()
 
     def close(self) -> None:
-        """See `Team.close`."""
+        """See `WorkerGroup.close`."""
         self._end(list(self._actors.values()))
         self._forget(list(self._calls))
 
@@ -63,7 +63,7 @@ class RayTeam(Team):
     def _forget(self, refs: list[Any]) -> None:
         for ref in refs:
             del self._calls[ref]
-        disregard(refs)
+        ignore_results(refs)
 
     def _end(self, actors: list[Any]) -> None:
         """End processes, also those that are stopped and obey nobody."""
@@ -75,8 +75,8 @@ class RayTeam(Team):
             with contextlib.suppress(Exception):  # it never ran
                 places.append(ray.get(ref))
         for actor in actors:
-            kill(actor)
-        self._silent.add(*registry.strike(places, end_on, grace_s=registry.GRACE_S))
+            kill_actor(actor)
+        self._silent.add(*registry.kill(places, kill_on, grace_s=registry.GRACE_S))
 
     def _result(self, ref: Any) -> Any:
         try:

@@ -18,7 +18,7 @@ ReadInto = Callable[[Sequence[memoryview], int], None]
 """Fills buffers, one after another, with a file's bytes from an offset on."""
 
 
-class Folder(ABC):
+class Directory(ABC):
     """Files and folders under one name; `str` of it is what users give and get: a plain path where local, a URL otherwise.
 
     `run_bytes` is how much is best read at once.
@@ -32,7 +32,7 @@ class Folder(ABC):
         """The last part of the path."""
 
     @abstractmethod
-    def child(self, name: str) -> "Folder":
+    def child(self, name: str) -> "Directory":
         """Return the folder of that name in this one, there or not."""
 
     @abstractmethod

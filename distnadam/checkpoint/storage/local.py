@@ -7,12 +7,12 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distnadam.checkpoint.storage.base import Folder, Pieces, ReadInto, told
+from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto, told
 from distnadam.checkpoint.storage.direct_io import write_pieces
 from distnadam.errors import CheckpointBusy, CheckpointError
 
 
-class LocalFolder(Folder):
+class LocalDirectory(Directory):
     """A folder of this machine's disks, or of one that it mounts."""
 
     def __init__(self, path: Path) -> None:
@@ -26,20 +26,20 @@ class LocalFolder(Folder):
 
     @property
     def name(self) -> str:
-        """See `Folder.name`."""
+        """See `Directory.name`."""
         return self.path.name
 
-    def child(self, name: str) -> "LocalFolder":
-        """See `Folder.child`."""
-        return LocalFolder(self.path / name)
+    def child(self, name: str) -> "LocalDirectory":
+        """See `Directory.child`."""
+        return LocalDirectory(self.path / name)
 
     def make(self) -> None:
-        """See `Folder.make`."""
+        """See `Directory.make`."""
         with told(self.path, "made"):
             os.makedirs(self.path, exist_ok=True)
 
     def files(self) -> dict[str, int]:
-        """See `Folder.files`; what is neither file nor folder, a pipe say, has no size that fits: -1."""
+        """See `Directory.files`; what is neither file nor folder, a pipe say, has no size that fits: -1."""
         found = {}
         with told(self.path, "read"), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
             for entry in entries:
@@ -49,13 +49,13 @@ class LocalFolder(Folder):
         return found
 
     def folders(self) -> list[str]:
-        """See `Folder.folders`."""
+        """See `Directory.folders`."""
         with told(self.path, "read"), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
             return [entry.name for entry in entries if entry.is_dir()]
         return []
 
     def read(self, name: str, at_most: int) -> bytes:
-        """See `Folder.read`."""
+        """See `Directory.read`."""
         with self.reading(name) as read_into:
             size = os.stat(self.path / name).st_size
             if size > at_most:
@@ -66,7 +66,7 @@ class LocalFolder(Folder):
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[ReadInto]:
-        """See `Folder.reading`; a pipe, which would be waited for, is refused."""
+        """See `Directory.reading`; a pipe, which would be waited for, is refused."""
         path = self.path / name
         with told(path, "read"):
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -92,7 +92,7 @@ class LocalFolder(Folder):
             os.close(descriptor)
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """See `Folder.write`."""
+        """See `Directory.write`."""
         path = self.path / name
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -113,7 +113,7 @@ class LocalFolder(Folder):
             os.close(descriptor)
 
     def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
-        """See `Folder.replace`."""
+        """See `Directory.replace`."""
         with told(self.path, "flushed"):
             _sync(self.path)
         self.write(temporary, lambda: iter([memoryview(contents)]))
@@ -128,18 +128,18 @@ class LocalFolder(Folder):
             _sync(self.path.parent)
 
     def remove(self, name: str) -> None:
-        """See `Folder.remove`."""
+        """See `Directory.remove`."""
         with told(self.path / name, "removed"), contextlib.suppress(FileNotFoundError):
             os.unlink(self.path / name)
 
     def remove_folder(self) -> None:
-        """See `Folder.remove_folder`."""
+        """See `Directory.remove_folder`."""
         with contextlib.suppress(OSError):  # holds something of somebody else's
             os.rmdir(self.path)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """See `Folder.hold`; the hold ends with this process."""
+        """See `Directory.hold`; the hold ends with this process."""
         with told(self.path, "opened"):
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

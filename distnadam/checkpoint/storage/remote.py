@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from distnadam.checkpoint.storage.base import Folder, Pieces, ReadInto
+from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto
 from distnadam.errors import CheckpointError
 
 _T = TypeVar("_T")
@@ -18,7 +18,7 @@ _PAUSES_S = (0.1, 0.4, 1.6, 3.2)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError, ValueError)
 
 
-def remote_folder(url: str) -> "RemoteFolder":
+def remote_folder(url: str) -> "RemoteDirectory":
     """Return the folder of a URL; raise CheckpointError where its protocol is unknown, or what speaks it is not installed."""
     import fsspec
 
@@ -28,10 +28,10 @@ def remote_folder(url: str) -> "RemoteFolder":
     except (ImportError, ValueError) as error:
         hint = f": pip install 'distnadam[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
         raise CheckpointError(f"{url}: nothing here speaks {protocol}://{hint} ({error})") from error
-    return RemoteFolder(filesystem, protocol, path.rstrip("/"))
+    return RemoteDirectory(filesystem, protocol, path.rstrip("/"))
 
 
-class RemoteFolder(Folder):
+class RemoteDirectory(Directory):
     """See the module.
 
     Args:
@@ -50,27 +50,27 @@ class RemoteFolder(Folder):
 
     @property
     def name(self) -> str:
-        """See `Folder.name`."""
+        """See `Directory.name`."""
         return self._path.rpartition("/")[2]
 
-    def child(self, name: str) -> "RemoteFolder":
-        """See `Folder.child`."""
-        return RemoteFolder(self._fs, self._protocol, f"{self._path}/{name}")
+    def child(self, name: str) -> "RemoteDirectory":
+        """See `Directory.child`."""
+        return RemoteDirectory(self._fs, self._protocol, f"{self._path}/{name}")
 
     def make(self) -> None:
-        """See `Folder.make`; folders are names there, but a bucket must be had."""
+        """See `Directory.make`; folders are names there, but a bucket must be had."""
         self._trying("", "made", lambda: self._fs.makedirs(self._path, exist_ok=True))
 
     def files(self) -> dict[str, int]:
-        """See `Folder.files`."""
+        """See `Directory.files`."""
         return {_last(entry): int(entry["size"] or 0) for entry in self._list() if entry["type"] == "file" and _last(entry)}
 
     def folders(self) -> list[str]:
-        """See `Folder.folders`."""
+        """See `Directory.folders`."""
         return [_last(entry) for entry in self._list() if entry["type"] == "directory"]
 
     def read(self, name: str, at_most: int) -> bytes:
-        """See `Folder.read`."""
+        """See `Directory.read`."""
         contents = self._trying(name, "read", lambda: self._fs.cat_file(self._at(name), start=0, end=at_most + 1))
         if len(contents) > at_most:
             raise CheckpointError(f"{self}/{name}: has more than {at_most} bytes")
@@ -78,7 +78,7 @@ class RemoteFolder(Folder):
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[ReadInto]:
-        """See `Folder.reading`."""
+        """See `Directory.reading`."""
 
         def read_into(views: Sequence[memoryview], offset: int) -> None:
             size = sum(map(len, views))
@@ -92,7 +92,7 @@ class RemoteFolder(Folder):
         yield read_into
 
     def write(self, name: str, pieces: Pieces) -> None:
-        """See `Folder.write`; an upload that fails is begun anew."""
+        """See `Directory.write`; an upload that fails is begun anew."""
 
         def upload() -> None:
             file = self._fs.open(self._at(name), "wb")
@@ -115,11 +115,11 @@ class RemoteFolder(Folder):
             raise
 
     def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
-        """See `Folder.replace`; what is put there appears whole by itself."""
+        """See `Directory.replace`; what is put there appears whole by itself."""
         self._trying(name, "written", lambda: self._fs.pipe_file(self._at(name), contents))
 
     def remove(self, name: str) -> None:
-        """See `Folder.remove`."""
+        """See `Directory.remove`."""
 
         def remove() -> None:
             with contextlib.suppress(FileNotFoundError):
@@ -128,14 +128,14 @@ class RemoteFolder(Folder):
         self._trying(name, "removed", remove)
 
     def remove_folder(self) -> None:
-        """See `Folder.remove_folder`."""
+        """See `Directory.remove_folder`."""
         with contextlib.suppress(Exception):  # object stores have none
             if not self._list():
                 self._fs.rmdir(self._path)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """See `Folder.hold`; nobody is kept out."""
+        """See `Directory.hold`; nobody is kept out."""
         yield
 
     def _at(self, name: str) -> str:

@@ -12,7 +12,7 @@ import ray
 from distnadam import DistNadam, Options
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.backend import RayBackend
-from distnadam.backends.ray.processes import process_born
+from distnadam.backends.ray.processes import process_start_time
 from distnadam.errors import NotRunning, Rewound
 from tests.models import bits
 
@@ -78,7 +78,7 @@ def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and
         os.kill(supervisor, signal.SIGKILL)
         wait_until_another_supervises(optimizer, supervisor)
         step_to(optimizer, 6)
-        assert process_born(victim.pid) != victim.born, "a process that was replaced must not be there to wake up"
+        assert process_start_time(victim.pid) != victim.born, "a process that was replaced must not be there to wake up"
         assert bits(optimizer) == undisturbed(6)
     finally:
         optimizer.close()
@@ -115,7 +115,7 @@ def test_an_optimizer_is_ended_by_its_name_by_whoever_knows_it_even_where_only_i
     DistNadam.stop("ended")
     with pytest.raises(NotRunning, match="no optimizer named 'ended'"):
         DistNadam.connect("ended")
-    assert not any(process_born(pid) == born for pid, born in there)
+    assert not any(process_start_time(pid) == born for pid, born in there)
     optimizer.close()
 
     build("orphaned")
@@ -137,7 +137,7 @@ def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(hurt
     os.kill(backend_of(optimizer).places[0].pid, signal.SIGSTOP)
     os.kill(supervisor_of(optimizer), hurt)
     optimizer.close()
-    assert not any(process_born(pid) == born for pid, born in there)
+    assert not any(process_start_time(pid) == born for pid, born in there)
     assert processes_of(f"hurt{hurt}") == set()
 
 
@@ -146,7 +146,7 @@ def test_close_of_an_unnamed_one_ends_a_stopped_shard() -> None:
     victim = backend_of(optimizer).places[1]
     os.kill(victim.pid, signal.SIGSTOP)
     optimizer.close()
-    assert process_born(victim.pid) != victim.born
+    assert process_start_time(victim.pid) != victim.born
 
 
 class Sleeper:
@@ -167,10 +167,10 @@ def test_members_of_a_team_that_are_stopped_end_where_they_are_replaced_and_with
         pids: dict[int, int] = {}
         while len(pids) < 2:
             pids |= dict(team.results(1.0))
-        born = {pid: process_born(pid) for pid in pids.values()}
+        born = {pid: process_start_time(pid) for pid in pids.values()}
         for pid in born:
             os.kill(pid, signal.SIGSTOP)
         team.replace(0)
-        assert process_born(pids[0]) != born[pids[0]]
+        assert process_start_time(pids[0]) != born[pids[0]]
         team.close()
-        assert process_born(pids[1]) != born[pids[1]]
+        assert process_start_time(pids[1]) != born[pids[1]]

@@ -95,7 +95,7 @@ def leases(clock: Clock, *, belongs: bool) -> Leases:
     looked: queue.Queue[None] = queue.Queue()
     given = Leases(8.0, lambda: belongs, lambda: looked.put(None))
     if belongs:
-        while not given.in_charge:
+        while not given.is_leader:
             pass
     else:
         looked.get()
@@ -123,7 +123,7 @@ def test_a_successor_waits_for_what_its_predecessor_may_have_given(clock: Clock)
 def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leave(clock: Clock) -> None:
     given = leases(clock, belongs=False)
     given.admit("shard")
-    assert not given.in_charge
+    assert not given.is_leader
     assert given.ask("shard") is None
 
 

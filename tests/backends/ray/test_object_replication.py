@@ -5,21 +5,21 @@ from collections.abc import Awaitable
 
 import pytest
 
-from distnadam.backends.ray.object_replication import Feed
+from distnadam.backends.ray.object_replication import OrderedStream
 from distnadam.errors import LaneError
 
 
 def test_calls_that_overtook_each_other_are_taken_in_their_order() -> None:
     taken: list[int] = []
 
-    async def call(feed: Feed, number: int) -> None:
+    async def call(feed: OrderedStream, number: int) -> None:
         await feed.turn(5, number)
         await asyncio.sleep(0)
         taken.append(number)
         feed.done(number)
 
     async def all_at_once() -> None:
-        feed = Feed()
+        feed = OrderedStream()
         await asyncio.gather(*[call(feed, number) for number in (3, 1, 0, 4, 2)])
 
     asyncio.run(all_at_once())
@@ -32,7 +32,7 @@ def test_a_later_feed_and_a_farewell_end_an_earlier_one_for_those_who_wait_too()
             await call
 
     async def scenario() -> None:
-        feed = Feed()
+        feed = OrderedStream()
         await feed.turn(5, 0)
         feed.done(0)
         early = asyncio.create_task(feed.turn(5, 2))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from distnadam.backends.ray import placement
-from distnadam.backends.ray.placement import Silent, at
+from distnadam.backends.ray.placement import RecentlyUnreachable, at
 
 ID = "ray.io/node-id"
 
@@ -81,7 +81,7 @@ def test_a_user_who_names_nodes_is_obeyed() -> None:
 
 
 def test_a_silent_node_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    silent, now = Silent(), [100.0]
+    silent, now = RecentlyUnreachable(), [100.0]
     monkeypatch.setattr(placement.time, "monotonic", lambda: now[0])
     silent.add("a", "")
     assert silent.now == {"a"}

@@ -19,8 +19,8 @@ import distnadam.runtime.shard_host as host
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import claim
-from distnadam.checkpoint.storage.base import Folder
-from distnadam.checkpoint.storage.local import LocalFolder
+from distnadam.checkpoint.storage.base import Directory
+from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import place
 from distnadam.cli import main
 from distnadam.errors import CheckpointBusy, CheckpointError
@@ -169,7 +169,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path: Path)
 
 
 @pytest.fixture
-def history(tmp_path: Path) -> list[Folder]:
+def history(tmp_path: Path) -> list[Directory]:
     """Checkpoints of rounds 0 to 12, one saved every minute."""
     with DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer:
         for number in range(13):
@@ -191,14 +191,14 @@ def history(tmp_path: Path) -> list[Folder]:
 )
 @pytest.mark.parametrize("often", [False, True], ids=["once", "after every save"])
 def test_the_last_ones_and_one_in_so_many_steps_or_seconds_are_kept(
-    rules: dict[str, Any], kept: list[int], often: bool, history: list[Folder], tmp_path: Path
+    rules: dict[str, Any], kept: list[int], often: bool, history: list[Directory], tmp_path: Path
 ) -> None:
     for newest in history if often else history[-1:]:
         store.prune(tmp_path, 2, newest, **rules)
     assert [store.load(step).round for step in store.steps(tmp_path)] == kept
 
 
-def test_the_last_valid_one_is_kept_whatever_is_newer(history: list[Folder], tmp_path: Path) -> None:
+def test_the_last_valid_one_is_kept_whatever_is_newer(history: list[Directory], tmp_path: Path) -> None:
     for step in history[4:]:
         step.remove(store.MANIFEST)
     store.prune(tmp_path, 1, history[-1])
@@ -248,5 +248,5 @@ def test_the_commands_take_urls(root: str, tmp_path: Path) -> None:
 
 def test_a_local_folder_is_a_path() -> None:
     folder = place("file:///tmp/x")
-    assert isinstance(folder, LocalFolder)
+    assert isinstance(folder, LocalDirectory)
     assert os.fspath(folder) == str(folder) == "/tmp/x"
