@@ -58,7 +58,7 @@ class Worker:
     def __init__(self, shards: ShardGroup, rank: int) -> None:
         self.rank = rank
         self._shards, self._layout = shards, shards.layout
-        self._seat = WorkerSession(shards, rank)
+        self._session = WorkerSession(shards, rank)
         self._outstanding: Ticket | None = None
         self._closed = False
         self._viewed: tuple[Any, list[ParameterView]] = (None, [])
@@ -66,14 +66,14 @@ class Worker:
         self._traffic: tuple[Any, Any, Traffic] = (None, None, Traffic({}, {}))
 
     @cached_property
-    def _slot(self) -> GradientBuffer:
+    def _buffer(self) -> GradientBuffer:
         check = self._shards.options.check_gradients
-        return GradientBuffer(self._layout, f"worker {self.rank}", self._seat.link.gradients, check=check)
+        return GradientBuffer(self._layout, f"worker {self.rank}", self._session.link.gradients, check=check)
 
     @property
     def _views(self) -> list[ParameterView]:
         """One view of own memory, or of both buffers that are shared with the shards; made anew where those moved."""
-        shared = self._seat.link.parameters
+        shared = self._session.link.parameters
         if not self._viewed[1] or self._viewed[0] is not shared:
             views = [ParameterView(self._layout)] if shared is None else [ParameterView(self._layout, flat) for flat in shared]
             self._viewed = (shared, views)
@@ -93,15 +93,15 @@ class Worker:
     @property
     def round(self) -> int:
         """Rounds decided when this worker last looked; its next push is for the one after, and batches follow it."""
-        if self._seat.epoch < 0:
-            self._seat.pull(want_parameters=False)
-        return self._seat.round
+        if self._session.epoch < 0:
+            self._session.pull(want_parameters=False)
+        return self._session.round
 
     def pull(self) -> Any:
         """Return the present parameters in the structure given to `build`, each in its own dtype, once this worker's push is decided."""
         self._settle()
         began = perf_counter()
-        self._take(self._seat.pull(want_parameters=True))
+        self._take(self._session.pull(want_parameters=True))
         if self._meter is not None:
             self._meter.pull.add(perf_counter() - began)
             self._moved().pulled += 1
@@ -151,7 +151,7 @@ class Worker:
             StructureError: no such tensor, given twice, or of another shape or kind of dtype.
         """
         self._settle()
-        self._slot.put(path, gradient)
+        self._buffer.put(path, gradient)
 
     def gradients(self, dtype: str | None = None) -> Any:
         """Return this worker's slot as writable views in the structure given to `build`; `push()` or `step()` sends what they hold.
@@ -163,7 +163,7 @@ class Worker:
             dtype: None for float32 (float64 where the parameter is), or "float16" or "bfloat16" for half the bytes.
         """
         self._settle()
-        return self._slot.lend(dtype)
+        return self._buffer.views(dtype)
 
     def parameters(self) -> Any:
         """Return the parameters as this worker last saw them, read-only; a first call pulls them.
@@ -171,7 +171,7 @@ class Worker:
         As what `step` returns: views where the worker shares memory with the shards. They hold still until the next round but one is
         applied, so the round's own gradient can still be computed from them after it was pushed.
         """
-        if self._seat.epoch < 0:
+        if self._session.epoch < 0:
             return self.pull()
         self._check_open()
         return self._tree()
@@ -181,15 +181,15 @@ class Worker:
         if not self._closed:
             self._closed = True
             with suppress(DistNadamError):  # the optimizer is gone already
-                self._seat.leave()
+                self._session.leave()
 
     def _push(self, gradients: Any, *, want_parameters: bool) -> Ticket:
         self._settle()
         began = perf_counter()
-        rejection = self._slot.finish() if gradients is None else self._slot.fill(gradients)
-        flight = self._seat.aim(self._slot.parts, rejection, want_parameters=want_parameters)
-        ticket = self._outstanding = Ticket(lambda: self._finish(flight))  # before it is sent: a Ctrl-C may leave it half sent
-        self._seat.send(flight)
+        rejection = self._buffer.finish() if gradients is None else self._buffer.fill(gradients)
+        push = self._session.prepare(self._buffer.parts, rejection, want_parameters=want_parameters)
+        ticket = self._outstanding = Ticket(lambda: self._finish(push))  # before it is sent: a Ctrl-C may leave it half sent
+        self._session.send(push)
         if self._meter is not None:
             self._meter.push.add(perf_counter() - began)
         return ticket
@@ -200,13 +200,13 @@ class Worker:
         if self._outstanding is not None:
             self._outstanding.result()
 
-    def _finish(self, flight: InFlightPush) -> RoundResult:
+    def _finish(self, push: InFlightPush) -> RoundResult:
         try:
-            answers = self._seat.wait_for(flight)
+            answers = self._session.wait_for(push)
         except StepTimeout:
             raise
         except DistNadamError:
-            self._outstanding, self._seat.epoch = None, -1  # look again where the shards stand before the next push
+            self._outstanding, self._session.epoch = None, -1  # look again where the shards stand before the next push
             raise
         self._outstanding = None
         if self._meter is not None:
@@ -218,7 +218,7 @@ class Worker:
 
     def _moved(self) -> Traffic:
         """Return where this worker's pushes and pulls are counted while the shards are reached as they are now."""
-        wiring, flat = self._seat.link.wiring, self._slot.flat
+        wiring, flat = self._session.link.wiring, self._buffer.flat
         if self._traffic[0] is not wiring or self._traffic[1] is not flat:
             traffic = Traffic({}, {}) if wiring is None else Traffic.of(wiring.ranges, wiring.lanes, flat)
             self._traffic = (wiring, flat, traffic)
@@ -234,7 +234,7 @@ class Worker:
         return answers[0]
 
     def _tree(self) -> Any:
-        return self._views[0 if self._seat.copies else self._seat.buffer].tree()
+        return self._views[0 if self._session.copies else self._session.buffer].tree()
 
     def _check_open(self) -> None:
         if self._closed:

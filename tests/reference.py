@@ -59,10 +59,10 @@ class OneProcess:
         options = Options(on_nonfinite="skip", kernel="numpy")
         spec = ShardSpec(0, 1, max(0, *ranks) + 1, 0, None, self._config, options, self._layout, self._layout.cuts(1)[0])
         host = ShardHost(spec)
-        standing = ShardControlState(0, number - 1, before.skipped, before.clock, 0.0, 0, "applied", None, {"runs": [], "newest": []})
+        control_state = ShardControlState(0, number - 1, before.skipped, before.clock, 0.0, 0, "applied", None, {"runs": [], "newest": []})
         arrays = {name: {"float32": getattr(before, name)} for name in ("params", "m", "v")}
         outside = ranks == (DIRECT,)
-        host.take_over(standing, arrays, Reconfigure(1, ((1, (0,) if outside else ranks),)))
+        host.take_over(control_state, arrays, Reconfigure(1, ((1, (0,) if outside else ranks),)))
         host.send(Pause("")) if outside else [host.send(Join(rank, 1)).result(0) for rank in ranks]
         for rank, incarnation in counted:
             gradient = self._gradient(number, rank, incarnation, before.params)

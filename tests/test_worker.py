@@ -70,7 +70,7 @@ def test_a_step_that_was_interrupted_counts_once_on_every_shard(moment: str) -> 
     start, trees = {"w": np.ones(100, np.float32)}, [{"w": np.full(100, number, np.float32)} for number in range(1, 4)]
     with DistNadam(num_shards=2, backend="local").build(start) as optimizer, optimizer.worker(0) as worker:
         worker.step(trees[0])
-        link = worker._seat.link
+        link = worker._session.link
         post = link.post
 
         def interrupted(messages: Any) -> Any:

@@ -115,7 +115,7 @@ class LocalBackend(Backend):
         for host, answer in zip(old, held, strict=True):
             if answer.round < newest:
                 host.send(CatchUp(token, newest)).result()
-        standing, epoch = old[0].standing, max(answer.epoch for answer in held) + 1
+        control_state, epoch = old[0].control_state, max(answer.epoch for answer in held) + 1
         arrays = [host.send(Read(token, ARRAYS)).result() for host in old]
         whole = {name: empty_flat(self._specs[0].layout.sizes) for name in ARRAYS}
         for spec, parts in zip(self._specs, arrays, strict=True):
@@ -126,7 +126,7 @@ class LocalBackend(Backend):
         self._hosts = [self._make(spec) for spec in self._specs]
         for spec, host in zip(self._specs, self._hosts, strict=True):
             cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
-            host.take_over(standing, cut, Reconfigure(epoch, standing.schedule))
+            host.take_over(control_state, cut, Reconfigure(epoch, control_state.schedule))
         for host in old:
             host.send(Retire(epoch)).result()
             host.close()

@@ -64,7 +64,7 @@ def save(name: str, address: str | None, path: str | None, *, as_json: bool) -> 
     with errors_told():
         with joined(address):
             running = RunningOptimizer(name)
-        where = path or running.saves_to()
+        where = path or running.checkpoint_dir()
         if where is None:
             raise ConfigError(f"{name}: was never saved and has no checkpoint_dir: give a PATH")
         with DistNadam.connect(name) as optimizer:

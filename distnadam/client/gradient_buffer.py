@@ -78,7 +78,7 @@ class GradientBuffer:
         self._copy(tensor, leaf)
         self._given.add(index)
 
-    def lend(self, dtype: str | None) -> Any:
+    def views(self, dtype: str | None) -> Any:
         """Return the slot itself as a tree of writable views, in the spaces' own dtypes or, for float32, in half precision."""
         if dtype is not None and dtype not in (*HALF, "float32"):
             raise ConfigError(f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}")

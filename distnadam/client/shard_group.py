@@ -66,7 +66,7 @@ class _Direct:
         """Whether a shard that stands there has taken it: what others lack of it then comes from here, and from nobody else."""
         return Ledger.from_dict(held.ledger).counted(DIRECT, self.incarnation, self.round)
 
-    def aim(self, held: Paused) -> None:
+    def prepare(self, held: Paused) -> None:
         """Choose the round at the first boundary; at a later one it is still this one, unless workers have had it meanwhile."""
         if self.round == 0 or (self.round <= held.round and not self.taken(held)):
             if held.pending:
@@ -86,7 +86,7 @@ class ShardGroup:
         self.backend, self.layout, self.options = backend, layout, options
         self._rewound = rewound
         self._cuts = {num_shards: layout.cuts(num_shards)}
-        self._slot: GradientBuffer | None = None
+        self._buffer: GradientBuffer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardGroup, (self.backend, self.layout, len(self.ranges), self.options, self._rewound)
@@ -227,7 +227,7 @@ class ShardGroup:
 
         def once() -> RoundResult:
             with self.boundary(mine) as at:
-                mine.aim(at.held)
+                mine.prepare(at.held)
                 rejection, parts = self._fill(gradients)
                 answers = self.ask({i: mine.step(at.token, part, rejection) for i, part in enumerate(parts)})
                 measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, PartialNorms)}
@@ -247,10 +247,10 @@ class ShardGroup:
 
     def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
         """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
-        if self._slot is None:
+        if self._buffer is None:
             memory = empty_flat(self.layout.sizes)
-            self._slot = GradientBuffer(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
-        return self._slot.fill(gradients), self._slot.parts(self.ranges)
+            self._buffer = GradientBuffer(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
+        return self._buffer.fill(gradients), self._buffer.parts(self.ranges)
 
     def _everyone(self, message: Message) -> dict[int, Message]:
         return dict.fromkeys(range(len(self.ranges)), message)

@@ -77,7 +77,7 @@ class RunningOptimizer:
             at=now,
         )
 
-    def saves_to(self) -> str | None:
+    def checkpoint_dir(self) -> str | None:
         """Return the directory that it saves to: the one that was set, else that of the last save or restore."""
         return self._saves_to(self._ask()[0])
 

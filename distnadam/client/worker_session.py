@@ -86,62 +86,62 @@ class WorkerSession:
         """Ask every shard where it stands until all stand at one round, and take that as this rank's place."""
         return self._recovering(lambda: self._pull(want_parameters))
 
-    def aim(self, parts: Callable[[list[Ranges]], Sequence[Flat]], rejection: str | None, *, want_parameters: bool) -> InFlightPush:
+    def prepare(self, parts: Callable[[list[Ranges]], Sequence[Flat]], rejection: str | None, *, want_parameters: bool) -> InFlightPush:
         """Return a push for the next round, which nobody has been sent yet."""
         if self.epoch < 0:
             self.pull(want_parameters=False)
         return InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
 
-    def send(self, flight: InFlightPush) -> None:
+    def send(self, push: InFlightPush) -> None:
         """Send every shard its part, without waiting."""
         try:
-            self._send(flight)
+            self._send(push)
         except (ShardLost, Reconfigured):
-            flight.pending = None  # sent again when it is waited for
+            push.pending = None  # sent again when it is waited for
 
-    def wait_for(self, flight: InFlightPush) -> dict[int, RoundResult]:
+    def wait_for(self, push: InFlightPush) -> dict[int, RoundResult]:
         """Return how a push's round ended, whatever dies meanwhile, unless the state it was computed from is gone."""
         try:
-            return self._see_through(flight)
+            return self._see_through(push)
         except (WorkerLost, ConfigError, IllegalMessage) as error:
-            if not self._renounce(flight, adopting=isinstance(error, WorkerLost)):
+            if not self._new_incarnation(push, adopting=isinstance(error, WorkerLost)):
                 raise
         try:
-            return self._see_through(flight)  # as a successor: gives the norms, and hears the end
+            return self._see_through(push)  # as a successor: gives the norms, and hears the end
         except LatePush:
-            return self.pull(want_parameters=flight.want_parameters)
+            return self.pull(want_parameters=push.want_parameters)
 
-    def _see_through(self, flight: InFlightPush) -> dict[int, RoundResult]:
+    def _see_through(self, push: InFlightPush) -> dict[int, RoundResult]:
         deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                if flight.pending is None:
-                    self._send(flight)
-                answers = self._conclude(flight)
+                if push.pending is None:
+                    self._send(push)
+                answers = self._conclude(push)
                 if len({(decided.epoch, decided.round) for decided in answers.values()}) == 1:
                     return self._take(answers)
                 if len({decided.epoch for decided in answers.values()}) == 1:
-                    return self.pull(want_parameters=flight.want_parameters)  # it counted long ago, and rounds go on without this rank
-                flight.pending = None  # shards were replaced or went back between the answers; a push that counted may be asked about again
+                    return self.pull(want_parameters=push.want_parameters)  # it counted long ago, and rounds go on without this rank
+                push.pending = None  # shards were replaced or went back between the answers; a push that counted may be asked about again
                 self._await(deadline, "the shards did not agree on an epoch")
             except Reconfigured as error:
-                known, flight.epoch, flight.pending = flight.epoch, max(flight.epoch, error.epoch), None
+                known, push.epoch, push.pending = push.epoch, max(push.epoch, error.epoch), None
                 if error.epoch <= known:  # other shards are yet to hear of it, or the round is to be decided without this rank
-                    self._await(deadline, f"round {flight.round} was not decided: {error}")
+                    self._await(deadline, f"round {push.round} was not decided: {error}")
                 self._backend.refresh()
                 self._rejoin()
             except Rewound as error:
                 self._rewound = max(self._rewound or 0, error.epoch)
                 raise
             except ShardLost:
-                flight.pending = None
+                push.pending = None
                 self._backend.await_recovery(self._timeout_s)
                 self._rejoin()
             except BaseException:
-                flight.pending = None  # a Ctrl-C may leave its answers half heard
+                push.pending = None  # a Ctrl-C may leave its answers half heard
                 raise
 
-    def _renounce(self, flight: InFlightPush, *, adopting: bool) -> bool:
+    def _new_incarnation(self, push: InFlightPush, *, adopting: bool) -> bool:
         """Go on under a new number after a shard has dropped a push, since others may hold it, or be yet to get it.
 
         A rank, a number and a round name one gradient for ever: no shard can count the old one beside another that is pushed next. Return
@@ -150,9 +150,9 @@ class WorkerSession:
         old, self._incarnation = self._incarnation, self._incarnation + 1
         joined = self._recovering(lambda: self._ask_from_first(self._known()))
         notes = [answer.committed for answer in joined.values()]
-        counted = adopting and any(note is not None and (note.incarnation, note.round) == (old, flight.round) for note in notes)
+        counted = adopting and any(note is not None and (note.incarnation, note.round) == (old, push.round) for note in notes)
         if counted:
-            parts = flight.parts(self._shards.ranges)
+            parts = push.parts(self._shards.ranges)
             self._adopt(joined, gradients=dict(enumerate(parts)))
         self._reconnect()
         return counted
@@ -226,25 +226,25 @@ class WorkerSession:
             if any(answer.orphaned for answer in joined.values()):
                 self._norms_are_gone(at_least)
 
-    def _send(self, flight: InFlightPush) -> None:
+    def _send(self, push: InFlightPush) -> None:
         """Send a push to every shard; one that has counted it already says so."""
-        key, want = (flight.epoch, self.rank, self._incarnation, flight.round), flight.want_parameters and self.copies
-        told, parts = flight.rejection, flight.parts(self._shards.ranges)
-        flight.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
+        key, want = (push.epoch, self.rank, self._incarnation, push.round), push.want_parameters and self.copies
+        told, parts = push.rejection, push.parts(self._shards.ranges)
+        push.pending = self.link.post({i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)})
 
-    def _conclude(self, flight: InFlightPush) -> dict[int, RoundResult]:
+    def _conclude(self, push: InFlightPush) -> dict[int, RoundResult]:
         """Wait for the answers, the second phase included where clipping needs norms."""
-        assert flight.pending is not None
-        answers = self._wait(flight.pending)
+        assert push.pending is not None
+        answers = self._wait(push.pending)
         while measured := {shard: answer.sums for shard, answer in answers.items() if isinstance(answer, PartialNorms)}:
             if len(measured) == len(answers):
-                flight.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
-            if flight.square_sums is None:
-                self._norms_are_gone(flight.round)
-            want = flight.want_parameters and self.copies
-            norms = TotalNorms(flight.epoch, self.rank, self._incarnation, flight.round, flight.square_sums, want)
-            flight.pending = self.link.post(dict.fromkeys(measured, norms))
-            answers = answers | self._wait(flight.pending)
+                push.square_sums = tensor_square_sums(len(self._layout.tensors), [measured[shard] for shard in sorted(measured)])
+            if push.square_sums is None:
+                self._norms_are_gone(push.round)
+            want = push.want_parameters and self.copies
+            norms = TotalNorms(push.epoch, self.rank, self._incarnation, push.round, push.square_sums, want)
+            push.pending = self.link.post(dict.fromkeys(measured, norms))
+            answers = answers | self._wait(push.pending)
         return answers
 
     def _norms_are_gone(self, number: int) -> NoReturn:

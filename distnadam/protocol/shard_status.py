@@ -70,6 +70,6 @@ class Description:
     given_up: tuple[int, ...] = ()
     saved: str | None = None
     retired: bool = False
-    here: Owners = field(default_factory=dict)
+    live_owners: Owners = field(default_factory=dict)
     highest_round: int = 0
     stepped: int = 0

@@ -37,7 +37,7 @@ class Load:
         manifest: the manifest file's bytes.
         leftovers: files whose bytes that no shard needs this one verifies.
         params: the shard's ranges.
-        state: all arrays of the shard's ranges, as other shards held them, and `standing`, where those stood in time.
+        state: all arrays of the shard's ranges, as other shards held them, and `control_state`, where those stood in time.
         schedule: the membership; empty leaves it.
         newest: the newest incarnation of each rank, where it is known.
         here: the ranks that a living worker holds, likewise.
@@ -50,10 +50,10 @@ class Load:
     leftovers: tuple[int, ...] = ()
     params: Flat | None = None
     state: dict[str, Flat] | None = None
-    standing: "ShardControlState | None" = None
+    control_state: "ShardControlState | None" = None
     schedule: MembershipHistory = ()
     newest: dict[int, int] = field(default_factory=dict)
-    here: Owners = field(default_factory=dict)
+    live_owners: Owners = field(default_factory=dict)
     highest_round: int = 0
 
 
@@ -87,9 +87,9 @@ class ShardControlState:
     ledger: dict[str, Any]
     schedule: MembershipHistory = ()
     changed: str | None = None
-    risen: tuple[tuple[int, Reason], ...] = ()
+    history: tuple[tuple[int, Reason], ...] = ()
     counted: dict[int, PushNote] = field(default_factory=dict)
-    here: Owners = field(default_factory=dict)
+    live_owners: Owners = field(default_factory=dict)
     highest_round: int = 0
 
 

@@ -85,14 +85,14 @@ class ShardHost:
         self._arithmetic = ShardKernel(spec, threads)
 
     @property
-    def standing(self) -> ShardControlState:
+    def control_state(self) -> ShardControlState:
         """Where the shard stands, while nothing is computed."""
-        return self._shard.standing
+        return self._shard.control_state
 
-    def take_over(self, standing: ShardControlState, arrays: dict[str, Flat], reign: Any) -> None:
+    def take_over(self, control_state: ShardControlState, arrays: dict[str, Flat], reconfigure: Any) -> None:
         """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
-        self._shard.state.begin(arrays, standing.active)
-        self._shard.take_over(standing, reign)
+        self._shard.state.load(arrays, control_state.active)
+        self._shard.take_over(control_state, reconfigure)
 
     def attach_meter(self, meter: Meter) -> None:
         """Count the rounds applied in a meter, and tell it how the shard stands."""
@@ -222,7 +222,7 @@ class ShardHost:
     def _save(self, message: Save) -> Any:
         """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard meanwhile."""
         shard, ranges = self._shard, self._spec.ranges
-        shard.gate.require(message.token, self._spec.index)
+        shard.exclusive_hold.require(message.token, self._spec.index)
         before, arrays = shard.changed, shard.state.arrays()
 
         def write(state: dict[str, Flat]) -> Any:
@@ -246,11 +246,11 @@ class ShardHost:
 
     def _load(self, order: Load) -> ShardControlState:
         spec, state = self._spec, self._shard.state
-        if order.state is not None and order.standing is not None:
-            state.begin(order.state, order.standing.active)
-            return order.standing
+        if order.state is not None and order.control_state is not None:
+            state.load(order.state, order.control_state.active)
+            return order.control_state
         if order.directory is None:
-            state.begin({"params": order.params or {}})
+            state.load({"params": order.params or {}})
             return ShardControlState(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
         manifest = Manifest.from_bytes(order.manifest, order.directory)
         fill_shard(order.directory, manifest, ranges=spec.ranges, state=state.reset(), leftovers=order.leftovers)
@@ -263,12 +263,12 @@ class ShardHost:
         self._detach(told=False)
         shard = self._shard
         with self._lock:
-            standing = shard.standing
-        replica = self._connect(order.standby, standing, shard.config, shard.state.arrays())
+            control_state = shard.control_state
+        replica = self._connect(order.standby, control_state, shard.config, shard.state.arrays())
         with self._lock:  # what came meanwhile was told to no standby
             self._replica = replica
-            reign = Reconfigure(shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all())
-        replica.send(reign)
+            reconfigure = Reconfigure(shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all())
+        replica.send(reconfigure)
         return shard.round
 
     def _replicate(self, effect: Replicate, replica: ReplicationStream) -> None:

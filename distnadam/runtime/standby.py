@@ -30,22 +30,22 @@ class Standby:
         self._spec = spec
         self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
         self._arrays: dict[str, Flat] = {}
-        self._standing: ShardControlState | None = None
+        self._control_state: ShardControlState | None = None
         self._ledger = Ledger()
         self._lock = threading.RLock()
 
     def take_arrays(self, arrays: dict[str, Flat]) -> None:
         """Take a copy of the primary's "params", "m" and "v", to be stepped in place."""
         with self._lock:
-            self._arrays, self._standing = arrays, None  # they are of no known place in time yet
+            self._arrays, self._control_state = arrays, None  # they are of no known place in time yet
 
-    def begin(self, standing: ShardControlState, config: NadamConfig) -> None:
+    def begin(self, control_state: ShardControlState, config: NadamConfig) -> None:
         """Take the place in time that the arrays are of, and the hyper-parameters as they are now."""
         with self._lock:
             if not self._arrays:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: was let go before it had its place in time")
             self._spec = dataclasses.replace(self._spec, config=config)
-            self._standing, self._ledger = standing, Ledger.from_dict(standing.ledger)
+            self._control_state, self._ledger = control_state, Ledger.from_dict(control_state.ledger)
 
     def apply(self, record: Record, mean: Flat) -> None:
         """Follow the primary by one record; `mean` is the round's mean gradient, scaled and clipped.
@@ -57,42 +57,44 @@ class Standby:
             ShardsDisagree: the learning-rate function gave this process another rate than the primary.
         """
         with self._lock:
-            now, self._standing = self._standing, None
+            now, self._control_state = self._control_state, None
             if isinstance(record, DetachStandby):
                 self._arrays = {}
             elif now is None:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no place in time, got {record}")
             elif isinstance(record, ReplicatedJoin):
                 self._ledger.admit(record.rank, record.incarnation)
-                here = {rank: held for rank, held in now.here.items() if rank != record.rank}
+                here = {rank: held for rank, held in now.live_owners.items() if rank != record.rank}
                 if record.process is not None:
                     here[record.rank] = record.incarnation, record.process
-                self._standing = dataclasses.replace(now, here=here)
+                self._control_state = dataclasses.replace(now, live_owners=here)
             elif isinstance(record, Reconfigure):
                 self._ledger.admit_all(record.newest)
-                risen = (*now.risen, (record.epoch, "reconfigured")) if record.epoch > now.epoch else now.risen
-                self._standing = dataclasses.replace(now, epoch=max(now.epoch, record.epoch), schedule=record.schedule, risen=risen)
+                history = (*now.history, (record.epoch, "reconfigured")) if record.epoch > now.epoch else now.history
+                self._control_state = dataclasses.replace(
+                    now, epoch=max(now.epoch, record.epoch), schedule=record.schedule, history=history
+                )
             else:
-                self._standing = self._follow(now, record, mean)
+                self._control_state = self._follow(now, record, mean)
 
-    def promote(self, reign: Reconfigure, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, ShardControlState]:
+    def promote(self, reconfigure: Reconfigure, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, ShardControlState]:
         """Return a host that stands, as the primary, where this standby has got to; raise IllegalMessage where it was never filled."""
         with self._lock:
-            if self._standing is None or not self._arrays:
+            if self._control_state is None or not self._arrays:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no state yet")
-            standing = dataclasses.replace(self._standing, ledger=self._ledger.to_dict())
+            control_state = dataclasses.replace(self._control_state, ledger=self._ledger.to_dict())
             host = make_host(self._spec)
-            host.take_over(standing, self._arrays, reign)
+            host.take_over(control_state, self._arrays, reconfigure)
             for stepper in self._steppers.values():
                 stepper.close()
-            self._arrays, self._standing = {}, None
-            return host, standing
+            self._arrays, self._control_state = {}, None
+            return host, control_state
 
     @property
     def reached(self) -> int | None:
         """The round it has followed its primary to, None before it was filled."""
         with self._lock:
-            return self._standing.round if self._standing is not None else None
+            return self._control_state.round if self._control_state is not None else None
 
     def _follow(self, now: ShardControlState, record: ReplicatedRound, mean: Flat) -> ShardControlState:
         who = f"standby of shard {self._spec.index}"
@@ -103,7 +105,7 @@ class Standby:
         for rank, note in record.counted.items():
             self._ledger.admit(rank, note.incarnation)
             self._ledger.count(rank, note.incarnation, record.round)
-        told = {name: getattr(record, name) for name in ("round", "skipped", "outcome", "complaint", "lr", "active", "clock")}
+        told = {name: getattr(record, name) for name in ("round", "skipped", "outcome", "rejection", "lr", "active", "clock")}
         return dataclasses.replace(now, counted={**now.counted, **record.counted}, **told)
 
     def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:

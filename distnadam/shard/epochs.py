@@ -9,38 +9,38 @@ class Epochs:
 
     def __init__(self) -> None:
         self.now = 0
-        self._risen: list[tuple[int, Reason]] = []
+        self._history: list[tuple[int, Reason]] = []
 
     @property
     def reason(self) -> str:
         """Why the present epoch began; "" for the first."""
-        return self._risen[-1][1] if self._risen else ""
+        return self._history[-1][1] if self._history else ""
 
     @property
-    def risen(self) -> tuple[tuple[int, Reason], ...]:
+    def history(self) -> tuple[tuple[int, Reason], ...]:
         """Every rise so far, and its reason."""
-        return tuple(self._risen)
+        return tuple(self._history)
 
     @property
     def rewound(self) -> int:
         """The epoch in which all shards last went back, or began; 0 before."""
-        return max((number for number, reason in self._risen if reason == "rewound"), default=0)
+        return max((number for number, reason in self._history if reason == "rewound"), default=0)
 
-    def know(self, risen: tuple[tuple[int, Reason], ...]) -> None:
+    def restore(self, history: tuple[tuple[int, Reason], ...]) -> None:
         """Take over what another has seen."""
-        self._risen = list(risen)
-        self.now = max([self.now, *(number for number, _ in risen)])
+        self._history = list(history)
+        self.now = max([self.now, *(number for number, _ in history)])
 
-    def rise(self, reason: Reason, to: int | None = None) -> None:
+    def advance(self, reason: Reason, to: int | None = None) -> None:
         """Begin the next epoch, or the one given where that is later than the present."""
         self.now = self.now + 1 if to is None else max(to, self.now)
-        self._risen.append((self.now, reason))
+        self._history.append((self.now, reason))
 
     def refusal(self, epoch: int, who: str, decided: int) -> StaleEpoch | None:
         """Return what a message of another epoch is told, None for the present one; the gravest of all that happened since counts."""
         if epoch == self.now:
             return None
-        since = {reason for number, reason in self._risen if number > epoch}
+        since = {reason for number, reason in self._history if number > epoch}
         told = f"{who}: message of epoch {epoch}, expected {self.now}"
         if "rewound" in since:
             why = f"{told}: all shards went back after a death, to round {decided}; compute again from there"

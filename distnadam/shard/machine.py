@@ -30,7 +30,7 @@ def described(shard: Machine, *, with_spec: bool = False) -> Description:
         left=tuple(sorted(members.left)),
         dead=tuple(sorted(members.dead)),
         members=needed,
-        holder=shard.gate.holder,
+        holder=shard.exclusive_hold.holder,
         busy=shard.phase is Phase.LOADING,
         lr=shard.config.lr,
         epoch_reason=shard.epochs.reason,
@@ -39,7 +39,7 @@ def described(shard: Machine, *, with_spec: bool = False) -> Description:
         changed=shard.changed,
         given_up=tuple(sorted(members.given_up)),
         retired=shard.retired,
-        here=members.here,
+        live_owners=members.live_owners,
         highest_round=shard.highest_round,
         stepped=members.ledger.last(DIRECT),
     )
@@ -65,11 +65,11 @@ class Shard(Machine):
 
     def _on_join(self, message: msg.Join, caller: Any) -> list[Effect]:
         committed = self._counted.get(message.rank)
-        if message.rank in self._now.pushes and (not self.collecting or message.rank in self._now.adopted):
-            committed = note_of(self._now.pushes[message.rank])
+        if message.rank in self._current.pushes and (not self.collecting or message.rank in self._current.adopted):
+            committed = note_of(self._current.pushes[message.rank])
         incarnation = self.members.join(message)
         if self.collecting:
-            self._now.set_aside(message.rank, incarnation)
+            self._current.set_aside(message.rank, incarnation)
         notices = [] if message.reserve else [Notice("joined", message.rank, incarnation)]
         record = Replicate(supervisor_messages.ReplicatedJoin(message.rank, incarnation, None if message.reserve else message.process))
         member = message.rank in self.members.needed(self.round + 1)
@@ -77,47 +77,47 @@ class Shard(Machine):
 
     def _is_orphaned(self) -> bool:
         """Whether nobody who pushed is still there to send the norms that are awaited, or will be."""
-        pushes, measured = self._now.pushes.items(), self.phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
+        pushes, measured = self._current.pushes.items(), self.phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
         return measured and all(push.incarnation < self.members.ledger.newest(rank) for rank, push in pushes)
 
     def _on_complete_push(self, message: msg.CompletePush, caller: Any) -> list[Effect]:
         rank, note = message.rank, message.note
         who = f"shard {self.spec.index}: rank {rank}"
         counted = self.members.ledger.counted(rank, note.incarnation, note.round) and note.round <= self.round
-        if counted or (not self.collecting and rank in self._now.pushes):
+        if counted or (not self.collecting and rank in self._current.pushes):
             return [Answer(caller, None)]
         if note.round != self.round + 1:
             raise RoundMismatch(f"{who}: round {note.round} is to be completed, expected round {self.round + 1}")
-        if not self._now.restore(rank, note.incarnation):
+        if not self._current.restore(rank, note.incarnation):
             if message.gradients is None and note.rejection is None:
                 raise IllegalMessage(f"{who}: the push of worker {note.incarnation} for round {note.round} cannot be had any more")
             push = msg.Push(self.epochs.now, rank, note.incarnation, note.round, message.gradients, note.rejection)
-            self._now.adopted.add(rank)
-            return [*self._now.supersede(push, self.spec.index), Answer(caller, None)]
-        self._now.adopted.add(rank)
+            self._current.adopted.add(rank)
+            return [*self._current.supersede(push, self.spec.index), Answer(caller, None)]
+        self._current.adopted.add(rank)
         return [Answer(caller, None)]
 
     def _on_push(self, push: msg.Push, caller: Any) -> list[Effect]:
         if self.members.already_counted(push, self.round):
             return [Answer(caller, self._decided(push.want_parameters))]
         self.members.check_current(push, self.epochs, self.round)
-        waiting, held = Waiter(caller, push.rank, push.incarnation, push.want_parameters), self._now.pushes.get(push.rank)
+        waiting, held = Waiter(caller, push.rank, push.incarnation, push.want_parameters), self._current.pushes.get(push.rank)
         if not self.collecting:  # the round has all its pushes, but may need this worker's norms
-            if self._now.measured is not None:
-                return [Answer(caller, self._now.measured)]
-            self._now.waiting.append(waiting)
+            if self._current.measured is not None:
+                return [Answer(caller, self._current.measured)]
+            self._current.waiting.append(waiting)
             return []
         superseded: list[Effect] = []
-        if held is None or (held.incarnation < push.incarnation and push.rank not in self._now.adopted):
-            superseded = self._now.supersede(push, self.spec.index)
-        self._now.waiting.append(waiting)
+        if held is None or (held.incarnation < push.incarnation and push.rank not in self._current.adopted):
+            superseded = self._current.supersede(push, self.spec.index)
+        self._current.waiting.append(waiting)
         return [*superseded, *self._drop_pushes_that_wait_in_vain()]
 
     def _on_total_norms(self, message: msg.TotalNorms, caller: Any) -> list[Effect]:
         if self.members.already_counted(message, self.round):
             return [Answer(caller, self._decided(message.want_parameters))]
         self.members.check_current(message, self.epochs, self.round)
-        if message.rank not in self._now.pushes and self._refusal is not None:
+        if message.rank not in self._current.pushes and self._refusal is not None:
             raise self._refusal  # the round that was measured was begun anew
         return self._take_norms(message.square_sums, Waiter(caller, message.rank, message.incarnation, message.want_parameters))
 
@@ -143,62 +143,62 @@ class Shard(Machine):
     # Whoever acts on the optimizer as a whole
 
     def _on_pause(self, message: msg.Pause, caller: Any) -> list[Effect]:
-        self.gate.ask(caller, message.token)
+        self.exclusive_hold.ask(caller, message.token)
         return self._settle()
 
     def _on_catch_up(self, message: msg.CatchUp, caller: Any) -> list[Effect]:
-        self.gate.require(message.token, self.spec.index)
-        self.gate.advance(caller, message.round)
+        self.exclusive_hold.require(message.token, self.spec.index)
+        self.exclusive_hold.advance(caller, message.round)
         return self._settle()
 
     def _on_resume(self, message: msg.Resume, caller: Any) -> list[Effect]:
-        held = self.gate.holder == message.token
-        given_up = self.gate.release(message.token)
-        if held and DIRECT in self._now.pushes and self.phase in (Phase.COLLECTING, Phase.AWAITING_NORMS):
-            self._now, self.phase = Round(), Phase.COLLECTING  # a step that its caller did not see through
+        held = self.exclusive_hold.holder == message.token
+        given_up = self.exclusive_hold.release(message.token)
+        if held and DIRECT in self._current.pushes and self.phase in (Phase.COLLECTING, Phase.AWAITING_NORMS):
+            self._current, self.phase = Round(), Phase.COLLECTING  # a step that its caller did not see through
         refused: list[Effect] = [Answer(c, IllegalMessage(f"shard {self.spec.index}: the hold was given up")) for c in given_up]
         return [*refused, Answer(caller, None), *self._settle()]
 
     def _on_read(self, message: msg.Read, caller: Any) -> list[Effect]:
-        self.gate.require(message.token, self.spec.index)
+        self.exclusive_hold.require(message.token, self.spec.index)
         arrays = self.state.arrays()
         return [Answer(caller, {name: arrays[name] for name in message.what})]
 
     def _on_write(self, message: msg.Write, caller: Any) -> list[Effect]:
-        self.gate.require(message.token, self.spec.index)
+        self.exclusive_hold.require(message.token, self.spec.index)
         self.state.write(message.state)
         if message.clock is not None:
             self.clock = message.clock
         before, self.changed = self.epochs.now, f"the state was replaced after round {self.round}"
-        self.epochs.rise("replaced", message.epoch)
+        self.epochs.advance("replaced", message.epoch)
         refusal = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
         assert refusal is not None
         return [Replicate(supervisor_messages.DetachStandby()), *self._drop_pushes(refusal), Answer(caller, None)]
 
     def _on_set_rate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
-        self.gate.require(message.token, self.spec.index)
+        self.exclusive_hold.require(message.token, self.spec.index)
         self.config = self.config.with_lr(message.lr)
         self.changed = f"the learning rate was replaced after round {self.round}"
         return [Replicate(supervisor_messages.DetachStandby()), Answer(caller, None)]
 
     def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the round for a step from outside; a push that came since the holder looked is late."""
-        self.gate.require(message.token, self.spec.index)
+        self.exclusive_hold.require(message.token, self.spec.index)
         if self.members.ledger.counted(DIRECT, message.incarnation, message.round) and message.round <= self.round:
             return [Answer(caller, self._decided(want_parameters=False))]
         if message.round != self.round + 1:
             raise RoundMismatch(f"shard {self.spec.index}: expected a step for round {self.round + 1}, got one for round {message.round}")
         late = LatePush(f"shard {self.spec.index}: round {self.round + 1} was taken by apply_gradients; pull and push for the next")
         dropped = self._drop_pushes(late)
-        self.gate.limit(self.round + 1)
+        self.exclusive_hold.limit(self.round + 1)
         incarnation = self.members.ledger.admit(DIRECT, message.incarnation)
         push = msg.Push(self.epochs.now, DIRECT, incarnation, self.round + 1, message.gradients, message.rejection)
-        self._now.pushes[DIRECT] = push
-        self._now.waiting.append(Waiter(caller, DIRECT, incarnation))
+        self._current.pushes[DIRECT] = push
+        self._current.waiting.append(Waiter(caller, DIRECT, incarnation))
         return dropped
 
     def _on_step_norms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
-        self.gate.require(message.token, self.spec.index)
+        self.exclusive_hold.require(message.token, self.spec.index)
         return self._take_norms(message.square_sums, Waiter(caller, DIRECT, self.members.ledger.newest(DIRECT)))
 
     def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
@@ -209,12 +209,12 @@ class Shard(Machine):
     def _on_reconfigure(self, order: supervisor_messages.Reconfigure, caller: Any) -> list[Effect]:
         if order.epoch <= self.epochs.now:
             return [Answer(caller, self.epochs.now)]
-        self.epochs.rise("reconfigured", order.epoch)
+        self.epochs.advance("reconfigured", order.epoch)
         self.members.schedule = order.schedule
         self.members.ledger.admit_all(order.newest)
         if self.collecting:
             needed = {DIRECT, *self.members.needed(self.round + 1)}
-            self._now.pushes = {rank: push for rank, push in self._now.pushes.items() if rank in needed}
+            self._current.pushes = {rank: push for rank, push in self._current.pushes.items() if rank in needed}
         return [Replicate(order), Answer(caller, self.epochs.now)]
 
     def _on_abandon_rank(self, order: supervisor_messages.AbandonRank, caller: Any) -> list[Effect]:
@@ -249,10 +249,10 @@ class Shard(Machine):
     # Checks
 
     def _take_norms(self, square_sums: Any, waiting: Waiter) -> list[Effect]:
-        if self._now.measured is None or waiting.rank not in self._now.pushes:
+        if self._current.measured is None or waiting.rank not in self._current.pushes:
             raise IllegalMessage(f"shard {self.spec.index}: norms came while {self.phase.value}")
-        self._now.waiting.append(waiting)
-        self._now.square_sums = square_sums
+        self._current.waiting.append(waiting)
+        self._current.square_sums = square_sums
         return []
 
 

@@ -23,7 +23,7 @@ class Membership:
         self.left: set[int] = set()
         self.dead: set[int] = set()
         self.given_up: set[int] = set()
-        self.holders: Owners = {}
+        self.owners: Owners = {}
 
     def needed(self, number: int) -> tuple[int, ...]:
         """Return the ranks whose pushes make up a round."""
@@ -36,24 +36,24 @@ class Membership:
         self._check_rank(rank)
         admitted = self.ledger.admit(rank, message.incarnation)
         self.check_newest(rank, admitted)
-        if not message.reserve and self.holders.get(rank, (0, ""))[0] == admitted and self.holders[rank][1] != message.process:
+        if not message.reserve and self.owners.get(rank, (0, ""))[0] == admitted and self.owners[rank][1] != message.process:
             told = "was given to another process too, by a shard that died since; join again"
             raise SupersededWorker(f"shard {self._shard}: rank {rank}: the number {admitted} {told}")
         if not message.reserve:
-            self.holders[rank] = admitted, message.process
+            self.owners[rank] = admitted, message.process
             for ranks in (self.left, self.dead, self.given_up):
                 ranks.discard(rank)
         return admitted
 
     def taken_over(self, rank: int, incarnation: int) -> bool:
         """Whether a worker newer than that one has joined, not only had its place reserved."""
-        return rank in self.holders and self.holders[rank][0] > incarnation
+        return rank in self.owners and self.owners[rank][0] > incarnation
 
     @property
-    def here(self) -> Owners:
+    def live_owners(self) -> Owners:
         """The ranks that a worker holds which has neither left, nor died, nor had its place reserved for another."""
         gone = self.left | self.dead
-        return {rank: held for rank, held in self.holders.items() if held[0] == self.ledger.newest(rank) and rank not in gone}
+        return {rank: held for rank, held in self.owners.items() if held[0] == self.ledger.newest(rank) and rank not in gone}
 
     def leave(self, rank: int, incarnation: int) -> None:
         """Take note that a worker closed."""

@@ -35,8 +35,8 @@ class Machine:
         self.phase = Phase.COLLECTING
         self.lr = 0.0
         self.changed: str | None = None
-        self.gate = ExclusiveHold()
-        self._now = Round()
+        self.exclusive_hold = ExclusiveHold()
+        self._current = Round()
         self._last: tuple[msg.Outcome, str | None] = ("applied", None)
         self._counted: dict[int, msg.PushNote] = {}
         self._pulls: list[tuple[Any, msg.Pull]] = []
@@ -53,11 +53,11 @@ class Machine:
         if work is Work.LOAD_OR_COPY:
             return [*self._obeyed(result), *self._settle(), *self._progress()]
         if work is Work.MEASURE:
-            self._now.measured = result
+            self._current.measured = result
             self.phase = Phase.AWAITING_NORMS
-            answers = self._now.answer(result)
-            if DIRECT in self._now.pushes and self.gate.holder is None:
-                self._now, self.phase = Round(), Phase.COLLECTING  # who asked for the step is gone
+            answers = self._current.answer(result)
+            if DIRECT in self._current.pushes and self.exclusive_hold.holder is None:
+                self._current, self.phase = Round(), Phase.COLLECTING  # who asked for the step is gone
             return [*answers, *self._settle(), *self._progress()]
         self.clock, self.lr = result
         self.state.swap()
@@ -66,8 +66,12 @@ class Machine:
     def broke(self, error: BaseException) -> list[Effect]:
         """Take that work failed half-way: whoever waits gets `error`, and the shard serves no one any more."""
         self.phase, self._broken = Phase.BROKEN, error
-        waiting = [*(w.caller for w in self._now.waiting), *(caller for caller, _ in (*self._pulls, *self._orders)), *self.gate.drain()]
-        self._now, self._pulls, self._orders = Round(), [], []
+        waiting = [
+            *(w.caller for w in self._current.waiting),
+            *(caller for caller, _ in (*self._pulls, *self._orders)),
+            *self.exclusive_hold.drain(),
+        ]
+        self._current, self._pulls, self._orders = Round(), [], []
         return [Answer(caller, error) for caller in waiting]
 
     def refused(self, error: DistNadamError) -> list[Effect]:
@@ -77,11 +81,11 @@ class Machine:
 
     def gradients(self) -> list[Flat]:
         """Return the round's gradients in rank order."""
-        return [g for _, push in sorted(self._now.pushes.items()) if (g := push.gradients) is not None]
+        return [g for _, push in sorted(self._current.pushes.items()) if (g := push.gradients) is not None]
 
     def square_sums(self) -> Any:
         """Return the whole model's sums of squares, where clipping by norm has them."""
-        return self._now.square_sums
+        return self._current.square_sums
 
     @property
     def collecting(self) -> bool:
@@ -96,7 +100,7 @@ class Machine:
     @property
     def pushed(self) -> frozenset[int]:
         """The ranks that have pushed for the coming round."""
-        return frozenset(self._now.pushes)
+        return frozenset(self._current.pushes)
 
     @property
     def order(self) -> supervisor_messages.Load | supervisor_messages.AttachStandby:
@@ -104,7 +108,7 @@ class Machine:
         return self._orders[0][1]
 
     @property
-    def standing(self) -> supervisor_messages.ShardControlState:
+    def control_state(self) -> supervisor_messages.ShardControlState:
         """Where the shard stands, for a standby."""
         outcome, rejection = self._last
         return supervisor_messages.ShardControlState(
@@ -119,9 +123,9 @@ class Machine:
             self.members.ledger.to_dict(),
             self.members.schedule,
             self.changed,
-            self.epochs.risen,
+            self.epochs.history,
             dict(self._counted),
-            self.members.here,
+            self.members.live_owners,
             self.highest_round,
         )
 
@@ -129,12 +133,12 @@ class Machine:
 
     def _progress(self) -> list[Effect]:
         """Take the round as far as it goes without the host."""
-        now = self._now
+        now = self._current
         if self._orders and self.phase in _READY_TO_LOAD:
-            free = self.phase is Phase.COLLECTING and self.gate.holder is None
+            free = self.phase is Phase.COLLECTING and self.exclusive_hold.holder is None
             if free or isinstance(self.order, supervisor_messages.Load):
                 return self._begin_order()
-        if not self.gate.passes(self.round):
+        if not self.exclusive_hold.passes(self.round):
             return []
         if self.phase is Phase.COLLECTING and (DIRECT in now.pushes or now.pushes.keys() >= set(self.members.needed(self.round + 1))):
             complaints = [push.rejection for _, push in sorted(now.pushes.items()) if push.rejection is not None]
@@ -151,15 +155,15 @@ class Machine:
         return []
 
     def _drop_pushes_that_wait_in_vain(self) -> list[Effect]:
-        error = self.members.given_up_of(self.round + 1, set(self._now.pushes))
-        if error is None or self.phase is not Phase.COLLECTING or DIRECT in self._now.pushes or self._now.adopted:
+        error = self.members.given_up_of(self.round + 1, set(self._current.pushes))
+        if error is None or self.phase is not Phase.COLLECTING or DIRECT in self._current.pushes or self._current.adopted:
             return []
         return self._drop_pushes(error)
 
     def _drop_pushes(self, error: DistNadamError) -> list[Effect]:
         """Begin the round anew; whoever waited for it gets the error."""
-        refused = self._now.refuse(error)
-        self._now, self.phase = Round(), Phase.COLLECTING
+        refused = self._current.refuse(error)
+        self._current, self.phase = Round(), Phase.COLLECTING
         return refused
 
     def _refuse(self, rejection: str) -> list[Effect]:
@@ -171,10 +175,10 @@ class Machine:
         self.highest_round = max(self.highest_round, self.round)
         self.skipped += outcome != "applied"
         self._last = (outcome, rejection)
-        for rank, push in self._now.pushes.items():
+        for rank, push in self._current.pushes.items():
             self.members.ledger.count(rank, push.incarnation, self.round)
             self._counted[rank] = note_of(push)
-        ended, self._now, self.phase = self._now, Round(), Phase.COLLECTING
+        ended, self._current, self.phase = self._current, Round(), Phase.COLLECTING
         counted = {rank: self._counted[rank] for rank in ended.pushes}
         record = supervisor_messages.ReplicatedRound(
             self.round, self.skipped, outcome, rejection, counted, self.lr, self.state.active, self.clock
@@ -198,9 +202,9 @@ class Machine:
         ready = [(caller, pull) for caller, pull in self._pulls if pull.at_least <= self.round]
         self._pulls = [x for x in self._pulls if x[1].at_least > self.round]
         effects: list[Effect] = [Answer(caller, self._decided(pull.want_parameters)) for caller, pull in ready]
-        effects += [Answer(caller, None) for caller in self.gate.arrived(self.round)]
+        effects += [Answer(caller, None) for caller in self.exclusive_hold.arrived(self.round)]
         if self.phase in _AT_REST:
-            effects += [Answer(caller, self._held()) for caller in self.gate.admit(self.round)]
+            effects += [Answer(caller, self._held()) for caller in self.exclusive_hold.admit(self.round)]
         return effects
 
     # Orders
@@ -215,11 +219,11 @@ class Machine:
                 del self._orders[0]
                 refused = IllegalMessage(f"{who}: a load of epoch {order.epoch} came in epoch {before}")
                 return [Answer(caller, self._loaded[1] if order.epoch == self._loaded[0] else refused), *self._progress()]
-            self.epochs.rise("reconfigured" if order.standing is not None else "rewound", order.epoch)
+            self.epochs.advance("reconfigured" if order.control_state is not None else "rewound", order.epoch)
             error = self.epochs.refusal(before, who, self.round)
             assert error is not None
             told = [Replicate(supervisor_messages.DetachStandby()), *self._drop_pushes(error)]
-            told += [Answer(caller, error) for caller in (*self.gate.reset(), *(caller for caller, _ in self._pulls))]
+            told += [Answer(caller, error) for caller in (*self.exclusive_hold.reset(), *(caller for caller, _ in self._pulls))]
             self._pulls = []
         self.phase = Phase.LOADING
         return [*told, Compute(Work.LOAD_OR_COPY)]
@@ -233,11 +237,11 @@ class Machine:
         self.phase = Phase.COLLECTING
         if isinstance(order, supervisor_messages.Load) and isinstance(result, supervisor_messages.ShardControlState):
             self._stand(result)
-            if order.standing is not None:
-                self.epochs.know((*result.risen, (order.epoch, "reconfigured")))
+            if order.control_state is not None:
+                self.epochs.restore((*result.history, (order.epoch, "reconfigured")))
             self.members.schedule = order.schedule or self.members.schedule
             self.members.ledger.admit_all(order.newest)
-            self.members.holders = {**order.here, **self.members.holders}
+            self.members.owners = {**order.live_owners, **self.members.owners}
             self.highest_round = max(self.highest_round, self.round, order.highest_round)
             result = self.round
             self._loaded = order.epoch, result
@@ -249,34 +253,43 @@ class Machine:
         error = ShardLost(f"shard {self.spec.index}: is {self.phase.value}: {cause}")
         attaches = [caller for caller, order in self._orders if isinstance(order, supervisor_messages.AttachStandby)]
         self._orders = [x for x in self._orders if isinstance(x[1], supervisor_messages.Load)]
-        waiting = [*(w.caller for w in self._now.waiting), *(caller for caller, _ in self._pulls), *attaches, *self.gate.reset()]
-        self._now, self._pulls = Round(), []
+        waiting = [
+            *(w.caller for w in self._current.waiting),
+            *(caller for caller, _ in self._pulls),
+            *attaches,
+            *self.exclusive_hold.reset(),
+        ]
+        self._current, self._pulls = Round(), []
         return [Answer(caller, error) for caller in waiting]
 
-    def take_over(self, standing: supervisor_messages.ShardControlState, reign: supervisor_messages.Reconfigure) -> None:
+    def take_over(self, control_state: supervisor_messages.ShardControlState, reconfigure: supervisor_messages.Reconfigure) -> None:
         """Stand where a primary stood, under the epoch in which it is gone; its arrays are in the state."""
-        self._stand(standing)
-        self.epochs.know(standing.risen)
-        self.epochs.rise("reconfigured", max(reign.epoch, standing.epoch + 1))
-        self.members.schedule = reign.schedule or self.members.schedule
-        self.members.ledger.admit_all(reign.newest)
+        self._stand(control_state)
+        self.epochs.restore(control_state.history)
+        self.epochs.advance("reconfigured", max(reconfigure.epoch, control_state.epoch + 1))
+        self.members.schedule = reconfigure.schedule or self.members.schedule
+        self.members.ledger.admit_all(reconfigure.newest)
 
-    def _stand(self, standing: supervisor_messages.ShardControlState) -> None:
-        self.clock, self.round, self.skipped, self.lr = standing.clock, standing.round, standing.skipped, standing.lr
+    def _stand(self, control_state: supervisor_messages.ShardControlState) -> None:
+        self.clock, self.round, self.skipped, self.lr = control_state.clock, control_state.round, control_state.skipped, control_state.lr
         known = self.members.ledger.newest_of_all()
-        self.members.ledger = self.members.ledger.from_dict(standing.ledger)
+        self.members.ledger = self.members.ledger.from_dict(control_state.ledger)
         self.members.ledger.admit_all(known)  # a number that was given away is never given again
-        self.members.schedule = standing.schedule or self.members.schedule
-        self._last, self._counted, self.changed = (standing.outcome, standing.rejection), dict(standing.counted), standing.changed
-        self.members.holders = {**standing.here, **self.members.holders}
-        self.highest_round = max(self.highest_round, standing.highest_round, standing.round)
+        self.members.schedule = control_state.schedule or self.members.schedule
+        self._last, self._counted, self.changed = (
+            (control_state.outcome, control_state.rejection),
+            dict(control_state.counted),
+            control_state.changed,
+        )
+        self.members.owners = {**control_state.live_owners, **self.members.owners}
+        self.highest_round = max(self.highest_round, control_state.highest_round, control_state.round)
 
     # What it says of itself
 
     def _held(self) -> msg.Paused:
         ledger = self.members.ledger.to_dict()
         return msg.Paused(
-            self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._now.pushes)), ledger, self.epochs.rewound
+            self.epochs.now, self.round, self.clock, self.skipped, tuple(sorted(self._current.pushes)), ledger, self.epochs.rewound
         )
 
     def _decided(self, want_parameters: bool) -> msg.RoundResult:

@@ -46,7 +46,7 @@ class ShardState:
         self.active = 0
         return self.arrays()
 
-    def begin(self, arrays: dict[str, Flat], active: int = 0) -> None:
+    def load(self, arrays: dict[str, Flat], active: int = 0) -> None:
         """Take whole arrays by name, those not given being zero; the present parameters are `buffers[active]` from now on."""
         self.active = active
         for name, target in self.arrays().items():

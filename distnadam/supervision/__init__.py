@@ -1,1 +1,1 @@
-"""Who decides what happens when processes die: the watch (`supervisor`), what it does (`recovery`), and to whom (`fleet`, `crew`)."""
+"""Who decides what happens when processes die: the watch (`supervisor`), what it does (`recovery`), and to whom (`cluster`, `processes`)."""

@@ -23,15 +23,15 @@ class ClusterState:
         crew: what reaches and makes processes.
     """
 
-    def __init__(self, specs: Sequence[ShardSpec], crew: ProcessManager) -> None:
-        self.specs, self.crew = list(specs), crew
+    def __init__(self, specs: Sequence[ShardSpec], processes: ProcessManager) -> None:
+        self.specs, self.processes = list(specs), processes
         self.options = specs[0].options
         self.shards: list[ShardProcess] = []
         self.standbys: dict[int, ShardProcess] = {}
         self.gone: set[ShardProcess] = set()
         self.outdated: set[ShardProcess] = set()  # standbys whose primary has gone on without them, and which may not know
         self.newest: dict[int, int] = {}
-        self.here: Owners = {}
+        self.live_owners: Owners = {}
         self.highest_round = 0
         self.dead: dict[int, tuple[int, float]] = {}  # by rank: the worker that died, and when
         self.stuck = False
@@ -45,11 +45,11 @@ class ClusterState:
 
     def alive(self) -> dict[int, ShardProcess]:
         """Return the shards that are not known to be gone, by index."""
-        return {index: hired for index, hired in enumerate(self.shards) if hired not in self.gone}
+        return {index: process for index, process in enumerate(self.shards) if process not in self.gone}
 
     def missing(self) -> list[int]:
         """Return the indices of the shards that are gone."""
-        return [index for index, hired in enumerate(self.shards) if hired in self.gone]
+        return [index for index, process in enumerate(self.shards) if process in self.gone]
 
     @property
     def ask_s(self) -> float:
@@ -58,7 +58,7 @@ class ClusterState:
 
     def ask(self, messages: Mapping[int, Any], timeout_s: float | None = None) -> dict[int, Any]:
         """Send some living shards a message each; return their answers or errors."""
-        return self.crew.ask(self.alive(), messages, self.ask_s if timeout_s is None else timeout_s)
+        return self.processes.ask(self.alive(), messages, self.ask_s if timeout_s is None else timeout_s)
 
     def ask_all(self, message: Any, timeout_s: float | None = None) -> dict[int, Any]:
         """Send every living shard a message; return their answers or errors."""
@@ -73,8 +73,8 @@ class ClusterState:
             elif isinstance(answer, (Description, ShardLost, StepTimeout)):
                 self.gone.add(self.shards[index])
         described = [answer for answer in answers.values() if isinstance(answer, Description)]
-        self.here = holders(described) if described else self.here
-        for rank, (incarnation, _) in self.here.items():
+        self.live_owners = owners(described) if described else self.live_owners
+        for rank, (incarnation, _) in self.live_owners.items():
             if rank in self.dead and incarnation > self.dead[rank][0]:
                 del self.dead[rank]  # somebody has taken it over
         return answers
@@ -106,11 +106,11 @@ class ClusterState:
         return replace(spec, config=spec.config.with_lr(rates[0])) if rates else spec
 
 
-def holders(described: Sequence[Description]) -> Owners:
+def owners(described: Sequence[Description]) -> Owners:
     """Return the ranks that a living worker holds: where any shard knows of one, and none knows that it is gone, or of a newer one."""
     newest: dict[int, int] = {}
     for each in described:
         newest |= {rank: number for rank, number in each.newest.items() if number > newest.get(rank, 0)}
     gone = {rank for each in described for rank in (*each.left, *each.dead) if each.newest.get(rank, 0) == newest[rank]}
-    here = {rank: held for each in described for rank, held in each.here.items() if held[0] == newest[rank]}
+    here = {rank: held for each in described for rank, held in each.live_owners.items() if held[0] == newest[rank]}
     return {rank: held for rank, held in here.items() if rank not in gone}

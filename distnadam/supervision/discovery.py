@@ -24,7 +24,7 @@ class DiscoveredProcess:
         reached: the round that a standby has followed its primary to, None where it was not filled.
     """
 
-    hired: ShardProcess
+    process: ShardProcess
     spec: ShardSpec
     standby: bool = False
     epoch: int = 0
@@ -42,22 +42,22 @@ class RecoveredTopology:
     spare: tuple[ShardProcess, ...]
 
 
-def recovered_topology(first: ShardSpec, met: Sequence[DiscoveredProcess]) -> RecoveredTopology:
+def recovered_topology(first: ShardSpec, discovered: Sequence[DiscoveredProcess]) -> RecoveredTopology:
     """Sort processes; `first` is the spec of the first shard that the optimizer was built with, which counts where nobody knows better."""
-    layout_generation = _present(met, first.layout_generation)
-    present = [each for each in met if each.spec.layout_generation == layout_generation]
+    layout_generation = _present(discovered, first.layout_generation)
+    present = [each for each in discovered if each.spec.layout_generation == layout_generation]
     spec = present[0].spec if present else first
     cuts = spec.layout.cuts(spec.num_shards)
     specs = tuple(replace(spec, index=index, ranges=ranges) for index, ranges in enumerate(cuts))
     primaries = sorted((each for each in present if not each.standby and not each.retired), key=lambda each: each.epoch)
-    shards = {each.hired.index: each.hired for each in primaries}
-    standbys = {each.hired.index: each.hired for each in sorted(present, key=lambda each: each.reached is not None) if each.standby}
+    shards = {each.process.index: each.process for each in primaries}
+    standbys = {each.process.index: each.process for each in sorted(present, key=lambda each: each.reached is not None) if each.standby}
     taken = [*shards.values(), *standbys.values()]
-    return RecoveredTopology(specs, shards, standbys, tuple(each.hired for each in met if each.hired not in taken))
+    return RecoveredTopology(specs, shards, standbys, tuple(each.process for each in discovered if each.process not in taken))
 
 
-def _present(met: Sequence[DiscoveredProcess], otherwise: int) -> int:
-    holding = [each.spec.layout_generation for each in met if not each.standby and each.epoch > 0 and not each.retired]
+def _present(discovered: Sequence[DiscoveredProcess], otherwise: int) -> int:
+    holding = [each.spec.layout_generation for each in discovered if not each.standby and each.epoch > 0 and not each.retired]
     if holding:
         return min(holding)
-    return max((each.spec.layout_generation for each in met), default=otherwise)
+    return max((each.spec.layout_generation for each in discovered), default=otherwise)

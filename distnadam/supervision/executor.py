@@ -42,20 +42,20 @@ class DecisionExecutor:
     """
 
     def __init__(
-        self, fleet: ClusterState, source: RestorePoints, publish: Callable[[str | None], None], report: Callable[[str, Any], None]
+        self, cluster: ClusterState, source: RestorePoints, publish: Callable[[str | None], None], report: Callable[[str, Any], None]
     ) -> None:
-        self._fleet, self._source, self._publish, self._report = fleet, source, publish, report
-        self._hirer = ThreadPoolExecutor(1, "hirer")
+        self._cluster, self._source, self._publish, self._report = cluster, source, publish, report
+        self._starter = ThreadPoolExecutor(1, "hirer")
         self._filling: set[int] = set()
         self.counts = {"promoted": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
     def release(self) -> None:
         """Let go of shards that an earlier supervisor held when it died."""
-        self._fleet.ask_all(Resume(_TOKEN))
+        self._cluster.ask_all(Resume(_TOKEN))
 
     def close(self) -> None:
         """Hire nobody any more."""
-        self._hirer.shutdown(cancel_futures=True)
+        self._starter.shutdown(cancel_futures=True)
 
     def execute(self, decision: policy.Decision, seen: policy.Observation) -> None:
         """Do what was decided on what was seen."""
@@ -65,14 +65,14 @@ class DecisionExecutor:
         elif isinstance(decision, policy.Rewind):
             self._rewind(decision)
         elif isinstance(decision, policy.Complete):
-            self._reign(decision.epoch, next(s.schedule for s in seen.shards if s.epoch == decision.epoch))
+            self._reconfigure(decision.epoch, next(s.schedule for s in seen.shards if s.epoch == decision.epoch))
         elif isinstance(decision, policy.Depart):
             self._depart(decision, seen)
         elif isinstance(decision, policy.Admit):
             self._admit(decision, seen)
         elif isinstance(decision, policy.AbandonRanks):
             for rank in decision.ranks:
-                self._fleet.ask_all(AbandonRank(rank, self._fleet.dead[rank][0]))
+                self._cluster.ask_all(AbandonRank(rank, self._cluster.dead[rank][0]))
         else:
             log.error("supervisor: %s", decision.why)
             self._publish(decision.why)
@@ -80,47 +80,52 @@ class DecisionExecutor:
     # Shards
 
     def _promote(self, decision: policy.Promote) -> None:
-        fleet, epoch, schedule = self._fleet, self._fleet.next_epoch(), self._fleet.schedule
+        cluster, epoch, schedule = self._cluster, self._cluster.next_epoch(), self._cluster.schedule
         for index in decision.shards:
             log.warning("shard %d died; its standby takes over", index)
-            fleet.crew.fence(fleet.shards[index])
-            standby = fleet.standbys.pop(index)
-            reign = Reconfigure(epoch, schedule, dict(fleet.newest))
+            cluster.processes.fence(cluster.shards[index])
+            standby = cluster.standbys.pop(index)
+            reconfigure = Reconfigure(epoch, schedule, dict(cluster.newest))
             try:
-                fleet.shards[index] = fleet.crew.promote(standby, reign, near=list(fleet.alive().values()))
+                cluster.shards[index] = cluster.processes.promote(standby, reconfigure, near=list(cluster.alive().values()))
             except DistNadamError as error:
                 log.warning("the standby of shard %d cannot take over: %s", index, error)
-                fleet.crew.fence(standby)
+                cluster.processes.fence(standby)
                 return
         self.counts["promoted"] += len(decision.shards)
-        self._reign(epoch, schedule)
+        self._reconfigure(epoch, schedule)
 
-    def _reign(self, epoch: int, schedule: MembershipHistory) -> None:
-        self._fleet.ask_all(Reconfigure(epoch, schedule, dict(self._fleet.newest)))
+    def _reconfigure(self, epoch: int, schedule: MembershipHistory) -> None:
+        self._cluster.ask_all(Reconfigure(epoch, schedule, dict(self._cluster.newest)))
         self._publish(None)
 
     def _rewind(self, decision: policy.Rewind) -> None:
         """Make what is gone anew, and have all shards load the newest checkpoint that all of them can read."""
         log.warning("%s: all shards go back to the last checkpoint", decision.why)
-        fleet = self._fleet
-        for index in fleet.missing():
-            fleet.crew.fence(fleet.shards[index])
-            if (outdated := fleet.standbys.pop(index, None)) is not None:
-                fleet.crew.fence(outdated)  # it must not step in for the new one
-        for index in fleet.missing():
-            fleet.shards[index] = fleet.crew.hire(fleet.spec(index), standby=False, near=list(fleet.alive().values()))
-            fleet.crew.watch(fleet.shards[index])
-        epoch, schedule = fleet.next_epoch(), fleet.schedule
+        cluster = self._cluster
+        for index in cluster.missing():
+            cluster.processes.fence(cluster.shards[index])
+            if (outdated := cluster.standbys.pop(index, None)) is not None:
+                cluster.processes.fence(outdated)  # it must not step in for the new one
+        for index in cluster.missing():
+            cluster.shards[index] = cluster.processes.start(cluster.spec(index), standby=False, near=list(cluster.alive().values()))
+            cluster.processes.watch(cluster.shards[index])
+        epoch, schedule = cluster.next_epoch(), cluster.schedule
         for candidate in self._source.candidates():
-            known = {"schedule": schedule, "newest": dict(fleet.newest), "here": dict(fleet.here), "furthest": fleet.highest_round}
-            loads = self._source.loads(candidate, fleet.specs, epoch, **known)
+            known = {
+                "schedule": schedule,
+                "newest": dict(cluster.newest),
+                "live_owners": dict(cluster.live_owners),
+                "highest_round": cluster.highest_round,
+            }
+            loads = self._source.loads(candidate, cluster.specs, epoch, **known)
             epoch += 1
-            answers = fleet.ask(loads, _LOAD_S)
+            answers = cluster.ask(loads, _LOAD_S)
             errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
             if any(isinstance(error, (ShardLost, StepTimeout)) for error in errors):
                 return  # another death: look again
-            if not errors and len(answers) == len(fleet.shards):
-                self._source.changed, fleet.stuck = None, False
+            if not errors and len(answers) == len(cluster.shards):
+                self._source.changed, cluster.stuck = None, False
                 self.counts["rewound"] += 1
                 self._publish(None)
                 return
@@ -135,13 +140,13 @@ class DecisionExecutor:
 
         Return False where that is not for now: somebody has taken the rank over, who does the same, or a shard died, which comes first.
         """
-        fleet = self._fleet
-        joins = fleet.ask_all(Join(rank, fleet.dead[rank][0] + 1, reserve=True))
+        cluster = self._cluster
+        joins = cluster.ask_all(Join(rank, cluster.dead[rank][0] + 1, reserve=True))
         joined = {index: answer for index, answer in joins.items() if isinstance(answer, Joined)}
-        if len(joined) < len(fleet.shards):
+        if len(joined) < len(cluster.shards):
             return False
-        adopted = fleet.ask(adoptions(rank, joined))
-        fleet.stuck = fleet.stuck or any(isinstance(answer, IllegalMessage) for answer in adopted.values())
+        adopted = cluster.ask(adoptions(rank, joined))
+        cluster.stuck = cluster.stuck or any(isinstance(answer, IllegalMessage) for answer in adopted.values())
         return not any(isinstance(answer, Exception) for answer in adopted.values())
 
     def _depart(self, decision: policy.Depart, seen: policy.Observation) -> None:
@@ -160,30 +165,30 @@ class DecisionExecutor:
     @contextmanager
     def _between_rounds(self) -> Iterator[bool]:
         """Hold all shards, shard 0 first as everybody does; False where somebody else has them, or one is gone: it is tried again."""
-        fleet, held = self._fleet, True
+        cluster, held = self._cluster, True
         try:
-            for indices in ([0], range(1, len(fleet.shards))):
-                answers = fleet.ask({index: Pause(_TOKEN) for index in indices}, _HOLD_S) if held else {}
+            for indices in ([0], range(1, len(cluster.shards))):
+                answers = cluster.ask({index: Pause(_TOKEN) for index in indices}, _HOLD_S) if held else {}
                 held = held and len(answers) == len(indices) and all(isinstance(answer, Paused) for answer in answers.values())
             yield held
         finally:
-            fleet.ask_all(Resume(_TOKEN))
+            cluster.ask_all(Resume(_TOKEN))
 
     def _set_members(self, ranks: tuple[int, ...]) -> None:
         """Have these ranks from the first round on that no held shard has begun: it may have all its pushes, and await norms."""
-        fleet = self._fleet
-        described = [answer for answer in fleet.describe().values() if isinstance(answer, Description)]
-        if len(described) == len(fleet.shards):
+        cluster = self._cluster
+        described = [answer for answer in cluster.describe().values() if isinstance(answer, Description)]
+        if len(described) == len(cluster.shards):
             begun = max(answer.round + (answer.phase != Phase.COLLECTING.value) for answer in described)
-            kept = tuple(entry for entry in fleet.schedule if entry[0] <= begun)
-            self._reign(fleet.epoch + 1, (*kept, (begun + 1, ranks)))
+            kept = tuple(entry for entry in cluster.schedule if entry[0] <= begun)
+            self._reconfigure(cluster.epoch + 1, (*kept, (begun + 1, ranks)))
 
     def _level(self) -> bool:
         """Have the held shards that are behind complete the round that others have decided; return whether all stand at one round."""
-        fleet = self._fleet
-        rounds = {index: answer.round for index, answer in fleet.describe().items() if isinstance(answer, Description)}
+        cluster = self._cluster
+        rounds = {index: answer.round for index, answer in cluster.describe().items() if isinstance(answer, Description)}
         late = {index: CatchUp(_TOKEN, max(rounds.values())) for index, number in rounds.items() if number < max(rounds.values())}
-        return len(rounds) == len(fleet.shards) and not any(fleet.ask(late, _HOLD_S).values())
+        return len(rounds) == len(cluster.shards) and not any(cluster.ask(late, _HOLD_S).values())
 
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
         """Have new shards take the state over between two rounds; the old ones go on where that fails.
@@ -191,8 +196,8 @@ class DecisionExecutor:
         Raises:
             ClusterError: no processes can be had for them, or an old one died meanwhile.
         """
-        fleet, first = self._fleet, self._fleet.spec(0)
-        if num_shards == len(fleet.shards):
+        cluster, first = self._cluster, self._cluster.spec(0)
+        if num_shards == len(cluster.shards):
             return  # asked again, after an answer that was lost
         layout_generation = first.layout_generation + 1
         specs = [
@@ -202,70 +207,72 @@ class DecisionExecutor:
         new: list[ShardProcess] = []
         try:
             for spec in specs:
-                new.append(fleet.crew.hire(spec, standby=False, near=[*fleet.alive().values(), *new]))
+                new.append(cluster.processes.start(spec, standby=False, near=[*cluster.alive().values(), *new]))
             with self._between_rounds() as held:
                 if not held or not self._level():
                     raise StepTimeout("reshard: the shards could not be held between two rounds; try again")
-                old, ranges = list(fleet.shards), [spec.ranges for spec in fleet.specs]
-                order = Load(fleet.epoch + 1, newest=dict(fleet.newest))
-                for error in fleet.crew.move(_TOKEN, old, new, (ranges, cuts), order):
+                old, ranges = list(cluster.shards), [spec.ranges for spec in cluster.specs]
+                order = Load(cluster.epoch + 1, newest=dict(cluster.newest))
+                for error in cluster.processes.move(_TOKEN, old, new, (ranges, cuts), order):
                     raise error
-                fleet.crew.ask(dict(enumerate(old)), {index: Retire(order.epoch) for index in range(len(old))}, _RETIRE_S)
-                spare = [*old, *fleet.standbys.values()]
-                fleet.replace(specs, new)
+                cluster.processes.ask(dict(enumerate(old)), {index: Retire(order.epoch) for index in range(len(old))}, _RETIRE_S)
+                spare = [*old, *cluster.standbys.values()]
+                cluster.replace(specs, new)
                 self._filling = set()
                 self._publish(None)  # not before the old ones are retired: see `recovered_topology`
         except BaseException:
-            fleet.crew.dismiss(*new)
+            cluster.processes.terminate(*new)
             raise
-        fleet.crew.dismiss(*spare)
-        for hired in new:
-            fleet.crew.watch(hired)
+        cluster.processes.terminate(*spare)
+        for process in new:
+            cluster.processes.watch(process)
 
     # Standbys
 
     def fill_standbys(self) -> None:
         """See to it that every shard has a standby that follows it; processes are made, and filled, beside the watch."""
-        fleet = self._fleet
-        for index, answer in fleet.describe().items():
+        cluster = self._cluster
+        for index, answer in cluster.describe().items():
             if not isinstance(answer, Description) or answer.replicated is not None or index in self._filling:
                 continue
             self._filling.add(index)
-            if (standby := fleet.standbys.get(index)) is None:
-                self._hirer.submit(self._hire, fleet.layout_generation, index, fleet.spec(index), list(fleet.alive().values()))
+            if (standby := cluster.standbys.get(index)) is None:
+                self._starter.submit(
+                    self._start_standby, cluster.layout_generation, index, cluster.spec(index), list(cluster.alive().values())
+                )
             else:
-                self._hirer.submit(self._attach, fleet.layout_generation, index, fleet.shards[index], standby)
+                self._starter.submit(self._attach, cluster.layout_generation, index, cluster.shards[index], standby)
 
-    def take_standby(self, layout_generation: int, index: int, hired: ShardProcess | None) -> None:
+    def take_standby(self, layout_generation: int, index: int, process: ShardProcess | None) -> None:
         """Take a new standby that was hired, to be filled; one for a shard that is no more is let go."""
-        if layout_generation != self._fleet.layout_generation:
-            if hired is not None:
-                self._fleet.crew.dismiss(hired)
+        if layout_generation != self._cluster.layout_generation:
+            if process is not None:
+                self._cluster.processes.terminate(process)
             return
         self._filling.discard(index)
-        if hired is not None:
-            self._fleet.standbys[index] = hired
-            self._fleet.crew.watch(hired)
+        if process is not None:
+            self._cluster.standbys[index] = process
+            self._cluster.processes.watch(process)
 
     def take_attached(self, layout_generation: int, index: int, standby: ShardProcess, error: Any) -> None:
         """Take that a standby was filled, or could not be."""
-        if layout_generation != self._fleet.layout_generation:
+        if layout_generation != self._cluster.layout_generation:
             return
         self._filling.discard(index)
         if isinstance(error, Exception):
             log.warning("shard %d: its standby could not be filled: %s", index, str(error).splitlines()[-1])
-            if self._fleet.standbys.get(index) == standby:
-                self._fleet.crew.fence(self._fleet.standbys.pop(index))
+            if self._cluster.standbys.get(index) == standby:
+                self._cluster.processes.fence(self._cluster.standbys.pop(index))
 
-    def _hire(self, layout_generation: int, index: int, spec: Any, near: list[ShardProcess]) -> None:
-        hired = None
+    def _start_standby(self, layout_generation: int, index: int, spec: Any, near: list[ShardProcess]) -> None:
+        process = None
         try:
-            hired = self._fleet.crew.hire(spec, standby=True, near=near)
+            process = self._cluster.processes.start(spec, standby=True, near=near)
         except DistNadamError as error:
             log.warning("no standby for shard %d can be had: %s", index, error)
             time.sleep(_HIRE_AGAIN_S)
-        self._report("hired", (layout_generation, index, hired))
+        self._report("hired", (layout_generation, index, process))
 
     def _attach(self, layout_generation: int, index: int, primary: ShardProcess, standby: ShardProcess) -> None:
-        answer = self._fleet.crew.ask({index: primary}, {index: AttachStandby(standby)}, _LOAD_S).get(index)
+        answer = self._cluster.processes.ask({index: primary}, {index: AttachStandby(standby)}, _LOAD_S).get(index)
         self._report("attached", (layout_generation, index, standby, answer))

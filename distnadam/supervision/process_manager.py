@@ -26,19 +26,19 @@ class ProcessManager(ABC):
     """What a supervisor can do to the processes of its optimizer."""
 
     @abstractmethod
-    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
+    def start(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
         """Make a process for a shard, or its standby, beside the present ones; raise ClusterError where none can be had."""
 
     @abstractmethod
-    def promote(self, standby: ShardProcess, reign: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
+    def promote(self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
         """Make a standby its shard's primary, once it has all that the dead one sent."""
 
     @abstractmethod
-    def fence(self, hired: ShardProcess) -> None:
+    def fence(self, process: ShardProcess) -> None:
         """End a process for certain, so that it can neither write nor answer any more."""
 
     @abstractmethod
-    def dismiss(self, *hired: ShardProcess) -> None:
+    def terminate(self, *processes: ShardProcess) -> None:
         """End processes that are not needed any more, stopped ones too."""
 
     def is_leader(self) -> bool:
@@ -50,7 +50,7 @@ class ProcessManager(ABC):
         return False
 
     @abstractmethod
-    def watch(self, hired: ShardProcess) -> None:
+    def watch(self, process: ShardProcess) -> None:
         """Tell the supervisor (`died`) as soon as this process ends."""
 
     @abstractmethod
@@ -66,5 +66,5 @@ class ProcessManager(ABC):
         """
 
     @abstractmethod
-    def ask(self, hired: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+    def ask(self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         """Send each its message; return by index the answers, or the errors: ShardLost of one that died, StepTimeout of a silent one."""

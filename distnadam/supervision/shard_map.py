@@ -19,11 +19,11 @@ class ShardMap:
     failed: str | None = None
 
 
-def require_alive(roster: ShardMap) -> ShardMap:
+def require_alive(shard_map: ShardMap) -> ShardMap:
     """Return the roster; raise Unrecoverable where the supervisor has given up."""
-    if roster.failed is not None:
-        raise Unrecoverable(roster.failed)
-    return roster
+    if shard_map.failed is not None:
+        raise Unrecoverable(shard_map.failed)
+    return shard_map
 
 
 class ShardMapPublisher:

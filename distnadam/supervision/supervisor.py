@@ -39,17 +39,17 @@ class Supervisor:
         crew: what reaches and makes processes.
     """
 
-    def __init__(self, specs: Sequence[ShardSpec], replicas: int, crew: ProcessManager) -> None:
+    def __init__(self, specs: Sequence[ShardSpec], replicas: int, processes: ProcessManager) -> None:
         options = specs[0].options
         self._replicas, self._options = replicas, options
         self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
-        self._fleet = ClusterState(specs, crew)
+        self._cluster = ClusterState(specs, processes)
         self._source = RestorePoints(options.checkpoint_dir, retain_initial=options.retain_initial)
-        self._recovery = DecisionExecutor(self._fleet, self._source, self._publish, lambda what, about: self._events.put((what, about)))
-        self._sight = Observer(self._fleet, self._source, options, self._on_died_rank)
+        self._recovery = DecisionExecutor(self._cluster, self._source, self._publish, lambda what, about: self._events.put((what, about)))
+        self._observer = Observer(self._cluster, self._source, options, self._on_died_rank)
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
-        self._board = ShardMapPublisher()
+        self._publisher = ShardMapPublisher()
         self._closed = self._begun = False
         self._next_look = 0.0
         self._thread: threading.Thread | None = None
@@ -58,7 +58,7 @@ class Supervisor:
 
     def adopt(self, shards: Sequence[ShardProcess], standbys: Mapping[int, ShardProcess], gone: Sequence[ShardProcess] = ()) -> None:
         """Take processes that were made already; nobody is told of them before those that are gone have been replaced."""
-        self._fleet.shards, self._fleet.standbys, self._fleet.gone = list(shards), dict(standbys), set(gone)
+        self._cluster.shards, self._cluster.standbys, self._cluster.gone = list(shards), dict(standbys), set(gone)
         if not gone:
             self._publish(None)
 
@@ -80,22 +80,22 @@ class Supervisor:
     def resync(self, *, initial: Flat | None, directory: str | None) -> None:
         """Watch the processes, and learn from them what an earlier supervisor knew."""
         self._source.begin(initial, directory)
-        for hired in (*self._fleet.alive().values(), *self._fleet.standbys.values()):
-            self._fleet.crew.watch(hired)
+        for process in (*self._cluster.alive().values(), *self._cluster.standbys.values()):
+            self._cluster.processes.watch(process)
         self._recovery.release()
-        for answer in self._fleet.describe().values():
+        for answer in self._cluster.describe().values():
             if isinstance(answer, Description):
                 self._source.directory = self._source.directory or answer.saved
                 for rank in answer.dead:
                     self._on_died_rank(rank, answer.newest[rank])
 
-    def died(self, hired: ShardProcess) -> None:
+    def died(self, process: ShardProcess) -> None:
         """Take that a process ended."""
-        self._events.put(("died", (hired,)))
+        self._events.put(("died", (process,)))
 
     def outdated(self, standby: ShardProcess) -> None:
         """Take that a primary goes on without its standby, which must not step in for it from now on."""
-        self._fleet.outdated.add(standby)
+        self._cluster.outdated.add(standby)
         self._events.put(("outdated", (standby,)))
 
     def notice(self, what: str, rank: int, incarnation: int) -> None:
@@ -114,16 +114,16 @@ class Supervisor:
         """Take that a checkpoint is complete under this directory, of when `changes` was that number."""
         self._source.saved(root, changes)
 
-    def roster(self, newer_than: int, suspect: bool = False) -> Future[ShardMap]:
+    def shard_map(self, newer_than: int, suspect: bool = False) -> Future[ShardMap]:
         """Return the roster once there is one newer than what the caller has seen; with a suspicion, after a look, whatever it finds."""
-        future = self._board.newer(newer_than)
+        future = self._publisher.newer(newer_than)
         if suspect:
             self._events.put(("suspect", future))
         return future
 
     def lost_ranks(self) -> dict[int, int]:
         """Return the ranks whose worker died and that nobody has taken over, and the incarnation that died."""
-        return {rank: incarnation for rank, (incarnation, _) in dict(self._fleet.dead).items()}
+        return {rank: incarnation for rank, (incarnation, _) in dict(self._cluster.dead).items()}
 
     def recoveries(self) -> dict[str, int]:
         """Return how many shards were taken over by standbys, how often all went back, how many ranks left or were
@@ -132,11 +132,11 @@ class Supervisor:
 
     def standbys(self) -> dict[int, Any]:
         """Return the places of the standbys that there are, filled or not, by the index of their shard."""
-        return {index: hired.place for index, hired in dict(self._fleet.standbys).items()}
+        return {index: process.place for index, process in dict(self._cluster.standbys).items()}
 
     def specs(self) -> list[ShardSpec]:
         """Return the shards' specs."""
-        return list(self._fleet.specs)
+        return list(self._cluster.specs)
 
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> Future[None]:
         """Have so many shards hold these ranges from the next round on; the future carries what prevented it."""
@@ -148,11 +148,11 @@ class Supervisor:
         """Stop watching, and end every process: at once, lest a look waits for one that is stopped, and those that it was about to make."""
         self._closed = True
         self._events.put(("look", None))
-        self._fleet.crew.dismiss(*self._fleet.shards, *self._fleet.standbys.values())
+        self._cluster.processes.terminate(*self._cluster.shards, *self._cluster.standbys.values())
         if self._thread is not None:
             self._thread.join()
         self._recovery.close()
-        self._fleet.crew.dismiss(*self._fleet.shards, *self._fleet.standbys.values())
+        self._cluster.processes.terminate(*self._cluster.shards, *self._cluster.standbys.values())
 
     # The watch
 
@@ -167,12 +167,12 @@ class Supervisor:
                 log.exception("supervisor")
                 self._publish(f"the supervisor could not recover: {type(error).__name__}: {error}")
             for what, about in events:
-                if what == "suspect" and not about.done() and self._board.now.shards:
-                    about.set_result(self._board.now)
+                if what == "suspect" and not about.done() and self._publisher.now.shards:
+                    about.set_result(self._publisher.now)
 
     def _drain(self) -> list[tuple[str, Any]]:
         events = []
-        while not (self._fleet.crew.is_leader() or self._closed):
+        while not (self._cluster.processes.is_leader() or self._closed):
             time.sleep(TICK_S)
         try:
             events.append(self._events.get(timeout=TICK_S))
@@ -185,27 +185,27 @@ class Supervisor:
         if what not in ("look", "suspect", "standby lost"):  # those only prompt a look
             getattr(self, f"_on_{what.replace(' ', '_')}")(*about)
 
-    def _on_died(self, hired: ShardProcess) -> None:
-        self._fleet.gone.add(hired)
-        if self._fleet.standbys.get(hired.index) == hired:
-            del self._fleet.standbys[hired.index]
+    def _on_died(self, process: ShardProcess) -> None:
+        self._cluster.gone.add(process)
+        if self._cluster.standbys.get(process.index) == process:
+            del self._cluster.standbys[process.index]
 
     def _on_outdated(self, standby: ShardProcess) -> None:
         self._on_died(standby)
-        self._fleet.crew.dismiss(standby)
+        self._cluster.processes.terminate(standby)
 
     def _on_joined(self, rank: int, incarnation: int) -> None:
-        self._fleet.joined(rank, incarnation)
-        if rank in self._fleet.dead and incarnation > self._fleet.dead[rank][0]:
-            del self._fleet.dead[rank]
+        self._cluster.joined(rank, incarnation)
+        if rank in self._cluster.dead and incarnation > self._cluster.dead[rank][0]:
+            del self._cluster.dead[rank]
             self._recovery.counts["rejoined"] += 1
 
     def _on_left(self, rank: int, incarnation: int) -> None:
-        if self._rules.min_workers is not None and self._fleet.newest.get(rank, 0) == incarnation:
-            self._fleet.dead.setdefault(rank, (incarnation, time.monotonic()))  # it is as gone as if it had died
+        if self._rules.min_workers is not None and self._cluster.newest.get(rank, 0) == incarnation:
+            self._cluster.dead.setdefault(rank, (incarnation, time.monotonic()))  # it is as gone as if it had died
 
     def _on_stuck(self, _: int, __: int) -> None:
-        self._fleet.stuck = True
+        self._cluster.stuck = True
 
     def _on_hired(self, *about: Any) -> None:
         self._recovery.take_standby(*about)
@@ -222,33 +222,33 @@ class Supervisor:
             future.set_result(None)
 
     def _on_died_rank(self, rank: int, incarnation: int) -> None:
-        known = self._fleet.dead.get(rank, (0, 0.0))[0]
-        if self._fleet.newest.get(rank, 0) > max(incarnation, known) or known >= incarnation:
+        known = self._cluster.dead.get(rank, (0, 0.0))[0]
+        if self._cluster.newest.get(rank, 0) > max(incarnation, known) or known >= incarnation:
             return  # taken over already, or told by another shard
-        self._fleet.dead[rank] = (incarnation, time.monotonic())
+        self._cluster.dead[rank] = (incarnation, time.monotonic())
         log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
         self._recovery.settle(rank)
 
     def _look(self, *, prompted: bool) -> None:
         """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
         now = time.monotonic()
-        quiet = not (prompted or self._fleet.dead or self._fleet.stuck or self._sight.awaits)
-        if self._board.now.failed or (quiet and now < self._next_look):
+        quiet = not (prompted or self._cluster.dead or self._cluster.stuck or self._observer.awaits)
+        if self._publisher.now.failed or (quiet and now < self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
         for _ in range(_ROUNDS_OF_DECISIONS):
-            seen = self._sight.look()
+            seen = self._observer.look()
             decisions = policy.decide(seen, self._rules)
             if self._closed:
                 return
-            if not decisions or not self._fleet.crew.is_leader():
+            if not decisions or not self._cluster.processes.is_leader():
                 break
             for decision in decisions:
                 self._recovery.execute(decision, seen)
-            if self._board.now.failed:
+            if self._publisher.now.failed:
                 return
         if self._replicas:
             self._recovery.fill_standbys()
 
     def _publish(self, failed: str | None) -> None:
-        self._board.publish(self._fleet.shards, failed)
+        self._publisher.publish(self._cluster.shards, failed)

@@ -84,7 +84,7 @@ def test_gradients_in_half_precision_count_as_if_they_had_been_widened(dtype: An
                     trees = [optree.tree_map(lambda leaf: leaf.astype(np.result_type(leaf, np.float32)), tree) for tree in trees]
                 tickets = [worker.push(tree) for worker, tree in zip(workers, trees, strict=True)]
                 assert [ticket.result() for ticket in tickets] == [step + 1] * 2
-            assert all(worker._slot.flat["float32"].dtype == (np.float32 if widen else dtype) for worker in workers)
+            assert all(worker._buffer.flat["float32"].dtype == (np.float32 if widen else dtype) for worker in workers)
             ends.append(bits(optimizer))
     assert ends[0] == ends[1]
 

@@ -30,7 +30,7 @@ from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Ticket, Worker
 from tests.reference import OneProcess, State, history_of, state_of
-from tests.simulation import WorldBackend, begin_world
+from tests.simulation.backend import WorldBackend, begin_world
 from tests.simulation.world import Process
 
 RANKS = 3
@@ -115,8 +115,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             return
         try:
             params = worker.pull()["w"]
-            given = self.given(worker.round + 1, rank, worker._seat._incarnation, params)
-            self.pushed[rank] = (worker.round + 1, rank, worker._seat._incarnation)
+            given = self.given(worker.round + 1, rank, worker._session._incarnation, params)
+            self.pushed[rank] = (worker.round + 1, rank, worker._session._incarnation)
             self.tickets[rank] = worker.push({"w": np.full(SIZE, np.nan, np.float32) if given is None else given})
         except SupersededWorker:
             del self.workers[rank]
@@ -194,7 +194,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     def kill_worker(self, rank: int) -> None:
         self.tickets.pop(rank, None)
         if (worker := self.workers.pop(rank, None)) is not None:
-            self.world.kill_worker(rank, worker._seat._incarnation)
+            self.world.kill_worker(rank, worker._session._incarnation)
 
     @rule(index=SHARD)
     def work(self, index: int) -> None:
@@ -232,7 +232,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 if shard.epochs.now:
                     histories.setdefault(shard.epochs.now, []).append(history)
         for process in self.world.standbys.values():
-            if process.alive and process.standby is not None and (now := process.standby._standing) is not None:
+            if process.alive and process.standby is not None and (now := process.standby._control_state) is not None:
                 arrays = {name: flat["float32"] for name, flat in process.standby._arrays.items()}
                 state = State(**arrays, clock=now.clock, skipped=now.skipped)
                 self.same_bits(state, self.model.after(history_of(process.standby._ledger.to_dict(), now.round)), process)

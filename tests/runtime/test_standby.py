@@ -28,11 +28,11 @@ INITIAL = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
 class InProcess(ReplicationStream):
     """The way to a standby in this process, records as bytes; `sent` are all of them."""
 
-    def __init__(self, standby: Standby, standing: Any, config: NadamConfig, arrays: dict[str, Flat]) -> None:
-        self.standby, self.reached, self.sent = standby, standing.round, list[Record]()
+    def __init__(self, standby: Standby, control_state: Any, config: NadamConfig, arrays: dict[str, Flat]) -> None:
+        self.standby, self.reached, self.sent = standby, control_state.round, list[Record]()
         self.mean = {"float32": np.zeros(SIZE, np.float32)}
         standby.take_arrays({name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})
-        standby.begin(standing, config)
+        standby.begin(control_state, config)
 
     def ready(self) -> bool:
         return True
@@ -85,9 +85,9 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
     for number, good in enumerate(finite, 1):
         do_round(primary, number, number, workers=workers, finite=good)
         assert standby.reached == number
-    promoted, standing = standby.promote(Reconfigure(2, ((1, tuple(range(workers))),)), ShardHost)
+    promoted, control_state = standby.promote(Reconfigure(2, ((1, tuple(range(workers))),)), ShardHost)
     assert same(state_of(promoted), state_of(primary))
-    assert standing.ledger == primary._shard.members.ledger.to_dict()
+    assert control_state.ledger == primary._shard.members.ledger.to_dict()
     assert promoted._shard._counted == primary._shard._counted
     primary._replica, number = None, len(finite) + 1
     do_round(primary, number, 99, workers=workers)
@@ -98,10 +98,10 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
 def test_it_knows_the_membership_and_the_epoch_of_the_last_reign() -> None:
     primary, standby, _ = pair()
     primary.send(Reconfigure(5, ((1, (0, 1)), (3, (1,))), {0: 4})).result(0)
-    promoted, standing = standby.promote(Reconfigure(0, ()), ShardHost)
+    promoted, control_state = standby.promote(Reconfigure(0, ()), ShardHost)
     assert promoted._shard.members.schedule == ((1, (0, 1)), (3, (1,)))
     assert promoted._shard.members.ledger.newest(0) == 4
-    assert standing.epoch == 5 and promoted._shard.epochs.now == 6
+    assert control_state.epoch == 5 and promoted._shard.epochs.now == 6
 
 
 @pytest.mark.parametrize("replaced", ["written", "loaded"])

@@ -51,7 +51,7 @@ class Scene:
 
     def lose_rank_1(self, faults: list[str]) -> None:
         """Have rank 1 die for good, of which the shards hear or not."""
-        self.world.kill_worker(1, self.workers[1]._seat._incarnation)
+        self.world.kill_worker(1, self.workers[1]._session._incarnation)
         self.world.faults = deque(faults * 50)
         self.world.look()
         self.world.faults.clear()

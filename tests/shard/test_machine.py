@@ -244,10 +244,10 @@ def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
 
 @pytest.mark.parametrize("answered", ["while it loads", "once it has loaded", "once that has failed"])
 def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_ended(answered: str) -> None:
-    shard, standing, refused = new_shard(), new_shard().standing, CheckpointError("file: a bit is wrong")
+    shard, control_state, refused = new_shard(), new_shard().control_state, CheckpointError("file: a bit is wrong")
     shard.receive(supervisor_messages.Load(9, "directory"), "first")
     effects = shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered == "while it loads" else []
-    effects += shard.computed(Work.LOAD_OR_COPY, refused if "failed" in answered else dataclasses.replace(standing, round=4))
+    effects += shard.computed(Work.LOAD_OR_COPY, refused if "failed" in answered else dataclasses.replace(control_state, round=4))
     effects += shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered != "while it loads" else []
     ended = refused if "failed" in answered else 4
     assert [e for e in effects if isinstance(e, (Answer, Compute))] == [Answer("first", ended), Answer("again", ended)]
@@ -255,9 +255,9 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
 
 def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
     shard = shard_in(Phase.COLLECTING)
-    reign = supervisor_messages.Reconfigure(3, ((1, (0,)),))
-    assert len(shard.receive(reign, "one")) == 2
+    reconfigure = supervisor_messages.Reconfigure(3, ((1, (0,)),))
+    assert len(shard.receive(reconfigure, "one")) == 2
     before = fingerprint(shard)
-    assert shard.receive(reign, "again") == [Answer("again", 3)]
+    assert shard.receive(reconfigure, "again") == [Answer("again", 3)]
     assert shard.receive(supervisor_messages.Reconfigure(2, ((1, (1,)),)), "older") == [Answer("older", 3)]
     assert fingerprint(shard) == before

@@ -127,14 +127,14 @@ def test_a_pull_for_a_round_of_before_a_rewind_is_told_so() -> None:
 
 def test_of_all_that_happened_since_the_gravest_is_told() -> None:
     epochs = Epochs()
-    epochs.rise("reconfigured")
-    epochs.rise("rewound", 5)
-    epochs.rise("replaced")
+    epochs.advance("reconfigured")
+    epochs.advance("rewound", 5)
+    epochs.advance("replaced")
     told = {epoch: type(epochs.refusal(epoch, "shard 0", 3)) for epoch in (0, 1, 5, 6, 7)}
     assert told == {0: Rewound, 1: Rewound, 5: StaleEpoch, 6: type(None), 7: StaleEpoch}
     again = Epochs()
-    again.know(epochs.risen)
-    again.rise("reconfigured", 2)
+    again.restore(epochs.history)
+    again.advance("reconfigured", 2)
     assert (again.now, again.reason) == (6, "reconfigured")
 
 
@@ -152,4 +152,4 @@ def test_two_processes_that_were_given_one_number_by_two_shards_never_hold_the_r
     with pytest.raises(SupersededWorker, match="the number 5 was given to another process too"):
         host.send(Join(0, 5, process="there")).result(0)
     host.send(Join(0, 5, reserve=True)).result(0)
-    assert host.send(Describe()).result(0).here == {0: (5, "here"), 1: (1, "")}
+    assert host.send(Describe()).result(0).live_owners == {0: (5, "here"), 1: (1, "")}

@@ -41,7 +41,7 @@ class _WorldLink(WorkerChannel):
         self._known = known[0], incarnation
 
     def post(self, messages: Mapping[int, Any]) -> Pending:
-        world, shards = self._backend.world, self._backend._roster.shards
+        world, shards = self._backend.world, self._backend._shard_map.shards
         return _WorldPending(world, {index: world.transmit(shards[index].handle, message) for index, message in messages.items()})
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class WorldBackend(Backend):
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._roster = world.supervisor._board.now
+        self._shard_map = world.supervisor._publisher.now
 
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         pass
@@ -67,14 +67,14 @@ class WorldBackend(Backend):
         self.world._posts += 1
         assert self.world._posts < LIVELOCK
         self.world.look()
-        self._roster = require_alive(self.world.supervisor._board.now)
+        self._shard_map = require_alive(self.world.supervisor._publisher.now)
 
     def refresh(self) -> None:
-        self._roster = require_alive(self.world.supervisor._board.now)
+        self._shard_map = require_alive(self.world.supervisor._publisher.now)
 
     @property
     def num_shards(self) -> int:
-        return len(self._roster.shards)
+        return len(self._shard_map.shards)
 
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
         done = self.world.supervisor.reshard(num_shards, cuts)
@@ -84,11 +84,11 @@ class WorldBackend(Backend):
 
     @property
     def version(self) -> int:
-        return self._roster.version
+        return self._shard_map.version
 
     def wait_if_moved(self, version: int) -> bool:
         self.await_recovery(0)
-        return self._roster.version > version
+        return self._shard_map.version > version
 
     def report_cannot_complete(self) -> None:
         self.world.supervisor.notice("stuck", -1, 0)
@@ -104,7 +104,7 @@ class WorldBackend(Backend):
 
     def post(self, messages: Mapping[int, Any]) -> Pending:
         self.world.work()
-        return _WorldPending(self.world, {i: self._send(self._roster.shards[i].handle, m) for i, m in messages.items()})
+        return _WorldPending(self.world, {i: self._send(self._shard_map.shards[i].handle, m) for i, m in messages.items()})
 
     def _send(self, process: Process, message: Any) -> Future[Any]:
         return self.world.transmit(process, message) if isinstance(message, (Step, StepNorms)) else process.send(message)

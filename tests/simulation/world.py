@@ -69,9 +69,9 @@ class Process:
         for future in self._asked:
             if not future.done():
                 future.set_exception(ShardLost(f"shard {self.spec.index}: died"))
-        for hired in self.world.hired:
-            if hired.handle is self:
-                self.world.supervisor.died(hired)
+        for process in self.world.all_processes:
+            if process.handle is self:
+                self.world.supervisor.died(process)
 
     def work(self) -> bool:
         """Do what is due first; return whether there was anything."""
@@ -80,21 +80,21 @@ class Process:
             return True
         return False
 
-    def _attach(self, standby: ShardProcess, standing: Any, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
-        return _InProcess(self, standby.handle, standing, config, arrays)
+    def _attach(self, standby: ShardProcess, control_state: Any, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
+        return _InProcess(self, standby.handle, control_state, config, arrays)
 
 
 class _InProcess(ReplicationStream):
     """The way between two processes here, records as the bytes that a lane carries."""
 
-    def __init__(self, primary: Process, follower: Process, standing: Any, config: Any, arrays: dict[str, Flat]) -> None:
+    def __init__(self, primary: Process, follower: Process, control_state: Any, config: Any, arrays: dict[str, Flat]) -> None:
         if not follower.alive or follower.standby is None:
             raise ShardLost("the standby is dead")
         self._primary, self._follower, self._standby = primary, follower, follower.standby
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
         self._standby.take_arrays({name: {space: values.copy() for space, values in flat.items()} for name, flat in arrays.items()})
-        self._standby.begin(standing, config)
-        self.reached = standing.round
+        self._standby.begin(control_state, config)
+        self.reached = control_state.round
 
     def ready(self) -> bool:
         return self._follower.alive
@@ -121,28 +121,28 @@ class _WorldCrew(ProcessManager):
     def __init__(self, world: "World") -> None:
         self._world = world
 
-    def hire(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
-        hired = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)
-        self._world.hired.append(hired)
-        return hired
+    def start(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
+        process = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)
+        self._world.all_processes.append(process)
+        return process
 
-    def promote(self, standby: ShardProcess, reign: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
+    def promote(self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
         process = standby.handle
         if not process.alive:
             raise ShardLost("the standby died")
-        process.host, _ = process.standby.promote(reign, process.make_host)
+        process.host, _ = process.standby.promote(reconfigure, process.make_host)
         process.standby = None
         return standby
 
-    def fence(self, hired: ShardProcess) -> None:
-        if hired.handle.alive:
-            hired.handle.kill()
+    def fence(self, process: ShardProcess) -> None:
+        if process.handle.alive:
+            process.handle.kill()
 
-    def dismiss(self, *hired: ShardProcess) -> None:
-        for each in hired:
+    def terminate(self, *processes: ShardProcess) -> None:
+        for each in processes:
             self.fence(each)
 
-    def watch(self, hired: ShardProcess) -> None:
+    def watch(self, process: ShardProcess) -> None:
         pass
 
     def move(self, token: str, old: Sequence[ShardProcess], new: Sequence[ShardProcess], cuts: Cuts, order: Load) -> list[Exception]:
@@ -150,7 +150,7 @@ class _WorldCrew(ProcessManager):
         errors = [answer for answer in held.values() if isinstance(answer, Exception)]
         if errors:
             return errors
-        order, messages = replace(order, standing=old[0].handle.host.standing), {}
+        order, messages = replace(order, control_state=old[0].handle.host.control_state), {}
         for index, ranges in enumerate(cuts[1]):
             state = {name: empty_flat({space: end - begin for space, (begin, end) in ranges.items()}) for name in ARRAYS}
             for copy in copy_plan(cuts[0], ranges):
@@ -162,9 +162,9 @@ class _WorldCrew(ProcessManager):
         loaded = self.ask(dict(enumerate(new)), messages, 0)
         return [answer for answer in loaded.values() if isinstance(answer, Exception)]
 
-    def ask(self, hired: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+    def ask(self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
         answers: dict[int, Any] = {}
-        asked = {i: hired[i].handle for i in messages if i in hired}
+        asked = {i: targets[i].handle for i in messages if i in targets}
         lost = {i for i in asked if isinstance(messages[i], AbandonRank) and self._world.next_fault() == "lose"}
         answers |= {i: StepTimeout(f"shard {i}: the connection broke") for i in lost}
         asked = {i: process for i, process in asked.items() if i not in lost}
@@ -197,24 +197,24 @@ class World:
 
     def __init__(self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False) -> None:
         self.objects = objects
-        self.hired: list[ShardProcess] = []
+        self.all_processes: list[ShardProcess] = []
         self.memories: dict[tuple[int, int], Flat] = {}
         self.faults: deque[str] = deque()
         self.late: list[Callable[[], None]] = []
         self._posts = 0
-        self.crew = _WorldCrew(self)
-        self.supervisor = Supervisor(specs, replicas, self.crew)
+        self.processes = _WorldCrew(self)
+        self.supervisor = Supervisor(specs, replicas, self.processes)
         self.at_once = _Now()
-        self.supervisor._recovery._hirer = self.at_once  # type: ignore[assignment]
-        self.supervisor.adopt([self.crew.hire(spec, standby=False, near=[]) for spec in specs], {})
+        self.supervisor._recovery._starter = self.at_once  # type: ignore[assignment]
+        self.supervisor.adopt([self.processes.start(spec, standby=False, near=[]) for spec in specs], {})
 
     @property
     def shards(self) -> list[Process]:
-        return [hired.handle for hired in self.supervisor._fleet.shards]
+        return [process.handle for process in self.supervisor._cluster.shards]
 
     @property
     def standbys(self) -> dict[int, Process]:
-        return {index: hired.handle for index, hired in self.supervisor._fleet.standbys.items()}
+        return {index: process.handle for index, process in self.supervisor._cluster.standbys.items()}
 
     def look(self) -> None:
         """Let the supervisor take what it was told, and decide until nothing is left."""

@@ -16,17 +16,17 @@ def spec(layout_generation: int, count: int, index: int = 0) -> ShardSpec:
     return ShardSpec(index, count, 1, 0, "name", NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(count)[index], "run", layout_generation)
 
 
-def met(layout_generation: int, count: int, index: int, **how: object) -> DiscoveredProcess:
+def discovered(layout_generation: int, count: int, index: int, **how: object) -> DiscoveredProcess:
     kind = "standby" if how.get("standby") else "shard"
     return DiscoveredProcess(
         ShardProcess(index, f"{kind} {layout_generation}.{index}", None), spec(layout_generation, count, index), **({"epoch": 1} | how)
     )  # type: ignore[arg-type]
 
 
-OLD = [met(0, 2, 0), met(0, 2, 1)]
-NEW = [met(1, 3, i, epoch=2) for i in range(3)]
-RETIRED = [met(0, 2, 0, retired=True, epoch=2), met(0, 2, 1, retired=True, epoch=2)]
-EMPTY = [met(1, 3, i, epoch=0) for i in range(3)]
+OLD = [discovered(0, 2, 0), discovered(0, 2, 1)]
+NEW = [discovered(1, 3, i, epoch=2) for i in range(3)]
+RETIRED = [discovered(0, 2, 0, retired=True, epoch=2), discovered(0, 2, 1, retired=True, epoch=2)]
+EMPTY = [discovered(1, 3, i, epoch=0) for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_the_present_cutting_is_the_oldest_that_still_holds_its_state(
     assert [s.ranges for s in after.specs] == LAYOUT.cuts(count)
     assert [after.shards[index].handle for index in sorted(after.shards)] == shards
     taken = {*after.shards.values(), *after.standbys.values()}
-    assert {*after.spare} == {each.hired for each in found} - taken
+    assert {*after.spare} == {each.process for each in found} - taken
 
 
 def test_of_two_for_one_place_the_one_with_a_state_is_taken_and_the_other_spared() -> None:
-    filled = met(0, 2, 0, standby=True, reached=7)
+    filled = discovered(0, 2, 0, standby=True, reached=7)
     empty = DiscoveredProcess(ShardProcess(0, "another standby", None), spec(0, 2), standby=True)
     new = DiscoveredProcess(ShardProcess(0, "a new shard", None), spec(0, 2), epoch=0)
     after = recovered_topology(spec(0, 2), [*OLD, filled, empty, new])
-    assert after.standbys == {0: filled.hired}
-    assert after.shards[0] == OLD[0].hired
-    assert set(after.spare) == {empty.hired, new.hired}
+    assert after.standbys == {0: filled.process}
+    assert after.shards[0] == OLD[0].process
+    assert set(after.spare) == {empty.process, new.process}

@@ -56,7 +56,7 @@ class Training:
         raise AssertionError(f"rank {rank} was not admitted")
 
     def die(self, rank: int) -> None:
-        self.world.kill_worker(rank, self.workers.pop(rank)._seat._incarnation)
+        self.world.kill_worker(rank, self.workers.pop(rank)._session._incarnation)
         self.world.look()
 
     def train(self, end: int) -> None:
@@ -124,8 +124,8 @@ def test_a_successor_admits_who_asked_its_predecessor_and_knows_who_is_gone() ->
 
 def succeed(world: World) -> None:
     """Put another supervisor, which was told nothing, in place of the one that is there."""
-    old: Any = world.supervisor._fleet
-    world.supervisor = Supervisor(old.specs, 0, world.crew)
-    world.supervisor._recovery._hirer = world.at_once  # type: ignore[assignment]
+    old: Any = world.supervisor._cluster
+    world.supervisor = Supervisor(old.specs, 0, world.processes)
+    world.supervisor._recovery._starter = world.at_once  # type: ignore[assignment]
     world.supervisor.adopt(old.shards, old.standbys)
     world.supervisor.resync(initial=None, directory=None)

@@ -98,7 +98,7 @@ def test_nonsense_ends_its_own_line_only(echo: Echo) -> None:
 AS_NOBODY = """
 import os, sys
 from distnadam.errors import LaneError
-from distnadam.transport.doorbell import Address, call
+from distnadam.transport.connection import Address, call
 os.setgid(65534); os.setuid(65534)
 try:
     call(Address(sys.argv[1], sys.argv[2]), {"name": "nobody"}, [])
@@ -117,7 +117,7 @@ def test_another_user_is_refused_though_it_knows_name_and_token(echo: Echo) -> N
 
 CALLER = """
 import os, sys, time
-from distnadam.transport.doorbell import Address, call
+from distnadam.transport.connection import Address, call
 line, _, _ = call(Address(sys.argv[1], sys.argv[2]), {"name": "caller"}, [])
 child = os.fork()
 if child == 0:

@@ -58,26 +58,26 @@ class RayBackend(Backend):
     token = staticmethod(processes.process_token)
 
     def __init__(
-        self, supervisor: Any = None, name: str | None = None, roster: ShardMap | None = None, options: Options | None = None
+        self, supervisor: Any = None, name: str | None = None, shard_map: ShardMap | None = None, options: Options | None = None
     ) -> None:
         self._supervisor, self._name, self._options = supervisor, name, options or Options()
-        self._roster = roster or ShardMap(0, ())
+        self._shard_map = shard_map or ShardMap(0, ())
         self._own: OwnedRay | None = None
         self._run: str | None = None
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RayBackend, (self._supervisor, self._name, self._roster, self._options)
+        return RayBackend, (self._supervisor, self._name, self._shard_map, self._options)
 
     @property
     def actors(self) -> list[Any]:
         """The shards' actors, in order."""
-        return [hired.handle for hired in self._roster.shards]
+        return [process.handle for process in self._shard_map.shards]
 
     @property
     def places(self) -> list[ProcessAddress]:
         """Where the shards are, in order."""
-        return [hired.place for hired in self._roster.shards]
+        return [process.place for process in self._shard_map.shards]
 
     @property
     def meter(self) -> Meter | None:
@@ -98,7 +98,7 @@ class RayBackend(Backend):
         backend = cls(named(name), name)
         spec: ShardSpec = backend._call("specs", timeout_s=_CONNECT_S)[0]
         backend._options = spec.options
-        backend._roster = require_alive(backend._call("roster", 0, timeout_s=_CONNECT_S))
+        backend._shard_map = require_alive(backend._call("shard_map", 0, timeout_s=_CONNECT_S))
         return backend, spec
 
     @classmethod
@@ -142,9 +142,9 @@ class RayBackend(Backend):
         self._supervisor = make_supervisor([replace(spec, run=run) for spec in specs], replicas)
         self._run = run  # from here on there is something to end
         await_start([self._supervisor], options)
-        actors = retry_until_answered(self._supervisor.hire.remote, timeout_s=_CONNECT_S)
+        actors = retry_until_answered(self._supervisor.start.remote, timeout_s=_CONNECT_S)
         check_versions(await_start(actors, options), node_facts())
-        self._roster = retry_until_answered(self._supervisor.open.remote, timeout_s=_OPEN_S)
+        self._shard_map = retry_until_answered(self._supervisor.open.remote, timeout_s=_OPEN_S)
 
     def began(self, *, initial: Flat | None, directory: str | None) -> None:
         """See `Backend.began`."""
@@ -160,7 +160,7 @@ class RayBackend(Backend):
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """See `Backend.post`."""
         self.require_open()
-        shards = self._roster.shards
+        shards = self._shard_map.shards
         if any(index >= len(shards) for index in messages):
             raise Reconfigured(f"there are {len(shards)} shards now; look again")
         if messages and all(isinstance(message, Resume) for message in messages.values()):
@@ -171,11 +171,11 @@ class RayBackend(Backend):
 
     def await_recovery(self, timeout_s: float) -> None:
         """See `Backend.await_recovery`."""
-        self._roster = require_alive(self._call("roster", self._roster.version, suspect=True, timeout_s=timeout_s))
+        self._shard_map = require_alive(self._call("shard_map", self._shard_map.version, suspect=True, timeout_s=timeout_s))
 
     def refresh(self) -> None:
         """See `Backend.refresh`."""
-        self._roster = require_alive(self._call("roster", 0, timeout_s=_CONNECT_S))
+        self._shard_map = require_alive(self._call("shard_map", 0, timeout_s=_CONNECT_S))
 
     def hosts(self) -> list[str]:
         """See `Backend.hosts`."""
@@ -189,7 +189,7 @@ class RayBackend(Backend):
     @property
     def num_shards(self) -> int:
         """See `Backend.num_shards`."""
-        return len(self._roster.shards)
+        return len(self._shard_map.shards)
 
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
         """See `Backend.reshard`."""
@@ -199,12 +199,12 @@ class RayBackend(Backend):
     @property
     def version(self) -> int:
         """See `Backend.version`."""
-        return self._roster.version
+        return self._shard_map.version
 
     def wait_if_moved(self, version: int) -> bool:
         """See `Backend.wait_if_moved`."""
         self.await_recovery(self._options.step_timeout_s)
-        return self._roster.version > version
+        return self._shard_map.version > version
 
     def report_cannot_complete(self) -> None:
         """See `Backend.report_cannot_complete`."""

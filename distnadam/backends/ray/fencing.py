@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from distnadam.backends.ray import registry
-from distnadam.backends.ray.lease import Leases
+from distnadam.backends.ray.lease import LeaseManager
 from distnadam.backends.ray.placement import RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.supervision.process_manager import ShardProcess
@@ -36,40 +36,40 @@ class Fencing:
         self._fenced: set[ShardProcess] = set()
         self._dismissed: set[ShardProcess] = set()
         self.silent = RecentlyUnreachable()
-        self.leases = Leases(lasts_s, self._belongs, lambda: os._exit(1))
+        self.leases = LeaseManager(lasts_s, self._belongs, lambda: os._exit(1))
 
-    def inherit(self, hired: ShardProcess) -> None:
+    def inherit(self, process: ShardProcess) -> None:
         """Know a shard of an earlier supervisor, which may have given it leave."""
-        self.leases.admit(_who(hired.index, hired.handle), inherited=True)
+        self.leases.admit(_who(process.index, process.handle), inherited=True)
 
     def admit(self, actor: Any) -> None:
         """Know a new shard's actor."""
         self.leases.admit(_who(0, actor))
 
-    def fence(self, hired: ShardProcess) -> None:
+    def fence(self, process: ShardProcess) -> None:
         """Kill a process; where nobody can, wait until it stands still."""
-        if hired in self._fenced:
+        if process in self._fenced:
             return
-        lapses_s = self.leases.refuse(_who(hired.index, hired.handle))
-        ended = self._end(hired)
-        kill_actor(hired.handle)
+        lapses_s = self.leases.refuse(_who(process.index, process.handle))
+        ended = self._end(process)
+        kill_actor(process.handle)
         if not ended:
-            self.silent.add(hired.place.node)
+            self.silent.add(process.place.node)
         if not ended and lapses_s:
-            log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", hired.index, lapses_s)
+            log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", process.index, lapses_s)
             time.sleep(lapses_s)
-        self._fenced.add(hired)
+        self._fenced.add(process)
 
-    def dismiss(self, *hired: ShardProcess) -> None:
+    def terminate(self, *processes: ShardProcess) -> None:
         """End processes by Ray, which tells nobody of it; those that do not obey, by their numbers."""
-        self._dismissed.update(hired)
-        for each in hired:
+        self._dismissed.update(processes)
+        for each in processes:
             kill_actor(each.handle)
-        registry.end(self._run, [each.place for each in hired if each.place.pid], self._end_on, grace_s=registry.GRACE_S)
+        registry.end(self._run, [each.place for each in processes if each.place.pid], self._end_on, grace_s=registry.GRACE_S)
 
-    def _end(self, hired: ShardProcess) -> bool:
+    def _end(self, process: ShardProcess) -> bool:
         """Kill a process, and return whether it is certain to be gone."""
-        place, grace_s = hired.place, registry.GRACE_S if hired in self._dismissed else 0.0
+        place, grace_s = process.place, registry.GRACE_S if process in self._dismissed else 0.0
         if place.pid and place.node == self._node:
             registry.end(self._run, [place], self._end_on, grace_s=grace_s)  # by its number, since one that is stopped does not obey Ray
             return True
@@ -81,7 +81,7 @@ class Fencing:
                 ray.get(self._end_on(place.node, [(place.pid, place.born)], grace_s), timeout=grace_s + _FENCE_S)
                 registry.forget(self._run, [place])
                 return True
-        return bool(alive.get(place.node)) and hired.handle in self._ended
+        return bool(alive.get(place.node)) and process.handle in self._ended
 
     def _belongs(self) -> bool:
         return any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes())

@@ -46,11 +46,11 @@ class Lease:
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     @property
-    def good(self) -> bool:
+    def valid(self) -> bool:
         """Whether somebody may be told of a round now."""
         return now() < self._until
 
-    def renounce(self, told: Any) -> None:
+    def invalidate(self, told: Any) -> None:
         """Do without the leave there is until the supervisor has given another, knowing this."""
         with self._lock:
             self._told, self._until, self._needed_since = told, 0.0, now()
@@ -78,7 +78,7 @@ class Lease:
                 self._until, self._told = asked + self._lasts_s, None
 
 
-class Leases:
+class LeaseManager:
     """The leave that a supervisor gives; whether it may give any is looked up by a thread of its own.
 
     Args:

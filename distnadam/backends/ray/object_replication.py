@@ -22,14 +22,14 @@ class ObjectReplicationStream(ReplicationStream):
     While the first copy is on its way, rounds go on without waiting for it.
     """
 
-    def __init__(self, standby: Any, standing: ShardControlState, config: Any, arrays: dict[str, Flat], timeout_s: float) -> None:
+    def __init__(self, standby: Any, control_state: ShardControlState, config: Any, arrays: dict[str, Flat], timeout_s: float) -> None:
         self._standby, self._timeout_s = standby, timeout_s
         self._spaces = sorted(arrays["params"])
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
         given = [arrays[name][space] for space in self._spaces for name in ("params", "m", "v")]
         self._feed, self._numbers = time.time_ns(), itertools.count(1)
-        self._calls = [standby.begin.remote(standing, config, self._feed, *given)]
-        self.reached, self._synced = standing.round, False
+        self._calls = [standby.begin.remote(control_state, config, self._feed, *given)]
+        self.reached, self._synced = control_state.round, False
 
     def ready(self) -> bool:
         """See `ReplicationStream.ready`; a call has copied its arguments."""

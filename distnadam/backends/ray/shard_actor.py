@@ -87,11 +87,11 @@ class ShardActor:
 
     async def introduce(self) -> DiscoveredProcess:
         """Return what a supervisor's successor must know of this process."""
-        hired = ShardProcess(self._spec.index, None, self._place)
+        process = ShardProcess(self._spec.index, None, self._place)
         if self._host is None:
-            return DiscoveredProcess(hired, self._spec, standby=True, reached=None if self._standby is None else self._standby.reached)
+            return DiscoveredProcess(process, self._spec, standby=True, reached=None if self._standby is None else self._standby.reached)
         description = await self.send(Describe())
-        return DiscoveredProcess(hired, self._spec, epoch=description.epoch, retired=description.retired)
+        return DiscoveredProcess(process, self._spec, epoch=description.epoch, retired=description.retired)
 
     async def send(self, message: Message | Order) -> Any:
         """Give the shard a message and return its answer."""
@@ -116,20 +116,20 @@ class ShardActor:
                 state[name][copy.space][copy.begin - first : copy.end - first] = values
         return await self.send(dataclasses.replace(order, state=state))
 
-    async def standing(self) -> ShardControlState:
+    async def control_state(self) -> ShardControlState:
         """Return where the held shard stands."""
         assert self._host is not None
-        return self._host.standing
+        return self._host.control_state
 
     async def forever(self) -> None:
         """Never return, so that the call's end tells that this process ended."""
         await asyncio.Event().wait()
 
-    async def begin(self, standing: ShardControlState, config: Any, feed: int = 0, *arrays: Any) -> None:
+    async def begin(self, control_state: ShardControlState, config: Any, feed: int = 0, *arrays: Any) -> None:
         """Standby: take the place in time of the arrays; those come here where the primary is on another node, and begin a feed."""
         assert self._standby is not None
         if not arrays:
-            self._standby.begin(standing, config)
+            self._standby.begin(control_state, config)
             return
         await self._feed.turn(feed, 0)
         spaces, standby = sorted(self._spec.ranges), self._standby
@@ -138,7 +138,7 @@ class ShardActor:
             named = [dict(zip(spaces, arrays[i::3], strict=True)) for i in range(3)]
             copied = [{space: values.copy() for space, values in flat.items()} for flat in named]
             standby.take_arrays(dict(zip(("params", "m", "v"), copied, strict=True)))
-            standby.begin(standing, config)
+            standby.begin(control_state, config)
 
         await asyncio.wrap_future(self._executor.submit(fill))  # after what an earlier feed has begun
         self._feed.done(0)
@@ -166,7 +166,7 @@ class ShardActor:
             await asyncio.to_thread(self._follower.ended.wait, _DRAIN_S)
         return self._standby.reached
 
-    async def promote(self, reign: Reconfigure, neighbour: Address | None) -> ProcessAddress:
+    async def promote(self, reconfigure: Reconfigure, neighbour: Address | None) -> ProcessAddress:
         """Standby: become the shard; asked again, only say where."""
         if self._host is not None:
             return self._place
@@ -174,7 +174,7 @@ class ShardActor:
         if self._arena is None or neighbour is not None:
             self._share_memory(neighbour)
         standby, self._standby = self._standby, None
-        self._host, _ = standby.promote(reign, self._make_host)
+        self._host, _ = standby.promote(reconfigure, self._make_host)
         self._serve(self._host)  # the follower's socket stays, for who watches it
         return self._place
 
@@ -193,7 +193,7 @@ class ShardActor:
             first, second = (cut_flat(flat, spec.ranges) for flat in self._arena.flats)
             buffers = (first, second)
         how = {"threads": self._threads, "run": self._executor.submit, "on_notice": self._notice, "attach": self._attach}
-        may = {"may": lambda: self._lease is not None and self._lease.good}
+        may = {"may": lambda: self._lease is not None and self._lease.valid}
         host = ShardHost(spec, buffers=buffers, **may, **how)  # type: ignore[arg-type]
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)
@@ -224,22 +224,22 @@ class ShardActor:
 
     def _notice(self, notice: Notice) -> None:
         if notice.what == "standby lost" and self._remote is not None and self._lease is not None:
-            self._lease.renounce(self._remote)  # it may not know; nobody hears of a round that it lacks before the supervisor does
+            self._lease.invalidate(self._remote)  # it may not know; nobody hears of a round that it lacks before the supervisor does
             self._remote = None
         retry_in_background(lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation))
 
-    def _attach(self, standby: ShardProcess, standing: ShardControlState, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
+    def _attach(self, standby: ShardProcess, control_state: ShardControlState, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
         """Copy the state to a standby; between processes of one node by memory, else by objects."""
         timeout_s, self._remote = self._spec.options.shard_timeout_s, None
         if standby.place.node == self._place.node and standby.place.address is not None:
-            replica: ReplicationStream = ShmReplicationStream(standby.place.address, arrays, standing.round, timeout_s)
+            replica: ReplicationStream = ShmReplicationStream(standby.place.address, arrays, control_state.round, timeout_s)
             try:
-                ray.get(standby.handle.begin.remote(standing, config), timeout=timeout_s)
+                ray.get(standby.handle.begin.remote(control_state, config), timeout=timeout_s)
             except BaseException:
                 replica.close()
                 raise
             return replica
         self._remote = standby
         return ObjectReplicationStream(
-            standby.handle, standing, config, arrays, timeout_s / 4
+            standby.handle, control_state, config, arrays, timeout_s / 4
         )  # this shard's own silence is judged by all of it

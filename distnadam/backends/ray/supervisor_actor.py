@@ -26,10 +26,10 @@ from distnadam.tensors.layout import Ranges
 class SupervisorActor:
     """A `Supervisor`, its shards being this actor's children; a named one, made again by Ray, finds them by their names."""
 
-    def __init__(self, specs: Sequence[ShardSpec], replicas: int, tools: ActorFactory) -> None:
+    def __init__(self, specs: Sequence[ShardSpec], replicas: int, factory: ActorFactory) -> None:
         context = ray.get_runtime_context()
         lasts_s = lease_s(specs[0].options.shard_timeout_s)
-        self._crew = RayProcessManager(context.current_actor, specs[0].run, tools, self._died, lasts_s)
+        self._processes = RayProcessManager(context.current_actor, specs[0].run, factory, self._died, lasts_s)
         self._made: list[Any] = []
         self._exporter = Exporter.start(specs[0].name, specs[0].options)
         if self._exporter is not None:
@@ -37,15 +37,15 @@ class SupervisorActor:
         self._opening, self._opened = asyncio.Lock(), False
         with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # of Ray's, in Ray's own lines
             again = context.was_current_actor_reconstructed
-        found = self._crew.meet(specs[0]) if again else None
+        found = self._processes.discover(specs[0]) if again else None
         self._specs = specs if found is None else found.specs
-        self._supervisor = Supervisor(self._specs, replicas, self._crew)
+        self._supervisor = Supervisor(self._specs, replicas, self._processes)
         if found is not None:
             self._succeed(found)
 
-    async def hire(self) -> list[Any]:
+    async def start(self) -> list[Any]:
         """Make the shards' actors, which may not have started yet, and return them; asked again, return the same."""
-        self._made = self._made or [self._crew.make(spec) for spec in self._specs]
+        self._made = self._made or [self._processes.make(spec) for spec in self._specs]
         return self._made
 
     async def open(self) -> ShardMap:
@@ -54,7 +54,7 @@ class SupervisorActor:
             if not self._opened:
                 await asyncio.to_thread(self._open)
                 self._opened = True
-        return await self.roster(0)
+        return await self.shard_map(0)
 
     def _open(self) -> None:
         actors = dict(enumerate(self._made))
@@ -71,15 +71,15 @@ class SupervisorActor:
         flat = dict(zip(spaces, initial, strict=True)) if initial else None
         await asyncio.to_thread(lambda: self._supervisor.begin(initial=flat, directory=directory))
 
-    async def roster(self, newer_than: int, *, suspect: bool = False) -> ShardMap:
-        """See `Supervisor.roster`."""
-        return await asyncio.wrap_future(self._supervisor.roster(newer_than, suspect))
+    async def shard_map(self, newer_than: int, *, suspect: bool = False) -> ShardMap:
+        """See `Supervisor.shard_map`."""
+        return await asyncio.wrap_future(self._supervisor.shard_map(newer_than, suspect))
 
     async def leave(self, who: str, lost: ShardProcess | None) -> bool | None:
         """Give a shard leave, as `Leases.ask` has it; `lost` is a standby on another node that it has gone on without."""
         if lost is not None:
             self._supervisor.outdated(lost)
-        return self._crew.fencing.leases.ask(who)
+        return self._processes.fencing.leases.ask(who)
 
     async def notice(self, what: str, rank: int, incarnation: int) -> None:
         """See `Supervisor.notice`."""
@@ -122,14 +122,16 @@ class SupervisorActor:
         yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries().values())
         yield "distnadam_shard_imbalance", {}, max(sizes) * len(sizes) / max(1, sum(sizes))
 
-    def _died(self, hired: ShardProcess) -> None:
-        self._supervisor.died(hired)
+    def _died(self, process: ShardProcess) -> None:
+        self._supervisor.died(process)
 
     def _succeed(self, found: RecoveredTopology) -> None:
         """Take over what was found; what is missing counts as dead."""
         everyone = {i: found.shards.get(i) or ShardProcess(i, None, ProcessAddress("")) for i in range(len(found.specs))}
-        self._made, self._opened = [hired.handle for hired in everyone.values()], True
-        for hired in (*everyone.values(), *found.standbys.values()):
-            self._crew.fencing.inherit(hired)
-        self._supervisor.adopt(list(everyone.values()), found.standbys, [hired for i, hired in everyone.items() if i not in found.shards])
+        self._made, self._opened = [process.handle for process in everyone.values()], True
+        for process in (*everyone.values(), *found.standbys.values()):
+            self._processes.fencing.inherit(process)
+        self._supervisor.adopt(
+            list(everyone.values()), found.standbys, [process for i, process in everyone.items() if i not in found.shards]
+        )
         threading.Thread(target=self._supervisor.begin, kwargs={"initial": None, "directory": None}, daemon=True).start()

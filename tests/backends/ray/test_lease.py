@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distnadam.backends.ray import lease
-from distnadam.backends.ray.lease import Lease, Leases
+from distnadam.backends.ray.lease import Lease, LeaseManager
 from distnadam.config import NadamConfig, Options
 from distnadam.protocol.messages import Describe, Join, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load
@@ -56,30 +56,30 @@ def asked(clock: Clock) -> Iterator[Asked]:
 
 
 def test_leave_counts_from_when_it_was_asked_for_and_lapses(asked: Asked, clock: Clock) -> None:
-    assert not asked.lease.good
+    assert not asked.lease.valid
     asked.questions.get()
     clock.seconds += 4.0  # the answer takes its time
     asked.answer(True)
     asked.renewed.get()
-    assert asked.lease.good
+    assert asked.lease.valid
     clock.seconds += 5.9
-    assert asked.lease.good
+    assert asked.lease.valid
     clock.seconds += 0.2
-    assert not asked.lease.good
+    assert not asked.lease.valid
 
 
 def test_leave_that_was_asked_for_before_it_was_renounced_does_not_count(asked: Asked, clock: Clock) -> None:
     assert asked.questions.get() is None
     clock.seconds += 1.0
-    asked.lease.renounce("the standby is lost")
+    asked.lease.invalidate("the standby is lost")
     asked.answer(True)
     asked.renewed.get()
-    assert not asked.lease.good
+    assert not asked.lease.valid
     assert asked.questions.get() == "the standby is lost"
     asked.answer(True)
     asked.renewed.get()
-    assert asked.lease.good
-    asked.lease.renounce("another")  # wakes it
+    assert asked.lease.valid
+    asked.lease.invalidate("another")  # wakes it
     assert asked.questions.get() == "another"
 
 
@@ -87,13 +87,13 @@ def test_a_shard_that_is_refused_is_told_once(asked: Asked) -> None:
     asked.questions.get()
     asked.answer(False)
     assert asked.renewed.get() == "refused"
-    assert not asked.lease.good
+    assert not asked.lease.valid
 
 
-def leases(clock: Clock, *, belongs: bool) -> Leases:
+def leases(clock: Clock, *, belongs: bool) -> LeaseManager:
     """Leases whose thread has looked once."""
     looked: queue.Queue[None] = queue.Queue()
-    given = Leases(8.0, lambda: belongs, lambda: looked.put(None))
+    given = LeaseManager(8.0, lambda: belongs, lambda: looked.put(None))
     if belongs:
         while not given.is_leader:
             pass

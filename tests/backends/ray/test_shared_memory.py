@@ -225,7 +225,7 @@ def test_half_precision_views_move_half_the_bytes(backend: str) -> None:
         views = worker.gradients("bfloat16")
         views["w"][:] = 0.5
         end = worker.step()["w"].copy()
-        assert worker._slot.parts(optimizer._running().ranges)[0]["float32"].nbytes == 6000
+        assert worker._buffer.parts(optimizer._running().ranges)[0]["float32"].nbytes == 6000
     with DistNadam(backend="local").build({"w": np.ones(3000, np.float32)}) as optimizer:
         optimizer.apply_gradients({"w": np.full(3000, 0.5, np.float32)})
         assert optimizer.get_params()["w"].tobytes() == end.tobytes()
