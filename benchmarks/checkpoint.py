@@ -1,8 +1,10 @@
-"""Checkpoints of one state, params, m and v: ours beside raw writing and reading, torch, safetensors; same bytes, same disk, one run.
+"""Checkpoints of one state, params, m and v: ours beside raw writing and reading, torch,
+safetensors; same bytes, same disk, one run.
 
-Each contender runs once per round, in turn, after a pause for the disk; medians count. What is written is new, and what is read was
-flushed and dropped from the page cache before. A virtual machine gives free memory back to its host, and has it again slowly: as much as a
-contender needs is had once just before.
+Each contender runs once per round, in turn, after a pause for the disk; medians count. What is
+written is new, and what is read was flushed and dropped from the page cache before. A virtual
+machine gives free memory back to its host, and has it again slowly: as much as a contender needs is
+had once just before.
 """
 
 import gc
@@ -26,7 +28,11 @@ PAUSE_S = 1.0
 BACKED_BYTES = 2 * 10**9
 """More than the page cache and the memory of any contender that reads."""
 Timed = Callable[[], float]
-BASES = {"save": "raw write and fsync", "stall": "one memory copy of the state", "restore": "raw read"}
+BASES = {
+    "save": "raw write and fsync",
+    "stall": "one memory copy of the state",
+    "restore": "raw read",
+}
 
 
 def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
@@ -60,11 +66,24 @@ def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[s
     rows: list[dict[str, object]] = []
     for (what, name), seconds in found.items():
         base = found[what, BASES[what]]
-        rows.append({"what": what, "who": name, "ms": 1e3 * seconds, "gb_per_s": gigabytes / seconds, "of_base": base / seconds})
+        rows.append(
+            {
+                "what": what,
+                "who": name,
+                "ms": 1e3 * seconds,
+                "gb_per_s": gigabytes / seconds,
+                "of_base": base / seconds,
+            }
+        )
     return rows, missing
 
 
-def add_raw(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+def add_raw(
+    contenders: dict[tuple[str, str], Timed],
+    root: Path,
+    state: dict[str, Any],
+    optimizer: DistNadam,
+) -> None:
     path = root / "raw"
     kept = [np.ones_like(values) for values in state.values()]
 
@@ -93,13 +112,20 @@ def add_raw(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[st
     contenders["restore", BASES["restore"]] = lambda: timed(read, drop=path)
 
 
-def add_ours(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+def add_ours(
+    contenders: dict[tuple[str, str], Timed],
+    root: Path,
+    state: dict[str, Any],
+    optimizer: DistNadam,
+) -> None:
     path = root / "ours"
 
     gradients = {"w": state["m"]}
 
     def behind(*, step: bool) -> float:
-        """The call alone; or with a step that comes at once, less what that step takes with no save before it."""
+        """The call alone; or with a step that comes at once, less what that step takes with no save
+        before it.
+        """
         remove(path)
         usual = timed(lambda: optimizer.apply_gradients(gradients)) if step else 0.0
         began = time.perf_counter()
@@ -118,18 +144,32 @@ def add_ours(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[s
     contenders["stall", "distnadam, wait=False: with a step at once"] = lambda: behind(step=True)
     for shards in (SHARDS, 3):
         name = f"distnadam, {SHARDS} -> {shards} shards"
-        contenders["restore", name] = lambda shards=shards: timed(lambda: restore(shards), drop=path)  # type: ignore[misc]
+        contenders["restore", name] = lambda shards=shards: timed(
+            lambda: restore(shards), drop=path
+        )  # type: ignore[misc]
 
 
-def add_safetensors(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+def add_safetensors(
+    contenders: dict[tuple[str, str], Timed],
+    root: Path,
+    state: dict[str, Any],
+    optimizer: DistNadam,
+) -> None:
     from safetensors.numpy import load_file, save_file
 
     path = root / "state.safetensors"
-    contenders["save", "safetensors, no fsync"] = lambda: timed(lambda: save_file(state, path), fresh=path)
+    contenders["save", "safetensors, no fsync"] = lambda: timed(
+        lambda: save_file(state, path), fresh=path
+    )
     contenders["restore", "safetensors"] = lambda: timed(lambda: load_file(path), drop=path)
 
 
-def add_torch(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[str, Any], optimizer: DistNadam) -> None:
+def add_torch(
+    contenders: dict[tuple[str, str], Timed],
+    root: Path,
+    state: dict[str, Any],
+    optimizer: DistNadam,
+) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
@@ -148,20 +188,36 @@ def add_torch(contenders: dict[tuple[str, str], Timed], root: Path, state: dict[
         dcp.save(tensors, checkpoint_id=many, no_dist=True)
 
     def load() -> None:
-        dcp.load({name: torch.empty_like(tensor) for name, tensor in tensors.items()}, checkpoint_id=many, no_dist=True)
+        dcp.load(
+            {name: torch.empty_like(tensor) for name, tensor in tensors.items()},
+            checkpoint_id=many,
+            no_dist=True,
+        )
 
-    contenders["save", "torch.save, no fsync"] = lambda: timed(lambda: torch.save(tensors, path), fresh=path)
+    contenders["save", "torch.save, no fsync"] = lambda: timed(
+        lambda: torch.save(tensors, path), fresh=path
+    )
     contenders["save", "torch.distributed.checkpoint"] = lambda: timed(save, fresh=many)
     contenders["stall", "torch.distributed.checkpoint, async_save"] = stall
     contenders["restore", "torch.load"] = lambda: timed(lambda: torch.load(path), drop=path)
     contenders["restore", "torch.distributed.checkpoint"] = lambda: timed(load, drop=many)
 
 
-def timed(work: Callable[[], object], *, fresh: Path | None = None, drop: Path | None = None) -> float:
-    """Return seconds; what is at `fresh` is removed before, and files under `drop` are read from the disk."""
+def timed(
+    work: Callable[[], object], *, fresh: Path | None = None, drop: Path | None = None
+) -> float:
+    """Return seconds; what is at `fresh` is removed before, and files under `drop` are read from
+    the disk.
+    """
     if fresh is not None:
         remove(fresh)
-    for file in [] if drop is None else [drop] if drop.is_file() else [p for p in drop.rglob("*") if p.is_file()]:
+    for file in (
+        []
+        if drop is None
+        else [drop]
+        if drop.is_file()
+        else [p for p in drop.rglob("*") if p.is_file()]
+    ):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -180,11 +236,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def report(rows: list[dict[str, object]], left_out: list[str], elements: int, console: Console) -> None:
+def report(
+    rows: list[dict[str, object]], left_out: list[str], elements: int, console: Console
+) -> None:
     """Print the table."""
-    table = Table("", "who", "ms", "GB/s", "speed, of the raw one", title=f"checkpoints of {12 * elements / 1e6:.0f} MB")
+    table = Table(
+        "",
+        "who",
+        "ms",
+        "GB/s",
+        "speed, of the raw one",
+        title=f"checkpoints of {12 * elements / 1e6:.0f} MB",
+    )
     for row in rows:
-        table.add_row(str(row["what"]), str(row["who"]), f"{row['ms']:.0f}", f"{row['gb_per_s']:.2f}", f"{row['of_base']:.2f}")
+        table.add_row(
+            str(row["what"]),
+            str(row["who"]),
+            f"{row['ms']:.0f}",
+            f"{row['gb_per_s']:.2f}",
+            f"{row['of_base']:.2f}",
+        )
     console.print(table)
     for sentence in left_out:
         console.print(f"left out: {sentence}")

@@ -1,4 +1,5 @@
-"""A step between two hosts, network namespaces of this machine, over cables of several speeds: is it explained by bytes over bandwidth?
+"""A step between two hosts, network namespaces of this machine, over cables of several speeds: is
+it explained by bytes over bandwidth?
 
 A worker on one host, a shard on the other. Root and iproute2 are needed.
 """
@@ -19,7 +20,10 @@ def main() -> None:
     """Run the command."""
     if (reason := why_not()) is not None:
         raise SystemExit(reason)
-    with tempfile.TemporaryDirectory() as directory, Cluster(Path(directory), [{"CPU": 1}, {"CPU": 1, "shard": 1}]) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Cluster(Path(directory), [{"CPU": 1}, {"CPU": 1, "shard": 1}]) as cluster,
+    ):
         for size in SIZES:
             for speed in SPEEDS:
                 print(measure(cluster, size, STEPS, speed), flush=True)

@@ -1,6 +1,8 @@
-"""One Nadam step over float32 elements: ours beside the memory floor, plain NumPy and torch, interleaved in one run.
+"""One Nadam step over float32 elements: ours beside the memory floor, plain NumPy and torch,
+interleaved in one run.
 
-The floor is a compiled loop that moves the same 28 bytes per element (four arrays read, three written) and adds once per array.
+The floor is a compiled loop that moves the same 28 bytes per element (four arrays read, three
+written) and adds once per array.
 """
 
 import statistics
@@ -16,11 +18,17 @@ from distnadam.nadam.kernels import Part, Slots, StepConstants, make_stepper
 from distnadam.nadam.step_scalars import Clock, step_scalars
 
 Step = Callable[[], object]
-PEERS = {"over_floor": "memory floor", "over_torch_foreach": "torch NAdam, foreach", "over_torch_fused_adam": "torch Adam, fused"}
+PEERS = {
+    "over_floor": "memory floor",
+    "over_torch_foreach": "torch NAdam, foreach",
+    "over_torch_fused_adam": "torch Adam, fused",
+}
 
 
 def measure(n: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
-    """Return one row per contender, and what was left out: medians of `rounds` rounds, in which each runs once, in turn."""
+    """Return one row per contender, and what was left out: medians of `rounds` rounds, in which
+    each runs once, in turn.
+    """
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(n, dtype=np.float32) for _ in range(4)]
     np.abs(arrays[2], out=arrays[2])
@@ -54,7 +62,13 @@ def run(contenders: dict[tuple[str, int], Step], rounds: int) -> dict[tuple[str,
     return times
 
 
-def add_floor(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:
+def add_floor(
+    contenders: dict[tuple[str, int], Step],
+    p: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    g: np.ndarray,
+) -> None:
     import numba
 
     def move(p, m, v, g):  # type: ignore[no-untyped-def]
@@ -71,7 +85,13 @@ def add_floor(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndar
     numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
 
 
-def add_ours(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:
+def add_ours(
+    contenders: dict[tuple[str, int], Step],
+    p: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    g: np.ndarray,
+) -> None:
     config = NadamConfig()
     scalars = step_scalars(Clock(10, 0.5), config)
     rates = StepConstants(1 - config.beta_1, 1 - config.beta_2)
@@ -79,11 +99,21 @@ def add_ours(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarr
     for kernel in ("numpy", "fused"):
         for threads in (1, 2):
             stepper = make_stepper(kernel, np.float32, threads)
-            contenders[f"distnadam {kernel}, in place", threads] = lambda s=stepper: s.step(in_place, [g], scalars, rates, part)
-            contenders[f"distnadam {kernel}, two buffers", threads] = lambda s=stepper: s.step(buffered, [g], scalars, rates, part)
+            contenders[f"distnadam {kernel}, in place", threads] = lambda s=stepper: s.step(
+                in_place, [g], scalars, rates, part
+            )
+            contenders[f"distnadam {kernel}, two buffers", threads] = lambda s=stepper: s.step(
+                buffered, [g], scalars, rates, part
+            )
 
 
-def add_naive(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:
+def add_naive(
+    contenders: dict[tuple[str, int], Step],
+    p: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    g: np.ndarray,
+) -> None:
     def step() -> None:
         m[:] = 0.9 * m + 0.1 * g
         v[:] = 0.999 * v + 0.001 * np.square(g)
@@ -92,7 +122,13 @@ def add_naive(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndar
     contenders["NumPy, whole arrays", 1] = step
 
 
-def add_torch(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndarray, v: np.ndarray, g: np.ndarray) -> None:
+def add_torch(
+    contenders: dict[tuple[str, int], Step],
+    p: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    g: np.ndarray,
+) -> None:
     import torch
 
     def of(make: Callable[..., torch.optim.Optimizer], threads: int, **how: object) -> Step:
@@ -115,11 +151,17 @@ def add_torch(contenders: dict[tuple[str, int], Step], p: np.ndarray, m: np.ndar
 def report(rows: list[dict[str, object]], missing: list[str], n: int, console: Console) -> None:
     """Print the table."""
     table = Table(
-        "step", "threads", "ns/element", *(f"x {peer}" for peer in PEERS.values()), title=f"one step, {n:.0e} float32 elements, medians"
+        "step",
+        "threads",
+        "ns/element",
+        *(f"x {peer}" for peer in PEERS.values()),
+        title=f"one step, {n:.0e} float32 elements, medians",
     )
     for row in rows:
         ratios = (f"{row[column]:.2f}" if row[column] is not None else "-" for column in PEERS)
-        table.add_row(str(row["step"]), str(row["threads"]), f"{row['ns_per_element']:.3f}", *ratios)
+        table.add_row(
+            str(row["step"]), str(row["threads"]), f"{row['ns_per_element']:.3f}", *ratios
+        )
     console.print(table)
     for reason in missing:
         console.print(f"left out: {reason}")

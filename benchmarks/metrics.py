@@ -1,9 +1,11 @@
-"""What exporting metrics costs: steps with and without, by turns, in the same worker processes on one Ray whose metrics are on.
+"""What exporting metrics costs: steps with and without, by turns, in the same worker processes on
+one Ray whose metrics are on.
 
-`python -m benchmarks.metrics`, in an environment with the extra `metrics`. Arms take turns at every step, in an order drawn anew each time,
-so that what the machine does beside falls on all alike; a second optimizer without metrics shows what is left of it. What works in the
-background falls on all arms too, so its CPU time is read from the clocks of those who spend it: the exporter's thread in a worker, which
-tells most, and Ray's agent, all that it does.
+`python -m benchmarks.metrics`, in an environment with the extra `metrics`. Arms take turns at every
+step, in an order drawn anew each time, so that what the machine does beside falls on all alike; a
+second optimizer without metrics shows what is left of it. What works in the background falls on all
+arms too, so its CPU time is read from the clocks of those who spend it: the exporter's thread in a
+worker, which tells most, and Ray's agent, all that it does.
 """
 
 import argparse
@@ -52,7 +54,11 @@ class Trainer:
 
     def exporting_s(self) -> float:
         """Return the CPU seconds that this process has spent exporting."""
-        clocks = [time.pthread_getcpuclockid(thread.ident) for thread in threading.enumerate() if thread.name == "metrics"]
+        clocks = [
+            time.pthread_getcpuclockid(thread.ident)
+            for thread in threading.enumerate()
+            if thread.name == "metrics"
+        ]
         return sum(map(time.clock_gettime, clocks))
 
 
@@ -69,17 +75,25 @@ def agent_s() -> float:
 
 
 def measure(elements: int, seconds: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return each arm's seconds, step by step, and the CPU seconds spent in the background per second, by who spent them."""
+    """Return each arm's seconds, step by step, and the CPU seconds spent in the background per
+    second, by who spent them.
+    """
     params = {"w": np.zeros(elements, np.float32)}
     optimizers = {
-        arm: DistNadam(num_shards=2, num_workers=2, backend="ray", options=Options(metrics=on)).build(params) for arm, on in ARMS.items()
+        arm: DistNadam(
+            num_shards=2, num_workers=2, backend="ray", options=Options(metrics=on)
+        ).build(params)
+        for arm, on in ARMS.items()
     }
     trainers = [Trainer.remote(optimizers, rank) for rank in range(2)]
     times: dict[str, list[float]] = {arm: [] for arm in ARMS}
     steps, began, spent = 50, 0.0, dict[str, float]()
     for number in itertools.count(-1):
         if number == 0:
-            began, spent = time.monotonic(), {"exporter": ray.get(trainers[0].exporting_s.remote()), "agent": agent_s()}
+            began, spent = (
+                time.monotonic(),
+                {"exporter": ray.get(trainers[0].exporting_s.remote()), "agent": agent_s()},
+            )
         found = ray.get([trainer.run.remote(steps, number) for trainer in trainers])[0]
         if number >= 0:  # the first is warm-up
             for arm in ARMS:
@@ -91,13 +105,17 @@ def measure(elements: int, seconds: float) -> tuple[dict[str, np.ndarray], dict[
     now = {"exporter": ray.get(trainers[0].exporting_s.remote()), "agent": agent_s()}
     for optimizer in optimizers.values():
         optimizer.close()
-    return {arm: np.array(each) for arm, each in times.items()}, {who: (now[who] - spent[who]) / elapsed for who in now}
+    return {arm: np.array(each) for arm, each in times.items()}, {
+        who: (now[who] - spent[who]) / elapsed for who in now
+    }
 
 
 def over_off(times: dict[str, np.ndarray], arm: str) -> tuple[float, float, float]:
-    """Return the median of an arm's steps, each over the one without beside it, and the ends of its 95% interval.
+    """Return the median of an arm's steps, each over the one without beside it, and the ends of its
+    95% interval.
 
-    The interval is of the bootstrap over fifty pieces of the run, since neighbouring steps are alike.
+    The interval is of the bootstrap over fifty pieces of the run, since neighbouring steps are
+    alike.
     """
     pieces = np.array_split(times[arm] / times["off"], 50)
     draws = np.random.default_rng(0).integers(0, len(pieces), (1000, len(pieces)))
@@ -107,14 +125,30 @@ def over_off(times: dict[str, np.ndarray], arm: str) -> tuple[float, float, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--elements", type=lambda text: int(float(text)), nargs="*", default=[10**4, 10**6])
+    parser.add_argument(
+        "--elements", type=lambda text: int(float(text)), nargs="*", default=[10**4, 10**6]
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="about so long for each size")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
     if ray.nodes()[0]["MetricsExportPort"] <= 0:
         parser.error("Ray's metrics are off here: pip install 'distnadam[metrics]'")
-    table = Table("elements", "arm", "steps", "ms", "over off", "95% interval", title="one step, 2 workers, 2 shards, views")
+    table = Table(
+        "elements",
+        "arm",
+        "steps",
+        "ms",
+        "over off",
+        "95% interval",
+        title="one step, 2 workers, 2 shards, views",
+    )
     rows: list[dict[str, Any]] = []
     told = []
     for elements in args.elements:
@@ -122,12 +156,26 @@ def main() -> None:
         for arm in ARMS:
             ratio, low, high = over_off(times, arm)
             rows.append(
-                {"elements": elements, "arm": arm, "ms": float(np.median(times[arm])) * 1e3, "ratio": ratio, "interval": [low, high]}
+                {
+                    "elements": elements,
+                    "arm": arm,
+                    "ms": float(np.median(times[arm])) * 1e3,
+                    "ratio": ratio,
+                    "interval": [low, high],
+                }
             )
-            table.add_row(f"{elements:.0e}", arm, str(len(times[arm])), f"{rows[-1]['ms']:.3f}", f"{ratio:.4f}", f"{low:.4f} to {high:.4f}")
+            table.add_row(
+                f"{elements:.0e}",
+                arm,
+                str(len(times[arm])),
+                f"{rows[-1]['ms']:.3f}",
+                f"{ratio:.4f}",
+                f"{low:.4f} to {high:.4f}",
+            )
         rows.append({"elements": elements, "background": background})
         told.append(
-            f"{elements:.0e}: in the background, of one core: " + ", ".join(f"{who} {part:.2%}" for who, part in background.items())
+            f"{elements:.0e}: in the background, of one core: "
+            + ", ".join(f"{who} {part:.2%}" for who, part in background.items())
         )
     ray.shutdown()
     Console(width=110).print(table, *told, sep="\n")

@@ -1,7 +1,8 @@
-"""From a death to the next applied step: SIGKILL on real processes, and what it costs to be ready for it.
+"""From a death to the next applied step: SIGKILL on real processes, and what it costs to be ready
+for it.
 
-Everything runs on a Ray of its own, on one node. A trainer steps as fast as it can and notes when; a process is killed, and the gap in
-its notes, measured from the kill, is the figure.
+Everything runs on a Ray of its own, on one node. A trainer steps as fast as it can and notes when;
+a process is killed, and the gap in its notes, measured from the kill, is the figure.
 """
 
 import os
@@ -32,7 +33,9 @@ PAUSE_S = 1.5
 
 
 class Trainer:
-    """A thread of this process that steps the only rank until told to stop, and notes the time of every step."""
+    """A thread of this process that steps the only rank until told to stop, and notes the time of
+    every step.
+    """
 
     def __init__(self, optimizer: DistNadam, elements: int) -> None:
         self._optimizer, self._stop = optimizer, threading.Event()
@@ -61,7 +64,9 @@ def shard_killed(replicas: int, elements: int, kills: int) -> list[float]:
     start = {"w": np.zeros(elements, np.float32)}
     with tempfile.TemporaryDirectory() as root:
         options = Options(checkpoint_dir=None if replicas else root)
-        with DistNadam(num_shards=2, num_workers=1, replicas=replicas, backend="ray", options=options).build(start) as optimizer:
+        with DistNadam(
+            num_shards=2, num_workers=1, replicas=replicas, backend="ray", options=options
+        ).build(start) as optimizer:
             trainer = Trainer(optimizer, elements)
             try:
                 for number in range(kills):
@@ -98,7 +103,9 @@ def wait_for_standbys(optimizer: DistNadam, count: int) -> None:
 
 
 class Vector:
-    """A task for `fit`: two ranks, each leaving its process id and the time of every gradient in a file."""
+    """A task for `fit`: two ranks, each leaving its process id and the time of every gradient in a
+    file.
+    """
 
     name = "vector"
 
@@ -121,7 +128,9 @@ class Vector:
 
 
 class Killer(Callback):
-    """Kills rank 1 of a `fit` at certain steps, and finds in its notes when the next process of that rank computed."""
+    """Kills rank 1 of a `fit` at certain steps, and finds in its notes when the next process of
+    that rank computed.
+    """
 
     def __init__(self, notes: Path, every: int, last: int) -> None:
         self._notes, self._every, self._last, self.kills = notes, every, last, []  # type: ignore[var-annotated]
@@ -135,7 +144,10 @@ class Killer(Callback):
 
     def seconds(self) -> list[float]:
         rows = [line.split() for line in (self._notes / "1").read_text().splitlines()]
-        return [min(float(t) for p, t in rows if int(p) != pid and float(t) > killed) - killed for pid, killed in self.kills]
+        return [
+            min(float(t) for p, t in rows if int(p) != pid and float(t) > killed) - killed
+            for pid, killed in self.kills
+        ]
 
 
 def worker_killed(elements: int) -> list[float]:
@@ -144,14 +156,24 @@ def worker_killed(elements: int) -> list[float]:
         notes = Path(root) / "notes"
         notes.mkdir()
         killer = Killer(notes, 100, 600)
-        fit(Vector(elements, notes), steps=1000, backend="ray", checkpoint_dir=Path(root) / "run", verbose=False, callbacks=[killer])
+        fit(
+            Vector(elements, notes),
+            steps=1000,
+            backend="ray",
+            checkpoint_dir=Path(root) / "run",
+            verbose=False,
+            callbacks=[killer],
+        )
         return killer.seconds()
 
 
 def steps_per_second(replicas: int, elements: int, steps: int) -> float:
     """Return the median seconds of a step with one worker and two shards."""
     start = {"w": np.zeros(elements, np.float32)}
-    with DistNadam(num_shards=2, replicas=replicas, backend="ray").build(start) as optimizer, optimizer.worker(0) as worker:
+    with (
+        DistNadam(num_shards=2, replicas=replicas, backend="ray").build(start) as optimizer,
+        optimizer.worker(0) as worker,
+    ):
         wait_for_standbys(optimizer, 2 * replicas)
         gradients = worker.gradients()
         gradients["w"][...] = 1.0
@@ -164,7 +186,9 @@ def steps_per_second(replicas: int, elements: int, steps: int) -> float:
 
 
 def ledger_seconds(ranks: int = 2, rounds: int = 20000) -> float:
-    """Return the seconds that one round's bookkeeping takes on one shard: entering, notes, and looking a push up."""
+    """Return the seconds that one round's bookkeeping takes on one shard: entering, notes, and
+    looking a push up.
+    """
     ledger, gradients = Ledger(), {"float32": np.zeros(4, np.float32)}
     began = time.perf_counter()
     for number in range(1, rounds + 1):
@@ -177,18 +201,44 @@ def ledger_seconds(ranks: int = 2, rounds: int = 20000) -> float:
 
 def measure(elements: int, kills: int) -> list[dict[str, Any]]:
     """Return one row per figure."""
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
     rows = []
     for name, seconds in (
         ("shard killed, replicas=1: to the next applied step", shard_killed(1, elements, kills)),
-        ("shard killed, replicas=0 with a checkpoint: to the next applied step", shard_killed(0, elements, kills)),
+        (
+            "shard killed, replicas=0 with a checkpoint: to the next applied step",
+            shard_killed(0, elements, kills),
+        ),
         ("worker killed under fit: to its successor's next gradient", worker_killed(elements)),
     ):
-        rows.append({"what": name, "median_s": statistics.median(seconds), "worst_s": max(seconds), "count": len(seconds)})
+        rows.append(
+            {
+                "what": name,
+                "median_s": statistics.median(seconds),
+                "worst_s": max(seconds),
+                "count": len(seconds),
+            }
+        )
     small = steps_per_second(0, 10_000, 1000)
-    rows.append({"what": "bookkeeping of one round / a step of 1e4, replicas=0", "ratio": ledger_seconds() / small})
+    rows.append(
+        {
+            "what": "bookkeeping of one round / a step of 1e4, replicas=0",
+            "ratio": ledger_seconds() / small,
+        }
+    )
     for size, steps in ((10_000, 1000), (elements, 300)):
-        rows.append({"what": f"step with replicas=1 / replicas=0, {size} parameters", "ratio": ratio(size, steps)})
+        rows.append(
+            {
+                "what": f"step with replicas=1 / replicas=0, {size} parameters",
+                "ratio": ratio(size, steps),
+            }
+        )
     ray.shutdown()
     return rows
 
@@ -204,7 +254,13 @@ def ratio(elements: int, steps: int) -> float:
 
 def report(rows: list[dict[str, Any]], console: Console) -> None:
     """Print the table."""
-    table = Table("what", "median", "worst", "ratio", title="deaths, by SIGKILL, 1e6 parameters, 2 shards, one node")
+    table = Table(
+        "what",
+        "median",
+        "worst",
+        "ratio",
+        title="deaths, by SIGKILL, 1e6 parameters, 2 shards, one node",
+    )
     for row in rows:
         seconds = [f"{row[key]:.3f} s" if key in row else "" for key in ("median_s", "worst_s")]
         table.add_row(row["what"], *seconds, f"{row['ratio']:.3f}" if "ratio" in row else "")

@@ -1,6 +1,8 @@
-"""One synchronous step from "gradient ready" to "new parameters read": ours and its peers, 2 workers, one thread each, in one run.
+"""One synchronous step from "gradient ready" to "new parameters read": ours and its peers, 2
+workers, one thread each, in one run.
 
-Every contender is a program of its own (`contenders/`), started anew in each round, so that slow hours of the machine hit all of them.
+Every contender is a program of its own (`contenders/`), started anew in each round, so that slow
+hours of the machine hit all of them.
 """
 
 import json
@@ -30,7 +32,9 @@ PEERS = {
 
 
 def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
-    """Return one row per contender and size: the median over all steps of all rounds, warm-up left out, in milliseconds."""
+    """Return one row per contender and size: the median over all steps of all rounds, warm-up left
+    out, in milliseconds.
+    """
     rows = []
     for size in sizes:
         times: dict[str, list[float]] = {}
@@ -40,14 +44,34 @@ def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
         best = min(statistics.median(times[name]) for name in PEERS)
         for name, found in times.items():
             median = statistics.median(found)
-            rows.append({"step": name, "elements": size, "ms": median * 1e3, "peers_best_over_this": best / median})
+            rows.append(
+                {
+                    "step": name,
+                    "elements": size,
+                    "ms": median * 1e3,
+                    "peers_best_over_this": best / median,
+                }
+            )
     return rows
 
 
 def seconds(command: list[str], elements: str, steps: int) -> list[float]:
-    """Run one contender and return its steps' seconds without the first fifth; none where it fails."""
+    """Run one contender and return its steps' seconds without the first fifth; none where it
+    fails.
+    """
     program, *how = command
-    argv = [sys.executable, "-W", "ignore", "-m", f"benchmarks.contenders.{program}", "--elements", elements, "--steps", str(steps), *how]
+    argv = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        f"benchmarks.contenders.{program}",
+        "--elements",
+        elements,
+        "--steps",
+        str(steps),
+        *how,
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(argv)} failed:\n{done.stderr[-2000:]}")
@@ -56,17 +80,48 @@ def seconds(command: list[str], elements: str, steps: int) -> list[float]:
 
 
 def curves() -> list[dict[str, Any]]:
-    """The same step of 1e7 elements with more shards and workers than the machine has cores: what oversubscription costs."""
+    """The same step of 1e7 elements with more shards and workers than the machine has cores: what
+    oversubscription costs.
+    """
     rows = []
-    for shards, workers in [(1, 1), (1, 2), (2, 2), (4, 2), (8, 2), (16, 2), (2, 1), (2, 4), (2, 8)]:
-        found = seconds(["ours", "--mode", "views", "--shards", str(shards), "--workers", str(workers)], "1e7", 20)
-        rows.append({"shards": shards, "workers": workers, "elements": "1e7", "ms": statistics.median(found) * 1e3})
+    for shards, workers in [
+        (1, 1),
+        (1, 2),
+        (2, 2),
+        (4, 2),
+        (8, 2),
+        (16, 2),
+        (2, 1),
+        (2, 4),
+        (2, 8),
+    ]:
+        found = seconds(
+            ["ours", "--mode", "views", "--shards", str(shards), "--workers", str(workers)],
+            "1e7",
+            20,
+        )
+        rows.append(
+            {
+                "shards": shards,
+                "workers": workers,
+                "elements": "1e7",
+                "ms": statistics.median(found) * 1e3,
+            }
+        )
     return rows
 
 
 def report(rows: list[dict[str, Any]], console: Console) -> None:
     """Print the table of steps."""
-    table = Table("step", "elements", "ms", "peers' best / this", title="one synchronous step, 2 workers, 2 shards, medians")
+    table = Table(
+        "step",
+        "elements",
+        "ms",
+        "peers' best / this",
+        title="one synchronous step, 2 workers, 2 shards, medians",
+    )
     for row in rows:
-        table.add_row(row["step"], row["elements"], f"{row['ms']:.3f}", f"{row['peers_best_over_this']:.2f}")
+        table.add_row(
+            row["step"], row["elements"], f"{row['ms']:.3f}", f"{row['peers_best_over_this']:.2f}"
+        )
     console.print(table)

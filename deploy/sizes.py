@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""How much memory and /dev/shm a node needs, from the model's size and how it is spread. Needs nothing but Python.
+"""How much memory and /dev/shm a node needs, from the model's size and how it is spread. Needs
+nothing but Python.
 
-    python3 deploy/sizes.py --parameters 1e9 --workers 8 --shards 4 --replicas 1 --shard-nodes 4 --workers-per-node 2
+    python3 deploy/sizes.py --parameters 1e9 --workers 8 --shards 4 --replicas 1 --shard-nodes 4
+    --workers-per-node 2
 
-Parameters are float32, 4 bytes. deploy/README.md, Sizes, says the formulas in words; a test holds the manifests to them.
+Parameters are float32, 4 bytes. deploy/README.md, Sizes, says the formulas in words; a test holds
+the manifests to them.
 """
 
 import argparse
@@ -48,7 +51,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Node:
-    """What one node needs, in bytes: Ray's object store, the /dev/shm that it lies in, and memory, which both count against."""
+    """What one node needs, in bytes: Ray's object store, the /dev/shm that it lies in, and memory,
+    which both count against.
+    """
 
     store: int
     shm: int
@@ -63,7 +68,9 @@ def shard_node(run: Run) -> Node:
 def worker_node(run: Run) -> Node:
     """A node that holds workers and no shards; what the task itself needs comes on top."""
     objects, own, processes = _workers(run)
-    return _node(objects + 12 * run.parameters, own, processes)  # and the first parameters, or those after a rewind
+    return _node(
+        objects + 12 * run.parameters, own, processes
+    )  # and the first parameters, or those after a rewind
 
 
 def shared_node(run: Run) -> Node:
@@ -72,24 +79,36 @@ def shared_node(run: Run) -> Node:
 
 
 def head_node(run: Run) -> Node:
-    """A node that holds the head and the process that called fit, which makes the first parameters, and no shard or worker."""
+    """A node that holds the head and the process that called fit, which makes the first parameters,
+    and no shard or worker.
+    """
     return _node(12 * run.parameters, 12 * run.parameters, DASHBOARD + 2 * PROCESS)
 
 
 def _shards(run: Run) -> tuple[float, float, int]:
     """Bytes of objects, of the shards' own memory, and of processes."""
     params = run.parameters
-    objects = run.share * (8 * params * run.workers + 12 * params)  # gradients in and parameters out; a state that moves
+    objects = run.share * (
+        8 * params * run.workers + 12 * params
+    )  # gradients in and parameters out; a state that moves
     lanes = 8 * params  # both buffers of parameters, which all shards of a node share
-    state = run.share * params * (8 + 12 + 20 * run.replicas)  # moments; a save behind the training; a standby, and what it follows
+    state = (
+        run.share * params * (8 + 12 + 20 * run.replicas)
+    )  # moments; a save behind the training; a standby, and what it follows
     processes = math.ceil(run.shards * (1 + run.replicas) * run.share) + 1  # and the supervisor
     return objects, lanes + state, processes * PROCESS
 
 
 def _workers(run: Run) -> tuple[float, float, int]:
-    """The same of workers, of whom each has its gradients, and its copy of parameters that come from elsewhere."""
+    """The same of workers, of whom each has its gradients, and its copy of parameters that come
+    from elsewhere.
+    """
     bytes_each = 8 * run.parameters
-    return run.workers_per_node * bytes_each, run.workers_per_node * bytes_each, run.workers_per_node * PROCESS
+    return (
+        run.workers_per_node * bytes_each,
+        run.workers_per_node * bytes_each,
+        run.workers_per_node * PROCESS,
+    )
 
 
 def _node(objects: float, own: float, processes: int) -> Node:
@@ -108,7 +127,9 @@ def _elements(text: str) -> int:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, such as 1e9, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least 1, such as 1e9, got {text!r}"
+        )
     return int(value)
 
 
@@ -121,20 +142,38 @@ def _count(text: str) -> int:
 def main() -> None:
     """Print what each kind of node needs."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--parameters", type=_elements, required=True, help="elements of the model, such as 1e9")
+    parser.add_argument(
+        "--parameters", type=_elements, required=True, help="elements of the model, such as 1e9"
+    )
     for name, default, told in (
         ("workers", 2, "ranks in all"),
         ("shards", 2, "shards in all"),
         ("shard-nodes", 1, "nodes that hold shards"),
         ("workers-per-node", 1, "ranks on one node"),
     ):
-        parser.add_argument(f"--{name}", type=_count, default=default, help=f"{told}, {default} unless told")
-    parser.add_argument("--replicas", type=int, choices=(0, 1), default=0, help="standbys of each shard, 0 unless told")
+        parser.add_argument(
+            f"--{name}", type=_count, default=default, help=f"{told}, {default} unless told"
+        )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="standbys of each shard, 0 unless told",
+    )
     run = Run(**vars(parser.parse_args()))
     if run.workers_per_node > run.workers:
-        parser.error(f"argument --workers-per-node: {run.workers_per_node} on one node are more than the {run.workers} workers in all")
+        parser.error(
+            f"argument --workers-per-node: {run.workers_per_node} on one node are more than the "
+            f"{run.workers} workers in all"
+        )
     print(f"{'node with':<20} {'/dev/shm':>10} {'memory':>10}   --object-store-memory")
-    kinds = {"shards": shard_node, "workers": worker_node, "shards and workers": shared_node, "head": head_node}
+    kinds = {
+        "shards": shard_node,
+        "workers": worker_node,
+        "shards and workers": shared_node,
+        "head": head_node,
+    }
     for kind, size in kinds.items():
         node = size(run)
         print(f"{kind:<20} {node.shm // MIB:>7} Mi {node.memory // MIB:>7} Mi   {node.store}")

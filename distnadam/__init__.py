@@ -1,4 +1,6 @@
-"""TensorFlow's Keras Nadam as a sharded parameter server on Ray, or in this process. Importing this imports no Ray and no framework."""
+"""TensorFlow's Keras Nadam as a sharded parameter server on Ray, or in this process. Importing this
+imports no Ray and no framework.
+"""
 
 from distnadam.config import Options
 from distnadam.optimizer import DistNadam

@@ -1,6 +1,8 @@
-"""What an optimizer is asked to be: the reference's hyper-parameters, and the options of its runtime.
+"""What an optimizer is asked to be: the reference's hyper-parameters, and the options of its
+runtime.
 
-Frozen, validated where they are made, and plain data on the way to a checkpoint and back. No I/O, no arrays.
+Frozen, validated where they are made, and plain data on the way to a checkpoint and back. No I/O,
+no arrays.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ DEFAULT_EPSILON = 1e-7
 
 @dataclass(frozen=True)
 class NadamConfig:
-    """The reference's hyper-parameters, as given (0.002 stays 0.002), each checked for its range."""
+    """The reference's hyper-parameters, as given (0.002 stays 0.002), each checked for its
+    range.
+    """
 
     lr: Rate = 0.002
     beta_1: float = 0.9
@@ -44,7 +48,8 @@ class NadamConfig:
                 _set_number(self, name)
         if self.clipnorm is not None and self.global_clipnorm is not None:
             raise ConfigError(
-                f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} cannot both be set: give one of them"
+                f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} cannot "
+                "both be set: give one of them"
             )
 
     @property
@@ -57,7 +62,9 @@ class NadamConfig:
         return dataclasses.replace(self, lr=lr)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data that `from_dict` takes; raise ConfigError where `lr` is a plain function."""
+        """Return plain data that `from_dict` takes; raise ConfigError where `lr` is a plain
+        function.
+        """
         return {**_fields(self), "lr": rate_to_dict(self.lr)}
 
     @classmethod
@@ -71,38 +78,48 @@ class Options:
     """Rare settings of the runtime; the defaults are modest and right for most.
 
     Args:
-        on_nonfinite: "raise" refuses a round with a non-finite gradient by `NonFiniteGradient` at every worker; "skip" leaves the
-            parameters as they are, counts the round as skipped and goes on.
-        check_gradients: judge every gradient before it is pushed, as `on_nonfinite` needs it. False saves reading it once more, and lets
-            NaN and infinity through into parameters and moments.
-        transport: "auto" moves gradients and parameters between processes of one machine through shared memory, and by Ray objects
-            otherwise; "objects" always by Ray objects.
-        kernel: "auto" steps by the compiled loop where numba is installed (the extra `fused`) and by NumPy otherwise; "fused" and "numpy"
-            insist on one. The bits are the same.
-        threads: threads that step one shard. None: every CPU of this process where local, the whole CPUs asked for by `shard_cpus`
-            (at least 1) on Ray.
-        shard_cpus: CPUs that each shard's actor asks of Ray; 0 lets any number of shards start on any machine.
+        on_nonfinite: "raise" refuses a round with a non-finite gradient by `NonFiniteGradient` at
+            every worker; "skip" leaves the parameters as they are, counts the round as skipped and
+            goes on.
+        check_gradients: judge every gradient before it is pushed, as `on_nonfinite` needs it. False
+            saves reading it once more, and lets NaN and infinity through into parameters and
+            moments.
+        transport: "auto" moves gradients and parameters between processes of one machine through
+            shared memory, and by Ray objects otherwise; "objects" always by Ray objects.
+        kernel: "auto" steps by the compiled loop where numba is installed (the extra `fused`) and
+            by NumPy otherwise; "fused" and "numpy" insist on one. The bits are the same.
+        threads: threads that step one shard. None: every CPU of this process where local, the whole
+            CPUs asked for by `shard_cpus` (at least 1) on Ray.
+        shard_cpus: CPUs that each shard's actor asks of Ray; 0 lets any number of shards start on
+            any machine.
         shard_memory_bytes: memory that each shard's actor asks of Ray, in bytes; 0 asks for none.
         shard_resources: further Ray resources that each shard's actor asks for, by name.
         worker_cpus: CPUs that each of `fit`'s worker actors asks of Ray.
-        label_selector: Ray node labels that the nodes of the shards, their standbys and their supervisor must have.
+        label_selector: Ray node labels that the nodes of the shards, their standbys and their
+            supervisor must have.
         worker_label_selector: Ray node labels that the nodes of `fit`'s workers must have.
         spread: place shards over the nodes as evenly as they allow; otherwise fill one node first.
-        start_timeout_s: seconds to wait, saying so, for resources that the cluster does not have yet. None: refuse at once what its
-            nodes cannot meet, and give what they can meet 120 s to start.
-        step_timeout_s: seconds that a worker waits for a round to be applied before it raises `StepTimeout` naming who is missing.
-        object_store_bytes: size of the object store of a Ray that we start ourselves, in bytes. None: Ray's own default.
-        checkpoint_dir: where the shards look for a checkpoint when one of them dies without a standby; `build` writes its first one there.
-            None: where the last `save` went.
-        retain_initial: keep the parameters given to `build` (4 bytes per float32 element, in the supervisor) until there is a checkpoint,
-            so that a shard's death before it can be recovered from.
-        min_workers: go on without workers that are gone for longer than `rejoin_timeout_s`, as long as so many are there. None: all
-            must be.
-        rejoin_timeout_s: seconds in which a dead worker's rank may be taken over by a new one, before it leaves (`min_workers`) or those
-            who wait for it are told `WorkerLost`.
-        shard_timeout_s: seconds without a sign of life after which a shard counts as dead and is replaced.
-        metrics: "auto" exports what is measured (`distnadam.metrics`) where Ray's own metrics are on, that is where Ray was installed with
-            the extra `metrics`; True insists on it, False measures nothing.
+        start_timeout_s: seconds to wait, saying so, for resources that the cluster does not have
+            yet. None: refuse at once what its nodes cannot meet, and give what they can meet 120 s
+            to start.
+        step_timeout_s: seconds that a worker waits for a round to be applied before it raises
+            `StepTimeout` naming who is missing.
+        object_store_bytes: size of the object store of a Ray that we start ourselves, in bytes.
+            None: Ray's own default.
+        checkpoint_dir: where the shards look for a checkpoint when one of them dies without a
+            standby; `build` writes its first one there. None: where the last `save` went.
+        retain_initial: keep the parameters given to `build` (4 bytes per float32 element, in the
+            supervisor) until there is a checkpoint, so that a shard's death before it can be
+            recovered from.
+        min_workers: go on without workers that are gone for longer than `rejoin_timeout_s`, as long
+            as so many are there. None: all must be.
+        rejoin_timeout_s: seconds in which a dead worker's rank may be taken over by a new one,
+            before it leaves (`min_workers`) or those who wait for it are told `WorkerLost`.
+        shard_timeout_s: seconds without a sign of life after which a shard counts as dead and is
+            replaced.
+        metrics: "auto" exports what is measured (`distnadam.metrics`) where Ray's own metrics are
+            on, that is where Ray was installed with the extra `metrics`; True insists on it, False
+            measures nothing.
     """
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -130,20 +147,43 @@ class Options:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got "
+                    f"{getattr(self, name)!r}"
+                )
         if self.checkpoint_dir is not None:
             object.__setattr__(self, "checkpoint_dir", os.fspath(self.checkpoint_dir))
-        for name, least in (("threads", 1), ("shard_memory_bytes", 0), ("object_store_bytes", 1), ("min_workers", 1)):
+        for name, least in (
+            ("threads", 1),
+            ("shard_memory_bytes", 0),
+            ("object_store_bytes", 1),
+            ("min_workers", 1),
+        ):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
-        for name in ("shard_cpus", "worker_cpus", "step_timeout_s", "start_timeout_s", "rejoin_timeout_s", "shard_timeout_s"):
+        for name in (
+            "shard_cpus",
+            "worker_cpus",
+            "step_timeout_s",
+            "start_timeout_s",
+            "rejoin_timeout_s",
+            "shard_timeout_s",
+        ):
             if getattr(self, name) is not None:
                 _set_number(self, name)
-        for name, kind in (("shard_resources", float), ("label_selector", str), ("worker_label_selector", str)):
+        for name, kind in (
+            ("shard_resources", float),
+            ("label_selector", str),
+            ("worker_label_selector", str),
+        ):
             mapping = getattr(self, name)
             if not isinstance(mapping, Mapping):
                 raise ConfigError(f"{name} must be a mapping, got {mapping!r}")
-            object.__setattr__(self, name, {str(key): _as(kind, f"{name}[{key!r}]", value) for key, value in mapping.items()})
+            object.__setattr__(
+                self,
+                name,
+                {str(key): _as(kind, f"{name}[{key!r}]", value) for key, value in mapping.items()},
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` takes."""
@@ -151,7 +191,9 @@ class Options:
 
     @classmethod
     def of(cls, options: "Options | Mapping[str, Any] | None") -> "Options":
-        """Return options as they are, of what `to_dict` returned, or the defaults; raise ConfigError naming what is none."""
+        """Return options as they are, of what `to_dict` returned, or the defaults; raise
+        ConfigError naming what is none.
+        """
         if options is None:
             return cls()
         if isinstance(options, Options):
@@ -176,7 +218,9 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> int:
-    """Return `value` where it is a whole number of at least `least`; raise ConfigError naming the argument otherwise."""
+    """Return `value` where it is a whole number of at least `least`; raise ConfigError naming the
+    argument otherwise.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value.__index__())
@@ -185,7 +229,9 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
 def check_name(name: object) -> str:
     """Return an optimizer's name where it can be one; raise ConfigError otherwise."""
     if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
-        raise ConfigError(f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}")
+        raise ConfigError(
+            f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}"
+        )
     return name
 
 
@@ -202,7 +248,9 @@ def _set_number(record: object, name: str) -> float:
 
 
 def _as(kind: type, name: str, value: Any) -> Any:
-    """Return a str, or a finite float of at least 0; raise ConfigError naming the argument otherwise."""
+    """Return a str, or a finite float of at least 0; raise ConfigError naming the argument
+    otherwise.
+    """
     if kind is str:
         if not isinstance(value, str):
             raise ConfigError(f"{name} must be a string, got {value!r}")

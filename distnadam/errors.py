@@ -1,41 +1,37 @@
 """Every error that distnadam raises, in one tree.
 
-    DistNadamError
-    ├── ConfigError (ValueError)        an argument or option is out of its range
-    ├── StructureError (ValueError)     a tensor's path, shape or dtype is not what was built
-    ├── GradientError (ValueError)
-    │   └── NonFiniteGradient           NaN, infinity, or a magnitude whose square overflows
-    ├── LifecycleError                  used before build, after close, or twice
-    ├── ProtocolError                   a message that the shards refuse
-    │   ├── StaleEpoch                  from before the parameters were replaced
-    │   │   ├── Rewound                 from before all shards went back to an earlier step
-    │   │   └── Reconfigured            from before a shard or the membership changed; the round goes on
-    │   ├── SupersededWorker            a newer worker holds this rank
-    │   ├── LatePush                    its round is over and it was not counted
-    │   ├── RoundMismatch               its round has not come yet
-    │   ├── IllegalMessage              not legal in the shard's present phase
-    │   └── PushesPending               a step from outside while workers have pushed
-    ├── ClusterError                    what runs the shards cannot do what is asked
-    │   ├── InsufficientResources       the cluster is too small for the ask
-    │   ├── OutOfMemory (MemoryError)   a process cannot have the memory for a shard's state, or for a copy of it
-    │   ├── Unrecoverable               processes died and the settings allow no recovery
-    │   ├── VersionMismatch             a node has another version of a package, or lacks it
-    │   ├── NameTaken                   an optimizer of that name is running
-    │   ├── NotRunning                  no optimizer of that name is running
-    │   ├── ShardLost                   a shard's process died
-    │   │   └── ShardUnavailable        a call to a shard failed; it may have been carried out or not
-    │   ├── WorkerLost                  another rank's worker died, and nobody took it over in time
-    │   ├── ShardsDisagree              two shards computed different scalars
-    │   ├── StepTimeout                 waited too long for a shard or for other workers
-    │   ├── ArenaError                  shared memory cannot be had (Ray objects are used instead)
-    │   └── LaneError                   a shard cannot be reached by a socket (Ray objects are used instead)
-    ├── ConversionError (ValueError)    another framework's Nadam cannot hold this state, or ours cannot hold its
-    ├── TrainingError                   `fit` cannot go on; the task's own error is its cause
-    ├── KernelError                     this thread's arithmetic is not IEEE (flushed denormals)
-    └── CheckpointError                 a file was refused
+    DistNadamError ├── ConfigError (ValueError)        an argument or option is out of its range ├──
+    StructureError (ValueError)     a tensor's path, shape or dtype is not what was built ├──
+    GradientError (ValueError) │   └── NonFiniteGradient           NaN, infinity, or a magnitude
+    whose square overflows ├── LifecycleError                  used before build, after close, or
+    twice ├── ProtocolError                   a message that the shards refuse │   ├── StaleEpoch
+    from before the parameters were replaced │   │   ├── Rewound                 from before all
+    shards went back to an earlier step │   │   └── Reconfigured            from before a shard or
+    the membership changed; the round goes on │   ├── SupersededWorker            a newer worker
+    holds this rank │   ├── LatePush                    its round is over and it was not counted │
+    ├── RoundMismatch               its round has not come yet │   ├── IllegalMessage
+    not legal in the shard's present phase │   └── PushesPending               a step from outside
+    while workers have pushed ├── ClusterError                    what runs the shards cannot do
+    what is asked │   ├── InsufficientResources       the cluster is too small for the ask │   ├──
+    OutOfMemory (MemoryError)   a process cannot have the memory for a shard's state, or for a copy
+    of it │   ├── Unrecoverable               processes died and the settings allow no recovery │
+    ├── VersionMismatch             a node has another version of a package, or lacks it │   ├──
+    NameTaken                   an optimizer of that name is running │   ├── NotRunning
+    no optimizer of that name is running │   ├── ShardLost                   a shard's process died
+    │   │   └── ShardUnavailable        a call to a shard failed; it may have been carried out or
+    not │   ├── WorkerLost                  another rank's worker died, and nobody took it over in
+    time │   ├── ShardsDisagree              two shards computed different scalars │   ├──
+    StepTimeout                 waited too long for a shard or for other workers │   ├── ArenaError
+    shared memory cannot be had (Ray objects are used instead) │   └── LaneError                   a
+    shard cannot be reached by a socket (Ray objects are used instead) ├── ConversionError
+    (ValueError)    another framework's Nadam cannot hold this state, or ours cannot hold its ├──
+    TrainingError                   `fit` cannot go on; the task's own error is its cause ├──
+    KernelError                     this thread's arithmetic is not IEEE (flushed denormals) └──
+    CheckpointError                 a file was refused
         └── CheckpointBusy              another run writes there
 
-This module knows nothing of the rest of the package. Every class can be made of one message, a whole sentence or more, and pickles.
+This module knows nothing of the rest of the package. Every class can be made of one message, a
+whole sentence or more, and pickles.
 """
 
 
@@ -48,7 +44,9 @@ class ConfigError(DistNadamError, ValueError):
 
 
 class StructureError(DistNadamError, ValueError):
-    """A tree of tensors is not what was built; the message names the path, the expected and the given."""
+    """A tree of tensors is not what was built; the message names the path, the expected and the
+    given.
+    """
 
 
 class GradientError(DistNadamError, ValueError):
@@ -86,7 +84,9 @@ class Rewound(StaleEpoch):
 
 
 class Reconfigured(StaleEpoch):
-    """A shard was taken over, or the membership changed; the worker pushes the same gradients again by itself."""
+    """A shard was taken over, or the membership changed; the worker pushes the same gradients again
+    by itself.
+    """
 
 
 class SupersededWorker(ProtocolError):
@@ -118,11 +118,15 @@ class InsufficientResources(ClusterError):
 
 
 class OutOfMemory(ClusterError, MemoryError):
-    """A process cannot have the memory for a shard's state, or for a copy of it; what runs goes on as it was."""
+    """A process cannot have the memory for a shard's state, or for a copy of it; what runs goes on
+    as it was.
+    """
 
 
 class Unrecoverable(ClusterError):
-    """Processes died, and what is left or allowed does not suffice to go on with the same bits; the message says what would."""
+    """Processes died, and what is left or allowed does not suffice to go on with the same bits; the
+    message says what would.
+    """
 
 
 class VersionMismatch(ClusterError):
@@ -142,15 +146,21 @@ class ShardLost(ClusterError):
 
 
 class ShardUnavailable(ShardLost):
-    """A call to a shard failed on its way there or back: it may have been carried out or not, and the shard may well live."""
+    """A call to a shard failed on its way there or back: it may have been carried out or not, and
+    the shard may well live.
+    """
 
 
 class WorkerLost(ClusterError):
-    """Another rank's worker died and nobody took it over in time; the message names the rank, and this worker's push was dropped."""
+    """Another rank's worker died and nobody took it over in time; the message names the rank, and
+    this worker's push was dropped.
+    """
 
 
 class ShardsDisagree(ClusterError):
-    """Two shards computed different scalars for one step: the learning-rate function is not a function of the step."""
+    """Two shards computed different scalars for one step: the learning-rate function is not a
+    function of the step.
+    """
 
 
 class StepTimeout(ClusterError, TimeoutError):
@@ -162,11 +172,15 @@ class ArenaError(ClusterError):
 
 
 class LaneError(ClusterError):
-    """A shard of this machine cannot be reached through its socket, or what came through it is no message."""
+    """A shard of this machine cannot be reached through its socket, or what came through it is no
+    message.
+    """
 
 
 class ConversionError(DistNadamError, ValueError):
-    """Another framework's Nadam differs from ours in what this state needs; the message names each difference."""
+    """Another framework's Nadam differs from ours in what this state needs; the message names each
+    difference.
+    """
 
 
 class TrainingError(DistNadamError):

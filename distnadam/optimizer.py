@@ -1,4 +1,6 @@
-"""`DistNadam`: the Keras-style face of the shards. No maths, no Ray, no files: it checks, delegates, and puts trees together."""
+"""`DistNadam`: the Keras-style face of the shards. No maths, no Ray, no files: it checks,
+delegates, and puts trees together.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, overload
@@ -25,13 +27,16 @@ from distnadam.worker import Ticket, Worker
 
 
 class DistNadam:
-    """Nadam as TensorFlow 1.13's `tf.keras.optimizers.Nadam` computes it, with its state sharded over processes.
+    """Nadam as TensorFlow 1.13's `tf.keras.optimizers.Nadam` computes it, with its state sharded
+    over processes.
 
-    "Nadam" is several formulas. This is the one of the reference and of tf_keras's legacy optimizers; torch.optim.NAdam is the same one
-    with eps=1e-8 and momentum_decay=schedule_decay, Keras 3 is it with schedule_decay=1, optax.nadam has no momentum schedule.
+    "Nadam" is several formulas. This is the one of the reference and of tf_keras's legacy
+    optimizers; torch.optim.NAdam is the same one with eps=1e-8 and momentum_decay=schedule_decay,
+    Keras 3 is it with schedule_decay=1, optax.nadam has no momentum schedule.
 
     Args:
-        lr: learning rate, a float or a function of the number of steps already applied (see `distnadam.schedules`).
+        lr: learning rate, a float or a function of the number of steps already applied (see
+            `distnadam.schedules`).
         beta_1: decay of the first moment, in [0, 1).
         beta_2: decay of the second moment, in [0, 1).
         epsilon: added to the root of the second moment; None means 1e-7.
@@ -41,10 +46,12 @@ class DistNadam:
         global_clipnorm: largest norm of the mean gradient over all tensors; excludes `clipnorm`.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
-        replicas: standbys per shard, 0 or 1, on another node where there is one; a shard whose process dies is then taken over at the same
-            round (Ray only: a local optimizer lives and dies with its process).
-        backend: "local" (this process, Ray never imported), "ray", or "auto": Ray where one runs in this process, where RAY_ADDRESS
-            names one, or where several shards or workers are asked for and Ray is installed; else local.
+        replicas: standbys per shard, 0 or 1, on another node where there is one; a shard whose
+            process dies is then taken over at the same round (Ray only: a local optimizer lives and
+            dies with its process).
+        backend: "local" (this process, Ray never imported), "ray", or "auto": Ray where one runs in
+            this process, where RAY_ADDRESS names one, or where several shards or workers are asked
+            for and Ray is installed; else local.
         name: makes the optimizer findable by `connect` and lets it outlive this process (Ray only).
         options: rare settings.
 
@@ -73,9 +80,20 @@ class DistNadam:
     ) -> None:
         if unknown:
             hint = "; did you mean lr?" if "learning_rate" in unknown else ""
-            raise TypeError(f"DistNadam got an unexpected keyword argument {next(iter(unknown))!r}{hint}")
+            raise TypeError(
+                f"DistNadam got an unexpected keyword argument {next(iter(unknown))!r}{hint}"
+            )
         epsilon = DEFAULT_EPSILON if epsilon is None else epsilon
-        self._config = NadamConfig(rate_from(lr), beta_1, beta_2, epsilon, schedule_decay, clipnorm, clipvalue, global_clipnorm)
+        self._config = NadamConfig(
+            rate_from(lr),
+            beta_1,
+            beta_2,
+            epsilon,
+            schedule_decay,
+            clipnorm,
+            clipvalue,
+            global_clipnorm,
+        )
         self._options = Options.of(options)
         self._num_shards = check_count("num_shards", num_shards)
         self._num_workers = check_count("num_workers", num_workers)
@@ -83,7 +101,10 @@ class DistNadam:
         if self._replicas > 1:
             raise ConfigError(f"replicas must be 0 or 1, got {replicas!r}")
         if self._options.min_workers is not None and self._options.min_workers > self._num_workers:
-            raise ConfigError(f"min_workers must be at most num_workers={self._num_workers}, got {self._options.min_workers}")
+            raise ConfigError(
+                f"min_workers must be at most num_workers={self._num_workers}, got "
+                f"{self._options.min_workers}"
+            )
         if backend not in ("auto", "local", "ray"):
             raise ConfigError(f'backend must be "auto", "local" or "ray", got {backend!r}')
         self._asked_backend, self._name = backend, check_name(name) if name else None
@@ -98,8 +119,9 @@ class DistNadam:
         """Lay the model out and start the shards.
 
         Args:
-            params: the initial parameters: any nesting of dict (keys sorted), list and tuple of NumPy, torch or JAX arrays of float32,
-                float64, float16 or bfloat16, of any shape; the half ones get float32 masters.
+            params: the initial parameters: any nesting of dict (keys sorted), list and tuple of
+                NumPy, torch or JAX arrays of float32, float64, float16 or bfloat16, of any shape;
+                the half ones get float32 masters.
 
         Raises:
             StructureError: naming the path of a leaf or container that cannot be a parameter.
@@ -114,7 +136,9 @@ class DistNadam:
         return self
 
     def close(self) -> None:
-        """Finish a background save, and raise its error; end the shards where this object made them, otherwise only let go of them."""
+        """Finish a background save, and raise its error; end the shards where this object made
+        them, otherwise only let go of them.
+        """
         if self._closed:
             return
         self._closed = True
@@ -134,19 +158,33 @@ class DistNadam:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._running().backend.name == "local":
-            raise LifecycleError("a local optimizer lives in its process and cannot be pickled; use backend='ray' to share it")
-        return _attach, (self._shards, self._config, self._options, self._num_workers, self._replicas, self._name)
+            raise LifecycleError(
+                "a local optimizer lives in its process and cannot be pickled; use backend='ray' "
+                "to share it"
+            )
+        return _attach, (
+            self._shards,
+            self._config,
+            self._options,
+            self._num_workers,
+            self._replicas,
+            self._name,
+        )
 
     @classmethod
     def connect(cls, name: str) -> "DistNadam":
-        """Attach to a running optimizer by its name, from any process of the Ray cluster; raise NotRunning where there is none."""
+        """Attach to a running optimizer by its name, from any process of the Ray cluster; raise
+        NotRunning where there is none.
+        """
         backend, spec = factory.connect(name)
         shards = ShardGroup(backend, spec.layout, spec.num_shards, spec.options)
         return _attach(shards, spec.config, spec.options, spec.num_workers, spec.replicas, name)
 
     @classmethod
     def stop(cls, name: str) -> None:
-        """End a running optimizer by its name, as its creator's `close` would; raise NotRunning where there is nothing of one."""
+        """End a running optimizer by its name, as its creator's `close` would; raise NotRunning
+        where there is nothing of one.
+        """
         factory.stop(name)
 
     # The present
@@ -178,7 +216,9 @@ class DistNadam:
 
     @property
     def lr(self) -> Rate:
-        """The learning rate, a float or a schedule; setting it takes effect on every shard from the next step on."""
+        """The learning rate, a float or a schedule; setting it takes effect on every shard from the
+        next step on.
+        """
         return self._running().describe().lr if self._is_built() else self._config.lr
 
     @lr.setter
@@ -189,55 +229,70 @@ class DistNadam:
         self._config = config
 
     def get_params(self) -> Any:
-        """Return a copy of the parameters in the structure given to `build`, each in its own dtype; shape () as a NumPy scalar.
+        """Return a copy of the parameters in the structure given to `build`, each in its own dtype;
+        shape () as a NumPy scalar.
 
         Raises:
-            Rewound: a shard died and all went back to round `error.step` since this handle last looked, as every method that reads,
-                writes or steps the whole says once.
+            Rewound: a shard died and all went back to round `error.step` since this handle last
+                looked, as every method that reads, writes or steps the whole says once.
         """
         shards = self._running()
         return shards.layout.tree(shards.read(("params",))[1]["params"])
 
     def set_params(self, params: Any) -> None:
-        """Replace the parameters; moments and clock stay. Pushes on their way are refused with StaleEpoch.
+        """Replace the parameters; moments and clock stay. Pushes on their way are refused with
+        StaleEpoch.
 
         Raises:
-            StructureError: naming the tensor that is missing, unexpected, of another shape or not finite; nothing was changed.
+            StructureError: naming the tensor that is missing, unexpected, of another shape or not
+                finite; nothing was changed.
         """
         shards = self._changing()
         flat = shards.layout.flat(params, what="params")
         for tensor, view in zip(shards.layout.tensors, shards.layout.views(flat), strict=True):
             if not np.isfinite(view).all():
-                raise StructureError(f"params: {tensor.path!r}: expected finite values, got NaN or infinity")
+                raise StructureError(
+                    f"params: {tensor.path!r}: expected finite values, got NaN or infinity"
+                )
         shards.fill({"params": flat})
 
     def get_weights(self) -> list[Array]:
-        """Return ``[iterations, m_schedule, *ms, *vs]`` as Keras orders them: 0-d int64, 0-d float64, arrays of the tensors' shapes."""
+        """Return ``[iterations, m_schedule, *ms, *vs]`` as Keras orders them: 0-d int64, 0-d
+        float64, arrays of the tensors' shapes.
+        """
         shards = self._running()
         clock, state = shards.read(("m", "v"))
         return to_weights(shards.layout, clock, state["m"], state["v"])
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Take what `get_weights` returned, here or in Keras (whose m_schedule is float32). Pushes on their way are refused.
+        """Take what `get_weights` returned, here or in Keras (whose m_schedule is float32). Pushes
+        on their way are refused.
 
         Raises:
-            StructureError: (a ValueError) naming the expected and given length, or the index and the expected and given shape.
+            StructureError: (a ValueError) naming the expected and given length, or the index and
+                the expected and given shape.
         """
         shards = self._changing()
         clock, m, v = from_weights(shards.layout, weights)
         shards.fill({"m": m, "v": v}, clock)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments as given, the learning rate as it is now; `from_config` takes them."""
+        """Return the constructor's arguments as given, the learning rate as it is now;
+        `from_config` takes them.
+        """
         lr = self.lr
         config = {
-            "lr": lr if callable(lr) and not hasattr(lr, "__dataclass_fields__") else rate_to_dict(lr),
+            "lr": lr
+            if callable(lr) and not hasattr(lr, "__dataclass_fields__")
+            else rate_to_dict(lr),
             "beta_1": self._config.beta_1,
             "beta_2": self._config.beta_2,
             "epsilon": self._config.epsilon,
             "schedule_decay": self._config.schedule_decay,
         }
-        clips = {key: getattr(self._config, key) for key in ("clipnorm", "clipvalue", "global_clipnorm")}
+        clips = {
+            key: getattr(self._config, key) for key in ("clipnorm", "clipvalue", "global_clipnorm")
+        }
         config |= {key: value for key, value in clips.items() if value is not None}
         return config | self._topology() | {"options": self._options.to_dict()}
 
@@ -249,28 +304,37 @@ class DistNadam:
     # Steps
 
     def get_gradients(self, loss: Any, params: Any) -> list[Array]:
-        """Return the gradient of `loss` with respect to each parameter, in the order of `get_weights`, unclipped.
+        """Return the gradient of `loss` with respect to each parameter, in the order of
+        `get_weights`, unclipped.
 
-        The reference clips here; clipping acts on the mean gradient instead, so that with one worker the trajectory is the same.
+        The reference clips here; clipping acts on the mean gradient instead, so that with one
+        worker the trajectory is the same.
 
         Args:
-            loss: a callable on NumPy arrays that returns ``(loss, gradients)``; or one that returns a scalar and that JAX can
-                differentiate; or a torch loss tensor, with `params` the torch tensors it came from.
+            loss: a callable on NumPy arrays that returns ``(loss, gradients)``; or one that returns
+                a scalar and that JAX can differentiate; or a torch loss tensor, with `params` the
+                torch tensors it came from.
             params: the parameters, in any nesting of dict, list and tuple.
 
         Raises:
             GradientError: (a ValueError) naming the parameter whose gradient cannot be computed.
         """
-        return gradients_of(loss, params, Layout.of(params) if self._shards is None else self._shards.layout)
+        return gradients_of(
+            loss, params, Layout.of(params) if self._shards is None else self._shards.layout
+        )
 
     def get_updates(self, loss: Any, params: Any) -> Ticket:
-        """Compute the gradients of `loss` at `params`, push them, and return the pending update; its `result` waits for the step.
+        """Compute the gradients of `loss` at `params`, push them, and return the pending update;
+        its `result` waits for the step.
 
         Raises:
             LifecycleError: there are several workers, each of which must push for itself.
         """
         if self._num_workers != 1:
-            raise LifecycleError(f"get_updates pushes for the only worker, and there are {self._num_workers}: use worker(rank) in each")
+            raise LifecycleError(
+                f"get_updates pushes for the only worker, and there are {self._num_workers}: use "
+                "worker(rank) in each"
+            )
         layout = self._running().layout
         gradients = gradients_of(loss, params, layout)
         if self._own_worker is None:
@@ -278,21 +342,29 @@ class DistNadam:
         return self._own_worker.push(layout.unflatten(gradients))
 
     def apply_gradients(self, gradients: Any) -> int:
-        """Apply one step from an already averaged gradient tree and return the number of steps applied.
+        """Apply one step from an already averaged gradient tree and return the number of steps
+        applied.
 
         Raises:
-            StructureError: naming the tensor's path, the expected and the given; nothing was applied.
-            NonFiniteGradient: naming the tensor; nothing was applied (`Options(on_nonfinite="skip")` counts it as skipped instead).
+            StructureError: naming the tensor's path, the expected and the given; nothing was
+                applied.
+            NonFiniteGradient: naming the tensor; nothing was applied
+                (`Options(on_nonfinite="skip")` counts it as skipped instead).
             PushesPending: workers have pushed for the coming round.
-            Rewound: a shard died and all went back to round `error.step`; nothing of this gradient is left.
+            Rewound: a shard died and all went back to round `error.step`; nothing of this gradient
+                is left.
         """
         decided = self._changing().step(gradients)
         if decided.outcome == "refused":
-            raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.rejection}")
+            raise NonFiniteGradient(
+                f"round {decided.round} was refused, no shard has moved: {decided.rejection}"
+            )
         return decided.iterations
 
     def worker(self, rank: int) -> Worker:
-        """Take rank `rank` over, in any process that holds this optimizer; a worker that held it before is refused from then on."""
+        """Take rank `rank` over, in any process that holds this optimizer; a worker that held it
+        before is refused from then on.
+        """
         if not 0 <= check_count("rank", rank, least=0) < self._num_workers:
             raise ConfigError(f"rank must be in [0, {self._num_workers}), got {rank!r}")
         return Worker(self._running(), rank)
@@ -302,15 +374,20 @@ class DistNadam:
         return self._running().describe().waiting_for
 
     def lost_ranks(self) -> dict[int, int]:
-        """Return the ranks whose worker died and that nobody has taken over yet, with the number of the worker that died."""
+        """Return the ranks whose worker died and that nobody has taken over yet, with the number of
+        the worker that died.
+        """
         return self._running().backend.lost_ranks()
 
     def team(self, make: Callable[[int], Any]) -> WorkerGroup:
-        """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor otherwise: the workers of `fit`."""
+        """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor
+        otherwise: the workers of `fit`.
+        """
         return self._running().backend.team(self._num_workers, make, self._options)
 
     def reshard(self, num_shards: int) -> None:
-        """Cut the state anew into so many shards, between two steps; training waits only for the move itself, and keeps its bits.
+        """Cut the state anew into so many shards, between two steps; training waits only for the
+        move itself, and keeps its bits.
 
         Raises:
             ConfigError: the number is less than 1.
@@ -323,32 +400,57 @@ class DistNadam:
     # Checkpoints
 
     @overload
-    def save(self, path: store.Where, *, wait: Literal[True] = True, data: Mapping[str, Any] | None = None) -> str: ...
+    def save(
+        self,
+        path: store.Where,
+        *,
+        wait: Literal[True] = True,
+        data: Mapping[str, Any] | None = None,
+    ) -> str: ...
 
     @overload
-    def save(self, path: store.Where, *, wait: bool, data: Mapping[str, Any] | None = None) -> str | SaveHandle: ...
+    def save(
+        self, path: store.Where, *, wait: bool, data: Mapping[str, Any] | None = None
+    ) -> str | SaveHandle: ...
 
-    def save(self, path: store.Where, *, wait: bool = True, data: Mapping[str, Any] | None = None) -> str | SaveHandle:
+    def save(
+        self, path: store.Where, *, wait: bool = True, data: Mapping[str, Any] | None = None
+    ) -> str | SaveHandle:
         """Write the state of one round to ``path/step_<round>/`` and return that directory.
 
         Args:
-            path: a local directory, on a disk that every node with a shard shares, or an fsspec URL such as s3://bucket/run.
-            wait: False copies the state to memory kept for it (12 bytes per float32 element, from the first such save or `reserve` on),
-                returns a handle (`result()`, `done()`), and writes behind the training. The next save waits for it; its error is
-                raised by `result()`, else by the next call that changes or saves the state, or by `close()`.
-            data: plain data to keep beside the state, such as the position in the data; `restored_data` gives it back.
+            path: a local directory, on a disk that every node with a shard shares, or an fsspec URL
+                such as s3://bucket/run.
+            wait: False copies the state to memory kept for it (12 bytes per float32 element, from
+                the first such save or `reserve` on), returns a handle (`result()`, `done()`), and
+                writes behind the training. The next save waits for it; its error is raised by
+                `result()`, else by the next call that changes or saves the state, or by `close()`.
+            data: plain data to keep beside the state, such as the position in the data;
+                `restored_data` gives it back.
 
         Raises:
-            CheckpointError: naming the file that could not be written; earlier checkpoints stay as they were.
+            CheckpointError: naming the file that could not be written; earlier checkpoints stay as
+                they were.
             ConfigError: the learning rate is a plain function, which cannot be stored.
         """
         shards, root = self._changing(), place(path)
         config = self._config.with_lr(self.lr).to_dict()
-        about = {"config": config, "options": self._options.to_dict(), "topology": self._topology(), "data": dict(data or {})}
-        return self._saver.save(shards, root, about) if wait else self._saver.save_async(shards, root, about)
+        about = {
+            "config": config,
+            "options": self._options.to_dict(),
+            "topology": self._topology(),
+            "data": dict(data or {}),
+        }
+        return (
+            self._saver.save(shards, root, about)
+            if wait
+            else self._saver.save_async(shards, root, about)
+        )
 
     def reserve(self) -> None:
-        """Have the memory for `save(..., wait=False)` now, so that the first such save holds the training up no longer than any."""
+        """Have the memory for `save(..., wait=False)` now, so that the first such save holds the
+        training up no longer than any.
+        """
         self._saver.reserve(self._running())
 
     @classmethod
@@ -363,11 +465,13 @@ class DistNadam:
         name: str | None = None,
         options: Options | None = None,
     ) -> "DistNadam":
-        """Return a built optimizer that goes on where a checkpoint stopped, on any number of shards; what is None is as saved.
+        """Return a built optimizer that goes on where a checkpoint stopped, on any number of
+        shards; what is None is as saved.
 
         Args:
-            path: one checkpoint, which is then that one or an error; or a directory of checkpoints, of which the newest valid one: a
-                warning says what was passed over. A local path or an fsspec URL.
+            path: one checkpoint, which is then that one or an error; or a directory of checkpoints,
+                of which the newest valid one: a warning says what was passed over. A local path or
+                an fsspec URL.
             num_shards: shards to cut the state into.
             num_workers: ranks from now on.
             replicas: standbys per shard.
@@ -378,21 +482,46 @@ class DistNadam:
         Raises:
             CheckpointError: naming the file that was refused, and why.
         """
-        told = {"num_shards": num_shards, "num_workers": num_workers, "replicas": replicas, "backend": backend, "name": name}
-        return store.first_that_loads(path, lambda directory, manifest: cls._restored(directory, manifest, told, options))
+        told = {
+            "num_shards": num_shards,
+            "num_workers": num_workers,
+            "replicas": replicas,
+            "backend": backend,
+            "name": name,
+        }
+        return store.first_that_loads(
+            path, lambda directory, manifest: cls._restored(directory, manifest, told, options)
+        )
 
     @classmethod
-    def _restored(cls, directory: Directory, manifest: Manifest, told: Mapping[str, Any], options: Options | None) -> "DistNadam":
-        """Return an optimizer restored from one checkpoint; what `told` says is None is as saved."""
+    def _restored(
+        cls,
+        directory: Directory,
+        manifest: Manifest,
+        told: Mapping[str, Any],
+        options: Options | None,
+    ) -> "DistNadam":
+        """Return an optimizer restored from one checkpoint; what `told` says is None is as
+        saved.
+        """
         saved, backend = manifest.topology, told["backend"]
         optimizer = cls(
             **manifest.nadam_config(f"{directory}/{store.MANIFEST}").__dict__,
-            **{key: saved[key] if told[key] is None else told[key] for key in ("num_shards", "num_workers", "replicas")},
+            **{
+                key: saved[key] if told[key] is None else told[key]
+                for key in ("num_shards", "num_workers", "replicas")
+            },
             backend=backend or "auto",
-            name=None if backend == "local" else saved["name"] if told["name"] is None else told["name"],
+            name=None
+            if backend == "local"
+            else saved["name"]
+            if told["name"] is None
+            else told["name"],
             options=Options.of(manifest.options if options is None else options),
         )
-        optimizer._start(Layout.from_dict(manifest.layout), lambda shards: shards.restore(directory, manifest))
+        optimizer._start(
+            Layout.from_dict(manifest.layout), lambda shards: shards.restore(directory, manifest)
+        )
         optimizer.restored_data = dict(manifest.data)
         return optimizer
 
@@ -403,11 +532,29 @@ class DistNadam:
             raise LifecycleError("this optimizer was closed; make a new one")
         if self._shards is not None:
             raise LifecycleError("this optimizer is built already")
-        backend = factory.choose(self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1)
+        backend = factory.choose(
+            self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1
+        )
         if self._name is not None and backend.name == "local":
-            raise ConfigError(f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to")
-        shared = (self._num_shards, self._num_workers, self._replicas, self._name, self._config, self._options, layout)
-        backend.start([ShardSpec(index, *shared, cut) for index, cut in enumerate(layout.cuts(self._num_shards))], self._replicas)
+            raise ConfigError(
+                f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to"
+            )
+        shared = (
+            self._num_shards,
+            self._num_workers,
+            self._replicas,
+            self._name,
+            self._config,
+            self._options,
+            layout,
+        )
+        backend.start(
+            [
+                ShardSpec(index, *shared, cut)
+                for index, cut in enumerate(layout.cuts(self._num_shards))
+            ],
+            self._replicas,
+        )
         self._shards = ShardGroup(backend, layout, self._num_shards, self._options)
         try:
             fill(self._shards)
@@ -430,7 +577,9 @@ class DistNadam:
         return self._shards is not None
 
     def _changing(self) -> ShardGroup:
-        """Return the shards, to be changed or saved; raise the error of a background save that failed."""
+        """Return the shards, to be changed or saved; raise the error of a background save that
+        failed.
+        """
         self._saver.surface()
         return self._running()
 
@@ -442,9 +591,18 @@ class DistNadam:
         return self._shards
 
 
-def _attach(shards: ShardGroup, config: NadamConfig, options: Options, num_workers: int, replicas: int, name: str | None) -> DistNadam:
+def _attach(
+    shards: ShardGroup,
+    config: NadamConfig,
+    options: Options,
+    num_workers: int,
+    replicas: int,
+    name: str | None,
+) -> DistNadam:
     """Return a handle on running shards, which closing it leaves alone."""
     where: dict[str, Any] = {"backend": "ray", "name": name, "options": options}
-    optimizer = DistNadam(num_shards=len(shards.ranges), num_workers=num_workers, replicas=replicas, **where)
+    optimizer = DistNadam(
+        num_shards=len(shards.ranges), num_workers=num_workers, replicas=replicas, **where
+    )
     optimizer._config, optimizer._creator, optimizer._shards = config, False, shards
     return optimizer

@@ -1,7 +1,8 @@
 """Powers and cosines whose bits do not depend on the host.
 
-The C library's `pow` and `cos` differ between hosts in the last bit, and every shard must compute the same scalars. Here they go
-through `decimal`, whose operations are correctly rounded at a fixed precision everywhere, and are rounded to float64 once.
+The C library's `pow` and `cos` differ between hosts in the last bit, and every shard must compute
+the same scalars. Here they go through `decimal`, whose operations are correctly rounded at a fixed
+precision everywhere, and are rounded to float64 once.
 """
 
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
@@ -22,10 +23,12 @@ def power(base: float, exponent: float) -> float:
 
 @lru_cache(maxsize=64)
 def power_of_step(base: float, rate: float, step: int) -> float:
-    """Return ``base ** (rate * step)`` for a base and rate of at least 0, the same bits on every host, in little time.
+    """Return ``base ** (rate * step)`` for a base and rate of at least 0, the same bits on every
+    host, in little time.
 
-    The power is multiplied together of one factor per digit of the step, and the factors are kept, so that most steps cost a few
-    multiplications; the result is a function of the arguments alone, not of what was asked before.
+    The power is multiplied together of one factor per digit of the step, and the factors are kept,
+    so that most steps cost a few multiplications; the result is a function of the arguments alone,
+    not of what was asked before.
     """
     _check_base(base)
     if base == 0.0 or rate == 0.0 or base == 1.0:
@@ -41,7 +44,9 @@ def power_of_step(base: float, rate: float, step: int) -> float:
 
 @lru_cache(maxsize=256)
 def cosine_of_pi_times(fraction: float) -> float:
-    """Return ``cos(pi * fraction)`` for a fraction in [0, 1], by its Taylor series, the same bits on every host."""
+    """Return ``cos(pi * fraction)`` for a fraction in [0, 1], by its Taylor series, the same bits
+    on every host.
+    """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"cosine_of_pi_times: fraction must be in [0, 1], got {fraction!r}")
     square = _CONTEXT.power(_CONTEXT.multiply(_PI, Decimal(fraction)), 2)

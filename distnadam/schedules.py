@@ -1,7 +1,8 @@
 """Learning-rate schedules: functions of the number of steps already applied (0 before the first).
 
-They know no optimizer. Each is a frozen dataclass, so it compares, pickles, and goes to and from a plain dict; subclassing
-`Schedule` with a frozen dataclass of one's own registers it for checkpoints. Powers and cosines are host-independent (`exact`).
+They know no optimizer. Each is a frozen dataclass, so it compares, pickles, and goes to and from a
+plain dict; subclassing `Schedule` with a frozen dataclass of one's own registers it for
+checkpoints. Powers and cosines are host-independent (`exact`).
 """
 
 import dataclasses
@@ -18,14 +19,22 @@ Rate = float | Callable[[int], float]
 
 
 class Schedule(ABC):
-    """A learning rate as a function of the step; a checkpoint stores it by class name and fields."""
+    """A learning rate as a function of the step; a checkpoint stores it by class name and
+    fields.
+    """
 
     _registry: ClassVar[dict[str, type["Schedule"]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__name__ in Schedule._registry and Schedule._registry[cls.__name__].__module__ != cls.__module__:
-            raise ConfigError(f"a Schedule named {cls.__name__!r} is defined in {Schedule._registry[cls.__name__].__module__}: rename it")
+        if (
+            cls.__name__ in Schedule._registry
+            and Schedule._registry[cls.__name__].__module__ != cls.__module__
+        ):
+            raise ConfigError(
+                f"a Schedule named {cls.__name__!r} is defined in "
+                f"{Schedule._registry[cls.__name__].__module__}: rename it"
+            )
         Schedule._registry[cls.__name__] = cls
 
     @abstractmethod
@@ -46,7 +55,9 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """``initial * decay_rate ** (step / decay_steps)``; with `staircase` the exponent is rounded down."""
+    """``initial * decay_rate ** (step / decay_steps)``; with `staircase` the exponent is rounded
+    down.
+    """
 
     initial: float
     decay_steps: int
@@ -65,7 +76,9 @@ class Exponential(Schedule):
 
 @dataclass(frozen=True)
 class WarmupCosine(Schedule):
-    """Rise linearly to `peak` over `warmup_steps`, then fall along half a cosine to `final` at `total_steps`, and stay there."""
+    """Rise linearly to `peak` over `warmup_steps`, then fall along half a cosine to `final` at
+    `total_steps`, and stay there.
+    """
 
     peak: float
     warmup_steps: int
@@ -74,7 +87,13 @@ class WarmupCosine(Schedule):
 
     def __post_init__(self) -> None:
         _require(self.warmup_steps >= 0, self, "warmup_steps", self.warmup_steps, "at least 0")
-        _require(self.total_steps > self.warmup_steps, self, "total_steps", self.total_steps, "more than warmup_steps")
+        _require(
+            self.total_steps > self.warmup_steps,
+            self,
+            "total_steps",
+            self.total_steps,
+            "more than warmup_steps",
+        )
 
     def __call__(self, step: int) -> float:
         """Return the rate after `step` applied steps."""
@@ -86,7 +105,9 @@ class WarmupCosine(Schedule):
 
 @dataclass(frozen=True)
 class Piecewise(Schedule):
-    """`rates[i]` for steps up to and including `boundaries[i]`, then the last rate (as Keras's PiecewiseConstantDecay)."""
+    """`rates[i]` for steps up to and including `boundaries[i]`, then the last rate (as Keras's
+    PiecewiseConstantDecay).
+    """
 
     boundaries: tuple[int, ...]
     rates: tuple[float, ...]
@@ -94,8 +115,20 @@ class Piecewise(Schedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "boundaries", tuple(self.boundaries))
         object.__setattr__(self, "rates", tuple(self.rates))
-        _require(len(self.rates) == len(self.boundaries) + 1, self, "rates", self.rates, "one longer than boundaries")
-        _require(list(self.boundaries) == sorted(set(self.boundaries)), self, "boundaries", self.boundaries, "increasing")
+        _require(
+            len(self.rates) == len(self.boundaries) + 1,
+            self,
+            "rates",
+            self.rates,
+            "one longer than boundaries",
+        )
+        _require(
+            list(self.boundaries) == sorted(set(self.boundaries)),
+            self,
+            "boundaries",
+            self.boundaries,
+            "increasing",
+        )
 
     def __call__(self, step: int) -> float:
         """Return the rate after `step` applied steps."""
@@ -109,11 +142,15 @@ def _require(ok: bool, schedule: Schedule, field: str, value: object, expected: 
 
 
 def rate_at(rate: Rate, step: int) -> float:
-    """Return the learning rate after `step` applied steps; raise ConfigError where it is not finite and at least 0."""
+    """Return the learning rate after `step` applied steps; raise ConfigError where it is not finite
+    and at least 0.
+    """
     try:
         value = float(rate(step)) if callable(rate) else rate
     except Exception as error:
-        raise ConfigError(f"lr at step {step}: the schedule raised {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"lr at step {step}: the schedule raised {type(error).__name__}: {error}"
+        ) from error
     if not math.isfinite(value) or value < 0.0:
         raise ConfigError(f"lr at step {step} must be finite and at least 0, got {value!r}")
     return value
@@ -125,13 +162,18 @@ def rate_to_dict(rate: Rate) -> float | dict[str, Any]:
         return rate
     if not isinstance(rate, Schedule):
         raise ConfigError(
-            f"lr={rate!r} is a plain function, which a checkpoint cannot store: use distnadam.schedules, or subclass"
+            f"lr={rate!r} is a plain function, which a checkpoint cannot store: use "
+            "distnadam.schedules, or subclass"
             " distnadam.schedules.Schedule with a frozen dataclass of your own"
         )
     if not dataclasses.is_dataclass(rate):
-        raise ConfigError(f"lr={rate!r}: a Schedule must be a frozen dataclass, so that its fields can be stored")
+        raise ConfigError(
+            f"lr={rate!r}: a Schedule must be a frozen dataclass, so that its fields can be stored"
+        )
     fields = {f.name: getattr(rate, f.name) for f in dataclasses.fields(rate)}
-    plain = {k: [_plain(x) for x in v] if isinstance(v, tuple) else _plain(v) for k, v in fields.items()}
+    plain = {
+        k: [_plain(x) for x in v] if isinstance(v, tuple) else _plain(v) for k, v in fields.items()
+    }
     return {"class_name": type(rate).__name__, "config": plain}
 
 
@@ -147,7 +189,10 @@ def rate_from(value: Any) -> Rate:
     cls = Schedule._registry.get(name) if isinstance(name, str) else None
     if cls is None or not isinstance(fields, Mapping):
         known = ", ".join(sorted(Schedule._registry))
-        raise ConfigError(f"lr: unknown schedule {name!r}; known are {known}. A schedule of your own must be imported first")
+        raise ConfigError(
+            f"lr: unknown schedule {name!r}; known are {known}. A schedule of your own must be "
+            "imported first"
+        )
     try:
         return cls(**fields)
     except TypeError as error:

@@ -1,4 +1,6 @@
-"""One data-parallel worker: pushes its rank's gradients for each round, and sees the parameters between rounds. No maths, no Ray."""
+"""One data-parallel worker: pushes its rank's gradients for each round, and sees the parameters
+between rounds. No maths, no Ray.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,12 +29,15 @@ class Ticket:
         """Return the number of steps applied once the round is decided.
 
         Raises:
-            NonFiniteGradient: a worker's gradient was not finite and the round was refused; no shard has moved.
+            NonFiniteGradient: a worker's gradient was not finite and the round was refused; no
+                shard has moved.
             StaleEpoch: the state was replaced meanwhile; pull and compute again.
-            Rewound: (a StaleEpoch) a shard died and all went back to round `error.step`; pull and compute again from there.
-            StepTimeout: the other workers did not push, or a shard did not answer, in time; the message names them. May be called again.
-            WorkerLost: another rank's worker died before it pushed, and nobody took it over; this push counts nowhere, and another
-                gradient may be pushed for the round.
+            Rewound: (a StaleEpoch) a shard died and all went back to round `error.step`; pull and
+                compute again from there.
+            StepTimeout: the other workers did not push, or a shard did not answer, in time; the
+                message names them. May be called again.
+            WorkerLost: another rank's worker died before it pushed, and nobody took it over; this
+                push counts nowhere, and another gradient may be pushed for the round.
             Unrecoverable: a shard died, and the settings allow no recovery.
         """
         if self._error is not None:
@@ -49,10 +54,12 @@ class Ticket:
 
 
 class Worker:
-    """One rank of a data-parallel run; made by `DistNadam.worker`. Not for use by two threads at once.
+    """One rank of a data-parallel run; made by `DistNadam.worker`. Not for use by two threads at
+    once.
 
-    What `pull` and `step` return is read-only, owned by the worker, and good until its next call; copy to keep. A pickled worker
-    becomes, where it is unpickled, a new worker that takes the rank over.
+    What `pull` and `step` return is read-only, owned by the worker, and good until its next call;
+    copy to keep. A pickled worker becomes, where it is unpickled, a new worker that takes the rank
+    over.
     """
 
     def __init__(self, shards: ShardGroup, rank: int) -> None:
@@ -68,20 +75,31 @@ class Worker:
     @cached_property
     def _buffer(self) -> GradientBuffer:
         check = self._shards.options.check_gradients
-        return GradientBuffer(self._layout, f"worker {self.rank}", self._session.link.gradients, check=check)
+        return GradientBuffer(
+            self._layout, f"worker {self.rank}", self._session.link.gradients, check=check
+        )
 
     @property
     def _views(self) -> list[ParameterView]:
-        """One view of own memory, or of both buffers that are shared with the shards; made anew where those moved."""
+        """One view of own memory, or of both buffers that are shared with the shards; made anew
+        where those moved.
+        """
         shared = self._session.link.parameters
         if not self._viewed[1] or self._viewed[0] is not shared:
-            views = [ParameterView(self._layout)] if shared is None else [ParameterView(self._layout, flat) for flat in shared]
+            views = (
+                [ParameterView(self._layout)]
+                if shared is None
+                else [ParameterView(self._layout, flat) for flat in shared]
+            )
             self._viewed = (shared, views)
         return self._viewed[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._shards.backend.name == "local":
-            raise LifecycleError("a local optimizer's worker lives in its process and cannot be pickled; use backend='ray' to share it")
+            raise LifecycleError(
+                "a local optimizer's worker lives in its process and cannot be pickled; use "
+                "backend='ray' to share it"
+            )
         return Worker, (self._shards, self.rank)
 
     def __enter__(self) -> "Worker":
@@ -92,13 +110,17 @@ class Worker:
 
     @property
     def round(self) -> int:
-        """Rounds decided when this worker last looked; its next push is for the one after, and batches follow it."""
+        """Rounds decided when this worker last looked; its next push is for the one after, and
+        batches follow it.
+        """
         if self._session.epoch < 0:
             self._session.pull(want_parameters=False)
         return self._session.round
 
     def pull(self) -> Any:
-        """Return the present parameters in the structure given to `build`, each in its own dtype, once this worker's push is decided."""
+        """Return the present parameters in the structure given to `build`, each in its own dtype,
+        once this worker's push is decided.
+        """
         self._settle()
         began = perf_counter()
         self._take(self._session.pull(want_parameters=True))
@@ -108,30 +130,35 @@ class Worker:
         return self._tree()
 
     def push(self, gradients: Any = None) -> Ticket:
-        """Send this rank's gradients for the next round and return at once; the ticket's `result` waits for the round.
+        """Send this rank's gradients for the next round and return at once; the ticket's `result`
+        waits for the round.
 
-        They count once, also where a Ctrl-C or a timeout cuts this call or its `result` off: the worker's next call sees them through.
+        They count once, also where a Ctrl-C or a timeout cuts this call or its `result` off: the
+        worker's next call sees them through.
 
         Args:
-            gradients: a tree like the one given to `build`, of floating-point arrays of the same shapes; they may be reused at once.
-                Where all of them come in one half precision, half the bytes are moved, and summed in float32. None: what was written
-                into the views of `gradients()`, or given tensor by tensor to `push_tensor`.
+            gradients: a tree like the one given to `build`, of floating-point arrays of the same
+                shapes; they may be reused at once. Where all of them come in one half precision,
+                half the bytes are moved, and summed in float32. None: what was written into the
+                views of `gradients()`, or given tensor by tensor to `push_tensor`.
 
         Raises:
-            StructureError: a tensor's path, shape or dtype is not the model's, or was not pushed; nothing was sent.
+            StructureError: a tensor's path, shape or dtype is not the model's, or was not pushed;
+                nothing was sent.
             LifecycleError: there is nothing to send.
         """
         return self._push(gradients, want_parameters=False)
 
     def step(self, gradients: Any = None) -> Any:
-        """Push this rank's gradients, wait until every rank's are averaged and applied, and return the new parameters.
+        """Push this rank's gradients, wait until every rank's are averaged and applied, and return
+        the new parameters.
 
         Args:
             gradients: as `push` takes them.
 
         Raises:
-            StructureError, LifecycleError: as `push`.
-            NonFiniteGradient, StaleEpoch, Rewound, StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
+            StructureError, LifecycleError: as `push`. NonFiniteGradient, StaleEpoch, Rewound,
+            StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
         """
         began = perf_counter()
         self._push(gradients, want_parameters=True).result()
@@ -141,7 +168,8 @@ class Worker:
         return self._tree()
 
     def push_tensor(self, path: str, gradient: Any) -> None:
-        """Take one tensor's gradient as the backward pass yields it; `push()` or `step()` with no argument sends them once all came.
+        """Take one tensor's gradient as the backward pass yields it; `push()` or `step()` with no
+        argument sends them once all came.
 
         Args:
             path: the tensor's place in the tree given to `build`, such as ``"layers/0/kernel"``.
@@ -154,13 +182,16 @@ class Worker:
         self._buffer.put(path, gradient)
 
     def gradients(self, dtype: str | None = None) -> Any:
-        """Return this worker's slot as writable views in the structure given to `build`; `push()` or `step()` sends what they hold.
+        """Return this worker's slot as writable views in the structure given to `build`; `push()`
+        or `step()` sends what they hold.
 
-        With several processes on a machine the views lie in memory that the shards read, so nothing is copied. They are the caller's to
-        write between a call that ended a round (`step`, `pull`, `Ticket.result`) and the next push, and stay good for the worker's life.
+        With several processes on a machine the views lie in memory that the shards read, so nothing
+        is copied. They are the caller's to write between a call that ended a round (`step`, `pull`,
+        `Ticket.result`) and the next push, and stay good for the worker's life.
 
         Args:
-            dtype: None for float32 (float64 where the parameter is), or "float16" or "bfloat16" for half the bytes.
+            dtype: None for float32 (float64 where the parameter is), or "float16" or "bfloat16" for
+                half the bytes.
         """
         self._settle()
         return self._buffer.views(dtype)
@@ -168,8 +199,9 @@ class Worker:
     def parameters(self) -> Any:
         """Return the parameters as this worker last saw them, read-only; a first call pulls them.
 
-        As what `step` returns: views where the worker shares memory with the shards. They hold still until the next round but one is
-        applied, so the round's own gradient can still be computed from them after it was pushed.
+        As what `step` returns: views where the worker shares memory with the shards. They hold
+        still until the next round but one is applied, so the round's own gradient can still be
+        computed from them after it was pushed.
         """
         if self._session.epoch < 0:
             return self.pull()
@@ -188,7 +220,9 @@ class Worker:
         began = perf_counter()
         rejection = self._buffer.finish() if gradients is None else self._buffer.fill(gradients)
         push = self._session.prepare(self._buffer.parts, rejection, want_parameters=want_parameters)
-        ticket = self._outstanding = Ticket(lambda: self._finish(push))  # before it is sent: a Ctrl-C may leave it half sent
+        ticket = self._outstanding = Ticket(
+            lambda: self._finish(push)
+        )  # before it is sent: a Ctrl-C may leave it half sent
         self._session.send(push)
         if self._meter is not None:
             self._meter.push.add(perf_counter() - began)
@@ -206,21 +240,30 @@ class Worker:
         except StepTimeout:
             raise
         except DistNadamError:
-            self._outstanding, self._session.epoch = None, -1  # look again where the shards stand before the next push
+            self._outstanding, self._session.epoch = (
+                None,
+                -1,
+            )  # look again where the shards stand before the next push
             raise
         self._outstanding = None
         if self._meter is not None:
             self._moved().pushed += 1
         decided = self._take(answers)
         if decided.outcome == "refused":
-            raise NonFiniteGradient(f"round {decided.round} was refused, no shard has moved: {decided.rejection}")
+            raise NonFiniteGradient(
+                f"round {decided.round} was refused, no shard has moved: {decided.rejection}"
+            )
         return decided
 
     def _moved(self) -> Traffic:
-        """Return where this worker's pushes and pulls are counted while the shards are reached as they are now."""
+        """Return where this worker's pushes and pulls are counted while the shards are reached as
+        they are now.
+        """
         wiring, flat = self._session.link.wiring, self._buffer.flat
         if self._traffic[0] is not wiring or self._traffic[1] is not flat:
-            traffic = Traffic({}, {}) if wiring is None else Traffic.of(wiring.ranges, wiring.lanes, flat)
+            traffic = (
+                Traffic({}, {}) if wiring is None else Traffic.of(wiring.ranges, wiring.lanes, flat)
+            )
             self._traffic = (wiring, flat, traffic)
             if self._meter is not None:
                 self._meter.traffic.append(traffic)

@@ -1,4 +1,6 @@
-"""Models and gradients for the tests: trees of arrays made from a seed, runs of several workers, and the bits they end with."""
+"""Models and gradients for the tests: trees of arrays made from a seed, runs of several workers,
+and the bits they end with.
+"""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,17 +12,27 @@ from distnadam import DistNadam
 
 
 def params(seed: int = 0) -> dict[str, Any]:
-    """Tensors of every dtype and kind of shape; several are longer than a chunk, so that shards cut them in the middle."""
+    """Tensors of every dtype and kind of shape; several are longer than a chunk, so that shards cut
+    them in the middle.
+    """
     rng = np.random.default_rng(seed)
     return {
-        "dense": {"kernel": rng.standard_normal((90, 70)).astype(np.float32), "bias": np.zeros(70, np.float32)},
-        "layers": [rng.standard_normal(5000).astype(np.float64), (np.float32(0.5), np.zeros((0, 3), np.float32))],
+        "dense": {
+            "kernel": rng.standard_normal((90, 70)).astype(np.float32),
+            "bias": np.zeros(70, np.float32),
+        },
+        "layers": [
+            rng.standard_normal(5000).astype(np.float64),
+            (np.float32(0.5), np.zeros((0, 3), np.float32)),
+        ],
         "half": rng.standard_normal((40, 50)).astype(np.float16),
     }
 
 
 def gradients(step: int, rank: int, seed: int = 0) -> dict[str, Any]:
-    """The gradients of one rank at one step: the same for the same arguments, of very different magnitudes."""
+    """The gradients of one rank at one step: the same for the same arguments, of very different
+    magnitudes.
+    """
     rng = np.random.default_rng([seed, step, rank])
     scale = 10.0 ** rng.integers(-3, 2)
     return {
@@ -28,7 +40,10 @@ def gradients(step: int, rank: int, seed: int = 0) -> dict[str, Any]:
             "kernel": (rng.standard_normal((90, 70)) * scale).astype(np.float32),
             "bias": rng.standard_normal(70).astype(np.float32),
         },
-        "layers": [rng.standard_normal(5000) * scale, (np.float32(rng.standard_normal()), np.zeros((0, 3), np.float32))],
+        "layers": [
+            rng.standard_normal(5000) * scale,
+            (np.float32(rng.standard_normal()), np.zeros((0, 3), np.float32)),
+        ],
         "half": rng.standard_normal((40, 50)).astype(np.float16),
     }
 
@@ -44,11 +59,22 @@ def leaves(tree: Any) -> list[Any]:
 
 def bits(optimizer: DistNadam) -> list[bytes]:
     """Everything the optimizer holds, bit for bit: parameters, iterations, m_schedule, ms, vs."""
-    return [np.asarray(x).tobytes() for x in (*leaves(optimizer.get_params()), *optimizer.get_weights())]
+    return [
+        np.asarray(x).tobytes() for x in (*leaves(optimizer.get_params()), *optimizer.get_weights())
+    ]
 
 
-def run(optimizer: DistNadam, begin: int, end: int, *, order: Callable[[int], Sequence[int]] | None = None, num_workers: int = 2) -> None:
-    """Run steps [begin, end) with all ranks in this process: by threads, or one after another in the order given per step."""
+def run(
+    optimizer: DistNadam,
+    begin: int,
+    end: int,
+    *,
+    order: Callable[[int], Sequence[int]] | None = None,
+    num_workers: int = 2,
+) -> None:
+    """Run steps [begin, end) with all ranks in this process: by threads, or one after another in
+    the order given per step.
+    """
     if order is not None:
         workers = [optimizer.worker(rank) for rank in range(num_workers)]
         for step in range(begin, end):

@@ -1,4 +1,6 @@
-"""What a run must come to, computed by one shard in one process from the record of whose pushes counted in which round."""
+"""What a run must come to, computed by one shard in one process from the record of whose pushes
+counted in which round.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +11,16 @@ import numpy as np
 from distnadam.config import NadamConfig, Options
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
-from distnadam.protocol.messages import Join, PartialNorms, Pause, Push, ShardSpec, Step, StepNorms, TotalNorms
+from distnadam.protocol.messages import (
+    Join,
+    PartialNorms,
+    Pause,
+    Push,
+    ShardSpec,
+    Step,
+    StepNorms,
+    TotalNorms,
+)
 from distnadam.protocol.supervisor_messages import Reconfigure, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import DIRECT
@@ -42,7 +53,11 @@ class OneProcess:
     """
 
     def __init__(
-        self, layout: Layout, config: NadamConfig, initial: Array, gradient: Callable[[int, int, int, Array], Array | None]
+        self,
+        layout: Layout,
+        config: NadamConfig,
+        initial: Array,
+        gradient: Callable[[int, int, int, Array], Array | None],
     ) -> None:
         self._layout, self._config, self._gradient = layout, config, gradient
         zeros = np.zeros_like(initial)
@@ -57,9 +72,29 @@ class OneProcess:
     def _next(self, before: State, number: int, counted: tuple[tuple[int, int], ...]) -> State:
         ranks = tuple(rank for rank, _ in counted)
         options = Options(on_nonfinite="skip", kernel="numpy")
-        spec = ShardSpec(0, 1, max(0, *ranks) + 1, 0, None, self._config, options, self._layout, self._layout.cuts(1)[0])
+        spec = ShardSpec(
+            0,
+            1,
+            max(0, *ranks) + 1,
+            0,
+            None,
+            self._config,
+            options,
+            self._layout,
+            self._layout.cuts(1)[0],
+        )
         host = ShardHost(spec)
-        control_state = ShardControlState(0, number - 1, before.skipped, before.clock, 0.0, 0, "applied", None, {"runs": [], "newest": []})
+        control_state = ShardControlState(
+            0,
+            number - 1,
+            before.skipped,
+            before.clock,
+            0.0,
+            0,
+            "applied",
+            None,
+            {"runs": [], "newest": []},
+        )
         arrays = {name: {"float32": getattr(before, name)} for name in ("params", "m", "v")}
         outside = ranks == (DIRECT,)
         host.take_over(control_state, arrays, Reconfigure(1, ((1, (0,) if outside else ranks),)))
@@ -68,11 +103,17 @@ class OneProcess:
             gradient = self._gradient(number, rank, incarnation, before.params)
             flat = None if gradient is None else {"float32": gradient}
             rejection = "not finite" if flat is None else None
-            answer = host.send(Step("", 1, number, flat, rejection) if outside else Push(1, rank, 1, number, flat, rejection))
+            answer = host.send(
+                Step("", 1, number, flat, rejection)
+                if outside
+                else Push(1, rank, 1, number, flat, rejection)
+            )
         measured = answer.result(0)
         if isinstance(measured, PartialNorms):
             totals = tensor_square_sums(len(self._layout.tensors), [measured.sums])
-            host.send(StepNorms("", totals) if outside else TotalNorms(1, ranks[0], 1, number, totals)).result(0)
+            host.send(
+                StepNorms("", totals) if outside else TotalNorms(1, ranks[0], 1, number, totals)
+            ).result(0)
         return state_of(host)
 
 
@@ -84,7 +125,9 @@ def state_of(host: ShardHost) -> State:
 
 
 def history_of(ledger: dict[str, Any], decided: int) -> History:
-    """Return whose pushes a ledger counted in each round; a rank that counted twice in one is there twice."""
+    """Return whose pushes a ledger counted in each round; a rank that counted twice in one is there
+    twice.
+    """
     rounds: list[list[tuple[int, int]]] = [[] for _ in range(decided)]
     for rank, incarnation, first, last in ledger["runs"]:
         for number in range(first, last + 1):

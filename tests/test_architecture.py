@@ -1,4 +1,6 @@
-"""The folder listing is the architecture: imports go down, inside a folder in no circle, pure folders are pure, Ray has one."""
+"""The folder listing is the architecture: imports go down, inside a folder in no circle, pure
+folders are pure, Ray has one.
+"""
 
 import ast
 import graphlib
@@ -25,21 +27,52 @@ ORDER = """
     cli
     __main__ __init__
 """
-"""Folders and modules of the package, lowest line first; each imports from lines above it here, none from its own."""
+"""Folders and modules of the package, lowest line first; each imports from lines above it here,
+none from its own.
+"""
 LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name in line.split()}
 
-PURE = ("errors", "reproducible_math", "schedules", "tensors", "config", "nadam", "protocol", "shard", "supervision/policy")
+PURE = (
+    "errors",
+    "reproducible_math",
+    "schedules",
+    "tensors",
+    "config",
+    "nadam",
+    "protocol",
+    "shard",
+    "supervision/policy",
+)
 """Folders and modules that compute, and do nothing else: no socket, file, clock, thread or Ray."""
 PURE_IMPORTS = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module_names - {
-    *("socket", "threading", "subprocess", "pathlib", "time", "asyncio", "tempfile", "shutil", "multiprocessing", "concurrent")
+    *(
+        "socket",
+        "threading",
+        "subprocess",
+        "pathlib",
+        "time",
+        "asyncio",
+        "tempfile",
+        "shutil",
+        "multiprocessing",
+        "concurrent",
+    )
 }
-EXCEPTIONS = {"nadam": {"threading", "concurrent"}, "nadam/fused": {"numba"}, "protocol/codec": {"msgpack"}}
-"""What kernels may have beside that: threads over one range, and the compiler of the fused loop; and what bytes are made with."""
+EXCEPTIONS = {
+    "nadam": {"threading", "concurrent"},
+    "nadam/fused": {"numba"},
+    "protocol/codec": {"msgpack"},
+}
+"""What kernels may have beside that: threads over one range, and the compiler of the fused loop;
+and what bytes are made with.
+"""
 
 RAY_FOLDER = "backends/ray/"
 MOST_LINES = 400
 
-MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
+)
 
 
 def source_of(module: str) -> str:
@@ -47,7 +80,9 @@ def source_of(module: str) -> str:
 
 
 def imports(source: str) -> set[str]:
-    """Every module that a source imports, at any depth; `from distnadam.x import y` counts as distnadam.x.y where that is a module."""
+    """Every module that a source imports, at any depth; `from distnadam.x import y` counts as
+    distnadam.x.y where that is a module.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -60,7 +95,9 @@ def imports(source: str) -> set[str]:
 
 
 def path_of(name: str) -> str | None:
-    """The module of the package that a dotted name is, as a path without its ending; None where it is none."""
+    """The module of the package that a dotted name is, as a path without its ending; None where it
+    is none.
+    """
     first, *rest = name.split(".")
     candidates = ("/".join(rest), "/".join([*rest, "__init__"]))
     return next((path for path in candidates if first == "distnadam" and path in MODULES), None)
@@ -79,7 +116,9 @@ def unit(module: str) -> str:
 def upward(module: str, source: str) -> set[str]:
     """The imports of a module that do not go down."""
     own = unit(module)
-    return {other for other in ours(source) if unit(other) != own and LEVELS[unit(other)] >= LEVELS[own]}
+    return {
+        other for other in ours(source) if unit(other) != own and LEVELS[unit(other)] >= LEVELS[own]
+    }
 
 
 def is_pure(module: str) -> bool:
@@ -93,7 +132,9 @@ def impure(module: str, source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_says_what_it_knows_imports_only_downward_and_is_one_concept_long(module: str) -> None:
+def test_a_module_says_what_it_knows_imports_only_downward_and_is_one_concept_long(
+    module: str,
+) -> None:
     source = source_of(module)
     assert ast.get_docstring(ast.parse(source)), "a module opens with what it knows"
     assert upward(module, source) == set()
@@ -106,18 +147,27 @@ def test_a_pure_module_imports_nothing_that_acts_on_the_world(module: str) -> No
 
 
 def test_only_one_folder_imports_ray() -> None:
-    importing = {module for module in MODULES if "ray" in {name.split(".")[0] for name in imports(source_of(module))}}
+    importing = {
+        module
+        for module in MODULES
+        if "ray" in {name.split(".")[0] for name in imports(source_of(module))}
+    }
     assert importing
     assert all(module.startswith(RAY_FOLDER) for module in importing)
 
 
 def test_no_folder_has_a_circle_of_imports_inside() -> None:
-    graph = {module: {other for other in ours(source_of(module)) if other != module} for module in MODULES}
+    graph = {
+        module: {other for other in ours(source_of(module)) if other != module}
+        for module in MODULES
+    }
     graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_ray_remote_is_said_in_one_module() -> None:
-    assert [module for module in MODULES if "ray.remote(" in source_of(module)] == ["backends/ray/actors"]
+    assert [module for module in MODULES if "ray.remote(" in source_of(module)] == [
+        "backends/ray/actors"
+    ]
 
 
 def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
@@ -135,7 +185,9 @@ def test_every_part_of_the_package_has_its_place_in_the_order() -> None:
         ("shard/machine", "from distnadam.shard.round import Round", set()),
     ],
 )
-def test_the_check_refuses_an_import_that_does_not_go_down(module: str, source: str, wrong: set[str]) -> None:
+def test_the_check_refuses_an_import_that_does_not_go_down(
+    module: str, source: str, wrong: set[str]
+) -> None:
     assert upward(module, source) == wrong
 
 
@@ -148,5 +200,7 @@ def test_the_check_refuses_an_import_that_does_not_go_down(module: str, source: 
         ("protocol/messages", "import msgpack", {"msgpack"}),
     ],
 )
-def test_the_check_refuses_what_acts_on_the_world(module: str, source: str, wrong: set[str]) -> None:
+def test_the_check_refuses_what_acts_on_the_world(
+    module: str, source: str, wrong: set[str]
+) -> None:
     assert impure(module, source) == wrong

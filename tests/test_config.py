@@ -1,4 +1,6 @@
-"""The configuration's own checks: each bad value is named, plain data comes back equal, nothing is coerced silently."""
+"""The configuration's own checks: each bad value is named, plain data comes back equal, nothing is
+coerced silently.
+"""
 
 import math
 from typing import Any
@@ -24,10 +26,15 @@ from distnadam.schedules import WarmupCosine
         ({"schedule_decay": -1}, "schedule_decay must be finite and at least 0, got -1"),
         ({"clipnorm": -1.0}, "clipnorm must be finite and at least 0, got -1.0"),
         ({"clipvalue": math.inf}, "clipvalue must be finite and at least 0, got inf"),
-        ({"clipnorm": 1.0, "global_clipnorm": 2.0}, "clipnorm=1.0 and global_clipnorm=2.0 cannot both be set"),
+        (
+            {"clipnorm": 1.0, "global_clipnorm": 2.0},
+            "clipnorm=1.0 and global_clipnorm=2.0 cannot both be set",
+        ),
     ],
 )
-def test_a_bad_hyper_parameter_is_named_with_its_value(arguments: dict[str, Any], told: str) -> None:
+def test_a_bad_hyper_parameter_is_named_with_its_value(
+    arguments: dict[str, Any], told: str
+) -> None:
     with pytest.raises(ConfigError, match=told):
         NadamConfig(**arguments)
 
@@ -41,11 +48,17 @@ def test_a_bad_hyper_parameter_is_named_with_its_value(arguments: dict[str, Any]
         ({"step_timeout_s": "fast"}, "step_timeout_s must be a number, got 'fast'"),
         ({"start_timeout_s": math.inf}, "start_timeout_s must be finite"),
         ({"shard_resources": [("a", 1)]}, "shard_resources must be a mapping"),
-        ({"shard_resources": {"a": -1}}, r"shard_resources\['a'\] must be finite and at least 0, got -1"),
+        (
+            {"shard_resources": {"a": -1}},
+            r"shard_resources\['a'\] must be finite and at least 0, got -1",
+        ),
         ({"label_selector": {"a": 1}}, r"label_selector\['a'\] must be a string, got 1"),
         ({"worker_label_selector": ["a=b"]}, r"worker_label_selector must be a mapping"),
         ({"spread": "no"}, "spread must be one of True, False, got 'no'"),
-        ({"shard_memory_bytes": 1.5}, "shard_memory_bytes must be a whole number of at least 0, got 1.5"),
+        (
+            {"shard_memory_bytes": 1.5},
+            "shard_memory_bytes must be a whole number of at least 0, got 1.5",
+        ),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(arguments: dict[str, Any], told: str) -> None:
@@ -60,7 +73,10 @@ def test_a_config_and_options_come_back_from_plain_data() -> None:
     assert Options.of(options.to_dict()) == options
 
 
-@pytest.mark.parametrize(("options", "told"), [(5, "options must be Options, got 5"), ({"foo": 1}, "there is no option 'foo'")])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(5, "options must be Options, got 5"), ({"foo": 1}, "there is no option 'foo'")],
+)
 def test_what_are_no_options_is_refused(options: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         Options.of(options)

@@ -8,7 +8,18 @@ from pathlib import Path
 import distnadam
 from distnadam import errors
 
-NEVER_IMPORTED = ("ray", "torch", "jax", "sklearn", "matplotlib", "numba", "keras", "tensorflow", "tf_keras", "optax")
+NEVER_IMPORTED = (
+    "ray",
+    "torch",
+    "jax",
+    "sklearn",
+    "matplotlib",
+    "numba",
+    "keras",
+    "tensorflow",
+    "tf_keras",
+    "optax",
+)
 BLOCKER = """
 import sys
 class Block:
@@ -20,7 +31,9 @@ sys.meta_path.insert(0, Block())
 
 
 def run(code: str, cwd: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -51,7 +64,11 @@ def test_local_mode_trains_with_the_import_of_ray_and_frameworks_blocked(tmp_pat
 def test_every_error_is_in_the_tree_drawn_in_its_module_and_survives_pickling() -> None:
     import pickle
 
-    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.DistNadamError)]
+    classes = [
+        c
+        for c in vars(errors).values()
+        if isinstance(c, type) and issubclass(c, errors.DistNadamError)
+    ]
     assert len(classes) > 20
     for cls in classes:
         assert cls.__name__ in (errors.__doc__ or "")

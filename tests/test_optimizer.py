@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam, Options
-from distnadam.errors import ConfigError, GradientError, LifecycleError, NonFiniteGradient, PushesPending, StructureError
+from distnadam.errors import (
+    ConfigError,
+    GradientError,
+    LifecycleError,
+    NonFiniteGradient,
+    PushesPending,
+    StructureError,
+)
 from distnadam.schedules import Piecewise
 from tests.models import bits, gradients, params, run
 
@@ -70,13 +77,18 @@ def test_what_cannot_be_a_parameter_is_named_by_its_path(tree: Any, told: str) -
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
 def test_parameters_come_back_in_their_own_dtype_and_shape(dtype: Any, backend: str) -> None:
-    tree = {"a": np.linspace(-1, 1, 2500).reshape(50, 50).astype(dtype), "b": (np.ones((), dtype)[()], np.zeros((2, 0), dtype))}
+    tree = {
+        "a": np.linspace(-1, 1, 2500).reshape(50, 50).astype(dtype),
+        "b": (np.ones((), dtype)[()], np.zeros((2, 0), dtype)),
+    }
     with DistNadam(num_shards=2, backend=backend).build(tree) as optimizer:
         got = optimizer.get_params()
         assert got["a"].dtype == np.dtype(dtype) and np.array_equal(got["a"], tree["a"])
         assert isinstance(got["b"][0], np.generic) and isinstance(got["b"], tuple)
         worker = optimizer.worker(0)
-        stepped = worker.step({"a": np.ones((50, 50), dtype), "b": (np.ones((), dtype)[()], np.zeros((2, 0), dtype))})
+        stepped = worker.step(
+            {"a": np.ones((50, 50), dtype), "b": (np.ones((), dtype)[()], np.zeros((2, 0), dtype))}
+        )
         assert stepped["a"].dtype == np.dtype(dtype) and not np.array_equal(stepped["a"], tree["a"])
         assert not stepped["a"].flags.writeable
 
@@ -105,7 +117,9 @@ BAD_GRADIENTS = [
 
 
 @pytest.mark.parametrize(("spoil", "told"), BAD_GRADIENTS)
-def test_a_gradient_of_the_wrong_kind_names_its_tensor_and_nothing_is_applied(spoil: Any, told: str) -> None:
+def test_a_gradient_of_the_wrong_kind_names_its_tensor_and_nothing_is_applied(
+    spoil: Any, told: str
+) -> None:
     with DistNadam(num_shards=3, backend="local").build(params()) as optimizer:
         before = bits(optimizer)
         for push in (optimizer.worker(0).push, optimizer.apply_gradients):
@@ -115,7 +129,9 @@ def test_a_gradient_of_the_wrong_kind_names_its_tensor_and_nothing_is_applied(sp
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2e19])
-def test_a_non_finite_gradient_names_tensor_and_worker_and_no_shard_moves(value: float, backend: str) -> None:
+def test_a_non_finite_gradient_names_tensor_and_worker_and_no_shard_moves(
+    value: float, backend: str
+) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend=backend).build(params()) as optimizer:
         before = bits(optimizer)
         workers = [optimizer.worker(rank) for rank in range(2)]
@@ -123,7 +139,9 @@ def test_a_non_finite_gradient_names_tensor_and_worker_and_no_shard_moves(value:
         bad["dense"]["kernel"][89, 69] = value
         tickets = [workers[0].push(gradients(0, 0)), workers[1].push(bad)]
         for ticket in tickets:
-            with pytest.raises(NonFiniteGradient, match=r"worker 1: gradient 'dense/kernel'.*\(89, 69\)"):
+            with pytest.raises(
+                NonFiniteGradient, match=r"worker 1: gradient 'dense/kernel'.*\(89, 69\)"
+            ):
                 ticket.result()
         assert bits(optimizer) == before
         assert (optimizer.round, optimizer.iterations, optimizer.skipped) == (1, 0, 1)
@@ -137,7 +155,9 @@ def test_a_non_finite_gradient_names_tensor_and_worker_and_no_shard_moves(value:
 
 def test_a_non_finite_round_may_be_skipped_and_is_counted(backend: str) -> None:
     options = Options(on_nonfinite="skip")
-    with DistNadam(num_shards=2, backend=backend, options=options).build({"w": np.ones(3, np.float32)}) as optimizer:
+    with DistNadam(num_shards=2, backend=backend, options=options).build(
+        {"w": np.ones(3, np.float32)}
+    ) as optimizer:
         worker = optimizer.worker(0)
         assert np.array_equal(worker.step({"w": np.full(3, np.nan)})["w"], np.ones(3))
         worker.step({"w": np.ones(3, np.float32)})
@@ -157,7 +177,9 @@ def test_set_weights_names_length_index_and_shape(backend: str) -> None:
         weights, before = optimizer.get_weights(), bits(optimizer)
         with pytest.raises(ValueError, match=r"expected 14 arrays.*got 13"):
             optimizer.set_weights(weights[:-1])
-        with pytest.raises(ValueError, match=r"index 3: expected shape \(90, 70\), got shape \(2,\)"):
+        with pytest.raises(
+            ValueError, match=r"index 3: expected shape \(90, 70\), got shape \(2,\)"
+        ):
             optimizer.set_weights([*weights[:3], np.ones(2), *weights[4:]])
         with pytest.raises(ValueError, match="index 0: expected a whole number"):
             optimizer.set_weights([np.array(-1), *weights[1:]])
@@ -186,12 +208,17 @@ def test_apply_gradients_is_refused_while_pushes_wait_and_they_still_count(backe
 
 
 def test_the_learning_rate_is_set_while_running_and_kept_in_the_config(backend: str) -> None:
-    with DistNadam(num_shards=2, backend=backend).build({"w": np.ones(3000, np.float32)}) as optimizer:
+    with DistNadam(num_shards=2, backend=backend).build(
+        {"w": np.ones(3000, np.float32)}
+    ) as optimizer:
         worker = optimizer.worker(0)
         optimizer.lr = Piecewise((0,), (0.0, 0.1))
         assert np.array_equal(worker.step({"w": np.ones(3000, np.float32)})["w"], np.ones(3000))
         assert not np.array_equal(worker.step({"w": np.ones(3000, np.float32)})["w"], np.ones(3000))
-        assert optimizer.get_config()["lr"] == {"class_name": "Piecewise", "config": {"boundaries": [0], "rates": [0.0, 0.1]}}
+        assert optimizer.get_config()["lr"] == {
+            "class_name": "Piecewise",
+            "config": {"boundaries": [0], "rates": [0.0, 0.1]},
+        }
         optimizer.lr = 0.25
         assert optimizer.lr == 0.25
         with pytest.raises(ConfigError, match=r"lr.*-1"):
@@ -199,7 +226,9 @@ def test_the_learning_rate_is_set_while_running_and_kept_in_the_config(backend: 
 
 
 def test_a_plain_function_is_a_schedule_too_but_cannot_be_saved(tmp_path: Any) -> None:
-    with DistNadam(lr=lambda step: 0.1 / (step + 1), backend="local").build({"w": np.ones(3)}) as optimizer:
+    with DistNadam(lr=lambda step: 0.1 / (step + 1), backend="local").build(
+        {"w": np.ones(3)}
+    ) as optimizer:
         optimizer.apply_gradients({"w": np.ones(3)})
         assert DistNadam.from_config(optimizer.get_config()).lr is optimizer.lr
         with pytest.raises(ConfigError, match="plain function"):
@@ -209,13 +238,19 @@ def test_a_plain_function_is_a_schedule_too_but_cannot_be_saved(tmp_path: Any) -
 
 def test_get_gradients_takes_a_loss_that_returns_its_gradients() -> None:
     tree = {"a": np.array([1.0, 2.0]), "b": np.float64(3)}
-    got = DistNadam().get_gradients(lambda p: ((p["a"] ** 2).sum() + p["b"], {"a": 2 * p["a"], "b": np.float64(1)}), tree)
+    got = DistNadam().get_gradients(
+        lambda p: ((p["a"] ** 2).sum() + p["b"], {"a": 2 * p["a"], "b": np.float64(1)}), tree
+    )
     assert [g.tolist() for g in got] == [[2.0, 4.0], 1.0]
 
 
 @pytest.mark.parametrize(
     ("gradient", "told"),
-    [(None, "'b'.*None"), (np.ones(2), r"'b'.*shape \(\).*shape \(2,\)"), (np.int64(1), "'b'.*int64")],
+    [
+        (None, "'b'.*None"),
+        (np.ones(2), r"'b'.*shape \(\).*shape \(2,\)"),
+        (np.int64(1), "'b'.*int64"),
+    ],
 )
 def test_a_gradient_that_cannot_be_had_names_its_parameter(gradient: Any, told: str) -> None:
     tree = {"a": np.ones(2), "b": np.float64(3)}
@@ -230,12 +265,18 @@ def test_get_updates_pushes_and_is_waited_for_and_needs_a_single_worker(backend:
         return 0.5 * float((p["w"] ** 2).sum()), {"w": p["w"]}
 
     start = {"w": np.ones(3000, np.float32)}
-    with DistNadam(num_shards=2, backend=backend).build(start) as one, DistNadam(backend="local").build(start) as other:
+    with (
+        DistNadam(num_shards=2, backend=backend).build(start) as one,
+        DistNadam(backend="local").build(start) as other,
+    ):
         for step in range(1, 4):
             assert one.get_updates(loss, one.get_params()).result() == step
             other.apply_gradients(other.get_params())
         assert bits(one) == bits(other)
-    with DistNadam(num_workers=2, backend="local").build(start) as several, pytest.raises(LifecycleError, match=r"worker\(rank\)"):
+    with (
+        DistNadam(num_workers=2, backend="local").build(start) as several,
+        pytest.raises(LifecycleError, match=r"worker\(rank\)"),
+    ):
         several.get_updates(loss, start)
 
 
@@ -291,9 +332,14 @@ def test_a_schedule_that_raises_is_named_with_its_step_and_can_be_replaced(backe
             raise ZeroDivisionError("no rate")
         return 0.1
 
-    with DistNadam(lr=schedule, num_shards=2, backend=backend).build(params()) as optimizer, optimizer.worker(0) as worker:
+    with (
+        DistNadam(lr=schedule, num_shards=2, backend=backend).build(params()) as optimizer,
+        optimizer.worker(0) as worker,
+    ):
         worker.step(gradients(0, 0))
-        with pytest.raises(ConfigError, match="lr at step 1: the schedule raised ZeroDivisionError: no rate"):
+        with pytest.raises(
+            ConfigError, match="lr at step 1: the schedule raised ZeroDivisionError: no rate"
+        ):
             worker.step(gradients(1, 0))
         optimizer.lr = 0.1
         worker.step(gradients(1, 0))

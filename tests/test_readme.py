@@ -8,13 +8,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- ray -->\n)?```python\n(.*?)```", re.DOTALL)
 BLOCKS = [
-    pytest.param(bool(ray), code, id=str(number)) for number, (ray, code) in enumerate(BLOCK.findall((ROOT / "README.md").read_text()))
+    pytest.param(bool(ray), code, id=str(number))
+    for number, (ray, code) in enumerate(BLOCK.findall((ROOT / "README.md").read_text()))
 ]
 
 
 @pytest.mark.parametrize(("needs_ray", "code"), BLOCKS)
 def test_a_block_of_the_readme_runs(
-    needs_ray: bool, code: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    needs_ray: bool,
+    code: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if needs_ray:
         request.getfixturevalue("ray_cluster")

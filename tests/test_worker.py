@@ -13,7 +13,9 @@ from tests.models import bits, gradients, params, run
 
 
 def test_a_worker_that_waits_in_vain_names_who_is_missing() -> None:
-    with DistNadam(num_workers=3, backend="local", options=Options(step_timeout_s=0.05)).build({"w": np.ones(1)}) as optimizer:
+    with DistNadam(num_workers=3, backend="local", options=Options(step_timeout_s=0.05)).build(
+        {"w": np.ones(1)}
+    ) as optimizer:
         gone, waits = optimizer.worker(1), optimizer.worker(0)
         gone.close()
         ticket = waits.push({"w": np.ones(1)})
@@ -41,7 +43,9 @@ def test_closing_the_optimizer_releases_a_worker_that_waits() -> None:
     assert "closed" in str(errors[0])
 
 
-def test_reading_and_saving_in_the_middle_of_training_sees_one_step(tmp_path: Any, backend: str) -> None:
+def test_reading_and_saving_in_the_middle_of_training_sees_one_step(
+    tmp_path: Any, backend: str
+) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend=backend).build(params()) as optimizer:
         trainer = threading.Thread(target=run, args=(optimizer, 0, 40))
         trainer.start()
@@ -58,17 +62,27 @@ def test_reading_and_saving_in_the_middle_of_training_sees_one_step(tmp_path: An
 def test_a_learning_rate_that_differs_between_shards_is_noticed() -> None:
     calls = itertools.count()
     with (
-        DistNadam(lr=lambda step: 0.001 * next(calls), num_shards=2, backend="local").build(params()) as optimizer,
+        DistNadam(lr=lambda step: 0.001 * next(calls), num_shards=2, backend="local").build(
+            params()
+        ) as optimizer,
         optimizer.worker(0) as worker,
-        pytest.raises(ShardsDisagree, match="must give every shard the same rate for the same step"),
+        pytest.raises(
+            ShardsDisagree, match="must give every shard the same rate for the same step"
+        ),
     ):
         worker.step(gradients(0, 0))
 
 
 @pytest.mark.parametrize("moment", ["before", "between", "waiting"])
 def test_a_step_that_was_interrupted_counts_once_on_every_shard(moment: str) -> None:
-    start, trees = {"w": np.ones(100, np.float32)}, [{"w": np.full(100, number, np.float32)} for number in range(1, 4)]
-    with DistNadam(num_shards=2, backend="local").build(start) as optimizer, optimizer.worker(0) as worker:
+    start, trees = (
+        {"w": np.ones(100, np.float32)},
+        [{"w": np.full(100, number, np.float32)} for number in range(1, 4)],
+    )
+    with (
+        DistNadam(num_shards=2, backend="local").build(start) as optimizer,
+        optimizer.worker(0) as worker,
+    ):
         worker.step(trees[0])
         link = worker._session.link
         post = link.post

@@ -1,1 +1,3 @@
-"""Whole steps by several libraries, each a program that prints one JSON line: seconds of each step as one worker saw it."""
+"""Whole steps by several libraries, each a program that prints one JSON line: seconds of each step
+as one worker saw it.
+"""

@@ -26,7 +26,9 @@ class Trainer:
         worker, rng = self.worker, np.random.default_rng(seed)
         shapes = {path: leaf.shape for path, leaf in worker.parameters().items()}
         if mode == "copy":
-            gradients: Any = {path: rng.standard_normal(shape, dtype=np.float32) for path, shape in shapes.items()}
+            gradients: Any = {
+                path: rng.standard_normal(shape, dtype=np.float32) for path, shape in shapes.items()
+            }
         else:
             gradients = None
             for view in worker.gradients().values():
@@ -43,7 +45,9 @@ class Trainer:
 
 
 def memory_of(pids: list[int]) -> tuple[int, int]:
-    """Bytes that processes use, those of shared pages counted in proportion to who shares them: of all, and of Ray's object store."""
+    """Bytes that processes use, those of shared pages counted in proportion to who shares them: of
+    all, and of Ray's object store.
+    """
     total = store = 0
     for pid in pids:
         mapped = ""
@@ -59,12 +63,18 @@ def memory_of(pids: list[int]) -> tuple[int, int]:
 
 def scheduled(pids: list[int]) -> tuple[int, int]:
     """Nanoseconds for which the threads of processes have run, and have waited for a core."""
-    found = [path.read_text().split() for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    found = [
+        path.read_text().split()
+        for pid in pids
+        for path in Path(f"/proc/{pid}/task").glob("*/schedstat")
+    ]
     return sum(int(ran) for ran, _, _ in found), sum(int(waited) for _, waited, _ in found)
 
 
 def standbys_of(optimizer: DistNadam, count: int, shards: list[int]) -> list[int]:
-    """Wait until so many standbys follow, and return their processes: those of the optimizer that are neither shards nor the supervisor."""
+    """Wait until so many standbys follow, and return their processes: those of the optimizer that
+    are neither shards nor the supervisor.
+    """
     running = optimizer._running()
     while sum(told.replicated is not None for told in running.describe_all()) < count:
         time.sleep(0.1)
@@ -84,32 +94,75 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--replicas", type=int, choices=(0, 1), default=0)
     parser.add_argument("--tensors", type=int, default=1)
-    parser.add_argument("--memory", action="store_true", help="print on standard error what the shards and workers use")
-    parser.add_argument("--cpu", action="store_true", help="print on standard error for how long each process computes in a step")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="print on standard error what the shards and workers use",
+    )
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="print on standard error for how long each process computes in a step",
+    )
     args = parser.parse_args()
-    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    how = {"check_gradients": not args.unchecked, "retain_initial": not args.memory}  # the copy that is kept for a rewind is stated apart
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    how = {
+        "check_gradients": not args.unchecked,
+        "retain_initial": not args.memory,
+    }  # the copy that is kept for a rewind is stated apart
     options = Options(kernel=args.kernel, transport=args.transport, **how)
-    sizes = [args.elements * (i + 1) // args.tensors - args.elements * i // args.tensors for i in range(args.tensors)]
+    sizes = [
+        args.elements * (i + 1) // args.tensors - args.elements * i // args.tensors
+        for i in range(args.tensors)
+    ]
     params = {f"{i:05d}": np.zeros(size, np.float32) for i, size in enumerate(sizes)}
     topology = {"num_shards": args.shards, "num_workers": args.workers, "replicas": args.replicas}
     with DistNadam(**topology, backend="ray", options=options).build(params) as optimizer:
         del params
         trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
         shards = [place.pid for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
-        sides = {"a shard": shards, "a worker": ray.get([trainer.pid.remote() for trainer in trainers])}
+        sides = {
+            "a shard": shards,
+            "a worker": ray.get([trainer.pid.remote() for trainer in trainers]),
+        }
         if args.replicas:
             sides["a standby"] = standbys_of(optimizer, args.shards, shards)
         before = {side: scheduled(pids) for side, pids in sides.items()}
-        times = ray.get([trainer.run.remote(args.mode, args.steps, rank) for rank, trainer in enumerate(trainers)])
+        times = ray.get(
+            [
+                trainer.run.remote(args.mode, args.steps, rank)
+                for rank, trainer in enumerate(trainers)
+            ]
+        )
         for side, pids in sides.items() if args.cpu else ():
-            ran, waited = (1e-3 * (now - then) / len(pids) / args.steps for now, then in zip(scheduled(pids), before[side], strict=True))
-            print(f"{side}, a step: computes {ran:.0f} us, waits {waited:.0f} us for a core", file=sys.stderr)
+            ran, waited = (
+                1e-3 * (now - then) / len(pids) / args.steps
+                for now, then in zip(scheduled(pids), before[side], strict=True)
+            )
+            print(
+                f"{side}, a step: computes {ran:.0f} us, waits {waited:.0f} us for a core",
+                file=sys.stderr,
+            )
         if args.memory:
             total, store = memory_of([pid for pids in sides.values() for pid in pids])
-            planned, used = args.elements * (16 + 4 * args.workers + 12 * args.replicas), total - store
-            told = f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}"
-            print(f"{told}; beside {store / 1e9:.2f} GB of Ray's object store, through which the parameters came", file=sys.stderr)
+            planned, used = (
+                args.elements * (16 + 4 * args.workers + 12 * args.replicas),
+                total - store,
+            )
+            told = (
+                f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}"
+            )
+            print(
+                f"{told}; beside {store / 1e9:.2f} GB of Ray's object store, through which the "
+                "parameters came",
+                file=sys.stderr,
+            )
     ray.shutdown()
     print(json.dumps(times[0]))
 

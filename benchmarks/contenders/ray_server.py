@@ -1,4 +1,6 @@
-"""The synchronous parameter server of Ray's documentation, one actor, with Nadam's formula in whole-array NumPy."""
+"""The synchronous parameter server of Ray's documentation, one actor, with Nadam's formula in
+whole-array NumPy.
+"""
 
 import argparse
 import json
@@ -48,7 +50,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     store = max(200 * 2**20, min(8 * 2**30, 4 * args.elements * 16))
-    ray.init(address="local", num_cpus=8, include_dashboard=False, logging_level="ERROR", log_to_driver=False, object_store_memory=store)
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        object_store_memory=store,
+    )
     server = Server.remote(args.elements)
     trainers = [Trainer.remote(args.elements, rank) for rank in range(args.workers)]
     parameters = server.apply.remote(*[trainer.gradient.remote(None) for trainer in trainers])
@@ -56,7 +65,9 @@ def main() -> None:
     times = []
     for _ in range(args.steps):
         began = time.perf_counter()
-        parameters = server.apply.remote(*[trainer.gradient.remote(parameters) for trainer in trainers])
+        parameters = server.apply.remote(
+            *[trainer.gradient.remote(parameters) for trainer in trainers]
+        )
         ray.wait([parameters], fetch_local=False)
         times.append(time.perf_counter() - began)
     ray.shutdown()

@@ -1,4 +1,6 @@
-"""torch.distributed over gloo: all-reduce in place and NAdam foreach on every rank, or ZeroRedundancyOptimizer around it."""
+"""torch.distributed over gloo: all-reduce in place and NAdam foreach on every rank, or
+ZeroRedundancyOptimizer around it.
+"""
 
 import argparse
 import json
@@ -25,7 +27,11 @@ def run(rank: int, args: argparse.Namespace, port: int, results: Any) -> None:
         parameter.grad = part
     if args.zero:
         optimizer: Any = ZeroRedundancyOptimizer(
-            parameters, optimizer_class=torch.optim.NAdam, parameters_as_bucket_view=True, lr=0.002, foreach=True
+            parameters,
+            optimizer_class=torch.optim.NAdam,
+            parameters_as_bucket_view=True,
+            lr=0.002,
+            foreach=True,
         )
     else:
         optimizer = torch.optim.NAdam(parameters, lr=0.002, foreach=True)

@@ -1,6 +1,8 @@
-"""Workers are Ray actors, which keep what they need from one call to the next: `RAY_ADDRESS=<the head's address>:6379 python3 actors.py`.
+"""Workers are Ray actors, which keep what they need from one call to the next: `RAY_ADDRESS=<the
+head's address>:6379 python3 actors.py`.
 
-Where one dies, a new actor takes its rank over; those who wait for it go on as soon as it has pushed.
+Where one dies, a new actor takes its rank over; those who wait for it go on as soon as it has
+pushed.
 """
 
 from typing import Any
@@ -30,13 +32,17 @@ class Trainer:
             try:
                 params = self._worker.step({"w": params["w"] - self._data[step]})
             except Rewound:
-                params = self._worker.pull()  # a shard died, and all went back to the last checkpoint
+                params = (
+                    self._worker.pull()
+                )  # a shard died, and all went back to the last checkpoint
         return float(params["w"][0])
 
 
 def main() -> None:
     """Run the command."""
-    with DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, backend="ray").build({"w": np.ones(5000, np.float32)}) as optimizer:
+    with DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, backend="ray").build(
+        {"w": np.ones(5000, np.float32)}
+    ) as optimizer:
         trainers = [Trainer.remote(optimizer, rank) for rank in range(WORKERS)]
         for rounds in range(EPOCH, ROUNDS + 1, EPOCH):
             waiting = {trainer.train.remote(rounds): rank for rank, trainer in enumerate(trainers)}

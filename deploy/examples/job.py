@@ -1,9 +1,11 @@
-"""A training job, given to Ray on the head: `ray job submit --working-dir . -- python3 job.py <checkpoints>`.
+"""A training job, given to Ray on the head: `ray job submit --working-dir . -- python3 job.py
+<checkpoints>`.
 
-Only the head itself reaches its dashboard, which takes jobs. From elsewhere bring that here first, by `ssh -L 8265:127.0.0.1:8265 <head>`,
-or `kubectl port-forward --namespace distnadam svc/distnadam-head-svc 8265`; then, with the cluster's token, submit with
-`--address http://127.0.0.1:8265`. `<checkpoints>` is a directory that every host shares, or a URL such as s3://bucket/run. Submitted
-again, it goes on from the newest.
+Only the head itself reaches its dashboard, which takes jobs. From elsewhere bring that here first,
+by `ssh -L 8265:127.0.0.1:8265 <head>`, or `kubectl port-forward --namespace distnadam
+svc/distnadam-head-svc 8265`; then, with the cluster's token, submit with `--address
+http://127.0.0.1:8265`. `<checkpoints>` is a directory that every host shares, or a URL such as
+s3://bucket/run. Submitted again, it goes on from the newest.
 """
 
 import sys
@@ -27,14 +29,21 @@ class Connection:
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
         """Return one rank's batch of one step."""
-        x = np.random.default_rng([self.seed, step, rank, world_size]).standard_normal(32).astype(np.float32)
+        x = (
+            np.random.default_rng([self.seed, step, rank, world_size])
+            .standard_normal(32)
+            .astype(np.float32)
+        )
         return x, 3 * x + 1
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
         """Return the mean squared error and its gradients."""
         x, y = batch
         error = params["slope"] * x + params["offset"] - y
-        return float((error**2).mean()), {"slope": 2 * (error * x).mean(), "offset": 2 * error.mean()}
+        return float((error**2).mean()), {
+            "slope": 2 * (error * x).mean(),
+            "offset": 2 * error.mean(),
+        }
 
     def evaluate(self, params: Any) -> Mapping[str, float]:
         """Return what was found."""
@@ -43,7 +52,14 @@ class Connection:
 
 def main(checkpoints: str) -> None:
     """Run the command."""
-    history = fit(Connection(), steps=300, optimizer=DistNadam(lr=0.1), backend="ray", checkpoint_dir=checkpoints, save_every=100)
+    history = fit(
+        Connection(),
+        steps=300,
+        optimizer=DistNadam(lr=0.1),
+        backend="ray",
+        checkpoint_dir=checkpoints,
+        save_every=100,
+    )
     print(f"y = {history.metrics['slope']:.2f} x + {history.metrics['offset']:.2f}")
 
 

@@ -1,7 +1,8 @@
 """Workers are plain processes, which Ray did not start: all they know is an address and a name.
 
-On any host of the cluster, with its token, first `RAY_ADDRESS=<the head's address>:6379 python3 plain.py build shared`, which leaves the
-optimizer running, then for each rank, wherever it is to run, `RAY_ADDRESS=... python3 plain.py train shared <rank>`.
+On any host of the cluster, with its token, first `RAY_ADDRESS=<the head's address>:6379 python3
+plain.py build shared`, which leaves the optimizer running, then for each rank, wherever it is to
+run, `RAY_ADDRESS=... python3 plain.py train shared <rank>`.
 """
 
 import sys
@@ -17,7 +18,9 @@ WORKERS, ROUNDS = 2, 50
 
 def build(name: str) -> None:
     """Start a named optimizer, which outlives this process."""
-    DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, name=name, backend="ray").build({"w": np.ones(5000, np.float32)})
+    DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, name=name, backend="ray").build(
+        {"w": np.ones(5000, np.float32)}
+    )
     print(f"{name} is running")
 
 

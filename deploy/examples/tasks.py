@@ -1,6 +1,7 @@
 """Workers are Ray tasks: `RAY_ADDRESS=<the head's address>:6379 python3 tasks.py`.
 
-A task whose process or host dies is run again by Ray; the new one takes the rank over, and goes on at the round that training is at.
+A task whose process or host dies is run again by Ray; the new one takes the rank over, and goes on
+at the round that training is at.
 """
 
 from typing import Any
@@ -21,7 +22,9 @@ def train(optimizer: DistNadam, rank: int) -> float:
         params: Any = worker.pull()
         while worker.round < ROUNDS:
             try:
-                params = worker.step({"w": params["w"] - rank})  # of the loss at `params`, on this rank's batch of this round
+                params = worker.step(
+                    {"w": params["w"] - rank}
+                )  # of the loss at `params`, on this rank's batch of this round
             except Rewound:
                 params = worker.pull()  # a shard died, and all went back to the last checkpoint
         return float(params["w"][0])
@@ -29,7 +32,9 @@ def train(optimizer: DistNadam, rank: int) -> float:
 
 def main() -> None:
     """Run the command."""
-    with DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, backend="ray").build({"w": np.ones(5000, np.float32)}) as optimizer:
+    with DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, backend="ray").build(
+        {"w": np.ones(5000, np.float32)}
+    ) as optimizer:
         ends = ray.get([train.remote(optimizer, rank) for rank in range(WORKERS)])
         print(f"{optimizer.iterations} steps, every rank ends with {sorted(set(ends))}")
 

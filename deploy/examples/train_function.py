@@ -1,7 +1,8 @@
-"""Workers are Ray Train's: `RAY_ADDRESS=<the head's address>:6379 python3 train_function.py <results>`; needs `pip install "ray[train]"`.
+"""Workers are Ray Train's: `RAY_ADDRESS=<the head's address>:6379 python3 train_function.py
+<results>`; needs `pip install "ray[train]"`.
 
-Ray Train starts the functions and gives them their ranks; each finds the optimizer by its name. `<results>` is where Ray Train keeps
-records of its own: a directory that every host shares.
+Ray Train starts the functions and gives them their ranks; each finds the optimizer by its name.
+`<results>` is where Ray Train keeps records of its own: a directory that every host shares.
 """
 
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import ray
 import ray.train
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # or ray.train.torch.TorchTrainer, which is one
+from ray.train.v2.api.data_parallel_trainer import (
+    DataParallelTrainer,
+)  # or ray.train.torch.TorchTrainer, which is one
 
 from distnadam import DistNadam
 from distnadam.errors import Rewound
@@ -42,7 +45,10 @@ def main(results: str) -> None:
             run_config=ray.train.RunConfig(name="example", storage_path=results),
         )
         trainer.fit()
-        print(f"{optimizer.iterations} steps, a parameter is {float(optimizer.get_params()['w'][0]):.6f}")
+        print(
+            f"{optimizer.iterations} steps, a parameter is "
+            f"{float(optimizer.get_params()['w'][0]):.6f}"
+        )
 
 
 if __name__ == "__main__":

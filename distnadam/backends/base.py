@@ -1,4 +1,6 @@
-"""The seam between those who talk to shards and where the shards live. Nothing here knows which it is."""
+"""The seam between those who talk to shards and where the shards live. Nothing here knows which it
+is.
+"""
 
 import secrets
 from abc import ABC, abstractmethod
@@ -40,9 +42,10 @@ class Routes:
 class WorkerChannel(ABC):
     """One worker's way to all shards.
 
-    `gradients` is the memory that the worker writes its gradients into; `parameters` are both buffers of the whole model's parameters
-    where the worker shares them with every shard, else None, and answers bring what was asked for. `wiring` is another object whenever
-    a shard is reached in another way; None where nothing moves.
+    `gradients` is the memory that the worker writes its gradients into; `parameters` are both
+    buffers of the whole model's parameters where the worker shares them with every shard, else
+    None, and answers bring what was asked for. `wiring` is another object whenever a shard is
+    reached in another way; None where nothing moves.
     """
 
     gradients: Flat
@@ -51,10 +54,14 @@ class WorkerChannel(ABC):
 
     @abstractmethod
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
-        """Send each shard its push or norms, without waiting; a push's gradients are views of `gradients`."""
+        """Send each shard its push or norms, without waiting; a push's gradients are views of
+        `gradients`.
+        """
 
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
-        """Follow the shards to where they are now, and to what each holds now, as that worker; the memory stays where it is."""
+        """Follow the shards to where they are now, and to what each holds now, as that worker; the
+        memory stays where it is.
+        """
         return
 
     @abstractmethod
@@ -71,11 +78,15 @@ class WorkerGroup(ABC):
 
     @abstractmethod
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """Return the ranks whose calls have ended, with what they returned or raised, waiting so long for a first one."""
+        """Return the ranks whose calls have ended, with what they returned or raised, waiting so
+        long for a first one.
+        """
 
     @abstractmethod
     def replace(self, rank: int) -> None:
-        """End a member where its process is one, and make a new one in its place; its call is forgotten."""
+        """End a member where its process is one, and make a new one in its place; its call is
+        forgotten.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -89,11 +100,15 @@ class Backend(ABC):
 
     @property
     def meter(self) -> Meter | None:
-        """Where this process counts what it does for the optimizer; None where nobody would see it."""
+        """Where this process counts what it does for the optimizer; None where nobody would see
+        it.
+        """
         return None
 
     def token(self) -> str:
-        """Return a new token to hold the shards by; where processes die, it tells a supervisor whose it is."""
+        """Return a new token to hold the shards by; where processes die, it tells a supervisor
+        whose it is.
+        """
         return secrets.token_hex(8)
 
     @abstractmethod
@@ -101,7 +116,9 @@ class Backend(ABC):
         """Make the shards; raise a ClusterError where they cannot be had, leaving none behind."""
 
     def began(self, *, initial: Flat | None, directory: str | None) -> None:
-        """Take that the shards have their state, and what they can go back to: these parameters, or a checkpoint."""
+        """Take that the shards have their state, and what they can go back to: these parameters, or
+        a checkpoint.
+        """
         return
 
     def await_recovery(self, timeout_s: float) -> None:
@@ -127,12 +144,15 @@ class Backend(ABC):
         return ["this process"] * self.num_shards
 
     def standbys(self) -> dict[int, str]:
-        """Return where the standbys run, in words, by the index of their shard; one that is there may be yet to be filled."""
+        """Return where the standbys run, in words, by the index of their shard; one that is there
+        may be yet to be filled.
+        """
         return {}
 
     @abstractmethod
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
-        """Have so many shards hold these ranges from the next round on, in place of the present ones.
+        """Have so many shards hold these ranges from the next round on, in place of the present
+        ones.
 
         Raises:
             ClusterError: they cannot be had; the present ones go on.
@@ -152,19 +172,27 @@ class Backend(ABC):
         return
 
     def changing(self, what: str) -> None:
-        """Say, before it is done, that the state is replaced from outside, which no replay from a checkpoint would repeat."""
+        """Say, before it is done, that the state is replaced from outside, which no replay from a
+        checkpoint would repeat.
+        """
         return
 
     def changes(self) -> int:
-        """Return a number that is another one after every `changing`; it belongs to a state while the shards are held."""
+        """Return a number that is another one after every `changing`; it belongs to a state while
+        the shards are held.
+        """
         return 0
 
     def saved(self, root: str, changes: int) -> None:
-        """Say that a checkpoint is complete under this directory, of a state that had that number of changes."""
+        """Say that a checkpoint is complete under this directory, of a state that had that number
+        of changes.
+        """
         return
 
     def lost_ranks(self) -> dict[int, int]:
-        """Return the ranks whose worker died and that nobody has taken over, with the incarnation that died."""
+        """Return the ranks whose worker died and that nobody has taken over, with the incarnation
+        that died.
+        """
         return {}
 
     @abstractmethod
@@ -172,17 +200,25 @@ class Backend(ABC):
         """Send each shard its message, without waiting."""
 
     @abstractmethod
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
+    def link(
+        self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
+    ) -> WorkerChannel:
         """Return the way that a worker which has joined talks to the shards."""
 
     def require_open(self) -> None:
-        """Raise LifecycleError where the shards cannot be reached from this process any more; by default a post tells."""
+        """Raise LifecycleError where the shards cannot be reached from this process any more; by
+        default a post tells.
+        """
         return
 
     @abstractmethod
     def close(self, *, destroy: bool) -> None:
-        """Let go of the shards; with `destroy`, end them, so that everyone who waits for one gets an error."""
+        """Let go of the shards; with `destroy`, end them, so that everyone who waits for one gets
+        an error.
+        """
 
     @abstractmethod
     def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
-        """Make `size` objects by `make(rank)`, each where it can compute without the others' leave; `options` say what each asks for."""
+        """Make `size` objects by `make(rank)`, each where it can compute without the others' leave;
+        `options` say what each asks for.
+        """

@@ -1,4 +1,6 @@
-"""Which backend is meant here and now, and the running optimizers of Ray by their names. Imports Ray's backend only where Ray is meant."""
+"""Which backend is meant here and now, and the running optimizers of Ray by their names. Imports
+Ray's backend only where Ray is meant.
+"""
 
 import importlib.util
 import os
@@ -14,7 +16,9 @@ BackendName = Literal["auto", "local", "ray"]
 
 
 def choose(asked: BackendName, *, several: bool) -> Backend:
-    """Return a backend with no shards yet; `several` says whether more than one shard or worker is wanted."""
+    """Return a backend with no shards yet; `several` says whether more than one shard or worker is
+    wanted.
+    """
     if asked == "auto":
         ray = sys.modules.get("ray")
         running = (ray is not None and ray.is_initialized()) or bool(os.environ.get("RAY_ADDRESS"))
@@ -24,7 +28,9 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
 
         return LocalBackend()
     if not _installed():
-        raise ClusterError("backend='ray' needs the package ray: pip install ray, or use backend='local'")
+        raise ClusterError(
+            "backend='ray' needs the package ray: pip install ray, or use backend='local'"
+        )
     _ask_for_a_token()
     from distnadam.backends.ray.backend import RayBackend
 
@@ -32,21 +38,32 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
 
 
 def _ask_for_a_token() -> None:
-    """See to it that a Ray of our own is behind a token: Ray before 2.59 must be told before it is imported."""
-    told = {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    """See to it that a Ray of our own is behind a token: Ray before 2.59 must be told before it is
+    imported.
+    """
+    told = {
+        "RAY_ADDRESS",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+    } & os.environ.keys()
     if "ray" not in sys.modules and not told:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def connect(name: str) -> tuple[Backend, ShardSpec]:
-    """Return a backend that reaches a running named optimizer, and the spec of its shard 0; raise NotRunning where there is none."""
+    """Return a backend that reaches a running named optimizer, and the spec of its shard 0; raise
+    NotRunning where there is none.
+    """
     from distnadam.backends.ray.backend import RayBackend
 
     return RayBackend.connect(name)
 
 
 def stop(name: str) -> None:
-    """End a running named optimizer, or what is left of one; raise NotRunning where there is nothing of it."""
+    """End a running named optimizer, or what is left of one; raise NotRunning where there is
+    nothing of it.
+    """
     from distnadam.backends.ray.backend import RayBackend
 
     RayBackend.stop(name)

@@ -1,4 +1,6 @@
-"""The shards in this process: messages are method calls, gradients are read where they lie, parameters are shared. No Ray."""
+"""The shards in this process: messages are method calls, gradients are read where they lie,
+parameters are shared. No Ray.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +38,9 @@ class LocalPending(Pending):
 
 
 class LocalWorkerChannel(WorkerChannel):
-    """This process's memory: the shards read gradients where the worker wrote them, the worker reads the shards' parameters."""
+    """This process's memory: the shards read gradients where the worker wrote them, the worker
+    reads the shards' parameters.
+    """
 
     def __init__(self, backend: "LocalBackend", layout: Layout) -> None:
         self._backend = backend
@@ -78,7 +82,9 @@ class LocalWorkerGroup(WorkerGroup):
 
 
 class LocalBackend(Backend):
-    """Hosts in this process; the last worker to push a round steps the shard in its own thread, with more threads to help."""
+    """Hosts in this process; the last worker to push a round steps the shard in its own thread,
+    with more threads to help.
+    """
 
     name = "local"
 
@@ -88,7 +94,9 @@ class LocalBackend(Backend):
         self.parameters: tuple[Flat, Flat] = ({}, {})
 
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
-        """See `Backend.start`; standbys in the same process would die with it, so there are none."""
+        """See `Backend.start`; standbys in the same process would die with it, so there are
+        none.
+        """
         sizes = specs[0].layout.sizes
         with memory_for("two buffers of the model's parameters"):
             self.parameters = (zeros_flat(sizes), zeros_flat(sizes))
@@ -100,7 +108,9 @@ class LocalBackend(Backend):
         hosts = self._hosts
         if any(index >= len(hosts) for index in messages):
             raise Reconfigured(f"there are {len(hosts)} shards now; look again")
-        return LocalPending({index: hosts[index].send(message) for index, message in messages.items()})
+        return LocalPending(
+            {index: hosts[index].send(message) for index, message in messages.items()}
+        )
 
     @property
     def num_shards(self) -> int:
@@ -122,7 +132,10 @@ class LocalBackend(Backend):
             for name, flat in parts.items():
                 for space, (begin, end) in spec.ranges.items():
                     whole[name][space][begin:end] = flat[space]
-        self._specs = [replace(self._specs[0], index=i, num_shards=num_shards, ranges=ranges) for i, ranges in enumerate(cuts)]
+        self._specs = [
+            replace(self._specs[0], index=i, num_shards=num_shards, ranges=ranges)
+            for i, ranges in enumerate(cuts)
+        ]
         self._hosts = [self._make(spec) for spec in self._specs]
         for spec, host in zip(self._specs, self._hosts, strict=True):
             cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
@@ -134,9 +147,15 @@ class LocalBackend(Backend):
     def _make(self, spec: ShardSpec) -> ShardHost:
         first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
         with memory_for(f"shard {spec.index}: its state of {state_bytes(spec.ranges)} bytes"):
-            return ShardHost(spec, buffers=(first, second), threads=spec.options.threads or len(os.sched_getaffinity(0)))
+            return ShardHost(
+                spec,
+                buffers=(first, second),
+                threads=spec.options.threads or len(os.sched_getaffinity(0)),
+            )
 
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
+    def link(
+        self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
+    ) -> WorkerChannel:
         """See `Backend.link`."""
         return LocalWorkerChannel(self, layout)
 

@@ -1,1 +1,3 @@
-"""The optimizer's state on disk: what a checkpoint is (FORMAT.md), how one is written, committed, found and read."""
+"""The optimizer's state on disk: what a checkpoint is (FORMAT.md), how one is written, committed,
+found and read.
+"""

@@ -1,4 +1,5 @@
-"""What differs between two checkpoints: settings, clock, and every tensor's bits. Shards, options and names of runs do not count.
+"""What differs between two checkpoints: settings, clock, and every tensor's bits. Shards, options
+and names of runs do not count.
 
 A few tensors are in memory at a time, and every byte of both checkpoints is verified.
 """
@@ -51,7 +52,8 @@ class Difference:
     Args:
         paths: the two directories.
         settings: what is no array, by name (such as "config.lr"), with both values.
-        structure: tensors that only one has, or with another shape or dtype, as sentences; their values are not compared.
+        structure: tensors that only one has, or with another shape or dtype, as sentences; their
+            values are not compared.
         tensors: those whose values differ.
     """
 
@@ -69,7 +71,9 @@ class Difference:
         """Return plain data; a number that is not finite, which JSON cannot say, is a string."""
         told = asdict(self)
         for tensor in told["tensors"]:
-            tensor["first"] = [value if np.isfinite(value) else str(value) for value in tensor["first"]]
+            tensor["first"] = [
+                value if np.isfinite(value) else str(value) for value in tensor["first"]
+            ]
         return {"same": self.same, **told}
 
 
@@ -85,23 +89,44 @@ def compare(a: store.Where, b: store.Where) -> Difference:
     layouts = [Layout.from_dict(manifest.layout) for _, manifest in found]
     first, second = ({t.path: t for t in layout.tensors} for layout in layouts)
     structure, differences = list(_structure(first, second)), []
-    both = [t for t in layouts[0].tensors if t.path in second and (t.shape, t.dtype) == (second[t.path].shape, second[t.path].dtype)]
+    both = [
+        t
+        for t in layouts[0].tensors
+        if t.path in second and (t.shape, t.dtype) == (second[t.path].shape, second[t.path].dtype)
+    ]
     for batch in _batches(both):
         left, right = _read(*found[0], batch), _read(*found[1], [second[t.path] for t in batch])
-        differences += [d for path, name in left if (d := _values(path, name, left[path, name], right[path, name])) is not None]
+        differences += [
+            d
+            for path, name in left
+            if (d := _values(path, name, left[path, name], right[path, name])) is not None
+        ]
     settings = _settings(found[0][1], found[1][1])
-    return Difference((str(found[0][0]), str(found[1][0])), settings, tuple(structure), tuple(differences))
+    return Difference(
+        (str(found[0][0]), str(found[1][0])), settings, tuple(structure), tuple(differences)
+    )
 
 
 def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ: the config's, the clock's, and the data position."""
 
     def plain(manifest: Manifest) -> dict[str, Any]:
-        clock = {name: getattr(manifest, name) for name in ("iterations", "m_schedule", "round", "skipped")}
-        return clock | {f"{part}.{k}": v for part in ("config", "data") for k, v in getattr(manifest, part).items()}
+        clock = {
+            name: getattr(manifest, name)
+            for name in ("iterations", "m_schedule", "round", "skipped")
+        }
+        return clock | {
+            f"{part}.{k}": v
+            for part in ("config", "data")
+            for k, v in getattr(manifest, part).items()
+        }
 
     first, second = plain(a), plain(b)
-    return {k: (first.get(k), second.get(k)) for k in {**first, **second} if first.get(k) != second.get(k)}
+    return {
+        k: (first.get(k), second.get(k))
+        for k in {**first, **second}
+        if first.get(k) != second.get(k)
+    }
 
 
 def _structure(a: Mapping[str, TensorSpec], b: Mapping[str, TensorSpec]) -> Iterator[str]:
@@ -109,7 +134,10 @@ def _structure(a: Mapping[str, TensorSpec], b: Mapping[str, TensorSpec]) -> Iter
         if path not in a or path not in b:
             yield f"{path!r} is only in the {'first' if path in a else 'second'}"
         elif (a[path].shape, a[path].dtype) != (b[path].shape, b[path].dtype):
-            yield f"{path!r} is {a[path].dtype} {a[path].shape} in the first, {b[path].dtype} {b[path].shape} in the second"
+            yield (
+                f"{path!r} is {a[path].dtype} {a[path].shape} in the first, {b[path].dtype} "
+                f"{b[path].shape} in the second"
+            )
 
 
 def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
@@ -126,17 +154,27 @@ def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
         yield batch
 
 
-def _read(directory: store.Where, manifest: Manifest, tensors: Sequence[TensorSpec]) -> dict[tuple[str, str], Array]:
-    """Return the arrays of some tensors by (path, array), reading the least range of each space that holds them."""
+def _read(
+    directory: store.Where, manifest: Manifest, tensors: Sequence[TensorSpec]
+) -> dict[tuple[str, str], Array]:
+    """Return the arrays of some tensors by (path, array), reading the least range of each space
+    that holds them.
+    """
     ranges = dict.fromkeys(manifest.files[0].ranges, (0, 0))
     for tensor in tensors:
         begin, end = ranges[tensor.space]
-        ranges[tensor.space] = (tensor.begin, tensor.end) if begin == end else (min(begin, tensor.begin), max(end, tensor.end))
+        ranges[tensor.space] = (
+            (tensor.begin, tensor.end)
+            if begin == end
+            else (min(begin, tensor.begin), max(end, tensor.end))
+        )
     state = read_shard(directory, manifest, ranges=ranges)
 
     def cut(tensor: TensorSpec, name: str) -> Array:
         first = ranges[tensor.space][0]
-        return state[name][tensor.space][tensor.begin - first : tensor.end - first].reshape(tensor.shape)
+        return state[name][tensor.space][tensor.begin - first : tensor.end - first].reshape(
+            tensor.shape
+        )
 
     return {(tensor.path, name): cut(tensor, name) for tensor in tensors for name in ARRAYS}
 
@@ -153,7 +191,9 @@ def _values(path: str, array: str, a: Array, b: Array) -> TensorDifference | Non
     ulps = np.where(bits[0] > bits[1], bits[0] - bits[1], bits[1] - bits[0])
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), a.shape))
     told = largest if np.isfinite(largest) else None
-    return TensorDifference(path, array, count, a.size, told, int(ulps.max()), index, (float(a[index]), float(b[index])))
+    return TensorDifference(
+        path, array, count, a.size, told, int(ulps.max()), index, (float(a[index]), float(b[index]))
+    )
 
 
 def _ordered(values: Array) -> Array:

@@ -1,4 +1,6 @@
-"""What one checkpoint holds, as plain data: everything of its manifest, sizes, and the state of every file's checksums."""
+"""What one checkpoint holds, as plain data: everything of its manifest, sizes, and the state of
+every file's checksums.
+"""
 
 import dataclasses
 from typing import Any
@@ -20,12 +22,15 @@ def describe(directory: store.Where, manifest: Manifest, *, read: bool = True) -
     Args:
         directory: the checkpoint's.
         manifest: the checkpoint's.
-        read: verify every byte; otherwise the files are only looked up and their checksums' state is "not read".
+        read: verify every byte; otherwise the files are only looked up and their checksums' state
+            is "not read".
     """
     layout = Layout.from_dict(manifest.layout)
     folder = place(directory)
     there = folder.files()
-    files = [_file(folder, there.get(record.name), manifest, record, read) for record in manifest.files]
+    files = [
+        _file(folder, there.get(record.name), manifest, record, read) for record in manifest.files
+    ]
     size = there.get(store.MANIFEST, 0)
     return {
         "path": str(folder),
@@ -38,7 +43,14 @@ def describe(directory: store.Where, manifest: Manifest, *, read: bool = True) -
         "topology": manifest.topology,
         "data": manifest.data,
         "tensors": [
-            {"path": t.path, "shape": list(t.shape), "dtype": t.dtype, "space": t.space, "begin": t.begin, "end": t.end}
+            {
+                "path": t.path,
+                "shape": list(t.shape),
+                "dtype": t.dtype,
+                "space": t.space,
+                "begin": t.begin,
+                "end": t.end,
+            }
             for t in layout.tensors
         ],
         "files": files,
@@ -48,16 +60,24 @@ def describe(directory: store.Where, manifest: Manifest, *, read: bool = True) -
             "file_bytes": sum(record.size for record in manifest.files),
             "manifest_bytes": size,
         },
-        "checksums": UNREAD if not read else VERIFIED if all(f["checksums"] == VERIFIED for f in files) else "refused",
+        "checksums": UNREAD
+        if not read
+        else VERIFIED
+        if all(f["checksums"] == VERIFIED for f in files)
+        else "refused",
         "arrays": list(ARRAYS),
     }
 
 
-def _file(folder: Directory, size: int | None, manifest: Manifest, record: FileRecord, read: bool) -> dict[str, Any]:
+def _file(
+    folder: Directory, size: int | None, manifest: Manifest, record: FileRecord, read: bool
+) -> dict[str, Any]:
     verdict = UNREAD
     try:
         if size != record.size:
-            raise CheckpointError(f"{folder}/{record.name}: is missing, or not of {record.size} bytes")
+            raise CheckpointError(
+                f"{folder}/{record.name}: is missing, or not of {record.size} bytes"
+            )
         if read:
             verify_files(folder, dataclasses.replace(manifest, files=(record,)))
             verdict = VERIFIED

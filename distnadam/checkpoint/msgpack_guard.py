@@ -1,6 +1,8 @@
-"""A look over msgpack bytes before anything is made of them: how many objects, how deep, whether all is there. Makes no objects.
+"""A look over msgpack bytes before anything is made of them: how many objects, how deep, whether
+all is there. Makes no objects.
 
-A few bytes of msgpack can ask for gigabytes of Python objects; so what is too much is refused while it is still bytes.
+A few bytes of msgpack can ask for gigabytes of Python objects; so what is too much is refused while
+it is still bytes.
 """
 
 from distnadam.errors import CheckpointError
@@ -8,13 +10,29 @@ from distnadam.errors import CheckpointError
 MOST_OBJECTS = 2_000_000
 DEEPEST = 500
 
-_FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
+_FIXED = {
+    0xC0: 0,
+    0xC2: 0,
+    0xC3: 0,
+    0xCA: 4,
+    0xCB: 8,
+    0xCC: 1,
+    0xCD: 2,
+    0xCE: 4,
+    0xCF: 8,
+    0xD0: 1,
+    0xD1: 2,
+    0xD2: 4,
+    0xD3: 8,
+}
 _SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 _COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
 def check_msgpack(raw: bytes, where: str) -> None:
-    """Raise CheckpointError, beginning with `where`, unless `raw` is one msgpack object of sane size with nothing behind it."""
+    """Raise CheckpointError, beginning with `where`, unless `raw` is one msgpack object of sane
+    size with nothing behind it.
+    """
     end, at, objects = len(raw), 0, 1
     open_items = [1]
     while open_items:
@@ -29,13 +47,17 @@ def check_msgpack(raw: bytes, where: str) -> None:
             objects += children
             open_items.append(children)
             if objects > MOST_OBJECTS or len(open_items) > DEEPEST or children > end - at:
-                raise CheckpointError(f"{where}: asks for {objects} objects or more, {len(open_items)} deep; refused")
+                raise CheckpointError(
+                    f"{where}: asks for {objects} objects or more, {len(open_items)} deep; refused"
+                )
     if at != end:
         raise CheckpointError(f"{where}: cannot be read as msgpack: {end - at} bytes too many")
 
 
 def _item(raw: bytes, at: int, where: str) -> tuple[int, int]:
-    """Return where the object that begins at `at` ends, leaving out its items, and how many items it has."""
+    """Return where the object that begins at `at` ends, leaving out its items, and how many items
+    it has.
+    """
     kind = raw[at]
     at += 1
     if kind < 0x80 or kind >= 0xE0:
@@ -54,4 +76,6 @@ def _item(raw: bytes, at: int, where: str) -> tuple[int, int]:
     if kind in _COUNTED:
         length, each = _COUNTED[kind]
         return at + length, each * int.from_bytes(raw[at : at + length], "big")
-    raise CheckpointError(f"{where}: cannot be read as msgpack: byte {at - 1} begins something that no manifest holds")
+    raise CheckpointError(
+        f"{where}: cannot be read as msgpack: byte {at - 1} begins something that no manifest holds"
+    )

@@ -1,7 +1,9 @@
-"""A run's claim on its directory of checkpoints, so that no second run writes there: a lock where it is local, a lease at a URL.
+"""A run's claim on its directory of checkpoints, so that no second run writes there: a lock where
+it is local, a lease at a URL.
 
-Object stores have no locks, but show at once what was written. Each run keeps a small file there that it rewrites as long as it lives.
-Who finds another's watches it: one that changes is alive, one that does not for a while is of a dead run, and is removed.
+Object stores have no locks, but show at once what was written. Each run keeps a small file there
+that it rewrites as long as it lives. Who finds another's watches it: one that changes is alive, one
+that does not for a while is of a dead run, and is removed.
 """
 
 import fcntl
@@ -43,12 +45,16 @@ class RunLock(ABC):
 
 
 def claim(folder: Directory) -> RunLock:
-    """Return what claims a folder; entering it raises CheckpointBusy where another run writes there."""
+    """Return what claims a folder; entering it raises CheckpointBusy where another run writes
+    there.
+    """
     return DirectoryLock(folder) if isinstance(folder, LocalDirectory) else LeaseFile(folder)
 
 
 class DirectoryLock(RunLock):
-    """A lock on a file in a local folder: it ends with this process, and nobody takes it over before."""
+    """A lock on a file in a local folder: it ends with this process, and nobody takes it over
+    before.
+    """
 
     def __init__(self, folder: LocalDirectory) -> None:
         super().__init__(folder)
@@ -60,13 +66,18 @@ class DirectoryLock(RunLock):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise CheckpointError(f"{self._path.parent}: cannot be made or written: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{self._path.parent}: cannot be made or written: {error.strerror or error}"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
-            raise CheckpointBusy(f"{self._path.parent}: another run writes here (process {holder}); choose another directory") from error
+            raise CheckpointBusy(
+                f"{self._path.parent}: another run writes here (process {holder}); choose another "
+                "directory"
+            ) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
         self._descriptor = descriptor
@@ -84,8 +95,9 @@ class DirectoryLock(RunLock):
 class LeaseFile(RunLock):
     """A file at a URL that a thread rewrites.
 
-    Of two runs that start at once the one whose file's name comes first stays. A run that did not rewrite its file for longer than the
-    lease, stopped or cut off, may be taken over from, and is told so before its next save.
+    Of two runs that start at once the one whose file's name comes first stays. A run that did not
+    rewrite its file for longer than the lease, stopped or cut off, may be taken over from, and is
+    told so before its next save.
     """
 
     def __init__(self, folder: Directory, lease_s: float = LEASE_S) -> None:
@@ -116,7 +128,10 @@ class LeaseFile(RunLock):
     def check(self) -> None:
         """See `RunLock.check`."""
         if self._lost:
-            raise CheckpointBusy(f"{self.folder}: another run took over while this one gave no sign of life; this one must stop")
+            raise CheckpointBusy(
+                f"{self.folder}: another run took over while this one gave no sign of life; this "
+                "one must stop"
+            )
 
     def _outwait_others(self) -> None:
         seen: dict[str, tuple[bytes, float]] = {}
@@ -124,11 +139,18 @@ class LeaseFile(RunLock):
             self._rewrite("starting")
             for name, said in self._others().items():
                 if name not in seen:
-                    log.warning("%s: holds another run's lease (%s); waiting to see whether that run lives", self.folder, _who(said))
+                    log.warning(
+                        "%s: holds another run's lease (%s); waiting to see whether that run lives",
+                        self.folder,
+                        _who(said),
+                    )
                     seen[name] = (said, time.monotonic())
                 elif said != seen[name][0]:
                     if name < self._name or not said.startswith(b"starting"):
-                        raise CheckpointBusy(f"{self.folder}: another run writes here ({_who(said)}); choose another directory")
+                        raise CheckpointBusy(
+                            f"{self.folder}: another run writes here ({_who(said)}); choose "
+                            "another directory"
+                        )
                     seen[name] = (said, time.monotonic())
                 elif time.monotonic() - seen[name][1] > self._lease_s:
                     self.folder.remove(name)

@@ -1,6 +1,8 @@
-"""One shard's file: a safetensors file whose header follows from its ranges alone, checksummed chunk by chunk. No manifest is written here.
+"""One shard's file: a safetensors file whose header follows from its ranges alone, checksummed
+chunk by chunk. No manifest is written here.
 
-What is read goes straight to where it belongs and is verified there; no copy of the state is ever made.
+What is read goes straight to where it belongs and is verified there; no copy of the state is ever
+made.
 """
 
 import contextlib
@@ -37,25 +39,41 @@ Job = tuple[ReadInto, str, FileRecord, list[Target], range]
 
 
 def header_of(ranges: Ranges) -> bytes:
-    """Return the file's first bytes: length and JSON header as safetensors has them, filled with spaces to a multiple of 64."""
-    entries: dict[str, object] = {"__metadata__": {f"range.{space}": f"{begin}:{end}" for space, (begin, end) in ranges.items()}}
+    """Return the file's first bytes: length and JSON header as safetensors has them, filled with
+    spaces to a multiple of 64.
+    """
+    entries: dict[str, object] = {
+        "__metadata__": {
+            f"range.{space}": f"{begin}:{end}" for space, (begin, end) in ranges.items()
+        }
+    }
     offset = 0
     for name, space, count in _tensors(ranges):
         size = count * np.dtype(space).itemsize
-        entries[f"{name}.{space}"] = {"dtype": _SAFETENSORS_DTYPE[space], "shape": [count], "data_offsets": [offset, offset + size]}
+        entries[f"{name}.{space}"] = {
+            "dtype": _SAFETENSORS_DTYPE[space],
+            "shape": [count],
+            "data_offsets": [offset, offset + size],
+        }
         offset += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(directory: str | os.PathLike[str] | Directory, name: str, *, ranges: Ranges, state: State) -> FileRecord:
-    """Write one shard's file under its final name, which must be new, and flush it to where it lasts.
+def write_shard(
+    directory: str | os.PathLike[str] | Directory, name: str, *, ranges: Ranges, state: State
+) -> FileRecord:
+    """Write one shard's file under its final name, which must be new, and flush it to where it
+    lasts.
 
     Raises:
         CheckpointError: naming the file and what the system said; no partial file is left.
     """
-    parts = [memoryview(header_of(ranges)), *(state[array][space].view(np.uint8).data for array, space, _ in _tensors(ranges))]
+    parts = [
+        memoryview(header_of(ranges)),
+        *(state[array][space].view(np.uint8).data for array, space, _ in _tensors(ranges)),
+    ]
     checksums: list[int] = []
 
     def pieces() -> Iterator[memoryview]:
@@ -79,7 +97,11 @@ def write_shard(directory: str | os.PathLike[str] | Directory, name: str, *, ran
 
 
 def read_shard(
-    directory: str | os.PathLike[str] | Directory, manifest: Manifest, *, ranges: Ranges, leftovers: Collection[int] = ()
+    directory: str | os.PathLike[str] | Directory,
+    manifest: Manifest,
+    *,
+    ranges: Ranges,
+    leftovers: Collection[int] = (),
 ) -> State:
     """Return new arrays, filled as `fill_shard` does."""
     sizes = {space: end - begin for space, (begin, end) in ranges.items()}
@@ -89,9 +111,15 @@ def read_shard(
 
 
 def fill_shard(
-    directory: str | os.PathLike[str] | Directory, manifest: Manifest, *, ranges: Ranges, state: State, leftovers: Collection[int] = ()
+    directory: str | os.PathLike[str] | Directory,
+    manifest: Manifest,
+    *,
+    ranges: Ranges,
+    state: State,
+    leftovers: Collection[int] = (),
 ) -> None:
-    """Fill one new shard's arrays from the old shards' files: only the chunks that hold something of it are read, each is verified.
+    """Fill one new shard's arrays from the old shards' files: only the chunks that hold something
+    of it are read, each is verified.
 
     Args:
         directory: the checkpoint's.
@@ -109,15 +137,26 @@ def fill_shard(
         offsets = _offsets(old)
         for array in ARRAYS:
             target = state[array][copy.space][copy.begin - first : copy.end - first]
-            offset = offsets[array, copy.space] + (copy.begin - old[copy.space][0]) * target.itemsize
+            offset = (
+                offsets[array, copy.space] + (copy.begin - old[copy.space][0]) * target.itemsize
+            )
             wanted.setdefault(copy.source, []).append((offset, target.view(np.uint8)))
     whole = {index: index in leftovers for index in wanted}
-    _read(place(directory), [(manifest.files[index], wanted[index], whole[index]) for index in sorted(wanted)])
+    _read(
+        place(directory),
+        [(manifest.files[index], wanted[index], whole[index]) for index in sorted(wanted)],
+    )
 
 
 def leftover_readers(manifest: Manifest, num_readers: int) -> list[list[int]]:
-    """Deal the files that no reader needs out to the readers: those without elements, for the others are read by who needs these."""
-    empty = [index for index, record in enumerate(manifest.files) if all(begin == end for begin, end in record.ranges.values())]
+    """Deal the files that no reader needs out to the readers: those without elements, for the
+    others are read by who needs these.
+    """
+    empty = [
+        index
+        for index, record in enumerate(manifest.files)
+        if all(begin == end for begin, end in record.ranges.values())
+    ]
     return [empty[reader::num_readers] for reader in range(num_readers)]
 
 
@@ -128,9 +167,14 @@ def verify_files(directory: str | os.PathLike[str] | Directory, manifest: Manife
 
 def check_file_record(folder: Directory, record: FileRecord) -> None:
     """Raise CheckpointError where a file cannot have the size that the manifest gives it."""
-    needed = len(header_of(record.ranges)) + sum(count * np.dtype(space).itemsize for _, space, count in _tensors(record.ranges))
+    needed = len(header_of(record.ranges)) + sum(
+        count * np.dtype(space).itemsize for _, space, count in _tensors(record.ranges)
+    )
     if record.size != needed:
-        raise CheckpointError(f"{folder}/{record.name}: the manifest gives it {record.size} bytes, its ranges need {needed}")
+        raise CheckpointError(
+            f"{folder}/{record.name}: the manifest gives it {record.size} bytes, its ranges need "
+            f"{needed}"
+        )
 
 
 def _tensors(ranges: Ranges) -> Iterator[tuple[str, str, int]]:
@@ -149,7 +193,9 @@ def _offsets(ranges: Ranges) -> dict[tuple[str, str], int]:
 
 
 def _read(folder: Directory, wanted: Sequence[tuple[FileRecord, list[Target], bool]]) -> None:
-    """Read the chunks that are touched, or all of a file's, by several threads, each from one end of its share to the other."""
+    """Read the chunks that are touched, or all of a file's, by several threads, each from one end
+    of its share to the other.
+    """
     at_once = max(1, folder.run_bytes // CHUNK_BYTES)
     with contextlib.ExitStack() as opened:
         jobs: list[Job] = []
@@ -158,13 +204,20 @@ def _read(folder: Directory, wanted: Sequence[tuple[FileRecord, list[Target], bo
             read_into = opened.enter_context(folder.reading(record.name))
             targets.sort(key=lambda target: target[0])
             path = f"{folder}/{record.name}"
-            jobs += [(read_into, path, record, targets, run) for run in _runs(record, targets, whole, at_once)]
+            jobs += [
+                (read_into, path, record, targets, run)
+                for run in _runs(record, targets, whole, at_once)
+            ]
         _share_out(jobs, lambda share: _read_jobs(share, at_once))
 
 
 def _runs(record: FileRecord, targets: Sequence[Target], whole: bool, at_once: int) -> list[range]:
     """Return the chunks to be read, in runs of consecutive ones."""
-    touched = [(0, record.size)] if whole else [(offset, offset + len(target)) for offset, target in targets if len(target)]
+    touched = (
+        [(0, record.size)]
+        if whole
+        else [(offset, offset + len(target)) for offset, target in targets if len(target)]
+    )
     spans: list[list[int]] = []
     for begin, end in touched:
         first, last = begin // CHUNK_BYTES, -(-end // CHUNK_BYTES)
@@ -172,7 +225,11 @@ def _runs(record: FileRecord, targets: Sequence[Target], whole: bool, at_once: i
             spans[-1][1] = max(last, spans[-1][1])
         else:
             spans.append([first, last])
-    return [range(low, min(low + at_once, last)) for first, last in spans for low in range(first, last, at_once)]
+    return [
+        range(low, min(low + at_once, last))
+        for first, last in spans
+        for low in range(first, last, at_once)
+    ]
 
 
 def _share_out(jobs: list[_T], work: Callable[[Sequence[_T]], None]) -> None:
@@ -196,8 +253,12 @@ def _read_jobs(jobs: Sequence[Job], at_once: int) -> None:
         _verify(pieces, path, record, run)
 
 
-def _pieces(targets: Sequence[Target], begin: int, end: int, scratch: memoryview) -> list[memoryview]:
-    """Return where the bytes [begin, end) of a file go, in order: to the targets where they are wanted, else to `scratch`."""
+def _pieces(
+    targets: Sequence[Target], begin: int, end: int, scratch: memoryview
+) -> list[memoryview]:
+    """Return where the bytes [begin, end) of a file go, in order: to the targets where they are
+    wanted, else to `scratch`.
+    """
     pieces, reached = [], begin
     for offset, target in targets:
         low, high = max(begin, offset), min(end, offset + len(target))

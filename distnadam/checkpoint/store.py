@@ -1,4 +1,6 @@
-"""Checkpoints in a folder: committed by one atomic replace, found by what is valid, never by a pointer. Local paths or fsspec URLs."""
+"""Checkpoints in a folder: committed by one atomic replace, found by what is valid, never by a
+pointer. Local paths or fsspec URLs.
+"""
 
 import contextlib
 import logging
@@ -30,7 +32,9 @@ def new_save_id() -> str:
 
 
 def step_directory(root: Where, decided: int) -> Directory:
-    """Return where the checkpoint of a round lies; raise CheckpointError where `root` is itself a checkpoint."""
+    """Return where the checkpoint of a round lies; raise CheckpointError where `root` is itself a
+    checkpoint.
+    """
     folder = place(root)
     if MANIFEST in folder.files():
         raise CheckpointError(f"{folder}: is a checkpoint; save to the directory that holds it")
@@ -44,7 +48,9 @@ def shard_file_name(index: int, count: int, save_id: str) -> str:
 
 @contextlib.contextmanager
 def writing(directory: Where) -> Iterator[None]:
-    """Make one checkpoint's directory and hold it for one save; raise CheckpointBusy where another save writes there."""
+    """Make one checkpoint's directory and hold it for one save; raise CheckpointBusy where another
+    save writes there.
+    """
     folder = place(directory)
     folder.make()
     with folder.hold():
@@ -52,17 +58,20 @@ def writing(directory: Where) -> Iterator[None]:
 
 
 def commit(directory: Where, manifest: Manifest) -> None:
-    """Make written files a checkpoint: the manifest appears whole or not at all; then files of earlier saves there are removed.
+    """Make written files a checkpoint: the manifest appears whole or not at all; then files of
+    earlier saves there are removed.
 
     Raises:
-        CheckpointError: a shard's file is not to be seen from here, or the manifest cannot be written.
+        CheckpointError: a shard's file is not to be seen from here, or the manifest cannot be
+            written.
     """
     folder = place(directory)
     there = folder.files()
     for record in manifest.files:
         if there.get(record.name) != record.size:
             raise CheckpointError(
-                f"{folder}/{record.name}: a shard wrote it but it is not here; save to a disk that every node with a shard shares,"
+                f"{folder}/{record.name}: a shard wrote it but it is not here; save to a disk that "
+                "every node with a shard shares,"
                 " or to a URL (s3://...)"
             )
     folder.replace(MANIFEST, manifest.to_bytes(), temporary=_temporary(manifest.save_id))
@@ -72,7 +81,9 @@ def commit(directory: Where, manifest: Manifest) -> None:
 
 
 def discard_partial(directory: Where, save_id: str) -> None:
-    """Remove what a failed save left, and the directory where that empties it; what cannot be removed is in nobody's way."""
+    """Remove what a failed save left, and the directory where that empties it; what cannot be
+    removed is in nobody's way.
+    """
     folder = place(directory)
     with contextlib.suppress(CheckpointError):
         for name in folder.files():
@@ -83,13 +94,16 @@ def discard_partial(directory: Where, save_id: str) -> None:
 
 
 def load(directory: Where) -> Manifest:
-    """Return one checkpoint's manifest; raise CheckpointError naming the file where there is none, or it is refused."""
+    """Return one checkpoint's manifest; raise CheckpointError naming the file where there is none,
+    or it is refused.
+    """
     folder = place(directory)
     return Manifest.from_bytes(folder.read(MANIFEST, _LARGEST_MANIFEST), f"{folder}/{MANIFEST}")
 
 
 def check_files(directory: Where, manifest: Manifest) -> None:
-    """Raise CheckpointError naming a file that is missing, of another size, or too many; no contents are read.
+    """Raise CheckpointError naming a file that is missing, of another size, or too many; no
+    contents are read.
 
     Files of another save, killed before its end, are in nobody's way, and neither are hidden ones.
     """
@@ -101,15 +115,23 @@ def check_files(directory: Where, manifest: Manifest) -> None:
         if size is None or size < 0:
             raise CheckpointError(f"{folder}/{record.name}: is missing, or no file")
         if size != record.size:
-            raise CheckpointError(f"{folder}/{record.name}: has {size} bytes, expected {record.size}")
+            raise CheckpointError(
+                f"{folder}/{record.name}: has {size} bytes, expected {record.size}"
+            )
     for name in there:
         ours = _OURS.fullmatch(name)
-        if name != MANIFEST and not name.startswith(".") and (ours is None or ours[1] == manifest.save_id):
+        if (
+            name != MANIFEST
+            and not name.startswith(".")
+            and (ours is None or ours[1] == manifest.save_id)
+        ):
             raise CheckpointError(f"{folder}/{name}: is no file of this checkpoint")
 
 
 def verify(directory: Where) -> Manifest:
-    """Return one checkpoint's manifest after verifying every byte of it; raise CheckpointError naming the file that is refused."""
+    """Return one checkpoint's manifest after verifying every byte of it; raise CheckpointError
+    naming the file that is refused.
+    """
     manifest = load(directory)
     check_files(directory, manifest)
     verify_files(directory, manifest)
@@ -123,10 +145,12 @@ def is_one(path: Where) -> bool:
 
 
 def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Directory, Manifest]]:
-    """Yield the checkpoints that a path can mean, best first; their bytes are verified by who reads them.
+    """Yield the checkpoints that a path can mean, best first; their bytes are verified by who reads
+    them.
 
-    One checkpoint means that one. A directory means the newest under it, then older ones; each that is refused here gets a sentence in
-    `passed_over`, to which the caller adds what it refuses itself.
+    One checkpoint means that one. A directory means the newest under it, then older ones; each that
+    is refused here gets a sentence in `passed_over`, to which the caller adds what it refuses
+    itself.
 
     Raises:
         CheckpointError: the one is refused, or all are.
@@ -154,8 +178,8 @@ def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Directory,
 def find(path: Where) -> tuple[Directory, Manifest, list[str]]:
     """Return the checkpoint meant by a path, and what was passed over.
 
-    One checkpoint means that one: its files are looked at by who reads them. Otherwise the newest checkpoint under the path that
-    verifies; each newer one that does not gets a sentence.
+    One checkpoint means that one: its files are looked at by who reads them. Otherwise the newest
+    checkpoint under the path that verifies; each newer one that does not gets a sentence.
 
     Raises:
         CheckpointError: the one is refused, or there is none that is valid.
@@ -174,7 +198,9 @@ def find(path: Where) -> tuple[Directory, Manifest, list[str]]:
 
 
 def first_that_loads(path: Where, load: Callable[[Directory, Manifest], _T]) -> _T:
-    """Return what `load` makes of the first of a path's candidates that it does not refuse; a warning says what was passed over."""
+    """Return what `load` makes of the first of a path's candidates that it does not refuse; a
+    warning says what was passed over.
+    """
     passed_over: list[str] = []
     strict, said = is_one(path), 0
     for folder, manifest in candidates(path, passed_over):
@@ -193,16 +219,27 @@ def first_that_loads(path: Where, load: Callable[[Directory, Manifest], _T]) -> 
 def steps(root: Where) -> list[Directory]:
     """Return the directories under `root` that are named as checkpoints, oldest round first."""
     folder = place(root)
-    found = sorted((int(match[1]), name) for name in folder.folders() if (match := _STEP.fullmatch(name)))
+    found = sorted(
+        (int(match[1]), name) for name in folder.folders() if (match := _STEP.fullmatch(name))
+    )
     return [folder.child(name) for _, name in found]
 
 
-def prune(root: Where, keep: int, newest: Where, *, keep_every: int | None = None, keep_every_s: float | None = None) -> list[Directory]:
-    """Delete checkpoints of those up to `newest`, which was just written, and return what was deleted, newest first.
+def prune(
+    root: Where,
+    keep: int,
+    newest: Where,
+    *,
+    keep_every: int | None = None,
+    keep_every_s: float | None = None,
+) -> list[Directory]:
+    """Delete checkpoints of those up to `newest`, which was just written, and return what was
+    deleted, newest first.
 
-    Kept are the last `keep`, those of rounds that are multiples of `keep_every`, and, going on from the oldest, one in each
-    `keep_every_s` seconds. One that is not valid, as far as can be seen without reading its shards' files, is kept by no rule and counts
-    for none. What lies after `newest` is of another history and is left alone.
+    Kept are the last `keep`, those of rounds that are multiples of `keep_every`, and, going on from
+    the oldest, one in each `keep_every_s` seconds. One that is not valid, as far as can be seen
+    without reading its shards' files, is kept by no rule and counts for none. What lies after
+    `newest` is of another history and is left alone.
     """
     last = _round(place(newest))
     upto = [step for step in steps(root) if _round(step) <= last]
@@ -214,7 +251,9 @@ def prune(root: Where, keep: int, newest: Where, *, keep_every: int | None = Non
             kept_at = manifest.saved_at
         if keep_every is not None and manifest.round % keep_every == 0:
             kept.add(name)
-    beyond = _number(list(valid)[-keep]) if len(valid) >= keep else 0  # an older one that is not valid is of use to nobody
+    beyond = (
+        _number(list(valid)[-keep]) if len(valid) >= keep else 0
+    )  # an older one that is not valid is of use to nobody
     deleted = []
     for step in reversed(upto):
         if step.name not in kept and (step.name in valid or _round(step) < beyond):
@@ -224,7 +263,9 @@ def prune(root: Where, keep: int, newest: Where, *, keep_every: int | None = Non
 
 
 def _looked_at(folder: Directory) -> Manifest | None:
-    """Return the manifest of a checkpoint that is valid as far as can be seen without reading its shards' files."""
+    """Return the manifest of a checkpoint that is valid as far as can be seen without reading its
+    shards' files.
+    """
     with contextlib.suppress(CheckpointError):
         manifest = load(folder)
         check_files(folder, manifest)
@@ -245,7 +286,9 @@ def _temporary(save_id: str) -> str:
 
 
 def remove(directory: Where) -> None:
-    """Delete one checkpoint, its manifest first, so that what is left of it is never taken for one."""
+    """Delete one checkpoint, its manifest first, so that what is left of it is never taken for
+    one.
+    """
     folder = place(directory)
     folder.remove(MANIFEST)
     for name in folder.files():

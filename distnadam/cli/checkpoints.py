@@ -1,4 +1,6 @@
-"""The commands that look at checkpoints: what one holds, whether it is whole, what differs between two."""
+"""The commands that look at checkpoints: what one holds, whether it is whole, what differs between
+two.
+"""
 
 import json
 import sys
@@ -18,10 +20,16 @@ from distnadam.errors import CheckpointError
 
 @main.command()
 @click.argument("checkpoint")
-@click.option("--no-read", is_flag=True, help="Do not read the shards' files: their checksums stay unverified.")
+@click.option(
+    "--no-read",
+    is_flag=True,
+    help="Do not read the shards' files: their checksums stay unverified.",
+)
 @JSON
 def inspect(checkpoint: str, *, no_read: bool, as_json: bool) -> None:
-    """Show what CHECKPOINT, or the newest valid one in a directory, holds; exit 1 where a checksum is wrong."""
+    """Show what CHECKPOINT, or the newest valid one in a directory, holds; exit 1 where a checksum
+    is wrong.
+    """
     with errors_told():
         path, manifest, passed_over = store.find(checkpoint)
         found = describe(path, manifest, read=not no_read)
@@ -40,7 +48,9 @@ def inspect(checkpoint: str, *, no_read: bool, as_json: bool) -> None:
 @click.argument("b")
 @JSON
 def diff(a: str, b: str, *, as_json: bool) -> None:
-    """Show what differs between checkpoints A and B, whatever their shards; exit 1 where something does."""
+    """Show what differs between checkpoints A and B, whatever their shards; exit 1 where something
+    does.
+    """
     with errors_told():
         found = compare(a, b)
     if as_json:
@@ -66,15 +76,28 @@ def verify(path: str, *, as_json: bool) -> None:
     for directory in found:
         try:
             manifest = store.verify(directory)
-            verdicts.append({"checkpoint": str(directory), "valid": True, "step": manifest.iterations, "reason": None})
+            verdicts.append(
+                {
+                    "checkpoint": str(directory),
+                    "valid": True,
+                    "step": manifest.iterations,
+                    "reason": None,
+                }
+            )
         except CheckpointError as error:
-            verdicts.append({"checkpoint": str(directory), "valid": False, "step": None, "reason": str(error)})
+            verdicts.append(
+                {"checkpoint": str(directory), "valid": False, "step": None, "reason": str(error)}
+            )
     if as_json:
         click.echo(json.dumps(verdicts))
     else:
         table = Table("checkpoint", "step", "verdict")
         for v in verdicts:
-            table.add_row(str(v["checkpoint"]).rpartition("/")[2], str(v["step"] or "-"), Text("valid" if v["valid"] else str(v["reason"])))
+            table.add_row(
+                str(v["checkpoint"]).rpartition("/")[2],
+                str(v["step"] or "-"),
+                Text("valid" if v["valid"] else str(v["reason"])),
+            )
         verbatim().print(table)
     if not all(v["valid"] for v in verdicts):
         sys.exit(1)
@@ -90,17 +113,31 @@ def _show(found: dict[str, Any]) -> None:
         for name, value in found[part].items():
             facts.add_row(f"{part}.{name}", Text(str(value)))
     facts.add_row("elements", str(sizes["elements"]))
-    facts.add_row("bytes", f"{sizes['state_bytes']} of state, {sizes['file_bytes']} in files, {sizes['manifest_bytes']} of manifest")
+    facts.add_row(
+        "bytes",
+        f"{sizes['state_bytes']} of state, {sizes['file_bytes']} in files, "
+        f"{sizes['manifest_bytes']} of manifest",
+    )
     facts.add_row("checksums", found["checksums"])
     tensors = Table("tensor", "shape", "dtype", "elements", title="tensors")
     for t in found["tensors"]:
-        tensors.add_row(Text(t["path"]), str(tuple(t["shape"])), t["dtype"], f"{t['space']}[{t['begin']}:{t['end']}]")
+        tensors.add_row(
+            Text(t["path"]),
+            str(tuple(t["shape"])),
+            t["dtype"],
+            f"{t['space']}[{t['begin']}:{t['end']}]",
+        )
     files = Table("shard", "bytes", "ranges", "chunks", title="shards")
     problems: list[str] = []
     for index, f in enumerate(found["files"]):
         ranges = ", ".join(f"{space}[{begin}:{end}]" for space, (begin, end) in f["ranges"].items())
         good = f["checksums"] in (VERIFIED, UNREAD)
-        files.add_row(str(index), str(f["bytes"]), Text(ranges), f"{f['chunks']} {f['checksums']}" if good else "refused")
+        files.add_row(
+            str(index),
+            str(f["bytes"]),
+            Text(ranges),
+            f"{f['chunks']} {f['checksums']}" if good else "refused",
+        )
         problems += [] if good else [f["checksums"]]
     for table in (facts, tensors, files):
         console.print(table)
@@ -117,6 +154,7 @@ def _show_difference(found: Difference) -> None:
     for d in found.tensors:
         largest = "not finite" if d.max_abs is None else f"{d.max_abs:.6g}"
         console.print(
-            f"{d.path}: {d.array}: {d.count} of {d.elements} differ, max abs {largest}, max ulp {d.max_ulp}, first index {d.first_index}:"
+            f"{d.path}: {d.array}: {d.count} of {d.elements} differ, max abs {largest}, max ulp "
+            f"{d.max_ulp}, first index {d.first_index}:"
             f" {d.first[0]!r} in the first, {d.first[1]!r} in the second"
         )

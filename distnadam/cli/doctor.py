@@ -80,11 +80,19 @@ def diagnose() -> Diagnosis:
     if shm is None:
         found.problems.append("there is no /dev/shm: Ray's object store will lie on the disk")
     elif shm.total < _SMALL_SHM_BYTES:
-        found.problems.append(f"/dev/shm has only {shm.total >> 20} MiB: Ray's object store will be slow; in a container, give --shm-size")
+        found.problems.append(
+            f"/dev/shm has only {shm.total >> 20} MiB: Ray's object store will be slow; in a "
+            "container, give --shm-size"
+        )
     if found.ray_address and found.ray_auth_mode is None:
-        found.problems.append("RAY_ADDRESS is set but RAY_AUTH_MODE is not: set it as the cluster has it, token or disabled")
+        found.problems.append(
+            "RAY_ADDRESS is set but RAY_AUTH_MODE is not: set it as the cluster has it, token or "
+            "disabled"
+        )
     if found.ray_address and found.ray_auth_mode == "disabled":
-        found.problems.append("RAY_AUTH_MODE is disabled: anyone who reaches the cluster's ports can run code on it")
+        found.problems.append(
+            "RAY_AUTH_MODE is disabled: anyone who reaches the cluster's ports can run code on it"
+        )
     return found
 
 
@@ -103,7 +111,10 @@ def _transport() -> str:
     except (ArenaError, OSError, AttributeError) as error:
         return f"Ray objects between processes: shared memory does not work here: {error}"
     free = f"{available_bytes() >> 20} MiB are free for it"
-    return f"shared memory between processes of one Ray node ({free}), Ray objects between nodes; this process's memory where local"
+    return (
+        f"shared memory between processes of one Ray node ({free}), Ray objects between "
+        "nodes; this process's memory where local"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -116,7 +127,9 @@ def _version(package: str) -> str | None:
 @main.command()
 @JSON
 def doctor(*, as_json: bool) -> None:
-    """Say what would run here: versions, Ray, shared memory, kernel, transport; exit 1 where something is wrong."""
+    """Say what would run here: versions, Ray, shared memory, kernel, transport; exit 1 where
+    something is wrong.
+    """
     found = diagnose()
     if as_json:
         click.echo(json.dumps(found.to_dict()))

@@ -1,4 +1,6 @@
-"""What every command shares: the group they are in, the options that recur, and how an error is told."""
+"""What every command shares: the group they are in, the options that recur, and how an error is
+told.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -21,7 +23,9 @@ def main() -> None:
 
 
 def verbatim(*, soft_wrap: bool = True) -> Console:
-    """Return where tables go: what is in them, such as a path of the user's, is shown as it is, brackets and colons too."""
+    """Return where tables go: what is in them, such as a path of the user's, is shown as it is,
+    brackets and colons too.
+    """
     return Console(soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
 

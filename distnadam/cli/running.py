@@ -1,4 +1,6 @@
-"""The commands on a named optimizer that runs somewhere else on a Ray cluster: how it goes, save it, cut it anew, end it."""
+"""The commands on a named optimizer that runs somewhere else on a Ray cluster: how it goes, save
+it, cut it anew, end it.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ _RATE_S = 1.0
 def on_running(command: _F) -> _F:
     """Give a command the name of a running optimizer, and the address of its Ray."""
     for decorate in (
-        click.option("--address", metavar="HOST:PORT", help="The Ray cluster's head.  [default: RAY_ADDRESS]"),
+        click.option(
+            "--address", metavar="HOST:PORT", help="The Ray cluster's head.  [default: RAY_ADDRESS]"
+        ),
         click.argument("name"),
     ):
         command = decorate(command)
@@ -36,10 +40,19 @@ def on_running(command: _F) -> _F:
 @main.command()
 @on_running
 @click.option("--watch", is_flag=True, help="Look again and again, until Ctrl-C.")
-@click.option("--every", default=2.0, show_default=True, type=click.FloatRange(0.1), metavar="SECONDS", help="Between two looks.")
+@click.option(
+    "--every",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    help="Between two looks.",
+)
 @JSON
 def status(name: str, address: str | None, *, watch: bool, every: float, as_json: bool) -> None:
-    """Show what the running optimizer NAME does: steps, shards, standbys and their nodes, workers, the last checkpoint."""
+    """Show what the running optimizer NAME does: steps, shards, standbys and their nodes, workers,
+    the last checkpoint.
+    """
     with errors_told():
         with joined(address):
             running = RunningOptimizer(name)
@@ -60,7 +73,9 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
 @click.argument("path", required=False)
 @JSON
 def save(name: str, address: str | None, path: str | None, *, as_json: bool) -> None:
-    """Write a checkpoint of the running optimizer NAME under PATH, a directory or URL, or where it saved last."""
+    """Write a checkpoint of the running optimizer NAME under PATH, a directory or URL, or where it
+    saved last.
+    """
     with errors_told():
         with joined(address):
             running = RunningOptimizer(name)
@@ -88,7 +103,9 @@ def reshard(name: str, address: str | None, shards: int) -> None:
 @main.command()
 @on_running
 def stop(name: str, address: str | None) -> None:
-    """End the running optimizer NAME, without saving; its workers, and whoever trains with it, are told."""
+    """End the running optimizer NAME, without saving; its workers, and whoever trains with it, are
+    told.
+    """
     with errors_told(), joined(address):
         DistNadam.stop(name)
     click.echo(f"{name}: ended")
@@ -96,10 +113,14 @@ def stop(name: str, address: str | None) -> None:
 
 @contextmanager
 def joined(address: str | None) -> Iterator[None]:
-    """Have Ray join the cluster at an address, else at RAY_ADDRESS, once it is used; what Ray itself says of that is not shown."""
+    """Have Ray join the cluster at an address, else at RAY_ADDRESS, once it is used; what Ray
+    itself says of that is not shown.
+    """
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
-    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")  # times that Ray asks a cluster which refuses it, a second each
+    os.environ.setdefault(
+        "RAY_NUM_REDIS_GET_RETRIES", "3"
+    )  # times that Ray asks a cluster which refuses it, a second each
     with tempfile.TemporaryFile() as unseen:
         kept = os.dup(2)
         os.dup2(unseen.fileno(), 2)  # its core writes there itself
@@ -118,14 +139,30 @@ def shown(seen: Status) -> RenderableType:
     for heading in ("shard", "node", "state", "round", "MiB"):
         shards.add_column(heading, no_wrap=True)
     for shard in seen.shards:
-        cells = [str(shard.index), shard.node, shard.state, _told(shard.round), "" if shard.bytes is None else f"{shard.bytes / 2**20:.1f}"]
+        cells = [
+            str(shard.index),
+            shard.node,
+            shard.state,
+            _told(shard.round),
+            "" if shard.bytes is None else f"{shard.bytes / 2**20:.1f}",
+        ]
         shards.add_row(*cells)
-        standbys.add_row(cells[0], shard.standby or "none yet", "not filled yet" if shard.lag is None else f"{shard.lag} rounds")
+        standbys.add_row(
+            cells[0],
+            shard.standby or "none yet",
+            "not filled yet" if shard.lag is None else f"{shard.lag} rounds",
+        )
     workers = Table("rank", "state", title="workers")
     for rank, state in seen.workers.items():
         workers.add_row(str(rank), state)
     head = f"{seen.name}: step {seen.step}{rate}, lr {seen.lr:g}{skipped}"
-    return Group(head, shards, *([standbys] if seen.replicas else []), workers, f"last checkpoint: {seen.checkpoint or 'none'}")
+    return Group(
+        head,
+        shards,
+        *([standbys] if seen.replicas else []),
+        workers,
+        f"last checkpoint: {seen.checkpoint or 'none'}",
+    )
 
 
 def _looks(running: RunningOptimizer, every: float) -> Iterator[Status]:

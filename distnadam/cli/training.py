@@ -20,7 +20,9 @@ from distnadam.training.plot import plot_loss
 from distnadam.training.task import Task
 
 
-def _labels(context: click.Context, option: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+def _labels(
+    context: click.Context, option: click.Parameter, pairs: tuple[str, ...]
+) -> dict[str, str]:
     """Return KEY=VALUE pairs as a mapping; raise BadParameter naming what is none."""
     for pair in pairs:
         if not all(pair.partition("=")[::2]):
@@ -29,11 +31,38 @@ def _labels(context: click.Context, option: click.Parameter, pairs: tuple[str, .
 
 
 PLACEMENT = [
-    click.option("--shard-cpus", default=0.0, type=click.FloatRange(0), help="CPUs that each shard asks of Ray.  [default: 0]"),
-    click.option("--worker-cpus", default=0.0, type=click.FloatRange(0), help="CPUs that each worker asks of Ray.  [default: 0]"),
-    click.option("--shard-label", multiple=True, callback=_labels, metavar="KEY=VALUE", help="Label of the Ray nodes that shards go to."),
-    click.option("--worker-label", multiple=True, callback=_labels, metavar="KEY=VALUE", help="Label of the Ray nodes that workers go to."),
-    click.option("--start-timeout", type=click.FloatRange(0), metavar="SECONDS", help="Wait so long for nodes.  [default: refuse at once]"),
+    click.option(
+        "--shard-cpus",
+        default=0.0,
+        type=click.FloatRange(0),
+        help="CPUs that each shard asks of Ray.  [default: 0]",
+    ),
+    click.option(
+        "--worker-cpus",
+        default=0.0,
+        type=click.FloatRange(0),
+        help="CPUs that each worker asks of Ray.  [default: 0]",
+    ),
+    click.option(
+        "--shard-label",
+        multiple=True,
+        callback=_labels,
+        metavar="KEY=VALUE",
+        help="Label of the Ray nodes that shards go to.",
+    ),
+    click.option(
+        "--worker-label",
+        multiple=True,
+        callback=_labels,
+        metavar="KEY=VALUE",
+        help="Label of the Ray nodes that workers go to.",
+    ),
+    click.option(
+        "--start-timeout",
+        type=click.FloatRange(0),
+        metavar="SECONDS",
+        help="Wait so long for nodes.  [default: refuse at once]",
+    ),
 ]
 
 
@@ -44,25 +73,82 @@ def placement(command: Any) -> Any:
 
 @main.command()
 @click.argument("task")
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Data-parallel workers.")
-@click.option("--shards", default=2, show_default=True, type=click.IntRange(1), help="Shards of the optimizer.")
-@click.option("--replicas", default=0, show_default=True, type=click.IntRange(0, 1), help="Standbys of each shard.")
-@click.option("--name", help="Name of the optimizer, by which `distnadam status`, `save`, `reshard` and `stop` find it.")
-@click.option("--steps", default=1000, show_default=True, type=click.IntRange(1), help="Steps in all, those before a resume included.")
+@click.option(
+    "--workers", default=2, show_default=True, type=click.IntRange(1), help="Data-parallel workers."
+)
+@click.option(
+    "--shards",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Shards of the optimizer.",
+)
+@click.option(
+    "--replicas",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 1),
+    help="Standbys of each shard.",
+)
+@click.option(
+    "--name",
+    help="Name of the optimizer, by which `distnadam status`, `save`, `reshard` and `stop` find "
+    "it.",
+)
+@click.option(
+    "--steps",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Steps in all, those before a resume included.",
+)
 @click.option("--lr", default=0.002, show_default=True, type=float, help="Learning rate.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the parameters and batches.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Seed of the parameters and batches.",
+)
 @click.option("--local", is_flag=True, help="Run in this process, without Ray.")
-@click.option("--checkpoint-dir", metavar="PATH|URL", help="Where to write, and to resume from.  [default: runs/TASK-TIME/]")
+@click.option(
+    "--checkpoint-dir",
+    metavar="PATH|URL",
+    help="Where to write, and to resume from.  [default: runs/TASK-TIME/]",
+)
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
-@click.option("--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints to keep.")
+@click.option(
+    "--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints to keep."
+)
 @click.option("--evaluate-every", type=click.IntRange(1), help="Steps between evaluations.")
-@click.option("--resume", type=click.Choice(["auto", "must", "never"]), default="auto", show_default=True, help="Whether to resume.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "must", "never"]),
+    default="auto",
+    show_default=True,
+    help="Whether to resume.",
+)
 @placement
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @JSON
-def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet: bool, as_json: bool, **how: Any) -> None:
+def train(
+    task: str,
+    *,
+    workers: int,
+    shards: int,
+    lr: float,
+    local: bool,
+    quiet: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
     """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME."""
-    asked = {"--workers": workers, "--shards": shards, "--lr": lr, **{f"--{key.replace('_', '-')}": value for key, value in how.items()}}
+    asked = {
+        "--workers": workers,
+        "--shards": shards,
+        "--lr": lr,
+        **{f"--{key.replace('_', '-')}": value for key, value in how.items()},
+    }
     name = how.pop("name")
     options = Options(
         shard_cpus=how.pop("shard_cpus"),
@@ -71,7 +157,10 @@ def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet
         worker_label_selector=how.pop("worker_label"),
         start_timeout_s=how.pop("start_timeout"),
     )
-    with errors_told(), contextlib.redirect_stdout(sys.stderr):  # Ray prints there what it has to tell; the answer is the summary
+    with (
+        errors_told(),
+        contextlib.redirect_stdout(sys.stderr),
+    ):  # Ray prints there what it has to tell; the answer is the summary
         history = fit(
             load_task(task),
             num_workers=workers,
@@ -83,7 +172,11 @@ def train(task: str, *, workers: int, shards: int, lr: float, local: bool, quiet
         )
     asked["--checkpoint-dir"] = how["checkpoint_dir"] or history.checkpoint_dir
     summary = _summary(history, _again(task, asked, ["--local"] if local else []))
-    click.echo(json.dumps(summary) if as_json else "\n".join(f"{key.replace('_', ' '):<12} {_told(v)}" for key, v in summary.items() if v))
+    click.echo(
+        json.dumps(summary)
+        if as_json
+        else "\n".join(f"{key.replace('_', ' '):<12} {_told(v)}" for key, v in summary.items() if v)
+    )
 
 
 @main.command()
@@ -107,7 +200,10 @@ def load_task(name: str) -> Task:
     found: Any = getattr(_module(module_name), attribute, None)
     task = found() if isinstance(found, type) else found
     if not isinstance(task, Task):
-        raise click.UsageError(f"{name}: expected a class or object with init, batch, loss_and_gradients and evaluate, got {found!r}")
+        raise click.UsageError(
+            f"{name}: expected a class or object with init, batch, loss_and_gradients and "
+            f"evaluate, got {found!r}"
+        )
     return task
 
 
@@ -120,8 +216,13 @@ def _module(name: str) -> Any:
             raise click.UsageError(f"{path}: there is no such file")
         folder, module = path.parent, path.stem
         if not module.isidentifier() or module in sys.stdlib_module_names:
-            raise click.UsageError(f"{path}: workers import it by its name, and {module!r} cannot be one of yours: rename it")
-    sys.path.insert(0, str(folder))  # so that workers, which get this path too, can import it by its name
+            raise click.UsageError(
+                f"{path}: workers import it by its name, and {module!r} cannot be one of yours: "
+                "rename it"
+            )
+    sys.path.insert(
+        0, str(folder)
+    )  # so that workers, which get this path too, can import it by its name
     try:
         return importlib.import_module(module)
     except Exception as error:
@@ -132,7 +233,11 @@ def _again(task: str, asked: dict[str, Any], flags: list[str]) -> str:
     """Return the command that resumes: all that was asked for."""
     words: list[Any] = ["distnadam", "train", task]
     for option, value in asked.items():
-        values = [f"{key}={label}" for key, label in value.items()] if isinstance(value, dict) else [value]
+        values = (
+            [f"{key}={label}" for key, label in value.items()]
+            if isinstance(value, dict)
+            else [value]
+        )
         nothing = value is None or option == "--resume" or (option.endswith("-cpus") and not value)
         words += [word for one in values if not nothing for word in (option, one)]
     return shlex.join(map(str, [*words, *flags]))

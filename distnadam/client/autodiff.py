@@ -1,4 +1,6 @@
-"""Gradients of a loss, whoever can compute it: the loss itself, JAX, or torch. Each framework is imported only when its loss arrives."""
+"""Gradients of a loss, whoever can compute it: the loss itself, JAX, or torch. Each framework is
+imported only when its loss arrives.
+"""
 
 import sys
 from collections.abc import Callable
@@ -12,11 +14,13 @@ from distnadam.tensors.layout import Layout
 
 
 def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
-    """Return the gradient of `loss` with respect to each tensor of `params`, in the layout's order, unclipped.
+    """Return the gradient of `loss` with respect to each tensor of `params`, in the layout's order,
+    unclipped.
 
     Args:
-        loss: a callable of the parameter tree, on NumPy arrays, that returns ``(loss, gradients)``; or one that returns a scalar alone
-            and that JAX can differentiate; or a torch loss tensor computed from `params`, which are then torch tensors.
+        loss: a callable of the parameter tree, on NumPy arrays, that returns ``(loss, gradients)``;
+            or one that returns a scalar alone and that JAX can differentiate; or a torch loss
+            tensor computed from `params`, which are then torch tensors.
         params: a tree as given to `build`.
         layout: the model's layout, which names the parameters.
 
@@ -38,16 +42,23 @@ def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
             f"{_first(layout)}: cannot compute a gradient of {type(loss).__name__};"
             " expected a callable of the parameters or a torch loss tensor"
         )
-    return [_checked(tensor.path, tensor.shape, leaf) for tensor, leaf in zip(layout.tensors, found, strict=True)]
+    return [
+        _checked(tensor.path, tensor.shape, leaf)
+        for tensor, leaf in zip(layout.tensors, found, strict=True)
+    ]
 
 
 def _checked(path: str, shape: tuple[int, ...], leaf: Any) -> Array:
     if leaf is None:
-        raise GradientError(f"parameter {path!r}: the loss gave no gradient for it (None); does the loss depend on it?")
+        raise GradientError(
+            f"parameter {path!r}: the loss gave no gradient for it (None); does the loss depend on "
+            "it?"
+        )
     array = as_numpy(leaf)
     if array.shape != shape or not is_float(array.dtype):
         raise GradientError(
-            f"parameter {path!r}: expected a floating-point gradient of shape {shape}, got {array.dtype.name} of shape {array.shape}"
+            f"parameter {path!r}: expected a floating-point gradient of shape {shape}, got "
+            f"{array.dtype.name} of shape {array.shape}"
         )
     return array
 
@@ -57,13 +68,21 @@ def _from_torch(loss: Any, leaves: list[Any], layout: Layout) -> list[Any]:
 
     for tensor, leaf in zip(layout.tensors, leaves, strict=True):
         if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
-            raise GradientError(f"parameter {tensor.path!r}: expected a torch tensor that requires a gradient, got {_kind(leaf)}")
+            raise GradientError(
+                f"parameter {tensor.path!r}: expected a torch tensor that requires a gradient, got "
+                f"{_kind(leaf)}"
+            )
     if not loss.requires_grad:
-        raise GradientError(f"{_first(layout)}: the loss is detached, it has no gradient with respect to any parameter")
+        raise GradientError(
+            f"{_first(layout)}: the loss is detached, it has no gradient with respect to any "
+            "parameter"
+        )
     try:
         return list(torch.autograd.grad(loss, leaves, allow_unused=True))
     except RuntimeError as error:
-        raise GradientError(f"{_first(layout)}: torch cannot differentiate the loss: {error}") from error
+        raise GradientError(
+            f"{_first(layout)}: torch cannot differentiate the loss: {error}"
+        ) from error
 
 
 def _from_jax(loss: Callable[[Any], Any], params: Any, layout: Layout) -> list[Any]:
@@ -80,13 +99,23 @@ def _from_jax(loss: Callable[[Any], Any], params: Any, layout: Layout) -> list[A
             tree = jax.grad(loss)(params)
     except Exception as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GradientError(f"{_first(layout)}: JAX cannot differentiate the loss: {told}") from error
+        raise GradientError(
+            f"{_first(layout)}: JAX cannot differentiate the loss: {told}"
+        ) from error
     return [np.asarray(leaf) for leaf in layout.leaves_as_given(tree, what="gradients")]
 
 
 def _first(layout: Layout) -> str:
-    return "parameters " + ", ".join(repr(t.path) for t in layout.tensors[:3]) + (", ..." if len(layout.tensors) > 3 else "")
+    return (
+        "parameters "
+        + ", ".join(repr(t.path) for t in layout.tensors[:3])
+        + (", ..." if len(layout.tensors) > 3 else "")
+    )
 
 
 def _kind(leaf: Any) -> str:
-    return f"one that does not ({type(leaf).__name__})" if hasattr(leaf, "requires_grad") else type(leaf).__name__
+    return (
+        f"one that does not ({type(leaf).__name__})"
+        if hasattr(leaf, "requires_grad")
+        else type(leaf).__name__
+    )

@@ -1,4 +1,5 @@
-"""Saving all shards as one checkpoint of one round: while they are held, or a snapshot that is written behind the training.
+"""Saving all shards as one checkpoint of one round: while they are held, or a snapshot that is
+written behind the training.
 
 No maths, no Ray. One save of an optimizer is in flight at a time: the next one waits for it.
 """
@@ -70,7 +71,9 @@ class SaveHandle:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A snapshot that the shards hold: where it goes, of when it is, and the hold on that directory."""
+    """A snapshot that the shards hold: where it goes, of when it is, and the hold on that
+    directory.
+    """
 
     root: str
     directory: Directory
@@ -107,7 +110,9 @@ class CheckpointWriter:
             log.warning("a background save failed: %s", error)
 
     def save(self, shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> str:
-        """Write a checkpoint of one round under `root` while the shards are held, and return its directory."""
+        """Write a checkpoint of one round under `root` while the shards are held, and return its
+        directory.
+        """
         self.finish()
         with _measured(shards.backend.meter):
             return shards.recovering(lambda: _save(shards, root, about))
@@ -116,14 +121,20 @@ class CheckpointWriter:
         """Have every shard get the memory that snapshots are taken into, while rounds go on."""
         shards.recovering(lambda: shards.ask(_everyone(shards, Reserve())))
 
-    def save_async(self, shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> SaveHandle:
-        """Have every shard take a snapshot of one round, and write the checkpoint while training goes on."""
+    def save_async(
+        self, shards: ShardGroup, root: Directory, about: Mapping[str, Any]
+    ) -> SaveHandle:
+        """Have every shard take a snapshot of one round, and write the checkpoint while training
+        goes on.
+        """
         self.finish()
         with _failures_counted(shards.backend.meter):
             self.reserve(shards)
             taken = shards.recovering(lambda: _snapshot(shards, root))
         saving = self._newest = SaveHandle()
-        threading.Thread(target=_write_behind, args=(shards, taken, about, saving), name="saving").start()
+        threading.Thread(
+            target=_write_behind, args=(shards, taken, about, saving), name="saving"
+        ).start()
         return saving
 
 
@@ -145,7 +156,10 @@ def _snapshot(shards: ShardGroup, root: Directory) -> _Taken:
     with ExitStack() as hold:
         with shards.boundary() as at:
             taken = _begin(shards, root, at.held, hold)
-            saves = {i: Save(at.token, str(taken.directory), name, behind=True) for i, name in taken.names.items()}
+            saves = {
+                i: Save(at.token, str(taken.directory), name, behind=True)
+                for i, name in taken.names.items()
+            }
             try:
                 shards.ask(saves, timeout_s=_IO_TIMEOUT_S)
             except BaseException:
@@ -163,7 +177,9 @@ def _begin(shards: ShardGroup, root: Directory, held: Paused, hold: ExitStack) -
     return _Taken(str(root), directory, save_id, names, held, shards.backend.changes(), hold)
 
 
-def _write_behind(shards: ShardGroup, taken: _Taken, about: Mapping[str, Any], saving: SaveHandle) -> None:
+def _write_behind(
+    shards: ShardGroup, taken: _Taken, about: Mapping[str, Any], saving: SaveHandle
+) -> None:
     try:
         try:
             with _measured(shards.backend.meter):
@@ -176,10 +192,20 @@ def _write_behind(shards: ShardGroup, taken: _Taken, about: Mapping[str, Any], s
     except CheckpointError as error:
         saving.fail(error)
     except ShardLost as error:
-        told = f"{taken.directory}: a shard died before its file was written; earlier checkpoints stay, save again: {error}"
+        told = (
+            f"{taken.directory}: a shard died before its file was written; earlier "
+            f"checkpoints stay, save again: {error}"
+        )
         saving.fail(_caused(CheckpointError(told), error))
     except DistNadamError as error:
-        saving.fail(_caused(CheckpointError(f"{taken.directory}: could not be written behind the training: {error}"), error))
+        saving.fail(
+            _caused(
+                CheckpointError(
+                    f"{taken.directory}: could not be written behind the training: {error}"
+                ),
+                error,
+            )
+        )
     except BaseException as error:
         log.exception("saving %s", taken.directory)
         saving.fail(error)
@@ -223,7 +249,9 @@ def _everyone(shards: ShardGroup, message: Message) -> dict[int, Message]:
     return dict.fromkeys(range(len(shards.ranges)), message)
 
 
-def _manifest(shards: ShardGroup, taken: _Taken, records: Mapping[int, FileRecord], about: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    shards: ShardGroup, taken: _Taken, records: Mapping[int, FileRecord], about: Mapping[str, Any]
+) -> Manifest:
     held = taken.held
     return Manifest(
         save_id=taken.save_id,

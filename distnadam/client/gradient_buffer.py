@@ -1,4 +1,6 @@
-"""A worker's gradient slot: flat memory that gradients are copied or written into, and judged finite. No shards, no Ray."""
+"""A worker's gradient slot: flat memory that gradients are copied or written into, and judged
+finite. No shards, no Ray.
+"""
 
 import math
 from collections.abc import Mapping
@@ -17,8 +19,9 @@ BLOCK = 65536
 class GradientBuffer:
     """One rank's gradients, reused at every step.
 
-    Each space lies in its own dtype, or, where all its gradients come in one half precision, in that, from the beginning of the same
-    memory: half the bytes, and the same bits, since widening is exact.
+    Each space lies in its own dtype, or, where all its gradients come in one half precision, in
+    that, from the beginning of the same memory: half the bytes, and the same bits, since widening
+    is exact.
 
     Args:
         layout: the model's layout.
@@ -33,13 +36,16 @@ class GradientBuffer:
         self._cut: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._given: set[int] = set()
         self._lent: dict[str, str] | None = None
-        self._narrow = [i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end]
+        self._narrow = [
+            i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end
+        ]
         self._complaint: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
         self._select({})
 
     def fill(self, gradients: Any) -> str | None:
-        """Copy a tree of gradients in; return a complaint naming the first tensor that is not usable, or None.
+        """Copy a tree of gradients in; return a complaint naming the first tensor that is not
+        usable, or None.
 
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's.
@@ -62,13 +68,18 @@ class GradientBuffer:
         return self._complaint
 
     def put(self, path: str, gradient: Any) -> None:
-        """Copy one tensor's gradient in, as the backward pass yields it; `finish` tells whether all are there.
+        """Copy one tensor's gradient in, as the backward pass yields it; `finish` tells whether all
+        are there.
 
         Raises:
-            StructureError: the model has no such tensor, it came twice, or its shape or dtype is not the model's.
+            StructureError: the model has no such tensor, it came twice, or its shape or dtype is
+                not the model's.
         """
         if path not in self._index:
-            raise StructureError(f"{self._who}: {path!r} is not a tensor of the model; expected one of {list(self._index)[:8]}")
+            raise StructureError(
+                f"{self._who}: {path!r} is not a tensor of the model; expected one of "
+                f"{list(self._index)[:8]}"
+            )
         index, tensor = self._index[path], self._layout.tensors[self._index[path]]
         if index in self._given:
             raise StructureError(f"{self._who}: {path!r} was pushed already for this round")
@@ -79,28 +90,43 @@ class GradientBuffer:
         self._given.add(index)
 
     def views(self, dtype: str | None) -> Any:
-        """Return the slot itself as a tree of writable views, in the spaces' own dtypes or, for float32, in half precision."""
+        """Return the slot itself as a tree of writable views, in the spaces' own dtypes or, for
+        float32, in half precision.
+        """
         if dtype is not None and dtype not in (*HALF, "float32"):
-            raise ConfigError(f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+            raise ConfigError(
+                f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}"
+            )
         self._lent = {"float32": dtype} if dtype in HALF else {}
         self._select(self._lent)
         return self._layout.unflatten(self._views)
 
     def finish(self) -> str | None:
-        """Judge what was put, or written into the views; return a complaint naming the first tensor that is not usable, or None.
+        """Judge what was put, or written into the views; return a complaint naming the first tensor
+        that is not usable, or None.
 
         Raises:
             StructureError: some tensors were put and others not.
             LifecycleError: nothing was put, and nobody has the views.
         """
         if self._given:
-            missing = [tensor.path for index, tensor in enumerate(self._layout.tensors) if index not in self._given]
+            missing = [
+                tensor.path
+                for index, tensor in enumerate(self._layout.tensors)
+                if index not in self._given
+            ]
             if missing:
-                raise StructureError(f"{self._who}: gradients: {missing[0]!r} was not pushed for this round ({len(missing)} missing)")
+                raise StructureError(
+                    f"{self._who}: gradients: {missing[0]!r} was not pushed for this round "
+                    f"({len(missing)} missing)"
+                )
             self._given.clear()
             return self._complaint
         if self._lent is None:
-            raise LifecycleError(f"{self._who}: give gradients, or write them into the views of gradients(), or push_tensor each")
+            raise LifecycleError(
+                f"{self._who}: give gradients, or write them into the views of gradients(), or "
+                "push_tensor each"
+            )
         self._begin(self._lent)
         for space, values in self.flat.items():
             self._judge(space, 0, values.size)
@@ -121,26 +147,39 @@ class GradientBuffer:
         """Read the memory in these dtypes from now on."""
         key = tuple(halves.get(space, space) for space in self._memory)
         if key not in self._forms:
-            flat = {s: m.view(dtype_of(name))[: m.size] for (s, m), name in zip(self._memory.items(), key, strict=True)}
+            flat = {
+                s: m.view(dtype_of(name))[: m.size]
+                for (s, m), name in zip(self._memory.items(), key, strict=True)
+            }
             self._forms[key] = flat, self._layout.views(flat)
         self.flat, self._views = self._forms[key]
 
     def _common_half(self, leaves: list[Array]) -> dict[str, str]:
-        """Return the half precision in which all gradients of the float32 space came, if they did."""
+        """Return the half precision in which all gradients of the float32 space came, if they
+        did.
+        """
         dtypes = {leaves[index].dtype for index in self._narrow}
-        return {"float32": name} if len(dtypes) == 1 and (name := name_of(dtypes.pop())) in HALF else {}
+        return (
+            {"float32": name}
+            if len(dtypes) == 1 and (name := name_of(dtypes.pop())) in HALF
+            else {}
+        )
 
     def _copy(self, tensor: TensorSpec, leaf: Array) -> None:
         """Copy a tensor and judge it, block by block where it is contiguous."""
         source, target = leaf.reshape(-1), self.flat[tensor.space][tensor.begin : tensor.end]
         for begin in range(0, source.size, BLOCK):
             _cast(target[begin : begin + BLOCK], source[begin : begin + BLOCK])
-            self._judge(tensor.space, tensor.begin + begin, min(tensor.begin + begin + BLOCK, tensor.end))
+            self._judge(
+                tensor.space, tensor.begin + begin, min(tensor.begin + begin + BLOCK, tensor.end)
+            )
 
     def _judge(self, space: str, begin: int, end: int) -> None:
-        """Complain of the first element of [begin, end) that is not finite or whose square overflows.
+        """Complain of the first element of [begin, end) that is not finite or whose square
+        overflows.
 
-        A block's dot product with itself is finite only if every element and square is; only a block that fails it is looked through.
+        A block's dot product with itself is finite only if every element and square is; only a
+        block that fails it is looked through.
         """
         if self._complaint is not None or not self._check:
             return
@@ -155,10 +194,15 @@ class GradientBuffer:
                         return
 
     def _told(self, space: str, offset: int) -> str:
-        tensor = next(t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end)
+        tensor = next(
+            t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end
+        )
         where = tuple(int(i) for i in np.unravel_index(offset - tensor.begin, tensor.shape))
         value = self.flat[space][offset]
-        return f"{self._who}: gradient {tensor.path!r} is not finite, or its square overflows, at index {where}: {value!r}"
+        return (
+            f"{self._who}: gradient {tensor.path!r} is not finite, or its square overflows, "
+            f"at index {where}: {value!r}"
+        )
 
 
 def _cast(target: Array, source: Array) -> None:

@@ -1,4 +1,6 @@
-"""The parameters as a worker sees them: read-only trees over flat arrays, its own or shared. No shards, no Ray."""
+"""The parameters as a worker sees them: read-only trees over flat arrays, its own or shared. No
+shards, no Ray.
+"""
 
 from typing import Any
 
@@ -18,7 +20,11 @@ class ParameterView:
         for view in self._views:
             view.flags.writeable = False
         kept = enumerate(zip(layout.tensors, self._views, strict=True))
-        self._casts = [(index, dtype_of(tensor.dtype)) for index, (tensor, view) in kept if view.dtype.name != tensor.dtype]
+        self._casts = [
+            (index, dtype_of(tensor.dtype))
+            for index, (tensor, view) in kept
+            if view.dtype.name != tensor.dtype
+        ]
         self._scalars = [index for index, tensor in enumerate(layout.tensors) if tensor.shape == ()]
 
     def fill(self, ranges: Ranges, values: Flat) -> None:
@@ -27,7 +33,9 @@ class ParameterView:
             np.copyto(self.flat[space][begin:end], values[space])
 
     def tree(self) -> Any:
-        """Return the tree: views where a tensor is kept in its own dtype, casts where not, NumPy scalars for shape ()."""
+        """Return the tree: views where a tensor is kept in its own dtype, casts where not, NumPy
+        scalars for shape ().
+        """
         leaves: list[Any] = list(self._views)
         for index, dtype in self._casts:
             leaves[index] = leaves[index].astype(dtype)

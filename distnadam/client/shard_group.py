@@ -1,6 +1,8 @@
-"""Acting on all shards as one optimizer: hold them at one round, then read, write, step or restore. No maths, no Ray.
+"""Acting on all shards as one optimizer: hold them at one round, then read, write, step or restore.
+No maths, no Ray.
 
-Shard 0 is held first and the others after it, so that two who act at once queue there and never wait for each other in a ring.
+Shard 0 is held first and the others after it, so that two who act at once queue there and never
+wait for each other in a ring.
 """
 
 import time
@@ -15,7 +17,16 @@ from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory, parent_of
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, Reconfigured, Rewound, ShardLost, ShardUnavailable, StepTimeout
+from distnadam.errors import (
+    DistNadamError,
+    IllegalMessage,
+    PushesPending,
+    Reconfigured,
+    Rewound,
+    ShardLost,
+    ShardUnavailable,
+    StepTimeout,
+)
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
@@ -56,40 +67,67 @@ class Boundary:
 
 @dataclass
 class _Direct:
-    """A step from outside, which is one step however often it is sent: its incarnation and round, and its norms once they are known."""
+    """A step from outside, which is one step however often it is sent: its incarnation and round,
+    and its norms once they are known.
+    """
 
     incarnation: int = 0
     round: int = 0
     square_sums: Any = None
 
     def taken(self, held: Paused) -> bool:
-        """Whether a shard that stands there has taken it: what others lack of it then comes from here, and from nobody else."""
+        """Whether a shard that stands there has taken it: what others lack of it then comes from
+        here, and from nobody else.
+        """
         return Ledger.from_dict(held.ledger).counted(DIRECT, self.incarnation, self.round)
 
     def prepare(self, held: Paused) -> None:
-        """Choose the round at the first boundary; at a later one it is still this one, unless workers have had it meanwhile."""
+        """Choose the round at the first boundary; at a later one it is still this one, unless
+        workers have had it meanwhile.
+        """
         if self.round == 0 or (self.round <= held.round and not self.taken(held)):
             if held.pending:
                 ranks = ", ".join(map(str, held.pending))
-                raise PushesPending(f"ranks {ranks} have pushed for round {held.round + 1}: their round must end first")
-            self.incarnation, self.round = dict(held.ledger["newest"]).get(DIRECT, 0) + 1, held.round + 1
+                raise PushesPending(
+                    f"ranks {ranks} have pushed for round {held.round + 1}: their round must end "
+                    "first"
+                )
+            self.incarnation, self.round = (
+                dict(held.ledger["newest"]).get(DIRECT, 0) + 1,
+                held.round + 1,
+            )
             self.square_sums = None  # those of the round that it missed
 
     def step(self, token: str, gradients: Flat, rejection: str | None) -> Step:
-        return Step(token, self.incarnation, self.round, None if rejection else gradients, rejection)
+        return Step(
+            token, self.incarnation, self.round, None if rejection else gradients, rejection
+        )
 
 
 class ShardGroup:
     """The shards of one running optimizer, addressed as one. Picklable where its backend is."""
 
-    def __init__(self, backend: Backend, layout: Layout, num_shards: int, options: Options, rewound: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        layout: Layout,
+        num_shards: int,
+        options: Options,
+        rewound: int | None = None,
+    ) -> None:
         self.backend, self.layout, self.options = backend, layout, options
         self._rewound = rewound
         self._cuts = {num_shards: layout.cuts(num_shards)}
         self._buffer: GradientBuffer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardGroup, (self.backend, self.layout, len(self.ranges), self.options, self._rewound)
+        return ShardGroup, (
+            self.backend,
+            self.layout,
+            len(self.ranges),
+            self.options,
+            self._rewound,
+        )
 
     @property
     def ranges(self) -> list[Ranges]:
@@ -110,7 +148,9 @@ class ShardGroup:
         return [answers[index] for index in sorted(answers)]
 
     def who_is_late(self, decided: int) -> str:
-        """Say, for an error, which shards do not answer, and which ranks have not pushed for the round after `decided`."""
+        """Say, for an error, which shards do not answer, and which ranks have not pushed for the
+        round after `decided`.
+        """
         asked = {shard: self.backend.post({shard: Describe()}) for shard in range(len(self.ranges))}
         deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
         for shard, pending in asked.items():
@@ -129,18 +169,27 @@ class ShardGroup:
     def load(self, params: Flat) -> None:
         """Give newly made shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
-        self._begin({index: Load(1, params=cut) for index, cut in enumerate(cuts)}, self.options.step_timeout_s)
+        self._begin(
+            {index: Load(1, params=cut) for index, cut in enumerate(cuts)},
+            self.options.step_timeout_s,
+        )
         self.backend.began(initial=params, directory=None)
 
     def restore(self, directory: Directory, manifest: Manifest) -> None:
-        """Load a checkpoint into newly made shards, each reading its own ranges, every byte of every file verified by someone."""
+        """Load a checkpoint into newly made shards, each reading its own ranges, every byte of
+        every file verified by someone.
+        """
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
-        messages = {index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)}
+        messages = {
+            index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)
+        }
         self._begin(messages, _IO_TIMEOUT_S)
         self.backend.began(initial=None, directory=parent_of(directory))
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
-        """Have newly made shards load; where a call was lost, it is made again, and a shard that has loaded says so."""
+        """Have newly made shards load; where a call was lost, it is made again, and a shard that
+        has loaded says so.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -154,7 +203,9 @@ class ShardGroup:
 
     @contextmanager
     def boundary(self, step: _Direct | None = None) -> Iterator[Boundary]:
-        """Hold all shards between two rounds, the same two everywhere, but for those that lack a step which the caller gives them again."""
+        """Hold all shards between two rounds, the same two everywhere, but for those that lack a
+        step which the caller gives them again.
+        """
         token = self.backend.token()
         try:
             held = self.ask({0: Pause(token)})
@@ -166,24 +217,43 @@ class ShardGroup:
             self.ask({index: CatchUp(token, newest.round) for index in late})
             self._check_rewound(newest, max(h.rewound for h in held.values()))
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
-            yield Boundary(token, Paused(newest.epoch, newest.round, newest.clock, newest.skipped, tuple(sorted(pending)), newest.ledger))
+            yield Boundary(
+                token,
+                Paused(
+                    newest.epoch,
+                    newest.round,
+                    newest.clock,
+                    newest.skipped,
+                    tuple(sorted(pending)),
+                    newest.ledger,
+                ),
+            )
         finally:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
                 self.backend.post({index: Resume(token) for index in range(len(self.ranges))})
 
     def knows_rewound(self, rewound: int) -> None:
-        """Take that the user of this handle, or of a worker made of it, was told that the shards went back in that epoch."""
+        """Take that the user of this handle, or of a worker made of it, was told that the shards
+        went back in that epoch.
+        """
         self._rewound = max(self._rewound or 0, rewound)
 
     def _check_rewound(self, held: Paused, rewound: int) -> None:
-        """Tell each handle once that the shards went back since it last looked, so that nobody takes an earlier step for a later one."""
+        """Tell each handle once that the shards went back since it last looked, so that nobody
+        takes an earlier step for a later one.
+        """
         known, self._rewound = self._rewound, rewound
         if known is not None and rewound > known:
-            told = f"all shards went back after a death, to round {held.round}: what came after is to be computed again"
+            told = (
+                f"all shards went back after a death, to round {held.round}: what came "
+                "after is to be computed again"
+            )
             raise Rewound(told, held.epoch, held.round)
 
     def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
-        """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one round, copied."""
+        """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one
+        round, copied.
+        """
         return self.recovering(lambda: self._read(what))
 
     def _read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
@@ -196,13 +266,23 @@ class ShardGroup:
             return at.held.clock, whole
 
     def fill(self, state: Mapping[str, Flat], clock: Clock | None = None) -> None:
-        """Replace whole arrays by name, and the clock where given, on every shard, between two rounds."""
+        """Replace whole arrays by name, and the clock where given, on every shard, between two
+        rounds.
+        """
 
         def write() -> None:
             with self.boundary() as at:
                 self.backend.changing(f"the state was replaced after round {at.held.round}")
-                cuts = ({name: cut_flat(flat, ranges) for name, flat in state.items()} for ranges in self.ranges)
-                self.ask({index: Write(at.token, cut, clock, at.held.epoch + 1) for index, cut in enumerate(cuts)})
+                cuts = (
+                    {name: cut_flat(flat, ranges) for name, flat in state.items()}
+                    for ranges in self.ranges
+                )
+                self.ask(
+                    {
+                        index: Write(at.token, cut, clock, at.held.epoch + 1)
+                        for index, cut in enumerate(cuts)
+                    }
+                )
 
         self.recovering(write)
 
@@ -229,19 +309,31 @@ class ShardGroup:
             with self.boundary(mine) as at:
                 mine.prepare(at.held)
                 rejection, parts = self._fill(gradients)
-                answers = self.ask({i: mine.step(at.token, part, rejection) for i, part in enumerate(parts)})
-                measured = {i: answer.sums for i, answer in sorted(answers.items()) if isinstance(answer, PartialNorms)}
+                answers = self.ask(
+                    {i: mine.step(at.token, part, rejection) for i, part in enumerate(parts)}
+                )
+                measured = {
+                    i: answer.sums
+                    for i, answer in sorted(answers.items())
+                    if isinstance(answer, PartialNorms)
+                }
                 if len(measured) == len(answers):
-                    mine.square_sums = tensor_square_sums(len(self.layout.tensors), list(measured.values()))
+                    mine.square_sums = tensor_square_sums(
+                        len(self.layout.tensors), list(measured.values())
+                    )
                 if measured:
-                    answers |= self.ask({i: StepNorms(at.token, mine.square_sums) for i in measured})
+                    answers |= self.ask(
+                        {i: StepNorms(at.token, mine.square_sums) for i in measured}
+                    )
                 decided: RoundResult = answers[0]
                 return decided
 
         return self.recovering(once)
 
     def reshard(self, num_shards: int) -> None:
-        """Cut the state anew into so many shards between two rounds; whoever waits for a round goes on with the new ones."""
+        """Cut the state anew into so many shards between two rounds; whoever waits for a round goes
+        on with the new ones.
+        """
         if num_shards != self.backend.num_shards:
             self.recovering(lambda: self.backend.reshard(num_shards, self.layout.cuts(num_shards)))
 
@@ -249,14 +341,18 @@ class ShardGroup:
         """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
         if self._buffer is None:
             memory = empty_flat(self.layout.sizes)
-            self._buffer = GradientBuffer(self.layout, "apply_gradients", memory, check=self.options.check_gradients)
+            self._buffer = GradientBuffer(
+                self.layout, "apply_gradients", memory, check=self.options.check_gradients
+            )
         return self._buffer.fill(gradients), self._buffer.parts(self.ranges)
 
     def _everyone(self, message: Message) -> dict[int, Message]:
         return dict.fromkeys(range(len(self.ranges)), message)
 
     def recovering(self, work: Callable[[], _T]) -> _T:
-        """Do what may be done again from its beginning, as often as shards die, or go back under it, meanwhile."""
+        """Do what may be done again from its beginning, as often as shards die, or go back under
+        it, meanwhile.
+        """
         while True:
             version = self.backend.version
             try:
@@ -272,8 +368,12 @@ class ShardGroup:
                 if not self.backend.wait_if_moved(version):
                     raise
 
-    def ask(self, messages: Mapping[int, Message | Order], timeout_s: float | None = None) -> dict[int, Any]:
-        """Send each shard its message and return the answers; raise StepTimeout naming who should have given them."""
+    def ask(
+        self, messages: Mapping[int, Message | Order], timeout_s: float | None = None
+    ) -> dict[int, Any]:
+        """Send each shard its message and return the answers; raise StepTimeout naming who should
+        have given them.
+        """
         if not messages:
             return {}
         timeout_s = self.options.step_timeout_s if timeout_s is None else timeout_s
@@ -281,4 +381,6 @@ class ShardGroup:
             return self.backend.post(messages).result(timeout_s)
         except TimeoutError as error:
             kind = type(next(iter(messages.values()))).__name__
-            raise StepTimeout(f"shards {sorted(messages)} did not all answer {kind} in {timeout_s:g} s") from error
+            raise StepTimeout(
+                f"shards {sorted(messages)} did not all answer {kind} in {timeout_s:g} s"
+            ) from error

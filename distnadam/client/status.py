@@ -1,4 +1,6 @@
-"""What a running optimizer does, as somebody sees it who is no part of it. Every shard is asked, none waited for long. No Ray here."""
+"""What a running optimizer does, as somebody sees it who is no part of it. Every shard is asked,
+none waited for long. No Ray here.
+"""
 
 import time
 from collections.abc import Mapping
@@ -20,7 +22,9 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """One shard: `standby` is the node of its standby, `lag` how many rounds that is behind it, None where none follows it yet."""
+    """One shard: `standby` is the node of its standby, `lag` how many rounds that is behind it,
+    None where none follows it yet.
+    """
 
     index: int
     node: str
@@ -50,17 +54,23 @@ class Status:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         told = asdict(self)
-        return {key: told[key] for key in told if key != "at"} | {"workers": [{"rank": r, "state": s} for r, s in self.workers.items()]}
+        return {key: told[key] for key in told if key != "at"} | {
+            "workers": [{"rank": r, "state": s} for r, s in self.workers.items()]
+        }
 
 
 class RunningOptimizer:
-    """A named optimizer that runs on the Ray cluster of this process, or of RAY_ADDRESS; raise NotRunning where there is none."""
+    """A named optimizer that runs on the Ray cluster of this process, or of RAY_ADDRESS; raise
+    NotRunning where there is none.
+    """
 
     def __init__(self, name: str) -> None:
         self._backend, self._spec = connect(name)
 
     def look(self, earlier: Status | None = None) -> Status:
-        """Look at it; with an earlier look, also at how many steps a second it has made since; raise NotRunning where no shard answers."""
+        """Look at it; with an earlier look, also at how many steps a second it has made since;
+        raise NotRunning where no shard answers.
+        """
         told, shards = self._ask()
         spec, first, now = self._spec, min(told, key=lambda seen: seen.round), time.monotonic()
         return Status(
@@ -69,7 +79,9 @@ class RunningOptimizer:
             round=first.round,
             skipped=first.skipped,
             lr=rate_at(first.lr, first.iterations),
-            steps_per_s=None if earlier is None else (first.iterations - earlier.step) / (now - earlier.at),
+            steps_per_s=None
+            if earlier is None
+            else (first.iterations - earlier.step) / (now - earlier.at),
             shards=tuple(shards),
             workers={rank: _worker(rank, first) for rank in range(spec.num_workers)},
             replicas=spec.replicas,
@@ -78,21 +90,29 @@ class RunningOptimizer:
         )
 
     def checkpoint_dir(self) -> str | None:
-        """Return the directory that it saves to: the one that was set, else that of the last save or restore."""
+        """Return the directory that it saves to: the one that was set, else that of the last save
+        or restore.
+        """
         return self._saves_to(self._ask()[0])
 
     def _saves_to(self, told: list[Description]) -> str | None:
-        return self._spec.options.checkpoint_dir or next((seen.saved for seen in told if seen.saved is not None), None)
+        return self._spec.options.checkpoint_dir or next(
+            (seen.saved for seen in told if seen.saved is not None), None
+        )
 
     def _ask(self) -> tuple[list[Description], list[ShardStatus]]:
         backend, told, shards = self._backend, list[Description](), list[ShardStatus]()
         backend.refresh()
-        asked = {index: backend.post({index: Describe(spec=True)}) for index in range(backend.num_shards)}
+        asked = {
+            index: backend.post({index: Describe(spec=True)}) for index in range(backend.num_shards)
+        }
         standbys = backend.standbys() if self._spec.replicas else {}
         deadline = time.monotonic() + ANSWER_S
         for index, host in enumerate(backend.hosts()):
             try:
-                seen: Description = asked[index].result(max(0.1, deadline - time.monotonic()))[index]
+                seen: Description = asked[index].result(max(0.1, deadline - time.monotonic()))[
+                    index
+                ]
             except TimeoutError:
                 shards.append(ShardStatus(index, host, "silent", standby=standbys.get(index)))
             except ShardLost:
@@ -101,7 +121,9 @@ class RunningOptimizer:
                 told.append(seen)
                 size = state_bytes(seen.spec.ranges) if seen.spec is not None else None
                 lag = None if seen.replicated is None else seen.round - seen.replicated
-                shards.append(ShardStatus(index, host, seen.phase, seen.round, size, standbys.get(index), lag))
+                shards.append(
+                    ShardStatus(index, host, seen.phase, seen.round, size, standbys.get(index), lag)
+                )
         if not told:
             raise NotRunning(f"no shard of {self._spec.name!r} answers")
         return told, shards

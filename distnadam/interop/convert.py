@@ -1,4 +1,6 @@
-"""A checkpoint to another framework's file and back: picks the module, and settles what was found before anything appears."""
+"""A checkpoint to another framework's file and back: picks the module, and settles what was found
+before anything appears.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -53,11 +55,15 @@ def export_checkpoint(
     """Write a checkpoint's state as a file of another framework, whole or not at all.
 
     Args:
-        checkpoint: one checkpoint, or a directory of them, of which the newest valid one; a path or an fsspec URL.
+        checkpoint: one checkpoint, or a directory of them, of which the newest valid one; a path or
+            an fsspec URL.
         output: the file to write; one that is there is replaced.
-        to: "keras" (the reference's and tf_keras legacy's list of weights), "keras3", "torch", "optax", "safetensors" or "numpy".
-        slots: False writes the parameters alone, each in its own dtype (safetensors and numpy only).
-        order: the tensors' paths in the order of the other optimizer's variables (keras, keras3 and torch match by position).
+        to: "keras" (the reference's and tf_keras legacy's list of weights), "keras3", "torch",
+            "optax", "safetensors" or "numpy".
+        slots: False writes the parameters alone, each in its own dtype (safetensors and numpy
+            only).
+        order: the tensors' paths in the order of the other optimizer's variables (keras, keras3 and
+            torch match by position).
         lossy: write it even where the other formula would train on differently.
 
     Returns:
@@ -70,7 +76,9 @@ def export_checkpoint(
     if to not in _WRITERS:
         raise ConfigError(f"to must be one of {', '.join(map(repr, FORMATS))}, got {to!r}")
     if not slots and to not in _OWN:
-        raise ConfigError(f"slots=False writes parameters alone, which is for {' and '.join(_OWN)}, got to={to!r}")
+        raise ConfigError(
+            f"slots=False writes parameters alone, which is for {' and '.join(_OWN)}, got to={to!r}"
+        )
     job = Conversion(Path(output).absolute(), order=order, slots=slots, lossy=lossy)
     _WRITERS[to](load_checkpoint(checkpoint), job)
     return Converted(str(job.path), job.told)
@@ -85,25 +93,34 @@ def import_checkpoint(
     order: Sequence[str] | None = None,
     lossy: bool = False,
 ) -> Converted:
-    """Write another framework's file as a checkpoint that `verify` accepts and `DistNadam.restore` continues from.
+    """Write another framework's file as a checkpoint that `verify` accepts and `DistNadam.restore`
+    continues from.
 
     Args:
-        source: a file as `export_checkpoint` writes it, or one's own of that layout (each module of `distnadam.interop` says which).
-        directory: where ``step_<iterations>/`` is made, which must not be there yet; a path or an fsspec URL.
+        source: a file as `export_checkpoint` writes it, or one's own of that layout (each module of
+            `distnadam.interop` says which).
+        directory: where ``step_<iterations>/`` is made, which must not be there yet; a path or an
+            fsspec URL.
         source_format: what the file is.
-        config: hyper-parameters that the file lacks, or that replace its own, in our spelling or the framework's.
-        order: the tensors' paths in the order of the other optimizer's variables, where the file does not say it.
+        config: hyper-parameters that the file lacks, or that replace its own, in our spelling or
+            the framework's.
+        order: the tensors' paths in the order of the other optimizer's variables, where the file
+            does not say it.
         lossy: import it even where ours would train on differently (weight decay).
 
     Returns:
         The checkpoint's directory, and what is worth knowing.
 
     Raises:
-        CheckpointError: naming the file, the tensor, the expected and the given; or the directory holds that step already.
-        ConversionError: naming each difference, such as weight decay or steps that differ between tensors; nothing was written.
+        CheckpointError: naming the file, the tensor, the expected and the given; or the directory
+            holds that step already.
+        ConversionError: naming each difference, such as weight decay or steps that differ between
+            tensors; nothing was written.
     """
     if source_format not in _READERS:
-        raise ConfigError(f"source_format must be one of {', '.join(map(repr, FORMATS))}, got {source_format!r}")
+        raise ConfigError(
+            f"source_format must be one of {', '.join(map(repr, FORMATS))}, got {source_format!r}"
+        )
     job = Conversion(Path(source).absolute(), order=order, config=config or {}, lossy=lossy)
     if not job.path.is_file():
         raise CheckpointError(f"{job.path}: there is no such file")

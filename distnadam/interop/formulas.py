@@ -1,7 +1,9 @@
-"""Where the formulas that share the name "Nadam" agree with ours, and the words for where they do not. Pure.
+"""Where the formulas that share the name "Nadam" agree with ours, and the words for where they do
+not. Pure.
 
-Every one is ``m += (g - m)(1 - beta_1); v += (g*g - v)(1 - beta_2)`` and a step along ``c_g*g + c_m*m`` over ``sqrt(v_hat) + epsilon``;
-they differ in the momentum coefficient ``mu_t = beta_1 * (1 - 0.5 * 0.96 ** (t * schedule_decay))``:
+Every one is ``m += (g - m)(1 - beta_1); v += (g*g - v)(1 - beta_2)`` and a step along ``c_g*g +
+c_m*m`` over ``sqrt(v_hat) + epsilon``; they differ in the momentum coefficient ``mu_t = beta_1 * (1
+- 0.5 * 0.96 ** (t * schedule_decay))``:
 
     reference, tf_keras legacy      schedule_decay as given (0.004)
     torch.optim.NAdam               the same, called momentum_decay
@@ -22,9 +24,13 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.reproducible_math import power_of_step
 
 NO_SCHEDULE = 1000.0
-"""A schedule_decay with which mu_t is beta_1 to the bit from the first step on, as 0.96 ** 1000 is less than 2 ** -58."""
+"""A schedule_decay with which mu_t is beta_1 to the bit from the first step on, as 0.96 ** 1000 is
+less than 2 ** -58.
+"""
 _ROUNDING = 2.0**-25
-"""Half a unit in the last place of a float32 near 1: what differs by less is the same formula in float32."""
+"""Half a unit in the last place of a float32 near 1: what differs by less is the same formula in
+float32.
+"""
 
 
 @dataclass
@@ -33,7 +39,8 @@ class Conversion:
 
     Args:
         path: the other framework's file.
-        order: the tensors' paths in the order in which the other framework lists its variables; None: as the file or the layout has them.
+        order: the tensors' paths in the order in which the other framework lists its variables;
+            None: as the file or the layout has them.
         config: hyper-parameters that an import takes instead of, or beside, those of the file.
         slots: whether an export has the slots beside the parameters.
         lossy: go on where there are differences.
@@ -50,10 +57,13 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Raise ConversionError naming the differences where they are not allowed; nothing may be written before."""
+        """Raise ConversionError naming the differences where they are not allowed; nothing may be
+        written before.
+        """
         if self.differences and not self.lossy:
             raise ConversionError(
-                f"{self.path}: {'; '.join(self.differences)}. With lossy=True (--lossy) it converts all the same, and trains on differently"
+                f"{self.path}: {'; '.join(self.differences)}. With lossy=True (--lossy) it "
+                "converts all the same, and trains on differently"
             )
 
     @property
@@ -68,13 +78,17 @@ def momentum(config: NadamConfig, t: int, schedule_decay: float) -> float:
 
 
 def same_momentum(state: OptimizerState, theirs: float) -> bool:
-    """Whether a schedule of decay `theirs` gives our coefficients, to float32 rounding, at every step from the next one on."""
+    """Whether a schedule of decay `theirs` gives our coefficients, to float32 rounding, at every
+    step from the next one on.
+    """
     ours, t = state.config.schedule_decay, state.clock.iterations + 1
     return ours == theirs or 0.5 * max(_power(ours, t), _power(theirs, t)) <= _ROUNDING
 
 
 def unscheduled(config: NadamConfig, iterations: int) -> Clock:
-    """Return the clock of an optimizer without a momentum schedule: its product of coefficients is beta_1 ** t."""
+    """Return the clock of an optimizer without a momentum schedule: its product of coefficients is
+    beta_1 ** t.
+    """
     return Clock(iterations, power_of_step(config.beta_1, 1.0, iterations))
 
 
@@ -84,33 +98,49 @@ def find_momentum(job: Conversion, state: OptimizerState, theirs: float, what: s
         t = state.clock.iterations + 1
         ours = state.config.schedule_decay
         job.differences.append(
-            f"momentum schedule: schedule_decay is {ours:g} here, and {what}; the coefficient of step {t} is"
-            f" {momentum(state.config, t, ours):.6g} here and {momentum(state.config, t, theirs):.6g} there"
+            f"momentum schedule: schedule_decay is {ours:g} here, and {what}; the coefficient of "
+            f"step {t} is"
+            f" {momentum(state.config, t, ours):.6g} here and "
+            f"{momentum(state.config, t, theirs):.6g} there"
         )
 
 
 def find_product(job: Conversion, state: OptimizerState, what: str) -> None:
-    """Note the difference where the product of the coefficients so far is not the beta_1 ** t that `what` computes for itself."""
+    """Note the difference where the product of the coefficients so far is not the beta_1 ** t that
+    `what` computes for itself.
+    """
     theirs = unscheduled(state.config, state.clock.iterations).m_schedule
     if abs(state.clock.m_schedule - theirs) > _ROUNDING:
         job.differences.append(
-            f"product of the momentum coefficients: {state.clock.m_schedule:.6g} here after {state.clock.iterations} steps, and {what}"
+            f"product of the momentum coefficients: {state.clock.m_schedule:.6g} here after "
+            f"{state.clock.iterations} steps, and {what}"
             f" takes beta_1 ** step, {theirs:.6g}"
         )
 
 
-def find_outside(job: Conversion, state: OptimizerState, what: str, *, clips: tuple[str, ...] = ()) -> None:
-    """Note what frameworks keep outside the optimizer's state: a learning-rate schedule, clipping, master copies of half precision."""
+def find_outside(
+    job: Conversion, state: OptimizerState, what: str, *, clips: tuple[str, ...] = ()
+) -> None:
+    """Note what frameworks keep outside the optimizer's state: a learning-rate schedule, clipping,
+    master copies of half precision.
+    """
     if callable(state.config.lr):
-        job.notes.append(f"learning rate: {state.config.lr!r} does not carry over; {what} gets its rate of the next step, {state.rate:g}")
+        job.notes.append(
+            f"learning rate: {state.config.lr!r} does not carry over; {what} gets its rate of the "
+            f"next step, {state.rate:g}"
+        )
     for name in ("clipnorm", "clipvalue", "global_clipnorm"):
         value = getattr(state.config, name)
         if value is not None and name not in clips:
-            job.notes.append(f"{name}: {value:g} does not carry over; clip the gradients yourself before each step of {what}")
+            job.notes.append(
+                f"{name}: {value:g} does not carry over; clip the gradients yourself before each "
+                f"step of {what}"
+            )
     if state.half:
         few = ", ".join(map(repr, state.half[:3])) + (" and others" if len(state.half) > 3 else "")
         job.notes.append(
-            f"half precision: {few}: given as float32 masters with float32 moments; {what} keeps moments in the parameter's dtype, so train"
+            f"half precision: {few}: given as float32 masters with float32 moments; {what} keeps "
+            "moments in the parameter's dtype, so train"
             " the masters"
         )
 
@@ -118,7 +148,9 @@ def find_outside(job: Conversion, state: OptimizerState, what: str, *, clips: tu
 def find_count(job: Conversion, state: OptimizerState, largest: int, what: str) -> None:
     """Note the difference where another framework's counter of steps cannot go on from ours."""
     if state.clock.iterations >= largest:
-        job.differences.append(f"step: {state.clock.iterations} here, and {what} counts to {largest} at most")
+        job.differences.append(
+            f"step: {state.clock.iterations} here, and {what} counts to {largest} at most"
+        )
 
 
 def _power(schedule_decay: float, t: int) -> float:

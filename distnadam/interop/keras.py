@@ -1,10 +1,13 @@
-"""Keras: the list of weights of the reference (TF 1.x, tf_keras legacy), and the variables of Keras 3's Nadam. Plain arrays; no Keras here.
+"""Keras: the list of weights of the reference (TF 1.x, tf_keras legacy), and the variables of Keras
+3's Nadam. Plain arrays; no Keras here.
 
-The reference's formula is ours. Keras 3's is ours with schedule_decay = 1, which it does not store; its `_u_product` is our m_schedule.
-Both hold one clock, so everything of the state carries over. Neither list holds the parameters: a file has them beside it.
+The reference's formula is ours. Keras 3's is ours with schedule_decay = 1, which it does not store;
+its `_u_product` is our m_schedule. Both hold one clock, so everything of the state carries over.
+Neither list holds the parameters: a file has them beside it.
 
-A file is an npz: ``params/<path>``, ``optimizer/00000`` and on (the list), and the description `about` with the framework's config. Your
-own, without `about`, is taken too: the list follows the order of its params, and the config must be given.
+A file is an npz: ``params/<path>``, ``optimizer/00000`` and on (the list), and the description
+`about` with the framework's config. Your own, without `about`, is taken too: the list follows the
+order of its params, and the config must be given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,32 +19,58 @@ import numpy as np
 from distnadam.errors import CheckpointError
 from distnadam.interop.formulas import Conversion, find_count, find_momentum, find_outside
 from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
-from distnadam.interop.optimizer_state import OptimizerState, layout_of, make_config, make_state, positions, read_layout
+from distnadam.interop.optimizer_state import (
+    OptimizerState,
+    layout_of,
+    make_config,
+    make_state,
+    positions,
+    read_layout,
+)
 from distnadam.tensors.arrays import Array
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-_LACKING = {"weight_decay": 0, "use_ema": False, "gradient_accumulation_steps": 1, "loss_scale_factor": 1}
+_LACKING = {
+    "weight_decay": 0,
+    "use_ema": False,
+    "gradient_accumulation_steps": 1,
+    "loss_scale_factor": 1,
+}
 """Settings of Keras that we lack, with the value that means nothing."""
-_MEANINGLESS = {"name", "jit_compile", "is_legacy_optimizer", "ema_momentum", "ema_overwrite_frequency"}
+_MEANINGLESS = {
+    "name",
+    "jit_compile",
+    "is_legacy_optimizer",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+}
 
 
 def weights(state: OptimizerState, order: Sequence[str] | None = None) -> list[Array]:
-    """Return the list that the reference's `set_weights` takes: ``[iterations, m_schedule, *ms, *vs]``.
+    """Return the list that the reference's `set_weights` takes: ``[iterations, m_schedule, *ms,
+    *vs]``.
 
     Args:
         state: a loaded checkpoint.
-        order: the tensors' paths in the order of the Keras optimizer's variables; None: the layout's.
+        order: the tensors' paths in the order of the Keras optimizer's variables; None: the
+            layout's.
     """
     at = state.positions(order)
-    clock = [np.array(state.clock.iterations, np.int64), np.array(state.clock.m_schedule, np.float64)]
+    clock = [
+        np.array(state.clock.iterations, np.int64),
+        np.array(state.clock.m_schedule, np.float64),
+    ]
     return [*clock, *(state.m[i] for i in at), *(state.v[i] for i in at)]
 
 
-def variables(state: OptimizerState, order: Sequence[str] | None = None, *, lossy: bool = False) -> list[Array]:
-    """Return the values of Keras 3's `optimizer.variables`, to be assigned one by one once it is built.
+def variables(
+    state: OptimizerState, order: Sequence[str] | None = None, *, lossy: bool = False
+) -> list[Array]:
+    """Return the values of Keras 3's `optimizer.variables`, to be assigned one by one once it is
+    built.
 
-    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ..., u_product]``. Raise ConversionError naming the difference where Keras 3
-    trains on differently, unless `lossy`.
+    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ..., u_product]``. Raise
+    ConversionError naming the difference where Keras 3 trains on differently, unless `lossy`.
     """
     job = Conversion(Path("keras.optimizers.Nadam"), lossy=lossy)
     _compare_with_keras_3(state, job)
@@ -52,7 +81,9 @@ def variables(state: OptimizerState, order: Sequence[str] | None = None, *, loss
 
 
 def config(state: OptimizerState) -> dict[str, Any]:
-    """Return the reference's configuration; tf_keras's legacy Nadam takes it too, with `lr` as `learning_rate`."""
+    """Return the reference's configuration; tf_keras's legacy Nadam takes it too, with `lr` as
+    `learning_rate`.
+    """
     common = {"lr": state.rate, **_common(state)}
     return {**common, "schedule_decay": state.config.schedule_decay}
 
@@ -73,7 +104,9 @@ def write_keras_3(state: OptimizerState, job: Conversion) -> None:
     _compare_with_keras_3(state, job)
     find_outside(job, state, "Keras 3", clips=_CLIPS)
     job.settle()
-    _write(state, job, "keras3", variables(state, job.order, lossy=job.lossy), config_of_keras_3(state))
+    _write(
+        state, job, "keras3", variables(state, job.order, lossy=job.lossy), config_of_keras_3(state)
+    )
 
 
 def read(job: Conversion) -> OptimizerState:
@@ -81,21 +114,35 @@ def read(job: Conversion) -> OptimizerState:
     params, about, given = _read(job, "keras")
     count = len(params)
     if len(given) != 2 + 2 * count:
-        raise CheckpointError(f"{job.path}: expected iterations, m_schedule and {2 * count} slots, got {len(given)} arrays")
+        raise CheckpointError(
+            f"{job.path}: expected iterations, m_schedule and {2 * count} slots, got {len(given)} "
+            "arrays"
+        )
     slots = {"params": list(params.values()), "m": given[2 : 2 + count], "v": given[2 + count :]}
     return _state(job, about, list(params), (given[0], given[1]), slots, {})
 
 
 def read_keras_3(job: Conversion) -> OptimizerState:
-    """Return the state of a file with Keras 3's variables; under a learning-rate schedule they have no rate among them."""
+    """Return the state of a file with Keras 3's variables; under a learning-rate schedule they have
+    no rate among them.
+    """
     params, about, given = _read(job, "keras3")
     count = len(params)
     if len(given) not in (2 * count + 2, 2 * count + 3):
-        raise CheckpointError(f"{job.path}: expected iteration, learning_rate, {2 * count} slots and u_product, got {len(given)} arrays")
+        raise CheckpointError(
+            f"{job.path}: expected iteration, learning_rate, {2 * count} slots and u_product, got "
+            f"{len(given)} arrays"
+        )
     first = len(given) - 1 - 2 * count
-    slots = {"params": list(params.values()), "m": given[first:-1:2], "v": given[first + 1 : -1 : 2]}
+    slots = {
+        "params": list(params.values()),
+        "m": given[first:-1:2],
+        "v": given[first + 1 : -1 : 2],
+    }
     rate = {"lr": given[1]} if first == 2 else {}
-    return _state(job, about, list(params), (given[0], given[-1]), slots, {"schedule_decay": 1.0, **rate})
+    return _state(
+        job, about, list(params), (given[0], given[-1]), slots, {"schedule_decay": 1.0, **rate}
+    )
 
 
 def _compare_with_keras_3(state: OptimizerState, job: Conversion) -> None:
@@ -103,19 +150,34 @@ def _compare_with_keras_3(state: OptimizerState, job: Conversion) -> None:
     find_count(job, state, 2**31 - 1, "Keras 3's int32 iteration")
     clips = [name for name in _CLIPS if getattr(state.config, name) is not None]
     if len(clips) > 1:
-        job.differences.append(f"clipping: {' and '.join(clips)} are both set here, and Keras 3 takes one of them")
+        job.differences.append(
+            f"clipping: {' and '.join(clips)} are both set here, and Keras 3 takes one of them"
+        )
 
 
 def _common(state: OptimizerState) -> dict[str, Any]:
-    clips = {name: getattr(state.config, name) for name in _CLIPS if getattr(state.config, name) is not None}
-    return {"beta_1": state.config.beta_1, "beta_2": state.config.beta_2, "epsilon": state.config.epsilon, **clips}
+    clips = {
+        name: getattr(state.config, name)
+        for name in _CLIPS
+        if getattr(state.config, name) is not None
+    }
+    return {
+        "beta_1": state.config.beta_1,
+        "beta_2": state.config.beta_2,
+        "epsilon": state.config.epsilon,
+        **clips,
+    }
 
 
-def _write(state: OptimizerState, job: Conversion, kind: str, values: list[Array], settings: dict[str, Any]) -> None:
+def _write(
+    state: OptimizerState, job: Conversion, kind: str, values: list[Array], settings: dict[str, Any]
+) -> None:
     at = state.positions(job.order)
     arrays = {f"params/{state.names[i]}": state.params[i] for i in at}
     arrays |= {f"optimizer/{i:05d}": value for i, value in enumerate(values)}
-    write_npz(job.path, arrays, {"kind": kind, "config": settings, "layout": state.layout.to_dict()})
+    write_npz(
+        job.path, arrays, {"kind": kind, "config": settings, "layout": state.layout.to_dict()}
+    )
 
 
 def _read(job: Conversion, kind: str) -> tuple[dict[str, Array], dict[str, Any], list[Array]]:
@@ -123,10 +185,21 @@ def _read(job: Conversion, kind: str) -> tuple[dict[str, Array], dict[str, Any],
     arrays, about = read_npz(job.path)
     expect_kind(job.path, about, kind)
     params, given = group(arrays, "params"), group(arrays, "optimizer")
-    if len(params) + len(given) != len(arrays) or set(given) != {f"{i:05d}" for i in range(len(given))} or not params:
-        raise CheckpointError(f"{job.path}: expected entries params/<path> and optimizer/00000 and on, got {', '.join(list(arrays)[:5])}")
+    if (
+        len(params) + len(given) != len(arrays)
+        or set(given) != {f"{i:05d}" for i in range(len(given))}
+        or not params
+    ):
+        raise CheckpointError(
+            f"{job.path}: expected entries params/<path> and optimizer/00000 and on, got "
+            f"{', '.join(list(arrays)[:5])}"
+        )
     names = list(params)
-    return {names[i]: params[names[i]] for i in positions(names, job.order)}, about, [given[name] for name in sorted(given)]
+    return (
+        {names[i]: params[names[i]] for i in positions(names, job.order)},
+        about,
+        [given[name] for name in sorted(given)],
+    )
 
 
 def _state(
@@ -139,13 +212,19 @@ def _state(
 ) -> OptimizerState:
     where = str(job.path)
     named = {slot: dict(zip(names, arrays, strict=True)) for slot, arrays in slots.items()}
-    layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, named["params"])
+    layout = (
+        read_layout(where, about["layout"])
+        if "layout" in about
+        else layout_of(where, named["params"])
+    )
     file, given = _ours(job, settings_of(where, about)), _ours(job, job.config)
     values = {**file, **settings, **given}
     if "lr" in file and _rounds_to(file["lr"], values["lr"]):
         values["lr"] = file["lr"]  # the variable is its rounding
     if "lr" not in values or not (file or given):
-        raise CheckpointError(f"{where}: holds no configuration; give config, such as the optimizer's get_config()")
+        raise CheckpointError(
+            f"{where}: holds no configuration; give config, such as the optimizer's get_config()"
+        )
     return make_state(where, layout, make_config(where, values), clock, named)
 
 
@@ -163,4 +242,6 @@ def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rounds_to(rate: Any, variable: Any) -> bool:
-    return isinstance(rate, float) and np.shape(variable) == () and bool(np.float32(rate) == variable)
+    return (
+        isinstance(rate, float) and np.shape(variable) == () and bool(np.float32(rate) == variable)
+    )

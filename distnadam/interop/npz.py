@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all, and NumPy archives read without trust: no pickle, no size believed before it is checked."""
+"""Files that appear whole or not at all, and NumPy archives read without trust: no pickle, no size
+believed before it is checked.
+"""
 
 import json
 import os
@@ -21,7 +23,8 @@ _LARGEST_ABOUT = 1 << 28
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file beside `path`, flush it, and give it its name; nothing is left of one that failed.
+    """Have `write` fill a temporary file beside `path`, flush it, and give it its name; nothing is
+    left of one that failed.
 
     Raises:
         CheckpointError: naming the file and what the system said.
@@ -51,10 +54,12 @@ def write_npz(path: Path, arrays: Mapping[str, Array], about: Mapping[str, Any])
 
 
 def read_npz(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return an npz file's arrays in their order, and its entry `about` (empty where there is none).
+    """Return an npz file's arrays in their order, and its entry `about` (empty where there is
+    none).
 
     Raises:
-        CheckpointError: naming the file and the entry: no npz, truncated, holding objects, or claiming more than it holds.
+        CheckpointError: naming the file and the entry: no npz, truncated, holding objects, or
+            claiming more than it holds.
     """
     arrays: dict[str, Array] = {}
     try:
@@ -62,16 +67,30 @@ def read_npz(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
                 if name == info.filename or name in arrays:
-                    raise CheckpointError(f"{path}: entry {info.filename!r}: expected one .npy array of each name")
+                    raise CheckpointError(
+                        f"{path}: entry {info.filename!r}: expected one .npy array of each name"
+                    )
                 if info.file_size > _DENSEST * info.compress_size + 1024:
-                    raise CheckpointError(f"{path}: entry {name!r}: claims {info.file_size} bytes from {info.compress_size}")
+                    raise CheckpointError(
+                        f"{path}: entry {name!r}: claims {info.file_size} bytes from "
+                        f"{info.compress_size}"
+                    )
                 try:
                     with archive.open(info) as entry:
                         _check_header(entry, info.file_size)
                     with archive.open(info) as entry:
                         arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
-                except (ValueError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
-                    raise CheckpointError(f"{path}: entry {name!r} cannot be read: {error}") from error
+                except (
+                    ValueError,
+                    EOFError,
+                    zipfile.BadZipFile,
+                    NotImplementedError,
+                    RuntimeError,
+                    zipfile.zlib.error,
+                ) as error:  # type: ignore[attr-defined]
+                    raise CheckpointError(
+                        f"{path}: entry {name!r} cannot be read: {error}"
+                    ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
@@ -80,7 +99,10 @@ def read_npz(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if text is None:
         return arrays, {}
     if text.shape != () or text.dtype.kind != "U":
-        raise CheckpointError(f"{path}: entry {ABOUT!r}: expected one string, got shape {text.shape} and dtype {text.dtype}")
+        raise CheckpointError(
+            f"{path}: entry {ABOUT!r}: expected one string, got shape {text.shape} and dtype "
+            f"{text.dtype}"
+        )
     return arrays, about_from(str(path), str(text))
 
 
@@ -94,20 +116,29 @@ def about_from(where: str, text: str) -> dict[str, Any]:
     try:
         about = json.loads(text) if len(text) <= _LARGEST_ABOUT else None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: its description cannot be read as JSON: {error}") from error
+        raise CheckpointError(
+            f"{where}: its description cannot be read as JSON: {error}"
+        ) from error
     if not isinstance(about, dict) or about.get("is") != _MARK:
         raise CheckpointError(f"{where}: its description is not one that distnadam wrote")
     return about
 
 
 def expect_kind(path: Path, about: Mapping[str, Any], kind: str) -> None:
-    """Raise CheckpointError where a file of ours is of another kind; one without a description may be of any."""
+    """Raise CheckpointError where a file of ours is of another kind; one without a description may
+    be of any.
+    """
     if about and about.get("kind") != kind:
-        raise CheckpointError(f"{path}: expected a file of kind {kind!r}, got {about.get('kind')!r}; import it as that")
+        raise CheckpointError(
+            f"{path}: expected a file of kind {kind!r}, got {about.get('kind')!r}; import it as "
+            "that"
+        )
 
 
 def settings_of(where: str, about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the configuration in a description, empty where it has none; raise CheckpointError where it is no map."""
+    """Return the configuration in a description, empty where it has none; raise CheckpointError
+    where it is no map.
+    """
     settings = about.get("config", {})
     if not isinstance(settings, dict):
         raise CheckpointError(f"{where}: its config: expected a map, got {type(settings).__name__}")
@@ -116,12 +147,19 @@ def settings_of(where: str, about: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def group(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Return the entries under ``prefix/`` by the rest of their names."""
-    return {name.removeprefix(f"{prefix}/"): array for name, array in arrays.items() if name.startswith(f"{prefix}/")}
+    return {
+        name.removeprefix(f"{prefix}/"): array
+        for name, array in arrays.items()
+        if name.startswith(f"{prefix}/")
+    }
 
 
 def _check_header(entry: IO[bytes], size: int) -> None:
     version = np.lib.format.read_magic(entry)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
     if read is None:
         raise ValueError(f"its array format {version} is none that is known")
     shape, _, dtype = read(entry)
@@ -131,4 +169,7 @@ def _check_header(entry: IO[bytes], size: int) -> None:
     if dtype.hasobject:
         raise ValueError("it holds pickled Python objects, which are never loaded")
     if count < 0 or entry.tell() + count * dtype.itemsize != size:
-        raise ValueError(f"it has {size} bytes, and its header of shape {shape} and dtype {dtype} needs another number")
+        raise ValueError(
+            f"it has {size} bytes, and its header of shape {shape} and dtype {dtype} needs another "
+            "number"
+        )

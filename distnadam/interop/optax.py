@@ -1,10 +1,13 @@
-"""optax.nadam: no momentum schedule, its coefficient is beta_1 at every step and its product of them beta_1 ** step.
+"""optax.nadam: no momentum schedule, its coefficient is beta_1 at every step and its product of
+them beta_1 ** step.
 
-That is our formula in the limit of a large schedule_decay, so an import is exact (`NO_SCHEDULE`). An export is exact only where the
-schedule has run its course and the product agrees, and is refused otherwise; `count`, `mu` and `nu` are iterations, m and v either way.
+That is our formula in the limit of a large schedule_decay, so an import is exact (`NO_SCHEDULE`).
+An export is exact only where the schedule has run its course and the product agrees, and is refused
+otherwise; `count`, `mu` and `nu` are iterations, m and v either way.
 
-A file is an npz: ``params/<path>``, ``mu/<path>``, ``nu/<path>``, ``count``, and the description `about` with nadam's arguments; your own,
-without `about`, is taken too, and the config must be given.
+A file is an npz: ``params/<path>``, ``mu/<path>``, ``nu/<path>``, ``count``, and the description
+`about` with nadam's arguments; your own, without `about`, is taken too, and the config must be
+given.
 """
 
 import math
@@ -15,9 +18,23 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
-from distnadam.interop.formulas import NO_SCHEDULE, Conversion, find_count, find_momentum, find_outside, find_product, unscheduled
+from distnadam.interop.formulas import (
+    NO_SCHEDULE,
+    Conversion,
+    find_count,
+    find_momentum,
+    find_outside,
+    find_product,
+    unscheduled,
+)
 from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
-from distnadam.interop.optimizer_state import OptimizerState, layout_of, make_config, make_state, read_layout
+from distnadam.interop.optimizer_state import (
+    OptimizerState,
+    layout_of,
+    make_config,
+    make_state,
+    read_layout,
+)
 
 _SLOTS = {"params": "params", "m": "mu", "v": "nu"}
 _SPELLING = {"learning_rate": "lr", "b1": "beta_1", "b2": "beta_2", "eps": "epsilon"}
@@ -35,7 +52,8 @@ def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
 
     Args:
         state: a loaded checkpoint.
-        like: what `optax.nadam(...).init(params)` returned, or a chain's that holds it, for params of the checkpoint's tree.
+        like: what `optax.nadam(...).init(params)` returned, or a chain's that holds it, for params
+            of the checkpoint's tree.
         lossy: give it even where optax.nadam trains on differently.
 
     Raises:
@@ -48,13 +66,17 @@ def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
         import jax.numpy as jnp
         import optax
     except ImportError as error:
-        raise ConversionError("optax is not installed, and its states need it: pip install 'distnadam[optax]'") from error
+        raise ConversionError(
+            "optax is not installed, and its states need it: pip install 'distnadam[optax]'"
+        ) from error
     trees = {
         theirs: state.layout.unflatten([jnp.asarray(array) for array in getattr(state, ours)])
         for ours, theirs in _SLOTS.items()
         if ours != "params"
     }
-    return optax.tree_utils.tree_set(like, count=jnp.asarray(state.clock.iterations, jnp.int32), **trees)
+    return optax.tree_utils.tree_set(
+        like, count=jnp.asarray(state.clock.iterations, jnp.int32), **trees
+    )
 
 
 def write(state: OptimizerState, job: Conversion) -> None:
@@ -62,9 +84,17 @@ def write(state: OptimizerState, job: Conversion) -> None:
     _compare(state, job)
     find_outside(job, state, "optax.nadam")
     job.settle()
-    arrays = {f"{theirs}/{n}": a for ours, theirs in _SLOTS.items() for n, a in zip(state.names, getattr(state, ours), strict=True)}
+    arrays = {
+        f"{theirs}/{n}": a
+        for ours, theirs in _SLOTS.items()
+        for n, a in zip(state.names, getattr(state, ours), strict=True)
+    }
     arrays["count"] = np.array(state.clock.iterations, np.int32)
-    write_npz(job.path, arrays, {"kind": "optax", "config": config(state), "layout": state.layout.to_dict()})
+    write_npz(
+        job.path,
+        arrays,
+        {"kind": "optax", "config": config(state), "layout": state.layout.to_dict()},
+    )
 
 
 def read(job: Conversion) -> OptimizerState:
@@ -74,11 +104,25 @@ def read(job: Conversion) -> OptimizerState:
     expect_kind(job.path, about, "optax")
     slots = {ours: group(arrays, theirs) for ours, theirs in _SLOTS.items()}
     if "count" not in arrays or sum(map(len, slots.values())) + 1 != len(arrays):
-        raise CheckpointError(f"{where}: expected entries params/, mu/, nu/ and count, got {', '.join(list(arrays)[:5])}")
-    values = {"epsilon": 1e-8, **_ours(job, settings_of(where, about)), "schedule_decay": NO_SCHEDULE, **_ours(job, job.config)}
+        raise CheckpointError(
+            f"{where}: expected entries params/, mu/, nu/ and count, got "
+            f"{', '.join(list(arrays)[:5])}"
+        )
+    values = {
+        "epsilon": 1e-8,
+        **_ours(job, settings_of(where, about)),
+        "schedule_decay": NO_SCHEDULE,
+        **_ours(job, job.config),
+    }
     if "lr" not in values:
-        raise CheckpointError(f"{where}: holds no configuration; give config with nadam's learning_rate")
-    layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, slots["params"])
+        raise CheckpointError(
+            f"{where}: holds no configuration; give config with nadam's learning_rate"
+        )
+    layout = (
+        read_layout(where, about["layout"])
+        if "layout" in about
+        else layout_of(where, slots["params"])
+    )
     settings = make_config(where, values)
     started = make_state(where, layout, settings, (arrays["count"], 1.0), slots)
     clock = unscheduled(settings, started.clock.iterations)

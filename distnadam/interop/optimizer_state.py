@@ -1,6 +1,8 @@
-"""One optimizer's state as frameworks exchange it: named tensors with two slots each, one clock, one config; to and from a checkpoint.
+"""One optimizer's state as frameworks exchange it: named tensors with two slots each, one clock,
+one config; to and from a checkpoint.
 
-It knows layouts and checkpoints, no framework. What cannot be a state is refused here, naming the file and the tensor.
+It knows layouts and checkpoints, no framework. What cannot be a state is refused here, naming the
+file and the tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +33,8 @@ class OptimizerState:
         layout: the tensors' paths, shapes, dtypes and tree.
         config: the hyper-parameters.
         clock: steps applied, and the product of the momentum coefficients so far.
-        params: the master copies, one array per tensor in the layout's order, each in its space's dtype (float32 or float64).
+        params: the master copies, one array per tensor in the layout's order, each in its space's
+            dtype (float32 or float64).
         m: the first moments, likewise.
         v: the second moments, likewise.
     """
@@ -50,7 +53,9 @@ class OptimizerState:
 
     @property
     def half(self) -> list[str]:
-        """The paths of the tensors in half precision, whose master copies and moments are float32."""
+        """The paths of the tensors in half precision, whose master copies and moments are
+        float32.
+        """
         return [tensor.path for tensor in self.layout.tensors if tensor.dtype != tensor.space]
 
     @property
@@ -59,7 +64,8 @@ class OptimizerState:
         return rate_at(self.config.lr, self.clock.iterations)
 
     def positions(self, order: Sequence[str] | None) -> list[int]:
-        """Return each tensor's index in the layout, in the order in which another framework lists them; None: the layout's.
+        """Return each tensor's index in the layout, in the order in which another framework lists
+        them; None: the layout's.
 
         Raises:
             StructureError: `order` does not name every tensor once.
@@ -67,21 +73,33 @@ class OptimizerState:
         return positions(self.names, order)
 
     def save(self, root: store.Where) -> str:
-        """Write a checkpoint of one shard under `root`, which `verify` accepts and `DistNadam.restore` continues from; return it."""
+        """Write a checkpoint of one shard under `root`, which `verify` accepts and
+        `DistNadam.restore` continues from; return it.
+        """
         decided, save_id = self.clock.iterations, store.new_save_id()
         directory = store.step_directory(root, decided)
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
         arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in SLOTS}
         with store.writing(directory):
             if store.MANIFEST in directory.files():
-                raise CheckpointError(f"{directory}: is a checkpoint already; import into another directory")
+                raise CheckpointError(
+                    f"{directory}: is a checkpoint already; import into another directory"
+                )
             try:
-                record = write_shard(directory, store.shard_file_name(0, 1, save_id), ranges=ranges, state=arrays)
+                record = write_shard(
+                    directory, store.shard_file_name(0, 1, save_id), ranges=ranges, state=arrays
+                )
                 manifest = Manifest(
                     save_id=save_id,
                     config=self.config.to_dict(),
                     options=Options().to_dict(),
-                    topology={"num_shards": 1, "num_workers": 1, "replicas": 0, "backend": "auto", "name": None},
+                    topology={
+                        "num_shards": 1,
+                        "num_workers": 1,
+                        "replicas": 0,
+                        "backend": "auto",
+                        "name": None,
+                    },
                     layout=self.layout.to_dict(),
                     iterations=decided,
                     m_schedule=self.clock.m_schedule,
@@ -100,7 +118,8 @@ class OptimizerState:
 
 
 def load_checkpoint(path: store.Where) -> OptimizerState:
-    """Return the state of a checkpoint, or of the newest valid one in a directory, every byte of it verified.
+    """Return the state of a checkpoint, or of the newest valid one in a directory, every byte of it
+    verified.
 
     Raises:
         CheckpointError: naming the file that was refused, and why.
@@ -111,11 +130,20 @@ def load_checkpoint(path: store.Where) -> OptimizerState:
     whole = {space: (0, size) for space, size in layout.sizes.items()}
     flat = read_shard(directory, manifest, ranges=whole, leftovers=range(len(manifest.files)))
     clock = Clock(manifest.iterations, manifest.m_schedule)
-    return OptimizerState(layout, NadamConfig.from_dict(manifest.config), clock, *(layout.views(flat[slot]) for slot in SLOTS))
+    return OptimizerState(
+        layout,
+        NadamConfig.from_dict(manifest.config),
+        clock,
+        *(layout.views(flat[slot]) for slot in SLOTS),
+    )
 
 
 def make_state(
-    where: str, layout: Layout, config: NadamConfig, clock: tuple[Any, Any], slots: Mapping[str, Mapping[str, Any]]
+    where: str,
+    layout: Layout,
+    config: NadamConfig,
+    clock: tuple[Any, Any],
+    slots: Mapping[str, Mapping[str, Any]],
 ) -> OptimizerState:
     """Return the state of named arrays, every one checked.
 
@@ -123,23 +151,35 @@ def make_state(
         where: begins every message: the file, or what the arrays came from.
         layout: the tensors there must be.
         config: the hyper-parameters.
-        clock: the steps applied and the product of the momentum coefficients, numbers or 0-d arrays, not yet checked.
-        slots: "params", "m" and "v", each a mapping of path to array; "m" and "v" may both be left out (all zero).
+        clock: the steps applied and the product of the momentum coefficients, numbers or 0-d
+            arrays, not yet checked.
+        slots: "params", "m" and "v", each a mapping of path to array; "m" and "v" may both be left
+            out (all zero).
 
     Raises:
         CheckpointError: naming the tensor, the expected and the given.
     """
-    iterations, m_schedule = (_number(where, name, value) for name, value in zip(("step", "m_schedule"), clock, strict=True))
+    iterations, m_schedule = (
+        _number(where, name, value)
+        for name, value in zip(("step", "m_schedule"), clock, strict=True)
+    )
     if not 0 <= iterations < 2**53 or iterations != int(iterations):
-        raise CheckpointError(f"{where}: step: expected a whole number of at least 0, got {iterations!r}")
+        raise CheckpointError(
+            f"{where}: step: expected a whole number of at least 0, got {iterations!r}"
+        )
     if not 0.0 <= m_schedule <= 1.0:
-        raise CheckpointError(f"{where}: m_schedule: expected a product of momentum coefficients, in [0, 1], got {m_schedule!r}")
+        raise CheckpointError(
+            f"{where}: m_schedule: expected a product of momentum coefficients, in [0, 1], got "
+            f"{m_schedule!r}"
+        )
     checked = [_slot(where, layout, slot, slots.get(slot)) for slot in SLOTS]
     return OptimizerState(layout, config, Clock(int(iterations), m_schedule), *checked)
 
 
 def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:
-    """Return the hyper-parameters of plain values in our own spelling; raise CheckpointError naming the one that is refused."""
+    """Return the hyper-parameters of plain values in our own spelling; raise CheckpointError naming
+    the one that is refused.
+    """
     try:
         return NadamConfig.from_dict({"lr": 0.002, **values})
     except (ConfigError, TypeError, ValueError) as error:
@@ -147,7 +187,9 @@ def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:
 
 
 def layout_of(where: str, params: Mapping[str, Any]) -> Layout:
-    """Return the layout of a flat mapping of names to arrays; raise CheckpointError naming the one that cannot be a parameter."""
+    """Return the layout of a flat mapping of names to arrays; raise CheckpointError naming the one
+    that cannot be a parameter.
+    """
     try:
         return Layout.of(dict(params))
     except StructureError as error:
@@ -158,19 +200,33 @@ def read_layout(where: str, data: Any) -> Layout:
     """Return the layout of plain data; raise CheckpointError where it is none."""
     try:
         return Layout.from_dict(data)
-    except (StructureError, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{where}: its layout is refused: {type(error).__name__}: {error}") from error
+    except (
+        StructureError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise CheckpointError(
+            f"{where}: its layout is refused: {type(error).__name__}: {error}"
+        ) from error
 
 
 def positions(names: Sequence[str], order: Sequence[str] | None) -> list[int]:
-    """Return the index in `names` of each name of `order` (None: as they stand); raise StructureError where those are other names."""
+    """Return the index in `names` of each name of `order` (None: as they stand); raise
+    StructureError where those are other names.
+    """
     if order is None:
         return list(range(len(names)))
     index = {name: i for i, name in enumerate(names)}
     wrong = [name for name in order if name not in index] or sorted(set(names) - set(order))
     if wrong or len(order) != len(names):
         told = f", not {wrong[0]!r}" if wrong else ""
-        raise StructureError(f"order: expected each of the {len(names)} tensors once{told}; got {len(order)} names")
+        raise StructureError(
+            f"order: expected each of the {len(names)} tensors once{told}; got {len(order)} names"
+        )
     return [index[name] for name in order]
 
 
@@ -181,20 +237,33 @@ def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None
     missing = [tensor.path for tensor in layout.tensors if tensor.path not in given]
     extra = sorted(set(given) - {tensor.path for tensor in layout.tensors})
     if missing or extra:
-        told = f"tensor {missing[0]!r} is missing" if missing else f"{extra[0]!r} is not a tensor of the model"
-        raise CheckpointError(f"{where}: {slot}: {told}; expected {len(layout.tensors)} tensors, got {len(given)}")
+        told = (
+            f"tensor {missing[0]!r} is missing"
+            if missing
+            else f"{extra[0]!r} is not a tensor of the model"
+        )
+        raise CheckpointError(
+            f"{where}: {slot}: {told}; expected {len(layout.tensors)} tensors, got {len(given)}"
+        )
     for tensor, view in zip(layout.tensors, views, strict=True):
         array, told = as_numpy(given[tensor.path]), f"{where}: {slot} of {tensor.path!r}"
         if array.shape != tensor.shape:
             raise CheckpointError(f"{told}: expected shape {tensor.shape}, got shape {array.shape}")
         if not is_float(array.dtype):
-            raise CheckpointError(f"{told}: expected floating-point numbers for {tensor.dtype}, got {array.dtype}")
+            raise CheckpointError(
+                f"{told}: expected floating-point numbers for {tensor.dtype}, got {array.dtype}"
+            )
         with np.errstate(over="ignore"):
             np.copyto(view, array, casting="unsafe")
         if not np.isfinite(view).all():
-            raise CheckpointError(f"{told}: expected finite {tensor.space} values, got {_first(array, ~np.isfinite(view))}")
+            raise CheckpointError(
+                f"{told}: expected finite {tensor.space} values, got "
+                f"{_first(array, ~np.isfinite(view))}"
+            )
         if slot == "v" and (view < 0).any():
-            raise CheckpointError(f"{told}: a second moment must be at least 0, got {_first(array, view < 0)}")
+            raise CheckpointError(
+                f"{told}: a second moment must be at least 0, got {_first(array, view < 0)}"
+            )
     return views
 
 
@@ -206,7 +275,10 @@ def _first(array: Array, wrong: Array) -> str:
 def _number(where: str, name: str, value: Any) -> float:
     array = as_numpy(value) if not isinstance(value, int) else np.asarray(float(value))
     if array.shape != () or array.dtype.kind not in "fiu" or not np.isfinite(array):
-        raise CheckpointError(f"{where}: {name}: expected one finite number, got shape {array.shape} and dtype {array.dtype}")
+        raise CheckpointError(
+            f"{where}: {name}: expected one finite number, got shape {array.shape} and dtype "
+            f"{array.dtype}"
+        )
     return float(array)
 
 

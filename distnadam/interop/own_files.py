@@ -1,8 +1,10 @@
-"""safetensors and npz files of our own state, whole and exact: no other framework's formula is meant by them.
+"""safetensors and npz files of our own state, whole and exact: no other framework's formula is
+meant by them.
 
-With slots: ``params/<path>`` (master copies), ``m/<path>``, ``v/<path>``, and a description with clock, config and layout (in safetensors:
-the metadata key `about`); npz files also hold the clock as arrays. Parameters alone: ``<path>``, each in its own dtype, as other tools
-expect them; imported, they start at step 0 with moments of zero.
+With slots: ``params/<path>`` (master copies), ``m/<path>``, ``v/<path>``, and a description with
+clock, config and layout (in safetensors: the metadata key `about`); npz files also hold the clock
+as arrays. Parameters alone: ``<path>``, each in its own dtype, as other tools expect them;
+imported, they start at step 0 with moments of zero.
 """
 
 from typing import Any
@@ -11,30 +13,61 @@ import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
 from distnadam.interop.formulas import Conversion
-from distnadam.interop.npz import ABOUT, about_from, about_text, expect_kind, group, read_npz, settings_of, write_npz, write_whole
-from distnadam.interop.optimizer_state import SLOTS, OptimizerState, layout_of, make_config, make_state, read_layout
+from distnadam.interop.npz import (
+    ABOUT,
+    about_from,
+    about_text,
+    expect_kind,
+    group,
+    read_npz,
+    settings_of,
+    write_npz,
+    write_whole,
+)
+from distnadam.interop.optimizer_state import (
+    SLOTS,
+    OptimizerState,
+    layout_of,
+    make_config,
+    make_state,
+    read_layout,
+)
 from distnadam.tensors.arrays import BFLOAT16, Array, dtype_of
 
 
 def write_numpy(state: OptimizerState, job: Conversion) -> None:
-    """Write an npz file; without slots, a parameter of bfloat16 (which NumPy's format cannot name) is refused by ConversionError."""
+    """Write an npz file; without slots, a parameter of bfloat16 (which NumPy's format cannot name)
+    is refused by ConversionError.
+    """
     if job.slots:
-        clock = {"iterations": np.array(state.clock.iterations, np.int64), "m_schedule": np.array(state.clock.m_schedule)}
+        clock = {
+            "iterations": np.array(state.clock.iterations, np.int64),
+            "m_schedule": np.array(state.clock.m_schedule),
+        }
         write_npz(job.path, {**_with_slots(state), **clock}, _about(state))
         return
     arrays = _alone(state)
     for name, array in arrays.items():
         if array.dtype == BFLOAT16:
-            raise ConversionError(f"{job.path}: {name!r}: NumPy's format has no bfloat16; export with slots, or to safetensors")
+            raise ConversionError(
+                f"{job.path}: {name!r}: NumPy's format has no bfloat16; export with slots, or to "
+                "safetensors"
+            )
         if name == ABOUT:
-            raise ConversionError(f"{job.path}: a parameter cannot be called {ABOUT!r} there: export with slots")
+            raise ConversionError(
+                f"{job.path}: a parameter cannot be called {ABOUT!r} there: export with slots"
+            )
     write_npz(job.path, arrays, {"kind": "parameters"})
 
 
 def read_numpy(job: Conversion) -> OptimizerState:
     """Return the state of an npz file, of ours or of named parameters alone."""
     arrays, about = read_npz(job.path)
-    clock = (arrays.pop("iterations", None), arrays.pop("m_schedule", None)) if about.get("kind") == "state" else (0, 1.0)
+    clock = (
+        (arrays.pop("iterations", None), arrays.pop("m_schedule", None))
+        if about.get("kind") == "state"
+        else (0, 1.0)
+    )
     return _state(job, arrays, about, clock)
 
 
@@ -42,9 +75,19 @@ def write_safetensors(state: OptimizerState, job: Conversion) -> None:
     """Write a safetensors file that any of its readers opens."""
     from safetensors.numpy import save_file
 
-    arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in (_with_slots(state) if job.slots else _alone(state)).items()}
-    about = {**_about(state), "clock": [state.clock.iterations, state.clock.m_schedule]} if job.slots else {"kind": "parameters"}
-    write_whole(job.path, lambda temporary: save_file(arrays, temporary, metadata={ABOUT: about_text(about)}))
+    arrays = {
+        name: np.ascontiguousarray(a).reshape(a.shape)
+        for name, a in (_with_slots(state) if job.slots else _alone(state)).items()
+    }
+    about = (
+        {**_about(state), "clock": [state.clock.iterations, state.clock.m_schedule]}
+        if job.slots
+        else {"kind": "parameters"}
+    )
+    write_whole(
+        job.path,
+        lambda temporary: save_file(arrays, temporary, metadata={ABOUT: about_text(about)}),
+    )
 
 
 def read_safetensors(job: Conversion) -> OptimizerState:
@@ -65,26 +108,47 @@ def read_safetensors(job: Conversion) -> OptimizerState:
 
 
 def _with_slots(state: OptimizerState) -> dict[str, Array]:
-    return {f"{slot}/{name}": array for slot in SLOTS for name, array in zip(state.names, getattr(state, slot), strict=True)}
+    return {
+        f"{slot}/{name}": array
+        for slot in SLOTS
+        for name, array in zip(state.names, getattr(state, slot), strict=True)
+    }
 
 
 def _alone(state: OptimizerState) -> dict[str, Array]:
-    return {tensor.path: array.astype(dtype_of(tensor.dtype)) for tensor, array in zip(state.layout.tensors, state.params, strict=True)}
+    return {
+        tensor.path: array.astype(dtype_of(tensor.dtype))
+        for tensor, array in zip(state.layout.tensors, state.params, strict=True)
+    }
 
 
 def _about(state: OptimizerState) -> dict[str, Any]:
     return {"kind": "state", "config": state.config.to_dict(), "layout": state.layout.to_dict()}
 
 
-def _state(job: Conversion, arrays: dict[str, Any], about: dict[str, Any], clock: tuple[Any, Any]) -> OptimizerState:
+def _state(
+    job: Conversion, arrays: dict[str, Any], about: dict[str, Any], clock: tuple[Any, Any]
+) -> OptimizerState:
     path = job.path
     if about.get("kind") == "state":
         slots = {slot: group(arrays, slot) for slot in SLOTS}
         strangers = len(arrays) - sum(map(len, slots.values()))
         if strangers:
-            raise CheckpointError(f"{path}: expected entries under {', '.join(SLOTS)}, got {strangers} others")
+            raise CheckpointError(
+                f"{path}: expected entries under {', '.join(SLOTS)}, got {strangers} others"
+            )
         settings = make_config(str(path), {**settings_of(str(path), about), **job.config})
-        return make_state(str(path), read_layout(str(path), about.get("layout")), settings, clock, slots)
+        return make_state(
+            str(path), read_layout(str(path), about.get("layout")), settings, clock, slots
+        )
     expect_kind(path, about, "parameters")
-    job.notes.append(f"{path} holds parameters alone: the optimizer starts at step 0, with moments of zero")
-    return make_state(str(path), layout_of(str(path), arrays), make_config(str(path), job.config), clock, {"params": arrays})
+    job.notes.append(
+        f"{path} holds parameters alone: the optimizer starts at step 0, with moments of zero"
+    )
+    return make_state(
+        str(path),
+        layout_of(str(path), arrays),
+        make_config(str(path), job.config),
+        clock,
+        {"params": arrays},
+    )

@@ -1,10 +1,12 @@
-"""torch.optim.NAdam: our formula, with `momentum_decay` for schedule_decay and eps in its config; a clock per tensor in place of one.
+"""torch.optim.NAdam: our formula, with `momentum_decay` for schedule_decay and eps in its config; a
+clock per tensor in place of one.
 
-`mu_product` is our m_schedule and `step` our iterations, repeated for every tensor and kept in float32; an import needs them to be equal in
-all. Weight decay, `maximize` and parameter groups of different settings are what ours lacks.
+`mu_product` is our m_schedule and `step` our iterations, repeated for every tensor and kept in
+float32; an import needs them to be equal in all. Weight decay, `maximize` and parameter groups of
+different settings are what ours lacks.
 
-A file is what torch.save makes of ``{"model": {path: tensor}, "optimizer": state_dict, "about": JSON}``; your own, without `about`, is
-taken too. It is loaded with weights_only=True.
+A file is what torch.save makes of ``{"model": {path: tensor}, "optimizer": state_dict, "about":
+JSON}``; your own, without `about`, is taken too. It is loaded with weights_only=True.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,13 @@ import numpy as np
 from distnadam.errors import CheckpointError, ConversionError
 from distnadam.interop.formulas import Conversion, find_outside
 from distnadam.interop.npz import about_from, about_text, expect_kind, write_whole
-from distnadam.interop.optimizer_state import OptimizerState, layout_of, make_config, make_state, read_layout
+from distnadam.interop.optimizer_state import (
+    OptimizerState,
+    layout_of,
+    make_config,
+    make_state,
+    read_layout,
+)
 from distnadam.tensors.arrays import as_numpy
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -29,16 +37,24 @@ def state_dict(state: OptimizerState, order: Sequence[str] | None = None) -> dic
 
     Args:
         state: a loaded checkpoint.
-        order: the tensors' paths in the order in which the NAdam lists its parameters (for a module: the names of its
-            `named_parameters()`); None: the layout's. It matches by position, and carries the names as `param_names`.
+        order: the tensors' paths in the order in which the NAdam lists its parameters (for a
+            module: the names of its `named_parameters()`); None: the layout's. It matches by
+            position, and carries the names as `param_names`.
     """
     torch = _torch()
     config, at = state.config, state.positions(order)
     nadam = torch.optim.NAdam(
-        [torch.zeros(())], lr=state.rate, betas=(config.beta_1, config.beta_2), eps=config.epsilon, momentum_decay=config.schedule_decay
+        [torch.zeros(())],
+        lr=state.rate,
+        betas=(config.beta_1, config.beta_2),
+        eps=config.epsilon,
+        momentum_decay=config.schedule_decay,
     )
     names = [state.names[i] for i in at]
-    group = nadam.state_dict()["param_groups"][0] | {"params": list(range(len(at))), "param_names": names}
+    group = nadam.state_dict()["param_groups"][0] | {
+        "params": list(range(len(at))),
+        "param_names": names,
+    }
     if state.clock.iterations == 0:
         return {"state": {}, "param_groups": [group]}
     slots = {
@@ -57,7 +73,10 @@ def write(state: OptimizerState, job: Conversion) -> None:
     torch = _torch()
     find_outside(job, state, "torch.optim.NAdam")
     if state.clock.iterations >= _LARGEST_STEP:
-        job.notes.append(f"step: {state.clock.iterations} here, and torch.optim.NAdam's float32 step stands still at {_LARGEST_STEP}")
+        job.notes.append(
+            f"step: {state.clock.iterations} here, and torch.optim.NAdam's float32 step stands "
+            f"still at {_LARGEST_STEP}"
+        )
     job.settle()
     model = {state.names[i]: _tensor(state.params[i]) for i in state.positions(job.order)}
     about = about_text({"kind": "torch", "layout": state.layout.to_dict()})
@@ -72,22 +91,34 @@ def read(job: Conversion) -> OptimizerState:
         content = torch.load(job.path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for files that are not its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{where}: cannot be read as a file of torch.save with weights_only=True: {reason}") from error
+        raise CheckpointError(
+            f"{where}: cannot be read as a file of torch.save with weights_only=True: {reason}"
+        ) from error
     if not isinstance(content, dict) or not {"model", "optimizer"} <= content.keys():
         got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{where}: expected a dict of model and optimizer (two state_dicts), got {got}")
+        raise CheckpointError(
+            f"{where}: expected a dict of model and optimizer (two state_dicts), got {got}"
+        )
     about = about_from(where, content["about"]) if isinstance(content.get("about"), str) else {}
     expect_kind(job.path, about, "torch")
     model, (settings, state, names) = content["model"], _optimizer(job, content["optimizer"])
     if not isinstance(model, dict) or not all(isinstance(t, torch.Tensor) for t in model.values()):
-        raise CheckpointError(f"{where}: model: expected a dict of tensors by name, got {type(model).__name__}")
+        raise CheckpointError(
+            f"{where}: model: expected a dict of tensors by name, got {type(model).__name__}"
+        )
     if names is None:
         names = list(model)
         if len(names) != len(state):
-            raise CheckpointError(f"{where}: the optimizer has {len(state)} tensors and the model {len(names)}; give their names as order")
+            raise CheckpointError(
+                f"{where}: the optimizer has {len(state)} tensors and the model {len(names)}; give "
+                "their names as order"
+            )
     missing = [name for name in names if name not in model]
     if missing or len(names) != len(state):
-        raise CheckpointError(f"{where}: the optimizer has {len(state)} tensors, named {names[:3]} and on; the model lacks {missing[:3]}")
+        raise CheckpointError(
+            f"{where}: the optimizer has {len(state)} tensors, named {names[:3]} and on; the model "
+            f"lacks {missing[:3]}"
+        )
     params = {name: model[name] for name in names}
     layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, params)
     config = make_config(where, {**settings, **job.config})
@@ -96,7 +127,9 @@ def read(job: Conversion) -> OptimizerState:
 
 
 def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], list[str] | None]:
-    """Return a state_dict's settings in our spelling, its tensors' states in order, and their names where it has them."""
+    """Return a state_dict's settings in our spelling, its tensors' states in order, and their names
+    where it has them.
+    """
     where = f"{job.path}: optimizer"
     try:
         groups, states = given["param_groups"], given["state"]
@@ -108,7 +141,8 @@ def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], 
         numbered = set(states) <= set(numbers) and all(isinstance(state, dict) for state in ordered)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(
-            f"{where}: expected a state_dict of torch.optim.NAdam, and it lacks or misstates {type(error).__name__}: {error}"
+            f"{where}: expected a state_dict of torch.optim.NAdam, and it lacks or misstates "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not numbered:
         raise CheckpointError(f"{where}: its state is not that of the parameters in its groups")
@@ -116,17 +150,24 @@ def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], 
         values = list(dict.fromkeys(str(s[name]) for s in settings))
         if len(values) > 1:
             raise ConversionError(
-                f"{where}: {name}: its parameter groups have {' and '.join(values)}, and distnadam has one for all tensors"
+                f"{where}: {name}: its parameter groups have {' and '.join(values)}, and distnadam "
+                "has one for all tensors"
             )
     for name, harmless in _LACKING.items():
         if settings[0][name] != harmless:
             job.differences.append(f"{name}: {settings[0][name]!r} there, and distnadam has none")
     names = list(job.order) if job.order is not None else named or None
     spelled = {"lr": settings[0]["lr"], "beta_1": beta_1, "beta_2": beta_2}
-    return spelled | {"epsilon": settings[0]["eps"], "schedule_decay": settings[0]["momentum_decay"]}, ordered, names
+    return (
+        spelled | {"epsilon": settings[0]["eps"], "schedule_decay": settings[0]["momentum_decay"]},
+        ordered,
+        names,
+    )
 
 
-def _slots(where: str, names: list[str], states: list[Any]) -> tuple[tuple[Any, Any], dict[str, dict[str, Any]]]:
+def _slots(
+    where: str, names: list[str], states: list[Any]
+) -> tuple[tuple[Any, Any], dict[str, dict[str, Any]]]:
     """Return the one clock of all tensors, and the moments by slot and name."""
     if not any(states):
         return (0, 1.0), {}
@@ -134,20 +175,29 @@ def _slots(where: str, names: list[str], states: list[Any]) -> tuple[tuple[Any, 
         lacking = [key for key in ("step", "mu_product", *_SLOTS.values()) if key not in state]
         if lacking:
             raise CheckpointError(
-                f"{where}: optimizer: {name!r}: expected step, mu_product, exp_avg and exp_avg_sq; {lacking[0]} is missing"
+                f"{where}: optimizer: {name!r}: expected step, mu_product, exp_avg and exp_avg_sq; "
+                f"{lacking[0]} is missing"
             )
     for key in ("step", "mu_product"):
         values = [as_numpy(state[key]) for state in states]
         if any(value.shape != () or value.dtype.kind not in "fiu" for value in values):
             raise CheckpointError(f"{where}: optimizer: {key}: expected one number per tensor")
         for name, value in zip(names, values, strict=True):
-            if not np.isclose(value, values[0], rtol=1e-5 if key == "mu_product" else 0.0, atol=0.0):
+            if not np.isclose(
+                value, values[0], rtol=1e-5 if key == "mu_product" else 0.0, atol=0.0
+            ):
                 raise ConversionError(
-                    f"{where}: {key} of {name!r} is {value}, of {names[0]!r} {values[0]}: distnadam has one clock for all tensors, which"
+                    f"{where}: {key} of {name!r} is {value}, of {names[0]!r} {values[0]}: "
+                    "distnadam has one clock for all tensors, which"
                     " all step at every step"
                 )
-    slots = {slot: {n: s[key] for n, s in zip(names, states, strict=True)} for slot, key in _SLOTS.items()}
-    best = max((as_numpy(state["mu_product"]) for state in states), key=lambda value: value.dtype.itemsize)
+    slots = {
+        slot: {n: s[key] for n, s in zip(names, states, strict=True)}
+        for slot, key in _SLOTS.items()
+    }
+    best = max(
+        (as_numpy(state["mu_product"]) for state in states), key=lambda value: value.dtype.itemsize
+    )
     return (as_numpy(states[0]["step"]), best), slots
 
 
@@ -159,5 +209,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ConversionError("torch is not installed, and its files need it: pip install 'distnadam[torch]'") from error
+        raise ConversionError(
+            "torch is not installed, and its files need it: pip install 'distnadam[torch]'"
+        ) from error
     return torch

@@ -1,6 +1,8 @@
-"""What one process measures of one optimizer: plain numbers that cost next to nothing to add to. Nothing is exported here.
+"""What one process measures of one optimizer: plain numbers that cost next to nothing to add to.
+Nothing is exported here.
 
-Who steps adds to them; an exporter reads them now and then, in a thread of its own, and never writes what a step writes.
+Who steps adds to them; an exporter reads them now and then, in a thread of its own, and never
+writes what a step writes.
 """
 
 from bisect import bisect_left
@@ -20,11 +22,14 @@ UNNAMED = "unnamed"
 """What the tag `optimizer` says of an optimizer without a name."""
 
 Sample = tuple[str, Mapping[str, str], float]
-"""A metric's name, its tags beside `optimizer`, and its value now; a counter's since the beginning."""
+"""A metric's name, its tags beside `optimizer`, and its value now; a counter's since the beginning.
+"""
 
 
 class Seconds:
-    """How many durations fell in each bucket, the last one for those longer than all bounds; added to by one thread at a time."""
+    """How many durations fell in each bucket, the last one for those longer than all bounds; added
+    to by one thread at a time.
+    """
 
     __slots__ = ("_counts", "_owed", "_read")
 
@@ -37,23 +42,29 @@ class Seconds:
         self._counts[bisect_left(BOUNDS_S, seconds)] += 1
 
     def take(self, enough: int) -> list[int]:
-        """Return how many came in each bucket since the last call; where those are more than enough, about so many, in proportion.
+        """Return how many came in each bucket since the last call; where those are more than
+        enough, about so many, in proportion.
 
-        What a bucket's share leaves over is kept for later calls, so that in the long run the proportions are exact.
+        What a bucket's share leaves over is kept for later calls, so that in the long run the
+        proportions are exact.
         """
         now = list(self._counts)
         new = [count - before for count, before in zip(now, self._read, strict=True)]
         self._read, total = now, sum(new)
         if total <= enough:
             return new
-        shares = [owed + count * enough / total for owed, count in zip(self._owed, new, strict=True)]
+        shares = [
+            owed + count * enough / total for owed, count in zip(self._owed, new, strict=True)
+        ]
         self._owed = [share % 1 for share in shares]
         return [int(share) for share in shares]
 
 
 @dataclass(eq=False)
 class Traffic:
-    """The bytes that one worker's push and pull move while everything is reached as it is, and how often they did."""
+    """The bytes that one worker's push and pull move while everything is reached as it is, and how
+    often they did.
+    """
 
     push_bytes: Mapping[str, int]
     pull_bytes: Mapping[str, int]
@@ -62,7 +73,9 @@ class Traffic:
 
     @classmethod
     def of(cls, ranges: Iterable[Ranges], lanes: frozenset[int], gradients: Flat) -> "Traffic":
-        """Return that of these shards, some of which are reached by lanes, with gradients of these dtypes."""
+        """Return that of these shards, some of which are reached by lanes, with gradients of these
+        dtypes.
+        """
         push, pull = {"lane": 0, "object": 0}, {"lane": 0, "object": 0}
         for shard, held in enumerate(ranges):
             way = "lane" if shard in lanes else "object"
@@ -81,9 +94,12 @@ class Meter:
 
     def __init__(self, optimizer: str | None) -> None:
         self.optimizer = optimizer or UNNAMED
-        self.seconds = {name: Seconds() for name, metric in METRICS.items() if metric.kind == "histogram"}
+        self.seconds = {
+            name: Seconds() for name, metric in METRICS.items() if metric.kind == "histogram"
+        }
         self.push, self.apply, self.pull, self.step, self.save = (
-            self.seconds[f"distnadam_{what}_seconds"] for what in ("push", "apply", "pull", "step", "save")
+            self.seconds[f"distnadam_{what}_seconds"]
+            for what in ("push", "apply", "pull", "step", "save")
         )
         self.save_failures = 0
         self.traffic: list[Traffic] = []
@@ -93,7 +109,10 @@ class Meter:
         """Yield the counters and gauges that are not zero for want of anybody who counts here."""
         moved: dict[tuple[str, str], int] = {}
         for traffic in list(self.traffic):
-            for direction, sizes, times in (("push", traffic.push_bytes, traffic.pushed), ("pull", traffic.pull_bytes, traffic.pulled)):
+            for direction, sizes, times in (
+                ("push", traffic.push_bytes, traffic.pushed),
+                ("pull", traffic.pull_bytes, traffic.pulled),
+            ):
                 for way, size in sizes.items():
                     moved[way, direction] = moved.get((way, direction), 0) + size * times
         for (way, direction), size in moved.items():
@@ -105,7 +124,9 @@ class Meter:
 
 def state_bytes(ranges: Ranges) -> int:
     """Return the bytes of a shard's state: two buffers of its parameters, and both moments."""
-    return sum(4 * (end - begin) * np.dtype(space).itemsize for space, (begin, end) in ranges.items())
+    return sum(
+        4 * (end - begin) * np.dtype(space).itemsize for space, (begin, end) in ranges.items()
+    )
 
 
 def shard_samples(spec: ShardSpec, now: Description) -> Iterator[Sample]:

@@ -1,7 +1,8 @@
 """The metrics that a run exports, as a table: names, kinds, what each says and its tags.
 
-Ray's exporter puts `ray_` before a name, and after a histogram's `_bucket`, `_sum` or `_count`. Deploy files are checked against this.
-Histograms are of a sample where there is more to tell than anybody needs: their shares are right, their counts are not of all steps.
+Ray's exporter puts `ray_` before a name, and after a histogram's `_bucket`, `_sum` or `_count`.
+Deploy files are checked against this. Histograms are of a sample where there is more to tell than
+anybody needs: their shares are right, their counts are not of all steps.
 """
 
 from collections.abc import Mapping
@@ -21,26 +22,46 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        "distnadam_push_seconds": Metric("histogram", "Seconds in which a worker hands over one gradient."),
-        "distnadam_apply_seconds": Metric("histogram", "Seconds in which a shard applies one round."),
-        "distnadam_pull_seconds": Metric("histogram", "Seconds in which a worker gets the parameters."),
-        "distnadam_step_seconds": Metric("histogram", "Seconds of a worker's step: push, wait for every rank, pull."),
+        "distnadam_push_seconds": Metric(
+            "histogram", "Seconds in which a worker hands over one gradient."
+        ),
+        "distnadam_apply_seconds": Metric(
+            "histogram", "Seconds in which a shard applies one round."
+        ),
+        "distnadam_pull_seconds": Metric(
+            "histogram", "Seconds in which a worker gets the parameters."
+        ),
+        "distnadam_step_seconds": Metric(
+            "histogram", "Seconds of a worker's step: push, wait for every rank, pull."
+        ),
         "distnadam_save_seconds": Metric("histogram", "Seconds in which a checkpoint is written."),
         "distnadam_bytes_total": Metric(
             "counter",
-            "Bytes of gradients and parameters that moved, by shared memory (lane) or by Ray objects.",
+            "Bytes of gradients and parameters that moved, by shared memory (lane) or by Ray "
+            "objects.",
             ("optimizer", "transport", "direction"),
         ),
         "distnadam_recoveries_total": Metric(
-            "counter", "Deaths of shards and workers that were recovered from; all shards going back counts once."
+            "counter",
+            "Deaths of shards and workers that were recovered from; all shards going back counts "
+            "once.",
         ),
-        "distnadam_save_failures_total": Metric("counter", "Checkpoints that could not be written."),
-        "distnadam_queue_depth": Metric("gauge", "Pushes that a shard holds for a round not yet applied."),
-        "distnadam_shard_bytes": Metric("gauge", "Bytes of state that a shard holds.", ("optimizer", "shard")),
-        "distnadam_shard_imbalance": Metric("gauge", "The largest shard's bytes over the mean of all."),
+        "distnadam_save_failures_total": Metric(
+            "counter", "Checkpoints that could not be written."
+        ),
+        "distnadam_queue_depth": Metric(
+            "gauge", "Pushes that a shard holds for a round not yet applied."
+        ),
+        "distnadam_shard_bytes": Metric(
+            "gauge", "Bytes of state that a shard holds.", ("optimizer", "shard")
+        ),
+        "distnadam_shard_imbalance": Metric(
+            "gauge", "The largest shard's bytes over the mean of all."
+        ),
         "distnadam_iterations": Metric("gauge", "Steps applied so far."),
         "distnadam_replica_lag_rounds": Metric(
-            "gauge", "Rounds by which a shard's standby is behind it; all of them where it has none yet."
+            "gauge",
+            "Rounds by which a shard's standby is behind it; all of them where it has none yet.",
         ),
     }
 )

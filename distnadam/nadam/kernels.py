@@ -1,7 +1,8 @@
 """One Nadam step over one range of one element space, in blocks that stay in the cache.
 
-Everything is `out=` into preallocated scratch; nothing the size of the model is ever allocated. The order of operations written
-here is the canonical one: every other kernel must give the same bits. Arrays only; no shards, no clocks, no I/O.
+Everything is `out=` into preallocated scratch; nothing the size of the model is ever allocated. The
+order of operations written here is the canonical one: every other kernel must give the same bits.
+Arrays only; no shards, no clocks, no I/O.
 """
 
 import importlib.util
@@ -19,7 +20,9 @@ from distnadam.tensors.arrays import SPACES, Array
 from distnadam.tensors.layout import CHUNK
 
 BLOCK_BYTES = 768 * 1024
-"""Bytes of one block of one array: smaller ones lose to the cost of a ufunc's call and to threads' turns, larger ones leave the cache."""
+"""Bytes of one block of one array: smaller ones lose to the cost of a ufunc's call and to threads'
+turns, larger ones leave the cache.
+"""
 
 
 WIDENED = 65536
@@ -27,12 +30,16 @@ WIDENED = 65536
 
 KernelName = Literal["auto", "numpy", "fused"]
 
-_DENORMAL = {np.dtype(name): (np.array(np.finfo(name).smallest_subnormal), np.array(1, name)) for name in SPACES}
+_DENORMAL = {
+    np.dtype(name): (np.array(np.finfo(name).smallest_subnormal), np.array(1, name))
+    for name in SPACES
+}
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The arrays of one range of one space, 1-D, of one dtype and length: a step updates the moments and writes the new parameters.
+    """The arrays of one range of one space, 1-D, of one dtype and length: a step updates the
+    moments and writes the new parameters.
 
     `out` is where they go; None means over the old ones.
     """
@@ -45,7 +52,9 @@ class Slots:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [begin, end) of a range whose mean gradient is multiplied by `scale`; None leaves it as it is."""
+    """Elements [begin, end) of a range whose mean gradient is multiplied by `scale`; None leaves it
+    as it is.
+    """
 
     begin: int
     end: int
@@ -54,7 +63,9 @@ class Part:
 
 @dataclass(frozen=True)
 class StepConstants:
-    """The scalars of one step beside the schedule's: one minus each beta, and the clip value if any."""
+    """The scalars of one step beside the schedule's: one minus each beta, and the clip value if
+    any.
+    """
 
     one_minus_beta_1: float
     one_minus_beta_2: float
@@ -70,7 +81,9 @@ class Scratch:
 
 
 class Stepper(ABC):
-    """Steps ranges of one dtype with up to `threads` threads; owns their scratch. Not to be used by two callers at once."""
+    """Steps ranges of one dtype with up to `threads` threads; owns their scratch. Not to be used by
+    two callers at once.
+    """
 
     def __init__(self, dtype: Any, threads: int = 1) -> None:
         self._dtype, self._threads = np.dtype(dtype), threads
@@ -85,17 +98,25 @@ class Stepper(ABC):
         parts: Sequence[Part],
         keep: Array | None = None,
     ) -> None:
-        """Average `gradients` in their order and step `slots`, part by part; the bits do not depend on the number of threads.
+        """Average `gradients` in their order and step `slots`, part by part; the bits do not depend
+        on the number of threads.
 
         Args:
             slots: the range's arrays.
-            gradients: one array per worker of the range's length, in its dtype or in half precision, which is widened first.
+            gradients: one array per worker of the range's length, in its dtype or in half
+                precision, which is widened first.
             scalars: the step's.
             rates: the step's.
             parts: what to step, disjoint.
             keep: where the mean gradient, scaled and clipped, is left for a standby.
         """
-        values = (scalars.gradient, scalars.momentum, scalars.epsilon, rates.one_minus_beta_1, rates.one_minus_beta_2)
+        values = (
+            scalars.gradient,
+            scalars.momentum,
+            scalars.epsilon,
+            rates.one_minus_beta_1,
+            rates.one_minus_beta_2,
+        )
         coefficients = np.array(values, self._dtype)
         shares = share(parts, self._threads, BLOCK_BYTES // self._dtype.itemsize)
 
@@ -151,7 +172,11 @@ class NumPyStepper(Stepper):
         for begin in range(part.begin, part.end, scratch.block):
             end = min(begin + scratch.block, part.end)
             p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
-            mean, a, b = scratch.mean[: end - begin], scratch.a[: end - begin], scratch.b[: end - begin]
+            mean, a, b = (
+                scratch.mean[: end - begin],
+                scratch.a[: end - begin],
+                scratch.b[: end - begin],
+            )
             g = clipped_mean([x[begin:end] for x in gradients], part.scale, clipvalue, mean, a)
             if keep is not None:
                 np.copyto(keep[begin:end], g)
@@ -200,7 +225,9 @@ class FusedStepper(Stepper):
             wide = [g[cut].astype(self._dtype, copy=False) for g in gradients]
             arrays = slots.p[cut], slots.m[cut], slots.v[cut], out[cut]
             kept = None if keep is None else keep[cut]
-            self._fused.run(arrays, wide, coefficients, part.scale, clipvalue, self._scratch[thread], kept)
+            self._fused.run(
+                arrays, wide, coefficients, part.scale, clipvalue, self._scratch[thread], kept
+            )
 
 
 def make_stepper(kernel: KernelName, dtype: Any, threads: int = 1) -> Stepper:
@@ -217,8 +244,16 @@ def fused_installed() -> bool:
         return False
 
 
-def clipped_mean(gradients: Sequence[Array], scale: float | None, clipvalue: float | None, out: Array, spare: Array) -> Array:
-    """Return the mean in the given order, scaled and clipped; the gradient itself, untouched, where there is nothing to do."""
+def clipped_mean(
+    gradients: Sequence[Array],
+    scale: float | None,
+    clipvalue: float | None,
+    out: Array,
+    spare: Array,
+) -> Array:
+    """Return the mean in the given order, scaled and clipped; the gradient itself, untouched, where
+    there is nothing to do.
+    """
     g = _widened(gradients[0], out)
     if len(gradients) > 1:
         np.add(g, _widened(gradients[1], spare), out=out)
@@ -243,10 +278,12 @@ def _widened(values: Array, buffer: Array) -> Array:
 
 
 def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scratch) -> Array:
-    """Return the sum of squares of the mean gradient for each `CHUNK` of elements [begin, end), float64.
+    """Return the sum of squares of the mean gradient for each `CHUNK` of elements [begin, end),
+    float64.
 
-    Inside a chunk the upper half is added onto the lower until one value is left, a short chunk being filled with zeros: one written
-    order, whatever the machine. `begin` must lie on its tensor's chunk grid.
+    Inside a chunk the upper half is added onto the lower until one value is left, a short chunk
+    being filled with zeros: one written order, whatever the machine. `begin` must lie on its
+    tensor's chunk grid.
     """
     sums = np.empty(-(-(end - begin) // CHUNK), np.float64)
     rows = scratch.block // CHUNK
@@ -256,7 +293,13 @@ def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scrat
         high = min(low + rows * CHUNK, end)
         used = squares[: -(-(high - low) // CHUNK)]
         flat = used.reshape(-1)
-        flat[: high - low] = clipped_mean([x[low:high] for x in gradients], None, None, scratch.mean[: high - low], scratch.a[: high - low])
+        flat[: high - low] = clipped_mean(
+            [x[low:high] for x in gradients],
+            None,
+            None,
+            scratch.mean[: high - low],
+            scratch.a[: high - low],
+        )
         flat[high - low :] = 0.0
         with np.errstate(over="ignore"):  # an infinite norm is refused by name later
             np.multiply(used, used, out=used)
@@ -269,16 +312,21 @@ def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scrat
 
 
 def check_denormals(dtype: np.dtype[Any]) -> None:
-    """Raise KernelError where this thread flushes denormal numbers to zero, which would change bits."""
+    """Raise KernelError where this thread flushes denormal numbers to zero, which would change
+    bits.
+    """
     tiny, one = _DENORMAL[dtype]
     if not np.multiply(tiny, one):
         raise KernelError(
-            "this thread flushes denormal numbers to zero (a library set FTZ/DAZ, as torch.set_flush_denormal does): switch that off"
+            "this thread flushes denormal numbers to zero (a library set FTZ/DAZ, as "
+            "torch.set_flush_denormal does): switch that off"
         )
 
 
 def share(parts: Iterable[Part], threads: int, block: int) -> list[list[Part]]:
-    """Deal the parts out to threads as contiguous runs of nearly equal length; a thread gets at least one block's worth."""
+    """Deal the parts out to threads as contiguous runs of nearly equal length; a thread gets at
+    least one block's worth.
+    """
     parts = [p for p in parts if p.begin < p.end]
     total = sum(p.end - p.begin for p in parts)
     threads = max(1, min(threads, total // block))

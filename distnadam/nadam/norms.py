@@ -1,4 +1,6 @@
-"""Clipping by norm: from the shards' sums of squares to one factor per tensor. Sums are added in grid order, whoever adds them."""
+"""Clipping by norm: from the shards' sums of squares to one factor per tensor. Sums are added in
+grid order, whoever adds them.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,8 +10,11 @@ from distnadam.config import NadamConfig
 from distnadam.tensors.arrays import Array
 
 
-def tensor_square_sums(num_tensors: int, sums_by_shard: Iterable[Sequence[tuple[int, Array]]]) -> Array:
-    """Return each tensor's sum of squares, float64 of shape (num_tensors,), from the chunks' sums of the shards in order.
+def tensor_square_sums(
+    num_tensors: int, sums_by_shard: Iterable[Sequence[tuple[int, Array]]]
+) -> Array:
+    """Return each tensor's sum of squares, float64 of shape (num_tensors,), from the chunks' sums
+    of the shards in order.
 
     A running sum, not NumPy's pairwise one, so that how many shards hold a tensor cannot matter.
     """
@@ -29,12 +34,16 @@ def running_sum(values: Array) -> float:
 
 
 def clip_scales(config: NadamConfig, square_sums: Array) -> list[float | None]:
-    """Return for each tensor the factor its mean gradient is multiplied by; None where it is within the norm."""
+    """Return for each tensor the factor its mean gradient is multiplied by; None where it is within
+    the norm.
+    """
     norms = [float(x) for x in np.sqrt(square_sums)]
     if config.clipnorm is not None:
         return [_factor(config.clipnorm, norm) for norm in norms]
     if config.global_clipnorm is not None:
-        return [_factor(config.global_clipnorm, float(np.sqrt(running_sum(square_sums))))] * len(norms)
+        return [_factor(config.global_clipnorm, float(np.sqrt(running_sum(square_sums))))] * len(
+            norms
+        )
     return [None] * len(norms)
 
 

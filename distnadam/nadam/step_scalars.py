@@ -1,6 +1,8 @@
-"""The scalars of one step, in float64, from the step's number: the momentum schedule and the bias corrections.
+"""The scalars of one step, in float64, from the step's number: the momentum schedule and the bias
+corrections.
 
-Pure functions of two numbers of the whole optimizer, `iterations` and `m_schedule`; every shard computes the same bits (`exact`).
+Pure functions of two numbers of the whole optimizer, `iterations` and `m_schedule`; every shard
+computes the same bits (`exact`).
 """
 
 import math
@@ -13,7 +15,9 @@ from distnadam.schedules import rate_at
 
 @dataclass(frozen=True)
 class Clock:
-    """How far the optimizer is: steps applied, and the product of the momentum coefficients so far (1 before the first)."""
+    """How far the optimizer is: steps applied, and the product of the momentum coefficients so far
+    (1 before the first).
+    """
 
     iterations: int = 0
     m_schedule: float = 1.0
@@ -21,10 +25,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepScalars:
-    """What one step needs beside the arrays, with the second moment's correction r folded into the other three.
+    """What one step needs beside the arrays, with the second moment's correction r folded into the
+    other three.
 
-    With ``r = 1 / sqrt(1 - beta_2**t)``: `gradient` is c_g / r, `momentum` is c_m / r, `epsilon` is epsilon / r, so that a kernel
-    computes ``p -= (gradient*g + momentum*m) / (sqrt(v) + epsilon)`` with one multiplication less per element.
+    With ``r = 1 / sqrt(1 - beta_2**t)``: `gradient` is c_g / r, `momentum` is c_m / r, `epsilon` is
+    epsilon / r, so that a kernel computes ``p -= (gradient*g + momentum*m) / (sqrt(v) + epsilon)``
+    with one multiplication less per element.
     """
 
     lr: float
@@ -37,7 +43,8 @@ class StepScalars:
 def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
     """Return the scalars of the step that follows `clock`.
 
-    Source: Dozat, "Incorporating Nesterov Momentum into Adam" (2016), with the schedule of tf.keras.optimizers.Nadam (TensorFlow 1.13).
+    Source: Dozat, "Incorporating Nesterov Momentum into Adam" (2016), with the schedule of
+    tf.keras.optimizers.Nadam (TensorFlow 1.13).
 
     Raises:
         ConfigError: the learning-rate schedule gave a rate that is not finite or is negative.
@@ -50,11 +57,15 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
     c_g = lr * (1.0 - mu) / (1.0 - m_schedule)
     c_m = lr * mu_next / (1.0 - m_schedule * mu_next)
     correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
-    return StepScalars(lr, c_g * correction, c_m * correction, config.epsilon * correction, Clock(t, m_schedule))
+    return StepScalars(
+        lr, c_g * correction, c_m * correction, config.epsilon * correction, Clock(t, m_schedule)
+    )
 
 
 def prepare(clock: Clock, config: NadamConfig) -> None:
-    """Compute the powers that the step after `clock` needs, so that the step itself finds them kept."""
+    """Compute the powers that the step after `clock` needs, so that the step itself finds them
+    kept.
+    """
     _momentum(clock.iterations + 2, config)
     power_of_step(config.beta_2, 1.0, clock.iterations + 1)
 

@@ -1,6 +1,8 @@
-"""The protocol's messages between a worker and a shard of one machine as bytes: msgpack, one frame each. No sockets.
+"""The protocol's messages between a worker and a shard of one machine as bytes: msgpack, one frame
+each. No sockets.
 
-Arrays of gradients and parameters are not in them: those lie in arenas, and a push says only in which dtypes it left them there.
+Arrays of gradients and parameters are not in them: those lie in arenas, and a push says only in
+which dtypes it left them there.
 """
 
 import struct
@@ -14,7 +16,13 @@ from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Leave, PartialNorms, Push, PushNote, RoundResult, TotalNorms
-from distnadam.protocol.supervisor_messages import DetachStandby, Reconfigure, Record, ReplicatedJoin, ReplicatedRound
+from distnadam.protocol.supervisor_messages import (
+    DetachStandby,
+    Reconfigure,
+    Record,
+    ReplicatedJoin,
+    ReplicatedRound,
+)
 from distnadam.tensors.arrays import Flat, name_of
 
 HEADER = struct.Struct("<I")
@@ -27,26 +35,60 @@ _MOST_BYTES = 1 << 30
 
 
 GradientsOf = Callable[[dict[str, str]], Flat]
-"""From the dtypes that a worker wrote, by space, to the views of the shard's ranges in its arena."""
+"""From the dtypes that a worker wrote, by space, to the views of the shard's ranges in its arena.
+"""
 
 
 def pack(number: int, message: Any) -> bytes:
     """Return a frame: the number that pairs question and answer, and the message."""
     body: tuple[Any, ...]
     if isinstance(message, Push):
-        gradients = None if message.gradients is None else {space: name_of(array.dtype) for space, array in message.gradients.items()}
-        body = ("push", message.epoch, message.rank, message.incarnation, message.round, gradients, message.rejection)
+        gradients = (
+            None
+            if message.gradients is None
+            else {space: name_of(array.dtype) for space, array in message.gradients.items()}
+        )
+        body = (
+            "push",
+            message.epoch,
+            message.rank,
+            message.incarnation,
+            message.round,
+            gradients,
+            message.rejection,
+        )
     elif isinstance(message, RoundResult):
         place = (message.epoch, message.round, message.iterations)
-        body = ("decided", *place, message.outcome, message.rejection, message.lr, message.buffer, message.rewound)
+        body = (
+            "decided",
+            *place,
+            message.outcome,
+            message.rejection,
+            message.lr,
+            message.buffer,
+            message.rewound,
+        )
     elif isinstance(message, TotalNorms):
-        body = ("norms", message.epoch, message.rank, message.incarnation, message.round, message.square_sums)
+        body = (
+            "norms",
+            message.epoch,
+            message.rank,
+            message.incarnation,
+            message.round,
+            message.square_sums,
+        )
     elif isinstance(message, PartialNorms):
         body = ("measured", message.round, message.sums)
     elif isinstance(message, Leave):
         body = ("leave", message.rank, message.incarnation)
     elif isinstance(message, DistNadamError):
-        body = ("error", type(message).__name__, str(message), getattr(message, "epoch", -1), getattr(message, "step", -1))
+        body = (
+            "error",
+            type(message).__name__,
+            str(message),
+            getattr(message, "epoch", -1),
+            getattr(message, "step", -1),
+        )
     else:
         raise TypeError(f"{type(message).__name__} does not travel by lane")
     data: bytes = msgpack.packb((number, *body), default=_pack_array)
@@ -69,7 +111,9 @@ class Frames:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take bytes and yield each body that is whole now; raise LaneError for a length that cannot be."""
+        """Take bytes and yield each body that is whole now; raise LaneError for a length that
+        cannot be.
+        """
         if not self._buffer and len(data) >= 4 and len(data) == 4 + HEADER.unpack_from(data)[0]:
             yield data[4:]  # the usual case: one whole frame
             return
@@ -77,17 +121,34 @@ class Frames:
         while len(self._buffer) >= 4:
             size = HEADER.unpack_from(self._buffer)[0]
             if size > _MOST_BYTES:
-                raise LaneError(f"a frame of {size} bytes was announced, expected at most {_MOST_BYTES}")
+                raise LaneError(
+                    f"a frame of {size} bytes was announced, expected at most {_MOST_BYTES}"
+                )
             if len(self._buffer) < 4 + size:
                 return
             yield bytes(self._buffer[4 : 4 + size])
             del self._buffer[: 4 + size]
 
 
-def _push(gradients_of: GradientsOf | None, epoch: int, rank: int, incarnation: int, number: int, dtypes: Any, rejection: Any) -> Push:
+def _push(
+    gradients_of: GradientsOf | None,
+    epoch: int,
+    rank: int,
+    incarnation: int,
+    number: int,
+    dtypes: Any,
+    rejection: Any,
+) -> Push:
     if gradients_of is None:
         raise LaneError("a push came where none is expected")
-    return Push(epoch, rank, incarnation, number, None if dtypes is None else gradients_of(dtypes), rejection)
+    return Push(
+        epoch,
+        rank,
+        incarnation,
+        number,
+        None if dtypes is None else gradients_of(dtypes),
+        rejection,
+    )
 
 
 def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
@@ -99,14 +160,20 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, StaleEpoch):
         return kind(text, epoch, step)
-    return kind(text) if isinstance(kind, type) and issubclass(kind, DistNadamError) else DistNadamError(f"{name}: {text}")
+    return (
+        kind(text)
+        if isinstance(kind, type) and issubclass(kind, DistNadamError)
+        else DistNadamError(f"{name}: {text}")
+    )
 
 
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
     "decided": _decided,
     "norms": lambda _, *fields: TotalNorms(*fields),
-    "measured": lambda _, number, sums: PartialNorms(number, tuple((tensor, array) for tensor, array in sums)),
+    "measured": lambda _, number, sums: PartialNorms(
+        number, tuple((tensor, array) for tensor, array in sums)
+    ),
     "leave": lambda _, *fields: Leave(*fields),
     "error": _error,
 }
@@ -135,7 +202,10 @@ def pack_record(record: Record) -> bytes:
         body = ("let go",)
     else:
         clock = (record.clock.iterations, record.clock.m_schedule)
-        counted = [(rank, note.incarnation, note.dtypes, note.rejection) for rank, note in record.counted.items()]
+        counted = [
+            (rank, note.incarnation, note.dtypes, note.rejection)
+            for rank, note in record.counted.items()
+        ]
         told = (record.outcome, record.rejection, counted, record.lr, record.active)
         body = ("round", record.round, record.skipped, *told, *clock)
     data: bytes = msgpack.packb(body)
@@ -150,11 +220,18 @@ def unpack_record(frame: bytes) -> Record:
             return ReplicatedJoin(*fields)
         if kind == "reign":
             epoch, schedule, newest = fields
-            return Reconfigure(epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest)
+            return Reconfigure(
+                epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest
+            )
         if kind == "let go":
             return DetachStandby()
         number, skipped, outcome, rejection, notes, lr, active, iterations, m_schedule = fields
-        counted = {rank: PushNote(incarnation, number, dtypes, why) for rank, incarnation, dtypes, why in notes}
-        return ReplicatedRound(number, skipped, outcome, rejection, counted, lr, active, Clock(iterations, m_schedule))
+        counted = {
+            rank: PushNote(incarnation, number, dtypes, why)
+            for rank, incarnation, dtypes, why in notes
+        }
+        return ReplicatedRound(
+            number, skipped, outcome, rejection, counted, lr, active, Clock(iterations, m_schedule)
+        )
     except (ValueError, TypeError) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

@@ -1,9 +1,10 @@
 """What callers say to a shard and what it answers: plain records, the whole protocol in one place.
 
-Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever acts on the optimizer as a whole first
-holds every shard at one round (Hold, Advance), then reads or writes (Read, Write, SetRate, Step, and `filing`), then lets go (Release).
-Arrays are the shard's own range. What a shard says of itself is in `description`; what the supervisor says to one, which nobody may
-refuse, in `orders`.
+Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever
+acts on the optimizer as a whole first holds every shard at one round (Hold, Advance), then reads or
+writes (Read, Write, SetRate, Step, and `filing`), then lets go (Release). Arrays are the shard's
+own range. What a shard says of itself is in `description`; what the supervisor says to one, which
+nobody may refuse, in `orders`.
 """
 
 from dataclasses import dataclass, field
@@ -19,14 +20,17 @@ from distnadam.tensors.arrays import Array, Flat
 
 @dataclass(frozen=True)
 class Reserve:
-    """Asks for the memory that snapshots are taken into, so that they need not wait for it; always legal."""
+    """Asks for the memory that snapshots are taken into, so that they need not wait for it; always
+    legal.
+    """
 
 
 @dataclass(frozen=True)
 class Save:
     """Asks the held shard to write its state to one file; answered with the file's record.
 
-    With `behind` the answer is None at once; the state is copied before it changes, then written, and `Collect` asks for its record.
+    With `behind` the answer is None at once; the state is copied before it changes, then written,
+    and `Collect` asks for its record.
     """
 
     token: str
@@ -37,7 +41,9 @@ class Save:
 
 @dataclass(frozen=True)
 class Collect:
-    """Asks for the record of a file that is written behind the training, once it is; always legal."""
+    """Asks for the record of a file that is written behind the training, once it is; always
+    legal.
+    """
 
     file_name: str
 
@@ -50,10 +56,12 @@ Outcome = Literal["applied", "skipped", "refused"]
 
 @dataclass(frozen=True)
 class Join:
-    """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others are told it.
+    """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others
+    are told it.
 
-    From then on its predecessor is refused, and a push of that one which waits for others is set aside until the new worker pushes, or
-    until `CompletePush` says that it counts. `reserve` does all this without a worker: nobody is there yet. `process` is a token of the worker's.
+    From then on its predecessor is refused, and a push of that one which waits for others is set
+    aside until the new worker pushes, or until `CompletePush` says that it counts. `reserve` does
+    all this without a worker: nobody is there yet. `process` is a token of the worker's.
     """
 
     rank: int
@@ -64,7 +72,9 @@ class Join:
 
 @dataclass(frozen=True)
 class PushNote:
-    """A push as others speak of it: by whom, for which round, in which dtypes it lies in its worker's memory, or its complaint."""
+    """A push as others speak of it: by whom, for which round, in which dtypes it lies in its
+    worker's memory, or its complaint.
+    """
 
     incarnation: int
     round: int
@@ -74,9 +84,11 @@ class PushNote:
 
 @dataclass(frozen=True)
 class Joined:
-    """The worker's incarnation, the rounds that the shard has decided, and the push of a predecessor that it has counted or is about to.
+    """The worker's incarnation, the rounds that the shard has decided, and the push of a
+    predecessor that it has counted or is about to.
 
-    `member` is whether the coming round needs the rank, `orphaned` whether the shard awaits norms from workers that are all taken over.
+    `member` is whether the coming round needs the rank, `orphaned` whether the shard awaits norms
+    from workers that are all taken over.
     """
 
     incarnation: int
@@ -90,8 +102,8 @@ class Joined:
 class CompletePush:
     """A push of a worker that was taken over counts after all, since another shard has counted it.
 
-    `gradients` are the sender's where it has them; else the shard's host fills them in from the worker's memory. They are needed where
-    the shard has not set the push aside.
+    `gradients` are the sender's where it has them; else the shard's host fills them in from the
+    worker's memory. They are needed where the shard has not set the push aside.
     """
 
     rank: int
@@ -103,8 +115,9 @@ class CompletePush:
 class Push:
     """One rank's gradients for one round, or its complaint that they are not finite.
 
-    `gradients` are this shard's ranges in the spaces' dtypes or in half precision (None beside a complaint). They are not copied: the
-    sender leaves them alone until the round is decided or the push refused.
+    `gradients` are this shard's ranges in the spaces' dtypes or in half precision (None beside a
+    complaint). They are not copied: the sender leaves them alone until the round is decided or the
+    push refused.
     """
 
     epoch: int
@@ -118,7 +131,9 @@ class Push:
 
 @dataclass(frozen=True)
 class PartialNorms:
-    """Where clipping needs norms: the sums of squares of each chunk of the mean gradient, for each tensor in the shard's ranges."""
+    """Where clipping needs norms: the sums of squares of each chunk of the mean gradient, for each
+    tensor in the shard's ranges.
+    """
 
     round: int
     sums: tuple[tuple[int, Array], ...]
@@ -126,7 +141,9 @@ class PartialNorms:
 
 @dataclass(frozen=True)
 class TotalNorms:
-    """The second phase of a push: the sum of squares of each tensor of the whole model, float64 of shape (tensors,)."""
+    """The second phase of a push: the sum of squares of each tensor of the whole model, float64 of
+    shape (tensors,).
+    """
 
     epoch: int
     rank: int
@@ -138,7 +155,9 @@ class TotalNorms:
 
 @dataclass(frozen=True)
 class Pull:
-    """Asks for the parameters once `at_least` rounds are decided, a number that was true in `epoch`."""
+    """Asks for the parameters once `at_least` rounds are decided, a number that was true in
+    `epoch`.
+    """
 
     rank: int
     incarnation: int
@@ -165,10 +184,11 @@ class WorkerDied:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """Where a shard stands after a round: how it ended, and the parameters where they were asked for.
+    """Where a shard stands after a round: how it ended, and the parameters where they were asked
+    for.
 
-    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last applied step, equal on all shards;
-    `rewound` is the epoch in which all shards last went back.
+    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last
+    applied step, equal on all shards; `rewound` is the epoch in which all shards last went back.
     """
 
     epoch: int
@@ -184,7 +204,9 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class Pause:
-    """Stop before the next round; answered in turn once this caller alone holds the shard and nothing is being computed."""
+    """Stop before the next round; answered in turn once this caller alone holds the shard and
+    nothing is being computed.
+    """
 
     token: str
 
@@ -206,7 +228,9 @@ class Resume:
 
 @dataclass(frozen=True)
 class Paused:
-    """The shard's place in time while held, the ranks whose pushes wait, and the epoch in which all shards last went back."""
+    """The shard's place in time while held, the ranks whose pushes wait, and the epoch in which all
+    shards last went back.
+    """
 
     epoch: int
     round: int
@@ -227,7 +251,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Write:
-    """Replaces arrays of the held shard, and its clock where given; the epoch rises to the one given, and pending pushes are refused."""
+    """Replaces arrays of the held shard, and its clock where given; the epoch rises to the one
+    given, and pending pushes are refused.
+    """
 
     token: str
     state: dict[str, Flat]

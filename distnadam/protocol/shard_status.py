@@ -14,7 +14,8 @@ Owners = dict[int, tuple[int, str]]
 class ShardSpec:
     """What a shard is told once, when it is made.
 
-    `run` begins the names by which the cluster knows this optimizer's processes; `layout_generation` counts how often the state was cut anew.
+    `run` begins the names by which the cluster knows this optimizer's processes;
+    `layout_generation` counts how often the state was cut anew.
     """
 
     index: int
@@ -41,12 +42,15 @@ class Describe:
 class Description:
     """A shard's spec and where it stands.
 
-    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead` those whose worker died, `members`
-    the ranks that the coming round needs. `holder` is the token of who holds the shard, `busy` whether it reads or writes files.
-    `replicated` is the last round that the standby has, None without one; `given_up` are ranks whose waiters are told `WorkerLost`.
-    `here` are the ranks that a living worker holds, as far as this shard knows, with its incarnation and a token of its process; `highest_round`
-    is the latest round that was ever decided, before the shards went back too. `saved` is the directory of checkpoints that the shard
-    last wrote to or read from; `retired` whether others hold its ranges; `stepped` the last round that was a step from outside.
+    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead`
+    those whose worker died, `members` the ranks that the coming round needs. `holder` is the token
+    of who holds the shard, `busy` whether it reads or writes files. `replicated` is the last round
+    that the standby has, None without one; `given_up` are ranks whose waiters are told
+    `WorkerLost`. `here` are the ranks that a living worker holds, as far as this shard knows, with
+    its incarnation and a token of its process; `highest_round` is the latest round that was ever
+    decided, before the shards went back too. `saved` is the directory of checkpoints that the shard
+    last wrote to or read from; `retired` whether others hold its ranges; `stepped` the last round
+    that was a step from outside.
     """
 
     spec: ShardSpec | None

@@ -1,6 +1,8 @@
-"""What the supervisor says to shards and standbys, and what a primary tells its standby: plain records.
+"""What the supervisor says to shards and standbys, and what a primary tells its standby: plain
+records.
 
-An order bears a new epoch and is obeyed whoever holds the shard; it waits only for what is being computed.
+An order bears a new epoch and is obeyed whoever holds the shard; it waits only for what is being
+computed.
 """
 
 from dataclasses import dataclass, field
@@ -15,12 +17,16 @@ Reason = Literal["replaced", "rewound", "reconfigured"]
 
 
 MembershipHistory = tuple[tuple[int, tuple[int, ...]], ...]
-"""Membership: from each of these rounds on, these ranks; in order. Kept over a rewind, so that a replay has the same members."""
+"""Membership: from each of these rounds on, these ranks; in order. Kept over a rewind, so that a
+replay has the same members.
+"""
 
 
 @dataclass(frozen=True)
 class Reconfigure:
-    """From this epoch on: the membership, and the newest incarnation of each rank. The round in progress goes on."""
+    """From this epoch on: the membership, and the newest incarnation of each rank. The round in
+    progress goes on.
+    """
 
     epoch: int
     schedule: MembershipHistory
@@ -29,7 +35,8 @@ class Reconfigure:
 
 @dataclass(frozen=True)
 class Load:
-    """Take the state of a checkpoint, or parameters with nothing behind them; whoever waits is told `Rewound`.
+    """Take the state of a checkpoint, or parameters with nothing behind them; whoever waits is told
+    `Rewound`.
 
     Args:
         epoch: from now on.
@@ -37,7 +44,8 @@ class Load:
         manifest: the manifest file's bytes.
         leftovers: files whose bytes that no shard needs this one verifies.
         params: the shard's ranges.
-        state: all arrays of the shard's ranges, as other shards held them, and `control_state`, where those stood in time.
+        state: all arrays of the shard's ranges, as other shards held them, and `control_state`,
+            where those stood in time.
         schedule: the membership; empty leaves it.
         newest: the newest incarnation of each rank, where it is known.
         here: the ranks that a living worker holds, likewise.
@@ -59,14 +67,18 @@ class Load:
 
 @dataclass(frozen=True)
 class AttachStandby:
-    """Copy the state to a standby between two rounds, and keep it up from then on; `standby` says how it is reached."""
+    """Copy the state to a standby between two rounds, and keep it up from then on; `standby` says
+    how it is reached.
+    """
 
     standby: Any
 
 
 @dataclass(frozen=True)
 class AbandonRank:
-    """Nobody takes the rank of this dead worker over: tell those who wait for it `WorkerLost`, at once until somebody does after all."""
+    """Nobody takes the rank of this dead worker over: tell those who wait for it `WorkerLost`, at
+    once until somebody does after all.
+    """
 
     rank: int
     incarnation: int
@@ -95,7 +107,9 @@ class ShardControlState:
 
 @dataclass(frozen=True)
 class ReplicatedRound:
-    """One decided round for the standby; its mean gradient, scaled and clipped, lies in memory that both map, or in `gradients`."""
+    """One decided round for the standby; its mean gradient, scaled and clipped, lies in memory that
+    both map, or in `gradients`.
+    """
 
     round: int
     skipped: int
@@ -110,7 +124,9 @@ class ReplicatedRound:
 
 @dataclass(frozen=True)
 class ReplicatedJoin:
-    """A rank was taken over, by a worker of that process; None: nobody holds it, since that worker left, died, or is yet to come."""
+    """A rank was taken over, by a worker of that process; None: nobody holds it, since that worker
+    left, died, or is yet to come.
+    """
 
     rank: int
     incarnation: int
@@ -119,7 +135,9 @@ class ReplicatedJoin:
 
 @dataclass(frozen=True)
 class Retire:
-    """Other shards hold these ranges from this epoch on: refuse everything, so that whoever asks looks for them."""
+    """Other shards hold these ranges from this epoch on: refuse everything, so that whoever asks
+    looks for them.
+    """
 
     epoch: int
 

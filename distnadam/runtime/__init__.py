@@ -1,1 +1,3 @@
-"""One shard in one process, whatever the process is part of: its machine's effects carried out. No Ray."""
+"""One shard in one process, whatever the process is part of: its machine's effects carried out. No
+Ray.
+"""

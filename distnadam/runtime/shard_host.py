@@ -1,4 +1,5 @@
-"""What surrounds one shard wherever it lives: a lock, the callers' futures, the kernel's threads, its checkpoint files, its standby.
+"""What surrounds one shard wherever it lives: a lock, the callers' futures, the kernel's threads,
+its checkpoint files, its standby.
 
 It carries out the state machine's effects and knows nothing of how messages came.
 """
@@ -19,8 +20,27 @@ from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
-from distnadam.protocol.messages import Collect, CompletePush, Describe, Description, Message, PartialNorms, Reserve, Save, ShardSpec, Write
-from distnadam.protocol.supervisor_messages import AttachStandby, DetachStandby, Load, Order, Reconfigure, Retire, ShardControlState
+from distnadam.protocol.messages import (
+    Collect,
+    CompletePush,
+    Describe,
+    Description,
+    Message,
+    PartialNorms,
+    Reserve,
+    Save,
+    ShardSpec,
+    Write,
+)
+from distnadam.protocol.supervisor_messages import (
+    AttachStandby,
+    DetachStandby,
+    Load,
+    Order,
+    Reconfigure,
+    Retire,
+    ShardControlState,
+)
 from distnadam.runtime.outbox import Outbox, Run
 from distnadam.runtime.shard_kernel import ShardKernel
 from distnadam.runtime.snapshot import SnapshotWriter
@@ -35,9 +55,13 @@ log = logging.getLogger("distnadam")
 Reply = Callable[[Any], None]
 """Takes an answer, or the error that is raised where the question was asked."""
 _CHANGES = (Write, Retire)
-"""What changes a shard's arrays at once, or has others change them; a step and an order do so where they are carried out."""
+"""What changes a shard's arrays at once, or has others change them; a step and an order do so where
+they are carried out.
+"""
 FindGradients = Callable[[int, int, dict[str, str]], Flat | None]
-"""From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory, where the process has it."""
+"""From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory, where the
+process has it.
+"""
 
 
 def run_here(work: Callable[[], None]) -> None:
@@ -54,8 +78,10 @@ class ShardHost:
         threads: threads of its kernel.
         run: carries out heavy work: at once in the calling thread, or by handing it to an executor.
         on_notice: told what happens to ranks and to the standby.
-        attach: makes the way to a standby, from what an `AttachStandby` order says, the shard's place in time and its arrays.
-        may: whether anybody may be told anything now, a standby included; `resume` once that may be so again.
+        attach: makes the way to a standby, from what an `AttachStandby` order says, the shard's
+            place in time and its arrays.
+        may: whether anybody may be told anything now, a standby included; `resume` once that may be
+            so again.
     """
 
     def __init__(
@@ -66,7 +92,8 @@ class ShardHost:
         threads: int = 1,
         run: Run = run_here,
         on_notice: Callable[[Notice], None] = lambda notice: None,
-        attach: Callable[[Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream] | None = None,
+        attach: Callable[[Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream]
+        | None = None,
         may: Callable[[], bool] = lambda: True,
     ) -> None:
         self._shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
@@ -75,7 +102,13 @@ class ShardHost:
         self.gradients_of_rank: FindGradients = lambda rank, incarnation, dtypes: None
         self._spec, self._run_by_default = spec, run
         self._lock = threading.Lock()
-        self._outbox = Outbox(self._lock, self._carry_out, lambda work, run: run(lambda: self._compute(work, run)), run, may)
+        self._outbox = Outbox(
+            self._lock,
+            self._carry_out,
+            lambda work, run: run(lambda: self._compute(work, run)),
+            run,
+            may,
+        )
         self._waiting: set[Reply] = set()
         self._closed = False
         self._filing = 0
@@ -89,8 +122,12 @@ class ShardHost:
         """Where the shard stands, while nothing is computed."""
         return self._shard.control_state
 
-    def take_over(self, control_state: ShardControlState, arrays: dict[str, Flat], reconfigure: Any) -> None:
-        """Stand where a primary stood, before the first message: with its arrays, under the order that makes this shard the primary."""
+    def take_over(
+        self, control_state: ShardControlState, arrays: dict[str, Flat], reconfigure: Any
+    ) -> None:
+        """Stand where a primary stood, before the first message: with its arrays, under the order
+        that makes this shard the primary.
+        """
         self._shard.state.load(arrays, control_state.active)
         self._shard.take_over(control_state, reconfigure)
 
@@ -113,7 +150,8 @@ class ShardHost:
         return future
 
     def deliver(self, message: Message | Order, reply: Reply, run: Run | None = None) -> None:
-        """Give the shard a message; `reply` is called once with its answer or error, now or later, in whichever thread has it.
+        """Give the shard a message; `reply` is called once with its answer or error, now or later,
+        in whichever thread has it.
 
         Heavy work that the message sets off is carried out by `run` where given.
         """
@@ -128,16 +166,28 @@ class ShardHost:
             self._behind.collect(message.file_name, lambda answer: self._answer(reply, answer))
             return
         if isinstance(message, (Reserve, Save)):
-            work = self._behind.reserve if isinstance(message, Reserve) else functools.partial(self._save, message)
+            work = (
+                self._behind.reserve
+                if isinstance(message, Reserve)
+                else functools.partial(self._save, message)
+            )
             run(lambda: self._answer(reply, self._attempt(work)))
             return
-        if isinstance(message, CompletePush) and message.note.dtypes is not None and message.gradients is None:
-            found = self.gradients_of_rank(message.rank, message.note.incarnation, message.note.dtypes)
+        if (
+            isinstance(message, CompletePush)
+            and message.note.dtypes is not None
+            and message.gradients is None
+        ):
+            found = self.gradients_of_rank(
+                message.rank, message.note.incarnation, message.note.dtypes
+            )
             message = dataclasses.replace(message, gradients=found)
         if isinstance(message, _CHANGES):
             self._behind.settle()
         if isinstance(message, Describe):
-            self._answer(reply, self._described(with_spec=message.spec))  # at once, whatever is being told to the standby
+            self._answer(
+                reply, self._described(with_spec=message.spec)
+            )  # at once, whatever is being told to the standby
             return
         try:
             with self._lock:
@@ -214,13 +264,17 @@ class ShardHost:
         began = perf_counter()
         if self._replica is not None and not self._replica.ready():
             self._detach()
-        result = self._arithmetic.step(self._shard, None if self._replica is None else self._replica.mean)
+        result = self._arithmetic.step(
+            self._shard, None if self._replica is None else self._replica.mean
+        )
         if self._meter is not None:
             self._meter.apply.add(perf_counter() - began)
         return result
 
     def _save(self, message: Save) -> Any:
-        """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard meanwhile."""
+        """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard
+        meanwhile.
+        """
         shard, ranges = self._shard, self._spec.ranges
         shard.exclusive_hold.require(message.token, self._spec.index)
         before, arrays = shard.changed, shard.state.arrays()
@@ -234,15 +288,23 @@ class ShardHost:
 
         self._filing += 1
         try:
-            return self._behind.snapshot(message.file_name, arrays, write) if message.behind else write(arrays)
+            return (
+                self._behind.snapshot(message.file_name, arrays, write)
+                if message.behind
+                else write(arrays)
+            )
         finally:
             self._filing -= 1
 
     def _obey(self) -> Any:
-        """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a shard that loads without a state."""
+        """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a
+        shard that loads without a state.
+        """
         order = self._shard.order
         self._behind.settle()
-        return self._attempt(lambda: self._load(order) if isinstance(order, Load) else self._attach(order))
+        return self._attempt(
+            lambda: self._load(order) if isinstance(order, Load) else self._attach(order)
+        )
 
     def _load(self, order: Load) -> ShardControlState:
         spec, state = self._spec, self._shard.state
@@ -251,12 +313,30 @@ class ShardHost:
             return order.control_state
         if order.directory is None:
             state.load({"params": order.params or {}})
-            return ShardControlState(order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+            return ShardControlState(
+                order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []}
+            )
         manifest = Manifest.from_bytes(order.manifest, order.directory)
-        fill_shard(order.directory, manifest, ranges=spec.ranges, state=state.reset(), leftovers=order.leftovers)
+        fill_shard(
+            order.directory,
+            manifest,
+            ranges=spec.ranges,
+            state=state.reset(),
+            leftovers=order.leftovers,
+        )
         self._saved = parent_of(order.directory)
         clock = Clock(manifest.iterations, manifest.m_schedule)
-        return ShardControlState(order.epoch, manifest.round, manifest.skipped, clock, 0.0, 0, "applied", None, manifest.ledger)
+        return ShardControlState(
+            order.epoch,
+            manifest.round,
+            manifest.skipped,
+            clock,
+            0.0,
+            0,
+            "applied",
+            None,
+            manifest.ledger,
+        )
 
     def _attach(self, order: AttachStandby) -> int:
         assert self._connect is not None
@@ -267,12 +347,16 @@ class ShardHost:
         replica = self._connect(order.standby, control_state, shard.config, shard.state.arrays())
         with self._lock:  # what came meanwhile was told to no standby
             self._replica = replica
-            reconfigure = Reconfigure(shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all())
+            reconfigure = Reconfigure(
+                shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all()
+            )
         replica.send(reconfigure)
         return shard.round
 
     def _replicate(self, effect: Replicate, replica: ReplicationStream) -> None:
-        """Let the standby have a record before anyone hears of what it says; one that cannot keep up is let go."""
+        """Let the standby have a record before anyone hears of what it says; one that cannot keep
+        up is let go.
+        """
         if isinstance(effect.record, DetachStandby) or not replica.send(effect.record):
             self._detach()
 
@@ -281,7 +365,10 @@ class ShardHost:
             self._replica.close()
             self._replica = None
             if told:
-                log.warning("shard %d: its standby is gone or out of date; a new one will be filled", self._spec.index)
+                log.warning(
+                    "shard %d: its standby is gone or out of date; a new one will be filled",
+                    self._spec.index,
+                )
                 self._on_notice(Notice("standby lost", -1, 0))
 
     def _described(self, *, with_spec: bool) -> Description:
@@ -289,9 +376,15 @@ class ShardHost:
         with self._lock:
             told, replica = described(self._shard, with_spec=with_spec), self._replica
         reached = replica.reached if replica is not None else None
-        return dataclasses.replace(told, busy=told.busy or self._filing > 0, replicated=reached, saved=self._saved)
+        return dataclasses.replace(
+            told, busy=told.busy or self._filing > 0, replicated=reached, saved=self._saved
+        )
 
-    _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {Work.MEASURE: _measure, Work.STEP: _step, Work.LOAD_OR_COPY: _obey}
+    _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {
+        Work.MEASURE: _measure,
+        Work.STEP: _step,
+        Work.LOAD_OR_COPY: _obey,
+    }
 
 
 def _closed(index: int) -> LifecycleError:

@@ -1,4 +1,6 @@
-"""A shard's arithmetic: the norms of a round's mean gradient, and the step, on what the state machine holds. No messages, no files."""
+"""A shard's arithmetic: the norms of a round's mean gradient, and the step, on what the state
+machine holds. No messages, no files.
+"""
 
 from distnadam.nadam.kernels import Part, Scratch, Slots, StepConstants, make_stepper, square_sums
 from distnadam.nadam.norms import clip_scales
@@ -18,8 +20,13 @@ class ShardKernel:
 
     def __init__(self, spec: ShardSpec, threads: int) -> None:
         self._spec = spec
-        self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
-        self._segments = {space: list(spec.layout.segments(space, *bounds)) for space, bounds in spec.ranges.items()}
+        self._steppers = {
+            space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
+        }
+        self._segments = {
+            space: list(spec.layout.segments(space, *bounds))
+            for space, bounds in spec.ranges.items()
+        }
 
     def close(self) -> None:
         """Stop the kernels' threads."""
@@ -33,18 +40,30 @@ class ShardKernel:
             offset = self._spec.ranges[space][0]
             scratch = Scratch(space)
             slices = [g[space] for g in gradients]
-            found += [(s.tensor, square_sums(slices, s.begin - offset, s.end - offset, scratch)) for s in segments]
+            found += [
+                (s.tensor, square_sums(slices, s.begin - offset, s.end - offset, scratch))
+                for s in segments
+            ]
         return PartialNorms(shard.round + 1, tuple(found))
 
     def step(self, shard: Shard, keep: Flat | None) -> tuple[Clock, float]:
-        """Apply the round's mean gradient, leaving it in `keep`; the new parameters go to the spare buffer."""
+        """Apply the round's mean gradient, leaving it in `keep`; the new parameters go to the spare
+        buffer.
+        """
         config, gradients, state = shard.config, shard.gradients(), shard.state
         scalars = step_scalars(shard.clock, config)
         rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2, config.clipvalue)
         for space, stepper in self._steppers.items():
             slots = Slots(state.params[space], state.m[space], state.v[space], state.spare[space])
             kept = None if keep is None else keep[space]
-            stepper.step(slots, [g[space] for g in gradients], scalars, rates, self._parts(shard, space), kept)
+            stepper.step(
+                slots,
+                [g[space] for g in gradients],
+                scalars,
+                rates,
+                self._parts(shard, space),
+                kept,
+            )
         return scalars.after, scalars.lr
 
     def _parts(self, shard: Shard, space: str) -> list[Part]:
@@ -55,4 +74,6 @@ class ShardKernel:
         scales = clip_scales(shard.config, sums)
         if len(set(scales)) <= 1:
             return [Part(0, end - begin, scales[0])]
-        return [Part(s.begin - begin, s.end - begin, scales[s.tensor]) for s in self._segments[space]]
+        return [
+            Part(s.begin - begin, s.end - begin, scales[s.tensor]) for s in self._segments[space]
+        ]

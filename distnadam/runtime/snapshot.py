@@ -1,4 +1,5 @@
-"""A shard's snapshot: copied into memory kept for it while the workers compute, and written to its file, by a thread of its own.
+"""A shard's snapshot: copied into memory kept for it while the workers compute, and written to its
+file, by a thread of its own.
 
 Whoever is about to change the arrays waits for the copy's end, so the snapshot is of one round.
 """
@@ -36,10 +37,17 @@ class SnapshotWriter:
     def reserve(self) -> None:
         """Have the memory, touched, so that a copy meets no page faults."""
         if not self._kept:
-            self._kept = {name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()} for name in ARRAYS}
+            self._kept = {
+                name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()}
+                for name in ARRAYS
+            }
 
-    def snapshot(self, name: str, arrays: dict[str, Flat], write: Callable[[State], FileRecord]) -> None:
-        """Begin to copy the arrays; the copy is written by `write`, whose result `collect` has under that name."""
+    def snapshot(
+        self, name: str, arrays: dict[str, Flat], write: Callable[[State], FileRecord]
+    ) -> None:
+        """Begin to copy the arrays; the copy is written by `write`, whose result `collect` has
+        under that name.
+        """
         self.reserve()
         wait_for(self._written.values())
         self._written.clear()
@@ -57,7 +65,9 @@ class SnapshotWriter:
             return write(self._kept)
 
         self._written[name] = self._pool.submit(take)
-        self._copied = copied  # nobody changes the arrays before: whoever asked for this holds the shard
+        self._copied = (
+            copied  # nobody changes the arrays before: whoever asked for this holds the shard
+        )
 
     def settle(self) -> None:
         """Wait until the arrays may be changed."""

@@ -1,6 +1,8 @@
-"""A shard's standby: a second copy of its state, stepped round by round from the primary's mean gradients, that can become the shard.
+"""A shard's standby: a second copy of its state, stepped round by round from the primary's mean
+gradients, that can become the shard.
 
-Nadam's step is deterministic, so both hold the same bits. It knows neither sockets nor Ray: records are brought to it.
+Nadam's step is deterministic, so both hold the same bits. It knows neither sockets nor Ray: records
+are brought to it.
 """
 
 import dataclasses
@@ -12,7 +14,14 @@ from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.nadam.kernels import Part, Slots, StepConstants, make_stepper
 from distnadam.nadam.step_scalars import step_scalars
 from distnadam.protocol.messages import ShardSpec
-from distnadam.protocol.supervisor_messages import DetachStandby, Reconfigure, Record, ReplicatedJoin, ReplicatedRound, ShardControlState
+from distnadam.protocol.supervisor_messages import (
+    DetachStandby,
+    Reconfigure,
+    Record,
+    ReplicatedJoin,
+    ReplicatedRound,
+    ShardControlState,
+)
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.arrays import Flat
@@ -28,7 +37,9 @@ class Standby:
 
     def __init__(self, spec: ShardSpec, threads: int = 1) -> None:
         self._spec = spec
-        self._steppers = {space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges}
+        self._steppers = {
+            space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
+        }
         self._arrays: dict[str, Flat] = {}
         self._control_state: ShardControlState | None = None
         self._ledger = Ledger()
@@ -37,31 +48,47 @@ class Standby:
     def take_arrays(self, arrays: dict[str, Flat]) -> None:
         """Take a copy of the primary's "params", "m" and "v", to be stepped in place."""
         with self._lock:
-            self._arrays, self._control_state = arrays, None  # they are of no known place in time yet
+            self._arrays, self._control_state = (
+                arrays,
+                None,
+            )  # they are of no known place in time yet
 
     def begin(self, control_state: ShardControlState, config: NadamConfig) -> None:
-        """Take the place in time that the arrays are of, and the hyper-parameters as they are now."""
+        """Take the place in time that the arrays are of, and the hyper-parameters as they are
+        now.
+        """
         with self._lock:
             if not self._arrays:
-                raise IllegalMessage(f"standby of shard {self._spec.index}: was let go before it had its place in time")
+                raise IllegalMessage(
+                    f"standby of shard {self._spec.index}: was let go before it had its place in "
+                    "time"
+                )
             self._spec = dataclasses.replace(self._spec, config=config)
-            self._control_state, self._ledger = control_state, Ledger.from_dict(control_state.ledger)
+            self._control_state, self._ledger = (
+                control_state,
+                Ledger.from_dict(control_state.ledger),
+            )
 
     def apply(self, record: Record, mean: Flat) -> None:
-        """Follow the primary by one record; `mean` is the round's mean gradient, scaled and clipped.
+        """Follow the primary by one record; `mean` is the round's mean gradient, scaled and
+        clipped.
 
-        A standby that is let go, or could not follow, has no place in time any more: its primary goes on without it.
+        A standby that is let go, or could not follow, has no place in time any more: its primary
+        goes on without it.
 
         Raises:
             IllegalMessage: it is not the record that comes next.
-            ShardsDisagree: the learning-rate function gave this process another rate than the primary.
+            ShardsDisagree: the learning-rate function gave this process another rate than the
+                primary.
         """
         with self._lock:
             now, self._control_state = self._control_state, None
             if isinstance(record, DetachStandby):
                 self._arrays = {}
             elif now is None:
-                raise IllegalMessage(f"standby of shard {self._spec.index}: has no place in time, got {record}")
+                raise IllegalMessage(
+                    f"standby of shard {self._spec.index}: has no place in time, got {record}"
+                )
             elif isinstance(record, ReplicatedJoin):
                 self._ledger.admit(record.rank, record.incarnation)
                 here = {rank: held for rank, held in now.live_owners.items() if rank != record.rank}
@@ -70,15 +97,26 @@ class Standby:
                 self._control_state = dataclasses.replace(now, live_owners=here)
             elif isinstance(record, Reconfigure):
                 self._ledger.admit_all(record.newest)
-                history = (*now.history, (record.epoch, "reconfigured")) if record.epoch > now.epoch else now.history
+                history = (
+                    (*now.history, (record.epoch, "reconfigured"))
+                    if record.epoch > now.epoch
+                    else now.history
+                )
                 self._control_state = dataclasses.replace(
-                    now, epoch=max(now.epoch, record.epoch), schedule=record.schedule, history=history
+                    now,
+                    epoch=max(now.epoch, record.epoch),
+                    schedule=record.schedule,
+                    history=history,
                 )
             else:
                 self._control_state = self._follow(now, record, mean)
 
-    def promote(self, reconfigure: Reconfigure, make_host: Callable[[ShardSpec], ShardHost]) -> tuple[ShardHost, ShardControlState]:
-        """Return a host that stands, as the primary, where this standby has got to; raise IllegalMessage where it was never filled."""
+    def promote(
+        self, reconfigure: Reconfigure, make_host: Callable[[ShardSpec], ShardHost]
+    ) -> tuple[ShardHost, ShardControlState]:
+        """Return a host that stands, as the primary, where this standby has got to; raise
+        IllegalMessage where it was never filled.
+        """
         with self._lock:
             if self._control_state is None or not self._arrays:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no state yet")
@@ -96,7 +134,9 @@ class Standby:
         with self._lock:
             return self._control_state.round if self._control_state is not None else None
 
-    def _follow(self, now: ShardControlState, record: ReplicatedRound, mean: Flat) -> ShardControlState:
+    def _follow(
+        self, now: ShardControlState, record: ReplicatedRound, mean: Flat
+    ) -> ShardControlState:
         who = f"standby of shard {self._spec.index}"
         if record.round != now.round + 1:
             raise IllegalMessage(f"{who}: expected round {now.round + 1}, got round {record.round}")
@@ -105,14 +145,20 @@ class Standby:
         for rank, note in record.counted.items():
             self._ledger.admit(rank, note.incarnation)
             self._ledger.count(rank, note.incarnation, record.round)
-        told = {name: getattr(record, name) for name in ("round", "skipped", "outcome", "rejection", "lr", "active", "clock")}
+        told = {
+            name: getattr(record, name)
+            for name in ("round", "skipped", "outcome", "rejection", "lr", "active", "clock")
+        }
         return dataclasses.replace(now, counted={**now.counted, **record.counted}, **told)
 
     def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:
         config = self._spec.config
         scalars = step_scalars(now.clock, config)
         if scalars.lr != record.lr:
-            raise ShardsDisagree(f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has lr={record.lr!r}")
+            raise ShardsDisagree(
+                f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has "
+                f"lr={record.lr!r}"
+            )
         rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2)
         for space, stepper in self._steppers.items():
             p, m, v = (self._arrays[name][space] for name in ("params", "m", "v"))

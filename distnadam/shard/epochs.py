@@ -1,4 +1,6 @@
-"""The epoch of a shard: it rises whenever what workers know may be out of date, and says what became of older messages. Pure."""
+"""The epoch of a shard: it rises whenever what workers know may be out of date, and says what
+became of older messages. Pure.
+"""
 
 from distnadam.errors import Reconfigured, Rewound, StaleEpoch
 from distnadam.protocol.supervisor_messages import Reason
@@ -37,14 +39,23 @@ class Epochs:
         self._history.append((self.now, reason))
 
     def refusal(self, epoch: int, who: str, decided: int) -> StaleEpoch | None:
-        """Return what a message of another epoch is told, None for the present one; the gravest of all that happened since counts."""
+        """Return what a message of another epoch is told, None for the present one; the gravest of
+        all that happened since counts.
+        """
         if epoch == self.now:
             return None
         since = {reason for number, reason in self._history if number > epoch}
         told = f"{who}: message of epoch {epoch}, expected {self.now}"
         if "rewound" in since:
-            why = f"{told}: all shards went back after a death, to round {decided}; compute again from there"
+            why = (
+                f"{told}: all shards went back after a death, to round {decided}; compute "
+                "again from there"
+            )
             return Rewound(why, self.now, decided)
         if "replaced" in since or epoch > self.now:
-            return StaleEpoch(f"{told}: the state was replaced; pull and compute again", self.now, decided)
-        return Reconfigured(f"{told}: a shard or the membership changed; push again", self.now, decided)
+            return StaleEpoch(
+                f"{told}: the state was replaced; pull and compute again", self.now, decided
+            )
+        return Reconfigured(
+            f"{told}: a shard or the membership changed; push again", self.now, decided
+        )

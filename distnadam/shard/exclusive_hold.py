@@ -1,4 +1,6 @@
-"""Who holds a shard, and how far its rounds may go meanwhile. One holder at a time, in the order they asked. Pure."""
+"""Who holds a shard, and how far its rounds may go meanwhile. One holder at a time, in the order
+they asked. Pure.
+"""
 
 import math
 from typing import Any
@@ -26,14 +28,18 @@ class ExclusiveHold:
     def require(self, token: str, shard: int) -> None:
         """Raise IllegalMessage unless the holder of this token holds the shard."""
         if self.holder != token:
-            raise IllegalMessage(f"shard {shard}: this is legal only between Hold and Release of the same caller")
+            raise IllegalMessage(
+                f"shard {shard}: this is legal only between Hold and Release of the same caller"
+            )
 
     def ask(self, caller: Any, token: str) -> None:
         """Queue for the gate."""
         self._queue.append((caller, token))
 
     def admit(self, decided: int) -> list[Any]:
-        """Give a free gate to the first in the queue, closed after `decided`; return its caller, or the holder's that asked again."""
+        """Give a free gate to the first in the queue, closed after `decided`; return its caller, or
+        the holder's that asked again.
+        """
         if self.holder is not None:
             again = [caller for caller, token in self._queue if token == self.holder]
             self._queue = [entry for entry in self._queue if entry[1] != self.holder]
@@ -56,7 +62,9 @@ class ExclusiveHold:
         return arrived
 
     def release(self, token: str) -> list[Any]:
-        """Open the gate where this token's holder has it; return the callers that still wait in the queue under it, and forget them."""
+        """Open the gate where this token's holder has it; return the callers that still wait in the
+        queue under it, and forget them.
+        """
         given_up = [caller for caller, waiting in self._queue if waiting == token]
         self._queue = [x for x in self._queue if x[1] != token]
         if self.holder == token:

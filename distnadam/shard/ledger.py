@@ -1,4 +1,6 @@
-"""Which pushes counted: for every rank, runs of consecutive rounds by one incarnation. Exact for ever, small always. Pure."""
+"""Which pushes counted: for every rank, runs of consecutive rounds by one incarnation. Exact for
+ever, small always. Pure.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +10,9 @@ DIRECT = -1
 
 
 class Ledger:
-    """The rounds in which each (rank, incarnation) was counted, and the newest incarnation of each rank."""
+    """The rounds in which each (rank, incarnation) was counted, and the newest incarnation of each
+    rank.
+    """
 
     def __init__(self) -> None:
         self._runs: dict[int, list[list[int]]] = {}
@@ -19,7 +23,9 @@ class Ledger:
         return self._newest.get(rank, 0)
 
     def admit(self, rank: int, incarnation: int | None) -> int:
-        """Make `incarnation` the rank's newest where it is newer (None: the one after the newest) and return it."""
+        """Make `incarnation` the rank's newest where it is newer (None: the one after the newest)
+        and return it.
+        """
         admitted = self.newest(rank) + 1 if incarnation is None else incarnation
         self._newest[rank] = max(self.newest(rank), admitted)
         return admitted
@@ -34,7 +40,9 @@ class Ledger:
         return dict(self._newest)
 
     def count(self, rank: int, incarnation: int, decided: int) -> None:
-        """Enter that a rank's push was counted in the round `decided`, which is later than any before."""
+        """Enter that a rank's push was counted in the round `decided`, which is later than any
+        before.
+        """
         runs = self._runs.setdefault(rank, [])
         if runs and runs[-1][0] == incarnation and runs[-1][2] == decided - 1:
             runs[-1][2] = decided
@@ -43,7 +51,10 @@ class Ledger:
 
     def counted(self, rank: int, incarnation: int, decided: int) -> bool:
         """Whether the push of (rank, incarnation) for that round was counted."""
-        return any(i == incarnation and first <= decided <= last for i, first, last in reversed(self._runs.get(rank, [])))
+        return any(
+            i == incarnation and first <= decided <= last
+            for i, first, last in reversed(self._runs.get(rank, []))
+        )
 
     def last(self, rank: int) -> int:
         """Return the last round in which a push of this rank was counted, 0 where none was."""

@@ -1,7 +1,16 @@
-"""Who holds each rank of a shard's workers: incarnations, membership by round, who left, who died, and whose push may count. Pure."""
+"""Who holds each rank of a shard's workers: incarnations, membership by round, who left, who died,
+and whose push may count. Pure.
+"""
 
 import distnadam.protocol.messages as msg
-from distnadam.errors import LatePush, LifecycleError, Reconfigured, RoundMismatch, SupersededWorker, WorkerLost
+from distnadam.errors import (
+    LatePush,
+    LifecycleError,
+    Reconfigured,
+    RoundMismatch,
+    SupersededWorker,
+    WorkerLost,
+)
 from distnadam.protocol.shard_status import Owners
 from distnadam.protocol.supervisor_messages import MembershipHistory
 from distnadam.shard.epochs import Epochs
@@ -28,17 +37,29 @@ class Membership:
     def needed(self, number: int) -> tuple[int, ...]:
         """Return the ranks whose pushes make up a round."""
         first, ranks = self.schedule[-1]
-        return ranks if first <= number else next(ranks for first, ranks in reversed(self.schedule) if first <= number)
+        return (
+            ranks
+            if first <= number
+            else next(ranks for first, ranks in reversed(self.schedule) if first <= number)
+        )
 
     def join(self, message: msg.Join) -> int:
-        """Give a rank to a worker and return its incarnation; raise where the rank does not exist or a newer worker has it."""
+        """Give a rank to a worker and return its incarnation; raise where the rank does not exist
+        or a newer worker has it.
+        """
         rank = message.rank
         self._check_rank(rank)
         admitted = self.ledger.admit(rank, message.incarnation)
         self.check_newest(rank, admitted)
-        if not message.reserve and self.owners.get(rank, (0, ""))[0] == admitted and self.owners[rank][1] != message.process:
+        if (
+            not message.reserve
+            and self.owners.get(rank, (0, ""))[0] == admitted
+            and self.owners[rank][1] != message.process
+        ):
             told = "was given to another process too, by a shard that died since; join again"
-            raise SupersededWorker(f"shard {self._shard}: rank {rank}: the number {admitted} {told}")
+            raise SupersededWorker(
+                f"shard {self._shard}: rank {rank}: the number {admitted} {told}"
+            )
         if not message.reserve:
             self.owners[rank] = admitted, message.process
             for ranks in (self.left, self.dead, self.given_up):
@@ -51,9 +72,15 @@ class Membership:
 
     @property
     def live_owners(self) -> Owners:
-        """The ranks that a worker holds which has neither left, nor died, nor had its place reserved for another."""
+        """The ranks that a worker holds which has neither left, nor died, nor had its place
+        reserved for another.
+        """
         gone = self.left | self.dead
-        return {rank: held for rank, held in self.owners.items() if held[0] == self.ledger.newest(rank) and rank not in gone}
+        return {
+            rank: held
+            for rank, held in self.owners.items()
+            if held[0] == self.ledger.newest(rank) and rank not in gone
+        }
 
     def leave(self, rank: int, incarnation: int) -> None:
         """Take note that a worker closed."""
@@ -61,7 +88,9 @@ class Membership:
             self.left.add(rank)
 
     def lose(self, rank: int, incarnation: int) -> bool:
-        """Take note that a worker died, where it had not left nor been taken over, and return whether that is so."""
+        """Take note that a worker died, where it had not left nor been taken over, and return
+        whether that is so.
+        """
         lost = incarnation == self.ledger.newest(rank) and rank not in self.left
         if lost:
             self.dead.add(rank)
@@ -69,37 +98,60 @@ class Membership:
 
     def already_counted(self, message: msg.Push | msg.TotalNorms, decided: int) -> bool:
         """Whether this very push was counted in a round that is decided."""
-        return message.round <= decided and self.ledger.counted(message.rank, message.incarnation, message.round)
+        return message.round <= decided and self.ledger.counted(
+            message.rank, message.incarnation, message.round
+        )
 
-    def check_current(self, message: msg.Push | msg.TotalNorms, epochs: Epochs, decided: int) -> None:
-        """Raise a ProtocolError unless the message is of this epoch, of its rank's newest worker, and for the round after `decided`."""
+    def check_current(
+        self, message: msg.Push | msg.TotalNorms, epochs: Epochs, decided: int
+    ) -> None:
+        """Raise a ProtocolError unless the message is of this epoch, of its rank's newest worker,
+        and for the round after `decided`.
+        """
         who = f"shard {self._shard}: rank {message.rank}"
         self._check_rank(message.rank)
         if (refusal := epochs.refusal(message.epoch, who, decided)) is not None:
             raise refusal
         self.check_newest(message.rank, message.incarnation)
         if message.round <= decided:
-            raise LatePush(f"{who}: push for round {message.round}, which is over and did not count it; expected round {decided + 1}")
+            raise LatePush(
+                f"{who}: push for round {message.round}, which is over and did not count it; "
+                f"expected round {decided + 1}"
+            )
         if message.round > decided + 1:
-            raise RoundMismatch(f"{who}: expected a push for round {decided + 1}, got one for round {message.round}")
+            raise RoundMismatch(
+                f"{who}: expected a push for round {decided + 1}, got one for round {message.round}"
+            )
         if message.rank not in self.needed(message.round):
-            raise Reconfigured(f"{who}: is no member of round {message.round}; it must be admitted first", epochs.now, decided)
+            raise Reconfigured(
+                f"{who}: is no member of round {message.round}; it must be admitted first",
+                epochs.now,
+                decided,
+            )
 
     def check_newest(self, rank: int, incarnation: int) -> None:
         """Raise SupersededWorker unless this is the rank's newest worker."""
         newest = self.ledger.newest(rank)
         if incarnation != newest:
-            raise SupersededWorker(f"shard {self._shard}: rank {rank} was taken over by worker {newest}; worker {incarnation} must stop")
+            raise SupersededWorker(
+                f"shard {self._shard}: rank {rank} was taken over by worker {newest}; worker "
+                f"{incarnation} must stop"
+            )
 
     def given_up_of(self, number: int, pushed: set[int]) -> WorkerLost | None:
-        """Return what those who wait for a round are told where a member that nobody takes over has not pushed for it."""
+        """Return what those who wait for a round are told where a member that nobody takes over has
+        not pushed for it.
+        """
         if not self.given_up:
             return None
         missing = sorted(self.given_up & set(self.needed(number)) - pushed)
         if not missing:
             return None
         who = f"shard {self._shard}: worker {missing[0]}"
-        return WorkerLost(f"{who} died before it pushed for round {number} and nobody took it over; the others' pushes were dropped")
+        return WorkerLost(
+            f"{who} died before it pushed for round {number} and nobody took it over; the others' "
+            "pushes were dropped"
+        )
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self._num_workers:

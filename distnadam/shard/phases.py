@@ -1,4 +1,6 @@
-"""A shard's phases, which message is legal in which, and the effects it asks of its host. Data only; the machine is in `shard`."""
+"""A shard's phases, which message is legal in which, and the effects it asks of its host. Data
+only; the machine is in `shard`.
+"""
 
 from dataclasses import dataclass
 from enum import Enum

@@ -21,7 +21,8 @@ class Waiter:
 
 @dataclass
 class Round:
-    """Pushes by rank, those set aside when their worker was taken over, who waits, and where clipping needs norms the sums and totals.
+    """Pushes by rank, those set aside when their worker was taken over, who waits, and where
+    clipping needs norms the sums and totals.
 
     `adopted` are ranks whose push here counts whoever pushes later, since another shard counts it.
     """
@@ -45,7 +46,11 @@ class Round:
 
     def set_aside(self, rank: int, incarnation: int) -> None:
         """Put the push of a worker older than this one aside, unless it must count."""
-        if rank in self.pushes and rank not in self.adopted and self.pushes[rank].incarnation < incarnation:
+        if (
+            rank in self.pushes
+            and rank not in self.adopted
+            and self.pushes[rank].incarnation < incarnation
+        ):
             self.aside[rank] = self.pushes.pop(rank)
 
     def restore(self, rank: int, incarnation: int) -> bool:
@@ -55,16 +60,28 @@ class Round:
         return rank in self.pushes and self.pushes[rank].incarnation == incarnation
 
     def supersede(self, push: msg.Push, shard: int) -> list[Effect]:
-        """Enter a push; refuse those who wait for the push of an older worker of its rank, which it replaces."""
+        """Enter a push; refuse those who wait for the push of an older worker of its rank, which it
+        replaces.
+        """
         self.pushes[push.rank] = push
         self.aside.pop(push.rank, None)
         old = [w for w in self.waiting if w.rank == push.rank and w.incarnation < push.incarnation]
         self.waiting = [w for w in self.waiting if w not in old]
         who = f"shard {shard}: rank {push.rank} was taken over by worker {push.incarnation}"
-        return [Answer(w.caller, SupersededWorker(f"{who}; the push of worker {w.incarnation} was not counted")) for w in old]
+        return [
+            Answer(
+                w.caller,
+                SupersededWorker(f"{who}; the push of worker {w.incarnation} was not counted"),
+            )
+            for w in old
+        ]
 
 
 def note_of(push: msg.Push) -> msg.PushNote:
     """Return what others need to know of a push."""
-    dtypes = None if push.gradients is None else {space: name_of(array.dtype) for space, array in push.gradients.items()}
+    dtypes = (
+        None
+        if push.gradients is None
+        else {space: name_of(array.dtype) for space, array in push.gradients.items()}
+    )
     return msg.PushNote(push.incarnation, push.round, dtypes, push.rejection)

@@ -1,4 +1,6 @@
-"""A shard's arrays: two buffers of parameters that alternate, and the two moments. Pure; knows ranges, not rounds."""
+"""A shard's arrays: two buffers of parameters that alternate, and the two moments. Pure; knows
+ranges, not rounds.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +12,9 @@ from distnadam.tensors.layout import Ranges
 
 @dataclass
 class ShardState:
-    """The arrays of one shard's ranges. A step reads `buffers[active]` and writes the other, which then becomes active."""
+    """The arrays of one shard's ranges. A step reads `buffers[active]` and writes the other, which
+    then becomes active.
+    """
 
     buffers: tuple[Flat, Flat]
     m: Flat
@@ -21,7 +25,9 @@ class ShardState:
     def empty(cls, ranges: Ranges, buffers: tuple[Flat, Flat] | None = None) -> "ShardState":
         """Return zeroed state, on the given parameter buffers where the process shares them."""
         sizes = {space: end - begin for space, (begin, end) in ranges.items()}
-        return cls(buffers or (zeros_flat(sizes), zeros_flat(sizes)), zeros_flat(sizes), zeros_flat(sizes))
+        return cls(
+            buffers or (zeros_flat(sizes), zeros_flat(sizes)), zeros_flat(sizes), zeros_flat(sizes)
+        )
 
     @property
     def params(self) -> Flat:
@@ -42,12 +48,16 @@ class ShardState:
         return {"params": self.params, "m": self.m, "v": self.v}
 
     def reset(self) -> dict[str, Flat]:
-        """Return the arrays by name, to be filled in place; the present parameters are `buffers[0]` from now on."""
+        """Return the arrays by name, to be filled in place; the present parameters are `buffers[0]`
+        from now on.
+        """
         self.active = 0
         return self.arrays()
 
     def load(self, arrays: dict[str, Flat], active: int = 0) -> None:
-        """Take whole arrays by name, those not given being zero; the present parameters are `buffers[active]` from now on."""
+        """Take whole arrays by name, those not given being zero; the present parameters are
+        `buffers[active]` from now on.
+        """
         self.active = active
         for name, target in self.arrays().items():
             for space, values in target.items():

@@ -1,4 +1,6 @@
-"""The seam between a supervisor and the processes of its optimizer. Nothing here knows what they run on."""
+"""The seam between a supervisor and the processes of its optimizer. Nothing here knows what they
+run on.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,9 @@ Cuts = tuple[Sequence[Ranges], Sequence[Ranges]]
 
 @dataclass(frozen=True)
 class ShardProcess:
-    """One process: whose shard, a handle that only the crew understands, and where it is to be found."""
+    """One process: whose shard, a handle that only the crew understands, and where it is to be
+    found.
+    """
 
     index: int
     handle: Any
@@ -26,11 +30,17 @@ class ProcessManager(ABC):
     """What a supervisor can do to the processes of its optimizer."""
 
     @abstractmethod
-    def start(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
-        """Make a process for a shard, or its standby, beside the present ones; raise ClusterError where none can be had."""
+    def start(
+        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
+        """Make a process for a shard, or its standby, beside the present ones; raise ClusterError
+        where none can be had.
+        """
 
     @abstractmethod
-    def promote(self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
+    def promote(
+        self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
         """Make a standby its shard's primary, once it has all that the dead one sent."""
 
     @abstractmethod
@@ -42,7 +52,9 @@ class ProcessManager(ABC):
         """End processes that are not needed any more, stopped ones too."""
 
     def is_leader(self) -> bool:
-        """Whether the supervisor may decide anything now; not while it may have been cut off, and another put in its place."""
+        """Whether the supervisor may decide anything now; not while it may have been cut off, and
+        another put in its place.
+        """
         return True
 
     def is_dead(self, token: str) -> bool:
@@ -54,7 +66,14 @@ class ProcessManager(ABC):
         """Tell the supervisor (`died`) as soon as this process ends."""
 
     @abstractmethod
-    def move(self, token: str, old: Sequence[ShardProcess], new: Sequence[ShardProcess], cuts: Cuts, order: Load) -> list[Exception]:
+    def move(
+        self,
+        token: str,
+        old: Sequence[ShardProcess],
+        new: Sequence[ShardProcess],
+        cuts: Cuts,
+        order: Load,
+    ) -> list[Exception]:
         """Have new shards load what old ones, held by that token, hold; return what went wrong.
 
         Args:
@@ -66,5 +85,9 @@ class ProcessManager(ABC):
         """
 
     @abstractmethod
-    def ask(self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
-        """Send each its message; return by index the answers, or the errors: ShardLost of one that died, StepTimeout of a silent one."""
+    def ask(
+        self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
+    ) -> dict[int, Any]:
+        """Send each its message; return by index the answers, or the errors: ShardLost of one that
+        died, StepTimeout of a silent one.
+        """

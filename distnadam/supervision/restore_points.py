@@ -1,4 +1,6 @@
-"""What all shards can go back to: the newest checkpoint they can read, or the parameters given to `build`."""
+"""What all shards can go back to: the newest checkpoint they can read, or the parameters given to
+`build`.
+"""
 
 import logging
 import time
@@ -46,7 +48,9 @@ class RestorePoints:
         self.changed, self.changes = what, max(time.time_ns(), self.changes + 1)
 
     def saved(self, root: str, changes: int) -> None:
-        """Take that a checkpoint is complete: it makes good whatever was changed before it, and the first parameters are not needed."""
+        """Take that a checkpoint is complete: it makes good whatever was changed before it, and the
+        first parameters are not needed.
+        """
         self.directory, self.initial = self._fixed or root, None
         if changes == self.changes:
             self.changed = None
@@ -61,10 +65,17 @@ class RestorePoints:
                 log.warning("no checkpoint can be looked for: %s", error)
         return found + ([self.initial] if self.initial is not None else [])
 
-    def loads(self, candidate: Directory | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any) -> dict[int, Load]:
-        """Return the order that has each shard load its part; none where the checkpoint is refused."""
+    def loads(
+        self, candidate: Directory | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any
+    ) -> dict[int, Load]:
+        """Return the order that has each shard load its part; none where the checkpoint is
+        refused.
+        """
         if not isinstance(candidate, Directory):
-            return {i: Load(epoch, params=cut_flat(candidate, spec.ranges), **how) for i, spec in enumerate(specs)}
+            return {
+                i: Load(epoch, params=cut_flat(candidate, spec.ranges), **how)
+                for i, spec in enumerate(specs)
+            }
         try:
             manifest = store.load(candidate)
             store.check_files(candidate, manifest)
@@ -72,4 +83,7 @@ class RestorePoints:
             log.warning("passing over %s", error)
             return {}
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(specs))
-        return {i: Load(epoch, str(candidate), raw, tuple(left), **how) for i, left in enumerate(leftovers)}
+        return {
+            i: Load(epoch, str(candidate), raw, tuple(left), **how)
+            for i, left in enumerate(leftovers)
+        }

@@ -12,7 +12,9 @@ from distnadam.supervision.process_manager import ShardProcess
 
 @dataclass(frozen=True)
 class ShardMap:
-    """Who is to be called for which shard; a higher version replaces a lower one. `failed` says why there is none any more."""
+    """Who is to be called for which shard; a higher version replaces a lower one. `failed` says why
+    there is none any more.
+    """
 
     version: int
     shards: tuple[ShardProcess, ...]

@@ -1,6 +1,8 @@
-"""The one who decides, for all shards at once, what happens when processes die: watches, observes, asks `policy`, has it carried out.
+"""The one who decides, for all shards at once, what happens when processes die: watches, observes,
+asks `policy`, has it carried out.
 
-One supervisor per optimizer. Everything it must know it can read again from the shards, so a successor goes on where a dead one stopped.
+One supervisor per optimizer. Everything it must know it can read again from the shards, so a
+successor goes on where a dead one stopped.
 """
 
 import logging
@@ -31,7 +33,8 @@ _ROUNDS_OF_DECISIONS = 10
 
 
 class Supervisor:
-    """See the module. `adopt` gives it its shards, `begin` starts the watch; every other method may be called from any thread.
+    """See the module. `adopt` gives it its shards, `begin` starts the watch; every other method may
+    be called from any thread.
 
     Args:
         specs: the shards'.
@@ -39,13 +42,20 @@ class Supervisor:
         crew: what reaches and makes processes.
     """
 
-    def __init__(self, specs: Sequence[ShardSpec], replicas: int, processes: ProcessManager) -> None:
+    def __init__(
+        self, specs: Sequence[ShardSpec], replicas: int, processes: ProcessManager
+    ) -> None:
         options = specs[0].options
         self._replicas, self._options = replicas, options
         self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
         self._cluster = ClusterState(specs, processes)
         self._source = RestorePoints(options.checkpoint_dir, retain_initial=options.retain_initial)
-        self._recovery = DecisionExecutor(self._cluster, self._source, self._publish, lambda what, about: self._events.put((what, about)))
+        self._recovery = DecisionExecutor(
+            self._cluster,
+            self._source,
+            self._publish,
+            lambda what, about: self._events.put((what, about)),
+        )
         self._observer = Observer(self._cluster, self._source, options, self._on_died_rank)
         self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
@@ -56,16 +66,29 @@ class Supervisor:
 
     # What others tell and ask
 
-    def adopt(self, shards: Sequence[ShardProcess], standbys: Mapping[int, ShardProcess], gone: Sequence[ShardProcess] = ()) -> None:
-        """Take processes that were made already; nobody is told of them before those that are gone have been replaced."""
-        self._cluster.shards, self._cluster.standbys, self._cluster.gone = list(shards), dict(standbys), set(gone)
+    def adopt(
+        self,
+        shards: Sequence[ShardProcess],
+        standbys: Mapping[int, ShardProcess],
+        gone: Sequence[ShardProcess] = (),
+    ) -> None:
+        """Take processes that were made already; nobody is told of them before those that are gone
+        have been replaced.
+        """
+        self._cluster.shards, self._cluster.standbys, self._cluster.gone = (
+            list(shards),
+            dict(standbys),
+            set(gone),
+        )
         if not gone:
             self._publish(None)
 
     def begin(self, *, initial: Flat | None, directory: str | None) -> None:
-        """Start the watch over shards that have their state: from parameters with nothing behind them, or from a checkpoint.
+        """Start the watch over shards that have their state: from parameters with nothing behind
+        them, or from a checkpoint.
 
-        Told again, as by a call that seemed lost, or of a successor that watches already, it only takes what can be gone back to.
+        Told again, as by a call that seemed lost, or of a successor that watches already, it only
+        takes what can be gone back to.
         """
         with self._lock:
             begun, self._begun = self._begun, True
@@ -94,7 +117,9 @@ class Supervisor:
         self._events.put(("died", (process,)))
 
     def outdated(self, standby: ShardProcess) -> None:
-        """Take that a primary goes on without its standby, which must not step in for it from now on."""
+        """Take that a primary goes on without its standby, which must not step in for it from now
+        on.
+        """
         self._cluster.outdated.add(standby)
         self._events.put(("outdated", (standby,)))
 
@@ -103,7 +128,9 @@ class Supervisor:
         self._events.put((what, (rank, incarnation)))
 
     def changing(self, what: str) -> None:
-        """Take that the state is about to be replaced from outside, which going back to the last checkpoint would lose."""
+        """Take that the state is about to be replaced from outside, which going back to the last
+        checkpoint would lose.
+        """
         self._source.change(what)
 
     def changes(self) -> int:
@@ -111,27 +138,36 @@ class Supervisor:
         return self._source.changes
 
     def saved(self, root: str, changes: int) -> None:
-        """Take that a checkpoint is complete under this directory, of when `changes` was that number."""
+        """Take that a checkpoint is complete under this directory, of when `changes` was that
+        number.
+        """
         self._source.saved(root, changes)
 
     def shard_map(self, newer_than: int, suspect: bool = False) -> Future[ShardMap]:
-        """Return the roster once there is one newer than what the caller has seen; with a suspicion, after a look, whatever it finds."""
+        """Return the roster once there is one newer than what the caller has seen; with a
+        suspicion, after a look, whatever it finds.
+        """
         future = self._publisher.newer(newer_than)
         if suspect:
             self._events.put(("suspect", future))
         return future
 
     def lost_ranks(self) -> dict[int, int]:
-        """Return the ranks whose worker died and that nobody has taken over, and the incarnation that died."""
+        """Return the ranks whose worker died and that nobody has taken over, and the incarnation
+        that died.
+        """
         return {rank: incarnation for rank, (incarnation, _) in dict(self._cluster.dead).items()}
 
     def recoveries(self) -> dict[str, int]:
-        """Return how many shards were taken over by standbys, how often all went back, how many ranks left or were
-        taken over."""
+        """Return how many shards were taken over by standbys, how often all went back, how many
+        ranks left or were taken over.
+        """
         return dict(self._recovery.counts)
 
     def standbys(self) -> dict[int, Any]:
-        """Return the places of the standbys that there are, filled or not, by the index of their shard."""
+        """Return the places of the standbys that there are, filled or not, by the index of their
+        shard.
+        """
         return {index: process.place for index, process in dict(self._cluster.standbys).items()}
 
     def specs(self) -> list[ShardSpec]:
@@ -139,13 +175,17 @@ class Supervisor:
         return list(self._cluster.specs)
 
     def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> Future[None]:
-        """Have so many shards hold these ranges from the next round on; the future carries what prevented it."""
+        """Have so many shards hold these ranges from the next round on; the future carries what
+        prevented it.
+        """
         future: Future[None] = Future()
         self._events.put(("reshard", (num_shards, cuts, future)))
         return future
 
     def close(self) -> None:
-        """Stop watching, and end every process: at once, lest a look waits for one that is stopped, and those that it was about to make."""
+        """Stop watching, and end every process: at once, lest a look waits for one that is stopped,
+        and those that it was about to make.
+        """
         self._closed = True
         self._events.put(("look", None))
         self._cluster.processes.terminate(*self._cluster.shards, *self._cluster.standbys.values())
@@ -202,7 +242,9 @@ class Supervisor:
 
     def _on_left(self, rank: int, incarnation: int) -> None:
         if self._rules.min_workers is not None and self._cluster.newest.get(rank, 0) == incarnation:
-            self._cluster.dead.setdefault(rank, (incarnation, time.monotonic()))  # it is as gone as if it had died
+            self._cluster.dead.setdefault(
+                rank, (incarnation, time.monotonic())
+            )  # it is as gone as if it had died
 
     def _on_stuck(self, _: int, __: int) -> None:
         self._cluster.stuck = True
@@ -226,11 +268,18 @@ class Supervisor:
         if self._cluster.newest.get(rank, 0) > max(incarnation, known) or known >= incarnation:
             return  # taken over already, or told by another shard
         self._cluster.dead[rank] = (incarnation, time.monotonic())
-        log.warning("worker %d died; a new worker(%d) may take the rank over within %g s", rank, rank, self._rules.rejoin_timeout_s)
+        log.warning(
+            "worker %d died; a new worker(%d) may take the rank over within %g s",
+            rank,
+            rank,
+            self._rules.rejoin_timeout_s,
+        )
         self._recovery.settle(rank)
 
     def _look(self, *, prompted: bool) -> None:
-        """Decide until nothing is left to decide; where nothing happened, only as often as a sign of life is due."""
+        """Decide until nothing is left to decide; where nothing happened, only as often as a sign
+        of life is due.
+        """
         now = time.monotonic()
         quiet = not (prompted or self._cluster.dead or self._cluster.stuck or self._observer.awaits)
         if self._publisher.now.failed or (quiet and now < self._next_look):

@@ -1,6 +1,8 @@
-"""One leaf of a tree as a NumPy array, whoever made it: NumPy, torch, JAX. No framework is imported here.
+"""One leaf of a tree as a NumPy array, whoever made it: NumPy, torch, JAX. No framework is imported
+here.
 
-Also the dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are kept in; and the storage of those.
+Also the dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are
+kept in; and the storage of those.
 """
 
 import sys
@@ -20,7 +22,9 @@ Flat = dict[str, Array]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SPACE_OF = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
-"""The element space (the dtype of the master copy and of m and v) of each dtype a parameter may have."""
+"""The element space (the dtype of the master copy and of m and v) of each dtype a parameter may
+have.
+"""
 SPACES = ("float32", "float64")
 HALF = frozenset({"float16", "bfloat16"})
 """Half precisions, in which gradients may come for the float32 space."""
@@ -30,7 +34,9 @@ _NAMES = {np.dtype(name): name for name in SPACE_OF if name != "bfloat16"} | {BF
 
 
 def name_of(dtype: np.dtype[Any]) -> str:
-    """Return the name of a dtype that a gradient may have; `dtype.name` takes microseconds to put it together."""
+    """Return the name of a dtype that a gradient may have; `dtype.name` takes microseconds to put
+    it together.
+    """
     name: str = _NAMES[dtype]
     return name
 
@@ -41,11 +47,15 @@ def dtype_of(name: str) -> np.dtype[Any]:
 
 
 def as_numpy(leaf: Any) -> Array:
-    """Return a leaf as an array, without a copy where its memory allows; what is no array becomes an object array or a 0-d one."""
+    """Return a leaf as an array, without a copy where its memory allows; what is no array becomes
+    an object array or a 0-d one.
+    """
     if isinstance(leaf, (np.ndarray, np.generic, float)):
         array = np.asarray(leaf)
         return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    torch = sys.modules.get("torch")  # where it was never imported, nothing can be one of its tensors
+    torch = sys.modules.get(
+        "torch"
+    )  # where it was never imported, nothing can be one of its tensors
     if torch is not None and isinstance(leaf, torch.Tensor):
         tensor = leaf.detach().cpu()
         if tensor.dtype == torch.bfloat16:
@@ -77,9 +87,13 @@ def memory_for(what: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't start new thread" not in str(error):  # a thread's stack is memory too
+        if not isinstance(error, MemoryError) and "can't start new thread" not in str(
+            error
+        ):  # a thread's stack is memory too
             raise
-        raise OutOfMemory(f"{what}: {str(error) or 'no memory'}; use more shards, or processes that may have more") from error
+        raise OutOfMemory(
+            f"{what}: {str(error) or 'no memory'}; use more shards, or processes that may have more"
+        ) from error
 
 
 def cut_flat(flat: Flat, ranges: dict[str, tuple[int, int]]) -> Flat:

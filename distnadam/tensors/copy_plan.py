@@ -1,4 +1,6 @@
-"""From old ranges to a new one: which pieces to copy from where. A plan, computed and checked before any byte moves. Pure."""
+"""From old ranges to a new one: which pieces to copy from where. A plan, computed and checked
+before any byte moves. Pure.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ def copy_plan(old: Sequence[Ranges], new: Ranges) -> list[Copy]:
     """
     plan = []
     for space, (begin, end) in new.items():
-        held = sorted((ranges[space], source) for source, ranges in enumerate(old) if space in ranges)
+        held = sorted(
+            (ranges[space], source) for source, ranges in enumerate(old) if space in ranges
+        )
         reached = begin
         for (low, high), source in held:
             low, high = max(low, begin), min(high, end)
@@ -33,9 +37,14 @@ def copy_plan(old: Sequence[Ranges], new: Ranges) -> list[Copy]:
                 continue
             if low != reached:
                 fault = "twice" if low < reached else "by none"
-                raise StructureError(f"old shards: {space} element {min(low, reached)} is held {fault}; expected exactly once")
+                raise StructureError(
+                    f"old shards: {space} element {min(low, reached)} is held {fault}; expected "
+                    "exactly once"
+                )
             plan.append(Copy(source, space, low, high))
             reached = high
         if reached < end:
-            raise StructureError(f"old shards: {space} element {reached} is held by none; expected exactly once")
+            raise StructureError(
+                f"old shards: {space} element {reached} is held by none; expected exactly once"
+            )
     return plan

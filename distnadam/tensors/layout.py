@@ -1,7 +1,9 @@
-"""Where each tensor of a model lies: tensors laid end to end in one flat element space per dtype, and how those are cut.
+"""Where each tensor of a model lies: tensors laid end to end in one flat element space per dtype,
+and how those are cut.
 
-A layout knows names, shapes and offsets; it holds no values. Tensors follow the tree's order (dict keys sorted), ranges are
-half-open, and cuts fall on a grid of `CHUNK` elements that starts anew at each tensor, so that a chunk is never in two shards.
+A layout knows names, shapes and offsets; it holds no values. Tensors follow the tree's order (dict
+keys sorted), ranges are half-open, and cuts fall on a grid of `CHUNK` elements that starts anew at
+each tensor, so that a chunk is never in two shards.
 """
 
 from bisect import bisect_right
@@ -28,7 +30,9 @@ Ranges = dict[str, Range]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its path in the tree, its shape and dtype, and the elements [begin, end) of its space."""
+    """One tensor: its path in the tree, its shape and dtype, and the elements [begin, end) of its
+    space.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -44,7 +48,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Segment:
-    """The part [begin, end) of one tensor (by its index in the layout) that lies in a range; offsets are the space's."""
+    """The part [begin, end) of one tensor (by its index in the layout) that lies in a range;
+    offsets are the space's.
+    """
 
     tensor: int
     begin: int
@@ -57,24 +63,37 @@ class Layout:
     def __init__(self, tensors: Sequence[TensorSpec], skeleton: Any) -> None:
         self.tensors = tuple(tensors)
         self.skeleton = skeleton
-        self.sizes = {s: max([t.end for t in self.tensors if t.space == s], default=0) for s in SPACES}
-        self.sizes = {s: n for s, n in self.sizes.items() if any(t.space == s for t in self.tensors)}
+        self.sizes = {
+            s: max([t.end for t in self.tensors if t.space == s], default=0) for s in SPACES
+        }
+        self.sizes = {
+            s: n for s, n in self.sizes.items() if any(t.space == s for t in self.tensors)
+        }
 
     @classmethod
     def of(cls, params: Any) -> "Layout":
-        """Lay out a tree of arrays; raise StructureError naming the path where a leaf or container cannot be one."""
+        """Lay out a tree of arrays; raise StructureError naming the path where a leaf or container
+        cannot be one.
+        """
         paths, leaves = _flatten(params)
         if not leaves:
-            raise StructureError(f"params: expected at least one array, got none in {type(params).__name__} {params!r}")
+            raise StructureError(
+                f"params: expected at least one array, got none in {type(params).__name__} "
+                f"{params!r}"
+            )
         tensors, used = [], dict.fromkeys(SPACES, 0)
         for path, leaf in zip(paths, leaves, strict=True):
             array = _parameter(path, leaf)
             space = SPACE_OF[array.dtype.name]
             begin, used[space] = used[space], used[space] + array.size
             tensors.append(TensorSpec(path, array.shape, array.dtype.name, begin, used[space]))
-        duplicates = {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else set()
+        duplicates = (
+            {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else set()
+        )
         if duplicates:
-            raise StructureError(f"params: two tensors have the path {sorted(duplicates)[0]!r}; rename a key")
+            raise StructureError(
+                f"params: two tensors have the path {sorted(duplicates)[0]!r}; rename a key"
+            )
         return cls(tensors, _skeleton(params))
 
     @cached_property
@@ -92,16 +111,20 @@ class Layout:
         return sum(3 * n * np.dtype(space).itemsize for space, n in self.sizes.items())
 
     def leaves(self, tree: Any, *, what: str) -> list[Array]:
-        """Return the tree's leaves as arrays in the layout's order, checked for path, shape and dtype kind.
+        """Return the tree's leaves as arrays in the layout's order, checked for path, shape and
+        dtype kind.
 
         Raises:
-            StructureError: a tensor is missing, unexpected, None, of another shape or no floating-point array; `what` begins the message.
+            StructureError: a tensor is missing, unexpected, None, of another shape or no
+                floating-point array; `what` begins the message.
         """
         leaves = self.leaves_as_given(tree, what=what)
         return [self.checked(index, leaf, what=what) for index, leaf in enumerate(leaves)]
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
-        """Return the tree's leaves in the layout's order, whatever they are, checked for path alone; raise StructureError as `leaves`."""
+        """Return the tree's leaves in the layout's order, whatever they are, checked for path
+        alone; raise StructureError as `leaves`.
+        """
         leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
         return leaves if spec == self._treespec else self._leaves_of_other_containers(tree, what)
 
@@ -121,25 +144,34 @@ class Layout:
         return optree.tree_unflatten(self._treespec, leaves)
 
     def tree(self, flat: Flat) -> Any:
-        """Return parameters in the structure given to `build`, each in its own dtype; a tensor of shape () is a NumPy scalar.
+        """Return parameters in the structure given to `build`, each in its own dtype; a tensor of
+        shape () is a NumPy scalar.
 
         Tensors kept in their own dtype are views of `flat`.
         """
         views = zip(self.tensors, self.views(flat), strict=True)
-        return self.unflatten([_leaf(v if v.dtype.name == t.dtype else v.astype(dtype_of(t.dtype))) for t, v in views])
+        return self.unflatten(
+            [_leaf(v if v.dtype.name == t.dtype else v.astype(dtype_of(t.dtype))) for t, v in views]
+        )
 
     def cuts(self, num_shards: int) -> list[Ranges]:
-        """Return each shard's ranges: in order, covering every space, as equal as the chunk grid allows; some may be empty."""
+        """Return each shard's ranges: in order, covering every space, as equal as the chunk grid
+        allows; some may be empty.
+        """
         ranges: list[Ranges] = [{} for _ in range(num_shards)]
         for space, size in self.sizes.items():
             begins = [t.begin for t in self.tensors if t.space == space]
-            bounds = [_snap(size * i // num_shards, begins, size) for i in range(num_shards)] + [size]
+            bounds = [_snap(size * i // num_shards, begins, size) for i in range(num_shards)] + [
+                size
+            ]
             for shard, (begin, end) in enumerate(pairwise(bounds)):
                 ranges[shard][space] = (begin, end)
         return ranges
 
     def segments(self, space: str, begin: int, end: int) -> Iterator[Segment]:
-        """Yield the parts of tensors that lie in elements [begin, end) of a space, in order, leaving out empty ones."""
+        """Yield the parts of tensors that lie in elements [begin, end) of a space, in order,
+        leaving out empty ones.
+        """
         for index, tensor in enumerate(self.tensors):
             low, high = max(begin, tensor.begin), min(end, tensor.end)
             if tensor.space == space and low < high:
@@ -154,11 +186,21 @@ class Layout:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Layout":
-        """Return the layout that `to_dict` described; raise StructureError where it contradicts itself."""
+        """Return the layout that `to_dict` described; raise StructureError where it contradicts
+        itself.
+        """
         tensors, used = [], dict.fromkeys(SPACES, 0)
         for path, shape, dtype, begin, end in data["tensors"]:
-            if dtype not in SPACE_OF or begin != used[SPACE_OF[dtype]] or end - begin != prod(shape) or min(shape, default=0) < 0:
-                raise StructureError(f"layout: tensor {path!r} with shape {shape}, dtype {dtype!r} cannot lie at [{begin}, {end})")
+            if (
+                dtype not in SPACE_OF
+                or begin != used[SPACE_OF[dtype]]
+                or end - begin != prod(shape)
+                or min(shape, default=0) < 0
+            ):
+                raise StructureError(
+                    f"layout: tensor {path!r} with shape {shape}, dtype {dtype!r} cannot lie at "
+                    f"[{begin}, {end})"
+                )
             used[SPACE_OF[dtype]] = end
             tensors.append(TensorSpec(path, tuple(shape), dtype, begin, end))
         layout = cls(tensors, _decode(data["tree"]))
@@ -173,22 +215,32 @@ class Layout:
     __hash__ = None  # type: ignore[assignment]
 
     def _leaves_of_other_containers(self, tree: Any, what: str) -> list[Any]:
-        """Accept a list for a tuple and the like, where every path is the same; otherwise say which path is missing or too many."""
+        """Accept a list for a tuple and the like, where every path is the same; otherwise say which
+        path is missing or too many.
+        """
         paths, leaves = _flatten(tree)
         expected = [t.path for t in self.tensors]
         if paths == expected:
             return leaves
         missing = [p for p in expected if p not in set(paths)]
         extra = [p for p in paths if p not in set(expected)]
-        told = [f"{p!r} is missing" for p in missing[:3]] + [f"{p!r} is not a tensor of the model" for p in extra[:3]]
-        raise StructureError(f"{what}: {', '.join(told)}; expected the {len(expected)} tensors given to build, got {len(paths)}")
+        told = [f"{p!r} is missing" for p in missing[:3]] + [
+            f"{p!r} is not a tensor of the model" for p in extra[:3]
+        ]
+        raise StructureError(
+            f"{what}: {', '.join(told)}; expected the {len(expected)} tensors given to build, got "
+            f"{len(paths)}"
+        )
 
     def checked(self, index: int, leaf: Any, *, what: str) -> Array:
         """Return one tensor's leaf as an array; raise StructureError as `leaves`."""
         tensor, array = self.tensors[index], as_numpy(leaf)
         if array.shape != tensor.shape or not is_float(array.dtype):
             got = "None" if leaf is None else f"shape {array.shape} and dtype {array.dtype.name}"
-            raise StructureError(f"{what}: {tensor.path!r}: expected shape {tensor.shape} and a floating-point dtype, got {got}")
+            raise StructureError(
+                f"{what}: {tensor.path!r}: expected shape {tensor.shape} and a floating-point "
+                f"dtype, got {got}"
+            )
         return array
 
 
@@ -199,10 +251,16 @@ def _flatten(tree: Any) -> tuple[list[str], list[Any]]:
 
 def _parameter(path: str, leaf: Any) -> Array:
     if isinstance(leaf, float) and not isinstance(leaf, np.generic):
-        raise StructureError(f"params: {path!r}: expected an array, got the Python float {leaf!r}; give np.float32({leaf!r})")
+        raise StructureError(
+            f"params: {path!r}: expected an array, got the Python float {leaf!r}; give "
+            f"np.float32({leaf!r})"
+        )
     array = as_numpy(leaf)
     if array.dtype.name not in SPACE_OF:
-        raise StructureError(f"params: {path!r}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} ({type(leaf).__name__})")
+        raise StructureError(
+            f"params: {path!r}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} "
+            f"({type(leaf).__name__})"
+        )
     if not np.isfinite(array).all():
         raise StructureError(f"params: {path!r}: expected finite values, got NaN or infinity")
     return array
@@ -213,7 +271,9 @@ def _leaf(array: Array) -> Any:
 
 
 def _skeleton(tree: Any) -> Any:
-    """Return the tree with each leaf replaced by its index; raise StructureError for a container that a checkpoint cannot name."""
+    """Return the tree with each leaf replaced by its index; raise StructureError for a container
+    that a checkpoint cannot name.
+    """
     _check_containers(tree, "")
     spec = optree.tree_structure(tree, none_is_leaf=True)
     return optree.tree_unflatten(spec, range(spec.num_leaves))
@@ -224,12 +284,16 @@ def _check_containers(node: Any, path: str) -> None:
         return
     if type(node) not in (dict, list, tuple):
         where = f"{path!r}" if path else "the root"
-        raise StructureError(f"params: {where}: expected a dict, list or tuple, got {type(node).__name__}")
+        raise StructureError(
+            f"params: {where}: expected a dict, list or tuple, got {type(node).__name__}"
+        )
     children = node.items() if isinstance(node, dict) else enumerate(node)
     for key, child in children:
         below = f"{path}/{key}" if path else str(key)
         if isinstance(node, dict) and not isinstance(key, (str, int)):
-            raise StructureError(f"params: {below!r}: expected keys of str or int, got {type(key).__name__}")
+            raise StructureError(
+                f"params: {below!r}: expected keys of str or int, got {type(key).__name__}"
+            )
         _check_containers(child, below)
 
 
@@ -244,7 +308,9 @@ def _encode(node: Any) -> Any:
 def _decode(data: Any) -> Any:
     if isinstance(data, int):
         return data
-    kind, children = next(iter(data.items())) if isinstance(data, dict) and len(data) == 1 else ("", [])
+    kind, children = (
+        next(iter(data.items())) if isinstance(data, dict) and len(data) == 1 else ("", [])
+    )
     if kind == "dict":
         return {key: _decode(child) for key, child in children}
     if kind in ("list", "tuple"):

@@ -1,1 +1,3 @@
-"""The training loop over the optimizer: tasks, workers in threads or Ray actors, records, checkpoints, progress."""
+"""The training loop over the optimizer: tasks, workers in threads or Ray actors, records,
+checkpoints, progress.
+"""

@@ -1,4 +1,6 @@
-"""What watches a run: `fit` tells each callback what happened. The metrics file and the progress display are two of them."""
+"""What watches a run: `fit` tells each callback what happened. The metrics file and the progress
+display are two of them.
+"""
 
 import contextlib
 import csv
@@ -10,7 +12,14 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from distnadam.errors import TrainingError
 
@@ -40,7 +49,9 @@ class Callback:
 
 
 class MetricsFile(Callback):
-    """Writes rows of ``step,metric,value``; rows of steps after the one resumed from are dropped first."""
+    """Writes rows of ``step,metric,value``; rows of steps after the one resumed from are dropped
+    first.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,16 +59,23 @@ class MetricsFile(Callback):
 
     def on_begin(self, step: int, steps: int) -> None:
         """Open the file, keeping the rows up to `step`."""
-        kept = [row for row in read_metrics(self._path) if row[0] <= step] if self._path.exists() else []
+        kept = (
+            [row for row in read_metrics(self._path) if row[0] <= step]
+            if self._path.exists()
+            else []
+        )
         new = self._path.with_name(f".{self._path.name}.new")
         try:
-            # line by line, so that a killed run keeps at least the rows up to its checkpoint; closed by on_end
+            # line by line, so that a killed run keeps at least the rows up to its checkpoint;
+            # closed by on_end
             self._file = open(new, "w", buffering=1, newline="", encoding="utf-8")  # noqa: SIM115
             for row in [("step", "metric", "value"), *kept]:
                 self._write(*row)
             os.replace(new, self._path)
         except OSError as error:
-            raise TrainingError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+            raise TrainingError(
+                f"{self._path}: cannot be written: {error.strerror or error}"
+            ) from error
 
     def on_step(self, step: int, loss: float) -> None:
         """Write the loss."""
@@ -79,7 +97,9 @@ class MetricsFile(Callback):
             try:
                 csv.writer(self._file).writerow(row)
             except OSError as error:
-                raise TrainingError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+                raise TrainingError(
+                    f"{self._path}: cannot be written: {error.strerror or error}"
+                ) from error
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:
@@ -95,7 +115,9 @@ def read_metrics(path: Path) -> list[tuple[int, str, float]]:
 
 
 class ProgressDisplay(Callback):
-    """A bar with loss, steps per second and time left on a terminal; plain lines where there is none."""
+    """A bar with loss, steps per second and time left on a terminal; plain lines where there is
+    none.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -108,9 +130,18 @@ class ProgressDisplay(Callback):
         """Show the bar."""
         self._first, self._steps, self._began = step, steps, time.monotonic()
         if self._console.is_terminal:
-            columns = [BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[rate]} steps/s")]
-            self._bar = Progress(TextColumn("training"), *columns, TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task("training", total=steps, completed=step, loss="-", rate="-")
+            columns = [
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[rate]} steps/s"),
+            ]
+            self._bar = Progress(
+                TextColumn("training"), *columns, TimeRemainingColumn(), console=self._console
+            )
+            self._task = self._bar.add_task(
+                "training", total=steps, completed=step, loss="-", rate="-"
+            )
             self._bar.start()
 
     def on_step(self, step: int, loss: float) -> None:
@@ -121,7 +152,10 @@ class ProgressDisplay(Callback):
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:.0f}")
         elif now - self._told >= _PLAIN_EVERY_S or step == self._steps:
             self._told = now
-            self._console.print(f"step {step}/{self._steps}  loss {loss:.4f}  {rate:.0f} steps/s  {(self._steps - step) / rate:.0f} s left")
+            self._console.print(
+                f"step {step}/{self._steps}  loss {loss:.4f}  {rate:.0f} steps/s  "
+                f"{(self._steps - step) / rate:.0f} s left"
+            )
 
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Say the metrics."""
@@ -143,4 +177,6 @@ def console(verbose: bool | str) -> Console | None:
     """Return where to show progress, on standard error; None for silence."""
     if verbose is False:
         return None
-    return Console(file=sys.stderr, markup=False, emoji=False)  # paths and names are shown as they are
+    return Console(
+        file=sys.stderr, markup=False, emoji=False
+    )  # paths and names are shown as they are

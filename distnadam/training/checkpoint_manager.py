@@ -1,4 +1,6 @@
-"""The checkpoints of one run of `fit`: written behind the training, told when they are complete, old ones removed."""
+"""The checkpoints of one run of `fit`: written behind the training, told when they are complete,
+old ones removed.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -25,7 +27,9 @@ class RetentionPolicy:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in all, and those between two saves and two evaluations; whether to resume, and what to keep."""
+    """The steps in all, and those between two saves and two evaluations; whether to resume, and
+    what to keep.
+    """
 
     steps: int
     save_every: int | None
@@ -35,11 +39,17 @@ class Plan:
 
     def boundary_after(self, step: int) -> int:
         """Return the next step at which something is due."""
-        due = [step + every - step % every for every in (self.save_every, self.evaluate_every) if every is not None]
+        due = [
+            step + every - step % every
+            for every in (self.save_every, self.evaluate_every)
+            if every is not None
+        ]
         return min([self.steps, *due])
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether what is done every so many steps, and at the end, is to be done after this one."""
+        """Whether what is done every so many steps, and at the end, is to be done after this
+        one.
+        """
         return step == self.steps or (every is not None and step % every == 0)
 
 
@@ -47,9 +57,11 @@ _DATA = frozenset({"task", "seed", "num_workers"})
 
 
 def data_of_run(where: store.Where) -> dict[str, Any]:
-    """Return what `fit` keeps beside the state in the newest checkpoint under a path, so that it goes on from one that others write there.
+    """Return what `fit` keeps beside the state in the newest checkpoint under a path, so that it
+    goes on from one that others write there.
 
-    It is the same for all of a run's checkpoints; what others keep, such as a place in their data, may not be, and is not copied.
+    It is the same for all of a run's checkpoints; what others keep, such as a place in their data,
+    may not be, and is not copied.
     """
     for step in reversed(store.steps(where)):
         with suppress(CheckpointError):
@@ -82,7 +94,9 @@ class CheckpointManager:
         self._saving: tuple[int, SaveHandle] | None = None
 
     def save(self, optimizer: DistNadam, step: int, *, wait: bool) -> None:
-        """Save; an earlier one is waited for. Raise CheckpointBusy where another run has taken the folder over."""
+        """Save; an earlier one is waited for. Raise CheckpointBusy where another run has taken the
+        folder over.
+        """
         self.finish()
         self._claim.check()
         saved = optimizer.save(self._folder, wait=wait, data=self._data)
@@ -111,12 +125,22 @@ class CheckpointManager:
             self._complete(saving[0], directory)
 
     def give_up(self) -> None:
-        """Wait for the one that is being written while something else, which is told, ends the run."""
+        """Wait for the one that is being written while something else, which is told, ends the
+        run.
+        """
         try:
             self.finish()
         except CheckpointError as error:
             self._on_message(str(error))
 
     def _complete(self, step: int, directory: str) -> None:
-        store.prune(self._folder, self._keep.last, directory, keep_every=self._keep.every, keep_every_s=self._keep.every_s)
-        self._on_save(step, Path(directory) if isinstance(self._folder, LocalDirectory) else directory)
+        store.prune(
+            self._folder,
+            self._keep.last,
+            directory,
+            keep_every=self._keep.every,
+            keep_every_s=self._keep.every_s,
+        )
+        self._on_save(
+            step, Path(directory) if isinstance(self._folder, LocalDirectory) else directory
+        )

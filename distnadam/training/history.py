@@ -11,8 +11,9 @@ from distnadam.training.callbacks import Callback
 class History:
     """The record of one call of `fit`.
 
-    `steps` are the steps done by this call (from 1, so a resumed run begins later), `losses` their mean losses over the ranks that lived to
-    tell theirs, `recoveries` how often a rank or the whole run had to be started anew.
+    `steps` are the steps done by this call (from 1, so a resumed run begins later), `losses` their
+    mean losses over the ranks that lived to tell theirs, `recoveries` how often a rank or the whole
+    run had to be started anew.
     """
 
     checkpoint_dir: Path
@@ -47,7 +48,9 @@ class Recorder(Callback):
         """Forget what comes after the step at which the run begins, or begins anew."""
         kept = sum(done <= step for done in self._history.steps)
         del self._history.steps[kept:], self._history.losses[kept:]
-        self._history.evaluations[:] = [entry for entry in self._history.evaluations if entry[0] <= step]
+        self._history.evaluations[:] = [
+            entry for entry in self._history.evaluations if entry[0] <= step
+        ]
 
     def on_step(self, step: int, loss: float) -> None:
         """Enter the loss."""

@@ -1,4 +1,6 @@
-"""The loss of a run as a picture, from its metrics file. matplotlib is imported only here, and only when asked."""
+"""The loss of a run as a picture, from its metrics file. matplotlib is imported only here, and only
+when asked.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""What one rank of `fit` does: batches, gradients, steps, until a round it is told. In a thread or an actor, it does not know."""
+"""What one rank of `fit` does: batches, gradients, steps, until a round it is told. In a thread or
+an actor, it does not know.
+"""
 
 import traceback
 from collections.abc import Iterator
@@ -17,12 +19,14 @@ class RankLoop:
         self._task, self._worker, self._world_size = task, worker, world_size
 
     def run(self, end: int) -> dict[int, float]:
-        """Train until `end` rounds are decided, from wherever the shards stand, and return the losses by step, from 0.
+        """Train until `end` rounds are decided, from wherever the shards stand, and return the
+        losses by step, from 0.
 
         Where the shards go back after a death, so does this.
 
         Raises:
-            TrainingError: the task's own code raised; the message names the rank and the step, a note holds the traceback.
+            TrainingError: the task's own code raised; the message names the rank and the step, a
+                note holds the traceback.
         """
         params, losses = self._pull(), {}
         while (step := self._worker.round) < end:
@@ -48,12 +52,16 @@ class RankLoop:
 
 @contextmanager
 def task_errors(where: str) -> Iterator[None]:
-    """Turn what the task's code raises, or returns that is of no use, into a TrainingError that says where."""
+    """Turn what the task's code raises, or returns that is of no use, into a TrainingError that
+    says where.
+    """
     try:
         yield
     except DistNadamError:
         raise
     except Exception as error:
         wrapped = TrainingError(f"{where}: the task raised {type(error).__name__}: {error}")
-        wrapped.add_note(traceback.format_exc())  # a cause does not survive the way from another process
+        wrapped.add_note(
+            traceback.format_exc()
+        )  # a cause does not survive the way from another process
         raise wrapped from error

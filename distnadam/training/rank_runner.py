@@ -1,4 +1,6 @@
-"""All ranks of `fit` as one: runs a segment to its end, replacing those that die, hang or fail, as long as steps are made."""
+"""All ranks of `fit` as one: runs a segment to its end, replacing those that die, hang or fail, as
+long as steps are made.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,14 +16,17 @@ MOST_RECOVERIES = 3
 
 
 class RetryBudget:
-    """Counts recoveries since the last new step, of each rank and of the whole run, and gives up after `MOST_RECOVERIES` of one."""
+    """Counts recoveries since the last new step, of each rank and of the whole run, and gives up
+    after `MOST_RECOVERIES` of one.
+    """
 
     def __init__(self) -> None:
         self.total = 0
         self._since, self._reached = Counter[int | None](), -1
 
     def count(self, step: int, error: Exception, rank: int | None = None) -> None:
-        """Take that a rank, or else the whole run, failed after `step` steps; raise where it did so too often.
+        """Take that a rank, or else the whole run, failed after `step` steps; raise where it did so
+        too often.
 
         Ranks count apart, since a host takes all of its ranks along.
         """
@@ -34,7 +39,10 @@ class RetryBudget:
             return
         if isinstance(error, TrainingError):
             raise error
-        told = f"{MOST_RECOVERIES} recoveries in a row after step {step} brought no new step; the last: {type(error).__name__}: {error}"
+        told = (
+            f"{MOST_RECOVERIES} recoveries in a row after step {step} brought no new step; "
+            f"the last: {type(error).__name__}: {error}"
+        )
         raise TrainingError(told) from error
 
 
@@ -49,8 +57,21 @@ class RankRunner:
         tell: says a sentence to the user.
     """
 
-    def __init__(self, team: WorkerGroup, size: int, optimizer: DistNadam, recoveries: RetryBudget, tell: Callable[[str], None]) -> None:
-        self._team, self._size, self._optimizer, self._recoveries, self._tell = team, size, optimizer, recoveries, tell
+    def __init__(
+        self,
+        team: WorkerGroup,
+        size: int,
+        optimizer: DistNadam,
+        recoveries: RetryBudget,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._team, self._size, self._optimizer, self._recoveries, self._tell = (
+            team,
+            size,
+            optimizer,
+            recoveries,
+            tell,
+        )
         self._running: dict[int, int] = {}
         self._replaced: dict[int, int] = {}
         self._losses: dict[int, dict[int, float]] = {}
@@ -62,12 +83,14 @@ class RankRunner:
             self._run(rank, end)
 
     def finish(self) -> dict[int, float]:
-        """Wait for the segment's end and return the mean losses by step, over the ranks that lived to tell theirs.
+        """Wait for the segment's end and return the mean losses by step, over the ranks that lived
+        to tell theirs.
 
         May be called again where Ctrl-C interrupted it.
 
         Raises:
-            TrainingError: a rank's code failed, or its process died, and trying again brought no new step.
+            TrainingError: a rank's code failed, or its process died, and trying again brought no
+                new step.
             DistNadamError: what no trying again can mend.
         """
         while self._running:

@@ -1,7 +1,8 @@
 """One run of `fit`, from its first segment, or its newest checkpoint, to its last.
 
-Workers run segments of rounds that end together, so that between two segments nothing is pending: there the driver saves, evaluates,
-shows progress and listens to Ctrl-C."""
+Workers run segments of rounds that end together, so that between two segments nothing is pending:
+there the driver saves, evaluates, shows progress and listens to Ctrl-C.
+"""
 
 import time
 from collections.abc import Mapping
@@ -62,7 +63,9 @@ class _Run:
         self._plot()
 
     def _attempt(self, template: DistNadam | None, params: Any) -> bool:
-        """Train to the end; return False where all shards were lost, and it is to be tried again from the newest checkpoint."""
+        """Train to the end; return False where all shards were lost, and it is to be tried again
+        from the newest checkpoint.
+        """
         try:
             with self._optimizer(template, params) as optimizer:
                 self._with_team(optimizer)
@@ -76,13 +79,23 @@ class _Run:
         team: WorkerGroup | None = None
         size = self.topology["num_workers"]
         saved_with = {"task": self.label, "seed": self.seed, "num_workers": size}
-        saves = CheckpointManager(self.claim, self.plan.keep, saved_with, partial(self._tell, "on_save"), partial(self._tell, "on_message"))
+        saves = CheckpointManager(
+            self.claim,
+            self.plan.keep,
+            saved_with,
+            partial(self._tell, "on_save"),
+            partial(self._tell, "on_message"),
+        )
         try:
             if self.plan.save_every is not None:
                 optimizer.reserve()
             self._tell("on_begin", begin := optimizer.round, self.plan.steps)
-            team = optimizer.team(partial(_member, task=self.task, optimizer=optimizer, world_size=size))
-            ranks = RankRunner(team, size, optimizer, self.recoveries, partial(self._tell, "on_message"))
+            team = optimizer.team(
+                partial(_member, task=self.task, optimizer=optimizer, world_size=size)
+            )
+            ranks = RankRunner(
+                team, size, optimizer, self.recoveries, partial(self._tell, "on_message")
+            )
             try:
                 self._train(optimizer, ranks, saves, begin)
             except KeyboardInterrupt:
@@ -97,7 +110,9 @@ class _Run:
             if team is not None:
                 team.close()
 
-    def _train(self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int) -> None:
+    def _train(
+        self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int
+    ) -> None:
         plan, length = self.plan, 1
         if step >= plan.steps:
             self._tell("on_message", f"nothing to do: {step} of {plan.steps} steps are done")
@@ -106,18 +121,35 @@ class _Run:
             end = min(step + length, plan.boundary_after(step))
             began = time.monotonic()
             losses = self._segment(ranks, end)
-            length = max(1, min(2 * length, int(SEGMENT_S * (end - step) / max(time.monotonic() - began, 1e-6))))
+            length = max(
+                1,
+                min(
+                    2 * length, int(SEGMENT_S * (end - step) / max(time.monotonic() - began, 1e-6))
+                ),
+            )
             for done, loss in losses.items():
                 if done >= step:  # earlier ones were told before the shards went back
                     self._tell("on_step", done + 1, loss)
             step = self.reached = end
             self._at_boundary(optimizer, ranks, saves, step)
 
-    def _at_boundary(self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int) -> None:
-        """Evaluate and save where that is due; where the shards went back meanwhile, train up to here again first."""
+    def _at_boundary(
+        self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int
+    ) -> None:
+        """Evaluate and save where that is due; where the shards went back meanwhile, train up to
+        here again first.
+        """
         wait = step == self.plan.steps or self.interrupted
-        due = [self._evaluate] if self.plan.due(self.plan.evaluate_every, step) and not self.interrupted else []
-        due += [partial(saves.save, wait=wait)] if self.plan.due(self.plan.save_every, step) or self.interrupted else []
+        due = (
+            [self._evaluate]
+            if self.plan.due(self.plan.evaluate_every, step) and not self.interrupted
+            else []
+        )
+        due += (
+            [partial(saves.save, wait=wait)]
+            if self.plan.due(self.plan.save_every, step) or self.interrupted
+            else []
+        )
         while due:
             try:
                 due[0](optimizer, step)
@@ -135,7 +167,11 @@ class _Run:
             return ranks.finish()
         except KeyboardInterrupt:
             self.interrupted = True
-            self._tell("on_message", "stopping after the running steps, then saving (Ctrl-C again: stop now, without saving)")
+            self._tell(
+                "on_message",
+                "stopping after the running steps, then saving (Ctrl-C again: stop now, without "
+                "saving)",
+            )
             return ranks.finish()
 
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:
@@ -147,15 +183,26 @@ class _Run:
     def _optimizer(self, template: DistNadam | None, params: Any) -> DistNadam:
         """Return a built optimizer: restored where there is something to resume, else new."""
         config = (template or DistNadam()).get_config() | self.topology
-        rate_to_dict(config["lr"])  # a function that no checkpoint can hold is refused before the first step, not at the first save
+        rate_to_dict(
+            config["lr"]
+            # a function that no checkpoint can hold is refused before the first step, not at the
+            # first save
+        )
         found = self._checkpoint()
         if found is None:
             return DistNadam.from_config(config).build(params)
         self._check_same_run(found[1], Layout.of(params))
         if template is not None:
             self._tell_what_stays(found[1].config, config)
-        self.history.resumed_from = Path(found[0]) if isinstance(found[0], LocalDirectory) else str(found[0])
-        return DistNadam.restore(found[0], **self.topology, name=config["name"], options=DistNadam.from_config(config).options)
+        self.history.resumed_from = (
+            Path(found[0]) if isinstance(found[0], LocalDirectory) else str(found[0])
+        )
+        return DistNadam.restore(
+            found[0],
+            **self.topology,
+            name=config["name"],
+            options=DistNadam.from_config(config).options,
+        )
 
     def _checkpoint(self) -> tuple[Directory, Manifest] | None:
         resume, existing = self.plan.resume, store.steps(self.claim.folder)
@@ -164,7 +211,10 @@ class _Run:
                 raise CheckpointError(f"{self.claim.folder}: holds no checkpoint to resume from")
             return None
         if resume == "never":
-            raise CheckpointError(f"{self.claim.folder}: holds checkpoints, the newest {existing[-1].name}; resume it, or choose another")
+            raise CheckpointError(
+                f"{self.claim.folder}: holds checkpoints, the newest {existing[-1].name}; resume "
+                "it, or choose another"
+            )
         path, manifest, passed_over = store.find(self.claim.folder)
         for sentence in passed_over:
             self._tell("on_message", f"passed over: {sentence}")
@@ -176,21 +226,34 @@ class _Run:
         for key, ours in (("task", self.label), ("seed", self.seed)):
             if saved.get(key) != ours:
                 raise CheckpointError(
-                    f"{self.claim.folder}: its checkpoint is of {key} {saved.get(key)!r}, this run's is {ours!r}; choose another directory"
+                    f"{self.claim.folder}: its checkpoint is of {key} {saved.get(key)!r}, this "
+                    f"run's is {ours!r}; choose another directory"
                 )
         if Layout.from_dict(manifest.layout) != layout:
-            raise CheckpointError(f"{self.claim.folder}: its checkpoint has other tensors than the task's; choose another directory")
+            raise CheckpointError(
+                f"{self.claim.folder}: its checkpoint has other tensors than the task's; choose "
+                "another directory"
+            )
         if saved.get("num_workers") != self.topology["num_workers"]:
             self._tell(
                 "on_message",
-                f"the run had {saved.get('num_workers')} workers and goes on with {self.topology['num_workers']}: batches are dealt"
+                f"the run had {saved.get('num_workers')} workers and goes on with "
+                f"{self.topology['num_workers']}: batches are dealt"
                 " differently from here on, so it will not end with the bits that it would have",
             )
 
     def _tell_what_stays(self, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-        kept = [f"{key}={saved[key]!r} (not {asked.get(key)!r})" for key in saved if saved[key] != asked.get(key)]
+        kept = [
+            f"{key}={saved[key]!r} (not {asked.get(key)!r})"
+            for key in saved
+            if saved[key] != asked.get(key)
+        ]
         if kept:
-            self._tell("on_message", f"the run goes on with its checkpoint's {', '.join(kept)}; set optimizer.lr, or start another run")
+            self._tell(
+                "on_message",
+                f"the run goes on with its checkpoint's {', '.join(kept)}; set optimizer.lr, or "
+                "start another run",
+            )
 
     def _plot(self) -> None:
         try:

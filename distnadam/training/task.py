@@ -11,8 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 class Task(Protocol):
     """A model and its data; any class with these methods is one.
 
-    `init` is called once, in the process that called `fit`, also when a run is resumed, before the task is sent to the workers: what it
-    keeps on `self`, such as the seed or the data, reaches them.
+    `init` is called once, in the process that called `fit`, also when a run is resumed, before the
+    task is sent to the workers: what it keeps on `self`, such as the seed or the data, reaches
+    them.
     """
 
     def init(self, seed: int) -> Any:
@@ -30,7 +31,9 @@ class Task(Protocol):
 
 def run_directory(label: str) -> Path:
     """Return where a run of a task goes by default, whatever the task is called."""
-    return Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]', '-', label)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return (
+        Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]', '-', label)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
 
 
 def task_name(task: Task) -> str:

@@ -1,8 +1,10 @@
-"""Unix-domain sockets between the workers and the shards of one machine: "pushed k", "applied k", and end-of-file at a death.
+"""Unix-domain sockets between the workers and the shards of one machine: "pushed k", "applied k",
+and end-of-file at a death.
 
-A shard listens under an abstract name (no file) that only those who were told know; both ends make sure that the other runs as the
-same user, and the caller shows a token. Memory is handed over with the greeting. Sockets are closed in forked children, so that a
-data loader's processes do not keep a dead worker's line open.
+A shard listens under an abstract name (no file) that only those who were told know; both ends make
+sure that the other runs as the same user, and the caller shows a token. Memory is handed over with
+the greeting. Sockets are closed in forked children, so that a data loader's processes do not keep a
+dead worker's line open.
 """
 
 import os
@@ -29,10 +31,11 @@ _open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
 def use_batch_scheduling() -> None:
-    """Schedule this thread as batch work, so that whoever its bell wakes does not interrupt it on its own core.
+    """Schedule this thread as batch work, so that whoever its bell wakes does not interrupt it on
+    its own core.
 
-    With more processes than cores, a thread that rings several bells is else preempted at each. A thread that was given a policy
-    keeps it; forked children and new threads have the ordinary one.
+    With more processes than cores, a thread that rings several bells is else preempted at each. A
+    thread that was given a policy keeps it; forked children and new threads have the ordinary one.
     """
     with suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
@@ -49,16 +52,22 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @dataclass(frozen=True)
 class Address:
-    """Where a shard listens, and the token that it wants to see; known only to those who may call."""
+    """Where a shard listens, and the token that it wants to see; known only to those who may
+    call.
+    """
 
     name: str
     token: str
 
 
 class Connection:
-    """One end of a connection: whole frames out without ever waiting for the peer, whole frames in."""
+    """One end of a connection: whole frames out without ever waiting for the peer, whole frames
+    in.
+    """
 
-    def __init__(self, connection: socket.socket, on_blocked: Callable[["Connection"], None] | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, on_blocked: Callable[["Connection"], None] | None = None
+    ) -> None:
         self._socket, self._on_blocked = connection, on_blocked
         self._frames, self._unsent, self._lock = Frames(), bytearray(), threading.Lock()
         self.greeting: dict[str, Any] | None = None
@@ -70,7 +79,8 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, frame: bytes) -> bool:
-        """Send a frame, or as much as the socket takes, and return whether it is all; the rest goes by `flush`.
+        """Send a frame, or as much as the socket takes, and return whether it is all; the rest goes
+        by `flush`.
 
         Sending to a dead peer does nothing: who reads will see its end.
         """
@@ -126,8 +136,11 @@ class Connection:
         self._socket.close()
 
 
-def call(address: Address, greeting: dict[str, Any], fds: list[int]) -> tuple[Connection, dict[str, Any], list[int]]:
-    """Connect to a shard and exchange greetings; return the line, the shard's greeting and its descriptors.
+def call(
+    address: Address, greeting: dict[str, Any], fds: list[int]
+) -> tuple[Connection, dict[str, Any], list[int]]:
+    """Connect to a shard and exchange greetings; return the line, the shard's greeting and its
+    descriptors.
 
     Raises:
         LaneError: nobody of ours listens there, or the greeting was refused.
@@ -157,14 +170,17 @@ class Server:
     """Listens in a thread of its own and hands every frame to `on_frame`.
 
     Args:
-        on_greeting: called with a greeting and its descriptors; returns the answer and the descriptors to send, or raises LaneError.
+        on_greeting: called with a greeting and its descriptors; returns the answer and the
+            descriptors to send, or raises LaneError.
         on_frame: called with the line and a frame's body, in the server's thread.
         on_end: called with the line once its peer is gone.
     """
 
     def __init__(
         self,
-        on_greeting: Callable[[Connection, dict[str, Any], list[int]], tuple[dict[str, Any], list[int]]],
+        on_greeting: Callable[
+            [Connection, dict[str, Any], list[int]], tuple[dict[str, Any], list[int]]
+        ],
         on_frame: Callable[[Connection, bytes], None],
         on_end: Callable[[Connection], None],
     ) -> None:
@@ -269,6 +285,8 @@ class Server:
 
 
 def _check_same_user(connection: socket.socket) -> None:
-    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, user, _ = struct.unpack(
+        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    )
     if user != os.geteuid():
         raise LaneError(f"its process runs as user {user}, this one as {os.geteuid()}")

@@ -1,7 +1,9 @@
-"""How a primary keeps its standby up: the mean gradient of each round in memory that both map, and a line that says what to do with it.
+"""How a primary keeps its standby up: the mean gradient of each round in memory that both map, and
+a line that says what to do with it.
 
-A record counts as delivered once it is in the standby's socket: what a process wrote before it died is still read there, and the mean
-stays in the memory. The primary writes the next mean only when the standby is done with the last.
+A record counts as delivered once it is in the standby's socket: what a process wrote before it died
+is still read there, and the mean stays in the memory. The primary writes the next mean only when
+the standby is done with the last.
 """
 
 import select
@@ -26,7 +28,8 @@ from distnadam.transport.shared_memory import Arena
 class ReplicationStream(ABC):
     """A primary's end of the way to its standby.
 
-    `mean` is where the coming round's mean gradient goes; `reached` is the last round that the standby has.
+    `mean` is where the coming round's mean gradient goes; `reached` is the last round that the
+    standby has.
     """
 
     mean: Flat
@@ -34,7 +37,9 @@ class ReplicationStream(ABC):
 
     @abstractmethod
     def ready(self) -> bool:
-        """Wait until `mean` may be written; False where the standby is gone, or does not keep up."""
+        """Wait until `mean` may be written; False where the standby is gone, or does not keep
+        up.
+        """
 
     @abstractmethod
     def send(self, record: Record) -> bool:
@@ -42,7 +47,9 @@ class ReplicationStream(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the standby, which learns that it is out of date from now on: the end of its primary alone would not say so."""
+        """Let go of the standby, which learns that it is out of date from now on: the end of its
+        primary alone would not say so.
+        """
 
 
 class ShmReplicationStream(ReplicationStream):
@@ -55,7 +62,9 @@ class ShmReplicationStream(ReplicationStream):
         timeout_s: seconds after which a standby that is not done with a round is given up.
     """
 
-    def __init__(self, address: Address, arrays: Mapping[str, Flat], decided: int, timeout_s: float) -> None:
+    def __init__(
+        self, address: Address, arrays: Mapping[str, Flat], decided: int, timeout_s: float
+    ) -> None:
         sizes = {space: values.size for space, values in arrays["params"].items()}
         copy, shared = Arena.create(sizes, copies=3), Arena.create(sizes)
         for flat, name in zip(copy.flats, ("params", "m", "v"), strict=True):
@@ -98,7 +107,8 @@ class ShmReplicationStream(ReplicationStream):
 
 
 class StandbyReceiver:
-    """A standby's end: takes a copy of the arrays, then records, in the thread that serves its socket.
+    """A standby's end: takes a copy of the arrays, then records, in the thread that serves its
+    socket.
 
     Args:
         sizes: elements of the shard's ranges per space.
@@ -106,11 +116,18 @@ class StandbyReceiver:
         apply: called with each record and the round's mean gradient.
     """
 
-    def __init__(self, sizes: Mapping[str, int], begin: Callable[[dict[str, Flat]], None], apply: Callable[[Record, Flat], None]) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        begin: Callable[[dict[str, Flat]], None],
+        apply: Callable[[Record, Flat], None],
+    ) -> None:
         self._sizes, self._begin, self._apply = sizes, begin, apply
         self._mean: Flat = empty_flat({})
         self._primary: Connection | None = None
-        self.ended = Event()  # set while nobody sends: one that was never filled has nothing to wait for
+        self.ended = (
+            Event()
+        )  # set while nobody sends: one that was never filled has nothing to wait for
         self.ended.set()
         self._server = Server(self._greet, self._take, self._end)
 
@@ -123,7 +140,9 @@ class StandbyReceiver:
         """Stop listening."""
         self._server.close()
 
-    def _greet(self, line: Connection, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def _greet(
+        self, line: Connection, greeting: dict[str, Any], fds: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
         if "decided" not in greeting:
             return {}, []  # a watcher, who only wants to know when this process ends
         if len(fds) != 2:

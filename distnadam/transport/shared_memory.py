@@ -1,7 +1,9 @@
-"""Flat storage in memory that several processes of one machine map: a sealed memfd, handed from one to the other over a socket.
+"""Flat storage in memory that several processes of one machine map: a sealed memfd, handed from one
+to the other over a socket.
 
-Such memory has no name: nothing of it is left in the file system, it is gone with the last process that maps it, and the size of
-/dev/shm does not limit it. It is reserved when it is made, and sealed so that no holder can shrink it under another's feet.
+Such memory has no name: nothing of it is left in the file system, it is gone with the last process
+that maps it, and the size of /dev/shm does not limit it. It is reserved when it is made, and sealed
+so that no holder can shrink it under another's feet.
 """
 
 import errno
@@ -21,11 +23,15 @@ from distnadam.tensors.layout import Ranges
 
 _PAGE = mmap.PAGESIZE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_POPULATE_READ, _POPULATE_WRITE = 22, 23  # MADV_*, Linux 5.14; the mmap module does not name them yet
+_POPULATE_READ, _POPULATE_WRITE = (
+    22,
+    23,
+)  # MADV_*, Linux 5.14; the mmap module does not name them yet
 
 
 class Arena:
-    """`copies` flats of `sizes[space]` elements per space, each space beginning on a page of its own.
+    """`copies` flats of `sizes[space]` elements per space, each space beginning on a page of its
+    own.
 
     Args:
         fd: the memfd; the arena owns it.
@@ -37,18 +43,27 @@ class Arena:
     def __init__(self, fd: int, sizes: Mapping[str, int], copies: int, *, writable: bool) -> None:
         self.fd, self._sizes, self._copies, self._writable = fd, dict(sizes), copies, writable
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(fd, max(arena_bytes(sizes, copies), _PAGE), flags=mmap.MAP_SHARED, prot=access)
+        self._map = mmap.mmap(
+            fd, max(arena_bytes(sizes, copies), _PAGE), flags=mmap.MAP_SHARED, prot=access
+        )
         with suppress(OSError):
-            self._map.madvise(mmap.MADV_HUGEPAGE)  # taken where the system allows them for shared memory; see `doctor`
+            self._map.madvise(
+                mmap.MADV_HUGEPAGE
+            )  # taken where the system allows them for shared memory; see `doctor`
         self.flats = tuple(self.flat(copy) for copy in range(copies))
 
     @classmethod
     def create(cls, sizes: Mapping[str, int], copies: int = 1) -> "Arena":
-        """Reserve new zeroed memory; raise ArenaError, with nothing kept, where the machine has not enough."""
+        """Reserve new zeroed memory; raise ArenaError, with nothing kept, where the machine has not
+        enough.
+        """
         size = max(arena_bytes(sizes, copies), _PAGE)
         available = available_bytes()
         if size > available:
-            raise ArenaError(f"needs {_mib(size)} of shared memory, {_mib(available)} are available to this process")
+            raise ArenaError(
+                f"needs {_mib(size)} of shared memory, {_mib(available)} are available to this "
+                "process"
+            )
         fd = os.memfd_create("distnadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
@@ -60,12 +75,21 @@ class Arena:
             raise ArenaError(f"{_mib(size)} of shared memory cannot be had: {error}") from error
 
     @classmethod
-    def attach(cls, fd: int, sizes: Mapping[str, int], copies: int = 1, *, writable: bool = False) -> "Arena":
-        """Map memory that another process made; raise ArenaError where it is not of this size, or not sealed."""
+    def attach(
+        cls, fd: int, sizes: Mapping[str, int], copies: int = 1, *, writable: bool = False
+    ) -> "Arena":
+        """Map memory that another process made; raise ArenaError where it is not of this size, or
+        not sealed.
+        """
         size = max(arena_bytes(sizes, copies), _PAGE)
         try:
-            if os.fstat(fd).st_size != size or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise ArenaError(f"expected {size} bytes of sealed shared memory, got {os.fstat(fd).st_size}")
+            if (
+                os.fstat(fd).st_size != size
+                or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS
+            ):
+                raise ArenaError(
+                    f"expected {size} bytes of sealed shared memory, got {os.fstat(fd).st_size}"
+                )
             return cls(fd, sizes, copies, writable=writable)
         except OSError as error:
             os.close(fd)
@@ -75,7 +99,9 @@ class Arena:
             raise
 
     def flat(self, copy: int = 0, dtypes: Mapping[str, np.dtype[Any]] | None = None) -> Flat:
-        """Return one copy's arrays; `dtypes` reads a space's memory in another dtype of at most its size, from its beginning."""
+        """Return one copy's arrays; `dtypes` reads a space's memory in another dtype of at most its
+        size, from its beginning.
+        """
         arrays, offset = {}, copy * arena_bytes(self._sizes, 1)
         for space, n in self._sizes.items():
             dtype = np.dtype(space) if dtypes is None else dtypes.get(space, np.dtype(space))
@@ -84,7 +110,9 @@ class Arena:
         return arrays
 
     def populate(self, ranges: Ranges) -> None:
-        """Map the pages of some ranges now rather than at their first use; only a matter of time, so failures do not count."""
+        """Map the pages of some ranges now rather than at their first use; only a matter of time,
+        so failures do not count.
+        """
         advice = _POPULATE_WRITE if self._writable else _POPULATE_READ
         for copy in range(self._copies):
             offset = copy * arena_bytes(self._sizes, 1)
@@ -116,7 +144,9 @@ def arena_bytes(sizes: Mapping[str, int], copies: int = 1) -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that this process could still get: the machine's, and its control group's where that is less."""
+    """Return the memory that this process could still get: the machine's, and its control group's
+    where that is less.
+    """
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return min([int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_room()])
 
@@ -124,7 +154,10 @@ def available_bytes() -> int:
 def _cgroup_room() -> list[int]:
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
     ):
         with suppress(OSError, ValueError):  # no such version, or "max"
             return [max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))]

@@ -1,6 +1,8 @@
-"""A worker's end of its channels to the shards of its machine: gradients in its arena, frames over sockets, no Ray in the path.
+"""A worker's end of its channels to the shards of its machine: gradients in its arena, frames over
+sockets, no Ray in the path.
 
-Whoever cannot open a channel gets a LaneError or ArenaError, and uses Ray objects."""
+Whoever cannot open a channel gets a LaneError or ArenaError, and uses Ray objects.
+"""
 
 import os
 import select
@@ -25,7 +27,8 @@ _LONGEST_S = 86400.0
 class ShmClient:
     """One worker's end of its lanes: an arena of its own, and a line to each shard of the machine.
 
-    Where it is dropped without `close`, it takes leave; where its process ends, the lines' end says that the worker died.
+    Where it is dropped without `close`, it takes leave; where its process ends, the lines' end says
+    that the worker died.
 
     Args:
         sizes: elements of the whole model per space.
@@ -34,7 +37,9 @@ class ShmClient:
         incarnation: the worker's incarnation.
     """
 
-    def __init__(self, sizes: Mapping[str, int], ranges: list[Ranges], rank: int, incarnation: int) -> None:
+    def __init__(
+        self, sizes: Mapping[str, int], ranges: list[Ranges], rank: int, incarnation: int
+    ) -> None:
         self._sizes, self._ranges, self._rank, self._incarnation = sizes, ranges, rank, incarnation
         self._arena = Arena.create(sizes)
         self._parameters: Arena | None = None
@@ -49,7 +54,9 @@ class ShmClient:
     def _take_leave_at_the_end(self) -> None:
         if self._drop is not None:
             self._drop.detach()
-        self._drop = weakref.finalize(self, _take_leave, self._lines, Leave(self._rank, self._incarnation))
+        self._drop = weakref.finalize(
+            self, _take_leave, self._lines, Leave(self._rank, self._incarnation)
+        )
         self._drop.atexit = False
 
     @property
@@ -59,7 +66,9 @@ class ShmClient:
 
     @property
     def parameters(self) -> tuple[Flat, ...]:
-        """Both buffers of the machine's parameters, read-only; only the ranges of the shards with a lane are kept up."""
+        """Both buffers of the machine's parameters, read-only; only the ranges of the shards with a
+        lane are kept up.
+        """
         return () if self._parameters is None else self._parameters.flats
 
     @property
@@ -68,13 +77,21 @@ class ShmClient:
         return len(self._lines) == len(self._ranges)
 
     def open(self, shard: int, address: Address) -> None:
-        """Open the lane to a shard, in place of an older one; raise LaneError where there can be none."""
+        """Open the lane to a shard, in place of an older one; raise LaneError where there can be
+        none.
+        """
         self.drop(shard)
-        line, _, fds = call(address, {"rank": self._rank, "incarnation": self._incarnation}, [self._arena.fd])
+        line, _, fds = call(
+            address, {"rank": self._rank, "incarnation": self._incarnation}, [self._arena.fd]
+        )
         try:
-            known = self._parameters is not None and os.path.samestat(os.fstat(self._parameters.fd), os.fstat(fds[0]))
+            known = self._parameters is not None and os.path.samestat(
+                os.fstat(self._parameters.fd), os.fstat(fds[0])
+            )
             if not known and self._lines:
-                raise LaneError(f"shard {shard} keeps its parameters in another arena than its neighbours")
+                raise LaneError(
+                    f"shard {shard} keeps its parameters in another arena than its neighbours"
+                )
             if not known:  # nobody is left of those who kept up an older one
                 self._parameters = Arena.attach(fds.pop(), self._sizes, copies=2)
         except DistNadamError:
@@ -89,7 +106,9 @@ class ShmClient:
         self._poll.register(line.fileno(), select.POLLIN)
 
     def begin_anew(self, ranges: list[Ranges], incarnation: int) -> None:
-        """Take what the shards hold, and as which worker they are called, from now on; all lanes are to be opened anew."""
+        """Take what the shards hold, and as which worker they are called, from now on; all lanes
+        are to be opened anew.
+        """
         for shard in list(self._lines):
             self.drop(shard)
         self._ranges, self._incarnation = ranges, incarnation
@@ -125,7 +144,8 @@ class ShmClient:
         Raises:
             DistNadamError: the first shard's that refused.
             ShardLost: a shard died, as the end of its line tells at once.
-            TimeoutError: not all answered before the deadline (of `time.monotonic`); may be called again.
+            TimeoutError: not all answered before the deadline (of `time.monotonic`); may be called
+                again.
         """
         answers = self._answers.get(number, {})
         while len(answers) < count:
@@ -140,7 +160,9 @@ class ShmClient:
     def parameters_of(self, shard: int, decided: RoundResult) -> Flat:
         """Return the views of one shard's ranges that an answer speaks of."""
         flat = self.parameters[decided.buffer]
-        return {space: flat[space][begin:end] for space, (begin, end) in self._ranges[shard].items()}
+        return {
+            space: flat[space][begin:end] for space, (begin, end) in self._ranges[shard].items()
+        }
 
     def close(self) -> None:
         """Take leave and hang up; the memory stays as long as someone has views of it."""

@@ -1,4 +1,6 @@
-"""A shard's end of the channels over shared memory: it steps over the workers' arenas and writes parameters into the machine's own."""
+"""A shard's end of the channels over shared memory: it steps over the workers' arenas and writes
+parameters into the machine's own.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,7 +21,9 @@ Deliver = Callable[[Message, Callable[[Any], None], Run | None], None]
 
 
 def parameter_arena(spec: ShardSpec, neighbour: Address | None) -> Arena:
-    """Return the machine's two parameter buffers: a neighbouring shard's where there is one, new ones otherwise."""
+    """Return the machine's two parameter buffers: a neighbouring shard's where there is one, new
+    ones otherwise.
+    """
     if neighbour is None:
         arena = Arena.create(spec.layout.sizes, copies=2)
     else:
@@ -36,13 +40,16 @@ class ShmServer:
     Args:
         spec: the shard's spec.
         parameters: the arena that its parameter buffers lie in.
-        deliver: takes a message, a callable for its answer, and who carries out the work: the lane's own thread.
+        deliver: takes a message, a callable for its answer, and who carries out the work: the
+            lane's own thread.
     """
 
     def __init__(self, spec: ShardSpec, parameters: Arena, deliver: Deliver) -> None:
         self._spec, self._parameters, self._deliver = spec, parameters, deliver
         self._workers: dict[Connection, _Caller] = {}
-        self._memories: dict[int, _Caller] = {}  # by rank; kept after the worker's end, for a push that counts after all
+        self._memories: dict[
+            int, _Caller
+        ] = {}  # by rank; kept after the worker's end, for a push that counts after all
         self._server = Server(self._greet, self._take, self._end)
 
     @property
@@ -51,21 +58,29 @@ class ShmServer:
         return self._server.address
 
     def slot(self, rank: int, incarnation: int, dtypes: dict[str, str]) -> Flat | None:
-        """Return the shard's ranges in the memory of the rank's last worker here, where that is the one meant, dead or alive."""
+        """Return the shard's ranges in the memory of the rank's last worker here, where that is the
+        one meant, dead or alive.
+        """
         last = self._memories.get(rank)
-        return last.gradients(dtypes) if last is not None and last.incarnation == incarnation else None
+        return (
+            last.gradients(dtypes) if last is not None and last.incarnation == incarnation else None
+        )
 
     def close(self) -> None:
         """Hang up on everyone."""
         self._server.close()
 
-    def _greet(self, line: Connection, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def _greet(
+        self, line: Connection, greeting: dict[str, Any], fds: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
         if greeting["rank"] is not None:
             if len(fds) != 1:
                 raise LaneError(f"expected one arena, got {len(fds)}")
             arena = Arena.attach(fds.pop(), self._spec.layout.sizes)
             arena.populate(self._spec.ranges)
-            self._workers[line] = _Caller(line, greeting["rank"], greeting["incarnation"], arena, self._spec.ranges)
+            self._workers[line] = _Caller(
+                line, greeting["rank"], greeting["incarnation"], arena, self._spec.ranges
+            )
             self._memories[greeting["rank"]] = self._workers[line]
         return {}, [self._parameters.fd]
 
@@ -73,7 +88,9 @@ class ShmServer:
         worker = self._workers[line]
         number, message = unpack(frame, worker.gradients)
         if (message.rank, message.incarnation) != (worker.rank, worker.incarnation):
-            raise LaneError(f"a message of worker {message.rank} came through the lane of worker {worker.rank}")
+            raise LaneError(
+                f"a message of worker {message.rank} came through the lane of worker {worker.rank}"
+            )
         reply = _ignore if isinstance(message, Leave) else partial(worker.answer, number)
         self._deliver(message, reply, _in_this_thread)
 
@@ -85,7 +102,9 @@ class ShmServer:
 class _Caller:
     """A worker as its shard sees it: a line, and views of its arena."""
 
-    def __init__(self, line: Connection, rank: int, incarnation: int, arena: Arena, ranges: Ranges) -> None:
+    def __init__(
+        self, line: Connection, rank: int, incarnation: int, arena: Arena, ranges: Ranges
+    ) -> None:
         self._line, self.rank, self.incarnation = line, rank, incarnation
         self._arena, self._ranges = arena, ranges
         self._views: dict[tuple[str, ...], Flat] = {}
@@ -93,8 +112,12 @@ class _Caller:
     def gradients(self, dtypes: Mapping[str, str]) -> Flat:
         key = tuple(dtypes.values())
         if key not in self._views:
-            flat = self._arena.flat(dtypes={space: dtype_of(name) for space, name in dtypes.items()})
-            self._views[key] = {space: flat[space][begin:end] for space, (begin, end) in self._ranges.items()}
+            flat = self._arena.flat(
+                dtypes={space: dtype_of(name) for space, name in dtypes.items()}
+            )
+            self._views[key] = {
+                space: flat[space][begin:end] for space, (begin, end) in self._ranges.items()
+            }
         return self._views[key]
 
     def answer(self, number: int, reply: Any) -> None:

@@ -11,7 +11,9 @@ Rng = np.random.Generator
 
 
 def pause(rng: Rng, longest_s: float = 0.1) -> None:
-    """Let a random time pass, from nothing to a tenth of a second, most often about as long as a phase of a step takes."""
+    """Let a random time pass, from nothing to a tenth of a second, most often about as long as a
+    phase of a step takes.
+    """
     time.sleep(rng.choice([0.0, 0.01, 0.1, 1.0]) * longest_s * rng.random())
 
 

@@ -1,4 +1,6 @@
-"""Changes in the middle of training: the state is cut anew, a worker leaves and joins again; and deaths meanwhile."""
+"""Changes in the middle of training: the state is cut anew, a worker leaves and joins again; and
+deaths meanwhile.
+"""
 
 import time
 from collections.abc import Callable
@@ -50,7 +52,9 @@ def _reshard_while(scene: Scene, rng: Rng, victim: Callable[[], Process]) -> flo
 def _another_count(scene: Scene, rng: Rng) -> int:
     """Another number of shards, of those that leave the faults of this configuration possible."""
     least = min(scene.case.num_shards, 2)
-    return int(rng.choice([count for count in range(least, least + 3) if count != scene.num_shards]))
+    return int(
+        rng.choice([count for count in range(least, least + 3) if count != scene.num_shards])
+    )
 
 
 def worker_leaves(scene: Scene, rng: Rng) -> float:
@@ -62,7 +66,9 @@ def worker_leaves(scene: Scene, rng: Rng) -> float:
 
 
 def shard_while_a_worker_is_away(scene: Scene, rng: Rng) -> float:
-    """Without standbys all go back to before it left, and the rounds without it are replayed without it."""
+    """Without standbys all go back to before it left, and the rounds without it are replayed
+    without it.
+    """
     with scene.away(any_rank(rng)):
         scene.await_step(time.monotonic())
         moment = kill(scene.shards()[any_shard(scene, rng)])

@@ -1,4 +1,5 @@
-"""A driver of its own: `python -m tests.chaos.driver ADDRESS NAME DIRECTORY CASE` builds a named optimizer and waits to be killed.
+"""A driver of its own: `python -m tests.chaos.driver ADDRESS NAME DIRECTORY CASE` builds a named
+optimizer and waits to be killed.
 
 Without DIRECTORY and CASE it connects to the optimizer of that name and says which round it is at.
 """

@@ -1,4 +1,6 @@
-"""The kinds of fault, as a table. Each is struck at a scene that is training, and returns when the death, or the halt, was."""
+"""The kinds of fault, as a table. Each is struck at a scene that is training, and returns when the
+death, or the halt, was.
+"""
 
 import contextlib
 import signal
@@ -146,7 +148,9 @@ def shard_and_standby(scene: Scene, rng: Rng) -> float:
 def two_shards(scene: Scene, rng: Rng) -> float:
     scene.await_standbys()
     shards = scene.shards()
-    first, second = (shards[int(i)] for i in rng.permutation(len(shards))[:2])  # a reshard leaves as many at least
+    first, second = (
+        shards[int(i)] for i in rng.permutation(len(shards))[:2]
+    )  # a reshard leaves as many at least
     pause(rng)
     kill(first)
     pause(rng)
@@ -237,7 +241,9 @@ def driver(scene: Scene, rng: Rng) -> float:
 
 
 def node(scene: Scene, rng: Rng) -> float:
-    """A Ray node dies with the shards, standbys, workers, and perhaps the supervisor that live there."""
+    """A Ray node dies with the shards, standbys, workers, and perhaps the supervisor that live
+    there.
+    """
     scene.await_standbys()
     assert scene.nodes is not None
     pause(rng)
@@ -248,7 +254,12 @@ def _several(case: Case) -> bool:
     return case.num_shards > 1
 
 
-_any, _replicated, _named, _elastic = attrgetter("num_shards"), attrgetter("replicas"), attrgetter("named"), attrgetter("elastic")
+_any, _replicated, _named, _elastic = (
+    attrgetter("num_shards"),
+    attrgetter("replicas"),
+    attrgetter("named"),
+    attrgetter("elastic"),
+)
 
 FAULTS = (
     Fault("worker killed", _any, worker),

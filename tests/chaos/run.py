@@ -1,6 +1,8 @@
-"""Strike at training with a seeded schedule of faults and compare the end, bit for bit, with a run that nothing disturbed.
+"""Strike at training with a seeded schedule of faults and compare the end, bit for bit, with a run
+that nothing disturbed.
 
-`python -m tests.chaos.run --faults N --seed S`; exit status 1 on any difference, with what repeats it.
+`python -m tests.chaos.run --faults N --seed S`; exit status 1 on any difference, with what repeats
+it.
 """
 
 import argparse
@@ -30,7 +32,9 @@ _ROUNDS_AFTER = 30
 
 @dataclass
 class Report:
-    """What was done and seen: by kind and replicas, the seconds from each death to the next step."""
+    """What was done and seen: by kind and replicas, the seconds from each death to the next
+    step.
+    """
 
     seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     recoveries: Counter[str] = field(default_factory=Counter)
@@ -53,10 +57,19 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'kind':34} replicas  faults  to the next step, s: median  worst"]
         for (kind, replicas), times in sorted(self.seconds.items()):
-            lines.append(f"{kind:34} {replicas:8} {len(times):7} {median(times):28.2f} {max(times):6.2f}")
-        recovered = ", ".join(f"{number} {what}" for what, number in sorted(self.recoveries.items()))
-        lines.append(f"{self.faults} faults of {len(self.kinds)} kinds in {self.rounds} rounds; recoveries: {recovered}")
-        lines.append(f"rounds replayed {self.replayed}, gradients lost {self.lost}, doubled {self.doubled}")
+            lines.append(
+                f"{kind:34} {replicas:8} {len(times):7} {median(times):28.2f} {max(times):6.2f}"
+            )
+        recovered = ", ".join(
+            f"{number} {what}" for what, number in sorted(self.recoveries.items())
+        )
+        lines.append(
+            f"{self.faults} faults of {len(self.kinds)} kinds in {self.rounds} rounds; recoveries: "
+            f"{recovered}"
+        )
+        lines.append(
+            f"rounds replayed {self.replayed}, gradients lost {self.lost}, doubled {self.doubled}"
+        )
         return "\n".join([*lines, *self.differences])
 
 
@@ -79,7 +92,9 @@ def cases(rng: np.random.Generator) -> list[Case]:
 
 
 def cases_of_nodes() -> list[Case]:
-    """Configurations on two Ray nodes, named, since the supervisor may live on the one that dies."""
+    """Configurations on two Ray nodes, named, since the supervisor may live on the one that
+    dies.
+    """
     both = {"named": True, "checkpoints": True, "nodes": 2}
     return [Case(2, 1, **both), Case(3, 0, **both)]  # type: ignore[arg-type]
 
@@ -102,15 +117,25 @@ def kill(scene: Scene, faults: list[Fault], rng: np.random.Generator, report: Re
 
 
 def compare(scene: Scene, report: Report) -> None:
-    """End the training and compare everything with an undisturbed run; count rounds by rank in every shard's ledger."""
+    """End the training and compare everything with an undisturbed run; count rounds by rank in
+    every shard's ledger.
+    """
     end = scene.board.round + _ROUNDS_AFTER
     scene.crowd.finish(end)
     rounds = scene.optimizer.round
     schedule = described(scene.optimizer)[0].schedule
     with undisturbed(scene.case, rounds, schedule) as expected:
-        names = ["params"] * (len(bits(expected)) - len(expected.get_weights())) + ["iterations", "m_schedule", "moments"]
+        names = ["params"] * (len(bits(expected)) - len(expected.get_weights())) + [
+            "iterations",
+            "m_schedule",
+            "moments",
+        ]
         pairs = zip(despite_rewinds(lambda: bits(scene.optimizer)), bits(expected), strict=True)
-        differ = {names[min(i, len(names) - 1)] for i, (ours, theirs) in enumerate(pairs) if ours != theirs}
+        differ = {
+            names[min(i, len(names) - 1)]
+            for i, (ours, theirs) in enumerate(pairs)
+            if ours != theirs
+        }
     for what in sorted(differ):
         report.differences.append(f"DIFFERENT: {what} after {rounds} rounds with {scene.case}")
     for index, ledger in enumerate(all_ledgers := ledgers(scene.optimizer)):
@@ -118,39 +143,73 @@ def compare(scene: Scene, report: Report) -> None:
         report.lost, report.doubled = report.lost + lost, report.doubled + doubled
         if lost or doubled or ledger["runs"] != all_ledgers[0]["runs"]:
             report.differences.append(
-                f"DIFFERENT: the ledger of shard {index} with {scene.case}: {ledger['runs']}, {all_ledgers[0]['runs']}"
+                f"DIFFERENT: the ledger of shard {index} with {scene.case}: {ledger['runs']}, "
+                f"{all_ledgers[0]['runs']}"
             )
     report.replayed += scene.board.replayed
     report.rounds += rounds
 
 
-def count(ledger: Mapping[str, Any], rounds: int, schedule: MembershipHistory = ((1, tuple(range(WORKERS))),)) -> tuple[int, int]:
-    """Return how many (rank, round) of these members a ledger lacks, and how many it has more than once, or of others."""
-    counted = Counter((rank, number) for rank, _, first, last in ledger["runs"] for number in range(first, last + 1))
-    required = {(rank, number) for number in range(1, rounds + 1) for rank in members_of(schedule, number)}
-    return len(required - set(counted)), sum(number - 1 for number in counted.values()) + len(set(counted) - required)
+def count(
+    ledger: Mapping[str, Any],
+    rounds: int,
+    schedule: MembershipHistory = ((1, tuple(range(WORKERS))),),
+) -> tuple[int, int]:
+    """Return how many (rank, round) of these members a ledger lacks, and how many it has more than
+    once, or of others.
+    """
+    counted = Counter(
+        (rank, number)
+        for rank, _, first, last in ledger["runs"]
+        for number in range(first, last + 1)
+    )
+    required = {
+        (rank, number) for number in range(1, rounds + 1) for rank in members_of(schedule, number)
+    }
+    return len(required - set(counted)), sum(number - 1 for number in counted.values()) + len(
+        set(counted) - required
+    )
 
 
 def play(
-    num_faults: int, seed: int, *, per_case: int = FAULTS_PER_CASE, only: str | None = None, within: str = "", nodes: Nodes | None = None
+    num_faults: int,
+    seed: int,
+    *,
+    per_case: int = FAULTS_PER_CASE,
+    only: str | None = None,
+    within: str = "",
+    nodes: Nodes | None = None,
 ) -> Report:
-    """Strike so many faults, each kind in turn, over all configurations, on the nodes given or on the Ray that runs."""
+    """Strike so many faults, each kind in turn, over all configurations, on the nodes given or on
+    the Ray that runs.
+    """
     rng, report = np.random.default_rng(seed), Report()
     left: list[Case] = []
     struck: Counter[str] = Counter()
     while report.faults < num_faults and not report.differences:
-        left = left or [case for case in (cases(rng) if nodes is None else cases_of_nodes()) if within in str(case)]
+        left = left or [
+            case
+            for case in (cases(rng) if nodes is None else cases_of_nodes())
+            if within in str(case)
+        ]
         case = left.pop(0)
-        fitting = [fault for fault in FAULTS if fault.fits(case) and (only is None or only == fault.name)]
+        fitting = [
+            fault for fault in FAULTS if fault.fits(case) and (only is None or only == fault.name)
+        ]
         fitting = [fitting[i] for i in rng.permutation(len(fitting))]
         fitting.sort(key=lambda fault: struck[fault.name])  # the rarest so far first
-        chosen = (fitting * per_case)[: min(per_case, num_faults - report.faults)] if fitting else []
+        chosen = (
+            (fitting * per_case)[: min(per_case, num_faults - report.faults)] if fitting else []
+        )
         chosen = [chosen[i] for i in rng.permutation(len(chosen))]
         if not chosen:
             continue
         struck.update(fault.name for fault in chosen)
         print(f"{case}: {', '.join(fault.name for fault in chosen)}", flush=True)
-        with tempfile.TemporaryDirectory() as directory, stage(case, Path(directory), f"chaos-{seed}-{report.faults}", nodes) as scene:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            stage(case, Path(directory), f"chaos-{seed}-{report.faults}", nodes) as scene,
+        ):
             try:
                 kill(scene, chosen, rng, report)
                 compare(scene, report)
@@ -166,21 +225,36 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one kind of fault, by its name")
     parser.add_argument("--within", default="", help="configurations that hold this text")
-    parser.add_argument("--nodes", action="store_true", help="on two Ray nodes, of which one may be killed")
+    parser.add_argument(
+        "--nodes", action="store_true", help="on two Ray nodes, of which one may be killed"
+    )
     asked = parser.parse_args()
-    os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
+    os.environ.update(
+        RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0"
+    )
     nodes = Nodes(2) if asked.nodes else None
     if nodes is None:
-        ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=400 * 2**20, log_to_driver=False)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=400 * 2**20,
+            log_to_driver=False,
+        )
     report = play(asked.faults, asked.seed, only=asked.only, within=asked.within, nodes=nodes)
     if nodes is not None:
         nodes.close()
     print(report)
     if report.differences:
         only = " --nodes" * asked.nodes + "".join(
-            f" --{option} '{value}'" for option, value in (("only", asked.only), ("within", asked.within)) if value
+            f" --{option} '{value}'"
+            for option, value in (("only", asked.only), ("within", asked.within))
+            if value
         )
-        print(f"to repeat: python -m tests.chaos.run --faults {asked.faults} --seed {asked.seed}{only}")
+        print(
+            f"to repeat: python -m tests.chaos.run --faults {asked.faults} --seed "
+            f"{asked.seed}{only}"
+        )
     return 1 if report.differences else 0
 
 

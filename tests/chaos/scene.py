@@ -1,4 +1,6 @@
-"""What the chaos suite strikes at: one configuration of an optimizer on Ray with its trainers, and who runs in which process."""
+"""What the chaos suite strikes at: one configuration of an optimizer on Ray with its trainers, and
+who runs in which process.
+"""
 
 import json
 import os
@@ -20,7 +22,14 @@ from distnadam import DistNadam, Options
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.protocol.messages import Describe, Description, Pause, Resume
 from distnadam.protocol.supervisor_messages import MembershipHistory, Reconfigure
-from tests.chaos.trainers import PATIENCE_S, WORKERS, Crowd, Process, ShardMapPublisher, gradients_at
+from tests.chaos.trainers import (
+    PATIENCE_S,
+    WORKERS,
+    Crowd,
+    Process,
+    ShardMapPublisher,
+    gradients_at,
+)
 from tests.models import params
 
 STEP_TIMEOUT_S = 12.0
@@ -30,7 +39,9 @@ REJOIN_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. `checkpoints`: whether there is a directory to go back to from the beginning, or only `build`'s parameters."""
+    """One configuration. `checkpoints`: whether there is a directory to go back to from the
+    beginning, or only `build`'s parameters.
+    """
 
     num_shards: int
     replicas: int
@@ -43,7 +54,9 @@ class Case:
 
     def __str__(self) -> str:
         said = [f"num_shards={self.num_shards}", f"replicas={self.replicas}"]
-        said += [name for name in ("clipnorm", "named", "checkpoints", "elastic") if getattr(self, name)]
+        said += [
+            name for name in ("clipnorm", "named", "checkpoints", "elastic") if getattr(self, name)
+        ]
         said += [f"nodes={self.nodes}"] if self.nodes > 1 else []
         return " ".join([*said, *(["objects"] if self.transport == "objects" else [])])
 
@@ -57,21 +70,35 @@ class Case:
             checkpoint_dir=str(directory) if self.checkpoints else None,
             transport=self.transport,  # type: ignore[arg-type]
         )
-        how = {"num_shards": self.num_shards, "replicas": self.replicas, "clipnorm": self.clipnorm, "name": name, "options": options}
+        how = {
+            "num_shards": self.num_shards,
+            "replicas": self.replicas,
+            "clipnorm": self.clipnorm,
+            "name": name,
+            "options": options,
+        }
         return DistNadam(num_workers=WORKERS, backend="ray", **how)  # type: ignore[arg-type]
 
 
 class Nodes:
-    """A Ray of several nodes on this machine; all but the head may be killed, and are then replaced."""
+    """A Ray of several nodes on this machine; all but the head may be killed, and are then
+    replaced.
+    """
 
     def __init__(self, count: int) -> None:
         from ray.cluster_utils import Cluster
 
-        soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 1000}
+        soon = {
+            "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 500,
+            "health_check_timeout_ms": 1000,
+        }
         how = {"num_cpus": 2, "object_store_memory": 150 * 2**20, "include_dashboard": False}
         self._how = {"num_cpus": 2, "object_store_memory": 150 * 2**20}
         config = soon | {"health_check_failure_threshold": 2}
-        self._cluster = Cluster(initialize_head=True, head_node_args=how | {"_system_config": config})
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args=how | {"_system_config": config}
+        )
         self._others = [self._cluster.add_node(**self._how) for _ in range(count - 1)]
         ray.init(address=self._cluster.address, log_to_driver=False)
 
@@ -102,11 +129,16 @@ class Scene:
     nodes: "Nodes | None" = None
 
     def ask_supervisor(self, what: Any) -> Any:
-        """Have the supervisor's process call a function on its actor; one that died is waited for."""
+        """Have the supervisor's process call a function on its actor; one that died is waited
+        for.
+        """
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                return ray.get(self.optimizer._running().backend._supervisor.__ray_call__.remote(what), timeout=PATIENCE_S)  # type: ignore[attr-defined]
+                return ray.get(
+                    self.optimizer._running().backend._supervisor.__ray_call__.remote(what),
+                    timeout=PATIENCE_S,
+                )  # type: ignore[attr-defined]
             except (RayActorError, ActorUnavailableError):
                 if not self.case.named or time.monotonic() > deadline:
                     raise
@@ -122,7 +154,9 @@ class Scene:
         return len(self.ask_supervisor(_shards))
 
     def shards(self) -> dict[int, Process]:
-        """Return the shards' processes that the supervisor knows of, by index, once it knows all."""
+        """Return the shards' processes that the supervisor knows of, by index, once it knows
+        all.
+        """
         while (0, "") in (found := self.ask_supervisor(_shards)).values():
             time.sleep(0.01)
         return {index: Process(*process) for index, process in found.items()}
@@ -149,7 +183,10 @@ class Scene:
             if self.crowd.failures:
                 raise self.crowd.failures[0]
             if time.monotonic() > deadline:
-                raise AssertionError(f"hung: no step in {PATIENCE_S:g} s after a fault at round {self.board.round}: {self._diagnosis()}")
+                raise AssertionError(
+                    f"hung: no step in {PATIENCE_S:g} s after a fault at round {self.board.round}: "
+                    f"{self._diagnosis()}"
+                )
             time.sleep(0.001)
         return ended
 
@@ -192,7 +229,12 @@ class Scene:
     def _diagnosis(self) -> str:
         try:
             self.optimizer._running().backend.refresh()
-            return str(ray.get([a.send.remote(Describe()) for a in self.optimizer._running().backend.actors], timeout=5))  # type: ignore[attr-defined]
+            return str(
+                ray.get(
+                    [a.send.remote(Describe()) for a in self.optimizer._running().backend.actors],
+                    timeout=5,
+                )
+            )  # type: ignore[attr-defined]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -219,12 +261,18 @@ def _counts(actor: Any) -> dict[str, int]:
 
 def _start_driver(*args: str) -> "subprocess.Popen[str]":
     address = ray.get_runtime_context().gcs_address
-    return subprocess.Popen([sys.executable, "-m", "tests.chaos.driver", address, *args], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.chaos.driver", address, *args],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 @contextmanager
 def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) -> Iterator[Scene]:
-    """Build an optimizer and its trainers; close everything at the end. A named one is built by another process, which may be killed."""
+    """Build an optimizer and its trainers; close everything at the end. A named one is built by
+    another process, which may be killed.
+    """
     board, driver = str(directory / "board"), None
     if case.named:
         driver = _start_driver(name, str(directory / "checkpoints"), json.dumps(asdict(case)))
@@ -236,7 +284,14 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
         optimizer = case.optimizer(directory / "checkpoints", None).build(params())
     try:
         scene = Scene(
-            case, directory, optimizer, ShardMapPublisher(board), Crowd(optimizer, board), name if case.named else None, driver, nodes
+            case,
+            directory,
+            optimizer,
+            ShardMapPublisher(board),
+            Crowd(optimizer, board),
+            name if case.named else None,
+            driver,
+            nodes,
         )
         try:
             yield scene
@@ -257,14 +312,21 @@ def described(optimizer: DistNadam) -> list[Description]:
 
 
 def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNadam:
-    """Return a local optimizer after so many rounds without a fault, of those members; the caller closes it."""
-    optimizer = DistNadam(num_workers=WORKERS, backend="local", clipnorm=case.clipnorm).build(params())
+    """Return a local optimizer after so many rounds without a fault, of those members; the caller
+    closes it.
+    """
+    optimizer = DistNadam(num_workers=WORKERS, backend="local", clipnorm=case.clipnorm).build(
+        params()
+    )
     workers = [optimizer.worker(rank) for rank in range(WORKERS)]
     optimizer._running().ask({0: Reconfigure(2, schedule)})
     for step in range(rounds):
         present = [workers[rank] for rank in members_of(schedule, step + 1)]
         trees = [worker.pull() for worker in present]
-        for ticket in [worker.push(gradients_at(tree, step, worker.rank)) for worker, tree in zip(present, trees, strict=True)]:
+        for ticket in [
+            worker.push(gradients_at(tree, step, worker.rank))
+            for worker, tree in zip(present, trees, strict=True)
+        ]:
             ticket.result()
     return optimizer
 

@@ -1,4 +1,6 @@
-"""Two dozen faults on real processes: the same bits as without them, every push counted once, and nothing left behind."""
+"""Two dozen faults on real processes: the same bits as without them, every push counted once, and
+nothing left behind.
+"""
 
 import gc
 import subprocess
@@ -22,7 +24,9 @@ SEED = 4
 
 
 @pytest.mark.timeout(1200)
-def test_two_dozen_faults_of_a_dozen_kinds_change_no_bit_and_count_every_push_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_dozen_faults_of_a_dozen_kinds_change_no_bit_and_count_every_push_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     report = play(24, SEED)
     with capsys.disabled():
         print(f"\n{report}")
@@ -33,8 +37,21 @@ def test_two_dozen_faults_of_a_dozen_kinds_change_no_bit_and_count_every_push_on
 
 @pytest.mark.timeout(600)
 def test_a_ray_node_that_dies_with_all_that_lives_on_it_changes_no_bit() -> None:
-    command = [sys.executable, "-m", "tests.chaos.run", "--nodes", "--faults", "6", "--seed", str(SEED), "--only", "node killed"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # several nodes are a Ray of their own
+    command = [
+        sys.executable,
+        "-m",
+        "tests.chaos.run",
+        "--nodes",
+        "--faults",
+        "6",
+        "--seed",
+        str(SEED),
+        "--only",
+        "node killed",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False
+    )  # several nodes are a Ray of their own
     assert done.returncode == 0, done.stdout
     assert "gradients lost 0, doubled 0" in done.stdout
 
@@ -45,27 +62,46 @@ def test_a_supervisors_successor_goes_back_to_where_the_last_save_went(tmp_path:
     with stage(Case(2, 0, named=True), tmp_path, "successor") as scene:
         scene.await_step(time.monotonic())
         scene.optimizer.save(tmp_path / "elsewhere")
-        kill(scene, [kinds["supervisor killed"], kinds["shard killed"]], np.random.default_rng(SEED), report)
+        kill(
+            scene,
+            [kinds["supervisor killed"], kinds["shard killed"]],
+            np.random.default_rng(SEED),
+            report,
+        )
         assert scene.counts()["rewound"] == 1
         compare(scene, report)
     assert not report.differences, str(report)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", [Case(2, 1, checkpoints=True), Case(2, 0, named=True, checkpoints=True)], ids=str)
-def test_close_after_deaths_of_all_kinds_of_process_leaves_no_process_actor_socket_memory_or_file(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case", [Case(2, 1, checkpoints=True), Case(2, 0, named=True, checkpoints=True)], ids=str
+)
+def test_close_after_deaths_of_all_kinds_of_process_leaves_no_process_actor_socket_memory_or_file(
+    case: Case, tmp_path: Path
+) -> None:
     gc.collect()
     before, report = leftovers(), Report()
     names = {"worker killed", "shard killed", "standby killed", "saver killed", "supervisor killed"}
     with stage(case, tmp_path, "leftovers") as scene:
-        kill(scene, [fault for fault in FAULTS if fault.name in names and fault.fits(case)], np.random.default_rng(SEED), report)
+        kill(
+            scene,
+            [fault for fault in FAULTS if fault.name in names and fault.fits(case)],
+            np.random.default_rng(SEED),
+            report,
+        )
         during = leftovers()
         del scene
     assert all(during[what] > before[what] for what in ("actors", "sockets", "memfds"))
     gc.collect()
     wait_for_no_more_than(before)
-    # a saver that was killed leaves its file in a folder that is no checkpoint, or beside one that is whole
-    whole = [folder for folder in store.steps(place(tmp_path / "checkpoints")) if store.MANIFEST in folder.files()]
+    # a saver that was killed leaves its file in a folder that is no checkpoint, or beside one that
+    # is whole
+    whole = [
+        folder
+        for folder in store.steps(place(tmp_path / "checkpoints"))
+        if store.MANIFEST in folder.files()
+    ]
     assert whole and all(store.verify(folder) for folder in whole)
 
 

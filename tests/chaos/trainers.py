@@ -1,4 +1,5 @@
-"""Trainers in processes of their own, made again when they die, and the board on which they write when each step began and ended.
+"""Trainers in processes of their own, made again when they die, and the board on which they write
+when each step began and ended.
 
 The board is a file that all map, so that nobody has to ask a process that died.
 """
@@ -18,7 +19,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from distnadam import DistNadam
 from distnadam.backends.ray.processes import process_start_time
-from distnadam.errors import LatePush, Rewound, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
+from distnadam.errors import (
+    LatePush,
+    Rewound,
+    StaleEpoch,
+    StepTimeout,
+    SupersededWorker,
+    WorkerLost,
+)
 from tests.models import gradients, leaves, params
 
 Result = TypeVar("Result")
@@ -28,8 +36,15 @@ PATIENCE_S = 120.0
 
 
 def gradients_at(tree: Any, step: int, rank: int) -> Any:
-    """The gradients of one rank at one step and these parameters, so that stale or torn parameters show in the bits."""
-    flat = iter([g + np.asarray(p) * np.asarray(0.0625, np.asarray(p).dtype) for g, p in zip(_both(step, rank), leaves(tree), strict=True)])
+    """The gradients of one rank at one step and these parameters, so that stale or torn parameters
+    show in the bits.
+    """
+    flat = iter(
+        [
+            g + np.asarray(p) * np.asarray(0.0625, np.asarray(p).dtype)
+            for g, p in zip(_both(step, rank), leaves(tree), strict=True)
+        ]
+    )
     return _like(params(), flat)
 
 
@@ -55,7 +70,9 @@ def despite_rewinds(work: Callable[[], Result]) -> Result:
 
 
 class ShardMapPublisher:
-    """By rank: the last round decided, when its step began and ended (monotonic), rounds replayed so far."""
+    """By rank: the last round decided, when its step began and ended (monotonic), rounds replayed
+    so far.
+    """
 
     def __init__(self, path: str) -> None:
         if not Path(path).exists():
@@ -106,7 +123,9 @@ class Trainer:
         self._end = end
 
     def doom(self, shards: tuple[int, ...], post: int) -> None:
-        """Die once a post of the coming step, the first or the second, has gone to these shards only."""
+        """Die once a post of the coming step, the first or the second, has gone to these shards
+        only.
+        """
         self._doom = shards, post
 
     def run(self) -> int:
@@ -223,7 +242,9 @@ class Crowd:
         deadline = time.monotonic() + PATIENCE_S
         while len(self.done) < WORKERS and not self.failures:
             if time.monotonic() > deadline:
-                raise AssertionError(f"hung: ranks {sorted(self.done)} of {WORKERS} reached round {end}")
+                raise AssertionError(
+                    f"hung: ranks {sorted(self.done)} of {WORKERS} reached round {end}"
+                )
             time.sleep(0.01)
         if self.failures:
             raise self.failures[0]

@@ -1,4 +1,6 @@
-"""Checkpoints as files: readable by others, verified to the last bit, committed or not there, refused by name."""
+"""Checkpoints as files: readable by others, verified to the last bit, committed or not there,
+refused by name.
+"""
 
 import contextlib
 import dataclasses
@@ -41,15 +43,23 @@ def test_any_safetensors_reader_opens_the_files_and_they_make_up_the_state(saved
     manifest = store.load(saved)
     with DistNadam.restore(saved, backend="local") as optimizer:
         weights = optimizer.get_weights()
-        whole = np.concatenate([load_file(saved / record.name)["m.float32"] for record in manifest.files])
-        expected = [w.reshape(-1) for w, t in zip(weights[2:8], manifest.layout["tensors"], strict=True) if t[2] != "float64"]
+        whole = np.concatenate(
+            [load_file(saved / record.name)["m.float32"] for record in manifest.files]
+        )
+        expected = [
+            w.reshape(-1)
+            for w, t in zip(weights[2:8], manifest.layout["tensors"], strict=True)
+            if t[2] != "float64"
+        ]
         assert whole.tobytes() == np.concatenate(expected).tobytes()
         assert optimizer.restored_data == {"position": 7}
 
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_one_flipped_bit_anywhere_is_found_and_its_file_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_one_flipped_bit_anywhere_is_found_and_its_file_named(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     root = tmp_path_factory.mktemp("flip")
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         checkpoint = Path(optimizer.save(root))
@@ -77,21 +87,27 @@ def spoil_longer(path: Path) -> None:
 
 
 def spoil_swapped(path: Path) -> None:
-    other = next(p for p in shard_files(path.parent) if p != path and p.stat().st_size != path.stat().st_size)
+    other = next(
+        p for p in shard_files(path.parent) if p != path and p.stat().st_size != path.stat().st_size
+    )
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
     other.write_bytes(content)
 
 
 @pytest.mark.parametrize("spoil", [spoil_missing, spoil_truncated, spoil_longer, spoil_swapped])
-def test_a_file_that_is_not_the_one_written_is_refused_by_name(spoil: Callable[[Path], None], saved: Path) -> None:
+def test_a_file_that_is_not_the_one_written_is_refused_by_name(
+    spoil: Callable[[Path], None], saved: Path
+) -> None:
     victim = shard_files(saved)[0]
     spoil(victim)
     with pytest.raises(CheckpointError, match=victim.name):
         DistNadam.restore(saved, num_shards=1, backend="local")
 
 
-def test_a_checkpoint_without_a_manifest_does_not_exist_and_a_named_one_is_strict(saved: Path) -> None:
+def test_a_checkpoint_without_a_manifest_does_not_exist_and_a_named_one_is_strict(
+    saved: Path,
+) -> None:
     (saved / store.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"manifest\.msgpack: cannot be read"):
         DistNadam.restore(saved, backend="local")
@@ -127,7 +143,9 @@ def test_saving_the_same_round_again_replaces_it_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["first shard", "last shard", "before the manifest"])
-def test_a_save_killed_leaves_the_previous_checkpoint_and_nothing_that_looks_complete(moment: str, tmp_path: Path) -> None:
+def test_a_save_killed_leaves_the_previous_checkpoint_and_nothing_that_looks_complete(
+    moment: str, tmp_path: Path
+) -> None:
     with DistNadam(num_shards=3, backend="local", options=None).build(params()) as optimizer:
         before = bits(optimizer)
         optimizer.save(tmp_path)
@@ -191,37 +209,56 @@ def test_pruning_keeps_the_newest_and_never_counts_one_without_a_manifest(tmp_pa
     (tmp_path / "step_00000005" / store.MANIFEST).unlink()
     deleted = store.prune(tmp_path, 2, store.steps(tmp_path)[-1])
     assert [path.name for path in deleted] == ["step_00000002", "step_00000001"]
-    assert [path.name for path in store.steps(tmp_path)] == ["step_00000003", "step_00000004", "step_00000005"]
+    assert [path.name for path in store.steps(tmp_path)] == [
+        "step_00000003",
+        "step_00000004",
+        "step_00000005",
+    ]
 
 
 def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer, pytest.raises(CheckpointError, match="cannot be made"):
+    with (
+        DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer,
+        pytest.raises(CheckpointError, match="cannot be made"),
+    ):
         optimizer.save(tmp_path / "file" / "below")
 
 
 @given(sizes=st.lists(st.integers(0, 400_000), min_size=1, max_size=4), cut=st.integers(0, 400_000))
 @settings(max_examples=20, deadline=None)
-def test_ranges_over_many_chunks_come_back_whole(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], cut: int) -> None:
+def test_ranges_over_many_chunks_come_back_whole(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], cut: int
+) -> None:
     directory = tmp_path_factory.mktemp("chunks")
     rng = np.random.default_rng(1)
-    whole = {name: rng.standard_normal(sum(sizes)).astype(np.float32) for name in ("params", "m", "v")}
+    whole = {
+        name: rng.standard_normal(sum(sizes)).astype(np.float32) for name in ("params", "m", "v")
+    }
     bounds = np.cumsum([0, *sizes])
     records = []
-    for index, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+    for index, (begin, end) in enumerate(
+        zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    ):
         state = {name: {"float32": values[begin:end]} for name, values in whole.items()}
         name = store.shard_file_name(index, len(sizes), "0" * 16)
         records.append(write_shard(directory, name, ranges={"float32": (begin, end)}, state=state))
     manifest = Manifest("0" * 16, {}, {}, {}, {}, 0, 1.0, 0, 0, {}, {}, tuple(records))
     cut = min(cut, sum(sizes))
     for begin, end in ((0, cut), (cut, sum(sizes))):
-        got = read_shard(directory, manifest, ranges={"float32": (begin, end)}, leftovers=range(len(sizes)))
+        got = read_shard(
+            directory, manifest, ranges={"float32": (begin, end)}, leftovers=range(len(sizes))
+        )
         for name, values in whole.items():
             assert np.array_equal(got[name]["float32"], values[begin:end])
     assert all(len(r.checksums) == -(-r.size // CHUNK_BYTES) for r in records)
 
 
-MANGLED = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(), st.lists, max_leaves=5)
+MANGLED = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    st.lists,
+    max_leaves=5,
+)
 
 
 @given(raw=st.binary(max_size=300))
@@ -247,7 +284,9 @@ def test_a_manifest_with_a_mangled_field_is_refused_or_taken_whole(
     node, key = body, data.draw(st.sampled_from(sorted(body)))
     while isinstance(node[key], (dict, list)) and node[key] and data.draw(st.booleans()):
         node = node[key]
-        key = data.draw(st.sampled_from(sorted(node, key=str) if isinstance(node, dict) else range(len(node))))
+        key = data.draw(
+            st.sampled_from(sorted(node, key=str) if isinstance(node, dict) else range(len(node)))
+        )
     try:
         node[key] = value
         envelope["body"] = msgpack.packb(body)
@@ -260,25 +299,45 @@ def test_a_manifest_with_a_mangled_field_is_refused_or_taken_whole(
 
 def test_two_saves_of_one_round_at_once_are_one_checkpoint_and_one_refusal(tmp_path: Path) -> None:
     busy = pytest.raises(CheckpointBusy, match="another save is writing it")
-    with DistNadam(backend="local").build(params()) as optimizer, store.writing(tmp_path / "step_00000000"), busy:
+    with (
+        DistNadam(backend="local").build(params()) as optimizer,
+        store.writing(tmp_path / "step_00000000"),
+        busy,
+    ):
         optimizer.save(tmp_path)
     with DistNadam(backend="local").build(params()) as optimizer:
         assert store.verify(Path(optimizer.save(tmp_path)))
-        with pytest.raises(CheckpointError, match="is a checkpoint; save to the directory that holds it"):
+        with pytest.raises(
+            CheckpointError, match="is a checkpoint; save to the directory that holds it"
+        ):
             optimizer.save(tmp_path / "step_00000000")
 
 
 @pytest.mark.parametrize(
     ("field", "change", "told"),
     [
-        ("config", lambda v: {k: x for k, x in v.items() if k != "lr"}, "its config is refused: KeyError: 'lr'"),
+        (
+            "config",
+            lambda v: {k: x for k, x in v.items() if k != "lr"},
+            "its config is refused: KeyError: 'lr'",
+        ),
         ("config", lambda v: {**v, "more": 1}, "its config is refused: TypeError"),
-        ("options", lambda v: {"more": 1}, "its options is refused: ConfigError: options: there is no option 'more'"),
+        (
+            "options",
+            lambda v: {"more": 1},
+            "its options is refused: ConfigError: options: there is no option 'more'",
+        ),
         ("ledger", lambda v: {"runs": 5, "newest": []}, "its ledger is refused: TypeError"),
-        ("ledger", lambda v: {"runs": [], "newest": [[0, "x"]]}, "its ledger is refused: ValueError"),
+        (
+            "ledger",
+            lambda v: {"runs": [], "newest": [[0, "x"]]},
+            "its ledger is refused: ValueError",
+        ),
     ],
 )
-def test_a_manifest_that_was_put_together_by_hand_is_refused_by_field(field: str, change: Any, told: str, saved: Path) -> None:
+def test_a_manifest_that_was_put_together_by_hand_is_refused_by_field(
+    field: str, change: Any, told: str, saved: Path
+) -> None:
     manifest = store.load(saved)
     made = dataclasses.replace(manifest, **{field: change(getattr(manifest, field))})
     (saved / store.MANIFEST).write_bytes(made.to_bytes())

@@ -1,4 +1,6 @@
-"""What differs between two checkpoints is found by tensor: bits, ulps, the first index; settings and structure by name."""
+"""What differs between two checkpoints is found by tensor: bits, ulps, the first index; settings
+and structure by name.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ def saved(root: Path, params: Any, *, steps: int = 0, num_shards: int = 1, **con
 
 
 def test_checkpoints_of_one_state_are_the_same_whatever_their_shards(tmp_path: Path) -> None:
-    found = compare(*(saved(tmp_path / str(n), models.params(), steps=2, num_shards=n) for n in (1, 3)))
+    found = compare(
+        *(saved(tmp_path / str(n), models.params(), steps=2, num_shards=n) for n in (1, 3))
+    )
     assert found.same
     assert found.to_dict()["tensors"] == ()
 
@@ -28,9 +32,16 @@ def test_checkpoints_of_one_state_are_the_same_whatever_their_shards(tmp_path: P
 def test_one_bit_is_found_with_its_index(tmp_path: Path) -> None:
     changed = models.params()
     changed["dense"]["kernel"][3, 5] = np.nextafter(changed["dense"]["kernel"][3, 5], np.float32(9))
-    found = compare(saved(tmp_path / "a", models.params(), num_shards=2), saved(tmp_path / "b", changed))
+    found = compare(
+        saved(tmp_path / "a", models.params(), num_shards=2), saved(tmp_path / "b", changed)
+    )
     (tensor,) = found.tensors
-    assert (tensor.path, tensor.array, tensor.count, tensor.elements) == ("dense/kernel", "params", 1, 6300)
+    assert (tensor.path, tensor.array, tensor.count, tensor.elements) == (
+        "dense/kernel",
+        "params",
+        1,
+        6300,
+    )
     assert (tensor.max_ulp, tensor.first_index) == (1, (3, 5))
     assert tensor.max_abs == abs(tensor.first[0] - tensor.first[1]) > 0
 
@@ -44,17 +55,29 @@ def test_one_bit_is_found_with_its_index(tmp_path: Path) -> None:
         (3e38, -3e38, 2 * float(np.float32(3e38)), 2 * int(np.float32(3e38).view(np.uint32)) + 1),
     ],
 )
-def test_ulps_are_counted_across_zero(a: float, b: float, max_abs: float, max_ulp: int, tmp_path: Path) -> None:
-    paths = [saved(tmp_path / name, [np.array([value, 7], np.float32)]) for name, value in (("a", a), ("b", b))]
+def test_ulps_are_counted_across_zero(
+    a: float, b: float, max_abs: float, max_ulp: int, tmp_path: Path
+) -> None:
+    paths = [
+        saved(tmp_path / name, [np.array([value, 7], np.float32)])
+        for name, value in (("a", a), ("b", b))
+    ]
     (tensor,) = compare(*paths).tensors
     assert (tensor.max_abs, tensor.max_ulp, tensor.first_index) == (max_abs, max_ulp, (0,))
 
 
 def test_settings_the_clock_and_moments_are_told(tmp_path: Path) -> None:
-    found = compare(saved(tmp_path / "a", models.params(), steps=1), saved(tmp_path / "b", models.params(), steps=2, lr=0.1))
+    found = compare(
+        saved(tmp_path / "a", models.params(), steps=1),
+        saved(tmp_path / "b", models.params(), steps=2, lr=0.1),
+    )
     assert found.settings["config.lr"] == (0.002, 0.1)
     assert found.settings["iterations"] == (1, 2)
-    assert {(t.path, t.array) for t in found.tensors} >= {("half", "m"), ("layers/0", "v"), ("layers/1/0", "params")}
+    assert {(t.path, t.array) for t in found.tensors} >= {
+        ("half", "m"),
+        ("layers/0", "v"),
+        ("layers/1/0", "params"),
+    }
     assert not any(t.path == "layers/1/1" for t in found.tensors)
 
 
@@ -73,7 +96,9 @@ def test_tensors_of_one_side_or_of_another_shape_are_told(tmp_path: Path) -> Non
 def test_many_tensors_are_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distnadam.checkpoint.diff._BATCH", 4)
     params = {f"{i:02d}": np.full(3, i, [np.float32, np.float64][i % 2]) for i in range(11)}
-    changed = {name: value + (name in ("04", "09")) for name, value in params.items() if name != "02"}
+    changed = {
+        name: value + (name in ("04", "09")) for name, value in params.items() if name != "02"
+    }
     found = compare(saved(tmp_path / "a", params, num_shards=2), saved(tmp_path / "b", changed))
     assert [t.path for t in found.tensors] == ["04", "09"]
 

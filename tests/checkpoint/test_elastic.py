@@ -1,4 +1,6 @@
-"""Restoring on any number of shards: every chunk read once into its place, only what is needed, and nothing served that is not whole."""
+"""Restoring on any number of shards: every chunk read once into its place, only what is needed, and
+nothing served that is not whole.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,14 @@ from distnadam import DistNadam
 from distnadam.checkpoint import shard_file as files
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.shard_file import ARRAYS, CHUNK_BYTES, fill_shard, leftover_readers, read_shard, write_shard
+from distnadam.checkpoint.shard_file import (
+    ARRAYS,
+    CHUNK_BYTES,
+    fill_shard,
+    leftover_readers,
+    read_shard,
+    write_shard,
+)
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.protocol.messages import Pull, Push, ShardSpec
@@ -23,15 +32,29 @@ from distnadam.tensors.arrays import empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from tests.models import bits, params, run
 
-SHAPES = st.lists(st.tuples(st.sampled_from(["float32", "float64"]), st.integers(0, 6000)), min_size=1, max_size=6)
+SHAPES = st.lists(
+    st.tuples(st.sampled_from(["float32", "float64"]), st.integers(0, 6000)), min_size=1, max_size=6
+)
 
 
-def write_checkpoint(directory: Path, layout: Layout, cuts: Sequence[Ranges], whole: dict[str, Any]) -> Manifest:
+def write_checkpoint(
+    directory: Path, layout: Layout, cuts: Sequence[Ranges], whole: dict[str, Any]
+) -> Manifest:
     """The files of shards that were cut so, and a manifest that names them."""
     save_id, records = "0" * 16, []
     for index, ranges in enumerate(cuts):
-        state = {name: {s: flat[s][begin:end] for s, (begin, end) in ranges.items()} for name, flat in whole.items()}
-        records.append(write_shard(directory, store.shard_file_name(index, len(cuts), save_id), ranges=ranges, state=state))
+        state = {
+            name: {s: flat[s][begin:end] for s, (begin, end) in ranges.items()}
+            for name, flat in whole.items()
+        }
+        records.append(
+            write_shard(
+                directory,
+                store.shard_file_name(index, len(cuts), save_id),
+                ranges=ranges,
+                state=state,
+            )
+        )
     return Manifest(save_id, {}, {}, {}, layout.to_dict(), 0, 1.0, 0, 0, {}, {}, tuple(records))
 
 
@@ -42,7 +65,10 @@ def test_any_number_of_shards_becomes_any_other_and_every_chunk_is_verified_by_s
 ) -> None:
     layout = Layout.of({f"t{i}": np.zeros(n, dtype) for i, (dtype, n) in enumerate(shapes)})
     rng, directory = np.random.default_rng(0), tmp_path_factory.mktemp("elastic")
-    whole = {name: {s: rng.standard_normal(n).astype(s) for s, n in layout.sizes.items()} for name in ARRAYS}
+    whole = {
+        name: {s: rng.standard_normal(n).astype(s) for s, n in layout.sizes.items()}
+        for name in ARRAYS
+    }
     manifest = write_checkpoint(directory, layout, layout.cuts(before), whole)
     seen: set[tuple[str, int]] = set()
     with pytest.MonkeyPatch.context() as patch:
@@ -56,8 +82,13 @@ def test_any_number_of_shards_becomes_any_other_and_every_chunk_is_verified_by_s
         for ranges, left in zip(layout.cuts(after), leftover_readers(manifest, after), strict=True):
             got = read_shard(directory, manifest, ranges=ranges, leftovers=left)
             for name, flat in whole.items():
-                assert all(np.array_equal(got[name][s], flat[s][begin:end]) for s, (begin, end) in ranges.items())
-    assert seen == {(record.name, n) for record in manifest.files for n in range(len(record.checksums))}
+                assert all(
+                    np.array_equal(got[name][s], flat[s][begin:end])
+                    for s, (begin, end) in ranges.items()
+                )
+    assert seen == {
+        (record.name, n) for record in manifest.files for n in range(len(record.checksums))
+    }
 
 
 def test_a_shard_reads_its_range_rounded_out_to_chunks_and_no_more(tmp_path: Path) -> None:
@@ -71,11 +102,15 @@ def test_a_shard_reads_its_range_rounded_out_to_chunks_and_no_more(tmp_path: Pat
             read.clear()
             begin, end = ranges["float32"]
             read_shard(tmp_path, manifest, ranges=ranges, leftovers=left)
-            pieces = 2 * len(ARRAYS)  # each array of two old files at most, each rounded out at both ends
+            pieces = 2 * len(
+                ARRAYS
+            )  # each array of two old files at most, each rounded out at both ends
             assert sum(read) <= 12 * (end - begin) + 2 * pieces * CHUNK_BYTES
 
 
-def test_what_is_read_goes_to_the_arrays_themselves_with_no_second_copy_of_the_state(tmp_path: Path) -> None:
+def test_what_is_read_goes_to_the_arrays_themselves_with_no_second_copy_of_the_state(
+    tmp_path: Path,
+) -> None:
     import tracemalloc
 
     layout = Layout.of({"w": np.zeros(4_000_000, np.float32)})
@@ -91,7 +126,9 @@ def test_what_is_read_goes_to_the_arrays_themselves_with_no_second_copy_of_the_s
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 16), (16, 3)])
-def test_a_run_on_ray_goes_on_with_other_shards(before: int, after: int, tmp_path: Path, ray_cluster: None) -> None:
+def test_a_run_on_ray_goes_on_with_other_shards(
+    before: int, after: int, tmp_path: Path, ray_cluster: None
+) -> None:
     with DistNadam(num_shards=before, num_workers=2, backend="local").build(params()) as optimizer:
         run(optimizer, 0, 2)
         optimizer.save(tmp_path)
@@ -100,7 +137,9 @@ def test_a_run_on_ray_goes_on_with_other_shards(before: int, after: int, tmp_pat
         assert bits(optimizer) == expected
 
 
-def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_another(tmp_path: Path) -> None:
+def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_another(
+    tmp_path: Path,
+) -> None:
     for name in ("bad", "good"):
         with DistNadam(num_workers=2, backend="local").build(params()) as optimizer:
             run(optimizer, 0, 2)
@@ -112,18 +151,26 @@ def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_anoth
     content[-1] ^= 1
     victim.write_bytes(content)
     layout = Layout.of(params())
-    host = ShardHost(ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0]))
+    host = ShardHost(
+        ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0])
+    )
     with pytest.raises(CheckpointError, match=victim.name):
         host.send(Load(1, str(bad), store.load(bad).to_bytes())).result()
     for message in (Pull(0, 1, want_parameters=True), Push(1, 0, 1, 1, None, "none")):
         with pytest.raises(ShardLost, match="without a state, since loading failed"):
             host.send(message).result()
     assert host.send(Load(2, str(good), store.load(good).to_bytes())).result() == 2
-    assert all(np.array_equal(host._shard.state.arrays()[name][s], whole[name][s]) for name in ARRAYS for s in layout.sizes)
+    assert all(
+        np.array_equal(host._shard.state.arrays()[name][s], whole[name][s])
+        for name in ARRAYS
+        for s in layout.sizes
+    )
     host.close()
 
 
-def test_a_directory_falls_back_to_an_older_one_while_it_loads_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_directory_falls_back_to_an_older_one_while_it_loads_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend="local").build(params()) as optimizer:
         kept = []
         for step in range(2):
@@ -140,15 +187,22 @@ def test_a_directory_falls_back_to_an_older_one_while_it_loads_and_says_so(tmp_p
         DistNadam.restore(kept[1][0], backend="local")
 
 
-def test_a_restore_on_ray_takes_no_more_memory_on_its_way_than_what_it_ends_with(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_restore_on_ray_takes_no_more_memory_on_its_way_than_what_it_ends_with(
+    tmp_path: Path, ray_cluster: None
+) -> None:
     import ray
 
     elements, shards = 10**7, 3
-    with DistNadam(num_shards=2, backend="local").build({"w": np.ones(elements, np.float32)}) as optimizer:
+    with DistNadam(num_shards=2, backend="local").build(
+        {"w": np.ones(elements, np.float32)}
+    ) as optimizer:
         optimizer.save(tmp_path)
     with DistNadam.restore(tmp_path, num_shards=shards, backend="ray") as optimizer:
         backend: Any = optimizer._running().backend
         for facts in ray.get([actor.about.remote() for actor in backend.actors]):
-            status = dict(line.split(":", 1) for line in Path(f"/proc/{facts['pid']}/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1)
+                for line in Path(f"/proc/{facts['pid']}/status").read_text().splitlines()
+            )
             peak, held = (int(status[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
             assert peak - held < 0.1 * 12 * elements / shards

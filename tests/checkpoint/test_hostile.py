@@ -1,4 +1,6 @@
-"""Files made to harm: a CheckpointError within bounded memory and time, whatever was done to them."""
+"""Files made to harm: a CheckpointError within bounded memory and time, whatever was done to
+them.
+"""
 
 import dataclasses
 import os
@@ -66,7 +68,9 @@ def body_of(checkpoint: Path) -> dict[str, Any]:
 
 def signed(body: bytes) -> bytes:
     """A manifest file with this body, its checksum right."""
-    packed: bytes = msgpack.packb({"magic": MAGIC, "version": 1, "checksum": xxhash.xxh3_128_hexdigest(body), "body": body})
+    packed: bytes = msgpack.packb(
+        {"magic": MAGIC, "version": 1, "checksum": xxhash.xxh3_128_hexdigest(body), "body": body}
+    )
     return packed
 
 
@@ -89,9 +93,22 @@ def refused(checkpoint: Path) -> None:
         (b"\xc0\xc0", "too many"),
         (b"", "too early"),
     ],
-    ids=["array", "map", "many", "deep", "bytes", "text", "extension", "timestamp", "tail", "nothing"],
+    ids=[
+        "array",
+        "map",
+        "many",
+        "deep",
+        "bytes",
+        "text",
+        "extension",
+        "timestamp",
+        "tail",
+        "nothing",
+    ],
 )
-def test_bytes_that_ask_for_more_than_they_are_are_refused_before_anything_is_made(raw: bytes, told: str) -> None:
+def test_bytes_that_ask_for_more_than_they_are_are_refused_before_anything_is_made(
+    raw: bytes, told: str
+) -> None:
     with bounded():
         for given_raw in (raw, signed(raw)):
             with pytest.raises(CheckpointError, match=f"^here.*({told})"):
@@ -100,7 +117,12 @@ def test_bytes_that_ask_for_more_than_they_are_are_refused_before_anything_is_ma
 
 @given(
     value=st.recursive(
-        st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.floats()
+        | st.text()
+        | st.binary(),
         lambda x: st.lists(x) | st.dictionaries(st.text(), x),
     )
 )
@@ -193,7 +215,9 @@ HARM = [value for name, value in sorted(globals().items()) if name.startswith("s
 
 
 @pytest.mark.parametrize("harm", HARM, ids=lambda f: f.__name__)
-def test_a_well_signed_manifest_that_lies_is_refused(harm: Callable[[dict[str, Any]], None], saved: Path) -> None:
+def test_a_well_signed_manifest_that_lies_is_refused(
+    harm: Callable[[dict[str, Any]], None], saved: Path
+) -> None:
     body = body_of(saved)
     harm(body)
     (saved / store.MANIFEST).write_bytes(signed(msgpack.packb(body)))
@@ -216,7 +240,11 @@ def test_bytes_flipped_cut_or_spliced_anywhere_are_refused(
     elif kind == "insert":
         content = content[:where] + data.draw(st.binary(min_size=1, max_size=64)) + content[where:]
     elif kind == "replace":
-        content = content[:where] + data.draw(st.binary(min_size=1, max_size=64)) + content[where + length :]
+        content = (
+            content[:where]
+            + data.draw(st.binary(min_size=1, max_size=64))
+            + content[where + length :]
+        )
     else:
         content = content[:where] + content[where : where + length] * 2 + content[where + length :]
     victim.write_bytes(content)
@@ -225,7 +253,24 @@ def test_bytes_flipped_cut_or_spliced_anywhere_are_refused(
             DistNadam.restore(saved, num_shards=2, backend="local")
 
 
-ODD = st.sampled_from([None, True, -1, 0, 2**63, float("nan"), float("inf"), "", "x" * 70_000, b"", b"\0" * 70_000, [], {}, [[]] * 50])
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        2**63,
+        float("nan"),
+        float("inf"),
+        "",
+        "x" * 70_000,
+        b"",
+        b"\0" * 70_000,
+        [],
+        {},
+        [[]] * 50,
+    ]
+)
 
 
 @given(data=st.data(), value=ODD)
@@ -238,7 +283,9 @@ def test_any_part_of_a_well_signed_manifest_may_be_anything_else(
     key = data.draw(st.sampled_from(sorted(body)))
     while isinstance(node[key], (dict, list)) and node[key] and data.draw(st.integers(0, 3)):
         node = node[key]
-        key = data.draw(st.sampled_from(sorted(node, key=str) if isinstance(node, dict) else range(len(node))))
+        key = data.draw(
+            st.sampled_from(sorted(node, key=str) if isinstance(node, dict) else range(len(node)))
+        )
     if data.draw(st.booleans()) or not isinstance(node, list):
         node[key] = value
     else:
@@ -258,19 +305,27 @@ def test_an_extra_file_is_named_and_what_a_killed_save_left_is_not_one(saved: Pa
     (saved / "shard-00000-of-00002-0123456789abcdef.safetensors").write_bytes(b"a part")
     (saved / ".manifest.msgpack.0123456789abcdef").write_bytes(b"a part")
     store.verify(saved)
-    for name in (shard.name.replace("shard-00000", "shard-00007"), "notes.txt", "manifest.msgpack.old"):
+    for name in (
+        shard.name.replace("shard-00000", "shard-00007"),
+        "notes.txt",
+        "manifest.msgpack.old",
+    ):
         (saved / name).write_bytes(b"more")
         with pytest.raises(CheckpointError, match=f"{name}: is no file of this checkpoint"):
             DistNadam.restore(saved, backend="local")
         (saved / name).unlink()
 
 
-def test_a_renamed_file_and_a_manifest_of_another_run_are_named(saved: Path, tmp_path: Path) -> None:
+def test_a_renamed_file_and_a_manifest_of_another_run_are_named(
+    saved: Path, tmp_path: Path
+) -> None:
     with DistNadam(num_shards=3, backend="local").build(params()) as optimizer:
         other = Path(optimizer.save(tmp_path / "other"))
     mine = (saved / store.MANIFEST).read_bytes()
     (saved / store.MANIFEST).write_bytes((other / store.MANIFEST).read_bytes())
-    with pytest.raises(CheckpointError, match=f"{sorted(other.glob('shard-*'))[0].name}: is missing"):
+    with pytest.raises(
+        CheckpointError, match=f"{sorted(other.glob('shard-*'))[0].name}: is missing"
+    ):
         DistNadam.restore(saved, backend="local")
     (saved / store.MANIFEST).write_bytes(mine)
     first, second = sorted(saved.glob("shard-*"))[:2]

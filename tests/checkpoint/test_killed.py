@@ -1,4 +1,6 @@
-"""A save killed at any system call: the checkpoint before stays valid, and nothing looks complete that is not."""
+"""A save killed at any system call: the checkpoint before stays valid, and nothing looks complete
+that is not.
+"""
 
 import os
 import signal
@@ -17,7 +19,9 @@ CALLS = ("open", "write", "fsync", "replace", "unlink", "rmdir", "makedirs", "cl
 
 
 def die_at(call: int) -> None:
-    """Have this process killed just before its call number `call` of those that the checkpoints' files are made by."""
+    """Have this process killed just before its call number `call` of those that the checkpoints'
+    files are made by.
+    """
     left = [call]
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +40,9 @@ def die_at(call: int) -> None:
 
 
 def survives(child: Callable[[], None], call: int) -> bool:
-    """Run something in a process of its own that is killed at that call; return whether it came to its end first."""
+    """Run something in a process of its own that is killed at that call; return whether it came to
+    its end first.
+    """
     pid = os.fork()
     if pid == 0:
         try:
@@ -50,8 +56,12 @@ def survives(child: Callable[[], None], call: int) -> bool:
     return not os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("case", ["the next step", "the same step again", "behind the training", "removing an old one"])
-def test_a_save_killed_at_any_call_leaves_a_valid_checkpoint_and_nothing_that_looks_complete(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "case", ["the next step", "the same step again", "behind the training", "removing an old one"]
+)
+def test_a_save_killed_at_any_call_leaves_a_valid_checkpoint_and_nothing_that_looks_complete(
+    case: str, tmp_path: Path
+) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         before = bits(optimizer)
         optimizer.save(tmp_path)
@@ -79,7 +89,9 @@ def test_a_save_killed_at_any_call_leaves_a_valid_checkpoint_and_nothing_that_lo
 
 
 def reset(root: Path, optimizer: DistNadam, first: Any) -> None:
-    """Back to the first checkpoint alone; what killed saves left behind stays where it is, as it would."""
+    """Back to the first checkpoint alone; what killed saves left behind stays where it is, as it
+    would.
+    """
     newest = root / "step_00000001"
     if (newest / store.MANIFEST).exists():
         store.remove(newest)

@@ -32,7 +32,11 @@ def die(lease: LeaseFile) -> None:
 
 
 def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
-    with claim(place(tmp_path)), pytest.raises(CheckpointBusy, match=str(os.getpid())), claim(place(tmp_path)):
+    with (
+        claim(place(tmp_path)),
+        pytest.raises(CheckpointBusy, match=str(os.getpid())),
+        claim(place(tmp_path)),
+    ):
         pass
     with claim(place(tmp_path)):
         pass
@@ -41,7 +45,10 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
 def test_a_second_run_is_refused_by_name_while_the_first_lives(folder: Directory) -> None:
     with LeaseFile(folder, LEASE_S) as first:
         with (
-            pytest.raises(CheckpointBusy, match=r"memory://claim/run: another run writes here \(process \d+ of .+\)"),
+            pytest.raises(
+                CheckpointBusy,
+                match=r"memory://claim/run: another run writes here \(process \d+ of .+\)",
+            ),
             LeaseFile(folder, LEASE_S),
         ):
             pass
@@ -85,7 +92,9 @@ def test_of_runs_that_start_at_once_one_stays(folder: Directory) -> None:
     held[0].__exit__()
 
 
-def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(folder: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(
+    folder: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LeaseFile(folder, LEASE_S) as lease:
         failed = threading.Event()
 

@@ -1,4 +1,6 @@
-"""The command line, as a shell runs it: what it prints, its exit codes, a real SIGKILL and a real Ctrl-C."""
+"""The command line, as a shell runs it: what it prints, its exit codes, a real SIGKILL and a real
+Ctrl-C.
+"""
 
 import json
 import os
@@ -28,7 +30,14 @@ def call(*args: Any) -> Any:
 
 def start(*args: Any, cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "distnadam", *map(str, args)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
@@ -45,19 +54,38 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def test_training_ends_with_a_summary_and_the_command_to_resume(tmp_path: Path) -> None:
-    done = call("train", "digits", "--local", "--quiet", "--steps", 30, "--checkpoint-dir", tmp_path)
+    done = call(
+        "train", "digits", "--local", "--quiet", "--steps", 30, "--checkpoint-dir", tmp_path
+    )
     assert done.exit_code == 0, done.output
-    for word in ("accuracy", "step_00000030", "loss.png", "metrics.csv", "distnadam train digits --workers 2"):
+    for word in (
+        "accuracy",
+        "step_00000030",
+        "loss.png",
+        "metrics.csv",
+        "distnadam train digits --workers 2",
+    ):
         assert word in done.output
 
 
 def test_the_command_to_resume_repeats_what_was_asked_for(tmp_path: Path) -> None:
-    labels = ["--shard-label", "role=shards", "--shard-label", "zone=in(a,b)", "--worker-label", "role=workers"]
+    labels = [
+        "--shard-label",
+        "role=shards",
+        "--shard-label",
+        "zone=in(a,b)",
+        "--worker-label",
+        "role=workers",
+    ]
     asked = [*labels, "--worker-cpus", 1, "--lr", 0.01]
     done = call(*TRAIN, "--steps", 5, "--checkpoint-dir", "file://" + str(tmp_path), *asked)
     assert done.exit_code == 0, done.output
     resume = json.loads(done.output)["resume"]
-    for words in ("--shard-label role=shards --shard-label 'zone=in(a,b)' --worker-label role=workers", "--worker-cpus 1.0", "--lr 0.01"):
+    for words in (
+        "--shard-label role=shards --shard-label 'zone=in(a,b)' --worker-label role=workers",
+        "--worker-cpus 1.0",
+        "--lr 0.01",
+    ):
         assert words in resume
     assert f"--checkpoint-dir file://{tmp_path}" in resume
     assert "--shard-cpus" not in resume
@@ -72,8 +100,13 @@ def test_a_label_that_is_none_is_refused() -> None:
 
 
 def test_local_training_never_imports_ray(tmp_path: Path) -> None:
-    code = BLOCKER.format(names={"ray"}) + f"from distnadam.cli import main\nmain({[*TRAIN, '--steps', '5']!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    code = (
+        BLOCKER.format(names={"ray"})
+        + f"from distnadam.cli import main\nmain({[*TRAIN, '--steps', '5']!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checkpoint"].endswith("step_00000005")
 
@@ -88,11 +121,24 @@ def test_a_run_killed_half_way_and_resumed_ends_with_the_undisturbed_bits(tmp_pa
     resumed = call(*TRAIN, *how, "--checkpoint-dir", tmp_path / "killed")
     assert resumed.exit_code == 0, resumed.output
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (
+        tmp_path / "whole" / "metrics.csv"
+    ).read_bytes()
 
 
 def test_ctrl_c_saves_says_where_and_leaves_nothing(tmp_path: Path) -> None:
-    process = start("train", "digits", "--local", "--steps", 10**6, "--save-every", 50, "--checkpoint-dir", tmp_path, cwd=tmp_path)
+    process = start(
+        "train",
+        "digits",
+        "--local",
+        "--steps",
+        10**6,
+        "--save-every",
+        50,
+        "--checkpoint-dir",
+        tmp_path,
+        cwd=tmp_path,
+    )
     wait_for(tmp_path, "step_*/manifest.msgpack", process)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
@@ -129,7 +175,15 @@ def test_a_task_of_ones_own_is_found_in_a_file(tmp_path: Path) -> None:
         "        return {'first': float(params[0][0])}\n"
     )
     done = call(
-        "train", f"{tmp_path / 'own_task.py'}:Own", "--local", "--json", "--quiet", "--steps", 3, "--checkpoint-dir", tmp_path / "run"
+        "train",
+        f"{tmp_path / 'own_task.py'}:Own",
+        "--local",
+        "--json",
+        "--quiet",
+        "--steps",
+        3,
+        "--checkpoint-dir",
+        tmp_path / "run",
     )
     assert done.exit_code == 0, done.output
     assert "said by the task" in done.stderr
@@ -145,13 +199,22 @@ def test_a_failing_task_is_one_sentence_and_exit_code_1(tmp_path: Path) -> None:
         "    def loss_and_gradients(self, params, batch): return 1.0, [np.ones(4)]\n"
         "    def evaluate(self, params): return {}\n"
     )
-    done = call("train", f"{tmp_path / 'bad_task.py'}:Bad", "--local", "--quiet", "--checkpoint-dir", tmp_path / "run")
+    done = call(
+        "train",
+        f"{tmp_path / 'bad_task.py'}:Bad",
+        "--local",
+        "--quiet",
+        "--checkpoint-dir",
+        tmp_path / "run",
+    )
     assert done.exit_code == 1
     assert "'0': expected shape (3,)" in done.output
 
 
 def test_inspect_verify_and_plot_read_a_run(tmp_path: Path) -> None:
-    assert call(*TRAIN, "--steps", 20, "--save-every", 10, "--checkpoint-dir", tmp_path).exit_code == 0
+    assert (
+        call(*TRAIN, "--steps", 20, "--save-every", 10, "--checkpoint-dir", tmp_path).exit_code == 0
+    )
     shown = json.loads(call("inspect", tmp_path, "--json").output)
     assert (shown["iterations"], shown["topology"]["num_shards"], len(shown["files"])) == (20, 2, 2)
     assert "0/kernel" in call("inspect", tmp_path / "step_00000010").output
@@ -176,11 +239,26 @@ def test_inspect_tells_everything_and_the_state_of_each_files_checksums(tmp_path
     assert {"lr", "epsilon", "schedule_decay"} <= shown["config"].keys()
     tensors = {t["path"]: t for t in shown["tensors"]}
     assert (tensors["0/kernel"]["dtype"], len(tensors["0/kernel"]["shape"])) == ("float32", 2)
-    assert shown["sizes"]["state_bytes"] == 12 * shown["sizes"]["elements"] < shown["sizes"]["file_bytes"]
+    assert (
+        shown["sizes"]["state_bytes"]
+        == 12 * shown["sizes"]["elements"]
+        < shown["sizes"]["file_bytes"]
+    )
     assert shown["sizes"]["file_bytes"] == sum(f["bytes"] for f in shown["files"])
-    assert json.loads(call("inspect", tmp_path, "--json", "--no-read").output)["checksums"] == "not read"
+    assert (
+        json.loads(call("inspect", tmp_path, "--json", "--no-read").output)["checksums"]
+        == "not read"
+    )
     told = call("inspect", tmp_path).output
-    for word in ("config.lr", "0.002", "schedule_decay", "0/kernel", "float32[0:", "1 verified", "of state"):
+    for word in (
+        "config.lr",
+        "0.002",
+        "schedule_decay",
+        "0/kernel",
+        "float32[0:",
+        "1 verified",
+        "of state",
+    ):
         assert word in told
     step = tmp_path / "step_00000005"
     victim = next(step.glob("shard-00001-*"))
@@ -195,15 +273,28 @@ def test_inspect_tells_everything_and_the_state_of_each_files_checksums(tmp_path
 
 
 def test_diff_says_what_differs_and_exits_1(tmp_path: Path) -> None:
-    assert call(*TRAIN, "--steps", 20, "--save-every", 10, "--checkpoint-dir", tmp_path / "a").exit_code == 0
-    assert call(*TRAIN, "--steps", 10, "--shards", 3, "--checkpoint-dir", tmp_path / "b").exit_code == 0
+    assert (
+        call(
+            *TRAIN, "--steps", 20, "--save-every", 10, "--checkpoint-dir", tmp_path / "a"
+        ).exit_code
+        == 0
+    )
+    assert (
+        call(*TRAIN, "--steps", 10, "--shards", 3, "--checkpoint-dir", tmp_path / "b").exit_code
+        == 0
+    )
     early, late = tmp_path / "a" / "step_00000010", tmp_path / "a" / "step_00000020"
     same = call("diff", early, tmp_path / "b")
     assert same.exit_code == 0, same.output
     assert "the same" in same.output
     done = call("diff", early, late)
     assert done.exit_code == 1
-    for word in ("iterations: 10 in the first, 20 in the second", "0/kernel", "max ulp", "first index"):
+    for word in (
+        "iterations: 10 in the first, 20 in the second",
+        "0/kernel",
+        "max ulp",
+        "first index",
+    ):
         assert word in done.output
     found = json.loads(call("diff", early, late, "--json").output)
     assert (found["same"], found["settings"]["iterations"]) == (False, [10, 20])
@@ -228,11 +319,23 @@ def test_export_and_import_go_there_and_back(tmp_path: Path) -> None:
     lossy = call("export", tmp_path / "a", tmp_path / "o.npz", "--to", "optax", "--lossy")
     assert lossy.exit_code == 0
     assert "differs: momentum schedule" in lossy.output
-    assert call("export", tmp_path / "a", tmp_path / "p.safetensors", "--to", "safetensors", "--parameters-only").exit_code == 0
+    assert (
+        call(
+            "export",
+            tmp_path / "a",
+            tmp_path / "p.safetensors",
+            "--to",
+            "safetensors",
+            "--parameters-only",
+        ).exit_code
+        == 0
+    )
     wrong = call("import", tmp_path / "p.safetensors", tmp_path / "c", "--from", "numpy")
     assert wrong.exit_code == 1
     assert "p.safetensors: is no npz file" in wrong.output
-    order = call("export", tmp_path / "a", tmp_path / "k.npz", "--to", "keras", "--order", "0/kernel,nothing")
+    order = call(
+        "export", tmp_path / "a", tmp_path / "k.npz", "--to", "keras", "--order", "0/kernel,nothing"
+    )
     assert order.exit_code == 1
     assert "not 'nothing'" in order.output
     for config in ("{", "[1]"):
@@ -256,13 +359,25 @@ def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPa
 BRACKETS = "[bold]a :smile: [x]"
 
 
-def test_what_looks_like_markup_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_looks_like_markup_is_shown_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("distnadam.cli.doctor.fused_installed", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "[::1]:6379")
     printed = call("doctor").stdout
     assert "pip install 'distnadam[fused]'" in printed
     assert "[::1]:6379" in printed
-    done = call("train", "digits", "--local", "--steps", 2, "--save-every", 1, "--checkpoint-dir", tmp_path / BRACKETS)
+    done = call(
+        "train",
+        "digits",
+        "--local",
+        "--steps",
+        2,
+        "--save-every",
+        1,
+        "--checkpoint-dir",
+        tmp_path / BRACKETS,
+    )
     assert done.exit_code == 0, done.stderr
     assert BRACKETS in call("inspect", tmp_path / BRACKETS).stdout
     newest = max((tmp_path / BRACKETS).glob("step_*"))

@@ -1,4 +1,6 @@
-"""The commands on an optimizer that runs elsewhere: here it is this process's, which the commands know by its name alone."""
+"""The commands on an optimizer that runs elsewhere: here it is this process's, which the commands
+know by its name alone.
+"""
 
 import json
 from collections.abc import Iterator
@@ -31,14 +33,24 @@ def told(*args: Any) -> Any:
 
 @pytest.fixture
 def watched(ray_cluster: None) -> Iterator[DistNadam]:
-    with DistNadam(name="operated", num_shards=2, num_workers=2, replicas=1, backend="ray").build(GRADIENTS) as optimizer:
+    with DistNadam(name="operated", num_shards=2, num_workers=2, replicas=1, backend="ray").build(
+        GRADIENTS
+    ) as optimizer:
         yield optimizer
 
 
-def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(watched: DistNadam, tmp_path: Path) -> None:
+def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(
+    watched: DistNadam, tmp_path: Path
+) -> None:
     watched.apply_gradients(GRADIENTS)
     seen = told("status", "operated")
-    assert (seen["name"], seen["step"], seen["round"], seen["lr"], seen["checkpoint"]) == ("operated", 1, 1, 0.002, None)
+    assert (seen["name"], seen["step"], seen["round"], seen["lr"], seen["checkpoint"]) == (
+        "operated",
+        1,
+        1,
+        0.002,
+        None,
+    )
     assert [w["state"] for w in seen["workers"]] == ["not there yet"] * 2
     saved = watched.save(tmp_path)
     with watched.worker(0) as worker:
@@ -51,32 +63,56 @@ def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(watc
     ]
     assert sum(s["bytes"] for s in seen["shards"]) == 16 * 5000
     assert all("." in s["node"] for s in seen["shards"])
-    assert [s["standby"] for s in seen["shards"]] == [s["node"] for s in seen["shards"]], "here, on the one node that there is"
+    assert [s["standby"] for s in seen["shards"]] == [s["node"] for s in seen["shards"]], (
+        "here, on the one node that there is"
+    )
     assert seen["checkpoint"] == saved
     assert [w["state"] for w in seen["workers"]] == ["waiting for others", "not there yet"]
     assert seen["steps_per_s"] == 0
     table = call("status", "operated").stdout
-    for word in ("operated: step 1", "0.0 steps/s", "lr 0.002", "standbys", "0 rounds", "closed", "step_00000001"):
+    for word in (
+        "operated: step 1",
+        "0.0 steps/s",
+        "lr 0.002",
+        "standbys",
+        "0 rounds",
+        "closed",
+        "step_00000001",
+    ):
         assert word in table
 
 
-def test_save_goes_where_it_is_told_or_where_checkpoints_went(running: DistNadam, tmp_path: Path) -> None:
+def test_save_goes_where_it_is_told_or_where_checkpoints_went(
+    running: DistNadam, tmp_path: Path
+) -> None:
     running.apply_gradients(GRADIENTS)
     refused = call("save", "operated")
-    assert (refused.exit_code, "was never saved and has no checkpoint_dir: give a PATH" in refused.stderr) == (1, True)
+    assert (
+        refused.exit_code,
+        "was never saved and has no checkpoint_dir: give a PATH" in refused.stderr,
+    ) == (1, True)
     assert told("save", "operated", tmp_path) == {"checkpoint": str(tmp_path / "step_00000001")}
     running.apply_gradients(GRADIENTS)
     assert call("save", "operated").stdout.strip() == str(tmp_path / "step_00000002")
     assert call("verify", tmp_path).exit_code == 0
 
 
-def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     fit(Quadratic(), steps=5, backend="ray", checkpoint_dir=tmp_path, verbose=False)
     with DistNadam.restore(tmp_path, name="by-hand", backend="ray") as optimizer:
         optimizer.apply_gradients(optimizer.get_params())
         assert call("save", "by-hand").exit_code == 0
-    assert store.load(tmp_path / "step_00000006").data == store.load(tmp_path / "step_00000005").data
-    assert fit(Quadratic(), steps=7, backend="local", checkpoint_dir=tmp_path, verbose=False).resumed_from == tmp_path / "step_00000006"
+    assert (
+        store.load(tmp_path / "step_00000006").data == store.load(tmp_path / "step_00000005").data
+    )
+    assert (
+        fit(
+            Quadratic(), steps=7, backend="local", checkpoint_dir=tmp_path, verbose=False
+        ).resumed_from
+        == tmp_path / "step_00000006"
+    )
 
 
 def test_reshard_cuts_a_running_optimizer_anew(running: DistNadam) -> None:
@@ -91,23 +127,40 @@ def test_reshard_cuts_a_running_optimizer_anew(running: DistNadam) -> None:
 def test_stop_ends_it_for_all_who_use_it(running: DistNadam) -> None:
     with running.worker(0) as worker:
         worker.step(GRADIENTS)
-        assert call("stop", "operated").stdout.endswith("operated: ended\n")  # Ray tells whose optimizer it was of the deaths, here
-        with pytest.raises(LifecycleError, match=r"'operated' was ended by another process: by `distnadam stop`"):
+        assert call("stop", "operated").stdout.endswith(
+            "operated: ended\n"
+        )  # Ray tells whose optimizer it was of the deaths, here
+        with pytest.raises(
+            LifecycleError, match=r"'operated' was ended by another process: by `distnadam stop`"
+        ):
             worker.step(GRADIENTS)
     with pytest.raises(LifecycleError, match="was ended"):
         running.get_params()
     again = call("stop", "operated")
-    assert (again.exit_code, again.stderr) == (1, "distnadam: no optimizer named 'operated' is running on this Ray cluster\n")
+    assert (again.exit_code, again.stderr) == (
+        1,
+        "distnadam: no optimizer named 'operated' is running on this Ray cluster\n",
+    )
 
 
 def test_a_wrong_name_is_one_sentence_that_says_which_are_there(running: DistNadam) -> None:
-    for command in (["status", "nobody"], ["save", "nobody"], ["reshard", "nobody", 2], ["stop", "nobody"]):
+    for command in (
+        ["status", "nobody"],
+        ["save", "nobody"],
+        ["reshard", "nobody", 2],
+        ["stop", "nobody"],
+    ):
         done = call(*command)
         assert done.exit_code == 1
-        assert done.stderr == "distnadam: no optimizer named 'nobody' is running on this Ray cluster; those that are: operated\n"
+        assert done.stderr == (
+            "distnadam: no optimizer named 'nobody' is running on this Ray cluster; those "
+            "that are: operated\n"
+        )
 
 
-def test_a_named_optimizer_of_other_options_saves_where_those_say(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_named_optimizer_of_other_options_saves_where_those_say(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     options = Options(checkpoint_dir=str(tmp_path))
     with DistNadam(name="placed", backend="ray", options=options).build(GRADIENTS) as optimizer:
         optimizer.apply_gradients(GRADIENTS)

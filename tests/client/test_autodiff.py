@@ -1,4 +1,6 @@
-"""Gradients from JAX and torch losses, against the gradients written out by hand. Slow: needs both frameworks installed."""
+"""Gradients from JAX and torch losses, against the gradients written out by hand. Slow: needs both
+frameworks installed.
+"""
 
 from typing import Any
 
@@ -9,9 +11,15 @@ from distnadam import DistNadam
 from distnadam.errors import GradientError
 from tests.models import bits
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the frameworks warn of their own affairs
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]  # the frameworks warn of their own affairs
 
-TREE = {"layers": [{"kernel": np.linspace(-1, 1, 6).reshape(2, 3), "bias": np.zeros(3)}], "scale": np.float64(2)}
+TREE = {
+    "layers": [{"kernel": np.linspace(-1, 1, 6).reshape(2, 3), "bias": np.zeros(3)}],
+    "scale": np.float64(2),
+}
 
 
 def by_hand(tree: Any) -> list[Any]:
@@ -22,11 +30,16 @@ def by_hand(tree: Any) -> list[Any]:
 
 def as_type(dtype: str) -> Any:
     layer = TREE["layers"][0]
-    return {"layers": [{k: v.astype(dtype) for k, v in layer.items()}], "scale": np.dtype(dtype).type(2)}
+    return {
+        "layers": [{k: v.astype(dtype) for k, v in layer.items()}],
+        "scale": np.dtype(dtype).type(2),
+    }
 
 
 def loss(tree: Any) -> Any:
-    return tree["scale"] * (tree["layers"][0]["kernel"] ** 2).sum() + tree["layers"][0]["bias"].sum()
+    return (
+        tree["scale"] * (tree["layers"][0]["kernel"] ** 2).sum() + tree["layers"][0]["bias"].sum()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -61,7 +74,9 @@ def test_a_torch_gradient_that_cannot_be_had_names_its_parameter() -> None:
 
     tree = torch_tree()
     with pytest.raises(GradientError, match=r"'scale'.*None"):
-        DistNadam().get_gradients(tree["layers"][0]["kernel"].sum() + tree["layers"][0]["bias"].sum(), tree)
+        DistNadam().get_gradients(
+            tree["layers"][0]["kernel"].sum() + tree["layers"][0]["bias"].sum(), tree
+        )
     with pytest.raises(GradientError, match="detached"):
         DistNadam().get_gradients(loss(tree).detach(), tree)
     tree["scale"] = torch.tensor(2.0)
@@ -98,7 +113,9 @@ def test_denormals_flushed_by_torch_are_refused_by_name() -> None:
     from distnadam import Options
     from distnadam.errors import KernelError
 
-    with DistNadam(backend="local", options=Options(threads=1)).build([np.ones(5, np.float32)]) as optimizer:
+    with DistNadam(backend="local", options=Options(threads=1)).build(
+        [np.ones(5, np.float32)]
+    ) as optimizer:
         torch.set_flush_denormal(True)
         try:
             with pytest.raises(KernelError, match="flushes denormal numbers"):

@@ -1,4 +1,6 @@
-"""Saving behind the training: a snapshot of one round, one save at a time, errors told at the next call and at the end."""
+"""Saving behind the training: a snapshot of one round, one save at a time, errors told at the next
+call and at the end.
+"""
 
 import threading
 import tracemalloc
@@ -42,7 +44,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExclusiveHold]:
     gate.opened.set()
 
 
-def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(gate: ExclusiveHold, tmp_path: Path) -> None:
+def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(
+    gate: ExclusiveHold, tmp_path: Path
+) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         run(optimizer, 0, 2)
         before = bits(optimizer)
@@ -69,7 +73,9 @@ CHANGES: dict[str, Callable[[DistNadam], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_would_change_the_arrays_waits_until_they_are_copied(change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_would_change_the_arrays_waits_until_they_are_copied(
+    change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     opened = threading.Event()
 
     class Slow:
@@ -98,7 +104,9 @@ def test_what_would_change_the_arrays_waits_until_they_are_copied(change: str, m
         assert bits(again) == before
 
 
-def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(backend: str, tmp_path: Path) -> None:
+def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(
+    backend: str, tmp_path: Path
+) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         kept = []
         for step in range(3):
@@ -109,7 +117,9 @@ def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(backend: str,
             assert (again.round, bits(again)) == (step + 1, expected)
 
 
-def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(gate: ExclusiveHold, tmp_path: Path) -> None:
+def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(
+    gate: ExclusiveHold, tmp_path: Path
+) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         gate.error = CheckpointError("shard-0: the disk is full")
         saving = optimizer.save(tmp_path, wait=False)
@@ -124,7 +134,9 @@ def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(gate: Excl
         assert optimizer.save(tmp_path) == str(tmp_path / "step_00000001")
 
 
-def test_an_error_that_nobody_was_told_comes_at_the_end(gate: ExclusiveHold, tmp_path: Path) -> None:
+def test_an_error_that_nobody_was_told_comes_at_the_end(
+    gate: ExclusiveHold, tmp_path: Path
+) -> None:
     gate.error = CheckpointError("shard-0: the disk is full")
     gate.opened.set()
     optimizer = DistNadam(backend="local").build(params())
@@ -134,10 +146,15 @@ def test_an_error_that_nobody_was_told_comes_at_the_end(gate: ExclusiveHold, tmp
     optimizer.close()
 
 
-def test_an_error_that_was_told_is_not_told_again_and_never_hides_what_ended_the_block(gate: ExclusiveHold, tmp_path: Path) -> None:
+def test_an_error_that_was_told_is_not_told_again_and_never_hides_what_ended_the_block(
+    gate: ExclusiveHold, tmp_path: Path
+) -> None:
     gate.error = CheckpointError("shard-0: the disk is full")
     gate.opened.set()
-    with DistNadam(backend="local").build(params()) as optimizer, pytest.raises(CheckpointError, match="full"):
+    with (
+        DistNadam(backend="local").build(params()) as optimizer,
+        pytest.raises(CheckpointError, match="full"),
+    ):
         optimizer.save(tmp_path, wait=False).result()
     with pytest.raises(KeyError, match="mine"):
         fail_while_saving(tmp_path)
@@ -158,7 +175,10 @@ def test_closing_waits_for_the_checkpoint(gate: ExclusiveHold, tmp_path: Path) -
 
 
 def test_nobody_else_writes_that_checkpoint_meanwhile(gate: ExclusiveHold, tmp_path: Path) -> None:
-    with DistNadam(backend="local").build(params()) as first, DistNadam(backend="local").build(params()) as second:
+    with (
+        DistNadam(backend="local").build(params()) as first,
+        DistNadam(backend="local").build(params()) as second,
+    ):
         first.save(tmp_path, wait=False)
         with pytest.raises(CheckpointBusy, match="another save is writing it"):
             second.save(tmp_path)
@@ -175,7 +195,9 @@ def test_the_memory_for_snapshots_is_kept(tmp_path: Path) -> None:
         assert [h._behind._kept["m"]["float32"].ctypes.data for h in hosts] == before
 
 
-def test_a_change_after_the_snapshot_is_not_taken_for_saved(gate: ExclusiveHold, tmp_path: Path) -> None:
+def test_a_change_after_the_snapshot_is_not_taken_for_saved(
+    gate: ExclusiveHold, tmp_path: Path
+) -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
         shard = optimizer._running().backend._hosts[0]._shard  # type: ignore[attr-defined]
         optimizer.set_params(params(1))
@@ -201,7 +223,9 @@ def test_a_snapshot_is_only_taken_of_held_shards() -> None:
         shards.ask({0: Pause("me")})
 
 
-def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_before(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_before(
+    tmp_path: Path, ray_cluster: None
+) -> None:
     import ray
 
     with DistNadam(num_shards=2, num_workers=2, backend="ray").build(params()) as optimizer:
@@ -222,7 +246,9 @@ def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_be
 
         shards.ask = ask  # type: ignore[method-assign]
         saving = optimizer.save(tmp_path, wait=False)
-        with pytest.raises(CheckpointError, match=r"step_00000002: a shard died before its file was written") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"step_00000002: a shard died before its file was written"
+        ) as caught:
             saving.result()
         assert isinstance(caught.value.__cause__, ShardLost)
         assert [step.name for step in store.steps(tmp_path)] == ["step_00000001"]
@@ -235,7 +261,9 @@ def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_be
 
 
 def test_the_first_save_after_reserve_allocates_no_copy_of_the_state(tmp_path: Path) -> None:
-    with DistNadam(num_shards=2, backend="local").build({"w": np.ones(10**6, np.float32)}) as optimizer:
+    with DistNadam(num_shards=2, backend="local").build(
+        {"w": np.ones(10**6, np.float32)}
+    ) as optimizer:
         optimizer.reserve()
         tracemalloc.start()
         try:

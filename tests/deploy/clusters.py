@@ -1,4 +1,6 @@
-"""The Ray clusters of the manifests, rendered: each with the object that holds it, its groups, and the quantities of Kubernetes."""
+"""The Ray clusters of the manifests, rendered: each with the object that holds it, its groups, and
+the quantities of Kubernetes.
+"""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +12,11 @@ from typing import Any
 from tests.deploy.kustomize import render
 from tests.deploy.tree import Tree
 
-FOLDERS = ("deploy/kubernetes/base", "deploy/kubernetes/cluster", "deploy/kubernetes/overlays/large")
+FOLDERS = (
+    "deploy/kubernetes/base",
+    "deploy/kubernetes/cluster",
+    "deploy/kubernetes/overlays/large",
+)
 SUFFIXES = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
@@ -41,7 +47,9 @@ class Group:
     @property
     def shm(self) -> float:
         """Bytes of /dev/shm; 0 where nothing is mounted there."""
-        mounts = {mount["mountPath"]: mount["name"] for mount in self.container.get("volumeMounts", ())}
+        mounts = {
+            mount["mountPath"]: mount["name"] for mount in self.container.get("volumeMounts", ())
+        }
         volumes = {volume["name"]: volume for volume in self.pod["spec"].get("volumes", ())}
         where = volumes.get(mounts.get("/dev/shm"), {}).get("emptyDir", {})
         return quantity(where.get("sizeLimit", "0")) if where.get("medium") == "Memory" else 0.0
@@ -82,7 +90,9 @@ class Cluster:
 
 
 def rendered(tree: Tree) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object that would be applied, by the folder that makes it; that each can be made is a rule of its own."""
+    """Every object that would be applied, by the folder that makes it; that each can be made is a
+    rule of its own.
+    """
     for folder in FOLDERS:
         with suppress(ValueError):
             yield from ((folder, found) for found in render(tree, folder))
@@ -90,7 +100,11 @@ def rendered(tree: Tree) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def clusters(tree: Tree) -> list[Cluster]:
     """Every cluster that would be applied."""
-    return [Cluster(folder, found) for folder, found in rendered(tree) if found["kind"] in ("RayCluster", "RayJob")]
+    return [
+        Cluster(folder, found)
+        for folder, found in rendered(tree)
+        if found["kind"] in ("RayCluster", "RayJob")
+    ]
 
 
 def pods(tree: Tree) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,6 @@
-"""The commands of ray and distnadam in shell text, and whether the installed command lines take them."""
+"""The commands of ray and distnadam in shell text, and whether the installed command lines take
+them.
+"""
 
 import re
 import shlex
@@ -30,7 +32,9 @@ def _in_words(words: list[str]) -> Iterator[list[str]]:
         begins = before in STARTS or re.fullmatch(r"[();<>|&]+|--|\w+=.*|.*/run\.sh", before)
         if word.rpartition("/")[2] not in OURS or "=" in word or not begins:
             continue
-        end = next((i for i in range(at, len(words)) if re.fullmatch(r"[();<>|&]+", words[i])), len(words))
+        end = next(
+            (i for i in range(at, len(words)) if re.fullmatch(r"[();<>|&]+", words[i])), len(words)
+        )
         yield [word.rpartition("/")[2], *words[at + 1 : end]]
 
 
@@ -48,13 +52,17 @@ def entry_point(name: str) -> click.Command:
 
 
 def refused(command: list[str]) -> str | None:
-    """Return why the installed command line does not take a command, None where it does. Nothing is run."""
+    """Return why the installed command line does not take a command, None where it does. Nothing is
+    run.
+    """
     name, *arguments = command
     at: click.Command = entry_point(name)
     try:
         context = at.make_context(name, list(arguments))
         while isinstance(at, click.Group):
-            found, sub, rest = at.resolve_command(context, [*getattr(context, "_protected_args", ()), *context.args])
+            found, sub, rest = at.resolve_command(
+                context, [*getattr(context, "_protected_args", ()), *context.args]
+            )
             if sub is None or found is None:
                 return "it has no such command"
             at, context = sub, sub.make_context(found, rest, parent=context)

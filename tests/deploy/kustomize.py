@@ -1,4 +1,5 @@
-"""As much of Kustomize as our kustomizations use, so that what is checked is what would be applied; a test holds it to kubectl's.
+"""As much of Kustomize as our kustomizations use, so that what is checked is what would be applied;
+a test holds it to kubectl's.
 
 A patch that finds no resource, or no field, is an error here, as it is there.
 """
@@ -15,7 +16,9 @@ KNOWN = {"apiVersion", "kind", "resources", "images", "patches"}
 
 
 def render(tree: Tree, folder: str) -> list[dict[str, Any]]:
-    """Return the resources of a folder's kustomization; raise ValueError where it is none, or does what this does not know."""
+    """Return the resources of a folder's kustomization; raise ValueError where it is none, or does
+    what this does not know.
+    """
     path = posixpath.join(folder, "kustomization.yaml")
     if path not in tree.texts:
         raise ValueError(f"{folder} has no kustomization.yaml")
@@ -44,14 +47,21 @@ def render(tree: Tree, folder: str) -> list[dict[str, Any]]:
 
 def _is(resource: dict[str, Any], target: dict[str, str]) -> bool:
     group, _, version = resource["apiVersion"].rpartition("/")
-    ours = {"group": group, "version": version, "kind": resource["kind"], "name": resource["metadata"]["name"]}
+    ours = {
+        "group": group,
+        "version": version,
+        "kind": resource["kind"],
+        "name": resource["metadata"]["name"],
+    }
     return all(ours[key] == value for key, value in target.items())
 
 
 def _apply(resource: dict[str, Any], operation: dict[str, Any], *, where: str) -> None:
     if operation["op"] != "replace":
         raise ValueError(f"{where}: unknown operation {operation['op']!r}")
-    *way, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
+    *way, last = [
+        part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]
+    ]
     at: Any = resource
     try:
         for part in way:
@@ -59,7 +69,9 @@ def _apply(resource: dict[str, Any], operation: dict[str, Any], *, where: str) -
         key: Any = int(last) if isinstance(at, list) else last
         at[key]  # replace needs something to replace
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {resource['kind']} has nothing at {operation['path']}") from error
+        raise ValueError(
+            f"{where}: {resource['kind']} has nothing at {operation['path']}"
+        ) from error
     at[key] = operation["value"]
 
 

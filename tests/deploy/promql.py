@@ -1,9 +1,26 @@
-"""The metrics and labels that a PromQL expression names, token by token, without the grammar: a word not known counts as a metric."""
+"""The metrics and labels that a PromQL expression names, token by token, without the grammar: a
+word not known counts as a metric.
+"""
 
 import re
 from collections.abc import Iterator
 
-WORDS = {"by", "without", "on", "ignoring", "group_left", "group_right", "and", "or", "unless", "bool", "offset", "atan2", "inf", "nan"}
+WORDS = {
+    "by",
+    "without",
+    "on",
+    "ignoring",
+    "group_left",
+    "group_right",
+    "and",
+    "or",
+    "unless",
+    "bool",
+    "offset",
+    "atan2",
+    "inf",
+    "nan",
+}
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 MATCHERS = re.compile(r"\{([^}]*)\}")
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
@@ -12,13 +29,25 @@ STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 def labels(expression: str) -> set[str]:
     """Labels that it groups by or matches."""
     plain = STRING.sub('""', expression)
-    grouped = {name.strip() for match in GROUPING.findall(plain) for name in match.split(",") if name.strip()}
-    matched = {re.split(r"[=!~]", one)[0].strip() for match in MATCHERS.findall(plain) for one in match.split(",") if one.strip()}
+    grouped = {
+        name.strip()
+        for match in GROUPING.findall(plain)
+        for name in match.split(",")
+        if name.strip()
+    }
+    matched = {
+        re.split(r"[=!~]", one)[0].strip()
+        for match in MATCHERS.findall(plain)
+        for one in match.split(",")
+        if one.strip()
+    }
     return grouped | matched
 
 
 def metrics(expression: str) -> Iterator[str]:
-    """Metrics that it names: identifiers that are neither a function, an aggregation, a label, nor a word of the language."""
+    """Metrics that it names: identifiers that are neither a function, an aggregation, a label, nor
+    a word of the language.
+    """
     plain = MATCHERS.sub("", GROUPING.sub("", STRING.sub('""', expression)))
     plain = re.sub(r"\[[^\]]*\]", "", plain)
     for match in re.finditer(r"(?<![\w.$:])[a-zA-Z_:][\w:]*", plain):

@@ -1,4 +1,6 @@
-"""KubeRay 1.7's rules that its schema does not hold: its controller refuses such a manifest, in the cluster, after it was applied."""
+"""KubeRay 1.7's rules that its schema does not hold: its controller refuses such a manifest, in the
+cluster, after it was applied.
+"""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +22,10 @@ def names(tree: Tree) -> Iterator[str]:
     for cluster in clusters(tree):
         name = cluster.holder["metadata"]["name"]
         if len(name) > LONGEST[cluster.holder["kind"]] or not LABEL_NAME.fullmatch(name):
-            yield f"{cluster.name}: not a DNS label of at most {LONGEST[cluster.holder['kind']]} characters"
+            yield (
+                f"{cluster.name}: not a DNS label of at most "
+                f"{LONGEST[cluster.holder['kind']]} characters"
+            )
 
 
 def authentication(tree: Tree) -> Iterator[str]:
@@ -28,7 +33,9 @@ def authentication(tree: Tree) -> Iterator[str]:
     for cluster in clusters(tree):
         version = cluster.spec.get("rayVersion")
         if cluster.spec.get("authOptions") != {"mode": "token"}:
-            yield f"{cluster.name}: authOptions is not {{mode: token}}, so there is no authentication"
+            yield (
+                f"{cluster.name}: authOptions is not {{mode: token}}, so there is no authentication"
+            )
         if not isinstance(version, str):
             yield f"{cluster.name}: rayVersion must be given, as text, where there is a token"
         elif tuple(map(int, version.split(".")[:2])) < OLDEST:
@@ -39,12 +46,20 @@ def restart_policy(tree: Tree) -> Iterator[str]:
     """With autoscaler v2, which is what we ask for, pods are not restarted in place."""
     for cluster in clusters(tree):
         options = cluster.spec.get("autoscalerOptions", {})
-        if cluster.spec.get("enableInTreeAutoscaling") is not True or options.get("version") != "v2":
+        if (
+            cluster.spec.get("enableInTreeAutoscaling") is not True
+            or options.get("version") != "v2"
+        ):
             yield f"{cluster.name}: does not ask for autoscaler v2"
         for group in cluster.groups:
             if group.pod["spec"].get("restartPolicy", "Never") != "Never":
-                yield f"{cluster.name}, {group.name}: restartPolicy must be Never or unset with autoscaler v2"
-            if any(one["name"] == "RAY_enable_autoscaler_v2" for one in group.container.get("env", ())):
+                yield (
+                    f"{cluster.name}, {group.name}: restartPolicy must be Never or unset "
+                    "with autoscaler v2"
+                )
+            if any(
+                one["name"] == "RAY_enable_autoscaler_v2" for one in group.container.get("env", ())
+            ):
                 yield f"{cluster.name}, {group.name}: the autoscaler's version is said twice"
 
 
@@ -53,7 +68,10 @@ def resources_once(tree: Tree) -> Iterator[str]:
     for cluster in clusters(tree):
         for group in cluster.groups:
             if group.spec.get("resources") and any(key in group.params for key in SIZES):
-                yield f"{cluster.name}, {group.name}: resources both in `resources` and in rayStartParams"
+                yield (
+                    f"{cluster.name}, {group.name}: resources both in `resources` and in "
+                    "rayStartParams"
+                )
 
 
 def labels(tree: Tree) -> Iterator[str]:
@@ -61,7 +79,10 @@ def labels(tree: Tree) -> Iterator[str]:
     for cluster in clusters(tree):
         for group in cluster.groups:
             if "labels" in group.params:
-                yield f"{cluster.name}, {group.name}: rayStartParams.labels is refused; use the group's labels"
+                yield (
+                    f"{cluster.name}, {group.name}: rayStartParams.labels is refused; use "
+                    "the group's labels"
+                )
             for key, value in group.spec.get("labels", {}).items():
                 if not LABEL_KEY.fullmatch(key) or not LABEL_VALUE.fullmatch(value):
                     yield f"{cluster.name}, {group.name}: {key}={value} is no label"
@@ -73,25 +94,37 @@ def replicas(tree: Tree) -> Iterator[str]:
         for group in cluster.workers:
             least, most = group.spec.get("minReplicas", 0), group.spec.get("maxReplicas", 0)
             if not 0 <= least <= group.spec.get("replicas", least) <= most:
-                yield f"{cluster.name}, {group.name}: {least}, {group.spec.get('replicas')}, {most} replicas are not in order"
+                yield (
+                    f"{cluster.name}, {group.name}: {least}, {group.spec.get('replicas')}, "
+                    f"{most} replicas are not in order"
+                )
             if group.spec.get("suspend"):
                 yield f"{cluster.name}, {group.name}: cannot be suspended with the autoscaler"
 
 
 def finishing(tree: Tree) -> Iterator[str]:
-    """A job that is kept for a while has its cluster shut down, and one that is retried makes its own."""
+    """A job that is kept for a while has its cluster shut down, and one that is retried makes its
+    own.
+    """
     for job in _jobs(tree):
         spec = job.holder["spec"]
         if spec.get("ttlSecondsAfterFinished", 0) > 0 and not spec.get("shutdownAfterJobFinishes"):
             yield f"{job.name}: ttlSecondsAfterFinished needs shutdownAfterJobFinishes: true"
         if spec.get("clusterSelector") or "rayClusterSpec" not in spec:
             yield f"{job.name}: has no cluster of its own, so it cannot be retried"
-        if spec.get("submissionMode", "K8sJobMode") not in ("K8sJobMode", "HTTPMode", "SidecarMode"):
+        if spec.get("submissionMode", "K8sJobMode") not in (
+            "K8sJobMode",
+            "HTTPMode",
+            "SidecarMode",
+        ):
             yield f"{job.name}: backoffLimit is refused with {spec['submissionMode']}"
         if spec.get("backoffLimit", 0) < 1:
             yield f"{job.name}: backoffLimit is 0, so it is not retried"
         if "deletionStrategy" in spec or spec.get("suspend"):
-            yield f"{job.name}: deletionStrategy needs a feature gate, and a suspended job does not run"
+            yield (
+                f"{job.name}: deletionStrategy needs a feature gate, and a suspended job "
+                "does not run"
+            )
 
 
 def no_gates(tree: Tree) -> Iterator[str]:

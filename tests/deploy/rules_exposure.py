@@ -1,4 +1,6 @@
-"""Rules about who reaches what: the token's mode written out wherever Ray is started, and nothing published for the world."""
+"""Rules about who reaches what: the token's mode written out wherever Ray is started, and nothing
+published for the world.
+"""
 
 import re
 from collections.abc import Iterator
@@ -8,12 +10,23 @@ from tests.deploy import shell
 from tests.deploy.tree import Tree
 
 COMPOSE, DOCKERFILE = "deploy/docker/compose.yaml", "deploy/docker/Dockerfile"
-OPENS_A_POD = ("/hostNetwork", "/hostPort", "/hostPID", "/hostIPC", "/ingressOptions", "/enableIngress")
+OPENS_A_POD = (
+    "/hostNetwork",
+    "/hostPort",
+    "/hostPID",
+    "/hostIPC",
+    "/ingressOptions",
+    "/enableIngress",
+)
 
 
 def ours(tree: Tree) -> dict[str, dict[str, Any]]:
     """The compose services that run our image."""
-    return {name: each for name, each in tree.compose["services"].items() if "distnadam" in each.get("image", "")}
+    return {
+        name: each
+        for name, each in tree.compose["services"].items()
+        if "distnadam" in each.get("image", "")
+    }
 
 
 def token_in_docker(tree: Tree) -> Iterator[str]:
@@ -43,9 +56,14 @@ def token_in_launcher(tree: Tree) -> Iterator[str]:
 
 
 def token_in_pods(tree: Tree) -> Iterator[str]:
-    """Every pod that Ray runs in has RAY_AUTH_MODE=token; that the cluster itself has is the controller's rule."""
+    """Every pod that Ray runs in has RAY_AUTH_MODE=token; that the cluster itself has is the
+    controller's rule.
+    """
     for path, at, value in tree.values("deploy/kubernetes/"):
-        if at.endswith("/template/spec/containers/0") and {"name": "RAY_AUTH_MODE", "value": "token"} not in value.get("env", ()):
+        if at.endswith("/template/spec/containers/0") and {
+            "name": "RAY_AUTH_MODE",
+            "value": "token",
+        } not in value.get("env", ()):
             yield f"{path}: {at} has no RAY_AUTH_MODE: token"
 
 
@@ -53,7 +71,9 @@ def no_secret_inside(tree: Tree) -> Iterator[str]:
     """No file holds a secret, and none switches the token off."""
     for path in tree.under("deploy/"):
         for line in tree.texts[path].splitlines():
-            if re.search(r"(?:RAY_AUTH_TOKEN|SECRET_ACCESS_KEY|PASSWORD)\s*[=:]\s*[\"']?\w{8,}", line):
+            if re.search(
+                r"(?:RAY_AUTH_TOKEN|SECRET_ACCESS_KEY|PASSWORD)\s*[=:]\s*[\"']?\w{8,}", line
+            ):
                 yield f"{path}: holds a secret: {line.strip()[:40]}"
             if re.search(r"RAY_AUTH_MODE\W+disabled", line):
                 yield f"{path}: switches the token off"
@@ -63,16 +83,22 @@ def no_open_address(tree: Tree) -> Iterator[str]:
     """No file says the address that means all; only a policy's egress may."""
     for path in tree.under("deploy/"):
         for line in tree.texts[path].splitlines():
-            if re.search(r"0\.0\.0\.0|\[::\]|::/0", line) and not re.fullmatch(r"\s*cidr: 0\.0\.0\.0/0", line):
+            if re.search(r"0\.0\.0\.0|\[::\]|::/0", line) and not re.fullmatch(
+                r"\s*cidr: 0\.0\.0\.0/0", line
+            ):
                 yield f"{path}: {line.strip()}"
     for path, _, value in tree.values("deploy/kubernetes/"):
-        for rule in value.get("ingress", ()) if isinstance(value, dict) and "podSelector" in value else ():
+        for rule in (
+            value.get("ingress", ()) if isinstance(value, dict) and "podSelector" in value else ()
+        ):
             if not rule.get("from") or "ipBlock" in str(rule["from"]):
                 yield f"{path}: lets anybody in"
 
 
 def dashboard_is_local(tree: Tree) -> Iterator[str]:
-    """Every head that has a dashboard keeps it on its own host; in a pod KubeRay sets the address, and the policy guards it."""
+    """Every head that has a dashboard keeps it on its own host; in a pod KubeRay sets the address,
+    and the policy guards it.
+    """
     for path in tree.under("deploy/"):
         for line in shell.lines(tree, path):
             hosts = set(re.findall(r"--dashboard-host[= ](\S+)", line))
@@ -81,7 +107,9 @@ def dashboard_is_local(tree: Tree) -> Iterator[str]:
 
 
 def ports_are_local(tree: Tree) -> Iterator[str]:
-    """Compose publishes on 127.0.0.1 alone, and Ray's services are in a network without a way out."""
+    """Compose publishes on 127.0.0.1 alone, and Ray's services are in a network without a way
+    out.
+    """
     for name, service in tree.compose["services"].items():
         for port in service.get("ports", ()):
             if not str(port).startswith("127.0.0.1:"):
@@ -89,19 +117,28 @@ def ports_are_local(tree: Tree) -> Iterator[str]:
         if service.get("network_mode") == "host" or service.get("privileged"):
             yield f"{COMPOSE}: {name} is not kept apart from the host"
     for name, service in ours(tree).items():
-        if not all((tree.compose["networks"][network] or {}).get("internal") for network in service["networks"]):
+        if not all(
+            (tree.compose["networks"][network] or {}).get("internal")
+            for network in service["networks"]
+        ):
             yield f"{COMPOSE}: {name} is in a network that is not internal"
 
 
 def pods_are_closed(tree: Tree) -> Iterator[str]:
     """No pod is on its host's network, and nothing is published by a service or an ingress."""
     for path, at, value in tree.values("deploy/kubernetes/"):
-        if at.endswith(OPENS_A_POD) or value in ("LoadBalancer", "NodePort") or (at == "/kind" and value == "Ingress"):
+        if (
+            at.endswith(OPENS_A_POD)
+            or value in ("LoadBalancer", "NodePort")
+            or (at == "/kind" and value == "Ingress")
+        ):
             yield f"{path}: {at} opens the pod to the host's network, or the world"
 
 
 def clouds_are_closed(tree: Tree) -> Iterator[str]:
-    """Cloud nodes have no public addresses, and on AWS groups of their own: Ray's would open port 22 to the world."""
+    """Cloud nodes have no public addresses, and on AWS groups of their own: Ray's would open port
+    22 to the world.
+    """
     for path in tree.under("deploy/launcher/", ".yaml"):
         config = tree.documents(path)[0]
         if config["provider"]["type"] == "local":
@@ -109,5 +146,10 @@ def clouds_are_closed(tree: Tree) -> Iterator[str]:
         if config["provider"].get("use_internal_ips") is not True:
             yield f"{path}: its nodes get public addresses"
         for kind, node in config["available_node_types"].items():
-            if config["provider"]["type"] == "aws" and not node["node_config"].get("SecurityGroupIds"):
-                yield f"{path}: {kind} has no SecurityGroupIds, so Ray makes a group that opens port 22 to the world"
+            if config["provider"]["type"] == "aws" and not node["node_config"].get(
+                "SecurityGroupIds"
+            ):
+                yield (
+                    f"{path}: {kind} has no SecurityGroupIds, so Ray makes a group that "
+                    "opens port 22 to the world"
+                )

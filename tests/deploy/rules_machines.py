@@ -1,4 +1,6 @@
-"""Rules about what runs on machines without Kubernetes: image and compose file, hosts with systemd, and Ray's cluster launcher."""
+"""Rules about what runs on machines without Kubernetes: image and compose file, hosts with systemd,
+and Ray's cluster launcher.
+"""
 
 import copy
 import json
@@ -18,31 +20,59 @@ from tests.deploy.rules_exposure import COMPOSE, DOCKERFILE, ours
 from tests.deploy.tree import Tree
 from tests.deploy.units import PROGRAMS, Unit
 
-SERVICE = {"image", "build", "command", "environment", "networks", "restart", "init", "cap_drop", "security_opt", "shm_size", "mem_limit"}
+SERVICE = {
+    "image",
+    "build",
+    "command",
+    "environment",
+    "networks",
+    "restart",
+    "init",
+    "cap_drop",
+    "security_opt",
+    "shm_size",
+    "mem_limit",
+}
 SERVICE |= {"healthcheck", "depends_on", "configs", "volumes", "ports"}
 TOP = {"name", "services", "networks", "configs", "volumes", "x-ray"}
 EXTRAS = {"digits", "metrics", "s3"}
 
 
 def image_is_pinned_and_unprivileged(tree: Tree) -> Iterator[str]:
-    """The image is the package's own wheel with what constraints.txt pins, and runs as a user that is not root."""
+    """The image is the package's own wheel with what constraints.txt pins, and runs as a user that
+    is not root.
+    """
     text = shell.whole(tree.texts[DOCKERFILE])
     users = re.findall(r"^USER (\S+)", text, re.M)
     if not users or not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", users[-1]):
-        yield f"{DOCKERFILE}: ends as user {users[-1] if users else 'root'}: give a number that is not 0, so that Kubernetes can tell"
+        yield (
+            f"{DOCKERFILE}: ends as user {users[-1] if users else 'root'}: give a number "
+            "that is not 0, so that Kubernetes can tell"
+        )
     for line in shell.lines(tree, DOCKERFILE):
         for command in line.split("&&"):
-            if "pip install" in command and ("--constraint" not in command or ".whl" not in command):
-                yield f"{DOCKERFILE}: installs without constraints.txt, or something else than the wheel: {command.strip()[:60]}"
+            if "pip install" in command and (
+                "--constraint" not in command or ".whl" not in command
+            ):
+                yield (
+                    f"{DOCKERFILE}: installs without constraints.txt, or something else than "
+                    f"the wheel: {command.strip()[:60]}"
+                )
     if "pip wheel" not in text or not re.search(r"^COPY --from=build .*/wheel", text, re.M):
         yield f"{DOCKERFILE}: does not build the wheel, or does not take the one that it built"
-    extras = {extra for found in re.findall(r"\.whl[^\])]*\)\[([\w,]+)\]", text) for extra in found.split(",")}
+    extras = {
+        extra
+        for found in re.findall(r"\.whl[^\])]*\)\[([\w,]+)\]", text)
+        for extra in found.split(",")
+    }
     if missing := EXTRAS - extras:
         yield f"{DOCKERFILE}: lacks the extras {sorted(missing)}"
 
 
 def compose_is_known(tree: Tree) -> Iterator[str]:
-    """The compose file has the fields that it is known to have, and mounts files that are there; a field misspelt is one unknown."""
+    """The compose file has the fields that it is known to have, and mounts files that are there; a
+    field misspelt is one unknown.
+    """
     if unknown := tree.compose.keys() - TOP:
         yield f"{COMPOSE}: unknown {sorted(unknown)}"
     for name, service in tree.compose["services"].items():
@@ -51,49 +81,79 @@ def compose_is_known(tree: Tree) -> Iterator[str]:
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
             at = posixpath.normpath(posixpath.join("deploy/docker", source))
-            known = source in tree.compose["volumes"] if "/" not in source else any(path.startswith(at) for path in tree.texts)
+            known = (
+                source in tree.compose["volumes"]
+                if "/" not in source
+                else any(path.startswith(at) for path in tree.texts)
+            )
             if not known:
                 yield f"{COMPOSE}: {name} mounts {source}, which is not there"
         for kind in ("networks", "configs"):
             for used in service.get(kind, ()):
                 if (used["source"] if isinstance(used, dict) else used) not in tree.compose[kind]:
                     yield f"{COMPOSE}: {name} has {kind} that are not described: {used}"
-    if absent := {"head", "node-1", "node-2", "storage", "prometheus", "grafana"} - tree.compose["services"].keys():
+    if (
+        absent := {"head", "node-1", "node-2", "storage", "prometheus", "grafana"}
+        - tree.compose["services"].keys()
+    ):
         yield f"{COMPOSE}: has no {sorted(absent)}"
 
 
 def prometheus_finds_the_nodes(tree: Tree) -> Iterator[str]:
     """Prometheus asks every service that Ray runs in, at the port that it exports metrics on."""
     targets = {
-        target for path in tree.under("deploy/monitoring/targets/") for group in tree.documents(path)[0] for target in group["targets"]
+        target
+        for path in tree.under("deploy/monitoring/targets/")
+        for group in tree.documents(path)[0]
+        for target in group["targets"]
     }
     exporting = set()
     for name, service in ours(tree).items():
         port = re.search(r"--metrics-export-port=(\d+)", service["command"])
         exporting.add(f"{name}:{port[1] if port else 'none'}")
     if targets != exporting:
-        yield f"deploy/monitoring/targets: Prometheus asks {sorted(targets)}, but nodes export at {sorted(exporting)}"
+        yield (
+            f"deploy/monitoring/targets: Prometheus asks {sorted(targets)}, but nodes export "
+            f"at {sorted(exporting)}"
+        )
 
 
 def compose_sizes_follow(tree: Tree) -> Iterator[str]:
-    """/dev/shm, store and memory of the services are what sizes.py says for what their comment says."""
+    """/dev/shm, store and memory of the services are what sizes.py says for what their comment
+    says.
+    """
     said = re.search(r"# deploy/sizes\.py (--parameters .*)", tree.texts[COMPOSE])
     values = dict(re.findall(r"--([\w-]+) (\S+)", said[1])) if said else {}
     run = sizes.Run(**{key.replace("-", "_"): int(float(value)) for key, value in values.items()})
     node = sizes.shared_node(run)
     for name, service in ours(tree).items():
         store = re.search(r"--object-store-memory=(\d+)", service["command"])
-        has = (int(store[1]) if store else 0, *(_bytes(service[key]) for key in ("shm_size", "mem_limit")))
+        has = (
+            int(store[1]) if store else 0,
+            *(_bytes(service[key]) for key in ("shm_size", "mem_limit")),
+        )
         if has != (node.store, node.shm, node.memory):
-            yield f"{COMPOSE}: {name} has store, /dev/shm and memory {has}, {node} is what sizes.py says"
+            yield (
+                f"{COMPOSE}: {name} has store, /dev/shm and memory {has}, {node} is what "
+                "sizes.py says"
+            )
 
 
 def units_are_complete(tree: Tree) -> Iterator[str]:
-    """Every variable of a unit is in an environment file, every `ray start` stays in the foreground, and a program is named by its path."""
-    known = {line.partition("=")[0] for env in ("ray", "train") for line in tree.settings(f"deploy/hosts/{env}.env")}
+    """Every variable of a unit is in an environment file, every `ray start` stays in the
+    foreground, and a program is named by its path.
+    """
+    known = {
+        line.partition("=")[0]
+        for env in ("ray", "train")
+        for line in tree.settings(f"deploy/hosts/{env}.env")
+    }
     for path in tree.under("deploy/hosts/", ".service"):
         unit = Unit.parse(tree.texts[path])
-        if unknown := set(re.findall(r"\$\{?(\w+)", " ".join(unit.values("Service", "ExecStart")))) - known:
+        if (
+            unknown := set(re.findall(r"\$\{?(\w+)", " ".join(unit.values("Service", "ExecStart"))))
+            - known
+        ):
             yield f"{path}: nobody sets {sorted(unknown)}"
         for line in shell.lines(tree, path):
             if not line.startswith("/"):
@@ -112,7 +172,9 @@ def units_survive_a_reboot(tree: Tree) -> Iterator[str]:
 
 
 def units_find_our_commands(tree: Tree) -> Iterator[str]:
-    """What a unit's program starts by name, as jobs do with `distnadam`, is looked for in the environment of the cluster first."""
+    """What a unit's program starts by name, as jobs do with `distnadam`, is looked for in the
+    environment of the cluster first.
+    """
     for path in tree.under("deploy/hosts/", ".service"):
         values = Unit.parse(tree.texts[path]).values("Service", "Environment")
         if not any(value.startswith(f"PATH={PROGRAMS}:") for value in values):
@@ -120,7 +182,9 @@ def units_find_our_commands(tree: Tree) -> Iterator[str]:
 
 
 def the_run_ends_before_the_head(tree: Tree) -> Iterator[str]:
-    """The run's unit starts the head and is stopped before it, but not by its death; `cluster.sh stop` ends it first."""
+    """The run's unit starts the head and is stopped before it, but not by its death; `cluster.sh
+    stop` ends it first.
+    """
     path, script = "deploy/hosts/distnadam-train.service", tree.texts["deploy/hosts/cluster.sh"]
     unit = Unit.parse(tree.texts[path])
     for key in ("Wants", "PartOf", "After"):
@@ -131,24 +195,35 @@ def the_run_ends_before_the_head(tree: Tree) -> Iterator[str]:
             yield f"{path}: {key}= would keep the run from going on after its head has died"
     stops = re.findall(r"disable --now distnadam-(\w+)", script)
     if stops != ["train", "node", "head"]:
-        yield f"deploy/hosts/cluster.sh: stops {stops}: first the run, which would start the head again, and last the head"
+        yield (
+            f"deploy/hosts/cluster.sh: stops {stops}: first the run, which would start the "
+            "head again, and last the head"
+        )
 
 
 @cache
 def launcher_schema() -> dict[str, Any]:
-    """The schema of the launcher in the installed Ray, unknown fields refused wherever fields are listed."""
+    """The schema of the launcher in the installed Ray, unknown fields refused wherever fields are
+    listed.
+    """
     import ray.autoscaler
 
-    schema: dict[str, Any] = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    schema: dict[str, Any] = json.loads(
+        (Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text()
+    )
     closed(schema["properties"]["provider"])
     closed(schema["properties"]["available_node_types"]["patternProperties"][".*"])
     return schema
 
 
 def closed(schema: Any) -> None:
-    """Refuse unknown fields in every object of a schema that lists its fields and does not say that there are others."""
+    """Refuse unknown fields in every object of a schema that lists its fields and does not say that
+    there are others.
+    """
     if isinstance(schema, dict):
-        if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        if isinstance(schema.get("properties"), dict) and not schema.get(
+            "x-kubernetes-preserve-unknown-fields"
+        ):
             schema["additionalProperties"] = False
         for child in schema.values():
             closed(child)
@@ -161,11 +236,16 @@ def launcher_fits_its_schema(tree: Tree) -> Iterator[str]:
     """Every cluster of the launcher is one that Ray's own schema takes."""
     validator = jsonschema.Draft7Validator(launcher_schema())
     for path in tree.under("deploy/launcher/", ".yaml"):
-        yield from (f"{path}: {error.json_path}: {error.message[:160]}" for error in validator.iter_errors(tree.documents(path)[0]))
+        yield from (
+            f"{path}: {error.json_path}: {error.message[:160]}"
+            for error in validator.iter_errors(tree.documents(path)[0])
+        )
 
 
 def launcher_takes_it(tree: Tree) -> Iterator[str]:
-    """Every cluster of the launcher is one that Ray's own checks take, once it has filled in its defaults."""
+    """Every cluster of the launcher is one that Ray's own checks take, once it has filled in its
+    defaults.
+    """
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     for path in tree.under("deploy/launcher/", ".yaml"):
@@ -176,10 +256,15 @@ def launcher_takes_it(tree: Tree) -> Iterator[str]:
 
 
 def launcher_installs_nothing_else(tree: Tree) -> Iterator[str]:
-    """Where Ray's defaults would install a nightly wheel, an image or commands of our own are said."""
+    """Where Ray's defaults would install a nightly wheel, an image or commands of our own are
+    said.
+    """
     for path in tree.under("deploy/launcher/", ".yaml"):
         config = tree.documents(path)[0]
-        if any(key not in config for key in ("setup_commands", "head_setup_commands", "worker_setup_commands")):
+        if any(
+            key not in config
+            for key in ("setup_commands", "head_setup_commands", "worker_setup_commands")
+        ):
             yield f"{path}: leaves what is installed to Ray's defaults"
         installs = [line for line in config.get("setup_commands", ()) if "pip install" in line]
         if not config.get("docker", {}).get("image") and not installs:
@@ -189,7 +274,9 @@ def launcher_installs_nothing_else(tree: Tree) -> Iterator[str]:
 
 
 def launcher_groups_are_labelled(tree: Tree) -> Iterator[str]:
-    """In the clouds, shards and workers have node types of their own, told apart by the label that the job asks for."""
+    """In the clouds, shards and workers have node types of their own, told apart by the label that
+    the job asks for.
+    """
     for path in tree.under("deploy/launcher/", ".yaml"):
         for kind, node in tree.documents(path)[0].get("available_node_types", {}).items():
             wanted = {} if kind == "head" else {"distnadam/role": kind}

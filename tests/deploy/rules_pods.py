@@ -1,4 +1,6 @@
-"""Our own rules about pods: who they are, what they get, which group does what, and whom they let in."""
+"""Our own rules about pods: who they are, what they get, which group does what, and whom they let
+in.
+"""
 
 import shlex
 from collections.abc import Iterator
@@ -19,7 +21,9 @@ OF_A_RUN = {"steps", "quiet"}
 
 
 def overlays_apply(tree: Tree) -> Iterator[str]:
-    """Each kustomization finds its files, and each of its patches the resource and the field that it is for."""
+    """Each kustomization finds its files, and each of its patches the resource and the field that
+    it is for.
+    """
     for folder in FOLDERS:
         try:
             render(tree, folder)
@@ -36,8 +40,14 @@ def requests_are_limits(tree: Tree) -> Iterator[str]:
     for name, pod in pods(tree):
         for container in pod["spec"]["containers"]:
             asked = container.get("resources", {})
-            if asked.get("requests") != asked.get("limits") or {"cpu", "memory"} - asked.get("limits", {}).keys():
-                yield f"{name}: {container['name']} has requests {asked.get('requests')} and limits {asked.get('limits')}"
+            if (
+                asked.get("requests") != asked.get("limits")
+                or {"cpu", "memory"} - asked.get("limits", {}).keys()
+            ):
+                yield (
+                    f"{name}: {container['name']} has requests {asked.get('requests')} and "
+                    f"limits {asked.get('limits')}"
+                )
 
 
 def nobody_is_root(tree: Tree) -> Iterator[str]:
@@ -48,12 +58,16 @@ def nobody_is_root(tree: Tree) -> Iterator[str]:
             yield f"{name}: may run as root"
         for container in pod["spec"]["containers"]:
             kept = container.get("securityContext", {})
-            if kept.get("allowPrivilegeEscalation") is not False or kept.get("capabilities", {}).get("drop") != ["ALL"]:
+            if kept.get("allowPrivilegeEscalation") is not False or kept.get(
+                "capabilities", {}
+            ).get("drop") != ["ALL"]:
                 yield f"{name}: {container['name']} keeps privileges"
 
 
 def nothing_on_the_head(tree: Tree) -> Iterator[str]:
-    """The head has no CPUs to give, so that shards and workers, which ask for some, go elsewhere."""
+    """The head has no CPUs to give, so that shards and workers, which ask for some, go
+    elsewhere.
+    """
     for cluster in clusters(tree):
         if cluster.head.params.get("num-cpus") != "0":
             yield f'{cluster.name}: the head has no num-cpus: "0"'
@@ -73,49 +87,88 @@ def trained(command: str) -> dict[str, object]:
 
 
 def groups_are_selected(tree: Tree) -> Iterator[str]:
-    """The job sends shards and workers each to a group of its own, by its label, asks for CPUs, and waits for nodes."""
+    """The job sends shards and workers each to a group of its own, by its label, asks for CPUs, and
+    waits for nodes.
+    """
     for cluster in clusters(tree):
-        labelled = {tuple(group.spec.get("labels", {}).items()): group.name for group in cluster.workers}
+        labelled = {
+            tuple(group.spec.get("labels", {}).items()): group.name for group in cluster.workers
+        }
         if sorted(labelled.values()) != ["shards", "workers"] or () in labelled:
-            yield f"{cluster.name}: the groups of shards and workers cannot be told apart by labels: {labelled}"
+            yield (
+                f"{cluster.name}: the groups of shards and workers cannot be told apart by "
+                f"labels: {labelled}"
+            )
         if cluster.holder["kind"] != "RayJob":
             continue
         options = asked(cluster)
         for what in ("shard", "worker"):
             if labelled.get(tuple(options[f"{what}_label"].items())) != f"{what}s":  # type: ignore[attr-defined]
-                yield f"{cluster.name}: --{what}-label {options[f'{what}_label']} is not the label of the group {what}s"
+                yield (
+                    f"{cluster.name}: --{what}-label {options[f'{what}_label']} is not the "
+                    f"label of the group {what}s"
+                )
             if not options[f"{what}_cpus"]:
-                yield f"{cluster.name}: without --{what}-cpus the autoscaler sees no need for a node"
+                yield (
+                    f"{cluster.name}: without --{what}-cpus the autoscaler sees no need for a node"
+                )
         if not options["start_timeout"]:
             yield f"{cluster.name}: without --start-timeout the job fails where a node is late"
 
 
 def nodes_come_and_go(tree: Tree) -> Iterator[str]:
-    """The workers' group is autoscaled, up to what the job asks for; the shards' group is there from the first step to the last."""
+    """The workers' group is autoscaled, up to what the job asks for; the shards' group is there
+    from the first step to the last.
+    """
     for cluster in clusters(tree):
         groups = {group.name: group.spec for group in cluster.workers}
         shards, workers = groups["shards"], groups["workers"]
         if not shards["minReplicas"] == shards["maxReplicas"] >= 2:
-            yield f"{cluster.name}: the shards' group must be of one size, and of two nodes for a standby to be elsewhere"
+            yield (
+                f"{cluster.name}: the shards' group must be of one size, and of two nodes "
+                "for a standby to be elsewhere"
+            )
         if not workers["minReplicas"] < workers["maxReplicas"]:
             yield f"{cluster.name}: the workers' group is not autoscaled"
         if cluster.holder["kind"] == "RayJob":
             per_node = _workers_per_node(cluster)
             if int(str(asked(cluster)["workers"])) > per_node * workers["maxReplicas"]:
-                yield f"{cluster.name}: {asked(cluster)['workers']} workers do not fit on {workers['maxReplicas']} nodes of {per_node}"
-        spread = next(group for group in cluster.workers if group.name == "shards").pod["spec"].get("topologySpreadConstraints", [{}])[0]
-        if spread.get("topologyKey") != "kubernetes.io/hostname" or spread.get("whenUnsatisfiable") != "DoNotSchedule":
+                yield (
+                    f"{cluster.name}: {asked(cluster)['workers']} workers do not fit on "
+                    f"{workers['maxReplicas']} nodes of {per_node}"
+                )
+        spread = (
+            next(group for group in cluster.workers if group.name == "shards")
+            .pod["spec"]
+            .get("topologySpreadConstraints", [{}])[0]
+        )
+        if (
+            spread.get("topologyKey") != "kubernetes.io/hostname"
+            or spread.get("whenUnsatisfiable") != "DoNotSchedule"
+        ):
             yield f"{cluster.name}: two of the shards' nodes may be on one machine"
 
 
 def shards_fit_on_what_is_left(tree: Tree) -> Iterator[str]:
     """When one of the shards' nodes is gone, the others have CPUs for all shards and standbys."""
     for cluster in (each for each in clusters(tree) if each.holder["kind"] == "RayJob"):
-        shards, options = next(group for group in cluster.workers if group.name == "shards"), asked(cluster)
-        left = (shards.spec["minReplicas"] - 1) * quantity(shards.container["resources"]["limits"]["cpu"])
-        needed = int(str(options["shards"])) * (1 + int(str(options["replicas"]))) * float(str(options["shard_cpus"]))
+        shards, options = (
+            next(group for group in cluster.workers if group.name == "shards"),
+            asked(cluster),
+        )
+        left = (shards.spec["minReplicas"] - 1) * quantity(
+            shards.container["resources"]["limits"]["cpu"]
+        )
+        needed = (
+            int(str(options["shards"]))
+            * (1 + int(str(options["replicas"])))
+            * float(str(options["shard_cpus"]))
+        )
         if needed > left:
-            yield f"{cluster.name}: shards and standbys ask for {needed:g} CPUs, without one node there are {left:g}"
+            yield (
+                f"{cluster.name}: shards and standbys ask for {needed:g} CPUs, without one "
+                f"node there are {left:g}"
+            )
 
 
 def resumes(tree: Tree) -> Iterator[str]:
@@ -123,18 +176,26 @@ def resumes(tree: Tree) -> Iterator[str]:
     for cluster in clusters(tree):
         if cluster.holder["kind"] == "RayJob":
             options = asked(cluster)
-            if options["resume"] != "auto" or "://" not in str(options["checkpoint_dir"]) or not options["save_every"]:
+            if (
+                options["resume"] != "auto"
+                or "://" not in str(options["checkpoint_dir"])
+                or not options["save_every"]
+            ):
                 yield f"{cluster.name}: does not go on from a checkpoint outside of its cluster"
 
 
 def the_storage_is_known(tree: Tree) -> Iterator[str]:
     """Every node has the storage's keys from one Secret, of which an example says what it holds."""
     example = tree.documents(SECRET)[0]
-    if not {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= example["stringData"].keys() or any(example["stringData"].values()):
+    if not {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= example["stringData"].keys() or any(
+        example["stringData"].values()
+    ):
         yield f"{SECRET}: must name the storage's keys, and hold none"
     for cluster in clusters(tree):
         for group in cluster.groups:
-            if {"secretRef": {"name": example["metadata"]["name"]}} not in group.container.get("envFrom", ()):
+            if {"secretRef": {"name": example["metadata"]["name"]}} not in group.container.get(
+                "envFrom", ()
+            ):
                 yield f"{cluster.name}, {group.name}: has no keys of {example['metadata']['name']}"
         if cluster.holder["metadata"]["namespace"] != example["metadata"]["namespace"]:
             yield f"{cluster.name}: is not in the namespace of its Secret"
@@ -146,7 +207,9 @@ def the_policy_covers_all(tree: Tree) -> Iterator[str]:
     if len({str(policy) for policy in policies}) != 1:
         yield "there is not one network policy for all"
     for policy in policies:
-        if policy["spec"]["podSelector"].get("matchLabels") != PART or set(policy["spec"]["policyTypes"]) != {"Ingress", "Egress"}:
+        if policy["spec"]["podSelector"].get("matchLabels") != PART or set(
+            policy["spec"]["policyTypes"]
+        ) != {"Ingress", "Egress"}:
             yield f"{policy['metadata']['name']}: is not about {PART} in both directions"
     for name, pod in pods(tree):
         if not PART.items() <= pod.get("metadata", {}).get("labels", {}).items():
@@ -154,14 +217,25 @@ def the_policy_covers_all(tree: Tree) -> Iterator[str]:
 
 
 def readme_asks_as_the_job_does(tree: Tree) -> Iterator[str]:
-    """What README gives to the cluster by hand asks of it what the manifest's job does, so that nothing lands on the head."""
+    """What README gives to the cluster by hand asks of it what the manifest's job does, so that
+    nothing lands on the head.
+    """
     job = next(cluster for cluster in clusters(tree) if cluster.folder == "deploy/kubernetes/base")
-    given = [line for line in shell.lines(tree, README) if "kubectl exec" in line and "distnadam train" in line]
+    given = [
+        line
+        for line in shell.lines(tree, README)
+        if "kubectl exec" in line and "distnadam train" in line
+    ]
     if not given:
         yield f"{README}: says no command for deploy/kubernetes/cluster"
     for line in given:
-        options, wanted = trained("distnadam train" + line.partition("distnadam train")[2]), asked(job)
-        if differ := sorted(name for name in wanted if name not in OF_A_RUN and options[name] != wanted[name]):
+        options, wanted = (
+            trained("distnadam train" + line.partition("distnadam train")[2]),
+            asked(job),
+        )
+        if differ := sorted(
+            name for name in wanted if name not in OF_A_RUN and options[name] != wanted[name]
+        ):
             yield f"{README}: {', '.join(differ)} of {line[:40]} are not those of {job.name}"
 
 
@@ -173,16 +247,30 @@ def one_cluster_twice(tree: Tree) -> Iterator[str]:
 
 
 def sizes_follow(tree: Tree) -> Iterator[str]:
-    """/dev/shm, the object store and memory are what deploy/sizes.py says for the parameters that the manifest is for."""
-    jobs = {cluster.folder: cluster for cluster in clusters(tree) if cluster.holder["kind"] == "RayJob"}
+    """/dev/shm, the object store and memory are what deploy/sizes.py says for the parameters that
+    the manifest is for.
+    """
+    jobs = {
+        cluster.folder: cluster for cluster in clusters(tree) if cluster.holder["kind"] == "RayJob"
+    }
     for cluster in clusters(tree):
         run = run_of(jobs.get(cluster.folder, jobs["deploy/kubernetes/base"]), cluster)
-        wanted = {"head": sizes.head_node(run), "shards": sizes.shard_node(run), "workers": sizes.worker_node(run)}
+        wanted = {
+            "head": sizes.head_node(run),
+            "shards": sizes.shard_node(run),
+            "workers": sizes.worker_node(run),
+        }
         for group in cluster.groups:
-            node, memory = wanted[group.name], quantity(group.container["resources"]["limits"]["memory"])
+            node, memory = (
+                wanted[group.name],
+                quantity(group.container["resources"]["limits"]["memory"]),
+            )
             has = (int(group.params.get("object-store-memory", "0")), int(group.shm), int(memory))
             if has != (node.store, node.shm, node.memory):
-                yield f"{cluster.name}, {group.name}: store, /dev/shm and memory are {has}, {node} is what sizes.py says"
+                yield (
+                    f"{cluster.name}, {group.name}: store, /dev/shm and memory are {has}, "
+                    f"{node} is what sizes.py says"
+                )
 
 
 def run_of(job: Cluster, cluster: Cluster) -> sizes.Run:
@@ -191,9 +279,14 @@ def run_of(job: Cluster, cluster: Cluster) -> sizes.Run:
     counts = {name: int(str(options[name])) for name in ("workers", "shards", "replicas")}
     parameters = int(float(cluster.holder["metadata"]["annotations"]["distnadam/parameters"]))
     nodes = groups["shards"]["minReplicas"]
-    return sizes.Run(parameters, **counts, shard_nodes=nodes, workers_per_node=_workers_per_node(job))
+    return sizes.Run(
+        parameters, **counts, shard_nodes=nodes, workers_per_node=_workers_per_node(job)
+    )
 
 
 def _workers_per_node(job: Cluster) -> int:
     workers = next(group for group in job.workers if group.name == "workers")
-    return int(quantity(workers.container["resources"]["limits"]["cpu"]) // float(str(asked(job)["worker_cpus"])))
+    return int(
+        quantity(workers.container["resources"]["limits"]["cpu"])
+        // float(str(asked(job)["worker_cpus"]))
+    )

@@ -1,4 +1,6 @@
-"""Rules about names in any deploy file: one Ray version, pinned images, commands and metrics that exist."""
+"""Rules about names in any deploy file: one Ray version, pinned images, commands and metrics that
+exist.
+"""
 
 import json
 import re
@@ -10,15 +12,26 @@ from tests.deploy.commands import commands, refused
 from tests.deploy.tree import Tree
 
 DOCKERFILE = "deploy/docker/Dockerfile"
-BOARD, ALERTS = "deploy/monitoring/grafana/dashboards/distnadam.json", "deploy/monitoring/alerts.yml"
-RAY_SAYS = re.compile(r"(?:rayVersion: |\bray(?:\[[\w,]+\])?==|rayproject/ray:|\bRay )\"?v?(\d+\.\d+\.\d+)")
-IMAGE = re.compile(r"^(?P<name>[\w./-]+(?::\d+/[\w./-]+)?)(?::(?P<tag>[\w.-]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?$")
+BOARD, ALERTS = (
+    "deploy/monitoring/grafana/dashboards/distnadam.json",
+    "deploy/monitoring/alerts.yml",
+)
+RAY_SAYS = re.compile(
+    r"(?:rayVersion: |\bray(?:\[[\w,]+\])?==|rayproject/ray:|\bRay )\"?v?(\d+\.\d+\.\d+)"
+)
+IMAGE = re.compile(
+    r"^(?P<name>[\w./-]+(?::\d+/[\w./-]+)?)(?::(?P<tag>[\w.-]+))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?$"
+)
 OWN_LABELS = {"le", "job", "instance", "cluster", "pod"}
 
 
 def one_ray_version(tree: Tree) -> Iterator[str]:
     """Every file that names a Ray names the one that is tested."""
-    said = [(path, version) for path in tree.under("deploy/") for version in RAY_SAYS.findall(tree.texts[path])]
+    said = [
+        (path, version)
+        for path in tree.under("deploy/")
+        for version in RAY_SAYS.findall(tree.texts[path])
+    ]
     if not said:
         yield "no deploy file says which Ray it is for"
     for path, version in said:
@@ -33,7 +46,9 @@ def images(tree: Tree) -> Iterator[tuple[str, str]]:
             yield path, value
         elif isinstance(value, dict) and "newName" in value:
             yield path, f"{value['newName']}:{value.get('newTag', '')}"
-    yield from ((DOCKERFILE, name) for name in re.findall(r"^FROM (\S+)", tree.texts[DOCKERFILE], re.M))
+    yield from (
+        (DOCKERFILE, name) for name in re.findall(r"^FROM (\S+)", tree.texts[DOCKERFILE], re.M)
+    )
 
 
 def pinned_images(tree: Tree) -> Iterator[str]:
@@ -41,14 +56,18 @@ def pinned_images(tree: Tree) -> Iterator[str]:
     for path, image in images(tree):
         match = IMAGE.match(image)
         tag = match["tag"] if match is not None else None
-        if match is None or (match["digest"] is None and (tag is None or not re.search(r"\d", tag))):
+        if match is None or (
+            match["digest"] is None and (tag is None or not re.search(r"\d", tag))
+        ):
             yield f"{path}: image {image} is not pinned to a version"
         elif match["name"].rpartition("/")[2] == "distnadam" and tag != tree.package_version:
             yield f"{path}: image {image} is not of the package's version, {tree.package_version}"
 
 
 def commands_that_exist(tree: Tree) -> Iterator[str]:
-    """Every command of ray and distnadam is one that the installed command line takes, to the last option."""
+    """Every command of ray and distnadam is one that the installed command line takes, to the last
+    option.
+    """
     for path in tree.under("deploy/"):
         for line in shell.lines(tree, path):
             for command in commands(line):
@@ -92,6 +111,11 @@ def tags_that_exist(tree: Tree) -> Iterator[str]:
 
 def metrics_on_the_board(tree: Tree) -> Iterator[str]:
     """Every metric that the code exports is on the dashboard."""
-    shown = {name for where, text in expressions(tree) if where.startswith(BOARD) for name in promql.metrics(text)}
+    shown = {
+        name
+        for where, text in expressions(tree)
+        if where.startswith(BOARD)
+        for name in promql.metrics(text)
+    }
     if hidden := METRICS.keys() - {exported().get(name) for name in shown}:
         yield f"{BOARD}: does not show {sorted(hidden)}"

@@ -1,4 +1,6 @@
-"""The shell text in each kind of deploy file, with the values that its variables have where nobody sets them."""
+"""The shell text in each kind of deploy file, with the values that its variables have where nobody
+sets them.
+"""
 
 import json
 import re
@@ -25,7 +27,10 @@ def whole(text: str) -> str:
 
 def _unit(tree: Tree, path: str) -> Iterator[str]:
     unit = units.Unit.parse(tree.texts[path])
-    files = {f"/etc/distnadam/{name}.env": tree.texts[f"deploy/hosts/{name}.env"] for name in ("ray", "train")}
+    files = {
+        f"/etc/distnadam/{name}.env": tree.texts[f"deploy/hosts/{name}.env"]
+        for name in ("ray", "train")
+    }
     yield shlex.join(unit.command(unit.environment(files)))
 
 
@@ -45,7 +50,12 @@ def _compose(tree: Tree, path: str) -> Iterator[str]:
 
 
 def _launcher(tree: Tree, path: str) -> Iterator[str]:
-    yield from (line for key, found in tree.documents(path)[0].items() if key.endswith("_commands") for line in found)
+    yield from (
+        line
+        for key, found in tree.documents(path)[0].items()
+        if key.endswith("_commands")
+        for line in found
+    )
 
 
 def _manifest(tree: Tree, path: str) -> Iterator[str]:
@@ -55,7 +65,9 @@ def _manifest(tree: Tree, path: str) -> Iterator[str]:
 
 
 def _of_kuberay(at: str, value: Any) -> Iterator[str]:
-    """What KubeRay makes of a manifest: `ray start` of rayStartParams, the entrypoint, a patch's too, and what containers run."""
+    """What KubeRay makes of a manifest: `ray start` of rayStartParams, the entrypoint, a patch's
+    too, and what containers run.
+    """
     if at.endswith("/rayStartParams"):
         yield " ".join(["ray start", *(f"--{key}={one}" for key, one in value.items())])
     elif at.endswith("/entrypoint"):
@@ -71,7 +83,9 @@ def _script(tree: Tree, path: str) -> Iterator[str]:
 
 
 def _prose(tree: Tree, path: str) -> Iterator[str]:
-    yield from (line[4:] for line in whole(tree.texts[path]).splitlines() if line.startswith("    "))
+    yield from (
+        line[4:] for line in whole(tree.texts[path]).splitlines() if line.startswith("    ")
+    )
 
 
 READERS = [

@@ -1,4 +1,6 @@
-"""The operating commands from another terminal, on a training that runs on a Ray of its own behind a token; and who is not let in."""
+"""The operating commands from another terminal, on a training that runs on a Ray of its own behind
+a token; and who is not let in.
+"""
 
 import json
 import signal
@@ -23,16 +25,44 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_a_training_is_watched_saved_cut_anew_and_stopped_from_another_terminal(tmp_path: Path) -> None:
+def test_a_training_is_watched_saved_cut_anew_and_stopped_from_another_terminal(
+    tmp_path: Path,
+) -> None:
     port, env = free_port(), environment(tmp_path)
     run, address = tmp_path / "run", f"127.0.0.1:{port}"
-    train = ["train", "digits", "--name", "far", "--steps", 10**7, "--save-every", 500, "--checkpoint-dir", run, "--quiet"]
+    train = [
+        "train",
+        "digits",
+        "--name",
+        "far",
+        "--steps",
+        10**7,
+        "--save-every",
+        500,
+        "--checkpoint-dir",
+        run,
+        "--quiet",
+    ]
     with node(env, "--head", f"--port={port}", "--include-dashboard=false"):
         command = [sys.executable, "-m", "distnadam", *map(str, train)]
-        with subprocess.Popen(command, env=env | {"RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True) as training:
+        with subprocess.Popen(
+            command, env=env | {"RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True
+        ) as training:
             while not list(run.glob("step_*/manifest.msgpack")):
                 assert training.poll() is None
-            watching = [sys.executable, "-m", "distnadam", "status", "far", "--address", address, "--watch", "--every", "0.5", "--json"]
+            watching = [
+                sys.executable,
+                "-m",
+                "distnadam",
+                "status",
+                "far",
+                "--address",
+                address,
+                "--watch",
+                "--every",
+                "0.5",
+                "--json",
+            ]
             with subprocess.Popen(watching, env=env, stdout=subprocess.PIPE, text=True) as watch:
                 assert watch.stdout is not None
                 looks = [json.loads(watch.stdout.readline()) for _ in range(3)]
@@ -46,14 +76,20 @@ def test_a_training_is_watched_saved_cut_anew_and_stopped_from_another_terminal(
             saved = distnadam(env, "save", "far", tmp_path / "by hand", "--address", address)
             assert saved.stdout.startswith(str(tmp_path / "by hand" / "step_")), saved.stderr
             assert distnadam(env, "verify", tmp_path / "by hand").returncode == 0
-            assert distnadam(env, "reshard", "far", 3, "--address", address).stdout == "far: 3 shard(s)\n"
+            assert (
+                distnadam(env, "reshard", "far", 3, "--address", address).stdout
+                == "far: 3 shard(s)\n"
+            )
 
             assert "'nobody' is running on this Ray cluster; those that are: far" in one_sentence(
                 distnadam(env, "save", "nobody", "--address", address)
             )
-            wrong = {k: v for k, v in env.items() if k != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_TOKEN": "0" * 64}
-            assert "answers but refuses: RAY_AUTH_MODE is token here; give it, and RAY_AUTH_TOKEN" in one_sentence(
-                distnadam(wrong, "status", "far", "--address", address)
+            wrong = {k: v for k, v in env.items() if k != "RAY_AUTH_TOKEN_PATH"} | {
+                "RAY_AUTH_TOKEN": "0" * 64
+            }
+            assert (
+                "answers but refuses: RAY_AUTH_MODE is token here; give it, and RAY_AUTH_TOKEN"
+                in one_sentence(distnadam(wrong, "status", "far", "--address", address))
             )
             assert "answers but refuses: RAY_AUTH_MODE is disabled here" in one_sentence(
                 distnadam(env | {"RAY_AUTH_MODE": "disabled"}, "stop", "far", "--address", address)
@@ -67,5 +103,10 @@ def test_a_training_is_watched_saved_cut_anew_and_stopped_from_another_terminal(
             assert distnadam(env, "stop", "far", "--address", address).stdout == "far: ended\n"
             _, told = training.communicate()
             assert training.returncode == 1
-            assert "distnadam: the optimizer 'far' was ended by another process" in told.splitlines()[-1]
-        assert "no optimizer named 'far'" in one_sentence(distnadam(env, "status", "far", "--address", address))
+            assert (
+                "distnadam: the optimizer 'far' was ended by another process"
+                in told.splitlines()[-1]
+            )
+        assert "no optimizer named 'far'" in one_sentence(
+            distnadam(env, "status", "far", "--address", address)
+        )

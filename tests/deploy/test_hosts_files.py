@@ -1,4 +1,6 @@
-"""Units that systemd takes, scripts that a shell takes, and secrets that are written for their owner alone."""
+"""Units that systemd takes, scripts that a shell takes, and secrets that are written for their
+owner alone.
+"""
 
 import shutil
 import stat
@@ -20,7 +22,9 @@ def verify(folder: Path, unit: Path, text: str) -> str:
         pytest.skip("systemd-analyze, which reads units, is not here")
     at = folder / unit.name
     at.write_text(text.replace("/opt/distnadam/venv/bin/", str(Path(sys.executable).parent) + "/"))
-    done = subprocess.run(["systemd-analyze", "verify", str(at)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(at)], capture_output=True, text=True, timeout=60
+    )
     return "\n".join(line for line in done.stderr.splitlines() if unit.name in line)
 
 
@@ -40,12 +44,16 @@ def test_a_shell_reads_the_script(script: Path) -> None:
 
 
 def test_the_scripts_say_how_they_are_used() -> None:
-    done = subprocess.run([ROOT / "deploy/hosts/cluster.sh"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [ROOT / "deploy/hosts/cluster.sh"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert "./cluster.sh install 10.0.0.1" in done.stderr
 
 
-def test_composes_secrets_are_made_once_for_their_owner_alone_and_are_all_that_the_file_asks_for(tmp_path: Path) -> None:
+def test_composes_secrets_are_made_once_for_their_owner_alone_and_are_all_that_the_file_asks_for(
+    tmp_path: Path,
+) -> None:
     shutil.copy(ROOT / "deploy/docker/secrets.sh", tmp_path)
     subprocess.run([tmp_path / "secrets.sh"], check=True, timeout=60)
     made = tmp_path / ".env"
@@ -57,4 +65,9 @@ def test_composes_secrets_are_made_once_for_their_owner_alone_and_are_all_that_t
     assert all(len(value) >= 20 for value in names.values())
     for name in names:
         assert f"${{{name}" in Tree.read().texts["deploy/docker/compose.yaml"]
-    assert len(names) == len({part.split("}")[0].split(":")[0] for part in Tree.read().texts["deploy/docker/compose.yaml"].split("${")[1:]})
+    assert len(names) == len(
+        {
+            part.split("}")[0].split(":")[0]
+            for part in Tree.read().texts["deploy/docker/compose.yaml"].split("${")[1:]
+        }
+    )

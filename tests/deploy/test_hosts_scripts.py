@@ -1,4 +1,6 @@
-"""`cluster.sh` with stand-ins for ssh and sudo, which run on this machine what hosts would: commands arrive word for word, in order."""
+"""`cluster.sh` with stand-ins for ssh and sudo, which run on this machine what hosts would:
+commands arrive word for word, in order.
+"""
 
 import os
 import shutil
@@ -38,20 +40,37 @@ class Site:
         self.hosts, self.remote = directory / "deploy/hosts", directory / "remote"
         shutil.copytree(ROOT / "deploy/hosts", self.hosts, ignore=shutil.ignore_patterns("token"))
         shutil.copy(ROOT / "constraints.txt", directory)
-        self.said, self.installed, self.fails, self.uid = (directory / name for name in ("said", "installed", "fails", "uid"))
+        self.said, self.installed, self.fails, self.uid = (
+            directory / name for name in ("said", "installed", "fails", "uid")
+        )
         self.remote.mkdir()
         (directory / "local").mkdir()
         (directory / "bin").mkdir()
         for name, text in {"ssh": SSH, "sudo": SUDO, "pip": PIP}.items():
             (directory / "bin" / name).write_text(text)
             (directory / "bin" / name).chmod(0o755)
-        self.env = {"PATH": f"{directory / 'bin'}:{os.environ['PATH']}", "PYTHON": str(directory / "bin/pip"), "HOME": str(directory)}
-        self.env |= {"SAID": str(self.said), "INSTALLED": str(self.installed), "FAILS": str(self.fails), "UID_GIVEN": str(self.uid)}
+        self.env = {
+            "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
+            "PYTHON": str(directory / "bin/pip"),
+            "HOME": str(directory),
+        }
+        self.env |= {
+            "SAID": str(self.said),
+            "INSTALLED": str(self.installed),
+            "FAILS": str(self.fails),
+            "UID_GIVEN": str(self.uid),
+        }
         self.env |= {"REMOTE": str(self.remote), "TMPDIR": str(directory / "local")}
 
     def cluster(self, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
         """Run the script."""
-        return subprocess.run([self.hosts / "cluster.sh", *arguments], env=self.env | env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [self.hosts / "cluster.sh", *arguments],
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def left(self) -> list[Path]:
         """What lies about in either machine's temporary folder."""
@@ -67,10 +86,15 @@ def site(tmp_path: Path) -> Site:
     ("command", "prints"),
     [
         (["sh", "-c", "echo hello world; echo again"], "hello world\nagain\n"),
-        (["printf", "%s|", "mine here.py:Line", "it's", "", "$HOME", "*", '"', "a\nb"], "mine here.py:Line|it's||$HOME|*|\"|a\nb|"),
+        (
+            ["printf", "%s|", "mine here.py:Line", "it's", "", "$HOME", "*", '"', "a\nb"],
+            "mine here.py:Line|it's||$HOME|*|\"|a\nb|",
+        ),
     ],
 )
-def test_run_gives_the_host_the_words_that_it_was_given(command: list[str], prints: str, site: Site) -> None:
+def test_run_gives_the_host_the_words_that_it_was_given(
+    command: list[str], prints: str, site: Site
+) -> None:
     done = site.cluster("run", "10.0.0.1", "--", *command)
     assert (done.returncode, done.stdout, done.stderr) == (0, prints, "")
 
@@ -80,11 +104,19 @@ def test_stop_ends_the_run_first_says_so_and_the_head_last(site: Site) -> None:
     assert done.returncode == 0
     assert "stopping the run on 10.0.0.1" in done.stdout
     said = [line.replace("'", "").split() for line in site.said.read_text().splitlines()]
-    ends = [("10.0.0.1:", "distnadam-train"), ("10.0.0.2:", "distnadam-node"), ("10.0.0.1:", "distnadam-head")]
-    assert said == [[host, "sudo", "systemctl", "disable", "--now", f"{unit}.service"] for host, unit in ends]
+    ends = [
+        ("10.0.0.1:", "distnadam-train"),
+        ("10.0.0.2:", "distnadam-node"),
+        ("10.0.0.1:", "distnadam-head"),
+    ]
+    assert said == [
+        [host, "sudo", "systemctl", "disable", "--now", f"{unit}.service"] for host, unit in ends
+    ]
 
 
-def test_install_brings_one_wheel_the_hosts_addresses_and_one_token_and_leaves_nothing_about(site: Site) -> None:
+def test_install_brings_one_wheel_the_hosts_addresses_and_one_token_and_leaves_nothing_about(
+    site: Site,
+) -> None:
     old = site.hosts.parent / "wheel" / "distnadam-1-py3-none-any.whl"
     old.parent.mkdir()
     old.touch()
@@ -115,6 +147,11 @@ def test_add_brings_the_token_of_the_others_to_the_new_host_alone_and_starts_it(
     done = site.cluster("add", "10.0.0.1", "10.0.0.4")
     assert done.returncode == 0, done.stderr
     assert Path(f"{site.installed}-10.0.0.4", "token").read_text() == "theirs"
-    assert [path.name for path in site.installed.parent.glob("installed-*")] == ["installed-10.0.0.4"]
+    assert [path.name for path in site.installed.parent.glob("installed-*")] == [
+        "installed-10.0.0.4"
+    ]
     assert "HEAD_ADDRESS=10.0.0.1\n" in Path(f"{site.installed}-10.0.0.4", "ray.env").read_text()
-    assert "10.0.0.4: sudo 'systemctl' 'enable' '--now' 'distnadam-node.service'" in site.said.read_text()
+    assert (
+        "10.0.0.4: sudo 'systemctl' 'enable' '--now' 'distnadam-node.service'"
+        in site.said.read_text()
+    )

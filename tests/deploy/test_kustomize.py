@@ -1,4 +1,6 @@
-"""What the rules are held against is what would be applied: our rendering is kubectl's, where there is one."""
+"""What the rules are held against is what would be applied: our rendering is kubectl's, where there
+is one.
+"""
 
 import shutil
 import subprocess
@@ -14,7 +16,9 @@ from tests.deploy.tree import ROOT, Tree
 def test_our_rendering_is_kubectls(folder: str) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl, whose kustomize this is compared with, is not here")
-    printed = subprocess.run(["kubectl", "kustomize", str(ROOT / folder)], capture_output=True, text=True, timeout=60)
+    printed = subprocess.run(
+        ["kubectl", "kustomize", str(ROOT / folder)], capture_output=True, text=True, timeout=60
+    )
     assert printed.returncode == 0, printed.stderr
 
     def named(found: list[dict[str, object]]) -> dict[str, dict[str, object]]:

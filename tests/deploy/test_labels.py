@@ -1,4 +1,6 @@
-"""Shards, standbys and workers go to the nodes whose labels say so: a real Ray cluster of four nodes, as deploy/kubernetes groups them."""
+"""Shards, standbys and workers go to the nodes whose labels say so: a real Ray cluster of four
+nodes, as deploy/kubernetes groups them.
+"""
 
 import json
 import os
@@ -64,8 +66,17 @@ print(json.dumps(told))
 """
 
 
-def test_shards_and_workers_keep_to_their_groups_and_a_standby_to_another_node_than_its_shard(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", GROUPS], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=280)
+def test_shards_and_workers_keep_to_their_groups_and_a_standby_to_another_node_than_its_shard(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GROUPS],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["roles"] == {"workers": ["workers"] * 2, "shards": ["shards"] * 8}

@@ -1,4 +1,6 @@
-"""The manifests against KubeRay's own schemas, with unknown fields refused; they are not ours to keep here, so they are looked for."""
+"""The manifests against KubeRay's own schemas, with unknown fields refused; they are not ours to
+keep here, so they are looked for.
+"""
 
 import copy
 import os
@@ -21,20 +23,40 @@ FILES = {"RayCluster": "ray.io_rayclusters.v1.7.0.yaml", "RayJob": "ray.io_rayjo
 
 @cache
 def validator(kind: str) -> Any:
-    """What refuses a manifest that the custom resource's schema does not take, or that says what the schema does not know."""
-    path = next((folder / FILES[kind] for folder in (FOLDER, ROOT.parent / "shared" / "crds") if (folder / FILES[kind]).is_file()), None)
+    """What refuses a manifest that the custom resource's schema does not take, or that says what
+    the schema does not know.
+    """
+    path = next(
+        (
+            folder / FILES[kind]
+            for folder in (FOLDER, ROOT.parent / "shared" / "crds")
+            if (folder / FILES[kind]).is_file()
+        ),
+        None,
+    )
     if path is None:
-        pytest.skip(f"KubeRay's schemas are not here: put {FILES[kind]} into {FOLDER}, or its folder into DISTNADAM_CRDS")
+        pytest.skip(
+            f"KubeRay's schemas are not here: put {FILES[kind]} into {FOLDER}, or its folder into "
+            "DISTNADAM_CRDS"
+        )
     text = path.read_text()
-    old = text.rindex("\n  - ", 0, text.index("\n    name: v1alpha1\n"))  # the old version is as long again, and takes as long to read
+    old = text.rindex(
+        "\n  - ", 0, text.index("\n    name: v1alpha1\n")
+    )  # the old version is as long again, and takes as long to read
     versions = yaml.load(text[:old], Loader)["spec"]["versions"]
-    schema = next(version for version in versions if version["name"] == "v1")["schema"]["openAPIV3Schema"]
+    schema = next(version for version in versions if version["name"] == "v1")["schema"][
+        "openAPIV3Schema"
+    ]
     closed(schema)
     return jsonschema.Draft202012Validator(schema)
 
 
 def complaints(tree: Tree) -> list[str]:
-    found = ((each.name, error) for each in clusters(tree) for error in validator(each.holder["kind"]).iter_errors(each.holder))
+    found = (
+        (each.name, error)
+        for each in clusters(tree)
+        for error in validator(each.holder["kind"]).iter_errors(each.holder)
+    )
     return [f"{name}: {error.json_path}: {error.message}" for name, error in found]
 
 
@@ -47,20 +69,64 @@ def test_every_cluster_fits_kuberays_schema() -> None:
     ("kind", "edit", "told"),
     [
         ("RayJob", lambda spec: spec.update(backofLimit=3), "'backofLimit' was unexpected"),
-        ("RayJob", lambda spec: spec["rayClusterSpec"].pop("headGroupSpec"), "'headGroupSpec' is a required property"),
-        ("RayJob", lambda spec: spec["rayClusterSpec"]["headGroupSpec"].pop("template"), "'template' is a required property"),
-        ("RayJob", lambda spec: spec["rayClusterSpec"]["workerGroupSpecs"][0].pop("groupName"), "'groupName' is a required property"),
-        ("RayJob", lambda spec: spec["rayClusterSpec"]["authOptions"].update(mode="tokens"), "'tokens' is not one of"),
-        ("RayJob", lambda spec: spec.update(ttlSecondsAfterFinished="600"), "'600' is not of type 'integer'"),
-        ("RayJob", lambda spec: spec["submitterPodTemplate"]["spec"]["containers"][0].update(cmd=["a"]), "'cmd' was unexpected"),
+        (
+            "RayJob",
+            lambda spec: spec["rayClusterSpec"].pop("headGroupSpec"),
+            "'headGroupSpec' is a required property",
+        ),
+        (
+            "RayJob",
+            lambda spec: spec["rayClusterSpec"]["headGroupSpec"].pop("template"),
+            "'template' is a required property",
+        ),
+        (
+            "RayJob",
+            lambda spec: spec["rayClusterSpec"]["workerGroupSpecs"][0].pop("groupName"),
+            "'groupName' is a required property",
+        ),
+        (
+            "RayJob",
+            lambda spec: spec["rayClusterSpec"]["authOptions"].update(mode="tokens"),
+            "'tokens' is not one of",
+        ),
+        (
+            "RayJob",
+            lambda spec: spec.update(ttlSecondsAfterFinished="600"),
+            "'600' is not of type 'integer'",
+        ),
+        (
+            "RayJob",
+            lambda spec: spec["submitterPodTemplate"]["spec"]["containers"][0].update(cmd=["a"]),
+            "'cmd' was unexpected",
+        ),
         ("RayCluster", lambda spec: spec.update(rayVersion=2.6), "2.6 is not of type 'string'"),
-        ("RayCluster", lambda spec: spec["workerGroupSpecs"][1].update(minReplica=1), "'minReplica' was unexpected"),
-        ("RayCluster", lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "0 is not of type 'string'"),
-        ("RayCluster", lambda spec: spec["headGroupSpec"]["template"]["spec"].update(volume=[]), "'volume' was unexpected"),
-        ("RayCluster", lambda spec: spec["autoscalerOptions"].update(version="v3"), "'v3' is not one of"),
+        (
+            "RayCluster",
+            lambda spec: spec["workerGroupSpecs"][1].update(minReplica=1),
+            "'minReplica' was unexpected",
+        ),
+        (
+            "RayCluster",
+            lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+            "0 is not of type 'string'",
+        ),
+        (
+            "RayCluster",
+            lambda spec: spec["headGroupSpec"]["template"]["spec"].update(volume=[]),
+            "'volume' was unexpected",
+        ),
+        (
+            "RayCluster",
+            lambda spec: spec["autoscalerOptions"].update(version="v3"),
+            "'v3' is not one of",
+        ),
     ],
 )
-def test_a_broken_manifest_does_not_fit(kind: str, edit: Callable[[Any], object], told: str) -> None:
-    manifest = copy.deepcopy(next(each.holder for each in clusters(Tree.read()) if each.holder["kind"] == kind))
+def test_a_broken_manifest_does_not_fit(
+    kind: str, edit: Callable[[Any], object], told: str
+) -> None:
+    manifest = copy.deepcopy(
+        next(each.holder for each in clusters(Tree.read()) if each.holder["kind"] == kind)
+    )
     edit(manifest["spec"])
     assert any(told in error.message for error in validator(kind).iter_errors(manifest))

@@ -1,4 +1,6 @@
-"""The formulas of deploy/sizes.py: what the code reserves is what they say, and a cluster whose stores have that size spills nothing."""
+"""The formulas of deploy/sizes.py: what the code reserves is what they say, and a cluster whose
+stores have that size spills nothing.
+"""
 
 import importlib.util
 import json
@@ -74,8 +76,17 @@ print(json.dumps({"ends": ends, "over": over, "created": created / P}))
 def test_a_cluster_whose_stores_have_the_formulas_size_spills_nothing(tmp_path: Path) -> None:
     if importlib.util.find_spec("grpc") is None:
         pytest.skip("the statistics of Ray's stores need the extra metrics")
-    env = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", STORES], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+    env = dict(os.environ) | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", STORES],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["ends"][0] == told["ends"][1] != 1.0
@@ -87,19 +98,38 @@ def test_lanes_and_moments_take_the_bytes_that_the_formulas_count() -> None:
     assert arena_bytes(layout.sizes, 2) == 8 * 2**20  # a node's parameters
     assert arena_bytes(layout.sizes, 1) == 4 * 2**20  # a worker's gradients
     states = [ShardState.empty(ranges) for ranges in layout.cuts(2)]
-    assert sum(flat[space].nbytes for state in states for flat in (state.m, state.v) for space in flat) == 8 * 2**20
+    assert (
+        sum(flat[space].nbytes for state in states for flat in (state.m, state.v) for space in flat)
+        == 8 * 2**20
+    )
 
 
 def run(**changes: int) -> sizes.Run:
-    asked = {"parameters": 10**9, "workers": 4, "shards": 4, "replicas": 1, "shard_nodes": 3, "workers_per_node": 2}
+    asked = {
+        "parameters": 10**9,
+        "workers": 4,
+        "shards": 4,
+        "replicas": 1,
+        "shard_nodes": 3,
+        "workers_per_node": 2,
+    }
     return sizes.Run(**(asked | changes))
 
 
-@pytest.mark.parametrize("of", [sizes.shard_node, sizes.worker_node, sizes.shared_node, sizes.head_node])
-def test_a_node_needs_more_for_more_of_everything_and_memory_holds_the_store(of: Callable[[sizes.Run], sizes.Node]) -> None:
+@pytest.mark.parametrize(
+    "of", [sizes.shard_node, sizes.worker_node, sizes.shared_node, sizes.head_node]
+)
+def test_a_node_needs_more_for_more_of_everything_and_memory_holds_the_store(
+    of: Callable[[sizes.Run], sizes.Node],
+) -> None:
     node = of(run())
     assert node.store < node.shm < node.memory
-    for name, more in (("parameters", 2 * 10**9), ("workers", 8), ("replicas", 1), ("workers_per_node", 4)):
+    for name, more in (
+        ("parameters", 2 * 10**9),
+        ("workers", 8),
+        ("replicas", 1),
+        ("workers_per_node", 4),
+    ):
         assert of(run(**{name: more})).memory >= node.memory
     assert of(run(shard_nodes=8)).memory <= node.memory
 
@@ -108,19 +138,41 @@ def test_the_table_in_the_readme_is_what_the_script_prints() -> None:
     text = (ROOT / "deploy" / "README.md").read_text()
     found = re.search(r"    python3 deploy/sizes\.py (--parameters .*)\n\n((?:    .*\n)+)", text)
     assert found is not None
-    done = subprocess.run([sys.executable, ROOT / "deploy/sizes.py", *found[1].split()], capture_output=True, text=True, timeout=60)
-    assert [line.strip() for line in found[2].splitlines()] == [line.strip() for line in done.stdout.splitlines()]
+    done = subprocess.run(
+        [sys.executable, ROOT / "deploy/sizes.py", *found[1].split()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert [line.strip() for line in found[2].splitlines()] == [
+        line.strip() for line in done.stdout.splitlines()
+    ]
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("--parameters 1e9 --workers -3", "argument --workers: expected a whole number of at least 1, got '-3'"),
-        ("--parameters 1e9 --shards 0", "argument --shards: expected a whole number of at least 1, got '0'"),
-        ("--parameters 1e9 --shard-nodes two", "argument --shard-nodes: expected a whole number of at least 1, got 'two'"),
-        ("--parameters 1e9 --workers 2 --workers-per-node 3", "argument --workers-per-node: 3 on one node are more than the 2 workers"),
+        (
+            "--parameters 1e9 --workers -3",
+            "argument --workers: expected a whole number of at least 1, got '-3'",
+        ),
+        (
+            "--parameters 1e9 --shards 0",
+            "argument --shards: expected a whole number of at least 1, got '0'",
+        ),
+        (
+            "--parameters 1e9 --shard-nodes two",
+            "argument --shard-nodes: expected a whole number of at least 1, got 'two'",
+        ),
+        (
+            "--parameters 1e9 --workers 2 --workers-per-node 3",
+            "argument --workers-per-node: 3 on one node are more than the 2 workers",
+        ),
         ("--parameters 1e9 --replicas 2", "argument --replicas: invalid choice: "),
-        ("--parameters much", "argument --parameters: expected a whole number of at least 1, such as 1e9, got 'much'"),
+        (
+            "--parameters much",
+            "argument --parameters: expected a whole number of at least 1, such as 1e9, got 'much'",
+        ),
         ("--parameters -1e9", "argument --parameters: expected"),
         ("--parameters 0.5", "such as 1e9, got '0.5'"),
         ("--parameters inf", "such as 1e9, got 'inf'"),

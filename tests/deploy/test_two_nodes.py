@@ -1,4 +1,6 @@
-"""Two real Ray nodes on this machine, started as deploy/README.md says, behind a token; a driver that knows the address alone."""
+"""Two real Ray nodes on this machine, started as deploy/README.md says, behind a token; a driver
+that knows the address alone.
+"""
 
 import json
 import os
@@ -71,8 +73,20 @@ def free_port() -> int:
 @contextmanager
 def node(env: dict[str, str], *args: str) -> Iterator[None]:
     """One Ray node, its processes ended with it."""
-    common = ["--node-ip-address=127.0.0.1", "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
-    process = subprocess.Popen([RAY, "start", *args, *common], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    common = [
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=2",
+        "--object-store-memory=100000000",
+        "--disable-usage-stats",
+        "--block",
+    ]
+    process = subprocess.Popen(
+        [RAY, "start", *args, *common],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -86,7 +100,9 @@ def node(env: dict[str, str], *args: str) -> Iterator[None]:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """An environment without settings of Ray but those of a new token, which lies in the directory."""
+    """An environment without settings of Ray but those of a new token, which lies in the
+    directory.
+    """
     token = directory / "token"
     token.write_text(secrets.token_hex(32))
     return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
@@ -105,34 +121,60 @@ def two_nodes(directory: Path, second_starts_with: str | None = None) -> Iterato
     if second_starts_with is not None:
         (directory / "sitecustomize.py").write_text(second_starts_with)
         second["PYTHONPATH"] = str(directory)
-    with node(base, "--head", f"--port={port}", "--include-dashboard=false"), node(second, f"--address=127.0.0.1:{port}"):
+    with (
+        node(base, "--head", f"--port={port}", "--include-dashboard=false"),
+        node(second, f"--address=127.0.0.1:{port}"),
+    ):
         yield base | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
 
 
 def drive(code: str, env: dict[str, str], cwd: Path) -> Any:
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=cwd, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
 
-def test_shards_and_workers_spread_over_both_nodes_and_a_wrong_token_is_one_sentence(tmp_path: Path) -> None:
+def test_shards_and_workers_spread_over_both_nodes_and_a_wrong_token_is_one_sentence(
+    tmp_path: Path,
+) -> None:
     with two_nodes(tmp_path) as env:
         told = json.loads(drive(SPREAD, env, tmp_path))
         assert sorted(told["nodes"].values()) == [2, 2]
         assert told["ends"][0] == told["ends"][1]
         assert told["iterations"] == 5
-        train = [sys.executable, "-m", "distnadam", "train", "digits", "--steps", "20", "--json", "--quiet"]
-        done = subprocess.run(train, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        train = [
+            sys.executable,
+            "-m",
+            "distnadam",
+            "train",
+            "digits",
+            "--steps",
+            "20",
+            "--json",
+            "--quiet",
+        ]
+        done = subprocess.run(
+            train, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, done.stderr
         assert "accuracy" in json.loads(done.stdout)
-        wrong = {k: v for k, v in env.items() if k != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_TOKEN": "0" * 64}
-        done = subprocess.run(train, env=wrong, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        wrong = {k: v for k, v in env.items() if k != "RAY_AUTH_TOKEN_PATH"} | {
+            "RAY_AUTH_TOKEN": "0" * 64
+        }
+        done = subprocess.run(
+            train, env=wrong, cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 1
         assert "cannot join the Ray at RAY_ADDRESS" in done.stderr
         assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("sitecustomize", "told"), [(HIDE, "lacks the package 'distnadam'"), (OTHER_VERSION, "numpy 1.2.3")])
+@pytest.mark.parametrize(
+    ("sitecustomize", "told"),
+    [(HIDE, "lacks the package 'distnadam'"), (OTHER_VERSION, "numpy 1.2.3")],
+)
 def test_a_node_with_a_package_missing_or_of_another_version_is_refused_before_training(
     sitecustomize: str, told: str, tmp_path: Path
 ) -> None:

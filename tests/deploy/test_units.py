@@ -1,4 +1,6 @@
-"""Units are read as systemd reads them: what it says of repeated keys, environment files and variables holds for what the tests start."""
+"""Units are read as systemd reads them: what it says of repeated keys, environment files and
+variables holds for what the tests start.
+"""
 
 from pathlib import Path
 
@@ -35,23 +37,45 @@ def test_keys_may_be_repeated_and_an_empty_value_takes_back_those_before() -> No
     assert len(unit.values("Service", "ExecStart")) == 1
 
 
-def test_the_environment_is_the_units_then_the_files_and_only_a_file_with_a_dash_may_be_absent() -> None:
+def test_the_environment_is_the_units_then_the_files_and_only_a_file_with_a_dash_may_be_absent() -> (
+    None
+):
     env = Unit.parse(UNIT).environment({"/etc/file.env": FILE})
-    assert env == {"PATH": "/second", "WORDS": "two words", "WHERE": "file", "MANY": "a 'b c' --d", "QUOTED": "x y"}
+    assert env == {
+        "PATH": "/second",
+        "WORDS": "two words",
+        "WHERE": "file",
+        "MANY": "a 'b c' --d",
+        "QUOTED": "x y",
+    }
     with pytest.raises(KeyError):
         Unit.parse(UNIT).environment({})
 
 
-def test_a_variable_in_braces_is_a_part_of_its_word_and_one_without_is_as_many_words_as_it_has() -> None:
+def test_a_variable_in_braces_is_a_part_of_its_word_and_one_without_is_as_many_words_as_it_has() -> (
+    None
+):
     unit = Unit.parse(UNIT)
     command = unit.command(unit.environment({"/etc/file.env": FILE}))
     assert command == ["/bin/program", "--where=file", "--empty=", "a", "b c", "--d"]
-    assert words("/bin/echo a$HOME ${MANY} $$HOME", {"HOME": "/", "MANY": "a b"}) == ["/bin/echo", "a$HOME", "a b", "$HOME"]
+    assert words("/bin/echo a$HOME ${MANY} $$HOME", {"HOME": "/", "MANY": "a b"}) == [
+        "/bin/echo",
+        "a$HOME",
+        "a b",
+        "$HOME",
+    ]
 
 
-@pytest.mark.parametrize("unit", sorted((ROOT / "deploy/hosts").glob("*.service")), ids=lambda path: path.name)
-def test_a_unit_of_ours_starts_a_program_of_the_folder_that_it_is_given(unit: Path, tmp_path: Path) -> None:
-    files = {f"/etc/distnadam/{name}.env": (ROOT / f"deploy/hosts/{name}.env").read_text() for name in ("ray", "train")}
+@pytest.mark.parametrize(
+    "unit", sorted((ROOT / "deploy/hosts").glob("*.service")), ids=lambda path: path.name
+)
+def test_a_unit_of_ours_starts_a_program_of_the_folder_that_it_is_given(
+    unit: Path, tmp_path: Path
+) -> None:
+    files = {
+        f"/etc/distnadam/{name}.env": (ROOT / f"deploy/hosts/{name}.env").read_text()
+        for name in ("ray", "train")
+    }
     read = Unit.of_hosts(unit, tmp_path)
     env = read.environment(files)
     assert Path(read.command(env)[0]).parent == tmp_path
@@ -61,6 +85,8 @@ def test_a_unit_of_ours_starts_a_program_of_the_folder_that_it_is_given(unit: Pa
 
 
 def test_the_settings_that_hosts_begin_with_are_ones_that_a_shell_reads_alike() -> None:
-    """`run.sh` has a shell read what systemd reads for the units: a value with a blank in it would be a command there."""
+    """`run.sh` has a shell read what systemd reads for the units: a value with a blank in it would
+    be a command there.
+    """
     for value in assignments((ROOT / "deploy/hosts/ray.env").read_text()).values():
         assert len(value.split()) <= 1

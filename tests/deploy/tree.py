@@ -1,4 +1,6 @@
-"""The deploy files as the rules see them: texts by path, so that a broken copy is the same texts with one of them edited."""
+"""The deploy files as the rules see them: texts by path, so that a broken copy is the same texts
+with one of them edited.
+"""
 
 import re
 from collections.abc import Iterator
@@ -22,25 +24,48 @@ class Tree:
 
     @classmethod
     def read(cls) -> "Tree":
-        """The files as they are, and those of the repository that they must agree with; what .gitignore names is not read."""
+        """The files as they are, and those of the repository that they must agree with; what
+        .gitignore names is not read.
+        """
         ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()}
-        found = [path for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file() and path.suffix in TEXTS]
-        names = [str(path.relative_to(ROOT)) for path in found] + ["constraints.txt", "pyproject.toml"]
-        return cls({name: (ROOT / name).read_text() for name in names if not any(name.startswith(each) for each in ignored)})
+        found = [
+            path
+            for path in sorted((ROOT / "deploy").rglob("*"))
+            if path.is_file() and path.suffix in TEXTS
+        ]
+        names = [str(path.relative_to(ROOT)) for path in found] + [
+            "constraints.txt",
+            "pyproject.toml",
+        ]
+        return cls(
+            {
+                name: (ROOT / name).read_text()
+                for name in names
+                if not any(name.startswith(each) for each in ignored)
+            }
+        )
 
     def edited(self, path: str, old: str, new: str) -> "Tree":
         """A copy in which `old`, which must be there, is `new` everywhere in one file."""
-        assert old in self.texts[path], f"{path} does not say {old!r}, so this copy would not be broken"
+        assert old in self.texts[path], (
+            f"{path} does not say {old!r}, so this copy would not be broken"
+        )
         return Tree(self.texts | {path: self.texts[path].replace(old, new)})
 
     def documents(self, path: str) -> list[Any]:
         """All YAML documents of one file."""
-        return [document for document in yaml.load_all(self.texts[path], Loader) if document is not None]
+        return [
+            document for document in yaml.load_all(self.texts[path], Loader) if document is not None
+        ]
 
     def values(self, folder: str) -> Iterator[tuple[str, str, Any]]:
         """Every value in a folder's YAML files, with its file and the way to it."""
         for path in self.under(folder, ".yaml", ".yml"):
-            yield from ((path, at, value) for document in self.documents(path) for at, value in walk(document))
+            yield from (
+                (path, at, value)
+                for document in self.documents(path)
+                for at, value in walk(document)
+            )
 
     def settings(self, path: str) -> list[str]:
         """The lines of an environment file, without comments."""
@@ -55,7 +80,11 @@ class Tree:
 
     def under(self, folder: str, *suffixes: str) -> list[str]:
         """The paths of a folder's files."""
-        return [path for path in self.texts if path.startswith(folder) and path.endswith(suffixes or ("",))]
+        return [
+            path
+            for path in self.texts
+            if path.startswith(folder) and path.endswith(suffixes or ("",))
+        ]
 
     @cached_property
     def ray_version(self) -> str:
@@ -65,17 +94,31 @@ class Tree:
     @cached_property
     def package_version(self) -> str:
         """The package's own version."""
-        return next(line.split('"')[1] for line in self.texts["pyproject.toml"].splitlines() if line.startswith("version ="))
+        return next(
+            line.split('"')[1]
+            for line in self.texts["pyproject.toml"].splitlines()
+            if line.startswith("version =")
+        )
 
     def pinned(self, package: str) -> str:
         """The version of a package in constraints.txt."""
         lines = self.texts["constraints.txt"].splitlines()
-        return next(version for name, _, version in (line.partition("==") for line in lines) if name.lower() == package)
+        return next(
+            version
+            for name, _, version in (line.partition("==") for line in lines)
+            if name.lower() == package
+        )
 
 
 def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value inside plain data, with the way to it."""
     yield path, value
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, child in children:
         yield from walk(child, f"{path}/{key}")

@@ -1,6 +1,8 @@
-"""What systemd makes of a unit: its settings, the environment that it gives a program, and the words of the program's command line.
+"""What systemd makes of a unit: its settings, the environment that it gives a program, and the
+words of the program's command line.
 
-As systemd.syntax, systemd.service and systemd.exec have it, for what units of ours use: a key may be given more than once.
+As systemd.syntax, systemd.service and systemd.exec have it, for what units of ours use: a key may
+be given more than once.
 """
 
 import re
@@ -45,8 +47,14 @@ class Unit:
         return values
 
     def environment(self, files: Mapping[str, str]) -> dict[str, str]:
-        """What its program finds set, environment files being these texts by path; a file counts for more than `Environment=`."""
-        env = dict(word.split("=", 1) for value in self.values("Service", "Environment") for word in shlex.split(value))
+        """What its program finds set, environment files being these texts by path; a file counts
+        for more than `Environment=`.
+        """
+        env = dict(
+            word.split("=", 1)
+            for value in self.values("Service", "Environment")
+            for word in shlex.split(value)
+        )
         for path in self.values("Service", "EnvironmentFile"):
             if path.startswith("-") and path[1:] not in files:
                 continue
@@ -60,24 +68,39 @@ class Unit:
 
 
 def assignments(text: str) -> dict[str, str]:
-    """The variables of an environment file; a value may be in quotes, and has blanks within without."""
+    """The variables of an environment file; a value may be in quotes, and has blanks within
+    without.
+    """
     pairs = (line.split("=", 1) for line in _lines(text))
-    return {name.strip(): shlex.split(value)[0] if value.startswith(('"', "'")) else value.strip() for name, value in pairs}
+    return {
+        name.strip(): shlex.split(value)[0] if value.startswith(('"', "'")) else value.strip()
+        for name, value in pairs
+    }
 
 
 def words(line: str, env: Mapping[str, str]) -> list[str]:
-    """Split a command line: ${NAME} stays within its word, even where empty; a word $NAME is as many words as its value has."""
+    """Split a command line: ${NAME} stays within its word, even where empty; a word $NAME is as
+    many words as its value has.
+    """
     found: list[str] = []
     for word in shlex.split(line):
         if alone := re.fullmatch(r"\$([A-Za-z_]\w*)", word):
             found += shlex.split(env.get(alone[1], ""))
         else:
-            found.append(re.sub(r"\$\$|\$\{(\w+)\}", lambda match: env.get(match[1], "") if match[1] else "$", word))
+            found.append(
+                re.sub(
+                    r"\$\$|\$\{(\w+)\}",
+                    lambda match: env.get(match[1], "") if match[1] else "$",
+                    word,
+                )
+            )
     return found
 
 
 def _lines(text: str) -> list[str]:
-    """Lines with something in them; one that goes on in the next is put together with it, comments between them left out."""
+    """Lines with something in them; one that goes on in the next is put together with it, comments
+    between them left out.
+    """
     kept = [line for line in text.splitlines() if not line.lstrip().startswith(("#", ";"))]
     whole = re.sub(r"\\\n", " ", "\n".join(kept))
     return [line.strip() for line in whole.splitlines() if line.strip()]

@@ -1,4 +1,6 @@
-"""Steps over a cable of known speed: the bytes that passed, the time that they explain, and the time that it took."""
+"""Steps over a cable of known speed: the bytes that passed, the time that they explain, and the
+time that it took.
+"""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class PartialNorms:
-    """What one step moved over the shards' cable, in and out, in bytes, what it took, and what those bytes take at the cable's speed.
+    """What one step moved over the shards' cable, in and out, in bytes, what it took, and what
+    those bytes take at the cable's speed.
 
     Gradients go in before parameters come out, so the two times add up.
     """
@@ -25,25 +28,46 @@ class PartialNorms:
     @property
     def explained_s(self) -> float:
         """Seconds that the bytes alone take."""
-        return 8 * (self.bytes_in + self.bytes_out) / self.bits_per_s if self.bits_per_s is not None else 0.0
+        return (
+            8 * (self.bytes_in + self.bytes_out) / self.bits_per_s
+            if self.bits_per_s is not None
+            else 0.0
+        )
 
     @property
     def least_s(self) -> float:
-        """Seconds below which no step can be: every gradient and every parameter passes, each direction but for its burst at that speed."""
-        return 8 * 2 * (self.parameter_bytes - BURST_BYTES) / self.bits_per_s if self.bits_per_s is not None else 0.0
+        """Seconds below which no step can be: every gradient and every parameter passes, each
+        direction but for its burst at that speed.
+        """
+        return (
+            8 * 2 * (self.parameter_bytes - BURST_BYTES) / self.bits_per_s
+            if self.bits_per_s is not None
+            else 0.0
+        )
 
     def __str__(self) -> str:
-        sizes = f"{self.parameter_bytes / 1e6:.0f} MB of parameters: {self.bytes_in / 1e6:.1f} MB in, {self.bytes_out / 1e6:.1f} MB out"
+        sizes = (
+            f"{self.parameter_bytes / 1e6:.0f} MB of parameters: {self.bytes_in / 1e6:.1f} "
+            f"MB in, {self.bytes_out / 1e6:.1f} MB out"
+        )
         if self.bits_per_s is None:
             return f"{sizes}, {1e3 * self.seconds:.0f} ms a step over a cable that nothing slows"
-        speed = f"{self.bits_per_s / 1e9:g} Gbit/s explain {1e3 * self.explained_s:.0f} ms, a step takes {1e3 * self.seconds:.0f} ms"
+        speed = (
+            f"{self.bits_per_s / 1e9:g} Gbit/s explain {1e3 * self.explained_s:.0f} ms, a "
+            f"step takes {1e3 * self.seconds:.0f} ms"
+        )
         return f"{sizes}; {speed}: {self.seconds / self.explained_s:.2f} times that"
 
 
 def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -> PartialNorms:
     """Step a worker on the head and a shard on the second host, which alone has room for one."""
     shards = cluster.hosts[1]
-    program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.stepping", json.dumps({"size": size, "num_shards": 1, "steps": steps}))
+    program = cluster.python(
+        cluster.hosts[0],
+        "-m",
+        "tests.hosts.stepping",
+        json.dumps({"size": size, "num_shards": 1, "steps": steps}),
+    )
     program.first("warm")
     if bits_per_s is not None:
         shards.shape(bits_per_s)

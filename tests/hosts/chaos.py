@@ -1,4 +1,5 @@
-"""Strike at hosts with a seeded schedule, while `fit` trains over them, and compare the end, bit for bit, with one process's.
+"""Strike at hosts with a seeded schedule, while `fit` trains over them, and compare the end, bit
+for bit, with one process's.
 
 `python -m tests.hosts.chaos --faults N --seed S`; exit status 1 on any difference.
 """
@@ -32,8 +33,12 @@ WORKERS, STEPS, PAUSE_S = 3, 500, 0.01
 _AT_ONCE_S = 0.05
 
 
-def _for_good(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng) -> float:
-    """Strike, and bring the host back once the others have gone on: by its cable, then by starting it anew."""
+def _for_good(
+    cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng
+) -> float:
+    """Strike, and bring the host back once the others have gone on: by its cable, then by starting
+    it anew.
+    """
     cluster.kill(host, how)
     seconds = go_on()
     if how != "kill" and rng.random() < 0.5:
@@ -44,7 +49,9 @@ def _for_good(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float]
     return seconds
 
 
-def _for_a_moment(cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng) -> float:
+def _for_a_moment(
+    cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng
+) -> float:
     cluster.kill(host, how)
     time.sleep(rng.choice([0.05, 0.5, 2.0]) * rng.random())
     host.unshape()
@@ -55,7 +62,9 @@ def _for_a_moment(cluster: Cluster, host: Host, how: str, go_on: Callable[[], fl
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind: its name, what is done to a host, for how long, and whether the head may suffer it."""
+    """One kind: its name, what is done to a host, for how long, and whether the head may suffer
+    it.
+    """
 
     name: str
     how: str
@@ -76,7 +85,9 @@ FAULTS = (
 
 @dataclass
 class Report:
-    """What was done and seen: by kind and replicas, the seconds from each strike until `fit` told of another step."""
+    """What was done and seen: by kind and replicas, the seconds from each strike until `fit` told
+    of another step.
+    """
 
     seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     decisions: Counter[str] = field(default_factory=Counter)
@@ -85,14 +96,21 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'kind':34} replicas  faults  to the next step, s: median  worst"]
         for (kind, replicas), times in sorted(self.seconds.items()):
-            lines.append(f"{kind:34} {replicas:8} {len(times):7} {median(times):28.2f} {max(times):6.2f}")
-        decided = ", ".join(f"{number} {what}" for what, number in sorted(self.decisions.items())) or "nothing"
+            lines.append(
+                f"{kind:34} {replicas:8} {len(times):7} {median(times):28.2f} {max(times):6.2f}"
+            )
+        decided = (
+            ", ".join(f"{number} {what}" for what, number in sorted(self.decisions.items()))
+            or "nothing"
+        )
         lines.append(f"{sum(map(len, self.seconds.values()))} faults; decided: {decided}")
         return "\n".join([*lines, *self.differences])
 
 
 def play(num_faults: int, seed: int, cluster: Cluster, directory: Path) -> Report:
-    """Strike so many faults, each kind in turn, some in each run, over runs with and without standbys."""
+    """Strike so many faults, each kind in turn, some in each run, over runs with and without
+    standbys.
+    """
     rng, report, left = np.random.default_rng(seed), Report(), list[Fault]()
     began, struck, number = time.time(), 0, 0
     while struck < num_faults and not report.differences:
@@ -111,9 +129,16 @@ def play(num_faults: int, seed: int, cluster: Cluster, directory: Path) -> Repor
     return report
 
 
-def _run(faults: list[Fault], number: int, cluster: Cluster, directory: Path, rng: Rng, report: Report) -> None:
+def _run(
+    faults: list[Fault], number: int, cluster: Cluster, directory: Path, rng: Rng, report: Report
+) -> None:
     replicas = number % 2
-    options = {"shard_resources": {"shard": 1}, "worker_cpus": 0.5, "shard_timeout_s": 8.0, "checkpoint_dir": str(directory / "hosts")}
+    options = {
+        "shard_resources": {"shard": 1},
+        "worker_cpus": 0.5,
+        "shard_timeout_s": 8.0,
+        "checkpoint_dir": str(directory / "hosts"),
+    }
     about: dict[str, Any] = {
         "steps": STEPS,
         "size": 20_000,
@@ -121,8 +146,16 @@ def _run(faults: list[Fault], number: int, cluster: Cluster, directory: Path, rn
         "num_workers": WORKERS,
         "num_shards": int(rng.integers(1, 4)),
     }
-    about |= {"replicas": replicas, "save_every": 50, "directory": str(directory / "hosts"), "options": options}
-    about |= {"clipnorm": 0.5 if rng.random() < 0.3 else None, "name": f"chaos{number}" if rng.random() < 0.5 else None}
+    about |= {
+        "replicas": replicas,
+        "save_every": 50,
+        "directory": str(directory / "hosts"),
+        "options": options,
+    }
+    about |= {
+        "clipnorm": 0.5 if rng.random() < 0.3 else None,
+        "name": f"chaos{number}" if rng.random() < 0.5 else None,
+    }
     program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.train", json.dumps(about))
     for index, fault in enumerate(faults):
         reached = STEPS * (index + 1) // (len(faults) + 1)
@@ -141,19 +174,28 @@ def _run(faults: list[Fault], number: int, cluster: Cluster, directory: Path, rn
     if digest(directory / "hosts") != train_in_one_process(directory / "alone", about):
         report.differences.append(f"DIFFERENT bits in run {number}")
     _, manifest, _ = store.find(str(directory / "hosts"))
-    counted = Counter((rank, each) for rank, _, first, last in manifest.ledger["runs"] for each in range(first, last + 1))
+    counted = Counter(
+        (rank, each)
+        for rank, _, first, last in manifest.ledger["runs"]
+        for each in range(first, last + 1)
+    )
     if counted != Counter((rank, each) for rank in range(WORKERS) for each in range(1, STEPS + 1)):
-        report.differences.append(f"DIFFERENT: a push is lost or counted twice in run {number}: {manifest.ledger['runs']}")
+        report.differences.append(
+            f"DIFFERENT: a push is lost or counted twice in run {number}: {manifest.ledger['runs']}"
+        )
 
 
 def _next_step(program: Program, moment: float) -> float:
     """Wait until `fit` tells of a step that began after a moment; return how long after.
 
-    It tells of several at once, at the end of a segment: those it tells first after the moment may be from before.
+    It tells of several at once, at the end of a segment: those it tells first after the moment may
+    be from before.
     """
     since = moment
     for _ in range(2):
-        since = program.first("time", lambda told, since=since: told > since + _AT_ONCE_S, also="step")["time"]
+        since = program.first(
+            "time", lambda told, since=since: told > since + _AT_ONCE_S, also="step"
+        )["time"]
     return float(since) - moment
 
 

@@ -1,7 +1,9 @@
-"""A Ray of several hosts, each a node started as the units of deploy/hosts start it, behind a token, and programs that run on them.
+"""A Ray of several hosts, each a node started as the units of deploy/hosts start it, behind a
+token, and programs that run on them.
 
-What a unit executes, and the environment that it and `ray.env` give it, are read from those files, with the host's addresses where
-`cluster.sh` puts them. The user, its limits and its protection, which need systemd, are not.
+What a unit executes, and the environment that it and `ray.env` give it, are read from those files,
+with the host's addresses where `cluster.sh` puts them. The user, its limits and its protection,
+which need systemd, are not.
 """
 
 import json
@@ -30,7 +32,9 @@ SOON = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""How the head finds out soon that a host is gone: after some 3 s, where Ray's own choice is up to a minute."""
+"""How the head finds out soon that a host is gone: after some 3 s, where Ray's own choice is up to
+a minute.
+"""
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where systemd looks for programs for a unit that says nothing of it."""
 _STORE_BYTES = 400 * 2**20
@@ -58,15 +62,25 @@ class Cluster:
     """
 
     def __init__(
-        self, directory: Path, resources: list[dict[str, float]], *, env: Mapping[str, str] | None = None, dashboard: bool = False
+        self,
+        directory: Path,
+        resources: list[dict[str, float]],
+        *,
+        env: Mapping[str, str] | None = None,
+        dashboard: bool = False,
     ) -> None:
         self._token, self._logs = directory / "token", directory / "logs"
         self._token.write_text(secrets.token_hex(32))
         self._token.chmod(0o600)
         self._logs.mkdir()
-        self.env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | dict(env or {})
+        self.env = {
+            key: value for key, value in os.environ.items() if not key.startswith("RAY_")
+        } | dict(env or {})
         self.env |= {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        self.env |= {"PYTHONPATH": f"{ROOT / 'tests/hosts/site'}:{ROOT}", "DISTNADAM_TEST_LOGS": str(self._logs)}
+        self.env |= {
+            "PYTHONPATH": f"{ROOT / 'tests/hosts/site'}:{ROOT}",
+            "DISTNADAM_TEST_LOGS": str(self._logs),
+        }
         self._nodes: dict[int, subprocess.Popen[str]] = {}
         self._programs: list[Program] = []
         self._dashboard = dashboard
@@ -118,7 +132,9 @@ class Cluster:
         return next(host for host in self.hosts if host.address == address)
 
     def restart(self, host: Host) -> None:
-        """Plug a host in, whatever was done to its cable, and start its node anew, whatever is left of the last one."""
+        """Plug a host in, whatever was done to its cable, and start its node anew, whatever is left
+        of the last one.
+        """
         self.struck.discard(host)
         host.kill()
         self._nodes[host.number].communicate()
@@ -133,8 +149,15 @@ class Cluster:
 
     def _settings(self, host: Host) -> str:
         """The host's `ray.env`: ours, with what `cluster.sh` and its administrator fill in."""
-        filled = {"HEAD_ADDRESS": self.hosts[0].address, "NODE_ADDRESS": host.address, "RAY_AUTH_TOKEN_PATH": str(self._token)}
-        filled |= {"OBJECT_STORE_BYTES": str(_STORE_BYTES), "RAY_DASHBOARD": str(self._dashboard).lower()}
+        filled = {
+            "HEAD_ADDRESS": self.hosts[0].address,
+            "NODE_ADDRESS": host.address,
+            "RAY_AUTH_TOKEN_PATH": str(self._token),
+        }
+        filled |= {
+            "OBJECT_STORE_BYTES": str(_STORE_BYTES),
+            "RAY_DASHBOARD": str(self._dashboard).lower(),
+        }
         text = (UNITS / "ray.env").read_text()
         for name, value in filled.items():
             text, times = re.subn(f"^{name}=.*", f"{name}={value}", text, flags=re.M)
@@ -145,10 +168,18 @@ class Cluster:
         head, has = host.number == 1, dict(self._resources[host.number])
         unit = Unit.of_hosts(UNITS / f"distnadam-{'head' if head else 'node'}.service", PROGRAMS)
         given = unit.environment({"/etc/distnadam/ray.env": self._settings(host)})
-        room = [f"--num-cpus={has.pop('CPU', 1):.0f}", f"--resources={json.dumps(has)}"]  # not all that this machine has
+        room = [
+            f"--num-cpus={has.pop('CPU', 1):.0f}",
+            f"--resources={json.dumps(has)}",
+        ]  # not all that this machine has
         command = host.command(*unit.command(given), *room)
         env = self._env(host) | {"PATH": _SYSTEM_PATH} | given | (SOON if head else {})
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        pipes = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
         self._nodes[host.number] = subprocess.Popen(command, env=env, **pipes)  # type: ignore[call-overload]
 
     def _await(self, host: Host) -> None:
@@ -167,9 +198,21 @@ class Cluster:
         return self.env | {"DISTNADAM_TEST_HOST": host.address}
 
     def run(self, host: Host, *command: str, **env: str) -> Program:
-        """Start a program on a host, in the repository's root, that finds set what `run.sh` sets: `ray.env` and the cluster's address."""
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        known = assignments(self._settings(host)) | self._env(host) | {"RAY_ADDRESS": self.address} | env
+        """Start a program on a host, in the repository's root, that finds set what `run.sh` sets:
+        `ray.env` and the cluster's address.
+        """
+        pipes = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+        }
+        known = (
+            assignments(self._settings(host))
+            | self._env(host)
+            | {"RAY_ADDRESS": self.address}
+            | env
+        )
         program = Program(subprocess.Popen(host.command(*command), env=known, cwd=ROOT, **pipes))  # type: ignore[call-overload]
         self._programs.append(program)
         return program
@@ -185,7 +228,11 @@ class Cluster:
             host, _, pid = path.name.rpartition("-")
             for line in path.read_text().splitlines():
                 moment, _, text = line.partition(" ")
-                if re.search(pattern, text) and re.fullmatch(r"\d+\.\d+", moment) and float(moment) >= since:
+                if (
+                    re.search(pattern, text)
+                    and re.fullmatch(r"\d+\.\d+", moment)
+                    and float(moment) >= since
+                ):
                     found.append(Connection(float(moment), host, int(pid), text))
         return sorted(found, key=lambda line: line.time)
 

@@ -9,8 +9,12 @@ from tests.hosts.network import why_not
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """Hosts with the resources that a module's RESOURCES gives them; each test may do to them what it likes."""
+def hosts(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Cluster]:
+    """Hosts with the resources that a module's RESOURCES gives them; each test may do to them what
+    it likes.
+    """
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("hosts"), request.module.RESOURCES) as cluster:

@@ -1,4 +1,5 @@
-"""Holds a network's switch, and ends every process in its namespaces when the network's maker closes standard input, or dies.
+"""Holds a network's switch, and ends every process in its namespaces when the network's maker
+closes standard input, or dies.
 
 Reads one namespace a line.
 """
@@ -14,7 +15,9 @@ def main() -> None:
     os.setsid()  # no Ctrl-C of the maker's terminal ends this before its time
     print("ready", flush=True)
     namespaces = {line.strip() for line in sys.stdin}
-    kill_all(lambda: in_namespaces(namespaces), but="unshare")  # which buries its host's first process and ends
+    kill_all(
+        lambda: in_namespaces(namespaces), but="unshare"
+    )  # which buries its host's first process and ends
 
 
 if __name__ == "__main__":

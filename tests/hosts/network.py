@@ -1,8 +1,10 @@
-"""Hosts on one machine: network namespaces around a switch, each with an address of its own, cut off and shaped as a cable would be.
+"""Hosts on one machine: network namespaces around a switch, each with an address of its own, cut
+off and shaped as a cable would be.
 
-No namespace has a name, so two networks never meet, and the kernel removes each with its last process. A keeper ends those processes when
-the network is closed, or when the process that made it dies, however it does. A host's processes see their host's alone, and its own
-/tmp/ray, where Ray keeps its sockets; all hosts share the other files, /dev/shm and the hostname.
+No namespace has a name, so two networks never meet, and the kernel removes each with its last
+process. A keeper ends those processes when the network is closed, or when the process that made it
+dies, however it does. A host's processes see their host's alone, and its own /tmp/ray, where Ray
+keeps its sockets; all hosts share the other files, /dev/shm and the hostname.
 """
 
 import contextlib
@@ -42,12 +44,20 @@ def why_not() -> str | None:
 def _why_not() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [tool for tool in ("ip", "tc", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
+    missing = [
+        tool for tool in ("ip", "tc", "unshare", "nsenter", "mount") if shutil.which(tool) is None
+    ]
     if missing:
         return f"{', '.join(missing)} not found: install iproute2 and util-linux"
     pair = "ip link add name switch type bridge && ip link add name port type veth peer name cable"
-    done = subprocess.run(["unshare", "--net", "--mount", "sh", "-c", pair], capture_output=True, text=True)
-    return f"this machine makes no network namespaces: {done.stderr.strip()}" if done.returncode else None
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "sh", "-c", pair], capture_output=True, text=True
+    )
+    return (
+        f"this machine makes no network namespaces: {done.stderr.strip()}"
+        if done.returncode
+        else None
+    )
 
 
 def _inside(pid: int, *command: str, whole: bool = False) -> list[str]:
@@ -62,7 +72,8 @@ def _do(command: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """One host: known by the process that holds its namespaces, reached from any process of this machine that may.
+    """One host: known by the process that holds its namespaces, reached from any process of this
+    machine that may.
 
     `port` is its end of the cable at the switch, which `switch` holds.
     """
@@ -82,7 +93,9 @@ class Host:
         return f"port{self.number}"
 
     def command(self, *command: str) -> list[str]:
-        """A command line that runs another on this host, as a child of the process that it becomes."""
+        """A command line that runs another on this host, as a child of the process that it
+        becomes.
+        """
         return _inside(self.holder, *command, whole=True)
 
     # The cable
@@ -104,15 +117,28 @@ class Host:
         _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", "root", "blackhole"))
 
     def shape(self, bits_per_s: float) -> None:
-        """Let no more pass than so many bits per second, in each direction, but at once what was saved up while it was idle: a burst."""
-        tbf = ["root", "tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(BURST_BYTES), "latency", "50ms"]
+        """Let no more pass than so many bits per second, in each direction, but at once what was
+        saved up while it was idle: a burst.
+        """
+        tbf = [
+            "root",
+            "tbf",
+            "rate",
+            f"{bits_per_s:.0f}bit",
+            "burst",
+            str(BURST_BYTES),
+            "latency",
+            "50ms",
+        ]
         _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", *tbf))
         _do(_inside(self.switch, "tc", "qdisc", "replace", "dev", self.port, *tbf))
 
     def unshape(self) -> None:
         """Let everything pass again, as fast as it can."""
         for pid, device in ((self.holder, "eth0"), (self.switch, self.port)):
-            subprocess.run(_inside(pid, "tc", "qdisc", "del", "dev", device, "root"), capture_output=True)
+            subprocess.run(
+                _inside(pid, "tc", "qdisc", "del", "dev", device, "root"), capture_output=True
+            )
 
     def traffic(self) -> tuple[int, int]:
         """Bytes received and sent over the cable so far."""
@@ -126,7 +152,9 @@ class Host:
     # Its processes
 
     def processes(self) -> set[int]:
-        """All processes of this host but those that hold it, by the numbers that they have outside."""
+        """All processes of this host but those that hold it, by the numbers that they have
+        outside.
+        """
         return in_namespaces({namespace(self.holder)}) - {self.holder, parent(self.holder)}
 
     def kill(self) -> None:
@@ -144,14 +172,23 @@ class Network:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         keeper = ["unshare", "--net", sys.executable, "-m", "tests.hosts.keeper"]
-        self._keeper = subprocess.Popen(keeper, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._keeper = subprocess.Popen(
+            keeper, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._keeper.stdout is not None
         self._keeper.stdout.readline()
         self.switch = self._keeper.pid
         self.hosts: list[Host] = []
         self._makers: list[subprocess.Popen[str]] = []
         try:
-            _do(_inside(self.switch, "sh", "-c", "ip link add switch type bridge && ip link set switch up"))
+            _do(
+                _inside(
+                    self.switch,
+                    "sh",
+                    "-c",
+                    "ip link add switch type bridge && ip link set switch up",
+                )
+            )
         except BaseException:
             self.close()
             raise
@@ -164,7 +201,12 @@ class Network:
 
     def add_host(self) -> Host:
         """Plug in one more host."""
-        maker = subprocess.Popen([*_UNSHARE, sys.executable, "-c", _INIT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        maker = subprocess.Popen(
+            [*_UNSHARE, sys.executable, "-c", _INIT],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         self._makers.append(maker)
         assert maker.stdout is not None and self._keeper.stdin is not None
         maker.stdout.readline()
@@ -174,10 +216,18 @@ class Network:
         own = self._directory / f"host{host.number}" / "ray"
         own.mkdir(parents=True)
         os.chmod(own, 0o777)
-        port = f"ip link add {host.port} type veth peer name eth0 netns {holder} && ip link set {host.port} master switch up"
+        port = (
+            f"ip link add {host.port} type veth peer name eth0 netns {holder} && ip link "
+            f"set {host.port} master switch up"
+        )
         _do(_inside(self.switch, "sh", "-c", port))
-        cable = f"ip addr add {host.address}/24 dev eth0 && ip link set eth0 up && ip link set lo up && ip route add default dev eth0"
-        _do(host.command("sh", "-c", f"{cable} && mkdir -p /tmp/ray && mount --bind {own} /tmp/ray"))
+        cable = (
+            f"ip addr add {host.address}/24 dev eth0 && ip link set eth0 up && ip link set "
+            "lo up && ip route add default dev eth0"
+        )
+        _do(
+            host.command("sh", "-c", f"{cable} && mkdir -p /tmp/ray && mount --bind {own} /tmp/ray")
+        )
         self.hosts.append(host)
         return host
 

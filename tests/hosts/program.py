@@ -1,4 +1,6 @@
-"""A program that runs on a host, and the events that it says on its standard output: lines of JSON, among whatever else is printed."""
+"""A program that runs on a host, and the events that it says on its standard output: lines of JSON,
+among whatever else is printed.
+"""
 
 import contextlib
 import json
@@ -46,8 +48,12 @@ class Program:
         assert self._process.stdin is not None
         print(text, file=self._process.stdin, flush=True)
 
-    def first(self, what: str, wanted: Callable[[Any], bool] = lambda value: True, *, also: str = "time") -> Any:
-        """Wait for an event that has these keys, the first with a wanted value, and return it; fail where the program ends before."""
+    def first(
+        self, what: str, wanted: Callable[[Any], bool] = lambda value: True, *, also: str = "time"
+    ) -> Any:
+        """Wait for an event that has these keys, the first with a wanted value, and return it; fail
+        where the program ends before.
+        """
         deadline, looked = time.monotonic() + PATIENCE_S, 0
         with self._more:
             while True:
@@ -57,11 +63,16 @@ class Program:
                 looked = len(self._events)
                 left = deadline - time.monotonic()
                 if self._ended or left <= 0:
-                    raise AssertionError(f"{what!r} was not said {'to the end' if self._ended else 'in time'}:\n{''.join(self._lines)}")
+                    raise AssertionError(
+                        f"{what!r} was not said "
+                        f"{'to the end' if self._ended else 'in time'}:\n{''.join(self._lines)}"
+                    )
                 self._more.wait(left)
 
     def finish(self, patience_s: float = PATIENCE_S) -> str:
-        """Close its standard input, wait for its end, which is to be a good one, and return what it has printed."""
+        """Close its standard input, wait for its end, which is to be a good one, and return what it
+        has printed.
+        """
         self._hang_up()
         try:
             status = self._process.wait(patience_s)

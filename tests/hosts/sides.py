@@ -1,6 +1,8 @@
-"""`python -m tests.hosts.sides JSON`: an optimizer of one shard, whose only worker is on the shard's host: they could go on alone.
+"""`python -m tests.hosts.sides JSON`: an optimizer of one shard, whose only worker is on the
+shard's host: they could go on alone.
 
-It says where they and the supervisor are. Told "take over", it has a worker on its own host, the head, take the rank over.
+It says where they and the supervisor are. Told "take over", it has a worker on its own host, the
+head, take the rank over.
 """
 
 import json
@@ -61,15 +63,24 @@ class Trainer:
 
 
 def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
-    """Build optimizers, since nobody says where Ray puts a supervisor, until it is with the shard, or is not, as was asked."""
+    """Build optimizers, since nobody says where Ray puts a supervisor, until it is with the shard,
+    or is not, as was asked.
+    """
     options = Options(
-        shard_resources={"shard": 1}, shard_timeout_s=8.0, step_timeout_s=60.0, rejoin_timeout_s=60.0, checkpoint_dir=about["directory"]
+        shard_resources={"shard": 1},
+        shard_timeout_s=8.0,
+        step_timeout_s=60.0,
+        rejoin_timeout_s=60.0,
+        checkpoint_dir=about["directory"],
     )
     for _ in range(30):
         how = {"replicas": about["replicas"], "name": f"sides-{time.time_ns()}", "options": options}
         optimizer = DistNadam(backend="ray", **how).build(params())
         backend: Any = optimizer._running().backend
-        nodes = [ray.get(actor.about.remote())["node"].split()[0] for actor in (backend.actors[0], backend._supervisor)]
+        nodes = [
+            ray.get(actor.about.remote())["node"].split()[0]
+            for actor in (backend.actors[0], backend._supervisor)
+        ]
         if (nodes[0] == nodes[1]) == about["together"]:
             return optimizer, nodes[0], nodes[1]
         optimizer.close()

@@ -1,4 +1,5 @@
-"""`python -m tests.hosts.stepping JSON`: one worker on this host steps an optimizer whose shards are elsewhere, and says how long it took.
+"""`python -m tests.hosts.stepping JSON`: one worker on this host steps an optimizer whose shards
+are elsewhere, and says how long it took.
 
 After a few steps that nobody counts it says "warm", and goes on when it is told something.
 """
@@ -22,7 +23,9 @@ def main(about: dict[str, Any]) -> None:
     options = Options(shard_resources={"shard": 1})
     initial = {"w": np.zeros(about["size"], np.float32)}
     with (
-        DistNadam(num_shards=about["num_shards"], backend="ray", options=options).build(initial) as optimizer,
+        DistNadam(num_shards=about["num_shards"], backend="ray", options=options).build(
+            initial
+        ) as optimizer,
         optimizer.worker(0) as worker,
     ):
         gradient = np.random.default_rng(0).standard_normal(about["size"], dtype=np.float32)

@@ -1,4 +1,6 @@
-"""What is trained over hosts beside the digits: a synthetic task, as large and as slow as wanted; and the bits that a run ends with."""
+"""What is trained over hosts beside the digits: a synthetic task, as large and as slow as wanted;
+and the bits that a run ends with.
+"""
 
 import hashlib
 import json
@@ -12,7 +14,8 @@ from distnadam import DistNadam
 
 
 class Synthetic:
-    """Parameters that go towards a target, each rank with noise of its own; no step costs more than a few passes over them.
+    """Parameters that go towards a target, each rank with noise of its own; no step costs more than
+    a few passes over them.
 
     Args:
         size: parameters.
@@ -22,7 +25,9 @@ class Synthetic:
 
     name = "synthetic"
 
-    def __init__(self, size: int, pause_s: float = 0.0, awaits: tuple[int, str] | None = None) -> None:
+    def __init__(
+        self, size: int, pause_s: float = 0.0, awaits: tuple[int, str] | None = None
+    ) -> None:
         self.size, self.pause_s, self.awaits = size, pause_s, awaits
 
     def init(self, seed: int) -> Any:
@@ -31,9 +36,15 @@ class Synthetic:
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
         time.sleep(self.pause_s)
-        while self.awaits is not None and step == self.awaits[0] and not Path(self.awaits[1]).exists():
+        while (
+            self.awaits is not None and step == self.awaits[0] and not Path(self.awaits[1]).exists()
+        ):
             time.sleep(0.01)  # the test's own time limit bounds it
-        noise = np.random.default_rng([self.seed, step, rank, world_size]).standard_normal(1024).astype(np.float32)
+        noise = (
+            np.random.default_rng([self.seed, step, rank, world_size])
+            .standard_normal(1024)
+            .astype(np.float32)
+        )
         return np.resize(noise, self.size)
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
@@ -45,7 +56,9 @@ class Synthetic:
 
 
 def digest(directory: str | Path) -> dict[str, str]:
-    """The bits of the newest checkpoint: of the parameters, and of everything that `get_weights` gives."""
+    """The bits of the newest checkpoint: of the parameters, and of everything that `get_weights`
+    gives.
+    """
     with DistNadam.restore(directory, num_shards=1, backend="local") as optimizer:
         return digest_of(optimizer)
 
@@ -53,7 +66,11 @@ def digest(directory: str | Path) -> dict[str, str]:
 def digest_of(optimizer: DistNadam) -> dict[str, str]:
     """The bits that an optimizer holds."""
     weights, params = optimizer.get_weights(), optimizer.get_params()
-    leaves = list(params.values()) if isinstance(params, dict) else [layer[key] for layer in params for key in sorted(layer)]
+    leaves = (
+        list(params.values())
+        if isinstance(params, dict)
+        else [layer[key] for layer in params for key in sorted(layer)]
+    )
     return {"params": _hash(leaves), "weights": _hash(weights), "iterations": str(int(weights[0]))}
 
 

@@ -1,4 +1,6 @@
-"""Faults of every kind that a network has, at random moments, on hosts that train: no bit differs, and every push counts once."""
+"""Faults of every kind that a network has, at random moments, on hosts that train: no bit differs,
+and every push counts once.
+"""
 
 from pathlib import Path
 
@@ -13,7 +15,9 @@ RESOURCES = chaos.RESOURCES
 SEED = 6
 
 
-def test_a_handful_of_faults_of_the_network_change_no_bit(hosts: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_handful_of_faults_of_the_network_change_no_bit(
+    hosts: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = chaos.play(6, SEED, hosts, tmp_path)
     with capsys.disabled():
         print(f"\n{report}")

@@ -1,4 +1,6 @@
-"""What somebody hears who listens at a host's cable while others train over it: gradients, unless Ray's TLS is on."""
+"""What somebody hears who listens at a host's cable while others train over it: gradients, unless
+Ray's TLS is on.
+"""
 
 import json
 from pathlib import Path
@@ -30,15 +32,21 @@ while sys.stdin not in (ready := select.select([ear, sys.stdin], [], [])[0]) or 
     packets.append(ear.recv(1 << 17))
 say(heard=sum(map(len, packets)), marks=sum(any(mark in packet for packet in packets) for mark in marks))
 """
-"""Keeps what passes until it is told something, then says how many bytes that were, and how many pieces of the gradient were in them."""
+"""Keeps what passes until it is told something, then says how many bytes that were, and how many
+pieces of the gradient were in them.
+"""
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_gradients_can_be_read_at_the_cable_unless_rays_tls_is_on(tls: bool, tmp_path: Path) -> None:
+def test_gradients_can_be_read_at_the_cable_unless_rays_tls_is_on(
+    tls: bool, tmp_path: Path
+) -> None:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     (tmp_path / "keys").mkdir()
-    with Cluster(tmp_path, RESOURCES, env=certificates(tmp_path / "keys") if tls else {}) as cluster:
+    with Cluster(
+        tmp_path, RESOURCES, env=certificates(tmp_path / "keys") if tls else {}
+    ) as cluster:
         listener = cluster.python(cluster.hosts[1], "-c", LISTEN, SIZE)
         listener.first("listening")
         about = {"size": SIZE, "num_shards": 1, "steps": 3}

@@ -20,13 +20,17 @@ TRAINS = importlib.util.find_spec("pyarrow") is not None
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("hosts"), [{"CPU": 2}] * 3, dashboard=TAKES_JOBS) as cluster:
+    with Cluster(
+        tmp_path_factory.mktemp("hosts"), [{"CPU": 2}] * 3, dashboard=TAKES_JOBS
+    ) as cluster:
         yield cluster
 
 
 def ends(said: str, before: str) -> list[str]:
     """The different values in the list that follows some words, whatever Ray says beside them."""
-    return [value for value in said.partition(f"{before}[")[2].partition("]")[0].split(",") if value]
+    return [
+        value for value in said.partition(f"{before}[")[2].partition("]")[0].split(",") if value
+    ]
 
 
 def test_from_ray_tasks(cluster: Cluster) -> None:
@@ -40,21 +44,41 @@ def test_from_ray_actors(cluster: Cluster) -> None:
 
 
 def test_from_plain_processes_that_know_an_address_and_a_name(cluster: Cluster) -> None:
-    assert "shared is running" in cluster.python(cluster.hosts[0], EXAMPLES / "plain.py", "build", "shared").finish()
-    programs = [cluster.python(host, EXAMPLES / "plain.py", "train", "shared", rank) for rank, host in enumerate(cluster.hosts[1:])]
+    assert (
+        "shared is running"
+        in cluster.python(cluster.hosts[0], EXAMPLES / "plain.py", "build", "shared").finish()
+    )
+    programs = [
+        cluster.python(host, EXAMPLES / "plain.py", "train", "shared", rank)
+        for rank, host in enumerate(cluster.hosts[1:])
+    ]
     ends = [program.finish().splitlines()[-1] for program in programs]
     assert [end.split(" ends with ")[0] for end in ends] == ["rank 0", "rank 1"]
     assert ends[0].split(" ends with ")[1] == ends[1].split(" ends with ")[1]
     assert ends[0].endswith("after 50 rounds")
 
 
-@pytest.mark.skipif(not TAKES_JOBS, reason="ray job submit needs ray[default], of the extra interop")
+@pytest.mark.skipif(
+    not TAKES_JOBS, reason="ray job submit needs ray[default], of the extra interop"
+)
 def test_from_a_job(cluster: Cluster, tmp_path: Path) -> None:
-    submit = [RAY, "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", str(EXAMPLES)]
-    said = cluster.run(cluster.hosts[0], *submit, "--", "python", "job.py", str(tmp_path / "run")).finish()
+    submit = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        "http://127.0.0.1:8265",
+        "--working-dir",
+        str(EXAMPLES),
+    ]
+    said = cluster.run(
+        cluster.hosts[0], *submit, "--", "python", "job.py", str(tmp_path / "run")
+    ).finish()
     assert "y = 3.00 x + 1.00" in said
     assert "succeeded" in said
-    again = cluster.run(cluster.hosts[0], *submit, "--", "python", "job.py", str(tmp_path / "run")).finish()
+    again = cluster.run(
+        cluster.hosts[0], *submit, "--", "python", "job.py", str(tmp_path / "run")
+    ).finish()
     assert "resuming from" in again
 
 

@@ -1,4 +1,6 @@
-"""A host joins while training goes on, and `reshard`, asked for by a process there that knows only a name, puts a shard on it."""
+"""A host joins while training goes on, and `reshard`, asked for by a process there that knows only
+a name, puts a shard on it.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,9 @@ from tests.hosts.train import train_in_one_process
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 2}, {"CPU": 2, "shard": 2}]
-"""Of four places for shards two are taken: of three new shards, made beside the old ones, the new host gets at least one."""
+"""Of four places for shards two are taken: of three new shards, made beside the old ones, the new
+host gets at least one.
+"""
 RESHARD = """
 import json
 from distnadam import DistNadam
@@ -26,11 +30,25 @@ say(before=before, after=hosts_of(optimizer._running().backend))
 """
 
 
-def test_a_host_that_joins_while_training_goes_on_gets_a_shard(hosts: Cluster, tmp_path: Path) -> None:
-    about = {"steps": 400, "size": 20_000, "pause_s": 0.01, "num_workers": 3, "num_shards": 2, "name": "growing"}
+def test_a_host_that_joins_while_training_goes_on_gets_a_shard(
+    hosts: Cluster, tmp_path: Path
+) -> None:
+    about = {
+        "steps": 400,
+        "size": 20_000,
+        "pause_s": 0.01,
+        "num_workers": 3,
+        "num_shards": 2,
+        "name": "growing",
+    }
     resharded = tmp_path / "resharded"
-    about |= {"awaits": (300, str(resharded))}  # however slow the machine, these steps are made with the new shards
-    about |= {"directory": str(tmp_path / "hosts"), "options": {"shard_resources": {"shard": 1}, "worker_cpus": 0.5}}
+    about |= {
+        "awaits": (300, str(resharded))
+    }  # however slow the machine, these steps are made with the new shards
+    about |= {
+        "directory": str(tmp_path / "hosts"),
+        "options": {"shard_resources": {"shard": 1}, "worker_cpus": 0.5},
+    }
     program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.train", json.dumps(about))
     program.first("step")
     (new,) = hosts.add({"CPU": 2, "shard": 2})
@@ -43,4 +61,6 @@ def test_a_host_that_joins_while_training_goes_on_gets_a_shard(hosts: Cluster, t
     program.finish()
     reach_the_third = {line.text.split(":")[0] for line in hosts.logged(r"^worker .*2\]")}
     assert reach_the_third == {"worker 0", "worker 1", "worker 2"}
-    assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", about | {"name": None})
+    assert digest(tmp_path / "hosts") == train_in_one_process(
+        tmp_path / "alone", about | {"name": None}
+    )

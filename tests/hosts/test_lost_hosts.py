@@ -1,4 +1,6 @@
-"""A host is lost in the middle of `fit`, cut off for good or killed with all its processes: the same bits at the end."""
+"""A host is lost in the middle of `fit`, cut off for good or killed with all its processes: the
+same bits at the end.
+"""
 
 import json
 import time
@@ -16,15 +18,28 @@ from tests.hosts.train import train_in_one_process
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 8}, {"CPU": 2, "shard": 8}]
-"""Shards keep off the head, so that any other host that is lost takes some along; there is room for all on the one that stays."""
+"""Shards keep off the head, so that any other host that is lost takes some along; there is room for
+all on the one that stays.
+"""
 SEED = 6
 OPTIONS = {"shard_resources": {"shard": 1}, "worker_cpus": 0.5, "shard_timeout_s": 8.0}
 
 
 def begin(hosts: Cluster, replicas: int, directory: Path) -> tuple[dict[str, Any], Program]:
     """Have the head begin to train, and wait until every shard has its standby."""
-    about = {"steps": 300, "size": 20_000, "pause_s": 0.01, "num_workers": 3, "num_shards": 3, "save_every": 40, "replicas": replicas}
-    about |= {"directory": str(directory / "hosts"), "options": OPTIONS | {"checkpoint_dir": str(directory / "hosts")}}
+    about = {
+        "steps": 300,
+        "size": 20_000,
+        "pause_s": 0.01,
+        "num_workers": 3,
+        "num_shards": 3,
+        "save_every": 40,
+        "replicas": replicas,
+    }
+    about |= {
+        "directory": str(directory / "hosts"),
+        "options": OPTIONS | {"checkpoint_dir": str(directory / "hosts")},
+    }
     program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.train", json.dumps(about))
     if replicas:
         program.first("standbys", lambda count: count == 3)
@@ -33,13 +48,17 @@ def begin(hosts: Cluster, replicas: int, directory: Path) -> tuple[dict[str, Any
 
 @pytest.mark.parametrize("replicas", [0, 1])
 @pytest.mark.parametrize("how", ["cut", "kill"])
-def test_a_run_that_loses_a_host_ends_with_the_bits_of_one_process(how: str, replicas: int, whole_hosts: Cluster, tmp_path: Path) -> None:
+def test_a_run_that_loses_a_host_ends_with_the_bits_of_one_process(
+    how: str, replicas: int, whole_hosts: Cluster, tmp_path: Path
+) -> None:
     hosts, rng = whole_hosts, np.random.default_rng([SEED, replicas, len(how)])
     about, program = begin(hosts, replicas, tmp_path)
     shards = program.first("shards")["shards"]
     moment = rng.integers(50, 150)
     program.first("step", lambda step: step >= moment)
-    time.sleep(rng.uniform(0, 0.3))  # told of several steps at a time, it is struck in the middle of any
+    time.sleep(
+        rng.uniform(0, 0.3)
+    )  # told of several steps at a time, it is struck in the middle of any
     victim = hosts.host_at(shards[int(rng.integers(len(shards)))])
     struck = hosts.kill(victim, how)
     program.first("done")
@@ -51,11 +70,15 @@ def test_a_run_that_loses_a_host_ends_with_the_bits_of_one_process(how: str, rep
     assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", about)
 
 
-def test_cables_that_are_out_for_moments_change_no_bit(whole_hosts: Cluster, tmp_path: Path) -> None:
+def test_cables_that_are_out_for_moments_change_no_bit(
+    whole_hosts: Cluster, tmp_path: Path
+) -> None:
     """Shorter than anyone counts as lost, the head's cable among them, and one way only."""
     hosts, rng = whole_hosts, np.random.default_rng(SEED)
     about, program = begin(hosts, 1, tmp_path)
-    for number, (host, how) in enumerate(zip(hosts.hosts, ("cut", "silence", "deafen"), strict=True)):
+    for number, (host, how) in enumerate(
+        zip(hosts.hosts, ("cut", "silence", "deafen"), strict=True)
+    ):
         program.first("step", lambda step, least=60 * (number + 1): step >= least)
         time.sleep(rng.uniform(0, 0.3))
         hosts.kill(host, how)

@@ -1,4 +1,6 @@
-"""Three hosts train as one process does, to the bit: lanes within a host, Ray objects between hosts, both in each step."""
+"""Three hosts train as one process does, to the bit: lanes within a host, Ray objects between
+hosts, both in each step.
+"""
 
 import json
 import subprocess
@@ -17,19 +19,30 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 RESOURCES = [{"CPU": 1, "shard": 1}] * 3
 """Room for one worker and one shard on each host."""
-ONE_EACH = {"num_workers": 3, "num_shards": 3, "options": {"worker_cpus": 1, "shard_resources": {"shard": 1}}}
+ONE_EACH = {
+    "num_workers": 3,
+    "num_shards": 3,
+    "options": {"worker_cpus": 1, "shard_resources": {"shard": 1}},
+}
 
 
 def train_on(cluster: Cluster, directory: Path, about: dict[str, Any]) -> list[str]:
     """Train over the hosts, the driver on the head; return the shards' hosts."""
-    program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.train", json.dumps({**about, "directory": str(directory)}))
+    program = cluster.python(
+        cluster.hosts[0],
+        "-m",
+        "tests.hosts.train",
+        json.dumps({**about, "directory": str(directory)}),
+    )
     shards: list[str] = program.first("shards")["shards"]
     program.first("done")
     program.finish()
     return shards
 
 
-@pytest.mark.parametrize("task", [{"steps": 60}, {"steps": 5, "size": 10**7}], ids=["digits", "ten million parameters"])
+@pytest.mark.parametrize(
+    "task", [{"steps": 60}, {"steps": 5, "size": 10**7}], ids=["digits", "ten million parameters"]
+)
 def test_hosts_train_to_the_bits_of_one_process_by_lanes_within_a_host_and_objects_between(
     task: dict[str, Any], hosts: Cluster, tmp_path: Path
 ) -> None:
@@ -41,24 +54,34 @@ def test_hosts_train_to_the_bits_of_one_process_by_lanes_within_a_host_and_objec
     for rank_host, text in told.items():
         here = [index for index, host in enumerate(shards) if host == rank_host]
         others = [index for index, host in enumerate(shards) if host != rank_host]
-        assert text.endswith(f"shards {here} by shared memory (same node), shards {others} by Ray objects"), text
+        assert text.endswith(
+            f"shards {here} by shared memory (same node), shards {others} by Ray objects"
+        ), text
     assert sorted(told) == sorted(shards), "a worker on each host"
     assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", task | ONE_EACH)
 
 
 def certificates(directory: Path) -> dict[str, str]:
-    """Make an authority and one certificate for all hosts; return the environment that has Ray use them."""
+    """Make an authority and one certificate for all hosts; return the environment that has Ray use
+    them.
+    """
     ca, server = directory / "ca", directory / "server"
     names = ",".join([f"IP:10.77.0.{number}" for number in range(1, 5)] + ["IP:127.0.0.1"])
     (directory / "names").write_text(f"subjectAltName={names}\n")
     make = [
-        f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout {ca}.key -out {ca}.crt",
+        f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout {ca}.key -out "
+        f"{ca}.crt",
         f"req -newkey rsa:2048 -nodes -subj /CN=host -keyout {server}.key -out {server}.csr",
-        f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 -extfile {directory}/names -out {server}.crt",
+        f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 -extfile "
+        f"{directory}/names -out {server}.crt",
     ]
     for command in make:
         subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
-    files = {"RAY_TLS_SERVER_CERT": f"{server}.crt", "RAY_TLS_SERVER_KEY": f"{server}.key", "RAY_TLS_CA_CERT": f"{ca}.crt"}
+    files = {
+        "RAY_TLS_SERVER_CERT": f"{server}.crt",
+        "RAY_TLS_SERVER_KEY": f"{server}.key",
+        "RAY_TLS_CA_CERT": f"{ca}.crt",
+    }
     return {"RAY_USE_TLS": "1", **files}
 
 
@@ -70,6 +93,14 @@ def test_hosts_with_certificates_train_to_the_same_bits(tmp_path: Path) -> None:
     with Cluster(tmp_path, RESOURCES, env=env) as cluster:
         train_on(cluster, tmp_path / "hosts", {"steps": 30} | ONE_EACH)
         other = cluster.hosts[1]
-        ask = f"openssl s_client -connect {cluster.address} -CAfile {env['RAY_TLS_CA_CERT']} -verify_return_error -brief"
-        assert "Verification: OK" in cluster.run(other, "sh", "-c", f"{ask} < /dev/null || true").finish()
-    assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", {"steps": 30} | ONE_EACH)
+        ask = (
+            f"openssl s_client -connect {cluster.address} -CAfile {env['RAY_TLS_CA_CERT']} "
+            "-verify_return_error -brief"
+        )
+        assert (
+            "Verification: OK"
+            in cluster.run(other, "sh", "-c", f"{ask} < /dev/null || true").finish()
+        )
+    assert digest(tmp_path / "hosts") == train_in_one_process(
+        tmp_path / "alone", {"steps": 30} | ONE_EACH
+    )

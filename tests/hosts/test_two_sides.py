@@ -1,6 +1,8 @@
-"""A host with a shard and all its workers is cut off, and comes back when the others have gone on: the two sides never both go on.
+"""A host with a shard and all its workers is cut off, and comes back when the others have gone on:
+the two sides never both go on.
 
-Everything that training needs is on the side that is cut off, the supervisor too where that is asked; the other has Ray's head.
+Everything that training needs is on the side that is cut off, the supervisor too where that is
+asked; the other has Ray's head.
 """
 
 import json
@@ -46,8 +48,18 @@ def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_r
     how: str, replicas: int, together: bool, whole_hosts: Cluster, tmp_path: Path
 ) -> None:
     hosts, diaries = whole_hosts, [tmp_path / "first", tmp_path / "second"]
-    about = {"replicas": replicas, "together": together, "directory": str(tmp_path / "checkpoints"), "rounds": ROUNDS}
-    program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.sides", json.dumps(about | {"diaries": [str(diary) for diary in diaries]}))
+    about = {
+        "replicas": replicas,
+        "together": together,
+        "directory": str(tmp_path / "checkpoints"),
+        "rounds": ROUNDS,
+    }
+    program = hosts.python(
+        hosts.hosts[0],
+        "-m",
+        "tests.hosts.sides",
+        json.dumps(about | {"diaries": [str(diary) for diary in diaries]}),
+    )
     victim = hosts.host_at(program.first("shard")["shard"])
     wait_for(lambda: len(rounds(diaries[0])) >= 20)
     hosts.kill(victim, how)
@@ -60,11 +72,16 @@ def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_r
     program.finish()
     assert rounds(diaries[0])[-1][0] < rounds(diaries[1])[0][0], "both sides went on"
     ended = [what for _, what in entries(diaries[0]) if what.startswith("ended")]
-    refused = (["ended by SupersededWorker"], ["ended by LifecycleError"])  # the latter where the run has ended before it asks
+    refused = (
+        ["ended by SupersededWorker"],
+        ["ended by LifecycleError"],
+    )  # the latter where the run has ended before it asks
     assert ended in ([], *refused), "it ends with its host's Ray, or is refused by name"
     if replicas:
         told_of, goes_on_at = rounds(diaries[0])[-1][1], rounds(diaries[1])[0][1]
-        assert goes_on_at in (told_of + 1, told_of + 2), "every round that was told of counts; one that only the standby has may"
+        assert goes_on_at in (told_of + 1, told_of + 2), (
+            "every round that was told of counts; one that only the standby has may"
+        )
     with DistNadam(backend="local").build(params()) as alone, alone.worker(0) as worker:
         tree = worker.pull()
         for step in range(ROUNDS):

@@ -1,4 +1,6 @@
-"""Hosts are what the units of deploy/hosts make of them: a changed unit starts another node, and what it starts finds our commands."""
+"""Hosts are what the units of deploy/hosts make of them: a changed unit starts another node, and
+what it starts finds our commands.
+"""
 
 import shutil
 from pathlib import Path
@@ -22,7 +24,9 @@ say(address=node["NodeManagerAddress"], found=ray.get([find.remote(name) for nam
 """
 
 
-def test_a_changed_unit_starts_another_node_and_ours_finds_our_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_unit_starts_another_node_and_ours_finds_our_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     shutil.copytree(cluster.UNITS, tmp_path / "units", ignore=shutil.ignore_patterns("token"))

@@ -1,4 +1,6 @@
-"""`python -m tests.hosts.train JSON` calls `fit` over the hosts, or with "backend": "local" in its own process, and says what happens."""
+"""`python -m tests.hosts.train JSON` calls `fit` over the hosts, or with "backend": "local" in its
+own process, and says what happens.
+"""
 
 import gc
 import json
@@ -60,19 +62,53 @@ def hosts_of(backend: Any) -> list[str]:
 
 
 def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, str]:
-    """Have another process train as asked by the local backend, on one shard; return the bits that it ends with."""
-    alone = {**about, "directory": str(directory), "num_shards": 1, "options": {}, "backend": "local"}
+    """Have another process train as asked by the local backend, on one shard; return the bits that
+    it ends with.
+    """
+    alone = {
+        **about,
+        "directory": str(directory),
+        "num_shards": 1,
+        "options": {},
+        "backend": "local",
+    }
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "tests.hosts.train", json.dumps(alone)], cwd=_ROOT, env=env, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "tests.hosts.train", json.dumps(alone)],
+        cwd=_ROOT,
+        env=env,
+        check=True,
+        capture_output=True,
+    )
     return digest(directory)
 
 
 def main(about: dict[str, Any]) -> None:
     """Train as asked."""
-    task = Synthetic(about["size"], about.get("pause_s", 0.0), about.get("awaits")) if "size" in about else Digits()
-    optimizer = DistNadam(name=about.get("name"), clipnorm=about.get("clipnorm"), options=Options(**about.get("options", {})))
-    how = {key: about[key] for key in ("num_workers", "num_shards", "replicas", "save_every", "backend") if key in about}
-    fit(task, steps=about["steps"], checkpoint_dir=about["directory"], optimizer=optimizer, verbose=False, callbacks=[Say()], **how)
+    task = (
+        Synthetic(about["size"], about.get("pause_s", 0.0), about.get("awaits"))
+        if "size" in about
+        else Digits()
+    )
+    optimizer = DistNadam(
+        name=about.get("name"),
+        clipnorm=about.get("clipnorm"),
+        options=Options(**about.get("options", {})),
+    )
+    how = {
+        key: about[key]
+        for key in ("num_workers", "num_shards", "replicas", "save_every", "backend")
+        if key in about
+    }
+    fit(
+        task,
+        steps=about["steps"],
+        checkpoint_dir=about["directory"],
+        optimizer=optimizer,
+        verbose=False,
+        callbacks=[Say()],
+        **how,
+    )
     say(done=True)
 
 

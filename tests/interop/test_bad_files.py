@@ -1,4 +1,6 @@
-"""Files that are not what they should be: each is a CheckpointError naming the file, the tensor, the expected and the given."""
+"""Files that are not what they should be: each is a CheckpointError naming the file, the tensor,
+the expected and the given.
+"""
 
 import io
 import os
@@ -21,7 +23,9 @@ Arrays = dict[str, np.ndarray]
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    with DistNadam(schedule_decay=1000.0, backend="local").build({"b": np.ones(2, np.float32), "w": np.ones((2, 3), np.float32)}) as made:
+    with DistNadam(schedule_decay=1000.0, backend="local").build(
+        {"b": np.ones(2, np.float32), "w": np.ones((2, 3), np.float32)}
+    ) as made:
         made.apply_gradients({"b": np.ones(2, np.float32), "w": np.ones((2, 3), np.float32)})
         return Path(made.save(tmp_path / "a"))
 
@@ -53,45 +57,125 @@ def put(key: str, index: Any, value: float) -> Callable[[Arrays], object]:
 
 
 def about(text: str) -> Callable[[Arrays], object]:
-    return lambda entries: entries.update({"about": np.array(text.replace("{", '{"is": "distnadam interop", ', 1))})
+    return lambda entries: entries.update(
+        {"about": np.array(text.replace("{", '{"is": "distnadam interop", ', 1))}
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "change", "told"),
     [
-        ("numpy", put("v/w", (1, 2), np.nan), r"v of 'w': expected finite float32 values, got nan at index \(1, 2\)"),
-        ("numpy", put("v/b", 1, -1e-9), r"v of 'b': a second moment must be at least 0, got -9\.99\S+ at index \(1,\)"),
+        (
+            "numpy",
+            put("v/w", (1, 2), np.nan),
+            r"v of 'w': expected finite float32 values, got nan at index \(1, 2\)",
+        ),
+        (
+            "numpy",
+            put("v/b", 1, -1e-9),
+            r"v of 'b': a second moment must be at least 0, got -9\.99\S+ at index \(1,\)",
+        ),
         ("numpy", put("params/b", 0, np.inf), "params of 'b': expected finite"),
         ("numpy", lambda e: e.pop("m/w"), "m: tensor 'w' is missing; expected 2 tensors, got 1"),
         ("numpy", lambda e: e.update({"m/x": np.ones(1)}), "m: 'x' is not a tensor of the model"),
-        ("numpy", lambda e: e.update({"other": np.ones(1)}), "expected entries under params, m, v, got 1 others"),
-        ("numpy", lambda e: e.update({"m/w": np.ones((3, 2))}), r"m of 'w': expected shape \(2, 3\), got shape \(3, 2\)"),
-        ("numpy", lambda e: e.update({"m/b": np.array(["x", "y"])}), "m of 'b': expected floating-point numbers"),
+        (
+            "numpy",
+            lambda e: e.update({"other": np.ones(1)}),
+            "expected entries under params, m, v, got 1 others",
+        ),
+        (
+            "numpy",
+            lambda e: e.update({"m/w": np.ones((3, 2))}),
+            r"m of 'w': expected shape \(2, 3\), got shape \(3, 2\)",
+        ),
+        (
+            "numpy",
+            lambda e: e.update({"m/b": np.array(["x", "y"])}),
+            "m of 'b': expected floating-point numbers",
+        ),
         ("numpy", lambda e: e.pop("iterations"), "step: expected one finite number"),
-        ("numpy", lambda e: e.update({"iterations": np.array(-1)}), "step: expected a whole number of at least 0, got -1"),
-        ("numpy", lambda e: e.update({"iterations": np.array([1, 2])}), r"step: expected one finite number, got shape \(2,\)"),
-        ("numpy", lambda e: e.update({"m_schedule": np.array(1.5)}), r"m_schedule: expected a product .* got 1\.5"),
-        ("numpy", lambda e: e.update({"about": np.array("{}")}), "its description is not one that distnadam wrote"),
-        ("numpy", lambda e: e.update({"about": np.array("[" * 9999)}), "its description cannot be read as JSON"),
+        (
+            "numpy",
+            lambda e: e.update({"iterations": np.array(-1)}),
+            "step: expected a whole number of at least 0, got -1",
+        ),
+        (
+            "numpy",
+            lambda e: e.update({"iterations": np.array([1, 2])}),
+            r"step: expected one finite number, got shape \(2,\)",
+        ),
+        (
+            "numpy",
+            lambda e: e.update({"m_schedule": np.array(1.5)}),
+            r"m_schedule: expected a product .* got 1\.5",
+        ),
+        (
+            "numpy",
+            lambda e: e.update({"about": np.array("{}")}),
+            "its description is not one that distnadam wrote",
+        ),
+        (
+            "numpy",
+            lambda e: e.update({"about": np.array("[" * 9999)}),
+            "its description cannot be read as JSON",
+        ),
         ("numpy", lambda e: e.update({"about": np.array(3)}), "entry 'about': expected one string"),
         ("numpy", about('{"kind": "state", "config": 3}'), "its config: expected a map, got int"),
-        ("numpy", about('{"kind": "state", "config": {"beta_1": 2}}'), r"hyper-parameters are refused: beta_1 must be in \[0, 1\), got 2"),
-        ("numpy", about('{"kind": "state", "config": {"momentum": 2}}'), "hyper-parameters are refused: .*'momentum'"),
-        ("numpy", about('{"kind": "state", "layout": {"tensors": [["w", [2], "float32", 0, 3]]}}'), "its layout is refused"),
-        ("numpy", about('{"kind": "state", "layout": {"tensors": 7, "tree": 0}}'), "its layout is refused"),
-        ("keras", about('{"kind": "keras", "config": [3]}'), "its config: expected a map, got list"),
-        ("keras", lambda e: e.pop("optimizer/00005"), "expected iterations, m_schedule and 4 slots, got 5 arrays"),
-        ("keras", lambda e: e.pop("optimizer/00000"), "expected entries params/<path> and optimizer/00000 and on"),
+        (
+            "numpy",
+            about('{"kind": "state", "config": {"beta_1": 2}}'),
+            r"hyper-parameters are refused: beta_1 must be in \[0, 1\), got 2",
+        ),
+        (
+            "numpy",
+            about('{"kind": "state", "config": {"momentum": 2}}'),
+            "hyper-parameters are refused: .*'momentum'",
+        ),
+        (
+            "numpy",
+            about('{"kind": "state", "layout": {"tensors": [["w", [2], "float32", 0, 3]]}}'),
+            "its layout is refused",
+        ),
+        (
+            "numpy",
+            about('{"kind": "state", "layout": {"tensors": 7, "tree": 0}}'),
+            "its layout is refused",
+        ),
+        (
+            "keras",
+            about('{"kind": "keras", "config": [3]}'),
+            "its config: expected a map, got list",
+        ),
+        (
+            "keras",
+            lambda e: e.pop("optimizer/00005"),
+            "expected iterations, m_schedule and 4 slots, got 5 arrays",
+        ),
+        (
+            "keras",
+            lambda e: e.pop("optimizer/00000"),
+            "expected entries params/<path> and optimizer/00000 and on",
+        ),
         ("keras", lambda e: e.pop("about"), "holds no configuration; give config"),
         ("keras", put("optimizer/00004", 0, np.nan), "v of 'b': expected finite"),
-        ("keras3", lambda e: e.pop("optimizer/00006"), "m_schedule: expected one finite number, got shape"),
-        ("keras3", lambda e: [e.pop(f"optimizer/0000{i}") for i in (5, 6)], "expected iteration, learning_rate, 4 slots and u_product"),
+        (
+            "keras3",
+            lambda e: e.pop("optimizer/00006"),
+            "m_schedule: expected one finite number, got shape",
+        ),
+        (
+            "keras3",
+            lambda e: [e.pop(f"optimizer/0000{i}") for i in (5, 6)],
+            "expected iteration, learning_rate, 4 slots and u_product",
+        ),
         ("optax", lambda e: e.pop("count"), "expected entries params/, mu/, nu/ and count"),
         ("optax", lambda e: e.pop("nu/b"), "v: tensor 'b' is missing"),
         ("optax", lambda e: e.pop("about"), "holds no configuration"),
     ],
 )
-def test_an_entry_that_is_wrong_is_named(checkpoint: Path, name: Format, change: Callable[[Arrays], object], told: str) -> None:
+def test_an_entry_that_is_wrong_is_named(
+    checkpoint: Path, name: Format, change: Callable[[Arrays], object], told: str
+) -> None:
     refused(changed(checkpoint, name, change), name, told)
 
 
@@ -103,7 +187,9 @@ def test_a_file_of_another_kind_is_told(checkpoint: Path, name: Format) -> None:
 
 
 @pytest.mark.parametrize("name", ["keras", "optax", "numpy"])
-def test_a_truncated_npz_and_noise_are_refused_at_every_length(checkpoint: Path, name: Format) -> None:
+def test_a_truncated_npz_and_noise_are_refused_at_every_length(
+    checkpoint: Path, name: Format
+) -> None:
     path = checkpoint.parent / "file"
     export_checkpoint(checkpoint, path, to=name, lossy=True)
     whole = path.read_bytes()
@@ -125,10 +211,14 @@ def test_a_flipped_bit_in_an_npz_is_refused(checkpoint: Path) -> None:
 
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
     np.savez(tmp_path / "file.npz", w=np.array([{"a": 1}], object))
-    refused(tmp_path / "file.npz", "numpy", "entry 'w' cannot be read: it holds pickled Python objects")
+    refused(
+        tmp_path / "file.npz", "numpy", "entry 'w' cannot be read: it holds pickled Python objects"
+    )
 
 
-def entry(path: Path, data: bytes, *, compression: int = zipfile.ZIP_STORED, name: str = "w.npy") -> Path:
+def entry(
+    path: Path, data: bytes, *, compression: int = zipfile.ZIP_STORED, name: str = "w.npy"
+) -> Path:
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr(name, data)
     return path
@@ -136,7 +226,9 @@ def entry(path: Path, data: bytes, *, compression: int = zipfile.ZIP_STORED, nam
 
 def header(shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<f4", "fortran_order": False, "shape": shape}
+    )
     return buffer.getvalue()
 
 
@@ -156,26 +248,50 @@ def test_a_header_that_lies_costs_no_memory(data: bytes, told: str, tmp_path: Pa
 
 
 def test_an_entry_that_grows_beyond_what_deflate_can_is_refused(tmp_path: Path) -> None:
-    path = entry(tmp_path / "file", header((1 << 20,)) + b"\0" * (4 << 20), compression=zipfile.ZIP_BZIP2)
+    path = entry(
+        tmp_path / "file", header((1 << 20,)) + b"\0" * (4 << 20), compression=zipfile.ZIP_BZIP2
+    )
     refused(path, "numpy", "claims .* bytes from")
 
 
 def test_an_entry_that_is_no_array_is_refused(tmp_path: Path) -> None:
-    refused(entry(tmp_path / "file", b"x", name="../w.txt"), "numpy", r"entry '\.\./w\.txt': expected one \.npy array")
+    refused(
+        entry(tmp_path / "file", b"x", name="../w.txt"),
+        "numpy",
+        r"entry '\.\./w\.txt': expected one \.npy array",
+    )
 
 
 def test_safetensors_that_are_none_or_lie_are_refused(checkpoint: Path) -> None:
     path = checkpoint.parent / "file"
     export_checkpoint(checkpoint, path, to="safetensors")
     whole = path.read_bytes()
-    for data in (whole[:-1], whole[:50], b"", os.urandom(100), (1 << 60).to_bytes(8, "little") + whole[8:]):
+    for data in (
+        whole[:-1],
+        whole[:50],
+        b"",
+        os.urandom(100),
+        (1 << 60).to_bytes(8, "little") + whole[8:],
+    ):
         path.write_bytes(data)
         refused(path, "safetensors", "cannot be read as safetensors")
     save_file({"w": np.arange(3)}, path)
-    refused(path, "safetensors", "params: 'w': expected dtype float16, bfloat16, float32, float64, got int64")
-    save_file({"params/w": np.ones(3, np.float32)}, path, metadata={"about": '{"is": "distnadam interop", "kind": "state", "clock": 3}'})
+    refused(
+        path,
+        "safetensors",
+        "params: 'w': expected dtype float16, bfloat16, float32, float64, got int64",
+    )
+    save_file(
+        {"params/w": np.ones(3, np.float32)},
+        path,
+        metadata={"about": '{"is": "distnadam interop", "kind": "state", "clock": 3}'},
+    )
     refused(path, "safetensors", "its clock must be two numbers, got '3'")
-    save_file({"params/w": np.ones(3)}, path, metadata={"about": '{"is": "distnadam interop", "kind": "state", "clock": [0, 1]}'})
+    save_file(
+        {"params/w": np.ones(3)},
+        path,
+        metadata={"about": '{"is": "distnadam interop", "kind": "state", "clock": [0, 1]}'},
+    )
     refused(path, "safetensors", "its layout is refused")
 
 

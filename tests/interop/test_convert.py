@@ -1,4 +1,6 @@
-"""Every file that needs no framework goes there and back to the bit; what another formula lacks is refused by name."""
+"""Every file that needs no framework goes there and back to the bit; what another formula lacks is
+refused by name.
+"""
 
 import json
 from pathlib import Path
@@ -11,13 +13,23 @@ from distnadam import DistNadam, schedules
 from distnadam.checkpoint import store
 from distnadam.checkpoint.diff import compare
 from distnadam.errors import CheckpointError, ConfigError, ConversionError, StructureError
-from distnadam.interop import Format, export_checkpoint, import_checkpoint, keras, load_checkpoint, optax
+from distnadam.interop import (
+    Format,
+    export_checkpoint,
+    import_checkpoint,
+    keras,
+    load_checkpoint,
+    optax,
+)
 from distnadam.interop.formulas import NO_SCHEDULE, momentum
 from tests import models
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NO_FRAMEWORK: list[Format] = ["keras", "keras3", "optax", "safetensors", "numpy"]
-FITTING: dict[Format, dict[str, Any]] = {"keras3": {"schedule_decay": 1.0}, "optax": {"schedule_decay": NO_SCHEDULE}}
+FITTING: dict[Format, dict[str, Any]] = {
+    "keras3": {"schedule_decay": 1.0},
+    "optax": {"schedule_decay": NO_SCHEDULE},
+}
 
 
 def saved(root: Path, *, steps: int = 3, **config: Any) -> Path:
@@ -36,7 +48,9 @@ def test_there_and_back_is_the_same_checkpoint(name: Format, steps: int, tmp_pat
     found = compare(before, Path(back.path))
     assert found.tensors == found.structure == ()
     exact = name in ("safetensors", "numpy")
-    assert set(found.settings) <= (set() if exact else {"config.lr", "m_schedule"})  # float32 in Keras 3's variables
+    assert set(found.settings) <= (
+        set() if exact else {"config.lr", "m_schedule"}
+    )  # float32 in Keras 3's variables
     for given, expected in found.settings.values():
         assert given == pytest.approx(expected, rel=1e-7)
     assert store.verify(Path(back.path)).iterations == steps
@@ -47,7 +61,9 @@ def test_there_and_back_is_the_same_checkpoint(name: Format, steps: int, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["safetensors", "numpy"])
-def test_a_schedule_and_clipping_are_kept_where_the_file_is_our_own(name: Format, tmp_path: Path) -> None:
+def test_a_schedule_and_clipping_are_kept_where_the_file_is_our_own(
+    name: Format, tmp_path: Path
+) -> None:
     config = {"lr": schedules.WarmupCosine(0.1, 2, 9), "clipnorm": 1.0, "clipvalue": 0.5}
     before = saved(tmp_path / "a", **config)
     export_checkpoint(before, tmp_path / "file", to=name)
@@ -57,7 +73,9 @@ def test_a_schedule_and_clipping_are_kept_where_the_file_is_our_own(name: Format
 
 
 @pytest.mark.parametrize("name", ["safetensors", "numpy"])
-def test_parameters_alone_have_their_own_names_and_dtypes_and_start_anew(name: Format, tmp_path: Path) -> None:
+def test_parameters_alone_have_their_own_names_and_dtypes_and_start_anew(
+    name: Format, tmp_path: Path
+) -> None:
     done = export_checkpoint(saved(tmp_path / "a"), tmp_path / "file", to=name, slots=False)
     back = import_checkpoint(done.path, tmp_path / "b", source_format=name, config={"lr": 0.5})
     assert "starts at step 0" in back.notes[0]
@@ -82,7 +100,9 @@ def test_a_safetensors_reader_opens_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", sorted(path.stem for path in GOLDEN.glob("*.npz")))
-def test_an_export_holds_the_references_weights_and_its_own_are_taken(case: str, tmp_path: Path) -> None:
+def test_an_export_holds_the_references_weights_and_its_own_are_taken(
+    case: str, tmp_path: Path
+) -> None:
     with np.load(GOLDEN / f"{case}.npz") as data:
         golden = dict(data)
     weights = [golden[f"weights_{i:02d}"] for i in range(10)]
@@ -96,9 +116,20 @@ def test_an_export_holds_the_references_weights_and_its_own_are_taken(case: str,
         assert np.abs(given - expected).max() <= 2e-5 * max(np.abs(expected).max(), 1e-30)
 
     entries = {f"params/{i}": golden[f"params_{i}"][-1] for i in range(4)}
-    np.savez(tmp_path / "theirs.npz", **entries, **{f"optimizer/{i:05d}": weight for i, weight in enumerate(weights)})
-    back = import_checkpoint(tmp_path / "theirs.npz", tmp_path / "back", source_format="keras", config=settings)
-    assert all(np.array_equal(a, b) for a, b in zip(keras.weights(load_checkpoint(Path(back.path)))[2:], weights[2:], strict=True))
+    np.savez(
+        tmp_path / "theirs.npz",
+        **entries,
+        **{f"optimizer/{i:05d}": weight for i, weight in enumerate(weights)},
+    )
+    back = import_checkpoint(
+        tmp_path / "theirs.npz", tmp_path / "back", source_format="keras", config=settings
+    )
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(
+            keras.weights(load_checkpoint(Path(back.path)))[2:], weights[2:], strict=True
+        )
+    )
 
 
 def test_the_other_optimizers_order_is_followed(tmp_path: Path) -> None:
@@ -115,10 +146,14 @@ def test_the_other_optimizers_order_is_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["keras3", "optax"])
-def test_another_momentum_schedule_is_refused_by_name_unless_asked_for(name: Format, tmp_path: Path) -> None:
+def test_another_momentum_schedule_is_refused_by_name_unless_asked_for(
+    name: Format, tmp_path: Path
+) -> None:
     path = saved(tmp_path / "a", lr=0.25)
     with pytest.raises(
-        ConversionError, match=r"momentum schedule: schedule_decay is 0\.004 here, and .*; the coefficient of step 4 is 0\.45"
+        ConversionError,
+        match=r"momentum schedule: schedule_decay is 0\.004 here, and .*; the coefficient of step "
+        r"4 is 0\.45",
     ):
         export_checkpoint(path, tmp_path / "file", to=name)
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
@@ -141,7 +176,11 @@ def test_a_schedule_that_has_run_its_course_is_no_difference(name: Format, tmp_p
         _, _, *moments = optimizer.get_weights()
         optimizer.set_weights([np.int64(200_000), np.float64(0.0), *moments])
         optimizer.save(tmp_path / "a")
-    assert export_checkpoint(tmp_path / "a", tmp_path / "file", to=name).notes[0].startswith("half precision: 'half'")
+    assert (
+        export_checkpoint(tmp_path / "a", tmp_path / "file", to=name)
+        .notes[0]
+        .startswith("half precision: 'half'")
+    )
 
 
 def test_no_schedule_is_beta_1_to_the_bit() -> None:
@@ -153,13 +192,21 @@ def test_no_schedule_is_beta_1_to_the_bit() -> None:
     ("to", "config", "told"),
     [
         ("optax", {"clipnorm": 1.0}, "clipnorm: 1 does not carry over"),
-        ("optax", {"lr": schedules.Constant(0.5)}, "learning rate: Constant(rate=0.5) does not carry over; optax.nadam gets its rate"),
+        (
+            "optax",
+            {"lr": schedules.Constant(0.5)},
+            "learning rate: Constant(rate=0.5) does not carry over; optax.nadam gets its rate",
+        ),
         ("keras", {"global_clipnorm": 2.0}, "global_clipnorm: 2 does not carry over"),
         ("keras", {}, "half precision: 'half': given as float32 masters"),
     ],
 )
-def test_what_lives_outside_the_state_is_said(to: Format, config: dict[str, Any], told: str, tmp_path: Path) -> None:
-    done = export_checkpoint(saved(tmp_path / "a", **{**FITTING.get(to, {}), **config}), tmp_path / "file", to=to)
+def test_what_lives_outside_the_state_is_said(
+    to: Format, config: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    done = export_checkpoint(
+        saved(tmp_path / "a", **{**FITTING.get(to, {}), **config}), tmp_path / "file", to=to
+    )
     assert any(note.startswith(told) for note in done.notes), done.notes
 
 
@@ -171,8 +218,13 @@ def test_two_clippings_are_more_than_keras_3_takes(tmp_path: Path) -> None:
 
 def test_kerass_weight_decay_is_refused_unless_asked_for(tmp_path: Path) -> None:
     export_checkpoint(saved(tmp_path / "a", schedule_decay=1.0), tmp_path / "file", to="keras3")
-    how: dict[str, Any] = {"source_format": "keras3", "config": {"learning_rate": 0.1, "weight_decay": 0.004, "use_ema": False}}
-    with pytest.raises(ConversionError, match=r"weight_decay: 0\.004 there, and distnadam has none"):
+    how: dict[str, Any] = {
+        "source_format": "keras3",
+        "config": {"learning_rate": 0.1, "weight_decay": 0.004, "use_ema": False},
+    }
+    with pytest.raises(
+        ConversionError, match=r"weight_decay: 0\.004 there, and distnadam has none"
+    ):
         import_checkpoint(tmp_path / "file", tmp_path / "b", **how)
     assert not (tmp_path / "b").exists()
     done = import_checkpoint(tmp_path / "file", tmp_path / "b", **how, lossy=True)
@@ -187,7 +239,9 @@ def test_an_import_never_replaces_a_checkpoint(tmp_path: Path) -> None:
     assert store.verify(path)
 
 
-def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = saved(tmp_path / "a")
     export_checkpoint(path, tmp_path / "file", to="numpy")
     before = (tmp_path / "file").read_bytes()

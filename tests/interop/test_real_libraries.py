@@ -1,4 +1,6 @@
-"""The real libraries go on from an export as we do, and we go on from their state as they do: ten steps each, to float32 rounding."""
+"""The real libraries go on from an export as we do, and we go on from their state as they do: ten
+steps each, to float32 rounding.
+"""
 
 import os
 from collections.abc import Sequence
@@ -9,7 +11,14 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam
-from distnadam.interop import Format, export_checkpoint, import_checkpoint, keras, load_checkpoint, optax
+from distnadam.interop import (
+    Format,
+    export_checkpoint,
+    import_checkpoint,
+    keras,
+    load_checkpoint,
+    optax,
+)
 from distnadam.interop import torch as torch_format
 
 pytestmark = pytest.mark.slow
@@ -32,7 +41,10 @@ def params() -> Params:
 
 def gradients(step: int) -> Params:
     rng = np.random.default_rng([6, step])
-    return {name: np.asarray(rng.standard_normal(np.shape(p)) * 10.0 ** (step % 3 - 1), np.float32) for name, p in params().items()}
+    return {
+        name: np.asarray(rng.standard_normal(np.shape(p)) * 10.0 ** (step % 3 - 1), np.float32)
+        for name, p in params().items()
+    }
 
 
 def trained(tmp_path: Path, steps: int = 25, **config: Any) -> str:
@@ -51,7 +63,9 @@ def go_on_here(checkpoint: str, begin: int) -> tuple[Params, DistNadam]:
 
 
 def close(theirs: Sequence[Any], ours: Sequence[Any], *, rel: float = 2**-21) -> None:
-    """To float32 rounding over the steps: four units in the last place of each tensor's largest magnitude."""
+    """To float32 rounding over the steps: four units in the last place of each tensor's largest
+    magnitude.
+    """
     for given, expected in zip(theirs, ours, strict=True):
         scale = np.abs(expected).max()
         assert np.abs(np.asarray(given, np.float64) - expected).max() <= rel * scale
@@ -68,7 +82,9 @@ class Torch:
         import torch
 
         self.torch = torch
-        self.tensors = {name: torch.nn.Parameter(torch.tensor(np.array(value))) for name, value in start.items()}
+        self.tensors = {
+            name: torch.nn.Parameter(torch.tensor(np.array(value))) for name, value in start.items()
+        }
         self.optimizer = torch.optim.NAdam(list(self.tensors.items()), **config)
 
     def run(self, begin: int, end: int) -> Params:
@@ -101,7 +117,9 @@ class TfKerasLegacy:
     def run(self, begin: int, end: int) -> Params:
         for step in range(begin, end):
             found = gradients(step)
-            self.optimizer.apply_gradients([(self.tf.constant(found[name]), v) for name, v in self.variables.items()])
+            self.optimizer.apply_gradients(
+                [(self.tf.constant(found[name]), v) for name, v in self.variables.items()]
+            )
         return {name: v.numpy() for name, v in self.variables.items()}
 
 
@@ -162,15 +180,25 @@ def test_torch_goes_on_from_an_export_as_we_do(config: dict[str, float], tmp_pat
     slots = there.optimizer.state_dict()["state"]
     assert [int(slots[i]["step"]) for i in range(3)] == [35, 35, 35]
     _, m_schedule, *moments = optimizer.get_weights()
-    close([slots[i]["exp_avg"] for i in range(3)] + [slots[i]["exp_avg_sq"] for i in range(3)], moments)
+    close(
+        [slots[i]["exp_avg"] for i in range(3)] + [slots[i]["exp_avg_sq"] for i in range(3)],
+        moments,
+    )
     assert float(slots[0]["mu_product"]) == pytest.approx(float(m_schedule), rel=1e-5)
 
 
 def test_torchs_order_of_parameters_is_followed(tmp_path: Path) -> None:
     checkpoint = trained(tmp_path)
     order = ["scale", "bias", "kernel"]
-    there = Torch({name: np.asarray(load_checkpoint(Path(checkpoint)).params[NAMES.index(name)]) for name in order})
-    there.optimizer.load_state_dict(torch_format.state_dict(load_checkpoint(Path(checkpoint)), order))
+    there = Torch(
+        {
+            name: np.asarray(load_checkpoint(Path(checkpoint)).params[NAMES.index(name)])
+            for name in order
+        }
+    )
+    there.optimizer.load_state_dict(
+        torch_format.state_dict(load_checkpoint(Path(checkpoint)), order)
+    )
     close(in_names(there.run(25, 35)), in_names(go_on_here(checkpoint, 25)[0]))
 
 
@@ -179,7 +207,13 @@ def test_we_go_on_from_torchs_state_as_it_does(tmp_path: Path) -> None:
 
     there = Torch(params(), lr=0.01, momentum_decay=0.02)
     there.run(0, 25)
-    torch.save({"model": {n: t.detach() for n, t in there.tensors.items()}, "optimizer": there.optimizer.state_dict()}, tmp_path / "t.pt")
+    torch.save(
+        {
+            "model": {n: t.detach() for n, t in there.tensors.items()},
+            "optimizer": there.optimizer.state_dict(),
+        },
+        tmp_path / "t.pt",
+    )
     done = import_checkpoint(tmp_path / "t.pt", tmp_path / "back", source_format="torch")
     ours, optimizer = go_on_here(done.path, 25)
     assert optimizer.iterations == 35
@@ -188,24 +222,37 @@ def test_we_go_on_from_torchs_state_as_it_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"schedule_decay": 0.05, "epsilon": 1e-6}])
-def test_tf_keras_legacy_goes_on_from_an_export_as_we_do(config: dict[str, float], tmp_path: Path) -> None:
+def test_tf_keras_legacy_goes_on_from_an_export_as_we_do(
+    config: dict[str, float], tmp_path: Path
+) -> None:
     checkpoint = trained(tmp_path, **config)
     state = load_checkpoint(Path(checkpoint))
     settings = keras.config(state)
-    there = TfKerasLegacy(dict(zip(NAMES, state.params, strict=True)), learning_rate=settings.pop("lr"), **settings)
+    there = TfKerasLegacy(
+        dict(zip(NAMES, state.params, strict=True)), learning_rate=settings.pop("lr"), **settings
+    )
     there.load(keras.weights(state))
     ours, optimizer = go_on_here(checkpoint, 25)
     close(in_names(there.run(25, 35)), in_names(ours))
-    close(there.optimizer.get_weights()[2:], optimizer.get_weights()[2:], rel=2e-5)  # the reference rounds 1 - beta_2 to float32
+    close(
+        there.optimizer.get_weights()[2:], optimizer.get_weights()[2:], rel=2e-5
+    )  # the reference rounds 1 - beta_2 to float32
 
 
 def test_we_go_on_from_tf_keras_legacys_weights_as_it_does(tmp_path: Path) -> None:
     there = TfKerasLegacy(params(), learning_rate=0.01)
     values = there.run(0, 25)
     given = {f"params/{name}": value for name, value in values.items()}
-    given |= {f"optimizer/{i:05d}": weight for i, weight in enumerate(there.optimizer.get_weights())}
+    given |= {
+        f"optimizer/{i:05d}": weight for i, weight in enumerate(there.optimizer.get_weights())
+    }
     np.savez(tmp_path / "k.npz", **given)
-    done = import_checkpoint(tmp_path / "k.npz", tmp_path / "back", source_format="keras", config=there.optimizer.get_config())
+    done = import_checkpoint(
+        tmp_path / "k.npz",
+        tmp_path / "back",
+        source_format="keras",
+        config=there.optimizer.get_config(),
+    )
     ours, optimizer = go_on_here(done.path, 25)
     assert optimizer.iterations == 35
     close(in_names(there.run(25, 35)), in_names(ours))
@@ -221,14 +268,23 @@ def test_keras_3_goes_on_from_an_export_as_we_do(tmp_path: Path) -> None:
     assert int(there.optimizer.iterations) == optimizer.iterations == 35
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")  # Keras's own get_config
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)  # Keras's own get_config
 def test_we_go_on_from_keras_3s_variables_as_it_does(tmp_path: Path) -> None:
     there = Keras3(params(), learning_rate=0.01)
     values = there.run(0, 25)
     given = {f"params/{name}": value for name, value in values.items()}
-    given |= {f"optimizer/{i:05d}": np.asarray(v.value) for i, v in enumerate(there.optimizer.variables)}
+    given |= {
+        f"optimizer/{i:05d}": np.asarray(v.value) for i, v in enumerate(there.optimizer.variables)
+    }
     np.savez(tmp_path / "k.npz", **given)
-    done = import_checkpoint(tmp_path / "k.npz", tmp_path / "back", source_format="keras3", config=there.optimizer.get_config())
+    done = import_checkpoint(
+        tmp_path / "k.npz",
+        tmp_path / "back",
+        source_format="keras3",
+        config=there.optimizer.get_config(),
+    )
     ours, optimizer = go_on_here(done.path, 25)
     assert (optimizer.iterations, optimizer.get_config()["schedule_decay"]) == (35, 1.0)
     close(in_names(there.run(25, 35)), in_names(ours))
@@ -239,9 +295,15 @@ def test_we_go_on_from_optaxs_state_as_it_does_and_give_it_back(tmp_path: Path) 
     values = there.run(0, 25)
     scaled = there.state[0]
     given = {f"params/{name}": value for name, value in values.items()}
-    given |= {f"{slot}/{name}": np.asarray(getattr(scaled, slot)[name]) for slot in ("mu", "nu") for name in NAMES}
+    given |= {
+        f"{slot}/{name}": np.asarray(getattr(scaled, slot)[name])
+        for slot in ("mu", "nu")
+        for name in NAMES
+    }
     np.savez(tmp_path / "o.npz", **given, count=np.asarray(scaled.count))
-    done = import_checkpoint(tmp_path / "o.npz", tmp_path / "back", source_format="optax", config={"learning_rate": 0.01})
+    done = import_checkpoint(
+        tmp_path / "o.npz", tmp_path / "back", source_format="optax", config={"learning_rate": 0.01}
+    )
     ours, optimizer = go_on_here(done.path, 25)
     assert optimizer.iterations == 35
     expected = there.run(25, 35)

@@ -1,4 +1,6 @@
-"""torch's files with a real torch: there and back to the bit, and what is not NAdam's, or not of one clock, is refused by name."""
+"""torch's files with a real torch: there and back to the bit, and what is not NAdam's, or not of
+one clock, is refused by name.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,40 +51,102 @@ def test_clipping_and_half_precision_are_said(tmp_path: Path) -> None:
 def test_names_are_the_models_where_the_optimizer_has_none(tmp_path: Path) -> None:
     before, file = exported(tmp_path)
     changed(file, lambda c: c["optimizer"]["param_groups"][0].pop("param_names"))
-    assert compare(before, Path(import_checkpoint(file, tmp_path / "b", source_format="torch").path)).same
+    assert compare(
+        before, Path(import_checkpoint(file, tmp_path / "b", source_format="torch").path)
+    ).same
 
 
 def test_groups_of_one_setting_are_one(tmp_path: Path) -> None:
     def split(content: Any) -> None:
         (group,) = content["optimizer"]["param_groups"]
-        cut = [{**group, "params": group["params"][s], "param_names": group["param_names"][s]} for s in (slice(2), slice(2, None))]
+        cut = [
+            {**group, "params": group["params"][s], "param_names": group["param_names"][s]}
+            for s in (slice(2), slice(2, None))
+        ]
         content["optimizer"]["param_groups"] = cut
 
     before, file = exported(tmp_path)
     changed(file, split)
-    assert compare(before, Path(import_checkpoint(file, tmp_path / "b", source_format="torch").path)).same
+    assert compare(
+        before, Path(import_checkpoint(file, tmp_path / "b", source_format="torch").path)
+    ).same
     changed(file, lambda c: c["optimizer"]["param_groups"][1].update(lr=0.5))
-    with pytest.raises(ConversionError, match=r"lr: its parameter groups have 0\.002 and 0\.5, and distnadam has one"):
+    with pytest.raises(
+        ConversionError,
+        match=r"lr: its parameter groups have 0\.002 and 0\.5, and distnadam has one",
+    ):
         import_checkpoint(file, tmp_path / "c", source_format="torch")
 
 
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
-        (lambda c: c["optimizer"]["param_groups"][0].update(weight_decay=0.1), ConversionError, r"weight_decay: 0\.1 there"),
-        (lambda c: c["optimizer"]["param_groups"][0].update(maximize=True), ConversionError, "maximize: True there"),
-        (lambda c: c["optimizer"]["state"][1]["step"].add_(1), ConversionError, r"step of 'dense/kernel' is 4\.0, of 'dense/bias' 3\.0"),
-        (lambda c: c["optimizer"]["state"][1]["mu_product"].mul_(2), ConversionError, "mu_product of 'dense/kernel' is"),
-        (lambda c: c["optimizer"]["state"][1].pop("exp_avg_sq"), CheckpointError, "'dense/kernel': expected .*; exp_avg_sq is missing"),
-        (lambda c: c["optimizer"]["state"].pop(2), CheckpointError, "'half': expected .*; step is missing"),
-        (lambda c: c["optimizer"]["state"].update({9: {}}), CheckpointError, "its state is not that of the parameters in its groups"),
-        (lambda c: c["optimizer"]["param_groups"][0].pop("momentum_decay"), CheckpointError, "KeyError: 'momentum_decay'"),
-        (lambda c: c["optimizer"].pop("state"), CheckpointError, "expected a state_dict of torch.optim.NAdam"),
+        (
+            lambda c: c["optimizer"]["param_groups"][0].update(weight_decay=0.1),
+            ConversionError,
+            r"weight_decay: 0\.1 there",
+        ),
+        (
+            lambda c: c["optimizer"]["param_groups"][0].update(maximize=True),
+            ConversionError,
+            "maximize: True there",
+        ),
+        (
+            lambda c: c["optimizer"]["state"][1]["step"].add_(1),
+            ConversionError,
+            r"step of 'dense/kernel' is 4\.0, of 'dense/bias' 3\.0",
+        ),
+        (
+            lambda c: c["optimizer"]["state"][1]["mu_product"].mul_(2),
+            ConversionError,
+            "mu_product of 'dense/kernel' is",
+        ),
+        (
+            lambda c: c["optimizer"]["state"][1].pop("exp_avg_sq"),
+            CheckpointError,
+            "'dense/kernel': expected .*; exp_avg_sq is missing",
+        ),
+        (
+            lambda c: c["optimizer"]["state"].pop(2),
+            CheckpointError,
+            "'half': expected .*; step is missing",
+        ),
+        (
+            lambda c: c["optimizer"]["state"].update({9: {}}),
+            CheckpointError,
+            "its state is not that of the parameters in its groups",
+        ),
+        (
+            lambda c: c["optimizer"]["param_groups"][0].pop("momentum_decay"),
+            CheckpointError,
+            "KeyError: 'momentum_decay'",
+        ),
+        (
+            lambda c: c["optimizer"].pop("state"),
+            CheckpointError,
+            "expected a state_dict of torch.optim.NAdam",
+        ),
         (lambda c: c["model"].pop("half"), CheckpointError, r"the model lacks \['half'\]"),
-        (lambda c: c["model"].update(half=3), CheckpointError, "model: expected a dict of tensors by name"),
-        (lambda c: c.pop("optimizer"), CheckpointError, "expected a dict of model and optimizer .* got model, about"),
-        (lambda c: c["optimizer"]["state"][1]["exp_avg_sq"][2, 3].fill_(float("nan")), CheckpointError, r"got nan at index \(2, 3\)"),
-        (lambda c: c["optimizer"]["state"][1].update(exp_avg=c["model"]["half"]), CheckpointError, r"expected shape \(90, 70\), got"),
+        (
+            lambda c: c["model"].update(half=3),
+            CheckpointError,
+            "model: expected a dict of tensors by name",
+        ),
+        (
+            lambda c: c.pop("optimizer"),
+            CheckpointError,
+            "expected a dict of model and optimizer .* got model, about",
+        ),
+        (
+            lambda c: c["optimizer"]["state"][1]["exp_avg_sq"][2, 3].fill_(float("nan")),
+            CheckpointError,
+            r"got nan at index \(2, 3\)",
+        ),
+        (
+            lambda c: c["optimizer"]["state"][1].update(exp_avg=c["model"]["half"]),
+            CheckpointError,
+            r"expected shape \(90, 70\), got",
+        ),
     ],
 )
 def test_what_is_not_of_one_clock_and_whole_is_named(
@@ -99,7 +163,10 @@ def test_a_state_of_adam_is_told(tmp_path: Path) -> None:
     import torch
 
     weight = torch.nn.Parameter(torch.ones(3))
-    torch.save({"model": {"w": weight.detach()}, "optimizer": torch.optim.Adam([weight]).state_dict()}, tmp_path / "adam.pt")
+    torch.save(
+        {"model": {"w": weight.detach()}, "optimizer": torch.optim.Adam([weight]).state_dict()},
+        tmp_path / "adam.pt",
+    )
     with pytest.raises(CheckpointError, match=r"expected a state_dict of torch\.optim\.NAdam"):
         import_checkpoint(tmp_path / "adam.pt", tmp_path / "b", source_format="torch")
 
@@ -111,7 +178,9 @@ class Harm:
         return print, ("harm",)
 
 
-def test_truncated_files_noise_and_pickles_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_files_noise_and_pickles_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
 
     _, file = exported(tmp_path)
@@ -133,4 +202,6 @@ def test_bfloat16_parameters_keep_their_masters(tmp_path: Path) -> None:
         optimizer.apply_gradients({"w": np.ones(3, np.float32)})
         before = optimizer.save(tmp_path / "a")
     file = export_checkpoint(before, tmp_path / "file.pt", to="torch").path
-    assert compare(Path(before), Path(import_checkpoint(file, tmp_path / "b", source_format="torch").path)).same
+    assert compare(
+        Path(before), Path(import_checkpoint(file, tmp_path / "b", source_format="torch").path)
+    ).same

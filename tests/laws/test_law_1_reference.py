@@ -61,7 +61,12 @@ def test_kerass_own_weights_are_taken_and_training_goes_on_from_them() -> None:
     count = sum(name.startswith("weights_") for name in golden)
     weights = [golden[f"weights_{i:02d}"] for i in range(count)]
     assert weights[1].dtype == np.float32
-    with DistNadam(num_shards=2, backend="local").build([golden[f"params_{i}"][-1] for i in range(TENSORS)]) as optimizer:
+    with DistNadam(num_shards=2, backend="local").build(
+        [golden[f"params_{i}"][-1] for i in range(TENSORS)]
+    ) as optimizer:
         optimizer.set_weights(weights)
         assert optimizer.iterations == int(weights[0])
-        assert all(np.array_equal(a, b) for a, b in zip(optimizer.get_weights()[2:], weights[2:], strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(optimizer.get_weights()[2:], weights[2:], strict=True)
+        )

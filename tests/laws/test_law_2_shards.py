@@ -1,4 +1,6 @@
-"""Law 2: the same gradients give bit-identical params, m and v for every number of shards, backend, kernel, transport and thread count."""
+"""Law 2: the same gradients give bit-identical params, m and v for every number of shards, backend,
+kernel, transport and thread count.
+"""
 
 import dataclasses
 from typing import Any
@@ -20,7 +22,9 @@ def reference(clip: dict[str, float]) -> list[bytes]:
     """The bits of one local shard with one thread."""
     key = repr(clip)
     if key not in _reference:
-        with DistNadam(num_workers=2, backend="local", options=Options(threads=1), **clip).build(params()) as optimizer:
+        with DistNadam(num_workers=2, backend="local", options=Options(threads=1), **clip).build(
+            params()
+        ) as optimizer:
             run(optimizer, 0, STEPS)
             _reference[key] = bits(optimizer)
     return _reference[key]
@@ -29,9 +33,13 @@ def reference(clip: dict[str, float]) -> list[bytes]:
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
-def test_local_bits_do_not_depend_on_the_number_of_shards(num_shards: int, clip: dict[str, float], kernel: Any) -> None:
+def test_local_bits_do_not_depend_on_the_number_of_shards(
+    num_shards: int, clip: dict[str, float], kernel: Any
+) -> None:
     options = Options(threads=3, kernel=kernel)
-    with DistNadam(num_shards=num_shards, num_workers=2, backend="local", options=options, **clip).build(params()) as optimizer:
+    with DistNadam(
+        num_shards=num_shards, num_workers=2, backend="local", options=options, **clip
+    ).build(params()) as optimizer:
         run(optimizer, 0, STEPS)
         assert bits(optimizer) == reference(clip)
 
@@ -48,14 +56,24 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(num_shards: int, clip:
         (16, 2, "fused", "auto"),
     ],
 )
-def test_ray_bits_are_the_local_ones(num_shards: int, clip: int, kernel: Any, transport: Any, ray_cluster: None) -> None:
+def test_ray_bits_are_the_local_ones(
+    num_shards: int, clip: int, kernel: Any, transport: Any, ray_cluster: None
+) -> None:
     mixed = transport == "mixed"
-    options = Options(threads=2 if num_shards == 3 else None, kernel=kernel, transport="auto" if mixed else transport)
-    with DistNadam(num_shards=num_shards, num_workers=2, backend="ray", options=options, **CLIPS[clip]).build(params()) as optimizer:
+    options = Options(
+        threads=2 if num_shards == 3 else None,
+        kernel=kernel,
+        transport="auto" if mixed else transport,
+    )
+    with DistNadam(
+        num_shards=num_shards, num_workers=2, backend="ray", options=options, **CLIPS[clip]
+    ).build(params()) as optimizer:
         if mixed:  # as if every other shard were on another node
             backend: Any = optimizer._running().backend
             moved = [
-                dataclasses.replace(hired, place=dataclasses.replace(hired.place, node="elsewhere")) if hired.index % 2 == 0 else hired
+                dataclasses.replace(hired, place=dataclasses.replace(hired.place, node="elsewhere"))
+                if hired.index % 2 == 0
+                else hired
                 for hired in backend._roster.shards
             ]
             backend._roster = dataclasses.replace(backend._roster, shards=tuple(moved))
@@ -65,26 +83,43 @@ def test_ray_bits_are_the_local_ones(num_shards: int, clip: int, kernel: Any, tr
 
 def in_half_precision(step: int, rank: int, dtype: Any) -> Any:
     tree = gradients(step, rank)
-    narrow = [np.clip(leaf, -100, 100).astype(dtype if leaf.dtype != np.float64 else np.float64) for leaf in map(np.asarray, leaves(tree))]
+    narrow = [
+        np.clip(leaf, -100, 100).astype(dtype if leaf.dtype != np.float64 else np.float64)
+        for leaf in map(np.asarray, leaves(tree))
+    ]
     return optree.tree_unflatten(optree.tree_structure(tree), narrow)
 
 
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
-def test_gradients_in_half_precision_count_as_if_they_had_been_widened(dtype: Any, kernel: Any, backend: str) -> None:
+def test_gradients_in_half_precision_count_as_if_they_had_been_widened(
+    dtype: Any, kernel: Any, backend: str
+) -> None:
     ends = []
     for widen in (False, True):
-        with DistNadam(num_shards=3, num_workers=2, backend=backend, options=Options(kernel=kernel), clipnorm=1.0).build(
-            params()
-        ) as optimizer:
+        with DistNadam(
+            num_shards=3,
+            num_workers=2,
+            backend=backend,
+            options=Options(kernel=kernel),
+            clipnorm=1.0,
+        ).build(params()) as optimizer:
             workers = [optimizer.worker(rank) for rank in range(2)]
             for step in range(3):
                 trees = [in_half_precision(step, rank, dtype) for rank in range(2)]
                 if widen:
-                    trees = [optree.tree_map(lambda leaf: leaf.astype(np.result_type(leaf, np.float32)), tree) for tree in trees]
+                    trees = [
+                        optree.tree_map(
+                            lambda leaf: leaf.astype(np.result_type(leaf, np.float32)), tree
+                        )
+                        for tree in trees
+                    ]
                 tickets = [worker.push(tree) for worker, tree in zip(workers, trees, strict=True)]
                 assert [ticket.result() for ticket in tickets] == [step + 1] * 2
-            assert all(worker._buffer.flat["float32"].dtype == (np.float32 if widen else dtype) for worker in workers)
+            assert all(
+                worker._buffer.flat["float32"].dtype == (np.float32 if widen else dtype)
+                for worker in workers
+            )
             ends.append(bits(optimizer))
     assert ends[0] == ends[1]
 

@@ -11,7 +11,9 @@ orders = st.lists(st.permutations(range(3)), min_size=STEPS, max_size=STEPS)
 
 
 def run_in(orders: list[list[int]], backend: str, num_shards: int) -> list[bytes]:
-    with DistNadam(num_shards=num_shards, num_workers=3, backend=backend, global_clipnorm=0.9).build(params()) as optimizer:
+    with DistNadam(
+        num_shards=num_shards, num_workers=3, backend=backend, global_clipnorm=0.9
+    ).build(params()) as optimizer:
         run(optimizer, 0, STEPS, order=lambda step: orders[step], num_workers=3)
         return bits(optimizer)
 
@@ -23,6 +25,10 @@ def test_every_order_of_local_pushes_gives_the_same_bits(orders: list[list[int]]
 
 
 @given(orders=orders)
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_order_of_pushes_over_ray_gives_the_local_bits(ray_cluster: None, orders: list[list[int]]) -> None:
+@settings(
+    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_every_order_of_pushes_over_ray_gives_the_local_bits(
+    ray_cluster: None, orders: list[list[int]]
+) -> None:
     assert run_in(orders, "ray", 2) == run_in([[0, 1, 2]] * STEPS, "local", 1)

@@ -1,4 +1,6 @@
-"""Law 4: save at step k, restore on any number of shards and either backend, go on: bit-identical to not having stopped."""
+"""Law 4: save at step k, restore on any number of shards and either backend, go on: bit-identical
+to not having stopped.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,9 @@ def test_a_restored_run_ends_with_the_undisturbed_bits(
     saved: int, before: int, after: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.mktemp("run")
-    with DistNadam(num_shards=before, num_workers=2, backend="local", clipnorm=0.5).build(params()) as optimizer:
+    with DistNadam(num_shards=before, num_workers=2, backend="local", clipnorm=0.5).build(
+        params()
+    ) as optimizer:
         run(optimizer, 0, saved)
         checkpoint = optimizer.save(root)
         at_save = bits(optimizer)
@@ -47,9 +51,13 @@ _MOVES = st.one_of(
 def test_any_sequence_of_saves_restores_and_reshards_keeps_the_undisturbed_bits(
     moves: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A restore goes back to the newest checkpoint, whatever was trained since; the rounds after it are trained again."""
+    """A restore goes back to the newest checkpoint, whatever was trained since; the rounds after it
+    are trained again.
+    """
     root = tmp_path_factory.mktemp("run")
-    optimizer = DistNadam(num_shards=3, num_workers=2, backend="local", clipnorm=0.5).build(params())
+    optimizer = DistNadam(num_shards=3, num_workers=2, backend="local", clipnorm=0.5).build(
+        params()
+    )
     optimizer.save(root)
     newest = 0
     try:
@@ -76,7 +84,9 @@ def _undisturbed_at(steps: int) -> tuple[bytes, ...]:
 
 
 @pytest.mark.parametrize(("first", "second"), [("local", "ray"), ("ray", "local"), ("ray", "ray")])
-def test_a_run_moves_between_backends(first: str, second: str, tmp_path: Path, ray_cluster: None) -> None:
+def test_a_run_moves_between_backends(
+    first: str, second: str, tmp_path: Path, ray_cluster: None
+) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend=first).build(params()) as optimizer:
         run(optimizer, 0, 2)
         optimizer.save(tmp_path)

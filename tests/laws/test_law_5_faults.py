@@ -1,7 +1,9 @@
-"""Law 5: kill any process at any moment, lose and delay any message: the same bits as one process that counts the same pushes.
+"""Law 5: kill any process at any moment, lose and delay any message: the same bits as one process
+that counts the same pushes.
 
-The machine drives real shards, standbys, workers and the supervisor in one thread (`tests.simulation`); a worker's gradient depends on its
-round, rank, incarnation and parameters, so that one that is lost, doubled, mixed or computed from wrong parameters changes bits.
+The machine drives real shards, standbys, workers and the supervisor in one thread
+(`tests.simulation`); a worker's gradient depends on its round, rank, incarnation and parameters, so
+that one that is lost, doubled, mixed or computed from wrong parameters changes bits.
 """
 
 import contextlib
@@ -23,7 +25,16 @@ from distnadam.client import worker_session
 from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
-from distnadam.errors import ClusterError, IllegalMessage, LatePush, PushesPending, StaleEpoch, StepTimeout, SupersededWorker, WorkerLost
+from distnadam.errors import (
+    ClusterError,
+    IllegalMessage,
+    LatePush,
+    PushesPending,
+    StaleEpoch,
+    StepTimeout,
+    SupersededWorker,
+    WorkerLost,
+)
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.machine import described
 from distnadam.shard.phases import Phase
@@ -46,7 +57,11 @@ def gradient(number: int, rank: int, incarnation: int, params: Any, attempt: int
         return OUTSIDE  # whoever steps from outside does not know in which round it will be
     if (7 * number + 3 * rank + incarnation) % 13 == 0:
         return None
-    noise = np.random.default_rng([number, rank, incarnation, attempt]).standard_normal(SIZE).astype(np.float32)
+    noise = (
+        np.random.default_rng([number, rank, incarnation, attempt])
+        .standard_normal(SIZE)
+        .astype(np.float32)
+    )
     return noise + np.float32(0.1) * params
 
 
@@ -54,17 +69,36 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @initialize(
         num_shards=st.integers(1, 3),
         replicas=st.integers(0, 1),
-        gone=st.sampled_from([{"rejoin_timeout_s": 1e6}, {"rejoin_timeout_s": 0.0}, {"rejoin_timeout_s": 0.0, "min_workers": 1}]),
+        gone=st.sampled_from(
+            [
+                {"rejoin_timeout_s": 1e6},
+                {"rejoin_timeout_s": 0.0},
+                {"rejoin_timeout_s": 0.0, "min_workers": 1},
+            ]
+        ),
         clip=st.sampled_from([{}, {"clipnorm": 1.0}]),
         objects=st.booleans(),
     )
-    def start(self, num_shards: int, replicas: int, gone: dict[str, Any], clip: dict[str, float], objects: bool) -> None:
+    def start(
+        self,
+        num_shards: int,
+        replicas: int,
+        gone: dict[str, Any],
+        clip: dict[str, float],
+        objects: bool,
+    ) -> None:
         self.root = Path(tempfile.mkdtemp())
         config = NadamConfig(clipvalue=0.5, **clip)
-        self.options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone)
+        self.options = Options(
+            step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone
+        )
         self.config = config
-        self.world, self.layout = begin_world(INITIAL, config, self.options, num_shards, RANKS, replicas, objects=objects)
-        self.attempts: Counter[tuple[int, int, int]] = Counter()  # pushes of a (round, rank, incarnation) that were dropped for certain
+        self.world, self.layout = begin_world(
+            INITIAL, config, self.options, num_shards, RANKS, replicas, objects=objects
+        )
+        self.attempts: Counter[tuple[int, int, int]] = (
+            Counter()
+        )  # pushes of a (round, rank, incarnation) that were dropped for certain
         self.model = OneProcess(self.layout, config, INITIAL, self.given)
         self.workers: dict[int, Worker] = {}
         self.tickets: dict[int, Ticket] = {}
@@ -81,18 +115,32 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             self.world.faults.clear()
             while self.world.late:
                 self.world.deliver_one(0)
-            target = max((process.host._shard.round for process in self.world.shards if process.host), default=0) + 2
+            target = (
+                max(
+                    (process.host._shard.round for process in self.world.shards if process.host),
+                    default=0,
+                )
+                + 2
+            )
             for _ in range(60):
                 self.advance()
                 self.agree()
-                if all(process.alive and process.host and process.host._shard.round >= target for process in self.world.shards):
+                if all(
+                    process.alive and process.host and process.host._shard.round >= target
+                    for process in self.world.shards
+                ):
                     return
-            raise AssertionError(f"nobody comes to round {target}: {[p.host and described(p.host._shard) for p in self.world.shards]}")
+            raise AssertionError(
+                f"nobody comes to round {target}: "
+                f"{[p.host and described(p.host._shard) for p in self.world.shards]}"
+            )
         finally:
             shutil.rmtree(self.root)
 
     def given(self, number: int, rank: int, incarnation: int, params: Any) -> Any:
-        """What a worker pushes: another gradient each time that it was told that one did not count."""
+        """What a worker pushes: another gradient each time that it was told that one did not
+        count.
+        """
         return gradient(number, rank, incarnation, params, self.attempts[number, rank, incarnation])
 
     # What workers do
@@ -117,7 +165,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             params = worker.pull()["w"]
             given = self.given(worker.round + 1, rank, worker._session._incarnation, params)
             self.pushed[rank] = (worker.round + 1, rank, worker._session._incarnation)
-            self.tickets[rank] = worker.push({"w": np.full(SIZE, np.nan, np.float32) if given is None else given})
+            self.tickets[rank] = worker.push(
+                {"w": np.full(SIZE, np.nan, np.float32) if given is None else given}
+            )
         except SupersededWorker:
             del self.workers[rank]
         except EXPECTED:
@@ -154,8 +204,18 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @rule()
     def save(self) -> None:
         self.world.rested()
-        topology = {"num_shards": len(self.world.shards), "num_workers": RANKS, "replicas": 0, "name": None}
-        about: dict[str, Any] = {"config": self.config.to_dict(), "options": self.options.to_dict(), "topology": topology, "data": {}}
+        topology = {
+            "num_shards": len(self.world.shards),
+            "num_workers": RANKS,
+            "replicas": 0,
+            "name": None,
+        }
+        about: dict[str, Any] = {
+            "config": self.config.to_dict(),
+            "options": self.options.to_dict(),
+            "topology": topology,
+            "data": {},
+        }
         with contextlib.suppress(StepTimeout, StaleEpoch):
             CheckpointWriter().save(self.controller(), LocalDirectory(self.root), about)
 
@@ -172,7 +232,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             self.controller().step({"w": OUTSIDE})
 
     def controller(self) -> ShardGroup:
-        return ShardGroup(WorldBackend(self.world), self.layout, len(self.world.shards), self.options)
+        return ShardGroup(
+            WorldBackend(self.world), self.layout, len(self.world.shards), self.options
+        )
 
     # What befalls them
 
@@ -205,7 +267,13 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.world.rested()
         self.world.look()
 
-    @rule(faults=st.lists(st.sampled_from(["", "", "lose", "lose answer", "repeat", "delay"]), min_size=1, max_size=6))
+    @rule(
+        faults=st.lists(
+            st.sampled_from(["", "", "lose", "lose answer", "repeat", "delay"]),
+            min_size=1,
+            max_size=6,
+        )
+    )
     def disturb(self, faults: list[str]) -> None:
         self.world.faults = deque(faults)
 
@@ -217,33 +285,55 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
     @invariant()
     def agree(self) -> None:
-        """Every shard and standby holds the bits of one process that counted the same pushes, each needed rank's once in each round."""
+        """Every shard and standby holds the bits of one process that counted the same pushes, each
+        needed rank's once in each round.
+        """
         histories: dict[int, list[Any]] = {}
         for process in self.world.shards:
-            if process.alive and process.host is not None and process.host._shard.phase is not Phase.LOADING:
+            if (
+                process.alive
+                and process.host is not None
+                and process.host._shard.phase is not Phase.LOADING
+            ):
                 shard = process.host._shard
                 assert self.epochs.get(process, 0) <= shard.epochs.now
                 self.epochs[process] = shard.epochs.now
                 history = history_of(shard.members.ledger.to_dict(), shard.round)
                 for number, counted in enumerate(history, 1):
-                    assert tuple(rank for rank, _ in counted) in ((DIRECT,), shard.members.needed(number))
+                    assert tuple(rank for rank, _ in counted) in (
+                        (DIRECT,),
+                        shard.members.needed(number),
+                    )
                 if shard.phase is not Phase.STEPPING:
                     self.same_bits(state_of(process.host), self.model.after(history), process)
                 if shard.epochs.now:
                     histories.setdefault(shard.epochs.now, []).append(history)
         for process in self.world.standbys.values():
-            if process.alive and process.standby is not None and (now := process.standby._control_state) is not None:
+            if (
+                process.alive
+                and process.standby is not None
+                and (now := process.standby._control_state) is not None
+            ):
                 arrays = {name: flat["float32"] for name, flat in process.standby._arrays.items()}
                 state = State(**arrays, clock=now.clock, skipped=now.skipped)
-                self.same_bits(state, self.model.after(history_of(process.standby._ledger.to_dict(), now.round)), process)
+                self.same_bits(
+                    state,
+                    self.model.after(history_of(process.standby._ledger.to_dict(), now.round)),
+                    process,
+                )
         for same_epoch in histories.values():
             first = min(same_epoch, key=len)
-            assert all(history[: len(first)] == first and len(history) <= len(first) + 1 for history in same_epoch)
+            assert all(
+                history[: len(first)] == first and len(history) <= len(first) + 1
+                for history in same_epoch
+            )
 
     def same_bits(self, got: State, expected: State, process: Process) -> None:
         for name in ("params", "m", "v"):
             cut = cut_flat({"float32": getattr(expected, name)}, process.spec.ranges)["float32"]
-            assert getattr(got, name).tobytes() == cut.tobytes(), f"{name} of shard {process.spec.index}"
+            assert getattr(got, name).tobytes() == cut.tobytes(), (
+                f"{name} of shard {process.spec.index}"
+            )
         assert (got.clock, got.skipped) == (expected.clock, expected.skipped)
 
 

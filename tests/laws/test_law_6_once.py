@@ -1,4 +1,6 @@
-"""Law 6: every push is counted once or refused by name; delivered twice it counts once; late and not counted it is LatePush."""
+"""Law 6: every push is counted once or refused by name; delivered twice it counts once; late and
+not counted it is LatePush.
+"""
 
 import contextlib
 import threading
@@ -13,8 +15,26 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from distnadam import DistNadam, Options
 from distnadam.config import NadamConfig
-from distnadam.errors import LatePush, ProtocolError, PushesPending, RoundMismatch, StaleEpoch, StepTimeout, SupersededWorker
-from distnadam.protocol.messages import Join, Pause, Push, Read, Resume, RoundResult, ShardSpec, Step, Write
+from distnadam.errors import (
+    LatePush,
+    ProtocolError,
+    PushesPending,
+    RoundMismatch,
+    StaleEpoch,
+    StepTimeout,
+    SupersededWorker,
+)
+from distnadam.protocol.messages import (
+    Join,
+    Pause,
+    Push,
+    Read,
+    Resume,
+    RoundResult,
+    ShardSpec,
+    Step,
+    Write,
+)
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.layout import Layout
 from tests.models import bits, gradients, params
@@ -25,7 +45,9 @@ SIZE = 5
 
 def new_host() -> ShardHost:
     layout = Layout.of({"w": np.ones(SIZE, np.float32)})
-    host = ShardHost(ShardSpec(0, 1, RANKS, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0]))
+    host = ShardHost(
+        ShardSpec(0, 1, RANKS, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0])
+    )
     host.send(Pause("setup")).result(0)
     host.send(Write("setup", {"params": {"float32": np.ones(SIZE, np.float32)}})).result(0)
     host.send(Resume("setup")).result(0)
@@ -45,7 +67,9 @@ def values(seed: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 class OnceAgainstAModel(RuleBasedStateMachine):
-    """Pushes in any order, repeated, late, early, of old incarnations and epochs, against a plain record of what must count."""
+    """Pushes in any order, repeated, late, early, of old incarnations and epochs, against a plain
+    record of what must count.
+    """
 
     @initialize()
     def start(self) -> None:
@@ -61,7 +85,9 @@ class OnceAgainstAModel(RuleBasedStateMachine):
 
     @rule(rank=st.integers(0, RANKS - 1))
     def join(self, rank: int) -> None:
-        """The predecessor's push is set aside: it counts no more, and who waits for it hears so once the successor pushes."""
+        """The predecessor's push is set aside: it counts no more, and who waits for it hears so
+        once the successor pushes.
+        """
         self.newest[rank] += 1
         self.pending.pop(rank, None)
         assert self.host.send(Join(rank)).result(0).incarnation == self.newest[rank]
@@ -74,7 +100,11 @@ class OnceAgainstAModel(RuleBasedStateMachine):
         seed=st.integers(0, 9),
     )
     def push(self, rank: int, back: int, old: int, stale: bool, seed: int) -> None:
-        incarnation, decided, epoch = self.newest[rank] - old, self.round + 1 - back, self.epoch - stale
+        incarnation, decided, epoch = (
+            self.newest[rank] - old,
+            self.round + 1 - back,
+            self.epoch - stale,
+        )
         message = Push(epoch, rank, incarnation, decided, {"float32": values(seed)})
         before = state_of(self.host)
         answer = self.host.send(message)
@@ -99,22 +129,31 @@ class OnceAgainstAModel(RuleBasedStateMachine):
             if len(self.pending) == RANKS:
                 self.decided()
 
-    def refused(self, answer: Future[Any], kind: type[ProtocolError], before: dict[str, Any]) -> None:
+    def refused(
+        self, answer: Future[Any], kind: type[ProtocolError], before: dict[str, Any]
+    ) -> None:
         assert isinstance(answer.exception(0), kind)
         assert state_of(self.host) == before
 
     def decided(self) -> None:
         self.round += 1
-        self.counted |= {(rank, push.incarnation, self.round) for rank, push in self.pending.items()}
+        self.counted |= {
+            (rank, push.incarnation, self.round) for rank, push in self.pending.items()
+        }
         self.rounds.append([push for _, push in sorted(self.pending.items())])
-        assert all(isinstance(f.result(0), RoundResult) and f.result(0).round == self.round for _, f in self.waiting)
+        assert all(
+            isinstance(f.result(0), RoundResult) and f.result(0).round == self.round
+            for _, f in self.waiting
+        )
         self.pending, self.waiting = {}, []
 
     @rule()
     def replace_the_state_by_itself(self) -> None:
         self.host.send(Pause("x")).result(0)
         arrays = self.host.send(Read("x", ("params", "m", "v"))).result(0)
-        self.host.send(Write("x", {name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})).result(0)
+        self.host.send(
+            Write("x", {name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})
+        ).result(0)
         self.host.send(Resume("x")).result(0)
         self.epoch += 1
         assert all(isinstance(f.exception(0), StaleEpoch) for _, f in self.waiting)
@@ -132,7 +171,9 @@ class OnceAgainstAModel(RuleBasedStateMachine):
         assert state_of(clean) == state_of(self.host)
 
 
-OnceAgainstAModel.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+OnceAgainstAModel.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None
+)
 TestOnce = OnceAgainstAModel.TestCase
 
 
@@ -140,7 +181,9 @@ def test_a_push_repeated_while_it_waits_counts_once_and_both_are_answered() -> N
     host = new_host()
     for rank in range(RANKS):
         host.send(Join(rank)).result(0)
-    answers = [host.send(Push(1, rank, 1, 1, {"float32": values(rank)})) for rank in (0, 0, 1, 1, 2)]
+    answers = [
+        host.send(Push(1, rank, 1, 1, {"float32": values(rank)})) for rank in (0, 0, 1, 1, 2)
+    ]
     assert {answer.result(0).round for answer in answers} == {1}
     once = state_of(host)
     assert host.send(Push(1, 0, 1, 1, {"float32": values(99)})).result(0).round == 1
@@ -151,7 +194,9 @@ def test_a_worker_taken_over_is_refused_by_name_and_its_successor_counts(backend
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         old, other = optimizer.worker(0), optimizer.worker(1)
         new = optimizer.worker(0)
-        with pytest.raises(SupersededWorker, match="rank 0 was taken over by worker 2; worker 1 must stop"):
+        with pytest.raises(
+            SupersededWorker, match="rank 0 was taken over by worker 2; worker 1 must stop"
+        ):
             old.push(gradients(0, 0)).result()
         tickets = [new.push(gradients(0, 0)), other.push(gradients(0, 1))]
         assert [ticket.result() for ticket in tickets] == [1, 1]
@@ -177,12 +222,17 @@ def test_a_push_that_was_superseded_while_it_waited_is_refused_by_name(backend: 
         new = optimizer.worker(0)
         tickets = [new.push(gradients(0, 0)), other.push(gradients(0, 1))]
         assert [ticket.result() for ticket in tickets] == [1, 1]
-        with pytest.raises(SupersededWorker, match="rank 0 was taken over by worker 2; the push of worker 1 was not counted"):
+        with pytest.raises(
+            SupersededWorker,
+            match="rank 0 was taken over by worker 2; the push of worker 1 was not counted",
+        ):
             waiting.result()
 
 
 @pytest.mark.parametrize("clip", [{"clipnorm": 1.0}, {"global_clipnorm": 1.0}])
-def test_a_worker_gone_between_push_and_norms_holds_nobody_up_and_its_push_counts(clip: dict[str, float], backend: str) -> None:
+def test_a_worker_gone_between_push_and_norms_holds_nobody_up_and_its_push_counts(
+    clip: dict[str, float], backend: str
+) -> None:
     ends = []
     for gone in (True, False):
         with DistNadam(num_shards=2, backend=backend, **clip).build(params()) as optimizer:
@@ -191,7 +241,11 @@ def test_a_worker_gone_between_push_and_norms_holds_nobody_up_and_its_push_count
                 ticket.result()
             successor = optimizer.worker(0)
             if gone:
-                with pytest.raises(LatePush, match="round 1 was completed with the push of worker 1; this push did not count"):
+                with pytest.raises(
+                    LatePush,
+                    match="round 1 was completed with the push of worker 1; this push did not "
+                    "count",
+                ):
                     successor.push(gradients(9, 0)).result()
             successor.push(gradients(1, 0)).result()
             ends.append(bits(optimizer))
@@ -202,7 +256,9 @@ def test_a_step_from_outside_that_was_not_seen_through_holds_nobody_up() -> None
     with DistNadam(num_shards=2, backend="local", clipnorm=1.0).build(params()) as optimizer:
         shards = optimizer._running()
         with shards.boundary() as at:
-            parts = [{s: np.ones(e - b, s) for s, (b, e) in ranges.items()} for ranges in shards.ranges]
+            parts = [
+                {s: np.ones(e - b, s) for s, (b, e) in ranges.items()} for ranges in shards.ranges
+            ]
             shards.ask({i: Step(at.token, 1, 1, part) for i, part in enumerate(parts)})
         assert optimizer.iterations == 0
         assert optimizer.apply_gradients(gradients(0, 0)) == 1
@@ -210,9 +266,13 @@ def test_a_step_from_outside_that_was_not_seen_through_holds_nobody_up() -> None
 
 
 def test_steps_from_outside_and_pushes_at_once_are_each_whole_or_refused() -> None:
-    """Every round is one side's on every shard: all of m has the value of one history of whole steps."""
+    """Every round is one side's on every shard: all of m has the value of one history of whole
+    steps.
+    """
     size = 20_000
-    with DistNadam(num_shards=4, backend="local", options=Options(threads=1)).build({"w": np.zeros(size, np.float32)}) as optimizer:
+    with DistNadam(num_shards=4, backend="local", options=Options(threads=1)).build(
+        {"w": np.zeros(size, np.float32)}
+    ) as optimizer:
 
         def from_outside(value: float) -> None:
             for _ in range(40):
@@ -225,7 +285,9 @@ def test_steps_from_outside_and_pushes_at_once_are_each_whole_or_refused() -> No
                     with contextlib.suppress(LatePush):
                         worker.step({"w": np.full(size, -1.0, np.float32)})
 
-        threads = [threading.Thread(target=from_outside, args=(value,)) for value in (1.0, -3.0)] + [threading.Thread(target=push)]
+        threads = [
+            threading.Thread(target=from_outside, args=(value,)) for value in (1.0, -3.0)
+        ] + [threading.Thread(target=push)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -236,14 +298,21 @@ def test_steps_from_outside_and_pushes_at_once_are_each_whole_or_refused() -> No
 
 
 def test_a_hold_that_was_given_up_does_not_take_the_gate_later() -> None:
-    with DistNadam(num_shards=2, backend="local", options=Options(step_timeout_s=0.2)).build(params()) as optimizer:
-        with optimizer._running().boundary(), pytest.raises(StepTimeout, match=r"did not all answer Hold in 0\.2 s"):
+    with DistNadam(num_shards=2, backend="local", options=Options(step_timeout_s=0.2)).build(
+        params()
+    ) as optimizer:
+        with (
+            optimizer._running().boundary(),
+            pytest.raises(StepTimeout, match=r"did not all answer Hold in 0\.2 s"),
+        ):
             optimizer.get_params()
         assert optimizer.get_params()
         assert optimizer.apply_gradients(gradients(0, 0)) == 1
 
 
-def test_a_push_from_before_the_state_was_replaced_is_refused_and_the_next_counts(backend: str) -> None:
+def test_a_push_from_before_the_state_was_replaced_is_refused_and_the_next_counts(
+    backend: str,
+) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         workers = [optimizer.worker(rank) for rank in range(2)]
         early = workers[0].push(gradients(0, 0))

@@ -9,10 +9,19 @@ from distnadam import DistNadam, Options
 from distnadam.schedules import Constant, Exponential, Piecewise, WarmupCosine
 from tests.models import bits, params, run
 
-RATES = [0.002, 0.1, Constant(0.01), Exponential(0.01, 10, 0.9), WarmupCosine(0.01, 3, 20), Piecewise((2, 4), (0.1, 0.01, 0.001))]
+RATES = [
+    0.002,
+    0.1,
+    Constant(0.01),
+    Exponential(0.01, 10, 0.9),
+    WarmupCosine(0.01, 3, 20),
+    Piecewise((2, 4), (0.1, 0.01, 0.001)),
+]
 
 
-def test_set_weights_of_get_weights_changes_nothing_and_neither_does_what_follows(backend: str) -> None:
+def test_set_weights_of_get_weights_changes_nothing_and_neither_does_what_follows(
+    backend: str,
+) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend=backend).build(params()) as optimizer:
         run(optimizer, 0, 3)
         before = bits(optimizer)
@@ -38,7 +47,15 @@ def test_weights_and_parameters_move_to_another_optimizer_whole(backend: str) ->
 
 @pytest.mark.parametrize("lr", RATES, ids=str)
 def test_from_config_of_get_config_is_the_same_optimizer(lr: object) -> None:
-    asked = DistNadam(lr=lr, beta_1=0.8, clipnorm=1.0, num_shards=3, num_workers=2, backend="local", options=Options(threads=1))
+    asked = DistNadam(
+        lr=lr,
+        beta_1=0.8,
+        clipnorm=1.0,
+        num_shards=3,
+        num_workers=2,
+        backend="local",
+        options=Options(threads=1),
+    )
     again = DistNadam.from_config(asked.get_config())
     assert again.get_config() == asked.get_config()
     assert again.lr == lr
@@ -64,8 +81,14 @@ def test_the_defaults_are_the_references() -> None:
 @given(iterations=st.integers(0, 10**6), m_schedule=st.floats(0, 1), seed=st.integers(0, 99))
 def test_any_weights_set_are_the_weights_got(iterations: int, m_schedule: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    with DistNadam(num_shards=3, backend="local").build({"a": np.ones(3000, np.float32), "b": np.float64(1)}) as optimizer:
-        moments = [np.abs(rng.standard_normal(s)).astype(d) for s, d in (((3000,), "f4"), ((), "f8")) * 2]
+    with DistNadam(num_shards=3, backend="local").build(
+        {"a": np.ones(3000, np.float32), "b": np.float64(1)}
+    ) as optimizer:
+        moments = [
+            np.abs(rng.standard_normal(s)).astype(d) for s, d in (((3000,), "f4"), ((), "f8")) * 2
+        ]
         given = [np.array(iterations), np.array(m_schedule), *moments]
         optimizer.set_weights(given)
-        assert [np.asarray(x).tobytes() for x in optimizer.get_weights()] == [np.asarray(x).tobytes() for x in given]
+        assert [np.asarray(x).tobytes() for x in optimizer.get_weights()] == [
+            np.asarray(x).tobytes() for x in given
+        ]

@@ -1,4 +1,6 @@
-"""What is measured: durations by bucket, shares that stay right when only a sample is told, and bytes by how they move."""
+"""What is measured: durations by bucket, shares that stay right when only a sample is told, and
+bytes by how they move.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ def test_a_duration_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() 
 
 
 @given(st.lists(st.lists(st.integers(0, 5000), min_size=3, max_size=3), min_size=1, max_size=30))
-def test_of_more_than_enough_a_sample_is_told_whose_shares_are_right_in_the_long_run(flushes: list[list[int]]) -> None:
+def test_of_more_than_enough_a_sample_is_told_whose_shares_are_right_in_the_long_run(
+    flushes: list[list[int]],
+) -> None:
     seconds, told, wanted = Seconds(), np.zeros(3), np.zeros(3)
     for counts in flushes:
         for bucket, count in enumerate(counts):
@@ -33,13 +37,20 @@ def test_of_more_than_enough_a_sample_is_told_whose_shares_are_right_in_the_long
 
 def test_traffic_is_told_by_how_each_shard_is_reached_and_what_the_gradients_came_in() -> None:
     meter = Meter(None)
-    ranges = [{"float32": (0, 1000), "float64": (0, 0)}, {"float32": (1000, 1500), "float64": (0, 10)}]
+    ranges = [
+        {"float32": (0, 1000), "float64": (0, 0)},
+        {"float32": (1000, 1500), "float64": (0, 10)},
+    ]
     gradients = {"float32": np.empty(1500, np.float16), "float64": np.empty(10)}
     traffic = Traffic.of(ranges, frozenset({0}), gradients)
     traffic.pushed, traffic.pulled = 3, 2
     meter.traffic.append(traffic)
     meter.traffic.append(Traffic.of(ranges, frozenset({0, 1}), gradients))
-    told = {tuple(tags.values()): value for name, tags, value in meter.samples() if name == "distnadam_bytes_total"}
+    told = {
+        tuple(tags.values()): value
+        for name, tags, value in meter.samples()
+        if name == "distnadam_bytes_total"
+    }
     assert told == {
         ("lane", "push"): 3 * 2000,
         ("object", "push"): 3 * (1000 + 80),
@@ -56,6 +67,10 @@ def test_every_sample_is_in_the_table_with_its_tags() -> None:
         assert METRICS[name].kind != "histogram"
 
 
-@pytest.mark.parametrize(("ranges", "size"), [({"float32": (5, 10), "float64": (0, 2)}, 4 * (5 * 4 + 2 * 8)), ({}, 0)])
-def test_a_shards_state_is_two_buffers_of_parameters_and_both_moments(ranges: dict[str, tuple[int, int]], size: int) -> None:
+@pytest.mark.parametrize(
+    ("ranges", "size"), [({"float32": (5, 10), "float64": (0, 2)}, 4 * (5 * 4 + 2 * 8)), ({}, 0)]
+)
+def test_a_shards_state_is_two_buffers_of_parameters_and_both_moments(
+    ranges: dict[str, tuple[int, int]], size: int
+) -> None:
     assert state_bytes(ranges) == size

@@ -1,4 +1,6 @@
-"""Both kernels against the formula written out plainly, to the bit, however the work is cut into blocks, parts and threads."""
+"""Both kernels against the formula written out plainly, to the bit, however the work is cut into
+blocks, parts and threads.
+"""
 
 import ctypes
 import os
@@ -36,7 +38,9 @@ BLOCK = {dtype: BLOCK_BYTES // np.dtype(dtype).itemsize for dtype in DTYPES}
 
 
 def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
-    """Values over the whole range whose squares stay finite, denormals and zeros of both signs among them."""
+    """Values over the whole range whose squares stay finite, denormals and zeros of both signs
+    among them.
+    """
     info = np.finfo(dtype)
     exponents = rng.integers(info.minexp - info.nmant, info.maxexp // 2 - 4, n)
     values = np.ldexp(rng.uniform(-2, 2, n), exponents).astype(dtype)
@@ -45,7 +49,9 @@ def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
     return values
 
 
-def plain(slots: Slots, gradients: list[Any], scale: float | None, rates: StepConstants) -> tuple[Any, Any, Any]:
+def plain(
+    slots: Slots, gradients: list[Any], scale: float | None, rates: StepConstants
+) -> tuple[Any, Any, Any]:
     """One step as the docstring's formula says it, with temporaries, on whole arrays."""
     t = slots.p.dtype.type
     g = gradients[0].astype(t)
@@ -60,7 +66,9 @@ def plain(slots: Slots, gradients: list[Any], scale: float | None, rates: StepCo
         g = np.minimum(np.maximum(g, -limit), limit) if limit > 0 else np.zeros_like(g)
     m = slots.m + (g - slots.m) * t(rates.one_minus_beta_1)
     v = slots.v + (g * g - slots.v) * t(rates.one_minus_beta_2)
-    p = slots.p - (g * t(SCALARS.gradient) + m * t(SCALARS.momentum)) / (np.sqrt(v) + t(SCALARS.epsilon))
+    p = slots.p - (g * t(SCALARS.gradient) + m * t(SCALARS.momentum)) / (
+        np.sqrt(v) + t(SCALARS.epsilon)
+    )
     return p, m, v
 
 
@@ -97,16 +105,22 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     size = size if size < 10**8 else 2 * BLOCK[dtype] + size - 10**9  # around a block boundary
     rng = np.random.default_rng(seed)
     out = None if in_place else np.empty(size, dtype)
-    slots = Slots(numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), out)
+    slots = Slots(
+        numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), out
+    )
     gradients = [numbers(rng, size, dtype) for _ in range(workers)]
     rates = StepConstants(1.0 - 0.9, 1.0 - 0.999, clipvalue)
     with np.errstate(all="ignore"):
         if half is not None and dtype == "float32":
-            gradients = [np.clip(g, -1e4, 1e4).astype(half) if rng.random() < 0.7 else g for g in gradients]
+            gradients = [
+                np.clip(g, -1e4, 1e4).astype(half) if rng.random() < 0.7 else g for g in gradients
+            ]
         p, m, v = plain(slots, gradients, scale, rates)
         before, copies = slots.p.copy(), [g.copy() for g in gradients]
         cut = int(rng.integers(0, size + 1))
-        stepper(kernel, dtype, threads).step(slots, gradients, SCALARS, rates, [Part(0, cut, scale), Part(cut, size, scale)])
+        stepper(kernel, dtype, threads).step(
+            slots, gradients, SCALARS, rates, [Part(0, cut, scale), Part(cut, size, scale)]
+        )
     got = [slots.p if slots.out is None else slots.out, slots.m, slots.v]
     assert [x.tobytes() for x in got] == [p.tobytes(), m.tobytes(), v.tobytes()]
     assert in_place or slots.p.tobytes() == before.tobytes(), "the old parameters stay"
@@ -121,15 +135,23 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     workers=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_square_sums_do_not_depend_on_where_the_range_is_cut(dtype: str, chunks: int, tail: int, workers: int, seed: int) -> None:
+def test_square_sums_do_not_depend_on_where_the_range_is_cut(
+    dtype: str, chunks: int, tail: int, workers: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     size = 1024 * chunks - tail
     gradients = [rng.standard_normal(size).astype(dtype) for _ in range(workers)]
     whole = square_sums(gradients, 0, size, Scratch(dtype))
     cut = 1024 * int(rng.integers(0, chunks))
-    pieces = [square_sums(gradients, begin, end, Scratch(dtype)) for begin, end in ((0, cut), (cut, size))]
+    pieces = [
+        square_sums(gradients, begin, end, Scratch(dtype)) for begin, end in ((0, cut), (cut, size))
+    ]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()
-    mean = sum(gradients[1:], gradients[0]) / np.dtype(dtype).type(workers) if workers > 1 else gradients[0]
+    mean = (
+        sum(gradients[1:], gradients[0]) / np.dtype(dtype).type(workers)
+        if workers > 1
+        else gradients[0]
+    )
     np.testing.assert_allclose(whole.sum(), np.square(mean.astype(np.float64)).sum(), rtol=1e-12)
 
 
@@ -140,7 +162,9 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
     slots = Slots(*(np.ones(size, np.float32) for _ in range(3)), np.empty(size, np.float32))
     gradients = [np.ones(size, np.float16 if half else np.float32) for _ in range(3)]
     tracemalloc.start()
-    stepper(kernel, "float32", 1).step(slots, gradients, SCALARS, StepConstants(0.1, 0.001, 0.5), [Part(0, size, 0.5)])
+    stepper(kernel, "float32", 1).step(
+        slots, gradients, SCALARS, StepConstants(0.1, 0.001, 0.5), [Part(0, size, 0.5)]
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * BLOCK_BYTES  # of the forty of each array
@@ -157,7 +181,12 @@ print(sum(fused._step.stats.cache_hits.values()), sum(fused._step.stats.cache_mi
 
 def test_the_second_process_finds_the_loop_compiled(tmp_path: Path) -> None:
     env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    told = [subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
     assert told == ["0 1\n", "1 0\n"]
 
 
@@ -181,14 +210,18 @@ sys.exit(1)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "fegetenv") and sys.platform != "linux", reason="needs glibc")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "fegetenv") and sys.platform != "linux", reason="needs glibc"
+)
 def test_a_thread_that_flushes_denormals_is_refused() -> None:
     import platform
 
     if platform.machine() != "x86_64":
         pytest.skip("sets the x86 control register")
     check_denormals(np.dtype("float32"))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FLUSH], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FLUSH], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,6 @@
-"""The step's scalars against the design's formulas written out, over many steps; and powers and cosines against the C library's."""
+"""The step's scalars against the design's formulas written out, over many steps; and powers and
+cosines against the C library's.
+"""
 
 import _pydecimal
 import decimal
@@ -20,7 +22,12 @@ def ulps(a: float, b: float) -> float:
 
 
 @pytest.mark.parametrize(
-    "config", [NadamConfig(), NadamConfig(0.1, 0.5, 0.9, 1e-3, 1.0), NadamConfig(beta_1=0.0, beta_2=0.0, schedule_decay=0.0)]
+    "config",
+    [
+        NadamConfig(),
+        NadamConfig(0.1, 0.5, 0.9, 1e-3, 1.0),
+        NadamConfig(beta_1=0.0, beta_2=0.0, schedule_decay=0.0),
+    ],
 )
 def test_the_scalars_are_those_of_the_formulas(config: NadamConfig) -> None:
     clock, schedule = Clock(), 1.0
@@ -33,14 +40,23 @@ def test_the_scalars_are_those_of_the_formulas(config: NadamConfig) -> None:
         clock = scalars.after
         assert clock.iterations == t
         assert clock.m_schedule == pytest.approx(schedule, rel=1e-12)
-        assert scalars.gradient == pytest.approx(config.lr * (1 - mu) / (1 - schedule) * root, rel=1e-12)  # type: ignore[operator]
-        assert scalars.momentum == pytest.approx(config.lr * mu_next / (1 - schedule * mu_next) * root, rel=1e-12)  # type: ignore[operator]
+        assert scalars.gradient == pytest.approx(
+            config.lr * (1 - mu) / (1 - schedule) * root, rel=1e-12
+        )  # type: ignore[operator]
+        assert scalars.momentum == pytest.approx(
+            config.lr * mu_next / (1 - schedule * mu_next) * root, rel=1e-12
+        )  # type: ignore[operator]
         assert scalars.epsilon == pytest.approx(config.epsilon * root, rel=1e-12)
 
 
 def test_the_rate_follows_the_number_of_steps_applied() -> None:
     config = NadamConfig(lr=Exponential(1.0, 1, 0.5))
-    assert [step_scalars(Clock(done, 0.5), config).lr for done in range(4)] == [1.0, 0.5, 0.25, 0.125]
+    assert [step_scalars(Clock(done, 0.5), config).lr for done in range(4)] == [
+        1.0,
+        0.5,
+        0.25,
+        0.125,
+    ]
 
 
 @given(base=st.floats(1e-6, 1.0), exponent=st.floats(0.0, 1e5))
@@ -53,24 +69,37 @@ def test_a_power_is_within_one_unit_of_the_c_librarys(base: float, exponent: flo
 def test_a_power_does_not_depend_on_which_decimal_is_installed(base: float, exponent: int) -> None:
     context = _pydecimal.Context(prec=40, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)
     if base < 1.0:
-        expected = context.exp(context.multiply(_pydecimal.Decimal(exponent), context.ln(_pydecimal.Decimal(base))))
+        expected = context.exp(
+            context.multiply(_pydecimal.Decimal(exponent), context.ln(_pydecimal.Decimal(base)))
+        )
         assert reproducible_math.power(base, float(exponent)) == float(str(expected))
 
 
 @given(base=st.floats(0.5, 1.0), rate=st.floats(0.0, 1.0), step=st.integers(0, 10**7))
-def test_a_power_of_a_step_is_that_power_and_not_what_was_asked_before(base: float, rate: float, step: int) -> None:
+def test_a_power_of_a_step_is_that_power_and_not_what_was_asked_before(
+    base: float, rate: float, step: int
+) -> None:
     got = reproducible_math.power_of_step(base, rate, step)
-    assert ulps(got, reproducible_math.power(base, rate * step)) <= 1.0 + abs(rate * step * math.log(base)) or got < sys.float_info.min
+    assert (
+        ulps(got, reproducible_math.power(base, rate * step))
+        <= 1.0 + abs(rate * step * math.log(base))
+        or got < sys.float_info.min
+    )
     reproducible_math._factor.cache_clear()
     assert reproducible_math.power_of_step(base, rate, step) == got
 
 
 @given(fraction=st.floats(0.0, 1.0))
 def test_a_cosine_is_within_the_c_librarys_rounding_of_its_argument(fraction: float) -> None:
-    assert reproducible_math.cosine_of_pi_times(fraction) == pytest.approx(math.cos(math.pi * fraction), abs=4e-16)
+    assert reproducible_math.cosine_of_pi_times(fraction) == pytest.approx(
+        math.cos(math.pi * fraction), abs=4e-16
+    )
 
 
-@pytest.mark.parametrize(("base", "exponent", "expected"), [(0.0, 0.0, 1.0), (0.0, 3.0, 0.0), (1.0, 1e9, 1.0), (0.96, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("base", "exponent", "expected"),
+    [(0.0, 0.0, 1.0), (0.0, 3.0, 0.0), (1.0, 1e9, 1.0), (0.96, 0.0, 1.0)],
+)
 def test_powers_at_the_edges(base: float, exponent: float, expected: float) -> None:
     assert reproducible_math.power(base, exponent) == expected
 

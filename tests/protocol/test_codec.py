@@ -1,4 +1,6 @@
-"""Frames: every message that travels by lane comes back as it was, however the bytes are cut; nonsense is refused."""
+"""Frames: every message that travels by lane comes back as it was, however the bytes are cut;
+nonsense is refused.
+"""
 
 from typing import Any
 
@@ -41,12 +43,18 @@ def test_a_push_says_in_which_dtypes_the_gradients_lie() -> None:
 def test_sums_and_norms_come_back_to_the_bit() -> None:
     sums = (np.array([1.5, np.inf, 1e-320]), np.array([]))
     _, measured = unpack(pack(1, PartialNorms(3, ((0, sums[0]), (2, sums[1]))))[4:])
-    assert [(tensor, array.tobytes()) for tensor, array in measured.sums] == [(0, sums[0].tobytes()), (2, b"")]
+    assert [(tensor, array.tobytes()) for tensor, array in measured.sums] == [
+        (0, sums[0].tobytes()),
+        (2, b""),
+    ]
     _, norms = unpack(pack(1, TotalNorms(1, 2, 3, 4, sums[0]))[4:])
     assert (norms.round, norms.square_sums.tobytes()) == (4, sums[0].tobytes())
 
 
-@pytest.mark.parametrize("kind", [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, DistNadamError)])
+@pytest.mark.parametrize(
+    "kind",
+    [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, DistNadamError)],
+)
 def test_every_error_comes_back_as_its_own_class(kind: type[DistNadamError]) -> None:
     _, error = unpack(pack(1, kind("the sentence"))[4:])
     assert type(error) is kind

@@ -1,4 +1,6 @@
-"""A standby follows its primary to the bit, and goes on as it would have; one that is out of date never steps in."""
+"""A standby follows its primary to the bit, and goes on as it would have; one that is out of date
+never steps in.
+"""
 
 from typing import Any
 
@@ -11,8 +13,23 @@ from distnadam.config import NadamConfig, Options
 from distnadam.errors import IllegalMessage
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.codec import pack_record, unpack_record
-from distnadam.protocol.messages import Join, PartialNorms, Pause, Push, ShardSpec, TotalNorms, Write
-from distnadam.protocol.supervisor_messages import AttachStandby, DetachStandby, Load, Reconfigure, Record, ReplicatedRound
+from distnadam.protocol.messages import (
+    Join,
+    PartialNorms,
+    Pause,
+    Push,
+    ShardSpec,
+    TotalNorms,
+    Write,
+)
+from distnadam.protocol.supervisor_messages import (
+    AttachStandby,
+    DetachStandby,
+    Load,
+    Reconfigure,
+    Record,
+    ReplicatedRound,
+)
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.tensors.arrays import Flat
@@ -28,10 +45,14 @@ INITIAL = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
 class InProcess(ReplicationStream):
     """The way to a standby in this process, records as bytes; `sent` are all of them."""
 
-    def __init__(self, standby: Standby, control_state: Any, config: NadamConfig, arrays: dict[str, Flat]) -> None:
+    def __init__(
+        self, standby: Standby, control_state: Any, config: NadamConfig, arrays: dict[str, Flat]
+    ) -> None:
         self.standby, self.reached, self.sent = standby, control_state.round, list[Record]()
         self.mean = {"float32": np.zeros(SIZE, np.float32)}
-        standby.take_arrays({name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})
+        standby.take_arrays(
+            {name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()}
+        )
         standby.begin(control_state, config)
 
     def ready(self) -> bool:
@@ -46,9 +67,13 @@ class InProcess(ReplicationStream):
         self.send(DetachStandby())
 
 
-def pair(kernel: str = "numpy", workers: int = 2, **config: Any) -> tuple[ShardHost, Standby, ShardSpec]:
+def pair(
+    kernel: str = "numpy", workers: int = 2, **config: Any
+) -> tuple[ShardHost, Standby, ShardSpec]:
     options = Options(kernel=kernel, on_nonfinite="skip" if workers == 2 else "raise")  # type: ignore[arg-type]
-    spec = ShardSpec(0, 1, workers, 1, None, NadamConfig(**config), options, LAYOUT, LAYOUT.cuts(1)[0])
+    spec = ShardSpec(
+        0, 1, workers, 1, None, NadamConfig(**config), options, LAYOUT, LAYOUT.cuts(1)[0]
+    )
     standby = Standby(spec)
     primary = ShardHost(spec, attach=lambda where, *told: InProcess(standby, *told))
     primary.send(Load(1, params=INITIAL)).result(0)
@@ -58,17 +83,30 @@ def pair(kernel: str = "numpy", workers: int = 2, **config: Any) -> tuple[ShardH
     return primary, standby, spec
 
 
-def do_round(host: ShardHost, number: int, seed: int, *, epoch: int = 1, workers: int = 2, finite: bool = True) -> None:
+def do_round(
+    host: ShardHost,
+    number: int,
+    seed: int,
+    *,
+    epoch: int = 1,
+    workers: int = 2,
+    finite: bool = True,
+) -> None:
     rng = np.random.default_rng(seed)
     for rank in range(workers):
-        gradient = {"float32": (10 * rng.standard_normal(SIZE)).astype(np.float32)} if finite else None
+        gradient = (
+            {"float32": (10 * rng.standard_normal(SIZE)).astype(np.float32)} if finite else None
+        )
         answer = host.send(Push(epoch, rank, 1, number, gradient, None if finite else "NaN"))
     if isinstance(measured := answer.result(0), PartialNorms):
         host.send(TotalNorms(epoch, 0, 1, number, tensor_square_sums(2, [measured.sums]))).result(0)
 
 
 def same(one: State, other: State) -> bool:
-    return all(getattr(one, x).tobytes() == getattr(other, x).tobytes() for x in ("params", "m", "v")) and one.clock == other.clock
+    return (
+        all(getattr(one, x).tobytes() == getattr(other, x).tobytes() for x in ("params", "m", "v"))
+        and one.clock == other.clock
+    )
 
 
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
@@ -76,7 +114,9 @@ def same(one: State, other: State) -> bool:
 @given(
     finite=st.lists(st.booleans(), min_size=1, max_size=6),
     workers=st.integers(1, 3),
-    clip=st.sampled_from([{}, {"clipnorm": 1.0}, {"clipvalue": 0.5}, {"global_clipnorm": 2.0, "clipvalue": 0.1}]),
+    clip=st.sampled_from(
+        [{}, {"clipnorm": 1.0}, {"clipvalue": 0.5}, {"global_clipnorm": 2.0, "clipvalue": 0.1}]
+    ),
 )
 def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_would_have(
     kernel: str, finite: list[bool], workers: int, clip: dict[str, float]
@@ -85,7 +125,9 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
     for number, good in enumerate(finite, 1):
         do_round(primary, number, number, workers=workers, finite=good)
         assert standby.reached == number
-    promoted, control_state = standby.promote(Reconfigure(2, ((1, tuple(range(workers))),)), ShardHost)
+    promoted, control_state = standby.promote(
+        Reconfigure(2, ((1, tuple(range(workers))),)), ShardHost
+    )
     assert same(state_of(promoted), state_of(primary))
     assert control_state.ledger == primary._shard.members.ledger.to_dict()
     assert promoted._shard._counted == primary._shard._counted

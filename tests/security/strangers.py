@@ -13,7 +13,9 @@ _BECOME = f"import os\nos.setgroups([])\nos.setgid({NOBODY})\nos.setuid({NOBODY}
 
 
 def as_nobody(imports: str, code: str, *args: Any) -> str:
-    """Run code as another user, after imports as this one, whose home that user may not read; return what it prints."""
+    """Run code as another user, after imports as this one, whose home that user may not read;
+    return what it prints.
+    """
     command = [sys.executable, "-c", f"{imports}\n{_BECOME}{code}", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,9 @@ TEXT = (ROOT / "deploy" / "SECURITY.md").read_text()
 
 
 def named(text: str) -> list[tuple[str, str]]:
-    """The tests that a text names, by file; where it leaves the file out, it is the one named before."""
+    """The tests that a text names, by file; where it leaves the file out, it is the one named
+    before.
+    """
     found, file = [], ""
     for path, test in re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", text):
         file = path or file
@@ -26,6 +28,8 @@ def test_each_test_that_the_document_names_is_there(file: str, test: str) -> Non
 
 
 def test_the_document_names_every_test_of_this_directory() -> None:
-    here = {f"tests/security/{path.name}" for path in Path(__file__).parent.glob("test_*.py")} - {"tests/security/test_document.py"}
+    here = {f"tests/security/{path.name}" for path in Path(__file__).parent.glob("test_*.py")} - {
+        "tests/security/test_document.py"
+    }
     assert here == {file for file, _ in named(TEXT) if file.startswith("tests/security/")}
     assert len(named(TEXT)) >= 25

@@ -1,4 +1,6 @@
-"""What lies in files: with which permissions, where, and that no name or path from outside leads out of its directory."""
+"""What lies in files: with which permissions, where, and that no name or path from outside leads
+out of its directory.
+"""
 
 import os
 import stat
@@ -32,18 +34,31 @@ def umask(mask: int) -> Iterator[None]:
 
 
 def modes(root: Path) -> set[tuple[str, int]]:
-    return {("directory" if p.is_dir() else "file", stat.S_IMODE(p.stat().st_mode)) for p in (root, *root.rglob("*"))}
+    return {
+        ("directory" if p.is_dir() else "file", stat.S_IMODE(p.stat().st_mode))
+        for p in (root, *root.rglob("*"))
+    }
 
 
 def everything(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
 
-@pytest.mark.parametrize(("mask", "file", "directory"), [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
-def test_a_runs_files_have_the_permissions_that_its_umask_leaves(mask: int, file: int, directory: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mask", "file", "directory"),
+    [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755), (0o027, 0o640, 0o750)],
+)
+def test_a_runs_files_have_the_permissions_that_its_umask_leaves(
+    mask: int, file: int, directory: int, tmp_path: Path
+) -> None:
     with umask(mask):
         fit(Quadratic(), steps=3, backend="local", checkpoint_dir=tmp_path / "run", verbose=False)
-        assert call("export", tmp_path / "run", tmp_path / "run" / "out.npz", "--to", "numpy").exit_code == 0
+        assert (
+            call(
+                "export", tmp_path / "run", tmp_path / "run" / "out.npz", "--to", "numpy"
+            ).exit_code
+            == 0
+        )
     assert modes(tmp_path / "run") == {("file", file), ("directory", directory)}
 
 
@@ -52,7 +67,10 @@ def test_another_user_cannot_read_a_run_of_umask_077(tmp_path: Path) -> None:
     os.chmod(tmp_path, 0o755)
     with umask(0o077):
         fit(Quadratic(), steps=3, backend="local", checkpoint_dir=tmp_path / "run", verbose=False)
-    code = "for path in sys.argv[1:]:\n    try: print(open(path, 'rb').read(1))\n    except PermissionError: print('refused')"
+    code = (
+        "for path in sys.argv[1:]:\n    try: print(open(path, 'rb').read(1))\n    except "
+        "PermissionError: print('refused')"
+    )
     inside = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert as_nobody("import sys", code, *inside).split() == ["refused"] * len(inside)
 
@@ -72,25 +90,39 @@ with DistNadam(num_shards=2, backend="ray").build({"w": np.ones(3, np.float32)})
 @as_root
 @pytest.mark.slow
 @pytest.mark.parametrize("private", [True, False])
-def test_rays_own_directory_is_open_to_other_users_unless_it_lies_in_a_private_one(private: bool, tmp_path: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")} | {"HOME": str(tmp_path)}
+def test_rays_own_directory_is_open_to_other_users_unless_it_lies_in_a_private_one(
+    private: bool, tmp_path: Path
+) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")} | {
+        "HOME": str(tmp_path)
+    }
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with tempfile.TemporaryDirectory() as directory:  # 0700, and short enough for a socket's path
         os.chmod(directory, 0o700 if private else 0o755)
         env["RAY_TMPDIR"] = directory
-        with subprocess.Popen([sys.executable, "-W", "ignore", "-c", OWN], env=env, **pipes) as process:
+        with subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", OWN], env=env, **pipes
+        ) as process:
             assert process.stdout is not None and process.stdin is not None
             session = Path(directory) / "ray" / process.stdout.readline().strip()
-            code = "for path in sys.argv[1:]:\n    print('refused' if not os.access(path, os.R_OK | os.W_OK) else 'open')"
+            code = (
+                "for path in sys.argv[1:]:\n    print('refused' if not os.access(path, "
+                "os.R_OK | os.W_OK) else 'open')"
+            )
             told = as_nobody("import sys", code, session, session / "logs", session / "sockets")
             assert told.split() == ["refused" if private else "open"] * 3
             process.communicate("\n")
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "/abs", ".", "..", ".hidden", "-rf", "a\0b", "a\nb", "a b", "ü", "x" * 64, 7])
+@pytest.mark.parametrize(
+    "name",
+    ["../up", "a/b", "/abs", ".", "..", ".hidden", "-rf", "a\0b", "a\nb", "a b", "ü", "x" * 64, 7],
+)
 def test_a_name_that_could_be_a_path_is_no_name(name: Any) -> None:
-    with pytest.raises(ConfigError, match="name must be up to 63 letters, digits, dots, dashes or underscores"):
+    with pytest.raises(
+        ConfigError, match="name must be up to 63 letters, digits, dots, dashes or underscores"
+    ):
         DistNadam(name=name)
 
 
@@ -115,13 +147,26 @@ def test_a_task_and_tensors_with_paths_for_names_write_where_they_should_and_now
     monkeypatch.chdir(here)
     history = fit(Outward(), steps=2, backend="local", verbose=False)
     for kind in ("safetensors", "numpy", "keras"):
-        assert call("export", history.checkpoint_dir, here / f"{kind}.out", "--to", kind).exit_code == 0
-        assert call("import", here / f"{kind}.out", here / f"{kind}.back", "--from", kind).exit_code == 0
+        assert (
+            call("export", history.checkpoint_dir, here / f"{kind}.out", "--to", kind).exit_code
+            == 0
+        )
+        assert (
+            call("import", here / f"{kind}.out", here / f"{kind}.back", "--from", kind).exit_code
+            == 0
+        )
     assert history.checkpoint_dir.parent == here / "runs"
-    assert everything(tmp_path) - {f"a/b/c/d/{name}" for name in everything(here)} == {"a", "a/b", "a/b/c", "a/b/c/d"}
+    assert everything(tmp_path) - {f"a/b/c/d/{name}" for name in everything(here)} == {
+        "a",
+        "a/b",
+        "a/b/c",
+        "a/b/c/d",
+    }
 
 
-def test_whoever_links_a_name_that_a_checkpoint_will_have_to_another_file_does_not_get_that_file_written(tmp_path: Path) -> None:
+def test_whoever_links_a_name_that_a_checkpoint_will_have_to_another_file_does_not_get_that_file_written(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "step_00000001").mkdir()
     precious = tmp_path / "precious"
     precious.write_text("mine")

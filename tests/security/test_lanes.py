@@ -1,4 +1,6 @@
-"""The lanes of a real optimizer, and another user of the host who knows everything about them that can be known."""
+"""The lanes of a real optimizer, and another user of the host who knows everything about them that
+can be known.
+"""
 
 import os
 import subprocess
@@ -77,16 +79,22 @@ def memory_of(pid: int) -> list[str]:
 
 @pytest.fixture
 def worker(ray_cluster: None) -> Iterator[tuple[DistNadam, Worker]]:
-    with DistNadam(num_shards=2, backend="ray").build(GRADIENTS) as optimizer, optimizer.worker(0) as worker:
+    with (
+        DistNadam(num_shards=2, backend="ray").build(GRADIENTS) as optimizer,
+        optimizer.worker(0) as worker,
+    ):
         worker.step(GRADIENTS)
         yield optimizer, worker
 
 
-def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_tokens(worker: tuple[DistNadam, Worker]) -> None:
+def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_tokens(
+    worker: tuple[DistNadam, Worker],
+) -> None:
     optimizer, mine = worker
     addresses = [place.address for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
     told = as_nobody(
-        "import socket, sys\nfrom distnadam.errors import LaneError\nfrom distnadam.transport.connection import Address, call",
+        "import socket, sys\nfrom distnadam.errors import LaneError\nfrom "
+        "distnadam.transport.connection import Address, call",
         RING,
         *(part for address in addresses for part in (address.name, address.token)),
     )
@@ -96,29 +104,48 @@ def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_
     assert optimizer.iterations == 2
 
 
-def test_another_user_cannot_open_the_memory_nor_read_the_processes(worker: tuple[DistNadam, Worker]) -> None:
+def test_another_user_cannot_open_the_memory_nor_read_the_processes(
+    worker: tuple[DistNadam, Worker],
+) -> None:
     optimizer, _ = worker
     actors = optimizer._running().backend.actors  # type: ignore[attr-defined]
-    pids = [os.getpid(), *(int(facts["pid"]) for facts in ray.get([actor.about.remote() for actor in actors]))]
+    pids = [
+        os.getpid(),
+        *(int(facts["pid"]) for facts in ray.get([actor.about.remote() for actor in actors])),
+    ]
     assert all(memory_of(pid) for pid in pids), "there is something to be opened"
     told = as_nobody("import os, sys", PEEP, *pids)
     assert told == "names True\n", "names are no secret, and nothing else is to be had"
 
 
-def test_a_worker_hands_its_memory_to_no_other_user_who_listens_under_a_shards_name(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", LISTEN, tmp_path.name], stdout=subprocess.PIPE, text=True) as fake:
+def test_a_worker_hands_its_memory_to_no_other_user_who_listens_under_a_shards_name(
+    tmp_path: Path,
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTEN, tmp_path.name], stdout=subprocess.PIPE, text=True
+    ) as fake:
         assert fake.stdout is not None
         assert fake.stdout.readline() == "ready\n"
         arena = Arena.create({"float32": 100})
         with pytest.raises(LaneError, match=f"runs as user {NOBODY}, this one as 0"):
-            call(Address(f"distnadam-fake-{tmp_path.name}", "token"), {"rank": 0, "incarnation": 1}, [arena.fd])
+            call(
+                Address(f"distnadam-fake-{tmp_path.name}", "token"),
+                {"rank": 0, "incarnation": 1},
+                [arena.fd],
+            )
         assert fake.stdout.read() == "(b'', [])\n", "neither token nor memory"
 
 
-def test_names_and_tokens_are_not_to_be_guessed_and_end_with_the_optimizer(ray_cluster: None) -> None:
+def test_names_and_tokens_are_not_to_be_guessed_and_end_with_the_optimizer(
+    ray_cluster: None,
+) -> None:
     with DistNadam(num_shards=2, backend="ray").build(GRADIENTS) as optimizer:
         addresses = [place.address for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
-        names = {line.rpartition("@")[2] for line in Path("/proc/net/unix").read_text().splitlines() if "@distnadam-" in line}
+        names = {
+            line.rpartition("@")[2]
+            for line in Path("/proc/net/unix").read_text().splitlines()
+            if "@distnadam-" in line
+        }
         assert names >= {address.name for address in addresses}
     assert len({a.name for a in addresses} | {a.token for a in addresses}) == 4
     assert all(len(a.token) == 32 and len(a.name) == len("distnadam-") + 32 for a in addresses)

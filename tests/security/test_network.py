@@ -1,4 +1,6 @@
-"""Nothing of ours listens on a network: what listens in a process of ours listens in any process of Ray."""
+"""Nothing of ours listens on a network: what listens in a process of ours listens in any process of
+Ray.
+"""
 
 import ast
 import os
@@ -47,12 +49,17 @@ class Trainer:
         return os.getpid()
 
 
-def test_shards_standbys_supervisor_and_workers_listen_where_any_actor_of_ray_does_and_nowhere_else(ray_cluster: None) -> None:
+def test_shards_standbys_supervisor_and_workers_listen_where_any_actor_of_ray_does_and_nowhere_else(
+    ray_cluster: None,
+) -> None:
     before = listeners(os.getpid())
     bare = ray.remote(num_cpus=0)(Bare).remote()
     usual = [protocol for protocol, _ in sorted(listeners(ray.get(bare.pid.remote())))]
     assert usual, "the look at a process sees what Ray listens on"
-    with DistNadam(num_shards=2, replicas=1, backend="ray").build(GRADIENTS) as optimizer, optimizer.worker(0) as worker:
+    with (
+        DistNadam(num_shards=2, replicas=1, backend="ray").build(GRADIENTS) as optimizer,
+        optimizer.worker(0) as worker,
+    ):
         worker.step(GRADIENTS)
         trainer = ray.remote(num_cpus=0)(Trainer).remote(optimizer)
         theirs = ray.get(trainer.pid.remote())
@@ -67,20 +74,40 @@ def test_shards_standbys_supervisor_and_workers_listen_where_any_actor_of_ray_do
 
 def test_a_local_optimizer_listens_on_nothing() -> None:
     before = listeners(os.getpid())
-    with DistNadam(num_shards=2, backend="local").build(GRADIENTS) as optimizer, optimizer.worker(0) as worker:
+    with (
+        DistNadam(num_shards=2, backend="local").build(GRADIENTS) as optimizer,
+        optimizer.worker(0) as worker,
+    ):
         worker.step(GRADIENTS)
         assert listeners(os.getpid()) == before
 
 
 def calls(source: str) -> list[str]:
     """What a source does with sockets: makes one, binds or connects one."""
-    names = ("socket.socket", "socket.create_server", "socket.create_connection", "HTTPServer", "start_server", "socketserver")
+    names = (
+        "socket.socket",
+        "socket.create_server",
+        "socket.create_connection",
+        "HTTPServer",
+        "start_server",
+        "socketserver",
+    )
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    return [ast.unparse(node) for node in found if any(name in ast.unparse(node.func) for name in names)]
+    return [
+        ast.unparse(node) for node in found if any(name in ast.unparse(node.func) for name in names)
+    ]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_sources_make_sockets_of_this_machine_only_but_to_look_whether_ray_answers(path: Path) -> None:
+def test_the_sources_make_sockets_of_this_machine_only_but_to_look_whether_ray_answers(
+    path: Path,
+) -> None:
     looks = ["joining.py"]
-    made = [call for call in calls(path.read_text()) if not call.startswith("socket.socket(socket.AF_UNIX")]
-    assert made == [] or (path.name in looks and all(call.startswith("socket.create_connection(") for call in made))
+    made = [
+        call
+        for call in calls(path.read_text())
+        if not call.startswith("socket.socket(socket.AF_UNIX")
+    ]
+    assert made == [] or (
+        path.name in looks and all(call.startswith("socket.create_connection(") for call in made)
+    )

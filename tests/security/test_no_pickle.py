@@ -1,4 +1,6 @@
-"""No file of ours is ever unpickled, nor is code made of one: by what the sources say, and by files that would run code."""
+"""No file of ours is ever unpickled, nor is code made of one: by what the sources say, and by files
+that would run code.
+"""
 
 import ast
 import importlib.util
@@ -41,7 +43,9 @@ def trespasses(source: str) -> list[str]:
         how = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         if called in RUNNERS or called == "importlib.import_module":
             found.append(f"calls {called}")
-        if how.get("allow_pickle", "False") != "False" or (called in ("np.load", "numpy.load") and "allow_pickle" not in how):
+        if how.get("allow_pickle", "False") != "False" or (
+            called in ("np.load", "numpy.load") and "allow_pickle" not in how
+        ):
             found.append(f"{called} may unpickle")
         if called == "torch.load" and how.get("weights_only") != "True":
             found.append("torch.load may unpickle")
@@ -50,7 +54,11 @@ def trespasses(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_source_of_ours_can_make_code_of_a_file(path: Path) -> None:
-    allowed = ["calls importlib.import_module"] if str(path.relative_to(PACKAGE)) == IMPORTS_A_TASK else []
+    allowed = (
+        ["calls importlib.import_module"]
+        if str(path.relative_to(PACKAGE)) == IMPORTS_A_TASK
+        else []
+    )
     assert trespasses(path.read_text()) == allowed
 
 
@@ -94,7 +102,9 @@ def witness(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    with DistNadam(num_shards=2, backend="local").build({"w": np.ones(5000, np.float32)}) as optimizer:
+    with DistNadam(num_shards=2, backend="local").build(
+        {"w": np.ones(5000, np.float32)}
+    ) as optimizer:
         return Path(optimizer.save(tmp_path / "run"))
 
 
@@ -117,7 +127,9 @@ def test_a_pickle_in_the_place_of_a_checkpoints_file_is_refused_and_runs_nothing
 
 
 @pytest.mark.parametrize("kind", ["numpy", "keras", "safetensors", "torch"])
-def test_a_pickle_that_is_to_be_imported_is_refused_and_runs_nothing(kind: str, tmp_path: Path, witness: Path) -> None:
+def test_a_pickle_that_is_to_be_imported_is_refused_and_runs_nothing(
+    kind: str, tmp_path: Path, witness: Path
+) -> None:
     if kind == "torch" and importlib.util.find_spec("torch") is None:
         pytest.skip("torch is not installed")
     bare, zipped = tmp_path / "bare", tmp_path / "zipped.npz"
@@ -149,12 +161,17 @@ assert seen, "the hook sees nothing"
 
 def test_saving_and_restoring_looks_up_no_class_of_a_pickle(saved: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", UNPICKLED, str(saved), str(tmp_path / "again")], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", UNPICKLED, str(saved), str(tmp_path / "again")],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_numbas_cache_which_is_pickled_lies_beside_the_package_or_in_the_users_own_directory() -> None:
+def test_numbas_cache_which_is_pickled_lies_beside_the_package_or_in_the_users_own_directory() -> (
+    None
+):
     fused = pytest.importorskip("distnadam.nadam.fused", reason="needs numba")
     for compiled in (fused._step, fused._gradient):
         where = Path(compiled._cache.cache_path)

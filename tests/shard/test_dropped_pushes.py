@@ -1,4 +1,5 @@
-"""A push that some shards have dropped and others hold, have counted, or are yet to get: it counts everywhere, or nowhere.
+"""A push that some shards have dropped and others hold, have counted, or are yet to get: it counts
+everywhere, or nowhere.
 
 A push is dropped where nobody took a dead rank over, or where the learning-rate function raised.
 """
@@ -28,15 +29,26 @@ def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_session, "_POLL_S", 0.0)
 
 
-CASES = pytest.mark.parametrize(("objects", "clip"), [(False, {}), (True, {}), (True, {"clipnorm": 1e6}), (True, {"global_clipnorm": 1e6})])
+CASES = pytest.mark.parametrize(
+    ("objects", "clip"),
+    [(False, {}), (True, {}), (True, {"clipnorm": 1e6}), (True, {"global_clipnorm": 1e6})],
+)
 
 
 class Scene:
     """Two shards, two ranks, and what each shard's first moments come to."""
 
     def __init__(self, *, objects: bool = True, **config: Any) -> None:
-        self.options = Options(on_nonfinite="skip", step_timeout_s=0.0, shard_timeout_s=1e-9, rejoin_timeout_s=0.0, kernel="numpy")
-        self.world, self.layout = begin_world(INITIAL, NadamConfig(**config), self.options, 2, 2, 0, objects=objects)
+        self.options = Options(
+            on_nonfinite="skip",
+            step_timeout_s=0.0,
+            shard_timeout_s=1e-9,
+            rejoin_timeout_s=0.0,
+            kernel="numpy",
+        )
+        self.world, self.layout = begin_world(
+            INITIAL, NadamConfig(**config), self.options, 2, 2, 0, objects=objects
+        )
         self.workers = [self.worker(rank) for rank in range(2)]
 
     def controller(self) -> ShardGroup:
@@ -61,7 +73,9 @@ class Scene:
         self.workers[1] = self.worker(1)
 
     def wait_for(self, *tickets: Any) -> list[Any]:
-        """Wait for tickets by turns, since here each does its part only while it is waited for; return rounds or errors."""
+        """Wait for tickets by turns, since here each does its part only while it is waited for;
+        return rounds or errors.
+        """
         found: dict[int, Any] = {}
         for _ in range(6):
             for index, ticket in enumerate(tickets):
@@ -81,11 +95,15 @@ class Scene:
 
 @CASES
 @pytest.mark.parametrize("faults", [["", "lose"], ["lose", ""], [""]])
-def test_another_gradient_counts_alone_whichever_shards_had_dropped_the_first(faults: list[str], objects: bool, clip: Any) -> None:
+def test_another_gradient_counts_alone_whichever_shards_had_dropped_the_first(
+    faults: list[str], objects: bool, clip: Any
+) -> None:
     scene = Scene(objects=objects, **clip)
     first = scene.push(0, 1.0)
     scene.lose_rank_1(faults)
-    with pytest.raises(WorkerLost, match="worker 1 died before it pushed for round 1 and nobody took it over"):
+    with pytest.raises(
+        WorkerLost, match="worker 1 died before it pushed for round 1 and nobody took it over"
+    ):
         first.result()
     scene.take_over_rank_1()
     assert scene.wait_for(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
@@ -93,7 +111,9 @@ def test_another_gradient_counts_alone_whichever_shards_had_dropped_the_first(fa
 
 
 @CASES
-def test_a_push_that_one_shard_has_counted_counts_on_the_one_that_dropped_it(objects: bool, clip: Any) -> None:
+def test_a_push_that_one_shard_has_counted_counts_on_the_one_that_dropped_it(
+    objects: bool, clip: Any
+) -> None:
     scene = Scene(objects=objects, **clip)
     first = scene.push(0, 1.0)
     scene.lose_rank_1(["", "lose"])
@@ -103,13 +123,19 @@ def test_a_push_that_one_shard_has_counted_counts_on_the_one_that_dropped_it(obj
 
 
 @CASES
-def test_a_complaint_that_one_shard_has_counted_skips_the_round_on_the_one_that_dropped_it(objects: bool, clip: Any) -> None:
+def test_a_complaint_that_one_shard_has_counted_skips_the_round_on_the_one_that_dropped_it(
+    objects: bool, clip: Any
+) -> None:
     scene = Scene(objects=objects, **clip)
     first = scene.push(0, np.nan)
     scene.lose_rank_1(["", "lose"])
     scene.take_over_rank_1()
     assert scene.wait_for(scene.push(1, 3.0), first) == [0, 0], "a skipped round is no iteration"
-    ledgers = [process.host._shard.members.ledger.to_dict()["runs"] for process in scene.world.shards if process.host]
+    ledgers = [
+        process.host._shard.members.ledger.to_dict()["runs"]
+        for process in scene.world.shards
+        if process.host
+    ]
     assert ledgers[0] == ledgers[1]
     assert len(ledgers[0]) == 2, "both ranks were counted in the one round"
 
@@ -129,13 +155,17 @@ def test_a_late_copy_of_a_dropped_push_counts_nowhere(already: bool) -> None:
 
 
 @pytest.mark.parametrize("clip", [{}, {"global_clipnorm": 1e6}])
-def test_every_worker_hears_why_no_step_can_be_made_and_another_gradient_counts_alone(clip: Any) -> None:
+def test_every_worker_hears_why_no_step_can_be_made_and_another_gradient_counts_alone(
+    clip: Any,
+) -> None:
     def no_rate(step: int) -> float:
         raise RuntimeError("no rate")
 
     scene = Scene(lr=no_rate, **clip)
     tickets = [scene.push(0, 1.0), scene.push(1, 2.0)]
-    assert [str(error) for error in scene.wait_for(*tickets)] == ["lr at step 0: the schedule raised RuntimeError: no rate"] * 2
+    assert [str(error) for error in scene.wait_for(*tickets)] == [
+        "lr at step 0: the schedule raised RuntimeError: no rate"
+    ] * 2
     scene.controller().set_rate(0.001)
     assert scene.wait_for(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
     scene.require_mean_of(5.0, 3.0)

@@ -1,4 +1,6 @@
-"""The ledger against a plain set of what was counted: exact for ever, plain data and back, small."""
+"""The ledger against a plain set of what was counted: exact for ever, plain data and back,
+small.
+"""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,9 @@ EVENTS = st.lists(st.tuples(st.sets(st.integers(0, 3)), st.sets(st.integers(0, 3
 
 
 @given(events=EVENTS)
-def test_what_was_counted_is_known_and_nothing_else_is(events: list[tuple[set[int], set[int]]]) -> None:
+def test_what_was_counted_is_known_and_nothing_else_is(
+    events: list[tuple[set[int], set[int]]],
+) -> None:
     ledger, counted = Ledger(), set()
     for decided, (joining, pushing) in enumerate(events, start=1):
         for rank in joining:
@@ -19,11 +23,19 @@ def test_what_was_counted_is_known_and_nothing_else_is(events: list[tuple[set[in
             counted.add((rank, ledger.newest(rank), decided))
     again = Ledger.from_dict(ledger.to_dict())
     for rank in range(4):
-        assert again.newest(rank) == ledger.newest(rank) == sum(rank in joining for joining, _ in events)
+        assert (
+            again.newest(rank)
+            == ledger.newest(rank)
+            == sum(rank in joining for joining, _ in events)
+        )
         for incarnation in range(ledger.newest(rank) + 2):
             for decided in range(len(events) + 2):
                 expected = (rank, incarnation, decided) in counted
-                assert ledger.counted(rank, incarnation, decided) == again.counted(rank, incarnation, decided) == expected
+                assert (
+                    ledger.counted(rank, incarnation, decided)
+                    == again.counted(rank, incarnation, decided)
+                    == expected
+                )
 
 
 def test_a_long_run_of_one_worker_is_one_entry() -> None:

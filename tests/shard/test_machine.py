@@ -1,4 +1,6 @@
-"""The shard's state machine by itself: which message is legal when, that a refused one changes nothing, and what a broken shard says."""
+"""The shard's state machine by itself: which message is legal when, that a refused one changes
+nothing, and what a broken shard says.
+"""
 
 import dataclasses
 import pickle
@@ -9,7 +11,14 @@ import pytest
 
 import distnadam.protocol.messages as msg
 from distnadam.config import NadamConfig, Options
-from distnadam.errors import CheckpointError, DistNadamError, IllegalMessage, LifecycleError, ShardLost, StaleEpoch
+from distnadam.errors import (
+    CheckpointError,
+    DistNadamError,
+    IllegalMessage,
+    LifecycleError,
+    ShardLost,
+    StaleEpoch,
+)
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol import supervisor_messages
 from distnadam.protocol.messages import ShardSpec
@@ -25,7 +34,10 @@ MEASURED = msg.PartialNorms(1, ((0, np.array([3.0])),))
 
 def new_shard(**config: Any) -> Shard:
     ranges = LAYOUT.cuts(1)[0]
-    return Shard(ShardSpec(0, 1, 2, 0, None, NadamConfig(**config), Options(), LAYOUT, ranges), ShardState.empty(ranges))
+    return Shard(
+        ShardSpec(0, 1, 2, 0, None, NadamConfig(**config), Options(), LAYOUT, ranges),
+        ShardState.empty(ranges),
+    )
 
 
 def push(rank: int, decided: int = 1, rejection: str | None = None) -> msg.Push:
@@ -95,7 +107,9 @@ EXAMPLES: list[Any] = [
 
 @pytest.mark.parametrize("phase", list(Phase), ids=lambda p: p.name)
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
-def test_a_message_is_taken_where_the_table_says_so_and_otherwise_changes_nothing(message: Any, phase: Phase) -> None:
+def test_a_message_is_taken_where_the_table_says_so_and_otherwise_changes_nothing(
+    message: Any, phase: Phase
+) -> None:
     shard = shard_in(phase)
     assert shard.phase is phase
     before, refusal = fingerprint(shard), None
@@ -103,7 +117,11 @@ def test_a_message_is_taken_where_the_table_says_so_and_otherwise_changes_nothin
         shard.receive(message, "caller")
     except DistNadamError as error:
         refusal = error
-    out_of_phase = isinstance(refusal, ShardLost) if phase in (Phase.BROKEN, Phase.EMPTY) else "is not legal while" in str(refusal)
+    out_of_phase = (
+        isinstance(refusal, ShardLost)
+        if phase in (Phase.BROKEN, Phase.EMPTY)
+        else "is not legal while" in str(refusal)
+    )
     assert out_of_phase == (type(message) not in LEGAL[phase])
     assert refusal is None or fingerprint(shard) == before
 
@@ -119,16 +137,30 @@ def test_a_round_asks_for_a_step_once_all_ranks_have_pushed_and_answers_all_of_t
     assert shard.receive(push(1), "one") == []
     assert shard.receive(push(0), "zero") == [Compute(Work.STEP)]
     answers = shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
-    assert [(a.caller, a.reply.round, a.reply.outcome) for a in answers if isinstance(a, Answer)] == [
+    assert [
+        (a.caller, a.reply.round, a.reply.outcome) for a in answers if isinstance(a, Answer)
+    ] == [
         ("one", 1, "applied"),
         ("zero", 1, "applied"),
     ]
 
 
 @pytest.mark.parametrize(("on_nonfinite", "outcome"), [("raise", "refused"), ("skip", "skipped")])
-def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(on_nonfinite: Any, outcome: str) -> None:
+def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(
+    on_nonfinite: Any, outcome: str
+) -> None:
     shard = new_shard()
-    shard.spec = ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(on_nonfinite=on_nonfinite), LAYOUT, shard.spec.ranges)
+    shard.spec = ShardSpec(
+        0,
+        1,
+        2,
+        0,
+        None,
+        NadamConfig(),
+        Options(on_nonfinite=on_nonfinite),
+        LAYOUT,
+        shard.spec.ranges,
+    )
     for rank in (0, 1):
         shard.receive(msg.Join(rank), None)
     shard.receive(push(1, rejection="worker 1: NaN"), "one")
@@ -142,7 +174,10 @@ def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(on_nonf
 @pytest.mark.parametrize("phase", [Phase.MEASURING, Phase.AWAITING_NORMS])
 def test_a_shard_whose_norms_nobody_is_left_to_send_tells_those_who_join(phase: Phase) -> None:
     shard = shard_in(phase)
-    assert [replies(shard.receive(msg.Join(rank), "join"))[0].orphaned for rank in (0, 1)] == [False, True]
+    assert [replies(shard.receive(msg.Join(rank), "join"))[0].orphaned for rank in (0, 1)] == [
+        False,
+        True,
+    ]
     assert not replies(shard_in(Phase.COLLECTING).receive(msg.Join(0), "join"))[0].orphaned
 
 
@@ -186,7 +221,9 @@ def test_a_holder_may_let_a_late_shard_complete_a_round() -> None:
     for rank in (0, 1):
         shard.receive(push(rank), f"push {rank}")
     assert Compute(Work.STEP) in shard.receive(msg.CatchUp("a", 1), "advance")
-    answers = [a.caller for a in shard.computed(Work.STEP, (Clock(1, 0.9), 0.002)) if isinstance(a, Answer)]
+    answers = [
+        a.caller for a in shard.computed(Work.STEP, (Clock(1, 0.9), 0.002)) if isinstance(a, Answer)
+    ]
     assert answers == ["push 0", "push 1", "advance"]
 
 
@@ -199,7 +236,9 @@ def test_only_the_holder_reads_and_writes() -> None:
         msg.Step("you", 1, 1, GRADIENTS),
         msg.CatchUp("you", 1),
     ):
-        with pytest.raises(IllegalMessage, match="legal only between Hold and Release of the same caller"):
+        with pytest.raises(
+            IllegalMessage, match="legal only between Hold and Release of the same caller"
+        ):
             shard.receive(message, None)
 
 
@@ -222,8 +261,12 @@ def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come(
     shard = shard_in(Phase.AWAITING_NORMS)
     assert shard.receive(supervisor_messages.AttachStandby("standby"), "attach") == []
     effects = shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "load")
-    assert effects[-1] == Compute(Work.LOAD_OR_COPY) and isinstance(shard.order, supervisor_messages.Load)
-    loaded = supervisor_messages.ShardControlState(9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    assert effects[-1] == Compute(Work.LOAD_OR_COPY) and isinstance(
+        shard.order, supervisor_messages.Load
+    )
+    loaded = supervisor_messages.ShardControlState(
+        9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []}
+    )
     after = shard.computed(Work.LOAD_OR_COPY, loaded)
     assert (
         Answer("load", 4) in after
@@ -237,20 +280,44 @@ def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
     shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "first")
     shard.receive(supervisor_messages.Load(8, params=GRADIENTS), "second")
     shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
-    loaded = supervisor_messages.ShardControlState(9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []})
+    loaded = supervisor_messages.ShardControlState(
+        9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []}
+    )
     assert isinstance(replies(shard.computed(Work.LOAD_OR_COPY, loaded))[-1], IllegalMessage)
     assert shard.phase is Phase.COLLECTING
 
 
-@pytest.mark.parametrize("answered", ["while it loads", "once it has loaded", "once that has failed"])
-def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_ended(answered: str) -> None:
-    shard, control_state, refused = new_shard(), new_shard().control_state, CheckpointError("file: a bit is wrong")
+@pytest.mark.parametrize(
+    "answered", ["while it loads", "once it has loaded", "once that has failed"]
+)
+def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_ended(
+    answered: str,
+) -> None:
+    shard, control_state, refused = (
+        new_shard(),
+        new_shard().control_state,
+        CheckpointError("file: a bit is wrong"),
+    )
     shard.receive(supervisor_messages.Load(9, "directory"), "first")
-    effects = shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered == "while it loads" else []
-    effects += shard.computed(Work.LOAD_OR_COPY, refused if "failed" in answered else dataclasses.replace(control_state, round=4))
-    effects += shard.receive(supervisor_messages.Load(9, "directory"), "again") if answered != "while it loads" else []
+    effects = (
+        shard.receive(supervisor_messages.Load(9, "directory"), "again")
+        if answered == "while it loads"
+        else []
+    )
+    effects += shard.computed(
+        Work.LOAD_OR_COPY,
+        refused if "failed" in answered else dataclasses.replace(control_state, round=4),
+    )
+    effects += (
+        shard.receive(supervisor_messages.Load(9, "directory"), "again")
+        if answered != "while it loads"
+        else []
+    )
     ended = refused if "failed" in answered else 4
-    assert [e for e in effects if isinstance(e, (Answer, Compute))] == [Answer("first", ended), Answer("again", ended)]
+    assert [e for e in effects if isinstance(e, (Answer, Compute))] == [
+        Answer("first", ended),
+        Answer("again", ended),
+    ]
 
 
 def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
@@ -259,5 +326,7 @@ def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
     assert len(shard.receive(reconfigure, "one")) == 2
     before = fingerprint(shard)
     assert shard.receive(reconfigure, "again") == [Answer("again", 3)]
-    assert shard.receive(supervisor_messages.Reconfigure(2, ((1, (1,)),)), "older") == [Answer("older", 3)]
+    assert shard.receive(supervisor_messages.Reconfigure(2, ((1, (1,)),)), "older") == [
+        Answer("older", 3)
+    ]
     assert fingerprint(shard) == before

@@ -1,4 +1,6 @@
-"""Taking a rank over: what must be adopted where, in the rules by themselves and in shards whose pushes may not mix."""
+"""Taking a rank over: what must be adopted where, in the rules by themselves and in shards whose
+pushes may not mix.
+"""
 
 from typing import Any
 
@@ -6,8 +8,26 @@ import numpy as np
 import pytest
 
 from distnadam.config import NadamConfig, Options
-from distnadam.errors import IllegalMessage, LatePush, Reconfigured, Rewound, StaleEpoch, SupersededWorker, WorkerLost
-from distnadam.protocol.messages import CompletePush, Describe, Join, Joined, Pull, Push, PushNote, RoundResult, ShardSpec
+from distnadam.errors import (
+    IllegalMessage,
+    LatePush,
+    Reconfigured,
+    Rewound,
+    StaleEpoch,
+    SupersededWorker,
+    WorkerLost,
+)
+from distnadam.protocol.messages import (
+    CompletePush,
+    Describe,
+    Join,
+    Joined,
+    Pull,
+    Push,
+    PushNote,
+    RoundResult,
+    ShardSpec,
+)
 from distnadam.protocol.orphaned_push import adoptions
 from distnadam.protocol.supervisor_messages import AbandonRank, Load, Reconfigure
 from distnadam.runtime.shard_host import ShardHost
@@ -29,18 +49,26 @@ LAYOUT = Layout.of({"w": np.ones(4, np.float32)})
         ([Joined(2, 5), Joined(2, 4, NOTE), Joined(2, 4, OLDER)], [2]),
     ],
 )
-def test_what_one_shard_counts_is_adopted_by_those_who_have_not(joined: list[Joined], adopting: list[int]) -> None:
-    assert adoptions(0, dict(enumerate(joined))) == {shard: CompletePush(0, NOTE) for shard in adopting}
+def test_what_one_shard_counts_is_adopted_by_those_who_have_not(
+    joined: list[Joined], adopting: list[int]
+) -> None:
+    assert adoptions(0, dict(enumerate(joined))) == {
+        shard: CompletePush(0, NOTE) for shard in adopting
+    }
 
 
 def shard(**memory: Any) -> ShardHost:
-    host = ShardHost(ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0]))
+    host = ShardHost(
+        ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0])
+    )
     for rank in (0, 1):
         host.send(Join(rank)).result(0)
     return host
 
 
-def push(rank: int, incarnation: int = 1, value: float = 1.0, epoch: int = 0, number: int = 1) -> Push:
+def push(
+    rank: int, incarnation: int = 1, value: float = 1.0, epoch: int = 0, number: int = 1
+) -> Push:
     return Push(epoch, rank, incarnation, number, {"float32": np.full(4, value, np.float32)})
 
 
@@ -48,9 +76,13 @@ def moment(host: ShardHost) -> float:
     return float(host._shard.state.m["float32"][0])
 
 
-def test_a_push_on_one_of_two_shards_is_completed_from_its_workers_memory_or_taken_back_on_both() -> None:
+def test_a_push_on_one_of_two_shards_is_completed_from_its_workers_memory_or_taken_back_on_both() -> (
+    None
+):
     first, second = shard(), shard()
-    second.gradients_of_rank = lambda rank, incarnation, dtypes: {"float32": np.full(4, 7.0, np.float32)}
+    second.gradients_of_rank = lambda rank, incarnation, dtypes: {
+        "float32": np.full(4, 7.0, np.float32)
+    }
     first.send(push(1))
     first.send(push(0, value=7.0)).result(0)  # the round is applied there, and then its worker dies
     second.send(push(1))
@@ -61,7 +93,9 @@ def test_a_push_on_one_of_two_shards_is_completed_from_its_workers_memory_or_tak
     assert moment(first) == moment(second) and second._shard.round == 1
 
     lacking = shard()
-    with pytest.raises(IllegalMessage, match="the push of worker 1 for round 1 cannot be had any more"):
+    with pytest.raises(
+        IllegalMessage, match="the push of worker 1 for round 1 cannot be had any more"
+    ):
         lacking.send(CompletePush(0, PushNote(1, 1, {"float32": "float32"}))).result(0)
 
 
@@ -76,7 +110,9 @@ def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:
     host.send(push(1, value=7.0)).result(0)
     assert np.isclose(moment(host), 7.0 * (1 - 0.9))
     assert isinstance(old.result(0), RoundResult)
-    with pytest.raises(LatePush, match="completed with the push of worker 1; this push did not count"):
+    with pytest.raises(
+        LatePush, match="completed with the push of worker 1; this push did not count"
+    ):
         late.result(0)
 
 
@@ -98,7 +134,9 @@ def test_giving_up_a_rank_tells_who_waits_unless_somebody_has_taken_it_over() ->
     host.send(AbandonRank(0, 1)).result(0)
     assert not waits.done(), "it was meant for the worker before"
     host.send(AbandonRank(0, 2)).result(0)
-    with pytest.raises(WorkerLost, match="worker 0 died before it pushed for round 1 and nobody took it over"):
+    with pytest.raises(
+        WorkerLost, match="worker 0 died before it pushed for round 1 and nobody took it over"
+    ):
         waits.result(0)
     assert host.send(Describe()).result(0).given_up == (0,)
     host.send(Join(0, 3)).result(0)
@@ -145,7 +183,9 @@ def test_a_number_that_was_given_away_is_never_given_again_though_the_state_goes
     assert host.send(Join(0)).result(0).incarnation == 3
 
 
-def test_two_processes_that_were_given_one_number_by_two_shards_never_hold_the_rank_together() -> None:
+def test_two_processes_that_were_given_one_number_by_two_shards_never_hold_the_rank_together() -> (
+    None
+):
     host = shard()
     host.send(Join(0, 5, process="here")).result(0)
     host.send(Join(0, 5, process="here")).result(0)

@@ -1,4 +1,6 @@
-"""The seam of the package to a `World` of the tests: nobody waits, whoever would has the shards work instead."""
+"""The seam of the package to a `World` of the tests: nobody waits, whoever would has the shards
+work instead.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,8 +33,15 @@ class _WorldPending(Pending):
 
 
 class _WorldLink(WorkerChannel):
-    def __init__(self, backend: "WorldBackend", layout: Layout, rank: int, incarnation: int) -> None:
-        self._backend, self.gradients, self.parameters, world = backend, empty_flat(layout.sizes), None, backend.world
+    def __init__(
+        self, backend: "WorldBackend", layout: Layout, rank: int, incarnation: int
+    ) -> None:
+        self._backend, self.gradients, self.parameters, world = (
+            backend,
+            empty_flat(layout.sizes),
+            None,
+            backend.world,
+        )
         world.memories[rank, incarnation], self._known = self.gradients, (rank, incarnation)
 
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
@@ -42,7 +51,13 @@ class _WorldLink(WorkerChannel):
 
     def post(self, messages: Mapping[int, Any]) -> Pending:
         world, shards = self._backend.world, self._backend._shard_map.shards
-        return _WorldPending(world, {index: world.transmit(shards[index].handle, message) for index, message in messages.items()})
+        return _WorldPending(
+            world,
+            {
+                index: world.transmit(shards[index].handle, message)
+                for index, message in messages.items()
+            },
+        )
 
     def close(self) -> None:
         pass
@@ -104,12 +119,21 @@ class WorldBackend(Backend):
 
     def post(self, messages: Mapping[int, Any]) -> Pending:
         self.world.work()
-        return _WorldPending(self.world, {i: self._send(self._shard_map.shards[i].handle, m) for i, m in messages.items()})
+        return _WorldPending(
+            self.world,
+            {i: self._send(self._shard_map.shards[i].handle, m) for i, m in messages.items()},
+        )
 
     def _send(self, process: Process, message: Any) -> Future[Any]:
-        return self.world.transmit(process, message) if isinstance(message, (Step, StepNorms)) else process.send(message)
+        return (
+            self.world.transmit(process, message)
+            if isinstance(message, (Step, StepNorms))
+            else process.send(message)
+        )
 
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
+    def link(
+        self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
+    ) -> WorkerChannel:
         return _WorldLink(self, layout, rank, incarnation)
 
     def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
@@ -120,12 +144,22 @@ class WorldBackend(Backend):
 
 
 def begin_world(
-    initial: Any, config: NadamConfig, options: Options, num_shards: int, num_workers: int, replicas: int, *, objects: bool = False
+    initial: Any,
+    config: NadamConfig,
+    options: Options,
+    num_shards: int,
+    num_workers: int,
+    replicas: int,
+    *,
+    objects: bool = False,
 ) -> tuple[World, Layout]:
     """Return a world whose shards hold one tensor `w` of float32."""
     layout = Layout.of({"w": initial})
     cuts = layout.cuts(num_shards)
-    specs = [ShardSpec(i, num_shards, num_workers, replicas, None, config, options, layout, cut) for i, cut in enumerate(cuts)]
+    specs = [
+        ShardSpec(i, num_shards, num_workers, replicas, None, config, options, layout, cut)
+        for i, cut in enumerate(cuts)
+    ]
     world = World(specs, replicas=replicas, objects=objects)
     ShardGroup(WorldBackend(world), layout, num_shards, options).load({"float32": initial})
     world.look()

@@ -1,7 +1,8 @@
-"""A cluster in this thread for tests: processes that die when told, a supervisor driven by hand, a transport that loses and delays.
+"""A cluster in this thread for tests: processes that die when told, a supervisor driven by hand, a
+transport that loses and delays.
 
-Everything but the processes and the transport between them is the real thing. Whoever waits has the shards do the work that is due;
-nothing sleeps, and what cannot be had at once is a TimeoutError.
+Everything but the processes and the transport between them is the real thing. Whoever waits has the
+shards do the work that is due; nothing sleeps, and what cannot be had at once is a TimeoutError.
 """
 
 from collections import deque
@@ -14,7 +15,14 @@ from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import Read, ShardSpec, WorkerDied
-from distnadam.protocol.supervisor_messages import AbandonRank, DetachStandby, Load, Reconfigure, Record, ReplicatedRound
+from distnadam.protocol.supervisor_messages import (
+    AbandonRank,
+    DetachStandby,
+    Load,
+    Reconfigure,
+    Record,
+    ReplicatedRound,
+)
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.supervision.process_manager import Cuts, ProcessManager, ShardProcess
@@ -28,7 +36,9 @@ LIVELOCK = 300
 
 
 class Process:
-    """A shard or a standby; `works` is what it is yet to compute, `crash` where it dies on its way: "before" or "after" a record."""
+    """A shard or a standby; `works` is what it is yet to compute, `crash` where it dies on its way:
+    "before" or "after" a record.
+    """
 
     def __init__(self, world: "World", spec: ShardSpec, *, standby: bool) -> None:
         self.world, self.spec, self.alive = world, spec, True
@@ -44,7 +54,9 @@ class Process:
         how = {"run": lambda work: self.works.append(work), "attach": self._attach}
         told = lambda n: self.alive and world.supervisor.notice(n.what, n.rank, n.incarnation)  # noqa: E731
         host = ShardHost(spec, on_notice=told, **how)  # type: ignore[arg-type]
-        host.gradients_of_rank = lambda rank, incarnation, dtypes: world.memory(rank, incarnation, spec.ranges)
+        host.gradients_of_rank = lambda rank, incarnation, dtypes: world.memory(
+            rank, incarnation, spec.ranges
+        )
         return host
 
     def send(self, message: Any) -> Future[Any]:
@@ -58,7 +70,9 @@ class Process:
         def answered(inner: Future[Any]) -> None:
             if self.alive and not future.done():
                 error = inner.exception()
-                future.set_exception(error) if error is not None else future.set_result(inner.result())
+                future.set_exception(error) if error is not None else future.set_result(
+                    inner.result()
+                )
 
         self.host.send(message).add_done_callback(answered)
         return future
@@ -80,19 +94,33 @@ class Process:
             return True
         return False
 
-    def _attach(self, standby: ShardProcess, control_state: Any, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
+    def _attach(
+        self, standby: ShardProcess, control_state: Any, config: Any, arrays: dict[str, Flat]
+    ) -> ReplicationStream:
         return _InProcess(self, standby.handle, control_state, config, arrays)
 
 
 class _InProcess(ReplicationStream):
     """The way between two processes here, records as the bytes that a lane carries."""
 
-    def __init__(self, primary: Process, follower: Process, control_state: Any, config: Any, arrays: dict[str, Flat]) -> None:
+    def __init__(
+        self,
+        primary: Process,
+        follower: Process,
+        control_state: Any,
+        config: Any,
+        arrays: dict[str, Flat],
+    ) -> None:
         if not follower.alive or follower.standby is None:
             raise ShardLost("the standby is dead")
         self._primary, self._follower, self._standby = primary, follower, follower.standby
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
-        self._standby.take_arrays({name: {space: values.copy() for space, values in flat.items()} for name, flat in arrays.items()})
+        self._standby.take_arrays(
+            {
+                name: {space: values.copy() for space, values in flat.items()}
+                for name, flat in arrays.items()
+            }
+        )
         self._standby.begin(control_state, config)
         self.reached = control_state.round
 
@@ -121,12 +149,16 @@ class _WorldCrew(ProcessManager):
     def __init__(self, world: "World") -> None:
         self._world = world
 
-    def start(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
+    def start(
+        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
         process = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)
         self._world.all_processes.append(process)
         return process
 
-    def promote(self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
+    def promote(
+        self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
         process = standby.handle
         if not process.alive:
             raise ShardLost("the standby died")
@@ -145,37 +177,67 @@ class _WorldCrew(ProcessManager):
     def watch(self, process: ShardProcess) -> None:
         pass
 
-    def move(self, token: str, old: Sequence[ShardProcess], new: Sequence[ShardProcess], cuts: Cuts, order: Load) -> list[Exception]:
-        held = self.ask(dict(enumerate(old)), {index: Read(token, ARRAYS) for index in range(len(old))}, 0)
+    def move(
+        self,
+        token: str,
+        old: Sequence[ShardProcess],
+        new: Sequence[ShardProcess],
+        cuts: Cuts,
+        order: Load,
+    ) -> list[Exception]:
+        held = self.ask(
+            dict(enumerate(old)), {index: Read(token, ARRAYS) for index in range(len(old))}, 0
+        )
         errors = [answer for answer in held.values() if isinstance(answer, Exception)]
         if errors:
             return errors
         order, messages = replace(order, control_state=old[0].handle.host.control_state), {}
         for index, ranges in enumerate(cuts[1]):
-            state = {name: empty_flat({space: end - begin for space, (begin, end) in ranges.items()}) for name in ARRAYS}
+            state = {
+                name: empty_flat({space: end - begin for space, (begin, end) in ranges.items()})
+                for name in ARRAYS
+            }
             for copy in copy_plan(cuts[0], ranges):
                 there, here = cuts[0][copy.source][copy.space][0], ranges[copy.space][0]
                 for name in ARRAYS:
-                    part = held[copy.source][name][copy.space][copy.begin - there : copy.end - there]
+                    part = held[copy.source][name][copy.space][
+                        copy.begin - there : copy.end - there
+                    ]
                     state[name][copy.space][copy.begin - here : copy.end - here] = part
             messages[index] = replace(order, state=state)
         loaded = self.ask(dict(enumerate(new)), messages, 0)
         return [answer for answer in loaded.values() if isinstance(answer, Exception)]
 
-    def ask(self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+    def ask(
+        self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
+    ) -> dict[int, Any]:
         answers: dict[int, Any] = {}
         asked = {i: targets[i].handle for i in messages if i in targets}
-        lost = {i for i in asked if isinstance(messages[i], AbandonRank) and self._world.next_fault() == "lose"}
+        lost = {
+            i
+            for i in asked
+            if isinstance(messages[i], AbandonRank) and self._world.next_fault() == "lose"
+        }
         answers |= {i: StepTimeout(f"shard {i}: the connection broke") for i in lost}
         asked = {i: process for i, process in asked.items() if i not in lost}
-        futures = {i: process.send(messages[i]) for i, process in asked.items() if messages[i] is not None}
+        futures = {
+            i: process.send(messages[i]) for i, process in asked.items() if messages[i] is not None
+        }
         for index, process in asked.items():
             if messages[index] is None:
-                answers[index] = process.standby.reached if process.alive and process.standby is not None else ShardLost("dead")
+                answers[index] = (
+                    process.standby.reached
+                    if process.alive and process.standby is not None
+                    else ShardLost("dead")
+                )
                 continue
             while not futures[index].done() and process.work():
                 pass
-            error = futures[index].exception() if futures[index].done() else StepTimeout(f"shard {index} is silent")
+            error = (
+                futures[index].exception()
+                if futures[index].done()
+                else StepTimeout(f"shard {index} is silent")
+            )
             answers[index] = error or futures[index].result()
         return answers
 
@@ -190,9 +252,11 @@ class _Now:
 class World:
     """The processes of one optimizer and its supervisor, and the memory of its workers.
 
-    `faults` are taken one by one by the messages of workers: "" delivers, "lose" loses the message, "lose answer" its answer, "repeat"
-    delivers it twice, "delay" keeps it for `deliver_one`, with its own copy of the gradients. "lose" also befalls what shards are told
-    of a rank that nobody takes over. With `objects` every message has its own copy; otherwise shards read what lies in the memory.
+    `faults` are taken one by one by the messages of workers: "" delivers, "lose" loses the message,
+    "lose answer" its answer, "repeat" delivers it twice, "delay" keeps it for `deliver_one`, with
+    its own copy of the gradients. "lose" also befalls what shards are told of a rank that nobody
+    takes over. With `objects` every message has its own copy; otherwise shards read what lies in
+    the memory.
     """
 
     def __init__(self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False) -> None:
@@ -206,7 +270,9 @@ class World:
         self.supervisor = Supervisor(specs, replicas, self.processes)
         self.at_once = _Now()
         self.supervisor._recovery._starter = self.at_once  # type: ignore[assignment]
-        self.supervisor.adopt([self.processes.start(spec, standby=False, near=[]) for spec in specs], {})
+        self.supervisor.adopt(
+            [self.processes.start(spec, standby=False, near=[]) for spec in specs], {}
+        )
 
     @property
     def shards(self) -> list[Process]:
@@ -214,7 +280,9 @@ class World:
 
     @property
     def standbys(self) -> dict[int, Process]:
-        return {index: process.handle for index, process in self.supervisor._cluster.standbys.items()}
+        return {
+            index: process.handle for index, process in self.supervisor._cluster.standbys.items()
+        }
 
     def look(self) -> None:
         """Let the supervisor take what it was told, and decide until nothing is left."""
@@ -279,7 +347,9 @@ def _copied(message: Any) -> Any:
     """Return a message with its own copy of the gradients, as one that a Ray object carries has."""
     if getattr(message, "gradients", None) is None:
         return message
-    return replace(message, gradients={space: array.copy() for space, array in message.gradients.items()})
+    return replace(
+        message, gradients={space: array.copy() for space, array in message.gradients.items()}
+    )
 
 
 def _pass_on(inner: Future[Any], outer: Future[Any]) -> None:

@@ -1,4 +1,6 @@
-"""What a successor makes of the processes it finds, as a table: the present cutting, who is who, who is spare."""
+"""What a successor makes of the processes it finds, as a table: the present cutting, who is who,
+who is spare.
+"""
 
 import numpy as np
 import pytest
@@ -13,13 +15,27 @@ LAYOUT = Layout.of({"w": np.zeros(5000, np.float32)})
 
 
 def spec(layout_generation: int, count: int, index: int = 0) -> ShardSpec:
-    return ShardSpec(index, count, 1, 0, "name", NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(count)[index], "run", layout_generation)
+    return ShardSpec(
+        index,
+        count,
+        1,
+        0,
+        "name",
+        NadamConfig(),
+        Options(),
+        LAYOUT,
+        LAYOUT.cuts(count)[index],
+        "run",
+        layout_generation,
+    )
 
 
 def discovered(layout_generation: int, count: int, index: int, **how: object) -> DiscoveredProcess:
     kind = "standby" if how.get("standby") else "shard"
     return DiscoveredProcess(
-        ShardProcess(index, f"{kind} {layout_generation}.{index}", None), spec(layout_generation, count, index), **({"epoch": 1} | how)
+        ShardProcess(index, f"{kind} {layout_generation}.{index}", None),
+        spec(layout_generation, count, index),
+        **({"epoch": 1} | how),
     )  # type: ignore[arg-type]
 
 

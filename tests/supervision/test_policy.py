@@ -1,4 +1,6 @@
-"""The policy as tables: what was seen, and what is decided; and what no observation whatever may lead to."""
+"""The policy as tables: what was seen, and what is decided; and what no observation whatever may
+lead to.
+"""
 
 from typing import Any
 
@@ -24,7 +26,9 @@ WAITS, GOES_ON = Rules(30.0), Rules(30.0, min_workers=2)
 ALL = frozenset({0, 1, 2})
 
 
-def alive(number: int = 5, epoch: int = 1, reason: str = "reconfigured", **more: Any) -> ShardObservation:
+def alive(
+    number: int = 5, epoch: int = 1, reason: str = "reconfigured", **more: Any
+) -> ShardObservation:
     return ShardObservation(True, epoch, reason, number, **more)
 
 
@@ -40,17 +44,47 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ("a standby one ahead", Observation([dead(6), alive(5)]), WAITS, [Promote]),
     ("a standby too far behind", Observation([dead(3), alive(5)]), WAITS, [Rewind]),
     ("a standby of an older time, far ahead", Observation([dead(9), alive(5)]), WAITS, [Rewind]),
-    ("a standby behind one and ahead of another", Observation([dead(4), alive(5), alive(6)]), WAITS, [Rewind]),
+    (
+        "a standby behind one and ahead of another",
+        Observation([dead(4), alive(5), alive(6)]),
+        WAITS,
+        [Rewind],
+    ),
     ("the only shard, with a standby at round 0", Observation([dead(0)]), WAITS, [Promote]),
     ("all shards, all with standbys", Observation([dead(5), dead(6)]), WAITS, [Promote]),
     ("one of two without a standby", Observation([dead(5), dead()]), WAITS, [Rewind]),
     ("no standby", Observation([dead(), alive()]), WAITS, [Rewind]),
-    ("no standby, nothing to go back to", Observation([dead(), alive()], source=False), WAITS, [Fail]),
-    ("no standby, a change that would be lost", Observation([dead(), alive()], changed="the state was replaced"), WAITS, [Fail]),
-    ("a standby, a change that is kept", Observation([dead(5), alive()], changed="the state was replaced"), WAITS, [Promote]),
+    (
+        "no standby, nothing to go back to",
+        Observation([dead(), alive()], source=False),
+        WAITS,
+        [Fail],
+    ),
+    (
+        "no standby, a change that would be lost",
+        Observation([dead(), alive()], changed="the state was replaced"),
+        WAITS,
+        [Fail],
+    ),
+    (
+        "a standby, a change that is kept",
+        Observation([dead(5), alive()], changed="the state was replaced"),
+        WAITS,
+        [Promote],
+    ),
     ("a reign that reached one", Observation([alive(epoch=2), alive(epoch=1)]), WAITS, [Complete]),
-    ("a write on its way", Observation([alive(epoch=2, reason="replaced"), alive()], held=True), WAITS, []),
-    ("a write half done", Observation([alive(epoch=2, reason="replaced"), alive()], changed="the write itself"), WAITS, [Rewind]),
+    (
+        "a write on its way",
+        Observation([alive(epoch=2, reason="replaced"), alive()], held=True),
+        WAITS,
+        [],
+    ),
+    (
+        "a write half done",
+        Observation([alive(epoch=2, reason="replaced"), alive()], changed="the write itself"),
+        WAITS,
+        [Rewind],
+    ),
     (
         "a write half done after one that was whole",
         Observation([alive(epoch=2, reason="replaced"), alive(changed="before")]),
@@ -60,34 +94,96 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ("a load half done", Observation([alive(epoch=2, reason="rewound"), alive()]), WAITS, [Rewind]),
     ("stuck", Observation([alive(5), alive(6)], stuck=True), WAITS, [Rewind]),
     ("a rank dead for a moment", Observation([alive()], dead={0: 1.0}, members=ALL), GOES_ON, []),
-    ("a rank dead for long", Observation([alive()], dead={0: 31.0}, members=ALL), GOES_ON, [Depart]),
-    ("too many dead for long", Observation([alive()], dead={0: 31.0, 1: 31.0}, members=ALL), GOES_ON, [AbandonRanks]),
-    ("dead for long, all must be there", Observation([alive()], dead={0: 31.0}, members=ALL), WAITS, [AbandonRanks]),
-    ("they were told", Observation([alive()], dead={0: 31.0}, members=ALL, given_up=frozenset({0})), WAITS, []),
-    ("dead, but no member", Observation([alive()], dead={0: 31.0}, members=frozenset({1, 2})), GOES_ON, []),
-    ("a rank comes back", Observation([alive()], members=frozenset({1, 2}), asking=ALL), GOES_ON, [Admit]),
-    ("a rank comes back in a replay", Observation([alive(5)], members=frozenset({1, 2}), asking=ALL, highest_round=6), GOES_ON, []),
-    ("a rank comes back after it", Observation([alive(6)], members=frozenset({1, 2}), asking=ALL, highest_round=6), GOES_ON, [Admit]),
-    ("a shard before a rank", Observation([dead(), alive()], dead={0: 31.0}, members=ALL, asking=ALL), GOES_ON, [Rewind]),
+    (
+        "a rank dead for long",
+        Observation([alive()], dead={0: 31.0}, members=ALL),
+        GOES_ON,
+        [Depart],
+    ),
+    (
+        "too many dead for long",
+        Observation([alive()], dead={0: 31.0, 1: 31.0}, members=ALL),
+        GOES_ON,
+        [AbandonRanks],
+    ),
+    (
+        "dead for long, all must be there",
+        Observation([alive()], dead={0: 31.0}, members=ALL),
+        WAITS,
+        [AbandonRanks],
+    ),
+    (
+        "they were told",
+        Observation([alive()], dead={0: 31.0}, members=ALL, given_up=frozenset({0})),
+        WAITS,
+        [],
+    ),
+    (
+        "dead, but no member",
+        Observation([alive()], dead={0: 31.0}, members=frozenset({1, 2})),
+        GOES_ON,
+        [],
+    ),
+    (
+        "a rank comes back",
+        Observation([alive()], members=frozenset({1, 2}), asking=ALL),
+        GOES_ON,
+        [Admit],
+    ),
+    (
+        "a rank comes back in a replay",
+        Observation([alive(5)], members=frozenset({1, 2}), asking=ALL, highest_round=6),
+        GOES_ON,
+        [],
+    ),
+    (
+        "a rank comes back after it",
+        Observation([alive(6)], members=frozenset({1, 2}), asking=ALL, highest_round=6),
+        GOES_ON,
+        [Admit],
+    ),
+    (
+        "a shard before a rank",
+        Observation([dead(), alive()], dead={0: 31.0}, members=ALL, asking=ALL),
+        GOES_ON,
+        [Rewind],
+    ),
     (
         "nothing hides a write on its way",
-        Observation([alive(epoch=2, reason="replaced"), alive()], dead={0: 31.0}, held=True, members=ALL),
+        Observation(
+            [alive(epoch=2, reason="replaced"), alive()], dead={0: 31.0}, held=True, members=ALL
+        ),
         GOES_ON,
         [],
     ),
 ]
 
 
-@pytest.mark.parametrize(("seen", "rules", "kinds"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_what_is_seen_leads_to_what_the_table_says(seen: Observation, rules: Rules, kinds: list[type]) -> None:
+@pytest.mark.parametrize(
+    ("seen", "rules", "kinds"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
+def test_what_is_seen_leads_to_what_the_table_says(
+    seen: Observation, rules: Rules, kinds: list[type]
+) -> None:
     assert [type(decision) for decision in decide(seen, rules)] == kinds
 
 
 def test_a_failure_says_what_would_have_helped() -> None:
     (none,) = decide(Observation([dead()], source=False), WAITS)
-    assert isinstance(none, Fail) and "there is no checkpoint to go back to: save, set Options(checkpoint_dir=...)" in none.why
+    assert (
+        isinstance(none, Fail)
+        and "there is no checkpoint to go back to: save, set Options(checkpoint_dir=...)"
+        in none.why
+    )
     (lost,) = decide(Observation([dead()], changed="the state was replaced after round 4"), WAITS)
-    assert isinstance(lost, Fail) and "the state was replaced after round 4, which going back to the last checkpoint would lose" in lost.why
+    assert (
+        isinstance(lost, Fail)
+        and (
+            "the state was replaced after round 4, which going back to the last checkpoint "
+            "would lose"
+        )
+        in lost.why
+    )
 
 
 RANKS = st.frozensets(st.integers(0, 3))
@@ -113,11 +209,15 @@ SEEN = st.builds(
     given_up=RANKS,
     highest_round=st.integers(0, 6),
 )
-RULES = st.builds(Rules, rejoin_timeout_s=st.floats(0, 50), min_workers=st.none() | st.integers(1, 4))
+RULES = st.builds(
+    Rules, rejoin_timeout_s=st.floats(0, 50), min_workers=st.none() | st.integers(1, 4)
+)
 
 
 @given(seen=SEEN, rules=RULES)
-def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(seen: Observation, rules: Rules) -> None:
+def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
+    seen: Observation, rules: Rules
+) -> None:
     decisions = decide(seen, rules)
     assert decisions == decide(seen, rules), "a successor decides the same"
     gone = tuple(index for index, shard in enumerate(seen.shards) if not shard.alive)
@@ -128,7 +228,9 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(seen: Observation,
             assert None not in rounds and max(rounds) - min(rounds) <= 1  # type: ignore[type-var, operator]
         if isinstance(decision, Rewind):
             assert seen.source and decision.shards == gone
-            assert seen.changed is None or (not gone and len({shard.epoch for shard in seen.shards}) > 1)
+            assert seen.changed is None or (
+                not gone and len({shard.epoch for shard in seen.shards}) > 1
+            )
         if isinstance(decision, Depart):
             left = seen.members - set(decision.ranks)
             assert rules.min_workers is not None and len(left) >= rules.min_workers
@@ -142,11 +244,15 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(seen: Observation,
 
 
 @given(members=st.sets(st.integers(0, 5), min_size=1), cut=st.sets(st.integers(0, 5)))
-def test_two_sides_of_a_partition_never_both_go_on_where_more_than_half_must_be_there(members: set[int], cut: set[int]) -> None:
+def test_two_sides_of_a_partition_never_both_go_on_where_more_than_half_must_be_there(
+    members: set[int], cut: set[int]
+) -> None:
     here, there = members - cut, members & cut
     rules = Rules(0.0, min_workers=len(members) // 2 + 1)
     goes_on = []
     for side, others in ((here, there), (there, here)):
         seen = Observation([alive()], dead=dict.fromkeys(others, 1.0), members=frozenset(members))
-        goes_on.append(bool(side) and not any(isinstance(d, AbandonRanks) for d in decide(seen, rules)))
+        goes_on.append(
+            bool(side) and not any(isinstance(d, AbandonRanks) for d in decide(seen, rules))
+        )
     assert not all(goes_on)

@@ -1,4 +1,6 @@
-"""What a supervisor decides over time, in a world of this thread: a recorded membership is replayed, a successor knows who is there."""
+"""What a supervisor decides over time, in a world of this thread: a recorded membership is
+replayed, a successor knows who is there.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +35,10 @@ class Training:
 
     def __init__(self, options: Options = ELASTIC, num_shards: int = 2) -> None:
         cuts = LAYOUT.cuts(num_shards)
-        specs = [ShardSpec(i, num_shards, RANKS, 0, None, NadamConfig(), options, LAYOUT, cut) for i, cut in enumerate(cuts)]
+        specs = [
+            ShardSpec(i, num_shards, RANKS, 0, None, NadamConfig(), options, LAYOUT, cut)
+            for i, cut in enumerate(cuts)
+        ]
         self.world, self.options = World(specs, replicas=0), options
         self.controller().load({"float32": np.ones(SIZE, np.float32)})
         self.world.look()
@@ -62,7 +67,9 @@ class Training:
     def train(self, end: int) -> None:
         """Have all that are there push until so many rounds are decided."""
         for _ in range(100):
-            if all(process.host and process.host._shard.round >= end for process in self.world.shards):
+            if all(
+                process.host and process.host._shard.round >= end for process in self.world.shards
+            ):
                 return
             tickets = []
             for rank, worker in list(self.workers.items()):
@@ -86,10 +93,15 @@ class Training:
     def members(self) -> list[Sequence[int]]:
         """Who was counted in each round."""
         shard = self.world.shards[0].host._shard  # type: ignore[union-attr]
-        return [[rank for rank, _ in counted] for counted in history_of(shard.members.ledger.to_dict(), shard.round)]
+        return [
+            [rank for rank, _ in counted]
+            for counted in history_of(shard.members.ledger.to_dict(), shard.round)
+        ]
 
 
-def test_the_membership_of_every_round_is_replayed_after_all_went_back_whoever_asks_by_then() -> None:
+def test_the_membership_of_every_round_is_replayed_after_all_went_back_whoever_asks_by_then() -> (
+    None
+):
     training = Training()
     training.train(3)
     training.die(1)
@@ -119,7 +131,9 @@ def test_a_successor_admits_who_asked_its_predecessor_and_knows_who_is_gone() ->
     succeed(training.world)
     training.world.look()
     training.train(6)
-    assert [list(ranks) for ranks in training.members()] == [[0, 1, 2]] * 2 + [[0, 2]] * 2 + [[0, 1]] * 2
+    assert [list(ranks) for ranks in training.members()] == [[0, 1, 2]] * 2 + [[0, 2]] * 2 + [
+        [0, 1]
+    ] * 2
 
 
 def succeed(world: World) -> None:

@@ -1,4 +1,6 @@
-"""The copy plan: each element of the new range once, from the shard that held it, whatever the old and new cuts."""
+"""The copy plan: each element of the new range once, from the shard that held it, whatever the old
+and new cuts.
+"""
 
 from itertools import pairwise
 
@@ -15,8 +17,14 @@ def cut(size: int, points: list[int]) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-@given(size=st.integers(0, 50), old=st.lists(st.integers(0, 50), max_size=6), new=st.lists(st.integers(0, 50), max_size=6))
-def test_every_element_comes_once_from_the_shard_that_held_it(size: int, old: list[int], new: list[int]) -> None:
+@given(
+    size=st.integers(0, 50),
+    old=st.lists(st.integers(0, 50), max_size=6),
+    new=st.lists(st.integers(0, 50), max_size=6),
+)
+def test_every_element_comes_once_from_the_shard_that_held_it(
+    size: int, old: list[int], new: list[int]
+) -> None:
     olds = cut(size, old)
     for begin, end in cut(size, new):
         plan = copy_plan([{"float32": r} for r in olds], {"float32": (begin, end)})

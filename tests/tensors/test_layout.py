@@ -1,4 +1,6 @@
-"""Layout: every element lies once, cuts cover and fall on the chunk grid, trees come back as they were, and nonsense is refused."""
+"""Layout: every element lies once, cuts cover and fall on the chunk grid, trees come back as they
+were, and nonsense is refused.
+"""
 
 import itertools
 from typing import Any
@@ -12,15 +14,25 @@ from distnadam.errors import StructureError
 from distnadam.tensors.layout import CHUNK, Layout
 
 SHAPES = st.one_of(
-    st.just(()), st.tuples(st.integers(0, 3000)), st.tuples(st.integers(0, 60), st.integers(0, 60)), st.just((CHUNK,)), st.just((2, CHUNK))
+    st.just(()),
+    st.tuples(st.integers(0, 3000)),
+    st.tuples(st.integers(0, 60), st.integers(0, 60)),
+    st.just((CHUNK,)),
+    st.just((2, CHUNK)),
 )
-ARRAYS = st.builds(lambda shape, dtype: np.ones(shape, dtype), SHAPES, st.sampled_from(["float16", "float32", "float64"]))
+ARRAYS = st.builds(
+    lambda shape, dtype: np.ones(shape, dtype),
+    SHAPES,
+    st.sampled_from(["float16", "float32", "float64"]),
+)
 TREES = st.recursive(
     ARRAYS,
     lambda children: st.one_of(
         st.lists(children, min_size=1, max_size=4),
         st.lists(children, min_size=1, max_size=3).map(tuple),
-        st.dictionaries(st.text("abcxyz", min_size=1, max_size=3), children, min_size=1, max_size=4),
+        st.dictionaries(
+            st.text("abcxyz", min_size=1, max_size=3), children, min_size=1, max_size=4
+        ),
     ),
     max_leaves=8,
 )
@@ -28,7 +40,9 @@ TREES = st.recursive(
 
 @settings(deadline=None)
 @given(tree=TREES, num_shards=st.integers(1, 20))
-def test_cuts_cover_every_element_once_in_order_on_the_chunk_grid(tree: Any, num_shards: int) -> None:
+def test_cuts_cover_every_element_once_in_order_on_the_chunk_grid(
+    tree: Any, num_shards: int
+) -> None:
     layout = Layout.of(tree)
     cuts = layout.cuts(num_shards)
     for space, size in layout.sizes.items():
@@ -38,9 +52,12 @@ def test_cuts_cover_every_element_once_in_order_on_the_chunk_grid(tree: Any, num
         assert all(before[1] == after[0] for before, after in itertools.pairwise(ends))
         for begin, _ in ends:
             assert begin == size or any(
-                t.space == space and t.begin <= begin < t.end and (begin - t.begin) % CHUNK == 0 for t in layout.tensors
+                t.space == space and t.begin <= begin < t.end and (begin - t.begin) % CHUNK == 0
+                for t in layout.tensors
             )
-        assert all(abs((end - begin) - size / num_shards) <= 2 * CHUNK for begin, end in ends), "nearly equal"
+        assert all(abs((end - begin) - size / num_shards) <= 2 * CHUNK for begin, end in ends), (
+            "nearly equal"
+        )
 
 
 @settings(deadline=None)
@@ -80,13 +97,19 @@ def test_dict_keys_are_sorted_and_paths_name_the_leaves() -> None:
 
 def test_a_list_is_taken_for_a_tuple_where_the_paths_agree() -> None:
     layout = Layout.of((np.ones(2, np.float32), np.ones(3, np.float32)))
-    assert [x.shape for x in layout.leaves([np.ones(2, np.float32), np.ones(3, np.float32)], what="gradients")] == [(2,), (3,)]
+    assert [
+        x.shape
+        for x in layout.leaves([np.ones(2, np.float32), np.ones(3, np.float32)], what="gradients")
+    ] == [(2,), (3,)]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"tensors": [["w", [2], "int8", 0, 2]]}, "tensor 'w' with shape .2., dtype 'int8' cannot lie at"),
+        (
+            {"tensors": [["w", [2], "int8", 0, 2]]},
+            "tensor 'w' with shape .2., dtype 'int8' cannot lie at",
+        ),
         ({"tensors": [["w", [2], "float32", 1, 3]]}, "cannot lie at .1, 3."),
         ({"tensors": [["w", [2], "float32", 0, 3]]}, "cannot lie at .0, 3."),
         ({"tensors": [["w", [-1, -2], "float32", 0, 2]]}, "cannot lie at .0, 2."),

@@ -1,4 +1,6 @@
-"""The built-in task: it learns, its batches are what it says, and its gradients are those of its loss."""
+"""The built-in task: it learns, its batches are what it says, and its gradients are those of its
+loss.
+"""
 
 from pathlib import Path
 
@@ -11,7 +13,14 @@ from distnadam.training.tasks.digits import Digits
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_it_reaches_97_percent_on_the_held_out_fifth(num_workers: int, tmp_path: Path) -> None:
-    history = fit(Digits(), steps=1000, num_workers=num_workers, backend="local", checkpoint_dir=tmp_path, verbose=False)
+    history = fit(
+        Digits(),
+        steps=1000,
+        num_workers=num_workers,
+        backend="local",
+        checkpoint_dir=tmp_path,
+        verbose=False,
+    )
     assert history.metrics["accuracy"] >= 0.97
 
 
@@ -19,7 +28,9 @@ def test_batches_are_a_function_of_seed_step_rank_and_world_size() -> None:
     task, again = Digits(), Digits()
     task.init(3)
     again.init(3)
-    assert all(np.array_equal(a, b) for a, b in zip(task.batch(5, 1, 2), again.batch(5, 1, 2), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(task.batch(5, 1, 2), again.batch(5, 1, 2), strict=True)
+    )
     others = [task.batch(5, 0, 2), task.batch(6, 1, 2), task.batch(5, 1, 3)]
     again.init(4)
     others.append(again.batch(5, 1, 2))
@@ -48,4 +59,6 @@ def test_its_gradients_are_the_slopes_of_its_loss() -> None:
                 values[index] = kept + shift
                 losses.append(task.loss_and_gradients(params, batch)[0])
             values[index] = kept
-            assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(gradient[key][index], rel=1e-3, abs=1e-6)
+            assert (losses[0] - losses[1]) / 2e-6 == pytest.approx(
+                gradient[key][index], rel=1e-3, abs=1e-6
+            )

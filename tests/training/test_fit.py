@@ -1,4 +1,6 @@
-"""The training loop: segments, records, resume, refusals, errors of the task, and nothing left behind."""
+"""The training loop: segments, records, resume, refusals, errors of the task, and nothing left
+behind.
+"""
 
 import signal
 import threading
@@ -31,7 +33,11 @@ class Quadratic:
     def batch(self, step: int, rank: int, world_size: int) -> Any:
         if (rank, step) == self.fails_at:
             raise ZeroDivisionError("the batch is bad")
-        return np.random.default_rng([self.seed, step, rank, world_size]).standard_normal(3000).astype(np.float32)
+        return (
+            np.random.default_rng([self.seed, step, rank, world_size])
+            .standard_normal(3000)
+            .astype(np.float32)
+        )
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
         error = params["w"] - 1 + np.float32(0.1) * batch
@@ -43,15 +49,26 @@ class Quadratic:
 
 def weights(directory: Path) -> list[bytes]:
     with DistNadam.restore(directory, num_shards=1, backend="local") as optimizer:
-        return [optimizer.get_params()["w"].tobytes(), *(np.asarray(x).tobytes() for x in optimizer.get_weights())]
+        return [
+            optimizer.get_params()["w"].tobytes(),
+            *(np.asarray(x).tobytes() for x in optimizer.get_weights()),
+        ]
 
 
 def train(directory: Path, steps: int = 20, **how: Any) -> Any:
-    return fit(Quadratic(), **({"steps": steps, "backend": "local", "checkpoint_dir": directory, "verbose": False} | how))
+    return fit(
+        Quadratic(),
+        **(
+            {"steps": steps, "backend": "local", "checkpoint_dir": directory, "verbose": False}
+            | how
+        ),
+    )
 
 
 def test_a_run_leaves_its_record_metrics_plot_and_checkpoints(tmp_path: Path) -> None:
-    before = set(threading.enumerate())  # tests before this one may have dropped optimizers without closing them
+    before = set(
+        threading.enumerate()
+    )  # tests before this one may have dropped optimizers without closing them
     history = train(tmp_path, save_every=5, keep=2, evaluate_every=8)
     assert history.steps == list(range(1, 21))
     assert history.losses[-1] < history.losses[0]
@@ -61,7 +78,11 @@ def test_a_run_leaves_its_record_metrics_plot_and_checkpoints(tmp_path: Path) ->
     assert [value for _, metric, value in rows if metric == "loss"] == history.losses
     assert history.plot_path == tmp_path / "loss.png"
     assert history.plot_path.read_bytes().startswith(b"\x89PNG")
-    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith(("worker", "nadam-kernel"))]
+    assert not [
+        t
+        for t in set(threading.enumerate()) - before
+        if t.name.startswith(("worker", "nadam-kernel"))
+    ]
 
 
 def test_the_loss_is_the_mean_over_the_ranks(tmp_path: Path) -> None:
@@ -72,7 +93,9 @@ def test_the_loss_is_the_mean_over_the_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [{"num_shards": 1}, {"num_shards": 5}, {"backend": "ray"}])
-def test_the_run_does_not_depend_on_shards_or_backend(how: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_the_run_does_not_depend_on_shards_or_backend(
+    how: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if how.get("backend") == "ray":
         request.getfixturevalue("ray_cluster")
     reference, other = train(tmp_path / "a"), train(tmp_path / "b", **how)
@@ -81,7 +104,9 @@ def test_the_run_does_not_depend_on_shards_or_backend(how: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize("backend", ["local", "ray"])
-def test_a_resumed_run_ends_as_the_undisturbed_one(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_resumed_run_ends_as_the_undisturbed_one(
+    backend: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if backend == "ray":
         request.getfixturevalue("ray_cluster")
     train(tmp_path / "whole", evaluate_every=10)
@@ -90,7 +115,9 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(backend: str, tmp_path: Path,
     assert history.steps == list(range(11, 21))
     assert history.resumed_from == tmp_path / "parts" / "step_00000010"
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
-    assert read_metrics(tmp_path / "whole" / "metrics.csv") == read_metrics(tmp_path / "parts" / "metrics.csv")
+    assert read_metrics(tmp_path / "whole" / "metrics.csv") == read_metrics(
+        tmp_path / "parts" / "metrics.csv"
+    )
 
 
 def test_rows_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
@@ -98,7 +125,11 @@ def test_rows_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("11,loss,99.0\n12,lo")
     train(tmp_path)
-    losses = [(step, value) for step, metric, value in read_metrics(tmp_path / "metrics.csv") if metric == "loss"]
+    losses = [
+        (step, value)
+        for step, metric, value in read_metrics(tmp_path / "metrics.csv")
+        if metric == "loss"
+    ]
     assert [step for step, _ in losses] == list(range(1, 21))
     assert (11, 99.0) not in losses
 
@@ -118,7 +149,9 @@ def test_a_broken_newest_checkpoint_is_passed_over_with_a_word(tmp_path: Path) -
     assert victim.name in told[0]
 
 
-def test_a_changed_number_of_workers_is_said_and_another_seed_or_task_refused(tmp_path: Path) -> None:
+def test_a_changed_number_of_workers_is_said_and_another_seed_or_task_refused(
+    tmp_path: Path,
+) -> None:
     train(tmp_path, steps=10)
     told: list[str] = []
 
@@ -147,11 +180,16 @@ def test_resume_may_be_forbidden_or_demanded(tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
-    with claim(place(tmp_path)), pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"):
+    with (
+        claim(place(tmp_path)),
+        pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"),
+    ):
         train(tmp_path)
 
 
-def test_pruning_keeps_the_checkpoint_just_written_though_a_broken_one_has_a_higher_step(tmp_path: Path) -> None:
+def test_pruning_keeps_the_checkpoint_just_written_though_a_broken_one_has_a_higher_step(
+    tmp_path: Path,
+) -> None:
     train(tmp_path, steps=20, save_every=5)
     victim = next((tmp_path / "step_00000020").glob("shard-00000-*"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"\xff")
@@ -176,10 +214,15 @@ def test_a_resumed_run_says_which_hyper_parameters_stay(tmp_path: Path) -> None:
             told.append(text)
 
     train(tmp_path, steps=6, optimizer=DistNadam(lr=0.1, clipnorm=1.0), callbacks=[Listener()])
-    assert "the run goes on with its checkpoint's lr=0.5 (not 0.1), clipnorm=None (not 1.0); set optimizer.lr, or start another run" in told
+    assert (
+        "the run goes on with its checkpoint's lr=0.5 (not 0.1), clipnorm=None (not 1.0); set "
+        "optimizer.lr, or start another run"
+    ) in told
 
 
-def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError, match="is a plain function, which a checkpoint cannot store"):
         train(tmp_path, optimizer=DistNadam(lr=lambda step: 0.1))
 
@@ -188,13 +231,23 @@ def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(tmp
     ("method", "result", "told"),
     [
         ("loss_and_gradients", None, "worker 0, step 0: the task raised TypeError"),
-        ("loss_and_gradients", ("abc", {"w": np.zeros(3000)}), "worker 0, step 0: the task raised ValueError"),
-        ("loss_and_gradients", (1.0, {"x": np.zeros(3000)}), "worker 0, step 0: worker 0: gradients: 'w' is missing, 'x' is not a tensor"),
+        (
+            "loss_and_gradients",
+            ("abc", {"w": np.zeros(3000)}),
+            "worker 0, step 0: the task raised ValueError",
+        ),
+        (
+            "loss_and_gradients",
+            (1.0, {"x": np.zeros(3000)}),
+            "worker 0, step 0: worker 0: gradients: 'w' is missing, 'x' is not a tensor",
+        ),
         ("evaluate", None, "evaluate after step 3: the task raised AttributeError"),
         ("evaluate", {"accuracy": "high"}, "evaluate after step 3: the task raised ValueError"),
     ],
 )
-def test_what_a_task_must_not_return_is_said_with_worker_and_step(method: str, result: Any, told: str, tmp_path: Path) -> None:
+def test_what_a_task_must_not_return_is_said_with_worker_and_step(
+    method: str, result: Any, told: str, tmp_path: Path
+) -> None:
     task = Quadratic()
     setattr(task, method, lambda *args: result)
     with pytest.raises(TrainingError, match=told):
@@ -216,15 +269,32 @@ def test_ctrl_c_while_the_driver_evaluates_saves_too(tmp_path: Path) -> None:
             return {}
 
     with pytest.raises(KeyboardInterrupt):
-        fit(Interrupted(), steps=20, evaluate_every=5, backend="local", checkpoint_dir=tmp_path, verbose=False)
+        fit(
+            Interrupted(),
+            steps=20,
+            evaluate_every=5,
+            backend="local",
+            checkpoint_dir=tmp_path,
+            verbose=False,
+        )
     train(tmp_path / "whole", steps=5)
     assert weights(tmp_path / "step_00000005") == weights(tmp_path / "whole")
 
 
-def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(tmp_path: Path, backend: str) -> None:
+def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(
+    tmp_path: Path, backend: str
+) -> None:
     before = set(threading.enumerate())
-    with pytest.raises(TrainingError, match="worker 1, step 7: the task raised ZeroDivisionError: the batch is bad") as caught:
-        fit(Quadratic(fails_at=(1, 7)), steps=20, backend=backend, checkpoint_dir=tmp_path, verbose=False)
+    with pytest.raises(
+        TrainingError, match="worker 1, step 7: the task raised ZeroDivisionError: the batch is bad"
+    ) as caught:
+        fit(
+            Quadratic(fails_at=(1, 7)),
+            steps=20,
+            backend=backend,
+            checkpoint_dir=tmp_path,
+            verbose=False,
+        )
     assert any("in batch" in note for note in caught.value.__notes__)
     with claim(place(tmp_path)):  # let go of
         assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("worker")]

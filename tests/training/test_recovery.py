@@ -1,4 +1,6 @@
-"""What `fit` does where processes die under it, on real ones: the same bits at the end, and an end to what dies every time."""
+"""What `fit` does where processes die under it, on real ones: the same bits at the end, and an end
+to what dies every time.
+"""
 
 import os
 import signal
@@ -17,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class Dying(Quadratic):
-    """Kills processes while a step is computed, once each: a worker's own, or one whose number lies in a file."""
+    """Kills processes while a step is computed, once each: a worker's own, or one whose number lies
+    in a file.
+    """
 
     def __init__(self, directory: Path, victims: dict[tuple[int, int], str]) -> None:
         super().__init__()
@@ -32,7 +36,9 @@ class Dying(Quadratic):
 
 
 def shard_process() -> int:
-    """The process of one of the shards that this worker has a lane to, as the kernel knows it: the peer of a socket."""
+    """The process of one of the shards that this worker has a lane to, as the kernel knows it: the
+    peer of a socket.
+    """
     import gc
     import socket
     import struct
@@ -41,10 +47,14 @@ def shard_process() -> int:
 
     lanes = next(thing for thing in gc.get_objects() if type(thing) is ShmClient and thing._lines)
     line = lanes._lines[max(lanes._lines)]
-    return int(struct.unpack("3i", line._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+    return int(
+        struct.unpack("3i", line._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    )
 
 
-def test_a_host_that_takes_more_ranks_along_than_a_run_may_fail_changes_no_bit(tmp_path: Path) -> None:
+def test_a_host_that_takes_more_ranks_along_than_a_run_may_fail_changes_no_bit(
+    tmp_path: Path,
+) -> None:
     train(Quadratic(), tmp_path / "undisturbed", backend="local", num_workers=6)
     (tmp_path / "struck").mkdir()
     task = Dying(tmp_path / "struck", {(rank, 5): f"worker {rank}" for rank in range(5)})
@@ -64,7 +74,14 @@ class Poisoned(Quadratic):
 
 
 def train(task: Any, directory: Path, **how: Any) -> Any:
-    return fit(task, steps=30, checkpoint_dir=directory, save_every=7, verbose=False, **({"backend": "ray"} | how))
+    return fit(
+        task,
+        steps=30,
+        checkpoint_dir=directory,
+        save_every=7,
+        verbose=False,
+        **({"backend": "ray"} | how),
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,32 +93,50 @@ def train(task: Any, directory: Path, **how: Any) -> Any:
         ({(1, 12): "shard", (0, 20): "worker"}, 1),
     ],
 )
-def test_workers_and_shards_that_die_under_fit_change_no_bit(victims: dict[tuple[int, int], str], replicas: int, tmp_path: Path) -> None:
+def test_workers_and_shards_that_die_under_fit_change_no_bit(
+    victims: dict[tuple[int, int], str], replicas: int, tmp_path: Path
+) -> None:
     undisturbed = train(Quadratic(), tmp_path / "undisturbed", backend="local")
     (tmp_path / "struck").mkdir()
     task = Dying(tmp_path / "struck", victims)
     task.name = Quadratic.name
     history = train(task, tmp_path / "disturbed", replicas=replicas)
-    assert sorted(path.name for path in (tmp_path / "struck").iterdir()) == sorted(f"{v}-{s}.struck" for (_, s), v in victims.items())
+    assert sorted(path.name for path in (tmp_path / "struck").iterdir()) == sorted(
+        f"{v}-{s}.struck" for (_, s), v in victims.items()
+    )
     assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
     assert history.steps == undisturbed.steps
-    assert [step for step, metric, _ in read_metrics(history.metrics_path) if metric == "loss"] == list(range(1, 31))
+    assert [
+        step for step, metric, _ in read_metrics(history.metrics_path) if metric == "loss"
+    ] == list(range(1, 31))
 
 
-def test_a_task_whose_process_dies_at_one_step_every_time_ends_the_run_after_three_recoveries(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"3 recoveries in a row after step 3 brought no new step; the last: WorkerLost: .*died"):
+def test_a_task_whose_process_dies_at_one_step_every_time_ends_the_run_after_three_recoveries(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        TrainingError,
+        match=r"3 recoveries in a row after step 3 brought no new step; the last: WorkerLost: "
+        r".*died",
+    ):
         train(Poisoned(), tmp_path)
 
 
-def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_own_traceback(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="worker 1, step 4: the task raised ZeroDivisionError: the batch is bad") as raised:
+def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_own_traceback(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        TrainingError, match="worker 1, step 4: the task raised ZeroDivisionError: the batch is bad"
+    ) as raised:
         train(Quadratic(fails_at=(1, 4)), tmp_path)
     notes = "\n".join(getattr(raised.value, "__notes__", ()))
     assert "Traceback" in notes + str(raised.value)
     assert 'raise ZeroDivisionError("the batch is bad")' in notes + str(raised.value)
 
 
-def test_a_task_that_fails_twice_and_then_not_ends_with_the_bits_of_one_that_never_did(tmp_path: Path) -> None:
+def test_a_task_that_fails_twice_and_then_not_ends_with_the_bits_of_one_that_never_did(
+    tmp_path: Path,
+) -> None:
     train(Quadratic(), tmp_path / "whole", backend="local")
     (tmp_path / "failures").mkdir()
     train(Moody(tmp_path / "failures"), tmp_path / "moody")

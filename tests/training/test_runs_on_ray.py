@@ -1,4 +1,6 @@
-"""Whole runs of the command on a Ray it starts itself: killed and resumed, and stopped by Ctrl-C, as a shell would do either."""
+"""Whole runs of the command on a Ray it starts itself: killed and resumed, and stopped by Ctrl-C,
+as a shell would do either.
+"""
 
 import os
 import signal
@@ -11,7 +13,18 @@ import pytest
 from tests.cli.test_cli import TRAIN, call, files, start, wait_for
 from tests.processes import children, wait_until_gone
 
-ON_RAY = ["train", "digits", "--workers", "2", "--shards", "2", "--steps", "150", "--save-every", "20"]
+ON_RAY = [
+    "train",
+    "digits",
+    "--workers",
+    "2",
+    "--shards",
+    "2",
+    "--steps",
+    "150",
+    "--save-every",
+    "20",
+]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -22,7 +35,9 @@ def no_settings_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_run_killed_half_way_and_resumed_ends_with_the_bits_of_a_local_one(tmp_path: Path) -> None:
+def test_a_run_killed_half_way_and_resumed_ends_with_the_bits_of_a_local_one(
+    tmp_path: Path,
+) -> None:
     whole = call(*TRAIN, "--steps", 150, "--save-every", 20, "--checkpoint-dir", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     process = start(*ON_RAY, "--checkpoint-dir", tmp_path / "killed", cwd=tmp_path)
@@ -40,7 +55,9 @@ def test_a_run_killed_half_way_and_resumed_ends_with_the_bits_of_a_local_one(tmp
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stderr
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (
+        tmp_path / "whole" / "metrics.csv"
+    ).read_bytes()
     wait_until_gone(below)  # Ray notices the killed driver after a minute
 
 

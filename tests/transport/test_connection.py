@@ -1,4 +1,6 @@
-"""The sockets: greetings, large frames, the end of a line at a death whoever was forked, and strangers refused."""
+"""The sockets: greetings, large frames, the end of a line at a death whoever was forked, and
+strangers refused.
+"""
 
 import os
 import select
@@ -24,7 +26,9 @@ class Echo:
         self.ended = threading.Semaphore(0)
         self.server = Server(self.greet, self.frame, lambda line: self.ended.release())
 
-    def greet(self, line: Connection, greeting: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def greet(
+        self, line: Connection, greeting: dict[str, Any], fds: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
         if greeting["name"] == "unwanted":
             raise LaneError("you are not wanted")
         self.greeted.append(greeting["name"])
@@ -66,7 +70,9 @@ def test_frames_larger_than_any_buffer_go_both_ways_and_hold_nobody_up(echo: Ech
     line, _, _ = call(echo.server.address, {"name": "large"}, [])
     other, _, _ = call(echo.server.address, {"name": "small"}, [])
     body = os.urandom(20 << 20)
-    assert not line.send(len(body).to_bytes(4, "little") + body), "it does not fit at once, and does not wait"
+    assert not line.send(len(body).to_bytes(4, "little") + body), (
+        "it does not fit at once, and does not wait"
+    )
     other.send((1).to_bytes(4, "little") + b"x")
     assert receive(other, 1) == [b"x"]
     assert receive(line, 1) == [body]
@@ -110,7 +116,12 @@ except LaneError as error:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_is_refused_though_it_knows_name_and_token(echo: Echo) -> None:
     address = echo.server.address
-    done = subprocess.run([sys.executable, "-c", AS_NOBODY, address.name, address.token], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, address.name, address.token],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "runs as user 0, this one as 65534" in done.stdout, done.stderr
     assert echo.greeted == []
 
@@ -129,7 +140,11 @@ time.sleep(600)
 
 def test_a_death_ends_the_line_though_a_forked_child_lives_on(echo: Echo) -> None:
     address = echo.server.address
-    caller = subprocess.Popen([sys.executable, "-c", CALLER, address.name, address.token], stdout=subprocess.PIPE, text=True)
+    caller = subprocess.Popen(
+        [sys.executable, "-c", CALLER, address.name, address.token],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert caller.stdout is not None
     child = int(caller.stdout.readline())
     assert not echo.ended.acquire(blocking=False)

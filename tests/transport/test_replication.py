@@ -1,4 +1,6 @@
-"""A standby followed over real sockets and shared memory, through the real death of its primary's process."""
+"""A standby followed over real sockets and shared memory, through the real death of its primary's
+process.
+"""
 
 import os
 import signal
@@ -12,18 +14,29 @@ from distnadam.errors import LaneError
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import PushNote
-from distnadam.protocol.supervisor_messages import DetachStandby, Reconfigure, Record, ReplicatedJoin, ReplicatedRound
+from distnadam.protocol.supervisor_messages import (
+    DetachStandby,
+    Reconfigure,
+    Record,
+    ReplicatedJoin,
+    ReplicatedRound,
+)
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.connection import Address
 from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
 
 SIZES = {"float32": 1000}
-ARRAYS = {name: {"float32": np.full(1000, value, np.float32)} for name, value in (("params", 1), ("m", 2), ("v", 3))}
+ARRAYS = {
+    name: {"float32": np.full(1000, value, np.float32)}
+    for name, value in (("params", 1), ("m", 2), ("v", 3))
+}
 
 
 def decided(number: int) -> ReplicatedRound:
     counted = {0: PushNote(1, number, {"float32": "float16"}), 2: PushNote(7, number, None, "NaN")}
-    return ReplicatedRound(number, 0, "applied", None, counted, 0.002, number % 2, Clock(number, 0.9))
+    return ReplicatedRound(
+        number, 0, "applied", None, counted, 0.002, number % 2, Clock(number, 0.9)
+    )
 
 
 class Followed:
@@ -51,7 +64,9 @@ def followed() -> Any:
     followed.follower.close()
 
 
-def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(followed: Followed) -> None:
+def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(
+    followed: Followed,
+) -> None:
     replica = ShmReplicationStream(followed.follower.address, ARRAYS, 4, 10.0)
     assert {name: flat["float32"].tobytes() for name, flat in followed.begun.items()} == {
         name: flat["float32"].tobytes() for name, flat in ARRAYS.items()
@@ -64,11 +79,15 @@ def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(follo
     assert followed.came == [(decided(number), float(number)) for number in (5, 6, 7)]
     replica.close()
     assert followed.follower.ended.wait(10)
-    assert followed.came[-1][0] == DetachStandby(), "it was let go, which the end of a process does not say"
+    assert followed.came[-1][0] == DetachStandby(), (
+        "it was let go, which the end of a process does not say"
+    )
 
 
 def primary_process(address: Address, rounds: int, unannounced: bool) -> None:
-    """Be a primary that is killed: after so many records, with a mean half written where `unannounced`."""
+    """Be a primary that is killed: after so many records, with a mean half written where
+    `unannounced`.
+    """
     replica = ShmReplicationStream(address, ARRAYS, 0, 10.0)
     for number in range(1, rounds + 1):
         replica.ready()
@@ -80,9 +99,13 @@ def primary_process(address: Address, rounds: int, unannounced: bool) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("rounds", "unannounced"), [(0, False), (0, True), (1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("rounds", "unannounced"), [(0, False), (0, True), (1, False), (3, False), (3, True)]
+)
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_all_that_a_killed_primary_announced_is_there_and_nothing_else(followed: Followed, rounds: int, unannounced: bool) -> None:
+def test_all_that_a_killed_primary_announced_is_there_and_nothing_else(
+    followed: Followed, rounds: int, unannounced: bool
+) -> None:
     child = os.fork()
     if child == 0:
         primary_process(followed.follower.address, rounds, unannounced)
@@ -91,7 +114,9 @@ def test_all_that_a_killed_primary_announced_is_there_and_nothing_else(followed:
     assert followed.came == [(decided(number), float(number)) for number in range(1, rounds + 1)]
 
 
-def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(followed: Followed) -> None:
+def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(
+    followed: Followed,
+) -> None:
     replica = ShmReplicationStream(followed.follower.address, ARRAYS, 0, 0.05)
     followed.hang.clear()
     replica.mean["float32"][:] = 1
@@ -100,10 +125,14 @@ def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(follow
     replica.close()
     followed.hang.set()
     assert followed.follower.ended.wait(10)
-    assert [record for record, _ in followed.came] == [decided(1), DetachStandby()], "when it goes on it learns that it is out of date"
+    assert [record for record, _ in followed.came] == [decided(1), DetachStandby()], (
+        "when it goes on it learns that it is out of date"
+    )
 
 
-def test_a_record_that_cannot_be_followed_ends_the_line_and_the_primary_sees_it(followed: Followed) -> None:
+def test_a_record_that_cannot_be_followed_ends_the_line_and_the_primary_sees_it(
+    followed: Followed,
+) -> None:
     replica = ShmReplicationStream(followed.follower.address, ARRAYS, 12, 10.0)
     replica.send(decided(13))
     assert not replica.ready()
@@ -111,7 +140,15 @@ def test_a_record_that_cannot_be_followed_ends_the_line_and_the_primary_sees_it(
     replica.close()
 
 
-@pytest.mark.parametrize("record", [decided(3), ReplicatedJoin(1, 5), Reconfigure(4, ((1, (0, 1)), (9, (0,))), {0: 3}), DetachStandby()])
+@pytest.mark.parametrize(
+    "record",
+    [
+        decided(3),
+        ReplicatedJoin(1, 5),
+        Reconfigure(4, ((1, (0, 1)), (9, (0,))), {0: 3}),
+        DetachStandby(),
+    ],
+)
 def test_records_travel_whole(record: Record) -> None:
     assert unpack_record(pack_record(record)[4:]) == record
 

@@ -1,4 +1,6 @@
-"""Arenas: what one process writes another reads, nothing has a name, sizes are checked, and a lack of memory is an error."""
+"""Arenas: what one process writes another reads, nothing has a name, sizes are checked, and a lack
+of memory is an error.
+"""
 
 import os
 import resource
@@ -21,7 +23,12 @@ def test_what_one_mapping_writes_the_other_reads_and_cannot_write() -> None:
         for values in flat.values():
             assert not values.any()
             values[:] = number + 1
-    assert [float(flat[space].sum()) for flat in other.flats for space in SIZES] == [5000.0, 3.0, 10000.0, 6.0]
+    assert [float(flat[space].sum()) for flat in other.flats for space in SIZES] == [
+        5000.0,
+        3.0,
+        10000.0,
+        6.0,
+    ]
     with pytest.raises(ValueError, match="read-only"):
         other.flats[0]["float32"][0] = 1
 
@@ -67,7 +74,10 @@ def test_more_than_the_machine_has_is_refused_before_it_is_taken() -> None:
 
 
 def test_a_limit_of_the_system_is_an_error_and_no_signal() -> None:
-    code = "import resource; from distnadam.errors import ArenaError; from distnadam.transport.shared_memory import Arena\n"
+    code = (
+        "import resource; from distnadam.errors import ArenaError; from "
+        "distnadam.transport.shared_memory import Arena\n"
+    )
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
     code += "try: Arena.create({'float32': 10**6})\nexcept ArenaError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

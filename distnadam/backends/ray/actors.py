@@ -1,7 +1,7 @@
 """Plain classes made into Ray actors; the only module that says `ray.remote`.
 
-Retries are never Ray's: a call that was lost is repeated by its sender and counted once by the shard's ledger. Ray restarts no actor but
-a named optimizer's supervisor.
+Retries are never Ray's: a call that was lost is repeated by its sender and counted once by the
+shard's ledger. Ray restarts no actor but a named optimizer's supervisor.
 """
 
 import zlib
@@ -37,13 +37,27 @@ class RankActor:
         return getattr(self._member, method)(*args)
 
 
-_shard, _supervisor, _member = ray.remote(ShardActor), ray.remote(SupervisorActor), ray.remote(RankActor)
+_shard, _supervisor, _member = (
+    ray.remote(ShardActor),
+    ray.remote(SupervisorActor),
+    ray.remote(RankActor),
+)
 _end_processes, _process_born = ray.remote(end_processes), ray.remote(process_start_time)
 
 
-def make_shard(spec: ShardSpec, supervisor: Any, label: str | None, silent: Collection[str], apart_from: Collection[str]) -> Any:
-    """Return a new actor for a shard or its standby, to be opened; on another node than those, where there is another."""
-    return _shard.options(**_actor_options(spec, label, silent, apart_from)).remote(spec, supervisor)
+def make_shard(
+    spec: ShardSpec,
+    supervisor: Any,
+    label: str | None,
+    silent: Collection[str],
+    apart_from: Collection[str],
+) -> Any:
+    """Return a new actor for a shard or its standby, to be opened; on another node than those,
+    where there is another.
+    """
+    return _shard.options(**_actor_options(spec, label, silent, apart_from)).remote(
+        spec, supervisor
+    )
 
 
 def kill_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
@@ -59,23 +73,43 @@ def start_time_on(node: str, pid: int) -> Any:
 def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
     """Return a new supervisor.
 
-    A named one outlives who made it, and is made again by Ray where it dies; an unnamed one ends with this process, so it lives beside it.
+    A named one outlives who made it, and is made again by Ray where it dies; an unnamed one ends
+    with this process, so it lives beside it.
     """
     asked: dict[str, Any] = {"num_cpus": 0, "max_task_retries": 0}
     if specs[0].name is not None:
-        asked |= {"name": specs[0].name, "namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1}
-        asked |= placement.at(len(specs), ray.nodes(), {}, specs[0].options.label_selector, first=_first(specs[0]))
+        asked |= {
+            "name": specs[0].name,
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": -1,
+        }
+        asked |= placement.at(
+            len(specs), ray.nodes(), {}, specs[0].options.label_selector, first=_first(specs[0])
+        )
     else:
-        asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _supervisor.options(**asked).remote(specs, replicas, ActorFactory(make_shard, kill_on, start_time_on))
+        asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+    return _supervisor.options(**asked).remote(
+        specs, replicas, ActorFactory(make_shard, kill_on, start_time_on)
+    )
 
 
 def _there(node: str) -> dict[str, Any]:
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False), "max_retries": 0}
+    return {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+        "max_retries": 0,
+    }
 
 
-def make_member(make: Callable[[int], Any], rank: int, options: Options, first: int, silent: Collection[str]) -> Any:
-    """Return a new actor for one rank of a team, whose ranks take the nodes in turn from the first on."""
+def make_member(
+    make: Callable[[int], Any], rank: int, options: Options, first: int, silent: Collection[str]
+) -> Any:
+    """Return a new actor for one rank of a team, whose ranks take the nodes in turn from the first
+    on.
+    """
     ask, selector = {"CPU": options.worker_cpus}, options.worker_label_selector
     asked = placement.at(rank, ray.nodes(), ask, selector, first=first, silent=silent)
     return _member.options(**asked, num_cpus=options.worker_cpus, max_restarts=0).remote(make, rank)
@@ -86,8 +120,12 @@ def _first(spec: ShardSpec) -> int:
     return zlib.crc32(spec.run.encode())
 
 
-def _actor_options(spec: ShardSpec, label: str | None, silent: Collection[str], apart_from: Collection[str]) -> dict[str, Any]:
-    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who made it."""
+def _actor_options(
+    spec: ShardSpec, label: str | None, silent: Collection[str], apart_from: Collection[str]
+) -> dict[str, Any]:
+    """Return what a shard's actor asks of Ray; one with a label is found by it, and outlives who
+    made it.
+    """
     options = spec.options
     asked: dict[str, Any] = {
         "num_cpus": options.shard_cpus,
@@ -95,8 +133,15 @@ def _actor_options(spec: ShardSpec, label: str | None, silent: Collection[str], 
         "max_restarts": 0,
         "max_task_retries": 0,
     }
-    about: dict[str, Any] = {"first": _first(spec), "spread": options.spread, "silent": silent, "apart_from": apart_from}
-    asked |= placement.at(spec.index, ray.nodes(), placement.shard_ask(options), options.label_selector, **about)
+    about: dict[str, Any] = {
+        "first": _first(spec),
+        "spread": options.spread,
+        "silent": silent,
+        "apart_from": apart_from,
+    }
+    asked |= placement.at(
+        spec.index, ray.nodes(), placement.shard_ask(options), options.label_selector, **about
+    )
     if options.shard_memory_bytes:
         asked["memory"] = options.shard_memory_bytes
     if label is not None:

@@ -7,7 +7,9 @@ from distnadam.transport.connection import Address
 
 @dataclass(frozen=True)
 class ProcessAddress:
-    """Where a shard runs: its Ray node and process, and where its lanes are called, or why it has none."""
+    """Where a shard runs: its Ray node and process, and where its lanes are called, or why it has
+    none.
+    """
 
     node: str
     address: Address | None = None

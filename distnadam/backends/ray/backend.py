@@ -1,6 +1,8 @@
-"""The shards on a Ray nodes, as their clients reach them. Control goes through Ray, arrays by `RayWorkerChannel`; the actors are in `actors`.
+"""The shards on a Ray nodes, as their clients reach them. Control goes through Ray, arrays by
+`RayWorkerChannel`; the actors are in `actors`.
 
-Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and shut down at close.
+Ray is joined where it runs already or `RAY_ADDRESS` names it; otherwise our own is started, and
+shut down at close.
 """
 
 import logging
@@ -12,7 +14,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from distnadam.backends.base import Backend, Pending, WorkerChannel, WorkerGroup
 from distnadam.backends.ray import calls, processes, registry
@@ -52,13 +60,19 @@ _RESHARD_S = 3600.0
 
 
 class RayBackend(Backend):
-    """One actor per shard, and a supervisor. A copy that was pickled reaches the same actors from any process of the cluster."""
+    """One actor per shard, and a supervisor. A copy that was pickled reaches the same actors from
+    any process of the cluster.
+    """
 
     name = "ray"
     token = staticmethod(processes.process_token)
 
     def __init__(
-        self, supervisor: Any = None, name: str | None = None, shard_map: ShardMap | None = None, options: Options | None = None
+        self,
+        supervisor: Any = None,
+        name: str | None = None,
+        shard_map: ShardMap | None = None,
+        options: Options | None = None,
     ) -> None:
         self._supervisor, self._name, self._options = supervisor, name, options or Options()
         self._shard_map = shard_map or ShardMap(0, ())
@@ -88,12 +102,16 @@ class RayBackend(Backend):
     def _exporter(self) -> Exporter | None:
         exporter = Exporter.start(self._name, self._options)
         if exporter is not None:
-            weakref.finalize(self, exporter.finish)  # who got this handle with a task may never close it
+            weakref.finalize(
+                self, exporter.finish
+            )  # who got this handle with a task may never close it
         return exporter
 
     @classmethod
     def connect(cls, name: str) -> tuple["RayBackend", ShardSpec]:
-        """Return a backend that reaches a running named optimizer's shards, and the spec of its shard 0."""
+        """Return a backend that reaches a running named optimizer's shards, and the spec of its
+        shard 0.
+        """
         connect_or_start(None, start=False)
         backend = cls(named(name), name)
         spec: ShardSpec = backend._call("specs", timeout_s=_CONNECT_S)[0]
@@ -103,7 +121,9 @@ class RayBackend(Backend):
 
     @classmethod
     def stop(cls, name: str) -> None:
-        """End a running named optimizer, or what is left of one, from any process; raise NotRunning where there is nothing of it."""
+        """End a running named optimizer, or what is left of one, from any process; raise NotRunning
+        where there is nothing of it.
+        """
         connect_or_start(None, start=False)
         run = registry.runs_of(name)
         try:
@@ -127,11 +147,16 @@ class RayBackend(Backend):
             self.close(destroy=True)
             if isinstance(error, ValueError) and "already" in str(error) and self._name is not None:
                 raise NameTaken(
-                    f"an optimizer named {self._name!r} is running on this cluster: connect to it, or choose another"
+                    f"an optimizer named {self._name!r} is running on this cluster: connect to it, "
+                    "or choose another"
                 ) from error
             if isinstance(error, RayError):
-                line = -1 if isinstance(error, RayTaskError) else 0  # the end of a traceback, the beginning of a letter
-                raise ClusterError(f"the optimizer could not be started: {str(error).strip().splitlines()[line]}") from error
+                line = (
+                    -1 if isinstance(error, RayTaskError) else 0
+                )  # the end of a traceback, the beginning of a letter
+                raise ClusterError(
+                    f"the optimizer could not be started: {str(error).strip().splitlines()[line]}"
+                ) from error
             raise
         for reason in sorted({place.reason for place in self.places if place.reason}):
             log.warning("%s; %s", reason, REMEDY)
@@ -148,14 +173,22 @@ class RayBackend(Backend):
 
     def began(self, *, initial: Flat | None, directory: str | None) -> None:
         """See `Backend.began`."""
-        given = [] if initial is None or not self._options.retain_initial else [initial[space] for space in sorted(initial)]
+        given = (
+            []
+            if initial is None or not self._options.retain_initial
+            else [initial[space] for space in sorted(initial)]
+        )
         self._call("begin", directory, *given, timeout_s=_CONNECT_S)
 
-    def link(self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int) -> WorkerChannel:
+    def link(
+        self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
+    ) -> WorkerChannel:
         """See `Backend.link`."""
         self.require_open()
         node, lanes = ray.get_runtime_context().get_node_id(), self._options.transport == "auto"
-        return RayWorkerChannel(self, lambda: self.places if lanes else [], layout, ranges, node, rank, incarnation)
+        return RayWorkerChannel(
+            self, lambda: self.places if lanes else [], layout, ranges, node, rank, incarnation
+        )
 
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
         """See `Backend.post`."""
@@ -164,14 +197,25 @@ class RayBackend(Backend):
         if any(index >= len(shards) for index in messages):
             raise Reconfigured(f"there are {len(shards)} shards now; look again")
         if messages and all(isinstance(message, Resume) for message in messages.values()):
-            for index, message in messages.items():  # one that is lost would hold the shard until a timeout
+            for (
+                index,
+                message,
+            ) in messages.items():  # one that is lost would hold the shard until a timeout
                 calls.retry_in_background(partial(shards[index].handle.send.remote, message))
             return RayPending({}, "shard")
-        return RayPending({index: shards[index].handle.send.remote(message) for index, message in messages.items()}, "shard")
+        return RayPending(
+            {
+                index: shards[index].handle.send.remote(message)
+                for index, message in messages.items()
+            },
+            "shard",
+        )
 
     def await_recovery(self, timeout_s: float) -> None:
         """See `Backend.await_recovery`."""
-        self._shard_map = require_alive(self._call("shard_map", self._shard_map.version, suspect=True, timeout_s=timeout_s))
+        self._shard_map = require_alive(
+            self._call("shard_map", self._shard_map.version, suspect=True, timeout_s=timeout_s)
+        )
 
     def refresh(self) -> None:
         """See `Backend.refresh`."""
@@ -241,7 +285,10 @@ class RayBackend(Backend):
     def close(self, *, destroy: bool) -> None:
         """See `Backend.close`; a handle that did not make the shards ends those of its name."""
         if destroy and self._supervisor is not None and ray.is_initialized():
-            end_optimizer(self._supervisor, self._run or (registry.runs_of(self._name) if self._name else None))
+            end_optimizer(
+                self._supervisor,
+                self._run or (registry.runs_of(self._name) if self._name else None),
+            )
         self._closed = True
         if (exporter := self.__dict__.get("_exporter")) is not None:
             exporter.close()
@@ -255,19 +302,30 @@ class RayBackend(Backend):
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                return ray.get(getattr(self._supervisor, method).remote(*args, **how), timeout=max(0.0, deadline - time.monotonic()))
+                return ray.get(
+                    getattr(self._supervisor, method).remote(*args, **how),
+                    timeout=max(0.0, deadline - time.monotonic()),
+                )
             except GetTimeoutError as error:
-                raise StepTimeout(f"the optimizer's supervisor did not answer {method} in {timeout_s:g} s") from error
+                raise StepTimeout(
+                    f"the optimizer's supervisor did not answer {method} in {timeout_s:g} s"
+                ) from error
             except RayTaskError as error:
                 raise own(error) from None
             except RayActorError as error:
-                lives = isinstance(error, ActorUnavailableError)  # the call may have been carried out, which does no harm twice
+                lives = isinstance(
+                    error, ActorUnavailableError
+                )  # the call may have been carried out, which does no harm twice
                 if not lives and self._name and not is_named(self._supervisor, self._name):
-                    told = f"the optimizer {self._name!r} was ended by another process: by `distnadam stop`, or by its creator"
+                    told = (
+                        f"the optimizer {self._name!r} was ended by another process: by "
+                        "`distnadam stop`, or by its creator"
+                    )
                     raise LifecycleError(told) from error
                 if not (lives or self._name) or time.monotonic() >= deadline:
                     told = (
-                        "the optimizer's supervisor died, and its shards with it: restore from a checkpoint, or give the optimizer a name"
+                        "the optimizer's supervisor died, and its shards with it: restore "
+                        "from a checkpoint, or give the optimizer a name"
                     )
                     raise Unrecoverable(told) from error
                 time.sleep(_RETRY_S)

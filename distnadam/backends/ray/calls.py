@@ -27,7 +27,8 @@ _K = TypeVar("_K")
 
 
 def retry_until_answered(call: Callable[[], Any], *, timeout_s: float, first: Any = None) -> Any:
-    """Return the answer of a call that does no harm twice, made again as long as Ray loses it; `first` is one on its way already.
+    """Return the answer of a call that does no harm twice, made again as long as Ray loses it;
+    `first` is one on its way already.
 
     Raises:
         DistNadamError: what was raised there.
@@ -49,14 +50,21 @@ def retry_until_answered(call: Callable[[], Any], *, timeout_s: float, first: An
             raise own(error) from None
 
 
-def all_answered(keys: Iterable[_K], call: Callable[[_K], Any], *, timeout_s: float) -> dict[_K, Any]:
+def all_answered(
+    keys: Iterable[_K], call: Callable[[_K], Any], *, timeout_s: float
+) -> dict[_K, Any]:
     """Return by key the answers of calls as `retry_until_answered` makes them, all at once."""
     asked = {key: call(key) for key in keys}
-    return {key: retry_until_answered(lambda key=key: call(key), timeout_s=timeout_s, first=ref) for key, ref in asked.items()}  # type: ignore[misc]
+    return {
+        key: retry_until_answered(lambda key=key: call(key), timeout_s=timeout_s, first=ref)
+        for key, ref in asked.items()
+    }  # type: ignore[misc]
 
 
 def retry_in_background(call: Callable[[], Any]) -> None:
-    """Make a call that does no harm twice, and whose answer nobody waits for, again as long as Ray loses it."""
+    """Make a call that does no harm twice, and whose answer nobody waits for, again as long as Ray
+    loses it.
+    """
 
     def again() -> None:
         with contextlib.suppress(Exception):  # Ray was shut down, or the actor is gone
@@ -72,7 +80,9 @@ def retry_in_background(call: Callable[[], Any]) -> None:
 
 
 def own(error: RayTaskError) -> Exception:
-    """Return the error of ours that an actor's call raised, however many actors it came through; else the given one."""
+    """Return the error of ours that an actor's call raised, however many actors it came through;
+    else the given one.
+    """
     cause: Any = error
     while isinstance(cause, RayTaskError) and cause.cause is not None:
         cause = cause.cause
@@ -85,28 +95,42 @@ _SLICE_S = 0.05
 _TRIES = 5
 
 
-def gather_with_retry(calls: Mapping[int, Callable[[], Any]], timeout_s: float, ended: Callable[[], set[int]] = set) -> dict[int, Any]:
-    """Return the answers of calls that do no harm twice, as all that a supervisor says, made again where Ray lost them.
+def gather_with_retry(
+    calls: Mapping[int, Callable[[], Any]], timeout_s: float, ended: Callable[[], set[int]] = set
+) -> dict[int, Any]:
+    """Return the answers of calls that do no harm twice, as all that a supervisor says, made again
+    where Ray lost them.
 
     Args:
         calls: by the index of a shard.
         timeout_s: after which a silent one is answered for by StepTimeout.
-        ended: returns the indices of those that are known to have ended, which Ray takes seconds to tell.
+        ended: returns the indices of those that are known to have ended, which Ray takes seconds to
+            tell.
     """
     answers: dict[int, Any] = {}
     for _ in range(_TRIES):
-        again = [index for index in calls if index not in answers or isinstance(answers[index], ShardUnavailable)]
+        again = [
+            index
+            for index in calls
+            if index not in answers or isinstance(answers[index], ShardUnavailable)
+        ]
         answers |= _gather({index: calls[index]() for index in again}, timeout_s, ended)
         if not any(isinstance(answer, ShardUnavailable) for answer in answers.values()):
             break
     return answers
 
 
-def _gather(refs: dict[int, Any], timeout_s: float, ended: Callable[[], set[int]]) -> dict[int, Any]:
+def _gather(
+    refs: dict[int, Any], timeout_s: float, ended: Callable[[], set[int]]
+) -> dict[int, Any]:
     deadline, ready = time.monotonic() + timeout_s, set()
     while refs and time.monotonic() < deadline:
         awaited = [ref for index, ref in refs.items() if index not in ended()]
-        ready = set(ray.wait(awaited, num_returns=len(awaited), timeout=_SLICE_S)[0]) if awaited else set()
+        ready = (
+            set(ray.wait(awaited, num_returns=len(awaited), timeout=_SLICE_S)[0])
+            if awaited
+            else set()
+        )
         if len(ready) == len(awaited):
             break
     answers: dict[int, Any] = {}
@@ -135,13 +159,17 @@ def _answer(index: int, ref: Any) -> Any:
 
 
 def require_ray() -> None:
-    """Raise where Ray was shut down: its functions would quietly start another, or join one that is dying."""
+    """Raise where Ray was shut down: its functions would quietly start another, or join one that is
+    dying.
+    """
     if not ray.is_initialized():
         raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 
 def ignore_results(refs: Iterable[Any]) -> None:
-    """Do without the answers of calls, and what they fail with: Ray shows its user every error that nobody asked for."""
+    """Do without the answers of calls, and what they fail with: Ray shows its user every error that
+    nobody asked for.
+    """
     for ref in refs:
         ref.future()  # asks, and waits for nothing
 
@@ -163,16 +191,22 @@ class RayPending(Pending):
 
     def _get(self, timeout_s: float) -> dict[int, Any]:
         try:
-            return dict(zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True))
+            return dict(
+                zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True)
+            )
         except GetTimeoutError as error:
             raise TimeoutError from error
         except RayTaskError as error:
             raise own(error) from None
         except ActorUnavailableError as error:
-            raise ShardUnavailable(f"{self._who} {', '.join(map(str, self._refs))}: {str(error).splitlines()[0]}") from error
+            raise ShardUnavailable(
+                f"{self._who} {', '.join(map(str, self._refs))}: {str(error).splitlines()[0]}"
+            ) from error
         except RayActorError as error:
             kind = ShardLost if self._who == "shard" else WorkerLost
-            raise kind(f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}") from error
+            raise kind(
+                f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}"
+            ) from error
 
     def _dead(self) -> str:
         ready, _ = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)

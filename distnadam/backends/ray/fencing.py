@@ -1,4 +1,6 @@
-"""How a supervisor makes certain that a process of its optimizer is gone, or stands still, before another takes its place."""
+"""How a supervisor makes certain that a process of its optimizer is gone, or stands still, before
+another takes its place.
+"""
 
 import contextlib
 import logging
@@ -30,7 +32,9 @@ class Fencing:
         lasts_s: seconds for which a shard's leave lasts.
     """
 
-    def __init__(self, run: str, kill_on: registry.EndOn, ended: Container[Any], lasts_s: float) -> None:
+    def __init__(
+        self, run: str, kill_on: registry.EndOn, ended: Container[Any], lasts_s: float
+    ) -> None:
         self._run, self._end_on, self._ended = run, kill_on, ended
         self._node = ray.get_runtime_context().get_node_id()
         self._fenced: set[ShardProcess] = set()
@@ -56,29 +60,45 @@ class Fencing:
         if not ended:
             self.silent.add(process.place.node)
         if not ended and lapses_s:
-            log.warning("shard %d cannot be reached: waiting %.1f s until it stands still", process.index, lapses_s)
+            log.warning(
+                "shard %d cannot be reached: waiting %.1f s until it stands still",
+                process.index,
+                lapses_s,
+            )
             time.sleep(lapses_s)
         self._fenced.add(process)
 
     def terminate(self, *processes: ShardProcess) -> None:
-        """End processes by Ray, which tells nobody of it; those that do not obey, by their numbers."""
+        """End processes by Ray, which tells nobody of it; those that do not obey, by their
+        numbers.
+        """
         self._dismissed.update(processes)
         for each in processes:
             kill_actor(each.handle)
-        registry.end(self._run, [each.place for each in processes if each.place.pid], self._end_on, grace_s=registry.GRACE_S)
+        registry.end(
+            self._run,
+            [each.place for each in processes if each.place.pid],
+            self._end_on,
+            grace_s=registry.GRACE_S,
+        )
 
     def _end(self, process: ShardProcess) -> bool:
         """Kill a process, and return whether it is certain to be gone."""
         place, grace_s = process.place, registry.GRACE_S if process in self._dismissed else 0.0
         if place.pid and place.node == self._node:
-            registry.end(self._run, [place], self._end_on, grace_s=grace_s)  # by its number, since one that is stopped does not obey Ray
+            registry.end(
+                self._run, [place], self._end_on, grace_s=grace_s
+            )  # by its number, since one that is stopped does not obey Ray
             return True
         alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
         if not place.node:
             return all(alive.values())  # nobody knows where it was
         if place.pid and alive.get(place.node):
             with contextlib.suppress(Exception):
-                ray.get(self._end_on(place.node, [(place.pid, place.born)], grace_s), timeout=grace_s + _FENCE_S)
+                ray.get(
+                    self._end_on(place.node, [(place.pid, place.born)], grace_s),
+                    timeout=grace_s + _FENCE_S,
+                )
                 registry.forget(self._run, [place])
                 return True
         return bool(alive.get(place.node)) and process.handle in self._ended

@@ -1,9 +1,12 @@
-"""How two sides that a network has cut apart never both go on: a shard tells nobody of a round without leave, and leave lapses.
+"""How two sides that a network has cut apart never both go on: a shard tells nobody of a round
+without leave, and leave lapses.
 
-A shard asks its supervisor for leave again and again, and counts it from when it asked. A supervisor gives leave while Ray's head says that
-its node is a part of the cluster; where it can neither reach nor kill a shard, it gives that one none any more, and waits until the last
-has lapsed before it puts another in its place. So the side with Ray's head goes on, and the other stands still. No clock is compared with
-another host's; all of them run on while a process, or its machine, is stopped. No Ray here.
+A shard asks its supervisor for leave again and again, and counts it from when it asked. A
+supervisor gives leave while Ray's head says that its node is a part of the cluster; where it can
+neither reach nor kill a shard, it gives that one none any more, and waits until the last has lapsed
+before it puts another in its place. So the side with Ray's head goes on, and the other stands
+still. No clock is compared with another host's; all of them run on while a process, or its machine,
+is stopped. No Ray here.
 """
 
 import threading
@@ -32,12 +35,19 @@ class Lease:
 
     Args:
         lasts_s: seconds from when it was asked for.
-        ask: asks, with what the supervisor is to know before it answers; True gives leave, False says that it never will again.
+        ask: asks, with what the supervisor is to know before it answers; True gives leave, False
+            says that it never will again.
         renewed: called whenever there is leave.
         refused: called when there will be none any more.
     """
 
-    def __init__(self, lasts_s: float, ask: Callable[[Any], bool | None], renewed: Callable[[], None], refused: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        lasts_s: float,
+        ask: Callable[[Any], bool | None],
+        renewed: Callable[[], None],
+        refused: Callable[[], None],
+    ) -> None:
         self._lasts_s, self._ask, self._renewed, self._refused = lasts_s, ask, renewed, refused
         self._lock = threading.Lock()
         self._until = self._needed_since = 0.0
@@ -79,15 +89,19 @@ class Lease:
 
 
 class LeaseManager:
-    """The leave that a supervisor gives; whether it may give any is looked up by a thread of its own.
+    """The leave that a supervisor gives; whether it may give any is looked up by a thread of its
+    own.
 
     Args:
         lasts_s: seconds for which it lasts.
-        belongs: asks Ray's head whether this node is a part of the cluster; raises, or does not return, where it cannot be asked.
+        belongs: asks Ray's head whether this node is a part of the cluster; raises, or does not
+            return, where it cannot be asked.
         deposed: called when it is not.
     """
 
-    def __init__(self, lasts_s: float, belongs: Callable[[], bool], deposed: Callable[[], None]) -> None:
+    def __init__(
+        self, lasts_s: float, belongs: Callable[[], bool], deposed: Callable[[], None]
+    ) -> None:
         self._lasts_s, self._belongs, self._deposed = lasts_s, belongs, deposed
         self._lock = threading.Lock()
         self._given: dict[str, float] = {}
@@ -103,7 +117,9 @@ class LeaseManager:
         return now() < self._belonged + self._trusted_s
 
     def ask(self, who: str) -> bool | None:
-        """Give leave; False where this shard is not known, or not any more, None where nobody gets any for now."""
+        """Give leave; False where this shard is not known, or not any more, None where nobody gets
+        any for now.
+        """
         with self._lock:
             if who not in self._known:
                 return False
@@ -113,14 +129,18 @@ class LeaseManager:
             return True
 
     def admit(self, who: str, *, inherited: bool = False) -> None:
-        """Know a shard from now on; an inherited one may have been given leave by an earlier supervisor until that one was cut off."""
+        """Know a shard from now on; an inherited one may have been given leave by an earlier
+        supervisor until that one was cut off.
+        """
         with self._lock:
             self._known.add(who)
             if inherited:
                 self._given[who] = self._began + self._trusted_s
 
     def refuse(self, who: str) -> float:
-        """Give a shard no leave any more; return in how many seconds, 0 at least, the last has lapsed."""
+        """Give a shard no leave any more; return in how many seconds, 0 at least, the last has
+        lapsed.
+        """
         with self._lock:
             self._known.discard(who)
             return max(0.0, self._given.get(who, 0.0) + self._lasts_s - now())

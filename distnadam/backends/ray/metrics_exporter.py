@@ -1,6 +1,8 @@
-"""Shows what this process measures to whoever scrapes Ray's metrics: a thread of its own reads the meter every few seconds.
+"""Shows what this process measures to whoever scrapes Ray's metrics: a thread of its own reads the
+meter every few seconds.
 
-Ray's metrics are on where a node's agent has a port for them, which it has where Ray was installed with its extra `default`.
+Ray's metrics are on where a node's agent has a port for them, which it has where Ray was installed
+with its extra `default`.
 """
 
 import logging
@@ -23,7 +25,11 @@ EVERY_S = 2.0
 """Seconds between two readings; Ray forgets a gauge that was not set for 20 s."""
 ENOUGH = 50
 """Durations of one kind told at a time: each costs Ray microseconds, here and in its agent."""
-_MIDDLES_S = [BOUNDS_S[0] / 2, *((low + high) / 2 for low, high in pairwise(BOUNDS_S)), 2 * BOUNDS_S[-1]]
+_MIDDLES_S = [
+    BOUNDS_S[0] / 2,
+    *((low + high) / 2 for low, high in pairwise(BOUNDS_S)),
+    2 * BOUNDS_S[-1],
+]
 
 
 class Exporter:
@@ -43,7 +49,9 @@ class Exporter:
 
     @classmethod
     def start(cls, name: str | None, options: Options) -> "Exporter | None":
-        """Begin to export for an optimizer where that is wanted and Ray's metrics are on in this process's node."""
+        """Begin to export for an optimizer where that is wanted and Ray's metrics are on in this
+        process's node.
+        """
         return cls(Meter(name)) if options.metrics and metrics_are_on() else None
 
     @staticmethod
@@ -51,7 +59,10 @@ class Exporter:
         """Raise ClusterError where metrics are insisted on and Ray's are off here."""
         if options.metrics is True and not metrics_are_on():
             told = "Options(metrics=True): Ray's metrics are off on this process's node"
-            raise ClusterError(f"{told}: pip install 'distnadam[metrics]' on every node and start Ray anew, or use metrics='auto'")
+            raise ClusterError(
+                f"{told}: pip install 'distnadam[metrics]' on every node and start Ray anew, or "
+                "use metrics='auto'"
+            )
 
     def finish(self) -> None:
         """Have the thread export what there is, and end."""
@@ -77,7 +88,9 @@ class Exporter:
                         self._metric(name).observe(middle, {"optimizer": self.meter.optimizer})
             for name, tags, value in self.meter.samples():
                 self._tell(name, {"optimizer": self.meter.optimizer, **tags}, value)
-        except Exception:  # of Ray, or of a shard that is being closed: nothing here is worth a training
+        except (
+            Exception
+        ):  # of Ray, or of a shard that is being closed: nothing here is worth a training
             log.debug("metrics", exc_info=True)
 
     def _tell(self, name: str, tags: Mapping[str, str], value: float) -> None:
@@ -93,7 +106,9 @@ class Exporter:
         if name not in self._metrics:
             metric = METRICS[name]
             if metric.kind == "histogram":
-                self._metrics[name] = rays.Histogram(name, metric.description, list(BOUNDS_S), metric.tag_keys)
+                self._metrics[name] = rays.Histogram(
+                    name, metric.description, list(BOUNDS_S), metric.tag_keys
+                )
             else:
                 kind = rays.Counter if metric.kind == "counter" else rays.Gauge
                 self._metrics[name] = kind(name, metric.description, metric.tag_keys)
@@ -103,4 +118,6 @@ class Exporter:
 def metrics_are_on() -> bool:
     """Whether Ray exports the metrics of this process's node."""
     node = ray.get_runtime_context().get_node_id()
-    return any(entry["NodeID"] == node and entry.get("MetricsExportPort", -1) > 0 for entry in ray.nodes())
+    return any(
+        entry["NodeID"] == node and entry.get("MetricsExportPort", -1) > 0 for entry in ray.nodes()
+    )

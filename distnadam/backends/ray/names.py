@@ -1,4 +1,6 @@
-"""Optimizers by their names: who supervises one, whether that is still so, and the end of one or of what is left of it."""
+"""Optimizers by their names: who supervises one, whether that is still so, and the end of one or of
+what is left of it.
+"""
 
 import contextlib
 from typing import Any
@@ -15,7 +17,9 @@ _CLOSE_S = 20.0
 
 
 def end_optimizer(supervisor: Any, run: str | None) -> None:
-    """End an optimizer's processes: by its supervisor where that answers, and whatever is left then."""
+    """End an optimizer's processes: by its supervisor where that answers, and whatever is left
+    then.
+    """
     if supervisor is not None:
         with contextlib.suppress(Exception):  # it is gone, or stopped
             ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
@@ -26,7 +30,9 @@ def end_optimizer(supervisor: Any, run: str | None) -> None:
 
 
 def is_named(supervisor: Any, name: str) -> bool:
-    """Whether the name is still this supervisor's, which Ray then makes again; one that was ended has lost it."""
+    """Whether the name is still this supervisor's, which Ray then makes again; one that was ended
+    has lost it.
+    """
     try:
         return bool(ray.get_actor(name, namespace=NAMESPACE) == supervisor)
     except ValueError:
@@ -36,11 +42,19 @@ def is_named(supervisor: Any, name: str) -> bool:
 
 
 def named(name: str) -> Any:
-    """Return the supervisor of the optimizer of that name; raise NotRunning where there is none, with the names of those there are."""
+    """Return the supervisor of the optimizer of that name; raise NotRunning where there is none,
+    with the names of those there are.
+    """
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError as error:
         known = ray.util.list_named_actors(all_namespaces=True)
-        names = sorted(entry["name"] for entry in known if entry["namespace"] == NAMESPACE and "/" not in entry["name"])
+        names = sorted(
+            entry["name"]
+            for entry in known
+            if entry["namespace"] == NAMESPACE and "/" not in entry["name"]
+        )
         there = f"; those that are: {', '.join(names)}" if names else ""
-        raise NotRunning(f"no optimizer named {name!r} is running on this Ray cluster{there}") from error
+        raise NotRunning(
+            f"no optimizer named {name!r} is running on this Ray cluster{there}"
+        ) from error

@@ -42,12 +42,21 @@ _REPORT_EVERY_S = 5.0
 
 
 def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]:
-    """Return every actor's facts; say every few seconds who is awaited; raise where they do not all start in time."""
-    timeout_s = _START_S if options.start_timeout_s is None else max(options.start_timeout_s, _START_S)
+    """Return every actor's facts; say every few seconds who is awaited; raise where they do not all
+    start in time.
+    """
+    timeout_s = (
+        _START_S if options.start_timeout_s is None else max(options.start_timeout_s, _START_S)
+    )
     deadline = time.monotonic() + timeout_s
-    waiting, facts = {index: actor.about.remote() for index, actor in enumerate(actors)}, dict[int, dict[str, str]]()
+    waiting, facts = (
+        {index: actor.about.remote() for index, actor in enumerate(actors)},
+        dict[int, dict[str, str]](),
+    )
     while waiting:
-        ready = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=_REPORT_EVERY_S)[0]
+        ready = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=_REPORT_EVERY_S)[
+            0
+        ]
         for index in [i for i, ref in waiting.items() if ref in ready]:
             try:
                 facts[index] = _started(waiting.pop(index))
@@ -56,9 +65,12 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
         if waiting and time.monotonic() >= deadline:
             free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
             raise InsufficientResources(
-                f"{len(waiting)} of {len(actors)} shards did not start in {timeout_s:g} s; each asks CPU {options.shard_cpus:g},"
-                f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free in the cluster: {free}; where that is"
-                " enough, a node cannot start processes: its logs, under /tmp/ray/session_latest/logs there, say why"
+                f"{len(waiting)} of {len(actors)} shards did not start in {timeout_s:g} s; each "
+                f"asks CPU {options.shard_cpus:g},"
+                f" memory {options.shard_memory_bytes} and {dict(options.shard_resources)}, free "
+                f"in the cluster: {free}; where that is"
+                " enough, a node cannot start processes: its logs, under "
+                "/tmp/ray/session_latest/logs there, say why"
             )
         if waiting and not ready:
             log.warning("waiting for %d of %d shards to start", len(waiting), len(actors))
@@ -105,6 +117,7 @@ def _started(ref: Any) -> dict[str, str]:
         if (missing := _MISSING.search(text)) is not None:
             where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
             raise VersionMismatch(
-                f"node {where} lacks the package {missing[1]!r}, which the shards need: install the same versions on every node"
+                f"node {where} lacks the package {missing[1]!r}, which the shards need: install "
+                "the same versions on every node"
             ) from error
         raise ShardLost(f"a shard did not start: {text}") from error

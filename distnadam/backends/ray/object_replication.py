@@ -1,4 +1,6 @@
-"""How a primary keeps up a standby on another node: by calls that carry arrays as Ray objects, put into their order where they arrive."""
+"""How a primary keeps up a standby on another node: by calls that carry arrays as Ray objects, put
+into their order where they arrive.
+"""
 
 import asyncio
 import contextlib
@@ -17,12 +19,20 @@ _LET_GO_S = 1.0
 
 
 class ObjectReplicationStream(ReplicationStream):
-    """A standby on another node: what it is given travels by Ray objects, and counts once it has answered.
+    """A standby on another node: what it is given travels by Ray objects, and counts once it has
+    answered.
 
     While the first copy is on its way, rounds go on without waiting for it.
     """
 
-    def __init__(self, standby: Any, control_state: ShardControlState, config: Any, arrays: dict[str, Flat], timeout_s: float) -> None:
+    def __init__(
+        self,
+        standby: Any,
+        control_state: ShardControlState,
+        config: Any,
+        arrays: dict[str, Flat],
+        timeout_s: float,
+    ) -> None:
         self._standby, self._timeout_s = standby, timeout_s
         self._spaces = sorted(arrays["params"])
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
@@ -37,8 +47,14 @@ class ObjectReplicationStream(ReplicationStream):
 
     def send(self, record: Record) -> bool:
         """See `ReplicationStream.send`."""
-        means = [self.mean[space] for space in self._spaces] if isinstance(record, ReplicatedRound) and record.outcome == "applied" else []
-        self._calls.append(self._standby.replicate.remote(self._feed, next(self._numbers), record, *means))
+        means = (
+            [self.mean[space] for space in self._spaces]
+            if isinstance(record, ReplicatedRound) and record.outcome == "applied"
+            else []
+        )
+        self._calls.append(
+            self._standby.replicate.remote(self._feed, next(self._numbers), record, *means)
+        )
         try:
             self._synced = self._synced or bool(ray.wait(self._calls[:1], timeout=0)[0])
             if self._synced:
@@ -52,12 +68,16 @@ class ObjectReplicationStream(ReplicationStream):
 
     def close(self) -> None:
         """See `ReplicationStream.close`."""
-        with contextlib.suppress(Exception):  # it is gone, or does not answer; the supervisor hears of that by itself
+        with contextlib.suppress(
+            Exception
+        ):  # it is gone, or does not answer; the supervisor hears of that by itself
             ray.get(self._standby.release.remote(self._feed), timeout=_LET_GO_S)
 
 
 class OrderedStream:
-    """Puts the calls of one primary to its standby into their order; a later feed ends an earlier one."""
+    """Puts the calls of one primary to its standby into their order; a later feed ends an earlier
+    one.
+    """
 
     def __init__(self) -> None:
         self._feed, self._next, self._ended = 0, 0, 0

@@ -1,7 +1,8 @@
 """Room for the shards on a cluster's nodes, and which node a shard, a standby or a worker goes to.
 
-Ray's own SPREAD counts separately on every node that decides, and an actor that asks for nothing is decided on by a random one, so that
-such actors may all end on one node. For those we name the node, and Ray chooses where that one is gone.
+Ray's own SPREAD counts separately on every node that decides, and an actor that asks for nothing is
+decided on by a random one, so that such actors may all end on one node. For those we name the node,
+and Ray chooses where that one is gone.
 """
 
 import logging
@@ -22,7 +23,9 @@ _SILENT_S = 60.0
 
 
 def check_fits(options: Options, num_shards: int) -> None:
-    """Raise InsufficientResources where the nodes, even empty, cannot hold the shards; wait first as long as `start_timeout_s` says."""
+    """Raise InsufficientResources where the nodes, even empty, cannot hold the shards; wait first
+    as long as `start_timeout_s` says.
+    """
     ask = _positive(shard_ask(options))
     deadline = time.monotonic() + (options.start_timeout_s or 0.0)
     while True:
@@ -31,10 +34,21 @@ def check_fits(options: Options, num_shards: int) -> None:
         if room >= num_shards:
             return
         has = {name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ask}
-        wanted = ", ".join(f"{name} {amount:g} each, the nodes have {has[name]:g} in all" for name, amount in ask.items()) or "no resource"
-        told = f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {room}"
+        wanted = (
+            ", ".join(
+                f"{name} {amount:g} each, the nodes have {has[name]:g} in all"
+                for name, amount in ask.items()
+            )
+            or "no resource"
+        )
+        told = (
+            f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {room}"
+        )
         if time.monotonic() >= deadline:
-            remedy = "ask for less in Options, or add nodes (Options(start_timeout_s=...) waits for them)"
+            remedy = (
+                "ask for less in Options, or add nodes (Options(start_timeout_s=...) "
+                "waits for them)"
+            )
             raise InsufficientResources(f"{told}; {remedy}")
         log.warning("waiting for nodes: %s", told)
         time.sleep(min(_REPORT_EVERY_S, max(0.1, deadline - time.monotonic())))
@@ -42,11 +56,17 @@ def check_fits(options: Options, num_shards: int) -> None:
 
 def shard_ask(options: Options) -> dict[str, float]:
     """Return what each shard asks of Ray, by resource."""
-    return {"CPU": options.shard_cpus, "memory": float(options.shard_memory_bytes), **options.shard_resources}
+    return {
+        "CPU": options.shard_cpus,
+        "memory": float(options.shard_memory_bytes),
+        **options.shard_resources,
+    }
 
 
 class RecentlyUnreachable:
-    """The nodes that did not answer a moment ago; Ray takes up to a minute to find out that they are gone."""
+    """The nodes that did not answer a moment ago; Ray takes up to a minute to find out that they
+    are gone.
+    """
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
@@ -74,7 +94,8 @@ def at(
 ) -> dict[str, Any]:
     """Return the options by which Ray places one of several actors that ask the same.
 
-    What asks for a resource is left to Ray, which knows what is free, and lets an autoscaler know what is not.
+    What asks for a resource is left to Ray, which knows what is free, and lets an autoscaler know
+    what is not.
 
     Args:
         index: which of them it is.
@@ -88,12 +109,21 @@ def at(
     """
     choices, avoided = [dict(selector)], sorted({*silent, *apart_from})
     if _NODE not in selector:
-        unlike = dict.fromkeys(f"!in({', '.join(some)})" for some in (avoided, sorted(apart_from)) if some)
+        unlike = dict.fromkeys(
+            f"!in({', '.join(some)})" for some in (avoided, sorted(apart_from)) if some
+        )
         choices = [*({**selector, _NODE: each} for each in unlike), *choices]
-        seats = sorted(str(node["NodeID"]) for node in _suitable(nodes, selector) if node["NodeID"] not in avoided)
+        seats = sorted(
+            str(node["NodeID"])
+            for node in _suitable(nodes, selector)
+            if node["NodeID"] not in avoided
+        )
         if seats and not _positive(ask):
             choices.insert(0, {**selector, _NODE: seats[(first + index * spread) % len(seats)]})
-    told = {"label_selector": choices[0], "fallback_strategy": [{"label_selector": choice} for choice in choices[1:]]}
+    told = {
+        "label_selector": choices[0],
+        "fallback_strategy": [{"label_selector": choice} for choice in choices[1:]],
+    }
     return told | ({"scheduling_strategy": "SPREAD"} if spread else {})
 
 
@@ -101,7 +131,9 @@ def _positive(ask: Mapping[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in ask.items() if amount > 0}
 
 
-def _suitable(nodes: Sequence[Mapping[str, Any]], selector: Mapping[str, str]) -> list[Mapping[str, Any]]:
+def _suitable(
+    nodes: Sequence[Mapping[str, Any]], selector: Mapping[str, str]
+) -> list[Mapping[str, Any]]:
     """Return the living nodes that have the labels."""
     return [node for node in nodes if node["Alive"] and _labelled(node, selector)]
 
@@ -118,4 +150,6 @@ def _meets(label: str | None, wanted: str) -> bool:
 
 
 def _room(resources: Mapping[str, float], ask: Mapping[str, float], most: int) -> int:
-    return min([most, *(int((resources.get(name, 0.0) + 1e-9) // amount) for name, amount in ask.items())])
+    return min(
+        [most, *(int((resources.get(name, 0.0) + 1e-9) // amount) for name, amount in ask.items())]
+    )

@@ -28,7 +28,9 @@ from distnadam.transport.process_watch import ProcessWatch
 
 @dataclass(frozen=True)
 class ActorFactory:
-    """What needs `ray.remote`: `make_shard` takes a spec, the supervisor, a label, and nodes silent and to be apart from; see `actors`."""
+    """What needs `ray.remote`: `make_shard` takes a spec, the supervisor, a label, and nodes silent
+    and to be apart from; see `actors`.
+    """
 
     make_shard: Callable[[ShardSpec, Any, str | None, Collection[str], Collection[str]], Any]
     kill_on: registry.EndOn
@@ -53,8 +55,20 @@ class RayProcessManager(ProcessManager):
         lasts_s: seconds for which a shard's leave lasts.
     """
 
-    def __init__(self, supervisor: Any, run: str, factory: ActorFactory, on_death: Callable[[ShardProcess], None], lasts_s: float) -> None:
-        self._supervisor, self._run, self._factory, self._on_death = supervisor, run, factory, on_death
+    def __init__(
+        self,
+        supervisor: Any,
+        run: str,
+        factory: ActorFactory,
+        on_death: Callable[[ShardProcess], None],
+        lasts_s: float,
+    ) -> None:
+        self._supervisor, self._run, self._factory, self._on_death = (
+            supervisor,
+            run,
+            factory,
+            on_death,
+        )
         self._own = registry.enter(run)
         self._node = self._own.node
         self._watch = ProcessWatch()
@@ -62,30 +76,47 @@ class RayProcessManager(ProcessManager):
         self._births: dict[str, Any] = {}  # by token: an answer on its way from another node
         self.fencing = Fencing(run, factory.kill_on, self._ended, lasts_s)
 
-    def make(self, spec: ShardSpec, *, standby: bool = False, apart_from: Collection[str] = ()) -> Any:
-        """Return a new actor, which may not have started yet, on none of those nodes where there is another."""
+    def make(
+        self, spec: ShardSpec, *, standby: bool = False, apart_from: Collection[str] = ()
+    ) -> Any:
+        """Return a new actor, which may not have started yet, on none of those nodes where there is
+        another.
+        """
         label, silent = registry.label_of(spec, standby=standby), self.fencing.silent.now
         actor = self._factory.make_shard(spec, self._supervisor, label, silent, apart_from)
         self.fencing.admit(actor)
         return actor
 
-    def start(self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]) -> ShardProcess:
+    def start(
+        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
         """See `ProcessManager.start`."""
-        primary = [process.place.node for process in near if standby and process.index == spec.index]
+        primary = [
+            process.place.node for process in near if standby and process.index == spec.index
+        ]
         actor = self.make(spec, standby=standby, apart_from=primary)
         try:
             place = retry_until_answered(actor.place.remote, timeout_s=OPEN_S)
             neighbour = self._neighbour(place.node, near)
-            place = retry_until_answered(lambda: actor.open.remote(neighbour, standby=standby), timeout_s=OPEN_S)
+            place = retry_until_answered(
+                lambda: actor.open.remote(neighbour, standby=standby), timeout_s=OPEN_S
+            )
         except Exception as error:
             kill_actor(actor)
-            raise ShardLost(f"shard {spec.index}: a process for it could not be had: {str(error).splitlines()[0]}") from error
+            raise ShardLost(
+                f"shard {spec.index}: a process for it could not be had: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         return ShardProcess(spec.index, actor, place)
 
-    def promote(self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]) -> ShardProcess:
+    def promote(
+        self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
         """See `ProcessManager.promote`."""
         neighbour = self._neighbour(standby.place.node, near)
-        answer = gather_with_retry({0: lambda: standby.handle.promote.remote(reconfigure, neighbour)}, OPEN_S)[0]
+        answer = gather_with_retry(
+            {0: lambda: standby.handle.promote.remote(reconfigure, neighbour)}, OPEN_S
+        )[0]
         if isinstance(answer, Exception):
             raise ShardLost(f"the standby of shard {standby.index}: {answer}") from answer
         return dataclasses.replace(standby, place=answer)
@@ -103,14 +134,26 @@ class RayProcessManager(ProcessManager):
         self.fencing.terminate(*processes)
 
     def discover(self, first: ShardSpec) -> RecoveredTopology:
-        """Find the processes of an optimizer whose supervisor died, and end those that do not answer, or are not needed any more."""
+        """Find the processes of an optimizer whose supervisor died, and end those that do not
+        answer, or are not needed any more.
+        """
         asked = {actor.introduce.remote(): actor for actor in registry.actors_of(self._run)}
         discovered: list[DiscoveredProcess] = []
-        for ref in ray.wait(list(asked), num_returns=len(asked), timeout=_MEET_S)[0] if asked else []:
+        for ref in (
+            ray.wait(list(asked), num_returns=len(asked), timeout=_MEET_S)[0] if asked else []
+        ):
             with contextlib.suppress(Exception):  # it died
                 answer = ray.get(ref)
-                discovered.append(dataclasses.replace(answer, process=dataclasses.replace(answer.process, handle=asked[ref])))
-        registry.kill_all(self._run, self._factory.kill_on, spare=[self._own, *(each.process.place for each in discovered)])
+                discovered.append(
+                    dataclasses.replace(
+                        answer, process=dataclasses.replace(answer.process, handle=asked[ref])
+                    )
+                )
+        registry.kill_all(
+            self._run,
+            self._factory.kill_on,
+            spare=[self._own, *(each.process.place for each in discovered)],
+        )
         answered = {each.process.handle for each in discovered}
         for actor in asked.values():
             if actor not in answered:
@@ -120,7 +163,9 @@ class RayProcessManager(ProcessManager):
         return found
 
     def is_dead(self, token: str) -> bool:
-        """See `ProcessManager.is_dead`; a process of another node is asked about there, and the answer is there the next time."""
+        """See `ProcessManager.is_dead`; a process of another node is asked about there, and the
+        answer is there the next time.
+        """
         node, *process = token.split("/")
         if len(process) != 3:
             return False
@@ -139,7 +184,9 @@ class RayProcessManager(ProcessManager):
             return not any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
 
     def watch(self, process: ShardProcess) -> None:
-        """See `ProcessManager.watch`: by a socket on this node, which tells at once, and by Ray everywhere."""
+        """See `ProcessManager.watch`: by a socket on this node, which tells at once, and by Ray
+        everywhere.
+        """
 
         def ended(future: Any = None) -> None:
             if future is not None and isinstance(future.exception(), ActorUnavailableError):
@@ -155,7 +202,14 @@ class RayProcessManager(ProcessManager):
         if process.place.node == self._node and process.place.address is not None:
             self._watch.add(process.place.address, ended)
 
-    def move(self, token: str, old: Sequence[ShardProcess], new: Sequence[ShardProcess], cuts: Cuts, order: Load) -> list[Exception]:
+    def move(
+        self,
+        token: str,
+        old: Sequence[ShardProcess],
+        new: Sequence[ShardProcess],
+        cuts: Cuts,
+        order: Load,
+    ) -> list[Exception]:
         """See `ProcessManager.move`; the arrays go from actor to actor."""
         control_state = gather_with_retry({0: old[0].handle.control_state.remote}, OPEN_S)[0]
         if isinstance(control_state, Exception):
@@ -167,17 +221,35 @@ class RayProcessManager(ProcessManager):
             parts = [old[copy.source].handle.part.remote(token, copy) for copy in plan]
             return process.handle.install.remote(order, plan, *parts)
 
-        calls = {process.index: partial(install, process, ranges) for process, ranges in zip(new, cuts[1], strict=True)}
-        return [answer for answer in gather_with_retry(calls, _MOVE_S).values() if isinstance(answer, Exception)]
+        calls = {
+            process.index: partial(install, process, ranges)
+            for process, ranges in zip(new, cuts[1], strict=True)
+        }
+        return [
+            answer
+            for answer in gather_with_retry(calls, _MOVE_S).values()
+            if isinstance(answer, Exception)
+        ]
 
-    def ask(self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+    def ask(
+        self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
+    ) -> dict[int, Any]:
         """See `ProcessManager.ask`; None asks a standby how far it is."""
         asked = {i: targets[i].handle for i in messages if i in targets}
         calls = {i: partial(self._send, actor, messages[i]) for i, actor in asked.items()}
-        return gather_with_retry(calls, timeout_s, lambda: {i for i, actor in asked.items() if actor in self._ended})
+        return gather_with_retry(
+            calls, timeout_s, lambda: {i for i, actor in asked.items() if actor in self._ended}
+        )
 
     def _send(self, actor: Any, message: Any) -> Any:
         return actor.reached.remote() if message is None else actor.send.remote(message)
 
     def _neighbour(self, node: str, near: Sequence[ShardProcess]) -> Address | None:
-        return next((process.place.address for process in near if process.place.node == node and process.place.address is not None), None)
+        return next(
+            (
+                process.place.address
+                for process in near
+                if process.place.node == node and process.place.address is not None
+            ),
+            None,
+        )

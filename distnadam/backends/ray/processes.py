@@ -15,20 +15,31 @@ _FENCE_S = 5.0
 
 
 def process_start_time(pid: int) -> str:
-    """Return what tells a process of this host from an earlier one of the same number; "" where it is gone or waits to be buried."""
+    """Return what tells a process of this host from an earlier one of the same number; "" where it
+    is gone or waits to be buried.
+    """
     state, born = _state_and_birth(pid)
     return "" if state in ("Z", "X") else born
 
 
 def process_token() -> str:
     """Return a new token, which tells by which process of which node it was made."""
-    return "/".join((ray.get_runtime_context().get_node_id(), str(os.getpid()), process_start_time(os.getpid()), secrets.token_hex(4)))
+    return "/".join(
+        (
+            ray.get_runtime_context().get_node_id(),
+            str(os.getpid()),
+            process_start_time(os.getpid()),
+            secrets.token_hex(4),
+        )
+    )
 
 
 def end_processes(processes: Sequence[tuple[int, str]], grace_s: float = 0.0) -> None:
-    """Kill those processes of this node that are still the ones born then, and wait until they are gone.
+    """Kill those processes of this node that are still the ones born then, and wait until they are
+    gone.
 
-    With a grace they are those that Ray was told to end; only what is stopped, or takes longer, is killed: Ray tells users of every kill.
+    With a grace they are those that Ray was told to end; only what is stopped, or takes longer, is
+    killed: Ray tells users of every kill.
     """
     patience, deadline = time.monotonic() + grace_s, time.monotonic() + grace_s + _FENCE_S
     while left := [(pid, born) for pid, born in processes if process_start_time(pid) == born]:

@@ -1,7 +1,9 @@
-"""The processes of optimizers as the cluster knows them, whether their supervisor lives or not: names, and where each process runs.
+"""The processes of optimizers as the cluster knows them, whether their supervisor lives or not:
+names, and where each process runs.
 
-Names of Ray's lead to actors that answer. A record that each process enters before anything else leads to those that do not: one that is
-stopped obeys nobody, and can only be ended by its number. Names and records begin with the optimizer's `run`.
+Names of Ray's lead to actors that answer. A record that each process enters before anything else
+leads to those that do not: one that is stopped obeys nobody, and can only be ended by its number.
+Names and records begin with the optimizer's `run`.
 """
 
 import contextlib
@@ -19,7 +21,9 @@ from distnadam.backends.ray.processes import end_processes, kill_actor, process_
 from distnadam.protocol.messages import ShardSpec
 
 EndOn = Callable[[str, Sequence[tuple[int, str]], float], Any]
-"""Has processes, given by number and birth, of a node ended by somebody there; returns a reference to wait for."""
+"""Has processes, given by number and birth, of a node ended by somebody there; returns a reference
+to wait for.
+"""
 GRACE_S = 10.0
 """Seconds in which a process that Ray was told to end may do so by itself."""
 _END_S = 5.0
@@ -31,23 +35,37 @@ def new_run(name: str | None) -> str:
 
 
 def runs_of(name: str) -> str:
-    """Return what begins the names of the processes of every optimizer that has this name, or had it."""
+    """Return what begins the names of the processes of every optimizer that has this name, or had
+    it.
+    """
     return f"{name}/"
 
 
 def label_of(spec: ShardSpec, *, standby: bool) -> str | None:
-    """Return a new actor name for a shard or its standby; None where nobody will look for it by name."""
-    return f"{spec.run}/{spec.layout_generation}.{spec.index}{'s' * standby}-{secrets.token_hex(4)}" if spec.name is not None else None
+    """Return a new actor name for a shard or its standby; None where nobody will look for it by
+    name.
+    """
+    return (
+        f"{spec.run}/{spec.layout_generation}.{spec.index}{'s' * standby}-{secrets.token_hex(4)}"
+        if spec.name is not None
+        else None
+    )
 
 
 def here() -> ProcessAddress:
     """Return this process, as a place without lanes."""
-    return ProcessAddress(ray.get_runtime_context().get_node_id(), pid=os.getpid(), born=process_start_time(os.getpid()))
+    return ProcessAddress(
+        ray.get_runtime_context().get_node_id(),
+        pid=os.getpid(),
+        born=process_start_time(os.getpid()),
+    )
 
 
 def enter(run: str) -> ProcessAddress:
     """Record that this process belongs to an optimizer, and return it."""
-    os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")  # threads of an asynchronous actor may block; Ray warns of them too
+    os.environ.setdefault(
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0"
+    )  # threads of an asynchronous actor may block; Ray warns of them too
     place = here()
     internal_kv._internal_kv_put(_record(run, place), b"", namespace=NAMESPACE)
     return place
@@ -65,11 +83,15 @@ def actors_of(run: str) -> list[Any]:
 
 def places_of(run: str) -> list[ProcessAddress]:
     """Return where processes of this optimizer run, or ran, that nobody has ended by `end`."""
-    return [ProcessAddress(node, pid=int(pid), born=born) for node, pid, born in (key.rsplit("/", 3)[1:] for key in _records(run))]
+    return [
+        ProcessAddress(node, pid=int(pid), born=born)
+        for node, pid, born in (key.rsplit("/", 3)[1:] for key in _records(run))
+    ]
 
 
 def kill(places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0.0) -> set[str]:
-    """Kill processes, stopped ones too, and wait until they are gone; with a grace, those that Ray was told to end.
+    """Kill processes, stopped ones too, and wait until they are gone; with a grace, those that Ray
+    was told to end.
 
     Return the nodes that did not answer.
     """
@@ -79,11 +101,15 @@ def kill(places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0
     here_too = by_node.pop(node, [])
     waits = {kill_on(other, processes, grace_s): other for other, processes in by_node.items()}
     end_processes(here_too, grace_s)
-    silent = ray.wait(list(waits), num_returns=len(waits), timeout=_END_S)[1] if waits else []  # what is gone took its processes along
+    silent = (
+        ray.wait(list(waits), num_returns=len(waits), timeout=_END_S)[1] if waits else []
+    )  # what is gone took its processes along
     return {waits[ref] for ref in silent}
 
 
-def end(run: str, places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0.0) -> None:
+def end(
+    run: str, places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0.0
+) -> None:
     """End processes as `kill` does, and forget them."""
     ended = list(places)
     kill(ended, kill_on, grace_s=grace_s)
@@ -92,7 +118,9 @@ def end(run: str, places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: 
 
 def forget(run: str, places: Sequence[ProcessAddress]) -> None:
     """Strike the records of processes that are gone."""
-    for record in (key for key in _records(run) if any(key.endswith(_tail(place)) for place in places)):
+    for record in (
+        key for key in _records(run) if any(key.endswith(_tail(place)) for place in places)
+    ):
         internal_kv._internal_kv_del(record, namespace=NAMESPACE)
 
 
@@ -102,7 +130,12 @@ def kill_all(run: str, kill_on: EndOn, *, spare: Sequence[ProcessAddress] = ()) 
         for actor in actors_of(run):
             kill_actor(actor)
     kept = {_tail(place) for place in spare}
-    end(run, [place for place in places_of(run) if _tail(place) not in kept], kill_on, grace_s=0.0 if spare else GRACE_S)
+    end(
+        run,
+        [place for place in places_of(run) if _tail(place) not in kept],
+        kill_on,
+        grace_s=0.0 if spare else GRACE_S,
+    )
 
 
 def _record(run: str, place: ProcessAddress) -> str:

@@ -1,4 +1,6 @@
-"""Joining the Ray that runs already, or starting one of our own. What cannot be joined is said in one sentence, and soon."""
+"""Joining the Ray that runs already, or starting one of our own. What cannot be joined is said in
+one sentence, and soon.
+"""
 
 import logging
 import os
@@ -22,7 +24,9 @@ class OwnedRay:
 
     def __init__(self, options: Options | None) -> None:
         if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray asks for one by itself, and would write it to the home
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
+                32
+            )  # Ray asks for one by itself, and would write it to the home
         store = options.object_store_bytes if options is not None else None
         ray.init(
             address="local",
@@ -32,22 +36,31 @@ class OwnedRay:
             object_store_memory=store,
             namespace="distnadam-driver",
         )
-        if "RAY_AUTH_MODE" not in os.environ:  # Ray before 2.59, imported before we could ask for it
-            log.warning("whoever reaches the Ray started here may run code on it: set RAY_AUTH_MODE=token")
+        if (
+            "RAY_AUTH_MODE" not in os.environ
+        ):  # Ray before 2.59, imported before we could ask for it
+            log.warning(
+                "whoever reaches the Ray started here may run code on it: set RAY_AUTH_MODE=token"
+            )
 
     def shut_down(self) -> None:
-        """Stop every process of this Ray; the environment keeps the token, which Ray has read for good."""
+        """Stop every process of this Ray; the environment keeps the token, which Ray has read for
+        good.
+        """
         ray.shutdown()
 
 
 def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay | None:
-    """Join the Ray of this process or of `RAY_ADDRESS`; where there is neither, start and return our own, or raise NotRunning."""
+    """Join the Ray of this process or of `RAY_ADDRESS`; where there is neither, start and return
+    our own, or raise NotRunning.
+    """
     if ray.is_initialized():
         return None
     address = os.environ.get("RAY_ADDRESS")
     if not address and not start:
         raise NotRunning(
-            "no Ray runs in this process and RAY_ADDRESS is not set: there is nothing to connect to; give the head's HOST:PORT"
+            "no Ray runs in this process and RAY_ADDRESS is not set: there is nothing to connect "
+            "to; give the head's HOST:PORT"
         )
     if not address:
         return OwnedRay(options)
@@ -55,11 +68,20 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
     try:
         ray.init(address=address, log_to_driver=False, namespace="distnadam-driver")
     except ConnectionError as error:  # Ray does not say why: it has only heard no
-        told = f"cannot join the Ray at RAY_ADDRESS={address}, which answers but refuses: RAY_AUTH_MODE is {_auth_mode()} here"
-        raise ClusterError(f"{told}; give it, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster's hosts have them") from error
+        told = (
+            f"cannot join the Ray at RAY_ADDRESS={address}, which answers but refuses: "
+            f"RAY_AUTH_MODE is {_auth_mode()} here"
+        )
+        raise ClusterError(
+            f"{told}; give it, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster's hosts "
+            "have them"
+        ) from error
     except Exception as error:
         first = str(error).splitlines()[0]
-        raise ClusterError(f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {_auth_mode()}): {first}") from error
+        raise ClusterError(
+            f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {_auth_mode()}): "
+            f"{first}"
+        ) from error
     return None
 
 
@@ -68,7 +90,9 @@ def _auth_mode() -> str:
 
 
 def _require_listener(address: str) -> None:
-    """Raise ClusterError where nobody listens at HOST:PORT for some seconds; Ray itself tries for minutes, and may end the process."""
+    """Raise ClusterError where nobody listens at HOST:PORT for some seconds; Ray itself tries for
+    minutes, and may end the process.
+    """
     host, _, port = address.rpartition(":")
     if "/" in host or not port.isdigit():
         return
@@ -80,5 +104,7 @@ def _require_listener(address: str) -> None:
         except OSError as error:
             if time.monotonic() >= deadline or isinstance(error, socket.gaierror):
                 told = f"nobody answers at RAY_ADDRESS={address} ({error.strerror or error})"
-                raise ClusterError(f"{told}: expected the address of a running Ray's head, as HOST:PORT") from error
+                raise ClusterError(
+                    f"{told}: expected the address of a running Ray's head, as HOST:PORT"
+                ) from error
             time.sleep(_AGAIN_S)

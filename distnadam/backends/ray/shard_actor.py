@@ -1,4 +1,6 @@
-"""A shard, or its standby, as it lives in a Ray actor: messages by calls and lanes, a standby followed by lane or by calls."""
+"""A shard, or its standby, as it lives in a Ray actor: messages by calls and lanes, a standby
+followed by lane or by calls.
+"""
 
 import asyncio
 import dataclasses
@@ -21,7 +23,15 @@ from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
-from distnadam.protocol.supervisor_messages import DetachStandby, Load, Order, Reconfigure, Record, ReplicatedRound, ShardControlState
+from distnadam.protocol.supervisor_messages import (
+    DetachStandby,
+    Load,
+    Order,
+    Reconfigure,
+    Record,
+    ReplicatedRound,
+    ShardControlState,
+)
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.shard.phases import Notice
@@ -40,7 +50,9 @@ _DRAIN_S = 10.0
 
 
 class ShardActor:
-    """One shard, or its standby, in a process of its own; heavy work runs beside the event loop, so that it always answers."""
+    """One shard, or its standby, in a process of its own; heavy work runs beside the event loop, so
+    that it always answers.
+    """
 
     def __init__(self, spec: ShardSpec, supervisor: Any) -> None:
         self._spec, self._supervisor = spec, supervisor
@@ -61,9 +73,13 @@ class ShardActor:
         return node_facts()
 
     async def open(self, neighbour: Address | None, *, standby: bool = False) -> ProcessAddress:
-        """Get memory, a neighbour's where it has some to share, and begin to serve, or to follow; asked again, only say where."""
+        """Get memory, a neighbour's where it has some to share, and begin to serve, or to follow;
+        asked again, only say where.
+        """
         if self._host is None and self._standby is None:
-            with memory_for(f"shard {self._spec.index}: its state of {state_bytes(self._spec.ranges)} bytes"):
+            with memory_for(
+                f"shard {self._spec.index}: its state of {state_bytes(self._spec.ranges)} bytes"
+            ):
                 self._open(neighbour, standby=standby)
         return self._place
 
@@ -89,9 +105,16 @@ class ShardActor:
         """Return what a supervisor's successor must know of this process."""
         process = ShardProcess(self._spec.index, None, self._place)
         if self._host is None:
-            return DiscoveredProcess(process, self._spec, standby=True, reached=None if self._standby is None else self._standby.reached)
+            return DiscoveredProcess(
+                process,
+                self._spec,
+                standby=True,
+                reached=None if self._standby is None else self._standby.reached,
+            )
         description = await self.send(Describe())
-        return DiscoveredProcess(process, self._spec, epoch=description.epoch, retired=description.retired)
+        return DiscoveredProcess(
+            process, self._spec, epoch=description.epoch, retired=description.retired
+        )
 
     async def send(self, message: Message | Order) -> Any:
         """Give the shard a message and return its answer."""
@@ -125,8 +148,12 @@ class ShardActor:
         """Never return, so that the call's end tells that this process ended."""
         await asyncio.Event().wait()
 
-    async def begin(self, control_state: ShardControlState, config: Any, feed: int = 0, *arrays: Any) -> None:
-        """Standby: take the place in time of the arrays; those come here where the primary is on another node, and begin a feed."""
+    async def begin(
+        self, control_state: ShardControlState, config: Any, feed: int = 0, *arrays: Any
+    ) -> None:
+        """Standby: take the place in time of the arrays; those come here where the primary is on
+        another node, and begin a feed.
+        """
         assert self._standby is not None
         if not arrays:
             self._standby.begin(control_state, config)
@@ -140,14 +167,21 @@ class ShardActor:
             standby.take_arrays(dict(zip(("params", "m", "v"), copied, strict=True)))
             standby.begin(control_state, config)
 
-        await asyncio.wrap_future(self._executor.submit(fill))  # after what an earlier feed has begun
+        await asyncio.wrap_future(
+            self._executor.submit(fill)
+        )  # after what an earlier feed has begun
         self._feed.done(0)
 
     async def replicate(self, feed: int, number: int, record: Record, *means: Any) -> int:
-        """Standby: take a record from a primary on another node, after those before it, since calls may overtake each other."""
+        """Standby: take a record from a primary on another node, after those before it, since calls
+        may overtake each other.
+        """
         assert self._standby is not None
         await self._feed.turn(feed, number)
-        standby, mean = self._standby, dict(zip(sorted(self._spec.ranges), means, strict=True)) if means else {}
+        standby, mean = (
+            self._standby,
+            dict(zip(sorted(self._spec.ranges), means, strict=True)) if means else {},
+        )
         await asyncio.wrap_future(self._executor.submit(standby.apply, record, mean))
         self._feed.done(number)
         return record.round if isinstance(record, ReplicatedRound) else -1
@@ -185,14 +219,21 @@ class ShardActor:
         try:
             self._arena = parameter_arena(self._spec, neighbour)
         except (ArenaError, LaneError) as error:
-            self._place = dataclasses.replace(self._place, reason=f"shard {self._spec.index}: {error}")
+            self._place = dataclasses.replace(
+                self._place, reason=f"shard {self._spec.index}: {error}"
+            )
 
     def _make_host(self, spec: ShardSpec) -> ShardHost:
         buffers = None
         if self._arena is not None:
             first, second = (cut_flat(flat, spec.ranges) for flat in self._arena.flats)
             buffers = (first, second)
-        how = {"threads": self._threads, "run": self._executor.submit, "on_notice": self._notice, "attach": self._attach}
+        how = {
+            "threads": self._threads,
+            "run": self._executor.submit,
+            "on_notice": self._notice,
+            "attach": self._attach,
+        }
         may = {"may": lambda: self._lease is not None and self._lease.valid}
         host = ShardHost(spec, buffers=buffers, **may, **how)  # type: ignore[arg-type]
         if self._exporter is not None:
@@ -215,24 +256,42 @@ class ShardActor:
 
     def _ask_for_leave(self, lost: ShardProcess | None) -> bool | None:
         who = ray.get_runtime_context().get_actor_id()
-        answer: bool | None = ray.get(self._supervisor.leave.remote(who, lost), timeout=self._lease_s)
+        answer: bool | None = ray.get(
+            self._supervisor.leave.remote(who, lost), timeout=self._lease_s
+        )
         return answer
 
     def _end(self) -> None:
-        log.error("shard %d: another has taken its place while it could not be reached; this process ends", self._spec.index)
+        log.error(
+            "shard %d: another has taken its place while it could not be reached; this process "
+            "ends",
+            self._spec.index,
+        )
         os._exit(1)
 
     def _notice(self, notice: Notice) -> None:
         if notice.what == "standby lost" and self._remote is not None and self._lease is not None:
-            self._lease.invalidate(self._remote)  # it may not know; nobody hears of a round that it lacks before the supervisor does
+            self._lease.invalidate(
+                self._remote
+            )  # it may not know; nobody hears of a round that it lacks before the supervisor does
             self._remote = None
-        retry_in_background(lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation))
+        retry_in_background(
+            lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation)
+        )
 
-    def _attach(self, standby: ShardProcess, control_state: ShardControlState, config: Any, arrays: dict[str, Flat]) -> ReplicationStream:
+    def _attach(
+        self,
+        standby: ShardProcess,
+        control_state: ShardControlState,
+        config: Any,
+        arrays: dict[str, Flat],
+    ) -> ReplicationStream:
         """Copy the state to a standby; between processes of one node by memory, else by objects."""
         timeout_s, self._remote = self._spec.options.shard_timeout_s, None
         if standby.place.node == self._place.node and standby.place.address is not None:
-            replica: ReplicationStream = ShmReplicationStream(standby.place.address, arrays, control_state.round, timeout_s)
+            replica: ReplicationStream = ShmReplicationStream(
+                standby.place.address, arrays, control_state.round, timeout_s
+            )
             try:
                 ray.get(standby.handle.begin.remote(control_state, config), timeout=timeout_s)
             except BaseException:

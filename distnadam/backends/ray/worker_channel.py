@@ -1,4 +1,6 @@
-"""A worker's way to the shards of a Ray cluster: lanes to those of its own node, the backend's objects to all others. No Ray here."""
+"""A worker's way to the shards of a Ray cluster: lanes to those of its own node, the backend's
+objects to all others. No Ray here.
+"""
 
 import dataclasses
 import logging
@@ -18,7 +20,10 @@ from distnadam.transport.shm_channel import ShmClient
 log = logging.getLogger("distnadam")
 
 
-REMEDY = "Ray objects are used instead, which cost more time: give the node or container more memory, or run fewer workers on it"
+REMEDY = (
+    "Ray objects are used instead, which cost more time: give the node or container more "
+    "memory, or run fewer workers on it"
+)
 
 
 class RayWorkerChannel(WorkerChannel):
@@ -57,7 +62,9 @@ class RayWorkerChannel(WorkerChannel):
         return empty_flat(self._sizes) if self._lanes is None else self._lanes.gradients
 
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
-        """See `WorkerChannel.reconnect`: open lanes to shards of this node that have none; say which have one, and why others have not."""
+        """See `WorkerChannel.reconnect`: open lanes to shards of this node that have none; say
+        which have one, and why others have not.
+        """
         places = self._places_now()
         if ranges is not self._ranges or incarnation != self._incarnation:
             self._ranges, self._places, self._incarnation = ranges, [], incarnation
@@ -81,9 +88,19 @@ class RayWorkerChannel(WorkerChannel):
             self.parameters = (first, second)
 
     def _open_lanes(self, places: list[ProcessAddress]) -> None:
-        """Open a lane to each shard of this node that is new or has none; raise ArenaError or LaneError where one cannot be had."""
-        changed = [i for i, place in enumerate(places) if i >= len(self._places) or place != self._places[i] or not self._has_lane(i)]
-        near = {i: address for i in changed if places[i].node == self._node and (address := places[i].address) is not None}
+        """Open a lane to each shard of this node that is new or has none; raise ArenaError or
+        LaneError where one cannot be had.
+        """
+        changed = [
+            i
+            for i, place in enumerate(places)
+            if i >= len(self._places) or place != self._places[i] or not self._has_lane(i)
+        ]
+        near = {
+            i: address
+            for i in changed
+            if places[i].node == self._node and (address := places[i].address) is not None
+        }
         if near and self._lanes is None and "gradients" not in self.__dict__:
             self._lanes = ShmClient(self._sizes, self._ranges, self._rank, self._incarnation)
         if self._lanes is None:
@@ -104,7 +121,9 @@ class RayWorkerChannel(WorkerChannel):
         by_lane = {i: m for i, m in messages.items() if i in self._lanes}
         number = self._lanes.post(by_lane) if by_lane else 0
         others = {i: m for i, m in messages.items() if i not in by_lane}
-        return RayChannelPending(self._lanes, number, by_lane, self._backend.post(others) if others else None)
+        return RayChannelPending(
+            self._lanes, number, by_lane, self._backend.post(others) if others else None
+        )
 
     def close(self) -> None:
         """See `WorkerChannel.close`."""
@@ -115,17 +134,27 @@ class RayWorkerChannel(WorkerChannel):
 class RayChannelPending(Pending):
     """Answers by lane and by object."""
 
-    def __init__(self, lanes: ShmClient, number: int, by_lane: Mapping[int, Push | TotalNorms], others: Pending | None) -> None:
+    def __init__(
+        self,
+        lanes: ShmClient,
+        number: int,
+        by_lane: Mapping[int, Push | TotalNorms],
+        others: Pending | None,
+    ) -> None:
         self._lanes, self._number, self._by_lane, self._others = lanes, number, by_lane, others
 
     def result(self, timeout_s: float) -> dict[int, Any]:
         """See `Pending.result`."""
         deadline = time.monotonic() + timeout_s
-        answers = self._lanes.collect(self._number, len(self._by_lane), deadline) if self._by_lane else {}
+        answers = (
+            self._lanes.collect(self._number, len(self._by_lane), deadline) if self._by_lane else {}
+        )
         if self._others is not None:
             for shard, message in self._by_lane.items():
                 answer = answers[shard]
                 if isinstance(answer, RoundResult) and message.want_parameters:
-                    answers[shard] = dataclasses.replace(answer, parameters=self._lanes.parameters_of(shard, answer))
+                    answers[shard] = dataclasses.replace(
+                        answer, parameters=self._lanes.parameters_of(shard, answer)
+                    )
             answers = answers | self._others.result(max(0.0, deadline - time.monotonic()))
         return answers

@@ -42,7 +42,11 @@ class RayWorkerGroup(WorkerGroup):
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
         """See `WorkerGroup.results`."""
         require_ray()
-        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s) if self._calls else ([], [])
+        ready, _ = (
+            ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+            if self._calls
+            else ([], [])
+        )
         return [(self._calls.pop(ref), self._result(ref)) for ref in ready]
 
     def replace(self, rank: int) -> None:

@@ -1,7 +1,8 @@
-"""Where checkpoints lie: a folder of a local disk, or (in `remote`) one under any fsspec URL. What a checkpoint is, is not known here.
+"""Where checkpoints lie: a folder of a local disk, or (in `remote`) one under any fsspec URL. What
+a checkpoint is, is not known here.
 
-Every refusal by the system is a CheckpointError that names the file. A file that is being written looks complete to nobody who knows
-its size; `replace` makes a file appear whole or not at all.
+Every refusal by the system is a CheckpointError that names the file. A file that is being written
+looks complete to nobody who knows its size; `replace` makes a file appear whole or not at all.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ ReadInto = Callable[[Sequence[memoryview], int], None]
 
 
 class Directory(ABC):
-    """Files and folders under one name; `str` of it is what users give and get: a plain path where local, a URL otherwise.
+    """Files and folders under one name; `str` of it is what users give and get: a plain path where
+    local, a URL otherwise.
 
     `run_bytes` is how much is best read at once.
     """
@@ -49,7 +51,9 @@ class Directory(ABC):
 
     @abstractmethod
     def read(self, name: str, at_most: int) -> bytes:
-        """Return a file's contents; raise CheckpointError where there is none, or it has more bytes than that."""
+        """Return a file's contents; raise CheckpointError where there is none, or it has more bytes
+        than that.
+        """
 
     @abstractmethod
     def reading(self, name: str) -> contextlib.AbstractContextManager[ReadInto]:
@@ -57,11 +61,15 @@ class Directory(ABC):
 
     @abstractmethod
     def write(self, name: str, pieces: Pieces) -> None:
-        """Write a new file and flush it to where it lasts; where that fails, nothing of it is left."""
+        """Write a new file and flush it to where it lasts; where that fails, nothing of it is
+        left.
+        """
 
     @abstractmethod
     def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
-        """Write a file, or replace it, in one atomic step that lasts; `temporary` is a name that nobody else uses."""
+        """Write a file, or replace it, in one atomic step that lasts; `temporary` is a name that
+        nobody else uses.
+        """
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -73,7 +81,9 @@ class Directory(ABC):
 
     @abstractmethod
     def hold(self) -> contextlib.AbstractContextManager[None]:
-        """Hold this folder, which must be there, for one writer; raise CheckpointBusy where another holds it."""
+        """Hold this folder, which must be there, for one writer; raise CheckpointBusy where another
+        holds it.
+        """
 
 
 def parent_of(where: object) -> str:

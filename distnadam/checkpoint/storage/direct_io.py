@@ -1,7 +1,9 @@
-"""Write a file past the page cache where its filesystem can: what is saved is not read soon, and the pages would be taken from others.
+"""Write a file past the page cache where its filesystem can: what is saved is not read soon, and
+the pages would be taken from others.
 
-A cache that has to find fresh pages makes saving slower by an unpredictable factor; so does flushing it. The state is copied to a
-buffer with the alignment that such writes need, for a shard's range begins anywhere, while another buffer is being written.
+A cache that has to find fresh pages makes saving slower by an unpredictable factor; so does
+flushing it. The state is copied to a buffer with the alignment that such writes need, for a shard's
+range begins anywhere, while another buffer is being written.
 """
 
 import errno
@@ -16,7 +18,9 @@ _ALIGNMENT = 4096
 
 
 def write_pieces(descriptor: int, pieces: Iterable[memoryview]) -> None:
-    """Write pieces one after another to a new, empty file; raise OSError where the system refuses."""
+    """Write pieces one after another to a new, empty file; raise OSError where the system
+    refuses.
+    """
     file, filled = _File(descriptor), 0
     buffer, other = (memoryview(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(2))
     with ThreadPoolExecutor(1, "disk") as disk:
@@ -68,7 +72,9 @@ class _File:
         """Switch the cache off or on; return whether it is off."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+            fcntl.fcntl(
+                self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT
+            )
         except OSError:
             return False
         return on

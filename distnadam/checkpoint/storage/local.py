@@ -39,9 +39,15 @@ class LocalDirectory(Directory):
             os.makedirs(self.path, exist_ok=True)
 
     def files(self) -> dict[str, int]:
-        """See `Directory.files`; what is neither file nor folder, a pipe say, has no size that fits: -1."""
+        """See `Directory.files`; what is neither file nor folder, a pipe say, has no size that
+        fits: -1.
+        """
         found = {}
-        with told(self.path, "read"), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
+        with (
+            told(self.path, "read"),
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(self.path) as entries,
+        ):
             for entry in entries:
                 if not entry.is_dir():
                     with contextlib.suppress(FileNotFoundError):
@@ -50,7 +56,11 @@ class LocalDirectory(Directory):
 
     def folders(self) -> list[str]:
         """See `Directory.folders`."""
-        with told(self.path, "read"), contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path) as entries:
+        with (
+            told(self.path, "read"),
+            contextlib.suppress(FileNotFoundError, NotADirectoryError),
+            os.scandir(self.path) as entries,
+        ):
             return [entry.name for entry in entries if entry.is_dir()]
         return []
 
@@ -59,7 +69,9 @@ class LocalDirectory(Directory):
         with self.reading(name) as read_into:
             size = os.stat(self.path / name).st_size
             if size > at_most:
-                raise CheckpointError(f"{self.path / name}: has {size} bytes, expected at most {at_most}")
+                raise CheckpointError(
+                    f"{self.path / name}: has {size} bytes, expected at most {at_most}"
+                )
             contents = bytearray(size)
             read_into([memoryview(contents)], 0)
         return bytes(contents)
@@ -97,10 +109,15 @@ class LocalDirectory(Directory):
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileNotFoundError as error:
-            told_what = "cannot be written: its folder is not on this node; save to a disk that every node with a shard shares, or to a URL"
+            told_what = (
+                "cannot be written: its folder is not on this node; save to a disk "
+                "that every node with a shard shares, or to a URL"
+            )
             raise CheckpointError(f"{path}: {told_what}") from error
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"{path}: cannot be written: {error.strerror or error}"
+            ) from error
         try:
             with told(path, "written"):
                 write_pieces(descriptor, pieces())

@@ -1,6 +1,8 @@
-"""A folder under an fsspec URL: object stores and the like, where nothing is renamed and a file appears once all of it has arrived.
+"""A folder under an fsspec URL: object stores and the like, where nothing is renamed and a file
+appears once all of it has arrived.
 
-What fails for a while is tried again, with growing pauses. There are no locks there: two runs are kept apart by leases (`claim`).
+What fails for a while is tried again, with growing pauses. There are no locks there: two runs are
+kept apart by leases (`claim`).
 """
 
 import contextlib
@@ -15,11 +17,21 @@ _T = TypeVar("_T")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _PAUSES_S = (0.1, 0.4, 1.6, 3.2)
 """How long to wait before each further try."""
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError, ValueError)
+_FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
 
 
 def remote_folder(url: str) -> "RemoteDirectory":
-    """Return the folder of a URL; raise CheckpointError where its protocol is unknown, or what speaks it is not installed."""
+    """Return the folder of a URL; raise CheckpointError where its protocol is unknown, or what
+    speaks it is not installed.
+    """
     import fsspec
 
     protocol = url.partition("://")[0]
@@ -27,7 +39,9 @@ def remote_folder(url: str) -> "RemoteDirectory":
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         hint = f": pip install 'distnadam[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
-        raise CheckpointError(f"{url}: nothing here speaks {protocol}://{hint} ({error})") from error
+        raise CheckpointError(
+            f"{url}: nothing here speaks {protocol}://{hint} ({error})"
+        ) from error
     return RemoteDirectory(filesystem, protocol, path.rstrip("/"))
 
 
@@ -63,7 +77,11 @@ class RemoteDirectory(Directory):
 
     def files(self) -> dict[str, int]:
         """See `Directory.files`."""
-        return {_last(entry): int(entry["size"] or 0) for entry in self._list() if entry["type"] == "file" and _last(entry)}
+        return {
+            _last(entry): int(entry["size"] or 0)
+            for entry in self._list()
+            if entry["type"] == "file" and _last(entry)
+        }
 
     def folders(self) -> list[str]:
         """See `Directory.folders`."""
@@ -71,7 +89,9 @@ class RemoteDirectory(Directory):
 
     def read(self, name: str, at_most: int) -> bytes:
         """See `Directory.read`."""
-        contents = self._trying(name, "read", lambda: self._fs.cat_file(self._at(name), start=0, end=at_most + 1))
+        contents = self._trying(
+            name, "read", lambda: self._fs.cat_file(self._at(name), start=0, end=at_most + 1)
+        )
         if len(contents) > at_most:
             raise CheckpointError(f"{self}/{name}: has more than {at_most} bytes")
         return bytes(contents)
@@ -82,9 +102,15 @@ class RemoteDirectory(Directory):
 
         def read_into(views: Sequence[memoryview], offset: int) -> None:
             size = sum(map(len, views))
-            contents = self._trying(name, "read", lambda: self._fs.cat_file(self._at(name), start=offset, end=offset + size))
+            contents = self._trying(
+                name,
+                "read",
+                lambda: self._fs.cat_file(self._at(name), start=offset, end=offset + size),
+            )
             if len(contents) != size:
-                raise CheckpointError(f"{self}/{name}: ends at byte {offset + len(contents)}, before it should")
+                raise CheckpointError(
+                    f"{self}/{name}: ends at byte {offset + len(contents)}, before it should"
+                )
             rest = memoryview(contents)
             for view in views:
                 view[:], rest = rest[: len(view)], rest[len(view) :]
@@ -160,7 +186,9 @@ class RemoteDirectory(Directory):
             except Exception as error:  # every store has its own kinds
                 if pause_s is None or isinstance(error, _FINAL):
                     told = f"{type(error).__name__}: {error}".rstrip(": ")
-                    raise CheckpointError(f"{self}/{name}".rstrip("/") + f": cannot be {what}: {told}") from error
+                    raise CheckpointError(
+                        f"{self}/{name}".rstrip("/") + f": cannot be {what}: {told}"
+                    ) from error
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
 

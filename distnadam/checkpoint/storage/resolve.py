@@ -8,7 +8,9 @@ from distnadam.checkpoint.storage.local import LocalDirectory
 
 
 def place(where: "str | os.PathLike[str] | Directory") -> Directory:
-    """Return the folder of a path or URL; raise CheckpointError where no filesystem of that protocol is installed."""
+    """Return the folder of a path or URL; raise CheckpointError where no filesystem of that
+    protocol is installed.
+    """
     if isinstance(where, Directory):
         return where
     text = os.fspath(where)

@@ -1,4 +1,5 @@
-"""The built-in task: a small classifier of handwritten digits, 8 x 8 pixels, from the UCI set that scikit-learn ships.
+"""The built-in task: a small classifier of handwritten digits, 8 x 8 pixels, from the UCI set that
+scikit-learn ships.
 
 A multilayer perceptron with its backward pass written out in NumPy. Every fifth image is held out.
 """
@@ -28,7 +29,9 @@ class Digits:
         self.hidden, self.batch_size = hidden, batch_size
 
     def init(self, seed: int) -> Any:
-        """Load the images and return He-initialised layers ``[{"bias", "kernel"}, ...]``, float32."""
+        """Load the images and return He-initialised layers ``[{"bias", "kernel"}, ...]``,
+        float32.
+        """
         images, labels = _load()
         held_out = np.arange(len(images)) % 5 == 4
         self.train, self.train_labels = images[~held_out], labels[~held_out]
@@ -37,17 +40,25 @@ class Digits:
         rng = np.random.default_rng([seed, 0])
         widths = (64, *self.hidden, 10)
         return [
-            {"kernel": (rng.standard_normal((n, m)) * np.sqrt(2.0 / n)).astype(np.float32), "bias": np.zeros(m, np.float32)}
+            {
+                "kernel": (rng.standard_normal((n, m)) * np.sqrt(2.0 / n)).astype(np.float32),
+                "bias": np.zeros(m, np.float32),
+            }
             for n, m in pairwise(widths)
         ]
 
     def batch(self, step: int, rank: int, world_size: int) -> tuple[Array, Array]:
-        """Return images of shape (batch_size / world_size, 64), shifted by up to a pixel, and labels, drawn from (seed, step, rank)."""
+        """Return images of shape (batch_size / world_size, 64), shifted by up to a pixel, and
+        labels, drawn from (seed, step, rank).
+        """
         rng = np.random.default_rng([self.seed, 1, step, rank, world_size])
         picked = rng.integers(0, len(self.train), max(1, self.batch_size // world_size))
         pictures = np.pad(self.train[picked].reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
         down, right = rng.integers(0, 3, (2, len(picked)))
-        rows, columns = down[:, None, None] + np.arange(8)[:, None], right[:, None, None] + np.arange(8)
+        rows, columns = (
+            down[:, None, None] + np.arange(8)[:, None],
+            right[:, None, None] + np.arange(8),
+        )
         shifted = pictures[np.arange(len(picked))[:, None, None], rows, columns]
         return shifted.reshape(-1, 64), self.train_labels[picked]
 
@@ -85,6 +96,8 @@ def _load() -> tuple[Array, Array]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise TrainingError("the task digits needs scikit-learn: pip install 'distnadam[digits]'") from error
+        raise TrainingError(
+            "the task digits needs scikit-learn: pip install 'distnadam[digits]'"
+        ) from error
     found = load_digits()
     return (found.data / 16.0).astype(np.float32), found.target.astype(np.int64)

@@ -1,4 +1,6 @@
-"""What only Ray brings: asks that cannot be met, names, handles in other processes, deaths, and a Ray of our own."""
+"""What only Ray brings: asks that cannot be met, names, handles in other processes, deaths, and a
+Ray of our own.
+"""
 
 import os
 import signal
@@ -12,7 +14,13 @@ import pytest
 import ray
 
 from distnadam import DistNadam, Options
-from distnadam.errors import InsufficientResources, LifecycleError, NameTaken, NotRunning, Unrecoverable
+from distnadam.errors import (
+    InsufficientResources,
+    LifecycleError,
+    NameTaken,
+    NotRunning,
+    Unrecoverable,
+)
 from tests.models import bits
 from tests.processes import children, wait_until_gone
 
@@ -30,25 +38,33 @@ START = {"w": np.ones(3000, np.float32)}
         (Options(label_selector={"zone": "in(moon, mars)"}), r"0 suitable node\(s\)"),
     ],
 )
-def test_an_ask_that_the_nodes_cannot_meet_is_refused_at_once_with_what_is_missing(options: Options, told: str) -> None:
+def test_an_ask_that_the_nodes_cannot_meet_is_refused_at_once_with_what_is_missing(
+    options: Options, told: str
+) -> None:
     with pytest.raises(InsufficientResources, match=told):
         DistNadam(num_shards=3, backend="ray", options=options).build(START)
 
 
 def test_a_label_may_be_refused_rather_than_asked_for() -> None:
-    with DistNadam(num_shards=2, replicas=1, backend="ray", options=Options(label_selector={"zone": "!moon"})).build(START) as optimizer:
+    with DistNadam(
+        num_shards=2, replicas=1, backend="ray", options=Options(label_selector={"zone": "!moon"})
+    ).build(START) as optimizer:
         assert optimizer.apply_gradients(START) == 1
 
 
 def test_an_ask_may_be_waited_for_visibly(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InsufficientResources, match="TPU"):
-        DistNadam(backend="ray", options=Options(shard_resources={"TPU": 1}, start_timeout_s=0.3)).build(START)
+        DistNadam(
+            backend="ray", options=Options(shard_resources={"TPU": 1}, start_timeout_s=0.3)
+        ).build(START)
     assert "waiting for nodes: 1 shards ask TPU 1" in caplog.text
 
 
 def test_the_shards_ask_for_what_the_options_say() -> None:
     free = ray.available_resources()["CPU"]
-    with DistNadam(num_shards=2, backend="ray", options=Options(shard_cpus=1.5)).build(START) as optimizer:
+    with DistNadam(num_shards=2, backend="ray", options=Options(shard_cpus=1.5)).build(
+        START
+    ) as optimizer:
         optimizer.apply_gradients(START)
         assert ray.available_resources()["CPU"] == free - 3
 
@@ -101,18 +117,30 @@ def test_a_copy_that_closes_only_detaches() -> None:
         optimizer.get_params()
 
 
-def test_a_shard_killed_with_nothing_to_go_back_to_is_an_error_that_names_it_and_says_what_would_have_helped() -> None:
+def test_a_shard_killed_with_nothing_to_go_back_to_is_an_error_that_names_it_and_says_what_would_have_helped() -> (
+    None
+):
     options = Options(retain_initial=False)
-    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(START) as optimizer:
+    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
+        START
+    ) as optimizer:
         ticket = optimizer.worker(0).push(START)
         ray.kill(optimizer._running().backend.actors[1])  # type: ignore[attr-defined]
-        with pytest.raises(Unrecoverable, match=r"shard 1 died .* no checkpoint to go back to: save, set Options\(checkpoint_dir=\.\.\.\)"):
+        with pytest.raises(
+            Unrecoverable,
+            match=r"shard 1 died .* no checkpoint to go back to: save, set "
+            r"Options\(checkpoint_dir=\.\.\.\)",
+        ):
             ticket.result()
 
 
 def shard_processes() -> set[int]:
     """The processes of shards and supervisors below this one."""
-    return {pid for pid in children(os.getpid()) if b"ShardActor" in command_of(pid) or b"SupervisorActor" in command_of(pid)}
+    return {
+        pid
+        for pid in children(os.getpid())
+        if b"ShardActor" in command_of(pid) or b"SupervisorActor" in command_of(pid)
+    }
 
 
 def command_of(pid: int) -> bytes:
@@ -137,7 +165,9 @@ for replicas in (0, 1, 0):
 @pytest.mark.slow
 def test_ray_tells_the_user_of_nothing_where_all_went_well() -> None:
     env = os.environ | {"CLUSTER": ray.get_runtime_context().gcs_address}
-    done = subprocess.run([sys.executable, "-c", QUIET], env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", QUIET], env=env, capture_output=True, text=True, check=True
+    )
     assert done.stdout == ""
     assert not [line for line in done.stderr.splitlines() if "pid=" in line or "raylet" in line]
 
@@ -153,7 +183,10 @@ def test_optimizers_come_and_go_and_leave_no_process() -> None:
 
 def test_backends_agree_on_a_model_with_an_empty_shard() -> None:
     tiny = {"w": np.ones(3, np.float32)}
-    with DistNadam(num_shards=4, backend="ray").build(tiny) as one, DistNadam(backend="local").build(tiny) as other:
+    with (
+        DistNadam(num_shards=4, backend="ray").build(tiny) as one,
+        DistNadam(backend="local").build(tiny) as other,
+    ):
         one.apply_gradients(tiny)
         other.apply_gradients(tiny)
         assert bits(one) == bits(other)
@@ -180,10 +213,22 @@ assert not ray.is_initialized(), "looking started another Ray"
 """
 
 
-@pytest.mark.parametrize("end", ["close", pytest.param("kill", marks=pytest.mark.slow)])  # Ray notices a killed driver after a minute
-def test_a_ray_of_our_own_has_a_token_writes_no_home_and_leaves_no_process(end: str, tmp_path: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")} | {"HOME": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", OWN], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    "end", ["close", pytest.param("kill", marks=pytest.mark.slow)]
+)  # Ray notices a killed driver after a minute
+def test_a_ray_of_our_own_has_a_token_writes_no_home_and_leaves_no_process(
+    end: str, tmp_path: Path
+) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")} | {
+        "HOME": str(tmp_path)
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWN],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "1"
     below = children(process.pid)

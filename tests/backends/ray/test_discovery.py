@@ -1,4 +1,6 @@
-"""Named optimizers whose supervisor dies, on real processes: its successor finds who lives, ends who does not answer, and goes on."""
+"""Named optimizers whose supervisor dies, on real processes: its successor finds who lives, ends
+who does not answer, and goes on.
+"""
 
 import os
 import signal
@@ -26,8 +28,12 @@ def gradient(number: int) -> Any:
 
 
 def build(name: str, root: Path | None = None, **how: Any) -> DistNadam:
-    options = Options(shard_timeout_s=3.0, step_timeout_s=60.0, checkpoint_dir=None if root is None else str(root))
-    return DistNadam(**({"num_shards": 2, "backend": "ray", "name": name, "options": options} | how)).build(START)
+    options = Options(
+        shard_timeout_s=3.0, step_timeout_s=60.0, checkpoint_dir=None if root is None else str(root)
+    )
+    return DistNadam(
+        **({"num_shards": 2, "backend": "ray", "name": name, "options": options} | how)
+    ).build(START)
 
 
 def step_to(optimizer: DistNadam, end: int) -> None:
@@ -69,7 +75,9 @@ def wait_until_another_supervises(optimizer: DistNadam, before: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [0, 1])
-def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and_never_wakes_up(replicas: int, tmp_path: Path) -> None:
+def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and_never_wakes_up(
+    replicas: int, tmp_path: Path
+) -> None:
     optimizer = build(f"stopped{replicas}", tmp_path, replicas=replicas)
     try:
         step_to(optimizer, 3)
@@ -78,7 +86,9 @@ def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and
         os.kill(supervisor, signal.SIGKILL)
         wait_until_another_supervises(optimizer, supervisor)
         step_to(optimizer, 6)
-        assert process_start_time(victim.pid) != victim.born, "a process that was replaced must not be there to wake up"
+        assert process_start_time(victim.pid) != victim.born, (
+            "a process that was replaced must not be there to wake up"
+        )
         assert bits(optimizer) == undisturbed(6)
     finally:
         optimizer.close()
@@ -87,7 +97,9 @@ def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shards", "together"), [(1, False), (3, True)])
-def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(shards: int, together: bool, tmp_path: Path) -> None:
+def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(
+    shards: int, together: bool, tmp_path: Path
+) -> None:
     name = f"resharded-to-{shards}"
     with build(name, tmp_path) as optimizer:
         step_to(optimizer, 3)
@@ -108,7 +120,9 @@ def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(shards:
     assert processes_of(name) == set()
 
 
-def test_an_optimizer_is_ended_by_its_name_by_whoever_knows_it_even_where_only_its_shards_are_left() -> None:
+def test_an_optimizer_is_ended_by_its_name_by_whoever_knows_it_even_where_only_its_shards_are_left() -> (
+    None
+):
     optimizer = build("ended", replicas=1)
     there = processes_of("ended")
     assert len(there) >= 3
@@ -130,7 +144,9 @@ def test_an_optimizer_is_ended_by_its_name_by_whoever_knows_it_even_where_only_i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [signal.SIGSTOP, signal.SIGKILL])
-def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(hurt: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(
+    hurt: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("distnadam.backends.ray.names._CLOSE_S", 1.0)
     optimizer = build(f"hurt{hurt}")
     there = processes_of(f"hurt{hurt}")

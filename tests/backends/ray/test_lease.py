@@ -1,4 +1,6 @@
-"""Leave is given, lapses, is renounced and refused; a shard without it tells nobody anything, and loses nothing by that."""
+"""Leave is given, lapses, is renounced and refused; a shard without it tells nobody anything, and
+loses nothing by that.
+"""
 
 import queue
 from collections.abc import Iterator
@@ -38,7 +40,12 @@ class Asked:
         self.questions: queue.Queue[Any] = queue.Queue()
         self._answers: queue.Queue[bool | None] = queue.Queue()
         self.renewed: queue.Queue[str] = queue.Queue()
-        self.lease = Lease(lasts_s, self._ask, lambda: self.renewed.put("renewed"), lambda: self.renewed.put("refused"))
+        self.lease = Lease(
+            lasts_s,
+            self._ask,
+            lambda: self.renewed.put("renewed"),
+            lambda: self.renewed.put("refused"),
+        )
 
     def _ask(self, told: Any) -> bool | None:
         self.questions.put(told)
@@ -68,7 +75,9 @@ def test_leave_counts_from_when_it_was_asked_for_and_lapses(asked: Asked, clock:
     assert not asked.lease.valid
 
 
-def test_leave_that_was_asked_for_before_it_was_renounced_does_not_count(asked: Asked, clock: Clock) -> None:
+def test_leave_that_was_asked_for_before_it_was_renounced_does_not_count(
+    asked: Asked, clock: Clock
+) -> None:
     assert asked.questions.get() is None
     clock.seconds += 1.0
     asked.lease.invalidate("the standby is lost")
@@ -102,7 +111,9 @@ def leases(clock: Clock, *, belongs: bool) -> LeaseManager:
     return given
 
 
-def test_only_known_shards_get_leave_and_a_supervisor_waits_for_what_it_gave_to_lapse(clock: Clock) -> None:
+def test_only_known_shards_get_leave_and_a_supervisor_waits_for_what_it_gave_to_lapse(
+    clock: Clock,
+) -> None:
     given = leases(clock, belongs=True)
     assert given.ask("stranger") is False
     given.admit("shard")
@@ -117,17 +128,23 @@ def test_only_known_shards_get_leave_and_a_supervisor_waits_for_what_it_gave_to_
 def test_a_successor_waits_for_what_its_predecessor_may_have_given(clock: Clock) -> None:
     given = leases(clock, belongs=True)
     given.admit("shard", inherited=True)
-    assert given.refuse("shard") == 8.0 + 4.0  # until a predecessor that was cut off had noticed that
+    assert (
+        given.refuse("shard") == 8.0 + 4.0
+    )  # until a predecessor that was cut off had noticed that
 
 
-def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leave(clock: Clock) -> None:
+def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leave(
+    clock: Clock,
+) -> None:
     given = leases(clock, belongs=False)
     given.admit("shard")
     assert not given.is_leader
     assert given.ask("shard") is None
 
 
-def test_a_shard_without_leave_answers_nobody_but_says_where_it_stands_and_answers_all_once_it_has_leave() -> None:
+def test_a_shard_without_leave_answers_nobody_but_says_where_it_stands_and_answers_all_once_it_has_leave() -> (
+    None
+):
     spec = ShardSpec(0, 1, 1, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0])
     may = [True]
     host = ShardHost(spec, may=lambda: may[0])

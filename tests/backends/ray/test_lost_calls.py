@@ -1,4 +1,6 @@
-"""An optimizer's whole life while Ray lets calls fail, before or after they ran: of its driver, its supervisor, its shards."""
+"""An optimizer's whole life while Ray lets calls fail, before or after they ran: of its driver, its
+supervisor, its shards.
+"""
 
 import hashlib
 import json
@@ -39,8 +41,14 @@ def digest(optimizer: DistNadam) -> str:
 
 def live(address: str, replicas: str, name: str, root: str) -> None:
     """Build, step, reshard, step, save and close."""
-    ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": {"RAY_testing_rpc_failure": RULE}})
-    with DistNadam(num_shards=2, replicas=int(replicas), name=name, backend="ray").build(START) as optimizer:
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"RAY_testing_rpc_failure": RULE}},
+    )
+    with DistNadam(num_shards=2, replicas=int(replicas), name=name, backend="ray").build(
+        START
+    ) as optimizer:
         for number in range(10):
             if number == 5:
                 optimizer.reshard(3)
@@ -50,11 +58,15 @@ def live(address: str, replicas: str, name: str, root: str) -> None:
 
 
 @pytest.mark.parametrize(("replicas", "name"), [(0, ""), (1, "lost-calls")])
-def test_calls_that_are_lost_on_any_way_change_no_bit_and_leave_nothing_undone(replicas: int, name: str, tmp_path: Path) -> None:
+def test_calls_that_are_lost_on_any_way_change_no_bit_and_leave_nothing_undone(
+    replicas: int, name: str, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "tests.backends.ray.test_lost_calls"]
     arguments = [ray.get_runtime_context().gcs_address, str(replicas), name, str(tmp_path)]
     env = os.environ | {"RAY_testing_rpc_failure": RULE}
-    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *arguments], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     with DistNadam(backend="local").build(START) as optimizer:
         for number in range(10):
@@ -63,7 +75,10 @@ def test_calls_that_are_lost_on_any_way_change_no_bit_and_leave_nothing_undone(r
         assert (tmp_path / "digest").read_text() == expected
     with DistNadam.restore(tmp_path, backend="local", name="") as restored:
         assert digest(restored) == expected
-    assert not any(entry["name"].startswith("lost-calls") for entry in ray.util.list_named_actors(all_namespaces=True))
+    assert not any(
+        entry["name"].startswith("lost-calls")
+        for entry in ray.util.list_named_actors(all_namespaces=True)
+    )
 
 
 if __name__ == "__main__":

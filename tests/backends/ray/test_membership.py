@@ -1,4 +1,6 @@
-"""Workers that leave and come back on a real Ray, and calls of Ray that fail: the mean over those present, each push once."""
+"""Workers that leave and come back on a real Ray, and calls of Ray that fail: the mean over those
+present, each push once.
+"""
 
 import json
 import os
@@ -46,7 +48,9 @@ def replayed(members_of: list[tuple[int, ...]]) -> list[bytes]:
     """The bits of one process that averages these ranks' gradients, round by round."""
     with DistNadam(backend="local").build(START) as optimizer:
         for number, ranks in enumerate(members_of):
-            total = sum((gradient(number, rank)["w"] for rank in ranks[1:]), gradient(number, ranks[0])["w"])
+            total = sum(
+                (gradient(number, rank)["w"] for rank in ranks[1:]), gradient(number, ranks[0])["w"]
+            )
             optimizer.apply_gradients({"w": total / np.float32(len(ranks))})
         return bits(optimizer)
 
@@ -55,13 +59,22 @@ def recorded(optimizer: DistNadam) -> list[tuple[int, ...]]:
     """The ranks that the ledger says were counted in each round."""
     with optimizer._running().boundary() as at:
         runs, last = at.held.ledger["runs"], at.held.round
-    return [tuple(sorted({rank for rank, _, first, end in runs if first <= number <= end})) for number in range(1, last + 1)]
+    return [
+        tuple(sorted({rank for rank, _, first, end in runs if first <= number <= end}))
+        for number in range(1, last + 1)
+    ]
 
 
-@pytest.mark.parametrize("transport", ["auto", "objects"])  # objects have no line whose end would tell of a death
-def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replays_to_the_same_bits(transport: Any) -> None:
+@pytest.mark.parametrize(
+    "transport", ["auto", "objects"]
+)  # objects have no line whose end would tell of a death
+def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replays_to_the_same_bits(
+    transport: Any,
+) -> None:
     options = Options(min_workers=1, rejoin_timeout_s=0.5, transport=transport)
-    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(START) as optimizer:
+    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
+        START
+    ) as optimizer:
         first, second = (Trainer.remote(optimizer, rank) for rank in range(2))
         assert ray.get([first.train.remote(10), second.train.remote(10)]) == [10, 10]
         os.kill(ray.get(second.pid.remote()), signal.SIGKILL)
@@ -80,14 +93,18 @@ def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replay
 @pytest.mark.parametrize("transport", ["auto", "objects"])
 def test_without_leave_to_go_on_those_who_wait_are_told_who_is_lost(transport: Any) -> None:
     options = Options(rejoin_timeout_s=0.2, transport=transport)
-    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(START) as optimizer:
+    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
+        START
+    ) as optimizer:
         first, second = (Trainer.remote(optimizer, rank) for rank in range(2))
         ray.get([first.train.remote(3), second.train.remote(3)])
         os.kill(ray.get(second.pid.remote()), signal.SIGKILL)
         with pytest.raises(RayTaskError) as caught:
             ray.get(first.train.remote(4))
         assert isinstance(caught.value.cause, WorkerLost)
-        assert "worker 1 died before it pushed for round 4 and nobody took it over" in str(caught.value.cause)
+        assert "worker 1 died before it pushed for round 4 and nobody took it over" in str(
+            caught.value.cause
+        )
         successor = Trainer.remote(optimizer, 1)
         ray.get(successor.pid.remote())  # it has taken the rank over
         assert ray.get([first.train.remote(6), successor.train.remote(6)]) == [6, 6]
@@ -97,11 +114,26 @@ def test_without_leave_to_go_on_those_who_wait_are_told_who_is_lost(transport: A
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_calls_of_ray_that_fail_before_or_after_they_ran_change_no_bit() -> None:
-    """Ray itself lets a third of each trainer's calls fail, half of those before they ran and half after, until ten have failed."""
-    rule = {"num_failures": 10, "req_failure_prob": 17, "resp_failure_prob": 17, "in_flight_failure_prob": 0}
-    failing = {"env_vars": {"RAY_testing_rpc_failure": json.dumps({"CoreWorkerService.grpc_client.PushTask": rule})}}
+    """Ray itself lets a third of each trainer's calls fail, half of those before they ran and half
+    after, until ten have failed.
+    """
+    rule = {
+        "num_failures": 10,
+        "req_failure_prob": 17,
+        "resp_failure_prob": 17,
+        "in_flight_failure_prob": 0,
+    }
+    failing = {
+        "env_vars": {
+            "RAY_testing_rpc_failure": json.dumps({"CoreWorkerService.grpc_client.PushTask": rule})
+        }
+    }
     options = Options(transport="objects", step_timeout_s=60.0)
-    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(START) as optimizer:
-        trainers = [Trainer.options(runtime_env=failing).remote(optimizer, rank) for rank in range(2)]
+    with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
+        START
+    ) as optimizer:
+        trainers = [
+            Trainer.options(runtime_env=failing).remote(optimizer, rank) for rank in range(2)
+        ]
         assert ray.get([trainer.train.remote(30) for trainer in trainers]) == [30, 30]
         assert bits(optimizer) == replayed([(0, 1)] * 30)

@@ -1,4 +1,6 @@
-"""Processes that may not have the memory they need: each says so by name, and what runs goes on with its last good state."""
+"""Processes that may not have the memory they need: each says so by name, and what runs goes on
+with its last good state.
+"""
 
 import json
 import os
@@ -55,17 +57,28 @@ main()
 
 
 @pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=[pytest.mark.slow])])
-def test_a_model_that_a_process_cannot_hold_is_refused_and_another_optimizer_goes_on(backend: str) -> None:
+def test_a_model_that_a_process_cannot_hold_is_refused_and_another_optimizer_goes_on(
+    backend: str,
+) -> None:
     """Room for the parameters' buffers, of 2 x 256 MiB, and not for the moments too."""
     room = 1100 * 2**20 if backend == "local" else 600 * 2**20
-    done = subprocess.run([sys.executable, "-c", SHORT, backend, str(room)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT, backend, str(room)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     told = json.loads(done.stdout.splitlines()[-1])
-    assert re.match(r"shard [01]: its state of \d+ bytes: Unable to allocate 128. MiB", told["error"]), told
+    assert re.match(
+        r"shard [01]: its state of \d+ bytes: Unable to allocate 128. MiB", told["error"]
+    ), told
     assert told["iterations"] == 2
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_shard_without_the_memory_for_a_snapshot_goes_on_and_saves_once_it_has_it(tmp_path: Path) -> None:
+def test_a_shard_without_the_memory_for_a_snapshot_goes_on_and_saves_once_it_has_it(
+    tmp_path: Path,
+) -> None:
     with DistNadam(num_shards=1, backend="ray").build(START) as optimizer:
         optimizer.apply_gradients(START)
         pid = optimizer._running().backend.places[0].pid
@@ -74,7 +87,9 @@ def test_a_shard_without_the_memory_for_a_snapshot_goes_on_and_saves_once_it_has
         resource.prlimit(pid, resource.RLIMIT_AS, (used + 40 * 2**20, limits[1]))
         with pytest.raises(OutOfMemory, match=r"shard 0: a copy of its state: Unable to allocate"):
             optimizer.save(tmp_path, wait=False)
-        resource.prlimit(pid, resource.RLIMIT_AS, limits)  # before Ray's own core needs memory, which dies without
+        resource.prlimit(
+            pid, resource.RLIMIT_AS, limits
+        )  # before Ray's own core needs memory, which dies without
         before = bits(optimizer)
         optimizer.save(tmp_path, wait=False)
         assert optimizer.apply_gradients(START) == 2

@@ -1,4 +1,6 @@
-"""What a run exports, as it is seen by scraping the Prometheus endpoint of a real Ray; and where Ray has none."""
+"""What a run exports, as it is seen by scraping the Prometheus endpoint of a real Ray; and where
+Ray has none.
+"""
 
 import importlib.util
 import os
@@ -17,7 +19,10 @@ from distnadam import DistNadam, Options
 from distnadam.errors import ClusterError
 from distnadam.metrics.table import METRICS
 
-HAS_METRICS = all(importlib.util.find_spec(name) is not None for name in ("aiohttp_cors", "opencensus", "prometheus_client"))
+HAS_METRICS = all(
+    importlib.util.find_spec(name) is not None
+    for name in ("aiohttp_cors", "opencensus", "prometheus_client")
+)
 RUN = """
 import os, signal, sys
 import numpy as np
@@ -65,12 +70,20 @@ class Scraped:
     def __init__(self, port: int) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             lines = [LINE.match(line) for line in answer.read().decode().splitlines()]
-        self.series = [(m[1], dict(re.findall(r'(\w+)="([^"]*)"', m[2])), float(m[3])) for m in lines if m is not None]
+        self.series = [
+            (m[1], dict(re.findall(r'(\w+)="([^"]*)"', m[2])), float(m[3]))
+            for m in lines
+            if m is not None
+        ]
 
     def __call__(self, name: str, optimizer: str = "seen", **tags: str) -> float:
         """The sum of the series of that name and tags, NaN where there is none."""
         tags |= {"optimizer": optimizer}
-        found = [value for series, its, value in self.series if series == f"distnadam_{name}" and tags.items() <= its.items()]
+        found = [
+            value
+            for series, its, value in self.series
+            if series == f"distnadam_{name}" and tags.items() <= its.items()
+        ]
         return sum(found) if found else float("nan")
 
     @staticmethod
@@ -84,12 +97,17 @@ class Scraped:
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_METRICS, reason="Ray's Prometheus endpoint needs distnadam[metrics]")
 def test_a_prometheus_endpoint_shows_what_a_run_did(tmp_path: Path) -> None:
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}  # which who scrapes does not need
+    token = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+    }  # which who scrapes does not need
     env, python = (
         os.environ | token | {"RAY_metrics_report_interval_ms": "2000"},
         [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path)],
     )
-    with subprocess.Popen(python, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        python, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin is not None and process.stdout is not None
         port = int(process.stdout.readline())
         found = Scraped.until(
@@ -108,22 +126,38 @@ def test_a_prometheus_endpoint_shows_what_a_run_did(tmp_path: Path) -> None:
         assert found("bytes_total", transport="lane", direction="pull") == 21 * 36000
         assert found("bytes_total", "unnamed", transport="object", direction="push") == 5 * 36000
         assert found("bytes_total", "unnamed", transport="object", direction="pull") == 5 * 36000
-        assert (found("push_seconds_count"), found("pull_seconds_count"), found("apply_seconds_count")) == (20, 1, 40)
+        assert (
+            found("push_seconds_count"),
+            found("pull_seconds_count"),
+            found("apply_seconds_count"),
+        ) == (20, 1, 40)
         assert (found("save_seconds_count"), found("save_failures_total")) == (1, 1)
         assert not [tags for _, tags, _ in found.series if tags["optimizer"] == "silent"]
         print(file=process.stdin, flush=True)
         process.stdout.readline()
         found = Scraped.until(
-            port, lambda seen: seen("recoveries_total") == 1 and seen("iterations") == 30 and seen("replica_lag_rounds") == 0
+            port,
+            lambda seen: (
+                seen("recoveries_total") == 1
+                and seen("iterations") == 30
+                and seen("replica_lag_rounds") == 0
+            ),
         )
-        assert {re.sub("_(bucket|sum|count)$", "", name) for name, _, _ in found.series} == METRICS.keys()
+        assert {
+            re.sub("_(bucket|sum|count)$", "", name) for name, _, _ in found.series
+        } == METRICS.keys()
         print(file=process.stdin, flush=True)
     assert process.returncode == 0
 
 
 @pytest.mark.skipif(HAS_METRICS, reason="distnadam[metrics] is installed")
-def test_where_ray_has_no_metrics_nothing_is_measured_and_insisting_is_refused(ray_cluster: None) -> None:
+def test_where_ray_has_no_metrics_nothing_is_measured_and_insisting_is_refused(
+    ray_cluster: None,
+) -> None:
     with DistNadam(backend="ray").build({"w": np.ones(3, np.float32)}) as optimizer:
         assert optimizer._running().backend.meter is None
-    with pytest.raises(ClusterError, match=r"Ray's metrics are off on this process's node: pip install 'distnadam\[metrics\]'"):
+    with pytest.raises(
+        ClusterError,
+        match=r"Ray's metrics are off on this process's node: pip install 'distnadam\[metrics\]'",
+    ):
         DistNadam(backend="ray", options=Options(metrics=True)).build({"w": np.ones(3, np.float32)})

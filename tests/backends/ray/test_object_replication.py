@@ -1,4 +1,6 @@
-"""Calls of a primary to a standby on another node are taken in its order, however they arrive; those of an earlier feed are refused."""
+"""Calls of a primary to a standby on another node are taken in its order, however they arrive;
+those of an earlier feed are refused.
+"""
 
 import asyncio
 from collections.abc import Awaitable

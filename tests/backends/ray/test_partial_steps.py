@@ -1,4 +1,6 @@
-"""A step from outside that has reached some shards only, because a call was lost, or because whoever gave it is gone."""
+"""A step from outside that has reached some shards only, because a call was lost, or because
+whoever gave it is gone.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,8 +35,12 @@ def gradient(number: int) -> dict[str, np.ndarray]:
     return {"w": np.random.default_rng(number).standard_normal(3000).astype(np.float32)}
 
 
-def lose(optimizer: DistNadam, kind: type, reached: Callable[[int], bool], error: BaseException) -> list[list[int]]:
-    """Have the next message of a kind reach some shards only, and its caller hear an error; return where it says whom it did not reach."""
+def lose(
+    optimizer: DistNadam, kind: type, reached: Callable[[int], bool], error: BaseException
+) -> list[list[int]]:
+    """Have the next message of a kind reach some shards only, and its caller hear an error; return
+    where it says whom it did not reach.
+    """
     backend, lost = optimizer._running().backend, list[list[int]]()
     post = backend.post
 
@@ -42,7 +48,9 @@ def lose(optimizer: DistNadam, kind: type, reached: Callable[[int], bool], error
         if lost or not isinstance(next(iter(messages.values())), kind):
             return post(messages)
         lost.append([index for index in messages if not reached(index)])
-        return Failing(post({index: message for index, message in messages.items() if reached(index)}), error)
+        return Failing(
+            post({index: message for index, message in messages.items() if reached(index)}), error
+        )
 
     backend.post = lossy  # type: ignore[method-assign]
     return lost
@@ -56,11 +64,23 @@ def undisturbed(steps: int, **how: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize("clipnorm", [None, pytest.param(0.5, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("reached", [lambda index: index == 0, lambda index: index > 0, lambda index: False, lambda index: True])
-def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(reached: Callable[[int], bool], clipnorm: float | None) -> None:
-    with DistNadam(num_shards=3, clipnorm=clipnorm, backend="ray", options=OPTIONS).build(START) as optimizer:
+@pytest.mark.parametrize(
+    "reached",
+    [lambda index: index == 0, lambda index: index > 0, lambda index: False, lambda index: True],
+)
+def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(
+    reached: Callable[[int], bool], clipnorm: float | None
+) -> None:
+    with DistNadam(num_shards=3, clipnorm=clipnorm, backend="ray", options=OPTIONS).build(
+        START
+    ) as optimizer:
         optimizer.apply_gradients(gradient(0))
-        lost = lose(optimizer, StepNorms if clipnorm else Step, reached, ShardUnavailable("shard 9: lost by this test"))
+        lost = lose(
+            optimizer,
+            StepNorms if clipnorm else Step,
+            reached,
+            ShardUnavailable("shard 9: lost by this test"),
+        )
         assert optimizer.apply_gradients(gradient(1)) == 2
         assert lost == [[index for index in range(3) if not reached(index)]]
         assert optimizer.apply_gradients(gradient(2)) == 3

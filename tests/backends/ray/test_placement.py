@@ -1,4 +1,6 @@
-"""Which node each of several actors goes to: in turn, as room and labels allow, and away from another where that can be."""
+"""Which node each of several actors goes to: in turn, as room and labels allow, and away from
+another where that can be.
+"""
 
 from collections import Counter
 from typing import Any
@@ -12,12 +14,23 @@ ID = "ray.io/node-id"
 
 
 def node(name: str, *, alive: bool = True, label: str = "", **resources: float) -> dict[str, Any]:
-    return {"NodeID": name, "Alive": alive, "Resources": {"CPU": 8.0, **resources}, "Labels": {"ray.io/node-id": name, "kind": label}}
+    return {
+        "NodeID": name,
+        "Alive": alive,
+        "Resources": {"CPU": 8.0, **resources},
+        "Labels": {"ray.io/node-id": name, "kind": label},
+    }
 
 
-def chosen(index: int, nodes: list[dict[str, Any]], ask: dict[str, float] | None = None, **how: Any) -> str:
+def chosen(
+    index: int, nodes: list[dict[str, Any]], ask: dict[str, float] | None = None, **how: Any
+) -> str:
     """The node that is asked for first."""
-    return str(at(index, nodes, ask or {}, how.pop("selector", {}), first=how.pop("first", 0), **how)["label_selector"][ID])
+    return str(
+        at(index, nodes, ask or {}, how.pop("selector", {}), first=how.pop("first", 0), **how)[
+            "label_selector"
+        ][ID]
+    )
 
 
 THREE = [node("c"), node("a"), node("b")]
@@ -25,7 +38,9 @@ THREE = [node("c"), node("a"), node("b")]
 
 @pytest.mark.parametrize("count", range(1, 14))
 @pytest.mark.parametrize("first", [0, 1, 2, 77])
-def test_actors_that_ask_for_nothing_are_one_more_on_some_nodes_at_most(count: int, first: int) -> None:
+def test_actors_that_ask_for_nothing_are_one_more_on_some_nodes_at_most(
+    count: int, first: int
+) -> None:
     there = Counter(chosen(index, THREE, first=first) for index in range(count))
     assert sum(there.values()) == count
     assert max(there.values()) - min(there[name] for name in "abc") <= 1
@@ -41,14 +56,26 @@ def test_all_go_to_one_node_where_they_are_not_to_be_spread() -> None:
 
 def test_what_asks_for_something_is_left_to_ray_which_knows_what_is_free() -> None:
     plain = at(1, THREE, {"CPU": 1.0}, {"kind": "big"}, first=0)
-    assert plain == {"label_selector": {"kind": "big"}, "fallback_strategy": [], "scheduling_strategy": "SPREAD"}
+    assert plain == {
+        "label_selector": {"kind": "big"},
+        "fallback_strategy": [],
+        "scheduling_strategy": "SPREAD",
+    }
     apart = at(1, THREE, {"shard": 1.0}, {}, first=0, silent={"b"}, apart_from=["a"])
     assert choices(apart) == [{ID: "!in(a, b)"}, {ID: "!in(a)"}, {}]
 
 
-@pytest.mark.parametrize("selector", [{"kind": "big"}, {"kind": "!small"}, {"kind": "in(big, huge)"}, {"kind": "!in(small)"}])
+@pytest.mark.parametrize(
+    "selector",
+    [{"kind": "big"}, {"kind": "!small"}, {"kind": "in(big, huge)"}, {"kind": "!in(small)"}],
+)
 def test_only_living_nodes_with_the_labels_are_taken(selector: dict[str, str]) -> None:
-    nodes = [node("a", label="small"), node("b", label="big"), node("c", label="big", alive=False), node("d", label="big")]
+    nodes = [
+        node("a", label="small"),
+        node("b", label="big"),
+        node("c", label="big", alive=False),
+        node("d", label="big"),
+    ]
     assert {chosen(index, nodes, selector=selector) for index in range(6)} == {"b", "d"}
 
 
@@ -57,18 +84,30 @@ def test_standbys_of_a_node_s_shards_are_spread_over_the_others() -> None:
         first = [index for index in range(12) if chosen(index, nodes) == "a"]
         there = Counter(chosen(index, nodes, apart_from=["a"]) for index in first)
         assert "a" not in there
-        assert max(there.values()) - min(there[other["NodeID"]] for other in nodes if other["NodeID"] != "a") <= 1
+        assert (
+            max(there.values())
+            - min(there[other["NodeID"]] for other in nodes if other["NodeID"] != "a")
+            <= 1
+        )
 
 
 def choices(options: dict[str, Any]) -> list[dict[str, str]]:
     """The labels that are asked for, in order."""
-    return [options["label_selector"], *(choice["label_selector"] for choice in options["fallback_strategy"])]
+    return [
+        options["label_selector"],
+        *(choice["label_selector"] for choice in options["fallback_strategy"]),
+    ]
 
 
 def test_ray_chooses_where_the_node_is_gone_and_keeps_to_the_labels_and_apart() -> None:
     nodes = [node(name, label="big") for name in "abc"]
     asked = choices(at(0, nodes, {}, {"kind": "big"}, first=0, silent=["b"], apart_from=["a"]))
-    assert asked == [{"kind": "big", ID: "c"}, {"kind": "big", ID: "!in(a, b)"}, {"kind": "big", ID: "!in(a)"}, {"kind": "big"}]
+    assert asked == [
+        {"kind": "big", ID: "c"},
+        {"kind": "big", ID: "!in(a, b)"},
+        {"kind": "big", ID: "!in(a)"},
+        {"kind": "big"},
+    ]
 
 
 def test_a_single_node_takes_the_standby_too_and_none_leaves_the_choice_to_ray() -> None:
@@ -77,7 +116,9 @@ def test_a_single_node_takes_the_standby_too_and_none_leaves_the_choice_to_ray()
 
 
 def test_a_user_who_names_nodes_is_obeyed() -> None:
-    assert choices(at(0, THREE, {}, {ID: "in(a, b)"}, first=2, silent=["a"], apart_from=["b"])) == [{ID: "in(a, b)"}]
+    assert choices(at(0, THREE, {}, {ID: "in(a, b)"}, first=2, silent=["a"], apart_from=["b"])) == [
+        {ID: "in(a, b)"}
+    ]
 
 
 def test_a_silent_node_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Workers and shards of one machine, in real processes: views, deaths, hangs, and what happens where memory is short."""
+"""Workers and shards of one machine, in real processes: views, deaths, hangs, and what happens
+where memory is short.
+"""
 
 import logging
 import os
@@ -12,7 +14,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from distnadam import DistNadam, Options
-from distnadam.errors import LifecycleError, NonFiniteGradient, Rewound, StepTimeout, StructureError, WorkerLost
+from distnadam.errors import (
+    LifecycleError,
+    NonFiniteGradient,
+    Rewound,
+    StepTimeout,
+    StructureError,
+    WorkerLost,
+)
 from distnadam.protocol.messages import Describe
 from tests.models import bits, gradients, leaves, params
 
@@ -73,16 +82,23 @@ def local(steps: int) -> list[bytes]:
 
 
 def build(**how: Any) -> DistNadam:
-    return DistNadam(**({"num_shards": 3, "num_workers": 2, "backend": "ray"} | how)).build(params())
+    return DistNadam(**({"num_shards": 3, "num_workers": 2, "backend": "ray"} | how)).build(
+        params()
+    )
 
 
 @pytest.mark.parametrize("how", ["trees", "views", "tensors"])
-def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_travel(how: str) -> None:
+def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_travel(
+    how: str,
+) -> None:
     with build() as optimizer:
         trainers = [Trainer.remote(optimizer, rank) for rank in range(2)]
         told = ray.get([trainer.train.remote(0, 5, how) for trainer in trainers])
         assert bits(optimizer) == local(5)
-    assert "worker 1: shards [0, 1, 2] by shared memory (same node), shards none by Ray objects" in told[1]
+    assert (
+        "worker 1: shards [0, 1, 2] by shared memory (same node), shards none by Ray objects"
+        in told[1]
+    )
 
 
 def test_a_worker_with_too_little_memory_falls_back_to_objects_with_one_warning() -> None:
@@ -132,7 +148,9 @@ def test_a_shard_that_hangs_is_named_after_the_timeout() -> None:
         try:
             tickets = [worker.push(gradients(1, worker.rank)) for worker in workers]
             with pytest.raises(
-                StepTimeout, match="worker 0: round 2 was not decided in 2 s; shards 1 do not answer; still to push: ranks none"
+                StepTimeout,
+                match="worker 0: round 2 was not decided in 2 s; shards 1 do not answer; still to "
+                "push: ranks none",
             ):
                 tickets[0].result()
         finally:
@@ -151,11 +169,16 @@ def test_a_shards_death_is_told_at_once_and_all_go_back() -> None:
             ticket.result()
 
 
-@pytest.mark.parametrize(("transport", "told"), [("auto", "[0, 1, 2, 3] by shared"), ("objects", "none by shared")])
+@pytest.mark.parametrize(
+    ("transport", "told"), [("auto", "[0, 1, 2, 3] by shared"), ("objects", "none by shared")]
+)
 def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_so(
     transport: str, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with build(num_workers=1, name="pulled", options=Options(transport=transport)) as optimizer, optimizer.worker(0) as worker:  # type: ignore[arg-type]
+    with (
+        build(num_workers=1, name="pulled", options=Options(transport=transport)) as optimizer,
+        optimizer.worker(0) as worker,
+    ):  # type: ignore[arg-type]
         worker.step(gradients(0, 0))
         DistNadam.connect("pulled").reshard(4)
         caplog.set_level(logging.INFO, "distnadam")
@@ -167,8 +190,15 @@ def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_s
 
 def test_two_optimizers_side_by_side_do_not_meet() -> None:
     with build() as one, build() as other:
-        trainers = [Trainer.remote(optimizer, rank) for optimizer in (one, other) for rank in range(2)]
-        ray.get([trainer.train.remote(0, 3 + 2 * (index // 2)) for index, trainer in enumerate(trainers)])
+        trainers = [
+            Trainer.remote(optimizer, rank) for optimizer in (one, other) for rank in range(2)
+        ]
+        ray.get(
+            [
+                trainer.train.remote(0, 3 + 2 * (index // 2))
+                for index, trainer in enumerate(trainers)
+            ]
+        )
         assert bits(one) == local(3)
         assert bits(other) == local(5)
 
@@ -192,7 +222,10 @@ def test_views_are_checked_and_a_bad_one_moves_no_shard(backend: str) -> None:
         for view in leaves(views):
             view[...] = 1
         views["dense"]["kernel"][3, 4] = np.nan
-        with pytest.raises(NonFiniteGradient, match=r"worker 0: gradient 'dense/kernel' is not finite.* at index \(3, 4\)"):
+        with pytest.raises(
+            NonFiniteGradient,
+            match=r"worker 0: gradient 'dense/kernel' is not finite.* at index \(3, 4\)",
+        ):
             worker.step()
         assert bits(optimizer) == before
         views["dense"]["kernel"][3, 4] = 1
@@ -203,7 +236,11 @@ def test_views_are_checked_and_a_bad_one_moves_no_shard(backend: str) -> None:
 def test_the_check_may_be_switched_off(backend: str) -> None:
     made = DistNadam(backend=backend, options=Options(check_gradients=False))
     with made.build({"w": np.ones(3, np.float32)}) as optimizer, optimizer.worker(0) as worker:
-        assert np.isnan(worker.step({"w": np.array([1, np.nan, 1], np.float32)})["w"]).tolist() == [False, True, False]
+        assert np.isnan(worker.step({"w": np.array([1, np.nan, 1], np.float32)})["w"]).tolist() == [
+            False,
+            True,
+            False,
+        ]
 
 
 def test_parameters_are_read_only_and_stay_while_the_round_runs(backend: str) -> None:
@@ -215,13 +252,20 @@ def test_parameters_are_read_only_and_stay_while_the_round_runs(backend: str) ->
             seen["dense"]["kernel"][0] = 1
         for ticket in [worker.push(gradients(0, worker.rank)) for worker in workers]:
             ticket.result()
-        assert all(np.array_equal(old, leaf) for old, leaf in zip(kept, leaves(seen), strict=True)), "of the round before"
+        assert all(
+            np.array_equal(old, leaf) for old, leaf in zip(kept, leaves(seen), strict=True)
+        ), "of the round before"
         now = workers[0].parameters() if backend == "local" else workers[0].pull()
-        assert [np.asarray(x).tobytes() for x in leaves(now)] == [np.asarray(x).tobytes() for x in leaves(optimizer.get_params())]
+        assert [np.asarray(x).tobytes() for x in leaves(now)] == [
+            np.asarray(x).tobytes() for x in leaves(optimizer.get_params())
+        ]
 
 
 def test_half_precision_views_move_half_the_bytes(backend: str) -> None:
-    with DistNadam(backend=backend).build({"w": np.ones(3000, np.float32)}) as optimizer, optimizer.worker(0) as worker:
+    with (
+        DistNadam(backend=backend).build({"w": np.ones(3000, np.float32)}) as optimizer,
+        optimizer.worker(0) as worker,
+    ):
         views = worker.gradients("bfloat16")
         views["w"][:] = 0.5
         end = worker.step()["w"].copy()
@@ -233,18 +277,27 @@ def test_half_precision_views_move_half_the_bytes(backend: str) -> None:
 
 def test_what_is_missing_twice_or_unknown_is_named() -> None:
     with DistNadam(backend="local").build(params()) as optimizer, optimizer.worker(0) as worker:
-        with pytest.raises(LifecycleError, match=r"worker 0: give gradients, or write them into the views of gradients\(\)"):
+        with pytest.raises(
+            LifecycleError,
+            match=r"worker 0: give gradients, or write them into the views of gradients\(\)",
+        ):
             worker.step()
-        with pytest.raises(StructureError, match="'nothing' is not a tensor of the model; expected one of"):
+        with pytest.raises(
+            StructureError, match="'nothing' is not a tensor of the model; expected one of"
+        ):
             worker.push_tensor("nothing", np.ones(3, np.float32))
         worker.push_tensor("half", np.ones((40, 50), np.float16))
         with pytest.raises(StructureError, match="'half' was pushed already for this round"):
             worker.push_tensor("half", np.ones((40, 50), np.float16))
         with pytest.raises(
-            StructureError, match=r"gradients: 'dense/bias': expected shape \(70,\) and a floating-point dtype, got shape \(71,\)"
+            StructureError,
+            match=r"gradients: 'dense/bias': expected shape \(70,\) and a floating-point dtype, "
+            r"got shape \(71,\)",
         ):
             worker.push_tensor("dense/bias", np.ones(71, np.float32))
-        with pytest.raises(StructureError, match=r"'dense/bias' was not pushed for this round \(5 missing\)"):
+        with pytest.raises(
+            StructureError, match=r"'dense/bias' was not pushed for this round \(5 missing\)"
+        ):
             worker.step()
         assert optimizer.iterations == 0
         worker.step(gradients(0, 0))

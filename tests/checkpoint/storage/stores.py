@@ -7,7 +7,9 @@ from tests.models import bits, params, run
 
 
 def saves_prunes_and_restores(bucket: str) -> None:
-    """Save in the background and twice at one step, prune, and restore onto other shards, under a URL where nothing can be renamed."""
+    """Save in the background and twice at one step, prune, and restore onto other shards, under a
+    URL where nothing can be renamed.
+    """
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         for step in range(3):
             run(optimizer, step, step + 1)

@@ -1,4 +1,6 @@
-"""Writing past the page cache: the file is what was given, whatever its filesystem, alignment and luck."""
+"""Writing past the page cache: the file is what was given, whatever its filesystem, alignment and
+luck.
+"""
 
 import fcntl
 import os
@@ -30,11 +32,16 @@ def written(path: Path, pieces: list[bytes]) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, (4 << 20) - 1, 4 << 20, (4 << 20) + 1, (9 << 20) + 5])
+@pytest.mark.parametrize(
+    "size", [0, 1, 4095, 4096, 4097, (4 << 20) - 1, 4 << 20, (4 << 20) + 1, (9 << 20) + 5]
+)
 @pytest.mark.parametrize("piece", [4096, 1_000_003])
 def test_a_file_is_what_was_given(folder: Path, size: int, piece: int) -> None:
     contents = os.urandom(size)
-    assert written(folder / "file", [contents[at : at + piece] for at in range(0, size, piece)]) == contents
+    assert (
+        written(folder / "file", [contents[at : at + piece] for at in range(0, size, piece)])
+        == contents
+    )
 
 
 def test_a_write_that_is_cut_short_or_refused_for_its_alignment_goes_on_through_the_cache(

@@ -7,7 +7,10 @@ import pytest
 
 from tests.checkpoint.storage.stores import saves_prunes_and_restores
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the warnings of the server and of its client are not ours
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]  # the warnings of the server and of its client are not ours
 
 
 @pytest.fixture

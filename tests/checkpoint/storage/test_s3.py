@@ -14,7 +14,10 @@ from distnadam.errors import CheckpointError
 from tests.checkpoint.storage.stores import saves_prunes_and_restores
 from tests.models import bits, params, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # the warnings of the server and of its client are not ours
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]  # the warnings of the server and of its client are not ours
 
 
 @pytest.fixture
@@ -25,7 +28,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    told = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    told = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     for name, value in (told | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
@@ -45,10 +52,14 @@ def test_a_checkpoint_there_goes_on_here(bucket: str, tmp_path: Path) -> None:
         there = optimizer.save(bucket)
     with DistNadam.restore(bucket, num_shards=2, backend="local") as optimizer:
         here = optimizer.save(tmp_path)
-    assert [f.ranges for f in store.verify(here).files] != [f.ranges for f in store.verify(there).files]
+    assert [f.ranges for f in store.verify(here).files] != [
+        f.ranges for f in store.verify(there).files
+    ]
 
 
-def test_an_upload_that_is_cut_off_never_looks_complete(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_is_cut_off_never_looks_complete(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import distnadam.checkpoint.storage.remote as remote
 
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
@@ -58,7 +69,10 @@ def test_an_upload_that_is_cut_off_never_looks_complete(bucket: str, monkeypatch
         yield memoryview(bytes(60 << 20))  # more than one part of a multipart upload
         raise ConnectionError("the line is gone")
 
-    with pytest.raises(CheckpointError, match=r"/run/cut/file: cannot be written: ConnectionError: the line is gone"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"/run/cut/file: cannot be written: ConnectionError: the line is gone",
+    ):
         folder.write("file", cut)
     assert folder.files() == {}
 
@@ -67,7 +81,13 @@ def test_shards_on_ray_write_and_read_there(bucket: str, request: pytest.Fixture
     import ray
 
     ray.shutdown()  # workers of a Ray that runs already would not know the server
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+    )
     try:
         with DistNadam(num_shards=2, num_workers=2, backend="ray").build(params()) as optimizer:
             run(optimizer, 0, 2)

@@ -1,4 +1,6 @@
-"""Where checkpoints lie: one contract for a folder and a URL, what nodes without a shared disk are told, a full disk, retention."""
+"""Where checkpoints lie: one contract for a folder and a URL, what nodes without a shared disk are
+told, a full disk, retention.
+"""
 
 import errno
 import json
@@ -30,10 +32,16 @@ from tests.models import bits, params, run
 
 
 @pytest.fixture(params=["path", "file", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def root(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
     """The same kind of place, named in each of the ways there are."""
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
-    yield {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}/run"}[request.param]
+    yield {
+        "path": str(tmp_path),
+        "file": f"file://{tmp_path}",
+        "memory": f"memory://{tmp_path.name}/run",
+    }[request.param]
     fsspec.filesystem("memory").store.clear()
 
 
@@ -76,7 +84,10 @@ def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
             assert path == f"{place(root)}/step_{step + 1:08d}"
         again = optimizer.save(root)
         assert len(place(again).files()) == 4
-        assert [step.name for step in store.prune(root, 2, again)] == ["step_00000002", "step_00000001"]
+        assert [step.name for step in store.prune(root, 2, again)] == [
+            "step_00000002",
+            "step_00000001",
+        ]
         expected = bits(optimizer)
     with DistNadam.restore(root, num_shards=2, backend="local") as other:
         assert bits(other) == expected
@@ -87,7 +98,9 @@ def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
         assert other.round == 3
 
 
-def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
     folder, files = place("memory://flaky"), fsspec.filesystem("memory")
     failures = [OSError("try later")] * 2
@@ -102,7 +115,9 @@ def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothin
     folder.write("file", contents(b"abc"))
     assert (folder.read("file", 9), failures) == (b"abc", [])
     failures[:] = [OSError("try later")] * 9
-    with pytest.raises(CheckpointError, match=r"memory://flaky/other: cannot be written: OSError: try later"):
+    with pytest.raises(
+        CheckpointError, match=r"memory://flaky/other: cannot be written: OSError: try later"
+    ):
         folder.write("other", contents(b"abc"))
     assert len(failures) == 6
     assert folder.files() == {"file": 3}
@@ -123,7 +138,9 @@ def test_a_protocol_that_nothing_here_speaks_is_said(url: str) -> None:
         DistNadam.restore(url)
 
 
-def test_nodes_without_a_shared_disk_are_told_when_they_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_without_a_shared_disk_are_told_when_they_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = host.write_shard
 
     def elsewhere(directory: str, name: str, **how: Any) -> Any:
@@ -136,11 +153,20 @@ def test_nodes_without_a_shared_disk_are_told_when_they_save(tmp_path: Path, mon
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         monkeypatch.setattr(host, "write_shard", elsewhere)
         for wait in (True, False):
-            with pytest.raises(CheckpointError, match=r"shard-00001-of-00002.*is not here; save to a disk that every node"):
+            with pytest.raises(
+                CheckpointError,
+                match=r"shard-00001-of-00002.*is not here; save to a disk that every node",
+            ):
                 save(optimizer, tmp_path / "run", wait=wait)
             assert store.steps(tmp_path / "run") == []
-        monkeypatch.setattr(host, "write_shard", lambda directory, name, **how: real(tmp_path / "no such", name, **how))
-        with pytest.raises(CheckpointError, match="its folder is not on this node; save to a disk that every node"):
+        monkeypatch.setattr(
+            host,
+            "write_shard",
+            lambda directory, name, **how: real(tmp_path / "no such", name, **how),
+        )
+        with pytest.raises(
+            CheckpointError, match="its folder is not on this node; save to a disk that every node"
+        ):
             optimizer.save(tmp_path / "run")
 
 
@@ -150,16 +176,24 @@ def save(optimizer: DistNadam, path: Path, *, wait: bool) -> str:
 
 
 def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "distnadam", str(tmp_path)], capture_output=True, check=False)
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "distnadam", str(tmp_path)],
+        capture_output=True,
+        check=False,
+    )
     if mount.returncode != 0:
         pytest.skip("no disk of a given size can be mounted here")
     try:
-        with DistNadam(num_shards=2, backend="local").build({"w": np.ones(30_000, np.float32)}) as optimizer:
+        with DistNadam(num_shards=2, backend="local").build(
+            {"w": np.ones(30_000, np.float32)}
+        ) as optimizer:
             optimizer.save(tmp_path)
             expected = bits(optimizer)
             optimizer.apply_gradients({"w": np.ones(30_000, np.float32)})
             for wait in (True, False):
-                with pytest.raises(CheckpointError, match=f"shard-0000.*{os.strerror(errno.ENOSPC)}"):
+                with pytest.raises(
+                    CheckpointError, match=f"shard-0000.*{os.strerror(errno.ENOSPC)}"
+                ):
                     save(optimizer, tmp_path, wait=wait)
                 assert [step.name for step in store.steps(tmp_path)] == ["step_00000000"]
         with DistNadam.restore(tmp_path, backend="local") as again:
@@ -198,14 +232,18 @@ def test_the_last_ones_and_one_in_so_many_steps_or_seconds_are_kept(
     assert [store.load(step).round for step in store.steps(tmp_path)] == kept
 
 
-def test_the_last_valid_one_is_kept_whatever_is_newer(history: list[Directory], tmp_path: Path) -> None:
+def test_the_last_valid_one_is_kept_whatever_is_newer(
+    history: list[Directory], tmp_path: Path
+) -> None:
     for step in history[4:]:
         step.remove(store.MANIFEST)
     store.prune(tmp_path, 1, history[-1])
     assert store.find(tmp_path)[1].round == 3
 
 
-def test_fit_keeps_its_checkpoints_at_a_url_and_its_records_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_keeps_its_checkpoints_at_a_url_and_its_records_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     how: dict[str, Any] = {
         "backend": "local",
@@ -218,14 +256,23 @@ def test_fit_keeps_its_checkpoints_at_a_url_and_its_records_here(tmp_path: Path,
     first = fit(Digits(), steps=8, **how)
     assert first.metrics_path.is_relative_to(tmp_path)
     assert first.checkpoints == [f"memory://fit/run/step_{step:08d}" for step in (2, 4, 6, 8)]
-    assert [step.name for step in store.steps("memory://fit/run")] == ["step_00000004", "step_00000006", "step_00000008"]
+    assert [step.name for step in store.steps("memory://fit/run")] == [
+        "step_00000004",
+        "step_00000006",
+        "step_00000008",
+    ]
     assert fit(Digits(), steps=10, **how).resumed_from == "memory://fit/run/step_00000008"
     fsspec.filesystem("memory").store.clear()
 
 
-def test_fit_keeps_a_second_run_out_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_keeps_a_second_run_out_of_a_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with claim(place("memory://fit/held")), pytest.raises(CheckpointBusy, match="memory://fit/held: another run writes here"):
+    with (
+        claim(place("memory://fit/held")),
+        pytest.raises(CheckpointBusy, match="memory://fit/held: another run writes here"),
+    ):
         fit(Digits(), steps=1, backend="local", verbose=False, checkpoint_dir="memory://fit/held")
     fsspec.filesystem("memory").store.clear()
 
@@ -239,7 +286,11 @@ def test_the_commands_take_urls(root: str, tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    assert [v["valid"] for v in told("verify", root)] == [v["valid"] for v in told("verify", f"{root}/step_00000000")] == [True]
+    assert (
+        [v["valid"] for v in told("verify", root)]
+        == [v["valid"] for v in told("verify", f"{root}/step_00000000")]
+        == [True]
+    )
     assert told("inspect", root)["checksums"] == "verified"
     told("export", root, str(tmp_path / "state.npz"), "--to", "numpy")
     told("import", str(tmp_path / "state.npz"), f"{root}/back", "--from", "numpy")
