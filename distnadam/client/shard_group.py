@@ -8,7 +8,7 @@ wait for each other in a ring.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from distnadam.backends.base import Backend
@@ -217,17 +217,7 @@ class ShardGroup:
             self.ask({index: CatchUp(token, newest.round) for index in late})
             self._check_rewound(newest, max(h.rewound for h in held.values()))
             pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
-            yield Boundary(
-                token,
-                Paused(
-                    newest.epoch,
-                    newest.round,
-                    newest.clock,
-                    newest.skipped,
-                    tuple(sorted(pending)),
-                    newest.ledger,
-                ),
-            )
+            yield Boundary(token, replace(newest, pending=tuple(sorted(pending))))
         finally:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
                 self.backend.post({index: Resume(token) for index in range(len(self.ranges))})

@@ -226,16 +226,26 @@ class Resume:
     token: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Paused:
-    """The shard's place in time while held, the ranks whose pushes wait, and the epoch in which all
-    shards last went back.
+    """Answer to `Pause`: the state of the round after which the shard stands still.
+
+    Attributes:
+        epoch: the current epoch.
+        round: the last decided round.
+        clock: the clock after it.
+        skipped: rounds skipped so far.
+        lr: the learning rate, or its schedule, that the next step uses.
+        pending: the ranks whose pushes for the next round wait.
+        ledger: the pushes counted so far (`Ledger.to_dict`).
+        rewound: the epoch in which all shards last rewound.
     """
 
     epoch: int
     round: int
     clock: Clock
     skipped: int
+    lr: Rate
     pending: tuple[int, ...]
     ledger: dict[str, Any] = field(default_factory=dict)
     rewound: int = 0

@@ -378,15 +378,15 @@ class Machine:
     # What it says of itself
 
     def _held(self) -> msg.Paused:
-        ledger = self.members.ledger.to_dict()
         return msg.Paused(
-            self.epochs.now,
-            self.round,
-            self.clock,
-            self.skipped,
-            tuple(sorted(self._current.pushes)),
-            ledger,
-            self.epochs.rewound,
+            epoch=self.epochs.now,
+            round=self.round,
+            clock=self.clock,
+            skipped=self.skipped,
+            lr=self.config.lr,
+            pending=tuple(sorted(self._current.pushes)),
+            ledger=self.members.ledger.to_dict(),
+            rewound=self.epochs.rewound,
         )
 
     def _decided(self, want_parameters: bool) -> msg.RoundResult:

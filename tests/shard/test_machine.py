@@ -242,6 +242,15 @@ def test_only_the_holder_reads_and_writes() -> None:
             shard.receive(message, None)
 
 
+def test_a_pause_answers_with_the_rate_that_the_next_step_uses() -> None:
+    shard = new_shard()
+    (first,) = replies(shard.receive(msg.Pause("a"), "a"))
+    shard.receive(msg.SetRate("a", 0.25), "rate")
+    shard.receive(msg.Resume("a"), "resume")
+    (second,) = replies(shard.receive(msg.Pause("b"), "b"))
+    assert (first.lr, second.lr) == (NadamConfig().lr, 0.25)
+
+
 def test_a_write_refuses_the_pushes_that_wait_and_raises_the_epoch() -> None:
     shard = shard_in(Phase.COLLECTING)
     shard.receive(push(0), "zero")
