@@ -72,7 +72,7 @@ def shard_killed(replicas: int, elements: int, kills: int) -> list[float]:
                 for number in range(kills):
                     wait_for_standbys(optimizer, 2 * replicas)
                     time.sleep(PAUSE_S)
-                    actors = optimizer._running().backend.actors  # type: ignore[attr-defined]
+                    actors = optimizer.shards.backend.actors  # type: ignore[attr-defined]
                     pid = int(ray.get(actors[number % 2].about.remote())["pid"])
                     killed, before = time.perf_counter(), len(trainer.times)
                     os.kill(pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def next_after(trainer: Trainer, killed: float, before: int) -> float:
 
 def wait_for_standbys(optimizer: DistNadam, count: int) -> None:
     """Wait until so many standbys follow."""
-    shards = optimizer._running()
+    shards = optimizer.shards
     while sum(d.replicated is not None for d in shards.describe_all()) < count:
         time.sleep(0.05)
 

@@ -157,7 +157,7 @@ class DistNadam:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._running().backend.name == "local":
+        if self.shards.backend.name == "local":
             raise LifecycleError(
                 "a local optimizer lives in its process and cannot be pickled; use backend='ray' "
                 "to share it"
@@ -190,9 +190,18 @@ class DistNadam:
     # The present
 
     @property
+    def shards(self) -> ShardGroup:
+        """The running shards, for the package's own use; raise LifecycleError if there are none."""
+        if self._closed:
+            raise LifecycleError("this optimizer was closed")
+        if self._shards is None:
+            raise LifecycleError("this optimizer has no parameters yet: call build(params) first")
+        return self._shards
+
+    @property
     def backend_name(self) -> str:
         """ "local" or "ray", once built."""
-        return self._running().backend.name
+        return self.shards.backend.name
 
     @property
     def options(self) -> Options:
@@ -202,24 +211,24 @@ class DistNadam:
     @property
     def iterations(self) -> int:
         """Steps applied so far."""
-        return self._running().describe().iterations if self._is_built() else 0
+        return self.shards.describe().iterations if self._is_built() else 0
 
     @property
     def round(self) -> int:
         """Rounds decided so far: applied, skipped or refused; batches follow it."""
-        return self._running().describe().round if self._is_built() else 0
+        return self.shards.describe().round if self._is_built() else 0
 
     @property
     def skipped(self) -> int:
         """Rounds that ended with no step, because a gradient was not finite."""
-        return self._running().describe().skipped if self._is_built() else 0
+        return self.shards.describe().skipped if self._is_built() else 0
 
     @property
     def lr(self) -> Rate:
         """The learning rate, a float or a schedule; setting it takes effect on every shard from the
         next step on.
         """
-        return self._running().describe().lr if self._is_built() else self._config.lr
+        return self.shards.describe().lr if self._is_built() else self._config.lr
 
     @lr.setter
     def lr(self, value: Rate) -> None:
@@ -236,7 +245,7 @@ class DistNadam:
             Rewound: a shard died and all went back to round `error.step` since this handle last
                 looked, as every method that reads, writes or steps the whole says once.
         """
-        shards = self._running()
+        shards = self.shards
         return shards.layout.tree(shards.read(("params",))[1]["params"])
 
     def set_params(self, params: Any) -> None:
@@ -260,7 +269,7 @@ class DistNadam:
         """Return ``[iterations, m_schedule, *ms, *vs]`` as Keras orders them: 0-d int64, 0-d
         float64, arrays of the tensors' shapes.
         """
-        shards = self._running()
+        shards = self.shards
         clock, state = shards.read(("m", "v"))
         return to_weights(shards.layout, clock, state["m"], state["v"])
 
@@ -335,7 +344,7 @@ class DistNadam:
                 f"get_updates pushes for the only worker, and there are {self._num_workers}: use "
                 "worker(rank) in each"
             )
-        layout = self._running().layout
+        layout = self.shards.layout
         gradients = gradients_of(loss, params, layout)
         if self._own_worker is None:
             self._own_worker = self.worker(0)
@@ -367,23 +376,23 @@ class DistNadam:
         """
         if not 0 <= check_count("rank", rank, least=0) < self._num_workers:
             raise ConfigError(f"rank must be in [0, {self._num_workers}), got {rank!r}")
-        return Worker(self._running(), rank)
+        return Worker(self.shards, rank)
 
     def waiting_for(self) -> tuple[int, ...]:
         """Return the ranks whose push the coming round lacks."""
-        return self._running().describe().waiting_for
+        return self.shards.describe().waiting_for
 
     def lost_ranks(self) -> dict[int, int]:
         """Return the ranks whose worker died and that nobody has taken over yet, with the number of
         the worker that died.
         """
-        return self._running().backend.lost_ranks()
+        return self.shards.backend.lost_ranks()
 
     def team(self, make: Callable[[int], Any]) -> WorkerGroup:
         """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor
         otherwise: the workers of `fit`.
         """
-        return self._running().backend.team(self._num_workers, make, self._options)
+        return self.shards.backend.team(self._num_workers, make, self._options)
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards, between two steps; training waits only for the
@@ -393,7 +402,7 @@ class DistNadam:
             ConfigError: the number is less than 1.
             ClusterError: the new shards cannot be had; the present ones go on.
         """
-        shards, count = self._running(), check_count("num_shards", num_shards)
+        shards, count = self.shards, check_count("num_shards", num_shards)
         self._saver.finish()  # the present shards are writing it
         shards.reshard(count)
 
@@ -451,7 +460,7 @@ class DistNadam:
         """Have the memory for `save(..., wait=False)` now, so that the first such save holds the
         training up no longer than any.
         """
-        self._saver.reserve(self._running())
+        self._saver.reserve(self.shards)
 
     @classmethod
     def restore(
@@ -581,14 +590,7 @@ class DistNadam:
         failed.
         """
         self._saver.surface()
-        return self._running()
-
-    def _running(self) -> ShardGroup:
-        if self._closed:
-            raise LifecycleError("this optimizer was closed")
-        if self._shards is None:
-            raise LifecycleError("this optimizer has no parameters yet: call build(params) first")
-        return self._shards
+        return self.shards
 
 
 def _attach(

@@ -75,7 +75,7 @@ def standbys_of(optimizer: DistNadam, count: int, shards: list[int]) -> list[int
     """Wait until so many standbys follow, and return their processes: those of the optimizer that
     are neither shards nor the supervisor.
     """
-    running = optimizer._running()
+    running = optimizer.shards
     while sum(told.replicated is not None for told in running.describe_all()) < count:
         time.sleep(0.1)
     pids = {place.pid for place in registry.places_of(running.backend._run)} - set(shards)  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def main() -> None:
     with DistNadam(**topology, backend="ray", options=options).build(params) as optimizer:
         del params
         trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
-        shards = [place.pid for place in optimizer._running().backend.places]  # type: ignore[attr-defined]
+        shards = [place.pid for place in optimizer.shards.backend.places]  # type: ignore[attr-defined]
         sides = {
             "a shard": shards,
             "a worker": ray.get([trainer.pid.remote() for trainer in trainers]),

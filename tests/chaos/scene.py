@@ -136,7 +136,7 @@ class Scene:
         while True:
             try:
                 return ray.get(
-                    self.optimizer._running().backend._supervisor.__ray_call__.remote(what),
+                    self.optimizer.shards.backend._supervisor.__ray_call__.remote(what),
                     timeout=PATIENCE_S,
                 )  # type: ignore[attr-defined]
             except (RayActorError, ActorUnavailableError):
@@ -228,10 +228,10 @@ class Scene:
 
     def _diagnosis(self) -> str:
         try:
-            self.optimizer._running().backend.refresh()
+            self.optimizer.shards.backend.refresh()
             return str(
                 ray.get(
-                    [a.send.remote(Describe()) for a in self.optimizer._running().backend.actors],
+                    [a.send.remote(Describe()) for a in self.optimizer.shards.backend.actors],
                     timeout=5,
                 )
             )  # type: ignore[attr-defined]
@@ -298,7 +298,7 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
         finally:
             scene.crowd.close()
     finally:
-        optimizer._running().backend.close(destroy=True)  # also where its driver is dead
+        optimizer.shards.backend.close(destroy=True)  # also where its driver is dead
         if driver is not None:
             driver.kill()
             driver.communicate()
@@ -306,7 +306,7 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
 
 def described(optimizer: DistNadam) -> list[Description]:
     """Return what every shard says of itself."""
-    shards = optimizer._running()
+    shards = optimizer.shards
     told = shards.recovering(lambda: shards.ask(shards._everyone(Describe())))
     return [told[index] for index in sorted(told)]
 
@@ -319,7 +319,7 @@ def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNad
         params()
     )
     workers = [optimizer.worker(rank) for rank in range(WORKERS)]
-    optimizer._running().ask({0: Reconfigure(2, schedule)})
+    optimizer.shards.ask({0: Reconfigure(2, schedule)})
     for step in range(rounds):
         present = [workers[rank] for rank in members_of(schedule, step + 1)]
         trees = [worker.pull() for worker in present]
@@ -338,7 +338,7 @@ def members_of(schedule: MembershipHistory, number: int) -> Sequence[int]:
 
 def ledgers(optimizer: DistNadam) -> list[dict[str, Any]]:
     """Return every shard's ledger."""
-    shards = optimizer._running()
+    shards = optimizer.shards
     held = shards.recovering(lambda: shards.ask(shards._everyone(Pause("audit"))))
     shards.ask(shards._everyone(Resume("audit")))
     return [held[index].ledger for index in sorted(held)]

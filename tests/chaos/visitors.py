@@ -29,7 +29,7 @@ class Visitor:
             despite_rewinds(lambda: self._optimizer.save(self._directory))
 
     def hold(self) -> None:
-        shards = self._optimizer._running()
+        shards = self._optimizer.shards
 
         def die() -> None:
             with shards.boundary():

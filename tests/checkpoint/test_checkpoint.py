@@ -152,7 +152,7 @@ def test_a_save_killed_leaves_the_previous_checkpoint_and_nothing_that_looks_com
         child = os.fork()
         if child == 0:  # a real process, killed for real in the middle of its save
             _die_at(moment)
-            optimizer._running().step(params())
+            optimizer.shards.step(params())
             optimizer.save(tmp_path)
             os._exit(0)
         _, status = os.waitpid(child, 0)

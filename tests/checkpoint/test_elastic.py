@@ -144,7 +144,7 @@ def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_anoth
         with DistNadam(num_workers=2, backend="local").build(params()) as optimizer:
             run(optimizer, 0, 2)
             optimizer.save(tmp_path / name)
-            whole = optimizer._running().read(ARRAYS)[1]
+            whole = optimizer.shards.read(ARRAYS)[1]
     bad, good = (store.steps(tmp_path / name)[-1] for name in ("bad", "good"))
     victim = Path(str(bad)) / store.load(bad).files[0].name
     content = bytearray(victim.read_bytes())
@@ -198,7 +198,7 @@ def test_a_restore_on_ray_takes_no_more_memory_on_its_way_than_what_it_ends_with
     ) as optimizer:
         optimizer.save(tmp_path)
     with DistNadam.restore(tmp_path, num_shards=shards, backend="ray") as optimizer:
-        backend: Any = optimizer._running().backend
+        backend: Any = optimizer.shards.backend
         for facts in ray.get([actor.about.remote() for actor in backend.actors]):
             status = dict(
                 line.split(":", 1)

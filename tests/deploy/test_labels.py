@@ -53,7 +53,7 @@ with build({"w": np.ones(9000, np.float32)}) as optimizer:
     workers = []
     while len(workers) < 2:
         workers += [node for _, node in team.results(1.0)]
-    supervisor = ray.get(optimizer._running().backend._supervisor.about.remote())["node"].partition("id ")[2][:12]
+    supervisor = ray.get(optimizer.shards.backend._supervisor.about.remote())["node"].partition("id ")[2][:12]
     team.close()
 told = {
     "roles": {"workers": [roles[n] for n in workers], "shards": [roles[n] for n in (shards | standbys).values()]},

@@ -28,7 +28,7 @@ import ray
 from distnadam import DistNadam
 
 with DistNadam(num_shards=4, num_workers=2, backend="auto").build({"w": np.ones(9000, np.float32)}) as optimizer:
-    facts = ray.get([actor.about.remote() for actor in optimizer._running().backend.actors])
+    facts = ray.get([actor.about.remote() for actor in optimizer.shards.backend.actors])
 
     @ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
     def train(optimizer, rank):

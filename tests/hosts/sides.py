@@ -76,7 +76,7 @@ def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
     for _ in range(30):
         how = {"replicas": about["replicas"], "name": f"sides-{time.time_ns()}", "options": options}
         optimizer = DistNadam(backend="ray", **how).build(params())
-        backend: Any = optimizer._running().backend
+        backend: Any = optimizer.shards.backend
         nodes = [
             ray.get(actor.about.remote())["node"].split()[0]
             for actor in (backend.actors[0], backend._supervisor)
@@ -91,7 +91,7 @@ def main(about: dict[str, Any]) -> None:
     """Run the command."""
     ray.init(log_to_driver=False)
     optimizer, shard, supervisor = build(about)
-    shards = optimizer._running()
+    shards = optimizer.shards
     while about["replicas"] and shards.ask({0: Describe()})[0].replicated is None:
         time.sleep(0.05)
     nodes = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -24,9 +24,9 @@ from tests.hosts.program import say
 from tests.hosts.train import hosts_of
 
 optimizer = DistNadam.connect("growing")
-before = hosts_of(optimizer._running().backend)
+before = hosts_of(optimizer.shards.backend)
 optimizer.reshard(3)
-say(before=before, after=hosts_of(optimizer._running().backend))
+say(before=before, after=hosts_of(optimizer.shards.backend))
 """
 
 

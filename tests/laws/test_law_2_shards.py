@@ -69,7 +69,7 @@ def test_ray_bits_are_the_local_ones(
         num_shards=num_shards, num_workers=2, backend="ray", options=options, **CLIPS[clip]
     ).build(params()) as optimizer:
         if mixed:  # as if every other shard were on another node
-            backend: Any = optimizer._running().backend
+            backend: Any = optimizer.shards.backend
             moved = [
                 dataclasses.replace(hired, place=dataclasses.replace(hired.place, node="elsewhere"))
                 if hired.index % 2 == 0
@@ -126,6 +126,6 @@ def test_gradients_in_half_precision_count_as_if_they_had_been_widened(
 
 def test_a_tensor_is_really_cut_in_the_middle() -> None:
     with DistNadam(num_shards=7, backend="local").build(params()) as optimizer:
-        layout = optimizer._running().layout
+        layout = optimizer.shards.layout
         inner = {begin for ranges in layout.cuts(7) for space, (begin, _) in ranges.items()}
         assert any(t.begin < begin < t.end for t in layout.tensors for begin in inner)

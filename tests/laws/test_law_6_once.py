@@ -254,7 +254,7 @@ def test_a_worker_gone_between_push_and_norms_holds_nobody_up_and_its_push_count
 
 def test_a_step_from_outside_that_was_not_seen_through_holds_nobody_up() -> None:
     with DistNadam(num_shards=2, backend="local", clipnorm=1.0).build(params()) as optimizer:
-        shards = optimizer._running()
+        shards = optimizer.shards
         with shards.boundary() as at:
             parts = [
                 {s: np.ones(e - b, s) for s, (b, e) in ranges.items()} for ranges in shards.ranges
@@ -302,7 +302,7 @@ def test_a_hold_that_was_given_up_does_not_take_the_gate_later() -> None:
         params()
     ) as optimizer:
         with (
-            optimizer._running().boundary(),
+            optimizer.shards.boundary(),
             pytest.raises(StepTimeout, match=r"did not all answer Hold in 0\.2 s"),
         ):
             optimizer.get_params()

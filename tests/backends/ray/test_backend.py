@@ -125,7 +125,7 @@ def test_a_shard_killed_with_nothing_to_go_back_to_is_an_error_that_names_it_and
         START
     ) as optimizer:
         ticket = optimizer.worker(0).push(START)
-        ray.kill(optimizer._running().backend.actors[1])  # type: ignore[attr-defined]
+        ray.kill(optimizer.shards.backend.actors[1])  # type: ignore[attr-defined]
         with pytest.raises(
             Unrecoverable,
             match=r"shard 1 died .* no checkpoint to go back to: save, set "

@@ -54,7 +54,7 @@ def undisturbed(end: int) -> list[bytes]:
 
 
 def backend_of(optimizer: DistNadam) -> RayBackend:
-    backend = optimizer._running().backend
+    backend = optimizer.shards.backend
     assert isinstance(backend, RayBackend)
     return backend
 
@@ -114,7 +114,7 @@ def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(
         wait_until_another_supervises(optimizer, supervisor)
         step_to(optimizer, 8)
         assert len(backend_of(optimizer).places) == shards
-        assert len(DistNadam.connect(name)._running().ranges) == shards
+        assert len(DistNadam.connect(name).shards.ranges) == shards
         assert bits(optimizer) == undisturbed(8)
         assert len(processes_of(name)) == shards + 1
     assert processes_of(name) == set()

@@ -57,7 +57,7 @@ def replayed(members_of: list[tuple[int, ...]]) -> list[bytes]:
 
 def recorded(optimizer: DistNadam) -> list[tuple[int, ...]]:
     """The ranks that the ledger says were counted in each round."""
-    with optimizer._running().boundary() as at:
+    with optimizer.shards.boundary() as at:
         runs, last = at.held.ledger["runs"], at.held.round
     return [
         tuple(sorted({rank for rank, _, first, end in runs if first <= number <= end}))

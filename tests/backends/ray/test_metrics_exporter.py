@@ -55,7 +55,7 @@ with (
     except CheckpointError:
         pass
     tell(ray.nodes()[0]["MetricsExportPort"])
-    victim = ray.get(optimizer._running().backend.actors[1].about.remote())
+    victim = ray.get(optimizer.shards.backend.actors[1].about.remote())
     os.kill(int(victim["pid"]), signal.SIGKILL)
     for step in range(10):
         worker.step(gradients)
@@ -155,7 +155,7 @@ def test_where_ray_has_no_metrics_nothing_is_measured_and_insisting_is_refused(
     ray_cluster: None,
 ) -> None:
     with DistNadam(backend="ray").build({"w": np.ones(3, np.float32)}) as optimizer:
-        assert optimizer._running().backend.meter is None
+        assert optimizer.shards.backend.meter is None
     with pytest.raises(
         ClusterError,
         match=r"Ray's metrics are off on this process's node: pip install 'distnadam\[metrics\]'",

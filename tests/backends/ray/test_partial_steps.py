@@ -41,7 +41,7 @@ def lose(
     """Have the next message of a kind reach some shards only, and its caller hear an error; return
     where it says whom it did not reach.
     """
-    backend, lost = optimizer._running().backend, list[list[int]]()
+    backend, lost = optimizer.shards.backend, list[list[int]]()
     post = backend.post
 
     def lossy(messages: Mapping[int, Any]) -> Pending:

@@ -133,7 +133,7 @@ def test_a_workers_death_is_told_to_those_who_wait_for_it_even_if_it_had_forked(
 
 
 def wait_for_push(optimizer: DistNadam, rank: int) -> None:
-    shards = optimizer._running()
+    shards = optimizer.shards
     while any(rank in d.waiting_for for d in (shards.ask({i: Describe()})[i] for i in range(3))):
         pass  # the test's time limit bounds it
 
@@ -143,7 +143,7 @@ def test_a_shard_that_hangs_is_named_after_the_timeout() -> None:
         workers = [optimizer.worker(rank) for rank in range(2)]
         tickets = [worker.push(gradients(0, worker.rank)) for worker in workers]
         assert [ticket.result() for ticket in tickets] == [1, 1]
-        pid = ray.get(optimizer._running().backend.actors[1].about.remote())["pid"]  # type: ignore[attr-defined]
+        pid = ray.get(optimizer.shards.backend.actors[1].about.remote())["pid"]  # type: ignore[attr-defined]
         os.kill(int(pid), signal.SIGSTOP)
         try:
             tickets = [worker.push(gradients(1, worker.rank)) for worker in workers]
@@ -163,7 +163,7 @@ def test_a_shards_death_is_told_at_once_and_all_go_back() -> None:
     with build() as optimizer:
         worker = optimizer.worker(0)
         ticket = worker.push(gradients(0, 0))
-        pid = ray.get(optimizer._running().backend.actors[2].about.remote())["pid"]  # type: ignore[attr-defined]
+        pid = ray.get(optimizer.shards.backend.actors[2].about.remote())["pid"]  # type: ignore[attr-defined]
         os.kill(int(pid), signal.SIGKILL)
         with pytest.raises(Rewound, match="all shards went back after a death, to round 0"):
             ticket.result()
@@ -269,7 +269,7 @@ def test_half_precision_views_move_half_the_bytes(backend: str) -> None:
         views = worker.gradients("bfloat16")
         views["w"][:] = 0.5
         end = worker.step()["w"].copy()
-        assert worker._buffer.parts(optimizer._running().ranges)[0]["float32"].nbytes == 6000
+        assert worker._buffer.parts(optimizer.shards.ranges)[0]["float32"].nbytes == 6000
     with DistNadam(backend="local").build({"w": np.ones(3000, np.float32)}) as optimizer:
         optimizer.apply_gradients({"w": np.full(3000, 0.5, np.float32)})
         assert optimizer.get_params()["w"].tobytes() == end.tobytes()
