@@ -50,7 +50,8 @@ def test_local_mode_trains_with_the_import_of_ray_and_frameworks_blocked(tmp_pat
     work = """
     import numpy as np
     from distnadam import DistNadam
-    with DistNadam(num_shards=2, num_workers=2, backend="auto").build({"w": np.ones(9, np.float32)}) as optimizer:
+    built = DistNadam(num_shards=2, num_workers=2, backend="auto")
+    with built.build({"w": np.ones(9, np.float32)}) as optimizer:
         assert optimizer.backend_name == "local"
         tickets = [optimizer.worker(rank).push({"w": np.ones(9, np.float32)}) for rank in range(2)]
         assert [t.result() for t in tickets] == [1, 1]

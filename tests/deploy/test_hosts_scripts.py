@@ -21,7 +21,9 @@ exec sh -c "$*"
 SUDO = """#!/bin/sh
 [ ! -e "$FAILS" ] || exit 1
 case $1 in
-sh) cp -R "$3" "$INSTALLED-$(sed -n 's/^NODE_ADDRESS=//p' "$3/ray.env")"; echo "${4:-}" > "$UID_GIVEN" ;;
+sh)
+    cp -R "$3" "$INSTALLED-$(sed -n 's/^NODE_ADDRESS=//p' "$3/ray.env")"
+    echo "${4:-}" > "$UID_GIVEN" ;;
 /opt/distnadam/run.sh) shift; exec "$@" ;;
 systemctl) ;;
 *) exit 1 ;;

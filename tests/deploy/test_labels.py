@@ -20,7 +20,8 @@ from ray.cluster_utils import Cluster
 from distnadam import DistNadam, Options
 
 STORE = 80 * 2**20
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False})
+head = {"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 for role in ("shards", "shards", "workers"):
     cluster.add_node(num_cpus=4, object_store_memory=STORE, labels={"distnadam/role": role})
 ray.init(address=cluster.address, log_to_driver=False)
@@ -36,16 +37,22 @@ class Where:
 
 
 options = Options(
-    label_selector={"distnadam/role": "shards"}, worker_label_selector={"distnadam/role": "workers"}, shard_cpus=0.5, worker_cpus=1
+    label_selector={"distnadam/role": "shards"},
+    worker_label_selector={"distnadam/role": "workers"},
+    shard_cpus=0.5,
+    worker_cpus=1,
 )
-build = DistNadam(name="grouped", num_shards=4, num_workers=2, replicas=1, backend="ray", options=options).build
-with build({"w": np.ones(9000, np.float32)}) as optimizer:
+grouped = DistNadam(
+    name="grouped", num_shards=4, num_workers=2, replicas=1, backend="ray", options=options
+)
+with grouped.build({"w": np.ones(9000, np.float32)}) as optimizer:
     shards, standbys = {}, {}
     while len(standbys) < 4:  # they are hired behind the training
         for entry in ray.util.list_named_actors(all_namespaces=True):
             name = entry["name"].partition("/")[2].partition("-")[0]
             if name and name not in shards | standbys:
-                place = ray.get(ray.get_actor(entry["name"], namespace=entry["namespace"]).place.remote())
+                actor = ray.get_actor(entry["name"], namespace=entry["namespace"])
+                place = ray.get(actor.place.remote())
                 (standbys if name.endswith("s") else shards)[name] = place.node
     team = optimizer.team(Where)
     for rank in range(2):
@@ -53,10 +60,14 @@ with build({"w": np.ones(9000, np.float32)}) as optimizer:
     workers = []
     while len(workers) < 2:
         workers += [node for _, node in team.results(1.0)]
-    supervisor = ray.get(optimizer.shards.backend._supervisor.about.remote())["node"].partition("id ")[2][:12]
+    supervisor = ray.get(optimizer.shards.backend._supervisor.about.remote())["node"]
+    supervisor = supervisor.partition("id ")[2][:12]
     team.close()
 told = {
-    "roles": {"workers": [roles[n] for n in workers], "shards": [roles[n] for n in (shards | standbys).values()]},
+    "roles": {
+        "workers": [roles[n] for n in workers],
+        "shards": [roles[n] for n in (shards | standbys).values()],
+    },
     "apart": [shards[i] != standbys[i + "s"] for i in shards],
     "supervisor": [role for node, role in roles.items() if node.startswith(supervisor)],
 }

@@ -31,8 +31,13 @@ from deploy import sizes
 
 P, W = 10_000_000, 2
 run = sizes.Run(parameters=P, workers=W, shards=2, replicas=1, shard_nodes=2, workers_per_node=W)
-stores = {role: of(run).store - sizes.STORE_SPARE for role, of in (("shards", sizes.shard_node), ("workers", sizes.worker_node))}
-head = {"num_cpus": 0, "object_store_memory": sizes.head_node(run).store, "include_dashboard": False}
+nodes = {"shards": sizes.shard_node(run), "workers": sizes.worker_node(run)}
+stores = {role: node.store - sizes.STORE_SPARE for role, node in nodes.items()}
+head = {
+    "num_cpus": 0,
+    "object_store_memory": sizes.head_node(run).store,
+    "include_dashboard": False,
+}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 for role in ("shards", "shards", "workers"):
     cluster.add_node(num_cpus=4, object_store_memory=stores[role], labels={"distnadam/role": role})
@@ -51,9 +56,14 @@ class Steps:
         return float(params["w"][0])
 
 
-labels = {"label_selector": {"distnadam/role": "shards"}, "worker_label_selector": {"distnadam/role": "workers"}}
-build = DistNadam(num_shards=2, num_workers=W, replicas=1, backend="ray", options=Options(shard_cpus=0.5, worker_cpus=1, **labels)).build
-with build({"w": np.ones(P, np.float32)}) as optimizer:
+options = Options(
+    shard_cpus=0.5,
+    worker_cpus=1,
+    label_selector={"distnadam/role": "shards"},
+    worker_label_selector={"distnadam/role": "workers"},
+)
+sized = DistNadam(num_shards=2, num_workers=W, replicas=1, backend="ray", options=options)
+with sized.build({"w": np.ones(P, np.float32)}) as optimizer:
     team = optimizer.team(lambda rank: Steps(optimizer, rank))
     for rank in range(W):
         team.call(rank, "run", 10)

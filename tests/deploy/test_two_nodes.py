@@ -27,7 +27,8 @@ import numpy as np
 import ray
 from distnadam import DistNadam
 
-with DistNadam(num_shards=4, num_workers=2, backend="auto").build({"w": np.ones(9000, np.float32)}) as optimizer:
+start = {"w": np.ones(9000, np.float32)}
+with DistNadam(num_shards=4, num_workers=2, backend="auto").build(start) as optimizer:
     facts = ray.get([actor.about.remote() for actor in optimizer.shards.backend.actors])
 
     @ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
@@ -38,7 +39,8 @@ with DistNadam(num_shards=4, num_workers=2, backend="auto").build({"w": np.ones(
             return float(params["w"].sum())
 
     ends = ray.get([train.remote(optimizer, rank) for rank in range(2)])
-    print(json.dumps({"nodes": Counter(f["node"] for f in facts), "ends": ends, "iterations": optimizer.iterations}))
+    nodes = Counter(f["node"] for f in facts)
+    print(json.dumps({"nodes": nodes, "ends": ends, "iterations": optimizer.iterations}))
 """
 REFUSED = """
 import numpy as np

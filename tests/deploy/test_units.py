@@ -37,9 +37,7 @@ def test_keys_may_be_repeated_and_an_empty_value_takes_back_those_before() -> No
     assert len(unit.values("Service", "ExecStart")) == 1
 
 
-def test_the_environment_is_the_units_then_the_files_and_only_a_file_with_a_dash_may_be_absent() -> (
-    None
-):
+def test_files_override_the_units_environment_and_only_dashed_ones_may_be_absent() -> None:
     env = Unit.parse(UNIT).environment({"/etc/file.env": FILE})
     assert env == {
         "PATH": "/second",
@@ -52,9 +50,7 @@ def test_the_environment_is_the_units_then_the_files_and_only_a_file_with_a_dash
         Unit.parse(UNIT).environment({})
 
 
-def test_a_variable_in_braces_is_a_part_of_its_word_and_one_without_is_as_many_words_as_it_has() -> (
-    None
-):
+def test_a_variable_in_braces_stays_in_one_word_and_one_without_is_split_into_words() -> None:
     unit = Unit.parse(UNIT)
     command = unit.command(unit.environment({"/etc/file.env": FILE}))
     assert command == ["/bin/program", "--where=file", "--empty=", "a", "b c", "--d"]

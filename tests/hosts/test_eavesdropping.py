@@ -21,16 +21,19 @@ import numpy as np
 from tests.hosts.program import say
 
 size = int(sys.argv[1])
-gradient = np.random.default_rng(0).standard_normal(size, dtype=np.float32)  # what tests.hosts.stepping pushes
+# as tests.hosts.stepping pushes it
+gradient = np.random.default_rng(0).standard_normal(size, dtype=np.float32)
 marks = {gradient[at : at + 8].tobytes() for at in range(0, size - 8, size // 200)}
 ear = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-ear.setsockopt(socket.SOL_SOCKET, 33, 128 << 20)  # SO_RCVBUFFORCE: nothing that comes meanwhile is lost
+# SO_RCVBUFFORCE, so that the kernel drops no packet that arrives meanwhile
+ear.setsockopt(socket.SOL_SOCKET, 33, 128 << 20)
 ear.bind(("eth0", 0))
 say(listening=True)
 packets = []
 while sys.stdin not in (ready := select.select([ear, sys.stdin], [], [])[0]) or ear in ready:
     packets.append(ear.recv(1 << 17))
-say(heard=sum(map(len, packets)), marks=sum(any(mark in packet for packet in packets) for mark in marks))
+heard = sum(any(mark in packet for packet in packets) for mark in marks)
+say(heard=sum(map(len, packets)), marks=heard)
 """
 """Keeps what passes until it is told something, then says how many bytes that were, and how many
 pieces of the gradient were in them.

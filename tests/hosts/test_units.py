@@ -20,7 +20,8 @@ from tests.hosts.program import say
 ray.init(log_to_driver=False)
 node = next(node for node in ray.nodes() if node["Labels"].get("of") == "unit")
 find = ray.remote(num_cpus=1, label_selector={"of": "unit"})(shutil.which)
-say(address=node["NodeManagerAddress"], found=ray.get([find.remote(name) for name in ("ray", "distnadam")]))
+found = ray.get([find.remote(name) for name in ("ray", "distnadam")])
+say(address=node["NodeManagerAddress"], found=found)
 """
 
 

@@ -164,7 +164,7 @@ def test_a_task_and_tensors_with_paths_for_names_write_where_they_should_and_now
     }
 
 
-def test_whoever_links_a_name_that_a_checkpoint_will_have_to_another_file_does_not_get_that_file_written(
+def test_a_link_under_a_checkpoints_future_file_name_is_not_written_through(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "step_00000001").mkdir()

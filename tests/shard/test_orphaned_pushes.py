@@ -76,9 +76,7 @@ def moment(host: ShardHost) -> float:
     return float(host._shard.state.m["float32"][0])
 
 
-def test_a_push_on_one_of_two_shards_is_completed_from_its_workers_memory_or_taken_back_on_both() -> (
-    None
-):
+def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_both() -> None:
     first, second = shard(), shard()
     second.gradients_of_rank = lambda rank, incarnation, dtypes: {
         "float32": np.full(4, 7.0, np.float32)

@@ -117,9 +117,7 @@ def test_a_copy_that_closes_only_detaches() -> None:
         optimizer.get_params()
 
 
-def test_a_shard_killed_with_nothing_to_go_back_to_is_an_error_that_names_it_and_says_what_would_have_helped() -> (
-    None
-):
+def test_a_killed_shard_without_restore_point_is_an_error_that_names_the_remedy() -> None:
     options = Options(retain_initial=False)
     with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
         START
@@ -157,7 +155,8 @@ from distnadam import DistNadam
 
 ray.init(address=os.environ["CLUSTER"])
 for replicas in (0, 1, 0):
-    with DistNadam(num_shards=5, replicas=replicas, backend="ray").build({"w": np.ones(3000, np.float32)}) as optimizer:
+    built = DistNadam(num_shards=5, replicas=replicas, backend="ray")
+    with built.build({"w": np.ones(3000, np.float32)}) as optimizer:
         optimizer.apply_gradients({"w": np.ones(3000, np.float32)})
 """
 

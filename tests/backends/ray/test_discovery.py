@@ -120,9 +120,7 @@ def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(
     assert processes_of(name) == set()
 
 
-def test_an_optimizer_is_ended_by_its_name_by_whoever_knows_it_even_where_only_its_shards_are_left() -> (
-    None
-):
+def test_an_optimizer_is_ended_by_name_even_if_only_its_shards_are_left() -> None:
     optimizer = build("ended", replicas=1)
     there = processes_of("ended")
     assert len(there) >= 3

@@ -142,9 +142,7 @@ def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leav
     assert given.ask("shard") is None
 
 
-def test_a_shard_without_leave_answers_nobody_but_says_where_it_stands_and_answers_all_once_it_has_leave() -> (
-    None
-):
+def test_a_shard_without_a_lease_only_reports_status_and_answers_once_it_has_one() -> None:
     spec = ShardSpec(0, 1, 1, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0])
     may = [True]
     host = ShardHost(spec, may=lambda: may[0])

@@ -38,7 +38,10 @@ def main():
     else:
         import ray
         env = {"worker_process_setup_hook": lambda: limit(room)}
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=env)
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+            runtime_env=env,
+        )
     told = {}
     with DistNadam(num_shards=2, backend=sys.argv[1]).build(small) as first:
         first.apply_gradients(small)

@@ -34,12 +34,19 @@ def tell(what):
     print(what, flush=True)
     input()
 
-ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+ray.init(
+    address="local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20,
+    log_to_driver=False,
+)
 gradients, options = {"w": np.ones(9000, np.float32)}, Options(metrics=True)
+
+def build(name=None, *, options, **kwargs):
+    return DistNadam(name=name, backend="ray", options=options, **kwargs).build(gradients)
+
 with (
-    DistNadam(name="seen", num_shards=2, replicas=1, backend="ray", options=options).build(gradients) as optimizer,
-    DistNadam(num_shards=3, backend="ray", options=Options(transport="objects")).build(gradients) as other,
-    DistNadam(name="silent", backend="ray", options=Options(metrics=False)).build(gradients) as silent,
+    build("seen", num_shards=2, replicas=1, options=options) as optimizer,
+    build(num_shards=3, options=Options(transport="objects")) as other,
+    build("silent", options=Options(metrics=False)) as silent,
     optimizer.worker(0) as worker,
     other.worker(0) as by_objects,
 ):
