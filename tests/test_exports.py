@@ -5,6 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 import distnadam
 from distnadam import errors
 
@@ -19,6 +21,15 @@ NEVER_IMPORTED = (
     "tensorflow",
     "tf_keras",
     "optax",
+)
+NOT_IN_A_SHARD = (
+    "distnadam.optimizer",
+    "distnadam.training",
+    "distnadam.interop",
+    "rich",
+    "fsspec",
+    "numba",
+    "sklearn",
 )
 BLOCKER = """
 import sys
@@ -42,8 +53,26 @@ def test_the_public_names_are_sorted_there_and_described() -> None:
     assert all(getattr(distnadam, name).__doc__ for name in distnadam.__all__)
 
 
-def test_importing_the_package_imports_no_ray_and_no_framework(tmp_path: Path) -> None:
-    run(f"import distnadam, sys; assert not set({NEVER_IMPORTED!r}) & set(sys.modules)", tmp_path)
+def test_no_public_name_imports_ray_or_a_framework(tmp_path: Path) -> None:
+    run(
+        f"from distnadam import *; import sys; assert DistNadam and fit; "
+        f"assert not set({NEVER_IMPORTED!r}) & set(sys.modules)",
+        tmp_path,
+    )
+
+
+def test_what_a_shard_imports_has_no_training_loop_and_no_command_line(tmp_path: Path) -> None:
+    run(
+        "import distnadam.backends.ray.actors, sys; "
+        f"assert not set({NOT_IN_A_SHARD!r}) & set(sys.modules)",
+        tmp_path,
+    )
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    assert set(distnadam.__all__) <= set(dir(distnadam))
+    with pytest.raises(AttributeError, match="module 'distnadam' has no attribute 'Nadam'"):
+        getattr(distnadam, "Nad" + "am")
 
 
 def test_local_mode_trains_with_the_import_of_ray_and_frameworks_blocked(tmp_path: Path) -> None:
