@@ -24,9 +24,13 @@ _HOMES = {
     "Worker": "distnadam.worker",
     "fit": "distnadam.training.fit",
 }
+_MODULES = ("config", "errors", "interop", "metrics", "schedules", "training")
+"""Public modules that `import distnadam` makes available, each at its first use."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
@@ -35,4 +39,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -69,6 +69,14 @@ def test_what_a_shard_imports_has_no_training_loop_and_no_command_line(tmp_path:
     )
 
 
+def test_public_modules_are_there_after_importing_the_package(tmp_path: Path) -> None:
+    run(
+        "import distnadam; assert distnadam.schedules.Constant and distnadam.errors.ConfigError "
+        "and distnadam.metrics.METRICS and distnadam.training",
+        tmp_path,
+    )
+
+
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
     assert set(distnadam.__all__) <= set(dir(distnadam))
     with pytest.raises(AttributeError, match="module 'distnadam' has no attribute 'Nadam'"):
