@@ -5,6 +5,7 @@ believed before it is checked.
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -86,8 +87,8 @@ def read_npz(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
                     zipfile.BadZipFile,
                     NotImplementedError,
                     RuntimeError,
-                    zipfile.zlib.error,
-                ) as error:  # type: ignore[attr-defined]
+                    zlib.error,
+                ) as error:
                     raise CheckpointError(
                         f"{path}: entry {name!r} cannot be read: {error}"
                     ) from error

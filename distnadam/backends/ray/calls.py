@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -56,9 +57,9 @@ def all_answered(
     """Return by key the answers of calls as `retry_until_answered` makes them, all at once."""
     asked = {key: call(key) for key in keys}
     return {
-        key: retry_until_answered(lambda key=key: call(key), timeout_s=timeout_s, first=ref)
+        key: retry_until_answered(partial(call, key), timeout_s=timeout_s, first=ref)
         for key, ref in asked.items()
-    }  # type: ignore[misc]
+    }
 
 
 def retry_in_background(call: Callable[[], Any]) -> None:
