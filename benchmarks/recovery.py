@@ -194,7 +194,7 @@ def ledger_seconds(ranks: int = 2, rounds: int = 20000) -> float:
     for number in range(1, rounds + 1):
         for rank in range(ranks):
             ledger.counted(rank, 1, number)
-            note_of(Push(1, rank, 1, number, gradients))
+            note_of(Push(epoch=1, rank=rank, incarnation=1, round=number, gradients=gradients))
             ledger.count(rank, 1, number)
     return (time.perf_counter() - began) / rounds
 

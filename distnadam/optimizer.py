@@ -548,22 +548,21 @@ class DistNadam:
             raise ConfigError(
                 f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to"
             )
-        shared = (
-            self._num_shards,
-            self._num_workers,
-            self._replicas,
-            self._name,
-            self._config,
-            self._options,
-            layout,
-        )
-        backend.start(
-            [
-                ShardSpec(index, *shared, cut)
-                for index, cut in enumerate(layout.cuts(self._num_shards))
-            ],
-            self._replicas,
-        )
+        specs = [
+            ShardSpec(
+                index=index,
+                num_shards=self._num_shards,
+                num_workers=self._num_workers,
+                replicas=self._replicas,
+                name=self._name,
+                config=self._config,
+                options=self._options,
+                layout=layout,
+                ranges=ranges,
+            )
+            for index, ranges in enumerate(layout.cuts(self._num_shards))
+        ]
+        backend.start(specs, self._replicas)
         self._shards = ShardGroup(backend, layout, self._num_shards, self._options)
         try:
             fill(self._shards)

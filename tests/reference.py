@@ -73,46 +73,61 @@ class OneProcess:
         ranks = tuple(rank for rank, _ in counted)
         options = Options(on_nonfinite="skip", kernel="numpy")
         spec = ShardSpec(
-            0,
-            1,
-            max(0, *ranks) + 1,
-            0,
-            None,
-            self._config,
-            options,
-            self._layout,
-            self._layout.cuts(1)[0],
+            index=0,
+            num_shards=1,
+            num_workers=max(0, *ranks) + 1,
+            replicas=0,
+            name=None,
+            config=self._config,
+            options=options,
+            layout=self._layout,
+            ranges=self._layout.cuts(1)[0],
         )
         host = ShardHost(spec)
         control_state = ShardControlState(
-            0,
-            number - 1,
-            before.skipped,
-            before.clock,
-            0.0,
-            0,
-            "applied",
-            None,
-            {"runs": [], "newest": []},
+            epoch=0,
+            round=number - 1,
+            skipped=before.skipped,
+            clock=before.clock,
+            lr=0.0,
+            active=0,
+            outcome="applied",
+            rejection=None,
+            ledger={"runs": [], "newest": []},
         )
         arrays = {name: {"float32": getattr(before, name)} for name in ("params", "m", "v")}
         outside = ranks == (DIRECT,)
-        host.take_over(control_state, arrays, Reconfigure(1, ((1, (0,) if outside else ranks),)))
-        host.send(Pause("")) if outside else [host.send(Join(rank, 1)).result(0) for rank in ranks]
+        host.take_over(
+            control_state, arrays, Reconfigure(epoch=1, schedule=((1, (0,) if outside else ranks),))
+        )
+        host.send(Pause("")) if outside else [
+            host.send(Join(rank=rank, incarnation=1)).result(0) for rank in ranks
+        ]
         for rank, incarnation in counted:
             gradient = self._gradient(number, rank, incarnation, before.params)
             flat = None if gradient is None else {"float32": gradient}
             rejection = "not finite" if flat is None else None
             answer = host.send(
-                Step("", 1, number, flat, rejection)
+                Step(token="", incarnation=1, round=number, gradients=flat, rejection=rejection)
                 if outside
-                else Push(1, rank, 1, number, flat, rejection)
+                else Push(
+                    epoch=1,
+                    rank=rank,
+                    incarnation=1,
+                    round=number,
+                    gradients=flat,
+                    rejection=rejection,
+                )
             )
         measured = answer.result(0)
         if isinstance(measured, PartialNorms):
             totals = tensor_square_sums(len(self._layout.tensors), [measured.sums])
             host.send(
-                StepNorms("", totals) if outside else TotalNorms(1, ranks[0], 1, number, totals)
+                StepNorms("", totals)
+                if outside
+                else TotalNorms(
+                    epoch=1, rank=ranks[0], incarnation=1, round=number, square_sums=totals
+                )
             ).result(0)
         return state_of(host)
 

@@ -139,7 +139,9 @@ class LocalBackend(Backend):
         self._hosts = [self._make(spec) for spec in self._specs]
         for spec, host in zip(self._specs, self._hosts, strict=True):
             cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
-            host.take_over(control_state, cut, Reconfigure(epoch, control_state.schedule))
+            host.take_over(
+                control_state, cut, Reconfigure(epoch=epoch, schedule=control_state.schedule)
+            )
         for host in old:
             host.send(Retire(epoch)).result()
             host.close()

@@ -141,7 +141,10 @@ class CheckpointWriter:
 def _save(shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> str:
     with shards.boundary() as at, ExitStack() as hold:
         taken = _begin(shards, root, at.held, hold)
-        saves = {i: Save(at.token, str(taken.directory), name) for i, name in taken.names.items()}
+        saves = {
+            i: Save(token=at.token, directory=str(taken.directory), file_name=name)
+            for i, name in taken.names.items()
+        }
         try:
             records = shards.ask(saves, timeout_s=_IO_TIMEOUT_S)
             store.commit(taken.directory, _manifest(shards, taken, records, about))
@@ -157,7 +160,7 @@ def _snapshot(shards: ShardGroup, root: Directory) -> _Taken:
         with shards.boundary() as at:
             taken = _begin(shards, root, at.held, hold)
             saves = {
-                i: Save(at.token, str(taken.directory), name, behind=True)
+                i: Save(token=at.token, directory=str(taken.directory), file_name=name, behind=True)
                 for i, name in taken.names.items()
             }
             try:

@@ -100,7 +100,11 @@ class _Direct:
 
     def step(self, token: str, gradients: Flat, rejection: str | None) -> Step:
         return Step(
-            token, self.incarnation, self.round, None if rejection else gradients, rejection
+            token=token,
+            incarnation=self.incarnation,
+            round=self.round,
+            gradients=None if rejection else gradients,
+            rejection=rejection,
         )
 
 
@@ -170,7 +174,7 @@ class ShardGroup:
         """Give newly made shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
         self._begin(
-            {index: Load(1, params=cut) for index, cut in enumerate(cuts)},
+            {index: Load(epoch=1, params=cut) for index, cut in enumerate(cuts)},
             self.options.step_timeout_s,
         )
         self.backend.began(initial=params, directory=None)
@@ -181,7 +185,8 @@ class ShardGroup:
         """
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {
-            index: Load(1, str(directory), raw, tuple(left)) for index, left in enumerate(leftovers)
+            index: Load(epoch=1, directory=str(directory), manifest=raw, leftovers=tuple(left))
+            for index, left in enumerate(leftovers)
         }
         self._begin(messages, _IO_TIMEOUT_S)
         self.backend.began(initial=None, directory=parent_of(directory))
@@ -269,7 +274,9 @@ class ShardGroup:
                 )
                 self.ask(
                     {
-                        index: Write(at.token, cut, clock, at.held.epoch + 1)
+                        index: Write(
+                            token=at.token, state=cut, clock=clock, epoch=at.held.epoch + 1
+                        )
                         for index, cut in enumerate(cuts)
                     }
                 )

@@ -207,12 +207,15 @@ class WorkerSession:
     def _join(self) -> int:
         deadline = time.monotonic() + self._timeout_s
         while True:
-            answers: dict[int, Joined] = self._ask({0: Join(self.rank, process=self._process)})
+            answers: dict[int, Joined] = self._ask({0: Join(rank=self.rank, process=self._process)})
             incarnation = answers[0].incarnation
             try:
                 others = range(1, len(self._shards.ranges))
                 answers |= self._ask(
-                    {i: Join(self.rank, incarnation, process=self._process) for i in others}
+                    {
+                        i: Join(rank=self.rank, incarnation=incarnation, process=self._process)
+                        for i in others
+                    }
                 )
                 break
             except (
@@ -275,7 +278,15 @@ class WorkerSession:
                 self._reconnect()
             want = want_parameters and self.copies
             answers = self._ask(
-                self._everyone(Pull(self.rank, self._incarnation, at_least, want, epoch))
+                self._everyone(
+                    Pull(
+                        rank=self.rank,
+                        incarnation=self._incarnation,
+                        at_least=at_least,
+                        want_parameters=want,
+                        epoch=epoch,
+                    )
+                )
             )
             at_least, epoch = (
                 max(d.round for d in answers.values()),
@@ -298,13 +309,20 @@ class WorkerSession:
 
     def _send(self, push: InFlightPush) -> None:
         """Send a push to every shard; one that has counted it already says so."""
-        key, want = (
-            (push.epoch, self.rank, self._incarnation, push.round),
-            push.want_parameters and self.copies,
-        )
-        told, parts = push.rejection, push.parts(self._shards.ranges)
+        rejected = push.rejection is not None
         push.pending = self.link.post(
-            {i: Push(*key, None if told else part, told, want) for i, part in enumerate(parts)}
+            {
+                index: Push(
+                    epoch=push.epoch,
+                    rank=self.rank,
+                    incarnation=self._incarnation,
+                    round=push.round,
+                    gradients=None if rejected else part,
+                    rejection=push.rejection,
+                    want_parameters=push.want_parameters and self.copies,
+                )
+                for index, part in enumerate(push.parts(self._shards.ranges))
+            }
         )
 
     def _conclude(self, push: InFlightPush) -> dict[int, RoundResult]:
@@ -324,7 +342,12 @@ class WorkerSession:
                 self._norms_are_gone(push.round)
             want = push.want_parameters and self.copies
             norms = TotalNorms(
-                push.epoch, self.rank, self._incarnation, push.round, push.square_sums, want
+                epoch=push.epoch,
+                rank=self.rank,
+                incarnation=self._incarnation,
+                round=push.round,
+                square_sums=push.square_sums,
+                want_parameters=want,
             )
             push.pending = self.link.post(dict.fromkeys(measured, norms))
             answers = answers | self._wait(push.pending)
@@ -358,7 +381,7 @@ class WorkerSession:
             self.link.reconnect(self._shards.ranges, self._incarnation)
 
     def _known(self) -> Join:
-        return Join(self.rank, self._incarnation, process=self._process)
+        return Join(rank=self.rank, incarnation=self._incarnation, process=self._process)
 
     def _recovering(self, work: Callable[[], _T]) -> _T:
         """Do what may be done again from its beginning, as often as shards die meanwhile."""

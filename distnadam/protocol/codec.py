@@ -142,18 +142,28 @@ def _push(
     if gradients_of is None:
         raise LaneError("a push came where none is expected")
     return Push(
-        epoch,
-        rank,
-        incarnation,
-        number,
-        None if dtypes is None else gradients_of(dtypes),
-        rejection,
+        epoch=epoch,
+        rank=rank,
+        incarnation=incarnation,
+        round=number,
+        gradients=None if dtypes is None else gradients_of(dtypes),
+        rejection=rejection,
     )
 
 
 def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
     epoch, number, iterations, outcome, rejection, lr, buffer, rewound = fields
-    return RoundResult(epoch, number, iterations, outcome, rejection, lr, buffer, None, rewound)
+    return RoundResult(
+        epoch=epoch,
+        round=number,
+        iterations=iterations,
+        outcome=outcome,
+        rejection=rejection,
+        lr=lr,
+        buffer=buffer,
+        parameters=None,
+        rewound=rewound,
+    )
 
 
 def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -> DistNadamError:
@@ -170,7 +180,9 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
     "decided": _decided,
-    "norms": lambda _, *fields: TotalNorms(*fields),
+    "norms": lambda _, epoch, rank, incarnation, number, square_sums: TotalNorms(
+        epoch=epoch, rank=rank, incarnation=incarnation, round=number, square_sums=square_sums
+    ),
     "measured": lambda _, number, sums: PartialNorms(
         number, tuple((tensor, array) for tensor, array in sums)
     ),
@@ -221,17 +233,26 @@ def unpack_record(frame: bytes) -> Record:
         if kind == "reign":
             epoch, schedule, newest = fields
             return Reconfigure(
-                epoch, tuple((first, tuple(ranks)) for first, ranks in schedule), newest
+                epoch=epoch,
+                schedule=tuple((first, tuple(ranks)) for first, ranks in schedule),
+                newest=newest,
             )
         if kind == "let go":
             return DetachStandby()
         number, skipped, outcome, rejection, notes, lr, active, iterations, m_schedule = fields
         counted = {
-            rank: PushNote(incarnation, number, dtypes, why)
+            rank: PushNote(incarnation=incarnation, round=number, dtypes=dtypes, rejection=why)
             for rank, incarnation, dtypes, why in notes
         }
         return ReplicatedRound(
-            number, skipped, outcome, rejection, counted, lr, active, Clock(iterations, m_schedule)
+            round=number,
+            skipped=skipped,
+            outcome=outcome,
+            rejection=rejection,
+            counted=counted,
+            lr=lr,
+            active=active,
+            clock=Clock(iterations, m_schedule),
         )
     except (ValueError, TypeError) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

@@ -25,7 +25,7 @@ class Reserve:
     """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Save:
     """Asks the held shard to write its state to one file; answered with the file's record.
 
@@ -54,7 +54,7 @@ FileMessage = Reserve | Save | Collect
 Outcome = Literal["applied", "skipped", "refused"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Join:
     """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others
     are told it.
@@ -70,7 +70,7 @@ class Join:
     process: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PushNote:
     """A push as others speak of it: by whom, for which round, in which dtypes it lies in its
     worker's memory, or its complaint.
@@ -82,7 +82,7 @@ class PushNote:
     rejection: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Joined:
     """The worker's incarnation, the rounds that the shard has decided, and the push of a
     predecessor that it has counted or is about to.
@@ -111,7 +111,7 @@ class CompletePush:
     gradients: Flat | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Push:
     """One rank's gradients for one round, or its complaint that they are not finite.
 
@@ -139,7 +139,7 @@ class PartialNorms:
     sums: tuple[tuple[int, Array], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TotalNorms:
     """The second phase of a push: the sum of squares of each tensor of the whole model, float64 of
     shape (tensors,).
@@ -153,7 +153,7 @@ class TotalNorms:
     want_parameters: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pull:
     """Asks for the parameters once `at_least` rounds are decided, a number that was true in
     `epoch`.
@@ -182,7 +182,7 @@ class WorkerDied:
     incarnation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundResult:
     """Where a shard stands after a round: how it ended, and the parameters where they were asked
     for.
@@ -259,7 +259,7 @@ class Read:
     what: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Write:
     """Replaces arrays of the held shard, and its clock where given; the epoch rises to the one
     given, and pending pushes are refused.
@@ -279,7 +279,7 @@ class SetRate:
     lr: Rate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One step of the held shard from an already averaged gradient; answered as a push is.
 

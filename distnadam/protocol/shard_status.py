@@ -10,11 +10,11 @@ Owners = dict[int, tuple[int, str]]
 """By rank: the incarnation of its worker, and the token of that one's process."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardSpec:
     """What a shard is told once, when it is made.
 
-    `run` begins the names by which the cluster knows this optimizer's processes;
+    `run_id` begins the names by which the cluster knows this optimizer's processes;
     `layout_generation` counts how often the state was cut anew.
     """
 
@@ -27,7 +27,7 @@ class ShardSpec:
     options: Options
     layout: Layout
     ranges: Ranges
-    run: str = ""
+    run_id: str = ""
     layout_generation: int = 0
 
 
@@ -38,7 +38,7 @@ class Describe:
     spec: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Description:
     """A shard's spec and where it stands.
 

@@ -22,7 +22,7 @@ replay has the same members.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reconfigure:
     """From this epoch on: the membership, and the newest incarnation of each rank. The round in
     progress goes on.
@@ -33,7 +33,7 @@ class Reconfigure:
     newest: dict[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Load:
     """Take the state of a checkpoint, or parameters with nothing behind them; whoever waits is told
     `Rewound`.
@@ -84,7 +84,7 @@ class AbandonRank:
     incarnation: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardControlState:
     """Where a shard stands in time: what a standby, or a shard that loads, goes on from."""
 
@@ -105,7 +105,7 @@ class ShardControlState:
     highest_round: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReplicatedRound:
     """One decided round for the standby; its mean gradient, scaled and clipped, lies in memory that
     both map, or in `gradients`.

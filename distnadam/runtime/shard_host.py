@@ -314,7 +314,15 @@ class ShardHost:
         if order.directory is None:
             state.load({"params": order.params or {}})
             return ShardControlState(
-                order.epoch, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []}
+                epoch=order.epoch,
+                round=0,
+                skipped=0,
+                clock=Clock(),
+                lr=0.0,
+                active=0,
+                outcome="applied",
+                rejection=None,
+                ledger={"runs": [], "newest": []},
             )
         manifest = Manifest.from_bytes(order.manifest, order.directory)
         fill_shard(
@@ -327,15 +335,15 @@ class ShardHost:
         self._saved = parent_of(order.directory)
         clock = Clock(manifest.iterations, manifest.m_schedule)
         return ShardControlState(
-            order.epoch,
-            manifest.round,
-            manifest.skipped,
-            clock,
-            0.0,
-            0,
-            "applied",
-            None,
-            manifest.ledger,
+            epoch=order.epoch,
+            round=manifest.round,
+            skipped=manifest.skipped,
+            clock=clock,
+            lr=0.0,
+            active=0,
+            outcome="applied",
+            rejection=None,
+            ledger=manifest.ledger,
         )
 
     def _attach(self, order: AttachStandby) -> int:
@@ -348,7 +356,9 @@ class ShardHost:
         with self._lock:  # what came meanwhile was told to no standby
             self._replica = replica
             reconfigure = Reconfigure(
-                shard.epochs.now, shard.members.schedule, shard.members.ledger.newest_of_all()
+                epoch=shard.epochs.now,
+                schedule=shard.members.schedule,
+                newest=shard.members.ledger.newest_of_all(),
             )
         replica.send(reconfigure)
         return shard.round

@@ -91,7 +91,14 @@ class Shard(Machine):
             record,
             *notices,
             Answer(
-                caller, msg.Joined(incarnation, self.round, committed, member, self._is_orphaned())
+                caller,
+                msg.Joined(
+                    incarnation=incarnation,
+                    round=self.round,
+                    committed=committed,
+                    member=member,
+                    orphaned=self._is_orphaned(),
+                ),
             ),
         ]
 
@@ -127,12 +134,12 @@ class Shard(Machine):
                     "be had any more"
                 )
             push = msg.Push(
-                self.epochs.now,
-                rank,
-                note.incarnation,
-                note.round,
-                message.gradients,
-                note.rejection,
+                epoch=self.epochs.now,
+                rank=rank,
+                incarnation=note.incarnation,
+                round=note.round,
+                gradients=message.gradients,
+                rejection=note.rejection,
             )
             self._current.adopted.add(rank)
             return [*self._current.supersede(push, self.spec.index), Answer(caller, None)]
@@ -274,12 +281,12 @@ class Shard(Machine):
         self.exclusive_hold.limit(self.round + 1)
         incarnation = self.members.ledger.admit(DIRECT, message.incarnation)
         push = msg.Push(
-            self.epochs.now,
-            DIRECT,
-            incarnation,
-            self.round + 1,
-            message.gradients,
-            message.rejection,
+            epoch=self.epochs.now,
+            rank=DIRECT,
+            incarnation=incarnation,
+            round=self.round + 1,
+            gradients=message.gradients,
+            rejection=message.rejection,
         )
         self._current.pushes[DIRECT] = push
         self._current.waiting.append(Waiter(caller, DIRECT, incarnation))

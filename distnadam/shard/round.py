@@ -84,4 +84,6 @@ def note_of(push: msg.Push) -> msg.PushNote:
         if push.gradients is None
         else {space: name_of(array.dtype) for space, array in push.gradients.items()}
     )
-    return msg.PushNote(push.incarnation, push.round, dtypes, push.rejection)
+    return msg.PushNote(
+        incarnation=push.incarnation, round=push.round, dtypes=dtypes, rejection=push.rejection
+    )

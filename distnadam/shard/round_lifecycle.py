@@ -135,21 +135,21 @@ class Machine:
         """Where the shard stands, for a standby."""
         outcome, rejection = self._last
         return supervisor_messages.ShardControlState(
-            self.epochs.now,
-            self.round,
-            self.skipped,
-            self.clock,
-            self.lr,
-            self.state.active,
-            outcome,
-            rejection,
-            self.members.ledger.to_dict(),
-            self.members.schedule,
-            self.changed,
-            self.epochs.history,
-            dict(self._counted),
-            self.members.live_owners,
-            self.highest_round,
+            epoch=self.epochs.now,
+            round=self.round,
+            skipped=self.skipped,
+            clock=self.clock,
+            lr=self.lr,
+            active=self.state.active,
+            outcome=outcome,
+            rejection=rejection,
+            ledger=self.members.ledger.to_dict(),
+            schedule=self.members.schedule,
+            changed=self.changed,
+            history=self.epochs.history,
+            counted=dict(self._counted),
+            live_owners=self.members.live_owners,
+            highest_round=self.highest_round,
         )
 
     # The round
@@ -219,14 +219,14 @@ class Machine:
         ended, self._current, self.phase = self._current, Round(), Phase.COLLECTING
         counted = {rank: self._counted[rank] for rank in ended.pushes}
         record = supervisor_messages.ReplicatedRound(
-            self.round,
-            self.skipped,
-            outcome,
-            rejection,
-            counted,
-            self.lr,
-            self.state.active,
-            self.clock,
+            round=self.round,
+            skipped=self.skipped,
+            outcome=outcome,
+            rejection=rejection,
+            counted=counted,
+            lr=self.lr,
+            active=self.state.active,
+            clock=self.clock,
         )
         told = [Answer(w.caller, self._told(w, ended.pushes.get(w.rank))) for w in ended.waiting]
         return [Replicate(record), *told, *self._settle()]
@@ -392,13 +392,13 @@ class Machine:
     def _decided(self, want_parameters: bool) -> msg.RoundResult:
         outcome, rejection = self._last
         return msg.RoundResult(
-            self.epochs.now,
-            self.round,
-            self.clock.iterations,
-            outcome,
-            rejection,
-            self.lr,
-            self.state.active,
-            self.state.params if want_parameters else None,
-            self.epochs.rewound,
+            epoch=self.epochs.now,
+            round=self.round,
+            iterations=self.clock.iterations,
+            outcome=outcome,
+            rejection=rejection,
+            lr=self.lr,
+            buffer=self.state.active,
+            parameters=self.state.params if want_parameters else None,
+            rewound=self.epochs.rewound,
         )

@@ -101,7 +101,7 @@ class DecisionExecutor:
             log.warning("shard %d died; its standby takes over", index)
             cluster.processes.fence(cluster.shards[index])
             standby = cluster.standbys.pop(index)
-            reconfigure = Reconfigure(epoch, schedule, dict(cluster.newest))
+            reconfigure = Reconfigure(epoch=epoch, schedule=schedule, newest=dict(cluster.newest))
             try:
                 cluster.shards[index] = cluster.processes.promote(
                     standby, reconfigure, near=list(cluster.alive().values())
@@ -114,7 +114,9 @@ class DecisionExecutor:
         self._reconfigure(epoch, schedule)
 
     def _reconfigure(self, epoch: int, schedule: MembershipHistory) -> None:
-        self._cluster.ask_all(Reconfigure(epoch, schedule, dict(self._cluster.newest)))
+        self._cluster.ask_all(
+            Reconfigure(epoch=epoch, schedule=schedule, newest=dict(self._cluster.newest))
+        )
         self._publish(None)
 
     def _rewind(self, decision: policy.Rewind) -> None:
@@ -171,7 +173,9 @@ class DecisionExecutor:
         or a shard died, which comes first.
         """
         cluster = self._cluster
-        joins = cluster.ask_all(Join(rank, cluster.dead[rank][0] + 1, reserve=True))
+        joins = cluster.ask_all(
+            Join(rank=rank, incarnation=cluster.dead[rank][0] + 1, reserve=True)
+        )
         joined = {index: answer for index, answer in joins.items() if isinstance(answer, Joined)}
         if len(joined) < len(cluster.shards):
             return False
@@ -283,7 +287,7 @@ class DecisionExecutor:
                         "reshard: the shards could not be held between two rounds; try again"
                     )
                 old, ranges = list(cluster.shards), [spec.ranges for spec in cluster.specs]
-                order = Load(cluster.epoch + 1, newest=dict(cluster.newest))
+                order = Load(epoch=cluster.epoch + 1, newest=dict(cluster.newest))
                 for error in cluster.processes.move(_TOKEN, old, new, (ranges, cuts), order):
                     raise error
                 cluster.processes.ask(

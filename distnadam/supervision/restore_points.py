@@ -73,7 +73,7 @@ class RestorePoints:
         """
         if not isinstance(candidate, Directory):
             return {
-                i: Load(epoch, params=cut_flat(candidate, spec.ranges), **how)
+                i: Load(epoch=epoch, params=cut_flat(candidate, spec.ranges), **how)
                 for i, spec in enumerate(specs)
             }
         try:
@@ -84,6 +84,8 @@ class RestorePoints:
             return {}
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(specs))
         return {
-            i: Load(epoch, str(candidate), raw, tuple(left), **how)
+            i: Load(
+                epoch=epoch, directory=str(candidate), manifest=raw, leftovers=tuple(left), **how
+            )
             for i, left in enumerate(leftovers)
         }

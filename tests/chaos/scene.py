@@ -319,7 +319,7 @@ def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNad
         params()
     )
     workers = [optimizer.worker(rank) for rank in range(WORKERS)]
-    optimizer.shards.ask({0: Reconfigure(2, schedule)})
+    optimizer.shards.ask({0: Reconfigure(epoch=2, schedule=schedule)})
     for step in range(rounds):
         present = [workers[rank] for rank in members_of(schedule, step + 1)]
         trees = [worker.pull() for worker in present]

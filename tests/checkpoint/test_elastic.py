@@ -152,14 +152,30 @@ def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_anoth
     victim.write_bytes(content)
     layout = Layout.of(params())
     host = ShardHost(
-        ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0])
+        ShardSpec(
+            index=0,
+            num_shards=1,
+            num_workers=2,
+            replicas=0,
+            name=None,
+            config=NadamConfig(),
+            options=Options(),
+            layout=layout,
+            ranges=layout.cuts(1)[0],
+        )
     )
     with pytest.raises(CheckpointError, match=victim.name):
-        host.send(Load(1, str(bad), store.load(bad).to_bytes())).result()
-    for message in (Pull(0, 1, want_parameters=True), Push(1, 0, 1, 1, None, "none")):
+        host.send(Load(epoch=1, directory=str(bad), manifest=store.load(bad).to_bytes())).result()
+    for message in (
+        Pull(rank=0, incarnation=1, want_parameters=True),
+        Push(epoch=1, rank=0, incarnation=1, round=1, gradients=None, rejection="none"),
+    ):
         with pytest.raises(ShardLost, match="without a state, since loading failed"):
             host.send(message).result()
-    assert host.send(Load(2, str(good), store.load(good).to_bytes())).result() == 2
+    assert (
+        host.send(Load(epoch=2, directory=str(good), manifest=store.load(good).to_bytes())).result()
+        == 2
+    )
     assert all(
         np.array_equal(host._shard.state.arrays()[name][s], whole[name][s])
         for name in ARRAYS

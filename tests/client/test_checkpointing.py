@@ -217,7 +217,9 @@ def test_a_snapshot_is_only_taken_of_held_shards() -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
         shards = optimizer.shards
         with pytest.raises(IllegalMessage, match="legal only between Hold and Release"):
-            shards.ask({0: Save("nobody", "directory", "file", behind=True)})
+            shards.ask(
+                {0: Save(token="nobody", directory="directory", file_name="file", behind=True)}
+            )
         with pytest.raises(ShardLost, match="has been replaced since"):
             shards.ask({0: Collect("file")})
         shards.ask({0: Pause("me")})

@@ -46,10 +46,22 @@ SIZE = 5
 def new_host() -> ShardHost:
     layout = Layout.of({"w": np.ones(SIZE, np.float32)})
     host = ShardHost(
-        ShardSpec(0, 1, RANKS, 0, None, NadamConfig(), Options(), layout, layout.cuts(1)[0])
+        ShardSpec(
+            index=0,
+            num_shards=1,
+            num_workers=RANKS,
+            replicas=0,
+            name=None,
+            config=NadamConfig(),
+            options=Options(),
+            layout=layout,
+            ranges=layout.cuts(1)[0],
+        )
     )
     host.send(Pause("setup")).result(0)
-    host.send(Write("setup", {"params": {"float32": np.ones(SIZE, np.float32)}})).result(0)
+    host.send(
+        Write(token="setup", state={"params": {"float32": np.ones(SIZE, np.float32)}})
+    ).result(0)
     host.send(Resume("setup")).result(0)
     return host
 
@@ -90,7 +102,7 @@ class OnceAgainstAModel(RuleBasedStateMachine):
         """
         self.newest[rank] += 1
         self.pending.pop(rank, None)
-        assert self.host.send(Join(rank)).result(0).incarnation == self.newest[rank]
+        assert self.host.send(Join(rank=rank)).result(0).incarnation == self.newest[rank]
 
     @rule(
         rank=st.integers(0, RANKS - 1),
@@ -105,7 +117,13 @@ class OnceAgainstAModel(RuleBasedStateMachine):
             self.round + 1 - back,
             self.epoch - stale,
         )
-        message = Push(epoch, rank, incarnation, decided, {"float32": values(seed)})
+        message = Push(
+            epoch=epoch,
+            rank=rank,
+            incarnation=incarnation,
+            round=decided,
+            gradients={"float32": values(seed)},
+        )
         before = state_of(self.host)
         answer = self.host.send(message)
         if (rank, incarnation, decided) in self.counted:
@@ -152,7 +170,10 @@ class OnceAgainstAModel(RuleBasedStateMachine):
         self.host.send(Pause("x")).result(0)
         arrays = self.host.send(Read("x", ("params", "m", "v"))).result(0)
         self.host.send(
-            Write("x", {name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()})
+            Write(
+                token="x",
+                state={name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()},
+            )
         ).result(0)
         self.host.send(Resume("x")).result(0)
         self.epoch += 1
@@ -163,10 +184,18 @@ class OnceAgainstAModel(RuleBasedStateMachine):
     def the_state_is_that_of_each_round_counted_once(self) -> None:
         clean = new_host()
         for rank in range(RANKS):
-            clean.send(Join(rank)).result(0)
+            clean.send(Join(rank=rank)).result(0)
         for decided, pushes in enumerate(self.rounds, start=1):
             for push in pushes:
-                answer = clean.send(Push(1, push.rank, 1, decided, push.gradients))
+                answer = clean.send(
+                    Push(
+                        epoch=1,
+                        rank=push.rank,
+                        incarnation=1,
+                        round=decided,
+                        gradients=push.gradients,
+                    )
+                )
             answer.result(0)
         assert state_of(clean) == state_of(self.host)
 
@@ -180,13 +209,21 @@ TestOnce = OnceAgainstAModel.TestCase
 def test_a_push_repeated_while_it_waits_counts_once_and_both_are_answered() -> None:
     host = new_host()
     for rank in range(RANKS):
-        host.send(Join(rank)).result(0)
+        host.send(Join(rank=rank)).result(0)
     answers = [
-        host.send(Push(1, rank, 1, 1, {"float32": values(rank)})) for rank in (0, 0, 1, 1, 2)
+        host.send(
+            Push(epoch=1, rank=rank, incarnation=1, round=1, gradients={"float32": values(rank)})
+        )
+        for rank in (0, 0, 1, 1, 2)
     ]
     assert {answer.result(0).round for answer in answers} == {1}
     once = state_of(host)
-    assert host.send(Push(1, 0, 1, 1, {"float32": values(99)})).result(0).round == 1
+    assert (
+        host.send(Push(epoch=1, rank=0, incarnation=1, round=1, gradients={"float32": values(99)}))
+        .result(0)
+        .round
+        == 1
+    )
     assert state_of(host) == once
 
 
@@ -259,7 +296,12 @@ def test_a_step_from_outside_that_was_not_seen_through_holds_nobody_up() -> None
             parts = [
                 {s: np.ones(e - b, s) for s, (b, e) in ranges.items()} for ranges in shards.ranges
             ]
-            shards.ask({i: Step(at.token, 1, 1, part) for i, part in enumerate(parts)})
+            shards.ask(
+                {
+                    i: Step(token=at.token, incarnation=1, round=1, gradients=part)
+                    for i, part in enumerate(parts)
+                }
+            )
         assert optimizer.iterations == 0
         assert optimizer.apply_gradients(gradients(0, 0)) == 1
         assert optimizer.worker(0).push(gradients(1, 0)).result() == 2
@@ -303,7 +345,7 @@ def test_a_hold_that_was_given_up_does_not_take_the_gate_later() -> None:
     ) as optimizer:
         with (
             optimizer.shards.boundary(),
-            pytest.raises(StepTimeout, match=r"did not all answer Hold in 0\.2 s"),
+            pytest.raises(StepTimeout, match=r"did not all answer Pause in 0\.2 s"),
         ):
             optimizer.get_params()
         assert optimizer.get_params()

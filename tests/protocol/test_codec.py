@@ -16,9 +16,20 @@ from distnadam.protocol.messages import Leave, PartialNorms, Pull, Push, RoundRe
 
 GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
 MESSAGES: list[Any] = [
-    Push(1, 2, 3, 4, None, "worker 2: gradient 'w' is not finite"),
-    RoundResult(1, 2, 3, "applied", None, 0.002, 1),
-    RoundResult(1, 2, 3, "refused", "it is NaN", 0.0, 0),
+    Push(
+        epoch=1,
+        rank=2,
+        incarnation=3,
+        round=4,
+        gradients=None,
+        rejection="worker 2: gradient 'w' is not finite",
+    ),
+    RoundResult(
+        epoch=1, round=2, iterations=3, outcome="applied", rejection=None, lr=0.002, buffer=1
+    ),
+    RoundResult(
+        epoch=1, round=2, iterations=3, outcome="refused", rejection="it is NaN", lr=0.0, buffer=0
+    ),
     Leave(1, 2),
 ]
 
@@ -35,7 +46,10 @@ def test_a_push_says_in_which_dtypes_the_gradients_lie() -> None:
         asked.append(dtypes)
         return GRADIENTS
 
-    _, push = unpack(pack(1, Push(1, 2, 3, 4, GRADIENTS))[4:], gradients_of)
+    _, push = unpack(
+        pack(1, Push(epoch=1, rank=2, incarnation=3, round=4, gradients=GRADIENTS))[4:],
+        gradients_of,
+    )
     assert asked == [{"float32": "float16", "float64": "float64"}]
     assert push.gradients is GRADIENTS
 
@@ -47,7 +61,9 @@ def test_sums_and_norms_come_back_to_the_bit() -> None:
         (0, sums[0].tobytes()),
         (2, b""),
     ]
-    _, norms = unpack(pack(1, TotalNorms(1, 2, 3, 4, sums[0]))[4:])
+    _, norms = unpack(
+        pack(1, TotalNorms(epoch=1, rank=2, incarnation=3, round=4, square_sums=sums[0]))[4:]
+    )
     assert (norms.round, norms.square_sums.tobytes()) == (4, sums[0].tobytes())
 
 
@@ -81,4 +97,4 @@ def test_a_length_that_cannot_be_and_a_message_that_does_not_travel_are_refused(
     with pytest.raises(LaneError, match="frame of 4294967295 bytes was announced"):
         list(Frames().feed(b"\xff\xff\xff\xffx"))
     with pytest.raises(TypeError, match="Pull does not travel by lane"):
-        pack(1, Pull(0, 1))
+        pack(1, Pull(rank=0, incarnation=1))

@@ -72,13 +72,21 @@ def pair(
 ) -> tuple[ShardHost, Standby, ShardSpec]:
     options = Options(kernel=kernel, on_nonfinite="skip" if workers == 2 else "raise")  # type: ignore[arg-type]
     spec = ShardSpec(
-        0, 1, workers, 1, None, NadamConfig(**config), options, LAYOUT, LAYOUT.cuts(1)[0]
+        index=0,
+        num_shards=1,
+        num_workers=workers,
+        replicas=1,
+        name=None,
+        config=NadamConfig(**config),
+        options=options,
+        layout=LAYOUT,
+        ranges=LAYOUT.cuts(1)[0],
     )
     standby = Standby(spec)
     primary = ShardHost(spec, attach=lambda where, *told: InProcess(standby, *told))
-    primary.send(Load(1, params=INITIAL)).result(0)
+    primary.send(Load(epoch=1, params=INITIAL)).result(0)
     for rank in range(workers):
-        primary.send(Join(rank)).result(0)
+        primary.send(Join(rank=rank)).result(0)
     primary.send(AttachStandby("there")).result(0)
     return primary, standby, spec
 
@@ -97,9 +105,26 @@ def do_round(
         gradient = (
             {"float32": (10 * rng.standard_normal(SIZE)).astype(np.float32)} if finite else None
         )
-        answer = host.send(Push(epoch, rank, 1, number, gradient, None if finite else "NaN"))
+        answer = host.send(
+            Push(
+                epoch=epoch,
+                rank=rank,
+                incarnation=1,
+                round=number,
+                gradients=gradient,
+                rejection=None if finite else "NaN",
+            )
+        )
     if isinstance(measured := answer.result(0), PartialNorms):
-        host.send(TotalNorms(epoch, 0, 1, number, tensor_square_sums(2, [measured.sums]))).result(0)
+        host.send(
+            TotalNorms(
+                epoch=epoch,
+                rank=0,
+                incarnation=1,
+                round=number,
+                square_sums=tensor_square_sums(2, [measured.sums]),
+            )
+        ).result(0)
 
 
 def same(one: State, other: State) -> bool:
@@ -126,7 +151,7 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
         do_round(primary, number, number, workers=workers, finite=good)
         assert standby.reached == number
     promoted, control_state = standby.promote(
-        Reconfigure(2, ((1, tuple(range(workers))),)), ShardHost
+        Reconfigure(epoch=2, schedule=((1, tuple(range(workers))),)), ShardHost
     )
     assert same(state_of(promoted), state_of(primary))
     assert control_state.ledger == primary._shard.members.ledger.to_dict()
@@ -139,8 +164,8 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
 
 def test_it_knows_the_membership_and_the_epoch_of_the_last_reign() -> None:
     primary, standby, _ = pair()
-    primary.send(Reconfigure(5, ((1, (0, 1)), (3, (1,))), {0: 4})).result(0)
-    promoted, control_state = standby.promote(Reconfigure(0, ()), ShardHost)
+    primary.send(Reconfigure(epoch=5, schedule=((1, (0, 1)), (3, (1,))), newest={0: 4})).result(0)
+    promoted, control_state = standby.promote(Reconfigure(epoch=0, schedule=()), ShardHost)
     assert promoted._shard.members.schedule == ((1, (0, 1)), (3, (1,)))
     assert promoted._shard.members.ledger.newest(0) == 4
     assert control_state.epoch == 5 and promoted._shard.epochs.now == 6
@@ -152,12 +177,12 @@ def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str) -> N
     do_round(primary, 1, 1)
     if replaced == "written":
         primary.send(Pause("me")).result(0)
-        primary.send(Write("me", {"params": INITIAL})).result(0)
+        primary.send(Write(token="me", state={"params": INITIAL})).result(0)
     else:
-        primary.send(Load(2, params=INITIAL)).result(0)
+        primary.send(Load(epoch=2, params=INITIAL)).result(0)
     assert standby.reached is None
     with pytest.raises(IllegalMessage, match="has no state yet"):
-        standby.promote(Reconfigure(3, ()), ShardHost)
+        standby.promote(Reconfigure(epoch=3, schedule=()), ShardHost)
 
 
 def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date() -> None:
@@ -165,7 +190,19 @@ def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date
     do_round(primary, 1, 1)
     clock = primary._shard.clock
     with pytest.raises(IllegalMessage, match="standby of shard 0: expected round 2, got round 3"):
-        standby.apply(ReplicatedRound(3, 0, "applied", None, {}, 0.002, 0, clock), INITIAL)
+        standby.apply(
+            ReplicatedRound(
+                round=3,
+                skipped=0,
+                outcome="applied",
+                rejection=None,
+                counted={},
+                lr=0.002,
+                active=0,
+                clock=clock,
+            ),
+            INITIAL,
+        )
     assert standby.reached is None
 
 

@@ -182,7 +182,7 @@ def test_norms_of_a_dropped_round_clip_no_step_from_outside() -> None:
     process = scene.world.shards[0]
     process.send(Pause("outside")).result(0)
     gradients = cut_flat({"float32": np.full(SIZE, 100.0, np.float32)}, process.spec.ranges)
-    process.send(Step("outside", 1, 1, gradients))
+    process.send(Step(token="outside", incarnation=1, round=1, gradients=gradients))
     while process.work():
         pass
     assert isinstance(scene.wait_for(tickets[1])[0], ConfigError)

@@ -35,24 +35,36 @@ MEASURED = msg.PartialNorms(1, ((0, np.array([3.0])),))
 def new_shard(**config: Any) -> Shard:
     ranges = LAYOUT.cuts(1)[0]
     return Shard(
-        ShardSpec(0, 1, 2, 0, None, NadamConfig(**config), Options(), LAYOUT, ranges),
+        ShardSpec(
+            index=0,
+            num_shards=1,
+            num_workers=2,
+            replicas=0,
+            name=None,
+            config=NadamConfig(**config),
+            options=Options(),
+            layout=LAYOUT,
+            ranges=ranges,
+        ),
         ShardState.empty(ranges),
     )
 
 
 def push(rank: int, decided: int = 1, rejection: str | None = None) -> msg.Push:
-    return msg.Push(0, rank, 1, decided, GRADIENTS, rejection)
+    return msg.Push(
+        epoch=0, rank=rank, incarnation=1, round=decided, gradients=GRADIENTS, rejection=rejection
+    )
 
 
 def shard_in(phase: Phase) -> Shard:
     """A shard with two workers, held by "me", that was led to a phase by messages alone."""
     shard = new_shard(clipnorm=1.0)
     for rank in (0, 1):
-        shard.receive(msg.Join(rank), "join")
+        shard.receive(msg.Join(rank=rank), "join")
     if phase in (Phase.COLLECTING, Phase.LOADING, Phase.EMPTY):
         shard.receive(msg.Pause("me"), "hold")
         if phase is not Phase.COLLECTING:
-            shard.receive(supervisor_messages.Load(7, "directory"), "load")
+            shard.receive(supervisor_messages.Load(epoch=7, directory="directory"), "load")
         if phase is Phase.EMPTY:
             shard.computed(Work.LOAD_OR_COPY, CheckpointError("file: a bit is wrong"))
         return shard
@@ -64,7 +76,10 @@ def shard_in(phase: Phase) -> Shard:
     if phase is Phase.AWAITING_NORMS:
         shard.receive(msg.Pause("me"), "hold")
         return shard
-    shard.receive(msg.TotalNorms(0, 0, 1, 1, np.array([3.0])), "norms 0")
+    shard.receive(
+        msg.TotalNorms(epoch=0, rank=0, incarnation=1, round=1, square_sums=np.array([3.0])),
+        "norms 0",
+    )
     if phase is Phase.BROKEN:
         shard.broke(MemoryError("no room"))
     return shard
@@ -81,15 +96,17 @@ def fingerprint(shard: Shard) -> bytes:
 
 
 EXAMPLES: list[Any] = [
-    msg.Join(0),
+    msg.Join(rank=0),
     push(0),
-    msg.TotalNorms(0, 0, 1, 1, np.array([3.0])),
-    msg.Pull(0, 1),
+    msg.TotalNorms(epoch=0, rank=0, incarnation=1, round=1, square_sums=np.array([3.0])),
+    msg.Pull(rank=0, incarnation=1),
     msg.Leave(0, 1),
     msg.WorkerDied(0, 1),
-    msg.CompletePush(0, msg.PushNote(1, 1, {"float32": "float32"}), GRADIENTS),
-    supervisor_messages.Reconfigure(9, ((1, (0, 1)),)),
-    supervisor_messages.Load(9, params=GRADIENTS),
+    msg.CompletePush(
+        0, msg.PushNote(incarnation=1, round=1, dtypes={"float32": "float32"}), GRADIENTS
+    ),
+    supervisor_messages.Reconfigure(epoch=9, schedule=((1, (0, 1)),)),
+    supervisor_messages.Load(epoch=9, params=GRADIENTS),
     supervisor_messages.AttachStandby(None),
     supervisor_messages.AbandonRank(0, 1),
     supervisor_messages.Retire(9),
@@ -97,9 +114,9 @@ EXAMPLES: list[Any] = [
     msg.CatchUp("me", 1),
     msg.Resume("you"),
     msg.Read("me", ("m",)),
-    msg.Write("me", {}),
+    msg.Write(token="me", state={}),
     msg.SetRate("me", 0.1),
-    msg.Step("me", 1, 1, GRADIENTS),
+    msg.Step(token="me", incarnation=1, round=1, gradients=GRADIENTS),
     msg.StepNorms("me", np.array([3.0])),
     msg.Describe(),
 ]
@@ -133,7 +150,7 @@ def test_every_message_has_an_example() -> None:
 def test_a_round_asks_for_a_step_once_all_ranks_have_pushed_and_answers_all_of_them() -> None:
     shard = new_shard()
     for rank in (0, 1):
-        shard.receive(msg.Join(rank), None)
+        shard.receive(msg.Join(rank=rank), None)
     assert shard.receive(push(1), "one") == []
     assert shard.receive(push(0), "zero") == [Compute(Work.STEP)]
     answers = shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
@@ -151,18 +168,18 @@ def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(
 ) -> None:
     shard = new_shard()
     shard.spec = ShardSpec(
-        0,
-        1,
-        2,
-        0,
-        None,
-        NadamConfig(),
-        Options(on_nonfinite=on_nonfinite),
-        LAYOUT,
-        shard.spec.ranges,
+        index=0,
+        num_shards=1,
+        num_workers=2,
+        replicas=0,
+        name=None,
+        config=NadamConfig(),
+        options=Options(on_nonfinite=on_nonfinite),
+        layout=LAYOUT,
+        ranges=shard.spec.ranges,
     )
     for rank in (0, 1):
-        shard.receive(msg.Join(rank), None)
+        shard.receive(msg.Join(rank=rank), None)
     shard.receive(push(1, rejection="worker 1: NaN"), "one")
     answers = shard.receive(push(0, rejection="worker 0: NaN"), "zero")
     assert [(a.reply.outcome, a.reply.rejection) for a in answers if isinstance(a, Answer)] == [
@@ -174,24 +191,27 @@ def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(
 @pytest.mark.parametrize("phase", [Phase.MEASURING, Phase.AWAITING_NORMS])
 def test_a_shard_whose_norms_nobody_is_left_to_send_tells_those_who_join(phase: Phase) -> None:
     shard = shard_in(phase)
-    assert [replies(shard.receive(msg.Join(rank), "join"))[0].orphaned for rank in (0, 1)] == [
+    assert [replies(shard.receive(msg.Join(rank=rank), "join"))[0].orphaned for rank in (0, 1)] == [
         False,
         True,
     ]
-    assert not replies(shard_in(Phase.COLLECTING).receive(msg.Join(0), "join"))[0].orphaned
+    assert not replies(shard_in(Phase.COLLECTING).receive(msg.Join(rank=0), "join"))[0].orphaned
 
 
 def test_a_norm_that_overflows_refuses_the_round_and_names_the_tensor() -> None:
     shard = shard_in(Phase.MEASURING)
     shard.computed(Work.MEASURE, MEASURED)
-    answers = shard.receive(msg.TotalNorms(0, 0, 1, 1, np.array([np.inf])), "norms")
+    answers = shard.receive(
+        msg.TotalNorms(epoch=0, rank=0, incarnation=1, round=1, square_sums=np.array([np.inf])),
+        "norms",
+    )
     assert "the mean gradient of 'w' overflows" in replies(answers)[0].rejection
     assert shard.phase is Phase.COLLECTING
 
 
 def test_a_broken_shard_answers_everyone_who_waits_and_then_serves_no_one() -> None:
     shard = shard_in(Phase.STEPPING)
-    shard.receive(msg.Pull(0, 1, at_least=1), "pull")
+    shard.receive(msg.Pull(rank=0, incarnation=1, at_least=1), "pull")
     shard.receive(msg.Pause("later"), "hold")
     callers = {a.caller for a in shard.broke(MemoryError("no room")) if isinstance(a, Answer)}
     assert {"norms 0", "pull", "hold"} <= callers
@@ -202,7 +222,7 @@ def test_a_broken_shard_answers_everyone_who_waits_and_then_serves_no_one() -> N
 def test_holders_take_turns_and_rounds_wait_for_the_last_of_them() -> None:
     shard = new_shard()
     for rank in (0, 1):
-        shard.receive(msg.Join(rank), None)
+        shard.receive(msg.Join(rank=rank), None)
     assert [a.caller for a in shard.receive(msg.Pause("a"), "a")] == ["a"]  # type: ignore[union-attr]
     assert shard.receive(msg.Pause("b"), "b") == []
     shard.receive(push(0), "zero")
@@ -216,7 +236,7 @@ def test_holders_take_turns_and_rounds_wait_for_the_last_of_them() -> None:
 def test_a_holder_may_let_a_late_shard_complete_a_round() -> None:
     shard = new_shard()
     for rank in (0, 1):
-        shard.receive(msg.Join(rank), None)
+        shard.receive(msg.Join(rank=rank), None)
     shard.receive(msg.Pause("a"), "a")
     for rank in (0, 1):
         shard.receive(push(rank), f"push {rank}")
@@ -231,9 +251,9 @@ def test_only_the_holder_reads_and_writes() -> None:
     shard = shard_in(Phase.COLLECTING)
     for message in (
         msg.Read("you", ("m",)),
-        msg.Write("you", {}),
+        msg.Write(token="you", state={}),
         msg.SetRate("you", 0.1),
-        msg.Step("you", 1, 1, GRADIENTS),
+        msg.Step(token="you", incarnation=1, round=1, gradients=GRADIENTS),
         msg.CatchUp("you", 1),
     ):
         with pytest.raises(
@@ -254,7 +274,7 @@ def test_a_pause_answers_with_the_rate_that_the_next_step_uses() -> None:
 def test_a_write_refuses_the_pushes_that_wait_and_raises_the_epoch() -> None:
     shard = shard_in(Phase.COLLECTING)
     shard.receive(push(0), "zero")
-    answers = shard.receive(msg.Write("me", {}), "write")
+    answers = shard.receive(msg.Write(token="me", state={}), "write")
     assert isinstance(replies(answers)[0], StaleEpoch)
     assert shard.epochs.now == 1
     with pytest.raises(StaleEpoch, match="message of epoch 0, expected 1: the state was replaced"):
@@ -263,18 +283,26 @@ def test_a_write_refuses_the_pushes_that_wait_and_raises_the_epoch() -> None:
 
 def test_a_rank_that_does_not_exist_is_refused() -> None:
     with pytest.raises(LifecycleError, match=r"rank must be in \[0, 2\), got 2"):
-        new_shard().receive(msg.Join(2), None)
+        new_shard().receive(msg.Join(rank=2), None)
 
 
 def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come() -> None:
     shard = shard_in(Phase.AWAITING_NORMS)
     assert shard.receive(supervisor_messages.AttachStandby("standby"), "attach") == []
-    effects = shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "load")
+    effects = shard.receive(supervisor_messages.Load(epoch=9, params=GRADIENTS), "load")
     assert effects[-1] == Compute(Work.LOAD_OR_COPY) and isinstance(
         shard.order, supervisor_messages.Load
     )
     loaded = supervisor_messages.ShardControlState(
-        9, 4, 0, Clock(4, 0.9), 0.0, 0, "applied", None, {"runs": [], "newest": []}
+        epoch=9,
+        round=4,
+        skipped=0,
+        clock=Clock(4, 0.9),
+        lr=0.0,
+        active=0,
+        outcome="applied",
+        rejection=None,
+        ledger={"runs": [], "newest": []},
     )
     after = shard.computed(Work.LOAD_OR_COPY, loaded)
     assert (
@@ -286,11 +314,19 @@ def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come(
 
 def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
     shard = shard_in(Phase.STEPPING)
-    shard.receive(supervisor_messages.Load(9, params=GRADIENTS), "first")
-    shard.receive(supervisor_messages.Load(8, params=GRADIENTS), "second")
+    shard.receive(supervisor_messages.Load(epoch=9, params=GRADIENTS), "first")
+    shard.receive(supervisor_messages.Load(epoch=8, params=GRADIENTS), "second")
     shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
     loaded = supervisor_messages.ShardControlState(
-        9, 0, 0, Clock(), 0.0, 0, "applied", None, {"runs": [], "newest": []}
+        epoch=9,
+        round=0,
+        skipped=0,
+        clock=Clock(),
+        lr=0.0,
+        active=0,
+        outcome="applied",
+        rejection=None,
+        ledger={"runs": [], "newest": []},
     )
     assert isinstance(replies(shard.computed(Work.LOAD_OR_COPY, loaded))[-1], IllegalMessage)
     assert shard.phase is Phase.COLLECTING
@@ -307,9 +343,9 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
         new_shard().control_state,
         CheckpointError("file: a bit is wrong"),
     )
-    shard.receive(supervisor_messages.Load(9, "directory"), "first")
+    shard.receive(supervisor_messages.Load(epoch=9, directory="directory"), "first")
     effects = (
-        shard.receive(supervisor_messages.Load(9, "directory"), "again")
+        shard.receive(supervisor_messages.Load(epoch=9, directory="directory"), "again")
         if answered == "while it loads"
         else []
     )
@@ -318,7 +354,7 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
         refused if "failed" in answered else dataclasses.replace(control_state, round=4),
     )
     effects += (
-        shard.receive(supervisor_messages.Load(9, "directory"), "again")
+        shard.receive(supervisor_messages.Load(epoch=9, directory="directory"), "again")
         if answered != "while it loads"
         else []
     )
@@ -331,11 +367,11 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
 
 def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
     shard = shard_in(Phase.COLLECTING)
-    reconfigure = supervisor_messages.Reconfigure(3, ((1, (0,)),))
+    reconfigure = supervisor_messages.Reconfigure(epoch=3, schedule=((1, (0,)),))
     assert len(shard.receive(reconfigure, "one")) == 2
     before = fingerprint(shard)
     assert shard.receive(reconfigure, "again") == [Answer("again", 3)]
-    assert shard.receive(supervisor_messages.Reconfigure(2, ((1, (1,)),)), "older") == [
-        Answer("older", 3)
-    ]
+    assert shard.receive(
+        supervisor_messages.Reconfigure(epoch=2, schedule=((1, (1,)),)), "older"
+    ) == [Answer("older", 3)]
     assert fingerprint(shard) == before

@@ -34,19 +34,47 @@ from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.epochs import Epochs
 from distnadam.tensors.layout import Layout
 
-NOTE, OLDER = PushNote(1, 5, {"float32": "float32"}), PushNote(1, 4, {"float32": "float32"})
+NOTE, OLDER = (
+    PushNote(incarnation=1, round=5, dtypes={"float32": "float32"}),
+    PushNote(incarnation=1, round=4, dtypes={"float32": "float32"}),
+)
 LAYOUT = Layout.of({"w": np.ones(4, np.float32)})
 
 
 @pytest.mark.parametrize(
     ("joined", "adopting"),
     [
-        ([Joined(2, 4), Joined(2, 4)], []),
-        ([Joined(2, 5, NOTE), Joined(2, 4, OLDER)], [1]),
-        ([Joined(2, 4, NOTE), Joined(2, 4)], [1]),
-        ([Joined(2, 5, NOTE), Joined(2, 4, NOTE)], []),
-        ([Joined(2, 5, NOTE), Joined(2, 5, NOTE)], []),
-        ([Joined(2, 5), Joined(2, 4, NOTE), Joined(2, 4, OLDER)], [2]),
+        ([Joined(incarnation=2, round=4), Joined(incarnation=2, round=4)], []),
+        (
+            [
+                Joined(incarnation=2, round=5, committed=NOTE),
+                Joined(incarnation=2, round=4, committed=OLDER),
+            ],
+            [1],
+        ),
+        ([Joined(incarnation=2, round=4, committed=NOTE), Joined(incarnation=2, round=4)], [1]),
+        (
+            [
+                Joined(incarnation=2, round=5, committed=NOTE),
+                Joined(incarnation=2, round=4, committed=NOTE),
+            ],
+            [],
+        ),
+        (
+            [
+                Joined(incarnation=2, round=5, committed=NOTE),
+                Joined(incarnation=2, round=5, committed=NOTE),
+            ],
+            [],
+        ),
+        (
+            [
+                Joined(incarnation=2, round=5),
+                Joined(incarnation=2, round=4, committed=NOTE),
+                Joined(incarnation=2, round=4, committed=OLDER),
+            ],
+            [2],
+        ),
     ],
 )
 def test_what_one_shard_counts_is_adopted_by_those_who_have_not(
@@ -59,17 +87,33 @@ def test_what_one_shard_counts_is_adopted_by_those_who_have_not(
 
 def shard(**memory: Any) -> ShardHost:
     host = ShardHost(
-        ShardSpec(0, 1, 2, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0])
+        ShardSpec(
+            index=0,
+            num_shards=1,
+            num_workers=2,
+            replicas=0,
+            name=None,
+            config=NadamConfig(),
+            options=Options(),
+            layout=LAYOUT,
+            ranges=LAYOUT.cuts(1)[0],
+        )
     )
     for rank in (0, 1):
-        host.send(Join(rank)).result(0)
+        host.send(Join(rank=rank)).result(0)
     return host
 
 
 def push(
     rank: int, incarnation: int = 1, value: float = 1.0, epoch: int = 0, number: int = 1
 ) -> Push:
-    return Push(epoch, rank, incarnation, number, {"float32": np.full(4, value, np.float32)})
+    return Push(
+        epoch=epoch,
+        rank=rank,
+        incarnation=incarnation,
+        round=number,
+        gradients={"float32": np.full(4, value, np.float32)},
+    )
 
 
 def moment(host: ShardHost) -> float:
@@ -84,7 +128,10 @@ def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_bo
     first.send(push(1))
     first.send(push(0, value=7.0)).result(0)  # the round is applied there, and then its worker dies
     second.send(push(1))
-    joined = {i: host.send(Join(0, 2)).result(0) for i, host in enumerate((first, second))}
+    joined = {
+        i: host.send(Join(rank=0, incarnation=2)).result(0)
+        for i, host in enumerate((first, second))
+    }
     adopts = adoptions(0, joined)
     assert list(adopts) == [1]
     second.send(adopts[1]).result(0)
@@ -94,16 +141,22 @@ def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_bo
     with pytest.raises(
         IllegalMessage, match="the push of worker 1 for round 1 cannot be had any more"
     ):
-        lacking.send(CompletePush(0, PushNote(1, 1, {"float32": "float32"}))).result(0)
+        lacking.send(
+            CompletePush(0, PushNote(incarnation=1, round=1, dtypes={"float32": "float32"}))
+        ).result(0)
 
 
 def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:
     host = shard()
     old = host.send(push(0, value=7.0))
-    note = PushNote(1, 1, {"float32": "float32"})
-    assert host.send(Join(0, 2)).result(0).committed is None, "set aside: nobody counts it"
+    note = PushNote(incarnation=1, round=1, dtypes={"float32": "float32"})
+    assert host.send(Join(rank=0, incarnation=2)).result(0).committed is None, (
+        "set aside: nobody counts it"
+    )
     host.send(CompletePush(0, note)).result(0)
-    assert host.send(Join(0, 3)).result(0).committed == note, "as good as counted from here on"
+    assert host.send(Join(rank=0, incarnation=3)).result(0).committed == note, (
+        "as good as counted from here on"
+    )
     late = host.send(push(0, incarnation=3, value=9.0))
     host.send(push(1, value=7.0)).result(0)
     assert np.isclose(moment(host), 7.0 * (1 - 0.9))
@@ -117,7 +170,7 @@ def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:
 def test_a_successors_push_replaces_one_that_was_set_aside() -> None:
     host = shard()
     old = host.send(push(0, value=7.0))
-    host.send(Join(0, 2)).result(0)
+    host.send(Join(rank=0, incarnation=2)).result(0)
     host.send(push(0, incarnation=2, value=3.0))
     with pytest.raises(SupersededWorker, match="the push of worker 1 was not counted"):
         old.result(0)
@@ -127,7 +180,7 @@ def test_a_successors_push_replaces_one_that_was_set_aside() -> None:
 
 def test_giving_up_a_rank_tells_who_waits_unless_somebody_has_taken_it_over() -> None:
     host = shard()
-    host.send(Join(0, 2)).result(0)
+    host.send(Join(rank=0, incarnation=2)).result(0)
     waits = host.send(push(1))
     host.send(AbandonRank(0, 1)).result(0)
     assert not waits.done(), "it was meant for the worker before"
@@ -137,13 +190,13 @@ def test_giving_up_a_rank_tells_who_waits_unless_somebody_has_taken_it_over() ->
     ):
         waits.result(0)
     assert host.send(Describe()).result(0).given_up == (0,)
-    host.send(Join(0, 3)).result(0)
+    host.send(Join(rank=0, incarnation=3)).result(0)
     assert host.send(Describe()).result(0).given_up == ()
 
 
 def test_a_member_that_departed_is_not_waited_for_from_that_round_on() -> None:
     host = shard()
-    host.send(Reconfigure(1, ((1, (0, 1)), (2, (1,))))).result(0)
+    host.send(Reconfigure(epoch=1, schedule=((1, (0, 1)), (2, (1,))))).result(0)
     host.send(push(0, epoch=1))
     host.send(push(1, epoch=1)).result(0)
     host.send(push(1, epoch=1, number=2)).result(0)
@@ -153,12 +206,12 @@ def test_a_member_that_departed_is_not_waited_for_from_that_round_on() -> None:
 
 def test_a_pull_for_a_round_of_before_a_rewind_is_told_so() -> None:
     host = shard()
-    waits = host.send(Pull(0, 1, at_least=3))
-    host.send(Load(4, params={"float32": np.ones(4, np.float32)}, newest={0: 1})).result(0)
-    for pull in (waits, host.send(Pull(0, 1, at_least=3, epoch=0))):
+    waits = host.send(Pull(rank=0, incarnation=1, at_least=3))
+    host.send(Load(epoch=4, params={"float32": np.ones(4, np.float32)}, newest={0: 1})).result(0)
+    for pull in (waits, host.send(Pull(rank=0, incarnation=1, at_least=3, epoch=0))):
         with pytest.raises(Rewound, match="all shards went back after a death, to round 0"):
             pull.result(0)
-    assert host.send(Pull(0, 1)).result(0).round == 0
+    assert host.send(Pull(rank=0, incarnation=1)).result(0).round == 0
 
 
 def test_of_all_that_happened_since_the_gravest_is_told() -> None:
@@ -176,18 +229,18 @@ def test_of_all_that_happened_since_the_gravest_is_told() -> None:
 
 def test_a_number_that_was_given_away_is_never_given_again_though_the_state_goes_back() -> None:
     host = shard()
-    assert host.send(Join(0)).result(0).incarnation == 2
-    host.send(Load(4, params={"float32": np.ones(4, np.float32)})).result(0)
-    assert host.send(Join(0)).result(0).incarnation == 3
+    assert host.send(Join(rank=0)).result(0).incarnation == 2
+    host.send(Load(epoch=4, params={"float32": np.ones(4, np.float32)})).result(0)
+    assert host.send(Join(rank=0)).result(0).incarnation == 3
 
 
 def test_two_processes_that_were_given_one_number_by_two_shards_never_hold_the_rank_together() -> (
     None
 ):
     host = shard()
-    host.send(Join(0, 5, process="here")).result(0)
-    host.send(Join(0, 5, process="here")).result(0)
+    host.send(Join(rank=0, incarnation=5, process="here")).result(0)
+    host.send(Join(rank=0, incarnation=5, process="here")).result(0)
     with pytest.raises(SupersededWorker, match="the number 5 was given to another process too"):
-        host.send(Join(0, 5, process="there")).result(0)
-    host.send(Join(0, 5, reserve=True)).result(0)
+        host.send(Join(rank=0, incarnation=5, process="there")).result(0)
+    host.send(Join(rank=0, incarnation=5, reserve=True)).result(0)
     assert host.send(Describe()).result(0).live_owners == {0: (5, "here"), 1: (1, "")}

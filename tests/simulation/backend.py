@@ -157,7 +157,17 @@ def begin_world(
     layout = Layout.of({"w": initial})
     cuts = layout.cuts(num_shards)
     specs = [
-        ShardSpec(i, num_shards, num_workers, replicas, None, config, options, layout, cut)
+        ShardSpec(
+            index=i,
+            num_shards=num_shards,
+            num_workers=num_workers,
+            replicas=replicas,
+            name=None,
+            config=config,
+            options=options,
+            layout=layout,
+            ranges=cut,
+        )
         for i, cut in enumerate(cuts)
     ]
     world = World(specs, replicas=replicas, objects=objects)

@@ -16,17 +16,17 @@ LAYOUT = Layout.of({"w": np.zeros(5000, np.float32)})
 
 def spec(layout_generation: int, count: int, index: int = 0) -> ShardSpec:
     return ShardSpec(
-        index,
-        count,
-        1,
-        0,
-        "name",
-        NadamConfig(),
-        Options(),
-        LAYOUT,
-        LAYOUT.cuts(count)[index],
-        "run",
-        layout_generation,
+        index=index,
+        num_shards=count,
+        num_workers=1,
+        replicas=0,
+        name="name",
+        config=NadamConfig(),
+        options=Options(),
+        layout=LAYOUT,
+        ranges=LAYOUT.cuts(count)[index],
+        run_id="run",
+        layout_generation=layout_generation,
     )
 
 

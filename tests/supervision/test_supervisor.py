@@ -36,7 +36,17 @@ class Training:
     def __init__(self, options: Options = ELASTIC, num_shards: int = 2) -> None:
         cuts = LAYOUT.cuts(num_shards)
         specs = [
-            ShardSpec(i, num_shards, RANKS, 0, None, NadamConfig(), options, LAYOUT, cut)
+            ShardSpec(
+                index=i,
+                num_shards=num_shards,
+                num_workers=RANKS,
+                replicas=0,
+                name=None,
+                config=NadamConfig(),
+                options=options,
+                layout=LAYOUT,
+                ranges=cut,
+            )
             for i, cut in enumerate(cuts)
         ]
         self.world, self.options = World(specs, replicas=0), options

@@ -33,9 +33,19 @@ ARRAYS = {
 
 
 def decided(number: int) -> ReplicatedRound:
-    counted = {0: PushNote(1, number, {"float32": "float16"}), 2: PushNote(7, number, None, "NaN")}
+    counted = {
+        0: PushNote(incarnation=1, round=number, dtypes={"float32": "float16"}),
+        2: PushNote(incarnation=7, round=number, dtypes=None, rejection="NaN"),
+    }
     return ReplicatedRound(
-        number, 0, "applied", None, counted, 0.002, number % 2, Clock(number, 0.9)
+        round=number,
+        skipped=0,
+        outcome="applied",
+        rejection=None,
+        counted=counted,
+        lr=0.002,
+        active=number % 2,
+        clock=Clock(number, 0.9),
     )
 
 
@@ -145,7 +155,7 @@ def test_a_record_that_cannot_be_followed_ends_the_line_and_the_primary_sees_it(
     [
         decided(3),
         ReplicatedJoin(1, 5),
-        Reconfigure(4, ((1, (0, 1)), (9, (0,))), {0: 3}),
+        Reconfigure(epoch=4, schedule=((1, (0, 1)), (9, (0,))), newest={0: 3}),
         DetachStandby(),
     ],
 )

@@ -117,7 +117,7 @@ def make_member(
 
 def _first(spec: ShardSpec) -> int:
     """Return with which node to begin: another one for each optimizer."""
-    return zlib.crc32(spec.run.encode())
+    return zlib.crc32(spec.run_id.encode())
 
 
 def _actor_options(

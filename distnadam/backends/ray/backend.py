@@ -164,7 +164,7 @@ class RayBackend(Backend):
     def _start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """Make the supervisor and the shards; every call may be lost and is made again."""
         run, options = registry.new_run(self._name), self._options
-        self._supervisor = make_supervisor([replace(spec, run=run) for spec in specs], replicas)
+        self._supervisor = make_supervisor([replace(spec, run_id=run) for spec in specs], replicas)
         self._run = run  # from here on there is something to end
         await_start([self._supervisor], options)
         actors = retry_until_answered(self._supervisor.start.remote, timeout_s=_CONNECT_S)

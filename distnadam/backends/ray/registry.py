@@ -46,7 +46,7 @@ def label_of(spec: ShardSpec, *, standby: bool) -> str | None:
     name.
     """
     return (
-        f"{spec.run}/{spec.layout_generation}.{spec.index}{'s' * standby}-{secrets.token_hex(4)}"
+        f"{spec.run_id}/{spec.layout_generation}.{spec.index}{'s' * standby}-{secrets.token_hex(4)}"
         if spec.name is not None
         else None
     )

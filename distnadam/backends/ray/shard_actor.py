@@ -57,7 +57,7 @@ class ShardActor:
     def __init__(self, spec: ShardSpec, supervisor: Any) -> None:
         self._spec, self._supervisor = spec, supervisor
         self._executor = ThreadPoolExecutor(1, "shard")
-        self._place = registry.enter(spec.run)
+        self._place = registry.enter(spec.run_id)
         self._threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
         self._arena: Arena | None = None
         self._host: ShardHost | None = None

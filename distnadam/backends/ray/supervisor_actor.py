@@ -32,7 +32,7 @@ class SupervisorActor:
         context = ray.get_runtime_context()
         lasts_s = lease_s(specs[0].options.shard_timeout_s)
         self._processes = RayProcessManager(
-            context.current_actor, specs[0].run, factory, self._died, lasts_s
+            context.current_actor, specs[0].run_id, factory, self._died, lasts_s
         )
         self._made: list[Any] = []
         self._exporter = Exporter.start(specs[0].name, specs[0].options)

@@ -143,14 +143,24 @@ def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leav
 
 
 def test_a_shard_without_a_lease_only_reports_status_and_answers_once_it_has_one() -> None:
-    spec = ShardSpec(0, 1, 1, 0, None, NadamConfig(), Options(), LAYOUT, LAYOUT.cuts(1)[0])
+    spec = ShardSpec(
+        index=0,
+        num_shards=1,
+        num_workers=1,
+        replicas=0,
+        name=None,
+        config=NadamConfig(),
+        options=Options(),
+        layout=LAYOUT,
+        ranges=LAYOUT.cuts(1)[0],
+    )
     may = [True]
     host = ShardHost(spec, may=lambda: may[0])
-    host.send(Load(1, params={"float32": np.ones(10, np.float32)})).result(0)
-    host.send(Join(0)).result(0)
+    host.send(Load(epoch=1, params={"float32": np.ones(10, np.float32)})).result(0)
+    host.send(Join(rank=0)).result(0)
     may[0] = False
     gradients = {"float32": np.ones(10, np.float32)}
-    decided = host.send(Push(1, 0, 1, 1, gradients))
+    decided = host.send(Push(epoch=1, rank=0, incarnation=1, round=1, gradients=gradients))
     assert host.send(Describe()).result(0).round == 0, "no round was begun"
     assert not decided.done()
     host.resume()
