@@ -386,13 +386,13 @@ class DistNadam:
         """Return the ranks whose worker died and that nobody has taken over yet, with the number of
         the worker that died.
         """
-        return self.shards.backend.lost_ranks()
+        return self.shards.backend.supervisor.lost_ranks()
 
     def team(self, make: Callable[[int], Any]) -> WorkerGroup:
         """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor
         otherwise: the workers of `fit`.
         """
-        return self.shards.backend.team(self._num_workers, make, self._options)
+        return self.shards.backend.worker_group(self._num_workers, make, self._options)
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards, between two steps; training waits only for the

@@ -76,7 +76,7 @@ class Worker:
     def _buffer(self) -> GradientBuffer:
         check = self._shards.options.check_gradients
         return GradientBuffer(
-            self._layout, f"worker {self.rank}", self._session.link.gradients, check=check
+            self._layout, f"worker {self.rank}", self._session.channel.gradients, check=check
         )
 
     @property
@@ -84,7 +84,7 @@ class Worker:
         """One view of own memory, or of both buffers that are shared with the shards; made anew
         where those moved.
         """
-        shared = self._session.link.parameters
+        shared = self._session.channel.parameters
         if not self._viewed[1] or self._viewed[0] is not shared:
             views = (
                 [ParameterView(self._layout)]
@@ -259,12 +259,14 @@ class Worker:
         """Return where this worker's pushes and pulls are counted while the shards are reached as
         they are now.
         """
-        wiring, flat = self._session.link.wiring, self._buffer.flat
-        if self._traffic[0] is not wiring or self._traffic[1] is not flat:
+        routes, flat = self._session.channel.routes, self._buffer.flat
+        if self._traffic[0] is not routes or self._traffic[1] is not flat:
             traffic = (
-                Traffic({}, {}) if wiring is None else Traffic.of(wiring.ranges, wiring.lanes, flat)
+                Traffic({}, {})
+                if routes is None
+                else Traffic.of(routes.ranges, routes.shared, flat)
             )
-            self._traffic = (wiring, flat, traffic)
+            self._traffic = (routes, flat, traffic)
             if self._meter is not None:
                 self._meter.traffic.append(traffic)
         return self._traffic[2]

@@ -1,15 +1,16 @@
-"""The seam between those who talk to shards and where the shards live. Nothing here knows which it
-is.
+"""The seam between an optimizer's clients and the place where its shards live.
+
+Clients see a `Backend` and cannot tell whether the shards are objects of this process, Ray actors,
+or a simulation. It has two parts: `ShardTransport` reaches the shards, `SupervisorClient` reaches
+what watches over them. Nothing here knows a protocol, a process or Ray.
 """
 
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distnadam.config import Options
-from distnadam.errors import Unrecoverable
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Message, Push, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order
@@ -33,192 +34,199 @@ class Pending(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """What each shard holds, and which of them share memory with a worker."""
+    """What each shard holds, and the indices of the shards that share memory with a worker."""
 
     ranges: list[Ranges]
-    lanes: frozenset[int]
+    shared: frozenset[int]
 
 
 class WorkerChannel(ABC):
-    """One worker's way to all shards.
+    """One worker's connection to all shards.
 
-    `gradients` is the memory that the worker writes its gradients into; `parameters` are both
-    buffers of the whole model's parameters where the worker shares them with every shard, else
-    None, and answers bring what was asked for. `wiring` is another object whenever a shard is
-    reached in another way; None where nothing moves.
+    `gradients` is the memory that the worker writes its gradients into. `parameters` are both
+    buffers of the whole model's parameters if the worker shares them with every shard; if None,
+    answers carry the parameters. `routes` is a new object whenever a shard is reached in another
+    way; None if bytes never move.
     """
 
     gradients: Flat
     parameters: tuple[Flat, Flat] | None = None
-    wiring: Routes | None = None
+    routes: Routes | None = None
 
     @abstractmethod
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
-        """Send each shard its push or norms, without waiting; a push's gradients are views of
-        `gradients`.
+        """Send each shard its push or norms without waiting.
+
+        A push's gradients are views of `gradients`.
         """
 
+    @abstractmethod
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
-        """Follow the shards to where they are now, and to what each holds now, as that worker; the
-        memory stays where it is.
+        """Connect to the shards where they are now, as that incarnation of the worker.
+
+        `ranges` is what each shard holds now. `gradients` stays the same memory.
         """
-        return
 
     @abstractmethod
     def close(self) -> None:
-        """Let go; views of the memory stay good."""
+        """Release the connections; views of the memory stay valid."""
 
 
 class WorkerGroup(ABC):
-    """Objects that compute beside the shards, one per rank, called by the name of a method."""
+    """One object per rank, each in a thread or process of its own, called by a method's name."""
 
     @abstractmethod
     def call(self, rank: int, method: str, *args: Any) -> None:
-        """Call a method of one member, without waiting."""
+        """Call a method of one member without waiting."""
 
     @abstractmethod
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """Return the ranks whose calls have ended, with what they returned or raised, waiting so
-        long for a first one.
-        """
+        """Wait up to `timeout_s` for a call to end; return (rank, value or error) of each ended."""
 
     @abstractmethod
     def replace(self, rank: int) -> None:
-        """End a member where its process is one, and make a new one in its place; its call is
-        forgotten.
-        """
+        """End a member's process, if it has one, drop its call and start a new member."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the members; to be called after the shards they wait for have gone or answered."""
+        """End all members; call this once no member waits for a shard any more."""
 
 
-class Backend(ABC):
-    """All shards of one optimizer."""
-
-    name: str
-
-    @property
-    def meter(self) -> Meter | None:
-        """Where this process counts what it does for the optimizer; None where nobody would see
-        it.
-        """
-        return None
-
-    def token(self) -> str:
-        """Return a new token to hold the shards by; where processes die, it tells a supervisor
-        whose it is.
-        """
-        return secrets.token_hex(8)
-
-    @abstractmethod
-    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
-        """Make the shards; raise a ClusterError where they cannot be had, leaving none behind."""
-
-    def began(self, *, initial: Flat | None, directory: str | None) -> None:
-        """Take that the shards have their state, and what they can go back to: these parameters, or
-        a checkpoint.
-        """
-        return
-
-    def await_recovery(self, timeout_s: float) -> None:
-        """Wait until a dead shard is replaced, and reach the new one from then on.
-
-        Raises:
-            Unrecoverable: it cannot be, by default: where nothing recovers, nothing dies by itself.
-            StepTimeout: it was not in time.
-        """
-        raise Unrecoverable("the shards of this process cannot be replaced")
-
-    def refresh(self) -> None:
-        """Learn where the shards are now, without waiting for anything."""
-        return
+class ShardTransport(ABC):
+    """Sends messages to the shards, at the addresses that this process knows."""
 
     @property
     @abstractmethod
     def num_shards(self) -> int:
-        """How many shards there are, as far as this process knows."""
-
-    def hosts(self) -> list[str]:
-        """Return where each shard runs, in words."""
-        return ["this process"] * self.num_shards
-
-    def standbys(self) -> dict[int, str]:
-        """Return where the standbys run, in words, by the index of their shard; one that is there
-        may be yet to be filled.
-        """
-        return {}
-
-    @abstractmethod
-    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
-        """Have so many shards hold these ranges from the next round on, in place of the present
-        ones.
-
-        Raises:
-            ClusterError: they cannot be had; the present ones go on.
-        """
+        """The number of shards that this process knows of."""
 
     @property
+    @abstractmethod
     def version(self) -> int:
-        """A number that grows whenever the shards are reached in another way, or went back."""
-        return 0
-
-    def wait_if_moved(self, version: int) -> bool:
-        """Look whether that number has grown."""
-        return False
-
-    def report_cannot_complete(self) -> None:
-        """Say that shards stand at different rounds, and this caller cannot help."""
-        return
-
-    def changing(self, what: str) -> None:
-        """Say, before it is done, that the state is replaced from outside, which no replay from a
-        checkpoint would repeat.
-        """
-        return
-
-    def changes(self) -> int:
-        """Return a number that is another one after every `changing`; it belongs to a state while
-        the shards are held.
-        """
-        return 0
-
-    def saved(self, root: str, changes: int) -> None:
-        """Say that a checkpoint is complete under this directory, of a state that had that number
-        of changes.
-        """
-        return
-
-    def lost_ranks(self) -> dict[int, int]:
-        """Return the ranks whose worker died and that nobody has taken over, with the incarnation
-        that died.
-        """
-        return {}
+        """A number that grows when this process learns that shards moved or went back."""
 
     @abstractmethod
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
-        """Send each shard its message, without waiting."""
+        """Send each shard, by index, its message without waiting.
+
+        Raises:
+            Reconfigured: an index is not below `num_shards`.
+            LifecycleError: the shards cannot be reached from this process any more.
+        """
 
     @abstractmethod
-    def link(
+    def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
-        """Return the way that a worker which has joined talks to the shards."""
+        """Return the channel of a worker that has joined all shards."""
 
-    def require_open(self) -> None:
-        """Raise LifecycleError where the shards cannot be reached from this process any more; by
-        default a post tells.
+    @abstractmethod
+    def refresh(self) -> None:
+        """Learn where the shards are now; waits for no recovery."""
+
+    @abstractmethod
+    def await_recovery(self, timeout_s: float) -> None:
+        """Have dead shards replaced, wait for it, and reach the new ones from then on.
+
+        Returns after the supervisor has looked, even if it found every shard alive.
+
+        Raises:
+            Unrecoverable: the shards cannot be recovered.
+            StepTimeout: recovery took longer than `timeout_s`.
         """
-        return
+
+    @abstractmethod
+    def wait_if_moved(self, version: int) -> bool:
+        """Await a recovery, for up to `step_timeout_s`; return whether `version` is outdated.
+
+        Raises:
+            Unrecoverable, StepTimeout: as `await_recovery`.
+        """
+
+    @abstractmethod
+    def require_open(self) -> None:
+        """Raise LifecycleError if the shards cannot be reached from this process any more."""
+
+    @abstractmethod
+    def new_token(self) -> str:
+        """Return a new token for holding the shards; a supervisor can tell that its owner died."""
+
+
+class SupervisorClient(ABC):
+    """Reaches what recovers and reshards the shards; every call is idempotent."""
+
+    @abstractmethod
+    def started(self, *, initial: Flat | None, directory: str | None) -> None:
+        """Report that the shards have their state: these parameters, or a checkpoint there.
+
+        From now on the supervisor watches, and can go back to it.
+        """
+
+    @abstractmethod
+    def report_cannot_complete(self) -> None:
+        """Report that shards stand at different rounds and this caller cannot bring them level."""
+
+    @abstractmethod
+    def state_replaced(self, what: str) -> None:
+        """Report, before it happens, that a client replaces state; `what` says which.
+
+        Going back to an older checkpoint and replaying the steps would lose it.
+        """
+
+    @abstractmethod
+    def generation(self) -> int:
+        """Return a number that every `state_replaced` changes; fixed while all shards are held."""
+
+    @abstractmethod
+    def checkpoint_saved(self, root: str, generation: int) -> None:
+        """Report a complete checkpoint under `root`, of a state of that generation."""
+
+    @abstractmethod
+    def lost_ranks(self) -> dict[int, int]:
+        """Return the dead incarnation of each rank whose worker died and was not replaced."""
+
+    @abstractmethod
+    def reshard(self, cuts: Sequence[Ranges]) -> None:
+        """Have `len(cuts)` shards hold these ranges from the next round on.
+
+        The caller's transport learns of the new shards by `ShardTransport.refresh`.
+
+        Raises:
+            ClusterError: the new shards could not be started or filled; the former ones are kept.
+        """
+
+
+class Backend(ABC):
+    """The shards of one optimizer: their start and end, and the two ways to reach them."""
+
+    name: str
+    transport: ShardTransport
+    supervisor: SupervisorClient
+
+    @property
+    @abstractmethod
+    def meter(self) -> Meter | None:
+        """Where this process counts what it does for the optimizer; None if nothing exports it."""
+
+    @abstractmethod
+    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
+        """Start the shards, without state; raise ClusterError, and leave none, if it fails."""
+
+    @abstractmethod
+    def hosts(self) -> list[str]:
+        """Return where each shard runs, in words."""
+
+    @abstractmethod
+    def standbys(self) -> dict[int, str]:
+        """Return where each standby runs, in words, by its shard's index; it may be unfilled."""
+
+    @abstractmethod
+    def worker_group(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
+        """Start `size` objects `make(rank)`, each able to compute while the others do.
+
+        `options` say what resources each asks for.
+        """
 
     @abstractmethod
     def close(self, *, destroy: bool) -> None:
-        """Let go of the shards; with `destroy`, end them, so that everyone who waits for one gets
-        an error.
-        """
-
-    @abstractmethod
-    def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
-        """Make `size` objects by `make(rank)`, each where it can compute without the others' leave;
-        `options` say what each asks for.
-        """
+        """Release the shards; with `destroy` end them, so that every waiting call fails."""

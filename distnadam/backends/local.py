@@ -3,16 +3,26 @@ parameters are shared. No Ray.
 """
 
 import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
-from distnadam.backends.base import Backend, Pending, WorkerChannel, WorkerGroup
+from typing_extensions import override
+
+from distnadam.backends.base import (
+    Backend,
+    Pending,
+    ShardTransport,
+    SupervisorClient,
+    WorkerChannel,
+    WorkerGroup,
+)
 from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.config import Options
-from distnadam.errors import Reconfigured
-from distnadam.metrics.meter import state_bytes
+from distnadam.errors import Reconfigured, Unrecoverable
+from distnadam.metrics.meter import Meter, state_bytes
 from distnadam.protocol.messages import CatchUp, Message, Pause, Push, Read, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order, Reconfigure, Retire
 from distnadam.runtime.shard_host import ShardHost
@@ -26,8 +36,8 @@ class LocalPending(Pending):
     def __init__(self, futures: dict[int, Future[Any]]) -> None:
         self._futures = futures
 
+    @override
     def result(self, timeout_s: float) -> dict[int, Any]:
-        """See `Pending.result`."""
         done, late = wait(self._futures.values(), timeout=timeout_s, return_when=FIRST_EXCEPTION)
         for future in self._futures.values():
             if future in done and (error := future.exception()) is not None:
@@ -38,115 +48,66 @@ class LocalPending(Pending):
 
 
 class LocalWorkerChannel(WorkerChannel):
-    """This process's memory: the shards read gradients where the worker wrote them, the worker
+    """This process's memory: shards read gradients where the worker wrote them, and the worker
     reads the shards' parameters.
     """
 
-    def __init__(self, backend: "LocalBackend", layout: Layout) -> None:
-        self._backend = backend
-        self.gradients, self.parameters = empty_flat(layout.sizes), backend.parameters
+    def __init__(self, transport: "LocalTransport", layout: Layout) -> None:
+        self._transport = transport
+        self.gradients = empty_flat(layout.sizes)
+        self.parameters = transport.parameters
 
+    @override
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
-        """See `WorkerChannel.post`."""
-        return self._backend.post(messages)
+        return self._transport.post(messages)
 
+    @override
+    def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
+        """Do nothing: the memory is the same wherever it is cut."""
+
+    @override
     def close(self) -> None:
-        """See `WorkerChannel.close`."""
+        """Do nothing: the garbage collector frees the memory."""
 
 
 class LocalWorkerGroup(WorkerGroup):
-    """Threads of this process; a member that is replaced goes on until its own call returns."""
+    """Threads of this process; a member that is replaced runs on until its own call returns."""
 
     def __init__(self, size: int, make: Callable[[int], Any]) -> None:
-        self._make, self._members = make, {rank: make(rank) for rank in range(size)}
+        self._make = make
+        self._members = {rank: make(rank) for rank in range(size)}
         self._pool = ThreadPoolExecutor(size, "worker")
         self._calls: dict[Future[Any], int] = {}
 
+    @override
     def call(self, rank: int, method: str, *args: Any) -> None:
-        """See `WorkerGroup.call`."""
         self._calls[self._pool.submit(getattr(self._members[rank], method), *args)] = rank
 
+    @override
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """See `WorkerGroup.results`."""
         done, _ = wait(self._calls, timeout=timeout_s, return_when=FIRST_COMPLETED)
         return [(self._calls.pop(future), future.exception() or future.result()) for future in done]
 
+    @override
     def replace(self, rank: int) -> None:
-        """See `WorkerGroup.replace`."""
         self._calls = {future: r for future, r in self._calls.items() if r != rank}
         self._members[rank] = self._make(rank)
 
+    @override
     def close(self) -> None:
-        """See `WorkerGroup.close`."""
         self._pool.shutdown()
 
 
-class LocalBackend(Backend):
-    """Hosts in this process; the last worker to push a round steps the shard in its own thread,
-    with more threads to help.
-    """
-
-    name = "local"
+class LocalTransport(ShardTransport):
+    """The shards' hosts, called directly; nothing moves, and nothing dies by itself."""
 
     def __init__(self) -> None:
-        self._hosts: list[ShardHost] = []
-        self._specs: list[ShardSpec] = []
+        self.hosts: list[ShardHost] = []
+        self.specs: list[ShardSpec] = []
         self.parameters: tuple[Flat, Flat] = ({}, {})
 
-    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
-        """See `Backend.start`; standbys in the same process would die with it, so there are
-        none.
-        """
-        sizes = specs[0].layout.sizes
-        with memory_for("two buffers of the model's parameters"):
-            self.parameters = (zeros_flat(sizes), zeros_flat(sizes))
-        self._specs = list(specs)
-        self._hosts = [self._make(spec) for spec in specs]
-
-    def post(self, messages: Mapping[int, Message | Order]) -> Pending:
-        """See `Backend.post`."""
-        hosts = self._hosts
-        if any(index >= len(hosts) for index in messages):
-            raise Reconfigured(f"there are {len(hosts)} shards now; look again")
-        return LocalPending(
-            {index: hosts[index].send(message) for index, message in messages.items()}
-        )
-
-    @property
-    def num_shards(self) -> int:
-        """See `Backend.num_shards`."""
-        return len(self._hosts)
-
-    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
-        """See `Backend.reshard`; the parameters stay where they are."""
-        old, token = self._hosts, "reshard"
-        held = [host.send(Pause(token)).result() for host in old]
-        newest = max(answer.round for answer in held)
-        for host, answer in zip(old, held, strict=True):
-            if answer.round < newest:
-                host.send(CatchUp(token, newest)).result()
-        control_state, epoch = old[0].control_state, max(answer.epoch for answer in held) + 1
-        arrays = [host.send(Read(token, ARRAYS)).result() for host in old]
-        whole = {name: empty_flat(self._specs[0].layout.sizes) for name in ARRAYS}
-        for spec, parts in zip(self._specs, arrays, strict=True):
-            for name, flat in parts.items():
-                for space, (begin, end) in spec.ranges.items():
-                    whole[name][space][begin:end] = flat[space]
-        self._specs = [
-            replace(self._specs[0], index=i, num_shards=num_shards, ranges=ranges)
-            for i, ranges in enumerate(cuts)
-        ]
-        self._hosts = [self._make(spec) for spec in self._specs]
-        for spec, host in zip(self._specs, self._hosts, strict=True):
-            cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
-            host.take_over(
-                control_state, cut, Reconfigure(epoch=epoch, schedule=control_state.schedule)
-            )
-        for host in old:
-            host.send(Retire(epoch)).result()
-            host.close()
-
-    def _make(self, spec: ShardSpec) -> ShardHost:
+    def make_host(self, spec: ShardSpec) -> ShardHost:
+        """Return a new host, whose parameter buffers are views of `parameters`."""
         first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
         with memory_for(f"shard {spec.index}: its state of {state_bytes(spec.ranges)} bytes"):
             return ShardHost(
@@ -155,18 +116,155 @@ class LocalBackend(Backend):
                 threads=spec.options.threads or len(os.sched_getaffinity(0)),
             )
 
-    def link(
+    @property
+    @override
+    def num_shards(self) -> int:
+        return len(self.hosts)
+
+    @property
+    @override
+    def version(self) -> int:
+        return 0
+
+    @override
+    def post(self, messages: Mapping[int, Message | Order]) -> Pending:
+        hosts = self.hosts
+        if any(index >= len(hosts) for index in messages):
+            raise Reconfigured(f"there are {len(hosts)} shards now; look again")
+        return LocalPending(
+            {index: hosts[index].send(message) for index, message in messages.items()}
+        )
+
+    @override
+    def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
-        """See `Backend.link`."""
         return LocalWorkerChannel(self, layout)
 
-    def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
-        """See `Backend.team`; threads ask for nothing."""
+    @override
+    def refresh(self) -> None:
+        """Do nothing: `hosts` is always the present ones."""
+
+    @override
+    def await_recovery(self, timeout_s: float) -> None:
+        raise Unrecoverable("the shards of this process cannot be replaced")
+
+    @override
+    def wait_if_moved(self, version: int) -> bool:
+        return False
+
+    @override
+    def require_open(self) -> None:
+        """Do nothing: the answer to a post says whether its host was closed."""
+
+    @override
+    def new_token(self) -> str:
+        return secrets.token_hex(8)
+
+
+class LocalSupervisorClient(SupervisorClient):
+    """Reshards the shards of this process; with no recovery there is nothing else to keep."""
+
+    def __init__(self, transport: LocalTransport) -> None:
+        self._transport = transport
+
+    @override
+    def started(self, *, initial: Flat | None, directory: str | None) -> None:
+        """Do nothing: shards of this process never go back."""
+
+    @override
+    def report_cannot_complete(self) -> None:
+        """Do nothing: the caller's error ends the run."""
+
+    @override
+    def state_replaced(self, what: str) -> None:
+        """Do nothing: shards of this process never go back."""
+
+    @override
+    def generation(self) -> int:
+        return 0
+
+    @override
+    def checkpoint_saved(self, root: str, generation: int) -> None:
+        """Do nothing: shards of this process never go back."""
+
+    @override
+    def lost_ranks(self) -> dict[int, int]:
+        return {}
+
+    @override
+    def reshard(self, cuts: Sequence[Ranges]) -> None:
+        shards = self._transport
+        old, specs, token = shards.hosts, shards.specs, "reshard"
+        held = [host.send(Pause(token)).result() for host in old]
+        newest = max(answer.round for answer in held)
+        for host, answer in zip(old, held, strict=True):
+            if answer.round < newest:
+                host.send(CatchUp(token, newest)).result()
+        control_state, epoch = old[0].control_state, max(answer.epoch for answer in held) + 1
+        arrays = [host.send(Read(token, ARRAYS)).result() for host in old]
+        whole = {name: empty_flat(specs[0].layout.sizes) for name in ARRAYS}
+        for spec, parts in zip(specs, arrays, strict=True):
+            for name, flat in parts.items():
+                for space, (begin, end) in spec.ranges.items():
+                    whole[name][space][begin:end] = flat[space]
+        shards.specs = [
+            replace(specs[0], index=i, num_shards=len(cuts), ranges=ranges)
+            for i, ranges in enumerate(cuts)
+        ]
+        shards.hosts = [shards.make_host(spec) for spec in shards.specs]
+        for spec, host in zip(shards.specs, shards.hosts, strict=True):
+            cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
+            host.take_over(
+                control_state, cut, Reconfigure(epoch=epoch, schedule=control_state.schedule)
+            )
+        for host in old:
+            host.send(Retire(epoch)).result()
+            host.close()
+
+
+class LocalBackend(Backend):
+    """Hosts in this process.
+
+    The last worker to push a round steps the shard in its own thread, with more threads to help.
+    """
+
+    name = "local"
+    transport: LocalTransport
+    supervisor: LocalSupervisorClient
+
+    def __init__(self) -> None:
+        self.transport = LocalTransport()
+        self.supervisor = LocalSupervisorClient(self.transport)
+
+    @property
+    @override
+    def meter(self) -> Meter | None:
+        return None
+
+    @override
+    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
+        """Make the hosts; standbys in this process would die with it, so there are none."""
+        sizes = specs[0].layout.sizes
+        with memory_for("two buffers of the model's parameters"):
+            self.transport.parameters = (zeros_flat(sizes), zeros_flat(sizes))
+        self.transport.specs = list(specs)
+        self.transport.hosts = [self.transport.make_host(spec) for spec in specs]
+
+    @override
+    def hosts(self) -> list[str]:
+        return ["this process"] * self.transport.num_shards
+
+    @override
+    def standbys(self) -> dict[int, str]:
+        return {}
+
+    @override
+    def worker_group(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
         return LocalWorkerGroup(size, make)
 
+    @override
     def close(self, *, destroy: bool) -> None:
-        """See `Backend.close`."""
         if destroy:
-            for host in self._hosts:
+            for host in self.transport.hosts:
                 host.close()

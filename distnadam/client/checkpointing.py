@@ -80,7 +80,7 @@ class _Taken:
     save_id: str
     names: dict[int, str]
     held: Paused
-    changes: int
+    generation: int
     hold: ExitStack
 
 
@@ -151,7 +151,7 @@ def _save(shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> str:
         except BaseException:
             store.discard_partial(taken.directory, taken.save_id)
             raise
-        shards.backend.saved(taken.root, taken.changes)
+        shards.backend.supervisor.checkpoint_saved(taken.root, taken.generation)
         return str(taken.directory)
 
 
@@ -177,7 +177,9 @@ def _begin(shards: ShardGroup, root: Directory, held: Paused, hold: ExitStack) -
     hold.enter_context(store.writing(directory))
     count = len(shards.ranges)
     names = {i: store.shard_file_name(i, count, save_id) for i in range(count)}
-    return _Taken(str(root), directory, save_id, names, held, shards.backend.changes(), hold)
+    return _Taken(
+        str(root), directory, save_id, names, held, shards.backend.supervisor.generation(), hold
+    )
 
 
 def _write_behind(
@@ -220,7 +222,7 @@ def _collect(shards: ShardGroup, taken: _Taken, about: Mapping[str, Any]) -> Non
     collects = {i: Collect(name) for i, name in taken.names.items()}
     records = shards.ask(collects, timeout_s=_IO_TIMEOUT_S)
     store.commit(taken.directory, _manifest(shards, taken, records, about))
-    shards.backend.saved(taken.root, taken.changes)
+    shards.backend.supervisor.checkpoint_saved(taken.root, taken.generation)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ class ShardGroup:
     @property
     def ranges(self) -> list[Ranges]:
         """What each shard holds, by how many there are now."""
-        count = self.backend.num_shards
+        count = self.backend.transport.num_shards
         if count not in self._cuts:
             self._cuts[count] = self.layout.cuts(count)
         return self._cuts[count]
@@ -155,7 +155,10 @@ class ShardGroup:
         """Say, for an error, which shards do not answer, and which ranks have not pushed for the
         round after `decided`.
         """
-        asked = {shard: self.backend.post({shard: Describe()}) for shard in range(len(self.ranges))}
+        asked = {
+            shard: self.backend.transport.post({shard: Describe()})
+            for shard in range(len(self.ranges))
+        }
         deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
         for shard, pending in asked.items():
             try:
@@ -177,7 +180,7 @@ class ShardGroup:
             {index: Load(epoch=1, params=cut) for index, cut in enumerate(cuts)},
             self.options.step_timeout_s,
         )
-        self.backend.began(initial=params, directory=None)
+        self.backend.supervisor.started(initial=params, directory=None)
 
     def restore(self, directory: Directory, manifest: Manifest) -> None:
         """Load a checkpoint into newly made shards, each reading its own ranges, every byte of
@@ -189,7 +192,7 @@ class ShardGroup:
             for index, left in enumerate(leftovers)
         }
         self._begin(messages, _IO_TIMEOUT_S)
-        self.backend.began(initial=None, directory=parent_of(directory))
+        self.backend.supervisor.started(initial=None, directory=parent_of(directory))
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
         """Have newly made shards load; where a call was lost, it is made again, and a shard that
@@ -211,7 +214,7 @@ class ShardGroup:
         """Hold all shards between two rounds, the same two everywhere, but for those that lack a
         step which the caller gives them again.
         """
-        token = self.backend.token()
+        token = self.backend.transport.new_token()
         try:
             held = self.ask({0: Pause(token)})
             held |= self.ask({index: Pause(token) for index in range(1, len(self.ranges))})
@@ -225,7 +228,9 @@ class ShardGroup:
             yield Boundary(token, replace(newest, pending=tuple(sorted(pending))))
         finally:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
-                self.backend.post({index: Resume(token) for index in range(len(self.ranges))})
+                self.backend.transport.post(
+                    {index: Resume(token) for index in range(len(self.ranges))}
+                )
 
     def knows_rewound(self, rewound: int) -> None:
         """Take that the user of this handle, or of a worker made of it, was told that the shards
@@ -267,7 +272,9 @@ class ShardGroup:
 
         def write() -> None:
             with self.boundary() as at:
-                self.backend.changing(f"the state was replaced after round {at.held.round}")
+                self.backend.supervisor.state_replaced(
+                    f"the state was replaced after round {at.held.round}"
+                )
                 cuts = (
                     {name: cut_flat(flat, ranges) for name, flat in state.items()}
                     for ranges in self.ranges
@@ -288,7 +295,9 @@ class ShardGroup:
 
         def write() -> None:
             with self.boundary() as at:
-                self.backend.changing(f"the learning rate was replaced after round {at.held.round}")
+                self.backend.supervisor.state_replaced(
+                    f"the learning rate was replaced after round {at.held.round}"
+                )
                 self.ask(self._everyone(SetRate(at.token, lr)))
 
         self.recovering(write)
@@ -331,8 +340,13 @@ class ShardGroup:
         """Cut the state anew into so many shards between two rounds; whoever waits for a round goes
         on with the new ones.
         """
-        if num_shards != self.backend.num_shards:
-            self.recovering(lambda: self.backend.reshard(num_shards, self.layout.cuts(num_shards)))
+
+        def move() -> None:
+            self.backend.supervisor.reshard(self.layout.cuts(num_shards))
+            self.backend.transport.refresh()
+
+        if num_shards != self.backend.transport.num_shards:
+            self.recovering(move)
 
     def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
         """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
@@ -351,18 +365,18 @@ class ShardGroup:
         it, meanwhile.
         """
         while True:
-            version = self.backend.version
+            version = self.backend.transport.version
             try:
                 return work()
             except Rewound as error:
                 self.knows_rewound(error.epoch)  # a shard may have told it
                 raise
             except ShardLost:
-                self.backend.await_recovery(self.options.step_timeout_s)
+                self.backend.transport.await_recovery(self.options.step_timeout_s)
             except Reconfigured:
-                self.backend.refresh()
+                self.backend.transport.refresh()
             except IllegalMessage:
-                if not self.backend.wait_if_moved(version):
+                if not self.backend.transport.wait_if_moved(version):
                     raise
 
     def ask(
@@ -375,7 +389,7 @@ class ShardGroup:
             return {}
         timeout_s = self.options.step_timeout_s if timeout_s is None else timeout_s
         try:
-            return self.backend.post(messages).result(timeout_s)
+            return self.backend.transport.post(messages).result(timeout_s)
         except TimeoutError as error:
             kind = type(next(iter(messages.values()))).__name__
             raise StepTimeout(

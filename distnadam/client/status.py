@@ -101,10 +101,12 @@ class RunningOptimizer:
         )
 
     def _ask(self) -> tuple[list[Description], list[ShardStatus]]:
-        backend, told, shards = self._backend, list[Description](), list[ShardStatus]()
-        backend.refresh()
+        backend, transport = self._backend, self._backend.transport
+        told, shards = list[Description](), list[ShardStatus]()
+        transport.refresh()
         asked = {
-            index: backend.post({index: Describe(spec=True)}) for index in range(backend.num_shards)
+            index: transport.post({index: Describe(spec=True)})
+            for index in range(transport.num_shards)
         }
         standbys = backend.standbys() if self._spec.replicas else {}
         deadline = time.monotonic() + ANSWER_S

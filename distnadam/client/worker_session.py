@@ -72,34 +72,38 @@ class WorkerSession:
 
     def __init__(self, shards: ShardGroup, rank: int) -> None:
         self.rank, self._shards = rank, shards
-        self._backend, self._layout = shards.backend, shards.layout
+        self._transport = shards.backend.transport
+        self._supervisor = shards.backend.supervisor
+        self._layout = shards.layout
         self._timeout_s = shards.options.step_timeout_s
         self.epoch = self.round = self._reached = -1
         self.buffer = 0
         self._rewound: int | None = None
-        self._process = self._backend.token()
+        self._process = self._transport.new_token()
         self._incarnation = self._recovering(self._join)
 
     @cached_property
-    def link(self) -> WorkerChannel:
+    def channel(self) -> WorkerChannel:
         """Made at first use, so that a worker which only travels to another process takes no memory
         here.
         """
-        self._reached = self._backend.version  # before: what is newer is looked at again
-        return self._backend.link(self._layout, self._shards.ranges, self.rank, self._incarnation)
+        self._reached = self._transport.version  # before: what is newer is looked at again
+        return self._transport.open_channel(
+            self._layout, self._shards.ranges, self.rank, self._incarnation
+        )
 
     @property
     def copies(self) -> bool:
         """Whether parameters are brought by answers, since not every shard shares its memory."""
-        return self.link.parameters is None
+        return self.channel.parameters is None
 
     def leave(self) -> None:
         """Depart after a whole step; views of the memory stay good."""
         try:
             self._ask(self._everyone(Leave(self.rank, self._incarnation)))
         finally:
-            if "link" in self.__dict__:
-                self.link.close()
+            if "channel" in self.__dict__:
+                self.channel.close()
 
     def pull(self, *, want_parameters: bool) -> dict[int, RoundResult]:
         """Ask every shard where it stands until all stand at one round, and take that as this
@@ -165,14 +169,14 @@ class WorkerSession:
                     # rank
                 ):
                     self._await(deadline, f"round {push.round} was not decided: {error}")
-                self._backend.refresh()
+                self._transport.refresh()
                 self._rejoin()
             except Rewound as error:
                 self._rewound = max(self._rewound or 0, error.epoch)
                 raise
             except ShardLost:
                 push.pending = None
-                self._backend.await_recovery(self._timeout_s)
+                self._transport.await_recovery(self._timeout_s)
                 self._rejoin()
             except BaseException:
                 push.pending = None  # a Ctrl-C may leave its answers half heard
@@ -251,7 +255,7 @@ class WorkerSession:
         try:
             self._ask(dict(adopts))
         except IllegalMessage as error:
-            self._backend.report_cannot_complete()
+            self._supervisor.report_cannot_complete()
             raise ShardLost(f"{error}; all shards must go back") from error
 
     def _await_admission(self) -> None:
@@ -310,7 +314,7 @@ class WorkerSession:
     def _send(self, push: InFlightPush) -> None:
         """Send a push to every shard; one that has counted it already says so."""
         rejected = push.rejection is not None
-        push.pending = self.link.post(
+        push.pending = self.channel.post(
             {
                 index: Push(
                     epoch=push.epoch,
@@ -349,7 +353,7 @@ class WorkerSession:
                 square_sums=push.square_sums,
                 want_parameters=want,
             )
-            push.pending = self.link.post(dict.fromkeys(measured, norms))
+            push.pending = self.channel.post(dict.fromkeys(measured, norms))
             answers = answers | self._wait(push.pending)
         return answers
 
@@ -357,7 +361,7 @@ class WorkerSession:
         """Have all go back: a round was applied by some shards, and nobody has the norms that the
         others need.
         """
-        self._backend.report_cannot_complete()
+        self._supervisor.report_cannot_complete()
         raise ShardLost(
             f"worker {self.rank}: the norms of round {number} went with who had them; all must go "
             "back"
@@ -372,13 +376,13 @@ class WorkerSession:
 
     def _is_elsewhere(self) -> bool:
         """Whether the shards, as far as this process has heard, are not where its lanes lead."""
-        return "link" in self.__dict__ and self._reached != self._backend.version
+        return "channel" in self.__dict__ and self._reached != self._transport.version
 
     def _reconnect(self) -> None:
         """Reach the shards where they are now."""
-        if "link" in self.__dict__:
-            self._reached = self._backend.version
-            self.link.reconnect(self._shards.ranges, self._incarnation)
+        if "channel" in self.__dict__:
+            self._reached = self._transport.version
+            self.channel.reconnect(self._shards.ranges, self._incarnation)
 
     def _known(self) -> Join:
         return Join(rank=self.rank, incarnation=self._incarnation, process=self._process)
@@ -389,9 +393,9 @@ class WorkerSession:
             try:
                 return work()
             except ShardLost:
-                self._backend.await_recovery(self._timeout_s)
+                self._transport.await_recovery(self._timeout_s)
             except Reconfigured:
-                self._backend.refresh()
+                self._transport.refresh()
             except Rewound:
                 raise  # this rank has not been told yet
             except StaleEpoch:
@@ -431,7 +435,7 @@ class WorkerSession:
         return dict.fromkeys(range(len(self._shards.ranges)), message)
 
     def _ask(self, messages: dict[int, Message]) -> dict[int, Any]:
-        return self._wait(self._backend.post(messages)) if messages else {}
+        return self._wait(self._transport.post(messages)) if messages else {}
 
     def _wait(self, pending: Pending) -> dict[int, Any]:
         try:

@@ -136,7 +136,7 @@ class Scene:
         while True:
             try:
                 return ray.get(
-                    self.optimizer.shards.backend._supervisor.__ray_call__.remote(what),
+                    self.optimizer.shards.backend.supervisor.actor.__ray_call__.remote(what),
                     timeout=PATIENCE_S,
                 )  # type: ignore[attr-defined]
             except (RayActorError, ActorUnavailableError):
@@ -228,7 +228,7 @@ class Scene:
 
     def _diagnosis(self) -> str:
         try:
-            self.optimizer.shards.backend.refresh()
+            self.optimizer.shards.backend.transport.refresh()
             return str(
                 ray.get(
                     [a.send.remote(Describe()) for a in self.optimizer.shards.backend.actors],

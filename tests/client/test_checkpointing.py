@@ -188,7 +188,7 @@ def test_nobody_else_writes_that_checkpoint_meanwhile(gate: ExclusiveHold, tmp_p
 def test_the_memory_for_snapshots_is_kept(tmp_path: Path) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         optimizer.save(tmp_path, wait=False).result()
-        hosts = optimizer.shards.backend._hosts  # type: ignore[attr-defined]
+        hosts = optimizer.shards.backend.transport.hosts  # type: ignore[attr-defined]
         before = [h._behind._kept["m"]["float32"].ctypes.data for h in hosts]
         optimizer.apply_gradients(params())
         optimizer.save(tmp_path, wait=False).result()
@@ -199,7 +199,7 @@ def test_a_change_after_the_snapshot_is_not_taken_for_saved(
     gate: ExclusiveHold, tmp_path: Path
 ) -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
-        shard = optimizer.shards.backend._hosts[0]._shard  # type: ignore[attr-defined]
+        shard = optimizer.shards.backend.transport.hosts[0]._shard  # type: ignore[attr-defined]
         optimizer.set_params(params(1))
         saving = optimizer.save(tmp_path, wait=False)
         optimizer.set_params(params(2))

@@ -60,7 +60,7 @@ with grouped.build({"w": np.ones(9000, np.float32)}) as optimizer:
     workers = []
     while len(workers) < 2:
         workers += [node for _, node in team.results(1.0)]
-    supervisor = ray.get(optimizer.shards.backend._supervisor.about.remote())["node"]
+    supervisor = ray.get(optimizer.shards.backend.supervisor.actor.about.remote())["node"]
     supervisor = supervisor.partition("id ")[2][:12]
     team.close()
 told = {

@@ -79,7 +79,7 @@ def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
         backend: Any = optimizer.shards.backend
         nodes = [
             ray.get(actor.about.remote())["node"].split()[0]
-            for actor in (backend.actors[0], backend._supervisor)
+            for actor in (backend.actors[0], backend.supervisor.actor)
         ]
         if (nodes[0] == nodes[1]) == about["together"]:
             return optimizer, nodes[0], nodes[1]

@@ -48,7 +48,11 @@ class Say(Callback):
 def _running() -> ShardGroup:
     """The shards of the optimizer that `fit` has at the moment."""
     found = [each for each in gc.get_objects() if isinstance(each, ShardGroup)]
-    return next(each for each in found if not getattr(each.backend, "_closed", False))
+    return next(
+        each
+        for each in found
+        if not (isinstance(each.backend, RayBackend) and each.backend.supervisor.closed)
+    )
 
 
 def hosts_of(backend: Any) -> list[str]:

@@ -69,14 +69,15 @@ def test_ray_bits_are_the_local_ones(
         num_shards=num_shards, num_workers=2, backend="ray", options=options, **CLIPS[clip]
     ).build(params()) as optimizer:
         if mixed:  # as if every other shard were on another node
-            backend: Any = optimizer.shards.backend
+            transport: Any = optimizer.shards.backend.transport
+            shard_map = transport.shard_map
             moved = [
-                dataclasses.replace(hired, place=dataclasses.replace(hired.place, node="elsewhere"))
-                if hired.index % 2 == 0
-                else hired
-                for hired in backend._roster.shards
+                dataclasses.replace(shard, place=dataclasses.replace(shard.place, node="elsewhere"))
+                if shard.index % 2 == 0
+                else shard
+                for shard in shard_map.shards
             ]
-            backend._roster = dataclasses.replace(backend._roster, shards=tuple(moved))
+            transport.shard_map = dataclasses.replace(shard_map, shards=tuple(moved))
         run(optimizer, 0, STEPS)
         assert bits(optimizer) == reference(CLIPS[clip])
 

@@ -2,14 +2,25 @@
 work instead.
 """
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from distnadam.backends.base import Backend, Pending, WorkerChannel, WorkerGroup
+from typing_extensions import override
+
+from distnadam.backends.base import (
+    Backend,
+    Pending,
+    ShardTransport,
+    SupervisorClient,
+    WorkerChannel,
+    WorkerGroup,
+)
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
-from distnadam.errors import DistNadamError
+from distnadam.errors import DistNadamError, Reconfigured
+from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import ShardSpec, Step, StepNorms
 from distnadam.supervision.shard_map import require_alive
 from distnadam.tensors.arrays import Flat, empty_flat
@@ -21,6 +32,7 @@ class _WorldPending(Pending):
     def __init__(self, world: World, futures: dict[int, Future[Any]]) -> None:
         self._world, self._futures = world, futures
 
+    @override
     def result(self, timeout_s: float) -> dict[int, Any]:
         while True:
             for future in self._futures.values():
@@ -32,25 +44,24 @@ class _WorldPending(Pending):
                 raise TimeoutError
 
 
-class _WorldLink(WorkerChannel):
+class _WorldChannel(WorkerChannel):
     def __init__(
-        self, backend: "WorldBackend", layout: Layout, rank: int, incarnation: int
+        self, transport: "_WorldTransport", layout: Layout, rank: int, incarnation: int
     ) -> None:
-        self._backend, self.gradients, self.parameters, world = (
-            backend,
-            empty_flat(layout.sizes),
-            None,
-            backend.world,
-        )
-        world.memories[rank, incarnation], self._known = self.gradients, (rank, incarnation)
+        self._transport = transport
+        self._known = (rank, incarnation)
+        self.gradients = empty_flat(layout.sizes)
+        transport.world.memories[self._known] = self.gradients
 
+    @override
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
-        memories, known = self._backend.world.memories, self._known
+        memories, known = self._transport.world.memories, self._known
         memories[known[0], incarnation] = memories.pop(known)
         self._known = known[0], incarnation
 
+    @override
     def post(self, messages: Mapping[int, Any]) -> Pending:
-        world, shards = self._backend.world, self._backend._shard_map.shards
+        world, shards = self._transport.world, self._transport.shard_map.shards
         return _WorldPending(
             world,
             {
@@ -59,69 +70,36 @@ class _WorldLink(WorkerChannel):
             },
         )
 
+    @override
     def close(self) -> None:
         pass
 
 
-class WorldBackend(Backend):
-    """The seam to a world's shards; each copy has its own idea of where they are."""
-
-    name = "world"
+class _WorldTransport(ShardTransport):
+    """Messages to a world's shards; each copy has its own idea of where they are."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._shard_map = world.supervisor._publisher.now
-
-    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
-        pass
-
-    def began(self, *, initial: Flat | None, directory: str | None) -> None:
-        self.world.supervisor._source.begin(initial, directory)
-
-    def await_recovery(self, timeout_s: float) -> None:
-        self.world._posts += 1
-        assert self.world._posts < LIVELOCK
-        self.world.look()
-        self._shard_map = require_alive(self.world.supervisor._publisher.now)
-
-    def refresh(self) -> None:
-        self._shard_map = require_alive(self.world.supervisor._publisher.now)
+        self.shard_map = world.supervisor._publisher.now
 
     @property
+    @override
     def num_shards(self) -> int:
-        return len(self._shard_map.shards)
-
-    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
-        done = self.world.supervisor.reshard(num_shards, cuts)
-        self.world.look()
-        done.result()
-        self.refresh()
+        return len(self.shard_map.shards)
 
     @property
+    @override
     def version(self) -> int:
-        return self._shard_map.version
+        return self.shard_map.version
 
-    def wait_if_moved(self, version: int) -> bool:
-        self.await_recovery(0)
-        return self._shard_map.version > version
-
-    def report_cannot_complete(self) -> None:
-        self.world.supervisor.notice("stuck", -1, 0)
-
-    def changes(self) -> int:
-        return self.world.supervisor.changes()
-
-    def saved(self, root: str, changes: int) -> None:
-        self.world.supervisor.saved(root, changes)
-
-    def changing(self, what: str) -> None:
-        self.world.supervisor.changing(what)
-
+    @override
     def post(self, messages: Mapping[int, Any]) -> Pending:
+        shards = self.shard_map.shards
+        if any(index >= len(shards) for index in messages):
+            raise Reconfigured(f"there are {len(shards)} shards now; look again")
         self.world.work()
         return _WorldPending(
-            self.world,
-            {i: self._send(self._shard_map.shards[i].handle, m) for i, m in messages.items()},
+            self.world, {i: self._send(shards[i].handle, m) for i, m in messages.items()}
         )
 
     def _send(self, process: Process, message: Any) -> Future[Any]:
@@ -131,14 +109,103 @@ class WorldBackend(Backend):
             else process.send(message)
         )
 
-    def link(
+    @override
+    def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
-        return _WorldLink(self, layout, rank, incarnation)
+        return _WorldChannel(self, layout, rank, incarnation)
 
-    def team(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
-        raise DistNadamError("there are no teams here")
+    @override
+    def refresh(self) -> None:
+        self.shard_map = require_alive(self.world.supervisor._publisher.now)
 
+    @override
+    def await_recovery(self, timeout_s: float) -> None:
+        self.world._posts += 1
+        assert self.world._posts < LIVELOCK
+        self.world.look()
+        self.refresh()
+
+    @override
+    def wait_if_moved(self, version: int) -> bool:
+        self.await_recovery(0)
+        return self.shard_map.version > version
+
+    @override
+    def require_open(self) -> None:
+        pass
+
+    @override
+    def new_token(self) -> str:
+        return secrets.token_hex(8)
+
+
+class _WorldSupervisorClient(SupervisorClient):
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    @override
+    def started(self, *, initial: Flat | None, directory: str | None) -> None:
+        self._world.supervisor._source.begin(initial, directory)
+
+    @override
+    def report_cannot_complete(self) -> None:
+        self._world.supervisor.notice("stuck", -1, 0)
+
+    @override
+    def state_replaced(self, what: str) -> None:
+        self._world.supervisor.changing(what)
+
+    @override
+    def generation(self) -> int:
+        return self._world.supervisor.changes()
+
+    @override
+    def checkpoint_saved(self, root: str, generation: int) -> None:
+        self._world.supervisor.saved(root, generation)
+
+    @override
+    def lost_ranks(self) -> dict[int, int]:
+        return self._world.supervisor.lost_ranks()
+
+    @override
+    def reshard(self, cuts: Sequence[Ranges]) -> None:
+        done = self._world.supervisor.reshard(len(cuts), cuts)
+        self._world.look()
+        done.result()
+
+
+class WorldBackend(Backend):
+    """The seam to a world's shards, which the world has started already."""
+
+    name = "world"
+
+    def __init__(self, world: World) -> None:
+        self.transport = _WorldTransport(world)
+        self.supervisor = _WorldSupervisorClient(world)
+
+    @property
+    @override
+    def meter(self) -> Meter | None:
+        return None
+
+    @override
+    def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
+        pass
+
+    @override
+    def hosts(self) -> list[str]:
+        return ["this world"] * self.transport.num_shards
+
+    @override
+    def standbys(self) -> dict[int, str]:
+        return dict.fromkeys(self.transport.world.standbys, "this world")
+
+    @override
+    def worker_group(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
+        raise DistNadamError("a simulated world has no worker groups")
+
+    @override
     def close(self, *, destroy: bool) -> None:
         pass
 

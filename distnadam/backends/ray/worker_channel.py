@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from distnadam.backends.base import Backend, Pending, Routes, WorkerChannel
+from distnadam.backends.base import Pending, Routes, ShardTransport, WorkerChannel
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.messages import Push, RoundResult, TotalNorms
@@ -30,7 +30,7 @@ class RayWorkerChannel(WorkerChannel):
     """Lanes to the shards of this worker's node, Ray objects to all others.
 
     Args:
-        backend: where Ray objects go.
+        transport: sends Ray objects.
         places_now: returns where the shards are, none where no lanes are wanted.
         layout: the model's.
         ranges: what each shard holds.
@@ -41,7 +41,7 @@ class RayWorkerChannel(WorkerChannel):
 
     def __init__(
         self,
-        backend: Backend,
+        transport: ShardTransport,
         places_now: Callable[[], list[ProcessAddress]],
         layout: Layout,
         ranges: list[Ranges],
@@ -49,7 +49,12 @@ class RayWorkerChannel(WorkerChannel):
         rank: int,
         incarnation: int,
     ) -> None:
-        self._backend, self._places_now, self._node, self._rank = backend, places_now, node, rank
+        self._transport, self._places_now, self._node, self._rank = (
+            transport,
+            places_now,
+            node,
+            rank,
+        )
         self._lanes: ShmClient | None = None
         self._places: list[ProcessAddress] = []
         self.parameters = None
@@ -79,7 +84,7 @@ class RayWorkerChannel(WorkerChannel):
         others = [shard for shard in range(len(ranges)) if shard not in by_lane]
         told = "worker %d: shards %s by shared memory (same node), shards %s by Ray objects"
         log.info(told, self._rank, by_lane or "none", others or "none")
-        self.wiring = Routes(ranges, frozenset(by_lane))
+        self.routes = Routes(ranges, frozenset(by_lane))
         if not by_lane and "gradients" not in self.__dict__:
             self._lanes = None
         self.parameters = None
@@ -116,13 +121,13 @@ class RayWorkerChannel(WorkerChannel):
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
         """See `WorkerChannel.post`."""
         if self._lanes is None:
-            return self._backend.post(messages)
-        self._backend.require_open()
+            return self._transport.post(messages)
+        self._transport.require_open()
         by_lane = {i: m for i, m in messages.items() if i in self._lanes}
         number = self._lanes.post(by_lane) if by_lane else 0
         others = {i: m for i, m in messages.items() if i not in by_lane}
         return RayChannelPending(
-            self._lanes, number, by_lane, self._backend.post(others) if others else None
+            self._lanes, number, by_lane, self._transport.post(others) if others else None
         )
 
     def close(self) -> None:

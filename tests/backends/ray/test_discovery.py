@@ -60,7 +60,7 @@ def backend_of(optimizer: DistNadam) -> RayBackend:
 
 
 def supervisor_of(optimizer: DistNadam) -> int:
-    return int(backend_of(optimizer)._call("about", timeout_s=60.0)["pid"])
+    return backend_of(optimizer).supervisor.process_id()
 
 
 def processes_of(name: str) -> set[tuple[int, str]]:

@@ -41,8 +41,8 @@ def lose(
     """Have the next message of a kind reach some shards only, and its caller hear an error; return
     where it says whom it did not reach.
     """
-    backend, lost = optimizer.shards.backend, list[list[int]]()
-    post = backend.post
+    transport, lost = optimizer.shards.backend.transport, list[list[int]]()
+    post = transport.post
 
     def lossy(messages: Mapping[int, Any]) -> Pending:
         if lost or not isinstance(next(iter(messages.values())), kind):
@@ -52,7 +52,7 @@ def lose(
             post({index: message for index, message in messages.items() if reached(index)}), error
         )
 
-    backend.post = lossy  # type: ignore[method-assign]
+    transport.post = lossy  # type: ignore[method-assign]
     return lost
 
 

@@ -1,0 +1,108 @@
+"""Messages to the shards of a Ray cluster, by the newest shard map that this process has."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import ray
+from typing_extensions import override
+
+from distnadam.backends.base import Pending, ShardTransport, WorkerChannel
+from distnadam.backends.ray.address import ProcessAddress
+from distnadam.backends.ray.calls import RayPending, retry_in_background
+from distnadam.backends.ray.processes import process_token
+from distnadam.backends.ray.supervisor_client import RaySupervisorClient
+from distnadam.backends.ray.worker_channel import RayWorkerChannel
+from distnadam.config import Options
+from distnadam.errors import Reconfigured
+from distnadam.protocol.messages import Message, Resume
+from distnadam.protocol.supervisor_messages import Order
+from distnadam.supervision.shard_map import ShardMap, require_alive
+from distnadam.tensors.layout import Layout, Ranges
+
+
+class RayShardTransport(ShardTransport):
+    """The shards' actors.
+
+    Args:
+        supervisor: says where the shards are.
+        shard_map: where they are now.
+        options: the optimizer's.
+    """
+
+    def __init__(
+        self, supervisor: RaySupervisorClient, shard_map: ShardMap, options: Options
+    ) -> None:
+        self._supervisor = supervisor
+        self.shard_map = shard_map
+        self._options = options
+
+    @property
+    def actors(self) -> list[Any]:
+        """The shards' actors, in order."""
+        return [process.handle for process in self.shard_map.shards]
+
+    @property
+    def places(self) -> list[ProcessAddress]:
+        """Where the shards are, in order."""
+        return [process.place for process in self.shard_map.shards]
+
+    @property
+    @override
+    def num_shards(self) -> int:
+        return len(self.shard_map.shards)
+
+    @property
+    @override
+    def version(self) -> int:
+        return self.shard_map.version
+
+    @override
+    def require_open(self) -> None:
+        self._supervisor.require_open()
+
+    @override
+    def post(self, messages: Mapping[int, Message | Order]) -> Pending:
+        self.require_open()
+        shards = self.shard_map.shards
+        if any(index >= len(shards) for index in messages):
+            raise Reconfigured(f"there are {len(shards)} shards now; look again")
+        calls = {
+            index: partial(shards[index].handle.send.remote, message)
+            for index, message in messages.items()
+        }
+        if messages and all(isinstance(message, Resume) for message in messages.values()):
+            for call in calls.values():  # one that is lost would hold the shard until a timeout
+                retry_in_background(call)
+            return RayPending({}, "shard")
+        return RayPending({index: call() for index, call in calls.items()}, "shard")
+
+    @override
+    def open_channel(
+        self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
+    ) -> WorkerChannel:
+        self.require_open()
+        node = ray.get_runtime_context().get_node_id()
+        shared = self._options.transport == "auto"
+        return RayWorkerChannel(
+            self, lambda: self.places if shared else [], layout, ranges, node, rank, incarnation
+        )
+
+    @override
+    def refresh(self) -> None:
+        self.shard_map = require_alive(self._supervisor.shard_map())
+
+    @override
+    def await_recovery(self, timeout_s: float) -> None:
+        self.shard_map = require_alive(
+            self._supervisor.recovered_shard_map(self.shard_map.version, timeout_s=timeout_s)
+        )
+
+    @override
+    def wait_if_moved(self, version: int) -> bool:
+        self.await_recovery(self._options.step_timeout_s)
+        return self.shard_map.version > version
+
+    @override
+    def new_token(self) -> str:
+        return process_token()

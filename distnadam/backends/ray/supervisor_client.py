@@ -1,0 +1,158 @@
+"""Calls to the supervisor's actor, one typed method each.
+
+Every call is idempotent and is repeated while Ray loses it. Only this module knows the names of the
+actor's methods.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayTaskError,
+)
+from typing_extensions import override
+
+from distnadam.backends.base import SupervisorClient
+from distnadam.backends.ray.calls import own, require_ray, retry_until_answered
+from distnadam.backends.ray.names import is_named
+from distnadam.errors import LifecycleError, StepTimeout, Unrecoverable
+from distnadam.protocol.messages import ShardSpec
+from distnadam.supervision.shard_map import ShardMap
+from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Ranges
+
+_ANSWER_S = 60.0
+_RETRY_S = 0.2
+_OPEN_S = 600.0
+_RESHARD_S = 3600.0
+
+
+class RaySupervisorClient(SupervisorClient):
+    """The supervisor's actor, as one process calls it; `closed` once this process released it.
+
+    Args:
+        actor: its handle.
+        name: the optimizer's name, under which Ray restarts the actor; None without one.
+        retain_initial: whether the supervisor wants the first parameters.
+    """
+
+    def __init__(self, actor: Any, name: str | None, *, retain_initial: bool = True) -> None:
+        self.actor = actor
+        self._name = name
+        self._retain_initial = retain_initial
+        self.closed = False
+
+    def detach(self) -> None:
+        """Refuse every later call of this process."""
+        self.closed = True
+
+    def require_open(self) -> None:
+        """Raise LifecycleError if this process closed its handle or shut Ray down."""
+        if self.closed:
+            raise LifecycleError("the optimizer was closed in this process")
+        require_ray()
+
+    def start_shards(self) -> list[Any]:
+        """Create the shards' actors and return their handles; they may not have started yet."""
+        handles: list[Any] = retry_until_answered(self.actor.start.remote, timeout_s=_ANSWER_S)
+        return handles
+
+    def open_shards(self) -> ShardMap:
+        """Have the started shards get their memory and serve; return where they are."""
+        shard_map: ShardMap = retry_until_answered(self.actor.open.remote, timeout_s=_OPEN_S)
+        return shard_map
+
+    def specs(self) -> list[ShardSpec]:
+        """Return the shards' specs."""
+        specs: list[ShardSpec] = self._ask("specs", self.actor.specs.remote)
+        return specs
+
+    def shard_map(self) -> ShardMap:
+        """Return where the shards are."""
+        shard_map: ShardMap = self._ask("shard_map", lambda: self.actor.shard_map.remote(0))
+        return shard_map
+
+    def recovered_shard_map(self, newer_than: int, *, timeout_s: float) -> ShardMap:
+        """Return a map newer than that version, or the present one once all shards were checked."""
+        shard_map: ShardMap = self._ask(
+            "shard_map",
+            lambda: self.actor.shard_map.remote(newer_than, suspect=True),
+            timeout_s=timeout_s,
+        )
+        return shard_map
+
+    def standby_nodes(self) -> dict[int, str]:
+        """Return the Ray node of each standby by its shard's index."""
+        nodes: dict[int, str] = self._ask("about", self.actor.about.remote)["standbys"]
+        return nodes
+
+    def process_id(self) -> int:
+        """Return the process id of the supervisor that answers now."""
+        return int(self._ask("about", self.actor.about.remote)["pid"])
+
+    @override
+    def started(self, *, initial: Flat | None, directory: str | None) -> None:
+        arrays: list[Any] = []
+        if initial is not None and self._retain_initial:
+            arrays = [initial[space] for space in sorted(initial)]
+        self._ask("begin", lambda: self.actor.begin.remote(directory, *arrays))
+
+    @override
+    def report_cannot_complete(self) -> None:
+        self._ask("notice", lambda: self.actor.notice.remote("stuck", -1, 0))
+
+    @override
+    def state_replaced(self, what: str) -> None:
+        self._ask("changing", lambda: self.actor.changing.remote(what))
+
+    @override
+    def generation(self) -> int:
+        generation: int = self._ask("changes", self.actor.changes.remote)
+        return generation
+
+    @override
+    def checkpoint_saved(self, root: str, generation: int) -> None:
+        self._ask("saved", lambda: self.actor.saved.remote(root, generation))
+
+    @override
+    def lost_ranks(self) -> dict[int, int]:
+        lost: dict[int, int] = self._ask("lost_ranks", self.actor.lost_ranks.remote)
+        return lost
+
+    @override
+    def reshard(self, cuts: Sequence[Ranges]) -> None:
+        self._ask(
+            "reshard", lambda: self.actor.reshard.remote(len(cuts), cuts), timeout_s=_RESHARD_S
+        )
+
+    def _ask(self, what: str, call: Callable[[], Any], *, timeout_s: float = _ANSWER_S) -> Any:
+        """Return the answer; wait for a named supervisor that died, since Ray restarts it."""
+        self.require_open()
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return ray.get(call(), timeout=max(0.0, deadline - time.monotonic()))
+            except GetTimeoutError as error:
+                raise StepTimeout(
+                    f"the optimizer's supervisor did not answer {what} in {timeout_s:g} s"
+                ) from error
+            except RayTaskError as error:
+                raise own(error) from None
+            except RayActorError as error:
+                lives = isinstance(error, ActorUnavailableError)
+                if not lives and self._name and not is_named(self.actor, self._name):
+                    raise LifecycleError(
+                        f"the optimizer {self._name!r} was ended by another process: by "
+                        "`distnadam stop`, or by its creator"
+                    ) from error
+                if not (lives or self._name) or time.monotonic() >= deadline:
+                    raise Unrecoverable(
+                        "the optimizer's supervisor died, and its shards with it: restore "
+                        "from a checkpoint, or give the optimizer a name"
+                    ) from error
+                time.sleep(_RETRY_S)
