@@ -12,7 +12,7 @@ from distnadam.backends.base import WorkerGroup
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.client.autodiff import gradients_of
 from distnadam.client.checkpointing import CheckpointWriter, SaveHandle
 from distnadam.client.keras_weights import from_weights, to_weights
@@ -411,7 +411,7 @@ class DistNadam:
     @overload
     def save(
         self,
-        path: store.Where,
+        path: DirectoryLike,
         *,
         wait: Literal[True] = True,
         data: Mapping[str, Any] | None = None,
@@ -419,11 +419,11 @@ class DistNadam:
 
     @overload
     def save(
-        self, path: store.Where, *, wait: bool, data: Mapping[str, Any] | None = None
+        self, path: DirectoryLike, *, wait: bool, data: Mapping[str, Any] | None = None
     ) -> str | SaveHandle: ...
 
     def save(
-        self, path: store.Where, *, wait: bool = True, data: Mapping[str, Any] | None = None
+        self, path: DirectoryLike, *, wait: bool = True, data: Mapping[str, Any] | None = None
     ) -> str | SaveHandle:
         """Write the state of one round to ``path/step_<round>/`` and return that directory.
 
@@ -442,7 +442,7 @@ class DistNadam:
                 they were.
             ConfigError: the learning rate is a plain function, which cannot be stored.
         """
-        shards, root = self._changing(), place(path)
+        shards, root = self._changing(), open_directory(path)
         config = self._config.with_lr(self.lr).to_dict()
         about = {
             "config": config,
@@ -465,7 +465,7 @@ class DistNadam:
     @classmethod
     def restore(
         cls,
-        path: store.Where,
+        path: DirectoryLike,
         *,
         num_shards: int | None = None,
         num_workers: int | None = None,
@@ -498,7 +498,7 @@ class DistNadam:
             "backend": backend,
             "name": name,
         }
-        return store.first_that_loads(
+        return store.load_first_valid(
             path, lambda directory, manifest: cls._restored(directory, manifest, told, options)
         )
 

@@ -1,3 +1,1 @@
-"""The optimizer's state on disk: what a checkpoint is (FORMAT.md), how one is written, committed,
-found and read.
-"""
+"""The optimizer's state on disk: the format (FORMAT.md), and writing, finding and reading it."""

@@ -1,7 +1,7 @@
-"""What differs between two checkpoints: settings, clock, and every tensor's bits. Shards, options
-and names of runs do not count.
+"""Compares two checkpoints: settings, clock, and every tensor's bits.
 
-A few tensors are in memory at a time, and every byte of both checkpoints is verified.
+How they are sharded, their options and the names of their runs do not count. Every byte of both is
+verified; only a few tensors are in memory at a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +13,16 @@ import numpy as np
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import ARRAYS, read_shard, verify_files
+from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout, TensorSpec
 
 _BATCH = 1 << 22
-"""Elements read together."""
+"""Elements of small neighbouring tensors that are read together."""
 
 
-@dataclass(frozen=True)
-class TensorDifference:
+@dataclass(frozen=True, kw_only=True)
+class TensorDiff:
     """How one array of one tensor differs.
 
     Args:
@@ -29,10 +30,10 @@ class TensorDifference:
         array: "params", "m" or "v".
         count: elements whose bits differ.
         elements: elements in all.
-        max_abs: the largest difference; None where one of the two is not finite.
-        max_ulp: the largest distance in representable numbers (-0 and 0 being neighbours).
-        first_index: the first element that differs.
-        first: its two values.
+        max_abs: the largest absolute difference; None if it is not finite.
+        max_ulp: the largest distance in units in the last place (-0 and 0 are neighbours).
+        first_index: the index of the first element that differs.
+        first: that element's value in each of the two.
     """
 
     path: str
@@ -45,45 +46,45 @@ class TensorDifference:
     first: tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDiff:
     """All that differs between two checkpoints.
 
     Args:
         paths: the two directories.
-        settings: what is no array, by name (such as "config.lr"), with both values.
-        structure: tensors that only one has, or with another shape or dtype, as sentences; their
-            values are not compared.
-        tensors: those whose values differ.
+        settings: both values of each setting that differs, by name, such as "config.lr".
+        structure: a sentence for each tensor that only one has, or that differs in shape or dtype;
+            the values of these are not compared.
+        tensors: the arrays whose values differ.
     """
 
     paths: tuple[str, str]
     settings: dict[str, tuple[Any, Any]]
     structure: tuple[str, ...]
-    tensors: tuple[TensorDifference, ...]
+    tensors: tuple[TensorDiff, ...]
 
     @property
     def same(self) -> bool:
-        """Whether training goes on from both with the same bits, given the same gradients."""
+        """Whether training continues from both with the same bits, given the same gradients."""
         return not (self.settings or self.structure or self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data; a number that is not finite, which JSON cannot say, is a string."""
-        told = asdict(self)
-        for tensor in told["tensors"]:
+        """Return plain data for JSON, in which a value that is not finite is a string."""
+        data = asdict(self)
+        for tensor in data["tensors"]:
             tensor["first"] = [
                 value if np.isfinite(value) else str(value) for value in tensor["first"]
             ]
-        return {"same": self.same, **told}
+        return {"same": self.same, **data}
 
 
-def compare(a: store.Where, b: store.Where) -> Difference:
-    """Return what differs between two checkpoints, each one or the newest valid one in a directory.
+def compare(a: DirectoryLike, b: DirectoryLike) -> CheckpointDiff:
+    """Compare two checkpoints; the path of a directory of them means its newest valid one.
 
     Raises:
         CheckpointError: naming the file that is refused.
     """
-    found = [store.find(where)[:2] for where in (a, b)]
+    found = [store.find(path)[:2] for path in (a, b)]
     for directory, manifest in found:
         verify_files(directory, manifest)
     layouts = [Layout.from_dict(manifest.layout) for _, manifest in found]
@@ -101,14 +102,16 @@ def compare(a: store.Where, b: store.Where) -> Difference:
             for path, name in left
             if (d := _values(path, name, left[path, name], right[path, name])) is not None
         ]
-    settings = _settings(found[0][1], found[1][1])
-    return Difference(
-        (str(found[0][0]), str(found[1][0])), settings, tuple(structure), tuple(differences)
+    return CheckpointDiff(
+        paths=(str(found[0][0]), str(found[1][0])),
+        settings=_settings(found[0][1], found[1][1]),
+        structure=tuple(structure),
+        tensors=tuple(differences),
     )
 
 
 def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ: the config's, the clock's, and the data position."""
+    """Return what differs in the clock, the config and the caller's data."""
 
     def plain(manifest: Manifest) -> dict[str, Any]:
         clock = {
@@ -141,7 +144,7 @@ def _structure(a: Mapping[str, TensorSpec], b: Mapping[str, TensorSpec]) -> Iter
 
 
 def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    """Yield neighbouring tensors together, so that many small ones are not read one by one."""
+    """Yield the tensors in groups of neighbours, so that small ones are not read one by one."""
     batch: list[TensorSpec] = []
     elements = 0
     for tensor in tensors:
@@ -155,10 +158,11 @@ def _batches(tensors: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
 
 
 def _read(
-    directory: store.Where, manifest: Manifest, tensors: Sequence[TensorSpec]
+    directory: DirectoryLike, manifest: Manifest, tensors: Sequence[TensorSpec]
 ) -> dict[tuple[str, str], Array]:
-    """Return the arrays of some tensors by (path, array), reading the least range of each space
-    that holds them.
+    """Return the arrays of some tensors, by (path, array).
+
+    Read is the smallest range of each dtype space that holds them all.
     """
     ranges = dict.fromkeys(manifest.files[0].ranges, (0, 0))
     for tensor in tensors:
@@ -179,7 +183,8 @@ def _read(
     return {(tensor.path, name): cut(tensor, name) for tensor in tensors for name in ARRAYS}
 
 
-def _values(path: str, array: str, a: Array, b: Array) -> TensorDifference | None:
+def _values(path: str, array: str, a: Array, b: Array) -> TensorDiff | None:
+    """Return how two arrays of one shape and dtype differ, or None if all bits are equal."""
     kind = np.dtype(f"u{a.itemsize}")
     wrong = a.view(kind) != b.view(kind)
     count = int(np.count_nonzero(wrong))
@@ -190,14 +195,20 @@ def _values(path: str, array: str, a: Array, b: Array) -> TensorDifference | Non
         largest = float(np.abs(a[wrong].astype(np.float64) - b[wrong].astype(np.float64)).max())
     ulps = np.where(bits[0] > bits[1], bits[0] - bits[1], bits[1] - bits[0])
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), a.shape))
-    told = largest if np.isfinite(largest) else None
-    return TensorDifference(
-        path, array, count, a.size, told, int(ulps.max()), index, (float(a[index]), float(b[index]))
+    return TensorDiff(
+        path=path,
+        array=array,
+        count=count,
+        elements=a.size,
+        max_abs=largest if np.isfinite(largest) else None,
+        max_ulp=int(ulps.max()),
+        first_index=index,
+        first=(float(a[index]), float(b[index])),
     )
 
 
 def _ordered(values: Array) -> Array:
-    """Return unsigned integers in the order of the numbers, neighbours differing by one."""
+    """Map floats to unsigned integers in the same order, representable neighbours one apart."""
     kind = np.dtype(f"u{values.itemsize}")
     bits, sign = values.view(kind), kind.type(1 << (8 * values.itemsize - 1))
     return np.where(bits & sign != 0, ~bits, bits | sign)

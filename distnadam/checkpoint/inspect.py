@@ -1,39 +1,42 @@
-"""What one checkpoint holds, as plain data: everything of its manifest, sizes, and the state of
-every file's checksums.
+"""Describes one checkpoint as plain data: its manifest, its sizes, and which files verify.
+
+Nothing is refused here: a file that is missing or damaged is reported with the reason.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.shard_file import ARRAYS, verify_files
 from distnadam.checkpoint.storage.base import Directory
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.errors import CheckpointError
 from distnadam.tensors.layout import Layout
 
-VERIFIED, UNREAD = "verified", "not read"
+VERIFIED, UNREAD, REFUSED = "verified", "not read", "refused"
+"""The state of a checkpoint's checksums; a single file's is one of the first two, or a reason."""
 
 
-def describe(directory: store.Where, manifest: Manifest, *, read: bool = True) -> dict[str, Any]:
-    """Return what a checkpoint holds.
+def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> dict[str, Any]:
+    """Return what a checkpoint holds, as `distnadam inspect --json` prints it.
 
     Args:
-        directory: the checkpoint's.
+        path: the checkpoint's directory.
         manifest: the checkpoint's.
-        read: verify every byte; otherwise the files are only looked up and their checksums' state
-            is "not read".
+        read: verify every byte; False only checks that the files have their sizes, and reports
+            their checksums as "not read".
     """
     layout = Layout.from_dict(manifest.layout)
-    folder = place(directory)
-    there = folder.files()
+    directory = open_directory(path)
+    sizes = directory.files()
     files = [
-        _file(folder, there.get(record.name), manifest, record, read) for record in manifest.files
+        _describe_file(directory, sizes.get(record.name), manifest, record, read)
+        for record in manifest.files
     ]
-    size = there.get(store.MANIFEST, 0)
     return {
-        "path": str(folder),
+        "path": str(directory),
         "iterations": manifest.iterations,
         "m_schedule": manifest.m_schedule,
         "round": manifest.round,
@@ -58,28 +61,30 @@ def describe(directory: store.Where, manifest: Manifest, *, read: bool = True) -
             "elements": layout.num_elements,
             "state_bytes": layout.state_bytes,
             "file_bytes": sum(record.size for record in manifest.files),
-            "manifest_bytes": size,
+            "manifest_bytes": sizes.get(store.MANIFEST, 0),
         },
-        "checksums": UNREAD
-        if not read
-        else VERIFIED
-        if all(f["checksums"] == VERIFIED for f in files)
-        else "refused",
+        "checksums": _summary([f["checksums"] for f in files], read),
         "arrays": list(ARRAYS),
     }
 
 
-def _file(
-    folder: Directory, size: int | None, manifest: Manifest, record: FileRecord, read: bool
+def _summary(verdicts: Sequence[str], read: bool) -> str:
+    if not read:
+        return UNREAD
+    return VERIFIED if all(verdict == VERIFIED for verdict in verdicts) else REFUSED
+
+
+def _describe_file(
+    directory: Directory, size: int | None, manifest: Manifest, record: FileRecord, read: bool
 ) -> dict[str, Any]:
     verdict = UNREAD
     try:
         if size != record.size:
             raise CheckpointError(
-                f"{folder}/{record.name}: is missing, or not of {record.size} bytes"
+                f"{directory}/{record.name}: is missing, or not of {record.size} bytes"
             )
         if read:
-            verify_files(folder, dataclasses.replace(manifest, files=(record,)))
+            verify_files(directory, dataclasses.replace(manifest, files=(record,)))
             verdict = VERIFIED
     except CheckpointError as error:
         verdict = str(error)

@@ -1,12 +1,14 @@
-"""The manifest: what a checkpoint holds, and the one file whose presence makes it one. Bytes in and
-out; no directory is touched here.
+"""The manifest: all that a checkpoint holds but the arrays, and the file that makes it one.
+
+Bytes in, a checked `Manifest` out, and back. Files and directories are not touched here; FORMAT.md
+describes the fields.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
@@ -18,19 +20,25 @@ from distnadam.errors import CheckpointError, DistNadamError
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.layout import Layout, Ranges
 
+_T = TypeVar("_T")
 FORMAT_VERSION = 1
 MAGIC = "distnadam checkpoint"
 CHUNK_BYTES = 1 << 20
-"""Bytes of a file that one checksum covers."""
+"""Size of the pieces of a file that have one checksum each."""
 _MOST_AXES = 64
 _MOST_PROCESSES = 1 << 16
 _FILE_NAME = re.compile(r"shard-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """One shard's file: its name, its size in bytes, the ranges it holds, and the xxh3_64 of each
-    `CHUNK_BYTES` of it.
+    """One shard's file.
+
+    Args:
+        name: within the checkpoint's directory.
+        size: in bytes.
+        ranges: the half-open range that it holds in each dtype space.
+        checksums: the xxh3_64 of each `CHUNK_BYTES` of it.
     """
 
     name: str
@@ -39,10 +47,24 @@ class FileRecord:
     checksums: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything of a checkpoint but the arrays. `ledger` and `data` are plain data that the shards
-    and the trainer understand.
+    """Everything of a checkpoint but the arrays, as plain data.
+
+    Args:
+        save_id: 16 hexadecimal digits, different for each save.
+        config: `NadamConfig.to_dict()`.
+        options: `Options.to_dict()`.
+        topology: numbers of shards, workers and replicas, and the optimizer's name.
+        layout: `Layout.to_dict()`.
+        iterations: steps applied.
+        m_schedule: product of the momentum coefficients so far.
+        round: protocol rounds decided, skipped ones included.
+        skipped: rounds that were skipped.
+        ledger: `Ledger.to_dict()`.
+        data: the caller's own, such as the position in its data.
+        files: the shards' files, by index.
+        saved_at: seconds since 1970.
     """
 
     save_id: str
@@ -60,7 +82,7 @@ class Manifest:
     saved_at: float = 0.0
 
     def to_bytes(self) -> bytes:
-        """Return the manifest file's bytes; raise CheckpointError where `data` is not plain."""
+        """Return the manifest file's bytes; raise CheckpointError if a field is not plain data."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         body["files"] = [
             [
@@ -86,15 +108,19 @@ class Manifest:
         return bytes(msgpack.packb(envelope))
 
     def nadam_config(self, where: str) -> NadamConfig:
-        """Return the config; raise CheckpointError, beginning with `where`, where its schedule is
-        one that nobody here knows.
+        """Return the config.
+
+        Raises:
+            CheckpointError: beginning with `where`; its schedule is of a class not imported here.
         """
-        return _understood("config", NadamConfig.from_dict, self.config, where)  # type: ignore[no-any-return]
+        return _parse("config", NadamConfig.from_dict, self.config, where)
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str) -> "Manifest":
-        """Return the manifest of a file's bytes; raise CheckpointError beginning with `where` and
-        saying why it is refused.
+        """Return the manifest in a file's bytes.
+
+        Raises:
+            CheckpointError: beginning with `where` and giving the reason.
         """
         envelope = _unpack(raw, where)
         if envelope.get("magic") != MAGIC:
@@ -129,7 +155,7 @@ def _natural(value: Any) -> bool:
 
 
 def _sane(topology: Mapping[str, Any]) -> bool:
-    """Whether a run of this size may be begun because a file says so."""
+    """Return whether a topology's numbers are small enough to start a run of that size."""
     counts = [topology[key] for key in ("num_shards", "num_workers", "replicas")]
     return all(_natural(n) and n <= _MOST_PROCESSES for n in counts) and isinstance(
         topology["name"], str | None
@@ -158,9 +184,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _checked(body: Mapping[str, Any], where: str) -> Manifest:
-    """Return the manifest of a body whose every field is of its type and whose parts agree with
-    each other.
-    """
+    """Return the manifest of a body, after checking each field and that the fields agree."""
     if set(body) != set(_FIELDS):
         raise CheckpointError(
             f"{where}: expected the fields {', '.join(_FIELDS)}; got {', '.join(map(str, body))}"
@@ -174,10 +198,10 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
     files = tuple(_file(record, body["save_id"], where) for record in body["files"])
     if len({f.name for f in files}) < len(files):
         raise CheckpointError(f"{where}: names a file twice")
-    layout = _understood("layout", _layout, body["layout"], where)
-    _understood("config", _config, body["config"], where)
-    _understood("options", Options.of, body["options"], where)
-    _understood("ledger", Ledger.from_dict, body["ledger"], where)
+    layout = _parse("layout", _layout, body["layout"], where)
+    _parse("config", _config, body["config"], where)
+    _parse("options", Options.of, body["options"], where)
+    _parse("ledger", Ledger.from_dict, body["ledger"], where)
     if max(layout.sizes.values(), default=0) * 12 > sum(f.size for f in files):
         raise CheckpointError(
             f"{where}: its files, of {sum(f.size for f in files)} bytes, cannot hold its layout"
@@ -187,7 +211,7 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
 
 
 def _check_coverage(layout: Layout, files: tuple[FileRecord, ...], where: str) -> None:
-    """Raise CheckpointError unless the files together hold every element of the layout once."""
+    """Raise CheckpointError unless the files together hold each element of the layout once."""
     for space, size in layout.sizes.items():
         reached = 0
         for begin, end in sorted(f.ranges.get(space, (0, 0)) for f in files):
@@ -208,17 +232,16 @@ def _check_coverage(layout: Layout, files: tuple[FileRecord, ...], where: str) -
 
 
 def _config(config: Mapping[str, Any]) -> NadamConfig:
-    """Return the config, whatever its schedule: a user's own need not be imported to look at a
-    checkpoint.
-    """
+    """Return the config without its schedule, whose class need not be imported to inspect one."""
     return NadamConfig.from_dict(
         {**config, "lr": 0.0 if isinstance(config["lr"], Mapping) else config["lr"]}
     )
 
 
-def _understood(field: str, read: Callable[[Any], Any], value: Any, where: str) -> Any:
+def _parse(field: str, parse: Callable[[Any], _T], value: Any, where: str) -> _T:
+    """Return what `parse` makes of a field; raise CheckpointError naming the field otherwise."""
     try:
-        return read(value)
+        return parse(value)
     except (
         DistNadamError,
         KeyError,
@@ -234,17 +257,17 @@ def _understood(field: str, read: Callable[[Any], Any], value: Any, where: str) 
 
 
 def _file(record: Any, save_id: str, where: str) -> FileRecord:
-    told = f"{where}: file record {str(record)[:80]!r}"
+    prefix = f"{where}: file record {str(record)[:80]!r}"
     if not isinstance(record, list) or len(record) != 4:
-        raise CheckpointError(f"{told}: expected name, size, ranges and checksums")
+        raise CheckpointError(f"{prefix}: expected name, size, ranges and checksums")
     name, size, ranges, checksums = record
     if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or save_id not in name:
-        raise CheckpointError(f"{told}: its name is not one that this save can have written")
+        raise CheckpointError(f"{prefix}: its name is not one that this save can have written")
     if not _natural(size) or not isinstance(checksums, bytes):
-        raise CheckpointError(f"{told}: its size must be a whole number, its checksums bytes")
+        raise CheckpointError(f"{prefix}: its size must be a whole number, its checksums bytes")
     if len(checksums) != 8 * -(-size // CHUNK_BYTES):
         raise CheckpointError(
-            f"{told}: {len(checksums)} bytes of checksums for {size} bytes, expected "
+            f"{prefix}: {len(checksums)} bytes of checksums for {size} bytes, expected "
             f"{8 * -(-size // CHUNK_BYTES)}"
         )
     legal = isinstance(ranges, dict) and all(
@@ -253,16 +276,18 @@ def _file(record: Any, save_id: str, where: str) -> FileRecord:
     )
     if not legal:
         raise CheckpointError(
-            f"{told}: its ranges must be pairs of whole numbers, begin before end"
+            f"{prefix}: its ranges must be pairs of whole numbers, begin before end"
         )
-    sums = tuple(np.frombuffer(checksums, "<u8").tolist())
     return FileRecord(
-        name, size, {space: (begin, end) for space, (begin, end) in ranges.items()}, sums
+        name=name,
+        size=size,
+        ranges={space: (begin, end) for space, (begin, end) in ranges.items()},
+        checksums=tuple(np.frombuffer(checksums, "<u8").tolist()),
     )
 
 
 def _layout(data: Any) -> Layout:
-    """Return the layout, whose every number was looked at before anything is computed from it."""
+    """Return the layout, after checking each number before anything is computed from it."""
     for path, shape, dtype, begin, end in data["tensors"]:
         if not (
             isinstance(path, str)

@@ -1,15 +1,15 @@
-"""A look over msgpack bytes before anything is made of them: how many objects, how deep, whether
-all is there. Makes no objects.
+"""Checks msgpack bytes before they are unpacked: completeness, number of objects, depth.
 
-A few bytes of msgpack can ask for gigabytes of Python objects; so what is too much is refused while
-it is still bytes.
+A few bytes of msgpack can ask for gigabytes of Python objects, so excess is refused while it is
+still bytes. Nothing is unpacked here; what the objects mean is checked in `manifest`.
 """
 
 from distnadam.errors import CheckpointError
 
-MOST_OBJECTS = 2_000_000
-DEEPEST = 500
+MAX_OBJECTS = 2_000_000
+MAX_DEPTH = 500
 
+# by type byte: the payload's size in bytes
 _FIXED = {
     0xC0: 0,
     0xC2: 0,
@@ -25,16 +25,21 @@ _FIXED = {
     0xD2: 4,
     0xD3: 8,
 }
+# by type byte: the size of the payload's length field
 _SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+# by type byte: the size of the count field, and the items per count (a map's are key and value)
 _COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
 def check_msgpack(raw: bytes, where: str) -> None:
-    """Raise CheckpointError, beginning with `where`, unless `raw` is one msgpack object of sane
-    size with nothing behind it.
+    """Check that `raw` is exactly one msgpack object of acceptable size.
+
+    Raises:
+        CheckpointError: beginning with `where`; it is cut short, too large, too deeply nested, of a
+            type that no manifest holds, or followed by more bytes.
     """
     end, at, objects = len(raw), 0, 1
-    open_items = [1]
+    open_items = [1]  # objects still to come, in each container that encloses `at`
     while open_items:
         if open_items[-1] == 0:
             open_items.pop()
@@ -46,7 +51,7 @@ def check_msgpack(raw: bytes, where: str) -> None:
         if children:
             objects += children
             open_items.append(children)
-            if objects > MOST_OBJECTS or len(open_items) > DEEPEST or children > end - at:
+            if objects > MAX_OBJECTS or len(open_items) > MAX_DEPTH or children > end - at:
                 raise CheckpointError(
                     f"{where}: asks for {objects} objects or more, {len(open_items)} deep; refused"
                 )
@@ -55,9 +60,7 @@ def check_msgpack(raw: bytes, where: str) -> None:
 
 
 def _item(raw: bytes, at: int, where: str) -> tuple[int, int]:
-    """Return where the object that begins at `at` ends, leaving out its items, and how many items
-    it has.
-    """
+    """Return the end of the object that begins at `at`, without its items, and their number."""
     kind = raw[at]
     at += 1
     if kind < 0x80 or kind >= 0xE0:

@@ -1,9 +1,9 @@
-"""A run's claim on its directory of checkpoints, so that no second run writes there: a lock where
-it is local, a lease at a URL.
+"""The lock of a run on its checkpoint directory, so that no second run writes there.
 
-Object stores have no locks, but show at once what was written. Each run keeps a small file there
-that it rewrites as long as it lives. Who finds another's watches it: one that changes is alive, one
-that does not for a while is of a dead run, and is removed.
+A local directory is locked by `flock`, which ends with its process. Object stores have no locks,
+but show a write to every reader at once: there each run keeps a small lease file that it rewrites
+as long as it lives. A run that finds another's lease file watches it: one that changes belongs to a
+live run, one that stays unchanged for `LEASE_S` to a dead run, and is removed.
 """
 
 import fcntl
@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Self
 
+from typing_extensions import override
+
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.errors import CheckpointBusy, CheckpointError
@@ -23,15 +25,19 @@ from distnadam.errors import CheckpointBusy, CheckpointError
 log = logging.getLogger("distnadam")
 
 LEASE_S = 20.0
-"""How long a lease stays unchanged before its run counts as dead, in seconds."""
+"""Seconds a lease file stays unchanged before its run counts as dead."""
 _PREFIX = ".run-"
+_STARTING, _RUNNING = "starting", "running"
 
 
 class RunLock(ABC):
-    """Keeps other runs out of a folder while it is entered."""
+    """A context manager that keeps other runs out of a directory.
 
-    def __init__(self, folder: Directory) -> None:
-        self.folder = folder
+    Entering raises CheckpointBusy if another run writes there.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory = directory
 
     @abstractmethod
     def __enter__(self) -> Self: ...
@@ -41,24 +47,22 @@ class RunLock(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise CheckpointBusy where another run took the folder over meanwhile."""
+        """Raise CheckpointBusy if another run has taken the directory over meanwhile."""
 
 
-def claim(folder: Directory) -> RunLock:
-    """Return what claims a folder; entering it raises CheckpointBusy where another run writes
-    there.
-    """
-    return DirectoryLock(folder) if isinstance(folder, LocalDirectory) else LeaseFile(folder)
+def make_run_lock(directory: Directory) -> RunLock:
+    """Return the lock for a directory's kind of storage, not yet entered."""
+    if isinstance(directory, LocalDirectory):
+        return DirectoryLock(directory)
+    return LeaseFile(directory)
 
 
 class DirectoryLock(RunLock):
-    """A lock on a file in a local folder: it ends with this process, and nobody takes it over
-    before.
-    """
+    """A `flock` on a file in a local directory; it ends with this process and cannot be lost."""
 
-    def __init__(self, folder: LocalDirectory) -> None:
-        super().__init__(folder)
-        self._path = folder.path / ".lock"
+    def __init__(self, directory: LocalDirectory) -> None:
+        super().__init__(directory)
+        self._path = directory.path / ".lock"
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -88,99 +92,118 @@ class DirectoryLock(RunLock):
             os.close(self._descriptor)
             self._descriptor = None
 
+    @override
     def check(self) -> None:
-        """See `RunLock.check`."""
+        pass
 
 
 class LeaseFile(RunLock):
-    """A file at a URL that a thread rewrites.
+    """A file in a remote directory that a thread rewrites, as a heartbeat.
 
-    Of two runs that start at once the one whose file's name comes first stays. A run that did not
-    rewrite its file for longer than the lease, stopped or cut off, may be taken over from, and is
-    told so before its next save.
+    Of two runs that start at once, the one whose file name sorts first stays. A run that does not
+    rewrite its file for longer than the lease, because it is stopped or cut off, may be taken over
+    from; `check` raises CheckpointBusy in it from then on.
+
+    Args:
+        directory: the directory to lock.
+        lease_s: seconds a file stays unchanged before its run counts as dead.
     """
 
-    def __init__(self, folder: Directory, lease_s: float = LEASE_S) -> None:
-        super().__init__(folder)
+    def __init__(self, directory: Directory, lease_s: float = LEASE_S) -> None:
+        super().__init__(directory)
         self._lease_s = lease_s
         self._name = f"{_PREFIX}{os.urandom(8).hex()}"
-        self._beats, self._lost, self._ended = 0, False, threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._heartbeat = 0
+        self._lost = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        self.folder.make()
+        self.directory.make()
         try:
-            self._outwait_others()
-            self._rewrite("running")
+            self._wait_for_other_runs()
+            self._write(_RUNNING)
         except BaseException:
             with suppress(CheckpointError):
-                self.folder.remove(self._name)
+                self.directory.remove(self._name)
             raise
         self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._ended.set()
-        self._thread.join()
+        self.stop_renewing()
         with suppress(CheckpointError):
-            self.folder.remove(self._name)
+            self.directory.remove(self._name)
 
+    @override
     def check(self) -> None:
-        """See `RunLock.check`."""
         if self._lost:
             raise CheckpointBusy(
-                f"{self.folder}: another run took over while this one gave no sign of life; this "
-                "one must stop"
+                f"{self.directory}: another run took over while this one gave no sign of life; "
+                "this one must stop"
             )
 
-    def _outwait_others(self) -> None:
+    def renew(self) -> None:
+        """Write the next heartbeat; mark the lease lost if another run has removed the file."""
+        if self._name not in self.directory.files():
+            self._lost = True
+            return
+        self._write(_RUNNING)
+
+    def stop_renewing(self) -> None:
+        """End the heartbeat and leave the file, as the death of the process does."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _keep_renewing(self) -> None:
+        while not self._lost and not self._stopped.wait(self._lease_s / 8):
+            try:
+                self.renew()
+            except CheckpointError as error:
+                log.warning("%s: the lease could not be renewed: %s", self.directory, error)
+
+    def _wait_for_other_runs(self) -> None:
+        """Return once no other run's file is left; raise CheckpointBusy if one of them lives."""
         seen: dict[str, tuple[bytes, float]] = {}
         while True:
-            self._rewrite("starting")
-            for name, said in self._others().items():
+            self._write(_STARTING)
+            for name, contents in self._other_leases().items():
                 if name not in seen:
                     log.warning(
                         "%s: holds another run's lease (%s); waiting to see whether that run lives",
-                        self.folder,
-                        _who(said),
+                        self.directory,
+                        _owner(contents),
                     )
-                    seen[name] = (said, time.monotonic())
-                elif said != seen[name][0]:
-                    if name < self._name or not said.startswith(b"starting"):
+                    seen[name] = (contents, time.monotonic())
+                elif contents != seen[name][0]:
+                    if name < self._name or not contents.startswith(_STARTING.encode()):
                         raise CheckpointBusy(
-                            f"{self.folder}: another run writes here ({_who(said)}); choose "
-                            "another directory"
+                            f"{self.directory}: another run writes here ({_owner(contents)}); "
+                            "choose another directory"
                         )
-                    seen[name] = (said, time.monotonic())
+                    seen[name] = (contents, time.monotonic())
                 elif time.monotonic() - seen[name][1] > self._lease_s:
-                    self.folder.remove(name)
-            if not self._others():
+                    self.directory.remove(name)
+            if not self._other_leases():
                 return
             time.sleep(self._lease_s / 8)
 
-    def _others(self) -> dict[str, bytes]:
+    def _other_leases(self) -> dict[str, bytes]:
+        """Return the contents of the other runs' lease files, by name."""
         found = {}
-        for name in self.folder.files():
+        for name in self.directory.files():
             if name.startswith(_PREFIX) and name != self._name:
-                with suppress(CheckpointError):  # gone meanwhile
-                    found[name] = self.folder.read(name, 1 << 10)
+                with suppress(CheckpointError):  # removed since it was listed
+                    found[name] = self.directory.read(name, 1 << 10)
         return found
 
-    def _keep(self) -> None:
-        while not self._ended.wait(self._lease_s / 8):
-            try:
-                if self._name not in self.folder.files():
-                    self._lost = True
-                    return
-                self._rewrite("running")
-            except CheckpointError as error:
-                log.warning("%s: the lease could not be renewed: %s", self.folder, error)
-
-    def _rewrite(self, phase: str) -> None:
-        self._beats += 1
-        contents = f"{phase} {self._beats} process {os.getpid()} of {socket.gethostname()}".encode()
-        self.folder.replace(self._name, contents, temporary=self._name)
+    def _write(self, phase: str) -> None:
+        self._heartbeat += 1
+        owner = f"process {os.getpid()} of {socket.gethostname()}"
+        contents = f"{phase} {self._heartbeat} {owner}".encode()
+        self.directory.replace(self._name, contents, temporary=self._name)
 
 
-def _who(said: bytes) -> str:
-    return said.decode(errors="replace").split(" ", 2)[-1]
+def _owner(contents: bytes) -> str:
+    """Return "process N of HOST" of a lease file's contents."""
+    return contents.decode(errors="replace").split(" ", 2)[-1]

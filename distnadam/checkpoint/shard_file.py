@@ -1,8 +1,7 @@
-"""One shard's file: a safetensors file whose header follows from its ranges alone, checksummed
-chunk by chunk. No manifest is written here.
+"""One shard's file: safetensors, with a header that follows from its ranges, and chunk checksums.
 
-What is read goes straight to where it belongs and is verified there; no copy of the state is ever
-made.
+Bytes are read straight into the arrays that they belong to and verified there, so no second copy of
+the state is ever made. The manifest is read here, and written elsewhere.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import xxhash
 
 from distnadam.checkpoint.manifest import CHUNK_BYTES, FileRecord, Manifest
 from distnadam.checkpoint.storage.base import Directory, ReadInto
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.errors import CheckpointError
 from distnadam.tensors.arrays import Array, Flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
@@ -26,22 +26,47 @@ from distnadam.tensors.layout import Ranges
 
 _T = TypeVar("_T")
 State = dict[str, Flat]
-"""A shard's arrays: "params", "m" and "v", each one 1-D array per space."""
+"""A shard's arrays: "params", "m" and "v", each a 1-D array per dtype space."""
 ARRAYS = ("params", "m", "v")
 _SAFETENSORS_DTYPE = {"float32": "F32", "float64": "F64"}
 _READERS = 4
-"""Threads that read at once, at most."""
+"""The most threads that read at once."""
 
 Target = tuple[int, Array]
-"""Bytes to fill, and the offset in the file that they begin at."""
-Job = tuple[ReadInto, str, FileRecord, list[Target], range]
-"""Consecutive chunks of an open file of that full name, to be read and verified."""
+"""An offset in a file, and the byte array to fill from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReadJob:
+    """Consecutive chunks of one file to read and verify.
+
+    Args:
+        read_into: reads the open file.
+        path: the file's, for messages.
+        record: the file's.
+        targets: what to fill, in the order of their offsets; they may lie outside the chunks.
+        chunks: the numbers of the chunks.
+    """
+
+    read_into: ReadInto
+    path: str
+    record: FileRecord
+    targets: Sequence[Target]
+    chunks: range
+
+    @property
+    def begin(self) -> int:
+        """The offset of the first byte."""
+        return self.chunks.start * CHUNK_BYTES
+
+    @property
+    def end(self) -> int:
+        """The offset after the last byte."""
+        return min(self.chunks.stop * CHUNK_BYTES, self.record.size)
 
 
 def header_of(ranges: Ranges) -> bytes:
-    """Return the file's first bytes: length and JSON header as safetensors has them, filled with
-    spaces to a multiple of 64.
-    """
+    """Return a file's safetensors length and JSON header, padded with spaces to 64 bytes."""
     entries: dict[str, object] = {
         "__metadata__": {
             f"range.{space}": f"{begin}:{end}" for space, (begin, end) in ranges.items()
@@ -61,14 +86,17 @@ def header_of(ranges: Ranges) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(
-    directory: str | os.PathLike[str] | Directory, name: str, *, ranges: Ranges, state: State
-) -> FileRecord:
-    """Write one shard's file under its final name, which must be new, and flush it to where it
-    lasts.
+def write_shard(directory: DirectoryLike, name: str, *, ranges: Ranges, state: State) -> FileRecord:
+    """Write one shard's file under its final name, which must be new, and flush it.
+
+    Args:
+        directory: the checkpoint's.
+        name: the file's, as `store.shard_file_name` makes it.
+        ranges: the shard's half-open range in each dtype space.
+        state: the shard's arrays, 1-D and contiguous, of these ranges.
 
     Raises:
-        CheckpointError: naming the file and what the system said; no partial file is left.
+        CheckpointError: naming the file and the system's reason; no partial file is left.
     """
     parts = [
         memoryview(header_of(ranges)),
@@ -77,7 +105,7 @@ def write_shard(
     checksums: list[int] = []
 
     def pieces() -> Iterator[memoryview]:
-        """Yield the file piece by piece, no piece in two chunks, each just after it was hashed."""
+        """Yield the file in pieces that cross no chunk boundary, each just after it was hashed."""
         checksums.clear()
         digest, room = xxhash.xxh3_64(), CHUNK_BYTES
         for view in parts:
@@ -92,18 +120,20 @@ def write_shard(
         if room < CHUNK_BYTES:
             checksums.append(digest.intdigest())
 
-    place(directory).write(name, pieces)
-    return FileRecord(name, sum(map(len, parts)), dict(ranges), tuple(checksums))
+    open_directory(directory).write(name, pieces)
+    return FileRecord(
+        name=name, size=sum(map(len, parts)), ranges=dict(ranges), checksums=tuple(checksums)
+    )
 
 
 def read_shard(
-    directory: str | os.PathLike[str] | Directory,
+    directory: DirectoryLike,
     manifest: Manifest,
     *,
     ranges: Ranges,
     leftovers: Collection[int] = (),
 ) -> State:
-    """Return new arrays, filled as `fill_shard` does."""
+    """Return new arrays of `ranges`, filled by `fill_shard`."""
     sizes = {space: end - begin for space, (begin, end) in ranges.items()}
     state = {array: empty_flat(sizes) for array in ARRAYS}
     fill_shard(directory, manifest, ranges=ranges, state=state, leftovers=leftovers)
@@ -111,25 +141,26 @@ def read_shard(
 
 
 def fill_shard(
-    directory: str | os.PathLike[str] | Directory,
+    directory: DirectoryLike,
     manifest: Manifest,
     *,
     ranges: Ranges,
     state: State,
     leftovers: Collection[int] = (),
 ) -> None:
-    """Fill one new shard's arrays from the old shards' files: only the chunks that hold something
-    of it are read, each is verified.
+    """Fill one new shard's arrays from the old shards' files.
+
+    Only the chunks that overlap the new ranges are read, and each is verified.
 
     Args:
         directory: the checkpoint's.
         manifest: the checkpoint's.
-        ranges: the new shard's, cut as one likes.
-        state: arrays of these ranges; after an error they hold anything.
-        leftovers: indices of files whose every chunk this reader verifies too.
+        ranges: the new shard's; they need not follow the old ones.
+        state: arrays of these ranges; their contents are undefined after an error.
+        leftovers: indices of files of which this reader verifies every chunk besides.
 
     Raises:
-        CheckpointError: naming the file, and the bytes that do not have their checksum.
+        CheckpointError: naming the file, and the bytes whose checksum is wrong.
     """
     wanted: dict[int, list[Target]] = {index: [] for index in leftovers}
     for copy in copy_plan([record.ranges for record in manifest.files], ranges):
@@ -143,14 +174,15 @@ def fill_shard(
             wanted.setdefault(copy.source, []).append((offset, target.view(np.uint8)))
     whole = {index: index in leftovers for index in wanted}
     _read(
-        place(directory),
+        open_directory(directory),
         [(manifest.files[index], wanted[index], whole[index]) for index in sorted(wanted)],
     )
 
 
 def leftover_readers(manifest: Manifest, num_readers: int) -> list[list[int]]:
-    """Deal the files that no reader needs out to the readers: those without elements, for the
-    others are read by who needs these.
+    """Return, for each reader, the indices of files that no reader needs: those without elements.
+
+    They are dealt out in turn, so that the readers together verify every file.
     """
     empty = [
         index
@@ -160,20 +192,20 @@ def leftover_readers(manifest: Manifest, num_readers: int) -> list[list[int]]:
     return [empty[reader::num_readers] for reader in range(num_readers)]
 
 
-def verify_files(directory: str | os.PathLike[str] | Directory, manifest: Manifest) -> None:
+def verify_files(directory: DirectoryLike, manifest: Manifest) -> None:
     """Verify every byte of every file; raise CheckpointError naming the first that is refused."""
-    _read(place(directory), [(record, [], True) for record in manifest.files])
+    _read(open_directory(directory), [(record, [], True) for record in manifest.files])
 
 
-def check_file_record(folder: Directory, record: FileRecord) -> None:
-    """Raise CheckpointError where a file cannot have the size that the manifest gives it."""
+def check_file_record(directory: Directory, record: FileRecord) -> None:
+    """Raise CheckpointError if a file's size in the manifest does not follow from its ranges."""
     needed = len(header_of(record.ranges)) + sum(
         count * np.dtype(space).itemsize for _, space, count in _tensors(record.ranges)
     )
     if record.size != needed:
         raise CheckpointError(
-            f"{folder}/{record.name}: the manifest gives it {record.size} bytes, its ranges need "
-            f"{needed}"
+            f"{directory}/{record.name}: the manifest gives it {record.size} bytes, its ranges "
+            f"need {needed}"
         )
 
 
@@ -192,27 +224,35 @@ def _offsets(ranges: Ranges) -> dict[tuple[str, str], int]:
     return offsets
 
 
-def _read(folder: Directory, wanted: Sequence[tuple[FileRecord, list[Target], bool]]) -> None:
-    """Read the chunks that are touched, or all of a file's, by several threads, each from one end
-    of its share to the other.
+def _read(directory: Directory, wanted: Sequence[tuple[FileRecord, list[Target], bool]]) -> None:
+    """Read and verify, for each file, the chunks that its targets touch, or all of them.
+
+    Several threads read, each its own consecutive part of the work.
     """
-    at_once = max(1, folder.run_bytes // CHUNK_BYTES)
+    at_once = max(1, directory.best_read_bytes // CHUNK_BYTES)
     with contextlib.ExitStack() as opened:
-        jobs: list[Job] = []
+        jobs: list[_ReadJob] = []
         for record, targets, whole in wanted:
-            check_file_record(folder, record)
-            read_into = opened.enter_context(folder.reading(record.name))
+            check_file_record(directory, record)
+            read_into = opened.enter_context(directory.reading(record.name))
             targets.sort(key=lambda target: target[0])
-            path = f"{folder}/{record.name}"
             jobs += [
-                (read_into, path, record, targets, run)
-                for run in _runs(record, targets, whole, at_once)
+                _ReadJob(
+                    read_into=read_into,
+                    path=f"{directory}/{record.name}",
+                    record=record,
+                    targets=targets,
+                    chunks=chunks,
+                )
+                for chunks in _chunks_to_read(record, targets, whole, at_once)
             ]
         _share_out(jobs, lambda share: _read_jobs(share, at_once))
 
 
-def _runs(record: FileRecord, targets: Sequence[Target], whole: bool, at_once: int) -> list[range]:
-    """Return the chunks to be read, in runs of consecutive ones."""
+def _chunks_to_read(
+    record: FileRecord, targets: Sequence[Target], whole: bool, at_once: int
+) -> list[range]:
+    """Return the numbers of the chunks to read, as ranges of at most `at_once`."""
     touched = (
         [(0, record.size)]
         if whole
@@ -233,6 +273,7 @@ def _runs(record: FileRecord, targets: Sequence[Target], whole: bool, at_once: i
 
 
 def _share_out(jobs: list[_T], work: Callable[[Sequence[_T]], None]) -> None:
+    """Run `work` on consecutive parts of the jobs, in as many threads as there are CPUs."""
     count = min(_READERS, len(os.sched_getaffinity(0)), len(jobs))
     if count <= 1:
         work(jobs)
@@ -244,21 +285,18 @@ def _share_out(jobs: list[_T], work: Callable[[Sequence[_T]], None]) -> None:
             future.result()
 
 
-def _read_jobs(jobs: Sequence[Job], at_once: int) -> None:
+def _read_jobs(jobs: Sequence[_ReadJob], at_once: int) -> None:
     scratch = memoryview(bytearray(at_once * CHUNK_BYTES if jobs else 0))
-    for read_into, path, record, targets, run in jobs:
-        begin, end = run.start * CHUNK_BYTES, min(run.stop * CHUNK_BYTES, record.size)
-        pieces = _pieces(targets, begin, end, scratch)
-        read_into(pieces, begin)
-        _verify(pieces, path, record, run)
+    for job in jobs:
+        pieces = _pieces(job.targets, job.begin, job.end, scratch)
+        job.read_into(pieces, job.begin)
+        _verify(pieces, job)
 
 
 def _pieces(
     targets: Sequence[Target], begin: int, end: int, scratch: memoryview
 ) -> list[memoryview]:
-    """Return where the bytes [begin, end) of a file go, in order: to the targets where they are
-    wanted, else to `scratch`.
-    """
+    """Return the buffers for the bytes [begin, end) of a file: parts of targets, else `scratch`."""
     pieces, reached = [], begin
     for offset, target in targets:
         low, high = max(begin, offset), min(end, offset + len(target))
@@ -273,12 +311,14 @@ def _pieces(
     return pieces
 
 
-def _verify(pieces: list[memoryview], path: str, record: FileRecord, run: range) -> None:
-    """Compare each chunk with its checksum, and the header with what the ranges say."""
-    rest, room = list(reversed(pieces)), CHUNK_BYTES
-    for number in run:
+def _verify(pieces: list[memoryview], job: _ReadJob) -> None:
+    """Raise CheckpointError unless each chunk has its checksum, and the first the right header."""
+    record, path = job.record, job.path
+    rest = list(reversed(pieces))
+    for number in job.chunks:
         digest = xxhash.xxh3_64()
-        room = min(CHUNK_BYTES, record.size - number * CHUNK_BYTES)
+        begin, end = number * CHUNK_BYTES, min((number + 1) * CHUNK_BYTES, record.size)
+        room = end - begin
         while room:
             piece = rest.pop()
             if len(piece) > room:
@@ -287,8 +327,7 @@ def _verify(pieces: list[memoryview], path: str, record: FileRecord, run: range)
             digest.update(piece)
             room -= len(piece)
         if digest.intdigest() != record.checksums[number]:
-            begin, end = number * CHUNK_BYTES, min((number + 1) * CHUNK_BYTES, record.size)
             raise CheckpointError(f"{path}: bytes [{begin}, {end}) do not have their checksum")
     header = header_of(record.ranges)
-    if run.start == 0 and bytes(pieces[0][: len(header)]) != header:
+    if job.begin == 0 and bytes(pieces[0][: len(header)]) != header:
         raise CheckpointError(f"{path}: its header is not that of its ranges")

@@ -1,5 +1,7 @@
-"""Checkpoints in a folder: committed by one atomic replace, found by what is valid, never by a
-pointer. Local paths or fsspec URLs.
+"""The checkpoints of a directory: written, committed, found, verified, pruned.
+
+A checkpoint is committed by one atomic replace of its manifest, and found by being valid, never by
+a pointer. Paths are local or fsspec URLs. What the files hold is in `manifest` and `shard_file`.
 """
 
 import contextlib
@@ -13,157 +15,169 @@ from typing import TypeVar
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import check_file_record, verify_files
 from distnadam.checkpoint.storage.base import Directory
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.errors import CheckpointError
 
 log = logging.getLogger("distnadam")
 
 _T = TypeVar("_T")
 MANIFEST = "manifest.msgpack"
-Where = str | os.PathLike[str] | Directory
 _STEP = re.compile(r"step_(\d{8,18})")
-_OURS = re.compile(r"shard-\d{5}-of-\d{5}-([0-9a-f]{16})\.safetensors")
+_SHARD_FILE = re.compile(r"shard-\d{5}-of-\d{5}-([0-9a-f]{16})\.safetensors")
 _LARGEST_MANIFEST = 64 << 20
 
 
 def new_save_id() -> str:
-    """Return a name no other save has."""
+    """Return a random name for one save, which the names of its files carry."""
     return os.urandom(8).hex()
 
 
-def step_directory(root: Where, decided: int) -> Directory:
-    """Return where the checkpoint of a round lies; raise CheckpointError where `root` is itself a
-    checkpoint.
+def step_directory(root: DirectoryLike, round: int) -> Directory:
+    """Return the directory for the checkpoint of a protocol round under `root`.
+
+    Raises:
+        CheckpointError: `root` is itself a checkpoint.
     """
-    folder = place(root)
-    if MANIFEST in folder.files():
-        raise CheckpointError(f"{folder}: is a checkpoint; save to the directory that holds it")
-    return folder.child(f"step_{decided:08d}")
+    directory = open_directory(root)
+    if MANIFEST in directory.files():
+        raise CheckpointError(f"{directory}: is a checkpoint; save to the directory that holds it")
+    return directory.child(f"step_{round:08d}")
 
 
 def shard_file_name(index: int, count: int, save_id: str) -> str:
-    """Return the name of one shard's file."""
+    """Return the file name of shard `index` of `count`."""
     return f"shard-{index:05d}-of-{count:05d}-{save_id}.safetensors"
 
 
 @contextlib.contextmanager
-def writing(directory: Where) -> Iterator[None]:
-    """Make one checkpoint's directory and hold it for one save; raise CheckpointBusy where another
-    save writes there.
+def writing(path: DirectoryLike) -> Iterator[None]:
+    """Create one checkpoint's directory and hold it for one save.
+
+    Raises:
+        CheckpointBusy: another save writes there.
     """
-    folder = place(directory)
-    folder.make()
-    with folder.hold():
+    directory = open_directory(path)
+    directory.make()
+    with directory.hold():
         yield
 
 
-def commit(directory: Where, manifest: Manifest) -> None:
-    """Make written files a checkpoint: the manifest appears whole or not at all; then files of
-    earlier saves there are removed.
+def commit(path: DirectoryLike, manifest: Manifest) -> None:
+    """Make the written files of a save a checkpoint, and remove files of earlier saves there.
+
+    The manifest appears whole or not at all.
 
     Raises:
-        CheckpointError: a shard's file is not to be seen from here, or the manifest cannot be
-            written.
+        CheckpointError: a shard's file cannot be seen from here, or the manifest not be written.
     """
-    folder = place(directory)
-    there = folder.files()
+    directory = open_directory(path)
+    sizes = directory.files()
     for record in manifest.files:
-        if there.get(record.name) != record.size:
+        if sizes.get(record.name) != record.size:
             raise CheckpointError(
-                f"{folder}/{record.name}: a shard wrote it but it is not here; save to a disk that "
-                "every node with a shard shares,"
-                " or to a URL (s3://...)"
+                f"{directory}/{record.name}: a shard wrote it but it is not here; save to a disk "
+                "that every node with a shard shares, or to a URL (s3://...)"
             )
-    folder.replace(MANIFEST, manifest.to_bytes(), temporary=_temporary(manifest.save_id))
-    for name in there:
-        if (ours := _OURS.fullmatch(name)) and ours[1] != manifest.save_id:
-            folder.remove(name)
+    directory.replace(MANIFEST, manifest.to_bytes(), temporary=_temporary(manifest.save_id))
+    for name in sizes:
+        if (match := _SHARD_FILE.fullmatch(name)) and match[1] != manifest.save_id:
+            directory.remove(name)
 
 
-def discard_partial(directory: Where, save_id: str) -> None:
-    """Remove what a failed save left, and the directory where that empties it; what cannot be
-    removed is in nobody's way.
+def discard_partial(path: DirectoryLike, save_id: str) -> None:
+    """Remove the files of a failed save, and the directory if that empties it.
+
+    Files that cannot be removed are left; they harm no later save.
     """
-    folder = place(directory)
+    directory = open_directory(path)
     with contextlib.suppress(CheckpointError):
-        for name in folder.files():
-            ours = _OURS.fullmatch(name)
-            if (ours and ours[1] == save_id) or name == _temporary(save_id):
-                folder.remove(name)
-    folder.remove_folder()
+        for name in directory.files():
+            match = _SHARD_FILE.fullmatch(name)
+            if (match and match[1] == save_id) or name == _temporary(save_id):
+                directory.remove(name)
+    directory.remove_if_empty()
 
 
-def load(directory: Where) -> Manifest:
-    """Return one checkpoint's manifest; raise CheckpointError naming the file where there is none,
-    or it is refused.
+def load(path: DirectoryLike) -> Manifest:
+    """Return one checkpoint's manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing or refused.
     """
-    folder = place(directory)
-    return Manifest.from_bytes(folder.read(MANIFEST, _LARGEST_MANIFEST), f"{folder}/{MANIFEST}")
+    directory = open_directory(path)
+    contents = directory.read(MANIFEST, _LARGEST_MANIFEST)
+    return Manifest.from_bytes(contents, f"{directory}/{MANIFEST}")
 
 
-def check_files(directory: Where, manifest: Manifest) -> None:
-    """Raise CheckpointError naming a file that is missing, of another size, or too many; no
-    contents are read.
+def check_files(path: DirectoryLike, manifest: Manifest) -> None:
+    """Check a checkpoint's files by name and size, without reading them.
 
-    Files of another save, killed before its end, are in nobody's way, and neither are hidden ones.
+    Hidden files, and files of another save that was killed before its end, are allowed.
+
+    Raises:
+        CheckpointError: naming a file that is missing, has another size, or does not belong.
     """
-    folder = place(directory)
-    there = folder.files()
+    directory = open_directory(path)
+    sizes = directory.files()
     for record in manifest.files:
-        check_file_record(folder, record)
-        size = there.pop(record.name, None)
+        check_file_record(directory, record)
+        size = sizes.pop(record.name, None)
         if size is None or size < 0:
-            raise CheckpointError(f"{folder}/{record.name}: is missing, or no file")
+            raise CheckpointError(f"{directory}/{record.name}: is missing, or no file")
         if size != record.size:
             raise CheckpointError(
-                f"{folder}/{record.name}: has {size} bytes, expected {record.size}"
+                f"{directory}/{record.name}: has {size} bytes, expected {record.size}"
             )
-    for name in there:
-        ours = _OURS.fullmatch(name)
+    for name in sizes:
+        match = _SHARD_FILE.fullmatch(name)
         if (
             name != MANIFEST
             and not name.startswith(".")
-            and (ours is None or ours[1] == manifest.save_id)
+            and (match is None or match[1] == manifest.save_id)
         ):
-            raise CheckpointError(f"{folder}/{name}: is no file of this checkpoint")
+            raise CheckpointError(f"{directory}/{name}: is no file of this checkpoint")
 
 
-def verify(directory: Where) -> Manifest:
-    """Return one checkpoint's manifest after verifying every byte of it; raise CheckpointError
-    naming the file that is refused.
+def verify(path: DirectoryLike) -> Manifest:
+    """Verify every byte of one checkpoint and return its manifest.
+
+    Raises:
+        CheckpointError: naming the file that is refused.
     """
-    manifest = load(directory)
-    check_files(directory, manifest)
-    verify_files(directory, manifest)
+    manifest = load(path)
+    check_files(path, manifest)
+    verify_files(path, manifest)
     return manifest
 
 
-def is_one(path: Where) -> bool:
-    """Look whether a path means one checkpoint: it holds a manifest, or is named as one is."""
-    folder = place(path)
-    return _STEP.fullmatch(folder.name) is not None or MANIFEST in folder.files()
+def is_single_checkpoint(path: DirectoryLike) -> bool:
+    """Return whether a path means one checkpoint: it is named as one, or holds a manifest."""
+    directory = open_directory(path)
+    return _STEP.fullmatch(directory.name) is not None or MANIFEST in directory.files()
 
 
-def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Directory, Manifest]]:
-    """Yield the checkpoints that a path can mean, best first; their bytes are verified by who reads
-    them.
+def candidates(path: DirectoryLike, passed_over: list[str]) -> Iterator[tuple[Directory, Manifest]]:
+    """Yield the checkpoints that a path can mean, newest first; the caller verifies their bytes.
 
-    One checkpoint means that one. A directory means the newest under it, then older ones; each that
-    is refused here gets a sentence in `passed_over`, to which the caller adds what it refuses
-    itself.
+    The path of one checkpoint means that one. A directory means each checkpoint under it.
+
+    Args:
+        path: one checkpoint, or a directory of them.
+        passed_over: receives a sentence for each checkpoint that is refused here; the caller adds
+            one for each that it refuses itself, so that the last error names them all.
 
     Raises:
-        CheckpointError: the one is refused, or all are.
+        CheckpointError: the one checkpoint is refused, or all are.
     """
-    folder = place(path)
-    if is_one(folder):
-        manifest = load(folder)
-        check_files(folder, manifest)
-        yield folder, manifest
+    directory = open_directory(path)
+    if is_single_checkpoint(directory):
+        manifest = load(directory)
+        check_files(directory, manifest)
+        yield directory, manifest
         return
-    if not folder.folders() and not folder.files():
-        raise CheckpointError(f"{folder}: is no checkpoint and no directory of checkpoints")
-    for step in reversed(steps(folder)):
+    if not directory.directories() and not directory.files():
+        raise CheckpointError(f"{directory}: is no checkpoint and no directory of checkpoints")
+    for step in reversed(step_directories(directory)):
         try:
             manifest = load(step)
             check_files(step, manifest)
@@ -172,43 +186,48 @@ def candidates(path: Where, passed_over: list[str]) -> Iterator[tuple[Directory,
         else:
             yield step, manifest
     reasons = f": {'; '.join(passed_over)}" if passed_over else ""
-    raise CheckpointError(f"{folder}: holds no valid checkpoint{reasons}")
+    raise CheckpointError(f"{directory}: holds no valid checkpoint{reasons}")
 
 
-def find(path: Where) -> tuple[Directory, Manifest, list[str]]:
-    """Return the checkpoint meant by a path, and what was passed over.
+def find(path: DirectoryLike) -> tuple[Directory, Manifest, list[str]]:
+    """Return the checkpoint that a path means, and a sentence for each one passed over.
 
-    One checkpoint means that one: its files are looked at by who reads them. Otherwise the newest
-    checkpoint under the path that verifies; each newer one that does not gets a sentence.
+    The path of one checkpoint means that one, and its files are not read here. Under a directory it
+    is the newest checkpoint that verifies.
 
     Raises:
-        CheckpointError: the one is refused, or there is none that is valid.
+        CheckpointError: the one checkpoint is refused, or none is valid.
     """
     passed_over: list[str] = []
-    if is_one(path):
-        return place(path), load(path), passed_over
-    for folder, manifest in candidates(path, passed_over):
+    if is_single_checkpoint(path):
+        return open_directory(path), load(path), passed_over
+    for directory, manifest in candidates(path, passed_over):
         try:
-            verify_files(folder, manifest)
+            verify_files(directory, manifest)
         except CheckpointError as error:
             passed_over.append(str(error))
         else:
-            return folder, manifest, passed_over
+            return directory, manifest, passed_over
     raise AssertionError("candidates ends with an error")
 
 
-def first_that_loads(path: Where, load: Callable[[Directory, Manifest], _T]) -> _T:
-    """Return what `load` makes of the first of a path's candidates that it does not refuse; a
-    warning says what was passed over.
+def load_first_valid(path: DirectoryLike, load: Callable[[Directory, Manifest], _T]) -> _T:
+    """Return what `load` makes of a path's first candidate that it does not refuse.
+
+    A warning names each checkpoint passed over. The path of one checkpoint is strict: that one.
+
+    Raises:
+        CheckpointError: the one checkpoint is refused, or all are.
     """
     passed_over: list[str] = []
-    strict, said = is_one(path), 0
-    for folder, manifest in candidates(path, passed_over):
-        for sentence in passed_over[said:]:
+    strict = is_single_checkpoint(path)
+    logged = 0
+    for directory, manifest in candidates(path, passed_over):
+        for sentence in passed_over[logged:]:
             log.warning("passed over: %s", sentence)
-        said = len(passed_over)
+        logged = len(passed_over)
         try:
-            return load(folder, manifest)
+            return load(directory, manifest)
         except CheckpointError as error:
             if strict:
                 raise
@@ -216,34 +235,42 @@ def first_that_loads(path: Where, load: Callable[[Directory, Manifest], _T]) -> 
     raise AssertionError("candidates ends with an error")
 
 
-def steps(root: Where) -> list[Directory]:
+def step_directories(root: DirectoryLike) -> list[Directory]:
     """Return the directories under `root` that are named as checkpoints, oldest round first."""
-    folder = place(root)
+    directory = open_directory(root)
     found = sorted(
-        (int(match[1]), name) for name in folder.folders() if (match := _STEP.fullmatch(name))
+        (int(match[1]), name)
+        for name in directory.directories()
+        if (match := _STEP.fullmatch(name))
     )
-    return [folder.child(name) for _, name in found]
+    return [directory.child(name) for _, name in found]
 
 
 def prune(
-    root: Where,
+    root: DirectoryLike,
     keep: int,
-    newest: Where,
+    newest: DirectoryLike,
     *,
     keep_every: int | None = None,
     keep_every_s: float | None = None,
 ) -> list[Directory]:
-    """Delete checkpoints of those up to `newest`, which was just written, and return what was
-    deleted, newest first.
+    """Delete old checkpoints under `root` and return their directories, newest first.
 
-    Kept are the last `keep`, those of rounds that are multiples of `keep_every`, and, going on from
-    the oldest, one in each `keep_every_s` seconds. One that is not valid, as far as can be seen
-    without reading its shards' files, is kept by no rule and counts for none. What lies after
-    `newest` is of another history and is left alone.
+    Checkpoints are judged without reading their shards' files. An invalid one is never kept for its
+    own sake and does not count as one of the last `keep`; checkpoints of later rounds than `newest`
+    belong to another history and are left alone.
+
+    Args:
+        root: the directory of checkpoints.
+        keep: how many of the last checkpoints stay.
+        newest: the checkpoint that was just written.
+        keep_every: rounds that are multiples of this stay too.
+        keep_every_s: counted from the oldest, one checkpoint in each span of so many seconds stays
+            too.
     """
-    last = _round(place(newest))
-    upto = [step for step in steps(root) if _round(step) <= last]
-    valid = {step.name: manifest for step in upto if (manifest := _looked_at(step)) is not None}
+    last = _round_of(open_directory(newest).name)
+    steps = [step for step in step_directories(root) if _round_of(step.name) <= last]
+    valid = {step.name: manifest for step in steps if (manifest := _valid_manifest(step))}
     kept, kept_at = set(list(valid)[-keep:]), float("-inf")
     for name, manifest in valid.items():
         if keep_every_s is not None and manifest.saved_at - kept_at >= keep_every_s:
@@ -251,52 +278,43 @@ def prune(
             kept_at = manifest.saved_at
         if keep_every is not None and manifest.round % keep_every == 0:
             kept.add(name)
-    beyond = (
-        _number(list(valid)[-keep]) if len(valid) >= keep else 0
-    )  # an older one that is not valid is of use to nobody
+    # an invalid checkpoint may be one being written, unless it is older than all that stay
+    oldest_of_last = _round_of(list(valid)[-keep]) if len(valid) >= keep else 0
     deleted = []
-    for step in reversed(upto):
-        if step.name not in kept and (step.name in valid or _round(step) < beyond):
+    for step in reversed(steps):
+        if step.name not in kept and (step.name in valid or _round_of(step.name) < oldest_of_last):
             remove(step)
             deleted.append(step)
     return deleted
 
 
-def _looked_at(folder: Directory) -> Manifest | None:
-    """Return the manifest of a checkpoint that is valid as far as can be seen without reading its
-    shards' files.
-    """
+def _valid_manifest(directory: Directory) -> Manifest | None:
+    """Return a checkpoint's manifest, or None if it is refused; the shards' files are not read."""
     with contextlib.suppress(CheckpointError):
-        manifest = load(folder)
-        check_files(folder, manifest)
+        manifest = load(directory)
+        check_files(directory, manifest)
         return manifest
     return None
 
 
-def _round(folder: Directory) -> int:
-    return _number(folder.name)
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("step_"))
+def _round_of(step_name: str) -> int:
+    return int(step_name.removeprefix("step_"))
 
 
 def _temporary(save_id: str) -> str:
     return f".{MANIFEST}.{save_id}"
 
 
-def remove(directory: Where) -> None:
-    """Delete one checkpoint, its manifest first, so that what is left of it is never taken for
-    one.
-    """
-    folder = place(directory)
-    folder.remove(MANIFEST)
-    for name in folder.files():
-        if _OURS.fullmatch(name) or name.startswith(f".{MANIFEST}."):
-            folder.remove(name)
-    folder.remove_folder()
+def remove(path: DirectoryLike) -> None:
+    """Delete one checkpoint, its manifest first, so that a rest of it never passes for one."""
+    directory = open_directory(path)
+    directory.remove(MANIFEST)
+    for name in directory.files():
+        if _SHARD_FILE.fullmatch(name) or name.startswith(f".{MANIFEST}."):
+            directory.remove(name)
+    directory.remove_if_empty()
 
 
 def now() -> float:
-    """Return the time that a manifest is given, in seconds since 1970."""
+    """Return the time for a manifest's `saved_at`, in seconds since 1970."""
     return time.time()

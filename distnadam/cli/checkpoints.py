@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.diff import Difference, compare
+from distnadam.checkpoint.diff import CheckpointDiff, compare
 from distnadam.checkpoint.inspect import UNREAD, VERIFIED, describe
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.cli.group import JSON, errors_told, main, verbatim
 from distnadam.errors import CheckpointError
 
@@ -70,8 +70,8 @@ def verify(path: str, *, as_json: bool) -> None:
     """Verify every byte of a checkpoint, or of all in a directory; exit 1 where one is refused."""
     verdicts = []
     with errors_told():
-        folder = place(path)
-        steps = [] if store.MANIFEST in folder.files() else store.steps(folder)
+        folder = open_directory(path)
+        steps = [] if store.MANIFEST in folder.files() else store.step_directories(folder)
         found = steps or [folder]
     for directory in found:
         try:
@@ -145,7 +145,7 @@ def _show(found: dict[str, Any]) -> None:
         click.echo(f"problem: {problem}", err=True)
 
 
-def _show_difference(found: Difference) -> None:
+def _show_difference(found: CheckpointDiff) -> None:
     console = verbatim()
     for name, (first, second) in found.settings.items():
         console.print(f"{name}: {first} in the first, {second} in the second")

@@ -136,7 +136,7 @@ def _newest(directory: str | None) -> str | None:
     if directory is None:
         return None
     with suppress(CheckpointError):
-        for step in reversed(store.steps(directory)):
+        for step in reversed(store.step_directories(directory)):
             if store.MANIFEST in step.files():
                 return str(step)
     return f"{directory} (nothing to be seen from here)"

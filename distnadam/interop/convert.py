@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from distnadam.checkpoint import store
+from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.errors import CheckpointError, ConfigError
 from distnadam.interop import keras, optax, own_files, torch
 from distnadam.interop.formulas import Conversion
@@ -44,7 +44,7 @@ class Converted:
 
 
 def export_checkpoint(
-    checkpoint: store.Where,
+    checkpoint: DirectoryLike,
     output: str | os.PathLike[str],
     *,
     to: Format,
@@ -86,7 +86,7 @@ def export_checkpoint(
 
 def import_checkpoint(
     source: str | os.PathLike[str],
-    directory: store.Where,
+    directory: DirectoryLike,
     *,
     source_format: Format,
     config: Mapping[str, Any] | None = None,

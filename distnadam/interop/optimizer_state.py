@@ -14,6 +14,7 @@ import numpy as np
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import read_shard, write_shard
+from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock
@@ -72,7 +73,7 @@ class OptimizerState:
         """
         return positions(self.names, order)
 
-    def save(self, root: store.Where) -> str:
+    def save(self, root: DirectoryLike) -> str:
         """Write a checkpoint of one shard under `root`, which `verify` accepts and
         `DistNadam.restore` continues from; return it.
         """
@@ -117,7 +118,7 @@ class OptimizerState:
         return str(directory)
 
 
-def load_checkpoint(path: store.Where) -> OptimizerState:
+def load_checkpoint(path: DirectoryLike) -> OptimizerState:
     """Return the state of a checkpoint, or of the newest valid one in a directory, every byte of it
     verified.
 

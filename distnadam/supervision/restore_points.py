@@ -60,7 +60,7 @@ class RestorePoints:
         found: list[Directory | Flat] = []
         if self.directory is not None:
             try:
-                found += reversed(store.steps(self.directory))
+                found += reversed(store.step_directories(self.directory))
             except CheckpointError as error:
                 log.warning("no checkpoint can be looked for: %s", error)
         return found + ([self.initial] if self.initial is not None else [])

@@ -11,6 +11,7 @@ from typing import Any
 from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import RunLock
 from distnadam.checkpoint.storage.local import LocalDirectory
+from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.client.checkpointing import SaveHandle
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
@@ -56,14 +57,14 @@ class Plan:
 _DATA = frozenset({"task", "seed", "num_workers"})
 
 
-def data_of_run(where: store.Where) -> dict[str, Any]:
+def data_of_run(where: DirectoryLike) -> dict[str, Any]:
     """Return what `fit` keeps beside the state in the newest checkpoint under a path, so that it
     goes on from one that others write there.
 
     It is the same for all of a run's checkpoints; what others keep, such as a place in their data,
     may not be, and is not copied.
     """
-    for step in reversed(store.steps(where)):
+    for step in reversed(store.step_directories(where)):
         with suppress(CheckpointError):
             data = store.load(step).data
             return dict(data) if data.keys() == _DATA else {}
@@ -89,7 +90,7 @@ class CheckpointManager:
         on_save: Callable[[int, Path | str], None],
         on_message: Callable[[str], None],
     ) -> None:
-        self._claim, self._folder, self._keep, self._data = claim, claim.folder, keep, data
+        self._claim, self._folder, self._keep, self._data = claim, claim.directory, keep, data
         self._on_save, self._on_message = on_save, on_message
         self._saving: tuple[int, SaveHandle] | None = None
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from distnadam.backends.factory import BackendName
-from distnadam.checkpoint.run_lock import claim
+from distnadam.checkpoint.run_lock import make_run_lock
 from distnadam.checkpoint.storage.local import LocalDirectory
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.config import check_count
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
@@ -101,7 +101,7 @@ def fit(
         )
     seed, label = check_count("seed", seed, least=0), task_name(task)
     by_default = run_directory(label)
-    folder = place(checkpoint_dir or by_default)
+    folder = open_directory(checkpoint_dir or by_default)
     root = folder.path if isinstance(folder, LocalDirectory) else by_default.absolute()
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
@@ -117,8 +117,10 @@ def fit(
         steps, save_every, evaluate_every, resume, RetentionPolicy(keep, keep_every, keep_every_s)
     )
     with (
-        claim(LocalDirectory(root)) as here,
-        nullcontext(here) if isinstance(folder, LocalDirectory) else claim(folder) as claimed,
+        make_run_lock(LocalDirectory(root)) as here,
+        nullcontext(here)
+        if isinstance(folder, LocalDirectory)
+        else make_run_lock(folder) as claimed,
     ):
         run = _Run(task, label, seed, root, claimed, topology, plan, told, history)
         run.run(optimizer)

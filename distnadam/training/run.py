@@ -205,17 +205,17 @@ class _Run:
         )
 
     def _checkpoint(self) -> tuple[Directory, Manifest] | None:
-        resume, existing = self.plan.resume, store.steps(self.claim.folder)
+        resume, existing = self.plan.resume, store.step_directories(self.claim.directory)
         if not existing:
             if resume == "must":
-                raise CheckpointError(f"{self.claim.folder}: holds no checkpoint to resume from")
+                raise CheckpointError(f"{self.claim.directory}: holds no checkpoint to resume from")
             return None
         if resume == "never":
             raise CheckpointError(
-                f"{self.claim.folder}: holds checkpoints, the newest {existing[-1].name}; resume "
-                "it, or choose another"
+                f"{self.claim.directory}: holds checkpoints, the newest {existing[-1].name}; "
+                "resume it, or choose another"
             )
-        path, manifest, passed_over = store.find(self.claim.folder)
+        path, manifest, passed_over = store.find(self.claim.directory)
         for sentence in passed_over:
             self._tell("on_message", f"passed over: {sentence}")
         self._tell("on_message", f"resuming from {path}")
@@ -226,12 +226,12 @@ class _Run:
         for key, ours in (("task", self.label), ("seed", self.seed)):
             if saved.get(key) != ours:
                 raise CheckpointError(
-                    f"{self.claim.folder}: its checkpoint is of {key} {saved.get(key)!r}, this "
+                    f"{self.claim.directory}: its checkpoint is of {key} {saved.get(key)!r}, this "
                     f"run's is {ours!r}; choose another directory"
                 )
         if Layout.from_dict(manifest.layout) != layout:
             raise CheckpointError(
-                f"{self.claim.folder}: its checkpoint has other tensors than the task's; choose "
+                f"{self.claim.directory}: its checkpoint has other tensors than the task's; choose "
                 "another directory"
             )
         if saved.get("num_workers") != self.topology["num_workers"]:

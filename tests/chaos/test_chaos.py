@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import open_directory
 from tests.chaos.faults import FAULTS
 from tests.chaos.leftovers import leftovers, wait_for_no_more_than
 from tests.chaos.run import Report, cases, cases_of_nodes, compare, count, kill, play
@@ -99,7 +99,7 @@ def test_close_after_deaths_of_all_kinds_of_process_leaves_no_process_actor_sock
     # is whole
     whole = [
         folder
-        for folder in store.steps(place(tmp_path / "checkpoints"))
+        for folder in store.step_directories(open_directory(tmp_path / "checkpoints"))
         if store.MANIFEST in folder.files()
     ]
     assert whole and all(store.verify(folder) for folder in whole)

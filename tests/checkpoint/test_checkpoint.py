@@ -24,6 +24,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import CHUNK_BYTES, read_shard, write_shard
 from distnadam.errors import CheckpointBusy, CheckpointError
+from tests.checkpoint.manifests import SAVE_ID, manifest_of
 from tests.models import bits, params, run
 
 
@@ -207,9 +208,9 @@ def test_pruning_keeps_the_newest_and_never_counts_one_without_a_manifest(tmp_pa
             optimizer.apply_gradients({"w": np.ones(3)})
             optimizer.save(tmp_path)
     (tmp_path / "step_00000005" / store.MANIFEST).unlink()
-    deleted = store.prune(tmp_path, 2, store.steps(tmp_path)[-1])
+    deleted = store.prune(tmp_path, 2, store.step_directories(tmp_path)[-1])
     assert [path.name for path in deleted] == ["step_00000002", "step_00000001"]
-    assert [path.name for path in store.steps(tmp_path)] == [
+    assert [path.name for path in store.step_directories(tmp_path)] == [
         "step_00000003",
         "step_00000004",
         "step_00000005",
@@ -241,9 +242,9 @@ def test_ranges_over_many_chunks_come_back_whole(
         zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ):
         state = {name: {"float32": values[begin:end]} for name, values in whole.items()}
-        name = store.shard_file_name(index, len(sizes), "0" * 16)
+        name = store.shard_file_name(index, len(sizes), SAVE_ID)
         records.append(write_shard(directory, name, ranges={"float32": (begin, end)}, state=state))
-    manifest = Manifest("0" * 16, {}, {}, {}, {}, 0, 1.0, 0, 0, {}, {}, tuple(records))
+    manifest = manifest_of(records)
     cut = min(cut, sum(sizes))
     for begin, end in ((0, cut), (cut, sum(sizes))):
         got = read_shard(

@@ -2,7 +2,9 @@
 nothing served that is not whole.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam import DistNadam
-from distnadam.checkpoint import shard_file as files
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import (
@@ -23,6 +24,8 @@ from distnadam.checkpoint.shard_file import (
     read_shard,
     write_shard,
 )
+from distnadam.checkpoint.storage.base import ReadInto
+from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.protocol.messages import Pull, Push, ShardSpec
@@ -30,6 +33,7 @@ from distnadam.protocol.supervisor_messages import Load
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.arrays import empty_flat
 from distnadam.tensors.layout import Layout, Ranges
+from tests.checkpoint.manifests import SAVE_ID, manifest_of
 from tests.models import bits, params, run
 
 SHAPES = st.lists(
@@ -41,7 +45,7 @@ def write_checkpoint(
     directory: Path, layout: Layout, cuts: Sequence[Ranges], whole: dict[str, Any]
 ) -> Manifest:
     """The files of shards that were cut so, and a manifest that names them."""
-    save_id, records = "0" * 16, []
+    records = []
     for index, ranges in enumerate(cuts):
         state = {
             name: {s: flat[s][begin:end] for s, (begin, end) in ranges.items()}
@@ -50,17 +54,37 @@ def write_checkpoint(
         records.append(
             write_shard(
                 directory,
-                store.shard_file_name(index, len(cuts), save_id),
+                store.shard_file_name(index, len(cuts), SAVE_ID),
                 ranges=ranges,
                 state=state,
             )
         )
-    return Manifest(save_id, {}, {}, {}, layout.to_dict(), 0, 1.0, 0, 0, {}, {}, tuple(records))
+    return manifest_of(records, layout.to_dict())
+
+
+class RecordingDirectory(LocalDirectory):
+    """A local directory that records each read as (file, offset, bytes)."""
+
+    best_read_bytes = CHUNK_BYTES
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.reads: list[tuple[str, int, int]] = []
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[ReadInto]:
+        with super().reading(name) as read_into:
+
+            def recorded(views: Sequence[memoryview], offset: int) -> None:
+                self.reads.append((name, offset, sum(map(len, views))))
+                read_into(views, offset)
+
+            yield recorded
 
 
 @given(shapes=SHAPES, before=st.integers(1, 64), after=st.integers(1, 64))
 @settings(max_examples=60, deadline=None)
-def test_any_number_of_shards_becomes_any_other_and_every_chunk_is_verified_by_someone(
+def test_any_number_of_shards_becomes_any_other_and_each_chunk_is_verified_by_one(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[str, int]], before: int, after: int
 ) -> None:
     layout = Layout.of({f"t{i}": np.zeros(n, dtype) for i, (dtype, n) in enumerate(shapes)})
@@ -70,42 +94,43 @@ def test_any_number_of_shards_becomes_any_other_and_every_chunk_is_verified_by_s
         for name in ARRAYS
     }
     manifest = write_checkpoint(directory, layout, layout.cuts(before), whole)
-    seen: set[tuple[str, int]] = set()
-    with pytest.MonkeyPatch.context() as patch:
-        verify = files._verify
+    recording = RecordingDirectory(directory)
 
-        def noted(pieces: Any, path: str, record: Any, run: range) -> None:
-            seen.update((record.name, number) for number in run)
-            verify(pieces, path, record, run)
-
-        patch.setattr(files, "_verify", noted)
+    def read_all() -> None:
         for ranges, left in zip(layout.cuts(after), leftover_readers(manifest, after), strict=True):
-            got = read_shard(directory, manifest, ranges=ranges, leftovers=left)
+            got = read_shard(recording, manifest, ranges=ranges, leftovers=left)
             for name, flat in whole.items():
                 assert all(
                     np.array_equal(got[name][s], flat[s][begin:end])
                     for s, (begin, end) in ranges.items()
                 )
-    assert seen == {
+
+    read_all()
+    assert {(name, offset // CHUNK_BYTES) for name, offset, _ in recording.reads} == {
         (record.name, n) for record in manifest.files for n in range(len(record.checksums))
     }
+    victim = manifest.files[rng.integers(len(manifest.files))]
+    with open(directory / victim.name, "r+b") as file:
+        file.seek(rng.integers(victim.size))
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(CheckpointError, match=rf"{victim.name}: bytes \["):
+        read_all()
 
 
 def test_a_shard_reads_its_range_rounded_out_to_chunks_and_no_more(tmp_path: Path) -> None:
     layout = Layout.of({"w": np.zeros(3_000_000, np.float32)})
     whole = {name: {"float32": np.arange(3_000_000, dtype=np.float32)} for name in ARRAYS}
     manifest = write_checkpoint(tmp_path, layout, layout.cuts(3), whole)
-    read: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_verify", lambda pieces, *about: read.append(sum(map(len, pieces))))
-        for ranges, left in zip(layout.cuts(5), leftover_readers(manifest, 5), strict=True):
-            read.clear()
-            begin, end = ranges["float32"]
-            read_shard(tmp_path, manifest, ranges=ranges, leftovers=left)
-            pieces = 2 * len(
-                ARRAYS
-            )  # each array of two old files at most, each rounded out at both ends
-            assert sum(read) <= 12 * (end - begin) + 2 * pieces * CHUNK_BYTES
+    recording = RecordingDirectory(tmp_path)
+    for ranges, left in zip(layout.cuts(5), leftover_readers(manifest, 5), strict=True):
+        recording.reads.clear()
+        begin, end = ranges["float32"]
+        read_shard(recording, manifest, ranges=ranges, leftovers=left)
+        pieces = 2 * len(ARRAYS)  # each array lies in two old files at most
+        rounding = 2 * pieces * CHUNK_BYTES  # a piece is rounded out at both ends
+        assert sum(size for *_, size in recording.reads) <= 12 * (end - begin) + rounding
 
 
 def test_what_is_read_goes_to_the_arrays_themselves_with_no_second_copy_of_the_state(
@@ -145,7 +170,7 @@ def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_anoth
             run(optimizer, 0, 2)
             optimizer.save(tmp_path / name)
             whole = optimizer.shards.read(ARRAYS)[1]
-    bad, good = (store.steps(tmp_path / name)[-1] for name in ("bad", "good"))
+    bad, good = (store.step_directories(tmp_path / name)[-1] for name in ("bad", "good"))
     victim = Path(str(bad)) / store.load(bad).files[0].name
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1

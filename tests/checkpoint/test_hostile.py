@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import MAGIC, Manifest
-from distnadam.checkpoint.msgpack_guard import MOST_OBJECTS, check_msgpack
+from distnadam.checkpoint.msgpack_guard import MAX_OBJECTS, check_msgpack
 from distnadam.errors import CheckpointError
 from tests.models import bits, params
 
@@ -135,7 +135,7 @@ def test_a_manifest_may_be_large_but_not_without_bound(saved: Path) -> None:
     with open(saved / store.MANIFEST, "wb") as file:
         file.truncate(1 << 40)
     refused(saved)
-    check_msgpack(msgpack.packb([0] * (MOST_OBJECTS - 1)), "here")
+    check_msgpack(msgpack.packb([0] * (MAX_OBJECTS - 1)), "here")
 
 
 def set_shape(body: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def reset(root: Path, optimizer: DistNadam, first: Any) -> None:
 
 def check(root: Path, before: list[bytes], after: list[bytes], *, same: bool) -> str:
     """Which of the two states the directory means; every directory with a manifest is valid."""
-    for step in store.steps(root):
+    for step in store.step_directories(root):
         if (Path(str(step)) / store.MANIFEST).exists():
             store.verify(step)
         else:

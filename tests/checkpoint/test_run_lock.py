@@ -1,4 +1,4 @@
-"""One run at a time in a folder, here or at a URL, whoever lives, dies, or wakes up."""
+"""One run at a time writes to a directory, local or remote, while runs live, die and wake up."""
 
 import os
 import threading
@@ -10,35 +10,28 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import distnadam.checkpoint.run_lock as claims
-from distnadam.checkpoint.run_lock import LeaseFile, claim
+from distnadam.checkpoint.run_lock import LeaseFile, make_run_lock
 from distnadam.checkpoint.storage.base import Directory
-from distnadam.checkpoint.storage.resolve import place
-from distnadam.errors import CheckpointBusy
+from distnadam.checkpoint.storage.resolve import open_directory
+from distnadam.errors import CheckpointBusy, CheckpointError
 
 LEASE_S = 0.4
 
 
 @pytest.fixture
 def folder() -> Iterator[Directory]:
-    yield place("memory://claim/run")
+    yield open_directory("memory://claim/run")
     fsspec.filesystem("memory").store.clear()
-
-
-def die(lease: LeaseFile) -> None:
-    """Let a lease be as its process's death leaves it."""
-    lease._ended.set()
-    lease._thread.join()
 
 
 def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     with (
-        claim(place(tmp_path)),
+        make_run_lock(open_directory(tmp_path)),
         pytest.raises(CheckpointBusy, match=str(os.getpid())),
-        claim(place(tmp_path)),
+        make_run_lock(open_directory(tmp_path)),
     ):
         pass
-    with claim(place(tmp_path)):
+    with make_run_lock(open_directory(tmp_path)):
         pass
 
 
@@ -59,18 +52,17 @@ def test_a_second_run_is_refused_by_name_while_the_first_lives(folder: Directory
 
 def test_a_dead_run_is_outwaited(folder: Directory) -> None:
     first = LeaseFile(folder, LEASE_S).__enter__()
-    die(first)
+    first.stop_renewing()
     with LeaseFile(folder, LEASE_S) as second:
         second.check()
         assert len(folder.files()) == 1
 
 
-def test_a_run_that_was_taken_over_from_is_told_when_it_wakes_up(folder: Directory) -> None:
+def test_a_run_that_was_taken_over_stops_when_it_wakes_up(folder: Directory) -> None:
     first = LeaseFile(folder, LEASE_S).__enter__()
-    die(first)
+    first.stop_renewing()
     with LeaseFile(folder, LEASE_S) as second:
-        first._ended.clear()
-        first._keep()
+        first.renew()
         with pytest.raises(CheckpointBusy, match="another run took over"):
             first.check()
         second.check()
@@ -98,11 +90,11 @@ def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(
     with LeaseFile(folder, LEASE_S) as lease:
         failed = threading.Event()
 
-        def refuse(phase: str) -> None:
+        def refuse(name: str, contents: bytes, *, temporary: str) -> None:
             monkeypatch.undo()
             failed.set()
-            raise claims.CheckpointError("not now")
+            raise CheckpointError("not now")
 
-        monkeypatch.setattr(lease, "_rewrite", refuse)
+        monkeypatch.setattr(folder, "replace", refuse)
         assert failed.wait(60)
         lease.check()

@@ -53,7 +53,7 @@ def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(
         saving = optimizer.save(tmp_path, wait=False, data={"position": 2})
         run(optimizer, 2, 5)
         assert not saving.done()
-        assert store.steps(tmp_path) and not list(tmp_path.glob("*/manifest.msgpack"))
+        assert store.step_directories(tmp_path) and not list(tmp_path.glob("*/manifest.msgpack"))
         with pytest.raises(StepTimeout, match="was not complete in"):
             saving.result(timeout_s=0.01)
         gate.opened.set()
@@ -253,7 +253,7 @@ def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_be
         ) as caught:
             saving.result()
         assert isinstance(caught.value.__cause__, ShardLost)
-        assert [step.name for step in store.steps(tmp_path)] == ["step_00000001"]
+        assert [step.name for step in store.step_directories(tmp_path)] == ["step_00000001"]
         shards.ask = real  # type: ignore[method-assign]
         with pytest.raises(Rewound, match="to round 1"):
             optimizer.save(tmp_path, wait=False)

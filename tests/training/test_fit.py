@@ -12,8 +12,8 @@ import pytest
 
 from distnadam import DistNadam, fit
 from distnadam.checkpoint import store
-from distnadam.checkpoint.run_lock import claim
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.run_lock import make_run_lock
+from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import CheckpointBusy, CheckpointError, ConfigError, TrainingError
 from distnadam.training.callbacks import Callback, read_metrics
 
@@ -73,7 +73,10 @@ def test_a_run_leaves_its_record_metrics_plot_and_checkpoints(tmp_path: Path) ->
     assert history.steps == list(range(1, 21))
     assert history.losses[-1] < history.losses[0]
     assert [step for step, _ in history.evaluations] == [8, 16, 20]
-    assert [path.name for path in store.steps(tmp_path)] == ["step_00000015", "step_00000020"]
+    assert [path.name for path in store.step_directories(tmp_path)] == [
+        "step_00000015",
+        "step_00000020",
+    ]
     rows = read_metrics(history.metrics_path)
     assert [value for _, metric, value in rows if metric == "loss"] == history.losses
     assert history.plot_path == tmp_path / "loss.png"
@@ -181,7 +184,7 @@ def test_resume_may_be_forbidden_or_demanded(tmp_path: Path) -> None:
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
     with (
-        claim(place(tmp_path)),
+        make_run_lock(open_directory(tmp_path)),
         pytest.raises(CheckpointBusy, match=f"{tmp_path.name}.*another run writes here"),
     ):
         train(tmp_path)
@@ -296,7 +299,7 @@ def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(
             verbose=False,
         )
     assert any("in batch" in note for note in caught.value.__notes__)
-    with claim(place(tmp_path)):  # let go of
+    with make_run_lock(open_directory(tmp_path)):  # let go of
         assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("worker")]
 
 

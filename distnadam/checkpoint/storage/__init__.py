@@ -1,1 +1,1 @@
-"""Directories that checkpoints lie in: local disks, and object stores by fsspec."""
+"""Where checkpoints are stored: local disks (`local`) and fsspec URLs (`remote`)."""

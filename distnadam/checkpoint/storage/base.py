@@ -1,8 +1,9 @@
-"""Where checkpoints lie: a folder of a local disk, or (in `remote`) one under any fsspec URL. What
-a checkpoint is, is not known here.
+"""The interface of a checkpoint directory's storage, which local disks and fsspec URLs implement.
 
-Every refusal by the system is a CheckpointError that names the file. A file that is being written
-looks complete to nobody who knows its size; `replace` makes a file appear whole or not at all.
+Files are opaque bytes here; what makes a checkpoint of them is in `store`. Every refusal by the
+system becomes a CheckpointError that names the file. A file that is being written never looks
+complete to a reader that knows its size; `Directory.replace` makes a file appear whole or not at
+all.
 """
 
 import contextlib
@@ -12,21 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from distnadam.errors import CheckpointError
 
 Pieces = Callable[[], Iterator[memoryview]]
-"""A file's contents, from its beginning each time it is asked."""
-
+"""Yields a file's contents; each call starts at the beginning, so that a write can be retried."""
 
 ReadInto = Callable[[Sequence[memoryview], int], None]
 """Fills buffers, one after another, with a file's bytes from an offset on."""
 
 
 class Directory(ABC):
-    """Files and folders under one name; `str` of it is what users give and get: a plain path where
-    local, a URL otherwise.
+    """A directory of files; its `str` is what users pass and receive: a plain path or a URL.
 
-    `run_bytes` is how much is best read at once.
+    `best_read_bytes` is the size of one read at which this storage is fastest.
     """
 
-    run_bytes = 1 << 20
+    best_read_bytes = 1 << 20
 
     @property
     @abstractmethod
@@ -35,66 +34,68 @@ class Directory(ABC):
 
     @abstractmethod
     def child(self, name: str) -> "Directory":
-        """Return the folder of that name in this one, there or not."""
+        """Return the subdirectory of that name, whether it exists or not."""
 
     @abstractmethod
     def make(self) -> None:
-        """See to it that files can be written here."""
+        """Create the directory and its parents unless they exist."""
 
     @abstractmethod
     def files(self) -> dict[str, int]:
-        """Return the sizes of the files here, by name; none where there is no such folder."""
+        """Return the size in bytes of each file, by name; empty if the directory does not exist."""
 
     @abstractmethod
-    def folders(self) -> list[str]:
-        """Return the names of the folders here."""
+    def directories(self) -> list[str]:
+        """Return the names of the subdirectories; empty if the directory does not exist."""
 
     @abstractmethod
     def read(self, name: str, at_most: int) -> bytes:
-        """Return a file's contents; raise CheckpointError where there is none, or it has more bytes
-        than that.
+        """Return a file's contents.
+
+        Raises:
+            CheckpointError: the file does not exist, or has more than `at_most` bytes.
         """
 
     @abstractmethod
     def reading(self, name: str) -> contextlib.AbstractContextManager[ReadInto]:
-        """Open a file to be read by any number of threads."""
+        """Open a file; any number of threads may call the result at once."""
 
     @abstractmethod
     def write(self, name: str, pieces: Pieces) -> None:
-        """Write a new file and flush it to where it lasts; where that fails, nothing of it is
-        left.
-        """
+        """Write a new file and flush it to durable storage; leave nothing behind on failure."""
 
     @abstractmethod
     def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
-        """Write a file, or replace it, in one atomic step that lasts; `temporary` is a name that
-        nobody else uses.
+        """Create or replace a file in one atomic, durable step.
+
+        Args:
+            name: the file's.
+            contents: the whole file.
+            temporary: a name in this directory that no other writer uses.
         """
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file where it is."""
+        """Remove a file if it exists."""
 
     @abstractmethod
-    def remove_folder(self) -> None:
-        """Remove this folder where nothing is in it."""
+    def remove_if_empty(self) -> None:
+        """Remove the directory if it exists and is empty."""
 
     @abstractmethod
     def hold(self) -> contextlib.AbstractContextManager[None]:
-        """Hold this folder, which must be there, for one writer; raise CheckpointBusy where another
-        holds it.
-        """
+        """Lock this existing directory for one writer; raise CheckpointBusy if another holds it."""
 
 
-def parent_of(where: object) -> str:
-    """Return the name of the folder that a folder lies in."""
-    return str(where).rstrip("/").rpartition("/")[0]
+def parent_of(directory: object) -> str:
+    """Return the path or URL of a directory's parent."""
+    return str(directory).rstrip("/").rpartition("/")[0]
 
 
 @contextlib.contextmanager
-def told(path: object, what: str) -> Iterator[None]:
-    """Turn what the system refuses into a CheckpointError that names the file."""
+def os_errors_as(path: object, action: str) -> Iterator[None]:
+    """Raise an OSError of the body as a CheckpointError: "<path>: cannot be <action>: <reason>"."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be {what}: {error.strerror or error}") from error
+        raise CheckpointError(f"{path}: cannot be {action}: {error.strerror or error}") from error

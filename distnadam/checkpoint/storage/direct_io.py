@@ -1,9 +1,8 @@
-"""Write a file past the page cache where its filesystem can: what is saved is not read soon, and
-the pages would be taken from others.
+"""Writes a file with O_DIRECT, bypassing the page cache, if its filesystem supports that.
 
-A cache that has to find fresh pages makes saving slower by an unpredictable factor; so does
-flushing it. The state is copied to a buffer with the alignment that such writes need, for a shard's
-range begins anywhere, while another buffer is being written.
+A checkpoint is not read soon, and a page cache that must first find free pages, and later flush
+them, slows saving by an unpredictable factor. O_DIRECT needs aligned memory, while a shard's range
+begins anywhere: so the state is copied to one aligned buffer while another is being written.
 """
 
 import errno
@@ -18,58 +17,62 @@ _ALIGNMENT = 4096
 
 
 def write_pieces(descriptor: int, pieces: Iterable[memoryview]) -> None:
-    """Write pieces one after another to a new, empty file; raise OSError where the system
-    refuses.
-    """
-    file, filled = _File(descriptor), 0
+    """Write pieces one after another to a new, empty file; raise OSError if the system refuses."""
+    file = _DirectFile(descriptor)
+    filled = 0
     buffer, other = (memoryview(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(2))
     with ThreadPoolExecutor(1, "disk") as disk:
-        on_its_way: Future[None] | None = None
+        pending: Future[None] | None = None
         for piece in pieces:
             while piece:
                 part, piece = piece[: _BUFFER_BYTES - filled], piece[_BUFFER_BYTES - filled :]
                 buffer[filled : filled + len(part)] = part
                 filled += len(part)
                 if filled == _BUFFER_BYTES:
-                    if on_its_way is not None:
-                        on_its_way.result()
-                    on_its_way, filled = disk.submit(file.write, buffer), 0
+                    if pending is not None:
+                        pending.result()
+                    pending = disk.submit(file.write, buffer)
                     buffer, other = other, buffer
-        if on_its_way is not None:
-            on_its_way.result()
-    whole = filled - filled % _ALIGNMENT
-    file.write(buffer[:whole])
-    file.write_through_cache(buffer[whole:filled])
+                    filled = 0
+        if pending is not None:
+            pending.result()
+    aligned = filled - filled % _ALIGNMENT
+    file.write(buffer[:aligned])
+    file.write_cached(buffer[aligned:filled])
 
 
-class _File:
-    """A file whose writes pass the cache by until one is refused or cut short."""
+class _DirectFile:
+    """A file written with O_DIRECT until a write is refused or cut short, then through the cache.
+
+    Args:
+        descriptor: of a file open for writing.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._direct = self._pass_cache(True)
+        self._direct = self._set_direct(True)
 
     def write(self, view: memoryview) -> None:
-        """Write all of it."""
+        """Write all of a buffer that begins at an aligned address."""
         while view:
             try:
                 written = os.write(self._descriptor, view)
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
-                written = 0  # another alignment is wanted here
+                written = 0  # this filesystem wants another alignment
             view = view[written:]
             if self._direct and view:
-                self._direct = self._pass_cache(False)
+                self._direct = self._set_direct(False)
 
-    def write_through_cache(self, view: memoryview) -> None:
-        """Write what has no alignment, and all that follows."""
+    def write_cached(self, view: memoryview) -> None:
+        """Write bytes of any alignment, and whatever follows, through the page cache."""
         if self._direct:
-            self._direct = self._pass_cache(False)
+            self._direct = self._set_direct(False)
         self.write(view)
 
-    def _pass_cache(self, on: bool) -> bool:
-        """Switch the cache off or on; return whether it is off."""
+    def _set_direct(self, on: bool) -> bool:
+        """Switch O_DIRECT on or off; return whether it is on."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         try:
             fcntl.fcntl(

@@ -1,4 +1,7 @@
-"""A directory of this machine's disks, or of one that it mounts."""
+"""Checkpoint storage in a directory that this machine's file system holds, local or mounted.
+
+A file is durable once it and the directory above it are flushed; a manifest appears by one rename.
+"""
 
 import contextlib
 import fcntl
@@ -7,13 +10,19 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto, told
+from typing_extensions import override
+
+from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto, os_errors_as
 from distnadam.checkpoint.storage.direct_io import write_pieces
 from distnadam.errors import CheckpointBusy, CheckpointError
 
 
 class LocalDirectory(Directory):
-    """A folder of this machine's disks, or of one that it mounts."""
+    """A directory of this machine's file system.
+
+    Args:
+        path: absolute, or relative to the working directory.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
@@ -25,47 +34,46 @@ class LocalDirectory(Directory):
         return str(self.path)
 
     @property
+    @override
     def name(self) -> str:
-        """See `Directory.name`."""
         return self.path.name
 
+    @override
     def child(self, name: str) -> "LocalDirectory":
-        """See `Directory.child`."""
         return LocalDirectory(self.path / name)
 
+    @override
     def make(self) -> None:
-        """See `Directory.make`."""
-        with told(self.path, "made"):
+        with os_errors_as(self.path, "made"):
             os.makedirs(self.path, exist_ok=True)
 
+    @override
     def files(self) -> dict[str, int]:
-        """See `Directory.files`; what is neither file nor folder, a pipe say, has no size that
-        fits: -1.
-        """
         found = {}
         with (
-            told(self.path, "read"),
+            os_errors_as(self.path, "read"),
             contextlib.suppress(FileNotFoundError, NotADirectoryError),
             os.scandir(self.path) as entries,
         ):
             for entry in entries:
                 if not entry.is_dir():
                     with contextlib.suppress(FileNotFoundError):
+                        # a pipe, a socket or a device is listed, with a size that no file has
                         found[entry.name] = entry.stat().st_size if entry.is_file() else -1
         return found
 
-    def folders(self) -> list[str]:
-        """See `Directory.folders`."""
+    @override
+    def directories(self) -> list[str]:
         with (
-            told(self.path, "read"),
+            os_errors_as(self.path, "read"),
             contextlib.suppress(FileNotFoundError, NotADirectoryError),
             os.scandir(self.path) as entries,
         ):
             return [entry.name for entry in entries if entry.is_dir()]
         return []
 
+    @override
     def read(self, name: str, at_most: int) -> bytes:
-        """See `Directory.read`."""
         with self.reading(name) as read_into:
             size = os.stat(self.path / name).st_size
             if size > at_most:
@@ -76,25 +84,26 @@ class LocalDirectory(Directory):
             read_into([memoryview(contents)], 0)
         return bytes(contents)
 
+    @override
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[ReadInto]:
-        """See `Directory.reading`; a pipe, which would be waited for, is refused."""
         path = self.path / name
-        with told(path, "read"):
+        with os_errors_as(path, "read"):
+            # opening a pipe without O_NONBLOCK would wait for a writer
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
         def read_into(views: Sequence[memoryview], offset: int) -> None:
-            wanted = [view for view in views if view]
-            while wanted:
-                with told(path, "read"):
-                    got = os.preadv(descriptor, wanted, offset)
+            unfilled = [view for view in views if view]
+            while unfilled:
+                with os_errors_as(path, "read"):
+                    got = os.preadv(descriptor, unfilled, offset)
                 if got == 0:
                     raise CheckpointError(f"{path}: ends at byte {offset}, before it should")
                 offset += got
-                while wanted and got >= len(wanted[0]):
-                    got -= len(wanted.pop(0))
+                while unfilled and got >= len(unfilled[0]):
+                    got -= len(unfilled.pop(0))
                 if got:
-                    wanted[0] = wanted[0][got:]
+                    unfilled[0] = unfilled[0][got:]
 
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -103,23 +112,22 @@ class LocalDirectory(Directory):
         finally:
             os.close(descriptor)
 
+    @override
     def write(self, name: str, pieces: Pieces) -> None:
-        """See `Directory.write`."""
         path = self.path / name
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileNotFoundError as error:
-            told_what = (
-                "cannot be written: its folder is not on this node; save to a disk "
+            raise CheckpointError(
+                f"{path}: cannot be written: its directory is not on this node; save to a disk "
                 "that every node with a shard shares, or to a URL"
-            )
-            raise CheckpointError(f"{path}: {told_what}") from error
+            ) from error
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be written: {error.strerror or error}"
             ) from error
         try:
-            with told(path, "written"):
+            with os_errors_as(path, "written"):
                 write_pieces(descriptor, pieces())
                 os.fsync(descriptor)
         except BaseException:
@@ -129,35 +137,35 @@ class LocalDirectory(Directory):
         finally:
             os.close(descriptor)
 
+    @override
     def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
-        """See `Directory.replace`."""
-        with told(self.path, "flushed"):
+        with os_errors_as(self.path, "flushed"):
             _sync(self.path)
         self.write(temporary, lambda: iter([memoryview(contents)]))
         try:
-            with told(self.path / name, "written"):
+            with os_errors_as(self.path / name, "written"):
                 os.replace(self.path / temporary, self.path / name)
         except CheckpointError:
             self.remove(temporary)
             raise
-        with told(self.path, "flushed"):
+        with os_errors_as(self.path, "flushed"):
             _sync(self.path)
             _sync(self.path.parent)
 
+    @override
     def remove(self, name: str) -> None:
-        """See `Directory.remove`."""
-        with told(self.path / name, "removed"), contextlib.suppress(FileNotFoundError):
+        with os_errors_as(self.path / name, "removed"), contextlib.suppress(FileNotFoundError):
             os.unlink(self.path / name)
 
-    def remove_folder(self) -> None:
-        """See `Directory.remove_folder`."""
-        with contextlib.suppress(OSError):  # holds something of somebody else's
+    @override
+    def remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):  # holds files that are not ours
             os.rmdir(self.path)
 
+    @override
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """See `Directory.hold`; the hold ends with this process."""
-        with told(self.path, "opened"):
+        with os_errors_as(self.path, "opened"):
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:

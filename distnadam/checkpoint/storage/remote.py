@@ -1,8 +1,7 @@
-"""A folder under an fsspec URL: object stores and the like, where nothing is renamed and a file
-appears once all of it has arrived.
+"""Checkpoint storage under an fsspec URL: object stores, where a file appears once it is whole.
 
-What fails for a while is tried again, with growing pauses. There are no locks there: two runs are
-kept apart by leases (`claim`).
+Nothing is renamed there. Errors that may pass are retried, with growing pauses. There are no locks:
+`run_lock` keeps two runs apart by lease files.
 """
 
 import contextlib
@@ -10,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from typing_extensions import override
+
 from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto
 from distnadam.errors import CheckpointError
 
 _T = TypeVar("_T")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_EXTRA_OF = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _PAUSES_S = (0.1, 0.4, 1.6, 3.2)
-"""How long to wait before each further try."""
-_FINAL = (
+"""Seconds to wait before each retry."""
+_PERMANENT = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
@@ -26,11 +27,14 @@ _FINAL = (
     TypeError,
     ValueError,
 )
+"""Errors that no retry helps against."""
 
 
-def remote_folder(url: str) -> "RemoteDirectory":
-    """Return the folder of a URL; raise CheckpointError where its protocol is unknown, or what
-    speaks it is not installed.
+def open_remote(url: str) -> "RemoteDirectory":
+    """Return the directory of a URL.
+
+    Raises:
+        CheckpointError: the protocol is unknown, or the package that implements it is missing.
     """
     import fsspec
 
@@ -38,58 +42,61 @@ def remote_folder(url: str) -> "RemoteDirectory":
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        hint = f": pip install 'distnadam[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+        hint = f": pip install 'distnadam[{_EXTRA_OF[protocol]}]'" if protocol in _EXTRA_OF else ""
         raise CheckpointError(
-            f"{url}: nothing here speaks {protocol}://{hint} ({error})"
+            f"{url}: no installed package handles {protocol}://{hint} ({error})"
         ) from error
     return RemoteDirectory(filesystem, protocol, path.rstrip("/"))
 
 
 class RemoteDirectory(Directory):
-    """See the module.
+    """A directory of an fsspec file system.
 
     Args:
-        filesystem: fsspec's.
-        protocol: of the URL.
-        path: as the filesystem has it.
+        filesystem: the fsspec file system.
+        protocol: the URL's, such as "s3".
+        path: the directory in the file system's own notation.
     """
 
-    run_bytes = 8 << 20
+    best_read_bytes = 8 << 20
 
     def __init__(self, filesystem: Any, protocol: str, path: str) -> None:
-        self._fs, self._protocol, self._path = filesystem, protocol, path
+        self._fs = filesystem
+        self._protocol = protocol
+        self._path = path
 
     def __str__(self) -> str:
         return f"{self._protocol}://{self._path.lstrip('/')}"
 
     @property
+    @override
     def name(self) -> str:
-        """See `Directory.name`."""
         return self._path.rpartition("/")[2]
 
+    @override
     def child(self, name: str) -> "RemoteDirectory":
-        """See `Directory.child`."""
         return RemoteDirectory(self._fs, self._protocol, f"{self._path}/{name}")
 
+    @override
     def make(self) -> None:
-        """See `Directory.make`; folders are names there, but a bucket must be had."""
-        self._trying("", "made", lambda: self._fs.makedirs(self._path, exist_ok=True))
+        # directories are only prefixes of names, but the bucket must exist
+        self._retrying("", "made", lambda: self._fs.makedirs(self._path, exist_ok=True))
 
+    @override
     def files(self) -> dict[str, int]:
-        """See `Directory.files`."""
         return {
-            _last(entry): int(entry["size"] or 0)
+            _last_part(entry): int(entry["size"] or 0)
             for entry in self._list()
-            if entry["type"] == "file" and _last(entry)
+            if entry["type"] == "file" and _last_part(entry)
         }
 
-    def folders(self) -> list[str]:
-        """See `Directory.folders`."""
-        return [_last(entry) for entry in self._list() if entry["type"] == "directory"]
+    @override
+    def directories(self) -> list[str]:
+        return [_last_part(entry) for entry in self._list() if entry["type"] == "directory"]
 
+    @override
     def read(self, name: str, at_most: int) -> bytes:
-        """See `Directory.read`."""
-        contents = self._trying(
+        contents = self._retrying(
             name, "read", lambda: self._fs.cat_file(self._at(name), start=0, end=at_most + 1)
         )
         if len(contents) > at_most:
@@ -97,12 +104,11 @@ class RemoteDirectory(Directory):
         return bytes(contents)
 
     @contextlib.contextmanager
+    @override
     def reading(self, name: str) -> Iterator[ReadInto]:
-        """See `Directory.reading`."""
-
         def read_into(views: Sequence[memoryview], offset: int) -> None:
             size = sum(map(len, views))
-            contents = self._trying(
+            contents = self._retrying(
                 name,
                 "read",
                 lambda: self._fs.cat_file(self._at(name), start=offset, end=offset + size),
@@ -117,81 +123,82 @@ class RemoteDirectory(Directory):
 
         yield read_into
 
+    @override
     def write(self, name: str, pieces: Pieces) -> None:
-        """See `Directory.write`; an upload that fails is begun anew."""
-
         def upload() -> None:
             file = self._fs.open(self._at(name), "wb")
             try:
                 for piece in pieces():
                     file.write(piece)
             except BaseException:
-                with contextlib.suppress(Exception):  # the first error is the one to tell
+                with contextlib.suppress(Exception):  # the first error is the one to report
                     file.discard()
                 with contextlib.suppress(AttributeError):
-                    file.closed = True  # or the collector would send what there is
+                    file.closed = True  # or the garbage collector would upload the part
                 raise
             file.close()
 
         try:
-            self._trying(name, "written", upload)
+            self._retrying(name, "written", upload)
         except BaseException:
             with contextlib.suppress(CheckpointError):
                 self.remove(name)
             raise
 
+    @override
     def replace(self, name: str, contents: bytes, *, temporary: str) -> None:
-        """See `Directory.replace`; what is put there appears whole by itself."""
-        self._trying(name, "written", lambda: self._fs.pipe_file(self._at(name), contents))
+        self._retrying(name, "written", lambda: self._fs.pipe_file(self._at(name), contents))
 
+    @override
     def remove(self, name: str) -> None:
-        """See `Directory.remove`."""
-
         def remove() -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._at(name))
 
-        self._trying(name, "removed", remove)
+        self._retrying(name, "removed", remove)
 
-    def remove_folder(self) -> None:
-        """See `Directory.remove_folder`."""
-        with contextlib.suppress(Exception):  # object stores have none
+    @override
+    def remove_if_empty(self) -> None:
+        with contextlib.suppress(Exception):  # object stores have no directories
             if not self._list():
                 self._fs.rmdir(self._path)
 
+    @override
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """See `Directory.hold`; nobody is kept out."""
-        yield
+        yield  # object stores have no locks: `run_lock` keeps runs apart
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}" if name else self._path
 
     def _list(self) -> list[dict[str, Any]]:
-        def look() -> list[dict[str, Any]]:
+        def entries() -> list[dict[str, Any]]:
             self._fs.invalidate_cache()
             with contextlib.suppress(FileNotFoundError):
                 return list(self._fs.ls(self._path, detail=True))
             return []
 
-        return self._trying("", "listed", look)
+        return self._retrying("", "listed", entries)
 
-    def _trying(self, name: str, what: str, work: Callable[[], _T]) -> _T:
-        """Do what may be done again, as often as it fails for a reason that may pass."""
+    def _retrying(self, name: str, action: str, call: Callable[[], _T]) -> _T:
+        """Return what an idempotent call returns, retrying it after errors that may pass.
+
+        Raises:
+            CheckpointError: "<file>: cannot be <action>", with the last error.
+        """
         for pause_s in (*_PAUSES_S, None):
             try:
-                return work()
+                return call()
             except CheckpointError:
                 raise
-            except Exception as error:  # every store has its own kinds
-                if pause_s is None or isinstance(error, _FINAL):
-                    told = f"{type(error).__name__}: {error}".rstrip(": ")
-                    raise CheckpointError(
-                        f"{self}/{name}".rstrip("/") + f": cannot be {what}: {told}"
-                    ) from error
+            except Exception as error:  # every store has its own classes
+                if pause_s is None or isinstance(error, _PERMANENT):
+                    path = f"{self}/{name}".rstrip("/")
+                    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                    raise CheckpointError(f"{path}: cannot be {action}: {reason}") from error
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
 
 
-def _last(entry: dict[str, Any]) -> str:
+def _last_part(entry: dict[str, Any]) -> str:
     return str(entry["name"]).rstrip("/").rpartition("/")[2]

@@ -2,7 +2,7 @@
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import open_directory
 from tests.models import bits, params, run
 
 
@@ -17,6 +17,6 @@ def saves_prunes_and_restores(bucket: str) -> None:
         again = optimizer.save(bucket)
         expected = bits(optimizer)
     assert [step.name for step in store.prune(bucket, 2, again)] == ["step_00000001"]
-    assert len(place(again).files()) == 4
+    assert len(open_directory(again).files()) == 4
     with DistNadam.restore(bucket, num_shards=2, backend="local") as optimizer:
         assert bits(optimizer) == expected

@@ -9,7 +9,7 @@ import pytest
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import CheckpointError
 from tests.checkpoint.storage.stores import saves_prunes_and_restores
 from tests.models import bits, params, run
@@ -63,7 +63,7 @@ def test_an_upload_that_is_cut_off_never_looks_complete(
     import distnadam.checkpoint.storage.remote as remote
 
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
-    folder = place(bucket).child("cut")
+    folder = open_directory(bucket).child("cut")
 
     def cut() -> Iterator[memoryview]:
         yield memoryview(bytes(60 << 20))  # more than one part of a multipart upload

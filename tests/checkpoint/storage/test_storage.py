@@ -20,10 +20,10 @@ import distnadam.checkpoint.storage.remote as remote
 import distnadam.runtime.shard_host as host
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.run_lock import claim
+from distnadam.checkpoint.run_lock import make_run_lock
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.local import LocalDirectory
-from distnadam.checkpoint.storage.resolve import place
+from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.cli import main
 from distnadam.errors import CheckpointBusy, CheckpointError
 from distnadam.training.fit import fit
@@ -50,8 +50,8 @@ def contents(*parts: bytes) -> Any:
 
 
 def test_a_folder_writes_reads_replaces_and_removes_files(root: str) -> None:
-    folder = place(root).child("below")
-    assert (folder.files(), folder.folders(), folder.name) == ({}, [], "below")
+    folder = open_directory(root).child("below")
+    assert (folder.files(), folder.directories(), folder.name) == ({}, [], "below")
     folder.make()
     with folder.hold():
         folder.write("first", contents(b"abc", b"", b"defg"))
@@ -69,10 +69,10 @@ def test_a_folder_writes_reads_replaces_and_removes_files(root: str) -> None:
             read_into([memoryview(bytearray(9))], 2)
     with pytest.raises(CheckpointError, match=r"third: cannot be read"):
         folder.read("third", 9)
-    assert place(root).folders() == ["below"]
+    assert open_directory(root).directories() == ["below"]
     for name in ("first", "second", "second"):
         folder.remove(name)
-    folder.remove_folder()
+    folder.remove_if_empty()
     assert folder.files() == {}
 
 
@@ -81,9 +81,9 @@ def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
         for step in range(4):
             run(optimizer, step, step + 1)
             path = optimizer.save(root, wait=False).result()
-            assert path == f"{place(root)}/step_{step + 1:08d}"
+            assert path == f"{open_directory(root)}/step_{step + 1:08d}"
         again = optimizer.save(root)
-        assert len(place(again).files()) == 4
+        assert len(open_directory(again).files()) == 4
         assert [step.name for step in store.prune(root, 2, again)] == [
             "step_00000002",
             "step_00000001",
@@ -91,7 +91,9 @@ def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
         expected = bits(optimizer)
     with DistNadam.restore(root, num_shards=2, backend="local") as other:
         assert bits(other) == expected
-    place(again).remove(next(name for name in place(again).files() if name.startswith("shard")))
+    open_directory(again).remove(
+        next(name for name in open_directory(again).files() if name.startswith("shard"))
+    )
     with pytest.raises(CheckpointError, match="is missing"):
         DistNadam.restore(again, backend="local")
     with DistNadam.restore(root, backend="local") as other:
@@ -102,7 +104,7 @@ def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
-    folder, files = place("memory://flaky"), fsspec.filesystem("memory")
+    folder, files = open_directory("memory://flaky"), fsspec.filesystem("memory")
     failures = [OSError("try later")] * 2
     real = type(files).open
 
@@ -134,7 +136,7 @@ def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothin
 
 @pytest.mark.parametrize("url", ["nothing://bucket/run", "ftps3://x"])
 def test_a_protocol_that_nothing_here_speaks_is_said(url: str) -> None:
-    with pytest.raises(CheckpointError, match="nothing here speaks"):
+    with pytest.raises(CheckpointError, match="no installed package handles"):
         DistNadam.restore(url)
 
 
@@ -158,14 +160,15 @@ def test_nodes_without_a_shared_disk_are_told_when_they_save(
                 match=r"shard-00001-of-00002.*is not here; save to a disk that every node",
             ):
                 save(optimizer, tmp_path / "run", wait=wait)
-            assert store.steps(tmp_path / "run") == []
+            assert store.step_directories(tmp_path / "run") == []
         monkeypatch.setattr(
             host,
             "write_shard",
             lambda directory, name, **how: real(tmp_path / "no such", name, **how),
         )
         with pytest.raises(
-            CheckpointError, match="its folder is not on this node; save to a disk that every node"
+            CheckpointError,
+            match="its directory is not on this node; save to a disk that every",
         ):
             optimizer.save(tmp_path / "run")
 
@@ -195,7 +198,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path: Path)
                     CheckpointError, match=f"shard-0000.*{os.strerror(errno.ENOSPC)}"
                 ):
                     save(optimizer, tmp_path, wait=wait)
-                assert [step.name for step in store.steps(tmp_path)] == ["step_00000000"]
+                assert [step.name for step in store.step_directories(tmp_path)] == ["step_00000000"]
         with DistNadam.restore(tmp_path, backend="local") as again:
             assert bits(again) == expected
     finally:
@@ -211,7 +214,7 @@ def history(tmp_path: Path) -> list[Directory]:
             manifest = replace(store.load(directory), saved_at=60.0 * number)
             (directory / store.MANIFEST).write_bytes(manifest.to_bytes())
             optimizer.apply_gradients({"w": np.ones(3)})
-    return store.steps(tmp_path)
+    return store.step_directories(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,7 @@ def test_the_last_ones_and_one_in_so_many_steps_or_seconds_are_kept(
 ) -> None:
     for newest in history if often else history[-1:]:
         store.prune(tmp_path, 2, newest, **rules)
-    assert [store.load(step).round for step in store.steps(tmp_path)] == kept
+    assert [store.load(step).round for step in store.step_directories(tmp_path)] == kept
 
 
 def test_the_last_valid_one_is_kept_whatever_is_newer(
@@ -256,7 +259,7 @@ def test_fit_keeps_its_checkpoints_at_a_url_and_its_records_here(
     first = fit(Digits(), steps=8, **how)
     assert first.metrics_path.is_relative_to(tmp_path)
     assert first.checkpoints == [f"memory://fit/run/step_{step:08d}" for step in (2, 4, 6, 8)]
-    assert [step.name for step in store.steps("memory://fit/run")] == [
+    assert [step.name for step in store.step_directories("memory://fit/run")] == [
         "step_00000004",
         "step_00000006",
         "step_00000008",
@@ -270,7 +273,7 @@ def test_fit_keeps_a_second_run_out_of_a_url(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with (
-        claim(place("memory://fit/held")),
+        make_run_lock(open_directory("memory://fit/held")),
         pytest.raises(CheckpointBusy, match="memory://fit/held: another run writes here"),
     ):
         fit(Digits(), steps=1, backend="local", verbose=False, checkpoint_dir="memory://fit/held")
@@ -298,6 +301,6 @@ def test_the_commands_take_urls(root: str, tmp_path: Path) -> None:
 
 
 def test_a_local_folder_is_a_path() -> None:
-    folder = place("file:///tmp/x")
+    folder = open_directory("file:///tmp/x")
     assert isinstance(folder, LocalDirectory)
     assert os.fspath(folder) == str(folder) == "/tmp/x"
