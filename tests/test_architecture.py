@@ -60,11 +60,13 @@ PURE_IMPORTS = {"distnadam", "numpy", "ml_dtypes", "optree"} | sys.stdlib_module
 }
 EXCEPTIONS = {
     "nadam": {"threading", "concurrent"},
-    "nadam/fused": {"numba"},
+    "nadam/fused": {"pathlib"},
+    "nadam/fused_loop": {"numba", "llvmlite"},
+    "nadam/object_code": {"llvmlite", "pathlib", "tempfile"},
     "protocol/codec": {"msgpack"},
 }
-"""What kernels may have beside that: threads over one range, and the compiler of the fused loop;
-and what bytes are made with.
+"""What kernels may have beside that: threads over one range, the compiler of the fused loop and
+the files of its code; and what bytes are made with.
 """
 
 RAY_FOLDER = "backends/ray/"

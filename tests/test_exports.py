@@ -17,6 +17,7 @@ NEVER_IMPORTED = (
     "sklearn",
     "matplotlib",
     "numba",
+    "llvmlite",
     "keras",
     "tensorflow",
     "tf_keras",

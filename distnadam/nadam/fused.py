@@ -1,116 +1,52 @@
-"""The step as one compiled loop (numba): mean, scale, clip and step while a block is in the
-innermost cache. The only numba here.
+"""The step as one compiled loop: mean, scale, clip, step while a block is in the innermost cache.
 
-Bit for bit what `kernels.NumPyStepper` computes: the same operations in the same order, no
-contraction to fused multiply-add, no reordering, denormals kept. Compiled once per dtype and kept
-on disk for later processes.
+Loads the machine code of `fused_loop` that an earlier process has compiled and kept on disk, and
+calls it on NumPy arrays; numba is imported only where nothing is kept yet.
 """
 
+import ctypes
 import math
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
+from distnadam.nadam.fused_abi import ARGUMENTS, BLOCK, ENTRY
+from distnadam.nadam.object_code import LoadedCode, cached_code
 from distnadam.tensors.arrays import Array
 
-_BLOCK = 512
-"""Elements of a block: all of the step's arrays together then stay in a first-level cache of 32 KiB
-between mean and step.
-"""
 _APART = 48
 """Elements between the scratch arrays, so that they do not fall into the same sets of the cache."""
 
-Scratch = tuple[Array, Array]
+_SOURCE = Path(__file__).with_name("fused_loop.py")
+
+_loaded: dict[str, LoadedCode] = {}
+_loading = threading.Lock()
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(_context: Any, _address: Any, like: Any) -> Any:
-    """Make a pointer to the dtype of `like` of an address, so that one compilation serves any
-    number of gradients.
-    """
-    kind = types.CPointer(like.dtype)
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.uintp, like), generate
+def _loop(dtype: str) -> LoadedCode:
+    with _loading:
+        if dtype not in _loaded:
+            code = cached_code(_SOURCE, dtype, lambda: _compile(dtype))
+            _loaded[dtype] = LoadedCode(code, ENTRY, ARGUMENTS)
+        return _loaded[dtype]
 
 
-_compiled = numba.njit(nogil=True, error_model="numpy", cache=True)
+def _compile(dtype: str) -> bytes:
+    from distnadam.nadam.fused_loop import compile_loop
+
+    return compile_loop(dtype)
 
 
-@_compiled  # type: ignore[untyped-decorator]
-def _gradient(addresses: Any, like: Any, begin: int, end: int, modifiers: Any, mean: Any) -> Any:
-    """Return elements [begin, end) of the mean, scaled and clipped; a NaN modifier is none."""
-    count, scale, limit = modifiers[0], modifiers[1], modifiers[2]
-    n = end - begin
-    g = numba.carray(_pointer(addresses[0], like), like.size)[begin:end]
-    if addresses.size > 1:
-        for i in range(n):
-            mean[i] = g[i]
-        for worker in range(1, addresses.size):
-            other = numba.carray(_pointer(addresses[worker], like), like.size)[begin:end]
-            for i in range(n):
-                mean[i] = mean[i] + other[i]
-        for i in range(n):
-            mean[i] = mean[i] / count
-        g = mean[:n]
-    if scale == scale:
-        for i in range(n):
-            mean[i] = g[i] * scale
-        g = mean[:n]
-    if limit == limit:
-        for i in range(n):
-            x = g[i] if g[i] > -limit else -limit
-            mean[i] = x if x < limit else limit
-        g = mean[:n]
-    return g
+class Scratch:
+    """The working memory of one thread: a block for the mean and one for the new parameters."""
 
-
-@_compiled  # type: ignore[untyped-decorator]
-def _step(
-    arrays: Any, addresses: Any, coefficients: Any, modifiers: Any, scratch: Any, keep: Any
-) -> None:
-    gradient, momentum, epsilon, k_1, k_2 = (
-        coefficients[0],
-        coefficients[1],
-        coefficients[2],
-        coefficients[3],
-        coefficients[4],
-    )
-    new = scratch[1]
-    for begin in range(0, arrays[0].size, _BLOCK):
-        end = min(begin + _BLOCK, arrays[0].size)
-        g = _gradient(addresses, arrays[0], begin, end, modifiers, scratch[0])
-        if keep.size > 0:
-            for i in range(end - begin):
-                keep[begin + i] = g[i]
-        p, m, v, out = (
-            arrays[0][begin:end],
-            arrays[1][begin:end],
-            arrays[2][begin:end],
-            arrays[3][begin:end],
-        )
-        for i in range(end - begin):
-            moment = m[i] + (g[i] - m[i]) * k_1
-            square = v[i] + (g[i] * g[i] - v[i]) * k_2
-            m[i] = moment
-            v[i] = square
-            new[i] = p[i] - (g[i] * gradient + moment * momentum) / (np.sqrt(square) + epsilon)
-        for i in range(
-            end - begin
-        ):  # apart, for where `out` is `p` the loop above would not be vectorised
-            out[i] = new[i]
-
-
-def new_scratch(dtype: Any) -> Scratch:
-    """Return the working memory of one thread."""
-    memory = np.empty(2 * _BLOCK + _APART, dtype)
-    return memory[:_BLOCK], memory[-_BLOCK:]
+    def __init__(self, dtype: Any) -> None:
+        self._memory = np.empty(2 * BLOCK + _APART, dtype)
+        self.mean = _address(self._memory)
+        self.new = _address(self._memory[-BLOCK:])
 
 
 def run(
@@ -132,36 +68,39 @@ def run(
             arrays' dtype.
         scale: factor on the mean; None leaves it.
         clipvalue: largest magnitude of an element, after the scale; None does not clip.
-        scratch: of `new_scratch`.
+        scratch: this thread's.
         keep: where the mean, scaled and clipped, is left; None leaves it nowhere.
     """
-    addresses = np.array([g.__array_interface__["data"][0] for g in gradients], np.uintp)
     none = math.nan
-    modifiers = (
+    modifiers = np.array(
+        (
+            len(gradients),
+            none if scale is None else scale,
+            none if clipvalue is None else clipvalue,
+        ),
+        coefficients.dtype,
+    )
+    _loaded[coefficients.dtype.name](
+        arrays[0].size,
         len(gradients),
-        none if scale is None else scale,
-        none if clipvalue is None else clipvalue,
+        0 if keep is None else keep.size,
+        scratch.mean,
+        (ctypes.c_size_t * len(gradients))(*map(_address, gradients)),
+        *map(_address, arrays),
+        _address(coefficients),
+        _address(modifiers),
+        scratch.new,
+        None if keep is None else _address(keep),
     )
-    _step(
-        arrays,
-        addresses,
-        coefficients,
-        np.array(modifiers, coefficients.dtype),
-        scratch,
-        scratch[0][:0] if keep is None else keep,
-    )
+
+
+def _address(values: Array) -> int:
+    address: int = values.__array_interface__["data"][0]
+    return address
 
 
 def warm_up(dtype: Any) -> None:
-    """Compile for a dtype, or load what an earlier process compiled, before the first step is timed
-    or waited for.
+    """Load the loop for a dtype, or compile it where no earlier process has, before the first step
+    is timed or waited for.
     """
-    arrays = tuple(np.ones(1, dtype) for _ in range(4))
-    run(
-        (arrays[0], arrays[1], arrays[2], arrays[3]),
-        [np.ones(1, dtype)],
-        np.ones(5, dtype),
-        None,
-        None,
-        new_scratch(dtype),
-    )
+    _loop(np.dtype(dtype).name)

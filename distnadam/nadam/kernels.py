@@ -204,7 +204,7 @@ class FusedStepper(Stepper):
 
         super().__init__(dtype, threads)
         self._fused = fused
-        self._scratch = [fused.new_scratch(dtype) for _ in range(threads)]
+        self._scratch = [fused.Scratch(dtype) for _ in range(threads)]
         fused.warm_up(dtype)
 
     def _step_part(

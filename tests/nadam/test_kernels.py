@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam.errors import KernelError
+from distnadam.nadam.fused_loop import _refuse_helpers
 from distnadam.nadam.kernels import (
     BLOCK_BYTES,
     KernelName,
@@ -170,24 +171,45 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
     assert peak < 4 * BLOCK_BYTES  # of the forty of each array
 
 
-COMPILE = """
-import time
+LOAD = """
+import sys
 from distnadam.nadam import fused
-import numba
 fused.warm_up("float32")
-print(sum(fused._step.stats.cache_hits.values()), sum(fused._step.stats.cache_misses.values()))
+print("numba" in sys.modules)
 """
 
 
-def test_the_second_process_finds_the_loop_compiled(tmp_path: Path) -> None:
-    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    told = [
-        subprocess.run(
-            [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    ]
-    assert told == ["0 1\n", "1 0\n"]
+def load_fused(cache: Path) -> str:
+    env = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD], env=env, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_the_second_process_finds_the_loop_compiled_and_needs_no_compiler(tmp_path: Path) -> None:
+    assert [load_fused(tmp_path) for _ in range(2)] == ["True\n", "False\n"]
+
+
+def test_damaged_code_is_compiled_again(tmp_path: Path) -> None:
+    load_fused(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[:-1], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:], b""):
+        kept.write_bytes(damaged)
+        assert load_fused(tmp_path) == "True\n"
+        assert kept.read_bytes() == whole
+
+
+def test_code_that_cannot_be_kept_is_compiled_each_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert load_fused(tmp_path / "file") == "True\n"
+
+
+def test_code_that_calls_into_numba_is_refused() -> None:
+    _refuse_helpers("call float @llvm.sqrt.f32(float %x)\ncall float @sqrtf(float %x)")
+    with pytest.raises(KernelError, match=r"its code calls NRT_incref; use kernel='numpy'"):
+        _refuse_helpers("tail call void @NRT_incref(ptr %x)")
 
 
 FLUSH = """

@@ -1,0 +1,151 @@
+"""The fused step in numba's Python, and its compilation to machine code for this machine's CPU.
+
+The only module that imports numba, and only a process that finds no compiled loop on disk imports
+this one (`fused` loads it): the compiler costs a second of CPU and 100 MB. Bit for bit what
+`kernels.NumPyStepper` computes: the same operations in the same order, no contraction to fused
+multiply-add, no reordering, denormals kept.
+"""
+
+import re
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding as llvm
+from numba import types
+from numba.extending import intrinsic
+
+from distnadam.errors import KernelError
+from distnadam.nadam.fused_abi import BLOCK, ENTRY
+from distnadam.nadam.object_code import host_machine
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_context: Any, _address: Any, like: Any) -> Any:
+    """Make a pointer to the dtype of `like` of an address, so that one compilation serves any
+    number of gradients.
+    """
+    kind = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.uintp, like), generate
+
+
+@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _gradient(
+    addresses: Any, like: Any, begin: int, end: int, modifiers: Any, mean_address: int
+) -> Any:
+    """Return the address of elements [begin, end) of the mean, scaled and clipped; a NaN modifier
+    is none.
+
+    Addresses, since an array that is one of two needs numba's reference counts.
+    """
+    count, scale, limit = modifiers[0], modifiers[1], modifiers[2]
+    n = end - begin
+    mean = numba.carray(_pointer(mean_address, like), n)
+    found = types.uintp(addresses[0] + types.uintp(begin * like.itemsize))
+    if addresses.size > 1:
+        g = numba.carray(_pointer(found, like), n)
+        for i in range(n):
+            mean[i] = g[i]
+        for worker in range(1, addresses.size):
+            other = numba.carray(_pointer(addresses[worker], like), like.size)[begin:end]
+            for i in range(n):
+                mean[i] = mean[i] + other[i]
+        for i in range(n):
+            mean[i] = mean[i] / count
+        found = mean_address
+    if scale == scale:
+        g = numba.carray(_pointer(found, like), n)
+        for i in range(n):
+            mean[i] = g[i] * scale
+        found = mean_address
+    if limit == limit:
+        g = numba.carray(_pointer(found, like), n)
+        for i in range(n):
+            x = g[i] if g[i] > -limit else -limit
+            mean[i] = x if x < limit else limit
+        found = mean_address
+    return found
+
+
+def _step(
+    size: int,
+    workers: int,
+    kept: int,
+    mean: int,
+    gradients: Any,
+    parameters: Any,
+    first_moments: Any,
+    second_moments: Any,
+    new_parameters: Any,
+    coefficients: Any,
+    modifiers: Any,
+    scratch: Any,
+    kept_mean: Any,
+) -> None:
+    """Step `size` elements; the arguments are C's: numbers, the address of the mean's block, then
+    pointers.
+    """
+    p_all, m_all = numba.carray(parameters, size), numba.carray(first_moments, size)
+    v_all, out_all = numba.carray(second_moments, size), numba.carray(new_parameters, size)
+    addresses, keep = numba.carray(gradients, workers), numba.carray(kept_mean, kept)
+    numbers, modifying = numba.carray(coefficients, 5), numba.carray(modifiers, 3)
+    new = numba.carray(scratch, BLOCK)
+    gradient, momentum, epsilon = numbers[0], numbers[1], numbers[2]
+    k_1, k_2 = numbers[3], numbers[4]
+    for begin in range(0, size, BLOCK):
+        end = min(begin + BLOCK, size)
+        found = _gradient(addresses, p_all, begin, end, modifying, mean)
+        g = numba.carray(_pointer(found, p_all), end - begin)
+        if keep.size > 0:
+            for i in range(end - begin):
+                keep[begin + i] = g[i]
+        p, m = p_all[begin:end], m_all[begin:end]
+        v, out = v_all[begin:end], out_all[begin:end]
+        for i in range(end - begin):
+            moment = m[i] + (g[i] - m[i]) * k_1
+            square = v[i] + (g[i] * g[i] - v[i]) * k_2
+            m[i] = moment
+            v[i] = square
+            new[i] = p[i] - (g[i] * gradient + moment * momentum) / (np.sqrt(square) + epsilon)
+        for i in range(
+            end - begin
+        ):  # apart, for where `out` is `p` the loop above would not be vectorised
+            out[i] = new[i]
+
+
+def compile_loop(dtype: str) -> bytes:
+    """Return the step for a dtype as an object file that defines the function `ENTRY`."""
+    element = types.CPointer(getattr(types, dtype))
+    signature = types.void(
+        *(types.intp,) * 3, types.uintp, types.CPointer(types.uintp), *(element,) * 8
+    )
+    callback = numba.cfunc(signature, error_model="numpy")(_step)
+    module = llvm.parse_assembly(callback.inspect_llvm())
+    name = callback.native_name.removeprefix("cfunc.")
+    for function in module.functions:  # numba's wrappers and helpers stay out of the object file
+        if function.name != name and not function.is_declaration:
+            function.linkage = "available_externally"
+    entry = module.get_function(name)
+    _refuse_helpers(str(entry))
+    entry.name = ENTRY
+    code: bytes = host_machine().emit_object(module)
+    return code
+
+
+def _refuse_helpers(function: str) -> None:
+    """Raise KernelError where a compiled function calls what only a process with numba has."""
+    called = re.findall(r'call [^@\n]*@(?:"([^"]+)"|([\w.$]+))', function)
+    foreign = {
+        name
+        for name in (quoted or plain for quoted, plain in called)
+        if not re.fullmatch(r"llvm\..*|sqrtf?", name)
+    }
+    if foreign:
+        raise KernelError(
+            f"the fused kernel cannot be compiled with numba {numba.__version__}: its code calls "
+            f"{', '.join(sorted(foreign))}; use kernel='numpy', or another version of numba"
+        )
