@@ -24,6 +24,7 @@ from distnadam.protocol.messages import (
 from distnadam.protocol.supervisor_messages import Reconfigure, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import DIRECT
+from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -95,7 +96,7 @@ class OneProcess:
             rejection=None,
             ledger={"runs": [], "newest": []},
         )
-        arrays = {name: {"float32": getattr(before, name)} for name in ("params", "m", "v")}
+        arrays = {name: {"float32": getattr(before, name)} for name in STATE_ARRAYS}
         outside = ranks == (DIRECT,)
         host.take_over(
             control_state, arrays, Reconfigure(epoch=1, schedule=((1, (0,) if outside else ranks),))
@@ -134,7 +135,7 @@ class OneProcess:
 
 def state_of(host: ShardHost) -> State:
     """Copy a host's state, whatever it is doing."""
-    shard = host._shard
+    shard = host.shard
     arrays = {name: flat["float32"].copy() for name, flat in shard.state.arrays().items()}
     return State(**arrays, clock=replace(shard.clock), skipped=shard.skipped)
 

@@ -19,14 +19,20 @@ from distnadam.backends.base import (
     WorkerChannel,
     WorkerGroup,
 )
-from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.config import Options
 from distnadam.errors import Reconfigured, Unrecoverable
 from distnadam.metrics.meter import Meter, state_bytes
 from distnadam.protocol.messages import CatchUp, Message, Pause, Push, Read, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order, Reconfigure, Retire
 from distnadam.runtime.shard_host import ShardHost
-from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
+from distnadam.tensors.arrays import (
+    STATE_ARRAYS,
+    Flat,
+    cut_flat,
+    empty_flat,
+    memory_for,
+    zeros_flat,
+)
 from distnadam.tensors.layout import Layout, Ranges
 
 
@@ -202,8 +208,8 @@ class LocalSupervisorClient(SupervisorClient):
             if answer.round < newest:
                 host.send(CatchUp(token, newest)).result()
         control_state, epoch = old[0].control_state, max(answer.epoch for answer in held) + 1
-        arrays = [host.send(Read(token, ARRAYS)).result() for host in old]
-        whole = {name: empty_flat(specs[0].layout.sizes) for name in ARRAYS}
+        arrays = [host.send(Read(token, STATE_ARRAYS)).result() for host in old]
+        whole = {name: empty_flat(specs[0].layout.sizes) for name in STATE_ARRAYS}
         for spec, parts in zip(specs, arrays, strict=True):
             for name, flat in parts.items():
                 for space, (begin, end) in spec.ranges.items():

@@ -12,9 +12,9 @@ import numpy as np
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.shard_file import ARRAYS, read_shard, verify_files
+from distnadam.checkpoint.shard_file import read_shard, verify_files
 from distnadam.checkpoint.storage.resolve import DirectoryLike
-from distnadam.tensors.arrays import Array
+from distnadam.tensors.arrays import STATE_ARRAYS, Array
 from distnadam.tensors.layout import Layout, TensorSpec
 
 _BATCH = 1 << 22
@@ -180,7 +180,7 @@ def _read(
             tensor.shape
         )
 
-    return {(tensor.path, name): cut(tensor, name) for tensor in tensors for name in ARRAYS}
+    return {(tensor.path, name): cut(tensor, name) for tensor in tensors for name in STATE_ARRAYS}
 
 
 def _values(path: str, array: str, a: Array, b: Array) -> TensorDiff | None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import FileRecord, Manifest
-from distnadam.checkpoint.shard_file import ARRAYS, verify_files
+from distnadam.checkpoint.shard_file import verify_files
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.errors import CheckpointError
+from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 
 VERIFIED, UNREAD, REFUSED = "verified", "not read", "refused"
@@ -64,7 +65,7 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
             "manifest_bytes": sizes.get(store.MANIFEST, 0),
         },
         "checksums": _summary([f["checksums"] for f in files], read),
-        "arrays": list(ARRAYS),
+        "arrays": list(STATE_ARRAYS),
     }
 
 

@@ -20,14 +20,13 @@ from distnadam.checkpoint.manifest import CHUNK_BYTES, FileRecord, Manifest
 from distnadam.checkpoint.storage.base import Directory, ReadInto
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.errors import CheckpointError
-from distnadam.tensors.arrays import Array, Flat, empty_flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
-from distnadam.tensors.layout import Ranges
+from distnadam.tensors.layout import Ranges, sizes_of
 
 _T = TypeVar("_T")
 State = dict[str, Flat]
 """A shard's arrays: "params", "m" and "v", each a 1-D array per dtype space."""
-ARRAYS = ("params", "m", "v")
 _SAFETENSORS_DTYPE = {"float32": "F32", "float64": "F64"}
 _READERS = 4
 """The most threads that read at once."""
@@ -134,8 +133,8 @@ def read_shard(
     leftovers: Collection[int] = (),
 ) -> State:
     """Return new arrays of `ranges`, filled by `fill_shard`."""
-    sizes = {space: end - begin for space, (begin, end) in ranges.items()}
-    state = {array: empty_flat(sizes) for array in ARRAYS}
+    sizes = sizes_of(ranges)
+    state = {array: empty_flat(sizes) for array in STATE_ARRAYS}
     fill_shard(directory, manifest, ranges=ranges, state=state, leftovers=leftovers)
     return state
 
@@ -166,7 +165,7 @@ def fill_shard(
     for copy in copy_plan([record.ranges for record in manifest.files], ranges):
         old, first = manifest.files[copy.source].ranges, ranges[copy.space][0]
         offsets = _offsets(old)
-        for array in ARRAYS:
+        for array in STATE_ARRAYS:
             target = state[array][copy.space][copy.begin - first : copy.end - first]
             offset = (
                 offsets[array, copy.space] + (copy.begin - old[copy.space][0]) * target.itemsize
@@ -212,7 +211,7 @@ def check_file_record(directory: Directory, record: FileRecord) -> None:
 def _tensors(ranges: Ranges) -> Iterator[tuple[str, str, int]]:
     """Yield (array, space, elements) in the order of the file."""
     for space, (begin, end) in sorted(ranges.items()):
-        for array in ARRAYS:
+        for array in STATE_ARRAYS:
             yield array, space, end - begin
 
 

@@ -20,10 +20,8 @@ from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import rate_at
 from distnadam.shard.ledger import Ledger
-from distnadam.tensors.arrays import Array, Flat, as_numpy, empty_flat, is_float
+from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, as_numpy, empty_flat, is_float
 from distnadam.tensors.layout import Layout
-
-SLOTS = ("params", "m", "v")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class OptimizerState:
         decided, save_id = self.clock.iterations, store.new_save_id()
         directory = store.step_directory(root, decided)
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
-        arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in SLOTS}
+        arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in STATE_ARRAYS}
         with store.writing(directory):
             if store.MANIFEST in directory.files():
                 raise CheckpointError(
@@ -135,7 +133,7 @@ def load_checkpoint(path: DirectoryLike) -> OptimizerState:
         layout,
         NadamConfig.from_dict(manifest.config),
         clock,
-        *(layout.views(flat[slot]) for slot in SLOTS),
+        *(layout.views(flat[slot]) for slot in STATE_ARRAYS),
     )
 
 
@@ -173,7 +171,7 @@ def make_state(
             f"{where}: m_schedule: expected a product of momentum coefficients, in [0, 1], got "
             f"{m_schedule!r}"
         )
-    checked = [_slot(where, layout, slot, slots.get(slot)) for slot in SLOTS]
+    checked = [_slot(where, layout, slot, slots.get(slot)) for slot in STATE_ARRAYS]
     return OptimizerState(layout, config, Clock(int(iterations), m_schedule), *checked)
 
 

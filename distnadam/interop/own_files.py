@@ -25,14 +25,13 @@ from distnadam.interop.npz import (
     write_whole,
 )
 from distnadam.interop.optimizer_state import (
-    SLOTS,
     OptimizerState,
     layout_of,
     make_config,
     make_state,
     read_layout,
 )
-from distnadam.tensors.arrays import BFLOAT16, Array, dtype_of
+from distnadam.tensors.arrays import BFLOAT16, STATE_ARRAYS, Array, dtype_of
 
 
 def write_numpy(state: OptimizerState, job: Conversion) -> None:
@@ -110,7 +109,7 @@ def read_safetensors(job: Conversion) -> OptimizerState:
 def _with_slots(state: OptimizerState) -> dict[str, Array]:
     return {
         f"{slot}/{name}": array
-        for slot in SLOTS
+        for slot in STATE_ARRAYS
         for name, array in zip(state.names, getattr(state, slot), strict=True)
     }
 
@@ -131,11 +130,11 @@ def _state(
 ) -> OptimizerState:
     path = job.path
     if about.get("kind") == "state":
-        slots = {slot: group(arrays, slot) for slot in SLOTS}
+        slots = {slot: group(arrays, slot) for slot in STATE_ARRAYS}
         strangers = len(arrays) - sum(map(len, slots.values()))
         if strangers:
             raise CheckpointError(
-                f"{path}: expected entries under {', '.join(SLOTS)}, got {strangers} others"
+                f"{path}: expected entries under {', '.join(STATE_ARRAYS)}, got {strangers} others"
             )
         settings = make_config(str(path), {**settings_of(str(path), about), **job.config})
         return make_state(

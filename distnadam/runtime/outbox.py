@@ -10,9 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from distnadam.protocol.delivery import RunWork
 from distnadam.shard.phases import Compute, Effect, Work
-
-Run = Callable[[Callable[[], None]], object]
 
 
 class Outbox:
@@ -22,26 +21,30 @@ class Outbox:
         lock: the machine's, held by whoever calls `put`.
         carry: carries out one effect that is no work.
         begin: begins work by the runner given.
-        run: the runner of work that another thread than its own comes upon.
-        may: whether anything may leave now; what may not waits for the next `empty`.
+        run_work: runs work that another thread than its own comes upon.
+        can_send: whether effects may leave now; if not, they wait for the next `empty`.
     """
 
     def __init__(
         self,
         lock: threading.Lock,
         carry: Callable[[Any], None],
-        begin: Callable[[Work, Run], object],
-        run: Run,
-        may: Callable[[], bool] = lambda: True,
+        begin: Callable[[Work, RunWork], object],
+        run_work: RunWork,
+        can_send: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._lock, self._carry, self._begin, self._run, self._may = lock, carry, begin, run, may
-        self._queued: deque[tuple[Effect, Run, int]] = deque()
-        self._at_hand: deque[tuple[Effect, Run, int]] = (
+        self._lock = lock
+        self._carry = carry
+        self._begin = begin
+        self._run_work = run_work
+        self._can_send = can_send
+        self._queued: deque[tuple[Effect, RunWork, int]] = deque()
+        self._at_hand: deque[tuple[Effect, RunWork, int]] = (
             deque()
         )  # whoever is at it has these to itself
         self._busy = False
 
-    def put(self, effects: list[Effect], run: Run) -> None:
+    def put(self, effects: list[Effect], run: RunWork) -> None:
         """Queue effects, under the lock under which they came to be."""
         if effects:
             owner = threading.get_ident()
@@ -56,15 +59,15 @@ class Outbox:
                 return
             self._busy = True
         begun: list[
-            tuple[Work, Run]
+            tuple[Work, RunWork]
         ] = []  # one at most: the machine asks for no more before it was reported
         try:
             while self._fetch():
-                while self._at_hand and self._may():
+                while self._at_hand and self._can_send():
                     effect, run, owner = self._at_hand.popleft()
                     if isinstance(effect, Compute):
                         begun.append(
-                            (effect.work, run if owner == threading.get_ident() else self._run)
+                            (effect.work, run if owner == threading.get_ident() else self._run_work)
                         )
                     else:
                         self._carry(effect)
@@ -81,5 +84,5 @@ class Outbox:
         with self._lock:
             self._at_hand.extend(self._queued)
             self._queued.clear()
-            self._busy = bool(self._at_hand) and self._may()
+            self._busy = bool(self._at_hand) and self._can_send()
             return self._busy

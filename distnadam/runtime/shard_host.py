@@ -20,6 +20,7 @@ from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
+from distnadam.protocol.delivery import Reply, RunWork, run_in_this_thread
 from distnadam.protocol.messages import (
     Collect,
     CompletePush,
@@ -41,7 +42,7 @@ from distnadam.protocol.supervisor_messages import (
     Retire,
     ShardControlState,
 )
-from distnadam.runtime.outbox import Outbox, Run
+from distnadam.runtime.outbox import Outbox
 from distnadam.runtime.shard_kernel import ShardKernel
 from distnadam.runtime.snapshot import SnapshotWriter
 from distnadam.shard.machine import Shard, described
@@ -52,8 +53,6 @@ from distnadam.transport.replication import ReplicationStream
 
 log = logging.getLogger("distnadam")
 
-Reply = Callable[[Any], None]
-"""Takes an answer, or the error that is raised where the question was asked."""
 _CHANGES = (Write, Retire)
 """What changes a shard's arrays at once, or has others change them; a step and an order do so where
 they are carried out.
@@ -64,11 +63,6 @@ process has it.
 """
 
 
-def run_here(work: Callable[[], None]) -> None:
-    """Carry out work in the calling thread."""
-    work()
-
-
 class ShardHost:
     """One shard and what it needs to run.
 
@@ -76,12 +70,11 @@ class ShardHost:
         spec: the shard's spec.
         buffers: the two parameter buffers of its ranges where the process shares them.
         threads: threads of its kernel.
-        run: carries out heavy work: at once in the calling thread, or by handing it to an executor.
+        run_work: runs heavy work: at once in the calling thread, or in an executor's.
         on_notice: told what happens to ranks and to the standby.
-        attach: makes the way to a standby, from what an `AttachStandby` order says, the shard's
-            place in time and its arrays.
-        may: whether anybody may be told anything now, a standby included; `resume` once that may be
-            so again.
+        connect_standby: returns the stream to a standby, from what `AttachStandby` carries, the
+            shard's control state, its config and its arrays.
+        can_send: whether effects may leave now; call `resume` when it turns true.
     """
 
     def __init__(
@@ -90,24 +83,28 @@ class ShardHost:
         *,
         buffers: tuple[Flat, Flat] | None = None,
         threads: int = 1,
-        run: Run = run_here,
+        run_work: RunWork = run_in_this_thread,
         on_notice: Callable[[Notice], None] = lambda notice: None,
-        attach: Callable[[Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream]
+        connect_standby: Callable[
+            [Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream
+        ]
         | None = None,
-        may: Callable[[], bool] = lambda: True,
+        can_send: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
-        self._on_notice, self._connect = on_notice, attach
+        self.shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
+        self._on_notice = on_notice
+        self._connect_standby = connect_standby
         self._replica: ReplicationStream | None = None
-        self.gradients_of_rank: FindGradients = lambda rank, incarnation, dtypes: None
-        self._spec, self._run_by_default = spec, run
+        self.gradients_of: FindGradients = lambda rank, incarnation, dtypes: None
+        self._spec = spec
+        self._run_work = run_work
         self._lock = threading.Lock()
         self._outbox = Outbox(
             self._lock,
             self._carry_out,
             lambda work, run: run(lambda: self._compute(work, run)),
-            run,
-            may,
+            run_work,
+            can_send,
         )
         self._waiting: set[Reply] = set()
         self._closed = False
@@ -120,7 +117,7 @@ class ShardHost:
     @property
     def control_state(self) -> ShardControlState:
         """Where the shard stands, while nothing is computed."""
-        return self._shard.control_state
+        return self.shard.control_state
 
     def take_over(
         self, control_state: ShardControlState, arrays: dict[str, Flat], reconfigure: Any
@@ -128,8 +125,8 @@ class ShardHost:
         """Stand where a primary stood, before the first message: with its arrays, under the order
         that makes this shard the primary.
         """
-        self._shard.state.load(arrays, control_state.active)
-        self._shard.take_over(control_state, reconfigure)
+        self.shard.state.load(arrays, control_state.active)
+        self.shard.take_over(control_state, reconfigure)
 
     def attach_meter(self, meter: Meter) -> None:
         """Count the rounds applied in a meter, and tell it how the shard stands."""
@@ -149,13 +146,13 @@ class ShardHost:
         self.deliver(message, reply)
         return future
 
-    def deliver(self, message: Message | Order, reply: Reply, run: Run | None = None) -> None:
+    def deliver(self, message: Message | Order, reply: Reply, run: RunWork | None = None) -> None:
         """Give the shard a message; `reply` is called once with its answer or error, now or later,
         in whichever thread has it.
 
         Heavy work that the message sets off is carried out by `run` where given.
         """
-        run = run or self._run_by_default
+        run = run or self._run_work
         with self._lock:
             if not (closed := self._closed):
                 self._waiting.add(reply)
@@ -178,9 +175,7 @@ class ShardHost:
             and message.note.dtypes is not None
             and message.gradients is None
         ):
-            found = self.gradients_of_rank(
-                message.rank, message.note.incarnation, message.note.dtypes
-            )
+            found = self.gradients_of(message.rank, message.note.incarnation, message.note.dtypes)
             message = dataclasses.replace(message, gradients=found)
         if isinstance(message, _CHANGES):
             self._behind.settle()
@@ -191,7 +186,7 @@ class ShardHost:
             return
         try:
             with self._lock:
-                self._outbox.put(self._shard.receive(message, reply), run)
+                self._outbox.put(self.shard.receive(message, reply), run)
         except Exception as error:
             self._answer(reply, error)
         else:
@@ -221,23 +216,23 @@ class ShardHost:
         elif self._replica is not None:
             self._replicate(effect, self._replica)
 
-    def _compute(self, work: Work, run: Run) -> None:
+    def _compute(self, work: Work, run: RunWork) -> None:
         try:
             result = self._WORK[work](self)
         except ConfigError as error:  # of the learning-rate function, before any array was touched
             refusal = error
-            self._report(lambda: self._shard.refused(refusal), run)
+            self._report(lambda: self.shard.refused(refusal), run)
         except BaseException as error:
             failure = error
-            self._report(lambda: self._shard.broke(failure), run)
+            self._report(lambda: self.shard.broke(failure), run)
             if not isinstance(error, Exception):
                 raise
         else:
-            self._report(lambda: self._shard.computed(work, result), run)
+            self._report(lambda: self.shard.computed(work, result), run)
             if work is Work.STEP:
-                prepare(result[0], self._shard.config)
+                prepare(result[0], self.shard.config)
 
-    def _report(self, outcome: Callable[[], list[Effect]], run: Run) -> None:
+    def _report(self, outcome: Callable[[], list[Effect]], run: RunWork) -> None:
         with self._lock:
             self._outbox.put(outcome(), run)
         self._outbox.empty()
@@ -257,7 +252,7 @@ class ShardHost:
             return error
 
     def _measure(self) -> PartialNorms:
-        return self._arithmetic.measure(self._shard)
+        return self._arithmetic.measure(self.shard)
 
     def _step(self) -> tuple[Clock, float]:
         self._behind.settle()
@@ -265,7 +260,7 @@ class ShardHost:
         if self._replica is not None and not self._replica.ready():
             self._detach()
         result = self._arithmetic.step(
-            self._shard, None if self._replica is None else self._replica.mean
+            self.shard, None if self._replica is None else self._replica.mean
         )
         if self._meter is not None:
             self._meter.apply.add(perf_counter() - began)
@@ -275,7 +270,7 @@ class ShardHost:
         """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard
         meanwhile.
         """
-        shard, ranges = self._shard, self._spec.ranges
+        shard, ranges = self.shard, self._spec.ranges
         shard.exclusive_hold.require(message.token, self._spec.index)
         before, arrays = shard.changed, shard.state.arrays()
 
@@ -300,14 +295,14 @@ class ShardHost:
         """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a
         shard that loads without a state.
         """
-        order = self._shard.order
+        order = self.shard.order
         self._behind.settle()
         return self._attempt(
             lambda: self._load(order) if isinstance(order, Load) else self._attach(order)
         )
 
     def _load(self, order: Load) -> ShardControlState:
-        spec, state = self._spec, self._shard.state
+        spec, state = self._spec, self.shard.state
         if order.state is not None and order.control_state is not None:
             state.load(order.state, order.control_state.active)
             return order.control_state
@@ -347,12 +342,14 @@ class ShardHost:
         )
 
     def _attach(self, order: AttachStandby) -> int:
-        assert self._connect is not None
+        assert self._connect_standby is not None
         self._detach(told=False)
-        shard = self._shard
+        shard = self.shard
         with self._lock:
             control_state = shard.control_state
-        replica = self._connect(order.standby, control_state, shard.config, shard.state.arrays())
+        replica = self._connect_standby(
+            order.standby, control_state, shard.config, shard.state.arrays()
+        )
         with self._lock:  # what came meanwhile was told to no standby
             self._replica = replica
             reconfigure = Reconfigure(
@@ -384,7 +381,7 @@ class ShardHost:
     def _described(self, *, with_spec: bool) -> Description:
         """Return the shard's description, with what only its host knows."""
         with self._lock:
-            told, replica = described(self._shard, with_spec=with_spec), self._replica
+            told, replica = described(self.shard, with_spec=with_spec), self._replica
         reached = replica.reached if replica is not None else None
         return dataclasses.replace(
             told, busy=told.busy or self._filing > 0, replicated=reached, saved=self._saved

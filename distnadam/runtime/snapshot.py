@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from distnadam.checkpoint.manifest import FileRecord
-from distnadam.checkpoint.shard_file import ARRAYS, State
+from distnadam.checkpoint.shard_file import State
 from distnadam.errors import ShardLost
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 from distnadam.tensors.layout import Ranges
 
 
@@ -39,7 +39,7 @@ class SnapshotWriter:
         if not self._kept:
             self._kept = {
                 name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()}
-                for name in ARRAYS
+                for name in STATE_ARRAYS
             }
 
     def snapshot(
@@ -57,7 +57,7 @@ class SnapshotWriter:
 
         def take() -> FileRecord:
             try:
-                for array in ARRAYS:
+                for array in STATE_ARRAYS:
                     for space, values in arrays[array].items():
                         np.copyto(self._kept[array][space], values)
             finally:

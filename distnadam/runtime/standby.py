@@ -24,7 +24,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import Ledger
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 
 
 class Standby:
@@ -161,5 +161,5 @@ class Standby:
             )
         rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2)
         for space, stepper in self._steppers.items():
-            p, m, v = (self._arrays[name][space] for name in ("params", "m", "v"))
+            p, m, v = (self._arrays[name][space] for name in STATE_ARRAYS)
             stepper.step(Slots(p, m, v), [mean[space]], scalars, rates, [Part(0, p.size)])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distnadam.tensors.arrays import Flat, zeros_flat
-from distnadam.tensors.layout import Ranges
+from distnadam.tensors.layout import Ranges, sizes_of
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ShardState:
     @classmethod
     def empty(cls, ranges: Ranges, buffers: tuple[Flat, Flat] | None = None) -> "ShardState":
         """Return zeroed state, on the given parameter buffers where the process shares them."""
-        sizes = {space: end - begin for space, (begin, end) in ranges.items()}
+        sizes = sizes_of(ranges)
         return cls(
             buffers or (zeros_flat(sizes), zeros_flat(sizes)), zeros_flat(sizes), zeros_flat(sizes)
         )

@@ -26,6 +26,8 @@ SPACE_OF = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "
 have.
 """
 SPACES = ("float32", "float64")
+STATE_ARRAYS = ("params", "m", "v")
+"""The arrays of an optimizer's state, each one flat array per space: parameters, both moments."""
 HALF = frozenset({"float16", "bfloat16"})
 """Half precisions, in which gradients may come for the float32 space."""
 

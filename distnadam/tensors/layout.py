@@ -28,6 +28,11 @@ Ranges = dict[str, Range]
 """One half-open range of elements per space: what one shard holds."""
 
 
+def sizes_of(ranges: Ranges) -> dict[str, int]:
+    """Return the number of elements of each space's range."""
+    return {space: end - begin for space, (begin, end) in ranges.items()}
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One tensor: its path in the tree, its shape and dtype, and the elements [begin, end) of its

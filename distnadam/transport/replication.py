@@ -20,7 +20,7 @@ import numpy as np
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.codec import HEADER, pack_record, unpack_record
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
-from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
 from distnadam.transport.connection import Address, Connection, Server, call
 from distnadam.transport.shared_memory import Arena
 
@@ -67,7 +67,7 @@ class ShmReplicationStream(ReplicationStream):
     ) -> None:
         sizes = {space: values.size for space, values in arrays["params"].items()}
         copy, shared = Arena.create(sizes, copies=3), Arena.create(sizes)
-        for flat, name in zip(copy.flats, ("params", "m", "v"), strict=True):
+        for flat, name in zip(copy.flats, STATE_ARRAYS, strict=True):
             for space, values in arrays[name].items():
                 np.copyto(flat[space], values)
         self.mean, self._memory = shared.flats[0], shared
@@ -154,7 +154,7 @@ class StandbyReceiver:
             raise LaneError(str(error)) from error
         self._primary = line
         self.ended.clear()
-        self._begin(dict(zip(("params", "m", "v"), copy.flats, strict=True)))
+        self._begin(dict(zip(STATE_ARRAYS, copy.flats, strict=True)))
         return {}, []
 
     def _take(self, line: Connection, frame: bytes) -> None:

@@ -2,22 +2,18 @@
 parameters into the machine's own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
-from distnadam.protocol.messages import Leave, Message, ShardSpec, WorkerDied
+from distnadam.protocol.delivery import Deliver, run_in_this_thread
+from distnadam.protocol.messages import Leave, ShardSpec, WorkerDied
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address, Connection, Server, call
 from distnadam.transport.shared_memory import Arena
-
-Run = Callable[[Callable[[], None]], object]
-
-
-Deliver = Callable[[Message, Callable[[Any], None], Run | None], None]
 
 
 def parameter_arena(spec: ShardSpec, neighbour: Address | None) -> Arena:
@@ -92,11 +88,11 @@ class ShmServer:
                 f"a message of worker {message.rank} came through the lane of worker {worker.rank}"
             )
         reply = _ignore if isinstance(message, Leave) else partial(worker.answer, number)
-        self._deliver(message, reply, _in_this_thread)
+        self._deliver(message, reply, run_in_this_thread)
 
     def _end(self, line: Connection) -> None:
         if (worker := self._workers.pop(line, None)) is not None:
-            self._deliver(WorkerDied(worker.rank, worker.incarnation), _ignore, _in_this_thread)
+            self._deliver(WorkerDied(worker.rank, worker.incarnation), _ignore, run_in_this_thread)
 
 
 class _Caller:
@@ -124,10 +120,6 @@ class _Caller:
         if isinstance(reply, Exception) and not isinstance(reply, DistNadamError):
             reply = ShardLost(f"{type(reply).__name__}: {reply}")
         self._line.send(pack(number, reply))
-
-
-def _in_this_thread(work: Callable[[], None]) -> None:
-    work()
 
 
 def _ignore(_: Any) -> None:

@@ -24,6 +24,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import CHUNK_BYTES, read_shard, write_shard
 from distnadam.errors import CheckpointBusy, CheckpointError
+from distnadam.tensors.arrays import STATE_ARRAYS
 from tests.checkpoint.manifests import SAVE_ID, manifest_of
 from tests.models import bits, params, run
 
@@ -233,9 +234,7 @@ def test_ranges_over_many_chunks_come_back_whole(
 ) -> None:
     directory = tmp_path_factory.mktemp("chunks")
     rng = np.random.default_rng(1)
-    whole = {
-        name: rng.standard_normal(sum(sizes)).astype(np.float32) for name in ("params", "m", "v")
-    }
+    whole = {name: rng.standard_normal(sum(sizes)).astype(np.float32) for name in STATE_ARRAYS}
     bounds = np.cumsum([0, *sizes])
     records = []
     for index, (begin, end) in enumerate(

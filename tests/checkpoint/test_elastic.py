@@ -17,7 +17,6 @@ from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import (
-    ARRAYS,
     CHUNK_BYTES,
     fill_shard,
     leftover_readers,
@@ -31,7 +30,7 @@ from distnadam.errors import CheckpointError, ShardLost
 from distnadam.protocol.messages import Pull, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load
 from distnadam.runtime.shard_host import ShardHost
-from distnadam.tensors.arrays import empty_flat
+from distnadam.tensors.arrays import STATE_ARRAYS, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from tests.checkpoint.manifests import SAVE_ID, manifest_of
 from tests.models import bits, params, run
@@ -91,7 +90,7 @@ def test_any_number_of_shards_becomes_any_other_and_each_chunk_is_verified_by_on
     rng, directory = np.random.default_rng(0), tmp_path_factory.mktemp("elastic")
     whole = {
         name: {s: rng.standard_normal(n).astype(s) for s, n in layout.sizes.items()}
-        for name in ARRAYS
+        for name in STATE_ARRAYS
     }
     manifest = write_checkpoint(directory, layout, layout.cuts(before), whole)
     recording = RecordingDirectory(directory)
@@ -121,14 +120,14 @@ def test_any_number_of_shards_becomes_any_other_and_each_chunk_is_verified_by_on
 
 def test_a_shard_reads_its_range_rounded_out_to_chunks_and_no_more(tmp_path: Path) -> None:
     layout = Layout.of({"w": np.zeros(3_000_000, np.float32)})
-    whole = {name: {"float32": np.arange(3_000_000, dtype=np.float32)} for name in ARRAYS}
+    whole = {name: {"float32": np.arange(3_000_000, dtype=np.float32)} for name in STATE_ARRAYS}
     manifest = write_checkpoint(tmp_path, layout, layout.cuts(3), whole)
     recording = RecordingDirectory(tmp_path)
     for ranges, left in zip(layout.cuts(5), leftover_readers(manifest, 5), strict=True):
         recording.reads.clear()
         begin, end = ranges["float32"]
         read_shard(recording, manifest, ranges=ranges, leftovers=left)
-        pieces = 2 * len(ARRAYS)  # each array lies in two old files at most
+        pieces = 2 * len(STATE_ARRAYS)  # each array lies in two old files at most
         rounding = 2 * pieces * CHUNK_BYTES  # a piece is rounded out at both ends
         assert sum(size for *_, size in recording.reads) <= 12 * (end - begin) + rounding
 
@@ -139,15 +138,17 @@ def test_what_is_read_goes_to_the_arrays_themselves_with_no_second_copy_of_the_s
     import tracemalloc
 
     layout = Layout.of({"w": np.zeros(4_000_000, np.float32)})
-    whole = {name: {"float32": np.arange(4_000_000, dtype=np.float32)} for name in ARRAYS}
+    whole = {name: {"float32": np.arange(4_000_000, dtype=np.float32)} for name in STATE_ARRAYS}
     manifest = write_checkpoint(tmp_path, layout, layout.cuts(3), whole)
-    state = {name: empty_flat(layout.sizes) for name in ARRAYS}
+    state = {name: empty_flat(layout.sizes) for name in STATE_ARRAYS}
     tracemalloc.start()
     fill_shard(tmp_path, manifest, ranges=layout.cuts(1)[0], state=state)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 0.11 * layout.state_bytes
-    assert all(np.array_equal(state[name]["float32"], whole[name]["float32"]) for name in ARRAYS)
+    assert all(
+        np.array_equal(state[name]["float32"], whole[name]["float32"]) for name in STATE_ARRAYS
+    )
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 16), (16, 3)])
@@ -169,7 +170,7 @@ def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_anoth
         with DistNadam(num_workers=2, backend="local").build(params()) as optimizer:
             run(optimizer, 0, 2)
             optimizer.save(tmp_path / name)
-            whole = optimizer.shards.read(ARRAYS)[1]
+            whole = optimizer.shards.read(STATE_ARRAYS)[1]
     bad, good = (store.step_directories(tmp_path / name)[-1] for name in ("bad", "good"))
     victim = Path(str(bad)) / store.load(bad).files[0].name
     content = bytearray(victim.read_bytes())
@@ -202,8 +203,8 @@ def test_a_load_that_fails_leaves_a_shard_that_serves_nothing_and_can_load_anoth
         == 2
     )
     assert all(
-        np.array_equal(host._shard.state.arrays()[name][s], whole[name][s])
-        for name in ARRAYS
+        np.array_equal(host.shard.state.arrays()[name][s], whole[name][s])
+        for name in STATE_ARRAYS
         for s in layout.sizes
     )
     host.close()

@@ -199,7 +199,7 @@ def test_a_change_after_the_snapshot_is_not_taken_for_saved(
     gate: ExclusiveHold, tmp_path: Path
 ) -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
-        shard = optimizer.shards.backend.transport.hosts[0]._shard  # type: ignore[attr-defined]
+        shard = optimizer.shards.backend.transport.hosts[0].shard  # type: ignore[attr-defined]
         optimizer.set_params(params(1))
         saving = optimizer.save(tmp_path, wait=False)
         optimizer.set_params(params(2))

@@ -38,7 +38,7 @@ from distnadam.errors import (
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.machine import described
 from distnadam.shard.phases import Phase
-from distnadam.tensors.arrays import cut_flat
+from distnadam.tensors.arrays import STATE_ARRAYS, cut_flat
 from distnadam.worker import Ticket, Worker
 from tests.reference import OneProcess, State, history_of, state_of
 from tests.simulation.backend import WorldBackend, begin_world
@@ -117,7 +117,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 self.world.deliver_one(0)
             target = (
                 max(
-                    (process.host._shard.round for process in self.world.shards if process.host),
+                    (process.host.shard.round for process in self.world.shards if process.host),
                     default=0,
                 )
                 + 2
@@ -126,13 +126,13 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 self.advance()
                 self.agree()
                 if all(
-                    process.alive and process.host and process.host._shard.round >= target
+                    process.alive and process.host and process.host.shard.round >= target
                     for process in self.world.shards
                 ):
                     return
             raise AssertionError(
                 f"nobody comes to round {target}: "
-                f"{[p.host and described(p.host._shard) for p in self.world.shards]}"
+                f"{[p.host and described(p.host.shard) for p in self.world.shards]}"
             )
         finally:
             shutil.rmtree(self.root)
@@ -293,9 +293,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             if (
                 process.alive
                 and process.host is not None
-                and process.host._shard.phase is not Phase.LOADING
+                and process.host.shard.phase is not Phase.LOADING
             ):
-                shard = process.host._shard
+                shard = process.host.shard
                 assert self.epochs.get(process, 0) <= shard.epochs.now
                 self.epochs[process] = shard.epochs.now
                 history = history_of(shard.members.ledger.to_dict(), shard.round)
@@ -329,7 +329,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             )
 
     def same_bits(self, got: State, expected: State, process: Process) -> None:
-        for name in ("params", "m", "v"):
+        for name in STATE_ARRAYS:
             cut = cut_flat({"float32": getattr(expected, name)}, process.spec.ranges)["float32"]
             assert getattr(got, name).tobytes() == cut.tobytes(), (
                 f"{name} of shard {process.spec.index}"

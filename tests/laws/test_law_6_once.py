@@ -36,6 +36,7 @@ from distnadam.protocol.messages import (
     Write,
 )
 from distnadam.runtime.shard_host import ShardHost
+from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 from tests.models import bits, gradients, params
 
@@ -68,7 +69,7 @@ def new_host() -> ShardHost:
 
 def state_of(host: ShardHost) -> dict[str, Any]:
     host.send(Pause("read")).result(0)
-    arrays = host.send(Read("read", ("params", "m", "v"))).result(0)
+    arrays = host.send(Read("read", STATE_ARRAYS)).result(0)
     copy = {name: flat["float32"].tobytes() for name, flat in arrays.items()}
     host.send(Resume("read")).result(0)
     return copy
@@ -168,7 +169,7 @@ class OnceAgainstAModel(RuleBasedStateMachine):
     @rule()
     def replace_the_state_by_itself(self) -> None:
         self.host.send(Pause("x")).result(0)
-        arrays = self.host.send(Read("x", ("params", "m", "v"))).result(0)
+        arrays = self.host.send(Read("x", STATE_ARRAYS)).result(0)
         self.host.send(
             Write(
                 token="x",

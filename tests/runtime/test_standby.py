@@ -32,7 +32,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 from distnadam.tensors.layout import Layout
 from distnadam.transport.replication import ReplicationStream
 from tests.reference import State, state_of
@@ -83,7 +83,7 @@ def pair(
         ranges=LAYOUT.cuts(1)[0],
     )
     standby = Standby(spec)
-    primary = ShardHost(spec, attach=lambda where, *told: InProcess(standby, *told))
+    primary = ShardHost(spec, connect_standby=lambda where, *told: InProcess(standby, *told))
     primary.send(Load(epoch=1, params=INITIAL)).result(0)
     for rank in range(workers):
         primary.send(Join(rank=rank)).result(0)
@@ -129,7 +129,7 @@ def do_round(
 
 def same(one: State, other: State) -> bool:
     return (
-        all(getattr(one, x).tobytes() == getattr(other, x).tobytes() for x in ("params", "m", "v"))
+        all(getattr(one, x).tobytes() == getattr(other, x).tobytes() for x in STATE_ARRAYS)
         and one.clock == other.clock
     )
 
@@ -154,8 +154,8 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
         Reconfigure(epoch=2, schedule=((1, tuple(range(workers))),)), ShardHost
     )
     assert same(state_of(promoted), state_of(primary))
-    assert control_state.ledger == primary._shard.members.ledger.to_dict()
-    assert promoted._shard._counted == primary._shard._counted
+    assert control_state.ledger == primary.shard.members.ledger.to_dict()
+    assert promoted.shard._counted == primary.shard._counted
     primary._replica, number = None, len(finite) + 1
     do_round(primary, number, 99, workers=workers)
     do_round(promoted, number, 99, epoch=2, workers=workers)
@@ -166,9 +166,9 @@ def test_it_knows_the_membership_and_the_epoch_of_the_last_reign() -> None:
     primary, standby, _ = pair()
     primary.send(Reconfigure(epoch=5, schedule=((1, (0, 1)), (3, (1,))), newest={0: 4})).result(0)
     promoted, control_state = standby.promote(Reconfigure(epoch=0, schedule=()), ShardHost)
-    assert promoted._shard.members.schedule == ((1, (0, 1)), (3, (1,)))
-    assert promoted._shard.members.ledger.newest(0) == 4
-    assert control_state.epoch == 5 and promoted._shard.epochs.now == 6
+    assert promoted.shard.members.schedule == ((1, (0, 1)), (3, (1,)))
+    assert promoted.shard.members.ledger.newest(0) == 4
+    assert control_state.epoch == 5 and promoted.shard.epochs.now == 6
 
 
 @pytest.mark.parametrize("replaced", ["written", "loaded"])
@@ -188,7 +188,7 @@ def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str) -> N
 def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date() -> None:
     primary, standby, _ = pair()
     do_round(primary, 1, 1)
-    clock = primary._shard.clock
+    clock = primary.shard.clock
     with pytest.raises(IllegalMessage, match="standby of shard 0: expected round 2, got round 3"):
         standby.apply(
             ReplicatedRound(
@@ -208,5 +208,5 @@ def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date
 
 def test_arrays_without_their_place_in_time_are_no_state() -> None:
     _, standby, _ = pair()
-    standby.take_arrays(dict.fromkeys(("params", "m", "v"), INITIAL))
+    standby.take_arrays(dict.fromkeys(STATE_ARRAYS, INITIAL))
     assert standby.reached is None

@@ -132,7 +132,7 @@ def test_a_complaint_that_one_shard_has_counted_skips_the_round_on_the_one_that_
     scene.take_over_rank_1()
     assert scene.wait_for(scene.push(1, 3.0), first) == [0, 0], "a skipped round is no iteration"
     ledgers = [
-        process.host._shard.members.ledger.to_dict()["runs"]
+        process.host.shard.members.ledger.to_dict()["runs"]
         for process in scene.world.shards
         if process.host
     ]
@@ -188,4 +188,4 @@ def test_norms_of_a_dropped_round_clip_no_step_from_outside() -> None:
     assert isinstance(scene.wait_for(tickets[1])[0], ConfigError)
     assert not process.work(), "it still awaits its own norms"
     assert process.host is not None
-    assert process.host._shard.round == 0
+    assert process.host.shard.round == 0

@@ -117,14 +117,12 @@ def push(
 
 
 def moment(host: ShardHost) -> float:
-    return float(host._shard.state.m["float32"][0])
+    return float(host.shard.state.m["float32"][0])
 
 
 def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_both() -> None:
     first, second = shard(), shard()
-    second.gradients_of_rank = lambda rank, incarnation, dtypes: {
-        "float32": np.full(4, 7.0, np.float32)
-    }
+    second.gradients_of = lambda rank, incarnation, dtypes: {"float32": np.full(4, 7.0, np.float32)}
     first.send(push(1))
     first.send(push(0, value=7.0)).result(0)  # the round is applied there, and then its worker dies
     second.send(push(1))
@@ -135,7 +133,7 @@ def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_bo
     adopts = adoptions(0, joined)
     assert list(adopts) == [1]
     second.send(adopts[1]).result(0)
-    assert moment(first) == moment(second) and second._shard.round == 1
+    assert moment(first) == moment(second) and second.shard.round == 1
 
     lacking = shard()
     with pytest.raises(

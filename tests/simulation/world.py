@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import Read, ShardSpec, WorkerDied
@@ -27,9 +26,9 @@ from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.supervision.process_manager import Cuts, ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
-from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat, cut_flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
-from distnadam.tensors.layout import Ranges
+from distnadam.tensors.layout import Ranges, sizes_of
 from distnadam.transport.replication import ReplicationStream
 
 LIVELOCK = 300
@@ -51,10 +50,10 @@ class Process:
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
         world = self.world
-        how = {"run": lambda work: self.works.append(work), "attach": self._attach}
+        how = {"run_work": lambda work: self.works.append(work), "connect_standby": self._attach}
         told = lambda n: self.alive and world.supervisor.notice(n.what, n.rank, n.incarnation)  # noqa: E731
         host = ShardHost(spec, on_notice=told, **how)  # type: ignore[arg-type]
-        host.gradients_of_rank = lambda rank, incarnation, dtypes: world.memory(
+        host.gradients_of = lambda rank, incarnation, dtypes: world.memory(
             rank, incarnation, spec.ranges
         )
         return host
@@ -186,20 +185,17 @@ class _WorldCrew(ProcessManager):
         order: Load,
     ) -> list[Exception]:
         held = self.ask(
-            dict(enumerate(old)), {index: Read(token, ARRAYS) for index in range(len(old))}, 0
+            dict(enumerate(old)), {index: Read(token, STATE_ARRAYS) for index in range(len(old))}, 0
         )
         errors = [answer for answer in held.values() if isinstance(answer, Exception)]
         if errors:
             return errors
         order, messages = replace(order, control_state=old[0].handle.host.control_state), {}
         for index, ranges in enumerate(cuts[1]):
-            state = {
-                name: empty_flat({space: end - begin for space, (begin, end) in ranges.items()})
-                for name in ARRAYS
-            }
+            state = {name: empty_flat(sizes_of(ranges)) for name in STATE_ARRAYS}
             for copy in copy_plan(cuts[0], ranges):
                 there, here = cuts[0][copy.source][copy.space][0], ranges[copy.space][0]
-                for name in ARRAYS:
+                for name in STATE_ARRAYS:
                     part = held[copy.source][name][copy.space][
                         copy.begin - there : copy.end - there
                     ]

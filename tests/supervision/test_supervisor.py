@@ -78,7 +78,7 @@ class Training:
         """Have all that are there push until so many rounds are decided."""
         for _ in range(100):
             if all(
-                process.host and process.host._shard.round >= end for process in self.world.shards
+                process.host and process.host.shard.round >= end for process in self.world.shards
             ):
                 return
             tickets = []
@@ -102,7 +102,7 @@ class Training:
 
     def members(self) -> list[Sequence[int]]:
         """Who was counted in each round."""
-        shard = self.world.shards[0].host._shard  # type: ignore[union-attr]
+        shard = self.world.shards[0].host.shard  # type: ignore[union-attr]
         return [
             [rank for rank, _ in counted]
             for counted in history_of(shard.members.ledger.to_dict(), shard.round)
@@ -122,7 +122,7 @@ def test_the_membership_of_every_round_is_replayed_after_all_went_back_whoever_a
     assert [1 in ranks for ranks in before] == [True] * 3 + [False] * 3 + [True] * 4
     training.world.shards[0].kill()
     training.world.look()
-    assert all(process.host._shard.round == 0 for process in training.world.shards)  # type: ignore[union-attr]
+    assert all(process.host.shard.round == 0 for process in training.world.shards)  # type: ignore[union-attr]
     training.train(12)
     assert training.members()[:10] == before
 

@@ -12,7 +12,7 @@ import ray
 
 from distnadam.errors import LaneError
 from distnadam.protocol.supervisor_messages import Record, ReplicatedRound, ShardControlState
-from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
 from distnadam.transport.replication import ReplicationStream
 
 _LET_GO_S = 1.0
@@ -36,7 +36,7 @@ class ObjectReplicationStream(ReplicationStream):
         self._standby, self._timeout_s = standby, timeout_s
         self._spaces = sorted(arrays["params"])
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
-        given = [arrays[name][space] for space in self._spaces for name in ("params", "m", "v")]
+        given = [arrays[name][space] for space in self._spaces for name in STATE_ARRAYS]
         self._feed, self._numbers = time.time_ns(), itertools.count(1)
         self._calls = [standby.begin.remote(control_state, config, self._feed, *given)]
         self.reached, self._synced = control_state.round, False

@@ -19,7 +19,6 @@ from distnadam.backends.ray.lease import Lease, lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.object_replication import ObjectReplicationStream, OrderedStream
-from distnadam.checkpoint.shard_file import ARRAYS
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import state_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
@@ -37,8 +36,9 @@ from distnadam.runtime.standby import Standby
 from distnadam.shard.phases import Notice
 from distnadam.supervision.discovery import DiscoveredProcess
 from distnadam.supervision.process_manager import ShardProcess
-from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
+from distnadam.tensors.layout import sizes_of
 from distnadam.transport.connection import Address
 from distnadam.transport.replication import ReplicationStream, ShmReplicationStream, StandbyReceiver
 from distnadam.transport.shared_memory import Arena
@@ -86,7 +86,7 @@ class ShardActor:
     def _open(self, neighbour: Address | None, *, standby: bool) -> None:
         if standby:
             self._standby = Standby(self._spec, self._threads)
-            sizes = {space: end - begin for space, (begin, end) in self._spec.ranges.items()}
+            sizes = sizes_of(self._spec.ranges)
             self._follower = StandbyReceiver(sizes, self._standby.take_arrays, self._standby.apply)
             self._place = dataclasses.replace(self._place, address=self._follower.address)
             if neighbour is not None:
@@ -126,16 +126,18 @@ class ShardActor:
         """Return the held shard's "params", "m" and "v" of some elements."""
         assert self._host is not None
         begin = self._spec.ranges[copy.space][0]
-        arrays = await asyncio.wrap_future(self._host.send(Read(token, ARRAYS)))
-        return [arrays[name][copy.space][copy.begin - begin : copy.end - begin] for name in ARRAYS]
+        arrays = await asyncio.wrap_future(self._host.send(Read(token, STATE_ARRAYS)))
+        return [
+            arrays[name][copy.space][copy.begin - begin : copy.end - begin] for name in STATE_ARRAYS
+        ]
 
     async def install(self, order: Load, plan: Sequence[Copy], *parts: Any) -> Any:
         """Load a state that is put together of other shards' parts."""
-        sizes = {space: end - begin for space, (begin, end) in self._spec.ranges.items()}
-        state = {name: empty_flat(sizes) for name in ARRAYS}
+        sizes = sizes_of(self._spec.ranges)
+        state = {name: empty_flat(sizes) for name in STATE_ARRAYS}
         for copy, part in zip(plan, parts, strict=True):
             first = self._spec.ranges[copy.space][0]
-            for name, values in zip(ARRAYS, part, strict=True):
+            for name, values in zip(STATE_ARRAYS, part, strict=True):
                 state[name][copy.space][copy.begin - first : copy.end - first] = values
         return await self.send(dataclasses.replace(order, state=state))
 
@@ -164,7 +166,7 @@ class ShardActor:
         def fill() -> None:
             named = [dict(zip(spaces, arrays[i::3], strict=True)) for i in range(3)]
             copied = [{space: values.copy() for space, values in flat.items()} for flat in named]
-            standby.take_arrays(dict(zip(("params", "m", "v"), copied, strict=True)))
+            standby.take_arrays(dict(zip(STATE_ARRAYS, copied, strict=True)))
             standby.begin(control_state, config)
 
         await asyncio.wrap_future(
@@ -230,12 +232,12 @@ class ShardActor:
             buffers = (first, second)
         how = {
             "threads": self._threads,
-            "run": self._executor.submit,
+            "run_work": self._executor.submit,
             "on_notice": self._notice,
-            "attach": self._attach,
+            "connect_standby": self._attach,
         }
-        may = {"may": lambda: self._lease is not None and self._lease.valid}
-        host = ShardHost(spec, buffers=buffers, **may, **how)  # type: ignore[arg-type]
+        lease = {"can_send": lambda: self._lease is not None and self._lease.valid}
+        host = ShardHost(spec, buffers=buffers, **lease, **how)  # type: ignore[arg-type]
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)
         return host
@@ -247,7 +249,7 @@ class ShardActor:
             self._place = dataclasses.replace(self._place, address=None)
             return
         lanes = ShmServer(self._spec, self._arena, host.deliver)
-        host.gradients_of_rank = lanes.slot
+        host.gradients_of = lanes.slot
         self._place = dataclasses.replace(self._place, address=lanes.address)
 
     @property

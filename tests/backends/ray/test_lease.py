@@ -155,7 +155,7 @@ def test_a_shard_without_a_lease_only_reports_status_and_answers_once_it_has_one
         ranges=LAYOUT.cuts(1)[0],
     )
     may = [True]
-    host = ShardHost(spec, may=lambda: may[0])
+    host = ShardHost(spec, can_send=lambda: may[0])
     host.send(Load(epoch=1, params={"float32": np.ones(10, np.float32)})).result(0)
     host.send(Join(rank=0)).result(0)
     may[0] = False

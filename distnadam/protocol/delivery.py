@@ -1,0 +1,23 @@
+"""How a message is handed to a shard in its own process: with a callback for the answer, and with
+whatever runs the heavy work that it causes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from distnadam.protocol.messages import Message
+from distnadam.protocol.supervisor_messages import Order
+
+Reply = Callable[[Any], None]
+"""Called once with the answer; an exception is raised where the message came from."""
+
+RunWork = Callable[[Callable[[], None]], object]
+"""Runs one piece of heavy work: in the calling thread, or in an executor's."""
+
+Deliver = Callable[[Message | Order, Reply, RunWork], None]
+"""Gives a shard one message; `Reply` is called now or later, in any thread."""
+
+
+def run_in_this_thread(work: Callable[[], None]) -> None:
+    """Run work in the calling thread."""
+    work()
