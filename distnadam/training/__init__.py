@@ -1,3 +1,1 @@
-"""The training loop over the optimizer: tasks, workers in threads or Ray actors, records,
-checkpoints, progress.
-"""
+"""The training loop: `fit`, its tasks, workers, callbacks, records and checkpoints."""

@@ -1,11 +1,4 @@
-"""`fit`: train a task from its first step, or from its newest checkpoint, to its last. Only the
-order of things is here.
-
-Workers run segments of rounds that end together, so that between two segments nothing is pending:
-there the driver saves, evaluates, shows progress and listens to Ctrl-C. Workers that die are
-started anew (`ranks`), shards are replaced by the optimizer's supervisor; where that is gone too,
-the whole run begins anew from its newest checkpoint.
-"""
+"""`fit`: checks its arguments, chooses directories, takes their locks, and runs a `TrainingRun`."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,10 +12,16 @@ from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.config import check_count
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
-from distnadam.training.callbacks import Callback, MetricsFile, ProgressDisplay, console
+from distnadam.training.callbacks import (
+    Callback,
+    CallbackList,
+    MetricsFile,
+    ProgressDisplay,
+    console,
+)
 from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
-from distnadam.training.run import _Run
+from distnadam.training.run import TrainingRun
 from distnadam.training.task import Task, run_directory, task_name
 
 
@@ -46,38 +45,48 @@ def fit(
     callbacks: Sequence[Callback] = (),
     verbose: bool | Literal["auto"] = "auto",
 ) -> History:
-    """Train a task with data-parallel workers and return what happened.
+    """Train a task with data-parallel workers, and return the record of the run.
+
+    The run continues from the newest checkpoint in `checkpoint_dir`, if any, and saves one at its
+    end. Workers and shards that die are replaced, with the same bits at the end.
 
     Args:
-        task: see `Task`.
-        steps: steps in all, those before a resume included.
-        num_workers: ranks, each a Ray actor, or a thread where local.
-        num_shards: shards of the optimizer.
+        task: the model and its data, see `Task`.
+        steps: steps in all; those before a resume count.
+        num_workers: number of ranks, each a Ray actor, or a thread in local mode.
+        num_shards: number of the optimizer's shards.
         replicas: standbys per shard, 0 or 1.
-        optimizer: a `DistNadam` that is not built, for its hyper-parameters and options; None means
+        optimizer: a `DistNadam`, not built, whose hyper-parameters and options are used; None means
             the defaults.
-        backend: as `DistNadam` has it.
-        seed: given to `Task.init`.
-        checkpoint_dir: where checkpoints, metrics.csv and loss.png go; None means
-            ``runs/<task>-<time>/``. Where it is an fsspec URL, the checkpoints go there and the
-            others to that place.
-        save_every: steps between checkpoints, written behind the training; one is written at the
-            end in any case.
-        keep: the last checkpoints, so many, are kept; beside them
-        keep_every: those of steps that are multiples of this, and `keep_every_s`: one in each so
-            many seconds.
-        resume: "auto" goes on from the newest valid checkpoint in `checkpoint_dir` where there is
-            one, "must" insists on one, "never" insists on none.
-        evaluate_every: steps between evaluations; one comes at the end in any case.
-        callbacks: told what happens.
-        verbose: show progress on standard error; "auto" as True.
+        backend: "auto", "local" or "ray", as for `DistNadam`.
+        seed: passed to `Task.init`.
+        checkpoint_dir: the directory for checkpoints, metrics.csv and loss.png; None means
+            ``runs/<task>-<time>/``. If it is an fsspec URL, only the checkpoints go there, and the
+            other files to ``runs/<task>-<time>/``.
+        save_every: steps between checkpoints, which are written in the background; None saves only
+            at the end.
+        keep: how many of the last checkpoints are kept.
+        keep_every: checkpoints of steps that are multiples of this are kept too.
+        keep_every_s: one checkpoint in each span of so many seconds is kept too.
+        resume: "auto" continues from the newest valid checkpoint in `checkpoint_dir` if there is
+            one, "must" requires one, "never" refuses a directory that holds one.
+        evaluate_every: steps between evaluations; None evaluates only at the end.
+        callbacks: receive the events of the run.
+        verbose: whether to show progress on standard error; "auto" means True.
+
+    Returns:
+        Losses, metrics, checkpoints and recoveries of this call.
 
     Raises:
+        ConfigError: an argument has a value that it cannot have.
         TrainingError: the task's code raised, or a worker's process died, and three recoveries in a
             row of one rank, or of the run, brought no new step; the message names the rank and the
             step.
-        CheckpointBusy: another run writes `checkpoint_dir`.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was written; a second Ctrl-C raises at once.
+        CheckpointError: the checkpoint to resume from is refused, or is of another task, seed or
+            model, or one cannot be written.
+        CheckpointBusy: another run writes to `checkpoint_dir`.
+        KeyboardInterrupt: Ctrl-C was pressed, and a checkpoint saved; a second Ctrl-C raises at
+            once.
     """
     for name, value in (
         ("steps", steps),
@@ -99,29 +108,43 @@ def fit(
         raise ConfigError(
             f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}"
         )
-    seed, label = check_count("seed", seed, least=0), task_name(task)
-    by_default = run_directory(label)
-    folder = open_directory(checkpoint_dir or by_default)
-    root = folder.path if isinstance(folder, LocalDirectory) else by_default.absolute()
+    seed = check_count("seed", seed, least=0)
+    label = task_name(task)
+    default_directory = run_directory(label)
+    checkpoints = open_directory(checkpoint_dir or default_directory)
+    # beside checkpoints at a URL, metrics and plot still need a local directory
+    local = checkpoints if isinstance(checkpoints, LocalDirectory) else None
+    root = local.path if local is not None else default_directory.absolute()
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
     display = [ProgressDisplay(screen)] if screen is not None else []
-    told = [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
-    topology = {
-        "num_workers": num_workers,
-        "num_shards": num_shards,
-        "replicas": replicas,
-        "backend": backend,
-    }
     plan = Plan(
-        steps, save_every, evaluate_every, resume, RetentionPolicy(keep, keep_every, keep_every_s)
+        steps=steps,
+        save_every=save_every,
+        evaluate_every=evaluate_every,
+        resume=resume,
+        keep=RetentionPolicy(last=keep, every=keep_every, every_s=keep_every_s),
     )
     with (
-        make_run_lock(LocalDirectory(root)) as here,
-        nullcontext(here)
-        if isinstance(folder, LocalDirectory)
-        else make_run_lock(folder) as claimed,
+        make_run_lock(LocalDirectory(root)) as root_lock,
+        nullcontext(root_lock) if local is not None else make_run_lock(checkpoints) as lock,
     ):
-        run = _Run(task, label, seed, root, claimed, topology, plan, told, history)
-        run.run(optimizer)
+        TrainingRun(
+            task=task,
+            label=label,
+            seed=seed,
+            root=root,
+            lock=lock,
+            topology={
+                "num_workers": num_workers,
+                "num_shards": num_shards,
+                "replicas": replicas,
+                "backend": backend,
+            },
+            plan=plan,
+            callbacks=CallbackList(
+                [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
+            ),
+            history=history,
+        ).run(optimizer)
     return history

@@ -1,6 +1,4 @@
-"""The loss of a run as a picture, from its metrics file. matplotlib is imported only here, and only
-when asked.
-"""
+"""Plots a run's metrics file. matplotlib is imported here alone, when a plot is drawn."""
 
 from pathlib import Path
 
@@ -9,7 +7,14 @@ from distnadam.training.callbacks import read_metrics
 
 
 def plot_loss(metrics_path: Path, plot_path: Path) -> Path:
-    """Draw the loss, and every other metric on an axis of its own, and return `plot_path`.
+    """Draw the loss, logarithmic if positive, and the other metrics on a second axis.
+
+    Args:
+        metrics_path: the CSV file that `MetricsFile` wrote.
+        plot_path: the picture to write; its suffix chooses the format.
+
+    Returns:
+        `plot_path`.
 
     Raises:
         TrainingError: matplotlib is missing, or the file has no loss.

@@ -1,5 +1,6 @@
-"""What one rank of `fit` does: batches, gradients, steps, until a round it is told. In a thread or
-an actor, it does not know.
+"""What one rank of `fit` does: batch, gradients, step, until a given round.
+
+It runs in a thread or in a Ray actor and does not know which.
 """
 
 import traceback
@@ -13,55 +14,62 @@ from distnadam.worker import Worker
 
 
 class RankLoop:
-    """One rank with its task and its worker."""
+    """Trains one rank.
+
+    Args:
+        task: the user's task.
+        worker: the rank's.
+        world_size: how many ranks there are.
+    """
 
     def __init__(self, task: Task, worker: Worker, world_size: int) -> None:
-        self._task, self._worker, self._world_size = task, worker, world_size
+        self._task = task
+        self._worker = worker
+        self._world_size = world_size
 
     def run(self, end: int) -> dict[int, float]:
-        """Train until `end` rounds are decided, from wherever the shards stand, and return the
-        losses by step, from 0.
+        """Train from the shards' present round to round `end` and return the loss of each step.
 
-        Where the shards go back after a death, so does this.
+        Steps count from 0. If the shards go back after a death, so does this loop.
 
         Raises:
-            TrainingError: the task's own code raised; the message names the rank and the step, a
-                note holds the traceback.
+            TrainingError: the task's code raised; the message names the rank and the step, a note
+                holds the traceback.
         """
         params, losses = self._pull(), {}
         while (step := self._worker.round) < end:
-            where = f"worker {self._worker.rank}, step {step}"
-            with task_errors(where):
+            location = f"worker {self._worker.rank}, step {step}"
+            with task_errors(location):
                 batch = self._task.batch(step, self._worker.rank, self._world_size)
                 loss, gradients = self._task.loss_and_gradients(params, batch)
                 losses[step] = float(loss)
             try:
                 params = self._worker.step(gradients)
             except StructureError as error:
-                raise TrainingError(f"{where}: {error}") from error
+                raise TrainingError(f"{location}: {error}") from error
             except (StaleEpoch, LatePush):
                 params = self._pull()
         return losses
 
     def _pull(self) -> Any:
-        """Return the parameters as they are now, wherever the shards have gone."""
+        """Return the parameters of the shards' present round, after any rewind."""
         while True:
             with suppress(StaleEpoch):
                 return self._worker.pull()
 
 
 @contextmanager
-def task_errors(where: str) -> Iterator[None]:
-    """Turn what the task's code raises, or returns that is of no use, into a TrainingError that
-    says where.
+def task_errors(location: str) -> Iterator[None]:
+    """Raise what the task's code raises as a TrainingError that begins with `location`.
+
+    Errors of this package pass unchanged.
     """
     try:
         yield
     except DistNadamError:
         raise
     except Exception as error:
-        wrapped = TrainingError(f"{where}: the task raised {type(error).__name__}: {error}")
-        wrapped.add_note(
-            traceback.format_exc()
-        )  # a cause does not survive the way from another process
+        wrapped = TrainingError(f"{location}: the task raised {type(error).__name__}: {error}")
+        # a note, as the cause is lost on the way from another process
+        wrapped.add_note(traceback.format_exc())
         raise wrapped from error

@@ -1,5 +1,7 @@
-"""All ranks of `fit` as one: runs a segment to its end, replacing those that die, hang or fail, as
-long as steps are made.
+"""Runs all ranks of `fit` through a segment of rounds, replacing those that die, hang or fail.
+
+A rank is tried again as long as the run makes new steps: `RetryBudget` counts. What a rank computes
+is in `rank_loop`; shards are the supervisor's concern.
 """
 
 from collections import Counter
@@ -10,93 +12,99 @@ from distnadam.errors import DistNadamError, StepTimeout, TrainingError, WorkerL
 from distnadam.optimizer import DistNadam
 
 POLL_S = 0.1
-"""Seconds between two looks for ranks whose process died."""
-MOST_RECOVERIES = 3
-"""Recoveries of one rank in a row, with no new step between them, after which a run is given up."""
+"""Seconds between two checks for ranks whose process died."""
+MAX_RECOVERIES = 3
+"""Recoveries of one rank, or of the run, in a row without a new step, before the run fails."""
 
 
 class RetryBudget:
-    """Counts recoveries since the last new step, of each rank and of the whole run, and gives up
-    after `MOST_RECOVERIES` of one.
+    """Counts recoveries of each rank, and of the whole run, since the last new step.
+
+    `total` counts all of them.
     """
 
     def __init__(self) -> None:
         self.total = 0
-        self._since, self._reached = Counter[int | None](), -1
+        self._since_progress = Counter[int | None]()
+        self._reached = -1
 
     def count(self, step: int, error: Exception, rank: int | None = None) -> None:
-        """Take that a rank, or else the whole run, failed after `step` steps; raise where it did so
-        too often.
+        """Count one recovery of a rank, or of the whole run.
 
-        Ranks count apart, since a host takes all of its ranks along.
+        Each has a budget of its own, since a host that dies takes all of its ranks down.
+
+        Args:
+            step: steps done so far.
+            error: why the recovery is needed.
+            rank: the rank to recover; None for the whole run.
+
+        Raises:
+            TrainingError: `MAX_RECOVERIES` are used up; `error` itself if it is one.
         """
         self.total += 1
         if step > self._reached:
-            self._since.clear()
-        self._since[rank] += 1
+            self._since_progress.clear()
+        self._since_progress[rank] += 1
         self._reached = max(step, self._reached)
-        if self._since[rank] <= MOST_RECOVERIES:
+        if self._since_progress[rank] <= MAX_RECOVERIES:
             return
         if isinstance(error, TrainingError):
             raise error
-        told = (
-            f"{MOST_RECOVERIES} recoveries in a row after step {step} brought no new step; "
+        raise TrainingError(
+            f"{MAX_RECOVERIES} recoveries in a row after step {step} brought no new step; "
             f"the last: {type(error).__name__}: {error}"
-        )
-        raise TrainingError(told) from error
+        ) from error
 
 
 class RankRunner:
-    """The members of a team, driven segment by segment.
+    """Drives the ranks of a worker group segment by segment.
 
     Args:
-        team: one member per rank.
-        size: ranks.
-        optimizer: the one they step.
-        recoveries: counts what had to be done again.
-        tell: says a sentence to the user.
+        group: one `RankLoop` per rank.
+        num_ranks: how many ranks there are.
+        optimizer: the optimizer that they step.
+        retries: counts the recoveries.
+        on_message: receives a sentence for the user about each recovery.
     """
 
     def __init__(
         self,
-        team: WorkerGroup,
-        size: int,
+        group: WorkerGroup,
+        num_ranks: int,
+        *,
         optimizer: DistNadam,
-        recoveries: RetryBudget,
-        tell: Callable[[str], None],
+        retries: RetryBudget,
+        on_message: Callable[[str], None],
     ) -> None:
-        self._team, self._size, self._optimizer, self._recoveries, self._tell = (
-            team,
-            size,
-            optimizer,
-            recoveries,
-            tell,
-        )
-        self._running: dict[int, int] = {}
-        self._replaced: dict[int, int] = {}
-        self._losses: dict[int, dict[int, float]] = {}
+        self._group = group
+        self._num_ranks = num_ranks
+        self._optimizer = optimizer
+        self._retries = retries
+        self._on_message = on_message
+        self._running: dict[int, int] = {}  # the end of its segment, by rank
+        self._replaced: dict[int, int] = {}  # the incarnation last replaced, by rank
+        self._losses: dict[int, dict[int, float]] = {}  # by step, then rank
 
     def begin(self, end: int) -> None:
-        """Have every rank train until `end` rounds are decided."""
+        """Start every rank on the rounds up to `end`, exclusive, without waiting."""
         self._losses = {}
-        for rank in range(self._size):
-            self._run(rank, end)
+        for rank in range(self._num_ranks):
+            self._start(rank, end)
 
     def finish(self) -> dict[int, float]:
-        """Wait for the segment's end and return the mean losses by step, over the ranks that lived
-        to tell theirs.
+        """Wait for the segment's end and return the mean loss of each step.
 
-        May be called again where Ctrl-C interrupted it.
+        The mean is over the ranks whose process lived to report its loss. After a KeyboardInterrupt
+        the call may be repeated.
 
         Raises:
-            TrainingError: a rank's code failed, or its process died, and trying again brought no
-                new step.
-            DistNadamError: what no trying again can mend.
+            TrainingError: a rank failed, and retries brought no new step.
+            DistNadamError: an error that no retry can mend.
         """
         while self._running:
-            for rank, result in self._team.results(POLL_S):
+            for rank, result in self._group.results(POLL_S):
                 if isinstance(result, Exception):
-                    self._failed(rank, result)
+                    self._recover(rank, result)
                 elif rank in self._running:
                     del self._running[rank]
                     for step, loss in result.items():
@@ -107,28 +115,29 @@ class RankRunner:
                     self._replace(rank, WorkerLost(f"worker {rank}: its process died"))
         return {step: sum(each.values()) / len(each) for step, each in sorted(self._losses.items())}
 
-    def _run(self, rank: int, end: int) -> None:
+    def _start(self, rank: int, end: int) -> None:
         self._running[rank] = end
-        self._team.call(rank, "run", end)
+        self._group.call(rank, "run", end)
 
-    def _failed(self, rank: int, error: Exception) -> None:
+    def _recover(self, rank: int, error: Exception) -> None:
+        """Replace or restart the ranks that an error of `rank` is about, or raise it."""
         if isinstance(error, WorkerLost):
             self._replace(rank, error)
         elif isinstance(error, StepTimeout):
             for late in sorted(self._optimizer.waiting_for()):
                 if late != rank and late in self._running:
                     self._replace(late, error)
-            self._run(rank, self._running[rank])
+            self._start(rank, self._running[rank])
         elif isinstance(error, TrainingError) or not isinstance(error, DistNadamError):
-            self._recoveries.count(self._optimizer.round, error, rank)
-            self._tell(f"{error}; trying again")
-            self._run(rank, self._running[rank])
+            self._retries.count(self._optimizer.round, error, rank)
+            self._on_message(f"{error}; trying again")
+            self._start(rank, self._running[rank])
         else:
             raise error
 
     def _replace(self, rank: int, error: Exception) -> None:
-        self._recoveries.count(self._optimizer.round, error, rank)
-        self._tell(f"{error}; worker {rank} is started anew")
+        self._retries.count(self._optimizer.round, error, rank)
+        self._on_message(f"{error}; worker {rank} is started again")
         end = self._running[rank]
-        self._team.replace(rank)
-        self._run(rank, end)
+        self._group.replace(rank)
+        self._start(rank, end)

@@ -1,11 +1,13 @@
-"""One run of `fit`, from its first segment, or its newest checkpoint, to its last.
+"""One run of `fit`: from its first step, or its newest checkpoint, to its last.
 
-Workers run segments of rounds that end together, so that between two segments nothing is pending:
-there the driver saves, evaluates, shows progress and listens to Ctrl-C.
+Workers run segments of rounds that end together, so that nothing is pending between two segments:
+there the driver evaluates, saves, shows progress and reacts to Ctrl-C. Ranks that die are replaced
+by `rank_runner`, shards by the optimizer's supervisor; if all shards are lost, the run starts again
+from its newest checkpoint.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,25 +32,46 @@ from distnadam.training.rank_runner import RankRunner, RetryBudget
 from distnadam.training.task import Task
 
 SEGMENT_S = 0.3
-"""About how long workers run between two looks of the driver, in seconds."""
+"""The duration in seconds that segments are lengthened or shortened to."""
 
 
-@dataclass
-class _Run:
+@dataclass(kw_only=True)
+class TrainingRun:
+    """Everything that one call of `fit` trains with.
+
+    Args:
+        task: the user's task.
+        label: the task's name, which checkpoints record.
+        seed: given to `Task.init`.
+        root: the local directory for metrics and plot.
+        lock: held on the directory of checkpoints.
+        topology: numbers of workers, shards and replicas, and the backend, as `DistNadam` takes
+            them.
+        plan: steps, and when to save and evaluate.
+        callbacks: receives all events.
+        history: the record to fill in.
+    """
+
     task: Task
     label: str
     seed: int
     root: Path
-    claim: RunLock
+    lock: RunLock
     topology: dict[str, Any]
     plan: Plan
-    callbacks: list[Callback]
+    callbacks: Callback
     history: History
-    interrupted: bool = field(default=False, init=False)
-    reached: int = field(default=0, init=False)
-    recoveries: RetryBudget = field(default_factory=RetryBudget, init=False)
+    _interrupted: bool = field(default=False, init=False)
+    _reached: int = field(default=0, init=False)
+    _retries: RetryBudget = field(default_factory=RetryBudget, init=False)
 
     def run(self, template: DistNadam | None) -> None:
+        """Train to the end, with the hyper-parameters and options of `template`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; a checkpoint has been saved.
+            TrainingError: the task failed, or recoveries brought no new step.
+        """
         params = self.task.init(self.seed)
         began = time.monotonic()
         try:
@@ -56,121 +79,116 @@ class _Run:
                 self.plan = replace(self.plan, resume="auto")
         finally:
             self.history.seconds = time.monotonic() - began
-            self.history.recoveries = self.recoveries.total
-            self._tell("on_end")
-        if self.interrupted:
+            self.history.recoveries = self._retries.total
+            self.callbacks.on_end()
+        if self._interrupted:
             raise KeyboardInterrupt
         self._plot()
 
     def _attempt(self, template: DistNadam | None, params: Any) -> bool:
-        """Train to the end; return False where all shards were lost, and it is to be tried again
-        from the newest checkpoint.
-        """
+        """Train to the end; return False if all shards were lost, so that the caller resumes."""
         try:
-            with self._optimizer(template, params) as optimizer:
-                self._with_team(optimizer)
+            with self._make_optimizer(template, params) as optimizer:
+                self._train_with_workers(optimizer)
         except (ShardLost, Unrecoverable) as error:
-            self.recoveries.count(self.reached, error)
-            self._tell("on_message", f"{error}; beginning anew from the newest checkpoint")
+            self._retries.count(self._reached, error)
+            self.callbacks.on_message(f"{error}; beginning again from the newest checkpoint")
             return False
         return True
 
-    def _with_team(self, optimizer: DistNadam) -> None:
-        team: WorkerGroup | None = None
-        size = self.topology["num_workers"]
-        saved_with = {"task": self.label, "seed": self.seed, "num_workers": size}
-        saves = CheckpointManager(
-            self.claim,
+    def _train_with_workers(self, optimizer: DistNadam) -> None:
+        """Start the workers, train, and end them again; save first if Ctrl-C stopped the run."""
+        group: WorkerGroup | None = None
+        num_workers = self.topology["num_workers"]
+        checkpoints = CheckpointManager(
+            self.lock,
             self.plan.keep,
-            saved_with,
-            partial(self._tell, "on_save"),
-            partial(self._tell, "on_message"),
+            {"task": self.label, "seed": self.seed, "num_workers": num_workers},
+            self.callbacks.on_save,
+            self.callbacks.on_message,
         )
         try:
             if self.plan.save_every is not None:
                 optimizer.reserve()
-            self._tell("on_begin", begin := optimizer.round, self.plan.steps)
-            team = optimizer.team(
-                partial(_member, task=self.task, optimizer=optimizer, world_size=size)
+            first = optimizer.round
+            self.callbacks.on_begin(first, self.plan.steps)
+            group = optimizer.team(
+                partial(_rank_loop, task=self.task, optimizer=optimizer, world_size=num_workers)
             )
             ranks = RankRunner(
-                team, size, optimizer, self.recoveries, partial(self._tell, "on_message")
+                group,
+                num_workers,
+                optimizer=optimizer,
+                retries=self._retries,
+                on_message=self.callbacks.on_message,
             )
             try:
-                self._train(optimizer, ranks, saves, begin)
+                self._train(optimizer, ranks, checkpoints, first)
             except KeyboardInterrupt:
-                if self.interrupted:
+                if self._interrupted:
                     raise
-                self.interrupted = True  # it came between two segments, where nothing is pending
-                saves.save(optimizer, optimizer.round, wait=True)
-                self._tell("on_message", f"saved step {optimizer.round} of {self.plan.steps}")
+                self._interrupted = True  # it came between two segments, where nothing is pending
+                checkpoints.save(optimizer, optimizer.round, wait=True)
+                self.callbacks.on_message(f"saved step {optimizer.round} of {self.plan.steps}")
         finally:
-            saves.give_up()
-            optimizer.close()  # first: it releases workers that wait for one that is gone
-            if team is not None:
-                team.close()
+            checkpoints.give_up()
+            optimizer.close()  # first, as it releases workers that wait for one that is gone
+            if group is not None:
+                group.close()
 
     def _train(
-        self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int
+        self, optimizer: DistNadam, ranks: RankRunner, checkpoints: CheckpointManager, step: int
     ) -> None:
+        """Run segments of about `SEGMENT_S` from `step` to the plan's end, or until Ctrl-C."""
         plan, length = self.plan, 1
         if step >= plan.steps:
-            self._tell("on_message", f"nothing to do: {step} of {plan.steps} steps are done")
+            self.callbacks.on_message(f"nothing to do: {step} of {plan.steps} steps are done")
             self._evaluate(optimizer, step)
-        while step < plan.steps and not self.interrupted:
+        while step < plan.steps and not self._interrupted:
             end = min(step + length, plan.boundary_after(step))
             began = time.monotonic()
-            losses = self._segment(ranks, end)
-            length = max(
-                1,
-                min(
-                    2 * length, int(SEGMENT_S * (end - step) / max(time.monotonic() - began, 1e-6))
-                ),
-            )
+            losses = self._run_segment(ranks, end)
+            steps_per_s = (end - step) / max(time.monotonic() - began, 1e-6)
+            length = max(1, min(2 * length, int(SEGMENT_S * steps_per_s)))
             for done, loss in losses.items():
-                if done >= step:  # earlier ones were told before the shards went back
-                    self._tell("on_step", done + 1, loss)
-            step = self.reached = end
-            self._at_boundary(optimizer, ranks, saves, step)
+                if done >= step:  # the others were reported before the shards went back
+                    self.callbacks.on_step(done + 1, loss)
+            step = self._reached = end
+            self._at_boundary(optimizer, ranks, checkpoints, step)
 
     def _at_boundary(
-        self, optimizer: DistNadam, ranks: RankRunner, saves: CheckpointManager, step: int
+        self, optimizer: DistNadam, ranks: RankRunner, checkpoints: CheckpointManager, step: int
     ) -> None:
-        """Evaluate and save where that is due; where the shards went back meanwhile, train up to
-        here again first.
-        """
-        wait = step == self.plan.steps or self.interrupted
-        due = (
-            [self._evaluate]
-            if self.plan.due(self.plan.evaluate_every, step) and not self.interrupted
-            else []
-        )
-        due += (
-            [partial(saves.save, wait=wait)]
-            if self.plan.due(self.plan.save_every, step) or self.interrupted
-            else []
-        )
+        """Evaluate and save if due; if the shards go back meanwhile, train up to here again."""
+        due: list[Callable[[DistNadam, int], None]] = []
+        if self.plan.due(self.plan.evaluate_every, step) and not self._interrupted:
+            due.append(self._evaluate)
+        if self.plan.due(self.plan.save_every, step) or self._interrupted:
+            wait = step == self.plan.steps or self._interrupted
+            due.append(partial(checkpoints.save, wait=wait))
         while due:
             try:
                 due[0](optimizer, step)
                 due.pop(0)
             except Rewound:
-                self._segment(ranks, step)
-        saves.poll()
-        if self.interrupted:
-            self._tell("on_message", f"saved step {step} of {self.plan.steps}")
+                self._run_segment(ranks, step)
+        checkpoints.poll()
+        if self._interrupted:
+            self.callbacks.on_message(f"saved step {step} of {self.plan.steps}")
 
-    def _segment(self, ranks: RankRunner, end: int) -> dict[int, float]:
-        """Run one segment to its end, also where Ctrl-C comes meanwhile; a second one raises."""
+    def _run_segment(self, ranks: RankRunner, end: int) -> dict[int, float]:
+        """Train until round `end` and return the losses by step.
+
+        The first Ctrl-C lets the segment end and stops the run after it; a second one raises.
+        """
         ranks.begin(end)
         try:
             return ranks.finish()
         except KeyboardInterrupt:
-            self.interrupted = True
-            self._tell(
-                "on_message",
+            self._interrupted = True
+            self.callbacks.on_message(
                 "stopping after the running steps, then saving (Ctrl-C again: stop now, without "
-                "saving)",
+                "saving)"
             )
             return ranks.finish()
 
@@ -178,93 +196,89 @@ class _Run:
         params = optimizer.get_params()
         with task_errors(f"evaluate after step {step}"):
             metrics = {name: float(value) for name, value in self.task.evaluate(params).items()}
-        self._tell("on_evaluate", step, metrics)
+        self.callbacks.on_evaluate(step, metrics)
 
-    def _optimizer(self, template: DistNadam | None, params: Any) -> DistNadam:
-        """Return a built optimizer: restored where there is something to resume, else new."""
+    def _make_optimizer(self, template: DistNadam | None, params: Any) -> DistNadam:
+        """Return a built optimizer: restored if there is a checkpoint to resume from, else new."""
         config = (template or DistNadam()).get_config() | self.topology
-        rate_to_dict(
-            config["lr"]
-            # a function that no checkpoint can hold is refused before the first step, not at the
-            # first save
-        )
-        found = self._checkpoint()
+        # raises, before the first step and not at the first save, for a function that no
+        # checkpoint can hold
+        rate_to_dict(config["lr"])
+        found = self._find_checkpoint()
         if found is None:
             return DistNadam.from_config(config).build(params)
-        self._check_same_run(found[1], Layout.of(params))
+        directory, manifest = found
+        self._check_same_run(manifest, Layout.of(params))
         if template is not None:
-            self._tell_what_stays(found[1].config, config)
+            self._report_kept_settings(manifest.config, config)
         self.history.resumed_from = (
-            Path(found[0]) if isinstance(found[0], LocalDirectory) else str(found[0])
+            directory.path if isinstance(directory, LocalDirectory) else str(directory)
         )
         return DistNadam.restore(
-            found[0],
+            directory,
             **self.topology,
             name=config["name"],
             options=DistNadam.from_config(config).options,
         )
 
-    def _checkpoint(self) -> tuple[Directory, Manifest] | None:
-        resume, existing = self.plan.resume, store.step_directories(self.claim.directory)
+    def _find_checkpoint(self) -> tuple[Directory, Manifest] | None:
+        """Return the checkpoint to resume from, None for a new run, as `resume` allows."""
+        directory, resume = self.lock.directory, self.plan.resume
+        existing = store.step_directories(directory)
         if not existing:
             if resume == "must":
-                raise CheckpointError(f"{self.claim.directory}: holds no checkpoint to resume from")
+                raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
             return None
         if resume == "never":
             raise CheckpointError(
-                f"{self.claim.directory}: holds checkpoints, the newest {existing[-1].name}; "
-                "resume it, or choose another"
+                f"{directory}: holds checkpoints, the newest {existing[-1].name}; resume it, or "
+                "choose another"
             )
-        path, manifest, passed_over = store.find(self.claim.directory)
+        path, manifest, passed_over = store.find(directory)
         for sentence in passed_over:
-            self._tell("on_message", f"passed over: {sentence}")
-        self._tell("on_message", f"resuming from {path}")
+            self.callbacks.on_message(f"passed over: {sentence}")
+        self.callbacks.on_message(f"resuming from {path}")
         return path, manifest
 
     def _check_same_run(self, manifest: Manifest, layout: Layout) -> None:
-        saved = manifest.data
+        """Raise CheckpointError if a checkpoint is of another task, seed or model."""
+        directory, saved = self.lock.directory, manifest.data
         for key, ours in (("task", self.label), ("seed", self.seed)):
             if saved.get(key) != ours:
                 raise CheckpointError(
-                    f"{self.claim.directory}: its checkpoint is of {key} {saved.get(key)!r}, this "
-                    f"run's is {ours!r}; choose another directory"
+                    f"{directory}: its checkpoint is of {key} {saved.get(key)!r}, this run's is "
+                    f"{ours!r}; choose another directory"
                 )
         if Layout.from_dict(manifest.layout) != layout:
             raise CheckpointError(
-                f"{self.claim.directory}: its checkpoint has other tensors than the task's; choose "
-                "another directory"
+                f"{directory}: its checkpoint has other tensors than the task's; choose another "
+                "directory"
             )
         if saved.get("num_workers") != self.topology["num_workers"]:
-            self._tell(
-                "on_message",
+            self.callbacks.on_message(
                 f"the run had {saved.get('num_workers')} workers and goes on with "
-                f"{self.topology['num_workers']}: batches are dealt"
-                " differently from here on, so it will not end with the bits that it would have",
+                f"{self.topology['num_workers']}: batches are dealt differently from here on, so "
+                "it will not end with the bits that it would have"
             )
 
-    def _tell_what_stays(self, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    def _report_kept_settings(self, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
         kept = [
             f"{key}={saved[key]!r} (not {asked.get(key)!r})"
             for key in saved
             if saved[key] != asked.get(key)
         ]
         if kept:
-            self._tell(
-                "on_message",
+            self.callbacks.on_message(
                 f"the run goes on with its checkpoint's {', '.join(kept)}; set optimizer.lr, or "
-                "start another run",
+                "start another run"
             )
 
     def _plot(self) -> None:
         try:
             self.history.plot_path = plot_loss(self.history.metrics_path, self.root / "loss.png")
         except TrainingError as error:
-            self._tell("on_message", f"no plot: {error}")
-
-    def _tell(self, event: str, *args: object) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(*args)
+            self.callbacks.on_message(f"no plot: {error}")
 
 
-def _member(rank: int, *, task: Task, optimizer: DistNadam, world_size: int) -> RankLoop:
+def _rank_loop(rank: int, *, task: Task, optimizer: DistNadam, world_size: int) -> RankLoop:
     return RankLoop(task, optimizer.worker(rank), world_size)

@@ -1,4 +1,4 @@
-"""What a task must offer `fit`, and what it is called. Knows nothing of the rest."""
+"""The protocol of a task, which `fit` trains, and the names derived from it."""
 
 import re
 import time
@@ -11,31 +11,29 @@ from typing import Any, Protocol, runtime_checkable
 class Task(Protocol):
     """A model and its data; any class with these methods is one.
 
-    `init` is called once, in the process that called `fit`, also when a run is resumed, before the
-    task is sent to the workers: what it keeps on `self`, such as the seed or the data, reaches
-    them.
+    `init` is called once, in the process that called `fit`, for a resumed run too. The task is sent
+    to the workers after it: attributes that `init` sets, such as the seed or the data, reach them.
     """
 
     def init(self, seed: int) -> Any:
         """Return the initial parameters: any nesting of dict, list and tuple of arrays."""
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
-        """Return the batch of one rank at one step (from 0), the same for the same arguments."""
+        """Return a rank's batch of a step, from 0; equal arguments must give equal batches."""
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
-        """Return the loss and its gradients, a tree like the parameters; `params` are read-only."""
+        """Return the loss and its gradients, in the structure of the read-only `params`."""
 
     def evaluate(self, params: Any) -> Mapping[str, float]:
-        """Return metrics of the parameters; called in the process that called `fit`."""
+        """Return metrics of the parameters, by name; called in the process that called `fit`."""
 
 
 def run_directory(label: str) -> Path:
-    """Return where a run of a task goes by default, whatever the task is called."""
-    return (
-        Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]', '-', label)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    """Return the default directory of a new run: ``runs/<label>-<time>``, with a safe label."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "-", label)
+    return Path("runs") / f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def task_name(task: Task) -> str:
-    """Return the task's `name` where it has one, else its class's."""
+    """Return the task's `name` attribute, or else its class's name in lower case."""
     return str(getattr(task, "name", type(task).__name__.lower()))

@@ -1,1 +1,1 @@
-"""The tasks that the package brings."""
+"""The built-in tasks."""
