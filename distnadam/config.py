@@ -18,6 +18,9 @@ from distnadam.schedules import Rate, rate_at, rate_from, rate_to_dict
 
 DEFAULT_EPSILON = 1e-7
 
+BackendName = Literal["auto", "local", "ray"]
+"""Where shards run: in this process, on Ray, or where it suits."""
+
 
 @dataclass(frozen=True)
 class NadamConfig:
@@ -206,6 +209,66 @@ class Options:
         return cls(**options)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """How many processes an optimizer has, and where: all that its bits do not depend on.
+
+    Args:
+        num_shards: shards that the state is cut into, at least 1.
+        num_workers: ranks whose gradients are averaged, at least 1.
+        replicas: standbys per shard, 0 or 1.
+        backend: "auto", "local" or "ray", as it was asked for.
+        name: the name that others find it by, or None; "" is None.
+    """
+
+    num_shards: int = 1
+    num_workers: int = 1
+    replicas: int = 0
+    backend: BackendName = "auto"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_shards", 1), ("num_workers", 1), ("replicas", 0)):
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least=least))
+        if self.replicas > 1:
+            raise ConfigError(f"replicas must be 0 or 1, got {self.replicas!r}")
+        if self.backend not in ("auto", "local", "ray"):
+            raise ConfigError(f'backend must be "auto", "local" or "ray", got {self.backend!r}')
+        object.__setattr__(self, "name", check_name(self.name) if self.name else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: the constructor's arguments."""
+        return _fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that one optimizer is asked to be."""
+
+    config: NadamConfig = field(default_factory=NadamConfig)
+    options: Options = field(default_factory=Options)
+    topology: Topology = field(default_factory=Topology)
+
+    def __post_init__(self) -> None:
+        least, workers = self.options.min_workers, self.topology.num_workers
+        if least is not None and least > workers:
+            raise ConfigError(f"min_workers must be at most num_workers={workers}, got {least}")
+
+    def with_lr(self, lr: Rate) -> "Settings":
+        """Return these settings with another learning rate."""
+        return dataclasses.replace(self, config=self.config.with_lr(lr))
+
+    def with_shards(self, num_shards: int) -> "Settings":
+        """Return these settings with another number of shards."""
+        topology = dataclasses.replace(self.topology, num_shards=num_shards)
+        return dataclasses.replace(self, topology=topology)
+
+    def to_arguments(self) -> dict[str, Any]:
+        """Return the optimizer's keyword arguments, clips that are None left out."""
+        config = {k: v for k, v in _fields(self.config).items() if v is not None}
+        return config | self.topology.to_dict() | {"options": self.options}
+
+
 _CHOICES: dict[str, tuple[object, ...]] = {
     "on_nonfinite": ("raise", "skip"),
     "check_gradients": (True, False),
@@ -235,7 +298,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def _fields(record: NadamConfig | Options) -> dict[str, Any]:
+def _fields(record: NadamConfig | Options | Topology) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 

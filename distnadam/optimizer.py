@@ -3,6 +3,7 @@ delegates, and puts trees together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -14,12 +15,20 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.client.autodiff import gradients_of
-from distnadam.client.checkpointing import CheckpointWriter, SaveHandle
+from distnadam.client.building import restored_settings, settings_of, start_shards
+from distnadam.client.checkpointing import CheckpointWriter, Saved, SaveHandle
 from distnadam.client.keras_weights import from_weights, to_weights
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import DEFAULT_EPSILON, NadamConfig, Options, check_count, check_name
+from distnadam.config import (
+    DEFAULT_EPSILON,
+    BackendName,
+    NadamConfig,
+    Options,
+    Settings,
+    Topology,
+    check_count,
+)
 from distnadam.errors import ConfigError, LifecycleError, NonFiniteGradient, StructureError
-from distnadam.protocol.messages import ShardSpec
 from distnadam.schedules import Rate, rate_from, rate_to_dict
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
@@ -73,7 +82,7 @@ class DistNadam:
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
-        backend: factory.BackendName = "auto",
+        backend: BackendName = "auto",
         name: str | None = None,
         options: Options | None = None,
         **unknown: Any,
@@ -83,34 +92,29 @@ class DistNadam:
             raise TypeError(
                 f"DistNadam got an unexpected keyword argument {next(iter(unknown))!r}{hint}"
             )
-        epsilon = DEFAULT_EPSILON if epsilon is None else epsilon
-        self._config = NadamConfig(
-            rate_from(lr),
-            beta_1,
-            beta_2,
-            epsilon,
-            schedule_decay,
-            clipnorm,
-            clipvalue,
-            global_clipnorm,
+        config = NadamConfig(
+            lr=rate_from(lr),
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=DEFAULT_EPSILON if epsilon is None else epsilon,
+            schedule_decay=schedule_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
         )
-        self._options = Options.of(options)
-        self._num_shards = check_count("num_shards", num_shards)
-        self._num_workers = check_count("num_workers", num_workers)
-        self._replicas = check_count("replicas", replicas, least=0)
-        if self._replicas > 1:
-            raise ConfigError(f"replicas must be 0 or 1, got {replicas!r}")
-        if self._options.min_workers is not None and self._options.min_workers > self._num_workers:
-            raise ConfigError(
-                f"min_workers must be at most num_workers={self._num_workers}, got "
-                f"{self._options.min_workers}"
-            )
-        if backend not in ("auto", "local", "ray"):
-            raise ConfigError(f'backend must be "auto", "local" or "ray", got {backend!r}')
-        self._asked_backend, self._name = backend, check_name(name) if name else None
+        topology = Topology(
+            num_shards=num_shards,
+            num_workers=num_workers,
+            replicas=replicas,
+            backend=backend,
+            name=name,
+        )
+        self._settings = Settings(config=config, options=Options.of(options), topology=topology)
         self._shards: ShardGroup | None = None
         self._own_worker: Worker | None = None
-        self._creator, self._closed, self._saver = True, False, CheckpointWriter()
+        self._creator = True
+        self._closed = False
+        self.saves = CheckpointWriter()
         self.restored_data: dict[str, Any] = {}
 
     # Life
@@ -131,8 +135,8 @@ class DistNadam:
         layout = Layout.of(params)
         flat = layout.flat(params, what="params")
         self._start(layout, lambda shards: shards.load(flat))
-        if self._options.checkpoint_dir is not None:
-            self.save(self._options.checkpoint_dir)
+        if self.options.checkpoint_dir is not None:
+            self.save(self.options.checkpoint_dir)
         return self
 
     def close(self) -> None:
@@ -143,7 +147,7 @@ class DistNadam:
             return
         self._closed = True
         try:
-            self._saver.finish()
+            self.saves.finish()
         finally:
             if self._shards is not None:
                 self._shards.backend.close(destroy=self._creator)
@@ -153,7 +157,7 @@ class DistNadam:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            self._saver.give_up()  # what ended the block is told
+            self.saves.give_up()  # what ended the block is told
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -162,14 +166,7 @@ class DistNadam:
                 "a local optimizer lives in its process and cannot be pickled; use backend='ray' "
                 "to share it"
             )
-        return _attach, (
-            self._shards,
-            self._config,
-            self._options,
-            self._num_workers,
-            self._replicas,
-            self._name,
-        )
+        return _attach, (self._shards, self._settings)
 
     @classmethod
     def connect(cls, name: str) -> "DistNadam":
@@ -178,7 +175,7 @@ class DistNadam:
         """
         backend, spec = factory.connect(name)
         shards = ShardGroup(backend, spec.layout, spec.num_shards, spec.options)
-        return _attach(shards, spec.config, spec.options, spec.num_workers, spec.replicas, name)
+        return _attach(shards, settings_of(spec))
 
     @classmethod
     def stop(cls, name: str) -> None:
@@ -206,7 +203,7 @@ class DistNadam:
     @property
     def options(self) -> Options:
         """The rare settings it was made with."""
-        return self._options
+        return self._settings.options
 
     @property
     def iterations(self) -> int:
@@ -228,14 +225,14 @@ class DistNadam:
         """The learning rate, a float or a schedule; setting it takes effect on every shard from the
         next step on.
         """
-        return self.shards.describe().lr if self._is_built() else self._config.lr
+        return self.shards.describe().lr if self._is_built() else self._settings.config.lr
 
     @lr.setter
     def lr(self, value: Rate) -> None:
-        config = self._config.with_lr(rate_from(value))
+        settings = self._settings.with_lr(rate_from(value))
         if self._is_built():
-            self._changing().set_rate(config.lr)
-        self._config = config
+            self._changing().set_rate(settings.config.lr)
+        self._settings = settings
 
     def get_params(self) -> Any:
         """Return a copy of the parameters in the structure given to `build`, each in its own dtype;
@@ -290,20 +287,9 @@ class DistNadam:
         `from_config` takes them.
         """
         lr = self.lr
-        config = {
-            "lr": lr
-            if callable(lr) and not hasattr(lr, "__dataclass_fields__")
-            else rate_to_dict(lr),
-            "beta_1": self._config.beta_1,
-            "beta_2": self._config.beta_2,
-            "epsilon": self._config.epsilon,
-            "schedule_decay": self._config.schedule_decay,
-        }
-        clips = {
-            key: getattr(self._config, key) for key in ("clipnorm", "clipvalue", "global_clipnorm")
-        }
-        config |= {key: value for key, value in clips.items() if value is not None}
-        return config | self._topology() | {"options": self._options.to_dict()}
+        plain = lr if callable(lr) and not is_dataclass(lr) else rate_to_dict(lr)
+        arguments = self._present_settings().to_arguments()
+        return arguments | {"lr": plain, "options": self.options.to_dict()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DistNadam":
@@ -339,10 +325,10 @@ class DistNadam:
         Raises:
             LifecycleError: there are several workers, each of which must push for itself.
         """
-        if self._num_workers != 1:
+        if self._settings.topology.num_workers != 1:
             raise LifecycleError(
-                f"get_updates pushes for the only worker, and there are {self._num_workers}: use "
-                "worker(rank) in each"
+                "get_updates pushes for the only worker, and there are "
+                f"{self._settings.topology.num_workers}: use worker(rank) in each"
             )
         layout = self.shards.layout
         gradients = gradients_of(loss, params, layout)
@@ -374,8 +360,9 @@ class DistNadam:
         """Take rank `rank` over, in any process that holds this optimizer; a worker that held it
         before is refused from then on.
         """
-        if not 0 <= check_count("rank", rank, least=0) < self._num_workers:
-            raise ConfigError(f"rank must be in [0, {self._num_workers}), got {rank!r}")
+        num_workers = self._settings.topology.num_workers
+        if not 0 <= check_count("rank", rank, least=0) < num_workers:
+            raise ConfigError(f"rank must be in [0, {num_workers}), got {rank!r}")
         return Worker(self.shards, rank)
 
     def waiting_for(self) -> tuple[int, ...]:
@@ -392,7 +379,9 @@ class DistNadam:
         """Return one object per rank, made by `make(rank)` in a thread where local, in a Ray actor
         otherwise: the workers of `fit`.
         """
-        return self.shards.backend.worker_group(self._num_workers, make, self._options)
+        return self.shards.backend.worker_group(
+            self._settings.topology.num_workers, make, self.options
+        )
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards, between two steps; training waits only for the
@@ -403,7 +392,7 @@ class DistNadam:
             ClusterError: the new shards cannot be had; the present ones go on.
         """
         shards, count = self.shards, check_count("num_shards", num_shards)
-        self._saver.finish()  # the present shards are writing it
+        self.saves.finish()  # the present shards are writing it
         shards.reshard(count)
 
     # Checkpoints
@@ -442,25 +431,20 @@ class DistNadam:
                 they were.
             ConfigError: the learning rate is a plain function, which cannot be stored.
         """
-        shards, root = self._changing(), open_directory(path)
-        config = self._config.with_lr(self.lr).to_dict()
-        about = {
-            "config": config,
-            "options": self._options.to_dict(),
-            "topology": self._topology(),
-            "data": dict(data or {}),
-        }
+        shards = self._changing()
+        root = open_directory(path)
+        saved = Saved(settings=self._present_settings(), data=dict(data or {}))
         return (
-            self._saver.save(shards, root, about)
+            self.saves.save(shards, root, saved)
             if wait
-            else self._saver.save_async(shards, root, about)
+            else self.saves.save_async(shards, root, saved)
         )
 
     def reserve(self) -> None:
         """Have the memory for `save(..., wait=False)` now, so that the first such save holds the
         training up no longer than any.
         """
-        self._saver.reserve(self.shards)
+        self.saves.reserve(self.shards)
 
     @classmethod
     def restore(
@@ -470,7 +454,7 @@ class DistNadam:
         num_shards: int | None = None,
         num_workers: int | None = None,
         replicas: int | None = None,
-        backend: factory.BackendName | None = None,
+        backend: BackendName | None = None,
         name: str | None = None,
         options: Options | None = None,
     ) -> "DistNadam":
@@ -491,48 +475,23 @@ class DistNadam:
         Raises:
             CheckpointError: naming the file that was refused, and why.
         """
-        told = {
+        asked = {
             "num_shards": num_shards,
             "num_workers": num_workers,
             "replicas": replicas,
             "backend": backend,
             "name": name,
         }
-        return store.load_first_valid(
-            path, lambda directory, manifest: cls._restored(directory, manifest, told, options)
-        )
 
-    @classmethod
-    def _restored(
-        cls,
-        directory: Directory,
-        manifest: Manifest,
-        told: Mapping[str, Any],
-        options: Options | None,
-    ) -> "DistNadam":
-        """Return an optimizer restored from one checkpoint; what `told` says is None is as
-        saved.
-        """
-        saved, backend = manifest.topology, told["backend"]
-        optimizer = cls(
-            **manifest.nadam_config(f"{directory}/{store.MANIFEST}").__dict__,
-            **{
-                key: saved[key] if told[key] is None else told[key]
-                for key in ("num_shards", "num_workers", "replicas")
-            },
-            backend=backend or "auto",
-            name=None
-            if backend == "local"
-            else saved["name"]
-            if told["name"] is None
-            else told["name"],
-            options=Options.of(manifest.options if options is None else options),
-        )
-        optimizer._start(
-            Layout.from_dict(manifest.layout), lambda shards: shards.restore(directory, manifest)
-        )
-        optimizer.restored_data = dict(manifest.data)
-        return optimizer
+        def load(directory: Directory, manifest: Manifest) -> DistNadam:
+            settings = restored_settings(directory, manifest, asked, options)
+            optimizer = cls(**settings.to_arguments())
+            layout = Layout.from_dict(manifest.layout)
+            optimizer._start(layout, lambda shards: shards.restore(directory, manifest))
+            optimizer.restored_data = dict(manifest.data)
+            return optimizer
+
+        return store.load_first_valid(path, load)
 
     # What holds it together
 
@@ -541,43 +500,17 @@ class DistNadam:
             raise LifecycleError("this optimizer was closed; make a new one")
         if self._shards is not None:
             raise LifecycleError("this optimizer is built already")
-        backend = factory.choose(
-            self._asked_backend, several=self._num_shards > 1 or self._num_workers > 1
-        )
-        if self._name is not None and backend.name == "local":
-            raise ConfigError(
-                f"name={self._name!r} needs backend='ray': a local optimizer cannot be connected to"
-            )
-        specs = [
-            ShardSpec(
-                index=index,
-                num_shards=self._num_shards,
-                num_workers=self._num_workers,
-                replicas=self._replicas,
-                name=self._name,
-                config=self._config,
-                options=self._options,
-                layout=layout,
-                ranges=ranges,
-            )
-            for index, ranges in enumerate(layout.cuts(self._num_shards))
-        ]
-        backend.start(specs, self._replicas)
-        self._shards = ShardGroup(backend, layout, self._num_shards, self._options)
+        self._shards = start_shards(self._settings, layout)
         try:
             fill(self._shards)
         except BaseException:
             self.close()
             raise
 
-    def _topology(self) -> dict[str, Any]:
-        return {
-            "num_shards": self._num_shards if self._shards is None else len(self._shards.ranges),
-            "num_workers": self._num_workers,
-            "replicas": self._replicas,
-            "backend": self._asked_backend,
-            "name": self._name,
-        }
+    def _present_settings(self) -> Settings:
+        """Return the settings with as many shards as there are after a reshard."""
+        shards = self._shards
+        return self._settings if shards is None else self._settings.with_shards(len(shards.ranges))
 
     def _is_built(self) -> bool:
         if self._closed:
@@ -588,22 +521,13 @@ class DistNadam:
         """Return the shards, to be changed or saved; raise the error of a background save that
         failed.
         """
-        self._saver.surface()
+        self.saves.surface()
         return self.shards
 
 
-def _attach(
-    shards: ShardGroup,
-    config: NadamConfig,
-    options: Options,
-    num_workers: int,
-    replicas: int,
-    name: str | None,
-) -> DistNadam:
+def _attach(shards: ShardGroup, settings: Settings) -> DistNadam:
     """Return a handle on running shards, which closing it leaves alone."""
-    where: dict[str, Any] = {"backend": "ray", "name": name, "options": options}
-    optimizer = DistNadam(
-        num_shards=len(shards.ranges), num_workers=num_workers, replicas=replicas, **where
-    )
-    optimizer._config, optimizer._creator, optimizer._shards = config, False, shards
+    optimizer = DistNadam(**settings.to_arguments())
+    optimizer._creator = False
+    optimizer._shards = shards
     return optimizer

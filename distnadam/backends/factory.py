@@ -6,13 +6,11 @@ import importlib.util
 import os
 import secrets
 import sys
-from typing import Literal
 
 from distnadam.backends.base import Backend
+from distnadam.config import BackendName
 from distnadam.errors import ClusterError
 from distnadam.protocol.messages import ShardSpec
-
-BackendName = Literal["auto", "local", "ray"]
 
 
 def choose(asked: BackendName, *, several: bool) -> Backend:

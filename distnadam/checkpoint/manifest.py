@@ -5,9 +5,10 @@ describes the fields.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgpack
@@ -15,8 +16,9 @@ import numpy as np
 import xxhash
 
 from distnadam.checkpoint.msgpack_guard import check_msgpack
-from distnadam.config import NadamConfig, Options
+from distnadam.config import NadamConfig, Options, Settings
 from distnadam.errors import CheckpointError, DistNadamError
+from distnadam.nadam.step_scalars import Clock
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.layout import Layout, Ranges
 
@@ -27,7 +29,13 @@ CHUNK_BYTES = 1 << 20
 """Size of the pieces of a file that have one checksum each."""
 _MOST_AXES = 64
 _MOST_PROCESSES = 1 << 16
-_FILE_NAME = re.compile(r"shard-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors")
+SHARD_FILE = re.compile(r"shard-\d{5}-of-\d{5}-([0-9a-f]{16})\.safetensors")
+"""The names that `shard_file_name` makes; the group is the save's id."""
+
+
+def shard_file_name(index: int, count: int, save_id: str) -> str:
+    """Return the name of one shard's file."""
+    return f"shard-{index:05d}-of-{count:05d}-{save_id}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,16 @@ class FileRecord:
     size: int
     ranges: Ranges
     checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where in its training a state stands."""
+
+    clock: Clock
+    round: int
+    skipped: int = 0
+    ledger: dict[str, Any] = field(default_factory=lambda: Ledger().to_dict())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +96,31 @@ class Manifest:
     skipped: int
     ledger: dict[str, Any]
     data: dict[str, Any]
-    files: tuple[FileRecord, ...]
+    files: tuple[FileRecord, ...] = ()
     saved_at: float = 0.0
+
+    @classmethod
+    def of(
+        cls, settings: Settings, layout: Layout, position: Position, data: Mapping[str, Any]
+    ) -> "Manifest":
+        """Return a new save's manifest, which no file belongs to yet.
+
+        Raises:
+            ConfigError: the learning rate is a plain function, which cannot be stored.
+        """
+        return cls(
+            save_id=os.urandom(8).hex(),
+            config=settings.config.to_dict(),
+            options=settings.options.to_dict(),
+            topology=settings.topology.to_dict(),
+            layout=layout.to_dict(),
+            iterations=position.clock.iterations,
+            m_schedule=position.clock.m_schedule,
+            round=position.round,
+            skipped=position.skipped,
+            ledger=position.ledger,
+            data=dict(data),
+        )
 
     def to_bytes(self) -> bytes:
         """Return the manifest file's bytes; raise CheckpointError if a field is not plain data."""
@@ -189,10 +230,10 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
         raise CheckpointError(
             f"{where}: expected the fields {', '.join(_FIELDS)}; got {', '.join(map(str, body))}"
         )
-    for field, legal in _FIELDS.items():
-        if not legal(body[field]):
+    for name, legal in _FIELDS.items():
+        if not legal(body[name]):
             raise CheckpointError(
-                f"{where}: field {field!r} has the value {str(body[field])[:80]!r}, which it "
+                f"{where}: field {name!r} has the value {str(body[name])[:80]!r}, which it "
                 "cannot have"
             )
     files = tuple(_file(record, body["save_id"], where) for record in body["files"])
@@ -261,7 +302,8 @@ def _file(record: Any, save_id: str, where: str) -> FileRecord:
     if not isinstance(record, list) or len(record) != 4:
         raise CheckpointError(f"{prefix}: expected name, size, ranges and checksums")
     name, size, ranges, checksums = record
-    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or save_id not in name:
+    match = SHARD_FILE.fullmatch(name) if isinstance(name, str) else None
+    if match is None or match[1] != save_id:
         raise CheckpointError(f"{prefix}: its name is not one that this save can have written")
     if not _natural(size) or not isinstance(checksums, bytes):
         raise CheckpointError(f"{prefix}: its size must be a whole number, its checksums bytes")

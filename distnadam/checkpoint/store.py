@@ -5,14 +5,14 @@ a pointer. Paths are local or fsspec URLs. What the files hold is in `manifest` 
 """
 
 import contextlib
+import dataclasses
 import logging
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.manifest import SHARD_FILE, FileRecord, Manifest, shard_file_name
 from distnadam.checkpoint.shard_file import check_file_record, verify_files
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
@@ -23,13 +23,7 @@ log = logging.getLogger("distnadam")
 _T = TypeVar("_T")
 MANIFEST = "manifest.msgpack"
 _STEP = re.compile(r"step_(\d{8,18})")
-_SHARD_FILE = re.compile(r"shard-\d{5}-of-\d{5}-([0-9a-f]{16})\.safetensors")
 _LARGEST_MANIFEST = 64 << 20
-
-
-def new_save_id() -> str:
-    """Return a random name for one save, which the names of its files carry."""
-    return os.urandom(8).hex()
 
 
 def step_directory(root: DirectoryLike, round: int) -> Directory:
@@ -44,11 +38,6 @@ def step_directory(root: DirectoryLike, round: int) -> Directory:
     return directory.child(f"step_{round:08d}")
 
 
-def shard_file_name(index: int, count: int, save_id: str) -> str:
-    """Return the file name of shard `index` of `count`."""
-    return f"shard-{index:05d}-of-{count:05d}-{save_id}.safetensors"
-
-
 @contextlib.contextmanager
 def writing(path: DirectoryLike) -> Iterator[None]:
     """Create one checkpoint's directory and hold it for one save.
@@ -60,6 +49,41 @@ def writing(path: DirectoryLike) -> Iterator[None]:
     directory.make()
     with directory.hold():
         yield
+
+
+class NewCheckpoint:
+    """A checkpoint that is being written: none until `commit`, and then a whole one."""
+
+    def __init__(self, directory: Directory, manifest: Manifest) -> None:
+        self.directory = directory
+        self.round = manifest.round
+        self._manifest = manifest
+
+    def file_name(self, index: int, count: int) -> str:
+        """Return the name of the file of shard `index` of `count`."""
+        return shard_file_name(index, count, self._manifest.save_id)
+
+    def commit(self, files: Iterable[FileRecord]) -> None:
+        """Make the written files a checkpoint; raise CheckpointError if one cannot be seen."""
+        manifest = dataclasses.replace(self._manifest, files=tuple(files), saved_at=now())
+        commit(self.directory, manifest)
+
+
+@contextlib.contextmanager
+def new_checkpoint(root: DirectoryLike, manifest: Manifest) -> Iterator[NewCheckpoint]:
+    """Hold the directory of the manifest's round under `root`; discard what was written on error.
+
+    Raises:
+        CheckpointError: `root` is itself a checkpoint.
+        CheckpointBusy: another save writes there.
+    """
+    directory = step_directory(root, manifest.round)
+    with writing(directory):
+        try:
+            yield NewCheckpoint(directory, manifest)
+        except BaseException:
+            discard_partial(directory, manifest.save_id)
+            raise
 
 
 def commit(path: DirectoryLike, manifest: Manifest) -> None:
@@ -80,19 +104,24 @@ def commit(path: DirectoryLike, manifest: Manifest) -> None:
             )
     directory.replace(MANIFEST, manifest.to_bytes(), temporary=_temporary(manifest.save_id))
     for name in sizes:
-        if (match := _SHARD_FILE.fullmatch(name)) and match[1] != manifest.save_id:
-            directory.remove(name)
+        if (match := SHARD_FILE.fullmatch(name)) and match[1] != manifest.save_id:
+            with contextlib.suppress(CheckpointError):  # this checkpoint is whole all the same
+                directory.remove(name)
 
 
 def discard_partial(path: DirectoryLike, save_id: str) -> None:
     """Remove the files of a failed save, and the directory if that empties it.
 
-    Files that cannot be removed are left; they harm no later save.
+    Nothing is removed of a save whose manifest is there: it failed after its commit. Files that
+    cannot be removed are left; they harm no later save.
     """
     directory = open_directory(path)
     with contextlib.suppress(CheckpointError):
-        for name in directory.files():
-            match = _SHARD_FILE.fullmatch(name)
+        names = directory.files()
+        if MANIFEST in names and load(directory).save_id == save_id:
+            return
+        for name in names:
+            match = SHARD_FILE.fullmatch(name)
             if (match and match[1] == save_id) or name == _temporary(save_id):
                 directory.remove(name)
     directory.remove_if_empty()
@@ -129,7 +158,7 @@ def check_files(path: DirectoryLike, manifest: Manifest) -> None:
                 f"{directory}/{record.name}: has {size} bytes, expected {record.size}"
             )
     for name in sizes:
-        match = _SHARD_FILE.fullmatch(name)
+        match = SHARD_FILE.fullmatch(name)
         if (
             name != MANIFEST
             and not name.startswith(".")
@@ -310,7 +339,7 @@ def remove(path: DirectoryLike) -> None:
     directory = open_directory(path)
     directory.remove(MANIFEST)
     for name in directory.files():
-        if _SHARD_FILE.fullmatch(name) or name.startswith(f".{MANIFEST}."):
+        if SHARD_FILE.fullmatch(name) or name.startswith(f".{MANIFEST}."):
             directory.remove(name)
     directory.remove_if_empty()
 

@@ -1,25 +1,26 @@
-"""Saving all shards as one checkpoint of one round: while they are held, or a snapshot that is
-written behind the training.
+"""Saving all shards as one checkpoint of one round, while they are paused or behind the training.
 
-No maths, no Ray. One save of an optimizer is in flight at a time: the next one waits for it.
+No maths, no Ray, no file format. One save of an optimizer is in flight at a time: the next one
+waits for it.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import FileRecord, Manifest
+from distnadam.checkpoint.manifest import Manifest, Position
 from distnadam.checkpoint.storage.base import Directory
+from distnadam.checkpoint.store import NewCheckpoint, new_checkpoint
 from distnadam.client.shard_group import ShardGroup
+from distnadam.config import Settings
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Collect, Message, Paused, Reserve, Save
+from distnadam.protocol.messages import Collect, Paused, Reserve, Save
 
 log = logging.getLogger("distnadam")
 
@@ -27,15 +28,24 @@ _IO_TIMEOUT_S = 24 * 3600.0
 
 
 class SaveHandle:
-    """A checkpoint that is being written, or was: what `save(path, wait=False)` returns."""
+    """A checkpoint that is being written, or was: what `save(path, wait=False)` returns.
 
-    def __init__(self) -> None:
+    Args:
+        round: the round whose state it holds.
+    """
+
+    def __init__(self, round: int) -> None:
+        self.round = round
         self._future: Future[str] = Future()
-        self._told = False
+        self._raised = False
 
     def done(self) -> bool:
         """Return whether it is complete, or failed."""
         return self._future.done()
+
+    def wait(self) -> bool:
+        """Wait until it has ended and return whether it is complete; raise nothing."""
+        return self._future.exception() is None
 
     def result(self, timeout_s: float | None = None) -> str:
         """Wait until the checkpoint is complete, and return its directory.
@@ -45,184 +55,190 @@ class SaveHandle:
             StepTimeout: it was not complete in time; may be called again.
         """
         try:
-            directory = self._future.result(timeout_s)
+            return self._future.result(timeout_s)
         except TimeoutError as error:
             if not self._future.done():
                 raise StepTimeout(f"the checkpoint was not complete in {timeout_s:g} s") from error
             raise
         except BaseException:
-            self._told = True
+            self._raised = True
             raise
-        return directory
 
     def surface(self) -> None:
-        """Raise the error it ended with, where nobody has been told yet."""
-        if self._future.done() and not self._told:
+        """Raise the error that it ended with, unless a call raised it before."""
+        if self._future.done() and not self._raised:
             self.result()
 
     def complete(self, directory: str) -> None:
-        """Say that the checkpoint is complete."""
+        """Mark the checkpoint complete."""
         self._future.set_result(directory)
 
     def fail(self, error: BaseException) -> None:
-        """Say why there is none."""
+        """Mark the checkpoint failed, and why."""
         self._future.set_exception(error)
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """A snapshot that the shards hold: where it goes, of when it is, and the hold on that
-    directory.
+@dataclass(frozen=True, kw_only=True)
+class _Snapshot:
+    """What the shards hold a copy of: where it goes, and what ends when it is there or has failed.
+
+    `generation` is the supervisor's number for the state that it was taken of.
     """
 
-    root: str
-    directory: Directory
-    save_id: str
+    root: Directory
+    checkpoint: NewCheckpoint
     names: dict[int, str]
-    held: Paused
     generation: int
     hold: ExitStack
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a checkpoint says beside the state: the optimizer's settings and the user's data."""
+
+    settings: Settings
+    data: Mapping[str, Any]
+
+
 class CheckpointWriter:
-    """The saves of one handle on an optimizer."""
+    """The saves of one handle on an optimizer, and the only record of the one in flight."""
 
     def __init__(self) -> None:
-        self._newest: SaveHandle | None = None
+        self._in_flight: SaveHandle | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `finish` would return or raise something, and at once."""
+        return self._in_flight is not None and self._in_flight.done()
 
     def surface(self) -> None:
         """Raise the error of a background save that failed, once."""
-        if self._newest is not None:
-            self._newest.surface()
+        if self._in_flight is not None:
+            self._in_flight.surface()
 
-    def finish(self) -> None:
-        """Wait for the save in flight; raise its error, where nobody has been told yet."""
-        saving, self._newest = self._newest, None
-        if saving is not None:
-            saving._future.exception()
+    def finish(
+        self, on_error: Callable[[int, CheckpointError], None] | None = None
+    ) -> SaveHandle | None:
+        """Wait for the save in flight and return it if it is complete, else None.
+
+        Args:
+            on_error: gets the round and the error of a save that failed; None raises the error.
+                Either way only if no call has raised it.
+        """
+        saving = self._in_flight
+        self._in_flight = None
+        if saving is None or saving.wait():
+            return saving
+        try:
             saving.surface()
+        except CheckpointError as error:
+            if on_error is None:
+                raise
+            on_error(saving.round, error)
+        return None
 
     def give_up(self) -> None:
-        """Wait for the save in flight; its error is only logged."""
-        try:
-            self.finish()
-        except CheckpointError as error:
-            log.warning("a background save failed: %s", error)
+        """Wait for the save in flight; only log its error."""
+        self.finish(lambda _, error: log.warning("a background save failed: %s", error))
 
-    def save(self, shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> str:
-        """Write a checkpoint of one round under `root` while the shards are held, and return its
-        directory.
-        """
+    def save(self, shards: ShardGroup, root: Directory, saved: Saved) -> str:
+        """Write a checkpoint of one round while the shards are paused; return its directory."""
         self.finish()
         with _measured(shards.backend.meter):
-            return shards.recovering(lambda: _save(shards, root, about))
+            return shards.recovering(lambda: _save(shards, root, saved))
 
     def reserve(self, shards: ShardGroup) -> None:
-        """Have every shard get the memory that snapshots are taken into, while rounds go on."""
-        shards.recovering(lambda: shards.ask(_everyone(shards, Reserve())))
+        """Have every shard allocate the memory for snapshots, while rounds go on."""
+        shards.recovering(lambda: shards.ask(shards.for_all(Reserve())))
 
-    def save_async(
-        self, shards: ShardGroup, root: Directory, about: Mapping[str, Any]
-    ) -> SaveHandle:
-        """Have every shard take a snapshot of one round, and write the checkpoint while training
-        goes on.
-        """
+    def save_async(self, shards: ShardGroup, root: Directory, saved: Saved) -> SaveHandle:
+        """Have every shard copy the state of one round, and write the checkpoint in a thread."""
         self.finish()
         with _failures_counted(shards.backend.meter):
-            self.reserve(shards)
-            taken = shards.recovering(lambda: _snapshot(shards, root))
-        saving = self._newest = SaveHandle()
+            snapshot = shards.recovering(lambda: _snapshot(shards, root, saved))
+        saving = self._in_flight = SaveHandle(snapshot.checkpoint.round)
         threading.Thread(
-            target=_write_behind, args=(shards, taken, about, saving), name="saving"
+            target=_write_behind, args=(shards, snapshot, saving), name="saving"
         ).start()
         return saving
 
 
-def _save(shards: ShardGroup, root: Directory, about: Mapping[str, Any]) -> str:
-    with shards.boundary() as at, ExitStack() as hold:
-        taken = _begin(shards, root, at.held, hold)
-        saves = {
-            i: Save(token=at.token, directory=str(taken.directory), file_name=name)
-            for i, name in taken.names.items()
-        }
-        try:
+def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:
+    with shards.boundary() as at:
+        generation = shards.backend.supervisor.generation()
+        with new_checkpoint(root, _manifest(shards, at.held, saved)) as checkpoint:
+            saves = _saves(shards, checkpoint, at.token, behind=False)
             records = shards.ask(saves, timeout_s=_IO_TIMEOUT_S)
-            store.commit(taken.directory, _manifest(shards, taken, records, about))
-        except BaseException:
-            store.discard_partial(taken.directory, taken.save_id)
-            raise
-        shards.backend.supervisor.checkpoint_saved(taken.root, taken.generation)
-        return str(taken.directory)
+            checkpoint.commit(records[i] for i in sorted(records))
+        shards.backend.supervisor.checkpoint_saved(str(root), generation)
+        return str(checkpoint.directory)
 
 
-def _snapshot(shards: ShardGroup, root: Directory) -> _Taken:
+def _snapshot(shards: ShardGroup, root: Directory, saved: Saved) -> _Snapshot:
     with ExitStack() as hold:
         with shards.boundary() as at:
-            taken = _begin(shards, root, at.held, hold)
-            saves = {
-                i: Save(token=at.token, directory=str(taken.directory), file_name=name, behind=True)
-                for i, name in taken.names.items()
-            }
-            try:
-                shards.ask(saves, timeout_s=_IO_TIMEOUT_S)
-            except BaseException:
-                store.discard_partial(taken.directory, taken.save_id)
-                raise
-        return replace(taken, hold=hold.pop_all())
+            generation = shards.backend.supervisor.generation()
+            manifest = _manifest(shards, at.held, saved)
+            checkpoint = hold.enter_context(new_checkpoint(root, manifest))
+            saves = _saves(shards, checkpoint, at.token, behind=True)
+            shards.ask(saves, timeout_s=_IO_TIMEOUT_S)
+        return _Snapshot(
+            root=root,
+            checkpoint=checkpoint,
+            names={i: save.file_name for i, save in saves.items()},
+            generation=generation,
+            hold=hold.pop_all(),
+        )
 
 
-def _begin(shards: ShardGroup, root: Directory, held: Paused, hold: ExitStack) -> _Taken:
-    """Make and hold the directory of the round at which the shards are held."""
-    directory, save_id = store.step_directory(root, held.round), store.new_save_id()
-    hold.enter_context(store.writing(directory))
-    count = len(shards.ranges)
-    names = {i: store.shard_file_name(i, count, save_id) for i in range(count)}
-    return _Taken(
-        str(root), directory, save_id, names, held, shards.backend.supervisor.generation(), hold
+def _manifest(shards: ShardGroup, held: Paused, saved: Saved) -> Manifest:
+    """Return the manifest of the paused round: its own learning rate, whatever it was before."""
+    position = Position(
+        clock=held.clock, round=held.round, skipped=held.skipped, ledger=held.ledger
     )
+    return Manifest.of(saved.settings.with_lr(held.lr), shards.layout, position, saved.data)
 
 
-def _write_behind(
-    shards: ShardGroup, taken: _Taken, about: Mapping[str, Any], saving: SaveHandle
-) -> None:
+def _saves(
+    shards: ShardGroup, checkpoint: NewCheckpoint, token: str, *, behind: bool
+) -> dict[int, Save]:
+    count, directory = len(shards.ranges), str(checkpoint.directory)
+    return {
+        i: Save(
+            token=token,
+            directory=directory,
+            file_name=checkpoint.file_name(i, count),
+            behind=behind,
+        )
+        for i in range(count)
+    }
+
+
+def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -> None:
+    directory = snapshot.checkpoint.directory
     try:
-        try:
-            with _measured(shards.backend.meter):
-                _collect(shards, taken, about)
-        except BaseException:
-            store.discard_partial(taken.directory, taken.save_id)
-            raise
-        finally:
-            taken.hold.close()
+        with _measured(shards.backend.meter), snapshot.hold:
+            collects = {i: Collect(name) for i, name in snapshot.names.items()}
+            records = shards.ask(collects, timeout_s=_IO_TIMEOUT_S)
+            snapshot.checkpoint.commit(records[i] for i in sorted(records))
+            root = str(snapshot.root)
+            shards.backend.supervisor.checkpoint_saved(root, snapshot.generation)
     except CheckpointError as error:
         saving.fail(error)
     except ShardLost as error:
-        told = (
-            f"{taken.directory}: a shard died before its file was written; earlier "
-            f"checkpoints stay, save again: {error}"
+        message = (
+            f"{directory}: a shard died before its file was written; earlier checkpoints stay, "
+            f"save again: {error}"
         )
-        saving.fail(_caused(CheckpointError(told), error))
+        saving.fail(_caused(message, error))
     except DistNadamError as error:
-        saving.fail(
-            _caused(
-                CheckpointError(
-                    f"{taken.directory}: could not be written behind the training: {error}"
-                ),
-                error,
-            )
-        )
+        message = f"{directory}: could not be written behind the training: {error}"
+        saving.fail(_caused(message, error))
     except BaseException as error:
-        log.exception("saving %s", taken.directory)
+        log.exception("saving %s", directory)
         saving.fail(error)
     else:
-        saving.complete(str(taken.directory))
-
-
-def _collect(shards: ShardGroup, taken: _Taken, about: Mapping[str, Any]) -> None:
-    collects = {i: Collect(name) for i, name in taken.names.items()}
-    records = shards.ask(collects, timeout_s=_IO_TIMEOUT_S)
-    store.commit(taken.directory, _manifest(shards, taken, records, about))
-    shards.backend.supervisor.checkpoint_saved(taken.root, taken.generation)
+        saving.complete(str(directory))
 
 
 @contextmanager
@@ -245,28 +261,7 @@ def _measured(meter: Meter | None) -> Iterator[None]:
         meter.save.add(time.monotonic() - began)
 
 
-def _caused(error: CheckpointError, cause: BaseException) -> CheckpointError:
+def _caused(message: str, cause: BaseException) -> CheckpointError:
+    error = CheckpointError(message)
     error.__cause__ = cause
     return error
-
-
-def _everyone(shards: ShardGroup, message: Message) -> dict[int, Message]:
-    return dict.fromkeys(range(len(shards.ranges)), message)
-
-
-def _manifest(
-    shards: ShardGroup, taken: _Taken, records: Mapping[int, FileRecord], about: Mapping[str, Any]
-) -> Manifest:
-    held = taken.held
-    return Manifest(
-        save_id=taken.save_id,
-        layout=shards.layout.to_dict(),
-        iterations=held.clock.iterations,
-        m_schedule=held.clock.m_schedule,
-        round=held.round,
-        skipped=held.skipped,
-        ledger=held.ledger,
-        files=tuple(records[i] for i in sorted(taken.names)),
-        saved_at=store.now(),
-        **about,
-    )

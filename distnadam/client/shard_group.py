@@ -148,7 +148,7 @@ class ShardGroup:
 
     def describe_all(self) -> list[Description]:
         """Return where every shard stands; never waits for a round, so they may differ."""
-        answers = self.recovering(lambda: self.ask(self._everyone(Describe())))
+        answers = self.recovering(lambda: self.ask(self.for_all(Describe())))
         return [answers[index] for index in sorted(answers)]
 
     def who_is_late(self, decided: int) -> str:
@@ -259,7 +259,7 @@ class ShardGroup:
     def _read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         whole = {name: empty_flat(self.layout.sizes) for name in what}
         with self.boundary() as at:
-            for index, parts in self.ask(self._everyone(Read(at.token, what))).items():
+            for index, parts in self.ask(self.for_all(Read(at.token, what))).items():
                 for name, flat in parts.items():
                     for space, (begin, end) in self.ranges[index].items():
                         whole[name][space][begin:end] = flat[space]
@@ -298,7 +298,7 @@ class ShardGroup:
                 self.backend.supervisor.state_replaced(
                     f"the learning rate was replaced after round {at.held.round}"
                 )
-                self.ask(self._everyone(SetRate(at.token, lr)))
+                self.ask(self.for_all(SetRate(at.token, lr)))
 
         self.recovering(write)
 
@@ -357,7 +357,8 @@ class ShardGroup:
             )
         return self._buffer.fill(gradients), self._buffer.parts(self.ranges)
 
-    def _everyone(self, message: Message) -> dict[int, Message]:
+    def for_all(self, message: Message) -> dict[int, Message]:
+        """Return the same message for every shard."""
         return dict.fromkeys(range(len(self.ranges)), message)
 
     def recovering(self, work: Callable[[], _T]) -> _T:

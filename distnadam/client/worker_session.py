@@ -100,7 +100,7 @@ class WorkerSession:
     def leave(self) -> None:
         """Depart after a whole step; views of the memory stay good."""
         try:
-            self._ask(self._everyone(Leave(self.rank, self._incarnation)))
+            self._ask(self._shards.for_all(Leave(self.rank, self._incarnation)))
         finally:
             if "channel" in self.__dict__:
                 self.channel.close()
@@ -282,7 +282,7 @@ class WorkerSession:
                 self._reconnect()
             want = want_parameters and self.copies
             answers = self._ask(
-                self._everyone(
+                self._shards.for_all(
                     Pull(
                         rank=self.rank,
                         incarnation=self._incarnation,
@@ -306,7 +306,7 @@ class WorkerSession:
                 continue
             if all(d.round == at_least for d in answers.values()):
                 return self._take(answers)
-            joined = self._ask(self._everyone(self._known()))
+            joined = self._ask(self._shards.for_all(self._known()))
             self._adopt(joined)  # a shard may have died with what it must count
             if any(answer.orphaned for answer in joined.values()):
                 self._norms_are_gone(at_least)
@@ -370,7 +370,7 @@ class WorkerSession:
     def _rejoin(self) -> None:
         """Be known to the shards as they are now, and reach them where they are."""
         self._recovering(
-            lambda: self._adopt(self._ask(self._everyone(self._known())), self._incarnation)
+            lambda: self._adopt(self._ask(self._shards.for_all(self._known())), self._incarnation)
         )
         self._reconnect()
 
@@ -430,9 +430,6 @@ class WorkerSession:
             raise Rewound(told, first.epoch, first.round)
         self.epoch, self.round, self.buffer = first.epoch, first.round, first.buffer
         return answers
-
-    def _everyone(self, message: Message) -> dict[int, Message]:
-        return dict.fromkeys(range(len(self._shards.ranges)), message)
 
     def _ask(self, messages: dict[int, Message]) -> dict[int, Any]:
         return self._wait(self._transport.post(messages)) if messages else {}

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.manifest import Manifest, Position
 from distnadam.checkpoint.shard_file import read_shard, write_shard
 from distnadam.checkpoint.storage.resolve import DirectoryLike
-from distnadam.config import NadamConfig, Options
+from distnadam.config import NadamConfig, Settings
 from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import rate_at
-from distnadam.shard.ledger import Ledger
 from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, as_numpy, empty_flat, is_float
 from distnadam.tensors.layout import Layout
 
@@ -75,44 +74,18 @@ class OptimizerState:
         """Write a checkpoint of one shard under `root`, which `verify` accepts and
         `DistNadam.restore` continues from; return it.
         """
-        decided, save_id = self.clock.iterations, store.new_save_id()
-        directory = store.step_directory(root, decided)
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
         arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in STATE_ARRAYS}
-        with store.writing(directory):
+        position = Position(clock=self.clock, round=self.clock.iterations)
+        manifest = Manifest.of(Settings(config=self.config), self.layout, position, data={})
+        with store.new_checkpoint(root, manifest) as checkpoint:
+            directory = checkpoint.directory
             if store.MANIFEST in directory.files():
                 raise CheckpointError(
                     f"{directory}: is a checkpoint already; import into another directory"
                 )
-            try:
-                record = write_shard(
-                    directory, store.shard_file_name(0, 1, save_id), ranges=ranges, state=arrays
-                )
-                manifest = Manifest(
-                    save_id=save_id,
-                    config=self.config.to_dict(),
-                    options=Options().to_dict(),
-                    topology={
-                        "num_shards": 1,
-                        "num_workers": 1,
-                        "replicas": 0,
-                        "backend": "auto",
-                        "name": None,
-                    },
-                    layout=self.layout.to_dict(),
-                    iterations=decided,
-                    m_schedule=self.clock.m_schedule,
-                    round=decided,
-                    skipped=0,
-                    ledger=Ledger().to_dict(),
-                    data={},
-                    files=(record,),
-                    saved_at=store.now(),
-                )
-                store.commit(directory, manifest)
-            except BaseException:
-                store.discard_partial(directory, save_id)
-                raise
+            name = checkpoint.file_name(0, 1)
+            checkpoint.commit([write_shard(directory, name, ranges=ranges, state=arrays)])
         return str(directory)
 
 

@@ -1,5 +1,5 @@
-"""The checkpoints of one run of `fit`: written behind the training, told when they are complete,
-old ones removed.
+"""The checkpoints of one run of `fit`: written behind the training, reported when they are
+complete, old ones removed.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,14 +12,14 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import RunLock
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import DirectoryLike
-from distnadam.client.checkpointing import SaveHandle
+from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
 
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """Which checkpoints stay, as `fit` has it."""
+    """Which checkpoints stay; see `fit`."""
 
     last: int
     every: int | None
@@ -28,9 +28,7 @@ class RetentionPolicy:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in all, and those between two saves and two evaluations; whether to resume, and
-    what to keep.
-    """
+    """How many steps a run has, when it saves and evaluates, whether it resumes, what it keeps."""
 
     steps: int
     save_every: int | None
@@ -48,9 +46,7 @@ class Plan:
         return min([self.steps, *due])
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether what is done every so many steps, and at the end, is to be done after this
-        one.
-        """
+        """Whether what is due every `every` steps, and at the end, is due after this step."""
         return step == self.steps or (every is not None and step % every == 0)
 
 
@@ -58,11 +54,10 @@ _DATA = frozenset({"task", "seed", "num_workers"})
 
 
 def data_of_run(where: DirectoryLike) -> dict[str, Any]:
-    """Return what `fit` keeps beside the state in the newest checkpoint under a path, so that it
-    goes on from one that others write there.
+    """Return the data `fit` stored in the newest checkpoint; one saved from outside needs it too.
 
-    It is the same for all of a run's checkpoints; what others keep, such as a place in their data,
-    may not be, and is not copied.
+    It is the same in all of a run's checkpoints. What others store, such as a position in their
+    data, may differ between checkpoints and is not copied.
     """
     for step in reversed(store.step_directories(where)):
         with suppress(CheckpointError):
@@ -72,76 +67,76 @@ def data_of_run(where: DirectoryLike) -> dict[str, Any]:
 
 
 class CheckpointManager:
-    """See the module.
+    """Saves during one run of `fit`, deletes old checkpoints, and reports both.
 
     Args:
+        saves: the optimizer's own record of the save in flight.
         claim: on where checkpoints go.
         keep: which of them stay.
         data: what is kept beside the state.
-        on_save: told the step and the checkpoint, once it is complete.
-        on_message: told what else the user should know.
+        on_save: gets the step and the checkpoint, once it is complete.
+        on_message: gets what else the user should know.
     """
 
     def __init__(
         self,
+        saves: CheckpointWriter,
         claim: RunLock,
         keep: RetentionPolicy,
         data: Mapping[str, Any],
         on_save: Callable[[int, Path | str], None],
         on_message: Callable[[str], None],
     ) -> None:
-        self._claim, self._folder, self._keep, self._data = claim, claim.directory, keep, data
-        self._on_save, self._on_message = on_save, on_message
-        self._saving: tuple[int, SaveHandle] | None = None
+        self._saves = saves
+        self._claim = claim
+        self._directory = claim.directory
+        self._keep = keep
+        self._data = data
+        self._on_save = on_save
+        self._on_message = on_message
 
     def save(self, optimizer: DistNadam, step: int, *, wait: bool) -> None:
-        """Save; an earlier one is waited for. Raise CheckpointBusy where another run has taken the
-        folder over.
+        """Save, after waiting for an earlier save.
+
+        Raises:
+            CheckpointBusy: another run has taken the folder over.
         """
         self.finish()
         self._claim.check()
-        saved = optimizer.save(self._folder, wait=wait, data=self._data)
-        if isinstance(saved, SaveHandle):
-            self._saving = (step, saved)
-        else:
+        saved = optimizer.save(self._directory, wait=wait, data=self._data)
+        if isinstance(saved, str):
             self._complete(step, saved)
 
     def poll(self) -> None:
-        """Tell of the one that is being written where it is complete."""
-        if self._saving is not None and self._saving[1].done():
+        """Report the save in flight if it has ended."""
+        if self._saves.is_complete:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the one that is being written; where a shard died meanwhile, do without it."""
-        saving, self._saving = self._saving, None
-        if saving is None:
-            return
-        try:
-            directory = saving[1].result()
-        except CheckpointError as error:
-            if not isinstance(error.__cause__, ShardLost):
-                raise
-            self._on_message(f"no checkpoint of step {saving[0]}: {error}")
-        else:
-            self._complete(saving[0], directory)
+        """Wait for the save in flight and report it; do without it if a shard died meanwhile."""
+        self._finish(self._report_lost)
 
     def give_up(self) -> None:
-        """Wait for the one that is being written while something else, which is told, ends the
-        run.
-        """
-        try:
-            self.finish()
-        except CheckpointError as error:
-            self._on_message(str(error))
+        """Wait for the save in flight and only report its error: another one ends the run."""
+        self._finish(lambda _, error: self._on_message(str(error)))
+
+    def _finish(self, on_error: Callable[[int, CheckpointError], None]) -> None:
+        saved = self._saves.finish(on_error)
+        if saved is not None:
+            self._complete(saved.round, saved.result())
+
+    def _report_lost(self, step: int, error: CheckpointError) -> None:
+        if not isinstance(error.__cause__, ShardLost):
+            raise error
+        self._on_message(f"no checkpoint of step {step}: {error}")
 
     def _complete(self, step: int, directory: str) -> None:
         store.prune(
-            self._folder,
+            self._directory,
             self._keep.last,
             directory,
             keep_every=self._keep.every,
             keep_every_s=self._keep.every_s,
         )
-        self._on_save(
-            step, Path(directory) if isinstance(self._folder, LocalDirectory) else directory
-        )
+        is_local = isinstance(self._directory, LocalDirectory)
+        self._on_save(step, Path(directory) if is_local else directory)

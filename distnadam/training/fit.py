@@ -5,11 +5,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from distnadam.backends.factory import BackendName
 from distnadam.checkpoint.run_lock import make_run_lock
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import open_directory
-from distnadam.config import check_count
+from distnadam.config import BackendName, check_count
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
 from distnadam.training.callbacks import (

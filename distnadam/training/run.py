@@ -101,6 +101,7 @@ class TrainingRun:
         group: WorkerGroup | None = None
         num_workers = self.topology["num_workers"]
         checkpoints = CheckpointManager(
+            optimizer.saves,
             self.lock,
             self.plan.keep,
             {"task": self.label, "seed": self.seed, "num_workers": num_workers},

@@ -21,10 +21,14 @@ from safetensors.numpy import load_file
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.manifest import Manifest, Position, shard_file_name
 from distnadam.checkpoint.shard_file import CHUNK_BYTES, read_shard, write_shard
+from distnadam.checkpoint.storage.local import LocalDirectory
+from distnadam.config import Settings
 from distnadam.errors import CheckpointBusy, CheckpointError
+from distnadam.nadam.step_scalars import Clock
 from distnadam.tensors.arrays import STATE_ARRAYS
+from distnadam.tensors.layout import Layout
 from tests.checkpoint.manifests import SAVE_ID, manifest_of
 from tests.models import bits, params, run
 
@@ -185,6 +189,40 @@ def _die_at(moment: str) -> None:
     host.write_shard = write
 
 
+class _Sticky(LocalDirectory):
+    """A directory whose files cannot be removed."""
+
+    def child(self, name: str) -> "_Sticky":
+        return _Sticky(self.path / name)
+
+    def remove(self, name: str) -> None:
+        raise CheckpointError(f"{self.path / name}: cannot be removed: it is sticky")
+
+
+def test_a_save_is_whole_though_files_of_an_earlier_save_cannot_be_removed(tmp_path: Path) -> None:
+    with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
+        optimizer.save(tmp_path)
+        again = optimizer.save(_Sticky(tmp_path))
+    assert len(list(Path(again).glob("shard-*"))) == 4
+    store.verify(again)
+
+
+def test_a_save_that_fails_after_its_commit_keeps_what_it_has_committed(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="late"):
+        _commit_then_fail(tmp_path)
+    store.verify(tmp_path / "step_00000000")
+
+
+def _commit_then_fail(root: Path) -> None:
+    layout = Layout.of({"w": np.ones(3, np.float32)})
+    state = {name: {"float32": np.ones(3, np.float32)} for name in ("params", "m", "v")}
+    manifest = Manifest.of(Settings(), layout, Position(clock=Clock(), round=0), {})
+    with store.new_checkpoint(root, manifest) as new:
+        name, ranges = new.file_name(0, 1), {"float32": (0, 3)}
+        new.commit([write_shard(new.directory, name, ranges=ranges, state=state)])
+        raise KeyError("late")
+
+
 def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         optimizer.save(tmp_path)
@@ -241,7 +279,7 @@ def test_ranges_over_many_chunks_come_back_whole(
         zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
     ):
         state = {name: {"float32": values[begin:end]} for name, values in whole.items()}
-        name = store.shard_file_name(index, len(sizes), SAVE_ID)
+        name = shard_file_name(index, len(sizes), SAVE_ID)
         records.append(write_shard(directory, name, ranges={"float32": (begin, end)}, state=state))
     manifest = manifest_of(records)
     cut = min(cut, sum(sizes))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.manifest import Manifest, shard_file_name
 from distnadam.checkpoint.shard_file import (
     CHUNK_BYTES,
     fill_shard,
@@ -53,7 +53,7 @@ def write_checkpoint(
         records.append(
             write_shard(
                 directory,
-                store.shard_file_name(index, len(cuts), SAVE_ID),
+                shard_file_name(index, len(cuts), SAVE_ID),
                 ranges=ranges,
                 state=state,
             )

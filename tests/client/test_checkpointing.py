@@ -2,6 +2,7 @@
 call and at the end.
 """
 
+import pickle
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -64,6 +65,32 @@ def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(
         assert again.restored_data == {"position": 2}
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_checkpoint_has_the_learning_rate_of_its_round_though_set_after_the_call_of_save(
+    backend: str, wait: bool, tmp_path: Path
+) -> None:
+    with DistNadam(lr=0.5, num_shards=2, backend=backend).build(params()) as optimizer:
+        other = optimizer if backend == "local" else pickle.loads(pickle.dumps(optimizer))
+        optimizer.apply_gradients(params(1))
+        shards = optimizer.shards
+        real = shards.boundary
+
+        def boundary() -> Any:
+            shards.boundary = real  # type: ignore[method-assign]
+            other.lr = 0.25
+            return real()
+
+        shards.boundary = boundary  # type: ignore[method-assign, assignment]
+        saved = optimizer.save(tmp_path, wait=wait)
+        path = saved if isinstance(saved, str) else saved.result()
+        assert store.load(path).config["lr"] == 0.25
+        optimizer.apply_gradients(params(2))
+        expected = bits(optimizer)
+    with DistNadam.restore(tmp_path, backend="local") as again:
+        again.apply_gradients(params(2))
+        assert bits(again) == expected
+
+
 CHANGES: dict[str, Callable[[DistNadam], object]] = {
     "a step": lambda optimizer: optimizer.apply_gradients(params(1)),
     "a worker's step": lambda optimizer: run(optimizer, 0, 1),
@@ -124,7 +151,7 @@ def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(
         gate.error = CheckpointError("shard-0: the disk is full")
         saving = optimizer.save(tmp_path, wait=False)
         gate.opened.set()
-        saving._future.exception()
+        assert not saving.wait()
         optimizer.get_params()
         with pytest.raises(CheckpointError, match="the disk is full"):
             optimizer.apply_gradients(params())

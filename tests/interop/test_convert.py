@@ -12,6 +12,7 @@ import pytest
 from distnadam import DistNadam, schedules
 from distnadam.checkpoint import store
 from distnadam.checkpoint.diff import compare
+from distnadam.config import NadamConfig
 from distnadam.errors import CheckpointError, ConfigError, ConversionError, StructureError
 from distnadam.interop import (
     Format,
@@ -184,7 +185,7 @@ def test_a_schedule_that_has_run_its_course_is_no_difference(name: Format, tmp_p
 
 
 def test_no_schedule_is_beta_1_to_the_bit() -> None:
-    config = DistNadam(schedule_decay=NO_SCHEDULE)._config
+    config = NadamConfig(schedule_decay=NO_SCHEDULE)
     assert {momentum(config, t, NO_SCHEDULE) for t in range(1, 100)} == {0.9}
 
 

@@ -22,9 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.client import worker_session
-from distnadam.client.checkpointing import CheckpointWriter
+from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import NadamConfig, Options, Settings, Topology
 from distnadam.errors import (
     ClusterError,
     IllegalMessage,
@@ -204,20 +204,11 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @rule()
     def save(self) -> None:
         self.world.rested()
-        topology = {
-            "num_shards": len(self.world.shards),
-            "num_workers": RANKS,
-            "replicas": 0,
-            "name": None,
-        }
-        about: dict[str, Any] = {
-            "config": self.config.to_dict(),
-            "options": self.options.to_dict(),
-            "topology": topology,
-            "data": {},
-        }
+        topology = Topology(num_shards=len(self.world.shards), num_workers=RANKS)
+        settings = Settings(config=self.config, options=self.options, topology=topology)
+        saved = Saved(settings=settings, data={})
         with contextlib.suppress(StepTimeout, StaleEpoch):
-            CheckpointWriter().save(self.controller(), LocalDirectory(self.root), about)
+            CheckpointWriter().save(self.controller(), LocalDirectory(self.root), saved)
 
     @rule(num_shards=st.integers(1, 3))
     def reshard(self, num_shards: int) -> None:

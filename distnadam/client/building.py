@@ -1,0 +1,92 @@
+"""Starting an optimizer's shards: from its settings, from a checkpoint's, or from a running one's.
+
+It knows which backend is meant and what each shard is; it puts no state into them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from distnadam.backends import factory
+from distnadam.checkpoint import store
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.storage.base import Directory
+from distnadam.client.shard_group import ShardGroup
+from distnadam.config import Options, Settings, Topology
+from distnadam.errors import ConfigError
+from distnadam.protocol.messages import ShardSpec
+from distnadam.tensors.layout import Layout
+
+_SAVED = ("num_shards", "num_workers", "replicas", "name")
+"""What a checkpoint's topology decides unless something else is asked for."""
+
+
+def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
+    """Return new shards of a model, without state yet.
+
+    Raises:
+        ConfigError: a local optimizer cannot have a name.
+        ClusterError: the shards cannot be obtained.
+    """
+    topology = settings.topology
+    several = topology.num_shards > 1 or topology.num_workers > 1
+    backend = factory.choose(topology.backend, several=several)
+    if topology.name is not None and backend.name == "local":
+        raise ConfigError(
+            f"name={topology.name!r} needs backend='ray': a local optimizer cannot be connected to"
+        )
+    specs = [
+        ShardSpec(
+            index=index,
+            num_shards=topology.num_shards,
+            num_workers=topology.num_workers,
+            replicas=topology.replicas,
+            name=topology.name,
+            config=settings.config,
+            options=settings.options,
+            layout=layout,
+            ranges=ranges,
+        )
+        for index, ranges in enumerate(layout.cuts(topology.num_shards))
+    ]
+    backend.start(specs, topology.replicas)
+    return ShardGroup(backend, layout, topology.num_shards, settings.options)
+
+
+def settings_of(spec: ShardSpec) -> Settings:
+    """Return the settings of the running optimizer that a shard is part of."""
+    topology = Topology(
+        num_shards=spec.num_shards,
+        num_workers=spec.num_workers,
+        replicas=spec.replicas,
+        backend="ray",
+        name=spec.name,
+    )
+    return Settings(config=spec.config, options=spec.options, topology=topology)
+
+
+def restored_settings(
+    directory: Directory, manifest: Manifest, asked: Mapping[str, Any], options: Options | None
+) -> Settings:
+    """Return a checkpoint's settings, with what is asked for in place of what was saved.
+
+    Args:
+        directory: the checkpoint's.
+        manifest: the checkpoint's.
+        asked: arguments of `Topology`; None means as saved, or "auto" for the backend.
+        options: None means as saved.
+
+    Raises:
+        CheckpointError: the checkpoint's own settings are refused.
+        ConfigError: what is asked for cannot be.
+    """
+    values = {key: manifest.topology[key] for key in _SAVED}
+    values |= {key: value for key, value in asked.items() if value is not None}
+    topology = Topology(**values)
+    if topology.backend == "local":
+        topology = replace(topology, name=None)
+    return Settings(
+        config=manifest.nadam_config(f"{directory}/{store.MANIFEST}"),
+        options=Options.of(manifest.options if options is None else options),
+        topology=topology,
+    )
