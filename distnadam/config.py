@@ -1,8 +1,7 @@
-"""What an optimizer is asked to be: the reference's hyper-parameters, and the options of its
-runtime.
+"""The configuration of an optimizer: its hyper-parameters and the options of its runtime.
 
-Frozen, validated where they are made, and plain data on the way to a checkpoint and back. No I/O,
-no arrays.
+Both are frozen, validated when they are constructed, and become plain data for a checkpoint. No
+I/O and no arrays here.
 """
 
 import dataclasses
@@ -24,8 +23,20 @@ BackendName = Literal["auto", "local", "ray"]
 
 @dataclass(frozen=True)
 class NadamConfig:
-    """The reference's hyper-parameters, as given (0.002 stays 0.002), each checked for its
-    range.
+    """The hyper-parameters of the reference, Keras's Nadam of TensorFlow 1.13.
+
+    Args:
+        lr: learning rate, a number or a function of the number of steps applied.
+        beta_1: decay of the first moment, in [0, 1).
+        beta_2: decay of the second moment, in [0, 1).
+        epsilon: added to the root of the second moment.
+        schedule_decay: decay of the momentum schedule.
+        clipnorm: largest norm of each tensor's mean gradient.
+        clipvalue: largest absolute value of each element of the mean gradient.
+        global_clipnorm: largest norm over all tensors; not together with `clipnorm`.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     lr: Rate = 0.002
@@ -65,64 +76,65 @@ class NadamConfig:
         return dataclasses.replace(self, lr=lr)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data that `from_dict` takes; raise ConfigError where `lr` is a plain
-        function.
-        """
+        """Return plain data for `from_dict`; raise ConfigError if `lr` is a plain function."""
         return {**_fields(self), "lr": rate_to_dict(self.lr)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "NadamConfig":
-        """Return the config that `to_dict` described."""
+        """Return the config of the plain data that `to_dict` returned."""
         return cls(**{**data, "lr": rate_from(data["lr"])})
 
 
 @dataclass(frozen=True)
 class Options:
-    """Rare settings of the runtime; the defaults are modest and right for most.
+    """Rarely changed settings of the runtime; the defaults suit most runs.
 
     Args:
-        on_nonfinite: "raise" refuses a round with a non-finite gradient by `NonFiniteGradient` at
-            every worker; "skip" leaves the parameters as they are, counts the round as skipped and
-            goes on.
-        check_gradients: judge every gradient before it is pushed, as `on_nonfinite` needs it. False
-            saves reading it once more, and lets NaN and infinity through into parameters and
-            moments.
-        transport: "auto" moves gradients and parameters between processes of one machine through
-            shared memory, and by Ray objects otherwise; "objects" always by Ray objects.
-        kernel: "auto" steps by the compiled loop where numba is installed (the extra `fused`) and
-            by NumPy otherwise; "fused" and "numpy" insist on one. The bits are the same.
-        threads: threads that step one shard. None: every CPU of this process where local, the whole
-            CPUs asked for by `shard_cpus` (at least 1) on Ray.
-        shard_cpus: CPUs that each shard's actor asks of Ray; 0 lets any number of shards start on
-            any machine.
-        shard_memory_bytes: memory that each shard's actor asks of Ray, in bytes; 0 asks for none.
-        shard_resources: further Ray resources that each shard's actor asks for, by name.
-        worker_cpus: CPUs that each of `fit`'s worker actors asks of Ray.
-        label_selector: Ray node labels that the nodes of the shards, their standbys and their
-            supervisor must have.
-        worker_label_selector: Ray node labels that the nodes of `fit`'s workers must have.
-        spread: place shards over the nodes as evenly as they allow; otherwise fill one node first.
-        start_timeout_s: seconds to wait, saying so, for resources that the cluster does not have
-            yet. None: refuse at once what its nodes cannot meet, and give what they can meet 120 s
-            to start.
+        on_nonfinite: "raise" refuses a round with a non-finite gradient and raises
+            `NonFiniteGradient` at every worker; "skip" leaves the parameters as they are, counts
+            the round as skipped and continues.
+        check_gradients: check every gradient for finiteness before it is pushed, as `on_nonfinite`
+            needs. False saves one read of it and lets NaN and infinity into parameters and moments.
+        transport: "auto" moves gradients and parameters through shared memory between processes of
+            one machine, and by Ray objects otherwise; "objects" always uses Ray objects.
+        kernel: "auto" steps with the compiled loop if numba is installed (the extra `fused`), else
+            with NumPy; "fused" and "numpy" require one of them. The bits are the same.
+        threads: threads that step one shard. None means every CPU of this process in local mode,
+            and on Ray the whole CPUs of `shard_cpus`, at least 1.
+        shard_cpus: CPUs that each shard's actor requests of Ray; with 0 any number of shards starts
+            on any machine.
+        shard_memory_bytes: memory that each shard's actor requests of Ray, in bytes; 0 requests
+            none.
+        shard_resources: further Ray resources that each shard's actor requests, by name.
+        worker_cpus: CPUs that each of `fit`'s worker actors requests of Ray.
+        label_selector: Ray node labels required of the nodes of shards, standbys and supervisor.
+        worker_label_selector: Ray node labels required of the nodes of `fit`'s workers.
+        spread: spread shards over the nodes as evenly as their resources allow; False fills one
+            node first.
+        start_timeout_s: seconds to wait, with a message, for resources that the cluster does not
+            have yet. None refuses at once what its nodes cannot provide, and waits 120 s for what
+            they can.
         step_timeout_s: seconds that a worker waits for a round to be applied before it raises
-            `StepTimeout` naming who is missing.
-        object_store_bytes: size of the object store of a Ray that we start ourselves, in bytes.
-            None: Ray's own default.
-        checkpoint_dir: where the shards look for a checkpoint when one of them dies without a
-            standby; `build` writes its first one there. None: where the last `save` went.
-        retain_initial: keep the parameters given to `build` (4 bytes per float32 element, in the
-            supervisor) until there is a checkpoint, so that a shard's death before it can be
-            recovered from.
-        min_workers: go on without workers that are gone for longer than `rejoin_timeout_s`, as long
-            as so many are there. None: all must be.
-        rejoin_timeout_s: seconds in which a dead worker's rank may be taken over by a new one,
-            before it leaves (`min_workers`) or those who wait for it are told `WorkerLost`.
+            `StepTimeout`, naming the ranks or shards that are late.
+        object_store_bytes: size in bytes of the object store of a Ray that this package starts.
+            None means Ray's default.
+        checkpoint_dir: the directory from which the shards restore when one of them dies without a
+            standby; `build` writes a first checkpoint there. None means the directory of the last
+            `save`.
+        retain_initial: keep the parameters given to `build` in the supervisor until the first
+            checkpoint (4 bytes per float32 element), so that a shard that dies before it can be
+            recovered.
+        min_workers: continue without workers that have been gone for longer than
+            `rejoin_timeout_s`, as long as this many remain. None requires all workers.
+        rejoin_timeout_s: seconds in which a new worker may take over a dead worker's rank, before
+            the rank leaves (`min_workers`) or the waiting workers get `WorkerLost`.
         shard_timeout_s: seconds without a sign of life after which a shard counts as dead and is
             replaced.
-        metrics: "auto" exports what is measured (`distnadam.metrics`) where Ray's own metrics are
-            on, that is where Ray was installed with the extra `metrics`; True insists on it, False
-            measures nothing.
+        metrics: "auto" exports `distnadam.metrics` if Ray's own metrics are on, which takes Ray's
+            extra (`distnadam[metrics]`); True requires it, False measures nothing.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -189,13 +201,15 @@ class Options:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data that `from_dict` takes."""
+        """Return plain data for `of`."""
         return _fields(self)
 
     @classmethod
     def of(cls, options: "Options | Mapping[str, Any] | None") -> "Options":
-        """Return options as they are, of what `to_dict` returned, or the defaults; raise
-        ConfigError naming what is none.
+        """Return options unchanged, those of `to_dict`'s plain data, or for None the defaults.
+
+        Raises:
+            ConfigError: naming an option that does not exist, or a value out of its range.
         """
         if options is None:
             return cls()
@@ -281,16 +295,14 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> int:
-    """Return `value` where it is a whole number of at least `least`; raise ConfigError naming the
-    argument otherwise.
-    """
+    """Return `value` as an int; raise ConfigError, naming the argument, unless it is >= `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(value.__index__())
 
 
 def check_name(name: object) -> str:
-    """Return an optimizer's name where it can be one; raise ConfigError otherwise."""
+    """Return an optimizer's name; raise ConfigError if it is not a legal one."""
     if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
         raise ConfigError(
             f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}"
@@ -311,9 +323,7 @@ def _set_number(record: object, name: str) -> float:
 
 
 def _as(kind: type, name: str, value: Any) -> Any:
-    """Return a str, or a finite float of at least 0; raise ConfigError naming the argument
-    otherwise.
-    """
+    """Return a str, or a finite float of at least 0; raise ConfigError naming the argument."""
     if kind is str:
         if not isinstance(value, str):
             raise ConfigError(f"{name} must be a string, got {value!r}")

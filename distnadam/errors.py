@@ -1,37 +1,42 @@
-"""Every error that distnadam raises, in one tree.
+"""Every error that distnadam raises, in one tree:
 
-    DistNadamError ├── ConfigError (ValueError)        an argument or option is out of its range ├──
-    StructureError (ValueError)     a tensor's path, shape or dtype is not what was built ├──
-    GradientError (ValueError) │   └── NonFiniteGradient           NaN, infinity, or a magnitude
-    whose square overflows ├── LifecycleError                  used before build, after close, or
-    twice ├── ProtocolError                   a message that the shards refuse │   ├── StaleEpoch
-    from before the parameters were replaced │   │   ├── Rewound                 from before all
-    shards went back to an earlier step │   │   └── Reconfigured            from before a shard or
-    the membership changed; the round goes on │   ├── SupersededWorker            a newer worker
-    holds this rank │   ├── LatePush                    its round is over and it was not counted │
-    ├── RoundMismatch               its round has not come yet │   ├── IllegalMessage
-    not legal in the shard's present phase │   └── PushesPending               a step from outside
-    while workers have pushed ├── ClusterError                    what runs the shards cannot do
-    what is asked │   ├── InsufficientResources       the cluster is too small for the ask │   ├──
-    OutOfMemory (MemoryError)   a process cannot have the memory for a shard's state, or for a copy
-    of it │   ├── Unrecoverable               processes died and the settings allow no recovery │
-    ├── VersionMismatch             a node has another version of a package, or lacks it │   ├──
-    NameTaken                   an optimizer of that name is running │   ├── NotRunning
-    no optimizer of that name is running │   ├── ShardLost                   a shard's process died
-    │   │   └── ShardUnavailable        a call to a shard failed; it may have been carried out or
-    not │   ├── WorkerLost                  another rank's worker died, and nobody took it over in
-    time │   ├── ShardsDisagree              two shards computed different scalars │   ├──
-    StepTimeout                 waited too long for a shard or for other workers │   ├── ArenaError
-    shared memory cannot be had (Ray objects are used instead) │   └── LaneError                   a
-    shard cannot be reached by a socket (Ray objects are used instead) ├── ConversionError
-    (ValueError)    another framework's Nadam cannot hold this state, or ours cannot hold its ├──
-    TrainingError                   `fit` cannot go on; the task's own error is its cause ├──
-    KernelError                     this thread's arithmetic is not IEEE (flushed denormals) └──
-    CheckpointError                 a file was refused
-        └── CheckpointBusy              another run writes there
+    DistNadamError
+    ├── ConfigError (ValueError)          an argument or option is out of its range
+    ├── StructureError (ValueError)       a tensor's path, shape or dtype is not what was built
+    ├── GradientError (ValueError)        a gradient cannot be computed or used
+    │   └── NonFiniteGradient             NaN, infinity, or a magnitude whose square overflows
+    ├── LifecycleError (RuntimeError)     used before build, after close, or built twice
+    ├── ProtocolError                     a shard refused a message
+    │   ├── StaleEpoch                    it is from before the parameters were replaced
+    │   │   ├── Rewound                   all shards have gone back to an earlier round
+    │   │   └── Reconfigured              a shard or the membership has changed; the round goes on
+    │   ├── SupersededWorker              a newer worker holds this rank
+    │   ├── LatePush                      its round is over and did not count it
+    │   ├── RoundMismatch                 its round has not begun
+    │   ├── IllegalMessage                it is not legal in the shard's present phase
+    │   └── PushesPending                 a direct step while workers' pushes are pending
+    ├── ClusterError                      the processes or nodes cannot do what is asked
+    │   ├── InsufficientResources         the cluster lacks CPUs, memory or labels
+    │   ├── OutOfMemory (MemoryError)     a process lacks memory for a shard's state or a copy of it
+    │   ├── Unrecoverable                 processes died and the settings allow no recovery
+    │   ├── VersionMismatch               a node has another version of a package, or lacks it
+    │   ├── NameTaken                     an optimizer of that name is running
+    │   ├── NotRunning                    no optimizer of that name is running
+    │   ├── ShardLost                     a shard's process or node died
+    │   │   └── ShardUnavailable          a call failed, and may have been carried out
+    │   ├── WorkerLost                    another rank's worker died and was not replaced in time
+    │   ├── ShardsDisagree                two shards computed different scalars for one step
+    │   ├── StepTimeout (TimeoutError)    a shard or other workers did not answer in time
+    │   ├── ArenaError                    shared memory is not available
+    │   └── LaneError                     a shard's socket cannot be reached
+    ├── ConversionError (ValueError)      another framework's Nadam cannot continue from this state
+    ├── TrainingError                     `fit` cannot go on
+    ├── KernelError                       this thread's arithmetic is not IEEE
+    └── CheckpointError                   a checkpoint or one of its files was refused
+        └── CheckpointBusy                another run or save writes there
 
-This module knows nothing of the rest of the package. Every class can be made of one message, a
-whole sentence or more, and pickles.
+Each class takes one message, made of whole sentences, and survives pickling. This module knows
+nothing of the rest of the package.
 """
 
 
@@ -40,12 +45,17 @@ class DistNadamError(Exception):
 
 
 class ConfigError(DistNadamError, ValueError):
-    """An argument or option is out of its range; the message names it and its value."""
+    """An argument or option is out of its range.
+
+    Raised where it is passed, before anything is started; the message names it and its value.
+    """
 
 
 class StructureError(DistNadamError, ValueError):
-    """A tree of tensors is not what was built; the message names the path, the expected and the
-    given.
+    """A tree of tensors is not what was built.
+
+    Raised before anything is sent; the message names the tensor's path, what was expected and what
+    was given.
     """
 
 
@@ -54,51 +64,60 @@ class GradientError(DistNadamError, ValueError):
 
 
 class NonFiniteGradient(GradientError):
-    """A gradient holds NaN, infinity or a magnitude whose square overflows; no shard has moved."""
+    """A gradient holds NaN, infinity, or a magnitude whose square overflows its dtype.
+
+    Raised to every worker of the round, which no shard has applied, unless
+    ``on_nonfinite="skip"``.
+    """
 
 
 class LifecycleError(DistNadamError, RuntimeError):
-    """The optimizer or worker was used before `build`, after `close`, or built twice."""
+    """The optimizer or worker was used before `build` or after `close`, or was built twice."""
 
 
 class ProtocolError(DistNadamError):
-    """A shard refused a message; nothing was changed by it."""
+    """A shard refused a message, which changed nothing."""
 
 
 class StaleEpoch(ProtocolError):
-    """The message is from before the state was replaced; pull and compute again.
+    """The message is from before the state was replaced: pull, and compute the gradient again.
+
+    Raised after `set_params`, `set_weights`, a rewind or a change of the shards.
 
     Args:
         message: a whole sentence.
-        epoch: the shard's present epoch, -1 where the sender did not know.
-        step: rounds decided where training goes on (batches follow it), -1 likewise.
+        epoch: the shard's present epoch; -1 if the sender does not know it.
+        step: despite its name the protocol round at which training goes on, and which batches
+            follow; it counts skipped rounds too. -1 if the sender does not know it.
     """
 
     def __init__(self, message: str, epoch: int = -1, step: int = -1) -> None:
         super().__init__(message)
-        self.epoch, self.step = epoch, step
+        self.epoch = epoch
+        self.step = step
 
 
 class Rewound(StaleEpoch):
-    """All shards went back, after a death, to round `step`; compute again from there."""
+    """All shards went back to round `step` after a death: compute again from there."""
 
 
 class Reconfigured(StaleEpoch):
-    """A shard was taken over, or the membership changed; the worker pushes the same gradients again
-    by itself.
+    """A shard was taken over, or the membership changed, and the round goes on.
+
+    The worker handles it by itself: it pushes the same gradients again.
     """
 
 
 class SupersededWorker(ProtocolError):
-    """A newer worker has taken this rank over; this one must stop."""
+    """A newer worker holds this rank; this one must stop."""
 
 
 class LatePush(ProtocolError):
-    """The push is for a round that is over, and it was not counted."""
+    """The push's round is over, and the push was not counted in it."""
 
 
 class RoundMismatch(ProtocolError):
-    """The push is for a round that has not come yet."""
+    """The push's round has not begun; the message gives the expected round."""
 
 
 class IllegalMessage(ProtocolError):
@@ -106,26 +125,25 @@ class IllegalMessage(ProtocolError):
 
 
 class PushesPending(ProtocolError):
-    """A step from outside was asked for while workers' pushes wait for their round."""
+    """`apply_gradients` was called while workers' pushes wait for their round."""
 
 
 class ClusterError(DistNadamError):
-    """What runs the shards cannot do what was asked."""
+    """The processes or nodes that run the optimizer cannot do what is asked."""
 
 
 class InsufficientResources(ClusterError):
-    """The cluster lacks what the shards or workers ask; the message says how much of what."""
+    """The cluster lacks what shards or workers ask for; the message gives how much of what."""
 
 
 class OutOfMemory(ClusterError, MemoryError):
-    """A process cannot have the memory for a shard's state, or for a copy of it; what runs goes on
-    as it was.
-    """
+    """A process lacks the memory for a shard's state or a copy of it; running shards go on."""
 
 
 class Unrecoverable(ClusterError):
-    """Processes died, and what is left or allowed does not suffice to go on with the same bits; the
-    message says what would.
+    """Processes died, and what is left cannot go on with the same bits.
+
+    The message names the setting that would have allowed a recovery.
     """
 
 
@@ -146,49 +164,57 @@ class ShardLost(ClusterError):
 
 
 class ShardUnavailable(ShardLost):
-    """A call to a shard failed on its way there or back: it may have been carried out or not, and
-    the shard may well live.
+    """A call to a shard failed on its way there or back.
+
+    It may have been carried out or not, and the shard may be alive.
     """
 
 
 class WorkerLost(ClusterError):
-    """Another rank's worker died and nobody took it over in time; the message names the rank, and
-    this worker's push was dropped.
+    """Another rank's worker died and no new one joined in time; the message names the rank.
+
+    The push of the worker that receives this error was dropped.
     """
 
 
 class ShardsDisagree(ClusterError):
-    """Two shards computed different scalars for one step: the learning-rate function is not a
-    function of the step.
+    """Two shards computed different scalars for one step.
+
+    The learning-rate function does not depend on the step alone.
     """
 
 
 class StepTimeout(ClusterError, TimeoutError):
-    """A shard, or the other workers, did not answer in time; the message names them."""
+    """A shard or the other workers did not answer in time; the message names them."""
 
 
 class ArenaError(ClusterError):
-    """Shared memory of this size cannot be had."""
+    """Shared memory of the needed size is not available; Ray objects are used instead."""
 
 
 class LaneError(ClusterError):
-    """A shard of this machine cannot be reached through its socket, or what came through it is no
-    message.
+    """A shard on this machine cannot be reached by its socket, or sent what is no message.
+
+    Ray objects are used instead.
     """
 
 
 class ConversionError(DistNadamError, ValueError):
-    """Another framework's Nadam differs from ours in what this state needs; the message names each
-    difference.
+    """Another framework's Nadam would continue differently from this state, or ours from its.
+
+    The message names each difference; nothing was written.
     """
 
 
 class TrainingError(DistNadamError):
-    """`fit` cannot go on; the cause is chained."""
+    """`fit` cannot go on: the task failed, or recoveries brought no new step.
+
+    The message names the rank and the step; the error of the task's code is the cause or a note.
+    """
 
 
 class KernelError(DistNadamError):
-    """This thread's arithmetic would give other bits than every other's."""
+    """This thread flushes denormals, so its arithmetic would give other bits than every other's."""
 
 
 class CheckpointError(DistNadamError):
@@ -196,4 +222,4 @@ class CheckpointError(DistNadamError):
 
 
 class CheckpointBusy(CheckpointError):
-    """Another run holds this checkpoint directory."""
+    """Another run, or another save, writes to this directory."""

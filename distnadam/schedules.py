@@ -1,8 +1,12 @@
-"""Learning-rate schedules: functions of the number of steps already applied (0 before the first).
+"""Learning-rate schedules: functions of the number of steps applied, 0 before the first.
 
-They know no optimizer. Each is a frozen dataclass, so it compares, pickles, and goes to and from a
-plain dict; subclassing `Schedule` with a frozen dataclass of one's own registers it for
-checkpoints. Powers and cosines are host-independent (`exact`).
+Each is a frozen dataclass, so it compares, pickles, and goes to and from a plain dict. A frozen
+dataclass of the user's that subclasses `Schedule` is registered for checkpoints. Powers and cosines
+have the same bits on every host (`reproducible_math`).
+
+    >>> from distnadam.schedules import WarmupCosine
+    >>> WarmupCosine(peak=0.1, warmup_steps=10, total_steps=100)(9)
+    0.1
 """
 
 import dataclasses
@@ -16,11 +20,13 @@ from distnadam.errors import ConfigError
 from distnadam.reproducible_math import cosine_of_pi_times, power
 
 Rate = float | Callable[[int], float]
+"""A learning rate: a number, or a function of the number of steps applied."""
 
 
 class Schedule(ABC):
-    """A learning rate as a function of the step; a checkpoint stores it by class name and
-    fields.
+    """A learning rate as a function of the step; a checkpoint stores its class name and fields.
+
+    Subclasses are frozen dataclasses; each has a name of its own.
     """
 
     _registry: ClassVar[dict[str, type["Schedule"]]] = {}
@@ -39,24 +45,33 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """Return the rate for the step that follows `step` applied ones."""
+        """Return the learning rate of the next step, after `step` applied steps."""
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same rate at every step."""
+    """The same rate at every step.
+
+    Args:
+        rate: the learning rate.
+    """
 
     rate: float
 
     def __call__(self, step: int) -> float:
-        """Return the rate."""
+        """Return the learning rate of the next step."""
         return self.rate
 
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """``initial * decay_rate ** (step / decay_steps)``; with `staircase` the exponent is rounded
-    down.
+    """``initial * decay_rate ** (step / decay_steps)``, as Keras's ExponentialDecay.
+
+    Args:
+        initial: the rate of the first step.
+        decay_steps: steps in which the rate is multiplied by `decay_rate`.
+        decay_rate: the factor.
+        staircase: round the exponent down.
     """
 
     initial: float
@@ -69,15 +84,20 @@ class Exponential(Schedule):
         _require(self.decay_rate >= 0, self, "decay_rate", self.decay_rate, "at least 0")
 
     def __call__(self, step: int) -> float:
-        """Return the rate after `step` applied steps."""
+        """Return the learning rate of the next step, after `step` applied steps."""
         exponent = step // self.decay_steps if self.staircase else step / self.decay_steps
         return self.initial * power(float(self.decay_rate), float(exponent))
 
 
 @dataclass(frozen=True)
 class WarmupCosine(Schedule):
-    """Rise linearly to `peak` over `warmup_steps`, then fall along half a cosine to `final` at
-    `total_steps`, and stay there.
+    """A linear rise to `peak`, then half a cosine down to `final`, which stays.
+
+    Args:
+        peak: the largest rate.
+        warmup_steps: steps of the rise.
+        total_steps: the step at which `final` is reached.
+        final: the last rate.
     """
 
     peak: float
@@ -96,7 +116,7 @@ class WarmupCosine(Schedule):
         )
 
     def __call__(self, step: int) -> float:
-        """Return the rate after `step` applied steps."""
+        """Return the learning rate of the next step, after `step` applied steps."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         fraction = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
@@ -105,8 +125,11 @@ class WarmupCosine(Schedule):
 
 @dataclass(frozen=True)
 class Piecewise(Schedule):
-    """`rates[i]` for steps up to and including `boundaries[i]`, then the last rate (as Keras's
-    PiecewiseConstantDecay).
+    """`rates[i]` up to and including step `boundaries[i]`, as Keras's PiecewiseConstantDecay.
+
+    Args:
+        boundaries: increasing steps.
+        rates: one more than there are boundaries; the last one stays.
     """
 
     boundaries: tuple[int, ...]
@@ -131,7 +154,7 @@ class Piecewise(Schedule):
         )
 
     def __call__(self, step: int) -> float:
-        """Return the rate after `step` applied steps."""
+        """Return the learning rate of the next step, after `step` applied steps."""
         passed = sum(step > boundary for boundary in self.boundaries)
         return self.rates[passed]
 
@@ -142,8 +165,10 @@ def _require(ok: bool, schedule: Schedule, field: str, value: object, expected: 
 
 
 def rate_at(rate: Rate, step: int) -> float:
-    """Return the learning rate after `step` applied steps; raise ConfigError where it is not finite
-    and at least 0.
+    """Return the learning rate after `step` applied steps.
+
+    Raises:
+        ConfigError: the schedule raised, or its rate is not finite and at least 0.
     """
     try:
         value = float(rate(step)) if callable(rate) else rate
@@ -157,14 +182,14 @@ def rate_at(rate: Rate, step: int) -> float:
 
 
 def rate_to_dict(rate: Rate) -> float | dict[str, Any]:
-    """Return the rate as plain data; raise ConfigError for a function that is no `Schedule`."""
+    """Return a rate as plain data; raise ConfigError for a function that is no `Schedule`."""
     if not callable(rate):
         return rate
     if not isinstance(rate, Schedule):
         raise ConfigError(
             f"lr={rate!r} is a plain function, which a checkpoint cannot store: use "
-            "distnadam.schedules, or subclass"
-            " distnadam.schedules.Schedule with a frozen dataclass of your own"
+            "distnadam.schedules, or subclass distnadam.schedules.Schedule with a frozen dataclass "
+            "of your own"
         )
     if not dataclasses.is_dataclass(rate):
         raise ConfigError(
@@ -182,7 +207,7 @@ def _plain(value: Any) -> Any:
 
 
 def rate_from(value: Any) -> Rate:
-    """Return the rate that `rate_to_dict` described; floats and callables pass through."""
+    """Return the rate of `rate_to_dict`'s plain data; numbers and functions pass through."""
     if not isinstance(value, Mapping):
         return value  # type: ignore[no-any-return]  # validated by NadamConfig
     name, fields = value.get("class_name"), value.get("config")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import distnadam
-from distnadam import errors
 
 NEVER_IMPORTED = (
     "ray",
@@ -98,19 +97,3 @@ def test_local_mode_trains_with_the_import_of_ray_and_frameworks_blocked(tmp_pat
         assert optimizer.iterations == 1
     """
     run(BLOCKER.format(names=set(NEVER_IMPORTED)) + textwrap.dedent(work), tmp_path)
-
-
-def test_every_error_is_in_the_tree_drawn_in_its_module_and_survives_pickling() -> None:
-    import pickle
-
-    classes = [
-        c
-        for c in vars(errors).values()
-        if isinstance(c, type) and issubclass(c, errors.DistNadamError)
-    ]
-    assert len(classes) > 20
-    for cls in classes:
-        assert cls.__name__ in (errors.__doc__ or "")
-        again = pickle.loads(pickle.dumps(cls("a sentence")))
-        assert type(again) is cls
-        assert str(again) == "a sentence"

@@ -21,7 +21,7 @@ from distnadam.backends.base import (
 )
 from distnadam.config import Options
 from distnadam.errors import Reconfigured, Unrecoverable
-from distnadam.metrics.meter import Meter, state_bytes
+from distnadam.metrics.meter import Meter, shard_bytes
 from distnadam.protocol.messages import CatchUp, Message, Pause, Push, Read, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order, Reconfigure, Retire
 from distnadam.runtime.shard_host import ShardHost
@@ -115,7 +115,7 @@ class LocalTransport(ShardTransport):
     def make_host(self, spec: ShardSpec) -> ShardHost:
         """Return a new host, whose parameter buffers are views of `parameters`."""
         first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
-        with memory_for(f"shard {spec.index}: its state of {state_bytes(spec.ranges)} bytes"):
+        with memory_for(f"shard {spec.index}: its state of {shard_bytes(spec.ranges)} bytes"):
             return ShardHost(
                 spec,
                 buffers=(first, second),

@@ -11,7 +11,7 @@ from typing import Any
 from distnadam.backends.factory import connect
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError, NotRunning, ShardLost
-from distnadam.metrics.meter import state_bytes
+from distnadam.metrics.meter import shard_bytes
 from distnadam.protocol.messages import Describe
 from distnadam.protocol.shard_status import Description
 from distnadam.schedules import rate_at
@@ -121,7 +121,7 @@ class RunningOptimizer:
                 shards.append(ShardStatus(index, host, "dead", standby=standbys.get(index)))
             else:
                 told.append(seen)
-                size = state_bytes(seen.spec.ranges) if seen.spec is not None else None
+                size = shard_bytes(seen.spec.ranges) if seen.spec is not None else None
                 lag = None if seen.replicated is None else seen.round - seen.replicated
                 shards.append(
                     ShardStatus(index, host, seen.phase, seen.round, size, standbys.get(index), lag)

@@ -1,4 +1,4 @@
-"""What a run measures: the table of its metrics, and the numbers of one process."""
+"""What a run measures: the table of exported metrics; `meter` holds the numbers of a process."""
 
 from distnadam.metrics.table import METRICS, Metric
 

@@ -1,8 +1,7 @@
-"""What one process measures of one optimizer: plain numbers that cost next to nothing to add to.
-Nothing is exported here.
+"""The numbers that one process measures of one optimizer; adding to them costs almost nothing.
 
-Who steps adds to them; an exporter reads them now and then, in a thread of its own, and never
-writes what a step writes.
+The stepping thread adds; an exporter reads from a thread of its own and never writes what a step
+writes. Nothing is exported here.
 """
 
 from bisect import bisect_left
@@ -17,53 +16,60 @@ from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
 BOUNDS_S = tuple(digit * 10.0**exponent for exponent in range(-5, 2) for digit in (1, 2, 5))
-"""Upper ends of the buckets that seconds are counted in, from 10 microseconds to 50 s."""
+"""Upper bounds of the duration buckets in seconds, from 10 microseconds to 50 s."""
 UNNAMED = "unnamed"
-"""What the tag `optimizer` says of an optimizer without a name."""
+"""The value of the tag `optimizer` for an optimizer without a name."""
 
 Sample = tuple[str, Mapping[str, str], float]
-"""A metric's name, its tags beside `optimizer`, and its value now; a counter's since the beginning.
-"""
+"""A metric's name, its tags beside `optimizer`, and its value; a counter's is since the start."""
 
 
 class Seconds:
-    """How many durations fell in each bucket, the last one for those longer than all bounds; added
-    to by one thread at a time.
+    """A histogram of durations; one thread adds to it at a time.
+
+    There is one bucket for each bound of `BOUNDS_S`, and a last one for longer durations.
     """
 
-    __slots__ = ("_counts", "_owed", "_read")
+    __slots__ = ("_counts", "_remainders", "_taken")
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BOUNDS_S) + 1)
-        self._read, self._owed = list(self._counts), [0.0] * len(self._counts)
+        self._taken = list(self._counts)
+        self._remainders = [0.0] * len(self._counts)
 
-    def add(self, seconds: float) -> None:
-        """Count one duration."""
-        self._counts[bisect_left(BOUNDS_S, seconds)] += 1
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Count a duration, once or `count` times."""
+        self._counts[bisect_left(BOUNDS_S, seconds)] += count
 
-    def take(self, enough: int) -> list[int]:
-        """Return how many came in each bucket since the last call; where those are more than
-        enough, about so many, in proportion.
+    def take(self, limit: int) -> list[int]:
+        """Return the counts per bucket since the last call, scaled down to about `limit` in all.
 
-        What a bucket's share leaves over is kept for later calls, so that in the long run the
-        proportions are exact.
+        The fraction that rounding cuts off a bucket's count is added to it in a later call, so that
+        the proportions are exact in the long run.
         """
         now = list(self._counts)
-        new = [count - before for count, before in zip(now, self._read, strict=True)]
-        self._read, total = now, sum(new)
-        if total <= enough:
+        new = [count - before for count, before in zip(now, self._taken, strict=True)]
+        self._taken = now
+        total = sum(new)
+        if total <= limit:
             return new
         shares = [
-            owed + count * enough / total for owed, count in zip(self._owed, new, strict=True)
+            remainder + count * limit / total
+            for remainder, count in zip(self._remainders, new, strict=True)
         ]
-        self._owed = [share % 1 for share in shares]
+        self._remainders = [share % 1 for share in shares]
         return [int(share) for share in shares]
 
 
 @dataclass(eq=False)
 class Traffic:
-    """The bytes that one worker's push and pull move while everything is reached as it is, and how
-    often they did.
+    """The bytes that one worker's push and pull move on the present channels, and their numbers.
+
+    Args:
+        push_bytes: of one push, by how they move: "lane" (shared memory) or "object".
+        pull_bytes: of one pull, likewise.
+        pushed: how many pushes there were.
+        pulled: how many pulls there were.
     """
 
     push_bytes: Mapping[str, int]
@@ -73,8 +79,12 @@ class Traffic:
 
     @classmethod
     def of(cls, ranges: Iterable[Ranges], lanes: frozenset[int], gradients: Flat) -> "Traffic":
-        """Return that of these shards, some of which are reached by lanes, with gradients of these
-        dtypes.
+        """Return the traffic of a worker with the shards of these ranges.
+
+        Args:
+            ranges: the shards', by index.
+            lanes: the indices of the shards that are reached through shared memory.
+            gradients: arrays of the gradients' dtypes, by dtype space.
         """
         push, pull = {"lane": 0, "object": 0}, {"lane": 0, "object": 0}
         for shard, held in enumerate(ranges):
@@ -89,7 +99,7 @@ class Meter:
     """The numbers of one optimizer in this process.
 
     Args:
-        optimizer: its name, None where it has none.
+        optimizer: its name, if it has one.
     """
 
     def __init__(self, optimizer: str | None) -> None:
@@ -97,16 +107,17 @@ class Meter:
         self.seconds = {
             name: Seconds() for name, metric in METRICS.items() if metric.kind == "histogram"
         }
-        self.push, self.apply, self.pull, self.step, self.save = (
-            self.seconds[f"distnadam_{what}_seconds"]
-            for what in ("push", "apply", "pull", "step", "save")
-        )
+        self.push = self.seconds["distnadam_push_seconds"]
+        self.apply = self.seconds["distnadam_apply_seconds"]
+        self.pull = self.seconds["distnadam_pull_seconds"]
+        self.step = self.seconds["distnadam_step_seconds"]
+        self.save = self.seconds["distnadam_save_seconds"]
         self.save_failures = 0
         self.traffic: list[Traffic] = []
         self.sources: list[Callable[[], Iterable[Sample]]] = []
 
     def samples(self) -> Iterator[Sample]:
-        """Yield the counters and gauges that are not zero for want of anybody who counts here."""
+        """Yield the counters and gauges that something in this process counts."""
         moved: dict[tuple[str, str], int] = {}
         for traffic in list(self.traffic):
             for direction, sizes, times in (
@@ -122,17 +133,17 @@ class Meter:
             yield from source()
 
 
-def state_bytes(ranges: Ranges) -> int:
-    """Return the bytes of a shard's state: two buffers of its parameters, and both moments."""
+def shard_bytes(ranges: Ranges) -> int:
+    """Return the memory of a shard's state in bytes: two buffers of parameters, m and v."""
     return sum(
         4 * (end - begin) * np.dtype(space).itemsize for space, (begin, end) in ranges.items()
     )
 
 
 def shard_samples(spec: ShardSpec, now: Description) -> Iterator[Sample]:
-    """Yield what a shard's description says of it."""
+    """Yield the gauges that follow from a shard's description."""
     yield "distnadam_queue_depth", {}, len(set(now.members) - set(now.waiting_for))
-    yield "distnadam_shard_bytes", {"shard": str(spec.index)}, state_bytes(spec.ranges)
+    yield "distnadam_shard_bytes", {"shard": str(spec.index)}, shard_bytes(spec.ranges)
     if spec.index == 0:
         yield "distnadam_iterations", {}, now.iterations
     if spec.replicas:

@@ -1,8 +1,8 @@
-"""The metrics that a run exports, as a table: names, kinds, what each says and its tags.
+"""The table of exported metrics: names, kinds, descriptions and tags.
 
-Ray's exporter puts `ray_` before a name, and after a histogram's `_bucket`, `_sum` or `_count`.
-Deploy files are checked against this. Histograms are of a sample where there is more to tell than
-anybody needs: their shares are right, their counts are not of all steps.
+Ray's exporter prefixes a name with `ray_`, and appends `_bucket`, `_sum` or `_count` to a
+histogram's. The files in deploy/ are checked against this table. Histograms of frequent events are
+samples: their proportions are exact, their counts are not.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric: its kind, what it says, and the tags beside which it is told apart."""
+    """One metric: its kind, its description, and its tag keys."""
 
     kind: Literal["histogram", "counter", "gauge"]
     description: str

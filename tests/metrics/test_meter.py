@@ -1,13 +1,11 @@
-"""What is measured: durations by bucket, shares that stay right when only a sample is told, and
-bytes by how they move.
-"""
+"""The meter: durations by bucket, samples with exact proportions, bytes by how they move."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.metrics.meter import BOUNDS_S, Meter, Seconds, Traffic, state_bytes
+from distnadam.metrics.meter import BOUNDS_S, Meter, Seconds, Traffic, shard_bytes
 from distnadam.metrics.table import METRICS
 
 
@@ -17,25 +15,25 @@ def test_a_duration_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() 
         seconds.add(bound)
     seconds.add(1e9)
     assert seconds.take(1000) == [1] * (len(BOUNDS_S) + 1)
-    assert not any(seconds.take(1000)), "what was taken is not told again"
+    assert not any(seconds.take(1000)), "what was taken is not counted again"
 
 
 @given(st.lists(st.lists(st.integers(0, 5000), min_size=3, max_size=3), min_size=1, max_size=30))
-def test_of_more_than_enough_a_sample_is_told_whose_shares_are_right_in_the_long_run(
+def test_a_sample_of_too_many_durations_has_exact_proportions_in_the_long_run(
     flushes: list[list[int]],
 ) -> None:
-    seconds, told, wanted = Seconds(), np.zeros(3), np.zeros(3)
+    seconds, sampled, wanted = Seconds(), np.zeros(3), np.zeros(3)
     for counts in flushes:
         for bucket, count in enumerate(counts):
-            seconds._counts[bucket] += count
+            seconds.add(BOUNDS_S[bucket], count)
         taken = seconds.take(100)
         assert sum(taken) <= max(100, 100 + 3)
-        told += taken[:3]
+        sampled += taken[:3]
         wanted += np.array(counts) * min(1, 100 / max(1, sum(counts)))
-    assert np.abs(told - wanted).max() < 1.001
+    assert np.abs(sampled - wanted).max() < 1.001
 
 
-def test_traffic_is_told_by_how_each_shard_is_reached_and_what_the_gradients_came_in() -> None:
+def test_traffic_depends_on_how_each_shard_is_reached_and_on_the_gradients_dtype() -> None:
     meter = Meter(None)
     ranges = [
         {"float32": (0, 1000), "float64": (0, 0)},
@@ -46,12 +44,12 @@ def test_traffic_is_told_by_how_each_shard_is_reached_and_what_the_gradients_cam
     traffic.pushed, traffic.pulled = 3, 2
     meter.traffic.append(traffic)
     meter.traffic.append(Traffic.of(ranges, frozenset({0, 1}), gradients))
-    told = {
+    moved = {
         tuple(tags.values()): value
         for name, tags, value in meter.samples()
         if name == "distnadam_bytes_total"
     }
-    assert told == {
+    assert moved == {
         ("lane", "push"): 3 * 2000,
         ("object", "push"): 3 * (1000 + 80),
         ("lane", "pull"): 2 * 4000,
@@ -73,4 +71,4 @@ def test_every_sample_is_in_the_table_with_its_tags() -> None:
 def test_a_shards_state_is_two_buffers_of_parameters_and_both_moments(
     ranges: dict[str, tuple[int, int]], size: int
 ) -> None:
-    assert state_bytes(ranges) == size
+    assert shard_bytes(ranges) == size

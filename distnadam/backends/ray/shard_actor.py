@@ -20,7 +20,7 @@ from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.object_replication import ObjectReplicationStream, OrderedStream
 from distnadam.errors import ArenaError, ClusterError, LaneError
-from distnadam.metrics.meter import state_bytes
+from distnadam.metrics.meter import shard_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
@@ -78,7 +78,7 @@ class ShardActor:
         """
         if self._host is None and self._standby is None:
             with memory_for(
-                f"shard {self._spec.index}: its state of {state_bytes(self._spec.ranges)} bytes"
+                f"shard {self._spec.index}: its state of {shard_bytes(self._spec.ranges)} bytes"
             ):
                 self._open(neighbour, standby=standby)
         return self._place

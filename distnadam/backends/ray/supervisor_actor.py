@@ -14,7 +14,7 @@ from distnadam.backends.ray.lease import lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
-from distnadam.metrics.meter import Sample, state_bytes
+from distnadam.metrics.meter import Sample, shard_bytes
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.discovery import RecoveredTopology
 from distnadam.supervision.process_manager import ShardProcess
@@ -149,7 +149,7 @@ class SupervisorActor:
         await asyncio.to_thread(self._supervisor.close)
 
     def _samples(self) -> Iterator[Sample]:
-        sizes = [state_bytes(spec.ranges) for spec in self._supervisor.specs()]
+        sizes = [shard_bytes(spec.ranges) for spec in self._supervisor.specs()]
         yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries().values())
         yield "distnadam_shard_imbalance", {}, max(sizes) * len(sizes) / max(1, sum(sizes))
 
