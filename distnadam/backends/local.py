@@ -6,7 +6,6 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
@@ -20,19 +19,14 @@ from distnadam.backends.base import (
     WorkerGroup,
 )
 from distnadam.config import Options
-from distnadam.errors import Reconfigured, Unrecoverable
+from distnadam.errors import Reconfigured, StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
-from distnadam.protocol.messages import CatchUp, Message, Pause, Push, Read, ShardSpec, TotalNorms
-from distnadam.protocol.supervisor_messages import Order, Reconfigure, Retire
+from distnadam.protocol.messages import Message, Push, ShardSpec, TotalNorms
+from distnadam.protocol.supervisor_messages import Order, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
-from distnadam.tensors.arrays import (
-    STATE_ARRAYS,
-    Flat,
-    cut_flat,
-    empty_flat,
-    memory_for,
-    zeros_flat,
-)
+from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
+from distnadam.supervision.resharding import Resharding, reshard
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
 from distnadam.tensors.layout import Layout, Ranges
 
 
@@ -122,6 +116,11 @@ class LocalTransport(ShardTransport):
                 threads=spec.options.threads or len(os.sched_getaffinity(0)),
             )
 
+    def replace(self, specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
+        """Send every later message to these hosts; the parameters stay where they are."""
+        self.specs = list(specs)
+        self.hosts = [process.handle for process in shards]
+
     @property
     @override
     def num_shards(self) -> int:
@@ -200,33 +199,58 @@ class LocalSupervisorClient(SupervisorClient):
 
     @override
     def reshard(self, cuts: Sequence[Ranges]) -> None:
-        shards = self._transport
-        old, specs, token = shards.hosts, shards.specs, "reshard"
-        held = [host.send(Pause(token)).result() for host in old]
-        newest = max(answer.round for answer in held)
-        for host, answer in zip(old, held, strict=True):
-            if answer.round < newest:
-                host.send(CatchUp(token, newest)).result()
-        control_state, epoch = old[0].control_state, max(answer.epoch for answer in held) + 1
-        arrays = [host.send(Read(token, STATE_ARRAYS)).result() for host in old]
-        whole = {name: empty_flat(specs[0].layout.sizes) for name in STATE_ARRAYS}
-        for spec, parts in zip(specs, arrays, strict=True):
-            for name, flat in parts.items():
-                for space, (begin, end) in spec.ranges.items():
-                    whole[name][space][begin:end] = flat[space]
-        shards.specs = [
-            replace(specs[0], index=i, num_shards=len(cuts), ranges=ranges)
-            for i, ranges in enumerate(cuts)
-        ]
-        shards.hosts = [shards.make_host(spec) for spec in shards.specs]
-        for spec, host in zip(shards.specs, shards.hosts, strict=True):
-            cut = {name: cut_flat(flat, spec.ranges) for name, flat in whole.items()}
-            host.take_over(
-                control_state, cut, Reconfigure(epoch=epoch, schedule=control_state.schedule)
-            )
-        for host in old:
-            host.send(Retire(epoch)).result()
-            host.close()
+        transport = self._transport
+        hosts, specs = transport.hosts, transport.specs
+        what = Resharding(
+            token=transport.new_token(),
+            specs=specs,
+            shards=[ShardProcess(index, host, None) for index, host in enumerate(hosts)],
+            cuts=cuts,
+            epoch=0,
+            newest={},
+            pause_s=specs[0].options.step_timeout_s,
+        )
+        reshard(LocalProcesses(transport), what, transport.replace)
+
+
+class LocalProcesses(ShardProcesses):
+    """Hosts in this process, in the place of processes, as a reshard needs them."""
+
+    def __init__(self, transport: LocalTransport) -> None:
+        self._transport = transport
+
+    @override
+    def start(
+        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
+        return ShardProcess(spec.index, self._transport.make_host(spec), None)
+
+    @override
+    def terminate(self, *processes: ShardProcess) -> None:
+        for process in processes:
+            process.handle.close()
+
+    @override
+    def ask(
+        self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
+    ) -> dict[int, Any]:
+        futures = {
+            index: targets[index].handle.send(message)
+            for index, message in messages.items()
+            if index in targets
+        }
+        wait(futures.values(), timeout=timeout_s)
+        return {
+            index: (future.exception() or future.result())
+            if future.done()
+            else StepTimeout(f"shard {index} did not answer in {timeout_s:g} s")
+            for index, future in futures.items()
+        }
+
+    @override
+    def control_state(self, process: ShardProcess) -> ShardControlState:
+        state: ShardControlState = process.handle.control_state
+        return state
 
 
 class LocalBackend(Backend):

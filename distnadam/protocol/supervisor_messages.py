@@ -11,6 +11,7 @@ from typing import Any, Literal
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Outcome, PushNote
 from distnadam.protocol.shard_status import Owners
+from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Flat
 
 Reason = Literal["replaced", "rewound", "reconfigured"]
@@ -49,7 +50,8 @@ class Load:
         schedule: the membership; empty leaves it.
         newest: the newest incarnation of each rank, where it is known.
         here: the ranks that a living worker holds, likewise.
-        furthest: the latest round that was ever decided.
+        highest_round: the latest round that was ever decided.
+        lr: the learning rate from now on; None leaves the shard's.
     """
 
     epoch: int
@@ -63,6 +65,7 @@ class Load:
     newest: dict[int, int] = field(default_factory=dict)
     live_owners: Owners = field(default_factory=dict)
     highest_round: int = 0
+    lr: Rate | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,14 @@ class Retire:
     """
 
     epoch: int
+
+
+@dataclass(frozen=True)
+class DescribeStandby:
+    """Asks a standby for the last round that it has of its primary; None if it has no state.
+
+    It answers once it has applied all that a dead primary sent.
+    """
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from distnadam.protocol.messages import (
     ShardSpec,
     Write,
 )
+from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
     AttachStandby,
     DetachStandby,
@@ -376,7 +377,7 @@ class ShardHost:
                     "shard %d: its standby is gone or out of date; a new one will be filled",
                     self._spec.index,
                 )
-                self._on_notice(Notice("standby lost", -1, 0))
+                self._on_notice(Notice(StandbyLost(shard=self._spec.index)))
 
     def _described(self, *, with_spec: bool) -> Description:
         """Return the shard's description, with what only its host knows."""

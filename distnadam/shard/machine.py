@@ -11,6 +11,7 @@ import distnadam.protocol.messages as msg
 from distnadam.errors import IllegalMessage, LatePush, Reconfigured, RoundMismatch, ShardLost
 from distnadam.protocol import supervisor_messages
 from distnadam.protocol.shard_status import Description
+from distnadam.protocol.supervisor_events import RankDied, RankJoined, RankLeft
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import LEGAL, Answer, Effect, Notice, Phase, Replicate
 from distnadam.shard.round import Round, Waiter, note_of
@@ -80,7 +81,8 @@ class Shard(Machine):
         incarnation = self.members.join(message)
         if self.collecting:
             self._current.set_aside(message.rank, incarnation)
-        notices = [] if message.reserve else [Notice("joined", message.rank, incarnation)]
+        joined = RankJoined(rank=message.rank, incarnation=incarnation)
+        notices = [] if message.reserve else [Notice(joined)]
         record = Replicate(
             supervisor_messages.ReplicatedJoin(
                 message.rank, incarnation, None if message.reserve else message.process
@@ -193,7 +195,8 @@ class Shard(Machine):
     def _on_leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
         self.members.leave(message.rank, message.incarnation)
         gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
-        return [gone, Notice("left", message.rank, message.incarnation), Answer(caller, None)]
+        left = RankLeft(rank=message.rank, incarnation=message.incarnation)
+        return [gone, Notice(left), Answer(caller, None)]
 
     def _on_worker_died(self, message: msg.WorkerDied, caller: Any) -> list[Effect]:
         if self._broken is not None or not self.members.lose(message.rank, message.incarnation):
@@ -201,7 +204,8 @@ class Shard(Machine):
                 Answer(caller, None)
             ]  # whoever hangs up on a shard that was retired has not died
         gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
-        return [gone, Notice("died rank", message.rank, message.incarnation), Answer(caller, None)]
+        died = RankDied(rank=message.rank, incarnation=message.incarnation)
+        return [gone, Notice(died), Answer(caller, None)]
 
     # Whoever acts on the optimizer as a whole
 

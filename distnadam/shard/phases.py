@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 import distnadam.protocol.messages as msg
-from distnadam.protocol import supervisor_messages
+from distnadam.protocol import supervisor_events, supervisor_messages
 
 
 class Phase(Enum):
@@ -54,11 +54,9 @@ class Replicate:
 
 @dataclass(frozen=True)
 class Notice:
-    """An effect: tell the supervisor, if there is one, what happened to a rank."""
+    """An effect: report to the supervisor, if any."""
 
-    what: str
-    rank: int
-    incarnation: int
+    report: supervisor_events.Report
 
 
 Effect = Answer | Compute | Replicate | Notice

@@ -315,6 +315,8 @@ class Machine:
             self.members.ledger.admit_all(order.newest)
             self.members.owners = {**order.live_owners, **self.members.owners}
             self.highest_round = max(self.highest_round, self.round, order.highest_round)
+            if order.lr is not None:
+                self.config = self.config.with_lr(order.lr)
             result = self.round
             self._loaded = order.epoch, result
         return [Answer(caller, result)]

@@ -1,105 +1,94 @@
-"""How each of the policy's decisions is carried out on the fleet. It decides nothing; what it finds
-on its way is looked at anew.
+"""Executes the policy's decisions on the processes. It decides nothing: what it finds on its way is
+left to the next look.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from distnadam.checkpoint.storage.base import Directory
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
-from distnadam.protocol.messages import CatchUp, Description, Join, Joined, Pause, Paused, Resume
+from distnadam.protocol.messages import Description, Join, Joined, Resume, WorkerDied
 from distnadam.protocol.orphaned_push import adoptions
+from distnadam.protocol.shard_status import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
     AttachStandby,
     Load,
     MembershipHistory,
     Reconfigure,
-    Retire,
 )
 from distnadam.shard.phases import Phase
 from distnadam.supervision import policy
 from distnadam.supervision.cluster_state import ClusterState
+from distnadam.supervision.events import StandbyFilled, StandbyStarted
+from distnadam.supervision.observer import TOKEN
+from distnadam.supervision.pause import all_paused
 from distnadam.supervision.process_manager import ShardProcess
+from distnadam.supervision.resharding import Resharding, ask_all_or_raise, reshard
 from distnadam.supervision.restore_points import RestorePoints
 from distnadam.tensors.layout import Ranges
 
 log = logging.getLogger("distnadam")
 
 _LOAD_S = 3600.0
-_RETIRE_S = 60.0
-"""Seconds in which a shard has copied what it was to save, before it lets go of its arrays."""
-_HIRE_AGAIN_S = 1.0
-_HOLD_S = 5.0
-_TOKEN = "supervisor"
+_START_AGAIN_S = 1.0
+_PAUSE_S = 5.0
 
 
 class DecisionExecutor:
-    """See the module.
+    """Executes decisions, in the supervisor's thread; standbys are started and filled beside it.
 
     Args:
-        fleet: the processes.
-        source: what can be gone back to.
-        publish: tells everyone where the shards are now, or why there are none any more.
-        report: told, from another thread, "hired" with the cutting, the index and the process of a
-            new standby, None where none could be had, and "attached" with those of one that was
-            filled, and the error where it could not be.
+        cluster: the processes, and what is known of them.
+        restore_points: what can be gone back to.
+        publish: publishes where the shards are now, or why there are none any more.
+        report: takes `StandbyStarted` and `StandbyFilled`, from the executor's thread.
+        beside: runs what must not hold up the supervisor.
     """
 
     def __init__(
         self,
         cluster: ClusterState,
-        source: RestorePoints,
+        restore_points: RestorePoints,
         publish: Callable[[str | None], None],
-        report: Callable[[str, Any], None],
+        report: Callable[[StandbyStarted | StandbyFilled], None],
+        beside: Executor,
     ) -> None:
-        self._cluster, self._source, self._publish, self._report = cluster, source, publish, report
-        self._starter = ThreadPoolExecutor(1, "hirer")
-        self._filling: set[int] = set()
+        self._cluster = cluster
+        self._restore_points = restore_points
+        self._publish = publish
+        self._report = report
+        self._beside = beside
         self.counts = {"promoted": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
-    def release(self) -> None:
-        """Let go of shards that an earlier supervisor held when it died."""
-        self._cluster.ask_all(Resume(_TOKEN))
-
-    def close(self) -> None:
-        """Hire nobody any more."""
-        self._starter.shutdown(cancel_futures=True)
-
     def execute(self, decision: policy.Decision, seen: policy.Observation) -> None:
-        """Do what was decided on what was seen."""
+        """Execute what was decided on an observation."""
         log.info("supervisor: %s", decision)
-        if isinstance(decision, policy.Promote):
-            self._promote(decision)
-        elif isinstance(decision, policy.Rewind):
-            self._rewind(decision)
-        elif isinstance(decision, policy.Complete):
-            self._reconfigure(
-                decision.epoch, next(s.schedule for s in seen.shards if s.epoch == decision.epoch)
-            )
-        elif isinstance(decision, policy.Depart):
-            self._depart(decision, seen)
-        elif isinstance(decision, policy.Admit):
-            self._admit(decision, seen)
-        elif isinstance(decision, policy.AbandonRanks):
-            for rank in decision.ranks:
-                self._cluster.ask_all(AbandonRank(rank, self._cluster.dead[rank][0]))
-        else:
-            log.error("supervisor: %s", decision.why)
-            self._publish(decision.why)
+        _EXECUTE[type(decision)](self, decision, seen)
+
+    def _fail(self, decision: policy.Fail, seen: policy.Observation) -> None:
+        log.error("supervisor: %s", decision.why)
+        self._publish(decision.why)
 
     # Shards
 
-    def _promote(self, decision: policy.Promote) -> None:
-        cluster, epoch, schedule = self._cluster, self._cluster.next_epoch(), self._cluster.schedule
+    def _fence(self, decision: policy.Fence, seen: policy.Observation) -> None:
+        for index in decision.shards:
+            self._fence_process(self._cluster.shards[index])
+
+    def _fence_process(self, process: ShardProcess) -> None:
+        if process not in self._cluster.fenced:
+            self._cluster.processes.fence(process)
+            self._cluster.fenced.add(process)
+
+    def _promote(self, decision: policy.Promote, seen: policy.Observation) -> None:
+        cluster = self._cluster
+        epoch, schedule = cluster.next_epoch(), cluster.schedule
         for index in decision.shards:
             log.warning("shard %d died; its standby takes over", index)
-            cluster.processes.fence(cluster.shards[index])
             standby = cluster.standbys.pop(index)
             reconfigure = Reconfigure(epoch=epoch, schedule=schedule, newest=dict(cluster.newest))
             try:
@@ -108,121 +97,181 @@ class DecisionExecutor:
                 )
             except DistNadamError as error:
                 log.warning("the standby of shard %d cannot take over: %s", index, error)
-                cluster.processes.fence(standby)
+                self._fence_process(standby)
                 return
         self.counts["promoted"] += len(decision.shards)
         self._reconfigure(epoch, schedule)
 
+    def _complete(self, decision: policy.Complete, seen: policy.Observation) -> None:
+        newest = next(shard for shard in seen.shards if shard.epoch == decision.epoch)
+        self._reconfigure(decision.epoch, newest.schedule)
+
+    def _release_hold(self, decision: policy.ReleaseHold, seen: policy.Observation) -> None:
+        log.warning("the shards were held by %s, which is gone; they go on", decision.token)
+        self._cluster.ask_all(Resume(decision.token))
+
     def _reconfigure(self, epoch: int, schedule: MembershipHistory) -> None:
-        self._cluster.ask_all(
-            Reconfigure(epoch=epoch, schedule=schedule, newest=dict(self._cluster.newest))
-        )
+        newest = dict(self._cluster.newest)
+        self._cluster.ask_all(Reconfigure(epoch=epoch, schedule=schedule, newest=newest))
         self._publish(None)
 
-    def _rewind(self, decision: policy.Rewind) -> None:
-        """Make what is gone anew, and have all shards load the newest checkpoint that all of them
-        can read.
-        """
+    def _rewind(self, decision: policy.Rewind, seen: policy.Observation) -> None:
+        """Start dead shards again; have all load the newest restore point that all can read."""
         log.warning("%s: all shards go back to the last checkpoint", decision.why)
         cluster = self._cluster
-        for index in cluster.missing():
-            cluster.processes.fence(cluster.shards[index])
-            if (outdated := cluster.standbys.pop(index, None)) is not None:
-                cluster.processes.fence(outdated)  # it must not step in for the new one
-        for index in cluster.missing():
-            cluster.shards[index] = cluster.processes.start(
-                cluster.spec(index), standby=False, near=list(cluster.alive().values())
+        for index in decision.shards:
+            if (standby := cluster.standbys.pop(index, None)) is not None:
+                self._fence_process(standby)  # it must not step in for the new shard
+        for index in decision.shards:
+            near = list(cluster.alive().values())
+            process = cluster.processes.start(cluster.specs[index], standby=False, near=near)
+            cluster.shards[index] = process
+            cluster.processes.watch(process)
+        epoch = cluster.next_epoch()
+        for point in self._restore_points.candidates():
+            load = Load(
+                epoch=epoch,
+                schedule=cluster.schedule,
+                newest=dict(cluster.newest),
+                live_owners=dict(cluster.live_owners),
+                highest_round=cluster.highest_round,
+                lr=cluster.lr,
             )
-            cluster.processes.watch(cluster.shards[index])
-        epoch, schedule = cluster.next_epoch(), cluster.schedule
-        for candidate in self._source.candidates():
-            known = {
-                "schedule": schedule,
-                "newest": dict(cluster.newest),
-                "live_owners": dict(cluster.live_owners),
-                "highest_round": cluster.highest_round,
-            }
-            loads = self._source.loads(candidate, cluster.specs, epoch, **known)
             epoch += 1
-            answers = cluster.ask(loads, _LOAD_S)
+            answers = cluster.ask(self._restore_points.loads(point, cluster.specs, load), _LOAD_S)
             errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
             if any(isinstance(error, (ShardLost, StepTimeout)) for error in errors):
                 return  # another death: look again
             if not errors and len(answers) == len(cluster.shards):
-                self._source.changed, cluster.stuck = None, False
+                self._restore_points.changed = None
+                cluster.cannot_complete = False
                 self.counts["rewound"] += 1
                 self._publish(None)
                 return
-            for error in errors[:1]:
-                log.warning(
-                    "passing over %s: %s",
-                    candidate if isinstance(candidate, Directory) else "the first parameters",
-                    error,
-                )
+            if errors:
+                log.warning("passing over %s: %s", point, errors[0])
         self._publish(
-            f"{decision.why}, and no checkpoint under {self._source.directory} can be loaded"
+            f"{decision.why}, and no checkpoint under {self._restore_points.directory} can be "
+            "loaded"
         )
+
+    def reshard(self, cuts: Sequence[Ranges]) -> None:
+        """Have new shards of these ranges take the state over; the present ones go on if it fails.
+
+        Raises:
+            ClusterError: no process can be started, or a present shard died or did not pause.
+        """
+        cluster = self._cluster
+        if len(cuts) == len(cluster.shards):
+            return  # asked again, after an answer that was lost
+
+        def replaced(specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
+            standbys.extend(cluster.standbys.values())
+            cluster.replace(specs, shards)
+            self._publish(None)
+
+        standbys: list[ShardProcess] = []
+        what = Resharding(
+            token=TOKEN,
+            specs=cluster.specs,
+            shards=cluster.shards,
+            cuts=cuts,
+            epoch=cluster.epoch,
+            newest=cluster.newest,
+            pause_s=_PAUSE_S,
+        )
+        reshard(cluster.processes, what, replaced)
+        cluster.processes.terminate(*standbys)
+        for process in cluster.shards:
+            cluster.processes.watch(process)
 
     # Ranks
 
-    def settle(self, rank: int) -> bool:
-        """Refuse a dead worker from now on, and see its last push through where a shard has counted
-        it, or have all go back.
+    def _report_workers_died(
+        self, decision: policy.ReportWorkersDied, seen: policy.Observation
+    ) -> None:
+        for rank, incarnation in decision.workers:
+            self._cluster.ask_all(WorkerDied(rank, incarnation))
 
-        Return False where that is not for now: somebody has taken the rank over, who does the same,
-        or a shard died, which comes first.
+    def _finish_dead_workers(
+        self, decision: policy.FinishDeadWorkers, seen: policy.Observation
+    ) -> None:
+        for rank in decision.ranks:
+            self._finish_dead_worker(rank)
+
+    def _finish_dead_worker(self, rank: int) -> bool:
+        """Refuse a dead worker from now on; complete its last push if a shard has counted it.
+
+        Return False if that cannot be now: somebody has taken the rank over, who does the same, or
+        a shard died, which comes first. Where the push cannot be completed, all must go back.
         """
         cluster = self._cluster
-        joins = cluster.ask_all(
-            Join(rank=rank, incarnation=cluster.dead[rank][0] + 1, reserve=True)
-        )
+        if rank not in cluster.dead_ranks:
+            return False
+        incarnation = cluster.dead_ranks[rank].incarnation + 1
+        join = Join(rank=rank, incarnation=incarnation, reserve=True)
+        joins = cluster.ask_all(join)
         joined = {index: answer for index, answer in joins.items() if isinstance(answer, Joined)}
         if len(joined) < len(cluster.shards):
+            died = len(joins) < len(cluster.shards) or any(
+                isinstance(answer, (ShardLost, StepTimeout)) for answer in joins.values()
+            )
+            if not died:
+                cluster.worker_finished(rank)  # by whoever has taken the rank over
             return False
-        adopted = cluster.ask(adoptions(rank, joined))
-        cluster.stuck = cluster.stuck or any(
-            isinstance(answer, IllegalMessage) for answer in adopted.values()
-        )
-        return not any(isinstance(answer, Exception) for answer in adopted.values())
+        adopted = cluster.ask(adoptions(rank, joined)).values()
+        if any(isinstance(answer, IllegalMessage) for answer in adopted):
+            cluster.cannot_complete = True
+        if not any(isinstance(answer, (ShardLost, StepTimeout)) for answer in adopted):
+            cluster.worker_finished(rank)
+        return not any(isinstance(answer, Exception) for answer in adopted)
 
     def _depart(self, decision: policy.Depart, seen: policy.Observation) -> None:
-        log.warning("ranks %s leave; the others go on", ", ".join(map(str, decision.ranks)))
-        with self._between_rounds() as held:
-            if held and all(self.settle(rank) for rank in decision.ranks):
-                self._set_members(tuple(sorted(seen.members - set(decision.ranks))))
-                self.counts["departed"] += len(decision.ranks)
+        ranks = decision.ranks
+        log.warning("ranks %s leave; the others go on", ", ".join(map(str, ranks)))
+        with self._between_rounds() as paused:
+            if paused and all(self._finish_dead_worker(rank) for rank in ranks):
+                self._set_members(tuple(sorted(seen.members - set(ranks))))
+                self.counts["departed"] += len(ranks)
 
     def _admit(self, decision: policy.Admit, seen: policy.Observation) -> None:
         log.info("ranks %s join", ", ".join(map(str, decision.ranks)))
-        with self._between_rounds() as held:
-            if held:
+        with self._between_rounds() as paused:
+            if paused:
                 self._set_members(tuple(sorted(seen.members | set(decision.ranks))))
+
+    def _abandon_ranks(self, decision: policy.AbandonRanks, seen: policy.Observation) -> None:
+        lost = self._cluster.lost_ranks
+        for rank in sorted(lost.keys() & set(decision.ranks)):
+            self._cluster.ask_all(AbandonRank(rank, lost[rank]))
 
     @contextmanager
     def _between_rounds(self) -> Iterator[bool]:
-        """Hold all shards, shard 0 first as everybody does; False where somebody else has them, or
-        one is gone: it is tried again.
+        """Pause all shards where they are; yield False if one cannot be paused now.
+
+        Late ones stay late: the round that they lack may await the very worker that is dead.
         """
-        cluster, held = self._cluster, True
-        try:
-            for indices in ([0], range(1, len(cluster.shards))):
-                answers = (
-                    cluster.ask({index: Pause(_TOKEN) for index in indices}, _HOLD_S)
-                    if held
-                    else {}
-                )
-                held = (
-                    held
-                    and len(answers) == len(indices)
-                    and all(isinstance(answer, Paused) for answer in answers.values())
-                )
-            yield held
-        finally:
-            cluster.ask_all(Resume(_TOKEN))
+        cluster = self._cluster
+
+        def ask(messages: Mapping[int, Any]) -> dict[int, Any]:
+            return ask_all_or_raise(cluster.processes, cluster.shards, messages, _PAUSE_S)
+
+        pause = all_paused(
+            ask, cluster.ask, TOKEN, len(cluster.shards), may_lag=lambda newest: True
+        )
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(pause)
+            except DistNadamError as error:
+                log.info("the shards cannot be paused now: %s", error)
+                yield False
+            else:
+                yield True
 
     def _set_members(self, ranks: tuple[int, ...]) -> None:
-        """Have these ranks from the first round on that no held shard has begun: it may have all
-        its pushes, and await norms.
+        """Have these ranks from the first round on that no paused shard has begun.
+
+        A shard's coming round may have all its pushes already, and await norms.
         """
         cluster = self._cluster
         described = [
@@ -235,149 +284,71 @@ class DecisionExecutor:
             kept = tuple(entry for entry in cluster.schedule if entry[0] <= begun)
             self._reconfigure(cluster.epoch + 1, (*kept, (begun + 1, ranks)))
 
-    def _level(self) -> bool:
-        """Have the held shards that are behind complete the round that others have decided; return
-        whether all stand at one round.
-        """
-        cluster = self._cluster
-        rounds = {
-            index: answer.round
-            for index, answer in cluster.describe().items()
-            if isinstance(answer, Description)
-        }
-        late = {
-            index: CatchUp(_TOKEN, max(rounds.values()))
-            for index, number in rounds.items()
-            if number < max(rounds.values())
-        }
-        return len(rounds) == len(cluster.shards) and not any(cluster.ask(late, _HOLD_S).values())
-
-    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
-        """Have new shards take the state over between two rounds; the old ones go on where that
-        fails.
-
-        Raises:
-            ClusterError: no processes can be had for them, or an old one died meanwhile.
-        """
-        cluster, first = self._cluster, self._cluster.spec(0)
-        if num_shards == len(cluster.shards):
-            return  # asked again, after an answer that was lost
-        layout_generation = first.layout_generation + 1
-        specs = [
-            replace(
-                first,
-                index=i,
-                num_shards=num_shards,
-                ranges=ranges,
-                layout_generation=layout_generation,
-            )
-            for i, ranges in enumerate(cuts)
-        ]
-        new: list[ShardProcess] = []
-        try:
-            for spec in specs:
-                new.append(
-                    cluster.processes.start(
-                        spec, standby=False, near=[*cluster.alive().values(), *new]
-                    )
-                )
-            with self._between_rounds() as held:
-                if not held or not self._level():
-                    raise StepTimeout(
-                        "reshard: the shards could not be held between two rounds; try again"
-                    )
-                old, ranges = list(cluster.shards), [spec.ranges for spec in cluster.specs]
-                order = Load(epoch=cluster.epoch + 1, newest=dict(cluster.newest))
-                for error in cluster.processes.move(_TOKEN, old, new, (ranges, cuts), order):
-                    raise error
-                cluster.processes.ask(
-                    dict(enumerate(old)),
-                    {index: Retire(order.epoch) for index in range(len(old))},
-                    _RETIRE_S,
-                )
-                spare = [*old, *cluster.standbys.values()]
-                cluster.replace(specs, new)
-                self._filling = set()
-                self._publish(None)  # not before the old ones are retired: see `recovered_topology`
-        except BaseException:
-            cluster.processes.terminate(*new)
-            raise
-        cluster.processes.terminate(*spare)
-        for process in new:
-            cluster.processes.watch(process)
-
     # Standbys
 
-    def fill_standbys(self) -> None:
-        """See to it that every shard has a standby that follows it; processes are made, and filled,
-        beside the watch.
-        """
+    def _drop_standbys(self, decision: policy.DropStandbys, seen: policy.Observation) -> None:
+        standbys = self._cluster.standbys
+        dropped = [standbys.pop(index) for index in decision.shards if index in standbys]
+        self._cluster.processes.terminate(*dropped)
+
+    def _start_standbys(self, decision: policy.StartStandbys, seen: policy.Observation) -> None:
         cluster = self._cluster
-        for index, answer in cluster.describe().items():
-            if (
-                not isinstance(answer, Description)
-                or answer.replicated is not None
-                or index in self._filling
-            ):
-                continue
-            self._filling.add(index)
-            if (standby := cluster.standbys.get(index)) is None:
-                self._starter.submit(
-                    self._start_standby,
-                    cluster.layout_generation,
-                    index,
-                    cluster.spec(index),
-                    list(cluster.alive().values()),
-                )
-            else:
-                self._starter.submit(
-                    self._attach, cluster.layout_generation, index, cluster.shards[index], standby
-                )
+        for index in decision.shards:
+            cluster.filling.add(index)
+            near = list(cluster.alive().values())
+            self._beside.submit(self._start_standby, cluster.specs[index], near)
 
-    def take_standby(
-        self, layout_generation: int, index: int, process: ShardProcess | None
-    ) -> None:
-        """Take a new standby that was hired, to be filled; one for a shard that is no more is let
-        go.
-        """
-        if layout_generation != self._cluster.layout_generation:
-            if process is not None:
-                self._cluster.processes.terminate(process)
-            return
-        self._filling.discard(index)
-        if process is not None:
-            self._cluster.standbys[index] = process
-            self._cluster.processes.watch(process)
-
-    def take_attached(
-        self, layout_generation: int, index: int, standby: ShardProcess, error: Any
-    ) -> None:
-        """Take that a standby was filled, or could not be."""
-        if layout_generation != self._cluster.layout_generation:
-            return
-        self._filling.discard(index)
-        if isinstance(error, Exception):
-            log.warning(
-                "shard %d: its standby could not be filled: %s", index, str(error).splitlines()[-1]
+    def _fill_standbys(self, decision: policy.FillStandbys, seen: policy.Observation) -> None:
+        cluster = self._cluster
+        for index in decision.shards:
+            cluster.filling.add(index)
+            self._beside.submit(
+                self._fill_standby,
+                cluster.layout_generation,
+                cluster.shards[index],
+                cluster.standbys[index],
             )
-            if self._cluster.standbys.get(index) == standby:
-                self._cluster.processes.fence(self._cluster.standbys.pop(index))
 
-    def _start_standby(
-        self, layout_generation: int, index: int, spec: Any, near: list[ShardProcess]
-    ) -> None:
+    def _start_standby(self, spec: ShardSpec, near: list[ShardProcess]) -> None:
         process = None
         try:
             process = self._cluster.processes.start(spec, standby=True, near=near)
         except DistNadamError as error:
-            log.warning("no standby for shard %d can be had: %s", index, error)
-            time.sleep(_HIRE_AGAIN_S)
-        self._report("hired", (layout_generation, index, process))
+            log.warning("no standby for shard %d can be started: %s", spec.index, error)
+            time.sleep(_START_AGAIN_S)
+        self._report(
+            StandbyStarted(
+                layout_generation=spec.layout_generation, index=spec.index, process=process
+            )
+        )
 
-    def _attach(
-        self, layout_generation: int, index: int, primary: ShardProcess, standby: ShardProcess
+    def _fill_standby(
+        self, layout_generation: int, primary: ShardProcess, standby: ShardProcess
     ) -> None:
-        answer = self._cluster.processes.ask(
+        index = primary.index
+        answers = self._cluster.processes.ask(
             {index: primary}, {index: AttachStandby(standby)}, _LOAD_S
-        ).get(index)
-        self._report("attached", (layout_generation, index, standby, answer))
+        )
+        answer = answers.get(index)
+        error = answer if isinstance(answer, Exception) else None
+        self._report(
+            StandbyFilled(layout_generation=layout_generation, standby=standby, error=error)
+        )
+
+
+_EXECUTE: dict[type, Callable[[DecisionExecutor, Any, policy.Observation], None]] = {
+    policy.Fence: DecisionExecutor._fence,
+    policy.Promote: DecisionExecutor._promote,
+    policy.Rewind: DecisionExecutor._rewind,
+    policy.Complete: DecisionExecutor._complete,
+    policy.ReleaseHold: DecisionExecutor._release_hold,
+    policy.ReportWorkersDied: DecisionExecutor._report_workers_died,
+    policy.FinishDeadWorkers: DecisionExecutor._finish_dead_workers,
+    policy.DropStandbys: DecisionExecutor._drop_standbys,
+    policy.StartStandbys: DecisionExecutor._start_standbys,
+    policy.FillStandbys: DecisionExecutor._fill_standbys,
+    policy.Depart: DecisionExecutor._depart,
+    policy.Admit: DecisionExecutor._admit,
+    policy.AbandonRanks: DecisionExecutor._abandon_ranks,
+    policy.Fail: DecisionExecutor._fail,
+}

@@ -1,136 +1,141 @@
-"""What a supervisor sees of its optimizer each time it looks, as `policy` takes it; and who is
-found to be gone on the way.
+"""What a supervisor sees each time it looks, as `policy` takes it.
+
+It asks and remembers for how long something has been so; what is done about it is decided by
+`policy`, and nothing here acts on a shard or a process.
 """
 
-import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from distnadam.config import Options
-from distnadam.protocol.messages import Description, Resume, WorkerDied
+from distnadam.protocol.messages import Description
+from distnadam.protocol.supervisor_messages import DescribeStandby
 from distnadam.shard.phases import Phase
 from distnadam.supervision import policy
 from distnadam.supervision.cluster_state import ClusterState
 from distnadam.supervision.process_manager import ShardProcess
 from distnadam.supervision.restore_points import RestorePoints
 
-log = logging.getLogger("distnadam")
+TOKEN = "supervisor"
+"""The token by which a supervisor itself pauses shards."""
 
 
 class Observer:
-    """See the module.
+    """Looks at all shards of one optimizer.
 
     Args:
-        fleet: the processes.
-        source: what can be gone back to.
-        options: for how long what may be borne.
-        on_died_rank: told a rank and its worker's incarnation where that one is found to have died.
+        cluster: the processes, and what is known of them.
+        restore_points: what can be gone back to.
+        options: for how long what may last.
     """
 
     def __init__(
-        self,
-        cluster: ClusterState,
-        source: RestorePoints,
-        options: Options,
-        on_died_rank: Callable[[int, int], None],
+        self, cluster: ClusterState, restore_points: RestorePoints, options: Options
     ) -> None:
-        self._cluster, self._source, self._options, self._on_died_rank = (
-            cluster,
-            source,
-            options,
-            on_died_rank,
-        )
+        self._cluster = cluster
+        self._restore_points = restore_points
+        self._options = options
         self._holder: tuple[str, float] | None = None
         self._uneven: tuple[tuple[int, ...], float] | None = None
         self._rounds: tuple[int, ...] = ()
 
     @property
     def awaits(self) -> bool:
-        """Whether something may change by the mere passing of time."""
+        """Whether the mere passing of time may change what is decided."""
         return self._holder is not None or self._uneven is not None
 
     def look(self) -> policy.Observation:
-        """Ask every shard where it stands, and return what is to be decided on."""
-        cluster, now = self._cluster, time.monotonic()
+        """Ask every shard for its status and return what is to be decided on."""
+        cluster, now = self._cluster, self._cluster.clock()
         answers = cluster.describe()
         shards = [
-            self._seen(process, answers.get(index)) for index, process in enumerate(cluster.shards)
+            self._observe(process, answers.get(index))
+            for index, process in enumerate(cluster.shards)
         ]
         described = [
             answer
-            for i, answer in answers.items()
-            if isinstance(answer, Description) and cluster.shards[i] not in cluster.gone
+            for index, answer in answers.items()
+            if isinstance(answer, Description) and cluster.shards[index] not in cluster.dead
         ]
-        self._check_holder(described, now)
-        self._check_steps(described, now)
-        self._check_workers(described)
+        expired = self._expired_hold(described, now)
+        held = self._holder is not None and expired is None
+        uneven = self._uneven_for_long(described, now, held=held)
+        empty = any(answer.phase == Phase.EMPTY.value for answer in described)
         members = frozenset(described[0].members if described else ())
+        changed = next((each.changed for each in described if each.changed is not None), None)
+        given_up = [frozenset(each.given_up) for each in described]
         return policy.Observation(
             shards=shards,
-            dead={rank: now - since for rank, (_, since) in cluster.dead.items()},
-            held=self._holder is not None,
-            stuck=cluster.stuck or any(answer.phase == Phase.EMPTY.value for answer in described),
+            dead={rank: now - worker.since for rank, worker in cluster.dead_ranks.items()},
+            unfinished=frozenset(
+                rank for rank, worker in cluster.dead_ranks.items() if not worker.finished
+            ),
+            unreported=self._unreported_deaths(described),
+            held=held,
+            expired_hold=expired,
+            cannot_complete=cluster.cannot_complete or uneven or empty,
             members=members,
             asking=frozenset(cluster.live_owners) - members,
-            source=self._source.present,
-            changed=self._source.changed
-            or next((d.changed for d in described if d.changed is not None), None),
-            given_up=frozenset.intersection(*(frozenset(d.given_up) for d in described))
-            if described
-            else frozenset(),
+            source=self._restore_points.present,
+            changed=self._restore_points.changed or changed,
+            given_up=frozenset.intersection(*given_up) if given_up else frozenset(),
             highest_round=cluster.highest_round,
         )
 
-    def _seen(self, process: ShardProcess, answer: Any) -> policy.ShardObservation:
-        cluster, reached = self._cluster, None
-        if isinstance(answer, Description) and process not in cluster.gone:
-            told = (
-                answer.epoch,
-                answer.epoch_reason,
-                answer.round,
-                answer.schedule,
-                answer.replicated,
-                answer.changed,
+    def _observe(self, process: ShardProcess, answer: Any) -> policy.ShardObservation:
+        cluster = self._cluster
+        standby = cluster.standbys.get(process.index)
+        stale = standby is not None and standby in cluster.stale
+        filling = process.index in cluster.filling
+        if isinstance(answer, Description) and process not in cluster.dead:
+            return policy.ShardObservation(
+                alive=True,
+                epoch=answer.epoch,
+                reason=answer.epoch_reason,
+                round=answer.round,
+                schedule=answer.schedule,
+                standby=answer.replicated,
+                has_standby=standby is not None,
+                filling=filling,
+                stale=stale,
+                changed=answer.changed,
             )
-            return policy.ShardObservation(True, *told)
-        if process in cluster.gone:
-            cluster.processes.fence(process)  # what it had sent to its standby is all there then
-            if (
-                standby := cluster.standbys.get(process.index)
-            ) is not None and standby not in cluster.outdated:
-                reached = cluster.processes.ask({0: standby}, {0: None}, cluster.ask_s)[0]
+        if process not in cluster.dead:
+            return policy.ShardObservation(alive=True)  # it refuses to say where it stands
+        reached = None
+        if process in cluster.fenced and standby is not None and not stale:
+            reached = cluster.processes.ask({0: standby}, {0: DescribeStandby()}, cluster.ask_s)[0]
         return policy.ShardObservation(
-            process not in cluster.gone, standby=reached if isinstance(reached, int) else None
+            alive=False,
+            fenced=process in cluster.fenced,
+            standby=reached if isinstance(reached, int) else None,
+            has_standby=standby is not None,
+            filling=filling,
+            stale=stale,
         )
 
-    def _check_holder(self, described: Sequence[Description], now: float) -> None:
-        """Let go of shards whose holder has died, or has held them for too long without reading or
-        writing files.
+    def _expired_hold(self, described: Sequence[Description], now: float) -> str | None:
+        """Return the token of a holder that died, or holds for too long without files to handle.
+
+        While the supervisor looks it holds nothing, so its own token is a predecessor's.
         """
         token = min(
             (answer.holder for answer in described if answer.holder is not None), default=None
         )
         if token is None or any(answer.busy for answer in described):
             self._holder = None
-        elif self._holder is None or self._holder[0] != token:
+            return None
+        if self._holder is None or self._holder[0] != token:
             self._holder = (token, now)
-        elif (
-            self._cluster.processes.is_dead(token)
-            or now - self._holder[1] > self._options.step_timeout_s
-        ):
-            log.warning(
-                "the shards were held for %g s by somebody who is gone; letting go",
-                now - self._holder[1],
-            )
-            self._cluster.ask_all(Resume(token))
-            self._holder = None
+            return token if token == TOKEN else None
+        too_long = now - self._holder[1] > self._options.step_timeout_s
+        expired = too_long or token == TOKEN or self._cluster.processes.is_dead(token)
+        return token if expired else None
 
-    def _check_steps(self, described: Sequence[Description], now: float) -> None:
-        """Have all go back where some lack a step from outside that others have applied, and nobody
-        brings it to them.
+    def _uneven_for_long(self, described: Sequence[Description], now: float, *, held: bool) -> bool:
+        """Whether some shards lack a step from outside that others applied, and nobody brings it.
 
-        Whoever holds the shards may be about to; or may wait for the same.
+        A holder may be about to bring it; or it may wait for the same.
         """
         rounds = tuple(answer.round for answer in described)
         lacking = len(set(rounds)) > 1 and any(
@@ -140,32 +145,24 @@ class Observer:
             self._uneven = None
         elif self._uneven is None or self._uneven[0] != rounds:
             self._uneven = (rounds, now)
-        elif now - self._uneven[1] > (
-            self._options.shard_timeout_s
-            if self._holder is None
-            else self._options.step_timeout_s / 2
-        ):
-            self._cluster.stuck, self._uneven = True, None
+        else:
+            options = self._options
+            patience_s = options.step_timeout_s / 2 if held else options.shard_timeout_s
+            return now - self._uneven[1] > patience_s
+        return False
 
-    def _check_workers(self, described: Sequence[Description]) -> None:
-        """Where rounds do not go on, see whether those who are waited for are still there: not
-        every worker has a line that would tell.
+    def _unreported_deaths(self, described: Sequence[Description]) -> dict[int, int]:
+        """Return awaited workers that are dead, where rounds do not go on.
+
+        Not every worker has a connection whose end would say so.
         """
-        for answer in described:
-            for rank in (
-                set(answer.dead) - self._cluster.live_owners.keys() - self._cluster.dead.keys()
-            ):
-                self._on_died_rank(
-                    rank, answer.newest[rank]
-                )  # whoever was told so may have died since
-        rounds, before = tuple(answer.round for answer in described), self._rounds
-        self._rounds = rounds
-        if rounds != before:
-            return
-        for rank in {
-            rank for answer in described for rank in answer.waiting_for
-        } & self._cluster.live_owners.keys() - self._cluster.dead.keys():
-            incarnation, process = self._cluster.live_owners[rank]
-            if self._cluster.processes.is_dead(process):
-                self._cluster.ask_all(WorkerDied(rank, incarnation))
-                self._on_died_rank(rank, incarnation)
+        cluster, before = self._cluster, self._rounds
+        self._rounds = tuple(answer.round for answer in described)
+        if self._rounds != before:
+            return {}
+        awaited = {rank for answer in described for rank in answer.waiting_for}
+        return {
+            rank: cluster.live_owners[rank][0]
+            for rank in awaited & cluster.live_owners.keys() - cluster.dead_ranks.keys()
+            if cluster.processes.is_dead(cluster.live_owners[rank][1])
+        }

@@ -1,57 +1,76 @@
-"""What is to be done when processes die, as data: what was seen goes in, decisions come out. Pure:
-no I/O, no clock.
+"""What to do when processes die, as data: an observation goes in, decisions come out. Pure: no I/O,
+no clock.
 
-The supervisor of an optimizer observes, asks `decide`, carries the decisions out in their order,
-and observes again. The same observation always gives the same decisions, so a successor decides as
-the dead one would have.
+The supervisor of an optimizer observes, asks `decide`, executes the decisions in their order, and
+observes again; nothing is done to a process that is not decided here. The same observation always
+gives the same decisions, so a successor decides as the dead supervisor would have.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardObservation:
-    """One shard: whether its process lives, where it stands, and the last round its standby has
-    (None: no standby that could step in).
+    """One shard.
 
-    `changed` is what was replaced from outside since it was loaded or saved, as far as this shard
-    has heard.
+    Args:
+        alive: whether its process lives and answers.
+        fenced: of a dead one: whether it can certainly do no harm any more.
+        epoch: where it stands.
+        reason: why that epoch began.
+        round: the last round that it decided.
+        schedule: the membership by round, as it has it.
+        standby: the last round that its standby has; None without one that could take over.
+        has_standby: whether there is a process for its standby, filled or not.
+        filling: whether that process is being started or filled.
+        stale: whether that process must not take over any more.
+        changed: what was replaced from outside since it was loaded or saved, as far as it knows.
     """
 
     alive: bool
+    fenced: bool = False
     epoch: int = 0
     reason: str = ""
     round: int = 0
     schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
     standby: int | None = None
+    has_standby: bool = False
+    filling: bool = False
+    stale: bool = False
     changed: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Observation:
     """An optimizer as its supervisor sees it.
 
     Args:
         shards: in order.
         dead: seconds since each rank's worker died, of ranks that nobody took over.
+        unfinished: those of them whose last push was not seen to yet.
+        unreported: workers, by rank, that are gone without any shard knowing it: their incarnation.
         held: whether somebody acts on the optimizer as a whole right now.
-        stuck: whether shards stand at different rounds with nobody left who could complete the
-            earlier one.
+        expired_hold: the token by which shards are held for somebody who is gone, or for too long.
+        cannot_complete: whether shards stand at different rounds and nobody is left who could
+            complete the earlier one.
         members: ranks that coming rounds need.
-        asking: ranks that have a worker again, or for the first time, and want to be members.
+        asking: ranks that have a worker, perhaps for the first time, and want to be members.
         source: whether there is a checkpoint, or `build`'s parameters, to go back to.
-        changed: what was replaced from outside since that, which going back would lose; None:
+        changed: what was replaced from outside since then, which going back would lose; None:
             nothing.
-        given_up: ranks whose waiters have been told.
-        furthest: the latest round that was ever decided; where shards went back from there, they
-            replay what is recorded.
+        given_up: ranks whose waiters got WorkerLost.
+        highest_round: the latest round that was ever decided; where shards went back from there,
+            they replay what is recorded.
     """
 
     shards: Sequence[ShardObservation]
     dead: Mapping[int, float] = field(default_factory=dict)
+    unfinished: frozenset[int] = frozenset()
+    unreported: Mapping[int, int] = field(default_factory=dict)
     held: bool = False
-    stuck: bool = False
+    expired_hold: str | None = None
+    cannot_complete: bool = False
     members: frozenset[int] = frozenset()
     asking: frozenset[int] = frozenset()
     source: bool = True
@@ -60,24 +79,41 @@ class Observation:
     highest_round: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What the user allows."""
+    """What the user allows and wants.
+
+    Args:
+        rejoin_timeout_s: seconds for which a dead worker's rank is waited for.
+        min_workers: ranks with which rounds go on; None: all are needed.
+        replicas: standbys per shard, 0 or 1.
+    """
 
     rejoin_timeout_s: float
     min_workers: int | None = None
+    replicas: int = 0
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Make certain that these dead shards are gone, then look again.
+
+    Only then is it known how far their standbys are: all that they sent has arrived.
+    """
+
+    shards: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Promote:
-    """The standbys of these shards take over."""
+    """Make the standbys of these shards primaries."""
 
     shards: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Rewind:
-    """All shards go back together; these are made anew first."""
+    """Have all shards go back together; start these again first."""
 
     shards: tuple[int, ...]
     why: str
@@ -85,62 +121,122 @@ class Rewind:
 
 @dataclass(frozen=True)
 class Complete:
-    """Shards that missed the latest reign are told it."""
+    """Send the latest Reconfigure to the shards that missed it."""
 
     shards: tuple[int, ...]
     epoch: int
 
 
 @dataclass(frozen=True)
+class ReleaseHold:
+    """Have the shards go on that are held by this token."""
+
+    token: str
+
+
+@dataclass(frozen=True)
+class ReportWorkersDied:
+    """Report to the shards that these ranks' workers, of these incarnations, died."""
+
+    workers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class FinishDeadWorkers:
+    """Refuse these ranks' dead workers everywhere, and complete their last pushes or none."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DropStandbys:
+    """End the standbys of these shards, which are stale."""
+
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StartStandbys:
+    """Start a standby's process for each of these shards."""
+
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FillStandbys:
+    """Have these shards copy their state to their standbys, which follow them from then on."""
+
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Depart:
-    """These ranks are no members of the rounds that nobody has begun."""
+    """Leave these ranks out of every round that nobody has begun."""
 
     ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Admit:
-    """These ranks are members from a boundary on."""
+    """Make these ranks members from a boundary on."""
 
     ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class AbandonRanks:
-    """Those who wait for these ranks are told that nobody comes."""
+    """Fail those who wait for these ranks with WorkerLost."""
 
     ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Fail:
-    """Nothing can be done; everyone is told why."""
+    """Give up: fail every client with this reason."""
 
     why: str
 
 
-Decision = Promote | Rewind | Complete | Depart | Admit | AbandonRanks | Fail
+Decision = (
+    Fence
+    | Promote
+    | Rewind
+    | Complete
+    | ReleaseHold
+    | ReportWorkersDied
+    | FinishDeadWorkers
+    | DropStandbys
+    | StartStandbys
+    | FillStandbys
+    | Depart
+    | Admit
+    | AbandonRanks
+    | Fail
+)
 
 
 def decide(seen: Observation, rules: Rules) -> list[Decision]:
-    """Return what is to be done now, most urgent first; an empty list where all is well."""
+    """Return what to do now, most urgent first; an empty list if nothing.
+
+    Dead shards come first and alone. What makes no difference to the state of the shards may stand
+    beside one decision that does.
+    """
     gone = tuple(index for index, shard in enumerate(seen.shards) if not shard.alive)
     if gone:
         return _shards_died(seen, gone)
+    first = _unblock(seen)
     torn = _torn(seen)
     if torn is not None:
-        return torn
-    if seen.stuck:
-        return _rewind(
-            seen,
-            (),
-            "some shards have applied a round that the others cannot complete",
-            seen.changed,
-        )
-    return _ranks(seen, rules)
+        return first + torn
+    if seen.cannot_complete:
+        why = "some shards have applied a round that the others cannot complete"
+        return first + _rewind(seen, (), why, seen.changed)
+    return (first + _ranks(seen, rules)) or _standbys(seen, rules)
 
 
 def _shards_died(seen: Observation, gone: tuple[int, ...]) -> list[Decision]:
+    if running := tuple(index for index in gone if not seen.shards[index].fenced):
+        return [Fence(running)]
     rounds = [shard.round if shard.alive else shard.standby for shard in seen.shards]
     known = [number for number in rounds if number is not None]
     if len(known) == len(rounds) and max(known) - min(known) <= 1:
@@ -153,19 +249,48 @@ def _shards_died(seen: Observation, gone: tuple[int, ...]) -> list[Decision]:
     )
 
 
-def _torn(seen: Observation) -> list[Decision] | None:
-    """A change that reached some shards only: a reign is told to the others, anything else was half
-    done and is undone.
+def _unblock(seen: Observation) -> list[Decision]:
+    """What ends the waiting for somebody who is gone, whatever else there is to do."""
+    decisions: list[Decision] = []
+    if seen.expired_hold is not None:
+        decisions.append(ReleaseHold(seen.expired_hold))
+    if seen.unreported:
+        decisions.append(ReportWorkersDied(tuple(sorted(seen.unreported.items()))))
+    if seen.unfinished:
+        decisions.append(FinishDeadWorkers(tuple(sorted(seen.unfinished))))
+    stale = tuple(index for index, shard in enumerate(seen.shards) if shard.stale)
+    if stale:
+        decisions.append(DropStandbys(stale))
+    return decisions
 
-    None: there is no such change. While its author may yet complete it, nothing is decided that
-    would make shards look equal.
+
+def _standbys(seen: Observation, rules: Rules) -> list[Decision]:
+    """What gives every shard a standby that follows it."""
+    if not rules.replicas:
+        return []
+    idle = [
+        (index, shard)
+        for index, shard in enumerate(seen.shards)
+        if shard.standby is None and not shard.filling
+    ]
+    start = tuple(index for index, shard in idle if not shard.has_standby)
+    fill = tuple(index for index, shard in idle if shard.has_standby)
+    decisions: list[Decision] = [StartStandbys(start)] if start else []
+    return [*decisions, FillStandbys(fill)] if fill else decisions
+
+
+def _torn(seen: Observation) -> list[Decision] | None:
+    """What to do about a change that reached some shards only; None if there is no such change.
+
+    A Reconfigure is sent to the others; anything else was half done and is undone. While its author
+    may yet complete it, nothing is decided that would make shards look equal.
     """
     newest = max(shard.epoch for shard in seen.shards)
     behind = tuple(index for index, shard in enumerate(seen.shards) if shard.epoch < newest)
     if not behind:
         return None
     if any(shard.epoch == 0 for shard in seen.shards):
-        return _rewind(seen, (), "a shard that was made anew has no state yet", seen.changed)
+        return _rewind(seen, (), "a shard that was started again has no state yet", seen.changed)
     if all(shard.reason == "reconfigured" for shard in seen.shards if shard.epoch == newest):
         return [Complete(behind, newest)]
     if seen.held:

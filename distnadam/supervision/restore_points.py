@@ -1,11 +1,11 @@
-"""What all shards can go back to: the newest checkpoint they can read, or the parameters given to
-`build`.
+"""What all shards can go back to: the newest checkpoint that they can read, or the parameters given
+to `build`; and what was replaced from outside since, which going back would lose.
 """
 
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.shard_file import leftover_readers
@@ -18,8 +18,19 @@ from distnadam.tensors.arrays import Flat, cut_flat
 log = logging.getLogger("distnadam")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RestorePoint:
+    """One state to go back to: a checkpoint, or parameters with nothing behind them."""
+
+    directory: Directory | None = None
+    params: Flat | None = None
+
+    def __str__(self) -> str:
+        return "the first parameters" if self.directory is None else str(self.directory)
+
+
 class RestorePoints:
-    """See the module.
+    """The restore points of one optimizer. Any thread may call.
 
     Args:
         directory: where checkpoints are looked for; None: where the last one was saved.
@@ -27,11 +38,12 @@ class RestorePoints:
     """
 
     def __init__(self, directory: str | None, *, retain_initial: bool) -> None:
-        self._fixed = self.directory = directory
+        self._fixed = directory
         self._retain_initial = retain_initial
+        self.directory = directory
         self.initial: Flat | None = None
         self.changed: str | None = None
-        self.changes = 0
+        self.generation = 0
 
     @property
     def present(self) -> bool:
@@ -39,53 +51,63 @@ class RestorePoints:
         return self.initial is not None or self.directory is not None
 
     def begin(self, initial: Flat | None, directory: str | None) -> None:
-        """Take what the shards began with, as far as it is known."""
-        self.initial = initial if initial is not None and self._retain_initial else self.initial
+        """Remember what the shards began with, as far as it is known."""
+        if initial is not None and self._retain_initial:
+            self.initial = initial
         self.directory = self._fixed or directory or self.directory
 
-    def change(self, what: str) -> None:
-        """Take that the state is about to be replaced from outside."""
-        self.changed, self.changes = what, max(time.time_ns(), self.changes + 1)
+    def state_replaced(self, what: str) -> None:
+        """Remember that the state is about to be replaced from outside."""
+        self.changed = what
+        self.generation = max(time.time_ns(), self.generation + 1)
 
-    def saved(self, root: str, changes: int) -> None:
-        """Take that a checkpoint is complete: it makes good whatever was changed before it, and the
-        first parameters are not needed.
+    def checkpoint_saved(self, root: str, generation: int) -> None:
+        """Remember that a checkpoint of that generation of the state is complete.
+
+        It holds whatever was replaced before it, and makes the first parameters needless.
         """
-        self.directory, self.initial = self._fixed or root, None
-        if changes == self.changes:
+        self.directory = self._fixed or root
+        self.initial = None
+        if generation == self.generation:
             self.changed = None
 
-    def candidates(self) -> list[Directory | Flat]:
+    def candidates(self) -> list[RestorePoint]:
         """Return what could be loaded, best first."""
-        found: list[Directory | Flat] = []
+        found: list[RestorePoint] = []
         if self.directory is not None:
             try:
-                found += reversed(store.step_directories(self.directory))
+                steps = reversed(store.step_directories(self.directory))
+                found += [RestorePoint(directory=step) for step in steps]
             except CheckpointError as error:
-                log.warning("no checkpoint can be looked for: %s", error)
-        return found + ([self.initial] if self.initial is not None else [])
+                log.warning("cannot look for checkpoints: %s", error)
+        if self.initial is not None:
+            found.append(RestorePoint(params=self.initial))
+        return found
 
-    def loads(
-        self, candidate: Directory | Flat, specs: Sequence[ShardSpec], epoch: int, **how: Any
-    ) -> dict[int, Load]:
-        """Return the order that has each shard load its part; none where the checkpoint is
-        refused.
+    def loads(self, point: RestorePoint, specs: Sequence[ShardSpec], load: Load) -> dict[int, Load]:
+        """Return the message that has each shard load its part; empty if the point is refused.
+
+        Args:
+            point: what to go back to.
+            specs: the shards', in order.
+            load: what all of them are sent, to be completed by the state.
         """
-        if not isinstance(candidate, Directory):
+        if point.directory is None:
+            params = point.params or {}
             return {
-                i: Load(epoch=epoch, params=cut_flat(candidate, spec.ranges), **how)
-                for i, spec in enumerate(specs)
+                index: replace(load, params=cut_flat(params, spec.ranges))
+                for index, spec in enumerate(specs)
             }
         try:
-            manifest = store.load(candidate)
-            store.check_files(candidate, manifest)
+            manifest = store.load(point.directory)
+            store.check_files(point.directory, manifest)
         except CheckpointError as error:
             log.warning("passing over %s", error)
             return {}
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(specs))
         return {
-            i: Load(
-                epoch=epoch, directory=str(candidate), manifest=raw, leftovers=tuple(left), **how
+            index: replace(
+                load, directory=str(point.directory), manifest=raw, leftovers=tuple(left)
             )
-            for i, left in enumerate(leftovers)
+            for index, left in enumerate(leftovers)
         }

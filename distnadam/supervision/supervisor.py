@@ -1,7 +1,6 @@
-"""The one who decides, for all shards at once, what happens when processes die: watches, observes,
-asks `policy`, has it carried out.
+"""Watches all processes of one optimizer: takes events, observes, asks `policy`, executes.
 
-One supervisor per optimizer. Everything it must know it can read again from the shards, so a
+One supervisor per optimizer. Everything that it must know it can read again from the shards, so a
 successor goes on where a dead one stopped.
 """
 
@@ -9,18 +8,34 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from distnadam.protocol.messages import Description, ShardSpec
+from distnadam.protocol.supervisor_events import (
+    CannotComplete,
+    RankDied,
+    RankJoined,
+    RankLeft,
+    StandbyLost,
+)
 from distnadam.supervision import policy
 from distnadam.supervision.cluster_state import ClusterState
+from distnadam.supervision.events import (
+    Event,
+    LookNow,
+    ProcessDied,
+    ReshardRequested,
+    ShardSuspected,
+    StandbyFilled,
+    StandbyStale,
+    StandbyStarted,
+)
 from distnadam.supervision.executor import DecisionExecutor
 from distnadam.supervision.observer import Observer
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.restore_points import RestorePoints
-from distnadam.supervision.shard_map import ShardMap, ShardMapPublisher
+from distnadam.supervision.shard_map import ShardMap, ShardMapPublisher, require_alive
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
@@ -29,275 +44,307 @@ log = logging.getLogger("distnadam")
 TICK_S = 0.2
 """Seconds between two looks while something is awaited."""
 _IDLE_S = 1.0
-_ROUNDS_OF_DECISIONS = 10
+_MOST_PASSES = 10
 
 
 class Supervisor:
-    """See the module. `adopt` gives it its shards, `begin` starts the watch; every other method may
-    be called from any thread.
+    """The supervisor of one optimizer.
+
+    `manage` gives it its processes and `begin` starts the watch in a thread of its own; without
+    `begin`, `run_once` makes one pass in the caller's thread. Any thread may call the other
+    methods. `cluster`, `restore_points` and `recoveries` are to be read.
 
     Args:
-        specs: the shards'.
+        specs: the shards', in order.
         replicas: standbys per shard, 0 or 1.
-        crew: what reaches and makes processes.
+        processes: starts, reaches and ends processes.
+        beside: starts and fills standbys beside the watch; a thread by default.
+        clock: returns seconds.
     """
 
     def __init__(
-        self, specs: Sequence[ShardSpec], replicas: int, processes: ProcessManager
+        self,
+        specs: Sequence[ShardSpec],
+        replicas: int,
+        processes: ProcessManager,
+        *,
+        beside: Executor | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         options = specs[0].options
-        self._replicas, self._options = replicas, options
-        self._rules = policy.Rules(options.rejoin_timeout_s, options.min_workers)
-        self._cluster = ClusterState(specs, processes)
-        self._source = RestorePoints(options.checkpoint_dir, retain_initial=options.retain_initial)
-        self._recovery = DecisionExecutor(
-            self._cluster,
-            self._source,
-            self._publish,
-            lambda what, about: self._events.put((what, about)),
+        self.cluster = ClusterState(specs, processes, clock)
+        self.restore_points = RestorePoints(
+            options.checkpoint_dir, retain_initial=options.retain_initial
         )
-        self._observer = Observer(self._cluster, self._source, options, self._on_died_rank)
-        self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._options = options
+        self._rules = policy.Rules(
+            rejoin_timeout_s=options.rejoin_timeout_s,
+            min_workers=options.min_workers,
+            replicas=replicas,
+        )
+        self._clock = clock
+        self._beside = beside or ThreadPoolExecutor(1, "standbys")
+        self._executor = DecisionExecutor(
+            self.cluster, self.restore_points, self._publish, self.notify, self._beside
+        )
+        self._observer = Observer(self.cluster, self.restore_points, options)
+        self._events: queue.Queue[Event] = queue.Queue()
         self._lock = threading.Lock()
         self._publisher = ShardMapPublisher()
-        self._closed = self._begun = False
+        self._begun = False
+        self._closed = False
         self._next_look = 0.0
         self._thread: threading.Thread | None = None
 
-    # What others tell and ask
+    # What others report and ask
 
-    def adopt(
+    def manage(
         self,
         shards: Sequence[ShardProcess],
         standbys: Mapping[int, ShardProcess],
-        gone: Sequence[ShardProcess] = (),
+        dead: Sequence[ShardProcess] = (),
     ) -> None:
-        """Take processes that were made already; nobody is told of them before those that are gone
-        have been replaced.
-        """
-        self._cluster.shards, self._cluster.standbys, self._cluster.gone = (
-            list(shards),
-            dict(standbys),
-            set(gone),
-        )
-        if not gone:
+        """Supervise these processes; nothing is published before dead ones have been replaced."""
+        self.cluster.shards = list(shards)
+        self.cluster.standbys = dict(standbys)
+        self.cluster.dead = set(dead)
+        if not dead:
             self._publish(None)
 
     def begin(self, *, initial: Flat | None, directory: str | None) -> None:
-        """Start the watch over shards that have their state: from parameters with nothing behind
-        them, or from a checkpoint.
+        """Start the watch over shards that have their state.
 
-        Told again, as by a call that seemed lost, or of a successor that watches already, it only
-        takes what can be gone back to.
+        Idempotent: once watching, only records the restore point.
+
+        Args:
+            initial: the parameters that the shards began with, by space.
+            directory: where the checkpoint is that they were restored from.
         """
         with self._lock:
             begun, self._begun = self._begun, True
         if begun:
-            self._source.begin(initial, directory)
+            self.restore_points.begin(initial, directory)
             return
         self.resync(initial=initial, directory=directory)
-        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
-        self._events.put(("look", None))
+        self.notify(LookNow())
 
     def resync(self, *, initial: Flat | None, directory: str | None) -> None:
         """Watch the processes, and learn from them what an earlier supervisor knew."""
-        self._source.begin(initial, directory)
-        for process in (*self._cluster.alive().values(), *self._cluster.standbys.values()):
-            self._cluster.processes.watch(process)
-        self._recovery.release()
-        for answer in self._cluster.describe().values():
-            if isinstance(answer, Description):
-                self._source.directory = self._source.directory or answer.saved
-                for rank in answer.dead:
-                    self._on_died_rank(rank, answer.newest[rank])
+        self.restore_points.begin(initial, directory)
+        for process in (*self.cluster.alive().values(), *self.cluster.standbys.values()):
+            self.cluster.processes.watch(process)
+        saved = [
+            answer.saved
+            for answer in self.cluster.describe().values()
+            if isinstance(answer, Description) and answer.saved is not None
+        ]
+        if saved and self.restore_points.directory is None:
+            self.restore_points.directory = saved[0]
 
-    def died(self, process: ShardProcess) -> None:
-        """Take that a process ended."""
-        self._events.put(("died", (process,)))
+    def notify(self, event: Event) -> None:
+        """Take an event; the supervisor looks soon."""
+        self._events.put(event)
 
-    def outdated(self, standby: ShardProcess) -> None:
-        """Take that a primary goes on without its standby, which must not step in for it from now
-        on.
-        """
-        self._cluster.outdated.add(standby)
-        self._events.put(("outdated", (standby,)))
-
-    def notice(self, what: str, rank: int, incarnation: int) -> None:
-        """Take what a shard says of a rank or of its standby."""
-        self._events.put((what, (rank, incarnation)))
-
-    def changing(self, what: str) -> None:
-        """Take that the state is about to be replaced from outside, which going back to the last
-        checkpoint would lose.
-        """
-        self._source.change(what)
-
-    def changes(self) -> int:
-        """Return a number that is another one after every change from outside."""
-        return self._source.changes
-
-    def saved(self, root: str, changes: int) -> None:
-        """Take that a checkpoint is complete under this directory, of when `changes` was that
-        number.
-        """
-        self._source.saved(root, changes)
+    def standby_is_stale(self, standby: ShardProcess) -> None:
+        """Never promote this standby, from now on: its primary goes on without it."""
+        self.cluster.stale.add(standby)
+        self.notify(StandbyStale(standby=standby))
 
     def shard_map(self, newer_than: int, suspect: bool = False) -> Future[ShardMap]:
-        """Return the roster once there is one newer than what the caller has seen; with a
-        suspicion, after a look, whatever it finds.
+        """Return the map once it is newer than that version; with `suspect`, after the next look.
+
+        Args:
+            newer_than: the version that the caller has; 0 for none.
+            suspect: whether the caller met a shard that does not answer.
         """
         future = self._publisher.newer(newer_than)
         if suspect:
-            self._events.put(("suspect", future))
+            self.notify(ShardSuspected(answer=future))
         return future
 
-    def lost_ranks(self) -> dict[int, int]:
-        """Return the ranks whose worker died and that nobody has taken over, and the incarnation
-        that died.
-        """
-        return {rank: incarnation for rank, (incarnation, _) in dict(self._cluster.dead).items()}
+    @property
+    def newest_map(self) -> ShardMap:
+        """The newest map."""
+        return self._publisher.now
 
+    @property
     def recoveries(self) -> dict[str, int]:
-        """Return how many shards were taken over by standbys, how often all went back, how many
-        ranks left or were taken over.
-        """
-        return dict(self._recovery.counts)
+        """How many shards were promoted, how often all went back, how many ranks left or joined."""
+        return dict(self._executor.counts)
 
-    def standbys(self) -> dict[int, Any]:
-        """Return the places of the standbys that there are, filled or not, by the index of their
-        shard.
-        """
-        return {index: process.place for index, process in dict(self._cluster.standbys).items()}
-
-    def specs(self) -> list[ShardSpec]:
-        """Return the shards' specs."""
-        return list(self._cluster.specs)
-
-    def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> Future[None]:
-        """Have so many shards hold these ranges from the next round on; the future carries what
-        prevented it.
-        """
-        future: Future[None] = Future()
-        self._events.put(("reshard", (num_shards, cuts, future)))
-        return future
+    def reshard(self, cuts: Sequence[Ranges]) -> Future[None]:
+        """Have one shard per entry hold these ranges; the future carries what prevented it."""
+        done: Future[None] = Future()
+        self.notify(ReshardRequested(cuts=cuts, done=done))
+        return done
 
     def close(self) -> None:
-        """Stop watching, and end every process: at once, lest a look waits for one that is stopped,
-        and those that it was about to make.
+        """Stop watching, and end every process.
+
+        Processes are ended at once, so that a look does not wait for a stopped one, and again after
+        the last look, which may have started some.
         """
         self._closed = True
-        self._events.put(("look", None))
-        self._cluster.processes.terminate(*self._cluster.shards, *self._cluster.standbys.values())
+        self.notify(LookNow())
+        self._terminate_all()
         if self._thread is not None:
             self._thread.join()
-        self._recovery.close()
-        self._cluster.processes.terminate(*self._cluster.shards, *self._cluster.standbys.values())
+        self._beside.shutdown(cancel_futures=True)
+        self._terminate_all()
+
+    def _terminate_all(self) -> None:
+        cluster = self.cluster
+        cluster.processes.terminate(*cluster.shards, *cluster.standbys.values())
 
     # The watch
 
-    def _run(self) -> None:
-        while not self._closed:
-            events = self._drain()
-            for what, about in events:
-                self._take(what, about)
-            try:
-                self._look(prompted=bool(events))
-            except Exception as error:
-                log.exception("supervisor")
-                self._publish(f"the supervisor could not recover: {type(error).__name__}: {error}")
-            for what, about in events:
-                if what == "suspect" and not about.done() and self._publisher.now.shards:
-                    about.set_result(self._publisher.now)
+    def run_once(self, timeout_s: float = 0.0) -> None:
+        """Make one pass: handle the events, then look, decide and execute until nothing is left.
 
-    def _drain(self) -> list[tuple[str, Any]]:
-        events = []
-        while not (self._cluster.processes.is_leader() or self._closed):
-            time.sleep(TICK_S)
+        Without an event a look is made only when it is due.
+
+        Args:
+            timeout_s: how long to wait for a first event.
+
+        Raises:
+            Exception: what looking or executing raised; it is published as a failure before.
+        """
+        events = self._drain(timeout_s)
+        for event in events:
+            self._handle_or_fail(event)
         try:
-            events.append(self._events.get(timeout=TICK_S))
+            self._recover(prompted=bool(events))
+        except Exception as error:
+            self._publish(f"the supervisor could not recover: {type(error).__name__}: {error}")
+            raise
+        finally:
+            for event in events:
+                if isinstance(event, ShardSuspected) and self._publisher.now.shards:
+                    _answer(event.answer, self._publisher.now)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether events wait for the next pass."""
+        return not self._events.empty()
+
+    def _watch(self) -> None:
+        while not self._closed:
+            try:
+                if self.cluster.processes.is_leader():
+                    self.run_once(TICK_S)
+                else:
+                    time.sleep(TICK_S)
+            except Exception:
+                log.exception("supervisor: a pass of the watch failed")  # `run_once` published it
+
+    def _drain(self, timeout_s: float) -> list[Event]:
+        events: list[Event] = []
+        try:
+            events.append(self._events.get(block=timeout_s > 0, timeout=timeout_s))
             while True:
                 events.append(self._events.get_nowait())
         except queue.Empty:
             return events
 
-    def _take(self, what: str, about: Any) -> None:
-        if what not in ("look", "suspect", "standby lost"):  # those only prompt a look
-            getattr(self, f"_on_{what.replace(' ', '_')}")(*about)
+    def _handle_or_fail(self, event: Event) -> None:
+        """Handle an event; an error ends recovery by name, never the thread.
 
-    def _on_died(self, process: ShardProcess) -> None:
-        self._cluster.gone.add(process)
-        if self._cluster.standbys.get(process.index) == process:
-            del self._cluster.standbys[process.index]
-
-    def _on_outdated(self, standby: ShardProcess) -> None:
-        self._on_died(standby)
-        self._cluster.processes.terminate(standby)
-
-    def _on_joined(self, rank: int, incarnation: int) -> None:
-        self._cluster.joined(rank, incarnation)
-        if rank in self._cluster.dead and incarnation > self._cluster.dead[rank][0]:
-            del self._cluster.dead[rank]
-            self._recovery.counts["rejoined"] += 1
-
-    def _on_left(self, rank: int, incarnation: int) -> None:
-        if self._rules.min_workers is not None and self._cluster.newest.get(rank, 0) == incarnation:
-            self._cluster.dead.setdefault(
-                rank, (incarnation, time.monotonic())
-            )  # it is as gone as if it had died
-
-    def _on_stuck(self, _: int, __: int) -> None:
-        self._cluster.stuck = True
-
-    def _on_hired(self, *about: Any) -> None:
-        self._recovery.take_standby(*about)
-
-    def _on_attached(self, *about: Any) -> None:
-        self._recovery.take_attached(*about)
-
-    def _on_reshard(self, num_shards: int, cuts: Sequence[Ranges], future: Future[None]) -> None:
-        try:
-            self._recovery.reshard(num_shards, cuts)
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    def _on_died_rank(self, rank: int, incarnation: int) -> None:
-        known = self._cluster.dead.get(rank, (0, 0.0))[0]
-        if self._cluster.newest.get(rank, 0) > max(incarnation, known) or known >= incarnation:
-            return  # taken over already, or told by another shard
-        self._cluster.dead[rank] = (incarnation, time.monotonic())
-        log.warning(
-            "worker %d died; a new worker(%d) may take the rank over within %g s",
-            rank,
-            rank,
-            self._rules.rejoin_timeout_s,
-        )
-        self._recovery.settle(rank)
-
-    def _look(self, *, prompted: bool) -> None:
-        """Decide until nothing is left to decide; where nothing happened, only as often as a sign
-        of life is due.
+        What the event said is lost, so whatever is decided afterwards could be wrong.
         """
-        now = time.monotonic()
-        quiet = not (prompted or self._cluster.dead or self._cluster.stuck or self._observer.awaits)
-        if self._publisher.now.failed or (quiet and now < self._next_look):
+        try:
+            self._handle(event)
+        except Exception as error:
+            log.exception("supervisor: %s could not be handled", event)
+            self._publish(
+                f"the supervisor could not handle {type(event).__name__}: "
+                f"{type(error).__name__}: {error}"
+            )
+
+    def _handle(self, event: Event) -> None:
+        """Remember what an event says; what is done about it is decided after the next look."""
+        cluster = self.cluster
+        match event:
+            case ProcessDied(process=process):
+                cluster.process_died(process)
+            case RankJoined() | RankLeft() | RankDied():
+                self._take_rank(event)
+            case CannotComplete():
+                cluster.cannot_complete = True
+            case StandbyStarted():
+                self._take_standby(event)
+            case StandbyFilled():
+                self._take_filled(event)
+            case ReshardRequested(cuts=cuts, done=done):
+                self._reshard(cuts, done)
+            case StandbyLost() | StandbyStale() | ShardSuspected() | LookNow():
+                pass  # a look shows it
+
+    def _take_rank(self, event: RankJoined | RankLeft | RankDied) -> None:
+        cluster = self.cluster
+        if isinstance(event, RankDied):
+            cluster.worker_died(event.rank, event.incarnation)
+        elif isinstance(event, RankJoined):
+            if cluster.worker_joined(event.rank, event.incarnation):
+                self._executor.counts["rejoined"] += 1
+        elif self._rules.min_workers is not None:
+            cluster.worker_left(event.rank, event.incarnation)
+
+    def _take_standby(self, event: StandbyStarted) -> None:
+        cluster, process = self.cluster, event.process
+        if event.layout_generation != cluster.layout_generation:
+            if process is not None:
+                cluster.processes.terminate(process)  # of a shard that is no more
+            return
+        cluster.filling.discard(event.index)
+        if process is not None:
+            cluster.standbys[event.index] = process
+            cluster.processes.watch(process)
+
+    def _take_filled(self, event: StandbyFilled) -> None:
+        if event.layout_generation != self.cluster.layout_generation:
+            return
+        index = event.standby.index
+        self.cluster.filling.discard(index)
+        if event.error is not None:
+            self.cluster.stale.add(event.standby)
+            log.warning(
+                "shard %d: its standby could not be filled: %s",
+                index,
+                str(event.error).splitlines()[-1],
+            )
+
+    def _reshard(self, cuts: Sequence[Ranges], done: Future[None]) -> None:
+        try:
+            require_alive(self._publisher.now)
+            self._executor.reshard(cuts)
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def _recover(self, *, prompted: bool) -> None:
+        """Look, decide and execute until nothing is left to decide."""
+        cluster, now = self.cluster, self._clock()
+        waiting = cluster.dead_ranks or cluster.cannot_complete or self._observer.awaits
+        if self._publisher.now.failed or not (prompted or waiting or now >= self._next_look):
             return
         self._next_look = now + min(_IDLE_S, self._options.shard_timeout_s / 4)
-        for _ in range(_ROUNDS_OF_DECISIONS):
+        for _ in range(_MOST_PASSES):
             seen = self._observer.look()
             decisions = policy.decide(seen, self._rules)
-            if self._closed:
+            if self._closed or not decisions or not cluster.processes.is_leader():
                 return
-            if not decisions or not self._cluster.processes.is_leader():
-                break
             for decision in decisions:
-                self._recovery.execute(decision, seen)
+                self._executor.execute(decision, seen)
             if self._publisher.now.failed:
                 return
-        if self._replicas:
-            self._recovery.fill_standbys()
 
     def _publish(self, failed: str | None) -> None:
-        self._publisher.publish(self._cluster.shards, failed)
+        self._publisher.publish(self.cluster.shards, failed)
+
+
+def _answer(future: Future[ShardMap], answer: ShardMap) -> None:
+    if not future.done():
+        future.set_result(answer)

@@ -36,12 +36,12 @@ def supervisor_during_reshard(scene: Scene, rng: Rng) -> float:
 def _reshard_while(scene: Scene, rng: Rng, victim: Callable[[], Process]) -> float:
     moments: list[float] = []
 
-    def kill() -> None:
+    def kill_it() -> None:
         pause(rng, _RESHARD_S)
         moments.append(kill(victim()))
 
     count = _another_count(scene, rng)
-    with scene.beside(kill):
+    with scene.beside(kill_it):
         try:
             despite_rewinds(lambda: scene.optimizer.reshard(count))
         except ClusterError as error:

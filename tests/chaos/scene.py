@@ -3,7 +3,6 @@ who runs in which process.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
 
 from distnadam import DistNadam, Options
+from distnadam.backends.ray.backend import RayBackend
 from distnadam.backends.ray.processes import process_start_time
+from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.protocol.messages import Describe, Description, Pause, Resume
 from distnadam.protocol.supervisor_messages import MembershipHistory, Reconfigure
 from tests.chaos.trainers import (
@@ -27,7 +27,7 @@ from tests.chaos.trainers import (
     WORKERS,
     Crowd,
     Process,
-    ShardMapPublisher,
+    Progress,
     gradients_at,
 )
 from tests.models import params
@@ -122,48 +122,40 @@ class Scene:
     case: Case
     directory: Path
     optimizer: DistNadam
-    board: ShardMapPublisher
+    board: Progress
     crowd: Crowd
     name: str | None = None
     driver: subprocess.Popen[str] | None = None
     nodes: "Nodes | None" = None
 
-    def ask_supervisor(self, what: Any) -> Any:
-        """Have the supervisor's process call a function on its actor; one that died is waited
-        for.
-        """
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return ray.get(
-                    self.optimizer.shards.backend.supervisor.actor.__ray_call__.remote(what),
-                    timeout=PATIENCE_S,
-                )  # type: ignore[attr-defined]
-            except (RayActorError, ActorUnavailableError):
-                if not self.case.named or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+    @property
+    def _supervisor(self) -> RaySupervisorClient:
+        backend = self.optimizer.shards.backend
+        assert isinstance(backend, RayBackend)
+        return backend.supervisor
 
     def supervisor(self) -> Process:
-        """Return the supervisor's process."""
-        return Process(*self.ask_supervisor(_own_process))
+        """Return the supervisor's process; wait for a named one that died."""
+        pid = self._supervisor.process_id()
+        return Process(pid, process_start_time(pid))
 
     @property
     def num_shards(self) -> int:
         """How many shards there are now."""
-        return len(self.ask_supervisor(_shards))
+        return len(self._supervisor.status().shards)
 
     def shards(self) -> dict[int, Process]:
-        """Return the shards' processes that the supervisor knows of, by index, once it knows
-        all.
-        """
-        while (0, "") in (found := self.ask_supervisor(_shards)).values():
+        """Return the shards' processes by index, once the supervisor knows all of them."""
+        while True:
+            known = self._supervisor.status().shards
+            if all(at.pid for at in known.values()):
+                return {index: Process(at.pid, at.born) for index, at in known.items()}
             time.sleep(0.01)
-        return {index: Process(*process) for index, process in found.items()}
 
     def standbys(self) -> dict[int, Process]:
         """Return the standbys' processes, filled or not, by index."""
-        return {i: Process(*p) for i, p in self.ask_supervisor(_standbys).items()}
+        known = self._supervisor.status().standbys
+        return {index: Process(at.pid, at.born) for index, at in known.items()}
 
     def await_standbys(self) -> None:
         """Wait until every shard has a standby that follows it."""
@@ -210,7 +202,7 @@ class Scene:
 
     def counts(self) -> dict[str, int]:
         """Return what the present supervisor has recovered from."""
-        return dict(self.ask_supervisor(_counts))
+        return self._supervisor.status().recoveries
 
     @contextmanager
     def beside(self, work: Callable[[], None]) -> Iterator[None]:
@@ -237,26 +229,6 @@ class Scene:
             )  # type: ignore[attr-defined]
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-
-
-def _own_process(actor: Any) -> tuple[int, str]:
-    return os.getpid(), process_start_time(os.getpid())
-
-
-def _facts(actor: Any, hired: Sequence[Any]) -> dict[int, tuple[int, str]]:
-    return {each.index: (each.place.pid, each.place.born) for each in hired}
-
-
-def _shards(actor: Any) -> dict[int, tuple[int, str]]:
-    return _facts(actor, list(actor._supervisor._fleet.shards))
-
-
-def _standbys(actor: Any) -> dict[int, tuple[int, str]]:
-    return _facts(actor, list(actor._supervisor._fleet.standbys.values()))
-
-
-def _counts(actor: Any) -> dict[str, int]:
-    return dict(actor._supervisor.recoveries())
 
 
 def _start_driver(*args: str) -> "subprocess.Popen[str]":
@@ -287,7 +259,7 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
             case,
             directory,
             optimizer,
-            ShardMapPublisher(board),
+            Progress(board),
             Crowd(optimizer, board),
             name if case.named else None,
             driver,
@@ -306,9 +278,7 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
 
 def described(optimizer: DistNadam) -> list[Description]:
     """Return what every shard says of itself."""
-    shards = optimizer.shards
-    told = shards.recovering(lambda: shards.ask(shards._everyone(Describe())))
-    return [told[index] for index in sorted(told)]
+    return optimizer.shards.describe_all()
 
 
 def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNadam:
@@ -339,6 +309,10 @@ def members_of(schedule: MembershipHistory, number: int) -> Sequence[int]:
 def ledgers(optimizer: DistNadam) -> list[dict[str, Any]]:
     """Return every shard's ledger."""
     shards = optimizer.shards
-    held = shards.recovering(lambda: shards.ask(shards._everyone(Pause("audit"))))
-    shards.ask(shards._everyone(Resume("audit")))
+
+    def pause() -> dict[int, Any]:
+        return shards.ask(dict.fromkeys(range(len(shards.ranges)), Pause("audit")))
+
+    held = shards.recovering(pause)
+    shards.ask(dict.fromkeys(held, Resume("audit")))
     return [held[index].ledger for index in sorted(held)]

@@ -69,7 +69,7 @@ def despite_rewinds(work: Callable[[], Result]) -> Result:
             continue
 
 
-class ShardMapPublisher:
+class Progress:
     """By rank: the last round decided, when its step began and ended (monotonic), rounds replayed
     so far.
     """
@@ -109,7 +109,7 @@ class Trainer:
     """One rank in a process of its own, training until it is told where to end."""
 
     def __init__(self, optimizer: DistNadam, rank: int, board: str) -> None:
-        self._rank, self._board, self._rng = rank, ShardMapPublisher(board), np.random.default_rng()
+        self._rank, self._board, self._rng = rank, Progress(board), np.random.default_rng()
         self._end = 2**62
         self._doom: tuple[tuple[int, ...], int] | None = None
         self._worker = optimizer.worker(rank)

@@ -22,6 +22,7 @@ from distnadam.config import NadamConfig, Options
 from distnadam.errors import DistNadamError, Reconfigured
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import ShardSpec, Step, StepNorms
+from distnadam.protocol.supervisor_events import CannotComplete
 from distnadam.supervision.shard_map import require_alive
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -80,7 +81,7 @@ class _WorldTransport(ShardTransport):
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.shard_map = world.supervisor._publisher.now
+        self.shard_map = world.supervisor.newest_map
 
     @property
     @override
@@ -117,7 +118,7 @@ class _WorldTransport(ShardTransport):
 
     @override
     def refresh(self) -> None:
-        self.shard_map = require_alive(self.world.supervisor._publisher.now)
+        self.shard_map = require_alive(self.world.supervisor.newest_map)
 
     @override
     def await_recovery(self, timeout_s: float) -> None:
@@ -146,31 +147,31 @@ class _WorldSupervisorClient(SupervisorClient):
 
     @override
     def started(self, *, initial: Flat | None, directory: str | None) -> None:
-        self._world.supervisor._source.begin(initial, directory)
+        self._world.supervisor.resync(initial=initial, directory=directory)
 
     @override
     def report_cannot_complete(self) -> None:
-        self._world.supervisor.notice("stuck", -1, 0)
+        self._world.supervisor.notify(CannotComplete())
 
     @override
     def state_replaced(self, what: str) -> None:
-        self._world.supervisor.changing(what)
+        self._world.supervisor.restore_points.state_replaced(what)
 
     @override
     def generation(self) -> int:
-        return self._world.supervisor.changes()
+        return self._world.supervisor.restore_points.generation
 
     @override
     def checkpoint_saved(self, root: str, generation: int) -> None:
-        self._world.supervisor.saved(root, generation)
+        self._world.supervisor.restore_points.checkpoint_saved(root, generation)
 
     @override
     def lost_ranks(self) -> dict[int, int]:
-        return self._world.supervisor.lost_ranks()
+        return self._world.supervisor.cluster.lost_ranks
 
     @override
     def reshard(self, cuts: Sequence[Ranges]) -> None:
-        done = self._world.supervisor.reshard(len(cuts), cuts)
+        done = self._world.supervisor.reshard(cuts)
         self._world.look()
         done.result()
 

@@ -7,28 +7,32 @@ shards do the work that is due; nothing sleeps, and what cannot be had at once i
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import Any
 
+from typing_extensions import override
+
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.codec import pack_record, unpack_record
-from distnadam.protocol.messages import Read, ShardSpec, WorkerDied
+from distnadam.protocol.messages import ShardSpec, WorkerDied
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
+    DescribeStandby,
     DetachStandby,
-    Load,
     Reconfigure,
     Record,
     ReplicatedRound,
+    ShardControlState,
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.supervision.process_manager import Cuts, ProcessManager, ShardProcess
+from distnadam.shard.phases import Notice
+from distnadam.supervision.events import LookNow, ProcessDied
+from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat, cut_flat, empty_flat
-from distnadam.tensors.copy_plan import copy_plan
-from distnadam.tensors.layout import Ranges, sizes_of
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
+from distnadam.tensors.layout import Ranges
 from distnadam.transport.replication import ReplicationStream
 
 LIVELOCK = 300
@@ -51,16 +55,23 @@ class Process:
     def make_host(self, spec: ShardSpec) -> ShardHost:
         world = self.world
         how = {"run_work": lambda work: self.works.append(work), "connect_standby": self._attach}
-        told = lambda n: self.alive and world.supervisor.notice(n.what, n.rank, n.incarnation)  # noqa: E731
-        host = ShardHost(spec, on_notice=told, **how)  # type: ignore[arg-type]
+
+        def on_notice(notice: Notice) -> None:
+            if self.alive:
+                world.supervisor.notify(notice.report)
+
+        host = ShardHost(spec, on_notice=on_notice, **how)  # type: ignore[arg-type]
         host.gradients_of = lambda rank, incarnation, dtypes: world.memory(
             rank, incarnation, spec.ranges
         )
         return host
 
     def send(self, message: Any) -> Future[Any]:
-        """Give the shard a message; the answer of one that dies meanwhile is ShardLost."""
+        """Give the shard or standby a message; the answer of one that dies is ShardLost."""
         future: Future[Any] = Future()
+        if isinstance(message, DescribeStandby) and self.alive and self.standby is not None:
+            future.set_result(self.standby.reached)
+            return future
         if not self.alive or self.host is None:
             future.set_exception(ShardLost(f"shard {self.spec.index}: is dead"))
             return future
@@ -84,7 +95,7 @@ class Process:
                 future.set_exception(ShardLost(f"shard {self.spec.index}: died"))
         for process in self.world.all_processes:
             if process.handle is self:
-                self.world.supervisor.died(process)
+                self.world.supervisor.notify(ProcessDied(process=process))
 
     def work(self) -> bool:
         """Do what is due first; return whether there was anything."""
@@ -144,10 +155,13 @@ class _InProcess(ReplicationStream):
             self._standby.apply(DetachStandby(), self.mean)
 
 
-class _WorldCrew(ProcessManager):
+class WorldProcesses(ProcessManager):
+    """A world's processes, as its supervisor starts, reaches and ends them."""
+
     def __init__(self, world: "World") -> None:
         self._world = world
 
+    @override
     def start(
         self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
     ) -> ShardProcess:
@@ -155,6 +169,7 @@ class _WorldCrew(ProcessManager):
         self._world.all_processes.append(process)
         return process
 
+    @override
     def promote(
         self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]
     ) -> ShardProcess:
@@ -165,84 +180,63 @@ class _WorldCrew(ProcessManager):
         process.standby = None
         return standby
 
+    @override
     def fence(self, process: ShardProcess) -> None:
         if process.handle.alive:
             process.handle.kill()
 
+    @override
     def terminate(self, *processes: ShardProcess) -> None:
         for each in processes:
             self.fence(each)
 
+    @override
     def watch(self, process: ShardProcess) -> None:
         pass
 
-    def move(
-        self,
-        token: str,
-        old: Sequence[ShardProcess],
-        new: Sequence[ShardProcess],
-        cuts: Cuts,
-        order: Load,
-    ) -> list[Exception]:
-        held = self.ask(
-            dict(enumerate(old)), {index: Read(token, STATE_ARRAYS) for index in range(len(old))}, 0
-        )
-        errors = [answer for answer in held.values() if isinstance(answer, Exception)]
-        if errors:
-            return errors
-        order, messages = replace(order, control_state=old[0].handle.host.control_state), {}
-        for index, ranges in enumerate(cuts[1]):
-            state = {name: empty_flat(sizes_of(ranges)) for name in STATE_ARRAYS}
-            for copy in copy_plan(cuts[0], ranges):
-                there, here = cuts[0][copy.source][copy.space][0], ranges[copy.space][0]
-                for name in STATE_ARRAYS:
-                    part = held[copy.source][name][copy.space][
-                        copy.begin - there : copy.end - there
-                    ]
-                    state[name][copy.space][copy.begin - here : copy.end - here] = part
-            messages[index] = replace(order, state=state)
-        loaded = self.ask(dict(enumerate(new)), messages, 0)
-        return [answer for answer in loaded.values() if isinstance(answer, Exception)]
+    @override
+    def control_state(self, process: ShardProcess) -> ShardControlState:
+        host = process.handle.host
+        if not process.handle.alive or host is None:
+            raise ShardLost(f"shard {process.index}: is dead")
+        return host.control_state
 
+    @override
     def ask(
         self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
     ) -> dict[int, Any]:
-        answers: dict[int, Any] = {}
-        asked = {i: targets[i].handle for i in messages if i in targets}
+        asked = {index: targets[index].handle for index in messages if index in targets}
         lost = {
-            i
-            for i in asked
-            if isinstance(messages[i], AbandonRank) and self._world.next_fault() == "lose"
+            index
+            for index in asked
+            if isinstance(messages[index], AbandonRank) and self._world.next_fault() == "lose"
         }
-        answers |= {i: StepTimeout(f"shard {i}: the connection broke") for i in lost}
-        asked = {i: process for i, process in asked.items() if i not in lost}
         futures = {
-            i: process.send(messages[i]) for i, process in asked.items() if messages[i] is not None
+            index: process.send(messages[index])
+            for index, process in asked.items()
+            if index not in lost
         }
-        for index, process in asked.items():
-            if messages[index] is None:
-                answers[index] = (
-                    process.standby.reached
-                    if process.alive and process.standby is not None
-                    else ShardLost("dead")
-                )
-                continue
-            while not futures[index].done() and process.work():
+        answers: dict[int, Any] = {
+            index: StepTimeout(f"shard {index}: the connection broke") for index in lost
+        }
+        for index, future in futures.items():
+            while not future.done() and asked[index].work():
                 pass
-            error = (
-                futures[index].exception()
-                if futures[index].done()
-                else StepTimeout(f"shard {index} is silent")
-            )
-            answers[index] = error or futures[index].result()
+            if not future.done():
+                answers[index] = StepTimeout(f"shard {index} is silent")
+            else:
+                answers[index] = future.exception() or future.result()
         return answers
 
 
-class _Now:
-    """An executor that does it at once."""
+class _Inline(Executor):
+    """Runs work at once in the caller's thread."""
 
-    def submit(self, work: Callable[..., Any], *args: Any) -> None:
-        work(*args)
+    @override
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*args, **kwargs))
+        return future
 
 
 class World:
@@ -262,32 +256,38 @@ class World:
         self.faults: deque[str] = deque()
         self.late: list[Callable[[], None]] = []
         self._posts = 0
-        self.processes = _WorldCrew(self)
-        self.supervisor = Supervisor(specs, replicas, self.processes)
-        self.at_once = _Now()
-        self.supervisor._recovery._starter = self.at_once  # type: ignore[assignment]
-        self.supervisor.adopt(
+        self.processes = WorldProcesses(self)
+        self.supervisor = self._make_supervisor(specs, replicas)
+        self.supervisor.manage(
             [self.processes.start(spec, standby=False, near=[]) for spec in specs], {}
         )
 
+    def _make_supervisor(self, specs: Sequence[ShardSpec], replicas: int) -> Supervisor:
+        return Supervisor(specs, replicas, self.processes, beside=_Inline())
+
+    def replace_supervisor(self) -> None:
+        """Put a supervisor that knows nothing yet in place of the present one."""
+        old = self.supervisor.cluster
+        self.supervisor = self._make_supervisor(old.specs, old.specs[0].replicas)
+        self.supervisor.manage(old.shards, old.standbys)
+        self.supervisor.resync(initial=None, directory=None)
+
     @property
     def shards(self) -> list[Process]:
-        return [process.handle for process in self.supervisor._cluster.shards]
+        return [process.handle for process in self.supervisor.cluster.shards]
 
     @property
     def standbys(self) -> dict[int, Process]:
         return {
-            index: process.handle for index, process in self.supervisor._cluster.standbys.items()
+            index: process.handle for index, process in self.supervisor.cluster.standbys.items()
         }
 
     def look(self) -> None:
-        """Let the supervisor take what it was told, and decide until nothing is left."""
-        for _ in range(3):  # standbys are hired, then filled
-            while not self.supervisor._events.empty():
-                self.supervisor._take(*self.supervisor._events.get())
-            self.supervisor._next_look = 0.0
-            self.supervisor._look(prompted=True)
-            if self.supervisor._events.empty():
+        """Have the supervisor handle its events, and decide until nothing is left."""
+        self.supervisor.notify(LookNow())
+        for _ in range(3):  # standbys are started, then filled
+            self.supervisor.run_once()
+            if not self.supervisor.has_events:
                 break
 
     def work(self) -> bool:

@@ -1,6 +1,4 @@
-"""The policy as tables: what was seen, and what is decided; and what no observation whatever may
-lead to.
-"""
+"""The policy as a table of observations and decisions, and what no observation may lead to."""
 
 from typing import Any
 
@@ -13,148 +11,298 @@ from distnadam.supervision.policy import (
     Admit,
     Complete,
     Depart,
+    DropStandbys,
     Fail,
+    Fence,
+    FillStandbys,
+    FinishDeadWorkers,
     Observation,
     Promote,
+    ReleaseHold,
+    ReportWorkersDied,
     Rewind,
     Rules,
     ShardObservation,
+    StartStandbys,
     decide,
 )
 
-WAITS, GOES_ON = Rules(30.0), Rules(30.0, min_workers=2)
+WAITS = Rules(rejoin_timeout_s=30.0)
+GOES_ON = Rules(rejoin_timeout_s=30.0, min_workers=2)
+REPLICATED = Rules(rejoin_timeout_s=30.0, replicas=1)
 ALL = frozenset({0, 1, 2})
 
 
 def alive(
     number: int = 5, epoch: int = 1, reason: str = "reconfigured", **more: Any
 ) -> ShardObservation:
-    return ShardObservation(True, epoch, reason, number, **more)
+    return ShardObservation(alive=True, epoch=epoch, reason=reason, round=number, **more)
 
 
-def dead(standby: int | None = None) -> ShardObservation:
-    return ShardObservation(False, standby=standby)
+def dead(standby: int | None = None, *, fenced: bool = True) -> ShardObservation:
+    return ShardObservation(alive=False, fenced=fenced, standby=standby)
 
 
+def followed(number: int = 5) -> ShardObservation:
+    return alive(number, standby=number, has_standby=True)
+
+
+HELD_BY_THE_DEAD: dict[str, Any] = {"expired_hold": "token"}
 TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
-    ("all is well", Observation([alive(), alive()]), WAITS, []),
-    ("shards within a round", Observation([alive(5), alive(6)]), WAITS, []),
-    ("a standby at the same round", Observation([dead(5), alive(5)]), WAITS, [Promote]),
-    ("a standby one behind", Observation([dead(4), alive(5)]), WAITS, [Promote]),
-    ("a standby one ahead", Observation([dead(6), alive(5)]), WAITS, [Promote]),
-    ("a standby too far behind", Observation([dead(3), alive(5)]), WAITS, [Rewind]),
-    ("a standby of an older time, far ahead", Observation([dead(9), alive(5)]), WAITS, [Rewind]),
+    ("all is well", Observation(shards=[alive(), alive()]), WAITS, []),
+    ("shards within a round", Observation(shards=[alive(5), alive(6)]), WAITS, []),
+    ("a standby at the same round", Observation(shards=[dead(5), alive(5)]), WAITS, [Promote]),
+    ("a standby one behind", Observation(shards=[dead(4), alive(5)]), WAITS, [Promote]),
+    ("a standby one ahead", Observation(shards=[dead(6), alive(5)]), WAITS, [Promote]),
+    ("a standby too far behind", Observation(shards=[dead(3), alive(5)]), WAITS, [Rewind]),
     (
-        "a standby behind one and ahead of another",
-        Observation([dead(4), alive(5), alive(6)]),
+        "a standby of an older time, far ahead",
+        Observation(shards=[dead(9), alive(5)]),
         WAITS,
         [Rewind],
     ),
-    ("the only shard, with a standby at round 0", Observation([dead(0)]), WAITS, [Promote]),
-    ("all shards, all with standbys", Observation([dead(5), dead(6)]), WAITS, [Promote]),
-    ("one of two without a standby", Observation([dead(5), dead()]), WAITS, [Rewind]),
-    ("no standby", Observation([dead(), alive()]), WAITS, [Rewind]),
+    (
+        "a standby behind one and ahead of another",
+        Observation(shards=[dead(4), alive(5), alive(6)]),
+        WAITS,
+        [Rewind],
+    ),
+    ("the only shard, with a standby at round 0", Observation(shards=[dead(0)]), WAITS, [Promote]),
+    ("all shards, all with standbys", Observation(shards=[dead(5), dead(6)]), WAITS, [Promote]),
+    ("one of two without a standby", Observation(shards=[dead(5), dead()]), WAITS, [Rewind]),
+    ("no standby", Observation(shards=[dead(), alive()]), WAITS, [Rewind]),
     (
         "no standby, nothing to go back to",
-        Observation([dead(), alive()], source=False),
+        Observation(shards=[dead(), alive()], source=False),
         WAITS,
         [Fail],
     ),
     (
         "no standby, a change that would be lost",
-        Observation([dead(), alive()], changed="the state was replaced"),
+        Observation(shards=[dead(), alive()], changed="the state was replaced"),
         WAITS,
         [Fail],
     ),
     (
         "a standby, a change that is kept",
-        Observation([dead(5), alive()], changed="the state was replaced"),
+        Observation(shards=[dead(5), alive()], changed="the state was replaced"),
         WAITS,
         [Promote],
     ),
-    ("a reign that reached one", Observation([alive(epoch=2), alive(epoch=1)]), WAITS, [Complete]),
+    (
+        "a Reconfigure that reached one",
+        Observation(shards=[alive(epoch=2), alive(epoch=1)]),
+        WAITS,
+        [Complete],
+    ),
     (
         "a write on its way",
-        Observation([alive(epoch=2, reason="replaced"), alive()], held=True),
+        Observation(shards=[alive(epoch=2, reason="replaced"), alive()], held=True),
         WAITS,
         [],
     ),
     (
         "a write half done",
-        Observation([alive(epoch=2, reason="replaced"), alive()], changed="the write itself"),
+        Observation(
+            shards=[alive(epoch=2, reason="replaced"), alive()], changed="the write itself"
+        ),
         WAITS,
         [Rewind],
     ),
     (
         "a write half done after one that was whole",
-        Observation([alive(epoch=2, reason="replaced"), alive(changed="before")]),
+        Observation(shards=[alive(epoch=2, reason="replaced"), alive(changed="before")]),
         WAITS,
         [Fail],
     ),
-    ("a load half done", Observation([alive(epoch=2, reason="rewound"), alive()]), WAITS, [Rewind]),
-    ("stuck", Observation([alive(5), alive(6)], stuck=True), WAITS, [Rewind]),
-    ("a rank dead for a moment", Observation([alive()], dead={0: 1.0}, members=ALL), GOES_ON, []),
+    (
+        "a load half done",
+        Observation(shards=[alive(epoch=2, reason="rewound"), alive()]),
+        WAITS,
+        [Rewind],
+    ),
+    (
+        "shards that cannot complete a round",
+        Observation(shards=[alive(5), alive(6)], cannot_complete=True),
+        WAITS,
+        [Rewind],
+    ),
+    (
+        "a rank dead for a moment",
+        Observation(shards=[alive()], dead={0: 1.0}, members=ALL),
+        GOES_ON,
+        [],
+    ),
     (
         "a rank dead for long",
-        Observation([alive()], dead={0: 31.0}, members=ALL),
+        Observation(shards=[alive()], dead={0: 31.0}, members=ALL),
         GOES_ON,
         [Depart],
     ),
     (
         "too many dead for long",
-        Observation([alive()], dead={0: 31.0, 1: 31.0}, members=ALL),
+        Observation(shards=[alive()], dead={0: 31.0, 1: 31.0}, members=ALL),
         GOES_ON,
         [AbandonRanks],
     ),
     (
         "dead for long, all must be there",
-        Observation([alive()], dead={0: 31.0}, members=ALL),
+        Observation(shards=[alive()], dead={0: 31.0}, members=ALL),
         WAITS,
         [AbandonRanks],
     ),
     (
-        "they were told",
-        Observation([alive()], dead={0: 31.0}, members=ALL, given_up=frozenset({0})),
+        "their waiters know",
+        Observation(shards=[alive()], dead={0: 31.0}, members=ALL, given_up=frozenset({0})),
         WAITS,
         [],
     ),
     (
         "dead, but no member",
-        Observation([alive()], dead={0: 31.0}, members=frozenset({1, 2})),
+        Observation(shards=[alive()], dead={0: 31.0}, members=frozenset({1, 2})),
         GOES_ON,
         [],
     ),
     (
         "a rank comes back",
-        Observation([alive()], members=frozenset({1, 2}), asking=ALL),
+        Observation(shards=[alive()], members=frozenset({1, 2}), asking=ALL),
         GOES_ON,
         [Admit],
     ),
     (
         "a rank comes back in a replay",
-        Observation([alive(5)], members=frozenset({1, 2}), asking=ALL, highest_round=6),
+        Observation(shards=[alive(5)], members=frozenset({1, 2}), asking=ALL, highest_round=6),
         GOES_ON,
         [],
     ),
     (
         "a rank comes back after it",
-        Observation([alive(6)], members=frozenset({1, 2}), asking=ALL, highest_round=6),
+        Observation(shards=[alive(6)], members=frozenset({1, 2}), asking=ALL, highest_round=6),
         GOES_ON,
         [Admit],
     ),
     (
         "a shard before a rank",
-        Observation([dead(), alive()], dead={0: 31.0}, members=ALL, asking=ALL),
+        Observation(shards=[dead(), alive()], dead={0: 31.0}, members=ALL, asking=ALL),
         GOES_ON,
         [Rewind],
     ),
     (
         "nothing hides a write on its way",
         Observation(
-            [alive(epoch=2, reason="replaced"), alive()], dead={0: 31.0}, held=True, members=ALL
+            shards=[alive(epoch=2, reason="replaced"), alive()],
+            dead={0: 31.0},
+            held=True,
+            members=ALL,
         ),
         GOES_ON,
         [],
+    ),
+    (
+        "a shard died just now, its standby is yet to be asked",
+        Observation(shards=[dead(fenced=False), alive()]),
+        WAITS,
+        [Fence],
+    ),
+    (
+        "a second shard died before the first was replaced",
+        Observation(shards=[dead(5), dead(fenced=False)]),
+        WAITS,
+        [Fence],
+    ),
+    (
+        "a shard died just now, with nothing to go back to",
+        Observation(shards=[dead(fenced=False)], source=False),
+        WAITS,
+        [Fence],
+    ),
+    (
+        "a dead shard before a hold that expired",
+        Observation(shards=[dead(5), alive()], **HELD_BY_THE_DEAD),
+        WAITS,
+        [Promote],
+    ),
+    ("a hold expired", Observation(shards=[alive()], **HELD_BY_THE_DEAD), WAITS, [ReleaseHold]),
+    (
+        "a hold expired in the middle of a write",
+        Observation(shards=[alive(epoch=2, reason="replaced"), alive()], **HELD_BY_THE_DEAD),
+        WAITS,
+        [ReleaseHold, Rewind],
+    ),
+    (
+        "a worker died and no shard knows it",
+        Observation(shards=[alive()], unreported={1: 4}, members=ALL),
+        WAITS,
+        [ReportWorkersDied],
+    ),
+    (
+        "a worker died a moment ago",
+        Observation(shards=[alive()], dead={1: 0.0}, unfinished=frozenset({1}), members=ALL),
+        WAITS,
+        [FinishDeadWorkers],
+    ),
+    (
+        "a worker died a moment ago, and shards cannot complete a round",
+        Observation(
+            shards=[alive(5), alive(6)],
+            dead={1: 0.0},
+            unfinished=frozenset({1}),
+            cannot_complete=True,
+        ),
+        WAITS,
+        [FinishDeadWorkers, Rewind],
+    ),
+    (
+        "a dead shard before a dead worker",
+        Observation(
+            shards=[dead(5), alive()], dead={1: 0.0}, unfinished=frozenset({1}), members=ALL
+        ),
+        WAITS,
+        [Promote],
+    ),
+    (
+        "a worker that is gone for long and was not seen to",
+        Observation(shards=[alive()], dead={0: 31.0}, unfinished=frozenset({0}), members=ALL),
+        GOES_ON,
+        [FinishDeadWorkers, Depart],
+    ),
+    ("every shard is followed", Observation(shards=[followed(), followed()]), REPLICATED, []),
+    (
+        "one shard has no standby",
+        Observation(shards=[followed(), alive()]),
+        REPLICATED,
+        [StartStandbys],
+    ),
+    ("nobody wants standbys", Observation(shards=[alive(), alive()]), WAITS, []),
+    (
+        "a standby was started and is empty",
+        Observation(shards=[alive(has_standby=True)]),
+        REPLICATED,
+        [FillStandbys],
+    ),
+    (
+        "one standby is missing, one empty",
+        Observation(shards=[alive(), alive(has_standby=True)]),
+        REPLICATED,
+        [StartStandbys, FillStandbys],
+    ),
+    (
+        "a standby is on its way",
+        Observation(shards=[alive(filling=True), followed()]),
+        REPLICATED,
+        [],
+    ),
+    (
+        "a stale standby",
+        Observation(shards=[alive(has_standby=True, stale=True)]),
+        REPLICATED,
+        [DropStandbys],
+    ),
+    (
+        "a rank comes back before a standby is started",
+        Observation(shards=[alive()], members=frozenset({1, 2}), asking=ALL),
+        Rules(rejoin_timeout_s=30.0, min_workers=2, replicas=1),
+        [Admit],
     ),
 ]
 
@@ -169,13 +317,15 @@ def test_what_is_seen_leads_to_what_the_table_says(
 
 
 def test_a_failure_says_what_would_have_helped() -> None:
-    (none,) = decide(Observation([dead()], source=False), WAITS)
+    (none,) = decide(Observation(shards=[dead()], source=False), WAITS)
     assert (
         isinstance(none, Fail)
         and "there is no checkpoint to go back to: save, set Options(checkpoint_dir=...)"
         in none.why
     )
-    (lost,) = decide(Observation([dead()], changed="the state was replaced after round 4"), WAITS)
+    (lost,) = decide(
+        Observation(shards=[dead()], changed="the state was replaced after round 4"), WAITS
+    )
     assert (
         isinstance(lost, Fail)
         and (
@@ -190,6 +340,10 @@ RANKS = st.frozensets(st.integers(0, 3))
 SHARD = st.builds(
     ShardObservation,
     alive=st.booleans(),
+    fenced=st.booleans(),
+    has_standby=st.booleans(),
+    filling=st.booleans(),
+    stale=st.booleans(),
     epoch=st.integers(1, 3),
     reason=st.sampled_from(["", "replaced", "rewound", "reconfigured"]),
     round=st.integers(0, 4),
@@ -200,8 +354,11 @@ SEEN = st.builds(
     Observation,
     shards=st.lists(SHARD, min_size=1, max_size=4),
     dead=st.dictionaries(st.integers(0, 3), st.floats(0, 100)),
+    unfinished=RANKS,
+    unreported=st.dictionaries(st.integers(0, 3), st.integers(1, 3)),
     held=st.booleans(),
-    stuck=st.booleans(),
+    expired_hold=st.none() | st.just("token"),
+    cannot_complete=st.booleans(),
     members=RANKS,
     asking=RANKS,
     source=st.booleans(),
@@ -210,7 +367,10 @@ SEEN = st.builds(
     highest_round=st.integers(0, 6),
 )
 RULES = st.builds(
-    Rules, rejoin_timeout_s=st.floats(0, 50), min_workers=st.none() | st.integers(1, 4)
+    Rules,
+    rejoin_timeout_s=st.floats(0, 50),
+    min_workers=st.none() | st.integers(1, 4),
+    replicas=st.integers(0, 1),
 )
 
 
@@ -221,13 +381,14 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
     decisions = decide(seen, rules)
     assert decisions == decide(seen, rules), "a successor decides the same"
     gone = tuple(index for index, shard in enumerate(seen.shards) if not shard.alive)
+    fenced = all(seen.shards[index].fenced for index in gone)
     for decision in decisions:
         if isinstance(decision, Promote):
-            assert decision.shards == gone != ()
+            assert decision.shards == gone != () and fenced
             rounds = [shard.round if shard.alive else shard.standby for shard in seen.shards]
             assert None not in rounds and max(rounds) - min(rounds) <= 1  # type: ignore[type-var, operator]
         if isinstance(decision, Rewind):
-            assert seen.source and decision.shards == gone
+            assert seen.source and decision.shards == gone and fenced
             assert seen.changed is None or (
                 not gone and len({shard.epoch for shard in seen.shards}) > 1
             )
@@ -239,8 +400,11 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
             assert max(shard.round for shard in seen.shards) >= seen.highest_round
     if gone:
         assert len(decisions) == 1, "shards come first, and by themselves"
+        assert isinstance(decisions[0], Fence) == (not fenced), "nothing else before that"
+    if any(isinstance(decision, (StartStandbys, FillStandbys)) for decision in decisions):
+        assert rules.replicas and not gone and len({shard.epoch for shard in seen.shards}) == 1
     if any(isinstance(decision, (Depart, Admit)) for decision in decisions):
-        assert len({shard.epoch for shard in seen.shards}) == 1 and not seen.stuck
+        assert len({shard.epoch for shard in seen.shards}) == 1 and not seen.cannot_complete
 
 
 @given(members=st.sets(st.integers(0, 5), min_size=1), cut=st.sets(st.integers(0, 5)))
@@ -248,10 +412,12 @@ def test_two_sides_of_a_partition_never_both_go_on_where_more_than_half_must_be_
     members: set[int], cut: set[int]
 ) -> None:
     here, there = members - cut, members & cut
-    rules = Rules(0.0, min_workers=len(members) // 2 + 1)
+    rules = Rules(rejoin_timeout_s=0.0, min_workers=len(members) // 2 + 1)
     goes_on = []
     for side, others in ((here, there), (there, here)):
-        seen = Observation([alive()], dead=dict.fromkeys(others, 1.0), members=frozenset(members))
+        seen = Observation(
+            shards=[alive()], dead=dict.fromkeys(others, 1.0), members=frozenset(members)
+        )
         goes_on.append(
             bool(side) and not any(isinstance(d, AbandonRanks) for d in decide(seen, rules))
         )

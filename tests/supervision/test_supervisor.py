@@ -3,7 +3,6 @@ replayed, a successor knows who is there.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
 from distnadam.protocol.messages import ShardSpec
-from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Worker
 from tests.reference import history_of
@@ -134,22 +132,13 @@ def test_a_successor_admits_who_asked_its_predecessor_and_knows_who_is_gone() ->
     training.train(4)
     with pytest.raises(StepTimeout, match="was not admitted"):
         Worker(training.controller(), 1)
-    succeed(training.world)
+    training.world.replace_supervisor()
     training.world.look()
     training.join(1)
     training.die(2)
-    succeed(training.world)
+    training.world.replace_supervisor()
     training.world.look()
     training.train(6)
     assert [list(ranks) for ranks in training.members()] == [[0, 1, 2]] * 2 + [[0, 2]] * 2 + [
         [0, 1]
     ] * 2
-
-
-def succeed(world: World) -> None:
-    """Put another supervisor, which was told nothing, in place of the one that is there."""
-    old: Any = world.supervisor._cluster
-    world.supervisor = Supervisor(old.specs, 0, world.processes)
-    world.supervisor._recovery._starter = world.at_once  # type: ignore[assignment]
-    world.supervisor.adopt(old.shards, old.standbys)
-    world.supervisor.resync(initial=None, directory=None)

@@ -1,5 +1,5 @@
-"""How a supervisor makes certain that a process of its optimizer is gone, or stands still, before
-another takes its place.
+"""How a supervisor makes certain that a process is gone, or stands still, before another takes its
+place.
 """
 
 import contextlib
@@ -23,82 +23,78 @@ _FENCE_S = 5.0
 
 
 class Fencing:
-    """See the module.
+    """Ends processes for certain, and gives the leases that end by themselves.
 
     Args:
         run: begins the names of the optimizer's processes.
-        end_on: has processes of another node killed.
-        ended: the actors whose end Ray has told.
-        lasts_s: seconds for which a shard's leave lasts.
+        kill_on: kills processes of another node.
+        ended: the actors whose end was reported.
+        lease_s: seconds for which a shard's lease is valid.
     """
 
     def __init__(
-        self, run: str, kill_on: registry.EndOn, ended: Container[Any], lasts_s: float
+        self, run: str, kill_on: registry.KillOn, ended: Container[Any], lease_s: float
     ) -> None:
-        self._run, self._end_on, self._ended = run, kill_on, ended
+        self._run = run
+        self._kill_on = kill_on
+        self._ended = ended
         self._node = ray.get_runtime_context().get_node_id()
-        self._fenced: set[ShardProcess] = set()
-        self._dismissed: set[ShardProcess] = set()
-        self.silent = RecentlyUnreachable()
-        self.leases = LeaseManager(lasts_s, self._belongs, lambda: os._exit(1))
+        self.unreachable = RecentlyUnreachable()
+        self.leases = LeaseManager(lease_s, self._belongs, lambda: os._exit(1))
 
     def inherit(self, process: ShardProcess) -> None:
-        """Know a shard of an earlier supervisor, which may have given it leave."""
-        self.leases.admit(_who(process.index, process.handle), inherited=True)
+        """Know a shard of an earlier supervisor, whose lease may still be valid."""
+        self.leases.admit(_actor_id(process.index, process.handle), inherited=True)
 
     def admit(self, actor: Any) -> None:
         """Know a new shard's actor."""
-        self.leases.admit(_who(0, actor))
+        self.leases.admit(_actor_id(0, actor))
 
     def fence(self, process: ShardProcess) -> None:
-        """Kill a process; where nobody can, wait until it stands still."""
-        if process in self._fenced:
-            return
-        lapses_s = self.leases.refuse(_who(process.index, process.handle))
-        ended = self._end(process)
+        """Kill a process; if nobody can, wait until its lease is over, after which it is silent."""
+        valid_s = self.leases.refuse(_actor_id(process.index, process.handle))
+        ended = self._kill(process)
         kill_actor(process.handle)
-        if not ended:
-            self.silent.add(process.place.node)
-        if not ended and lapses_s:
+        if ended:
+            return
+        self.unreachable.add(process.place.node)
+        if valid_s:
             log.warning(
-                "shard %d cannot be reached: waiting %.1f s until it stands still",
+                "shard %d cannot be reached: waiting %.1f s until its lease is over",
                 process.index,
-                lapses_s,
+                valid_s,
             )
-            time.sleep(lapses_s)
-        self._fenced.add(process)
+            time.sleep(valid_s)
 
     def terminate(self, *processes: ShardProcess) -> None:
-        """End processes by Ray, which tells nobody of it; those that do not obey, by their
-        numbers.
-        """
-        self._dismissed.update(processes)
+        """End processes by Ray, which does not report such an end; by signals if they go on."""
         for each in processes:
             kill_actor(each.handle)
-        registry.end(
+        silent = registry.end(
             self._run,
             [each.place for each in processes if each.place.pid],
-            self._end_on,
+            self._kill_on,
             grace_s=registry.GRACE_S,
         )
+        self.unreachable.add(*silent)
 
-    def _end(self, process: ShardProcess) -> bool:
-        """Kill a process, and return whether it is certain to be gone."""
-        place, grace_s = process.place, registry.GRACE_S if process in self._dismissed else 0.0
+    def _kill(self, process: ShardProcess) -> bool:
+        """Kill a process, and return whether it is certainly gone."""
+        place = process.place
         if place.pid and place.node == self._node:
-            registry.end(
-                self._run, [place], self._end_on, grace_s=grace_s
-            )  # by its number, since one that is stopped does not obey Ray
+            # by its pid, since a stopped process does not obey Ray
+            registry.end(self._run, [place], self._kill_on)
             return True
-        alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
+        try:
+            alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
+        except Exception as error:  # Ray's head does not answer, so nothing is certain
+            log.warning("shard %d: cannot ask Ray for its node: %s", process.index, error)
+            return False
         if not place.node:
-            return all(alive.values())  # nobody knows where it was
+            return all(alive.values())  # it may have been on any node
         if place.pid and alive.get(place.node):
             with contextlib.suppress(Exception):
-                ray.get(
-                    self._end_on(place.node, [(place.pid, place.born)], grace_s),
-                    timeout=grace_s + _FENCE_S,
-                )
+                ray.get(self._kill_on(place.node, [(place.pid, place.born)], 0.0), timeout=_FENCE_S)
                 registry.forget(self._run, [place])
                 return True
         return bool(alive.get(place.node)) and process.handle in self._ended
@@ -107,6 +103,6 @@ class Fencing:
         return any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes())
 
 
-def _who(index: int, actor: Any) -> str:
-    """What a shard calls itself where it asks for leave; one that is missing, its index."""
+def _actor_id(index: int, actor: Any) -> str:
+    """Return what a shard calls itself when it renews its lease; its index if it is missing."""
     return str(index) if actor is None else str(actor._actor_id.hex())

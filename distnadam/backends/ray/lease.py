@@ -116,10 +116,8 @@ class LeaseManager:
         """Whether leave may be given, and anything be decided, now."""
         return now() < self._belonged + self._trusted_s
 
-    def ask(self, who: str) -> bool | None:
-        """Give leave; False where this shard is not known, or not any more, None where nobody gets
-        any for now.
-        """
+    def renew(self, who: str) -> bool | None:
+        """Renew a shard's lease; False if it is unknown or refused, None while nobody gets any."""
         with self._lock:
             if who not in self._known:
                 return False

@@ -1,13 +1,14 @@
 """Room for the shards on a cluster's nodes, and which node a shard, a standby or a worker goes to.
 
-Ray's own SPREAD counts separately on every node that decides, and an actor that asks for nothing is
-decided on by a random one, so that such actors may all end on one node. For those we name the node,
-and Ray chooses where that one is gone.
+Ray's own SPREAD counts separately on every node that schedules, and a random node schedules an
+actor that asks for no resource, so that such actors may all end on one node. For those the node is
+named here, with Ray's choice as the fallback if that node is gone.
 """
 
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -19,12 +20,14 @@ log = logging.getLogger("distnadam")
 
 _NODE = "ray.io/node-id"
 _REPORT_EVERY_S = 5.0
-_SILENT_S = 60.0
+_UNREACHABLE_S = 60.0
 
 
 def check_fits(options: Options, num_shards: int) -> None:
-    """Raise InsufficientResources where the nodes, even empty, cannot hold the shards; wait first
-    as long as `start_timeout_s` says.
+    """Wait up to `start_timeout_s` for nodes that could hold the shards if they were empty.
+
+    Raises:
+        InsufficientResources: there are none.
     """
     ask = _positive(shard_ask(options))
     deadline = time.monotonic() + (options.start_timeout_s or 0.0)
@@ -41,7 +44,7 @@ def check_fits(options: Options, num_shards: int) -> None:
             )
             or "no resource"
         )
-        told = (
+        lacking = (
             f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {room}"
         )
         if time.monotonic() >= deadline:
@@ -49,8 +52,8 @@ def check_fits(options: Options, num_shards: int) -> None:
                 "ask for less in Options, or add nodes (Options(start_timeout_s=...) "
                 "waits for them)"
             )
-            raise InsufficientResources(f"{told}; {remedy}")
-        log.warning("waiting for nodes: %s", told)
+            raise InsufficientResources(f"{lacking}; {remedy}")
+        log.warning("waiting for nodes: %s", lacking)
         time.sleep(min(_REPORT_EVERY_S, max(0.1, deadline - time.monotonic())))
 
 
@@ -64,67 +67,83 @@ def shard_ask(options: Options) -> dict[str, float]:
 
 
 class RecentlyUnreachable:
-    """The nodes that did not answer a moment ago; Ray takes up to a minute to find out that they
-    are gone.
-    """
+    """The nodes that did not answer lately; Ray takes up to a minute to notice that one is gone."""
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
 
     def add(self, *nodes: str) -> None:
-        """Take note of nodes that do not answer now."""
+        """Remember nodes that do not answer now."""
         self._since |= {node: time.monotonic() for node in nodes if node}
 
     @property
     def now(self) -> set[str]:
-        """Those that did not answer within the last minute."""
-        return {node for node, since in self._since.items() if time.monotonic() - since < _SILENT_S}
+        """The nodes that did not answer within the last minute."""
+        return {
+            node for node, since in self._since.items() if time.monotonic() - since < _UNREACHABLE_S
+        }
 
 
-def at(
-    index: int,
-    nodes: Sequence[Mapping[str, Any]],
-    ask: Mapping[str, float],
-    selector: Mapping[str, str],
-    *,
-    first: int,
-    spread: bool = True,
-    silent: Collection[str] = (),
-    apart_from: Collection[str] = (),
-) -> dict[str, Any]:
-    """Return the options by which Ray places one of several actors that ask the same.
+@dataclass(frozen=True, kw_only=True)
+class Avoid:
+    """Nodes that an actor is not to go to.
 
-    What asks for a resource is left to Ray, which knows what is free, and lets an autoscaler know
-    what is not.
+    Args:
+        unreachable: nodes to avoid whenever another node qualifies.
+        apart_from: nodes to avoid whenever any other node, even an unreachable one, qualifies.
+    """
+
+    unreachable: Collection[str] = ()
+    apart_from: Collection[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where one of several actors that ask for the same shall go.
 
     Args:
         index: which of them it is.
-        nodes: the cluster's, as `ray.nodes` tells of them.
-        ask: what it asks, by resource.
+        ask: what it asks for, by resource.
         selector: labels that its node must have.
-        first: with which of the nodes, in the order of their names, to begin; any number.
+        first: the position, among the nodes in the order of their names, of the first actor's node;
+            any number.
         spread: one on each node in turn; otherwise all on one.
-        silent: nodes that get none, where there are others.
-        apart_from: nodes that get none, where there are others, silent ones among them.
+        avoid: nodes that it is not to go to.
     """
-    choices, avoided = [dict(selector)], sorted({*silent, *apart_from})
+
+    index: int
+    ask: Mapping[str, float]
+    selector: Mapping[str, str]
+    first: int
+    spread: bool = True
+    avoid: Avoid = field(default_factory=Avoid)
+
+
+def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the options by which Ray places an actor, given the nodes as `ray.nodes` returns them.
+
+    What asks for a resource is left to Ray, which knows what is free and lets an autoscaler know
+    what is not.
+    """
+    selector, apart_from = wanted.selector, sorted(wanted.avoid.apart_from)
+    avoided = sorted({*wanted.avoid.unreachable, *apart_from})
+    choices = [dict(selector)]
     if _NODE not in selector:
-        unlike = dict.fromkeys(
-            f"!in({', '.join(some)})" for some in (avoided, sorted(apart_from)) if some
-        )
+        unlike = dict.fromkeys(f"!in({', '.join(some)})" for some in (avoided, apart_from) if some)
         choices = [*({**selector, _NODE: each} for each in unlike), *choices]
-        seats = sorted(
+        free = sorted(
             str(node["NodeID"])
             for node in _suitable(nodes, selector)
             if node["NodeID"] not in avoided
         )
-        if seats and not _positive(ask):
-            choices.insert(0, {**selector, _NODE: seats[(first + index * spread) % len(seats)]})
-    told = {
+        if free and not _positive(wanted.ask):
+            position = (wanted.first + wanted.index * wanted.spread) % len(free)
+            choices.insert(0, {**selector, _NODE: free[position]})
+    options = {
         "label_selector": choices[0],
         "fallback_strategy": [{"label_selector": choice} for choice in choices[1:]],
     }
-    return told | ({"scheduling_strategy": "SPREAD"} if spread else {})
+    return options | ({"scheduling_strategy": "SPREAD"} if wanted.spread else {})
 
 
 def _positive(ask: Mapping[str, float]) -> dict[str, float]:
@@ -143,7 +162,7 @@ def _labelled(node: Mapping[str, Any], selector: Mapping[str, str]) -> bool:
 
 
 def _meets(label: str | None, wanted: str) -> bool:
-    """Whether a label is as Ray's selectors say it: value, !value, in(a,b) or !in(a,b)."""
+    """Whether a label meets one of Ray's selectors: value, !value, in(a,b) or !in(a,b)."""
     plain = wanted.removeprefix("!")
     among = plain[3:-1].split(",") if plain.startswith("in(") else [plain]
     return (label in [value.strip() for value in among]) == (plain == wanted)

@@ -1,4 +1,4 @@
-"""How a supervisor that lives in a Ray actor makes, reaches and ends the actors of its shards."""
+"""How a supervisor in a Ray actor starts, reaches and ends the actors of its shards."""
 
 import contextlib
 import dataclasses
@@ -10,16 +10,22 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError
+from typing_extensions import override
 
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.calls import gather_with_retry, retry_until_answered
 from distnadam.backends.ray.fencing import Fencing
+from distnadam.backends.ray.placement import Avoid
 from distnadam.backends.ray.processes import kill_actor, process_start_time
-from distnadam.errors import ShardLost
+from distnadam.errors import DistNadamError, ShardLost
 from distnadam.protocol.messages import ShardSpec
-from distnadam.protocol.supervisor_messages import Load, Reconfigure
+from distnadam.protocol.supervisor_messages import (
+    DescribeStandby,
+    Reconfigure,
+    ShardControlState,
+)
 from distnadam.supervision.discovery import DiscoveredProcess, RecoveredTopology, recovered_topology
-from distnadam.supervision.process_manager import Cuts, ProcessManager, ShardProcess
+from distnadam.supervision.process_manager import MOVE_S, Move, ProcessManager, ShardProcess
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address
@@ -28,31 +34,31 @@ from distnadam.transport.process_watch import ProcessWatch
 
 @dataclass(frozen=True)
 class ActorFactory:
-    """What needs `ray.remote`: `make_shard` takes a spec, the supervisor, a label, and nodes silent
-    and to be apart from; see `actors`.
-    """
+    """What needs `ray.remote`, from `actors`, which imports this module."""
 
-    make_shard: Callable[[ShardSpec, Any, str | None, Collection[str], Collection[str]], Any]
-    kill_on: registry.EndOn
+    make_shard: Callable[[ShardSpec, Any, str | None, Avoid], Any]
+    kill_on: registry.KillOn
     start_time_on: Callable[[str, int], Any]
 
 
 OPEN_S = 120.0
 """Seconds in which a process of the optimizer starts, and opens."""
-_MOVE_S = 3600.0
-_MEET_S = 5.0
+_DISCOVER_S = 5.0
 _SLICE_S = 0.05
 
 
 class RayProcessManager(ProcessManager):
     """Processes as Ray actors.
 
+    It knows whose end Ray or a socket has reported, so that calls under way need not wait for a
+    dead actor; whether a silent one counts as dead is `ClusterState`'s to know.
+
     Args:
-        supervisor: the supervisor's own actor, which shards tell what happens.
+        supervisor: the supervisor's own actor, which shards report to.
         run: begins the names of the optimizer's processes.
-        tools: makes actors, and ends processes of other nodes.
-        on_death: told which process ended.
-        lasts_s: seconds for which a shard's leave lasts.
+        factory: makes actors, and ends processes of other nodes.
+        on_death: called with a watched process that ended.
+        lease_s: seconds for which a shard's lease is valid.
     """
 
     def __init__(
@@ -61,36 +67,38 @@ class RayProcessManager(ProcessManager):
         run: str,
         factory: ActorFactory,
         on_death: Callable[[ShardProcess], None],
-        lasts_s: float,
+        lease_s: float,
     ) -> None:
-        self._supervisor, self._run, self._factory, self._on_death = (
-            supervisor,
-            run,
-            factory,
-            on_death,
-        )
-        self._own = registry.enter(run)
-        self._node = self._own.node
+        self._supervisor = supervisor
+        self._run = run
+        self._factory = factory
+        self._on_death = on_death
+        self._own = registry.register(run)
         self._watch = ProcessWatch()
         self._ended: set[Any] = set()
-        self._births: dict[str, Any] = {}  # by token: an answer on its way from another node
-        self.fencing = Fencing(run, factory.kill_on, self._ended, lasts_s)
+        self._births: dict[str, Any] = {}
+        self.fencing = Fencing(run, factory.kill_on, self._ended, lease_s)
 
     def make(
         self, spec: ShardSpec, *, standby: bool = False, apart_from: Collection[str] = ()
     ) -> Any:
-        """Return a new actor, which may not have started yet, on none of those nodes where there is
-        another.
+        """Return a new actor, which may not have started yet.
+
+        Args:
+            spec: its shard's.
+            standby: whether it is to be the standby.
+            apart_from: nodes to avoid whenever any other node qualifies.
         """
-        label, silent = registry.label_of(spec, standby=standby), self.fencing.silent.now
-        actor = self._factory.make_shard(spec, self._supervisor, label, silent, apart_from)
+        label = registry.label_of(spec, standby=standby)
+        avoid = Avoid(unreachable=self.fencing.unreachable.now, apart_from=apart_from)
+        actor = self._factory.make_shard(spec, self._supervisor, label, avoid)
         self.fencing.admit(actor)
         return actor
 
+    @override
     def start(
         self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
     ) -> ShardProcess:
-        """See `ProcessManager.start`."""
         primary = [
             process.place.node for process in near if standby and process.index == spec.index
         ]
@@ -104,15 +112,15 @@ class RayProcessManager(ProcessManager):
         except Exception as error:
             kill_actor(actor)
             raise ShardLost(
-                f"shard {spec.index}: a process for it could not be had: "
+                f"shard {spec.index}: no process for it could be started: "
                 f"{str(error).splitlines()[0]}"
             ) from error
         return ShardProcess(spec.index, actor, place)
 
+    @override
     def promote(
         self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]
     ) -> ShardProcess:
-        """See `ProcessManager.promote`."""
         neighbour = self._neighbour(standby.place.node, near)
         answer = gather_with_retry(
             {0: lambda: standby.handle.promote.remote(reconfigure, neighbour)}, OPEN_S
@@ -121,26 +129,27 @@ class RayProcessManager(ProcessManager):
             raise ShardLost(f"the standby of shard {standby.index}: {answer}") from answer
         return dataclasses.replace(standby, place=answer)
 
+    @override
     def fence(self, process: ShardProcess) -> None:
-        """See `ProcessManager.fence`."""
         self.fencing.fence(process)
 
+    @override
     def is_leader(self) -> bool:
-        """See `ProcessManager.is_leader`."""
         return self.fencing.leases.is_leader
 
+    @override
     def terminate(self, *processes: ShardProcess) -> None:
-        """See `ProcessManager.terminate`."""
         self.fencing.terminate(*processes)
 
     def discover(self, first: ShardSpec) -> RecoveredTopology:
-        """Find the processes of an optimizer whose supervisor died, and end those that do not
-        answer, or are not needed any more.
+        """Find the processes of an optimizer whose supervisor died.
+
+        Those that do not answer, or are not needed any more, are ended.
         """
         asked = {actor.introduce.remote(): actor for actor in registry.actors_of(self._run)}
         discovered: list[DiscoveredProcess] = []
         for ref in (
-            ray.wait(list(asked), num_returns=len(asked), timeout=_MEET_S)[0] if asked else []
+            ray.wait(list(asked), num_returns=len(asked), timeout=_DISCOVER_S)[0] if asked else []
         ):
             with contextlib.suppress(Exception):  # it died
                 answer = ray.get(ref)
@@ -152,7 +161,7 @@ class RayProcessManager(ProcessManager):
         registry.kill_all(
             self._run,
             self._factory.kill_on,
-            spare=[self._own, *(each.process.place for each in discovered)],
+            keep=[self._own, *(each.process.place for each in discovered)],
         )
         answered = {each.process.handle for each in discovered}
         for actor in asked.values():
@@ -162,17 +171,15 @@ class RayProcessManager(ProcessManager):
         self.terminate(*found.spare)
         return found
 
+    @override
     def is_dead(self, token: str) -> bool:
-        """See `ProcessManager.is_dead`; a process of another node is asked about there, and the
-        answer is there the next time.
-        """
         node, *process = token.split("/")
         if len(process) != 3:
             return False
         pid, born = int(process[0]), process[1]
-        if node == self._node:
+        if node == self._own.node:
             return process_start_time(pid) != born
-        if token not in self._births:
+        if token not in self._births:  # asked on that node; the next call has the answer
             self._births[token] = self._factory.start_time_on(node, pid)
         ref = self._births[token]
         if not ray.wait([ref], timeout=0)[0]:
@@ -183,11 +190,8 @@ class RayProcessManager(ProcessManager):
         except Exception:
             return not any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
 
+    @override
     def watch(self, process: ShardProcess) -> None:
-        """See `ProcessManager.watch`: by a socket on this node, which tells at once, and by Ray
-        everywhere.
-        """
-
         def ended(future: Any = None) -> None:
             if future is not None and isinstance(future.exception(), ActorUnavailableError):
                 threading.Timer(_SLICE_S, wait).start()  # only the call was lost
@@ -198,51 +202,49 @@ class RayProcessManager(ProcessManager):
         def wait() -> None:
             process.handle.forever.remote().future().add_done_callback(ended)
 
-        wait()
-        if process.place.node == self._node and process.place.address is not None:
+        wait()  # Ray takes seconds to notice; a socket on this node says so at once
+        if process.place.node == self._own.node and process.place.address is not None:
             self._watch.add(process.place.address, ended)
 
-    def move(
-        self,
-        token: str,
-        old: Sequence[ShardProcess],
-        new: Sequence[ShardProcess],
-        cuts: Cuts,
-        order: Load,
-    ) -> list[Exception]:
-        """See `ProcessManager.move`; the arrays go from actor to actor."""
-        control_state = gather_with_retry({0: old[0].handle.control_state.remote}, OPEN_S)[0]
-        if isinstance(control_state, Exception):
-            return [control_state]
-        order = dataclasses.replace(order, control_state=control_state)
+    @override
+    def control_state(self, process: ShardProcess) -> ShardControlState:
+        answer = gather_with_retry({0: process.handle.control_state.remote}, OPEN_S)[0]
+        if isinstance(answer, Exception):
+            raise answer
+        state: ShardControlState = answer
+        return state
+
+    @override
+    def move(self, move: Move) -> list[Exception]:
+        try:  # the arrays go from actor to actor, not through this process
+            control_state = self.control_state(move.old[0])
+        except DistNadamError as error:
+            return [error]
+        load = dataclasses.replace(move.load, control_state=control_state)
 
         def install(process: ShardProcess, ranges: Ranges) -> Any:
-            plan = copy_plan(cuts[0], ranges)
-            parts = [old[copy.source].handle.part.remote(token, copy) for copy in plan]
-            return process.handle.install.remote(order, plan, *parts)
+            plan = copy_plan(move.old_cuts, ranges)
+            parts = [move.old[copy.source].handle.part.remote(move.token, copy) for copy in plan]
+            return process.handle.install.remote(load, plan, *parts)
 
         calls = {
             process.index: partial(install, process, ranges)
-            for process, ranges in zip(new, cuts[1], strict=True)
+            for process, ranges in zip(move.new, move.new_cuts, strict=True)
         }
-        return [
-            answer
-            for answer in gather_with_retry(calls, _MOVE_S).values()
-            if isinstance(answer, Exception)
-        ]
+        answers = gather_with_retry(calls, MOVE_S).values()
+        return [answer for answer in answers if isinstance(answer, Exception)]
 
+    @override
     def ask(
         self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
     ) -> dict[int, Any]:
-        """See `ProcessManager.ask`; None asks a standby how far it is."""
-        asked = {i: targets[i].handle for i in messages if i in targets}
-        calls = {i: partial(self._send, actor, messages[i]) for i, actor in asked.items()}
+        asked = {index: targets[index].handle for index in messages if index in targets}
+        calls = {index: partial(_send, actor, messages[index]) for index, actor in asked.items()}
         return gather_with_retry(
-            calls, timeout_s, lambda: {i for i, actor in asked.items() if actor in self._ended}
+            calls,
+            timeout_s,
+            lambda: {index for index, actor in asked.items() if actor in self._ended},
         )
-
-    def _send(self, actor: Any, message: Any) -> Any:
-        return actor.reached.remote() if message is None else actor.send.remote(message)
 
     def _neighbour(self, node: str, near: Sequence[ShardProcess]) -> Address | None:
         return next(
@@ -253,3 +255,9 @@ class RayProcessManager(ProcessManager):
             ),
             None,
         )
+
+
+def _send(actor: Any, message: Any) -> Any:
+    if isinstance(message, DescribeStandby):
+        return actor.reached.remote()
+    return actor.send.remote(message)

@@ -1,9 +1,8 @@
-"""The processes of optimizers as the cluster knows them, whether their supervisor lives or not:
-names, and where each process runs.
+"""The processes of optimizers as the cluster knows them, whether or not their supervisor lives.
 
-Names of Ray's lead to actors that answer. A record that each process enters before anything else
-leads to those that do not: one that is stopped obeys nobody, and can only be ended by its number.
-Names and records begin with the optimizer's `run`.
+Named actors find processes that respond; a record in Ray's key-value store (node, pid, start time)
+finds stopped ones, which only a signal to the pid ends. Each process writes its record before
+anything else. Names and records begin with the optimizer's `run`.
 """
 
 import contextlib
@@ -20,12 +19,10 @@ from distnadam.backends.ray.nodes import NAMESPACE
 from distnadam.backends.ray.processes import end_processes, kill_actor, process_start_time
 from distnadam.protocol.messages import ShardSpec
 
-EndOn = Callable[[str, Sequence[tuple[int, str]], float], Any]
-"""Has processes, given by number and birth, of a node ended by somebody there; returns a reference
-to wait for.
-"""
+KillOn = Callable[[str, Sequence[tuple[int, str]], float], Any]
+"""Has processes of a node killed there, given by pid and start time; returns a reference."""
 GRACE_S = 10.0
-"""Seconds in which a process that Ray was told to end may do so by itself."""
+"""Seconds in which a process may end by itself after `ray.kill`."""
 _END_S = 5.0
 
 
@@ -52,8 +49,8 @@ def label_of(spec: ShardSpec, *, standby: bool) -> str | None:
     )
 
 
-def here() -> ProcessAddress:
-    """Return this process, as a place without lanes."""
+def this_process() -> ProcessAddress:
+    """Return this process's address, without a channel."""
     return ProcessAddress(
         ray.get_runtime_context().get_node_id(),
         pid=os.getpid(),
@@ -61,12 +58,12 @@ def here() -> ProcessAddress:
     )
 
 
-def enter(run: str) -> ProcessAddress:
-    """Record that this process belongs to an optimizer, and return it."""
+def register(run: str) -> ProcessAddress:
+    """Record that this process belongs to an optimizer; return its address."""
     os.environ.setdefault(
         "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0"
     )  # threads of an asynchronous actor may block; Ray warns of them too
-    place = here()
+    place = this_process()
     internal_kv._internal_kv_put(_record(run, place), b"", namespace=NAMESPACE)
     return place
 
@@ -82,25 +79,31 @@ def actors_of(run: str) -> list[Any]:
 
 
 def places_of(run: str) -> list[ProcessAddress]:
-    """Return where processes of this optimizer run, or ran, that nobody has ended by `end`."""
+    """Return where processes of this optimizer run, or ran, unless `end` ended them."""
     return [
         ProcessAddress(node, pid=int(pid), born=born)
         for node, pid, born in (key.rsplit("/", 3)[1:] for key in _records(run))
     ]
 
 
-def kill(places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0.0) -> set[str]:
-    """Kill processes, stopped ones too, and wait until they are gone; with a grace, those that Ray
-    was told to end.
+def kill(places: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 0.0) -> set[str]:
+    """Kill processes, stopped ones too, and wait until they are gone.
 
-    Return the nodes that did not answer.
+    Args:
+        places: the processes.
+        kill_on: kills processes of other nodes.
+        grace_s: seconds in which those that `ray.kill` reached may end by themselves.
+
+    Returns:
+        The nodes that did not answer.
     """
-    node, by_node = ray.get_runtime_context().get_node_id(), dict[str, list[tuple[int, str]]]()
+    node = ray.get_runtime_context().get_node_id()
+    by_node: dict[str, list[tuple[int, str]]] = {}
     for place in places:
         by_node.setdefault(place.node, []).append((place.pid, place.born))
-    here_too = by_node.pop(node, [])
+    own = by_node.pop(node, [])
     waits = {kill_on(other, processes, grace_s): other for other, processes in by_node.items()}
-    end_processes(here_too, grace_s)
+    end_processes(own, grace_s)
     silent = (
         ray.wait(list(waits), num_returns=len(waits), timeout=_END_S)[1] if waits else []
     )  # what is gone took its processes along
@@ -108,33 +111,34 @@ def kill(places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0
 
 
 def end(
-    run: str, places: Iterable[ProcessAddress], kill_on: EndOn, *, grace_s: float = 0.0
-) -> None:
-    """End processes as `kill` does, and forget them."""
+    run: str, places: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 0.0
+) -> set[str]:
+    """Kill processes as `kill` does, and delete their records."""
     ended = list(places)
-    kill(ended, kill_on, grace_s=grace_s)
+    silent = kill(ended, kill_on, grace_s=grace_s)
     forget(run, ended)
+    return silent
 
 
 def forget(run: str, places: Sequence[ProcessAddress]) -> None:
-    """Strike the records of processes that are gone."""
+    """Delete the records of processes that are gone."""
     for record in (
         key for key in _records(run) if any(key.endswith(_tail(place)) for place in places)
     ):
         internal_kv._internal_kv_del(record, namespace=NAMESPACE)
 
 
-def kill_all(run: str, kill_on: EndOn, *, spare: Sequence[ProcessAddress] = ()) -> None:
-    """End all processes whose names or records begin so, but not those that are spared."""
-    if not spare:
+def kill_all(run: str, kill_on: KillOn, *, keep: Sequence[ProcessAddress] = ()) -> None:
+    """End all processes whose names or records begin with `run`, except those to keep."""
+    if not keep:
         for actor in actors_of(run):
             kill_actor(actor)
-    kept = {_tail(place) for place in spare}
+    kept = {_tail(place) for place in keep}
     end(
         run,
         [place for place in places_of(run) if _tail(place) not in kept],
         kill_on,
-        grace_s=0.0 if spare else GRACE_S,
+        grace_s=0.0 if keep else GRACE_S,
     )
 
 

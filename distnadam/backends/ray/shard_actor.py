@@ -22,6 +22,7 @@ from distnadam.backends.ray.object_replication import ObjectReplicationStream, O
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import shard_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
+from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Load,
@@ -57,7 +58,7 @@ class ShardActor:
     def __init__(self, spec: ShardSpec, supervisor: Any) -> None:
         self._spec, self._supervisor = spec, supervisor
         self._executor = ThreadPoolExecutor(1, "shard")
-        self._place = registry.enter(spec.run_id)
+        self._place = registry.register(spec.run_id)
         self._threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
         self._arena: Arena | None = None
         self._host: ShardHost | None = None
@@ -259,7 +260,7 @@ class ShardActor:
     def _ask_for_leave(self, lost: ShardProcess | None) -> bool | None:
         who = ray.get_runtime_context().get_actor_id()
         answer: bool | None = ray.get(
-            self._supervisor.leave.remote(who, lost), timeout=self._lease_s
+            self._supervisor.lease.remote(who, lost), timeout=self._lease_s
         )
         return answer
 
@@ -272,14 +273,16 @@ class ShardActor:
         os._exit(1)
 
     def _notice(self, notice: Notice) -> None:
-        if notice.what == "standby lost" and self._remote is not None and self._lease is not None:
+        if (
+            isinstance(notice.report, StandbyLost)
+            and self._remote is not None
+            and self._lease is not None
+        ):
             self._lease.invalidate(
                 self._remote
             )  # it may not know; nobody hears of a round that it lacks before the supervisor does
             self._remote = None
-        retry_in_background(
-            lambda: self._supervisor.notice.remote(notice.what, notice.rank, notice.incarnation)
-        )
+        retry_in_background(lambda: self._supervisor.notify.remote(notice.report))
 
     def _attach(
         self,

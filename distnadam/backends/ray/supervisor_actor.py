@@ -4,6 +4,7 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -16,16 +17,35 @@ from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
 from distnadam.metrics.meter import Sample, shard_bytes
 from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.supervisor_events import Report
 from distnadam.supervision.discovery import RecoveredTopology
+from distnadam.supervision.events import ProcessDied
 from distnadam.supervision.process_manager import ShardProcess
 from distnadam.supervision.shard_map import ShardMap
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.layout import Ranges
 
 
+@dataclass(frozen=True, kw_only=True)
+class SupervisorStatus:
+    """What a supervisor knows of the optimizer's processes.
+
+    Args:
+        recoveries: how many shards were promoted, how often all went back, how many ranks left or
+            were taken over.
+        shards: where each shard runs, by index; without a node if it is missing.
+        standbys: where the standbys run, filled or not, by the index of their shard.
+    """
+
+    recoveries: dict[str, int]
+    shards: dict[int, ProcessAddress]
+    standbys: dict[int, ProcessAddress]
+
+
 class SupervisorActor:
-    """A `Supervisor`, its shards being this actor's children; a named one, made again by Ray, finds
-    them by their names.
+    """A `Supervisor` in an actor; its shards are this actor's children.
+
+    A named one that Ray restarts finds them by their names.
     """
 
     def __init__(self, specs: Sequence[ShardSpec], replicas: int, factory: ActorFactory) -> None:
@@ -84,7 +104,7 @@ class SupervisorActor:
             lambda i: actors[i].open.remote(near[nodes[i]]),
             timeout_s=OPEN_S,
         )
-        self._supervisor.adopt([ShardProcess(i, actors[i], places[i]) for i in sorted(actors)], {})
+        self._supervisor.manage([ShardProcess(i, actors[i], places[i]) for i in sorted(actors)], {})
 
     async def begin(self, directory: str | None, *initial: Any) -> None:
         """Start the watch; `initial` are the first parameters by space, in the order of their
@@ -95,66 +115,72 @@ class SupervisorActor:
         await asyncio.to_thread(lambda: self._supervisor.begin(initial=flat, directory=directory))
 
     async def shard_map(self, newer_than: int, *, suspect: bool = False) -> ShardMap:
-        """See `Supervisor.shard_map`."""
+        """Return the map once it is newer than that version; with `suspect`, after a look."""
         return await asyncio.wrap_future(self._supervisor.shard_map(newer_than, suspect))
 
-    async def leave(self, who: str, lost: ShardProcess | None) -> bool | None:
-        """Give a shard leave, as `Leases.ask` has it; `lost` is a standby on another node that it
-        has gone on without.
+    async def lease(self, who: str, lost: ShardProcess | None) -> bool | None:
+        """Renew a shard's lease, as `LeaseManager.renew` does.
+
+        Args:
+            who: the shard's actor id.
+            lost: a standby on another node that the shard goes on without.
         """
         if lost is not None:
-            self._supervisor.outdated(lost)
-        return self._processes.fencing.leases.ask(who)
+            self._supervisor.standby_is_stale(lost)
+        return self._processes.fencing.leases.renew(who)
 
-    async def notice(self, what: str, rank: int, incarnation: int) -> None:
-        """See `Supervisor.notice`."""
-        self._supervisor.notice(what, rank, incarnation)
+    async def notify(self, report: Report) -> None:
+        """Take a report of a shard or a worker."""
+        self._supervisor.notify(report)
 
-    async def changing(self, what: str) -> None:
-        """See `Supervisor.changing`."""
-        self._supervisor.changing(what)
+    async def state_replaced(self, what: str) -> None:
+        """Remember that the state is about to be replaced from outside."""
+        self._supervisor.restore_points.state_replaced(what)
 
-    async def changes(self) -> int:
-        """See `Supervisor.changes`."""
-        return self._supervisor.changes()
+    async def generation(self) -> int:
+        """Return a number that changes with every replacement from outside."""
+        return self._supervisor.restore_points.generation
 
-    async def saved(self, root: str, changes: int) -> None:
-        """See `Supervisor.saved`."""
-        self._supervisor.saved(root, changes)
+    async def checkpoint_saved(self, root: str, generation: int) -> None:
+        """Remember that a checkpoint of that generation of the state is complete."""
+        self._supervisor.restore_points.checkpoint_saved(root, generation)
 
-    async def reshard(self, num_shards: int, cuts: Sequence[Ranges]) -> None:
-        """See `Supervisor.reshard`."""
-        await asyncio.wrap_future(self._supervisor.reshard(num_shards, cuts))
+    async def reshard(self, cuts: Sequence[Ranges]) -> None:
+        """Have one shard per entry hold these ranges."""
+        await asyncio.wrap_future(self._supervisor.reshard(cuts))
 
     async def lost_ranks(self) -> dict[int, int]:
-        """See `Supervisor.lost_ranks`."""
-        return self._supervisor.lost_ranks()
+        """Return the ranks whose worker died and is not replaced, and its incarnation."""
+        return self._supervisor.cluster.lost_ranks
 
-    async def about(self) -> dict[str, Any]:
-        """Return what `node_facts` says here, what was recovered from, and by its shard's index the
-        node of each standby.
-        """
-        return {
-            **node_facts(),
-            **self._supervisor.recoveries(),
-            "standbys": {i: p.node for i, p in self._supervisor.standbys().items()},
-        }
+    async def about(self) -> dict[str, str]:
+        """Return this process's node and versions."""
+        return node_facts()
 
-    async def specs(self) -> Sequence[ShardSpec]:
+    async def status(self) -> SupervisorStatus:
+        """Return where all processes are, and what was recovered from."""
+        cluster = self._supervisor.cluster
+        return SupervisorStatus(
+            recoveries=self._supervisor.recoveries,
+            shards={process.index: process.place for process in list(cluster.shards)},
+            standbys={index: process.place for index, process in dict(cluster.standbys).items()},
+        )
+
+    async def specs(self) -> list[ShardSpec]:
         """Return the shards' specs."""
-        return self._supervisor.specs()
+        return list(self._supervisor.cluster.specs)
 
     async def close(self) -> None:
-        """See `Supervisor.close`."""
+        """Stop watching, and end every process."""
         await asyncio.to_thread(self._supervisor.close)
 
     def _samples(self) -> Iterator[Sample]:
-        sizes = [shard_bytes(spec.ranges) for spec in self._supervisor.specs()]
-        yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries().values())
+        sizes = [shard_bytes(spec.ranges) for spec in list(self._supervisor.cluster.specs)]
+        yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries.values())
         yield "distnadam_shard_imbalance", {}, max(sizes) * len(sizes) / max(1, sum(sizes))
 
     def _died(self, process: ShardProcess) -> None:
-        self._supervisor.died(process)
+        self._supervisor.notify(ProcessDied(process=process))
 
     def _succeed(self, found: RecoveredTopology) -> None:
         """Take over what was found; what is missing counts as dead."""
@@ -165,7 +191,7 @@ class SupervisorActor:
         self._made, self._opened = [process.handle for process in everyone.values()], True
         for process in (*everyone.values(), *found.standbys.values()):
             self._processes.fencing.inherit(process)
-        self._supervisor.adopt(
+        self._supervisor.manage(
             list(everyone.values()),
             found.standbys,
             [process for i, process in everyone.items() if i not in found.shards],

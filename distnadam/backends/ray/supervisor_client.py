@@ -20,8 +20,10 @@ from typing_extensions import override
 from distnadam.backends.base import SupervisorClient
 from distnadam.backends.ray.calls import own, require_ray, retry_until_answered
 from distnadam.backends.ray.names import is_named
+from distnadam.backends.ray.supervisor_actor import SupervisorStatus
 from distnadam.errors import LifecycleError, StepTimeout, Unrecoverable
 from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.supervisor_events import CannotComplete
 from distnadam.supervision.shard_map import ShardMap
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
@@ -88,8 +90,12 @@ class RaySupervisorClient(SupervisorClient):
 
     def standby_nodes(self) -> dict[int, str]:
         """Return the Ray node of each standby by its shard's index."""
-        nodes: dict[int, str] = self._ask("about", self.actor.about.remote)["standbys"]
-        return nodes
+        return {index: address.node for index, address in self.status().standbys.items()}
+
+    def status(self) -> SupervisorStatus:
+        """Return where the supervisor has all processes, and what it has recovered from."""
+        status: SupervisorStatus = self._ask("status", self.actor.status.remote)
+        return status
 
     def process_id(self) -> int:
         """Return the process id of the supervisor that answers now."""
@@ -104,20 +110,20 @@ class RaySupervisorClient(SupervisorClient):
 
     @override
     def report_cannot_complete(self) -> None:
-        self._ask("notice", lambda: self.actor.notice.remote("stuck", -1, 0))
+        self._ask("notify", lambda: self.actor.notify.remote(CannotComplete()))
 
     @override
     def state_replaced(self, what: str) -> None:
-        self._ask("changing", lambda: self.actor.changing.remote(what))
+        self._ask("state_replaced", lambda: self.actor.state_replaced.remote(what))
 
     @override
     def generation(self) -> int:
-        generation: int = self._ask("changes", self.actor.changes.remote)
+        generation: int = self._ask("generation", self.actor.generation.remote)
         return generation
 
     @override
     def checkpoint_saved(self, root: str, generation: int) -> None:
-        self._ask("saved", lambda: self.actor.saved.remote(root, generation))
+        self._ask("checkpoint_saved", lambda: self.actor.checkpoint_saved.remote(root, generation))
 
     @override
     def lost_ranks(self) -> dict[int, int]:
@@ -126,9 +132,7 @@ class RaySupervisorClient(SupervisorClient):
 
     @override
     def reshard(self, cuts: Sequence[Ranges]) -> None:
-        self._ask(
-            "reshard", lambda: self.actor.reshard.remote(len(cuts), cuts), timeout_s=_RESHARD_S
-        )
+        self._ask("reshard", lambda: self.actor.reshard.remote(cuts), timeout_s=_RESHARD_S)
 
     def _ask(self, what: str, call: Callable[[], Any], *, timeout_s: float = _ANSWER_S) -> Any:
         """Return the answer; wait for a named supervisor that died, since Ray restarts it."""

@@ -115,12 +115,12 @@ def test_only_known_shards_get_leave_and_a_supervisor_waits_for_what_it_gave_to_
     clock: Clock,
 ) -> None:
     given = leases(clock, belongs=True)
-    assert given.ask("stranger") is False
+    assert given.renew("stranger") is False
     given.admit("shard")
-    assert given.ask("shard") is True
+    assert given.renew("shard") is True
     clock.seconds += 3.0
     assert given.refuse("shard") == 5.0
-    assert given.ask("shard") is False
+    assert given.renew("shard") is False
     given.admit("never asked")
     assert given.refuse("never asked") == 0.0
 
@@ -139,7 +139,7 @@ def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leav
     given = leases(clock, belongs=False)
     given.admit("shard")
     assert not given.is_leader
-    assert given.ask("shard") is None
+    assert given.renew("shard") is None
 
 
 def test_a_shard_without_a_lease_only_reports_status_and_answers_once_it_has_one() -> None:

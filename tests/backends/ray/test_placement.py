@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 
 from distnadam.backends.ray import placement
-from distnadam.backends.ray.placement import RecentlyUnreachable, at
+from distnadam.backends.ray.placement import (
+    Avoid,
+    Placement,
+    RecentlyUnreachable,
+    placement_options,
+)
 
 ID = "ray.io/node-id"
+NOWHERE = Avoid()
 
 
 def node(name: str, *, alive: bool = True, label: str = "", **resources: float) -> dict[str, Any]:
@@ -22,15 +28,28 @@ def node(name: str, *, alive: bool = True, label: str = "", **resources: float) 
     }
 
 
-def chosen(
-    index: int, nodes: list[dict[str, Any]], ask: dict[str, float] | None = None, **how: Any
-) -> str:
-    """The node that is asked for first."""
-    return str(
-        at(index, nodes, ask or {}, how.pop("selector", {}), first=how.pop("first", 0), **how)[
-            "label_selector"
-        ][ID]
+def options(
+    index: int,
+    nodes: list[dict[str, Any]],
+    ask: dict[str, float] | None = None,
+    selector: dict[str, str] | None = None,
+    avoid: Avoid = NOWHERE,
+    **how: Any,
+) -> dict[str, Any]:
+    wanted = Placement(
+        index=index,
+        ask=ask or {},
+        selector=selector or {},
+        first=how.pop("first", 0),
+        avoid=avoid,
+        **how,
     )
+    return placement_options(wanted, nodes)
+
+
+def chosen(index: int, nodes: list[dict[str, Any]], **how: Any) -> str:
+    """The node that is asked for first."""
+    return str(options(index, nodes, **how)["label_selector"][ID])
 
 
 THREE = [node("c"), node("a"), node("b")]
@@ -55,13 +74,13 @@ def test_all_go_to_one_node_where_they_are_not_to_be_spread() -> None:
 
 
 def test_what_asks_for_something_is_left_to_ray_which_knows_what_is_free() -> None:
-    plain = at(1, THREE, {"CPU": 1.0}, {"kind": "big"}, first=0)
+    plain = options(1, THREE, {"CPU": 1.0}, {"kind": "big"})
     assert plain == {
         "label_selector": {"kind": "big"},
         "fallback_strategy": [],
         "scheduling_strategy": "SPREAD",
     }
-    apart = at(1, THREE, {"shard": 1.0}, {}, first=0, silent={"b"}, apart_from=["a"])
+    apart = options(1, THREE, {"shard": 1.0}, avoid=Avoid(unreachable={"b"}, apart_from=["a"]))
     assert choices(apart) == [{ID: "!in(a, b)"}, {ID: "!in(a)"}, {}]
 
 
@@ -82,7 +101,7 @@ def test_only_living_nodes_with_the_labels_are_taken(selector: dict[str, str]) -
 def test_standbys_of_a_node_s_shards_are_spread_over_the_others() -> None:
     for nodes in (THREE, [*THREE, node("d")], [*THREE, node("d"), node("e")]):
         first = [index for index in range(12) if chosen(index, nodes) == "a"]
-        there = Counter(chosen(index, nodes, apart_from=["a"]) for index in first)
+        there = Counter(chosen(index, nodes, avoid=Avoid(apart_from=["a"])) for index in first)
         assert "a" not in there
         assert (
             max(there.values())
@@ -91,17 +110,18 @@ def test_standbys_of_a_node_s_shards_are_spread_over_the_others() -> None:
         )
 
 
-def choices(options: dict[str, Any]) -> list[dict[str, str]]:
+def choices(given: dict[str, Any]) -> list[dict[str, str]]:
     """The labels that are asked for, in order."""
     return [
-        options["label_selector"],
-        *(choice["label_selector"] for choice in options["fallback_strategy"]),
+        given["label_selector"],
+        *(choice["label_selector"] for choice in given["fallback_strategy"]),
     ]
 
 
 def test_ray_chooses_where_the_node_is_gone_and_keeps_to_the_labels_and_apart() -> None:
     nodes = [node(name, label="big") for name in "abc"]
-    asked = choices(at(0, nodes, {}, {"kind": "big"}, first=0, silent=["b"], apart_from=["a"]))
+    avoid = Avoid(unreachable=["b"], apart_from=["a"])
+    asked = choices(options(0, nodes, selector={"kind": "big"}, avoid=avoid))
     assert asked == [
         {"kind": "big", ID: "c"},
         {"kind": "big", ID: "!in(a, b)"},
@@ -111,14 +131,14 @@ def test_ray_chooses_where_the_node_is_gone_and_keeps_to_the_labels_and_apart() 
 
 
 def test_a_single_node_takes_the_standby_too_and_none_leaves_the_choice_to_ray() -> None:
-    assert choices(at(0, [node("a")], {}, {}, first=0, apart_from=["a"])) == [{ID: "!in(a)"}, {}]
-    assert choices(at(0, [], {}, {"kind": "big"}, first=5)) == [{"kind": "big"}]
+    assert choices(options(0, [node("a")], avoid=Avoid(apart_from=["a"]))) == [{ID: "!in(a)"}, {}]
+    assert choices(options(0, [], selector={"kind": "big"}, first=5)) == [{"kind": "big"}]
 
 
 def test_a_user_who_names_nodes_is_obeyed() -> None:
-    assert choices(at(0, THREE, {}, {ID: "in(a, b)"}, first=2, silent=["a"], apart_from=["b"])) == [
-        {ID: "in(a, b)"}
-    ]
+    avoid = Avoid(unreachable=["a"], apart_from=["b"])
+    asked = choices(options(0, THREE, selector={ID: "in(a, b)"}, first=2, avoid=avoid))
+    assert asked == [{ID: "in(a, b)"}]
 
 
 def test_a_silent_node_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
