@@ -30,12 +30,10 @@ from distnadam.errors import (
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
-    CatchUp,
     Describe,
     Description,
     Message,
     PartialNorms,
-    Pause,
     Paused,
     Read,
     Resume,
@@ -48,6 +46,7 @@ from distnadam.protocol.messages import (
 from distnadam.protocol.supervisor_messages import Load, Order
 from distnadam.schedules import Rate
 from distnadam.shard.ledger import DIRECT, Ledger
+from distnadam.supervision.pause import all_paused, lagging
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 
@@ -211,26 +210,31 @@ class ShardGroup:
 
     @contextmanager
     def boundary(self, step: _Direct | None = None) -> Iterator[Boundary]:
-        """Hold all shards between two rounds, the same two everywhere, but for those that lack a
-        step which the caller gives them again.
+        """Pause all shards after the same round.
+
+        Args:
+            step: a step that the caller sends again; shards that lack it stay a round behind.
         """
-        token = self.backend.transport.new_token()
-        try:
-            held = self.ask({0: Pause(token)})
-            held |= self.ask({index: Pause(token) for index in range(1, len(self.ranges))})
-            newest = max(held.values(), key=lambda h: h.round)
-            late = [index for index, h in held.items() if h.round < newest.round]
-            if step is not None and step.round == newest.round and step.taken(newest):
-                late = []
-            self.ask({index: CatchUp(token, newest.round) for index in late})
-            self._check_rewound(newest, max(h.rewound for h in held.values()))
-            pending = {rank for index, h in held.items() if index not in late for rank in h.pending}
-            yield Boundary(token, replace(newest, pending=tuple(sorted(pending))))
-        finally:
+        transport, token = self.backend.transport, self.backend.transport.new_token()
+
+        def resume(messages: Mapping[int, Resume]) -> None:
             with suppress(DistNadamError):  # one that cannot be reached is not held either
-                self.backend.transport.post(
-                    {index: Resume(token) for index in range(len(self.ranges))}
-                )
+                transport.post(messages)
+
+        def may_lag(newest: Paused) -> bool:
+            return step is not None and step.round == newest.round and step.taken(newest)
+
+        with all_paused(self.ask, resume, token, len(self.ranges), may_lag=may_lag) as held:
+            newest = max(held.values(), key=lambda answer: answer.round)
+            self._check_rewound(newest, max(answer.rewound for answer in held.values()))
+            caught_up = () if may_lag(newest) else lagging(held)
+            pending = {
+                rank
+                for index, answer in held.items()
+                if index not in caught_up
+                for rank in answer.pending
+            }
+            yield Boundary(token, replace(newest, pending=tuple(sorted(pending))))
 
     def knows_rewound(self, rewound: int) -> None:
         """Take that the user of this handle, or of a worker made of it, was told that the shards
