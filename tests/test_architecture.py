@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
-    errors reproducible_math
+    errors reproducible_math versions
     schedules tensors
     config
     nadam

@@ -1,5 +1,6 @@
-"""The command line: reads arguments, calls the library, prints. Exit codes: 0 well, 1 failed, 2
-wrong usage, 130 Ctrl-C.
+"""The command line: parses arguments, calls the library, prints the result.
+
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C.
 """
 
 from distnadam.cli import checkpoints, doctor, interop, running, training

@@ -1,6 +1,4 @@
-"""The commands that look at checkpoints: what one holds, whether it is whole, what differs between
-two.
-"""
+"""The commands on checkpoints: `inspect` one, `diff` two, `verify` all."""
 
 import json
 import sys
@@ -12,9 +10,9 @@ from rich.text import Text
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.diff import CheckpointDiff, compare
-from distnadam.checkpoint.inspect import UNREAD, VERIFIED, describe
+from distnadam.checkpoint.inspect import REFUSED, UNREAD, VERIFIED, describe
 from distnadam.checkpoint.storage.resolve import open_directory
-from distnadam.cli.group import JSON, errors_told, main, verbatim
+from distnadam.cli.group import JSON, exit_on_error, main, plain_console
 from distnadam.errors import CheckpointError
 
 
@@ -27,10 +25,11 @@ from distnadam.errors import CheckpointError
 )
 @JSON
 def inspect(checkpoint: str, *, no_read: bool, as_json: bool) -> None:
-    """Show what CHECKPOINT, or the newest valid one in a directory, holds; exit 1 where a checksum
-    is wrong.
+    """Show what CHECKPOINT, or the newest valid one in a directory, holds.
+
+    Exit with 1 if a checksum is wrong.
     """
-    with errors_told():
+    with exit_on_error():
         path, manifest, passed_over = store.find(checkpoint)
         found = describe(path, manifest, read=not no_read)
     for sentence in passed_over:
@@ -39,7 +38,7 @@ def inspect(checkpoint: str, *, no_read: bool, as_json: bool) -> None:
         click.echo(json.dumps(found, default=str))
     else:
         _show(found)
-    if found["checksums"] == "refused":
+    if found["checksums"] == REFUSED:
         sys.exit(1)
 
 
@@ -48,10 +47,11 @@ def inspect(checkpoint: str, *, no_read: bool, as_json: bool) -> None:
 @click.argument("b")
 @JSON
 def diff(a: str, b: str, *, as_json: bool) -> None:
-    """Show what differs between checkpoints A and B, whatever their shards; exit 1 where something
-    does.
+    """Show what differs between checkpoints A and B, however they are sharded.
+
+    Exit with 1 if anything does.
     """
-    with errors_told():
+    with exit_on_error():
         found = compare(a, b)
     if as_json:
         click.echo(json.dumps(found.to_dict(), default=str))
@@ -67,13 +67,15 @@ def diff(a: str, b: str, *, as_json: bool) -> None:
 @click.argument("path")
 @JSON
 def verify(path: str, *, as_json: bool) -> None:
-    """Verify every byte of a checkpoint, or of all in a directory; exit 1 where one is refused."""
+    """Verify every byte of a checkpoint, or of all in a directory.
+
+    Exit with 1 if one is refused.
+    """
     verdicts = []
-    with errors_told():
-        folder = open_directory(path)
-        steps = [] if store.MANIFEST in folder.files() else store.step_directories(folder)
-        found = steps or [folder]
-    for directory in found:
+    with exit_on_error():
+        root = open_directory(path)
+        steps = [] if store.MANIFEST in root.files() else store.step_directories(root)
+    for directory in steps or [root]:
         try:
             manifest = store.verify(directory)
             verdicts.append(
@@ -98,13 +100,13 @@ def verify(path: str, *, as_json: bool) -> None:
                 str(v["step"] or "-"),
                 Text("valid" if v["valid"] else str(v["reason"])),
             )
-        verbatim().print(table)
+        plain_console().print(table)
     if not all(v["valid"] for v in verdicts):
         sys.exit(1)
 
 
 def _show(found: dict[str, Any]) -> None:
-    console, sizes = verbatim(), found["sizes"]
+    console, sizes = plain_console(), found["sizes"]
     console.print(found["path"])
     facts = Table(show_header=False)
     for name in ("iterations", "m_schedule", "round", "skipped"):
@@ -146,7 +148,7 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _show_difference(found: CheckpointDiff) -> None:
-    console = verbatim()
+    console = plain_console()
     for name, (first, second) in found.settings.items():
         console.print(f"{name}: {first} in the first, {second} in the second")
     for sentence in found.structure:
@@ -155,6 +157,6 @@ def _show_difference(found: CheckpointDiff) -> None:
         largest = "not finite" if d.max_abs is None else f"{d.max_abs:.6g}"
         console.print(
             f"{d.path}: {d.array}: {d.count} of {d.elements} differ, max abs {largest}, max ulp "
-            f"{d.max_ulp}, first index {d.first_index}:"
-            f" {d.first[0]!r} in the first, {d.first[1]!r} in the second"
+            f"{d.max_ulp}, first index {d.first_index}: {d.first[0]!r} in the first, "
+            f"{d.first[1]!r} in the second"
         )

@@ -1,6 +1,5 @@
-"""The command that says what would run here."""
+"""The command `doctor`: what would run on this host, and what is wrong with it."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,34 +13,19 @@ from typing import Any
 import click
 from rich.table import Table
 
-from distnadam.cli.group import JSON, main, verbatim
+from distnadam.cli.group import JSON, main, plain_console
 from distnadam.errors import ArenaError
 from distnadam.nadam.kernels import fused_installed
 from distnadam.transport.shared_memory import Arena, available_bytes
+from distnadam.versions import CORE_PACKAGES, installed_version
 
-_PACKAGES = (
-    "distnadam",
-    "numpy",
-    "ray",
-    "ml_dtypes",
-    "msgpack",
-    "optree",
-    "safetensors",
-    "xxhash",
-    "torch",
-    "jax",
-    "numba",
-    "scikit-learn",
-    "matplotlib",
-)
-
-
+_OPTIONAL_PACKAGES = ("torch", "jax", "numba", "scikit-learn", "matplotlib")
 _SMALL_SHM_BYTES = 1 << 30
 
 
 @dataclass
 class Diagnosis:
-    """What was found; `problems` are sentences, empty where all is well."""
+    """What `diagnose` found; `problems` holds a sentence for each thing that is wrong."""
 
     python: str
     versions: dict[str, str | None]
@@ -60,8 +44,10 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this host and environment; connects to nothing."""
-    versions = {package: _version(package) for package in _PACKAGES}
+    """Examine this host and its environment, without connecting to anything."""
+    versions = {
+        package: installed_version(package) for package in (*CORE_PACKAGES, *_OPTIONAL_PACKAGES)
+    }
     shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     cpus = len(os.sched_getaffinity(0))
     found = Diagnosis(
@@ -103,7 +89,7 @@ def _kernel() -> str:
 
 
 def _transport() -> str:
-    """Try what a lane needs: sealed shared memory and a socket with an abstract name."""
+    """Describe the transport, after trying sealed shared memory and an abstract Unix socket."""
     try:
         Arena.create({"float32": 1})
         with socket.socket(socket.AF_UNIX) as probe:
@@ -117,18 +103,12 @@ def _transport() -> str:
     )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 @main.command()
 @JSON
 def doctor(*, as_json: bool) -> None:
-    """Say what would run here: versions, Ray, shared memory, kernel, transport; exit 1 where
-    something is wrong.
+    """Show what would run here: versions, Ray, shared memory, kernel, transport.
+
+    Exit with 1 if something is wrong.
     """
     found = diagnose()
     if as_json:
@@ -141,7 +121,7 @@ def doctor(*, as_json: bool) -> None:
                     table.add_row(package, version or "not installed")
             elif key != "problems":
                 table.add_row(key.replace("_", " "), "not set" if value is None else str(value))
-        verbatim().print(table)
+        plain_console().print(table)
         for problem in found.problems:
             click.echo(f"problem: {problem}", err=True)
     if found.problems:

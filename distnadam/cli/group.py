@@ -1,6 +1,4 @@
-"""What every command shares: the group they are in, the options that recur, and how an error is
-told.
-"""
+"""What all commands share: their group, recurring options, the console, and exit codes."""
 
 import sys
 from collections.abc import Iterator
@@ -22,16 +20,14 @@ def main() -> None:
     """Train with a sharded Nadam parameter server, and look after its checkpoints."""
 
 
-def verbatim(*, soft_wrap: bool = True) -> Console:
-    """Return where tables go: what is in them, such as a path of the user's, is shown as it is,
-    brackets and colons too.
-    """
+def plain_console(*, soft_wrap: bool = True) -> Console:
+    """Return a console on standard output that prints brackets and colons as they are."""
     return Console(soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
-    """Turn our errors into one sentence and exit code 1, and Ctrl-C into 130."""
+def exit_on_error() -> Iterator[None]:
+    """Print an error of this package as one line and exit with 1; exit with 130 after Ctrl-C."""
     try:
         yield
     except DistNadamError as error:

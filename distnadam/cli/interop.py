@@ -1,4 +1,4 @@
-"""The commands that exchange checkpoints with other frameworks, and say what did not carry over."""
+"""The commands `export` and `import`, which exchange checkpoints with other frameworks."""
 
 import json
 from collections.abc import Mapping
@@ -7,15 +7,35 @@ from typing import Any
 
 import click
 
-from distnadam.cli.group import JSON, PATH, errors_told, main
+from distnadam.cli.group import JSON, PATH, exit_on_error, main
 from distnadam.interop import FORMATS, Converted, export_checkpoint, import_checkpoint
 
+
+def _names(context: click.Context, option: click.Parameter, text: str | None) -> list[str] | None:
+    """Return the names of a list with commas."""
+    return None if text is None else text.split(",")
+
+
+def _settings(
+    context: click.Context, option: click.Parameter, text: str | None
+) -> Mapping[str, Any]:
+    """Return the mapping of a JSON text; raise UsageError if it is none."""
+    try:
+        settings = json.loads(text or "{}")
+    except ValueError as error:
+        raise click.UsageError(f"--config: expected JSON, got {text!r}: {error}") from error
+    if not isinstance(settings, dict):
+        raise click.UsageError(f"--config: expected a JSON object, got {text!r}")
+    return settings
+
+
 _LOSSY = click.option(
-    "--lossy", is_flag=True, help="Convert even where the other formula trains on differently."
+    "--lossy", is_flag=True, help="Convert even if the other formula would train on differently."
 )
 _ORDER = click.option(
     "--order",
     metavar="NAMES",
+    callback=_names,
     help="Tensors, with commas between, in the order of the other optimizer's variables.",
 )
 
@@ -36,25 +56,16 @@ def export(
     *,
     to: Any,
     parameters_only: bool,
-    order: str | None,
-    lossy: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Write CHECKPOINT, or the newest valid one in a directory, as a file that another framework
-    continues from.
+    """Write CHECKPOINT as a file that another framework continues from.
+
+    A directory of checkpoints means its newest valid one.
     """
-    with errors_told():
-        _tell(
-            export_checkpoint(
-                checkpoint,
-                output,
-                to=to,
-                slots=not parameters_only,
-                order=_names(order),
-                lossy=lossy,
-            ),
-            as_json,
-        )
+    with exit_on_error():
+        done = export_checkpoint(checkpoint, output, to=to, slots=not parameters_only, **options)
+        _print_result(done, as_json)
 
 
 @main.command("import")
@@ -69,55 +80,23 @@ def export(
 )
 @click.option(
     "--config",
-    "config",
     metavar="JSON",
+    callback=_settings,
     help="Hyper-parameters SOURCE lacks, or instead of its own: '{\"lr\": 0.01}'.",
 )
 @_ORDER
 @_LOSSY
 @JSON
-def import_(
-    source: Path,
-    directory: str,
-    *,
-    source_format: Any,
-    config: str | None,
-    order: str | None,
-    lossy: bool,
-    as_json: bool,
-) -> None:
+def import_(source: Path, directory: str, *, as_json: bool, **options: Any) -> None:
     """Write another framework's SOURCE as a checkpoint in DIRECTORY."""
-    settings = _settings(config)
-    with errors_told():
-        done = import_checkpoint(
-            source,
-            directory,
-            source_format=source_format,
-            config=settings,
-            order=_names(order),
-            lossy=lossy,
-        )
-        _tell(done, as_json)
+    with exit_on_error():
+        _print_result(import_checkpoint(source, directory, **options), as_json)
 
 
-def _tell(done: Converted, as_json: bool) -> None:
+def _print_result(done: Converted, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"path": done.path, "notes": done.notes}))
         return
     for note in done.notes:
         click.echo(note, err=True)
     click.echo(done.path)
-
-
-def _names(order: str | None) -> list[str] | None:
-    return None if order is None else order.split(",")
-
-
-def _settings(text: str | None) -> Mapping[str, Any]:
-    try:
-        settings = json.loads(text or "{}")
-    except ValueError as error:
-        raise click.UsageError(f"--config: expected JSON, got {text!r}: {error}") from error
-    if not isinstance(settings, dict):
-        raise click.UsageError(f"--config: expected a JSON object, got {text!r}")
-    return settings

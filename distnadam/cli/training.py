@@ -1,4 +1,4 @@
-"""The commands about a run: train a task, and draw its loss."""
+"""The commands `train`, which runs `fit` on a task, and `plot`, which draws its loss."""
 
 import contextlib
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from distnadam.cli.group import JSON, PATH, errors_told, main
+from distnadam.cli.group import JSON, PATH, exit_on_error, main
 from distnadam.config import Options
 from distnadam.optimizer import DistNadam
 from distnadam.training.fit import fit
@@ -23,7 +23,7 @@ from distnadam.training.task import Task
 def _labels(
     context: click.Context, option: click.Parameter, pairs: tuple[str, ...]
 ) -> dict[str, str]:
-    """Return KEY=VALUE pairs as a mapping; raise BadParameter naming what is none."""
+    """Return KEY=VALUE pairs as a mapping; raise BadParameter, naming it, for anything else."""
     for pair in pairs:
         if not all(pair.partition("=")[::2]):
             raise click.BadParameter(f"{pair!r} is not KEY=VALUE", context, option)
@@ -35,13 +35,13 @@ PLACEMENT = [
         "--shard-cpus",
         default=0.0,
         type=click.FloatRange(0),
-        help="CPUs that each shard asks of Ray.  [default: 0]",
+        help="CPUs that each shard requests of Ray.  [default: 0]",
     ),
     click.option(
         "--worker-cpus",
         default=0.0,
         type=click.FloatRange(0),
-        help="CPUs that each worker asks of Ray.  [default: 0]",
+        help="CPUs that each worker requests of Ray.  [default: 0]",
     ),
     click.option(
         "--shard-label",
@@ -66,18 +66,41 @@ PLACEMENT = [
 ]
 
 
+_PASSED_TO_FIT = (
+    "num_workers",
+    "num_shards",
+    "replicas",
+    "steps",
+    "seed",
+    "checkpoint_dir",
+    "save_every",
+    "keep",
+    "evaluate_every",
+    "resume",
+)
+"""Options that are arguments of `fit`, under the same names."""
+_NOT_REPEATED = ("resume", "quiet", "as_json")
+"""Options that the command to resume a run does not need."""
+
+
 def placement(command: Any) -> Any:
-    """Give a command the options that say where shards and workers run, and what they ask for."""
-    return reduce(lambda so_far, option: option(so_far), reversed(PLACEMENT), command)
+    """Add the options for the nodes of shards and workers and the resources they request."""
+    return reduce(lambda decorated, option: option(decorated), reversed(PLACEMENT), command)
 
 
 @main.command()
 @click.argument("task")
 @click.option(
-    "--workers", default=2, show_default=True, type=click.IntRange(1), help="Data-parallel workers."
+    "--workers",
+    "num_workers",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Data-parallel workers.",
 )
 @click.option(
     "--shards",
+    "num_shards",
     default=2,
     show_default=True,
     type=click.IntRange(1),
@@ -131,65 +154,50 @@ def placement(command: Any) -> Any:
 @placement
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @JSON
-def train(
-    task: str,
-    *,
-    workers: int,
-    shards: int,
-    lr: float,
-    local: bool,
-    quiet: bool,
-    as_json: bool,
-    **how: Any,
-) -> None:
+@click.pass_context
+def train(context: click.Context, /, task: str, **options: Any) -> None:
     """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME."""
-    asked = {
-        "--workers": workers,
-        "--shards": shards,
-        "--lr": lr,
-        **{f"--{key.replace('_', '-')}": value for key, value in how.items()},
-    }
-    name = how.pop("name")
-    options = Options(
-        shard_cpus=how.pop("shard_cpus"),
-        worker_cpus=how.pop("worker_cpus"),
-        label_selector=how.pop("shard_label"),
-        worker_label_selector=how.pop("worker_label"),
-        start_timeout_s=how.pop("start_timeout"),
-    )
-    with (
-        errors_told(),
-        contextlib.redirect_stdout(sys.stderr),
-    ):  # Ray prints there what it has to tell; the answer is the summary
+    # Ray prints to standard output, where only the summary belongs
+    with exit_on_error(), contextlib.redirect_stdout(sys.stderr):
         history = fit(
             load_task(task),
-            num_workers=workers,
-            num_shards=shards,
-            optimizer=DistNadam(lr=lr, name=name, options=options),
-            backend="local" if local else "ray",
-            verbose=not quiet,
-            **how,
+            optimizer=DistNadam(
+                lr=options["lr"],
+                name=options["name"],
+                options=Options(
+                    shard_cpus=options["shard_cpus"],
+                    worker_cpus=options["worker_cpus"],
+                    label_selector=options["shard_label"],
+                    worker_label_selector=options["worker_label"],
+                    start_timeout_s=options["start_timeout"],
+                ),
+            ),
+            backend="local" if options["local"] else "ray",
+            verbose=not options["quiet"],
+            **{name: options[name] for name in _PASSED_TO_FIT},
         )
-    asked["--checkpoint-dir"] = how["checkpoint_dir"] or history.checkpoint_dir
-    summary = _summary(history, _again(task, asked, ["--local"] if local else []))
-    click.echo(
-        json.dumps(summary)
-        if as_json
-        else "\n".join(f"{key.replace('_', ' '):<12} {_told(v)}" for key, v in summary.items() if v)
-    )
+    directory = options["checkpoint_dir"] or history.checkpoint_dir
+    summary = _summary(history, _resume_command(context, directory))
+    if options["as_json"]:
+        click.echo(json.dumps(summary))
+        return
+    for key, value in summary.items():
+        if value:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            click.echo(f"{key.replace('_', ' '):<12} {text}")
 
 
 @main.command()
 @click.argument("run", type=PATH)
 @click.option("--output", type=PATH, help="The picture.  [default: RUN/loss.png]")
 def plot(run: Path, *, output: Path | None) -> None:
-    """Draw the loss of the run whose metrics.csv lies in RUN."""
-    with errors_told():
+    """Draw the loss of a run, whose metrics.csv is in the directory RUN."""
+    with exit_on_error():
         click.echo(plot_loss(run / "metrics.csv", output or run / "loss.png"))
 
 
 def load_task(name: str) -> Task:
-    """Return the task of a name on the command line; raise UsageError where there is none."""
+    """Return the task that a command line names; raise UsageError if there is none."""
     if name == "digits":
         from distnadam.training.tasks.digits import Digits
 
@@ -208,39 +216,44 @@ def load_task(name: str) -> Task:
 
 
 def _module(name: str) -> Any:
+    """Import the module of a task by its name or path; raise UsageError if that fails."""
     if not name.endswith(".py"):
-        folder, module = Path.cwd(), name
+        directory, module = Path.cwd(), name
     else:
         path = Path(name).absolute()
         if not path.is_file():
             raise click.UsageError(f"{path}: there is no such file")
-        folder, module = path.parent, path.stem
+        directory, module = path.parent, path.stem
         if not module.isidentifier() or module in sys.stdlib_module_names:
             raise click.UsageError(
                 f"{path}: workers import it by its name, and {module!r} cannot be one of yours: "
                 "rename it"
             )
-    sys.path.insert(
-        0, str(folder)
-    )  # so that workers, which get this path too, can import it by its name
+    # workers get this path too, so they can import the module by its name
+    sys.path.insert(0, str(directory))
     try:
         return importlib.import_module(module)
     except Exception as error:
         raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from error
 
 
-def _again(task: str, asked: dict[str, Any], flags: list[str]) -> str:
-    """Return the command that resumes: all that was asked for."""
-    words: list[Any] = ["distnadam", "train", task]
-    for option, value in asked.items():
-        values = (
-            [f"{key}={label}" for key, label in value.items()]
-            if isinstance(value, dict)
-            else [value]
-        )
-        nothing = value is None or option == "--resume" or (option.endswith("-cpus") and not value)
-        words += [word for one in values if not nothing for word in (option, one)]
-    return shlex.join(map(str, [*words, *flags]))
+def _resume_command(context: click.Context, checkpoint_dir: object) -> str:
+    """Return the command line that resumes a run, with every option that it was started with."""
+    words = ["distnadam", "train", context.params["task"]]
+    for option in context.command.params:
+        if not isinstance(option, click.Option) or option.name in _NOT_REPEATED:
+            continue
+        flag, value = option.opts[0], context.params[str(option.name)]
+        if option.name == "checkpoint_dir":
+            value = checkpoint_dir
+        if option.is_flag:
+            words += [flag] if value else []
+        elif isinstance(value, dict):
+            for key, label in value.items():
+                words += [flag, f"{key}={label}"]
+        elif value is not None and not (flag.endswith("-cpus") and value == 0):
+            words += [flag, str(value)]
+    return shlex.join(words)
 
 
 def _summary(history: History, resume: str) -> dict[str, Any]:
@@ -254,7 +267,3 @@ def _summary(history: History, resume: str) -> dict[str, Any]:
         "metrics": str(history.metrics_path),
         "resume": resume,
     }
-
-
-def _told(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from distnadam.cli import main
-from distnadam.cli.group import verbatim
-from distnadam.cli.running import shown
+from distnadam.cli.group import plain_console
+from distnadam.cli.running import render
 from distnadam.client.status import ShardStatus, Status
 from tests.test_exports import BLOCKER
 
@@ -384,6 +384,6 @@ def test_what_looks_like_markup_is_shown_as_it_is(
     assert BRACKETS in call("verify", newest.rename(newest.with_name(BRACKETS))).stdout
     shard = ShardStatus(0, BRACKETS, BRACKETS, standby=BRACKETS)
     seen = Status("x", 1, 1, 0, 0.1, None, (shard,), {0: BRACKETS}, 1, f"s3://{BRACKETS}", 0.0)
-    with (console := verbatim()).capture() as captured:
-        console.print(shown(seen))
+    with (console := plain_console()).capture() as captured:
+        console.print(render(seen))
     assert captured.get().count(BRACKETS) == 5, "node, state, standby, worker, checkpoint"

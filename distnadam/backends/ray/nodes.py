@@ -1,6 +1,5 @@
 """The nodes of a Ray cluster: how actors start there, and whether their versions agree."""
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -19,14 +18,12 @@ from distnadam.errors import (
     ShardLost,
     VersionMismatch,
 )
+from distnadam.versions import CORE_PACKAGES, installed_version
 
 log = logging.getLogger("distnadam")
 
 
 NAMESPACE = "distnadam"
-
-
-_PACKAGES = ("distnadam", "numpy", "ray", "ml_dtypes", "msgpack", "optree", "safetensors", "xxhash")
 
 
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
@@ -86,11 +83,8 @@ def node_facts() -> dict[str, str]:
         "born": process_start_time(os.getpid()),
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
-    for package in _PACKAGES:
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            facts[package] = "missing"
+    for package in CORE_PACKAGES:
+        facts[package] = installed_version(package) or "missing"
     return facts
 
 
@@ -99,7 +93,7 @@ def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str
     told = {
         f"node {facts['node']} has {package} {facts[package]}, the driver has {driver[package]}"
         for facts in shards
-        for package in ("python", *_PACKAGES)
+        for package in ("python", *CORE_PACKAGES)
         if facts[package] != driver[package]
     }
     if told:
