@@ -1,15 +1,13 @@
-"""Checkpoints to and from other frameworks' optimizers: what carries over exactly, and what is
-refused or said by name.
+"""Checkpoints to and from other frameworks' optimizers, exactly or refused with the reason.
 
-    export_checkpoint(checkpoint, output, to="torch")               a file that the framework
-    continues from import_checkpoint(file, directory, source_format="torch")       a checkpoint that
-    `DistNadam.restore` continues from load_checkpoint(path)
-    the state in memory, for `keras.weights`, `keras.variables`,
-                                                                    `torch.state_dict` and
-                                                                    `optax.opt_state`
+    export_checkpoint(checkpoint, output, to="torch")          write a file for torch
+    import_checkpoint(file, directory, source_format="torch")  write a checkpoint from such a file
+    load_checkpoint(path)                                      return the state in memory, for
+                                                               `keras.weights`, `keras.variables`,
+                                                               `torch.state_dict`, `optax.opt_state`
 
-What each framework's "Nadam" is, in `formulas`; a framework is imported where it is needed, and
-most files need none.
+`formulas` compares what the frameworks call "Nadam". A framework is imported only where it is
+needed; most files need none.
 """
 
 from distnadam.interop.convert import (

@@ -1,5 +1,6 @@
-"""A checkpoint to another framework's file and back: picks the module, and settles what was found
-before anything appears.
+"""Converts a checkpoint to another framework's file and back, by the framework's module.
+
+Differences between the formulas are refused before anything is written.
 """
 
 import os
@@ -37,7 +38,12 @@ _OWN = ("safetensors", "numpy")
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote, and what the user should know about it, as sentences."""
+    """The result of a conversion.
+
+    Args:
+        path: what was written: the file, or the checkpoint's directory.
+        notes: sentences about what differs, or has to be set up outside the state.
+    """
 
     path: str
     notes: tuple[str, ...]
@@ -55,21 +61,22 @@ def export_checkpoint(
     """Write a checkpoint's state as a file of another framework, whole or not at all.
 
     Args:
-        checkpoint: one checkpoint, or a directory of them, of which the newest valid one; a path or
-            an fsspec URL.
-        output: the file to write; one that is there is replaced.
-        to: "keras" (the reference's and tf_keras legacy's list of weights), "keras3", "torch",
-            "optax", "safetensors" or "numpy".
+        checkpoint: the path or fsspec URL of one checkpoint, or of a directory of them, which means
+            its newest valid one.
+        output: the file to write; an existing one is replaced.
+        to: "keras" (the list of weights of the reference and of tf_keras legacy), "keras3",
+            "torch", "optax", "safetensors" or "numpy".
         slots: False writes the parameters alone, each in its own dtype (safetensors and numpy
             only).
-        order: the tensors' paths in the order of the other optimizer's variables (keras, keras3 and
-            torch match by position).
-        lossy: write it even where the other formula would train on differently.
+        order: the tensors' paths in the order of the other optimizer's variables; keras, keras3 and
+            torch match by position.
+        lossy: write even if the other formula would train on differently.
 
     Returns:
-        The file, and what does not carry over because it lives outside the state there.
+        The file, and notes on what does not carry over because the framework keeps it elsewhere.
 
     Raises:
+        ConfigError: an argument has a value that it cannot have.
         CheckpointError: the checkpoint is refused, or the file cannot be written.
         ConversionError: naming each difference, such as the momentum schedule; nothing was written.
     """
@@ -81,7 +88,7 @@ def export_checkpoint(
         )
     job = Conversion(Path(output).absolute(), order=order, slots=slots, lossy=lossy)
     _WRITERS[to](load_checkpoint(checkpoint), job)
-    return Converted(str(job.path), job.told)
+    return Converted(str(job.path), job.all_notes)
 
 
 def import_checkpoint(
@@ -93,28 +100,27 @@ def import_checkpoint(
     order: Sequence[str] | None = None,
     lossy: bool = False,
 ) -> Converted:
-    """Write another framework's file as a checkpoint that `verify` accepts and `DistNadam.restore`
-    continues from.
+    """Write another framework's file as a checkpoint that `DistNadam.restore` continues from.
 
     Args:
-        source: a file as `export_checkpoint` writes it, or one's own of that layout (each module of
-            `distnadam.interop` says which).
-        directory: where ``step_<iterations>/`` is made, which must not be there yet; a path or an
-            fsspec URL.
-        source_format: what the file is.
+        source: a file written by `export_checkpoint`, or the user's own in the layout that the
+            framework's module in `distnadam.interop` describes.
+        directory: the path or fsspec URL under which the new ``step_<iterations>/`` is written.
+        source_format: the file's format, as `to` of `export_checkpoint`.
         config: hyper-parameters that the file lacks, or that replace its own, in our spelling or
             the framework's.
-        order: the tensors' paths in the order of the other optimizer's variables, where the file
-            does not say it.
-        lossy: import it even where ours would train on differently (weight decay).
+        order: the tensors' paths in the order of the other optimizer's variables, if the file does
+            not hold it.
+        lossy: import even if ours would train on differently, as without its weight decay.
 
     Returns:
-        The checkpoint's directory, and what is worth knowing.
+        The checkpoint's directory, and notes on what was found.
 
     Raises:
-        CheckpointError: naming the file, the tensor, the expected and the given; or the directory
-            holds that step already.
-        ConversionError: naming each difference, such as weight decay or steps that differ between
+        ConfigError: an argument has a value that it cannot have.
+        CheckpointError: naming the file, the tensor, what was expected and what was found; or the
+            directory holds that step already.
+        ConversionError: naming each difference, such as weight decay, or steps that differ between
             tensors; nothing was written.
     """
     if source_format not in _READERS:
@@ -126,4 +132,4 @@ def import_checkpoint(
         raise CheckpointError(f"{job.path}: there is no such file")
     state = _READERS[source_format](job)
     job.settle()
-    return Converted(state.save(directory), job.told)
+    return Converted(state.save(directory), job.all_notes)

@@ -1,5 +1,4 @@
-"""Where the formulas that share the name "Nadam" agree with ours, and the words for where they do
-not. Pure.
+"""Compares the formulas that share the name "Nadam" with ours, and notes where they differ.
 
 Every one is ``m += (g - m)(1 - beta_1); v += (g*g - v)(1 - beta_2)`` and a step along ``c_g*g +
 c_m*m`` over ``sqrt(v_hat) + epsilon``; they differ in the momentum coefficient ``mu_t = beta_1 * (1
@@ -24,28 +23,24 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.reproducible_math import power_of_step
 
 NO_SCHEDULE = 1000.0
-"""A schedule_decay with which mu_t is beta_1 to the bit from the first step on, as 0.96 ** 1000 is
-less than 2 ** -58.
-"""
+"""A schedule_decay with which mu_t is exactly beta_1 at every step: 0.96 ** 1000 < 2 ** -58."""
 _ROUNDING = 2.0**-25
-"""Half a unit in the last place of a float32 near 1: what differs by less is the same formula in
-float32.
-"""
+"""Half a unit in the last place of a float32 near 1; smaller differences are rounding."""
 
 
 @dataclass
 class Conversion:
-    """One conversion asked for, and what it found on its way.
+    """A requested conversion, which collects its findings.
 
     Args:
         path: the other framework's file.
         order: the tensors' paths in the order in which the other framework lists its variables;
-            None: as the file or the layout has them.
-        config: hyper-parameters that an import takes instead of, or beside, those of the file.
-        slots: whether an export has the slots beside the parameters.
-        lossy: go on where there are differences.
-        differences: what would change how training goes on, as sentences.
-        notes: what the user has to set up outside the state, as sentences.
+            None means the file's or the layout's order.
+        config: hyper-parameters of an import, which add to or replace the file's.
+        slots: whether an export writes the moments beside the parameters.
+        lossy: whether to continue despite differences.
+        differences: sentences about what would change how training goes on.
+        notes: sentences about what the user has to set up outside the state.
     """
 
     path: Path
@@ -57,8 +52,9 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Raise ConversionError naming the differences where they are not allowed; nothing may be
-        written before.
+        """Raise ConversionError, naming the differences, unless they are allowed.
+
+        Call this before anything is written.
         """
         if self.differences and not self.lossy:
             raise ConversionError(
@@ -67,62 +63,66 @@ class Conversion:
             )
 
     @property
-    def told(self) -> tuple[str, ...]:
-        """Everything found, as sentences."""
+    def all_notes(self) -> tuple[str, ...]:
+        """The differences and notes, as sentences."""
         return (*(f"differs: {sentence}" for sentence in self.differences), *self.notes)
 
 
 def momentum(config: NadamConfig, t: int, schedule_decay: float) -> float:
-    """Return mu_t for another schedule_decay, `math.inf` being none at all."""
+    """Return mu_t of a schedule_decay; `math.inf` means no schedule."""
     return config.beta_1 * (1.0 - 0.5 * _power(schedule_decay, t))
 
 
 def same_momentum(state: OptimizerState, theirs: float) -> bool:
-    """Whether a schedule of decay `theirs` gives our coefficients, to float32 rounding, at every
-    step from the next one on.
-    """
+    """Return whether schedule_decay `theirs` gives our mu_t from the next step on, in float32."""
     ours, t = state.config.schedule_decay, state.clock.iterations + 1
     return ours == theirs or 0.5 * max(_power(ours, t), _power(theirs, t)) <= _ROUNDING
 
 
 def unscheduled(config: NadamConfig, iterations: int) -> Clock:
-    """Return the clock of an optimizer without a momentum schedule: its product of coefficients is
-    beta_1 ** t.
-    """
+    """Return the clock of an optimizer without a momentum schedule: its product is beta_1 ** t."""
     return Clock(iterations, power_of_step(config.beta_1, 1.0, iterations))
 
 
 def find_momentum(job: Conversion, state: OptimizerState, theirs: float, what: str) -> None:
-    """Note the difference where `what` has another momentum schedule than the state."""
+    """Add a difference if another framework's momentum schedule is not the state's.
+
+    Args:
+        job: receives the difference.
+        state: ours.
+        theirs: the other framework's schedule_decay.
+        what: the other framework's schedule, as the end of the sentence "... here, and ".
+    """
     if not same_momentum(state, theirs):
         t = state.clock.iterations + 1
         ours = state.config.schedule_decay
         job.differences.append(
             f"momentum schedule: schedule_decay is {ours:g} here, and {what}; the coefficient of "
-            f"step {t} is"
-            f" {momentum(state.config, t, ours):.6g} here and "
+            f"step {t} is {momentum(state.config, t, ours):.6g} here and "
             f"{momentum(state.config, t, theirs):.6g} there"
         )
 
 
 def find_product(job: Conversion, state: OptimizerState, what: str) -> None:
-    """Note the difference where the product of the coefficients so far is not the beta_1 ** t that
-    `what` computes for itself.
+    """Add a difference if the product of the coefficients so far is not beta_1 ** t.
+
+    That is what the framework `what`, which stores no product, computes for itself.
     """
     theirs = unscheduled(state.config, state.clock.iterations).m_schedule
     if abs(state.clock.m_schedule - theirs) > _ROUNDING:
         job.differences.append(
             f"product of the momentum coefficients: {state.clock.m_schedule:.6g} here after "
-            f"{state.clock.iterations} steps, and {what}"
-            f" takes beta_1 ** step, {theirs:.6g}"
+            f"{state.clock.iterations} steps, and {what} takes beta_1 ** step, {theirs:.6g}"
         )
 
 
 def find_outside(
     job: Conversion, state: OptimizerState, what: str, *, clips: tuple[str, ...] = ()
 ) -> None:
-    """Note what frameworks keep outside the optimizer's state: a learning-rate schedule, clipping,
-    master copies of half precision.
+    """Add notes on what the framework `what` keeps outside its optimizer's state.
+
+    That is a learning-rate schedule, clipping other than `clips`, and float32 master copies of
+    tensors in half precision.
     """
     if callable(state.config.lr):
         job.notes.append(
@@ -140,13 +140,12 @@ def find_outside(
         few = ", ".join(map(repr, state.half[:3])) + (" and others" if len(state.half) > 3 else "")
         job.notes.append(
             f"half precision: {few}: given as float32 masters with float32 moments; {what} keeps "
-            "moments in the parameter's dtype, so train"
-            " the masters"
+            "moments in the parameter's dtype, so train the masters"
         )
 
 
 def find_count(job: Conversion, state: OptimizerState, largest: int, what: str) -> None:
-    """Note the difference where another framework's counter of steps cannot go on from ours."""
+    """Add a difference if the framework's step counter cannot count on from ours."""
     if state.clock.iterations >= largest:
         job.differences.append(
             f"step: {state.clock.iterations} here, and {what} counts to {largest} at most"

@@ -1,13 +1,12 @@
-"""Keras: the list of weights of the reference (TF 1.x, tf_keras legacy), and the variables of Keras
-3's Nadam. Plain arrays; no Keras here.
+"""Keras: the weights of the reference (TF 1.x, tf_keras legacy), and Keras 3's variables.
 
 The reference's formula is ours. Keras 3's is ours with schedule_decay = 1, which it does not store;
-its `_u_product` is our m_schedule. Both hold one clock, so everything of the state carries over.
-Neither list holds the parameters: a file has them beside it.
+its `_u_product` is our m_schedule. Both have one clock, so the whole state carries over. Neither
+list holds the parameters, so a file stores them beside it. Keras is not imported.
 
 A file is an npz: ``params/<path>``, ``optimizer/00000`` and on (the list), and the description
-`about` with the framework's config. Your own, without `about`, is taken too: the list follows the
-order of its params, and the config must be given.
+`about` with the framework's config. A user's file without `about` is accepted too: its list follows
+the order of its params, and `config` must be given.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,24 +35,24 @@ _LACKING = {
     "gradient_accumulation_steps": 1,
     "loss_scale_factor": 1,
 }
-"""Settings of Keras that we lack, with the value that means nothing."""
-_MEANINGLESS = {
+"""Settings of Keras that we lack, with the value at which they have no effect."""
+_WITHOUT_EFFECT = {
     "name",
     "jit_compile",
     "is_legacy_optimizer",
     "ema_momentum",
     "ema_overwrite_frequency",
 }
+"""Settings of Keras that do not change a step."""
 
 
 def weights(state: OptimizerState, order: Sequence[str] | None = None) -> list[Array]:
-    """Return the list that the reference's `set_weights` takes: ``[iterations, m_schedule, *ms,
-    *vs]``.
+    """Return the list for the reference's `set_weights`: ``[iterations, m_schedule, *ms, *vs]``.
 
     Args:
         state: a loaded checkpoint.
-        order: the tensors' paths in the order of the Keras optimizer's variables; None: the
-            layout's.
+        order: the tensors' paths in the order of the Keras optimizer's variables; None means the
+            layout's order.
     """
     at = state.positions(order)
     clock = [
@@ -66,11 +65,17 @@ def weights(state: OptimizerState, order: Sequence[str] | None = None) -> list[A
 def variables(
     state: OptimizerState, order: Sequence[str] | None = None, *, lossy: bool = False
 ) -> list[Array]:
-    """Return the values of Keras 3's `optimizer.variables`, to be assigned one by one once it is
-    built.
+    """Return the values to assign, one by one, to a built Keras 3 optimizer's `variables`.
 
-    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ..., u_product]``. Raise
-    ConversionError naming the difference where Keras 3 trains on differently, unless `lossy`.
+    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ..., u_product]``.
+
+    Args:
+        state: a loaded checkpoint.
+        order: as for `weights`.
+        lossy: return them even if Keras 3 would train on differently.
+
+    Raises:
+        ConversionError: naming each difference.
     """
     job = Conversion(Path("keras.optimizers.Nadam"), lossy=lossy)
     _compare_with_keras_3(state, job)
@@ -81,9 +86,7 @@ def variables(
 
 
 def config(state: OptimizerState) -> dict[str, Any]:
-    """Return the reference's configuration; tf_keras's legacy Nadam takes it too, with `lr` as
-    `learning_rate`.
-    """
+    """Return the reference's configuration; tf_keras legacy calls its `lr` `learning_rate`."""
     common = {"lr": state.rate, **_common(state)}
     return {**common, "schedule_decay": state.config.schedule_decay}
 
@@ -123,8 +126,9 @@ def read(job: Conversion) -> OptimizerState:
 
 
 def read_keras_3(job: Conversion) -> OptimizerState:
-    """Return the state of a file with Keras 3's variables; under a learning-rate schedule they have
-    no rate among them.
+    """Return the state of a file with Keras 3's variables.
+
+    They hold no learning rate if the optimizer had a schedule.
     """
     params, about, given = _read(job, "keras3")
     count = len(params)
@@ -220,7 +224,7 @@ def _state(
     file, given = _ours(job, settings_of(where, about)), _ours(job, job.config)
     values = {**file, **settings, **given}
     if "lr" in file and _rounds_to(file["lr"], values["lr"]):
-        values["lr"] = file["lr"]  # the variable is its rounding
+        values["lr"] = file["lr"]  # the variable is this, rounded to float32
     if "lr" not in values or not (file or given):
         raise CheckpointError(
             f"{where}: holds no configuration; give config, such as the optimizer's get_config()"
@@ -229,7 +233,7 @@ def _state(
 
 
 def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration in our spelling; note what Keras has and we lack."""
+    """Return a configuration in our spelling; add a difference for each setting that we lack."""
     values = dict(given)
     for theirs, ours in (("learning_rate", "lr"), ("decay", "schedule_decay")):
         if theirs in values:
@@ -238,7 +242,7 @@ def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
         value = values.pop(name, None)
         if value is not None and value != harmless:
             job.differences.append(f"{name}: {value!r} there, and distnadam has none")
-    return {name: value for name, value in values.items() if name not in _MEANINGLESS}
+    return {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}
 
 
 def _rounds_to(rate: Any, variable: Any) -> bool:

@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all, and NumPy archives read without trust: no pickle, no size
-believed before it is checked.
+"""Writes files whole or not at all, and reads untrusted NumPy archives.
+
+No pickle is ever loaded, and no size in a file is believed before it is checked.
 """
 
 import json
@@ -16,19 +17,22 @@ from distnadam.errors import CheckpointError
 from distnadam.tensors.arrays import Array
 
 ABOUT = "about"
-"""The entry (a JSON string) that says what a file of ours is."""
+"""The entry that describes a file of ours, a JSON string."""
 _MARK = "distnadam interop"
-_DENSEST = 1100
-"""Times that a deflated entry can grow; one that claims more is made to harm."""
+_MAX_RATIO = 1100
+"""The largest ratio of deflate; an entry that claims more is an attack."""
 _LARGEST_ABOUT = 1 << 28
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file beside `path`, flush it, and give it its name; nothing is
-    left of one that failed.
+    """Write a file in one atomic step; leave nothing behind on failure.
+
+    Args:
+        path: the file to create or replace.
+        write: fills the temporary file whose path it receives.
 
     Raises:
-        CheckpointError: naming the file and what the system said.
+        CheckpointError: naming the file and the system's reason.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
@@ -43,7 +47,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_npz(path: Path, arrays: Mapping[str, Array], about: Mapping[str, Any]) -> None:
-    """Write an uncompressed npz of `arrays` and the entry `about`."""
+    """Write an uncompressed npz file of `arrays` and the description `about`."""
 
     def write(temporary: Path) -> None:
         with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
@@ -55,12 +59,11 @@ def write_npz(path: Path, arrays: Mapping[str, Array], about: Mapping[str, Any])
 
 
 def read_npz(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Return an npz file's arrays in their order, and its entry `about` (empty where there is
-    none).
+    """Return an npz file's arrays in their order, and its description, empty if it has none.
 
     Raises:
-        CheckpointError: naming the file and the entry: no npz, truncated, holding objects, or
-            claiming more than it holds.
+        CheckpointError: naming the file, and the entry that is truncated, holds objects, or claims
+            more than it holds.
     """
     arrays: dict[str, Array] = {}
     try:
@@ -71,7 +74,7 @@ def read_npz(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
                     raise CheckpointError(
                         f"{path}: entry {info.filename!r}: expected one .npy array of each name"
                     )
-                if info.file_size > _DENSEST * info.compress_size + 1024:
+                if info.file_size > _MAX_RATIO * info.compress_size + 1024:
                     raise CheckpointError(
                         f"{path}: entry {name!r}: claims {info.file_size} bytes from "
                         f"{info.compress_size}"
@@ -108,12 +111,12 @@ def read_npz(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def about_text(about: Mapping[str, Any]) -> str:
-    """Return the entry `about` as JSON."""
+    """Return a description as JSON text."""
     return json.dumps({"is": _MARK, **about})
 
 
 def about_from(where: str, text: str) -> dict[str, Any]:
-    """Return what `about_text` wrote; raise CheckpointError where the text is something else."""
+    """Return the description of `about_text`'s text; raise CheckpointError for any other text."""
     try:
         about = json.loads(text) if len(text) <= _LARGEST_ABOUT else None
     except (ValueError, RecursionError) as error:
@@ -126,9 +129,7 @@ def about_from(where: str, text: str) -> dict[str, Any]:
 
 
 def expect_kind(path: Path, about: Mapping[str, Any], kind: str) -> None:
-    """Raise CheckpointError where a file of ours is of another kind; one without a description may
-    be of any.
-    """
+    """Raise CheckpointError if a file's description names another kind; it may have none."""
     if about and about.get("kind") != kind:
         raise CheckpointError(
             f"{path}: expected a file of kind {kind!r}, got {about.get('kind')!r}; import it as "
@@ -137,8 +138,10 @@ def expect_kind(path: Path, about: Mapping[str, Any], kind: str) -> None:
 
 
 def settings_of(where: str, about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the configuration in a description, empty where it has none; raise CheckpointError
-    where it is no map.
+    """Return the configuration in a description, empty if it has none.
+
+    Raises:
+        CheckpointError: it is no map.
     """
     settings = about.get("config", {})
     if not isinstance(settings, dict):
@@ -147,7 +150,7 @@ def settings_of(where: str, about: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def group(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the entries under ``prefix/`` by the rest of their names."""
+    """Return the entries under ``prefix/``, by the rest of their names."""
     return {
         name.removeprefix(f"{prefix}/"): array
         for name, array in arrays.items()
@@ -156,13 +159,14 @@ def group(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _check_header(entry: IO[bytes], size: int) -> None:
+    """Raise ValueError if an entry of `size` bytes holds objects or another number of elements."""
     version = np.lib.format.read_magic(entry)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
     if read is None:
-        raise ValueError(f"its array format {version} is none that is known")
+        raise ValueError(f"its array format {version} is unknown")
     shape, _, dtype = read(entry)
     count = 1
     for length in shape:

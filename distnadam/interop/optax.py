@@ -1,17 +1,17 @@
-"""optax.nadam: no momentum schedule, its coefficient is beta_1 at every step and its product of
-them beta_1 ** step.
+"""optax.nadam, which has no momentum schedule: mu_t is beta_1, the product of the mu_t beta_1 ** t.
 
 That is our formula in the limit of a large schedule_decay, so an import is exact (`NO_SCHEDULE`).
-An export is exact only where the schedule has run its course and the product agrees, and is refused
-otherwise; `count`, `mu` and `nu` are iterations, m and v either way.
+An export is exact only once our schedule has decayed and the products agree, and is refused
+otherwise. optax's `count`, `mu` and `nu` are our iterations, m and v.
 
 A file is an npz: ``params/<path>``, ``mu/<path>``, ``nu/<path>``, ``count``, and the description
-`about` with nadam's arguments; your own, without `about`, is taken too, and the config must be
+`about` with nadam's arguments. A user's file without `about` is accepted too; `config` must then be
 given.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,19 @@ _LACKING = {"eps_root": 0, "weight_decay": 0}
 
 
 def config(state: OptimizerState) -> dict[str, Any]:
-    """Return the arguments of optax.nadam (whose own eps is 1e-8)."""
+    """Return the arguments of optax.nadam, whose default for eps is 1e-8."""
     ours = state.config
     return {"learning_rate": state.rate, "b1": ours.beta_1, "b2": ours.beta_2, "eps": ours.epsilon}
 
 
 def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
-    """Return an optimizer state as optax.nadam continues from it.
+    """Return an optimizer state that optax.nadam continues from.
 
     Args:
         state: a loaded checkpoint.
-        like: what `optax.nadam(...).init(params)` returned, or a chain's that holds it, for params
-            of the checkpoint's tree.
-        lossy: give it even where optax.nadam trains on differently.
+        like: the result of `optax.nadam(...).init(params)`, or of a chain with one, for params in
+            the checkpoint's structure.
+        lossy: return it even if optax.nadam would train on differently.
 
     Raises:
         ConversionError: naming each difference; or optax is not installed.
@@ -124,9 +124,8 @@ def read(job: Conversion) -> OptimizerState:
         else layout_of(where, slots["params"])
     )
     settings = make_config(where, values)
-    started = make_state(where, layout, settings, (arrays["count"], 1.0), slots)
-    clock = unscheduled(settings, started.clock.iterations)
-    return OptimizerState(layout, settings, clock, started.params, started.m, started.v)
+    state = make_state(where, layout, settings, (arrays["count"], 1.0), slots)
+    return replace(state, clock=unscheduled(settings, state.clock.iterations))
 
 
 def _compare(state: OptimizerState, job: Conversion) -> None:
@@ -136,7 +135,7 @@ def _compare(state: OptimizerState, job: Conversion) -> None:
 
 
 def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nadam's arguments in our spelling; note what it has and we lack."""
+    """Return nadam's arguments in our spelling; add a difference for each that we lack."""
     values = {_SPELLING.get(name, name): value for name, value in given.items()}
     for name, harmless in _LACKING.items():
         value = values.pop(name, harmless)

@@ -1,10 +1,9 @@
-"""safetensors and npz files of our own state, whole and exact: no other framework's formula is
-meant by them.
+"""safetensors and npz files of our own state, exact, and of parameters alone.
 
 With slots: ``params/<path>`` (master copies), ``m/<path>``, ``v/<path>``, and a description with
-clock, config and layout (in safetensors: the metadata key `about`); npz files also hold the clock
-as arrays. Parameters alone: ``<path>``, each in its own dtype, as other tools expect them;
-imported, they start at step 0 with moments of zero.
+config and layout (in safetensors the metadata key `about`). The clock is in the description of a
+safetensors file, and in arrays of an npz file. Parameters alone: ``<path>``, each in its own dtype,
+as other tools expect them; imported, they start at step 0 with moments of zero.
 """
 
 from typing import Any
@@ -35,8 +34,10 @@ from distnadam.tensors.arrays import BFLOAT16, STATE_ARRAYS, Array, dtype_of
 
 
 def write_numpy(state: OptimizerState, job: Conversion) -> None:
-    """Write an npz file; without slots, a parameter of bfloat16 (which NumPy's format cannot name)
-    is refused by ConversionError.
+    """Write an npz file.
+
+    Raises:
+        ConversionError: without slots, for a parameter in bfloat16, which NumPy's format lacks.
     """
     if job.slots:
         clock = {
@@ -45,7 +46,7 @@ def write_numpy(state: OptimizerState, job: Conversion) -> None:
         }
         write_npz(job.path, {**_with_slots(state), **clock}, _about(state))
         return
-    arrays = _alone(state)
+    arrays = _without_slots(state)
     for name, array in arrays.items():
         if array.dtype == BFLOAT16:
             raise ConversionError(
@@ -60,7 +61,7 @@ def write_numpy(state: OptimizerState, job: Conversion) -> None:
 
 
 def read_numpy(job: Conversion) -> OptimizerState:
-    """Return the state of an npz file, of ours or of named parameters alone."""
+    """Return the state of an npz file, ours or one of named parameters alone."""
     arrays, about = read_npz(job.path)
     clock = (
         (arrays.pop("iterations", None), arrays.pop("m_schedule", None))
@@ -71,12 +72,12 @@ def read_numpy(job: Conversion) -> OptimizerState:
 
 
 def write_safetensors(state: OptimizerState, job: Conversion) -> None:
-    """Write a safetensors file that any of its readers opens."""
+    """Write a safetensors file that any safetensors reader opens."""
     from safetensors.numpy import save_file
 
     arrays = {
         name: np.ascontiguousarray(a).reshape(a.shape)
-        for name, a in (_with_slots(state) if job.slots else _alone(state)).items()
+        for name, a in (_with_slots(state) if job.slots else _without_slots(state)).items()
     }
     about = (
         {**_about(state), "clock": [state.clock.iterations, state.clock.m_schedule]}
@@ -90,7 +91,7 @@ def write_safetensors(state: OptimizerState, job: Conversion) -> None:
 
 
 def read_safetensors(job: Conversion) -> OptimizerState:
-    """Return the state of a safetensors file, of ours or of named parameters alone."""
+    """Return the state of a safetensors file, ours or one of named parameters alone."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -114,7 +115,7 @@ def _with_slots(state: OptimizerState) -> dict[str, Array]:
     }
 
 
-def _alone(state: OptimizerState) -> dict[str, Array]:
+def _without_slots(state: OptimizerState) -> dict[str, Array]:
     return {
         tensor.path: array.astype(dtype_of(tensor.dtype))
         for tensor, array in zip(state.layout.tensors, state.params, strict=True)
@@ -131,10 +132,10 @@ def _state(
     path = job.path
     if about.get("kind") == "state":
         slots = {slot: group(arrays, slot) for slot in STATE_ARRAYS}
-        strangers = len(arrays) - sum(map(len, slots.values()))
-        if strangers:
+        others = len(arrays) - sum(map(len, slots.values()))
+        if others:
             raise CheckpointError(
-                f"{path}: expected entries under {', '.join(STATE_ARRAYS)}, got {strangers} others"
+                f"{path}: expected entries under {', '.join(STATE_ARRAYS)}, got {others} others"
             )
         settings = make_config(str(path), {**settings_of(str(path), about), **job.config})
         return make_state(

@@ -1,12 +1,11 @@
-"""torch.optim.NAdam: our formula, with `momentum_decay` for schedule_decay and eps in its config; a
-clock per tensor in place of one.
+"""torch.optim.NAdam, which is our formula with `momentum_decay` for schedule_decay.
 
-`mu_product` is our m_schedule and `step` our iterations, repeated for every tensor and kept in
-float32; an import needs them to be equal in all. Weight decay, `maximize` and parameter groups of
-different settings are what ours lacks.
+It has a clock per tensor: `step` is our iterations and `mu_product` our m_schedule, in float32; an
+import requires them to be equal in all tensors. We lack its weight decay, `maximize`, and groups of
+parameters with different settings.
 
-A file is what torch.save makes of ``{"model": {path: tensor}, "optimizer": state_dict, "about":
-JSON}``; your own, without `about`, is taken too. It is loaded with weights_only=True.
+A file is written by torch.save, of ``{"model": {path: tensor}, "optimizer": state_dict, "about":
+JSON}``; a user's file without `about` is accepted too. It is loaded with weights_only=True.
 """
 
 from collections.abc import Sequence
@@ -33,13 +32,13 @@ _SETTINGS = ("lr", "betas", "eps", "momentum_decay", *_LACKING)
 
 
 def state_dict(state: OptimizerState, order: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return what `torch.optim.NAdam.load_state_dict` takes and continues from.
+    """Return a state_dict for `torch.optim.NAdam.load_state_dict`, which matches by position.
 
     Args:
         state: a loaded checkpoint.
-        order: the tensors' paths in the order in which the NAdam lists its parameters (for a
-            module: the names of its `named_parameters()`); None: the layout's. It matches by
-            position, and carries the names as `param_names`.
+        order: the tensors' paths in the order of the NAdam's parameters, for a module the names of
+            its `named_parameters()`; None means the layout's order. The result holds them as
+            `param_names`.
     """
     torch = _torch()
     config, at = state.config, state.positions(order)
@@ -69,7 +68,7 @@ def state_dict(state: OptimizerState, order: Sequence[str] | None = None) -> dic
 
 
 def write(state: OptimizerState, job: Conversion) -> None:
-    """Write the state_dict beside the parameters."""
+    """Write the parameters and the state_dict."""
     torch = _torch()
     find_outside(job, state, "torch.optim.NAdam")
     if state.clock.iterations >= _LARGEST_STEP:
@@ -85,7 +84,7 @@ def write(state: OptimizerState, job: Conversion) -> None:
 
 
 def read(job: Conversion) -> OptimizerState:
-    """Return the state of a file with a model's and NAdam's state_dict."""
+    """Return the state of a file with the state_dicts of a model and of its NAdam."""
     torch, where = _torch(), str(job.path)
     try:
         content = torch.load(job.path, map_location="cpu", weights_only=True)
@@ -127,9 +126,7 @@ def read(job: Conversion) -> OptimizerState:
 
 
 def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], list[str] | None]:
-    """Return a state_dict's settings in our spelling, its tensors' states in order, and their names
-    where it has them.
-    """
+    """Return a state_dict's settings in our spelling, and its tensors' states and names."""
     where = f"{job.path}: optimizer"
     try:
         groups, states = given["param_groups"], given["state"]
@@ -168,7 +165,7 @@ def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], 
 def _slots(
     where: str, names: list[str], states: list[Any]
 ) -> tuple[tuple[Any, Any], dict[str, dict[str, Any]]]:
-    """Return the one clock of all tensors, and the moments by slot and name."""
+    """Return the clock, which must be equal in all tensors, and the moments by slot and name."""
     if not any(states):
         return (0, 1.0), {}
     for name, state in zip(names, states, strict=True):
@@ -188,8 +185,7 @@ def _slots(
             ):
                 raise ConversionError(
                     f"{where}: {key} of {name!r} is {value}, of {names[0]!r} {values[0]}: "
-                    "distnadam has one clock for all tensors, which"
-                    " all step at every step"
+                    "distnadam has one clock for all tensors, which all step at every step"
                 )
     slots = {
         slot: {n: s[key] for n, s in zip(names, states, strict=True)}
