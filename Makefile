@@ -1,61 +1,97 @@
-# make train: set up, then train the built-in digits task on a Ray of its own.   make test: set up, then run the tests.   make chaos N=200: kill that often.
+# Every verb of the project, the same on a laptop and in .ci/run. `make help` lists them.
 VENV := .venv
+INTEROP := .venv-interop
 BENCH := .venv-bench
 PYTHON ?= python3
 BENCH_ARGS ?=
 RAY_VERSIONS ?= 2.54.1 2.60.0
 N ?= 200
 SEED ?= 0
+# Processes that run tests side by side, each with a Ray of its own: one more than cores, since a
+# test often waits for processes that start; no more than 8.
+JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
+COV ?=
+
 BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
+PYTEST_OPTIONS := --numprocesses $(JOBS) --dist loadgroup
+COVERAGE_OPTIONS := $(if $(COV),--cov --cov-report=term:skip-covered)
 
-.PHONY: train test test-slow test-ray-versions chaos lint bench clean
+.DEFAULT_GOAL := help
+.PHONY: help train test slow test-ray-versions coverage lint format types wheel chaos bench clean
 
-train: $(VENV)/installed
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: $(VENV)/installed ## set up, then train the built-in digits task on a Ray of its own
 	$(BIN)/distnadam train digits --workers 2 --shards 2
 
-test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/installed ## set up, then run all tests but the slow ones; COV=1 also measures coverage
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_OPTIONS) $(COVERAGE_OPTIONS)
 
-test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+slow: $(INTEROP)/installed ## the slow tests: other frameworks, chaos, several hosts (needs root)
+	$(INTEROP)/bin/python -m pytest -m slow $(PYTEST_OPTIONS)
 
-# What touches Ray, with the oldest and the newest Ray that we say we support; deploy files name its commands. Old Rays leave files to the
-# garbage collector, and warn of it.
-test-ray-versions: $(RAY_VERSIONS:%=.venv-ray-%/installed)
+# What touches Ray, with the oldest and the newest Ray that we say we support; deploy files name its
+# commands. Old Rays leave files to the garbage collector, and warn of it.
+test-ray-versions: $(RAY_VERSIONS:%=.venv-ray-%/installed) ## what touches Ray, with the oldest and the newest Ray
 	set -e; for version in $(RAY_VERSIONS); do \
 		echo "Ray $$version"; \
 		RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 .venv-ray-$$version/bin/python -m pytest -m "not slow" \
-			-W "ignore::pytest.PytestUnraisableExceptionWarning" \
+			$(PYTEST_OPTIONS) -W "ignore::pytest.PytestUnraisableExceptionWarning" \
 			tests/backends tests/laws tests/training tests/deploy tests/cli/test_running.py; \
 	done
 
-chaos: $(VENV)/installed
-	$(BIN)/python -m tests.chaos.run --faults $(N) --seed $(SEED)
+coverage: ## what the tests of make test cover, with a floor
+	$(MAKE) test COV=1
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed types ## check style and types; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed ## check types
 	$(BIN)/mypy
 
-bench: $(BENCH)/installed
+format: $(VENV)/installed ## put the code in the house's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/installed ## build the wheel, and try it in an environment of its own
+	rm -rf build/wheel build/fresh
+	$(BIN)/python -m build --wheel --outdir build/wheel .
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python $(PIP_INSTALL) constraints.txt build/wheel/*.whl
+	cd build && fresh/bin/python -c "from distnadam import *; import sys; assert 'ray' not in sys.modules"
+	cd build && fresh/bin/distnadam doctor --json
+
+chaos: $(VENV)/installed ## kill processes N=200 times, and compare every bit; SEED=0
+	$(BIN)/python -m tests.chaos.run --faults $(N) --seed $(SEED)
+
+bench: $(BENCH)/installed ## measure beside peers; BENCH_ARGS="..."
 	$(BENCH)/bin/python -m benchmarks $(BENCH_ARGS)
+
+clean: ## remove environments and build outputs
+	rm -rf $(VENV) $(INTEROP) $(BENCH) .venv-ray-* build dist *.egg-info .coverage .coverage.*
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python $(PIP_INSTALL) constraints.txt --editable ".[dev]"
+	touch $@
+
+# The frameworks that checkpoints go to and come from.
+$(INTEROP)/installed: pyproject.toml constraints.txt
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python $(PIP_INSTALL) constraints.txt --editable ".[dev,interop]"
 	touch $@
 
 # The peers are heavy (torch, numba), so they live apart.
 $(BENCH)/installed: pyproject.toml constraints.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[bench]"
+	$(BENCH)/bin/python $(PIP_INSTALL) constraints.txt --editable ".[bench]"
 	touch $@
 
 .venv-ray-%/installed: pyproject.toml constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	grep -v "^ray==" constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt --editable ".[dev]" "ray==$*"
+	$(@D)/bin/python $(PIP_INSTALL) $(@D)/constraints.txt --editable ".[dev]" "ray==$*"
 	touch $@
-
-clean:
-	rm -rf $(VENV) $(BENCH) .venv-ray-* build dist *.egg-info

@@ -1,12 +1,19 @@
-"""What several test files share: one Ray for the whole run, a model whose tensors are cut in the
-middle, its gradients, its digest.
+"""What all test files share: one Ray for each process that runs tests, with a directory of its own.
+
+Tests run in several processes side by side (`make test` says how many), so none may count what the
+machine has: only what is below its own process, or in its own Ray.
 """
 
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.update(
-    RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0"
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_TMPDIR=tempfile.mkdtemp(prefix="rt-"),  # short: a socket's path has at most 107 bytes
+    RAY_USAGE_STATS_ENABLED="0",
 )
 os.environ.pop("RAY_ADDRESS", None)
 
@@ -17,6 +24,17 @@ import pytest
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell that runs the tests in its background has them ignore Ctrl-C
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a folder that loads the whole machine one after the other."""
+    for item in items:
+        if (folder := item.path.parent.name) in ("chaos", "hosts"):
+            item.add_marker(pytest.mark.xdist_group(folder))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
