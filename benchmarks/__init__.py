@@ -1,1 +1,1 @@
-"""Measurements beside peers and the memory floor, all sides in one run; never part of the tests."""
+"""Benchmarks beside peers and the memory floor, all in one run; they are not part of the tests."""

@@ -1,4 +1,4 @@
-"""All benchmarks in one run: prints the tables, and writes them as JSON and a picture."""
+"""Runs the benchmarks: prints the tables, and writes them as JSON and a picture."""
 
 import argparse
 import json

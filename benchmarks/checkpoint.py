@@ -1,10 +1,9 @@
-"""Checkpoints of one state, params, m and v: ours beside raw writing and reading, torch,
-safetensors; same bytes, same disk, one run.
+"""Checkpoints of one state: ours beside raw files, torch and safetensors, on the same disk.
 
-Each contender runs once per round, in turn, after a pause for the disk; medians count. What is
-written is new, and what is read was flushed and dropped from the page cache before. A virtual
-machine gives free memory back to its host, and has it again slowly: as much as a contender needs is
-had once just before.
+Each contender saves, or restores, the same params, m and v. All run once per round, in turn, after
+a pause for the disk; the medians are reported. Writes are to new files, and reads are of files that
+were flushed and dropped from the page cache. A virtual machine returns free memory to its host and
+gets it back slowly, so the memory that a contender needs is touched just before it runs.
 """
 
 import gc
@@ -26,7 +25,7 @@ from distnadam import DistNadam
 SHARDS = 2
 PAUSE_S = 1.0
 BACKED_BYTES = 2 * 10**9
-"""More than the page cache and the memory of any contender that reads."""
+"""More than the page cache and memory that any contender needs to read."""
 Timed = Callable[[], float]
 BASES = {
     "save": "raw write and fsync",
@@ -36,7 +35,7 @@ BASES = {
 
 
 def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
-    """Return one row per contender, and what was left out."""
+    """Return one row per contender, and a sentence for each that is not installed."""
     root = Path(tempfile.mkdtemp(prefix="distnadam-bench-"))
     rng = np.random.default_rng(0)
     state = {name: rng.standard_normal(elements, dtype=np.float32) for name in ("params", "m", "v")}
@@ -123,8 +122,9 @@ def add_ours(
     gradients = {"w": state["m"]}
 
     def behind(*, step: bool) -> float:
-        """The call alone; or with a step that comes at once, less what that step takes with no save
-        before it.
+        """Return the seconds of the call, or of the call and the step after it.
+
+        From the latter the duration of a step without a save is subtracted.
         """
         remove(path)
         usual = timed(lambda: optimizer.apply_gradients(gradients)) if step else 0.0
@@ -206,18 +206,18 @@ def add_torch(
 def timed(
     work: Callable[[], object], *, fresh: Path | None = None, drop: Path | None = None
 ) -> float:
-    """Return seconds; what is at `fresh` is removed before, and files under `drop` are read from
-    the disk.
+    """Return the seconds that `work` takes.
+
+    Args:
+        work: what to time.
+        fresh: a path to remove before.
+        drop: a file or directory to drop from the page cache before.
     """
     if fresh is not None:
         remove(fresh)
-    for file in (
-        []
-        if drop is None
-        else [drop]
-        if drop.is_file()
-        else [p for p in drop.rglob("*") if p.is_file()]
-    ):
+    for file in [] if drop is None else [drop, *drop.rglob("*")]:
+        if not file.is_file():
+            continue
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -237,7 +237,7 @@ def remove(path: Path) -> None:
 
 
 def report(
-    rows: list[dict[str, object]], left_out: list[str], elements: int, console: Console
+    rows: list[dict[str, object]], missing: list[str], elements: int, console: Console
 ) -> None:
     """Print the table."""
     table = Table(
@@ -257,7 +257,7 @@ def report(
             f"{row['of_base']:.2f}",
         )
     console.print(table)
-    for sentence in left_out:
+    for sentence in missing:
         console.print(f"left out: {sentence}")
 
 

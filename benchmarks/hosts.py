@@ -1,7 +1,7 @@
-"""A step between two hosts, network namespaces of this machine, over cables of several speeds: is
-it explained by bytes over bandwidth?
+"""A step between two hosts over links of several bandwidths, beside bytes over bandwidth.
 
-A worker on one host, a shard on the other. Root and iproute2 are needed.
+The hosts are network namespaces of this machine, a worker on one and a shard on the other. It needs
+root and iproute2.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ STEPS = 10
 
 
 def main() -> None:
-    """Run the command."""
+    """Print one line per size and bandwidth."""
     if (reason := why_not()) is not None:
         raise SystemExit(reason)
     with (

@@ -1,8 +1,7 @@
-"""One Nadam step over float32 elements: ours beside the memory floor, plain NumPy and torch,
-interleaved in one run.
+"""One Nadam step over float32 elements: ours beside the memory floor, plain NumPy and torch.
 
 The floor is a compiled loop that moves the same 28 bytes per element (four arrays read, three
-written) and adds once per array.
+written) and adds once per array. All contenders are interleaved in one run.
 """
 
 import statistics
@@ -26,8 +25,9 @@ PEERS = {
 
 
 def measure(n: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
-    """Return one row per contender, and what was left out: medians of `rounds` rounds, in which
-    each runs once, in turn.
+    """Return one row per contender, and a sentence for each that is not installed.
+
+    Times are medians over `rounds` rounds, in each of which every contender runs once.
     """
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(n, dtype=np.float32) for _ in range(4)]
@@ -51,7 +51,7 @@ def measure(n: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
 
 
 def run(contenders: dict[tuple[str, int], Step], rounds: int) -> dict[tuple[str, int], list[float]]:
-    """Return seconds of each contender in each round, after one round that does not count."""
+    """Return each contender's seconds in each round, after one round of warm-up."""
     times: dict[tuple[str, int], list[float]] = {key: [] for key in contenders}
     for number in range(rounds + 1):
         for key, step in contenders.items():
@@ -79,7 +79,8 @@ def add_floor(
             v[i] += x
 
     one, several = numba.njit(move), numba.njit(parallel=True)(move)
-    own = [np.ones_like(p) for _ in range(4)]  # it would make v negative, and ours slow with NaN
+    # arrays of its own, since it would make v negative, and ours slow with NaN
+    own = [np.ones_like(p) for _ in range(4)]
     contenders["memory floor", 1] = lambda: one(*own)
     contenders["memory floor", 2] = lambda: several(*own)
     numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))

@@ -1,11 +1,9 @@
-"""What exporting metrics costs: steps with and without, by turns, in the same worker processes on
-one Ray whose metrics are on.
+"""The cost of exporting metrics: steps with and without, in turn, in the same worker processes.
 
-`python -m benchmarks.metrics`, in an environment with the extra `metrics`. Arms take turns at every
-step, in an order drawn anew each time, so that what the machine does beside falls on all alike; a
-second optimizer without metrics shows what is left of it. What works in the background falls on all
-arms too, so its CPU time is read from the clocks of those who spend it: the exporter's thread in a
-worker, which tells most, and Ray's agent, all that it does.
+`python -m benchmarks.metrics`, in an environment with the extra `metrics`. The arms take turns at
+every step, in random order, so that the machine's other load falls on all alike; a second optimizer
+without metrics shows how much noise remains. Background work falls on all arms too, so its CPU time
+is read separately: of the exporter's thread in a worker, and of all of Ray's agent.
 """
 
 import argparse
@@ -43,7 +41,7 @@ class Trainer:
                 np.random.default_rng(rank).standard_normal(out=view, dtype=np.float32)
 
     def run(self, steps: int, seed: int) -> dict[str, list[float]]:
-        """Return each arm's seconds, step by step."""
+        """Return the seconds of each of an arm's steps, by arm."""
         order, times = random.Random(seed), dict[str, list[float]]({arm: [] for arm in ARMS})
         for _ in range(steps):
             for arm in order.sample(list(ARMS), len(ARMS)):
@@ -53,7 +51,7 @@ class Trainer:
         return times
 
     def exporting_s(self) -> float:
-        """Return the CPU seconds that this process has spent exporting."""
+        """Return the CPU seconds that this process has spent on exporting."""
         clocks = [
             time.pthread_getcpuclockid(thread.ident)
             for thread in threading.enumerate()
@@ -75,8 +73,9 @@ def agent_s() -> float:
 
 
 def measure(elements: int, seconds: float) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Return each arm's seconds, step by step, and the CPU seconds spent in the background per
-    second, by who spent them.
+    """Return the seconds of each of an arm's steps, by arm, and the share of a core in background.
+
+    The latter is by thread or process: "exporter" and "agent".
     """
     params = {"w": np.zeros(elements, np.float32)}
     optimizers = {
@@ -90,10 +89,8 @@ def measure(elements: int, seconds: float) -> tuple[dict[str, np.ndarray], dict[
     steps, began, spent = 50, 0.0, dict[str, float]()
     for number in itertools.count(-1):
         if number == 0:
-            began, spent = (
-                time.monotonic(),
-                {"exporter": ray.get(trainers[0].exporting_s.remote()), "agent": agent_s()},
-            )
+            began = time.monotonic()
+            spent = {"exporter": ray.get(trainers[0].exporting_s.remote()), "agent": agent_s()}
         found = ray.get([trainer.run.remote(steps, number) for trainer in trainers])[0]
         if number >= 0:  # the first is warm-up
             for arm in ARMS:
@@ -111,11 +108,9 @@ def measure(elements: int, seconds: float) -> tuple[dict[str, np.ndarray], dict[
 
 
 def over_off(times: dict[str, np.ndarray], arm: str) -> tuple[float, float, float]:
-    """Return the median of an arm's steps, each over the one without beside it, and the ends of its
-    95% interval.
+    """Return the median ratio of an arm's steps to the "off" steps, and its 95% interval.
 
-    The interval is of the bootstrap over fifty pieces of the run, since neighbouring steps are
-    alike.
+    The interval is a bootstrap over fifty pieces of the run, since neighbouring steps correlate.
     """
     pieces = np.array_split(times[arm] / times["off"], 50)
     draws = np.random.default_rng(0).integers(0, len(pieces), (1000, len(pieces)))
@@ -150,7 +145,7 @@ def main() -> None:
         title="one step, 2 workers, 2 shards, views",
     )
     rows: list[dict[str, Any]] = []
-    told = []
+    lines = []
     for elements in args.elements:
         times, background = measure(elements, args.seconds)
         for arm in ARMS:
@@ -173,12 +168,12 @@ def main() -> None:
                 f"{low:.4f} to {high:.4f}",
             )
         rows.append({"elements": elements, "background": background})
-        told.append(
+        lines.append(
             f"{elements:.0e}: in the background, of one core: "
             + ", ".join(f"{who} {part:.2%}" for who, part in background.items())
         )
     ray.shutdown()
-    Console(width=110).print(table, *told, sep="\n")
+    Console(width=110).print(table, *lines, sep="\n")
     if args.out is not None:
         args.out.write_text(json.dumps(rows, indent=1))
 

@@ -1,8 +1,7 @@
-"""From a death to the next applied step: SIGKILL on real processes, and what it costs to be ready
-for it.
+"""The time from a SIGKILL to the next applied step, and the cost of standbys and bookkeeping.
 
-Everything runs on a Ray of its own, on one node. A trainer steps as fast as it can and notes when;
-a process is killed, and the gap in its notes, measured from the kill, is the figure.
+Everything runs on a Ray of its own, on one node. A trainer steps as fast as it can and records the
+time of each step; the figure is the gap in its records after a process is killed, from the kill on.
 """
 
 import os
@@ -33,12 +32,11 @@ PAUSE_S = 1.5
 
 
 class Trainer:
-    """A thread of this process that steps the only rank until told to stop, and notes the time of
-    every step.
-    """
+    """A thread of this process that steps the only rank until `stop`, recording when."""
 
     def __init__(self, optimizer: DistNadam, elements: int) -> None:
-        self._optimizer, self._stop = optimizer, threading.Event()
+        self._optimizer = optimizer
+        self._stop = threading.Event()
         self._gradient = np.random.default_rng(0).standard_normal(elements, dtype=np.float32)
         self.times: list[float] = []
         self._thread = threading.Thread(target=self._train)
@@ -59,7 +57,7 @@ class Trainer:
 
 
 def shard_killed(replicas: int, elements: int, kills: int) -> list[float]:
-    """Return seconds from the kill of a shard to the next applied step."""
+    """Return the seconds from each kill of a shard to the next applied step."""
     found = []
     start = {"w": np.zeros(elements, np.float32)}
     with tempfile.TemporaryDirectory() as root:
@@ -87,8 +85,8 @@ def next_after(trainer: Trainer, killed: float, before: int) -> float:
     """Return when the step after the longest pause since the kill was applied."""
     deadline = killed + 30.0
     while time.perf_counter() < deadline:
-        noted = [killed, *trainer.times[before:]]
-        gaps = [(later - earlier, later) for earlier, later in pairwise(noted)]
+        recorded = [killed, *trainer.times[before:]]
+        gaps = [(later - earlier, later) for earlier, later in pairwise(recorded)]
         if gaps and time.perf_counter() > max(gaps)[1] + 1.0:
             return max(gaps)[1]
         time.sleep(0.01)
@@ -96,21 +94,20 @@ def next_after(trainer: Trainer, killed: float, before: int) -> float:
 
 
 def wait_for_standbys(optimizer: DistNadam, count: int) -> None:
-    """Wait until so many standbys follow."""
+    """Wait until `count` standbys follow their shards."""
     shards = optimizer.shards
     while sum(d.replicated is not None for d in shards.describe_all()) < count:
         time.sleep(0.05)
 
 
 class Vector:
-    """A task for `fit`: two ranks, each leaving its process id and the time of every gradient in a
-    file.
-    """
+    """A task whose ranks append their process id and the time of every gradient to a file."""
 
     name = "vector"
 
     def __init__(self, elements: int, notes: Path) -> None:
-        self.elements, self.notes = elements, notes
+        self.elements = elements
+        self.notes = notes
 
     def init(self, seed: int) -> Any:
         return {"w": np.zeros(self.elements, np.float32)}
@@ -128,17 +125,18 @@ class Vector:
 
 
 class Killer(Callback):
-    """Kills rank 1 of a `fit` at certain steps, and finds in its notes when the next process of
-    that rank computed.
-    """
+    """Kills rank 1 of a `fit` at certain steps, and reads when its next process computed."""
 
     def __init__(self, notes: Path, every: int, last: int) -> None:
-        self._notes, self._every, self._last, self.kills = notes, every, last, []  # type: ignore[var-annotated]
+        self.kills: list[tuple[int, float]] = []
+        self._notes = notes
+        self._every = every
+        self._last = last
 
     def on_step(self, step: int, loss: float) -> None:
         if step % self._every == 0 and step <= self._last:
             pid = int((self._notes / "1").read_text().split("\n")[-2].split()[0])
-            if pid not in dict(self.kills):  # several steps are told at a time
+            if pid not in dict(self.kills):  # several steps are reported at once
                 self.kills.append((pid, time.time()))
                 os.kill(pid, signal.SIGKILL)
 
@@ -151,7 +149,7 @@ class Killer(Callback):
 
 
 def worker_killed(elements: int) -> list[float]:
-    """Return seconds from the kill of a worker under `fit` to its successor's first gradient."""
+    """Return the seconds from each kill of a worker to its successor's first gradient."""
     with tempfile.TemporaryDirectory() as root:
         notes = Path(root) / "notes"
         notes.mkdir()
@@ -167,7 +165,7 @@ def worker_killed(elements: int) -> list[float]:
         return killer.seconds()
 
 
-def steps_per_second(replicas: int, elements: int, steps: int) -> float:
+def seconds_per_step(replicas: int, elements: int, steps: int) -> float:
     """Return the median seconds of a step with one worker and two shards."""
     start = {"w": np.zeros(elements, np.float32)}
     with (
@@ -186,9 +184,7 @@ def steps_per_second(replicas: int, elements: int, steps: int) -> float:
 
 
 def ledger_seconds(ranks: int = 2, rounds: int = 20000) -> float:
-    """Return the seconds that one round's bookkeeping takes on one shard: entering, notes, and
-    looking a push up.
-    """
+    """Return the seconds of one round's bookkeeping on one shard: the ledger and the notes."""
     ledger, gradients = Ledger(), {"float32": np.zeros(4, np.float32)}
     began = time.perf_counter()
     for number in range(1, rounds + 1):
@@ -225,11 +221,10 @@ def measure(elements: int, kills: int) -> list[dict[str, Any]]:
                 "count": len(seconds),
             }
         )
-    small = steps_per_second(0, 10_000, 1000)
     rows.append(
         {
             "what": "bookkeeping of one round / a step of 1e4, replicas=0",
-            "ratio": ledger_seconds() / small,
+            "ratio": ledger_seconds() / seconds_per_step(0, 10_000, 1000),
         }
     )
     for size, steps in ((10_000, 1000), (elements, 300)):
@@ -244,12 +239,12 @@ def measure(elements: int, kills: int) -> list[dict[str, Any]]:
 
 
 def ratio(elements: int, steps: int) -> float:
-    """Return what a standby costs, both measured twice in turn."""
-    with_it, without = [], []
+    """Return the ratio of a step with a standby to one without, both measured twice in turn."""
+    with_standby, without = [], []
     for _ in range(2):
-        without.append(steps_per_second(0, elements, steps))
-        with_it.append(steps_per_second(1, elements, steps))
-    return statistics.median(with_it) / statistics.median(without)
+        without.append(seconds_per_step(0, elements, steps))
+        with_standby.append(seconds_per_step(1, elements, steps))
+    return statistics.median(with_standby) / statistics.median(without)
 
 
 def report(rows: list[dict[str, Any]], console: Console) -> None:

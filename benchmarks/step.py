@@ -1,8 +1,7 @@
-"""One synchronous step from "gradient ready" to "new parameters read": ours and its peers, 2
-workers, one thread each, in one run.
+"""One synchronous step, from "gradient ready" to "new parameters read": ours beside its peers.
 
-Every contender is a program of its own (`contenders/`), started anew in each round, so that slow
-hours of the machine hit all of them.
+There are 2 workers with one thread each. Every contender is a program of its own (`contenders/`),
+started again in each round, so that slow periods of the machine affect all of them.
 """
 
 import json
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 SIZES = {"1e4": 1000, "1e6": 150, "1e7": 30, "5e7": 12}
-"""Steps per program, by elements."""
+"""Steps that a program makes, by number of elements."""
 
 OURS = {
     "distnadam, copying": ["ours", "--mode", "copy"],
@@ -32,9 +31,7 @@ PEERS = {
 
 
 def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
-    """Return one row per contender and size: the median over all steps of all rounds, warm-up left
-    out, in milliseconds.
-    """
+    """Return one row per contender and size: its median milliseconds over all rounds."""
     rows = []
     for size in sizes:
         times: dict[str, list[float]] = {}
@@ -56,8 +53,10 @@ def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
 
 
 def seconds(command: list[str], elements: str, steps: int) -> list[float]:
-    """Run one contender and return its steps' seconds without the first fifth; none where it
-    fails.
+    """Run one contender and return its steps' seconds, without the first fifth.
+
+    Raises:
+        RuntimeError: it failed; the message ends with its standard error.
     """
     program, *how = command
     argv = [
@@ -80,8 +79,9 @@ def seconds(command: list[str], elements: str, steps: int) -> list[float]:
 
 
 def curves() -> list[dict[str, Any]]:
-    """The same step of 1e7 elements with more shards and workers than the machine has cores: what
-    oversubscription costs.
+    """Return the step of 1e7 elements for several numbers of shards and workers.
+
+    More of them than the machine has cores show the cost of oversubscription.
     """
     rows = []
     for shards, workers in [

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""How much memory and /dev/shm a node needs, from the model's size and how it is spread. Needs
-nothing but Python.
+"""Computes the memory and /dev/shm that each kind of node needs for a model. Needs only Python.
 
-    python3 deploy/sizes.py --parameters 1e9 --workers 8 --shards 4 --replicas 1 --shard-nodes 4
-    --workers-per-node 2
+    python3 deploy/sizes.py --parameters 1e9 --workers 8 --shards 4 --replicas 1 \\
+        --shard-nodes 4 --workers-per-node 2
 
-Parameters are float32, 4 bytes. deploy/README.md, Sizes, says the formulas in words; a test holds
-the manifests to them.
+Parameters are float32, 4 bytes each. The section Sizes of deploy/README.md gives the formulas in
+words; a test checks the manifests against them.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 MIB, GIB = 2**20, 2**30
 SHM_SPARE = 64 * MIB
-"""What /dev/shm has beyond Ray's object store."""
+"""Room in /dev/shm beside Ray's object store."""
 STORE_SPARE = 64 * MIB
 RAY = GIB
 DASHBOARD = GIB // 2
@@ -25,15 +24,15 @@ SHM_STEP, MEMORY_STEP = 256 * MIB, GIB // 2
 
 @dataclass(frozen=True)
 class Run:
-    """A model and how it is spread.
+    """A model and how it is distributed.
 
     Args:
-        parameters: elements of the model.
-        workers: ranks in all.
-        shards: shards in all.
+        parameters: number of elements of the model.
+        workers: number of ranks.
+        shards: number of shards.
         replicas: standbys of each shard, 0 or 1.
-        shard_nodes: nodes that hold shards.
-        workers_per_node: ranks on one node.
+        shard_nodes: number of nodes that hold shards.
+        workers_per_node: number of ranks on one node.
     """
 
     parameters: int
@@ -45,14 +44,18 @@ class Run:
 
     @property
     def share(self) -> float:
-        """The part of all shards that one node holds once another has died."""
+        """The fraction of all shards that one node holds after another one has died."""
         return 1 / max(1, self.shard_nodes - 1)
 
 
 @dataclass(frozen=True)
 class Node:
-    """What one node needs, in bytes: Ray's object store, the /dev/shm that it lies in, and memory,
-    which both count against.
+    """What one node needs, in bytes.
+
+    Args:
+        store: Ray's object store.
+        shm: /dev/shm, which holds the object store.
+        memory: in all, /dev/shm included.
     """
 
     store: int
@@ -61,48 +64,45 @@ class Node:
 
 
 def shard_node(run: Run) -> Node:
-    """A node that holds shards and no workers."""
+    """Return the needs of a node with shards and no workers."""
     return _node(*_shards(run))
 
 
 def worker_node(run: Run) -> Node:
-    """A node that holds workers and no shards; what the task itself needs comes on top."""
+    """Return the needs of a node with workers and no shards, without those of the task itself."""
     objects, own, processes = _workers(run)
-    return _node(
-        objects + 12 * run.parameters, own, processes
-    )  # and the first parameters, or those after a rewind
+    arriving = 12 * run.parameters  # the first parameters, or those after a rewind
+    return _node(objects + arriving, own, processes)
 
 
 def shared_node(run: Run) -> Node:
-    """A node that holds shards and workers; what the task itself needs comes on top."""
+    """Return the needs of a node with shards and workers, without those of the task itself."""
     return _node(*(a + b for a, b in zip(_shards(run), _workers(run), strict=True)))
 
 
 def head_node(run: Run) -> Node:
-    """A node that holds the head and the process that called fit, which makes the first parameters,
-    and no shard or worker.
+    """Return the needs of the head's node, with the process that calls fit, and no shard or worker.
+
+    That process makes the first parameters.
     """
     return _node(12 * run.parameters, 12 * run.parameters, DASHBOARD + 2 * PROCESS)
 
 
 def _shards(run: Run) -> tuple[float, float, int]:
-    """Bytes of objects, of the shards' own memory, and of processes."""
+    """Return the bytes of Ray objects, of the shards' own memory, and of their processes."""
     params = run.parameters
-    objects = run.share * (
-        8 * params * run.workers + 12 * params
-    )  # gradients in and parameters out; a state that moves
-    lanes = 8 * params  # both buffers of parameters, which all shards of a node share
-    state = (
-        run.share * params * (8 + 12 + 20 * run.replicas)
-    )  # moments; a save behind the training; a standby, and what it follows
+    # gradients in and parameters out, for each worker; a state that moves
+    objects = run.share * (8 * params * run.workers + 12 * params)
+    # both buffers of parameters, which all shards of a node share
+    arena = 8 * params
+    # moments; a save in the background; a standby with the rounds it has yet to apply
+    state = run.share * params * (8 + 12 + 20 * run.replicas)
     processes = math.ceil(run.shards * (1 + run.replicas) * run.share) + 1  # and the supervisor
-    return objects, lanes + state, processes * PROCESS
+    return objects, arena + state, processes * PROCESS
 
 
 def _workers(run: Run) -> tuple[float, float, int]:
-    """The same of workers, of whom each has its gradients, and its copy of parameters that come
-    from elsewhere.
-    """
+    """Return the same for workers: each has its gradients, and a copy of remote parameters."""
     bytes_each = 8 * run.parameters
     return (
         run.workers_per_node * bytes_each,
@@ -121,7 +121,7 @@ def _up(size: float, step: int) -> int:
 
 
 def _elements(text: str) -> int:
-    """Elements of a model; 1e9 is a number of them, 0.5, nan and inf are not."""
+    """Parse a number of elements, a whole number that may be written 1e9."""
     try:
         value = float(text)
     except ValueError:
@@ -140,26 +140,26 @@ def _count(text: str) -> int:
 
 
 def main() -> None:
-    """Print what each kind of node needs."""
+    """Print the needs of each kind of node."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--parameters", type=_elements, required=True, help="elements of the model, such as 1e9"
     )
-    for name, default, told in (
+    for name, default, text in (
         ("workers", 2, "ranks in all"),
         ("shards", 2, "shards in all"),
         ("shard-nodes", 1, "nodes that hold shards"),
         ("workers-per-node", 1, "ranks on one node"),
     ):
         parser.add_argument(
-            f"--{name}", type=_count, default=default, help=f"{told}, {default} unless told"
+            f"--{name}", type=_count, default=default, help=f"{text}  [default: {default}]"
         )
     parser.add_argument(
         "--replicas",
         type=int,
         choices=(0, 1),
         default=0,
-        help="standbys of each shard, 0 unless told",
+        help="standbys of each shard  [default: 0]",
     )
     run = Run(**vars(parser.parse_args()))
     if run.workers_per_node > run.workers:

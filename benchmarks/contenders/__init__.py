@@ -1,3 +1,4 @@
-"""Whole steps by several libraries, each a program that prints one JSON line: seconds of each step
-as one worker saw it.
+"""Programs that step with one library each and print one JSON line: each step's seconds.
+
+A step is timed as one worker sees it.
 """

@@ -45,8 +45,9 @@ class Trainer:
 
 
 def memory_of(pids: list[int]) -> tuple[int, int]:
-    """Bytes that processes use, those of shared pages counted in proportion to who shares them: of
-    all, and of Ray's object store.
+    """Return the bytes that processes use in all, and of them those of Ray's object store.
+
+    A shared page counts in proportion to the number of processes that map it.
     """
     total = store = 0
     for pid in pids:
@@ -62,7 +63,7 @@ def memory_of(pids: list[int]) -> tuple[int, int]:
 
 
 def scheduled(pids: list[int]) -> tuple[int, int]:
-    """Nanoseconds for which the threads of processes have run, and have waited for a core."""
+    """Return the nanoseconds that processes' threads have run, and have waited for a core."""
     found = [
         path.read_text().split()
         for pid in pids
@@ -72,11 +73,12 @@ def scheduled(pids: list[int]) -> tuple[int, int]:
 
 
 def standbys_of(optimizer: DistNadam, count: int, shards: list[int]) -> list[int]:
-    """Wait until so many standbys follow, and return their processes: those of the optimizer that
-    are neither shards nor the supervisor.
+    """Wait until `count` standbys follow, and return the ids of their processes.
+
+    They are the optimizer's processes that are neither shards nor the supervisor.
     """
     running = optimizer.shards
-    while sum(told.replicated is not None for told in running.describe_all()) < count:
+    while sum(seen.replicated is not None for seen in running.describe_all()) < count:
         time.sleep(0.1)
     pids = {place.pid for place in registry.places_of(running.backend._run)} - set(shards)  # type: ignore[attr-defined]
     return [pid for pid in pids if "Supervisor" not in Path(f"/proc/{pid}/cmdline").read_text()]
@@ -97,12 +99,12 @@ def main() -> None:
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="print on standard error what the shards and workers use",
+        help="print the memory of shards and workers on standard error",
     )
     parser.add_argument(
         "--cpu",
         action="store_true",
-        help="print on standard error for how long each process computes in a step",
+        help="print the CPU time of each process in a step on standard error",
     )
     args = parser.parse_args()
     ray.init(
@@ -112,11 +114,12 @@ def main() -> None:
         logging_level="ERROR",
         log_to_driver=False,
     )
-    how = {
-        "check_gradients": not args.unchecked,
-        "retain_initial": not args.memory,
-    }  # the copy that is kept for a rewind is stated apart
-    options = Options(kernel=args.kernel, transport=args.transport, **how)
+    options = Options(
+        kernel=args.kernel,
+        transport=args.transport,
+        check_gradients=not args.unchecked,
+        retain_initial=not args.memory,  # the plan below does not count the copy for a rewind
+    )
     sizes = [
         args.elements * (i + 1) // args.tensors - args.elements * i // args.tensors
         for i in range(args.tensors)
@@ -151,16 +154,12 @@ def main() -> None:
             )
         if args.memory:
             total, store = memory_of([pid for pids in sides.values() for pid in pids])
-            planned, used = (
-                args.elements * (16 + 4 * args.workers + 12 * args.replicas),
-                total - store,
-            )
-            told = (
-                f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: {used / planned:.3f}"
-            )
+            planned = args.elements * (16 + 4 * args.workers + 12 * args.replicas)
+            used = total - store
             print(
-                f"{told}; beside {store / 1e9:.2f} GB of Ray's object store, through which the "
-                "parameters came",
+                f"used {used / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned: "
+                f"{used / planned:.3f}; beside {store / 1e9:.2f} GB of Ray's object store, through "
+                "which the parameters came",
                 file=sys.stderr,
             )
     ray.shutdown()

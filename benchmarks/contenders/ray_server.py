@@ -1,6 +1,4 @@
-"""The synchronous parameter server of Ray's documentation, one actor, with Nadam's formula in
-whole-array NumPy.
-"""
+"""The synchronous parameter server of Ray's documentation, one actor, with Nadam in plain NumPy."""
 
 import argparse
 import json
@@ -20,8 +18,11 @@ from distnadam.nadam.step_scalars import Clock, step_scalars
 @ray.remote
 class Server:
     def __init__(self, elements: int) -> None:
-        self.p, self.m, self.v = (np.zeros(elements, np.float32) for _ in range(3))
-        self.clock, self.config = Clock(), NadamConfig()
+        self.p = np.zeros(elements, np.float32)
+        self.m = np.zeros(elements, np.float32)
+        self.v = np.zeros(elements, np.float32)
+        self.clock = Clock()
+        self.config = NadamConfig()
 
     def apply(self, *gradients: Any) -> Any:
         g = np.mean(gradients, axis=0) if len(gradients) > 1 else gradients[0]

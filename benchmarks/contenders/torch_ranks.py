@@ -1,6 +1,4 @@
-"""torch.distributed over gloo: all-reduce in place and NAdam foreach on every rank, or
-ZeroRedundancyOptimizer around it.
-"""
+"""torch.distributed over gloo: all-reduce and NAdam foreach on every rank, or ZeRO around it."""
 
 import argparse
 import json
@@ -21,7 +19,7 @@ def run(rank: int, args: argparse.Namespace, port: int, results: Any) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=args.workers)
     flat = torch.zeros(args.elements)
     gradient = torch.randn(args.elements, generator=torch.Generator().manual_seed(rank))
-    pieces = 8 if args.zero else 1  # ZeRO deals whole tensors out
+    pieces = 8 if args.zero else 1  # ZeRO assigns whole tensors to ranks
     parameters = [torch.nn.Parameter(part) for part in flat.chunk(pieces)]
     for parameter, part in zip(parameters, gradient.chunk(pieces), strict=True):
         parameter.grad = part
