@@ -2,28 +2,27 @@
 between rounds. No maths, no Ray.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from time import perf_counter
 from typing import Any
 
 from distnadam.client.gradient_buffer import GradientBuffer
-from distnadam.client.parameter_view import ParameterView
+from distnadam.client.in_flight_push import InFlightPush
+from distnadam.client.parameter_view import ParameterViews
 from distnadam.client.shard_group import ShardGroup
-from distnadam.client.worker_session import InFlightPush, WorkerSession
-from distnadam.errors import DistNadamError, LifecycleError, NonFiniteGradient, StepTimeout
-from distnadam.metrics.meter import Traffic
-from distnadam.protocol.messages import RoundResult
+from distnadam.client.worker_session import WorkerSession
+from distnadam.errors import DistNadamError, LifecycleError
+from distnadam.metrics.meter import Meter, Traffic
+from distnadam.tensors.arrays import Flat
 
 
 class Ticket:
     """A push on its way; `result` waits until its round is decided."""
 
-    def __init__(self, finish: Callable[[], RoundResult]) -> None:
-        self._finish = finish
-        self._decided: RoundResult | None = None
-        self._error: DistNadamError | None = None
+    def __init__(self, session: WorkerSession, push: InFlightPush) -> None:
+        self._session = session
+        self._push = push
 
     def result(self) -> int:
         """Return the number of steps applied once the round is decided.
@@ -40,17 +39,7 @@ class Ticket:
                 push counts nowhere, and another gradient may be pushed for the round.
             Unrecoverable: a shard died, and the settings allow no recovery.
         """
-        if self._error is not None:
-            raise self._error
-        if self._decided is None:
-            try:
-                self._decided = self._finish()
-            except StepTimeout:
-                raise  # may be waited for again
-            except DistNadamError as error:
-                self._error = error
-                raise
-        return self._decided.iterations
+        return self._session.wait_for(self._push).iterations
 
 
 class Worker:
@@ -64,35 +53,22 @@ class Worker:
 
     def __init__(self, shards: ShardGroup, rank: int) -> None:
         self.rank = rank
-        self._shards, self._layout = shards, shards.layout
-        self._session = WorkerSession(shards, rank)
-        self._outstanding: Ticket | None = None
+        self.session = WorkerSession(shards, rank, self._receive)
+        self._shards = shards
         self._closed = False
-        self._viewed: tuple[Any, list[ParameterView]] = (None, [])
-        self._meter = shards.backend.meter
-        self._traffic: tuple[Any, Any, Traffic] = (None, None, Traffic({}, {}))
+        self._views = ParameterViews(shards.layout)
+        self._meter = shards.backend.meter or Meter(None)  # one that nobody reads
+        self._traffic = Traffic({}, {})
+        self._traffic_of: tuple[object, object] = (None, None)
 
     @cached_property
     def _buffer(self) -> GradientBuffer:
-        check = self._shards.options.check_gradients
         return GradientBuffer(
-            self._layout, f"worker {self.rank}", self._session.channel.gradients, check=check
+            self._shards.layout,
+            f"worker {self.rank}",
+            self.session.channel.gradients,
+            check=self._shards.options.check_gradients,
         )
-
-    @property
-    def _views(self) -> list[ParameterView]:
-        """One view of own memory, or of both buffers that are shared with the shards; made anew
-        where those moved.
-        """
-        shared = self._session.channel.parameters
-        if not self._viewed[1] or self._viewed[0] is not shared:
-            views = (
-                [ParameterView(self._layout)]
-                if shared is None
-                else [ParameterView(self._layout, flat) for flat in shared]
-            )
-            self._viewed = (shared, views)
-        return self._viewed[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._shards.backend.name == "local":
@@ -113,20 +89,22 @@ class Worker:
         """Rounds decided when this worker last looked; its next push is for the one after, and
         batches follow it.
         """
-        if self._session.epoch < 0:
-            self._session.pull(want_parameters=False)
-        return self._session.round
+        self.session.sync()
+        return self.session.round
 
     def pull(self) -> Any:
-        """Return the present parameters in the structure given to `build`, each in its own dtype,
-        once this worker's push is decided.
+        """Return the present parameters in the structure given to `build`, each in its own dtype.
+
+        A push of this worker that is not decided yet is waited for first.
+
+        Raises:
+            Rewound, StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
         """
         self._settle()
         began = perf_counter()
-        self._take(self._session.pull(want_parameters=True))
-        if self._meter is not None:
-            self._meter.pull.add(perf_counter() - began)
-            self._moved().pulled += 1
+        self.session.pull(want_parameters=True)
+        self._meter.pull.add(perf_counter() - began)
+        self._count_traffic().pulled += 1
         return self._tree()
 
     def push(self, gradients: Any = None) -> Ticket:
@@ -147,7 +125,7 @@ class Worker:
                 nothing was sent.
             LifecycleError: there is nothing to send.
         """
-        return self._push(gradients, want_parameters=False)
+        return Ticket(self.session, self._push(gradients, want_parameters=False))
 
     def step(self, gradients: Any = None) -> Any:
         """Push this rank's gradients, wait until every rank's are averaged and applied, and return
@@ -161,10 +139,9 @@ class Worker:
             StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
         """
         began = perf_counter()
-        self._push(gradients, want_parameters=True).result()
-        if self._meter is not None:
-            self._meter.step.add(perf_counter() - began)
-            self._traffic[2].pulled += 1
+        self.session.wait_for(self._push(gradients, want_parameters=True))
+        self._meter.step.add(perf_counter() - began)
+        self._traffic.pulled += 1
         return self._tree()
 
     def push_tensor(self, path: str, gradient: Any) -> None:
@@ -179,7 +156,7 @@ class Worker:
             StructureError: no such tensor, given twice, or of another shape or kind of dtype.
         """
         self._settle()
-        self._buffer.put(path, gradient)
+        self._buffer.write(path, gradient)
 
     def gradients(self, dtype: str | None = None) -> Any:
         """Return this worker's slot as writable views in the structure given to `build`; `push()`
@@ -203,7 +180,7 @@ class Worker:
         still until the next round but one is applied, so the round's own gradient can still be
         computed from them after it was pushed.
         """
-        if self._session.epoch < 0:
+        if not self.session.in_sync:
             return self.pull()
         self._check_open()
         return self._tree()
@@ -213,73 +190,44 @@ class Worker:
         if not self._closed:
             self._closed = True
             with suppress(DistNadamError):  # the optimizer is gone already
-                self._session.leave()
+                self.session.leave()
 
-    def _push(self, gradients: Any, *, want_parameters: bool) -> Ticket:
+    def _push(self, gradients: Any, *, want_parameters: bool) -> InFlightPush:
         self._settle()
         began = perf_counter()
-        rejection = self._buffer.finish() if gradients is None else self._buffer.fill(gradients)
-        push = self._session.prepare(self._buffer.parts, rejection, want_parameters=want_parameters)
-        ticket = self._outstanding = Ticket(
-            lambda: self._finish(push)
-        )  # before it is sent: a Ctrl-C may leave it half sent
-        self._session.send(push)
-        if self._meter is not None:
-            self._meter.push.add(perf_counter() - began)
-        return ticket
+        buffer = self._buffer
+        rejection = buffer.finish() if gradients is None else buffer.fill(gradients)
+        push = self.session.push(buffer.parts, rejection, want_parameters=want_parameters)
+        self._meter.push.add(perf_counter() - began)
+        self._count_traffic().pushed += 1
+        return push
 
     def _settle(self) -> None:
-        """See the outstanding push through."""
+        """Wait for the push in flight, if any."""
         self._check_open()
-        if self._outstanding is not None:
-            self._outstanding.result()
+        if self.session.in_flight is not None:
+            self.session.wait_for(self.session.in_flight)
 
-    def _finish(self, push: InFlightPush) -> RoundResult:
-        try:
-            answers = self._session.wait_for(push)
-        except StepTimeout:
-            raise
-        except DistNadamError:
-            self._outstanding, self._session.epoch = (
-                None,
-                -1,
-            )  # look again where the shards stand before the next push
-            raise
-        self._outstanding = None
-        if self._meter is not None:
-            self._moved().pushed += 1
-        decided = self._take(answers)
-        if decided.outcome == "refused":
-            raise NonFiniteGradient(
-                f"round {decided.round} was refused, no shard has moved: {decided.rejection}"
-            )
-        return decided
-
-    def _moved(self) -> Traffic:
-        """Return where this worker's pushes and pulls are counted while the shards are reached as
-        they are now.
-        """
-        routes, flat = self._session.channel.routes, self._buffer.flat
-        if self._traffic[0] is not routes or self._traffic[1] is not flat:
-            traffic = (
+    def _count_traffic(self) -> Traffic:
+        """Return the counters of pushes and pulls by the present routes."""
+        routes, flat = self.session.channel.routes, self._buffer.flat
+        if self._traffic_of[0] is not routes or self._traffic_of[1] is not flat:
+            self._traffic_of = (routes, flat)
+            self._traffic = (
                 Traffic({}, {})
                 if routes is None
                 else Traffic.of(routes.ranges, routes.shared, flat)
             )
-            self._traffic = (routes, flat, traffic)
-            if self._meter is not None:
-                self._meter.traffic.append(traffic)
-        return self._traffic[2]
+            self._meter.traffic.append(self._traffic)
+        return self._traffic
 
-    def _take(self, answers: dict[int, RoundResult]) -> RoundResult:
-        """Take over the parameters that answers brought."""
-        for index, decided in answers.items():
-            if decided.parameters is not None:
-                self._views[0].fill(self._shards.ranges[index], decided.parameters)
-        return answers[0]
+    def _receive(self, shard: int, parameters: Flat) -> None:
+        """Copy the parameters that one shard's answer brought."""
+        self._views.of(None)[0].fill(self._shards.ranges[shard], parameters)
 
     def _tree(self) -> Any:
-        return self._views[0 if self._session.copies else self._session.buffer].tree()
+        shared = self.session.channel.parameters
+        return self._views.of(shared)[0 if shared is None else self.session.buffer].tree()
 
     def _check_open(self) -> None:
         if self._closed:

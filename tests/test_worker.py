@@ -84,7 +84,7 @@ def test_a_step_that_was_interrupted_counts_once_on_every_shard(moment: str) -> 
         optimizer.worker(0) as worker,
     ):
         worker.step(trees[0])
-        link = worker._session.channel
+        link = worker.session.channel
         post = link.post
 
         def interrupted(messages: Any) -> Any:

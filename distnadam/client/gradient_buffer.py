@@ -39,7 +39,7 @@ class GradientBuffer:
         self._narrow = [
             i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end
         ]
-        self._complaint: str | None = None
+        self._rejection: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
         self._select({})
 
@@ -58,16 +58,16 @@ class GradientBuffer:
                 _cast(view, leaf)
                 if tensor.end - reached[tensor.space] < BLOCK:
                     continue
-                self._judge(tensor.space, reached[tensor.space], tensor.end)
+                self._check_finite(tensor.space, reached[tensor.space], tensor.end)
             else:
-                self._judge(tensor.space, reached[tensor.space], tensor.begin)
+                self._check_finite(tensor.space, reached[tensor.space], tensor.begin)
                 self._copy(tensor, leaf)
             reached[tensor.space] = tensor.end
         for space, values in self.flat.items():
-            self._judge(space, reached[space], values.size)
-        return self._complaint
+            self._check_finite(space, reached[space], values.size)
+        return self._rejection
 
-    def put(self, path: str, gradient: Any) -> None:
+    def write(self, path: str, gradient: Any) -> None:
         """Copy one tensor's gradient in, as the backward pass yields it; `finish` tells whether all
         are there.
 
@@ -121,7 +121,7 @@ class GradientBuffer:
                     f"({len(missing)} missing)"
                 )
             self._given.clear()
-            return self._complaint
+            return self._rejection
         if self._lent is None:
             raise LifecycleError(
                 f"{self._who}: give gradients, or write them into the views of gradients(), or "
@@ -129,8 +129,8 @@ class GradientBuffer:
             )
         self._begin(self._lent)
         for space, values in self.flat.items():
-            self._judge(space, 0, values.size)
-        return self._complaint
+            self._check_finite(space, 0, values.size)
+        return self._rejection
 
     def parts(self, ranges: list[Ranges]) -> list[Flat]:
         """Return views of each shard's ranges, in the dtypes that the gradients now lie in."""
@@ -140,7 +140,7 @@ class GradientBuffer:
 
     def _begin(self, halves: Mapping[str, str]) -> None:
         self._given.clear()
-        self._complaint = None
+        self._rejection = None
         self._select(halves)
 
     def _select(self, halves: Mapping[str, str]) -> None:
@@ -170,18 +170,18 @@ class GradientBuffer:
         source, target = leaf.reshape(-1), self.flat[tensor.space][tensor.begin : tensor.end]
         for begin in range(0, source.size, BLOCK):
             _cast(target[begin : begin + BLOCK], source[begin : begin + BLOCK])
-            self._judge(
+            self._check_finite(
                 tensor.space, tensor.begin + begin, min(tensor.begin + begin + BLOCK, tensor.end)
             )
 
-    def _judge(self, space: str, begin: int, end: int) -> None:
+    def _check_finite(self, space: str, begin: int, end: int) -> None:
         """Complain of the first element of [begin, end) that is not finite or whose square
         overflows.
 
         A block's dot product with itself is finite only if every element and square is; only a
         block that fails it is looked through.
         """
-        if self._complaint is not None or not self._check:
+        if self._rejection is not None or not self._check:
             return
         values = self.flat[space]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -190,10 +190,10 @@ class GradientBuffer:
                 if not math.isfinite(wide.dot(wide)):
                     bad = ~np.isfinite(np.square(wide))
                     if bad.any():
-                        self._complaint = self._told(space, low + int(bad.argmax()))
+                        self._rejection = self._describe(space, low + int(bad.argmax()))
                         return
 
-    def _told(self, space: str, offset: int) -> str:
+    def _describe(self, space: str, offset: int) -> str:
         tensor = next(
             t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end
         )

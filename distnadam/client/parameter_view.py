@@ -43,3 +43,24 @@ class ParameterView:
         for index in self._scalars:
             leaves[index] = leaves[index][()]
         return self._layout.unflatten(leaves)
+
+
+class ParameterViews:
+    """The views that one worker has: one of its own memory, or one of each shared buffer."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._shared: tuple[Flat, Flat] | None = None
+        self._views: list[ParameterView] = []
+
+    def of(self, shared: tuple[Flat, Flat] | None) -> list[ParameterView]:
+        """Return the views, made again if the memory is another than at the last call.
+
+        Args:
+            shared: both buffers of the whole model; None means own memory.
+        """
+        if not self._views or self._shared is not shared:
+            self._shared = shared
+            flats: tuple[Flat | None, ...] = (None,) if shared is None else shared
+            self._views = [ParameterView(self._layout, flat) for flat in flats]
+        return self._views

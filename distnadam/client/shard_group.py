@@ -1,27 +1,27 @@
-"""Acting on all shards as one optimizer: hold them at one round, then read, write, step or restore.
-No maths, no Ray.
+"""Acting on all shards as one optimizer: pause them at one round, then read, write, step or load.
 
-Shard 0 is held first and the others after it, so that two who act at once queue there and never
-wait for each other in a ring.
+Shard 0 is paused first and the others after it, so that two clients that act at once queue there
+and never wait for each other in a ring. No maths, no Ray.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from distnadam.backends.base import Backend
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory, parent_of
+from distnadam.client.direct_step import DirectStep
 from distnadam.client.gradient_buffer import GradientBuffer
+from distnadam.client.retry import Retry
+from distnadam.client.rewind_guard import RewindGuard
 from distnadam.config import Options
 from distnadam.errors import (
     DistNadamError,
-    IllegalMessage,
-    PushesPending,
-    Reconfigured,
     Rewound,
     ShardLost,
     ShardUnavailable,
@@ -39,13 +39,11 @@ from distnadam.protocol.messages import (
     Resume,
     RoundResult,
     SetRate,
-    Step,
     StepNorms,
     Write,
 )
 from distnadam.protocol.supervisor_messages import Load, Order
 from distnadam.schedules import Rate
-from distnadam.shard.ledger import DIRECT, Ledger
 from distnadam.supervision.pause import all_paused, lagging
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -64,51 +62,17 @@ class Boundary:
     held: Paused
 
 
-@dataclass
-class _Direct:
-    """A step from outside, which is one step however often it is sent: its incarnation and round,
-    and its norms once they are known.
-    """
-
-    incarnation: int = 0
-    round: int = 0
-    square_sums: Any = None
-
-    def taken(self, held: Paused) -> bool:
-        """Whether a shard that stands there has taken it: what others lack of it then comes from
-        here, and from nobody else.
-        """
-        return Ledger.from_dict(held.ledger).counted(DIRECT, self.incarnation, self.round)
-
-    def prepare(self, held: Paused) -> None:
-        """Choose the round at the first boundary; at a later one it is still this one, unless
-        workers have had it meanwhile.
-        """
-        if self.round == 0 or (self.round <= held.round and not self.taken(held)):
-            if held.pending:
-                ranks = ", ".join(map(str, held.pending))
-                raise PushesPending(
-                    f"ranks {ranks} have pushed for round {held.round + 1}: their round must end "
-                    "first"
-                )
-            self.incarnation, self.round = (
-                dict(held.ledger["newest"]).get(DIRECT, 0) + 1,
-                held.round + 1,
-            )
-            self.square_sums = None  # those of the round that it missed
-
-    def step(self, token: str, gradients: Flat, rejection: str | None) -> Step:
-        return Step(
-            token=token,
-            incarnation=self.incarnation,
-            round=self.round,
-            gradients=None if rejection else gradients,
-            rejection=rejection,
-        )
-
-
 class ShardGroup:
-    """The shards of one running optimizer, addressed as one. Picklable where its backend is."""
+    """The shards of one running optimizer, addressed as one. Picklable if its backend is.
+
+    Args:
+        backend: the shards' own.
+        layout: the model's.
+        num_shards: how many shards there are.
+        options: the optimizer's.
+        rewound: the epoch of the last rewind that the user knows of; None before the first look.
+        poll_s: how long to sleep between two looks at something that is polled for.
+    """
 
     def __init__(
         self,
@@ -116,21 +80,21 @@ class ShardGroup:
         layout: Layout,
         num_shards: int,
         options: Options,
+        *,
         rewound: int | None = None,
+        poll_s: float = 0.02,
     ) -> None:
-        self.backend, self.layout, self.options = backend, layout, options
-        self._rewound = rewound
+        self.backend = backend
+        self.layout = layout
+        self.options = options
+        self.rewinds = RewindGuard(known=rewound)
+        self.retry = Retry(backend.transport, options.step_timeout_s, poll_s)
         self._cuts = {num_shards: layout.cuts(num_shards)}
         self._buffer: GradientBuffer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardGroup, (
-            self.backend,
-            self.layout,
-            len(self.ranges),
-            self.options,
-            self._rewound,
-        )
+        make = partial(ShardGroup, rewound=self.rewinds.known)
+        return make, (self.backend, self.layout, len(self.ranges), self.options)
 
     @property
     def ranges(self) -> list[Ranges]:
@@ -150,9 +114,11 @@ class ShardGroup:
         answers = self.recovering(lambda: self.ask(self.for_all(Describe())))
         return [answers[index] for index in sorted(answers)]
 
-    def who_is_late(self, decided: int) -> str:
-        """Say, for an error, which shards do not answer, and which ranks have not pushed for the
-        round after `decided`.
+    def describe_late(self, decided: int) -> str:
+        """Return, for an error, which shards do not answer and which ranks have not pushed.
+
+        Args:
+            decided: the round before the one that is waited for.
         """
         asked = {
             shard: self.backend.transport.post({shard: Describe()})
@@ -194,22 +160,17 @@ class ShardGroup:
         self.backend.supervisor.started(initial=None, directory=parent_of(directory))
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
-        """Have newly made shards load; where a call was lost, it is made again, and a shard that
-        has loaded says so.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                self.ask(loads, timeout_s=timeout_s)
-            except ShardUnavailable:
-                if time.monotonic() > deadline:
-                    raise
-            else:
-                self._rewound = 1
-                return
+        """Have newly made shards load, again if a call was lost: one that has loaded says so."""
+        self.retry.poll(
+            lambda: self.ask(loads, timeout_s=timeout_s),
+            "the new shards did not all load their state",
+            until_not=ShardUnavailable,
+            timeout_s=timeout_s,
+        )
+        self.rewinds.acknowledge(1)
 
     @contextmanager
-    def boundary(self, step: _Direct | None = None) -> Iterator[Boundary]:
+    def boundary(self, step: DirectStep | None = None) -> Iterator[Boundary]:
         """Pause all shards after the same round.
 
         Args:
@@ -222,11 +183,12 @@ class ShardGroup:
                 transport.post(messages)
 
         def may_lag(newest: Paused) -> bool:
-            return step is not None and step.round == newest.round and step.taken(newest)
+            return step is not None and step.round == newest.round and step.is_counted(newest)
 
         with all_paused(self.ask, resume, token, len(self.ranges), may_lag=may_lag) as held:
             newest = max(held.values(), key=lambda answer: answer.round)
-            self._check_rewound(newest, max(answer.rewound for answer in held.values()))
+            rewound = max(answer.rewound for answer in held.values())
+            self.rewinds.check(rewound, epoch=newest.epoch, round=newest.round)
             caught_up = () if may_lag(newest) else lagging(held)
             pending = {
                 rank
@@ -235,24 +197,6 @@ class ShardGroup:
                 for rank in answer.pending
             }
             yield Boundary(token, replace(newest, pending=tuple(sorted(pending))))
-
-    def knows_rewound(self, rewound: int) -> None:
-        """Take that the user of this handle, or of a worker made of it, was told that the shards
-        went back in that epoch.
-        """
-        self._rewound = max(self._rewound or 0, rewound)
-
-    def _check_rewound(self, held: Paused, rewound: int) -> None:
-        """Tell each handle once that the shards went back since it last looked, so that nobody
-        takes an earlier step for a later one.
-        """
-        known, self._rewound = self._rewound, rewound
-        if known is not None and rewound > known:
-            told = (
-                f"all shards went back after a death, to round {held.round}: what came "
-                "after is to be computed again"
-            )
-            raise Rewound(told, held.epoch, held.round)
 
     def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one
@@ -313,32 +257,29 @@ class ShardGroup:
             PushesPending: workers' pushes wait.
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
-        mine = _Direct()
+        step = DirectStep()
+        return self.recovering(lambda: self._step(step, gradients))
 
-        def once() -> RoundResult:
-            with self.boundary(mine) as at:
-                mine.prepare(at.held)
-                rejection, parts = self._fill(gradients)
-                answers = self.ask(
-                    {i: mine.step(at.token, part, rejection) for i, part in enumerate(parts)}
+    def _step(self, step: DirectStep, gradients: Any) -> RoundResult:
+        with self.boundary(step) as at:
+            step.choose_round(at.held)
+            rejection, parts = self._fill(gradients)
+            answers = self.ask(
+                {i: step.message(at.token, part, rejection) for i, part in enumerate(parts)}
+            )
+            measured = {
+                i: answer.sums
+                for i, answer in sorted(answers.items())
+                if isinstance(answer, PartialNorms)
+            }
+            if len(measured) == len(answers):
+                step.square_sums = tensor_square_sums(
+                    len(self.layout.tensors), list(measured.values())
                 )
-                measured = {
-                    i: answer.sums
-                    for i, answer in sorted(answers.items())
-                    if isinstance(answer, PartialNorms)
-                }
-                if len(measured) == len(answers):
-                    mine.square_sums = tensor_square_sums(
-                        len(self.layout.tensors), list(measured.values())
-                    )
-                if measured:
-                    answers |= self.ask(
-                        {i: StepNorms(at.token, mine.square_sums) for i in measured}
-                    )
-                decided: RoundResult = answers[0]
-                return decided
-
-        return self.recovering(once)
+            if measured:
+                answers |= self.ask(dict.fromkeys(measured, StepNorms(at.token, step.square_sums)))
+            decided: RoundResult = answers[0]
+            return decided
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state anew into so many shards between two rounds; whoever waits for a round goes
@@ -366,23 +307,25 @@ class ShardGroup:
         return dict.fromkeys(range(len(self.ranges)), message)
 
     def recovering(self, work: Callable[[], _T]) -> _T:
-        """Do what may be done again from its beginning, as often as shards die, or go back under
-        it, meanwhile.
+        """Return what `work` returns, calling it again from its beginning as `Retry` does.
+
+        Raises:
+            Rewound: the shards went back; this handle raises it once for each time.
         """
-        while True:
-            version = self.backend.transport.version
-            try:
-                return work()
-            except Rewound as error:
-                self.knows_rewound(error.epoch)  # a shard may have told it
-                raise
-            except ShardLost:
-                self.backend.transport.await_recovery(self.options.step_timeout_s)
-            except Reconfigured:
-                self.backend.transport.refresh()
-            except IllegalMessage:
-                if not self.backend.transport.wait_if_moved(version):
-                    raise
+        try:
+            return self.retry.run(work)
+        except Rewound as error:
+            self.rewinds.acknowledge(error.epoch)
+            raise
+
+    def go_back(self, reason: str, cause: DistNadamError | None = None) -> NoReturn:
+        """Have all shards go back, since they stand at different rounds and cannot be made level.
+
+        Raises:
+            ShardLost: always, with that reason; awaiting a recovery then waits for the rewind.
+        """
+        self.backend.supervisor.report_cannot_complete()
+        raise ShardLost(reason) from cause
 
     def ask(
         self, messages: Mapping[int, Message | Order], timeout_s: float | None = None

@@ -1,325 +1,233 @@
-"""One rank's seat at all shards: joins, pulls, pushes, and sees a push through whatever dies
-meanwhile. No trees, no maths, no Ray.
+"""One rank's place in time at all shards: pulls, pushes, and waits for a push whatever dies.
+
+It knows flat arrays, rounds and epochs. No trees, no maths, no Ray.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
+from distnadam.client.in_flight_push import InFlightPush, PushState
+from distnadam.client.rank_claim import RankClaim
+from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import (
     ConfigError,
+    DistNadamError,
     IllegalMessage,
     LatePush,
     Reconfigured,
     Rewound,
     ShardLost,
     ShardsDisagree,
-    StaleEpoch,
     StepTimeout,
-    SupersededWorker,
     WorkerLost,
 )
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.protocol.messages import (
-    Describe,
-    Join,
-    Joined,
-    Leave,
-    Message,
-    PartialNorms,
-    Pull,
-    Push,
-    RoundResult,
-    TotalNorms,
-)
-from distnadam.protocol.orphaned_push import adoptions
+from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
 
-@dataclass
-class InFlightPush:
-    """A push that is not decided: what it is, the answers now awaited, and the norms of its round
-    once they are known.
-
-    `parts` gives the gradients of each shard's ranges, which stay as they are until the flight
-    ends, whatever the shards are by then.
-    """
-
-    epoch: int
-    round: int
-    parts: Callable[[list[Ranges]], Sequence[Flat]]
-    rejection: str | None
-    want_parameters: bool
-    pending: Pending | None = None
-    square_sums: Any = None
-
-
-_T = TypeVar("_T")
-
-
-_POLL_S = 0.02
-
-
 class WorkerSession:
-    """See the module. `epoch` and `round` are the place in time that this rank last saw, -1 before;
-    `buffer` holds its parameters.
+    """What one worker knows of the shards, and its push in flight.
+
+    `epoch` and `round` are where all shards stood when this worker last looked, and `buffer` holds
+    the parameters of that round. They hold only while `in_sync`; otherwise the next call that
+    needs them looks again: before the first pull, and after a push that failed.
+
+    Args:
+        shards: the shards.
+        rank: the rank to take over.
+        receive: gets the parameters that answers bring, by shard.
     """
 
-    def __init__(self, shards: ShardGroup, rank: int) -> None:
-        self.rank, self._shards = rank, shards
-        self._transport = shards.backend.transport
-        self._supervisor = shards.backend.supervisor
-        self._layout = shards.layout
-        self._timeout_s = shards.options.step_timeout_s
-        self.epoch = self.round = self._reached = -1
+    def __init__(self, shards: ShardGroup, rank: int, receive: Callable[[int, Flat], None]) -> None:
+        self.rank = rank
+        self.epoch = 0
+        self.round = 0
         self.buffer = 0
-        self._rewound: int | None = None
-        self._process = self._transport.new_token()
-        self._incarnation = self._recovering(self._join)
+        self.in_sync = False
+        self.in_flight: InFlightPush | None = None
+        self._shards = shards
+        self._receive = receive
+        self._transport = shards.backend.transport
+        self._timeout_s = shards.options.step_timeout_s
+        self._channel_version: int | None = None
+        self._rewinds = RewindGuard(f"worker {rank}: ")
+        self._claim = RankClaim(shards, rank)
+
+    @property
+    def incarnation(self) -> int:
+        """The number of this worker among those that had the rank."""
+        return self._claim.incarnation
 
     @cached_property
     def channel(self) -> WorkerChannel:
-        """Made at first use, so that a worker which only travels to another process takes no memory
-        here.
+        """The connection to all shards.
+
+        Made at first use, so that a worker that only travels to another process takes no memory.
         """
-        self._reached = self._transport.version  # before: what is newer is looked at again
+        self._channel_version = self._transport.version  # before: what is newer is looked at again
         return self._transport.open_channel(
-            self._layout, self._shards.ranges, self.rank, self._incarnation
+            self._shards.layout, self._shards.ranges, self.rank, self.incarnation
         )
 
     @property
     def copies(self) -> bool:
-        """Whether parameters are brought by answers, since not every shard shares its memory."""
+        """Whether answers bring the parameters, since not every shard shares its memory."""
         return self.channel.parameters is None
 
     def leave(self) -> None:
-        """Depart after a whole step; views of the memory stay good."""
+        """Depart after a whole step; views of the memory stay valid."""
         try:
-            self._ask(self._shards.for_all(Leave(self.rank, self._incarnation)))
+            self._claim.leave()
         finally:
-            if "channel" in self.__dict__:
+            if self._channel_version is not None:
                 self.channel.close()
 
-    def pull(self, *, want_parameters: bool) -> dict[int, RoundResult]:
-        """Ask every shard where it stands until all stand at one round, and take that as this
-        rank's place.
-        """
-        return self._recovering(lambda: self._pull(want_parameters))
+    def sync(self) -> None:
+        """Learn where the shards stand, unless this worker knows."""
+        if not self.in_sync:
+            self.pull(want_parameters=False)
 
-    def prepare(
+    def pull(self, *, want_parameters: bool) -> RoundResult:
+        """Ask every shard until all stand at one round; return that, and stand there.
+
+        Raises:
+            Rewound: the shards went back since this worker last looked.
+        """
+        try:
+            return self._shards.retry.run(lambda: self._pull(want_parameters=want_parameters))
+        except Rewound as error:
+            self._rewinds.acknowledge(error.epoch)
+            raise
+
+    def push(
         self,
         parts: Callable[[list[Ranges]], Sequence[Flat]],
         rejection: str | None,
         *,
         want_parameters: bool,
     ) -> InFlightPush:
-        """Return a push for the next round, which nobody has been sent yet."""
-        if self.epoch < 0:
-            self.pull(want_parameters=False)
-        return InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
+        """Send every shard its part of a push for the next round, without waiting.
 
-    def send(self, push: InFlightPush) -> None:
-        """Send every shard its part, without waiting."""
+        The arguments are those of `InFlightPush`.
+        """
+        self.sync()
+        push = InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
+        self.in_flight = push  # before it is sent: a Ctrl-C may leave it half sent
         try:
             self._send(push)
         except (ShardLost, Reconfigured):
-            push.pending = None  # sent again when it is waited for
+            push.send_again()  # when it is waited for
+        return push
 
-    def wait_for(self, push: InFlightPush) -> dict[int, RoundResult]:
-        """Return how a push's round ended, whatever dies meanwhile, unless the state it was
-        computed from is gone.
+    def wait_for(self, push: InFlightPush) -> RoundResult:
+        """Return how a push's round ended, whatever dies meanwhile, or raise why it failed.
+
+        Raises:
+            StepTimeout: the round was not decided in time; the push is still in flight.
         """
+        if push.is_open:
+            try:
+                result = self._wait_or_renew(push)
+            except StepTimeout:
+                raise
+            except DistNadamError as error:
+                self.in_sync = False
+                push.fail(error)
+            else:
+                push.decide(result)
+            self.in_flight = None
+        return push.result()
+
+    def _wait_or_renew(self, push: InFlightPush) -> RoundResult:
         try:
-            return self._see_through(push)
+            return self._wait(push)
         except (WorkerLost, ConfigError, IllegalMessage) as error:
-            if not self._new_incarnation(push, adopting=isinstance(error, WorkerLost)):
+            counted = self._claim.renew(push, adopting=isinstance(error, WorkerLost))
+            self._reconnect()
+            if not counted:
                 raise
         try:
-            return self._see_through(push)  # as a successor: gives the norms, and hears the end
+            return self._wait(push)  # as a successor: it gives the norms, and learns the end
         except LatePush:
             return self.pull(want_parameters=push.want_parameters)
 
-    def _see_through(self, push: InFlightPush) -> dict[int, RoundResult]:
-        deadline = time.monotonic() + self._timeout_s
+    def _wait(self, push: InFlightPush) -> RoundResult:
+        """Wait for a push, and send it again to shards that were replaced meanwhile."""
+        deadline = self._shards.retry.deadline()
         while True:
+            version = self._transport.version
             try:
-                if push.pending is None:
+                if push.state is PushState.PREPARED:
                     self._send(push)
                 answers = self._conclude(push)
-                if len({(decided.epoch, decided.round) for decided in answers.values()}) == 1:
-                    return self._take(answers)
-                if len({decided.epoch for decided in answers.values()}) == 1:
-                    return self.pull(
-                        want_parameters=push.want_parameters
-                    )  # it counted long ago, and rounds go on without this rank
-                # shards were replaced or went back between the answers; a push that counted may be
-                # asked about again
-                push.pending = None
-                self._await(deadline, "the shards did not agree on an epoch")
-            except Reconfigured as error:
-                known, push.epoch, push.pending = push.epoch, max(push.epoch, error.epoch), None
-                if (
-                    error.epoch <= known
-                    # other shards are yet to hear of it, or the round is to be decided without this
-                    # rank
-                ):
-                    self._await(deadline, f"round {push.round} was not decided: {error}")
-                self._transport.refresh()
-                self._rejoin()
-            except Rewound as error:
-                self._rewound = max(self._rewound or 0, error.epoch)
-                raise
-            except ShardLost:
-                push.pending = None
-                self._transport.await_recovery(self._timeout_s)
-                self._rejoin()
-            except BaseException:
-                push.pending = None  # a Ctrl-C may leave its answers half heard
-                raise
-
-    def _new_incarnation(self, push: InFlightPush, *, adopting: bool) -> bool:
-        """Go on under a new number after a shard has dropped a push, since others may hold it, or
-        be yet to get it.
-
-        A rank, a number and a round name one gradient for ever: no shard can count the old one
-        beside another that is pushed next. Return whether one had counted it already; then it
-        counts on all, where that is to be seen to here.
-        """
-        old, self._incarnation = self._incarnation, self._incarnation + 1
-        joined = self._recovering(lambda: self._ask_from_first(self._known()))
-        notes = [answer.committed for answer in joined.values()]
-        counted = adopting and any(
-            note is not None and (note.incarnation, note.round) == (old, push.round)
-            for note in notes
-        )
-        if counted:
-            parts = push.parts(self._shards.ranges)
-            self._adopt(joined, gradients=dict(enumerate(parts)))
-        self._reconnect()
-        return counted
-
-    def _ask_from_first(self, join: Join) -> dict[int, Joined]:
-        """Have shard 0 know of a worker before the others, as everybody does."""
-        first = self._ask({0: join})
-        return first | self._ask(dict.fromkeys(range(1, len(self._shards.ranges)), join))
-
-    def _join(self) -> int:
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            answers: dict[int, Joined] = self._ask({0: Join(rank=self.rank, process=self._process)})
-            incarnation = answers[0].incarnation
-            try:
-                others = range(1, len(self._shards.ranges))
-                answers |= self._ask(
-                    {
-                        i: Join(rank=self.rank, incarnation=incarnation, process=self._process)
-                        for i in others
-                    }
-                )
-                break
-            except (
-                SupersededWorker
-            ):  # others know of a newer one, of which shard 0 has heard by now
-                self._await(deadline, "the shards did not agree on who takes the rank over")
-        self._adopt(answers)
-        if not answers[0].member:
-            self._await_admission()
-        return incarnation
-
-    def _adopt(
-        self,
-        joined: dict[int, Joined],
-        in_flight: int = 0,
-        gradients: Mapping[int, Flat] | None = None,
-    ) -> None:
-        """Have the rank's push that some shard counts count on all; not that of `in_flight`, a
-        worker which sends it again.
-
-        `gradients` are that push's, by shard, where they are at hand.
-        """
-        adopts = {
-            shard: adopt
-            for shard, adopt in adoptions(self.rank, joined).items()
-            if adopt.note.incarnation != in_flight
-        }
-        if gradients is not None:
-            adopts = {
-                i: replace(a, gradients=None if a.note.rejection else gradients[i])
-                for i, a in adopts.items()
-            }
-        try:
-            self._ask(dict(adopts))
-        except IllegalMessage as error:
-            self._supervisor.report_cannot_complete()
-            raise ShardLost(f"{error}; all shards must go back") from error
-
-    def _await_admission(self) -> None:
-        """Wait until the supervisor has made this rank a member again, at a boundary of its
-        choice.
-        """
-        deadline = time.monotonic() + self._timeout_s
-        while self.rank not in self._ask({0: Describe()})[0].members:
-            self._await(deadline, "was not admitted as a member")
-
-    def _await(self, deadline: float, what: str) -> None:
-        """Let a moment pass, unless the time is over."""
-        if time.monotonic() > deadline:
-            raise StepTimeout(f"worker {self.rank}: {what} in {self._timeout_s:g} s")
-        time.sleep(_POLL_S)
-
-    def _pull(self, want_parameters: bool) -> dict[int, RoundResult]:
-        at_least = epoch = 0
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            if self._is_elsewhere():
-                # lanes to shards that hold nothing any more would bring parameters that nobody
-                # steps
+                epochs = {answer.epoch for answer in answers.values()}
+                rounds = {answer.round for answer in answers.values()}
+                if len(epochs) == len(rounds) == 1:
+                    return self._stand_at(answers)
+                if len(epochs) == 1:  # it counted long ago, and rounds went on without this rank
+                    return self.pull(want_parameters=push.want_parameters)
+                push.send_again()  # shards were replaced or went back between the answers
+                deadline.pause(f"worker {self.rank}: the shards did not agree on an epoch")
+            except (ShardLost, Reconfigured) as error:
+                push.send_again()
+                if isinstance(error, Reconfigured):
+                    known = push.epoch
+                    push.epoch = max(known, error.epoch)
+                    if error.epoch <= known:
+                        # other shards do not know of it yet, or the round goes without this rank
+                        problem = f"round {push.round} was not decided: {error}"
+                        deadline.pause(f"worker {self.rank}: {problem}")
+                self._shards.retry.recover(error, version)
+                self._claim.rejoin()
                 self._reconnect()
-            want = want_parameters and self.copies
-            answers = self._ask(
-                self._shards.for_all(
-                    Pull(
-                        rank=self.rank,
-                        incarnation=self._incarnation,
-                        at_least=at_least,
-                        want_parameters=want,
-                        epoch=epoch,
-                    )
+            except Rewound as error:
+                self._rewinds.acknowledge(error.epoch)
+                raise
+            except BaseException:
+                push.send_again()  # a Ctrl-C may leave its answers half heard
+                raise
+
+    def _pull(self, *, want_parameters: bool) -> RoundResult:
+        at_least = epoch = 0
+        deadline = self._shards.retry.deadline()
+        while True:
+            if self._is_elsewhere():
+                self._reconnect()  # retired shards would bring parameters that nobody steps
+            answers = self._ask_all(
+                Pull(
+                    rank=self.rank,
+                    incarnation=self.incarnation,
+                    at_least=at_least,
+                    want_parameters=want_parameters and self.copies,
+                    epoch=epoch,
                 )
             )
-            at_least, epoch = (
-                max(d.round for d in answers.values()),
-                max(d.epoch for d in answers.values()),
-            )
-            if any(
-                d.epoch != epoch for d in answers.values()
-            ):  # something is on its way: rounds of two epochs say nothing
-                at_least = 0
-                self._await(deadline, "the shards did not agree on an epoch")
+            at_least = max(answer.round for answer in answers.values())
+            epoch = max(answer.epoch for answer in answers.values())
+            if any(answer.epoch != epoch for answer in answers.values()):
+                at_least = 0  # rounds of two epochs cannot be compared
+                deadline.pause(f"worker {self.rank}: the shards did not agree on an epoch")
+            elif self._is_elsewhere():
                 continue
-            if self._is_elsewhere():
-                continue
-            if all(d.round == at_least for d in answers.values()):
-                return self._take(answers)
-            joined = self._ask(self._shards.for_all(self._known()))
-            self._adopt(joined)  # a shard may have died with what it must count
-            if any(answer.orphaned for answer in joined.values()):
-                self._norms_are_gone(at_least)
+            elif all(answer.round == at_least for answer in answers.values()):
+                return self._stand_at(answers)
+            elif self._claim.complete_orphans():  # a shard may have died with what it must count
+                self._lost_norms(at_least)
 
     def _send(self, push: InFlightPush) -> None:
         """Send a push to every shard; one that has counted it already says so."""
         rejected = push.rejection is not None
-        push.pending = self.channel.post(
+        pending = self.channel.post(
             {
                 index: Push(
                     epoch=push.epoch,
                     rank=self.rank,
-                    incarnation=self._incarnation,
+                    incarnation=self.incarnation,
                     round=push.round,
                     gradients=None if rejected else part,
                     rejection=push.rejection,
@@ -328,11 +236,12 @@ class WorkerSession:
                 for index, part in enumerate(push.parts(self._shards.ranges))
             }
         )
+        push.sent(pending)
 
     def _conclude(self, push: InFlightPush) -> dict[int, RoundResult]:
-        """Wait for the answers, the second phase included where clipping needs norms."""
+        """Wait for the answers, the second phase included if clipping needs norms."""
         assert push.pending is not None
-        answers = self._wait(push.pending)
+        answers = self._answers(push.pending)
         while measured := {
             shard: answer.sums
             for shard, answer in answers.items()
@@ -340,70 +249,46 @@ class WorkerSession:
         }:
             if len(measured) == len(answers):
                 push.square_sums = tensor_square_sums(
-                    len(self._layout.tensors), [measured[shard] for shard in sorted(measured)]
+                    len(self._shards.layout.tensors),
+                    [measured[shard] for shard in sorted(measured)],
                 )
             if push.square_sums is None:
-                self._norms_are_gone(push.round)
-            want = push.want_parameters and self.copies
+                self._lost_norms(push.round)
             norms = TotalNorms(
                 epoch=push.epoch,
                 rank=self.rank,
-                incarnation=self._incarnation,
+                incarnation=self.incarnation,
                 round=push.round,
                 square_sums=push.square_sums,
-                want_parameters=want,
+                want_parameters=push.want_parameters and self.copies,
             )
-            push.pending = self.channel.post(dict.fromkeys(measured, norms))
-            answers = answers | self._wait(push.pending)
+            push.measured(self.channel.post(dict.fromkeys(measured, norms)))
+            answers = answers | self._answers(push.pending)
         return answers
 
-    def _norms_are_gone(self, number: int) -> NoReturn:
-        """Have all go back: a round was applied by some shards, and nobody has the norms that the
-        others need.
-        """
-        self._supervisor.report_cannot_complete()
-        raise ShardLost(
-            f"worker {self.rank}: the norms of round {number} went with who had them; all must go "
-            "back"
+    def _lost_norms(self, round: int) -> None:
+        """Have all shards go back: some applied a round whose norms the others cannot get."""
+        self._shards.go_back(
+            f"worker {self.rank}: the norms of round {round} were lost with the workers that had "
+            "them; all must go back"
         )
-
-    def _rejoin(self) -> None:
-        """Be known to the shards as they are now, and reach them where they are."""
-        self._recovering(
-            lambda: self._adopt(self._ask(self._shards.for_all(self._known())), self._incarnation)
-        )
-        self._reconnect()
 
     def _is_elsewhere(self) -> bool:
-        """Whether the shards, as far as this process has heard, are not where its lanes lead."""
-        return "channel" in self.__dict__ and self._reached != self._transport.version
+        """Whether this process knows of a newer place of the shards than the channel leads to."""
+        return self._channel_version not in (None, self._transport.version)
 
     def _reconnect(self) -> None:
         """Reach the shards where they are now."""
-        if "channel" in self.__dict__:
-            self._reached = self._transport.version
-            self.channel.reconnect(self._shards.ranges, self._incarnation)
+        if self._channel_version is not None:
+            self._channel_version = self._transport.version
+            self.channel.reconnect(self._shards.ranges, self.incarnation)
 
-    def _known(self) -> Join:
-        return Join(rank=self.rank, incarnation=self._incarnation, process=self._process)
+    def _stand_at(self, answers: Mapping[int, RoundResult]) -> RoundResult:
+        """Take over the round and the parameters that all shards stand at, and return shard 0's.
 
-    def _recovering(self, work: Callable[[], _T]) -> _T:
-        """Do what may be done again from its beginning, as often as shards die meanwhile."""
-        while True:
-            try:
-                return work()
-            except ShardLost:
-                self._transport.await_recovery(self._timeout_s)
-            except Reconfigured:
-                self._transport.refresh()
-            except Rewound:
-                raise  # this rank has not been told yet
-            except StaleEpoch:
-                continue  # it waited while the state was replaced, and asks again
-
-    def _take(self, answers: dict[int, RoundResult]) -> dict[int, RoundResult]:
-        """Take the place in time that all shards stand at; raise ShardsDisagree where they do
-        not.
+        Raises:
+            ShardsDisagree: they do not stand at the same.
+            Rewound: they went back since this worker last looked.
         """
         first = answers[0]
         for index, other in answers.items():
@@ -419,27 +304,27 @@ class WorkerSession:
                     f" with lr={other.lr!r}; a learning-rate function must give every shard the "
                     "same rate for the same step"
                 )
-        known, self._rewound = self._rewound, max(answer.rewound for answer in answers.values())
-        self._shards.knows_rewound(self._rewound)
-        if known is not None and self._rewound > known:
-            self.epoch = -1
-            told = (
-                f"worker {self.rank}: all shards went back after a death, to round "
-                f"{first.round}; compute again from there"
-            )
-            raise Rewound(told, first.epoch, first.round)
-        self.epoch, self.round, self.buffer = first.epoch, first.round, first.buffer
-        return answers
+        rewound = max(answer.rewound for answer in answers.values())
+        self._shards.rewinds.acknowledge(rewound)
+        self.in_sync = False
+        self._rewinds.check(rewound, epoch=first.epoch, round=first.round)
+        for index, answer in answers.items():
+            if answer.parameters is not None:
+                self._receive(index, answer.parameters)
+        self.epoch = first.epoch
+        self.round = first.round
+        self.buffer = first.buffer
+        self.in_sync = True
+        return first
 
-    def _ask(self, messages: dict[int, Message]) -> dict[int, Any]:
-        return self._wait(self._transport.post(messages)) if messages else {}
+    def _ask_all(self, message: Pull) -> dict[int, RoundResult]:
+        return self._answers(self._transport.post(self._shards.for_all(message)))
 
-    def _wait(self, pending: Pending) -> dict[int, Any]:
+    def _answers(self, pending: Pending) -> dict[int, Any]:
         try:
             return pending.result(self._timeout_s)
         except TimeoutError as error:
-            told = (
+            raise StepTimeout(
                 f"worker {self.rank}: round {self.round + 1} was not decided in "
-                f"{self._timeout_s:g} s"
-            )
-            raise StepTimeout(f"{told}; {self._shards.who_is_late(self.round)}") from error
+                f"{self._timeout_s:g} s; {self._shards.describe_late(self.round)}"
+            ) from error

@@ -147,7 +147,7 @@ class Trainer:
     def _obey_doom(self) -> None:
         if self._doom is None:
             return
-        (shards, fatal), link = self._doom, self._worker._session.channel
+        (shards, fatal), link = self._doom, self._worker.session.channel
         post, count = link.post, 0
 
         def post_some(messages: Any) -> Any:

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from distnadam.checkpoint.storage.local import LocalDirectory
-from distnadam.client import worker_session
 from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options, Settings, Topology
@@ -163,8 +161,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             return
         try:
             params = worker.pull()["w"]
-            given = self.given(worker.round + 1, rank, worker._session._incarnation, params)
-            self.pushed[rank] = (worker.round + 1, rank, worker._session._incarnation)
+            given = self.given(worker.round + 1, rank, worker.session.incarnation, params)
+            self.pushed[rank] = (worker.round + 1, rank, worker.session.incarnation)
             self.tickets[rank] = worker.push(
                 {"w": np.full(SIZE, np.nan, np.float32) if given is None else given}
             )
@@ -224,7 +222,11 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
     def controller(self) -> ShardGroup:
         return ShardGroup(
-            WorldBackend(self.world), self.layout, len(self.world.shards), self.options
+            WorldBackend(self.world),
+            self.layout,
+            len(self.world.shards),
+            self.options,
+            poll_s=0.0,
         )
 
     # What befalls them
@@ -247,7 +249,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     def kill_worker(self, rank: int) -> None:
         self.tickets.pop(rank, None)
         if (worker := self.workers.pop(rank, None)) is not None:
-            self.world.kill_worker(rank, worker._session._incarnation)
+            self.world.kill_worker(rank, worker.session.incarnation)
 
     @rule(index=SHARD)
     def work(self, index: int) -> None:
@@ -338,11 +340,6 @@ FaultsAgainstOneProcess.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-
-
-@pytest.fixture(autouse=True)
-def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_session, "_POLL_S", 0.0)
 
 
 TestFaults = FaultsAgainstOneProcess.TestCase

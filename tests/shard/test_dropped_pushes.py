@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.client import worker_session
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLost
@@ -22,11 +21,6 @@ from tests.simulation.backend import WorldBackend, begin_world
 
 SIZE = 3000
 INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_session, "_POLL_S", 0.0)
 
 
 CASES = pytest.mark.parametrize(
@@ -52,7 +46,7 @@ class Scene:
         self.workers = [self.worker(rank) for rank in range(2)]
 
     def controller(self) -> ShardGroup:
-        return ShardGroup(WorldBackend(self.world), self.layout, 2, self.options)
+        return ShardGroup(WorldBackend(self.world), self.layout, 2, self.options, poll_s=0.0)
 
     def worker(self, rank: int) -> Worker:
         return Worker(self.controller(), rank)
@@ -63,7 +57,7 @@ class Scene:
 
     def lose_rank_1(self, faults: list[str]) -> None:
         """Have rank 1 die for good, of which the shards hear or not."""
-        self.world.kill_worker(1, self.workers[1]._session._incarnation)
+        self.world.kill_worker(1, self.workers[1].session.incarnation)
         self.world.faults = deque(faults * 50)
         self.world.look()
         self.world.faults.clear()

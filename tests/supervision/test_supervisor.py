@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from distnadam.client import worker_session
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
@@ -21,11 +20,6 @@ from tests.simulation.world import World
 RANKS, SIZE = 3, 300
 LAYOUT = Layout.of({"w": np.ones(SIZE, np.float32)})
 ELASTIC = Options(step_timeout_s=0.0, kernel="numpy", min_workers=1, rejoin_timeout_s=0.0)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_session, "_POLL_S", 0.0)
 
 
 class Training:
@@ -55,7 +49,9 @@ class Training:
             self.join(rank)
 
     def controller(self) -> ShardGroup:
-        return ShardGroup(WorldBackend(self.world), LAYOUT, len(self.world.shards), self.options)
+        return ShardGroup(
+            WorldBackend(self.world), LAYOUT, len(self.world.shards), self.options, poll_s=0.0
+        )
 
     def join(self, rank: int) -> None:
         """Have a new worker take the rank, once it is admitted."""
@@ -69,7 +65,7 @@ class Training:
         raise AssertionError(f"rank {rank} was not admitted")
 
     def die(self, rank: int) -> None:
-        self.world.kill_worker(rank, self.workers.pop(rank)._session._incarnation)
+        self.world.kill_worker(rank, self.workers.pop(rank).session.incarnation)
         self.world.look()
 
     def train(self, end: int) -> None:
