@@ -12,10 +12,13 @@ import tempfile
 os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
-    RAY_TMPDIR=tempfile.mkdtemp(prefix="rt-"),  # short: a socket's path has at most 107 bytes
     RAY_USAGE_STATS_ENABLED="0",
 )
 os.environ.pop("RAY_ADDRESS", None)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["RAY_TMPDIR"] += f"/{worker}"  # below its controller's, who removes it
+else:  # short: a socket's path has at most 107 bytes
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rt-")
 
 from collections.abc import Iterator
 
@@ -34,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_unconfigure() -> None:
+    """Remove what Ray left, once all processes that ran tests have ended."""
     shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 
