@@ -5,7 +5,7 @@ between rounds. No maths, no Ray.
 from contextlib import suppress
 from functools import cached_property
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
@@ -78,7 +78,7 @@ class Worker:
             )
         return Worker, (self._shards, self.rank)
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

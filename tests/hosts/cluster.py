@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tests.deploy.units import Unit, assignments
 from tests.hosts.network import Host, Network
@@ -94,7 +95,7 @@ class Cluster:
             self.close()
             raise
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 BURST_BYTES = 256 * 2**10
 """What passes at once over a cable of limited speed that was idle."""
@@ -193,7 +194,7 @@ class Network:
             self.close()
             raise
 
-    def __enter__(self) -> "Network":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

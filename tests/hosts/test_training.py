@@ -69,11 +69,15 @@ def certificates(directory: Path) -> dict[str, str]:
     names = ",".join([f"IP:10.77.0.{number}" for number in range(1, 5)] + ["IP:127.0.0.1"])
     (directory / "names").write_text(f"subjectAltName={names}\n")
     make = [
-        f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout {ca}.key -out "
-        f"{ca}.crt",
+        (
+            f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout {ca}.key -out "
+            f"{ca}.crt"
+        ),
         f"req -newkey rsa:2048 -nodes -subj /CN=host -keyout {server}.key -out {server}.csr",
-        f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 -extfile "
-        f"{directory}/names -out {server}.crt",
+        (
+            f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 -extfile "
+            f"{directory}/names -out {server}.crt"
+        ),
     ]
     for command in make:
         subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
