@@ -75,8 +75,8 @@ def certificates(directory: Path) -> dict[str, str]:
         ),
         f"req -newkey rsa:2048 -nodes -subj /CN=host -keyout {server}.key -out {server}.csr",
         (
-            f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 -extfile "
-            f"{directory}/names -out {server}.crt"
+            f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 "
+            f"-extfile {directory}/names -out {server}.crt"
         ),
     ]
     for command in make:
