@@ -43,15 +43,18 @@ class Routes:
 class WorkerChannel(ABC):
     """One worker's connection to all shards.
 
-    `gradients` is the memory that the worker writes its gradients into. `parameters` are both
-    buffers of the whole model's parameters if the worker shares them with every shard; if None,
-    answers carry the parameters. `routes` is a new object whenever a shard is reached in another
-    way; None if bytes never move.
+    `parameters` are both buffers of the whole model's parameters if the worker shares them with
+    every shard; if None, answers carry the parameters. `routes` is a new object whenever a shard is
+    reached in another way; None if bytes never move.
     """
 
-    gradients: Flat
     parameters: tuple[Flat, Flat] | None = None
     routes: Routes | None = None
+
+    @property
+    @abstractmethod
+    def gradients(self) -> Flat:
+        """The memory that the worker writes its gradients into, always the same."""
 
     @abstractmethod
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:

@@ -39,6 +39,11 @@ GradientsOf = Callable[[dict[str, str]], Flat]
 """
 
 
+def frame_of(body: bytes) -> bytes:
+    """Return a frame: the body behind its length."""
+    return HEADER.pack(len(body)) + body
+
+
 def pack(number: int, message: Any) -> bytes:
     """Return a frame: the number that pairs question and answer, and the message."""
     body: tuple[Any, ...]
@@ -91,8 +96,7 @@ def pack(number: int, message: Any) -> bytes:
         )
     else:
         raise TypeError(f"{type(message).__name__} does not travel by lane")
-    data: bytes = msgpack.packb((number, *body), default=_pack_array)
-    return HEADER.pack(len(data)) + data
+    return frame_of(msgpack.packb((number, *body), default=_pack_array))
 
 
 def unpack(frame: bytes, gradients_of: GradientsOf | None = None) -> tuple[int, Any]:
@@ -220,8 +224,7 @@ def pack_record(record: Record) -> bytes:
         ]
         told = (record.outcome, record.rejection, counted, record.lr, record.active)
         body = ("round", record.round, record.skipped, *told, *clock)
-    data: bytes = msgpack.packb(body)
-    return HEADER.pack(len(data)) + data
+    return frame_of(msgpack.packb(body))
 
 
 def unpack_record(frame: bytes) -> Record:

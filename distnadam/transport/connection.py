@@ -1,12 +1,12 @@
-"""Unix-domain sockets between the workers and the shards of one machine: "pushed k", "applied k",
-and end-of-file at a death.
+"""Unix-domain sockets between processes of one machine: frames, and end-of-file at a death.
 
-A shard listens under an abstract name (no file) that only those who were told know; both ends make
-sure that the other runs as the same user, and the caller shows a token. Memory is handed over with
-the greeting. Sockets are closed in forked children, so that a data loader's processes do not keep a
-dead worker's line open.
+A shard listens under an abstract name (no file), known only to processes that were given it; both
+ends check that the other runs as the same user, and the caller shows a token. Memory is handed over
+with the greeting. Sockets are closed in forked children, so that a data loader's processes do not
+keep a dead worker's connection open. Nothing here knows what a frame means.
 """
 
+import logging
 import os
 import secrets
 import select
@@ -21,8 +21,10 @@ from typing import Any
 
 import msgpack
 
-from distnadam.errors import LaneError
-from distnadam.protocol.codec import HEADER, Frames
+from distnadam.errors import ArenaError, LaneError
+from distnadam.protocol.codec import HEADER, Frames, frame_of
+
+log = logging.getLogger("distnadam")
 
 _GREETING_S = 10.0
 _READ_BYTES = 1 << 16
@@ -31,11 +33,10 @@ _open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
 def use_batch_scheduling() -> None:
-    """Schedule this thread as batch work, so that whoever its bell wakes does not interrupt it on
-    its own core.
+    """Schedule this thread as batch work, so that a thread it wakes does not preempt it.
 
-    With more processes than cores, a thread that rings several bells is else preempted at each. A
-    thread that was given a policy keeps it; forked children and new threads have the ordinary one.
+    With more processes than cores, a thread that wakes several others is else preempted at each. A
+    thread whose policy was set keeps it; forked children and new threads have the default one.
     """
     with suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
@@ -43,8 +44,8 @@ def use_batch_scheduling() -> None:
 
 
 def _close_in_child() -> None:
-    for line in list(_open):
-        line.close()
+    for sock in list(_open):
+        sock.close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -52,37 +53,40 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @dataclass(frozen=True)
 class Address:
-    """Where a shard listens, and the token that it wants to see; known only to those who may
-    call.
-    """
+    """The name under which a shard listens, and the token that it requires from callers."""
 
     name: str
     token: str
 
 
 class Connection:
-    """One end of a connection: whole frames out without ever waiting for the peer, whole frames
-    in.
+    """One end of a connection: sends and receives whole frames, and never waits for the peer.
+
+    Args:
+        sock: a connected socket, which this object owns.
+        on_blocked: called if a frame did not fit into the socket; `flush` then sends the rest.
     """
 
     def __init__(
-        self, connection: socket.socket, on_blocked: Callable[["Connection"], None] | None = None
+        self, sock: socket.socket, on_blocked: Callable[["Connection"], None] | None = None
     ) -> None:
-        self._socket, self._on_blocked = connection, on_blocked
-        self._frames, self._unsent, self._lock = Frames(), bytearray(), threading.Lock()
+        self._socket = sock
+        self._on_blocked = on_blocked
+        self._frames = Frames()
+        self._unsent = bytearray()
+        self._lock = threading.Lock()
         self.greeting: dict[str, Any] | None = None
-        connection.setblocking(False)
-        _open.add(connection)
+        sock.setblocking(False)
+        _open.add(sock)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once closed."""
         return self._socket.fileno()
 
     def send(self, frame: bytes) -> bool:
-        """Send a frame, or as much as the socket takes, and return whether it is all; the rest goes
-        by `flush`.
+        """Send as much of a frame as the socket takes; return whether nothing is left for `flush`.
 
-        Sending to a dead peer does nothing: who reads will see its end.
+        Sending to a dead peer does nothing; receiving from it returns None.
         """
         with self._lock:
             if not self._unsent:
@@ -100,7 +104,7 @@ class Connection:
         return False
 
     def flush(self) -> bool:
-        """Send what is left; return whether nothing is."""
+        """Send what is left; return whether nothing is left then."""
         with self._lock:
             while self._unsent:
                 try:
@@ -112,7 +116,7 @@ class Connection:
             return True
 
     def receive(self) -> list[bytes] | None:
-        """Return the bodies of the frames that are whole now, None at the end of the line."""
+        """Return the bodies of the frames that have come whole, None once the peer has closed."""
         try:
             data = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
@@ -122,58 +126,61 @@ class Connection:
         return list(self._frames.feed(data)) if data else None
 
     def receive_greeting(self) -> tuple[bytes, list[int]]:
-        """Return the first bytes of the peer and the descriptors that came with them."""
+        """Return the peer's first bytes and the descriptors that came with them."""
         data, fds, _, _ = socket.recv_fds(self._socket, _READ_BYTES, 4)
         return data, list(fds)
 
     def send_greeting(self, content: dict[str, Any], fds: list[int]) -> None:
         """Send the first frame, with descriptors."""
-        body = msgpack.packb(content)
-        socket.send_fds(self._socket, [HEADER.pack(len(body)) + body], fds)
+        socket.send_fds(self._socket, [frame_of(msgpack.packb(content))], fds)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket; the peer receives end-of-file."""
         self._socket.close()
 
 
-def call(
+def connect(
     address: Address, greeting: dict[str, Any], fds: list[int]
 ) -> tuple[Connection, dict[str, Any], list[int]]:
-    """Connect to a shard and exchange greetings; return the line, the shard's greeting and its
-    descriptors.
+    """Connect to a shard and exchange greetings.
+
+    Returns:
+        The connection, the shard's greeting and its descriptors, which the caller owns.
 
     Raises:
-        LaneError: nobody of ours listens there, or the greeting was refused.
+        LaneError: no process of this user listens there, or it refused the greeting.
     """
-    connection = socket.socket(socket.AF_UNIX)
+    sock = socket.socket(socket.AF_UNIX)
     try:
-        connection.settimeout(_GREETING_S)
-        connection.connect("\0" + address.name)
-        _check_same_user(connection)
-        line = Connection(connection)
-        connection.settimeout(_GREETING_S)
-        line.send_greeting({"token": address.token, **greeting}, fds)
-        data, received = line.receive_greeting()
+        sock.settimeout(_GREETING_S)
+        sock.connect("\0" + address.name)
+        _check_same_user(sock)
+        connection = Connection(sock)
+        sock.settimeout(_GREETING_S)
+        connection.send_greeting({"token": address.token, **greeting}, fds)
+        data, received = connection.receive_greeting()
         if not data:
-            raise LaneError("it hung up at the greeting")
-        answer = msgpack.unpackb(data[4:])
+            raise LaneError("it closed the connection at the greeting")
+        answer = msgpack.unpackb(data[HEADER.size :])
         if "refused" in answer:
             raise LaneError(str(answer["refused"]))
-        connection.setblocking(False)
-        return line, answer, received
+        sock.setblocking(False)
+        return connection, answer, received
     except (OSError, ValueError, LaneError) as error:
-        connection.close()
+        sock.close()
         raise LaneError(f"no lane to the socket {address.name}: {error}") from error
 
 
-class Server:
-    """Listens in a thread of its own and hands every frame to `on_frame`.
+class ConnectionServer:
+    """Accepts connections in a thread of its own and hands every frame to `on_frame`.
 
     Args:
-        on_greeting: called with a greeting and its descriptors; returns the answer and the
-            descriptors to send, or raises LaneError.
-        on_frame: called with the line and a frame's body, in the server's thread.
-        on_end: called with the line once its peer is gone.
+        on_greeting: called with a greeting and the list of its descriptors, from which it removes
+            those that it keeps; returns the answer and the descriptors to send, or raises LaneError
+            or ArenaError.
+        on_frame: called with the connection and a frame's body, in the server's thread; a LaneError
+            closes the connection.
+        on_end: called with the connection once its peer is gone.
     """
 
     def __init__(
@@ -184,7 +191,9 @@ class Server:
         on_frame: Callable[[Connection, bytes], None],
         on_end: Callable[[Connection], None],
     ) -> None:
-        self._on_greeting, self._on_frame, self._on_end = on_greeting, on_frame, on_end
+        self._on_greeting = on_greeting
+        self._on_frame = on_frame
+        self._on_end = on_end
         self.address = Address(f"distnadam-{secrets.token_hex(16)}", secrets.token_hex(16))
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind("\0" + self.address.name)
@@ -195,98 +204,105 @@ class Server:
         self._poll.register(self._listener, select.EPOLLIN)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._stop, select.EPOLLIN)
-        self._lines: dict[int, Connection] = {}
-        self._thread = threading.Thread(target=self._serve, name="doorbell", daemon=True)
+        self._connections: dict[int, Connection] = {}
+        self._thread = threading.Thread(target=self._serve, name="connections", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening and hang up on everyone."""
-        os.eventfd_write(self._stop, 1)
-        self._thread.join()
-        os.close(self._stop)
+        """Stop listening, close every connection and end the thread; do nothing if called again."""
+        if self._thread.is_alive():
+            os.eventfd_write(self._stop, 1)
+            self._thread.join()
+            os.close(self._stop)
 
     def _serve(self) -> None:
         use_batch_scheduling()
         while True:
             for fd, events in self._poll.poll():
                 if fd == self._stop:
-                    self._hang_up()
+                    self._close_all()
                     return
                 if fd == self._listener.fileno():
                     self._accept()
-                elif (line := self._lines.get(fd)) is not None:
-                    self._attend(line, events)
+                elif (connection := self._connections.get(fd)) is not None:
+                    self._attend(connection, events)
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._listener.accept()
+            sock, _ = self._listener.accept()
         except OSError:
-            return  # it hung up already, or there are too many files open
+            return  # the peer closed already, or too many files are open
         try:
-            _check_same_user(connection)
+            _check_same_user(sock)
         except LaneError:
-            connection.close()
+            sock.close()
             return
-        line = Connection(connection, on_blocked=self._await_room)
-        self._lines[line.fileno()] = line
-        self._poll.register(line.fileno(), select.EPOLLIN)
+        connection = Connection(sock, on_blocked=self._await_room)
+        self._connections[connection.fileno()] = connection
+        self._poll.register(connection.fileno(), select.EPOLLIN)
 
-    def _attend(self, line: Connection, events: int) -> None:
-        if events & select.EPOLLOUT and line.flush():
-            self._poll.modify(line.fileno(), select.EPOLLIN)
-        if events & ~select.EPOLLOUT:
-            try:
-                if line.greeting is None:
-                    self._greet(line)
-                    return
-                frames = line.receive()
-                for frame in frames or []:
-                    self._on_frame(line, frame)
-                if frames is None:
-                    self._end(line)
-            except (LaneError, OSError, ValueError):
-                self._end(line)
-
-    def _greet(self, line: Connection) -> None:
+    def _attend(self, connection: Connection, events: int) -> None:
+        if events & select.EPOLLOUT and connection.flush():
+            self._poll.modify(connection.fileno(), select.EPOLLIN)
+        if not events & ~select.EPOLLOUT:
+            return
         try:
-            data, fds = line.receive_greeting()
+            if connection.greeting is None:
+                self._greet(connection)
+                return
+            frames = connection.receive()
+            for frame in frames or []:
+                self._on_frame(connection, frame)
+            if frames is None:
+                self._end(connection)
+        except (LaneError, OSError, ValueError):
+            self._end(connection)
+        except Exception:  # of one connection; the others are served on
+            log.exception("a connection failed")
+            self._end(connection)
+
+    def _greet(self, connection: Connection) -> None:
+        try:
+            data, fds = connection.receive_greeting()
         except BlockingIOError:
-            return  # the event was of an older line with this descriptor
-        greeting = msgpack.unpackb(data[4:]) if data else {}
+            return  # the event was of an earlier connection with this descriptor
         try:
+            greeting = msgpack.unpackb(data[HEADER.size :]) if data else {}
+            if not isinstance(greeting, dict):
+                raise LaneError("the greeting is no mapping")
             if not secrets.compare_digest(str(greeting.get("token")), self.address.token):
                 raise LaneError("the token is wrong")
-            line.greeting = greeting
-            answer, given = self._on_greeting(line, greeting, fds)
-        except LaneError as error:
-            for fd in fds:
+            connection.greeting = greeting
+            answer, given = self._on_greeting(connection, greeting, fds)
+        except (LaneError, ArenaError) as error:
+            connection.send_greeting({"refused": str(error)}, [])
+            raise LaneError(str(error)) from error
+        finally:
+            for fd in fds:  # those that `on_greeting` did not take from the list
                 with suppress(OSError):
                     os.close(fd)
-            line.send_greeting({"refused": str(error)}, [])
-            raise
-        line.send_greeting(answer, given)
+        connection.send_greeting(answer, given)
 
-    def _await_room(self, line: Connection) -> None:
+    def _await_room(self, connection: Connection) -> None:
         with suppress(OSError, ValueError):
-            self._poll.modify(line.fileno(), select.EPOLLIN | select.EPOLLOUT)
+            self._poll.modify(connection.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
-    def _end(self, line: Connection) -> None:
-        self._lines.pop(line.fileno(), None)
-        line.close()  # leaves the poll too
-        if line.greeting is not None:
-            self._on_end(line)
+    def _end(self, connection: Connection) -> None:
+        self._connections.pop(connection.fileno(), None)
+        connection.close()  # removes it from the poll too
+        if connection.greeting is not None:
+            self._on_end(connection)
 
-    def _hang_up(self) -> None:
-        for line in list(self._lines.values()):
-            line.close()
-        self._lines.clear()
+    def _close_all(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
         self._poll.close()
         self._listener.close()
 
 
-def _check_same_user(connection: socket.socket) -> None:
-    _, user, _ = struct.unpack(
-        "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    )
+def _check_same_user(sock: socket.socket) -> None:
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, user, _ = struct.unpack("3i", credentials)
     if user != os.geteuid():
         raise LaneError(f"its process runs as user {user}, this one as {os.geteuid()}")

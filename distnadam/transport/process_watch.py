@@ -1,4 +1,4 @@
-"""Notice, at once, that processes of this machine ended: a line to each, whose end tells."""
+"""Notices at once that processes of this machine ended: their connections do."""
 
 import os
 import select
@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, Connection, call
+from distnadam.transport.connection import Address, Connection, connect
 
 
 class ProcessWatch:
-    """Tells, from a thread of its own, when processes that listen somewhere end."""
+    """Calls back, from a thread of its own, when processes that listen at an address end."""
 
     def __init__(self) -> None:
         self._poll = select.epoll()
@@ -18,22 +18,22 @@ class ProcessWatch:
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def add(self, address: Address, on_end: Callable[[], None]) -> None:
-        """Watch the process that listens there; one that cannot be reached has ended."""
+        """Watch the process that listens there; call `on_end` now if it cannot be reached."""
         try:
-            line, _, fds = call(address, {"rank": None}, [])
+            connection, _, fds = connect(address, {"rank": None}, [])
         except LaneError:
             on_end()
             return
         for fd in fds:
             os.close(fd)
-        self._watched[line.fileno()] = (line, on_end)
-        self._poll.register(line.fileno(), select.EPOLLIN)
+        self._watched[connection.fileno()] = (connection, on_end)
+        self._poll.register(connection.fileno(), select.EPOLLIN)
 
     def _run(self) -> None:
         while True:
             for fd, _ in self._poll.poll():
-                line, on_end = self._watched[fd]
-                if line.receive() is None:
+                connection, on_end = self._watched[fd]
+                if connection.receive() is None:
                     del self._watched[fd]
-                    line.close()
+                    connection.close()
                     on_end()

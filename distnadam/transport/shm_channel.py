@@ -1,7 +1,7 @@
-"""A worker's end of its channels to the shards of its machine: gradients in its arena, frames over
-sockets, no Ray in the path.
+"""A worker's end of its channels to the shards of its machine: gradients in an arena of its own,
+frames over sockets, no Ray in the path.
 
-Whoever cannot open a channel gets a LaneError or ArenaError, and uses Ray objects.
+If a channel cannot be opened, LaneError or ArenaError is raised, and the caller uses Ray objects.
 """
 
 import os
@@ -15,20 +15,20 @@ from typing import Any
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.messages import Leave, Message, RoundResult
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import Address, Connection, call, use_batch_scheduling
+from distnadam.transport.connection import Address, Connection, connect, use_batch_scheduling
 from distnadam.transport.shared_memory import Arena
 
 _LONGEST_S = 86400.0
-"""Seconds of one poll, which takes no more than 31 bits of milliseconds."""
+"""Seconds of one poll, whose milliseconds must fit 31 bits."""
 
 
 class ShmClient:
-    """One worker's end of its lanes: an arena of its own, and a line to each shard of the machine.
+    """One worker's end: an arena for its gradients, and a connection to each shard of the machine.
 
-    Where it is dropped without `close`, it takes leave; where its process ends, the lines' end says
-    that the worker died.
+    If this object is dropped without `close`, it sends Leave; if its process ends, the shards see
+    the end of the connections and count the worker as dead.
 
     Args:
         sizes: elements of the whole model per space.
@@ -40,110 +40,117 @@ class ShmClient:
     def __init__(
         self, sizes: Mapping[str, int], ranges: list[Ranges], rank: int, incarnation: int
     ) -> None:
-        self._sizes, self._ranges, self._rank, self._incarnation = sizes, ranges, rank, incarnation
+        self._sizes = sizes
+        self._ranges = ranges
+        self._rank = rank
+        self._incarnation = incarnation
         self._arena = Arena.create(sizes)
         self._parameters: Arena | None = None
-        self._lines: dict[int, Connection] = {}
+        self._connections: dict[int, Connection] = {}
+        self._shard_of: dict[int, int] = {}
         self._answers: dict[int, dict[int, Any]] = {}
         self._poll = select.poll()
-        self._shard_of: dict[int, int] = {}
-        self._number = self._thread = 0
-        self._drop: Any = None
-        self._take_leave_at_the_end()
+        self._number = 0
+        self._thread = 0
+        self._leave: Any = None
+        self._leave_when_dropped()
 
-    def _take_leave_at_the_end(self) -> None:
-        if self._drop is not None:
-            self._drop.detach()
-        self._drop = weakref.finalize(
-            self, _take_leave, self._lines, Leave(self._rank, self._incarnation)
-        )
-        self._drop.atexit = False
+    def _leave_when_dropped(self) -> None:
+        if self._leave is not None:
+            self._leave.detach()
+        leave = Leave(self._rank, self._incarnation)
+        self._leave = weakref.finalize(self, _send_leave, self._connections, leave)
+        self._leave.atexit = False
 
     @property
     def gradients(self) -> Flat:
-        """The arena that this worker writes gradients into."""
+        """The arena that this worker writes its gradients into."""
         return self._arena.flats[0]
 
     @property
     def parameters(self) -> tuple[Flat, ...]:
-        """Both buffers of the machine's parameters, read-only; only the ranges of the shards with a
-        lane are kept up.
+        """Both buffers of the machine's parameters, read-only, or () before the first channel.
+
+        Only the ranges of shards with a channel are written.
         """
         return () if self._parameters is None else self._parameters.flats
 
     @property
     def complete(self) -> bool:
-        """Whether every shard has a lane."""
-        return len(self._lines) == len(self._ranges)
+        """Whether every shard has a channel."""
+        return len(self._connections) == len(self._ranges)
 
     def open(self, shard: int, address: Address) -> None:
-        """Open the lane to a shard, in place of an older one; raise LaneError where there can be
-        none.
+        """Open the channel to a shard in place of an earlier one.
+
+        Raises:
+            LaneError: no shard of ours listens there, or its parameters lie in another arena than
+                those of the other shards.
+            ArenaError: its parameters cannot be mapped.
         """
         self.drop(shard)
-        line, _, fds = call(
-            address, {"rank": self._rank, "incarnation": self._incarnation}, [self._arena.fd]
-        )
+        greeting = {"rank": self._rank, "incarnation": self._incarnation}
+        connection, _, fds = connect(address, greeting, [self._arena.fd])
         try:
             known = self._parameters is not None and os.path.samestat(
                 os.fstat(self._parameters.fd), os.fstat(fds[0])
             )
-            if not known and self._lines:
+            if not known and self._connections:
                 raise LaneError(
                     f"shard {shard} keeps its parameters in another arena than its neighbours"
                 )
-            if not known:  # nobody is left of those who kept up an older one
+            if not known:  # no shard writes to an earlier arena any more
                 self._parameters = Arena.attach(fds.pop(), self._sizes, copies=2)
         except DistNadamError:
-            line.close()
+            connection.close()
             raise
         finally:
             for fd in fds:
                 os.close(fd)
         assert self._parameters is not None
         self._parameters.populate(self._ranges[shard])
-        self._lines[shard], self._shard_of[line.fileno()] = line, shard
-        self._poll.register(line.fileno(), select.POLLIN)
+        self._connections[shard] = connection
+        self._shard_of[connection.fileno()] = shard
+        self._poll.register(connection.fileno(), select.POLLIN)
 
-    def begin_anew(self, ranges: list[Ranges], incarnation: int) -> None:
-        """Take what the shards hold, and as which worker they are called, from now on; all lanes
-        are to be opened anew.
-        """
-        for shard in list(self._lines):
+    def reset(self, ranges: list[Ranges], incarnation: int) -> None:
+        """Close all channels; open later ones to shards of these ranges, as this incarnation."""
+        for shard in list(self._connections):
             self.drop(shard)
-        self._ranges, self._incarnation = ranges, incarnation
-        self._take_leave_at_the_end()
+        self._ranges = ranges
+        self._incarnation = incarnation
+        self._leave_when_dropped()
 
     def drop(self, shard: int) -> None:
-        """Hang up on a shard that is gone, or goes by another way from now on."""
-        line = self._lines.pop(shard, None)
-        if line is not None:
-            self._poll.unregister(line.fileno())
-            del self._shard_of[line.fileno()]
-            line.close()
+        """Close the channel to a shard, if any."""
+        connection = self._connections.pop(shard, None)
+        if connection is not None:
+            self._poll.unregister(connection.fileno())
+            del self._shard_of[connection.fileno()]
+            connection.close()
 
     def __contains__(self, shard: int) -> bool:
-        return shard in self._lines
+        return shard in self._connections
 
     def post(self, messages: Mapping[int, Message]) -> int:
-        """Send each shard its message and return the number that `collect` takes."""
+        """Send each shard its message; return the number for `collect`."""
         if self._thread != threading.get_ident():
             self._thread = threading.get_ident()
             use_batch_scheduling()
         self._number += 1
-        self._answers = {self._number: {}}  # what comes for older ones is of no use any more
+        self._answers = {self._number: {}}  # drops the answers to earlier numbers
         for shard, message in messages.items():
-            line = self._lines[shard]
-            if not line.send(pack(self._number, message)):
-                self._poll.modify(line.fileno(), select.POLLIN | select.POLLOUT)
+            connection = self._connections[shard]
+            if not connection.send(pack(self._number, message)):
+                self._poll.modify(connection.fileno(), select.POLLIN | select.POLLOUT)
         return self._number
 
     def collect(self, number: int, count: int, deadline: float) -> dict[int, Any]:
         """Return the `count` shards' answers to the messages of that number.
 
         Raises:
-            DistNadamError: the first shard's that refused.
-            ShardLost: a shard died, as the end of its line tells at once.
+            DistNadamError: what the first shard that refused raised.
+            ShardLost: a shard died, which the end of its connection says at once.
             TimeoutError: not all answered before the deadline (of `time.monotonic`); may be called
                 again.
         """
@@ -157,24 +164,21 @@ class ShmClient:
                     self._attend(self._shard_of[fd], event)
         return answers
 
-    def parameters_of(self, shard: int, decided: RoundResult) -> Flat:
-        """Return the views of one shard's ranges that an answer speaks of."""
-        flat = self.parameters[decided.buffer]
-        return {
-            space: flat[space][begin:end] for space, (begin, end) in self._ranges[shard].items()
-        }
+    def parameters_of(self, shard: int, result: RoundResult) -> Flat:
+        """Return views of one shard's ranges in the buffer that an answer names."""
+        return cut_flat(self.parameters[result.buffer], self._ranges[shard])
 
     def close(self) -> None:
-        """Take leave and hang up; the memory stays as long as someone has views of it."""
-        self._drop()
+        """Send Leave and close the channels; views of the memory stay valid."""
+        self._leave()
 
     def _attend(self, shard: int, event: int) -> None:
-        line = self._lines[shard]
-        if event & select.POLLOUT and line.flush():
-            self._poll.modify(line.fileno(), select.POLLIN)
+        connection = self._connections[shard]
+        if event & select.POLLOUT and connection.flush():
+            self._poll.modify(connection.fileno(), select.POLLIN)
         if not event & ~select.POLLOUT:
             return
-        frames = line.receive()
+        frames = connection.receive()
         if frames is None:
             self.drop(shard)
             raise ShardLost(f"shard {shard}: its process died")
@@ -187,8 +191,8 @@ class ShmClient:
             self._answers[number][shard] = answer
 
 
-def _take_leave(lines: dict[int, Connection], leave: Leave) -> None:
-    for line in lines.values():
-        line.send(pack(0, leave))
-        line.close()
-    lines.clear()
+def _send_leave(connections: dict[int, Connection], leave: Leave) -> None:
+    for connection in connections.values():
+        connection.send(pack(0, leave))
+        connection.close()
+    connections.clear()

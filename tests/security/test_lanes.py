@@ -15,7 +15,7 @@ import ray
 
 from distnadam import DistNadam
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, call
+from distnadam.transport.connection import Address, connect
 from distnadam.transport.shared_memory import Arena
 from distnadam.worker import Worker
 from tests.security.strangers import NOBODY, as_nobody, as_root
@@ -25,7 +25,7 @@ GRADIENTS = {"w": np.ones(5000, np.float32)}
 RING = """
 for name, token in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
-        call(Address(name, token), {"rank": None}, [])
+        connect(Address(name, token), {"rank": None}, [])
     except LaneError as error:
         print(error)
     raw = socket.socket(socket.AF_UNIX)
@@ -94,7 +94,7 @@ def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_
     addresses = [place.address for place in optimizer.shards.backend.places]  # type: ignore[attr-defined]
     told = as_nobody(
         "import socket, sys\nfrom distnadam.errors import LaneError\nfrom "
-        "distnadam.transport.connection import Address, call",
+        "distnadam.transport.connection import Address, connect",
         RING,
         *(part for address in addresses for part in (address.name, address.token)),
     )
@@ -128,7 +128,7 @@ def test_a_worker_hands_its_memory_to_no_other_user_who_listens_under_a_shards_n
         assert fake.stdout.readline() == "ready\n"
         arena = Arena.create({"float32": 100})
         with pytest.raises(LaneError, match=f"runs as user {NOBODY}, this one as 0"):
-            call(
+            connect(
                 Address(f"distnadam-fake-{tmp_path.name}", "token"),
                 {"rank": 0, "incarnation": 1},
                 [arena.fd],

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, Connection, Server, call
+from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 
 
 class Echo:
@@ -24,7 +24,7 @@ class Echo:
     def __init__(self) -> None:
         self.greeted: list[Any] = []
         self.ended = threading.Semaphore(0)
-        self.server = Server(self.greet, self.frame, lambda line: self.ended.release())
+        self.server = ConnectionServer(self.greet, self.frame, lambda line: self.ended.release())
 
     def greet(
         self, line: Connection, greeting: dict[str, Any], fds: list[int]
@@ -57,7 +57,7 @@ def receive(line: Connection, count: int) -> list[bytes]:
 
 
 def test_greetings_are_exchanged_and_frames_come_back_in_order(echo: Echo) -> None:
-    line, answer, fds = call(echo.server.address, {"name": "me"}, [])
+    line, answer, fds = connect(echo.server.address, {"name": "me"}, [])
     assert (answer, fds) == ({"hello": "me"}, [])
     for number in range(50):
         line.send((1).to_bytes(4, "little") + bytes([number]))
@@ -67,8 +67,8 @@ def test_greetings_are_exchanged_and_frames_come_back_in_order(echo: Echo) -> No
 
 
 def test_frames_larger_than_any_buffer_go_both_ways_and_hold_nobody_up(echo: Echo) -> None:
-    line, _, _ = call(echo.server.address, {"name": "large"}, [])
-    other, _, _ = call(echo.server.address, {"name": "small"}, [])
+    line, _, _ = connect(echo.server.address, {"name": "large"}, [])
+    other, _, _ = connect(echo.server.address, {"name": "small"}, [])
     body = os.urandom(20 << 20)
     assert not line.send(len(body).to_bytes(4, "little") + body), (
         "it does not fit at once, and does not wait"
@@ -82,11 +82,11 @@ def test_frames_larger_than_any_buffer_go_both_ways_and_hold_nobody_up(echo: Ech
 
 def test_a_wrong_token_and_a_refused_greeting_say_so(echo: Echo) -> None:
     with pytest.raises(LaneError, match="the token is wrong"):
-        call(Address(echo.server.address.name, "0" * 32), {"name": "me"}, [])
+        connect(Address(echo.server.address.name, "0" * 32), {"name": "me"}, [])
     with pytest.raises(LaneError, match="you are not wanted"):
-        call(echo.server.address, {"name": "unwanted"}, [])
+        connect(echo.server.address, {"name": "unwanted"}, [])
     with pytest.raises(LaneError, match="no lane to the socket distnadam-nowhere"):
-        call(Address("distnadam-nowhere", ""), {}, [])
+        connect(Address("distnadam-nowhere", ""), {}, [])
     assert echo.greeted == []
 
 
@@ -96,7 +96,7 @@ def test_nonsense_ends_its_own_line_only(echo: Echo) -> None:
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
     assert stranger.recv(100) == b""
     stranger.close()
-    line, answer, _ = call(echo.server.address, {"name": "me"}, [])
+    line, answer, _ = connect(echo.server.address, {"name": "me"}, [])
     assert answer == {"hello": "me"}
     line.close()
 
@@ -104,10 +104,10 @@ def test_nonsense_ends_its_own_line_only(echo: Echo) -> None:
 AS_NOBODY = """
 import os, sys
 from distnadam.errors import LaneError
-from distnadam.transport.connection import Address, call
+from distnadam.transport.connection import Address, connect
 os.setgid(65534); os.setuid(65534)
 try:
-    call(Address(sys.argv[1], sys.argv[2]), {"name": "nobody"}, [])
+    connect(Address(sys.argv[1], sys.argv[2]), {"name": "nobody"}, [])
 except LaneError as error:
     print(error)
 """
@@ -128,8 +128,8 @@ def test_another_user_is_refused_though_it_knows_name_and_token(echo: Echo) -> N
 
 CALLER = """
 import os, sys, time
-from distnadam.transport.connection import Address, call
-line, _, _ = call(Address(sys.argv[1], sys.argv[2]), {"name": "caller"}, [])
+from distnadam.transport.connection import Address, connect
+line, _, _ = connect(Address(sys.argv[1], sys.argv[2]), {"name": "caller"}, [])
 child = os.fork()
 if child == 0:
     time.sleep(600)

@@ -1,14 +1,26 @@
-"""Calls to Ray actors: their answers or errors of ours, made again where Ray loses them."""
+"""Calls to Ray actors: the one translation of Ray's exceptions, and the one retry of lost calls.
+
+A call is lost if Ray cannot say whether the actor carried it out, or lost the answer: the actor may
+be alive. Only idempotent calls are retried. Nothing here knows what the calls mean.
+"""
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+from typing_extensions import override
 
 from distnadam.backends.base import Pending
 from distnadam.errors import (
@@ -18,206 +30,259 @@ from distnadam.errors import (
     ShardLost,
     ShardUnavailable,
     StepTimeout,
-    WorkerLost,
 )
-
-_AGAIN_S = 0.05
-
 
 _K = TypeVar("_K")
 
-
-def retry_until_answered(call: Callable[[], Any], *, timeout_s: float, first: Any = None) -> Any:
-    """Return the answer of a call that does no harm twice, made again as long as Ray loses it;
-    `first` is one on its way already.
-
-    Raises:
-        DistNadamError: what was raised there.
-        StepTimeout: there was no answer in time.
-        RayActorError: the actor is dead.
-    """
-    deadline, ref = time.monotonic() + timeout_s, first if first is not None else call()
-    while True:
-        try:
-            return ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
-        except ActorUnavailableError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(_AGAIN_S)
-            ref = call()
-        except GetTimeoutError as error:
-            raise StepTimeout(f"an actor did not answer in {timeout_s:g} s") from error
-        except RayTaskError as error:
-            raise own(error) from None
+_PAUSE_S = 0.05
+_SLICE_S = 0.05
+_TRIES = 5
 
 
-def all_answered(
-    keys: Iterable[_K], call: Callable[[_K], Any], *, timeout_s: float
-) -> dict[_K, Any]:
-    """Return by key the answers of calls as `retry_until_answered` makes them, all at once."""
-    asked = {key: call(key) for key in keys}
-    return {
-        key: retry_until_answered(partial(call, key), timeout_s=timeout_s, first=ref)
-        for key, ref in asked.items()
-    }
+def _never() -> bool:
+    return False
 
 
-def retry_in_background(call: Callable[[], Any]) -> None:
-    """Make a call that does no harm twice, and whose answer nobody waits for, again as long as Ray
-    loses it.
+@dataclass(frozen=True, kw_only=True)
+class Callee:
+    """How errors name the actor that was called, and what they are.
+
+    Attributes:
+        who: what the messages begin with.
+        died: raised if the actor died.
+        unavailable: raised if the call was lost.
+        remedy: what the messages of these two end with.
+        restarts: whether Ray restarts the actor now that it died, so that a call may be retried.
     """
 
-    def again() -> None:
-        with contextlib.suppress(Exception):  # Ray was shut down, or the actor is gone
-            retry_in_background(call)
-
-    def done(future: Any) -> None:
-        if isinstance(future.exception(), ActorUnavailableError):
-            timer = threading.Timer(_AGAIN_S, again)
-            timer.daemon = True
-            timer.start()
-
-    call().future().add_done_callback(done)
+    who: str
+    died: type[ClusterError] = ShardLost
+    unavailable: type[ClusterError] = ShardUnavailable
+    remedy: str = ""
+    restarts: Callable[[], bool] = _never
 
 
-def own(error: RayTaskError) -> Exception:
-    """Return the error of ours that an actor's call raised, however many actors it came through;
-    else the given one.
+ACTOR = Callee(who="an actor")
+
+
+def shard_callee(index: object) -> Callee:
+    """Return the callee of a shard, or of several by their indices in words."""
+    return Callee(who=f"shard {index}")
+
+
+def translate(error: Exception, callee: Callee) -> Exception:
+    """Return our error for one of Ray's; any other error, a bug in the actor included, as it is.
+
+    | Ray | ours |
+    | --- | --- |
+    | RayTaskError | the DistNadamError that the actor raised |
+    | ActorUnavailableError, ObjectLostError | `callee.unavailable` |
+    | any other RayActorError | `callee.died` |
+    | GetTimeoutError | StepTimeout |
     """
+    ours: Exception
+    match error:
+        case RayTaskError():  # first: Ray makes it an instance of its cause's class too
+            return unwrap(error)
+        case ActorUnavailableError() | ObjectLostError():
+            ours = callee.unavailable(f"{callee.who}: {_first_line(error)}{callee.remedy}")
+        case RayActorError():
+            ours = callee.died(
+                f"{callee.who}: its process or node died: {_first_line(error)}{callee.remedy}"
+            )
+        case GetTimeoutError():
+            ours = StepTimeout(f"{callee.who} did not answer in time")
+        case _:
+            return error
+    ours.__cause__ = error
+    return ours
+
+
+def unwrap(error: RayTaskError) -> Exception:
+    """Return our error that an actor's method raised, through however many actors, else `error`."""
     cause: Any = error
     while isinstance(cause, RayTaskError) and cause.cause is not None:
         cause = cause.cause
     return cause if isinstance(cause, DistNadamError) else error
 
 
-_SLICE_S = 0.05
+def is_lost(error: BaseException | None) -> bool:
+    """Whether a call ended in a way that leaves open if the actor carried it out."""
+    return isinstance(error, (ActorUnavailableError, ObjectLostError)) and not isinstance(
+        error, RayTaskError
+    )
 
 
-_TRIES = 5
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def retry_until_answered(
+    call: Callable[[], Any], *, timeout_s: float, callee: Callee = ACTOR
+) -> Any:
+    """Return the answer of an idempotent call, repeated while it is lost.
+
+    Raises:
+        DistNadamError: what the actor raised, or as `translate` maps it.
+        StepTimeout: no answer within `timeout_s`.
+    """
+    return retry_all_until_answered({0: call}, timeout_s=timeout_s, callee=lambda _: callee)[0]
+
+
+def retry_all_until_answered(
+    calls: Mapping[_K, Callable[[], Any]],
+    *,
+    timeout_s: float,
+    callee: Callable[[_K], Callee] = shard_callee,
+) -> dict[_K, Any]:
+    """Return the answers of idempotent calls made at once, each repeated while it is lost.
+
+    Raises:
+        DistNadamError, StepTimeout: as `retry_until_answered`; the first in the order of `calls`.
+    """
+    answers = _gather(calls, timeout_s=timeout_s, callee=callee)
+    for key in calls:
+        if isinstance(answers[key], Exception):
+            raise answers[key]
+    return answers
 
 
 def gather_with_retry(
-    calls: Mapping[int, Callable[[], Any]], timeout_s: float, ended: Callable[[], set[int]] = set
+    calls: Mapping[int, Callable[[], Any]],
+    timeout_s: float,
+    ended: Callable[[], Collection[int]] | None = None,
 ) -> dict[int, Any]:
-    """Return the answers of calls that do no harm twice, as all that a supervisor says, made again
-    where Ray lost them.
+    """Return each shard's answer or DistNadamError; a lost call is repeated a few times.
 
     Args:
-        calls: by the index of a shard.
-        timeout_s: after which a silent one is answered for by StepTimeout.
-        ended: returns the indices of those that are known to have ended, which Ray takes seconds to
-            tell.
+        calls: an idempotent call by the index of its shard.
+        timeout_s: after which a silent shard's answer is StepTimeout.
+        ended: returns the indices of the shards whose process is known to have ended; Ray takes
+            seconds to notice.
     """
-    answers: dict[int, Any] = {}
-    for _ in range(_TRIES):
-        again = [
-            index
-            for index in calls
-            if index not in answers or isinstance(answers[index], ShardUnavailable)
-        ]
-        answers |= _gather({index: calls[index]() for index in again}, timeout_s, ended)
-        if not any(isinstance(answer, ShardUnavailable) for answer in answers.values()):
-            break
-    return answers
+    answers = _gather(calls, timeout_s=timeout_s, callee=shard_callee, tries=_TRIES, ended=ended)
+    return {
+        index: ClusterError(f"shard {index}: {type(answer).__name__}: {answer}")
+        if isinstance(answer, Exception) and not isinstance(answer, DistNadamError)
+        else answer
+        for index, answer in answers.items()
+    }
 
 
 def _gather(
-    refs: dict[int, Any], timeout_s: float, ended: Callable[[], set[int]]
-) -> dict[int, Any]:
-    deadline, ready = time.monotonic() + timeout_s, set()
-    while refs and time.monotonic() < deadline:
-        awaited = [ref for index, ref in refs.items() if index not in ended()]
-        ready = (
-            set(ray.wait(awaited, num_returns=len(awaited), timeout=_SLICE_S)[0])
-            if awaited
-            else set()
-        )
-        if len(ready) == len(awaited):
-            break
-    answers: dict[int, Any] = {}
-    for index, ref in refs.items():
-        if ref in ready:
-            answers[index] = _answer(index, ref)
-        elif index in ended():
-            answers[index] = ShardLost(f"shard {index}: its process ended")
-        else:
-            answers[index] = StepTimeout(f"shard {index} did not answer in {timeout_s:g} s")
+    calls: Mapping[_K, Callable[[], Any]],
+    *,
+    timeout_s: float,
+    callee: Callable[[_K], Callee],
+    tries: float = float("inf"),
+    ended: Callable[[], Collection[_K]] | None = None,
+) -> dict[_K, Any]:
+    """Make all calls at once, repeat those that are lost, and return answers and errors."""
+    deadline = time.monotonic() + timeout_s
+    made = dict.fromkeys(calls, 1)
+    refs = {key: call() for key, call in calls.items()}
+    answers: dict[_K, Any] = {}
+    while refs:
+        gone = ended() if ended is not None else ()
+        awaited = [ref for key, ref in refs.items() if key not in gone]
+        left_s = max(0.0, deadline - time.monotonic())
+        ready = _ready(awaited, left_s if ended is None else min(left_s, _SLICE_S))
+        again = []
+        for key, ref in list(refs.items()):
+            late = time.monotonic() >= deadline
+            if ref in ready:
+                answers[key], lost = _outcome(ref, callee(key))
+                if lost and made[key] < tries and not late:
+                    again.append(key)
+                    continue
+            elif key in gone:
+                answers[key] = callee(key).died(f"{callee(key).who}: its process ended")
+            elif late:
+                answers[key] = StepTimeout(f"{callee(key).who} did not answer in {timeout_s:g} s")
+            else:
+                continue
+            del refs[key]
+        if again:
+            time.sleep(_PAUSE_S)
+        for key in again:
+            made[key] += 1
+            refs[key] = calls[key]()
     return answers
 
 
-def _answer(index: int, ref: Any) -> Any:
+def _ready(refs: list[Any], timeout_s: float) -> set[Any]:
+    """Wait until all are answered, for so long; return those that are."""
+    return set(ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
+
+
+def _outcome(ref: Any, callee: Callee) -> tuple[Any, bool]:
+    """Return a call's answer or our error, and whether the call may be repeated."""
     try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        ours = own(error)
-        return ours if isinstance(ours, DistNadamError) else ClusterError(str(error))
-    except ActorUnavailableError as error:
-        return ShardUnavailable(f"shard {index}: {str(error).splitlines()[0]}")
-    except (RayActorError, GetTimeoutError) as error:
-        return ShardLost(f"shard {index}: its process or node died: {str(error).splitlines()[0]}")
+        return ray.get(ref), False
     except Exception as error:
-        return ClusterError(f"shard {index}: {type(error).__name__}: {error}")
+        died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
+        return translate(error, callee), is_lost(error) or (died and callee.restarts())
+
+
+def retry_in_background(call: Callable[[], Any]) -> None:
+    """Make an idempotent call whose answer nobody waits for; repeat it while it is lost."""
+
+    def again() -> None:
+        with contextlib.suppress(Exception):  # Ray was shut down, or the actor is gone
+            retry_in_background(call)
+
+    def done(future: Any) -> None:
+        if is_lost(future.exception()):
+            timer = threading.Timer(_PAUSE_S, again)
+            timer.daemon = True
+            timer.start()
+
+    call().future().add_done_callback(done)
 
 
 def require_ray() -> None:
-    """Raise where Ray was shut down: its functions would quietly start another, or join one that is
-    dying.
-    """
+    """Raise LifecycleError if Ray was shut down: its functions would start or join another one."""
     if not ray.is_initialized():
         raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 
 def ignore_results(refs: Iterable[Any]) -> None:
-    """Do without the answers of calls, and what they fail with: Ray shows its user every error that
-    nobody asked for.
-    """
+    """Drop the answers and errors of calls; Ray logs every error that nobody asked for."""
     for ref in refs:
         ref.future()  # asks, and waits for nothing
 
 
 class RayPending(Pending):
-    """Object references of answers; `who` names in an error who should have given them."""
+    """The object references of shards' answers, by index."""
 
-    def __init__(self, refs: dict[int, Any], who: str) -> None:
-        self._refs, self._who = refs, who
+    def __init__(self, refs: Mapping[int, Any]) -> None:
+        self._refs = refs
 
+    @override
     def result(self, timeout_s: float) -> dict[int, Any]:
-        """See `Pending.result`."""
         require_ray()
+        refs = list(self._refs.values())
         try:
-            return self._get(timeout_s)
-        except BaseException:
-            ignore_results(self._refs.values())
-            raise
+            return dict(zip(self._refs, ray.get(refs, timeout=timeout_s), strict=True))
+        except BaseException as error:
+            ignore_results(refs)
+            if isinstance(error, GetTimeoutError) and not isinstance(error, RayTaskError):
+                raise TimeoutError from error
+            if not isinstance(error, RayError):
+                raise
+            ours = translate(error, shard_callee(", ".join(map(str, self._failed()))))
+            raise ours from ours.__cause__
 
-    def _get(self, timeout_s: float) -> dict[int, Any]:
-        try:
-            return dict(
-                zip(self._refs, ray.get(list(self._refs.values()), timeout=timeout_s), strict=True)
-            )
-        except GetTimeoutError as error:
-            raise TimeoutError from error
-        except RayTaskError as error:
-            raise own(error) from None
-        except ActorUnavailableError as error:
-            raise ShardUnavailable(
-                f"{self._who} {', '.join(map(str, self._refs))}: {str(error).splitlines()[0]}"
-            ) from error
-        except RayActorError as error:
-            kind = ShardLost if self._who == "shard" else WorkerLost
-            raise kind(
-                f"{self._dead()}: its process or node died: {str(error).splitlines()[0]}"
-            ) from error
-
-    def _dead(self) -> str:
-        ready, _ = ray.wait(list(self._refs.values()), num_returns=len(self._refs), timeout=0)
-        dead = []
+    def _failed(self) -> list[int]:
+        """Return the shards that are known to have died, or whose call was lost."""
+        ready = _ready(list(self._refs.values()), 0)
+        failed = []
         for index, ref in self._refs.items():
             if ref in ready:
                 try:
                     ray.get(ref)
-                except RayActorError:
-                    dead.append(str(index))
-                except Exception:
+                except RayTaskError:
                     continue
-        return f"{self._who} {', '.join(dead)}"
+                except RayError:
+                    failed.append(index)
+        return failed

@@ -1,5 +1,5 @@
-"""How a primary keeps up a standby on another node: by calls that carry arrays as Ray objects, put
-into their order where they arrive.
+"""How a primary replicates rounds to a standby on another node: calls that carry arrays as Ray
+objects, put back into their order where they arrive.
 """
 
 import asyncio
@@ -9,20 +9,27 @@ import time
 from typing import Any
 
 import ray
+from typing_extensions import override
 
 from distnadam.errors import LaneError
 from distnadam.protocol.supervisor_messages import Record, ReplicatedRound, ShardControlState
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
 from distnadam.transport.replication import ReplicationStream
 
-_LET_GO_S = 1.0
+_RELEASE_S = 1.0
 
 
 class ObjectReplicationStream(ReplicationStream):
-    """A standby on another node: what it is given travels by Ray objects, and counts once it has
-    answered.
+    """A standby on another node: a record counts as delivered once the standby has answered.
 
-    While the first copy is on its way, rounds go on without waiting for it.
+    Until the first copy has arrived, rounds go on without waiting for it.
+
+    Args:
+        standby: its actor.
+        control_state: the primary's, at the round of the arrays.
+        config: the primary's NadamConfig.
+        arrays: the primary's "params", "m" and "v", which are copied.
+        timeout_s: seconds after which a standby that has not answered is given up.
     """
 
     def __init__(
@@ -33,76 +40,82 @@ class ObjectReplicationStream(ReplicationStream):
         arrays: dict[str, Flat],
         timeout_s: float,
     ) -> None:
-        self._standby, self._timeout_s = standby, timeout_s
+        self._standby = standby
+        self._timeout_s = timeout_s
         self._spaces = sorted(arrays["params"])
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
-        given = [arrays[name][space] for space in self._spaces for name in STATE_ARRAYS]
-        self._feed, self._numbers = time.time_ns(), itertools.count(1)
-        self._calls = [standby.begin.remote(control_state, config, self._feed, *given)]
-        self.reached, self._synced = control_state.round, False
+        self._id = time.time_ns()  # later than any earlier stream's, another primary's included
+        self._numbers = itertools.count(1)
+        copied = [arrays[name][space] for space in self._spaces for name in STATE_ARRAYS]
+        self._calls = [standby.begin.remote(control_state, config, self._id, *copied)]
+        self.reached = control_state.round
+        self._filled = False
 
+    @override
     def ready(self) -> bool:
-        """See `ReplicationStream.ready`; a call has copied its arguments."""
+        """Return True: a call has copied its arguments."""
         return True
 
+    @override
     def send(self, record: Record) -> bool:
-        """See `ReplicationStream.send`."""
         means = (
             [self.mean[space] for space in self._spaces]
             if isinstance(record, ReplicatedRound) and record.outcome == "applied"
             else []
         )
         self._calls.append(
-            self._standby.replicate.remote(self._feed, next(self._numbers), record, *means)
+            self._standby.replicate.remote(self._id, next(self._numbers), record, *means)
         )
         try:
-            self._synced = self._synced or bool(ray.wait(self._calls[:1], timeout=0)[0])
-            if self._synced:
+            self._filled = self._filled or bool(ray.wait(self._calls[:1], timeout=0)[0])
+            if self._filled:
                 ray.get(self._calls, timeout=self._timeout_s)
                 self._calls = []
-        except Exception:  # whatever it is, that standby cannot follow
+        except Exception:  # whatever it is, this standby cannot follow
             return False
-        if isinstance(record, ReplicatedRound) and self._synced:
+        if isinstance(record, ReplicatedRound) and self._filled:
             self.reached = record.round
         return True
 
+    @override
     def close(self) -> None:
-        """See `ReplicationStream.close`."""
-        with contextlib.suppress(
-            Exception
-        ):  # it is gone, or does not answer; the supervisor hears of that by itself
-            ray.get(self._standby.release.remote(self._feed), timeout=_LET_GO_S)
+        with contextlib.suppress(Exception):  # it died or is silent; the supervisor notices
+            ray.get(self._standby.release.remote(self._id), timeout=_RELEASE_S)
 
 
 class OrderedStream:
-    """Puts the calls of one primary to its standby into their order; a later feed ends an earlier
-    one.
+    """Puts the calls of a primary to its standby into their order.
+
+    A stream has an id, and its calls numbers from 0; a stream with a higher id ends an earlier one.
     """
 
     def __init__(self) -> None:
-        self._feed, self._next, self._ended = 0, 0, 0
+        self._stream = 0
+        self._next = 0
+        self._ended = 0
         self._changed = asyncio.Event()
 
-    async def turn(self, feed: int, number: int) -> None:
-        """Wait until it is this call's turn; raise LaneError where its feed is over."""
+    async def turn(self, stream: int, number: int) -> None:
+        """Wait until it is this call's turn; raise LaneError if its stream ended."""
         while True:
-            if feed <= self._ended or feed < self._feed:
-                raise LaneError("the primary goes on without this standby, or fills it anew")
-            if number == 0 or (feed, number) == (self._feed, self._next):
+            if stream <= self._ended or stream < self._stream:
+                raise LaneError("the primary goes on without this standby, or fills it again")
+            if number == 0 or (stream, number) == (self._stream, self._next):
                 break
             await self._changed.wait()
-        self._feed, self._next = feed, number
+        self._stream = stream
+        self._next = number
 
     def done(self, number: int) -> None:
-        """Have the next call come."""
+        """Give the turn to the call after `number`."""
         self._next = number + 1
         self._wake()
 
-    def end(self, feed: int) -> bool:
-        """Let no more call of this feed come; return whether no later one has begun."""
-        self._ended = max(self._ended, feed)
+    def end(self, stream: int) -> bool:
+        """Refuse further calls of this stream; return whether no later stream has begun."""
+        self._ended = max(self._ended, stream)
         self._wake()
-        return feed >= self._feed
+        return stream >= self._stream
 
     def _wake(self) -> None:
         self._changed.set()

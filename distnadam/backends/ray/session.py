@@ -1,5 +1,7 @@
-"""Joining the Ray that runs already, or starting one of our own. What cannot be joined is said in
-one sentence, and soon.
+"""Connecting to a Ray that runs already, or starting our own.
+
+A Ray that cannot be joined is refused in one sentence and within seconds: Ray itself tries for
+minutes, and may end the process.
 """
 
 import logging
@@ -16,43 +18,46 @@ from distnadam.errors import ClusterError, NotRunning
 log = logging.getLogger("distnadam")
 
 _ANSWER_S = 5.0
-_AGAIN_S = 0.05
+_PAUSE_S = 0.05
+_NAMESPACE = "distnadam-driver"
+_TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 class OwnedRay:
-    """A Ray that we started, behind a token that only this process and its children know."""
+    """A Ray that this process started, behind a token that only it and its children know."""
 
     def __init__(self, options: Options | None) -> None:
-        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(
-                32
-            )  # Ray asks for one by itself, and would write it to the home
-        store = options.object_store_bytes if options is not None else None
+        if not os.environ.keys() & set(_TOKEN_VARIABLES):
+            # Ray would make a token by itself, but write it to the home directory
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         ray.init(
             address="local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=store,
-            namespace="distnadam-driver",
+            object_store_memory=options.object_store_bytes if options is not None else None,
+            namespace=_NAMESPACE,
         )
-        if (
-            "RAY_AUTH_MODE" not in os.environ
-        ):  # Ray before 2.59, imported before we could ask for it
+        if "RAY_AUTH_MODE" not in os.environ:  # Ray before 2.59 that was imported before us
             log.warning(
                 "whoever reaches the Ray started here may run code on it: set RAY_AUTH_MODE=token"
             )
 
     def shut_down(self) -> None:
-        """Stop every process of this Ray; the environment keeps the token, which Ray has read for
-        good.
-        """
+        """Stop every process of this Ray; the environment keeps the token, which Ray has cached."""
         ray.shutdown()
 
 
 def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay | None:
-    """Join the Ray of this process or of `RAY_ADDRESS`; where there is neither, start and return
-    our own, or raise NotRunning.
+    """Connect to the Ray of this process or of `RAY_ADDRESS`; else start and return our own.
+
+    Args:
+        options: settings of a Ray that is started.
+        start: whether to start one.
+
+    Raises:
+        NotRunning: there is none, and `start` is False.
+        ClusterError: the Ray at `RAY_ADDRESS` does not answer, or refuses.
     """
     if ray.is_initialized():
         return None
@@ -65,34 +70,25 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
     if not address:
         return OwnedRay(options)
     _require_listener(address)
+    mode = os.environ.get("RAY_AUTH_MODE", "unset")
     try:
-        ray.init(address=address, log_to_driver=False, namespace="distnadam-driver")
-    except ConnectionError as error:  # Ray does not say why: it has only heard no
-        told = (
-            f"cannot join the Ray at RAY_ADDRESS={address}, which answers but refuses: "
-            f"RAY_AUTH_MODE is {_auth_mode()} here"
-        )
+        ray.init(address=address, log_to_driver=False, namespace=_NAMESPACE)
+    except ConnectionError as error:  # which is all that Ray says to a wrong token
         raise ClusterError(
-            f"{told}; give it, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster's hosts "
-            "have them"
+            f"cannot join the Ray at RAY_ADDRESS={address}, which answers but refuses: "
+            f"RAY_AUTH_MODE is {mode} here; give it, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as "
+            "the cluster's hosts have them"
         ) from error
     except Exception as error:
-        first = str(error).splitlines()[0]
         raise ClusterError(
-            f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {_auth_mode()}): "
-            f"{first}"
+            f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {mode}): "
+            f"{str(error).splitlines()[0]}"
         ) from error
     return None
 
 
-def _auth_mode() -> str:
-    return os.environ.get("RAY_AUTH_MODE", "unset")
-
-
 def _require_listener(address: str) -> None:
-    """Raise ClusterError where nobody listens at HOST:PORT for some seconds; Ray itself tries for
-    minutes, and may end the process.
-    """
+    """Raise ClusterError if no process listens at HOST:PORT for some seconds."""
     host, _, port = address.rpartition(":")
     if "/" in host or not port.isdigit():
         return
@@ -103,8 +99,8 @@ def _require_listener(address: str) -> None:
             return
         except OSError as error:
             if time.monotonic() >= deadline or isinstance(error, socket.gaierror):
-                told = f"nobody answers at RAY_ADDRESS={address} ({error.strerror or error})"
                 raise ClusterError(
-                    f"{told}: expected the address of a running Ray's head, as HOST:PORT"
+                    f"nobody answers at RAY_ADDRESS={address} ({error.strerror or error}): "
+                    "expected the address of a running Ray's head, as HOST:PORT"
                 ) from error
-            time.sleep(_AGAIN_S)
+            time.sleep(_PAUSE_S)

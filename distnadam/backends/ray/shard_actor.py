@@ -249,9 +249,9 @@ class ShardActor:
         if self._arena is None:
             self._place = dataclasses.replace(self._place, address=None)
             return
-        lanes = ShmServer(self._spec, self._arena, host.deliver)
-        host.gradients_of = lanes.slot
-        self._place = dataclasses.replace(self._place, address=lanes.address)
+        server = ShmServer(self._spec, self._arena, host.deliver)
+        host.gradients_of = server.gradients_of
+        self._place = dataclasses.replace(self._place, address=server.address)
 
     @property
     def _lease_s(self) -> float:

@@ -12,7 +12,7 @@ from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.calls import RayPending, retry_in_background
 from distnadam.backends.ray.processes import process_token
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
-from distnadam.backends.ray.worker_channel import RayWorkerChannel
+from distnadam.backends.ray.worker_channel import ChannelOwner, RayWorkerChannel
 from distnadam.config import Options
 from distnadam.errors import Reconfigured
 from distnadam.protocol.messages import Message, Resume
@@ -74,19 +74,22 @@ class RayShardTransport(ShardTransport):
         if messages and all(isinstance(message, Resume) for message in messages.values()):
             for call in calls.values():  # one that is lost would hold the shard until a timeout
                 retry_in_background(call)
-            return RayPending({}, "shard")
-        return RayPending({index: call() for index, call in calls.items()}, "shard")
+            return RayPending({})
+        return RayPending({index: call() for index, call in calls.items()})
 
     @override
     def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
         self.require_open()
-        node = ray.get_runtime_context().get_node_id()
         shared = self._options.transport == "auto"
-        return RayWorkerChannel(
-            self, lambda: self.places if shared else [], layout, ranges, node, rank, incarnation
+        owner = ChannelOwner(
+            node=ray.get_runtime_context().get_node_id(),
+            rank=rank,
+            sizes=layout.sizes,
+            addresses=lambda: self.places if shared else [],
         )
+        return RayWorkerChannel(self, owner, ranges, incarnation)
 
     @override
     def refresh(self) -> None:

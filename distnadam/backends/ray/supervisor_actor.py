@@ -5,12 +5,13 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 
 from distnadam.backends.ray.address import ProcessAddress
-from distnadam.backends.ray.calls import all_answered
+from distnadam.backends.ray.calls import retry_all_until_answered
 from distnadam.backends.ray.lease import lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
@@ -88,20 +89,21 @@ class SupervisorActor:
 
     def _open(self) -> None:
         actors = dict(enumerate(self._made))
-        nodes = {
-            i: place.node
-            for i, place in all_answered(
-                actors, lambda i: actors[i].place.remote(), timeout_s=OPEN_S
-            ).items()
-        }
+        found = retry_all_until_answered(
+            {i: actor.place.remote for i, actor in actors.items()}, timeout_s=OPEN_S
+        )
+        nodes = {i: place.node for i, place in found.items()}
         firsts = {node: min(i for i in nodes if nodes[i] == node) for node in nodes.values()}
-        places = all_answered(
-            firsts.values(), lambda i: actors[i].open.remote(None), timeout_s=OPEN_S
+        places = retry_all_until_answered(
+            {i: partial(actors[i].open.remote, None) for i in firsts.values()}, timeout_s=OPEN_S
         )
         near = {node: places[i].address for node, i in firsts.items()}
-        places |= all_answered(
-            actors.keys() - places.keys(),
-            lambda i: actors[i].open.remote(near[nodes[i]]),
+        places |= retry_all_until_answered(
+            {
+                i: partial(actor.open.remote, near[nodes[i]])
+                for i, actor in actors.items()
+                if i not in places
+            },
             timeout_s=OPEN_S,
         )
         self._supervisor.manage([ShardProcess(i, actors[i], places[i]) for i in sorted(actors)], {})

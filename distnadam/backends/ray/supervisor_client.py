@@ -4,24 +4,16 @@ Every call is idempotent and is repeated while Ray loses it. Only this module kn
 actor's methods.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    GetTimeoutError,
-    RayActorError,
-    RayTaskError,
-)
 from typing_extensions import override
 
 from distnadam.backends.base import SupervisorClient
-from distnadam.backends.ray.calls import own, require_ray, retry_until_answered
+from distnadam.backends.ray.calls import Callee, require_ray, retry_until_answered
 from distnadam.backends.ray.names import is_named
 from distnadam.backends.ray.supervisor_actor import SupervisorStatus
-from distnadam.errors import LifecycleError, StepTimeout, Unrecoverable
+from distnadam.errors import ClusterError, LifecycleError, Unrecoverable
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_events import CannotComplete
 from distnadam.supervision.shard_map import ShardMap
@@ -29,9 +21,13 @@ from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
 _ANSWER_S = 60.0
-_RETRY_S = 0.2
 _OPEN_S = 600.0
 _RESHARD_S = 3600.0
+_STARTING = Callee(
+    who="the optimizer's supervisor",
+    died=ClusterError,
+    unavailable=ClusterError,
+)
 
 
 class RaySupervisorClient(SupervisorClient):
@@ -61,12 +57,16 @@ class RaySupervisorClient(SupervisorClient):
 
     def start_shards(self) -> list[Any]:
         """Create the shards' actors and return their handles; they may not have started yet."""
-        handles: list[Any] = retry_until_answered(self.actor.start.remote, timeout_s=_ANSWER_S)
+        handles: list[Any] = retry_until_answered(
+            self.actor.start.remote, timeout_s=_ANSWER_S, callee=_STARTING
+        )
         return handles
 
     def open_shards(self) -> ShardMap:
         """Have the started shards get their memory and serve; return where they are."""
-        shard_map: ShardMap = retry_until_answered(self.actor.open.remote, timeout_s=_OPEN_S)
+        shard_map: ShardMap = retry_until_answered(
+            self.actor.open.remote, timeout_s=_OPEN_S, callee=_STARTING
+        )
         return shard_map
 
     def specs(self) -> list[ShardSpec]:
@@ -137,26 +137,21 @@ class RaySupervisorClient(SupervisorClient):
     def _ask(self, what: str, call: Callable[[], Any], *, timeout_s: float = _ANSWER_S) -> Any:
         """Return the answer; wait for a named supervisor that died, since Ray restarts it."""
         self.require_open()
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return ray.get(call(), timeout=max(0.0, deadline - time.monotonic()))
-            except GetTimeoutError as error:
-                raise StepTimeout(
-                    f"the optimizer's supervisor did not answer {what} in {timeout_s:g} s"
-                ) from error
-            except RayTaskError as error:
-                raise own(error) from None
-            except RayActorError as error:
-                lives = isinstance(error, ActorUnavailableError)
-                if not lives and self._name and not is_named(self.actor, self._name):
-                    raise LifecycleError(
-                        f"the optimizer {self._name!r} was ended by another process: by "
-                        "`distnadam stop`, or by its creator"
-                    ) from error
-                if not (lives or self._name) or time.monotonic() >= deadline:
-                    raise Unrecoverable(
-                        "the optimizer's supervisor died, and its shards with it: restore "
-                        "from a checkpoint, or give the optimizer a name"
-                    ) from error
-                time.sleep(_RETRY_S)
+        callee = Callee(
+            who=f"the optimizer's supervisor ({what})",
+            died=Unrecoverable,
+            unavailable=Unrecoverable,
+            remedy="; its shards died with it: restore from a checkpoint, or give the optimizer "
+            "a name",
+            restarts=self._restarts,
+        )
+        return retry_until_answered(call, timeout_s=timeout_s, callee=callee)
+
+    def _restarts(self) -> bool:
+        """Whether Ray restarts the supervisor; raise LifecycleError if another process ended it."""
+        if self._name is not None and not is_named(self.actor, self._name):
+            raise LifecycleError(
+                f"the optimizer {self._name!r} was ended by another process: by "
+                "`distnadam stop`, or by its creator"
+            )
+        return self._name is not None

@@ -1,20 +1,21 @@
-"""A worker's way to the shards of a Ray cluster: lanes to those of its own node, the backend's
-objects to all others. No Ray here.
+"""A worker's channel to the shards of a Ray cluster: shared memory with the shards of its own node,
+the transport's objects to all others. No Ray here.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
+
+from typing_extensions import override
 
 from distnadam.backends.base import Pending, Routes, ShardTransport, WorkerChannel
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.messages import Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat, empty_flat
-from distnadam.tensors.layout import Layout, Ranges
+from distnadam.tensors.layout import Ranges
 from distnadam.transport.shm_channel import ShmClient
 
 log = logging.getLogger("distnadam")
@@ -26,140 +27,170 @@ REMEDY = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChannelOwner:
+    """The worker of a channel, and how the channel learns of the shards.
+
+    Attributes:
+        node: the worker's Ray node.
+        rank: the worker's rank.
+        sizes: elements of the whole model per space.
+        addresses: returns where the shards are now; [] if memory is not to be shared.
+    """
+
+    node: str
+    rank: int
+    sizes: dict[str, int]
+    addresses: Callable[[], list[ProcessAddress]]
+
+
 class RayWorkerChannel(WorkerChannel):
-    """Lanes to the shards of this worker's node, Ray objects to all others.
+    """Shared memory with the shards of the worker's node, Ray objects to all others.
 
     Args:
         transport: sends Ray objects.
-        places_now: returns where the shards are, none where no lanes are wanted.
-        layout: the model's.
+        owner: the worker.
         ranges: what each shard holds.
-        node: this process's Ray node.
-        rank: the worker's rank.
         incarnation: the worker's incarnation.
     """
 
     def __init__(
         self,
         transport: ShardTransport,
-        places_now: Callable[[], list[ProcessAddress]],
-        layout: Layout,
+        owner: ChannelOwner,
         ranges: list[Ranges],
-        node: str,
-        rank: int,
         incarnation: int,
     ) -> None:
-        self._transport, self._places_now, self._node, self._rank = (
-            transport,
-            places_now,
-            node,
-            rank,
-        )
-        self._lanes: ShmClient | None = None
-        self._places: list[ProcessAddress] = []
-        self.parameters = None
-        self._sizes, self._ranges, self._incarnation = layout.sizes, ranges, incarnation
+        self._transport = transport
+        self._owner = owner
+        self._ranges = ranges
+        self._incarnation = incarnation
+        self._shm: ShmClient | None = None
+        self._gradients: Flat | None = None
+        self._connected: list[ProcessAddress] = []
         self.reconnect(ranges, incarnation)
 
-    @cached_property
-    def gradients(self) -> Flat:  # type: ignore[override]  # made at first use
-        """See `WorkerChannel.gradients`."""
-        return empty_flat(self._sizes) if self._lanes is None else self._lanes.gradients
+    @property
+    @override
+    def gradients(self) -> Flat:
+        """Memory shared with shards if there is any at the first use, else this process's own."""
+        if self._gradients is None:
+            self._gradients = (
+                empty_flat(self._owner.sizes) if self._shm is None else self._shm.gradients
+            )
+        return self._gradients
 
+    @override
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
-        """See `WorkerChannel.reconnect`: open lanes to shards of this node that have none; say
-        which have one, and why others have not.
-        """
-        places = self._places_now()
+        """Share memory with each shard of this node; log which shards do, and why others do not."""
+        addresses = self._owner.addresses()
         if ranges is not self._ranges or incarnation != self._incarnation:
-            self._ranges, self._places, self._incarnation = ranges, [], incarnation
-            if self._lanes is not None:
-                self._lanes.begin_anew(ranges, incarnation)
+            self._ranges = ranges
+            self._incarnation = incarnation
+            self._connected = []
+            if self._shm is not None:
+                self._shm.reset(ranges, incarnation)
         try:
-            self._open_lanes(places)
+            self._share_memory(addresses)
         except (ArenaError, LaneError) as error:
-            log.warning("worker %d: %s; %s", self._rank, error, REMEDY)
-        self._places = places
-        by_lane = [shard for shard in range(len(ranges)) if self._has_lane(shard)]
-        others = [shard for shard in range(len(ranges)) if shard not in by_lane]
-        told = "worker %d: shards %s by shared memory (same node), shards %s by Ray objects"
-        log.info(told, self._rank, by_lane or "none", others or "none")
-        self.routes = Routes(ranges, frozenset(by_lane))
-        if not by_lane and "gradients" not in self.__dict__:
-            self._lanes = None
+            log.warning("worker %d: %s; %s", self._owner.rank, error, REMEDY)
+        self._connected = addresses
+        shared = [shard for shard in range(len(ranges)) if self._shares_memory(shard)]
+        others = [shard for shard in range(len(ranges)) if shard not in shared]
+        log.info(
+            "worker %d: shards %s by shared memory (same node), shards %s by Ray objects",
+            self._owner.rank,
+            shared or "none",
+            others or "none",
+        )
+        self.routes = Routes(ranges, frozenset(shared))
+        if not shared and self._gradients is None:
+            self._shm = None
         self.parameters = None
-        if self._lanes is not None and self._lanes.complete:
-            first, second = self._lanes.parameters
+        if self._shm is not None and self._shm.complete:
+            first, second = self._shm.parameters
             self.parameters = (first, second)
 
-    def _open_lanes(self, places: list[ProcessAddress]) -> None:
-        """Open a lane to each shard of this node that is new or has none; raise ArenaError or
-        LaneError where one cannot be had.
+    def _share_memory(self, addresses: list[ProcessAddress]) -> None:
+        """Open a channel to each shard of this node that moved or has none.
+
+        Raises:
+            ArenaError, LaneError: one could not be opened.
         """
         changed = [
-            i
-            for i, place in enumerate(places)
-            if i >= len(self._places) or place != self._places[i] or not self._has_lane(i)
+            shard
+            for shard, address in enumerate(addresses)
+            if self._connected[shard : shard + 1] != [address] or not self._shares_memory(shard)
         ]
         near = {
-            i: address
-            for i in changed
-            if places[i].node == self._node and (address := places[i].address) is not None
+            shard: address
+            for shard in changed
+            if addresses[shard].node == self._owner.node
+            and (address := addresses[shard].address) is not None
         }
-        if near and self._lanes is None and "gradients" not in self.__dict__:
-            self._lanes = ShmClient(self._sizes, self._ranges, self._rank, self._incarnation)
-        if self._lanes is None:
+        if near and self._shm is None and self._gradients is None:
+            self._shm = ShmClient(
+                self._owner.sizes, self._ranges, self._owner.rank, self._incarnation
+            )
+        if self._shm is None:
             return
         for shard in changed:
-            self._lanes.drop(shard)
+            self._shm.drop(shard)
         for shard, address in near.items():
-            self._lanes.open(shard, address)
+            self._shm.open(shard, address)
 
-    def _has_lane(self, shard: int) -> bool:
-        return self._lanes is not None and shard in self._lanes
+    def _shares_memory(self, shard: int) -> bool:
+        return self._shm is not None and shard in self._shm
 
+    @override
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
-        """See `WorkerChannel.post`."""
-        if self._lanes is None:
+        if self._shm is None:
             return self._transport.post(messages)
         self._transport.require_open()
-        by_lane = {i: m for i, m in messages.items() if i in self._lanes}
-        number = self._lanes.post(by_lane) if by_lane else 0
-        others = {i: m for i, m in messages.items() if i not in by_lane}
-        return RayChannelPending(
-            self._lanes, number, by_lane, self._transport.post(others) if others else None
-        )
+        near = {i: message for i, message in messages.items() if i in self._shm}
+        far = {i: message for i, message in messages.items() if i not in near}
+        number = self._shm.post(near) if near else 0
+        objects = self._transport.post(far) if far else None
+        return RayChannelPending(self._shm, number, near, objects)
 
+    @override
     def close(self) -> None:
-        """See `WorkerChannel.close`."""
-        if self._lanes is not None:
-            self._lanes.close()
+        if self._shm is not None:
+            self._shm.close()
 
 
 class RayChannelPending(Pending):
-    """Answers by lane and by object."""
+    """Answers over shared memory and as Ray objects.
+
+    Args:
+        shm: has the answers of the shards that share memory.
+        number: `shm`'s number of the messages.
+        near: the messages over shared memory, by shard.
+        objects: the other shards' answers; None if there are none.
+    """
 
     def __init__(
         self,
-        lanes: ShmClient,
+        shm: ShmClient,
         number: int,
-        by_lane: Mapping[int, Push | TotalNorms],
-        others: Pending | None,
+        near: Mapping[int, Push | TotalNorms],
+        objects: Pending | None,
     ) -> None:
-        self._lanes, self._number, self._by_lane, self._others = lanes, number, by_lane, others
+        self._shm = shm
+        self._number = number
+        self._near = near
+        self._objects = objects
 
+    @override
     def result(self, timeout_s: float) -> dict[int, Any]:
-        """See `Pending.result`."""
         deadline = time.monotonic() + timeout_s
-        answers = (
-            self._lanes.collect(self._number, len(self._by_lane), deadline) if self._by_lane else {}
-        )
-        if self._others is not None:
-            for shard, message in self._by_lane.items():
+        answers = self._shm.collect(self._number, len(self._near), deadline) if self._near else {}
+        if self._objects is not None:
+            for shard, message in self._near.items():
                 answer = answers[shard]
                 if isinstance(answer, RoundResult) and message.want_parameters:
-                    answers[shard] = dataclasses.replace(
-                        answer, parameters=self._lanes.parameters_of(shard, answer)
+                    answers[shard] = replace(
+                        answer, parameters=self._shm.parameters_of(shard, answer)
                     )
-            answers = answers | self._others.result(max(0.0, deadline - time.monotonic()))
+            answers = answers | self._objects.result(max(0.0, deadline - time.monotonic()))
         return answers

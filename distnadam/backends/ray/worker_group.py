@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from distnadam.backends.base import WorkerGroup
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import kill_on, make_member
-from distnadam.backends.ray.calls import ignore_results, own, require_ray
+from distnadam.backends.ray.calls import Callee, ignore_results, require_ray, translate
 from distnadam.backends.ray.placement import RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
@@ -47,7 +47,8 @@ class RayWorkerGroup(WorkerGroup):
             if self._calls
             else ([], [])
         )
-        return [(self._calls.pop(ref), self._result(ref)) for ref in ready]
+        ended = [(self._calls.pop(ref), ref) for ref in ready]
+        return [(rank, self._result(rank, ref)) for rank, ref in ended]
 
     def replace(self, rank: int) -> None:
         """See `WorkerGroup.replace`."""
@@ -82,10 +83,9 @@ class RayWorkerGroup(WorkerGroup):
             kill_actor(actor)
         self._silent.add(*registry.kill(places, kill_on, grace_s=registry.GRACE_S))
 
-    def _result(self, ref: Any) -> Any:
+    def _result(self, rank: int, ref: Any) -> Any:
         try:
             return ray.get(ref)
-        except RayTaskError as error:
-            return own(error)
-        except RayActorError as error:
-            return WorkerLost(f"its process or node died: {str(error).splitlines()[0]}")
+        except RayError as error:
+            callee = Callee(who=f"worker {rank}", died=WorkerLost, unavailable=WorkerLost)
+            return translate(error, callee)

@@ -1,0 +1,300 @@
+"""A worker's and a shard's end of shared memory: real shards behind real sockets, all in here."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam import DistNadam
+from distnadam.config import NadamConfig, Options
+from distnadam.errors import LaneError, ShardLost, SupersededWorker
+from distnadam.protocol.messages import (
+    Describe,
+    Description,
+    Join,
+    Pull,
+    Push,
+    RoundResult,
+    ShardSpec,
+)
+from distnadam.protocol.supervisor_messages import Load
+from distnadam.runtime.shard_host import ShardHost
+from distnadam.tensors.arrays import Flat, cut_flat
+from distnadam.tensors.layout import Layout
+from distnadam.transport.connection import Address, connect
+from distnadam.transport.shared_memory import Arena
+from distnadam.transport.shm_channel import ShmClient
+from distnadam.transport.shm_server import ShmServer, parameter_arena
+
+PARAMS: Flat = {"float32": np.linspace(-1, 1, 3000, dtype=np.float32)}
+LAYOUT = Layout.of({"w": PARAMS["float32"]})
+CUTS = LAYOUT.cuts(2)
+ANSWER_S = 60.0
+
+
+class Shard:
+    """One shard with its server, as a process of a shard has them."""
+
+    def __init__(self, index: int, neighbour: Address | None) -> None:
+        self.spec = ShardSpec(
+            index=index,
+            num_shards=2,
+            num_workers=2,
+            replicas=0,
+            name=None,
+            config=NadamConfig(),
+            options=Options(),
+            layout=LAYOUT,
+            ranges=CUTS[index],
+        )
+        self.arena = parameter_arena(self.spec, neighbour)
+        first, second = (cut_flat(flat, self.spec.ranges) for flat in self.arena.flats)
+        self.host = ShardHost(self.spec, buffers=(first, second))
+        self.server = ShmServer(self.spec, self.arena, self.host.deliver)
+        self.host.send(Load(epoch=1, params=cut_flat(PARAMS, self.spec.ranges))).result()
+
+    def describe(self) -> Description:
+        description: Description = self.host.send(Describe()).result()
+        return description
+
+
+class Shards:
+    """Two shards of one machine."""
+
+    def __init__(self) -> None:
+        first = Shard(0, None)
+        self.all = [first, Shard(1, first.server.address)]
+
+    def join(self, rank: int) -> int:
+        incarnation: int = self.all[0].host.send(Join(rank=rank)).result().incarnation
+        self.all[1].host.send(Join(rank=rank, incarnation=incarnation)).result()
+        return incarnation
+
+    def client(self, rank: int) -> "Client":
+        client = Client(rank, self.join(rank))
+        for index, shard in enumerate(self.all):
+            client.shm.open(index, shard.server.address)
+        return client
+
+    def wait(self, fate: str) -> None:
+        """Wait until rank 1 has that fate on both shards; the test's time limit bounds it."""
+        while not all(1 in getattr(shard.describe(), fate) for shard in self.all):
+            pass
+
+
+class Client:
+    """A worker with its end."""
+
+    def __init__(self, rank: int, incarnation: int) -> None:
+        self.rank, self.incarnation = rank, incarnation
+        self.shm = ShmClient(LAYOUT.sizes, CUTS, rank, incarnation)
+
+    def push(self, value: float, *, round: int = 1, dtype: str = "float32") -> int:
+        whole = self.shm.gradients["float32"].view(np.dtype(dtype))[: PARAMS["float32"].size]
+        whole[:] = value
+        push = Push(
+            epoch=1, rank=self.rank, incarnation=self.incarnation, round=round, gradients=None
+        )
+        return self.shm.post(
+            {
+                i: replace(push, gradients=cut_flat({"float32": whole}, c))
+                for i, c in enumerate(CUTS)
+            }
+        )
+
+    def collect(self, number: int, *, timeout_s: float = ANSWER_S) -> dict[int, RoundResult]:
+        return self.shm.collect(number, 2, time.monotonic() + timeout_s)
+
+
+@pytest.fixture
+def shards() -> Iterator[Shards]:
+    shards = Shards()
+    yield shards
+    for shard in shards.all:
+        shard.server.close()
+        shard.host.close()
+
+
+def test_pushes_of_two_workers_step_all_shards_and_both_see_the_same_parameters(
+    shards: Shards,
+) -> None:
+    clients = [shards.client(rank) for rank in range(2)]
+    assert all(client.shm.complete for client in clients)
+    numbers = [client.push(1.0 + client.rank) for client in clients]
+    answers = [client.collect(number) for client, number in zip(clients, numbers, strict=True)]
+    assert {(a.outcome, a.round) for each in answers for a in each.values()} == {("applied", 1)}
+    seen = [c.shm.parameters[a[0].buffer]["float32"] for c, a in zip(clients, answers, strict=True)]
+    with DistNadam(backend="local").build({"w": PARAMS["float32"]}) as optimizer:
+        optimizer.apply_gradients({"w": np.full(3000, 1.5, np.float32)})
+        expected = optimizer.get_params()["w"].tobytes()
+    assert seen[0].tobytes() == seen[1].tobytes() == expected
+    with pytest.raises(ValueError, match="read-only"):
+        seen[0][0] = 1
+    part = clients[0].shm.parameters_of(1, answers[0][1])["float32"]
+    assert part.tobytes() == seen[0][CUTS[1]["float32"][0] :].tobytes()
+
+
+def test_gradients_in_half_precision_lie_at_the_arenas_beginning(shards: Shards) -> None:
+    clients = [shards.client(rank) for rank in range(2)]
+    halves = [client.push(0.5, dtype="float16") for client in clients]
+    first = clients[0].collect(halves[0])
+    half = clients[0].shm.parameters[first[0].buffer]["float32"].tobytes()
+    other = Shards()
+    whole_clients = [other.client(rank) for rank in range(2)]
+    wholes = [client.push(0.5) for client in whole_clients]
+    second = whole_clients[0].collect(wholes[0])
+    assert half == whole_clients[0].shm.parameters[second[0].buffer]["float32"].tobytes()
+
+
+def test_answers_that_are_late_may_be_collected_again(shards: Shards) -> None:
+    clients = [shards.client(rank) for rank in range(2)]
+    number = clients[0].push(1.0)
+    with pytest.raises(TimeoutError):
+        clients[0].collect(number, timeout_s=0.05)
+    clients[1].push(1.0)
+    assert sorted(clients[0].collect(number)) == [0, 1]
+
+
+def test_answers_to_an_earlier_post_are_dropped(shards: Shards) -> None:
+    clients = [shards.client(rank) for rank in range(2)]
+    clients[0].push(1.0)
+    again = clients[0].push(1.0)
+    clients[1].push(1.0)
+    assert {answer.round for answer in clients[0].collect(again).values()} == {1}
+    pull = Pull(rank=0, incarnation=clients[0].incarnation)
+    with pytest.raises(TypeError, match="Pull does not travel"):
+        clients[0].shm.post({0: pull})
+
+
+def test_a_refusal_is_raised(shards: Shards) -> None:
+    client = shards.client(0)
+    shards.join(0)
+    number = client.push(1.0)
+    with pytest.raises(SupersededWorker):
+        client.collect(number)
+
+
+def test_a_shards_end_is_told_at_once_and_its_channel_is_gone(shards: Shards) -> None:
+    client = shards.client(0)
+    number = client.push(1.0)
+    shards.all[1].server.close()
+    with pytest.raises(ShardLost, match="shard 1: its process died"):
+        client.collect(number)
+    assert 0 in client.shm and 1 not in client.shm
+    assert not client.shm.complete
+
+
+def test_a_client_that_is_dropped_or_closed_has_left_and_is_not_dead(shards: Shards) -> None:
+    client = shards.client(1)
+    del client
+    shards.wait("left")
+    client = shards.client(1)
+    views = client.shm.gradients["float32"]
+    client.shm.close()
+    shards.wait("left")
+    views[:] = 1
+    assert not any(shard.describe().dead for shard in shards.all)
+
+
+DYING = """
+import os, signal, sys
+from distnadam.transport.connection import Address
+from distnadam.transport.shm_channel import ShmClient
+cuts = [{"float32": (0, 1500)}, {"float32": (1500, 3000)}]
+client = ShmClient({"float32": 3000}, cuts, 1, int(sys.argv[1]))
+client.gradients["float32"][:] = 4
+for shard in range(2):
+    client.open(shard, Address(*sys.argv[2 + 2 * shard:4 + 2 * shard]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_workers_death_is_told_and_its_gradients_stay_readable(shards: Shards) -> None:
+    incarnation = shards.join(1)
+    addresses = [shard.server.address for shard in shards.all]
+    arguments = [part for address in addresses for part in (address.name, address.token)]
+    subprocess.run([sys.executable, "-c", DYING, str(incarnation), *arguments], check=False)
+    shards.wait("dead")
+    server = shards.all[1].server
+    left = server.gradients_of(1, incarnation, {"float32": "float32"})
+    assert left is not None
+    assert left["float32"].tolist() == [4.0] * (CUTS[1]["float32"][1] - CUTS[1]["float32"][0])
+    assert server.gradients_of(1, incarnation + 1, {"float32": "float32"}) is None
+    assert server.gradients_of(0, incarnation, {"float32": "float32"}) is None
+
+
+def test_a_message_of_another_worker_ends_the_channel_it_came_through(shards: Shards) -> None:
+    client, other = shards.client(0), shards.client(1)
+    client.rank, rank = 1, client.rank
+    number = client.push(1.0)
+    with pytest.raises(ShardLost):
+        client.collect(number)
+    client.rank = rank
+    number = other.push(1.0)
+    with pytest.raises(TimeoutError):
+        other.collect(number, timeout_s=0.05)  # it waits for rank 0, and was not disturbed
+
+
+def test_a_reset_client_reaches_the_shards_as_another_incarnation(shards: Shards) -> None:
+    client, other = shards.client(0), shards.client(1)
+    memory = client.shm.gradients["float32"]
+    client.incarnation = shards.join(0)
+    client.shm.reset(CUTS, client.incarnation)
+    assert not client.shm.complete and 0 not in client.shm
+    for index, shard in enumerate(shards.all):
+        client.shm.open(index, shard.server.address)
+    other.push(1.0)
+    assert {a.outcome for a in client.collect(client.push(1.0)).values()} == {"applied"}
+    assert client.shm.gradients["float32"] is memory
+
+
+def test_shards_of_another_arena_are_refused_while_a_neighbour_is_connected(
+    shards: Shards,
+) -> None:
+    stranger = Shard(1, None)
+    client = Client(0, shards.join(0))
+    client.shm.open(0, shards.all[0].server.address)
+    with pytest.raises(LaneError, match="shard 1 keeps its parameters in another arena"):
+        client.shm.open(1, stranger.server.address)
+    client.shm.drop(0)
+    client.shm.open(1, stranger.server.address)
+    assert client.shm.parameters[0]["float32"][-1] == 1.0
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "copies", "message"),
+    [
+        (None, 0, "expected one arena, got 0"),
+        (LAYOUT.sizes, 2, "expected one arena, got 2"),
+        ({"float32": 10**6}, 1, "bytes of sealed shared memory"),
+    ],
+)
+def test_a_greeting_without_the_right_memory_is_refused_and_the_shard_serves_on(
+    shards: Shards, sizes: dict[str, int] | None, copies: int, message: str
+) -> None:
+    address = shards.all[0].server.address
+    arenas = [Arena.create(sizes) for _ in range(copies) if sizes is not None]
+    before = open_descriptors()
+    greeting: dict[str, Any] = {"rank": 0, "incarnation": 1}
+    with pytest.raises(LaneError, match=message):
+        connect(address, greeting, [arena.fd for arena in arenas])
+    while open_descriptors() > before:
+        pass  # the test's time limit bounds it
+    assert shards.client(0).shm.complete
+
+
+def test_the_memory_of_a_neighbour_that_is_gone_cannot_be_joined(shards: Shards) -> None:
+    shard = shards.all[1]
+    shard.server.close()
+    with pytest.raises(LaneError, match="no lane to the socket"):
+        parameter_arena(shard.spec, shard.server.address)
