@@ -54,8 +54,13 @@ class LocalWorkerChannel(WorkerChannel):
 
     def __init__(self, transport: "LocalTransport", layout: Layout) -> None:
         self._transport = transport
-        self.gradients = empty_flat(layout.sizes)
+        self._gradients = empty_flat(layout.sizes)
         self.parameters = transport.parameters
+
+    @property
+    @override
+    def gradients(self) -> Flat:
+        return self._gradients
 
     @override
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
@@ -99,12 +104,13 @@ class LocalWorkerGroup(WorkerGroup):
 
 
 class LocalTransport(ShardTransport):
-    """The shards' hosts, called directly; nothing moves, and nothing dies by itself."""
+    """The shards' hosts, called directly; nothing dies by itself."""
 
     def __init__(self) -> None:
         self.hosts: list[ShardHost] = []
         self.specs: list[ShardSpec] = []
         self.parameters: tuple[Flat, Flat] = ({}, {})
+        self._version = 0
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
         """Return a new host, whose parameter buffers are views of `parameters`."""
@@ -120,6 +126,7 @@ class LocalTransport(ShardTransport):
         """Send every later message to these hosts; the parameters stay where they are."""
         self.specs = list(specs)
         self.hosts = [process.handle for process in shards]
+        self._version += 1
 
     @property
     @override
@@ -129,7 +136,7 @@ class LocalTransport(ShardTransport):
     @property
     @override
     def version(self) -> int:
-        return 0
+        return self._version
 
     @override
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
@@ -156,7 +163,7 @@ class LocalTransport(ShardTransport):
 
     @override
     def wait_if_moved(self, version: int) -> bool:
-        return False
+        return self._version > version
 
     @override
     def require_open(self) -> None:
@@ -172,6 +179,7 @@ class LocalSupervisorClient(SupervisorClient):
 
     def __init__(self, transport: LocalTransport) -> None:
         self._transport = transport
+        self._generation = 0
 
     @override
     def started(self, *, initial: Flat | None, directory: str | None) -> None:
@@ -183,11 +191,11 @@ class LocalSupervisorClient(SupervisorClient):
 
     @override
     def state_replaced(self, what: str) -> None:
-        """Do nothing: shards of this process never go back."""
+        self._generation += 1
 
     @override
     def generation(self) -> int:
-        return 0
+        return self._generation
 
     @override
     def checkpoint_saved(self, root: str, generation: int) -> None:

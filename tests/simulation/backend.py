@@ -19,7 +19,7 @@ from distnadam.backends.base import (
 )
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
-from distnadam.errors import DistNadamError, Reconfigured
+from distnadam.errors import DistNadamError, LifecycleError, Reconfigured
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import ShardSpec, Step, StepNorms
 from distnadam.protocol.supervisor_events import CannotComplete
@@ -51,8 +51,13 @@ class _WorldChannel(WorkerChannel):
     ) -> None:
         self._transport = transport
         self._known = (rank, incarnation)
-        self.gradients = empty_flat(layout.sizes)
-        transport.world.memories[self._known] = self.gradients
+        self._gradients = empty_flat(layout.sizes)
+        transport.world.memories[self._known] = self._gradients
+
+    @property
+    @override
+    def gradients(self) -> Flat:
+        return self._gradients
 
     @override
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
@@ -81,6 +86,7 @@ class _WorldTransport(ShardTransport):
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.closed = False
         self.shard_map = world.supervisor.newest_map
 
     @property
@@ -95,6 +101,7 @@ class _WorldTransport(ShardTransport):
 
     @override
     def post(self, messages: Mapping[int, Any]) -> Pending:
+        self.require_open()
         shards = self.shard_map.shards
         if any(index >= len(shards) for index in messages):
             raise Reconfigured(f"there are {len(shards)} shards now; look again")
@@ -134,7 +141,8 @@ class _WorldTransport(ShardTransport):
 
     @override
     def require_open(self) -> None:
-        pass
+        if self.closed:
+            raise LifecycleError("the optimizer was closed in this client")
 
     @override
     def new_token(self) -> str:
@@ -180,6 +188,7 @@ class WorldBackend(Backend):
     """The seam to a world's shards, which the world has started already."""
 
     name = "world"
+    transport: _WorldTransport
 
     def __init__(self, world: World) -> None:
         self.transport = _WorldTransport(world)
@@ -208,7 +217,10 @@ class WorldBackend(Backend):
 
     @override
     def close(self, *, destroy: bool) -> None:
-        pass
+        self.transport.closed = True
+        if destroy:
+            for process in self.transport.world.shards:
+                process.kill()
 
 
 def begin_world(

@@ -1,0 +1,533 @@
+"""What every backend promises its clients: this process's, Ray's, and the simulation's of law 5."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from distnadam.backends.base import Backend, Pending, WorkerChannel
+from distnadam.backends.local import LocalBackend
+from distnadam.backends.ray.backend import RayBackend
+from distnadam.client.shard_group import ShardGroup
+from distnadam.config import NadamConfig, Options
+from distnadam.errors import (
+    IllegalMessage,
+    LifecycleError,
+    Reconfigured,
+    RoundMismatch,
+    ShardLost,
+    Unrecoverable,
+    WorkerLost,
+)
+from distnadam.protocol.messages import (
+    Describe,
+    Join,
+    Pause,
+    Push,
+    Read,
+    Resume,
+    RoundResult,
+    ShardSpec,
+    Step,
+    WorkerDied,
+)
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
+from distnadam.tensors.layout import Layout
+from tests.simulation.backend import WorldBackend
+from tests.simulation.world import World
+
+pytestmark = pytest.mark.timeout(180)
+
+PARAMS: Flat = {"float32": np.linspace(-1, 1, 5000, dtype=np.float32)}
+GRADIENT: Flat = {"float32": np.linspace(2, -2, 5000, dtype=np.float32)}
+LAYOUT = Layout.of({"w": PARAMS["float32"]})
+ANSWER_S = 60.0
+RECOVERING = ["ray", "world"]
+
+
+def specs(options: Options) -> list[ShardSpec]:
+    cuts = LAYOUT.cuts(2)
+    return [
+        ShardSpec(
+            index=index,
+            num_shards=len(cuts),
+            num_workers=1,
+            replicas=0,
+            name=None,
+            config=NadamConfig(),
+            options=options,
+            layout=LAYOUT,
+            ranges=cut,
+        )
+        for index, cut in enumerate(cuts)
+    ]
+
+
+@dataclass(kw_only=True)
+class Case:
+    """Two started shards, as one client reaches them.
+
+    Attributes:
+        backend: the client's.
+        another: returns another client's backend of the same shards.
+        kill: ends one shard's process.
+    """
+
+    backend: Backend
+    another: Callable[[], Backend]
+    kill: Callable[[int], None]
+
+    def ask(self, messages: dict[int, Any]) -> dict[int, Any]:
+        return self.backend.transport.post(messages).result(ANSWER_S)
+
+    def everywhere(self, message: Any) -> dict[int, Any]:
+        return self.ask(dict.fromkeys(range(self.backend.transport.num_shards), message))
+
+    def whole(self, name: str = "params") -> Flat:
+        """One array of all shards, read while they are paused."""
+        transport = self.backend.transport
+        token = transport.new_token()
+        self.everywhere(Pause(token))
+        parts = self.everywhere(Read(token, (name,)))
+        transport.post(dict.fromkeys(range(transport.num_shards), Resume(token)))
+        whole = empty_flat(LAYOUT.sizes)
+        for cut, part in zip(LAYOUT.cuts(len(parts)), parts.values(), strict=True):
+            for space, values in cut_flat(whole, cut).items():
+                np.copyto(values, part[name][space])
+        return whole
+
+    def join(self, rank: int = 0) -> int:
+        """Take a rank over on all shards; return the incarnation."""
+        incarnation: int = self.ask({0: Join(rank=rank)})[0].incarnation
+        self.everywhere(Join(rank=rank, incarnation=incarnation))
+        return incarnation
+
+    def channel(self, incarnation: int) -> WorkerChannel:
+        transport = self.backend.transport
+        cuts = LAYOUT.cuts(transport.num_shards)
+        return transport.open_channel(LAYOUT, cuts, 0, incarnation)
+
+
+@contextmanager
+def local() -> Iterator[Case]:
+    backend = LocalBackend()
+    backend.start(specs(Options()), 0)
+    yield Case(backend=backend, another=lambda: backend, kill=lambda _: pytest.fail("none dies"))
+    backend.close(destroy=True)
+
+
+@contextmanager
+def on_ray(transport: Any) -> Iterator[Case]:
+    backend = RayBackend()
+    backend.start(specs(Options(transport=transport)), 0)
+    make, arguments = backend.__reduce__()
+    yield Case(
+        backend=backend,
+        another=lambda: make(*arguments),
+        kill=lambda index: ray.kill(backend.actors[index]),
+    )
+    backend.close(destroy=True)
+
+
+@contextmanager
+def in_world(*, objects: bool) -> Iterator[Case]:
+    world = World(specs(Options()), replicas=0, objects=objects)
+    backend = WorldBackend(world)
+    yield Case(
+        backend=backend,
+        another=lambda: WorldBackend(world),
+        kill=lambda index: world.shards[index].kill(),
+    )
+    backend.close(destroy=True)
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "local": local,
+    "ray": lambda: on_ray("auto"),
+    "ray by objects": lambda: on_ray("objects"),
+    "world": lambda: in_world(objects=False),
+    "world by objects": lambda: in_world(objects=True),
+}
+
+
+@contextmanager
+def case_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Case]:
+    if "ray" in kind:
+        request.getfixturevalue("ray_cluster")
+    with KINDS[kind]() as case:
+        ShardGroup(case.backend, LAYOUT, 2, Options()).load(PARAMS)
+        yield case
+
+
+@pytest.fixture(params=["local", "ray", "world"])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Each backend in turn."""
+    with case_of(request.param, request) as case:
+        yield case
+
+
+@pytest.fixture(params=RECOVERING)
+def recovering(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Each backend whose shards may die, in turn."""
+    with case_of(request.param, request) as case:
+        yield case
+
+
+@pytest.fixture(params=list(KINDS))
+def each_way(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Each backend, by each way that bytes take there."""
+    with case_of(request.param, request) as case:
+        yield case
+
+
+# The transport
+
+
+def test_each_shards_answer_comes_by_its_index(case: Case) -> None:
+    answers = case.everywhere(Describe())
+    assert sorted(answers) == [0, 1]
+    assert {answer.round for answer in answers.values()} == {0}
+    assert sorted(case.ask({1: Describe()})) == [1]
+
+
+def test_a_shards_refusal_is_raised_and_changes_nothing(case: Case) -> None:
+    with pytest.raises(IllegalMessage):
+        case.ask({0: Describe(), 1: Read("nobody holds it by this", ("params",))})
+    assert case.whole()["float32"].tobytes() == PARAMS["float32"].tobytes()
+
+
+def test_a_post_to_a_shard_that_does_not_exist_is_refused(case: Case) -> None:
+    with pytest.raises(Reconfigured, match="there are 2 shards now"):
+        case.backend.transport.post({0: Pause("a"), 2: Pause("a")})
+    case.ask({0: Pause("b")})  # shard 0 got nothing of it
+    case.backend.transport.post({0: Resume("b")})
+
+
+def test_an_answer_that_is_late_may_be_waited_for_again(case: Case) -> None:
+    transport = case.backend.transport
+    case.ask({0: Pause("first")})
+    second = transport.post({0: Pause("second")})
+    with pytest.raises(TimeoutError):
+        second.result(0.1)
+    transport.post({0: Resume("first")})
+    assert second.result(ANSWER_S)[0].round == 0
+    transport.post({0: Resume("second")})
+
+
+def test_tokens_differ(case: Case) -> None:
+    assert len({case.backend.transport.new_token() for _ in range(100)}) == 100
+
+
+def test_nothing_is_learnt_where_nothing_moved(case: Case) -> None:
+    transport = case.backend.transport
+    before = transport.version
+    transport.refresh()
+    assert not transport.wait_if_moved(before)
+    assert (transport.version, transport.num_shards) == (before, 2)
+    transport.require_open()
+
+
+def test_a_client_learns_of_shards_that_another_client_resharded(case: Case) -> None:
+    before = case.backend.transport.version
+    case.another().supervisor.reshard(LAYOUT.cuts(3))
+    assert case.backend.transport.wait_if_moved(before)
+    assert case.backend.transport.version > before
+    assert case.backend.transport.num_shards == 3
+    assert sorted(case.everywhere(Describe())) == [0, 1, 2]
+
+
+def test_a_client_that_has_not_learnt_of_new_shards_is_told_and_then_reaches_them(
+    case: Case,
+) -> None:
+    stale = case.another().transport
+    case.backend.supervisor.reshard(LAYOUT.cuts(1))
+    with pytest.raises((Reconfigured, ShardLost)):
+        stale.post({0: Describe(), 1: Describe()}).result(ANSWER_S)
+    stale.refresh()
+    assert stale.num_shards == 1
+    assert stale.post({0: Describe()}).result(ANSWER_S)[0].round == 0
+
+
+def test_a_reshard_keeps_every_bit(case: Case) -> None:
+    before = {name: case.whole(name)["float32"].tobytes() for name in ("params", "m", "v")}
+    for count in (3, 1, 2):
+        case.backend.supervisor.reshard(LAYOUT.cuts(count))
+        case.backend.transport.refresh()
+        assert case.backend.transport.num_shards == count
+        after = {name: case.whole(name)["float32"].tobytes() for name in ("params", "m", "v")}
+        assert after == before
+
+
+def test_a_dead_shard_is_an_error_until_recovery_was_awaited(recovering: Case) -> None:
+    transport = recovering.backend.transport
+    before = transport.version
+    recovering.kill(1)
+    with pytest.raises(ShardLost, match="shard 1"):
+        recovering.everywhere(Describe())
+    transport.await_recovery(ANSWER_S)
+    assert transport.version > before
+    answers = recovering.everywhere(Describe())
+    assert {(answer.round, answer.epoch > 1) for answer in answers.values()} == {(0, True)}
+    assert recovering.whole()["float32"].tobytes() == PARAMS["float32"].tobytes()
+
+
+def test_a_death_reaches_whoever_waits_for_an_answer(recovering: Case) -> None:
+    transport = recovering.backend.transport
+    recovering.ask({0: Pause("held")})
+    waiting = transport.post({0: Pause("waiting")})
+    recovering.kill(0)
+    with pytest.raises(ShardLost, match="shard 0"):
+        waiting.result(ANSWER_S)
+
+
+def test_awaiting_a_recovery_returns_where_no_shard_died(recovering: Case) -> None:
+    recovering.backend.transport.await_recovery(ANSWER_S)
+    recovering.everywhere(Describe())
+
+
+def test_a_process_with_no_supervisor_cannot_be_recovered() -> None:
+    with local() as case, pytest.raises(Unrecoverable):
+        case.backend.transport.await_recovery(ANSWER_S)
+
+
+# The supervisor
+
+
+def test_only_a_replaced_state_is_another_generation(case: Case) -> None:
+    mine, other = case.backend.supervisor, case.another().supervisor
+    first = mine.generation()
+    assert (mine.generation(), other.generation()) == (first, first)
+    other.state_replaced("by this test")
+    second = mine.generation()
+    assert second != first
+    other.state_replaced("by this test, again")
+    assert mine.generation() not in (first, second)
+
+
+def test_what_replaced_the_state_is_why_it_cannot_go_back(recovering: Case) -> None:
+    recovering.everywhere(Pause("replacing"))
+    recovering.backend.supervisor.state_replaced("the state was replaced by this test")
+    recovering.backend.transport.post(dict.fromkeys(range(2), Resume("replacing")))
+    recovering.kill(0)
+    with pytest.raises(Unrecoverable, match="the state was replaced by this test"):
+        recovering.backend.transport.await_recovery(ANSWER_S)
+
+
+def test_a_dead_worker_is_lost_until_another_takes_its_rank_over(recovering: Case) -> None:
+    supervisor, transport = recovering.backend.supervisor, recovering.backend.transport
+    assert supervisor.lost_ranks() == {}
+    incarnation = recovering.join()
+    recovering.everywhere(WorkerDied(0, incarnation))
+    transport.await_recovery(ANSWER_S)
+    assert supervisor.lost_ranks() == {0: incarnation}
+    assert recovering.another().supervisor.lost_ranks() == {0: incarnation}
+    recovering.join()
+    transport.await_recovery(ANSWER_S)
+    assert supervisor.lost_ranks() == {}
+
+
+def test_shards_that_nobody_can_bring_level_go_back_together(recovering: Case) -> None:
+    transport = recovering.backend.transport
+    recovering.everywhere(Pause("stepping"))
+    part = cut_flat(GRADIENT, LAYOUT.cuts(2)[1])
+    recovering.ask({1: Step(token="stepping", incarnation=1, round=1, gradients=part)})
+    transport.post(dict.fromkeys(range(2), Resume("stepping")))
+    assert [d.round for d in recovering.everywhere(Describe()).values()] == [0, 1]
+    recovering.backend.supervisor.report_cannot_complete()
+    transport.await_recovery(ANSWER_S)
+    assert [d.round for d in recovering.everywhere(Describe()).values()] == [0, 0]
+    assert recovering.whole()["float32"].tobytes() == PARAMS["float32"].tobytes()
+
+
+# The life of a backend
+
+
+def test_every_shard_has_a_host_and_none_a_standby(case: Case) -> None:
+    hosts = case.backend.hosts()
+    assert len(hosts) == 2 and all(hosts)
+    assert case.backend.standbys() == {}
+
+
+def test_a_client_that_releases_the_shards_leaves_them_to_the_others(recovering: Case) -> None:
+    other = recovering.another()
+    other.close(destroy=False)
+    with pytest.raises(LifecycleError, match="closed"):
+        other.transport.require_open()
+    with pytest.raises(LifecycleError, match="closed"):
+        other.transport.post({0: Describe()}).result(ANSWER_S)
+    recovering.everywhere(Describe())
+
+
+def test_after_their_end_the_shards_answer_nobody(case: Case) -> None:
+    other = case.another()
+    case.backend.close(destroy=True)
+    with pytest.raises(LifecycleError, match="closed"):
+        case.everywhere(Describe())
+    with pytest.raises((LifecycleError, ShardLost)):
+        other.transport.post({0: Describe()}).result(ANSWER_S)
+
+
+# The channel of a worker
+
+
+def push(case: Case, channel: WorkerChannel, incarnation: int, *, round: int = 1) -> Pending:
+    for space, values in GRADIENT.items():
+        np.copyto(channel.gradients[space], values)
+    cuts = LAYOUT.cuts(case.backend.transport.num_shards)
+    epoch = case.ask({0: Describe()})[0].epoch
+    return channel.post(
+        {
+            index: Push(
+                epoch=epoch,
+                rank=0,
+                incarnation=incarnation,
+                round=round,
+                gradients=cut_flat(channel.gradients, cut),
+                want_parameters=channel.parameters is None,
+            )
+            for index, cut in enumerate(cuts)
+        }
+    )
+
+
+def parameters_of(channel: WorkerChannel, answers: dict[int, RoundResult]) -> Flat:
+    """The whole model's parameters as a channel shows them after a round."""
+    if channel.parameters is not None:
+        return channel.parameters[answers[0].buffer]
+    whole = empty_flat(LAYOUT.sizes)
+    for cut, answer in zip(LAYOUT.cuts(len(answers)), answers.values(), strict=True):
+        assert answer.parameters is not None
+        for space, values in cut_flat(whole, cut).items():
+            np.copyto(values, answer.parameters[space])
+    return whole
+
+
+def after_one_step() -> bytes:
+    with local() as case:
+        group = ShardGroup(case.backend, LAYOUT, 2, Options())
+        group.load(PARAMS)
+        group.step({"w": GRADIENT["float32"]})
+        return case.whole()["float32"].tobytes()
+
+
+def test_a_push_steps_every_shard_and_its_result_is_seen_through_the_channel(
+    each_way: Case,
+) -> None:
+    incarnation = each_way.join()
+    channel = each_way.channel(incarnation)
+    answers = push(each_way, channel, incarnation).result(ANSWER_S)
+    assert sorted(answers) == [0, 1]
+    assert {(a.outcome, a.round) for a in answers.values()} == {("applied", 1)}
+    assert parameters_of(channel, answers)["float32"].tobytes() == after_one_step()
+    assert each_way.whole()["float32"].tobytes() == after_one_step()
+    channel.close()
+
+
+def test_a_channel_has_the_whole_models_memory_and_says_which_shards_share_it(
+    each_way: Case,
+) -> None:
+    channel = each_way.channel(each_way.join())
+    assert {space: v.size for space, v in channel.gradients.items()} == LAYOUT.sizes
+    if channel.routes is not None:
+        assert channel.routes.ranges == LAYOUT.cuts(2)
+        assert channel.routes.shared in (frozenset(), frozenset({0, 1}))
+        assert (channel.parameters is not None) == (channel.routes.shared == {0, 1})
+    channel.close()
+
+
+def test_a_channel_keeps_its_memory_wherever_the_shards_go(each_way: Case) -> None:
+    incarnation = each_way.join()
+    channel = each_way.channel(incarnation)
+    memory = channel.gradients["float32"]
+    routes = channel.routes
+    each_way.backend.supervisor.reshard(LAYOUT.cuts(3))
+    each_way.backend.transport.refresh()
+    channel.reconnect(LAYOUT.cuts(3), incarnation)
+    assert channel.gradients["float32"] is memory
+    assert channel.routes is None or channel.routes is not routes
+    answers = push(each_way, channel, incarnation).result(ANSWER_S)
+    assert sorted(answers) == [0, 1, 2]
+    assert parameters_of(channel, answers)["float32"].tobytes() == after_one_step()
+    channel.close()
+
+
+def test_a_refused_push_is_raised_through_the_channel(each_way: Case) -> None:
+    incarnation = each_way.join()
+    channel = each_way.channel(incarnation)
+    with pytest.raises(RoundMismatch):
+        push(each_way, channel, incarnation, round=7).result(ANSWER_S)
+    answers = push(each_way, channel, incarnation).result(ANSWER_S)
+    assert {answer.outcome for answer in answers.values()} == {"applied"}
+    channel.close()
+
+
+def test_views_of_a_closed_channel_stay_valid(each_way: Case) -> None:
+    incarnation = each_way.join()
+    channel = each_way.channel(incarnation)
+    answers = push(each_way, channel, incarnation).result(ANSWER_S)
+    seen = parameters_of(channel, answers)["float32"]
+    channel.close()
+    assert seen.tobytes() == after_one_step()
+    assert channel.gradients["float32"].tobytes() == GRADIENT["float32"].tobytes()
+
+
+# A group of workers
+
+
+@dataclass
+class Member:
+    rank: int
+    calls: list[int] = field(default_factory=list)
+
+    def add(self, number: int) -> tuple[int, list[int]]:
+        self.calls.append(number)
+        return self.rank, self.calls
+
+    def fail(self) -> None:
+        raise WorkerLost(f"rank {self.rank} refuses")
+
+
+@pytest.fixture(params=["local", "ray"])
+def group(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with ExitStack() as stack:
+        case = stack.enter_context(case_of(request.param, request))
+        group = case.backend.worker_group(2, Member, Options())
+        stack.callback(group.close)
+        yield group
+
+
+def next_results(group: Any, count: int) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    while len(found) < count:
+        found |= dict(group.results(ANSWER_S))
+    return found
+
+
+def test_a_groups_results_come_with_their_ranks(group: Any) -> None:
+    assert group.results(0.0) == []
+    for rank in range(2):
+        group.call(rank, "add", 10 + rank)
+    assert next_results(group, 2) == {0: (0, [10]), 1: (1, [11])}
+    group.call(1, "add", 12)
+    assert next_results(group, 1) == {1: (1, [11, 12])}
+    assert group.results(0.0) == []
+
+
+def test_a_members_error_is_its_result(group: Any) -> None:
+    group.call(1, "fail")
+    error = next_results(group, 1)[1]
+    assert isinstance(error, WorkerLost)
+    assert str(error) == "rank 1 refuses"
+
+
+def test_a_replaced_member_begins_from_nothing(group: Any) -> None:
+    group.call(0, "add", 1)
+    next_results(group, 1)
+    group.call(1, "add", 1)
+    group.replace(0)
+    group.call(0, "add", 2)
+    assert next_results(group, 2) == {0: (0, [2]), 1: (1, [1])}
