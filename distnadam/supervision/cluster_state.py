@@ -139,8 +139,8 @@ class ClusterState:
         if seen.epoch >= self.epoch:
             self.epoch = seen.epoch
             self.schedule = seen.schedule
-        for rank, incarnation in seen.newest.items():
-            self.worker_joined(rank, incarnation)
+        for rank, incarnation in seen.newest.items():  # also of ranks reserved for nobody yet
+            self.newest[rank] = max(self.newest.get(rank, 0), incarnation)
         self.highest_round = max(self.highest_round, seen.highest_round)
         self.lr = seen.lr
 
