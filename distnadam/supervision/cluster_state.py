@@ -139,7 +139,8 @@ class ClusterState:
         if seen.epoch >= self.epoch:
             self.epoch = seen.epoch
             self.schedule = seen.schedule
-        for rank, incarnation in seen.newest.items():  # also of ranks reserved for nobody yet
+        for rank, incarnation in seen.newest.items():
+            # no sign of life: finishing a dead worker gives the next incarnation away
             self.newest[rank] = max(self.newest.get(rank, 0), incarnation)
         self.highest_round = max(self.highest_round, seen.highest_round)
         self.lr = seen.lr

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import IllegalMessage
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import (
     Join,
     PartialNorms,
@@ -24,47 +23,20 @@ from distnadam.protocol.messages import (
 )
 from distnadam.protocol.supervisor_messages import (
     AttachStandby,
-    DetachStandby,
     Load,
     Reconfigure,
-    Record,
     ReplicatedRound,
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat
+from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
-from distnadam.transport.replication import ReplicationStream
 from tests.reference import State, state_of
+from tests.simulation.stream import InProcessStream
 
 SIZE = 1500
 LAYOUT = Layout.of({"a": np.ones(SIZE - 7, np.float32), "b": np.ones(7, np.float32)})
 INITIAL = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
-
-
-class InProcess(ReplicationStream):
-    """The way to a standby in this process, records as bytes; `sent` are all of them."""
-
-    def __init__(
-        self, standby: Standby, control_state: Any, config: NadamConfig, arrays: dict[str, Flat]
-    ) -> None:
-        self.standby, self.reached, self.sent = standby, control_state.round, list[Record]()
-        self.mean = {"float32": np.zeros(SIZE, np.float32)}
-        standby.take_arrays(
-            {name: {"float32": flat["float32"].copy()} for name, flat in arrays.items()}
-        )
-        standby.begin(control_state, config)
-
-    def ready(self) -> bool:
-        return True
-
-    def send(self, record: Record) -> bool:
-        self.sent.append(record)
-        self.standby.apply(unpack_record(pack_record(record)[4:]), self.mean)
-        return True
-
-    def close(self) -> None:
-        self.send(DetachStandby())
 
 
 def pair(
@@ -83,7 +55,7 @@ def pair(
         ranges=LAYOUT.cuts(1)[0],
     )
     standby = Standby(spec)
-    primary = ShardHost(spec, connect_standby=lambda where, *told: InProcess(standby, *told))
+    primary = ShardHost(spec, connect_standby=lambda where, *told: InProcessStream(standby, *told))
     primary.send(Load(epoch=1, params=INITIAL)).result(0)
     for rank in range(workers):
         primary.send(Join(rank=rank)).result(0)

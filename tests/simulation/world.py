@@ -14,12 +14,10 @@ from typing import Any
 from typing_extensions import override
 
 from distnadam.errors import ShardLost, StepTimeout
-from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import ShardSpec, WorkerDied
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
     DescribeStandby,
-    DetachStandby,
     Reconfigure,
     Record,
     ReplicatedRound,
@@ -31,9 +29,10 @@ from distnadam.shard.phases import Notice
 from distnadam.supervision.events import LookNow, ProcessDied
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
-from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
+from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.replication import ReplicationStream
+from tests.simulation.stream import InProcessStream
 
 LIVELOCK = 300
 
@@ -93,9 +92,7 @@ class Process:
         for future in self._asked:
             if not future.done():
                 future.set_exception(ShardLost(f"shard {self.spec.index}: died"))
-        for process in self.world.all_processes:
-            if process.handle is self:
-                self.world.supervisor.notify(ProcessDied(process=process))
+        self.world.processes.died(self)
 
     def work(self) -> bool:
         """Do what is due first; return whether there was anything."""
@@ -107,11 +104,11 @@ class Process:
     def _attach(
         self, standby: ShardProcess, control_state: Any, config: Any, arrays: dict[str, Flat]
     ) -> ReplicationStream:
-        return _InProcess(self, standby.handle, control_state, config, arrays)
+        return _WorldStream(self, standby.handle, control_state, config, arrays)
 
 
-class _InProcess(ReplicationStream):
-    """The way between two processes here, records as the bytes that a lane carries."""
+class _WorldStream(InProcessStream):
+    """A stream whose primary may die before or after it has sent a round."""
 
     def __init__(
         self,
@@ -121,45 +118,52 @@ class _InProcess(ReplicationStream):
         config: Any,
         arrays: dict[str, Flat],
     ) -> None:
-        if not follower.alive or follower.standby is None:
+        if follower.standby is None:
             raise ShardLost("the standby is dead")
-        self._primary, self._follower, self._standby = primary, follower, follower.standby
-        self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
-        self._standby.take_arrays(
-            {
-                name: {space: values.copy() for space, values in flat.items()}
-                for name, flat in arrays.items()
-            }
+        self._primary = primary
+        super().__init__(
+            follower.standby,
+            control_state,
+            config,
+            arrays,
+            lambda: primary.alive and follower.alive,
         )
-        self._standby.begin(control_state, config)
-        self.reached = control_state.round
 
-    def ready(self) -> bool:
-        return self._follower.alive
-
+    @override
     def send(self, record: Record) -> bool:
         crash = self._primary.crash if isinstance(record, ReplicatedRound) else ""
         if crash == "before":
             self._primary.kill()
-        if not self._primary.alive or not self._follower.alive:
-            return False
-        self._standby.apply(unpack_record(pack_record(record)[4:]), self.mean)
-        if isinstance(record, ReplicatedRound):
-            self.reached = record.round
-        if crash == "after":
+        sent = super().send(record)
+        if self.failure is not None:
+            raise self.failure  # here every standby must follow
+        if crash == "after" and sent:
             self._primary.kill()
-        return True
-
-    def close(self) -> None:
-        if self._primary.alive and self._follower.alive:
-            self._standby.apply(DetachStandby(), self.mean)
+        return sent
 
 
 class WorldProcesses(ProcessManager):
-    """A world's processes, as its supervisor starts, reaches and ends them."""
+    """A world's processes, as its supervisor starts, reaches and ends them.
 
-    def __init__(self, world: "World") -> None:
+    Args:
+        world: where they are.
+        on_death: called with a watched process that ended; by default its supervisor's `notify`.
+    """
+
+    def __init__(
+        self, world: "World", on_death: Callable[[ShardProcess], None] | None = None
+    ) -> None:
         self._world = world
+        self._on_death = on_death or (
+            lambda process: world.supervisor.notify(ProcessDied(process=process))
+        )
+        self._watched: set[ShardProcess] = set()
+
+    def died(self, handle: Process) -> None:
+        """Report the end of a watched process."""
+        for process in [each for each in self._watched if each.handle is handle]:
+            self._watched.discard(process)
+            self._on_death(process)
 
     @override
     def start(
@@ -176,6 +180,8 @@ class WorldProcesses(ProcessManager):
         process = standby.handle
         if not process.alive:
             raise ShardLost("the standby died")
+        if process.standby is None:
+            return standby  # asked again
         process.host, _ = process.standby.promote(reconfigure, process.make_host)
         process.standby = None
         return standby
@@ -192,7 +198,9 @@ class WorldProcesses(ProcessManager):
 
     @override
     def watch(self, process: ShardProcess) -> None:
-        pass
+        self._watched.add(process)
+        if not process.handle.alive:
+            self.died(process.handle)
 
     @override
     def control_state(self, process: ShardProcess) -> ShardControlState:

@@ -1,0 +1,78 @@
+"""A replication stream between two objects of one process, records as the bytes that a socket
+carries.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from typing_extensions import override
+
+from distnadam.config import NadamConfig
+from distnadam.errors import ShardLost
+from distnadam.protocol.codec import pack_record, unpack_record
+from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
+from distnadam.runtime.standby import Standby
+from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.transport.replication import ReplicationStream
+
+
+class InProcessStream(ReplicationStream):
+    """A primary's stream to a standby of its process; `sent` are the records that arrived.
+
+    `failure` is what the standby raised when it could not follow.
+
+    Args:
+        standby: follows.
+        control_state: the primary's.
+        config: the primary's.
+        arrays: the primary's, which are copied.
+        alive: whether the standby lives.
+    """
+
+    def __init__(
+        self,
+        standby: Standby,
+        control_state: Any,
+        config: NadamConfig,
+        arrays: dict[str, Flat],
+        alive: Callable[[], bool] = lambda: True,
+    ) -> None:
+        if not alive():
+            raise ShardLost("the standby is dead")
+        self._standby = standby
+        self._alive = alive
+        self.failure: Exception | None = None
+        self.sent: list[Record] = []
+        self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
+        standby.take_arrays(
+            {
+                name: {space: values.copy() for space, values in flat.items()}
+                for name, flat in arrays.items()
+            }
+        )
+        standby.begin(control_state, config)
+        self.reached = control_state.round
+
+    @override
+    def ready(self) -> bool:
+        return self._alive() and self.failure is None
+
+    @override
+    def send(self, record: Record) -> bool:
+        if not self.ready():
+            return False
+        self.sent.append(record)
+        try:
+            self._standby.apply(unpack_record(pack_record(record)[4:]), self.mean)
+        except Exception as error:  # a standby that cannot follow ends its stream
+            self.failure = error
+            return False
+        if isinstance(record, ReplicatedRound):
+            self.reached = record.round
+        return True
+
+    @override
+    def close(self) -> None:
+        if self._alive():
+            self._standby.apply(DetachStandby(), self.mean)
+            self.sent.append(DetachStandby())

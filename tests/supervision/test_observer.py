@@ -1,0 +1,119 @@
+"""What a supervisor sees over time; looking changes nothing."""
+
+import numpy as np
+import pytest
+
+from distnadam.config import NadamConfig, Options
+from distnadam.protocol.messages import Describe, Pause, ShardSpec
+from distnadam.protocol.supervisor_messages import AttachStandby, Load
+from distnadam.supervision.cluster_state import ClusterState
+from distnadam.supervision.observer import TOKEN, Observer
+from distnadam.supervision.policy import Observation
+from distnadam.supervision.restore_points import RestorePoints
+from distnadam.tensors.arrays import cut_flat
+from distnadam.tensors.layout import Layout
+from tests.simulation.world import World
+
+LAYOUT = Layout.of({"w": np.ones(5000, np.float32)})
+OPTIONS = Options(kernel="numpy", step_timeout_s=10.0, shard_timeout_s=4.0)
+PARAMS = {"float32": np.ones(5000, np.float32)}
+
+
+class Seen:
+    """Two loaded shards, an observer of them, and a clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        specs = [
+            ShardSpec(
+                index=index,
+                num_shards=2,
+                num_workers=1,
+                replicas=1,
+                name=None,
+                config=NadamConfig(),
+                options=OPTIONS,
+                layout=LAYOUT,
+                ranges=ranges,
+            )
+            for index, ranges in enumerate(LAYOUT.cuts(2))
+        ]
+        self.world = World(specs, replicas=0)
+        self.cluster = ClusterState(specs, self.world.processes, lambda: self.now)
+        self.cluster.shards = list(self.world.supervisor.cluster.shards)
+        points = RestorePoints(None, retain_initial=True)
+        points.begin(PARAMS, None)
+        self.observer = Observer(self.cluster, points, OPTIONS)
+        loads = {spec.index: Load(epoch=1, params=cut_flat(PARAMS, spec.ranges)) for spec in specs}
+        assert self.cluster.ask(loads) == {0: 0, 1: 0}
+
+    def look(self, after_s: float = 0.0) -> Observation:
+        self.now += after_s
+        return self.observer.look()
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def test_a_dead_shard_is_seen_before_it_is_fenced_and_its_standby_is_asked_only_then(
+    seen: Seen,
+) -> None:
+    cluster, processes = seen.cluster, seen.world.processes
+    standby = processes.start(cluster.specs[0], standby=True, near=[])
+    cluster.standbys = {0: standby}
+    cluster.ask({0: AttachStandby(standby)})
+    first = seen.look().shards[0]
+    assert (first.alive, first.standby, first.has_standby) == (True, 0, True)
+    cluster.shards[0].handle.kill()
+    dead = seen.look().shards[0]
+    assert (dead.alive, dead.fenced, dead.standby) == (False, False, None)
+    cluster.fenced.add(cluster.shards[0])
+    fenced = seen.look().shards[0]
+    assert (fenced.alive, fenced.fenced, fenced.standby) == (False, True, 0)
+    cluster.stale.add(standby)
+    stale = seen.look().shards[0]
+    assert (stale.standby, stale.stale) == (None, True)
+
+
+def test_a_hold_expires_after_the_step_timeout_and_looking_does_not_release_it(
+    seen: Seen,
+) -> None:
+    seen.cluster.ask({0: Pause("somebody"), 1: Pause("somebody")})
+    first = seen.look()
+    assert (first.held, first.expired_hold) == (True, None)
+    assert seen.observer.awaits
+    assert seen.look(after_s=9.0).held
+    for _ in range(2):
+        late = seen.look(after_s=2.0)
+        assert (late.held, late.expired_hold) == (False, "somebody")
+    holders = [answer.holder for answer in seen.cluster.ask_all(Describe()).values()]
+    assert holders == ["somebody", "somebody"]
+
+
+def test_a_hold_by_a_dead_process_expires_at_the_next_look(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(token: str) -> bool:
+        return token == "somebody"
+
+    monkeypatch.setattr(seen.world.processes, "is_dead", gone)
+    seen.cluster.ask({0: Pause("somebody")})
+    assert seen.look().held
+    assert seen.look().expired_hold == "somebody"
+
+
+def test_what_an_earlier_supervisor_paused_expires_at_once(seen: Seen) -> None:
+    seen.cluster.ask({0: Pause(TOKEN)})
+    assert seen.look().expired_hold == TOKEN
+
+
+def test_a_dead_worker_is_seen_with_its_age_until_it_is_finished(seen: Seen) -> None:
+    seen.cluster.worker_joined(0, 3)
+    seen.cluster.worker_died(0, 3)
+    observation = seen.look(after_s=2.5)
+    assert observation.dead == {0: 2.5}
+    assert observation.unfinished == {0}
+    seen.cluster.worker_finished(0)
+    assert seen.look().unfinished == frozenset()
