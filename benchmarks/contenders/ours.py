@@ -80,7 +80,8 @@ def standbys_of(optimizer: DistNadam, count: int, shards: list[int]) -> list[int
     running = optimizer.shards
     while sum(seen.replicated is not None for seen in running.describe_all()) < count:
         time.sleep(0.1)
-    pids = {place.pid for place in registry.places_of(running.backend._run)} - set(shards)  # type: ignore[attr-defined]
+    addresses = registry.addresses_of(running.backend._run)
+    pids = {address.pid for address in addresses} - set(shards)  # type: ignore[attr-defined]
     return [pid for pid in pids if "Supervisor" not in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
@@ -129,7 +130,7 @@ def main() -> None:
     with DistNadam(**topology, backend="ray", options=options).build(params) as optimizer:
         del params
         trainers = [Trainer.remote(optimizer, rank) for rank in range(args.workers)]
-        shards = [place.pid for place in optimizer.shards.backend.places]  # type: ignore[attr-defined]
+        shards = [address.pid for address in optimizer.shards.backend.addresses]  # type: ignore[attr-defined]
         sides = {
             "a shard": shards,
             "a worker": ray.get([trainer.pid.remote() for trainer in trainers]),

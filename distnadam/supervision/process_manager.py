@@ -24,12 +24,12 @@ class ShardProcess:
     Args:
         index: of the shard that it holds, or is the standby of.
         handle: how its manager reaches it.
-        place: where it runs, in the manager's terms.
+        address: where it runs, in the manager's terms.
     """
 
     index: int
     handle: Any
-    place: Any
+    address: Any
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,8 +52,8 @@ with grouped.build({"w": np.ones(9000, np.float32)}) as optimizer:
             name = entry["name"].partition("/")[2].partition("-")[0]
             if name and name not in shards | standbys:
                 actor = ray.get_actor(entry["name"], namespace=entry["namespace"])
-                place = ray.get(actor.place.remote())
-                (standbys if name.endswith("s") else shards)[name] = place.node
+                address = ray.get(actor.address.remote())
+                (standbys if name.endswith("s") else shards)[name] = address.node
     team = optimizer.team(Where)
     for rank in range(2):
         team.call(rank, "node")

@@ -61,8 +61,8 @@ def hosts_of(backend: Any) -> list[str]:
         return []
     import ray
 
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    return [addresses[place.node] for place in backend.places]
+    hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    return [hosts[address.node] for address in backend.addresses]
 
 
 def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, str]:

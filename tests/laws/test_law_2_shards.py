@@ -72,7 +72,9 @@ def test_ray_bits_are_the_local_ones(
             transport: Any = optimizer.shards.backend.transport
             shard_map = transport.shard_map
             moved = [
-                dataclasses.replace(shard, place=dataclasses.replace(shard.place, node="elsewhere"))
+                dataclasses.replace(
+                    shard, address=dataclasses.replace(shard.address, node="elsewhere")
+                )
                 if shard.index % 2 == 0
                 else shard
                 for shard in shard_map.shards

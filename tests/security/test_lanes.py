@@ -91,7 +91,7 @@ def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_
     worker: tuple[DistNadam, Worker],
 ) -> None:
     optimizer, mine = worker
-    addresses = [place.address for place in optimizer.shards.backend.places]  # type: ignore[attr-defined]
+    addresses = [address.socket for address in optimizer.shards.backend.addresses]  # type: ignore[attr-defined]
     told = as_nobody(
         "import socket, sys\nfrom distnadam.errors import LaneError\nfrom "
         "distnadam.transport.connection import Address, connect",
@@ -140,7 +140,7 @@ def test_names_and_tokens_are_not_to_be_guessed_and_end_with_the_optimizer(
     ray_cluster: None,
 ) -> None:
     with DistNadam(num_shards=2, backend="ray").build(GRADIENTS) as optimizer:
-        addresses = [place.address for place in optimizer.shards.backend.places]  # type: ignore[attr-defined]
+        addresses = [address.socket for address in optimizer.shards.backend.addresses]  # type: ignore[attr-defined]
         names = {
             line.rpartition("@")[2]
             for line in Path("/proc/net/unix").read_text().splitlines()

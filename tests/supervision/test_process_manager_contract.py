@@ -207,7 +207,7 @@ class RayCluster(Cluster):
 
     @override
     def kill(self, process: ShardProcess) -> None:
-        os.kill(process.place.pid, signal.SIGKILL)
+        os.kill(process.address.pid, signal.SIGKILL)
 
     @override
     def deaths(self) -> list[ShardProcess]:

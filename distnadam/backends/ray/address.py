@@ -1,4 +1,4 @@
-"""Where a shard runs, and where its channel over shared memory is."""
+"""Where a process of an optimizer runs."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,18 @@ from distnadam.transport.connection import Address
 
 @dataclass(frozen=True)
 class ProcessAddress:
-    """Where a shard runs: its Ray node and process, and where its lanes are called, or why it has
-    none.
+    """Where a process of an optimizer runs.
+
+    Args:
+        node: the id of its Ray node; "" if nobody knows.
+        socket: where it listens for channels over shared memory; None if it does not.
+        reason: why it does not, for the user.
+        pid: its process id; 0 if nobody knows.
+        born: its start time, which tells it from another process of that id.
     """
 
     node: str
-    address: Address | None = None
+    socket: Address | None = None
     reason: str | None = None
     pid: int = 0
     born: str = ""

@@ -83,9 +83,9 @@ class RayBackend(Backend):
         return self.transport.actors
 
     @property
-    def places(self) -> list[ProcessAddress]:
+    def addresses(self) -> list[ProcessAddress]:
         """Where the shards are, in order."""
-        return self.transport.places
+        return self.transport.addresses
 
     @property
     @override
@@ -149,7 +149,7 @@ class RayBackend(Backend):
                     f"the optimizer could not be started: {str(error).strip().splitlines()[line]}"
                 ) from error
             raise
-        for reason in sorted({place.reason for place in self.places if place.reason}):
+        for reason in sorted({address.reason for address in self.addresses if address.reason}):
             log.warning("%s; %s", reason, REMEDY)
 
     def _start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
@@ -165,7 +165,7 @@ class RayBackend(Backend):
 
     @override
     def hosts(self) -> list[str]:
-        return _in_words([place.node for place in self.places])
+        return _in_words([address.node for address in self.addresses])
 
     @override
     def standbys(self) -> dict[int, str]:

@@ -1,5 +1,5 @@
 """How a supervisor makes certain that a process is gone, or stands still, before another takes its
-place.
+address.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Fencing:
         kill_actor(process.handle)
         if ended:
             return
-        self.unreachable.add(process.place.node)
+        self.unreachable.add(process.address.node)
         if valid_s:
             log.warning(
                 "shard %d cannot be reached: waiting %.1f s until its lease is over",
@@ -72,7 +72,7 @@ class Fencing:
             kill_actor(each.handle)
         silent = registry.end(
             self._run,
-            [each.place for each in processes if each.place.pid],
+            [each.address for each in processes if each.address.pid],
             self._kill_on,
             grace_s=registry.GRACE_S,
         )
@@ -80,24 +80,27 @@ class Fencing:
 
     def _kill(self, process: ShardProcess) -> bool:
         """Kill a process, and return whether it is certainly gone."""
-        place = process.place
-        if place.pid and place.node == self._node:
+        address = process.address
+        if address.pid and address.node == self._node:
             # by its pid, since a stopped process does not obey Ray
-            registry.end(self._run, [place], self._kill_on)
+            registry.end(self._run, [address], self._kill_on)
             return True
         try:
             alive = {each["NodeID"]: each["Alive"] for each in ray.nodes()}
         except Exception as error:  # Ray's head does not answer, so nothing is certain
             log.warning("shard %d: cannot ask Ray for its node: %s", process.index, error)
             return False
-        if not place.node:
+        if not address.node:
             return all(alive.values())  # it may have been on any node
-        if place.pid and alive.get(place.node):
+        if address.pid and alive.get(address.node):
             with contextlib.suppress(Exception):
-                ray.get(self._kill_on(place.node, [(place.pid, place.born)], 0.0), timeout=_FENCE_S)
-                registry.forget(self._run, [place])
+                ray.get(
+                    self._kill_on(address.node, [(address.pid, address.born)], 0.0),
+                    timeout=_FENCE_S,
+                )
+                registry.forget(self._run, [address])
                 return True
-        return bool(alive.get(place.node)) and process.handle in self._ended
+        return bool(alive.get(address.node)) and process.handle in self._ended
 
     def _belongs(self) -> bool:
         return any(node["NodeID"] == self._node and node["Alive"] for node in ray.nodes())

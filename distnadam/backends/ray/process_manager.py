@@ -100,13 +100,13 @@ class RayProcessManager(ProcessManager):
         self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
     ) -> ShardProcess:
         primary = [
-            process.place.node for process in near if standby and process.index == spec.index
+            process.address.node for process in near if standby and process.index == spec.index
         ]
         actor = self.make(spec, standby=standby, apart_from=primary)
         try:
-            place = retry_until_answered(actor.place.remote, timeout_s=OPEN_S)
-            neighbour = self._neighbour(place.node, near)
-            place = retry_until_answered(
+            address = retry_until_answered(actor.address.remote, timeout_s=OPEN_S)
+            neighbour = self._neighbour(address.node, near)
+            address = retry_until_answered(
                 lambda: actor.open.remote(neighbour, standby=standby), timeout_s=OPEN_S
             )
         except Exception as error:
@@ -115,19 +115,19 @@ class RayProcessManager(ProcessManager):
                 f"shard {spec.index}: no process for it could be started: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-        return ShardProcess(spec.index, actor, place)
+        return ShardProcess(spec.index, actor, address)
 
     @override
     def promote(
         self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]
     ) -> ShardProcess:
-        neighbour = self._neighbour(standby.place.node, near)
+        neighbour = self._neighbour(standby.address.node, near)
         answer = gather_with_retry(
             {0: lambda: standby.handle.promote.remote(reconfigure, neighbour)}, OPEN_S
         )[0]
         if isinstance(answer, Exception):
             raise ShardLost(f"the standby of shard {standby.index}: {answer}") from answer
-        return dataclasses.replace(standby, place=answer)
+        return dataclasses.replace(standby, address=answer)
 
     @override
     def fence(self, process: ShardProcess) -> None:
@@ -161,7 +161,7 @@ class RayProcessManager(ProcessManager):
         registry.kill_all(
             self._run,
             self._factory.kill_on,
-            keep=[self._own, *(each.process.place for each in discovered)],
+            keep=[self._own, *(each.process.address for each in discovered)],
         )
         answered = {each.process.handle for each in discovered}
         for actor in asked.values():
@@ -203,8 +203,8 @@ class RayProcessManager(ProcessManager):
             process.handle.forever.remote().future().add_done_callback(ended)
 
         wait()  # Ray takes seconds to notice; a socket on this node says so at once
-        if process.place.node == self._own.node and process.place.address is not None:
-            self._watch.add(process.place.address, ended)
+        if process.address.node == self._own.node and process.address.socket is not None:
+            self._watch.add(process.address.socket, ended)
 
     @override
     def control_state(self, process: ShardProcess) -> ShardControlState:
@@ -249,9 +249,9 @@ class RayProcessManager(ProcessManager):
     def _neighbour(self, node: str, near: Sequence[ShardProcess]) -> Address | None:
         return next(
             (
-                process.place.address
+                process.address.socket
                 for process in near
-                if process.place.node == node and process.place.address is not None
+                if process.address.node == node and process.address.socket is not None
             ),
             None,
         )

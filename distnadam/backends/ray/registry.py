@@ -63,9 +63,9 @@ def register(run: str) -> ProcessAddress:
     os.environ.setdefault(
         "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0"
     )  # threads of an asynchronous actor may block; Ray warns of them too
-    place = this_process()
-    internal_kv._internal_kv_put(_record(run, place), b"", namespace=NAMESPACE)
-    return place
+    address = this_process()
+    internal_kv._internal_kv_put(_record(run, address), b"", namespace=NAMESPACE)
+    return address
 
 
 def actors_of(run: str) -> list[Any]:
@@ -78,7 +78,7 @@ def actors_of(run: str) -> list[Any]:
     return found
 
 
-def places_of(run: str) -> list[ProcessAddress]:
+def addresses_of(run: str) -> list[ProcessAddress]:
     """Return where processes of this optimizer run, or ran, unless `end` ended them."""
     return [
         ProcessAddress(node, pid=int(pid), born=born)
@@ -86,11 +86,11 @@ def places_of(run: str) -> list[ProcessAddress]:
     ]
 
 
-def kill(places: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 0.0) -> set[str]:
+def kill(addresses: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 0.0) -> set[str]:
     """Kill processes, stopped ones too, and wait until they are gone.
 
     Args:
-        places: the processes.
+        addresses: the processes.
         kill_on: kills processes of other nodes.
         grace_s: seconds in which those that `ray.kill` reached may end by themselves.
 
@@ -99,8 +99,8 @@ def kill(places: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 
     """
     node = ray.get_runtime_context().get_node_id()
     by_node: dict[str, list[tuple[int, str]]] = {}
-    for place in places:
-        by_node.setdefault(place.node, []).append((place.pid, place.born))
+    for address in addresses:
+        by_node.setdefault(address.node, []).append((address.pid, address.born))
     own = by_node.pop(node, [])
     waits = {kill_on(other, processes, grace_s): other for other, processes in by_node.items()}
     end_processes(own, grace_s)
@@ -111,19 +111,19 @@ def kill(places: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 
 
 
 def end(
-    run: str, places: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 0.0
+    run: str, addresses: Iterable[ProcessAddress], kill_on: KillOn, *, grace_s: float = 0.0
 ) -> set[str]:
     """Kill processes as `kill` does, and delete their records."""
-    ended = list(places)
+    ended = list(addresses)
     silent = kill(ended, kill_on, grace_s=grace_s)
     forget(run, ended)
     return silent
 
 
-def forget(run: str, places: Sequence[ProcessAddress]) -> None:
+def forget(run: str, addresses: Sequence[ProcessAddress]) -> None:
     """Delete the records of processes that are gone."""
     for record in (
-        key for key in _records(run) if any(key.endswith(_tail(place)) for place in places)
+        key for key in _records(run) if any(key.endswith(_tail(address)) for address in addresses)
     ):
         internal_kv._internal_kv_del(record, namespace=NAMESPACE)
 
@@ -133,21 +133,21 @@ def kill_all(run: str, kill_on: KillOn, *, keep: Sequence[ProcessAddress] = ()) 
     if not keep:
         for actor in actors_of(run):
             kill_actor(actor)
-    kept = {_tail(place) for place in keep}
+    kept = {_tail(address) for address in keep}
     end(
         run,
-        [place for place in places_of(run) if _tail(place) not in kept],
+        [address for address in addresses_of(run) if _tail(address) not in kept],
         kill_on,
         grace_s=0.0 if keep else GRACE_S,
     )
 
 
-def _record(run: str, place: ProcessAddress) -> str:
-    return f"{run}{_tail(place)}"
+def _record(run: str, address: ProcessAddress) -> str:
+    return f"{run}{_tail(address)}"
 
 
-def _tail(place: ProcessAddress) -> str:
-    return f"/{place.node}/{place.pid}/{place.born}"
+def _tail(address: ProcessAddress) -> str:
+    return f"/{address.node}/{address.pid}/{address.born}"
 
 
 def _records(run: str) -> list[str]:

@@ -58,7 +58,7 @@ class ShardActor:
     def __init__(self, spec: ShardSpec, supervisor: Any) -> None:
         self._spec, self._supervisor = spec, supervisor
         self._executor = ThreadPoolExecutor(1, "shard")
-        self._place = registry.register(spec.run_id)
+        self._address = registry.register(spec.run_id)
         self._threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
         self._arena: Arena | None = None
         self._host: ShardHost | None = None
@@ -82,14 +82,14 @@ class ShardActor:
                 f"shard {self._spec.index}: its state of {shard_bytes(self._spec.ranges)} bytes"
             ):
                 self._open(neighbour, standby=standby)
-        return self._place
+        return self._address
 
     def _open(self, neighbour: Address | None, *, standby: bool) -> None:
         if standby:
             self._standby = Standby(self._spec, self._threads)
             sizes = sizes_of(self._spec.ranges)
             self._follower = StandbyReceiver(sizes, self._standby.take_arrays, self._standby.apply)
-            self._place = dataclasses.replace(self._place, address=self._follower.address)
+            self._address = dataclasses.replace(self._address, socket=self._follower.address)
             if neighbour is not None:
                 self._share_memory(neighbour)
             return
@@ -98,13 +98,13 @@ class ShardActor:
         self._serve(host)
         self._host = host
 
-    async def place(self) -> ProcessAddress:
+    async def address(self) -> ProcessAddress:
         """Return where this is to be called."""
-        return self._place
+        return self._address
 
     async def introduce(self) -> DiscoveredProcess:
         """Return what a supervisor's successor must know of this process."""
-        process = ShardProcess(self._spec.index, None, self._place)
+        process = ShardProcess(self._spec.index, None, self._address)
         if self._host is None:
             return DiscoveredProcess(
                 process,
@@ -206,24 +206,24 @@ class ShardActor:
     async def promote(self, reconfigure: Reconfigure, neighbour: Address | None) -> ProcessAddress:
         """Standby: become the shard; asked again, only say where."""
         if self._host is not None:
-            return self._place
+            return self._address
         assert self._standby is not None
         if self._arena is None or neighbour is not None:
             self._share_memory(neighbour)
         standby, self._standby = self._standby, None
         self._host, _ = standby.promote(reconfigure, self._make_host)
         self._serve(self._host)  # the follower's socket stays, for who watches it
-        return self._place
+        return self._address
 
     def _share_memory(self, neighbour: Address | None) -> None:
-        self._place = dataclasses.replace(self._place, reason=None)
+        self._address = dataclasses.replace(self._address, reason=None)
         if self._spec.options.transport != "auto":
             return
         try:
             self._arena = parameter_arena(self._spec, neighbour)
         except (ArenaError, LaneError) as error:
-            self._place = dataclasses.replace(
-                self._place, reason=f"shard {self._spec.index}: {error}"
+            self._address = dataclasses.replace(
+                self._address, reason=f"shard {self._spec.index}: {error}"
             )
 
     def _make_host(self, spec: ShardSpec) -> ShardHost:
@@ -247,11 +247,11 @@ class ShardActor:
         """Ask for leave, and take workers' calls."""
         self._lease = Lease(self._lease_s, self._ask_for_leave, host.resume, self._end)
         if self._arena is None:
-            self._place = dataclasses.replace(self._place, address=None)
+            self._address = dataclasses.replace(self._address, socket=None)
             return
         server = ShmServer(self._spec, self._arena, host.deliver)
         host.gradients_of = server.gradients_of
-        self._place = dataclasses.replace(self._place, address=server.address)
+        self._address = dataclasses.replace(self._address, socket=server.address)
 
     @property
     def _lease_s(self) -> float:
@@ -293,9 +293,9 @@ class ShardActor:
     ) -> ReplicationStream:
         """Copy the state to a standby; between processes of one node by memory, else by objects."""
         timeout_s, self._remote = self._spec.options.shard_timeout_s, None
-        if standby.place.node == self._place.node and standby.place.address is not None:
+        if standby.address.node == self._address.node and standby.address.socket is not None:
             replica: ReplicationStream = ShmReplicationStream(
-                standby.place.address, arrays, control_state.round, timeout_s
+                standby.address.socket, arrays, control_state.round, timeout_s
             )
             try:
                 ray.get(standby.handle.begin.remote(control_state, config), timeout=timeout_s)

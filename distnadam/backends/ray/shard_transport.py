@@ -43,9 +43,9 @@ class RayShardTransport(ShardTransport):
         return [process.handle for process in self.shard_map.shards]
 
     @property
-    def places(self) -> list[ProcessAddress]:
+    def addresses(self) -> list[ProcessAddress]:
         """Where the shards are, in order."""
-        return [process.place for process in self.shard_map.shards]
+        return [process.address for process in self.shard_map.shards]
 
     @property
     @override
@@ -87,7 +87,7 @@ class RayShardTransport(ShardTransport):
             node=ray.get_runtime_context().get_node_id(),
             rank=rank,
             sizes=layout.sizes,
-            addresses=lambda: self.places if shared else [],
+            addresses=lambda: self.addresses if shared else [],
         )
         return RayWorkerChannel(self, owner, ranges, incarnation)
 

@@ -90,23 +90,25 @@ class SupervisorActor:
     def _open(self) -> None:
         actors = dict(enumerate(self._made))
         found = retry_all_until_answered(
-            {i: actor.place.remote for i, actor in actors.items()}, timeout_s=OPEN_S
+            {i: actor.address.remote for i, actor in actors.items()}, timeout_s=OPEN_S
         )
-        nodes = {i: place.node for i, place in found.items()}
+        nodes = {i: address.node for i, address in found.items()}
         firsts = {node: min(i for i in nodes if nodes[i] == node) for node in nodes.values()}
-        places = retry_all_until_answered(
+        addresses = retry_all_until_answered(
             {i: partial(actors[i].open.remote, None) for i in firsts.values()}, timeout_s=OPEN_S
         )
-        near = {node: places[i].address for node, i in firsts.items()}
-        places |= retry_all_until_answered(
+        near = {node: addresses[i].socket for node, i in firsts.items()}
+        addresses |= retry_all_until_answered(
             {
                 i: partial(actor.open.remote, near[nodes[i]])
                 for i, actor in actors.items()
-                if i not in places
+                if i not in addresses
             },
             timeout_s=OPEN_S,
         )
-        self._supervisor.manage([ShardProcess(i, actors[i], places[i]) for i in sorted(actors)], {})
+        self._supervisor.manage(
+            [ShardProcess(i, actors[i], addresses[i]) for i in sorted(actors)], {}
+        )
 
     async def begin(self, directory: str | None, *initial: Any) -> None:
         """Start the watch; `initial` are the first parameters by space, in the order of their
@@ -164,8 +166,8 @@ class SupervisorActor:
         cluster = self._supervisor.cluster
         return SupervisorStatus(
             recoveries=self._supervisor.recoveries,
-            shards={process.index: process.place for process in list(cluster.shards)},
-            standbys={index: process.place for index, process in dict(cluster.standbys).items()},
+            shards={process.index: process.address for process in list(cluster.shards)},
+            standbys={index: process.address for index, process in dict(cluster.standbys).items()},
         )
 
     async def specs(self) -> list[ShardSpec]:

@@ -123,10 +123,10 @@ class RayWorkerChannel(WorkerChannel):
             if self._connected[shard : shard + 1] != [address] or not self._shares_memory(shard)
         ]
         near = {
-            shard: address
+            shard: socket
             for shard in changed
             if addresses[shard].node == self._owner.node
-            and (address := addresses[shard].address) is not None
+            and (socket := addresses[shard].socket) is not None
         }
         if near and self._shm is None and self._gradients is None:
             self._shm = ShmClient(
@@ -136,8 +136,8 @@ class RayWorkerChannel(WorkerChannel):
             return
         for shard in changed:
             self._shm.drop(shard)
-        for shard, address in near.items():
-            self._shm.open(shard, address)
+        for shard, socket in near.items():
+            self._shm.open(shard, socket)
 
     def _shares_memory(self, shard: int) -> bool:
         return self._shm is not None and shard in self._shm

@@ -65,7 +65,9 @@ def supervisor_of(optimizer: DistNadam) -> int:
 
 def processes_of(name: str) -> set[tuple[int, str]]:
     """The processes that an optimizer of this name has, or left."""
-    return {(place.pid, place.born) for place in registry.places_of(registry.runs_of(name))}
+    return {
+        (address.pid, address.born) for address in registry.addresses_of(registry.runs_of(name))
+    }
 
 
 def wait_until_another_supervises(optimizer: DistNadam, before: int) -> None:
@@ -81,7 +83,7 @@ def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and
     optimizer = build(f"stopped{replicas}", tmp_path, replicas=replicas)
     try:
         step_to(optimizer, 3)
-        victim, supervisor = backend_of(optimizer).places[1], supervisor_of(optimizer)
+        victim, supervisor = backend_of(optimizer).addresses[1], supervisor_of(optimizer)
         os.kill(victim.pid, signal.SIGSTOP)
         os.kill(supervisor, signal.SIGKILL)
         wait_until_another_supervises(optimizer, supervisor)
@@ -110,10 +112,10 @@ def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(
         os.kill(supervisor, signal.SIGKILL)
         if not together:
             wait_until_another_supervises(optimizer, supervisor)
-        os.kill(backend_of(optimizer).places[-1].pid, signal.SIGKILL)
+        os.kill(backend_of(optimizer).addresses[-1].pid, signal.SIGKILL)
         wait_until_another_supervises(optimizer, supervisor)
         step_to(optimizer, 8)
-        assert len(backend_of(optimizer).places) == shards
+        assert len(backend_of(optimizer).addresses) == shards
         assert len(DistNadam.connect(name).shards.ranges) == shards
         assert bits(optimizer) == undisturbed(8)
         assert len(processes_of(name)) == shards + 1
@@ -148,7 +150,7 @@ def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(
     monkeypatch.setattr("distnadam.backends.ray.names._CLOSE_S", 1.0)
     optimizer = build(f"hurt{hurt}")
     there = processes_of(f"hurt{hurt}")
-    os.kill(backend_of(optimizer).places[0].pid, signal.SIGSTOP)
+    os.kill(backend_of(optimizer).addresses[0].pid, signal.SIGSTOP)
     os.kill(supervisor_of(optimizer), hurt)
     optimizer.close()
     assert not any(process_start_time(pid) == born for pid, born in there)
@@ -157,7 +159,7 @@ def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(
 
 def test_close_of_an_unnamed_one_ends_a_stopped_shard() -> None:
     optimizer = DistNadam(num_shards=2, backend="ray").build(START)
-    victim = backend_of(optimizer).places[1]
+    victim = backend_of(optimizer).addresses[1]
     os.kill(victim.pid, signal.SIGSTOP)
     optimizer.close()
     assert process_start_time(victim.pid) != victim.born

@@ -84,7 +84,7 @@ def test_a_shard_without_the_memory_for_a_snapshot_goes_on_and_saves_once_it_has
 ) -> None:
     with DistNadam(num_shards=1, backend="ray").build(START) as optimizer:
         optimizer.apply_gradients(START)
-        pid = optimizer.shards.backend.places[0].pid
+        pid = optimizer.shards.backend.addresses[0].pid
         limits = resource.prlimit(pid, resource.RLIMIT_AS)
         used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.prlimit(pid, resource.RLIMIT_AS, (used + 40 * 2**20, limits[1]))
