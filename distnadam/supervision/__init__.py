@@ -1,3 +1,5 @@
-"""Who decides what happens when processes die: the watch (`supervisor`), what it does (`recovery`),
-and to whom (`cluster`, `processes`).
+"""Recovery: what is decided and done when processes die, and how the state moves to other shards.
+
+`supervisor` watches; `observer` looks, `policy` decides (pure), `executor` acts. `process_manager`
+is the seam to what the processes run on.
 """

@@ -1,9 +1,9 @@
-"""How a supervisor's successor sorts the processes that it finds: which cutting of the state is the
-present one, and who is who in it.
+"""How a supervisor's successor sorts the processes that it finds: which layout generation is the
+present one, and which process is what in it. Pure.
 
-A reshard makes the new shards first, has them load what the old ones hold, retires the old ones,
-and only then tells anyone. So as long as one of the old ones answers and is not retired, it holds
-the present state, and nobody knows of the new ones. Pure.
+A reshard starts the new shards, has them load what the old ones hold, retires the old ones, and
+only then publishes a map. So while an old shard answers and is not retired, it holds the present
+state, and no client knows of the new ones.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.process_manager import ShardProcess
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiscoveredProcess:
     """A process that answered.
 
     Args:
-        hired: the process.
+        process: the process.
         spec: its shard's.
-        standby: whether it is one.
-        epoch: the shard's, 0 before it had a state.
-        retired: whether it was told that others hold its ranges.
-        reached: the round that a standby has followed its primary to, None where it was not filled.
+        standby: whether it is a standby.
+        epoch: the shard's epoch; 0 before it had a state.
+        retired: whether other shards hold its ranges.
+        reached: the last round that a standby has; None if it has no state.
     """
 
     process: ShardProcess
@@ -34,10 +34,15 @@ class DiscoveredProcess:
     reached: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecoveredTopology:
-    """The shards and standbys that are taken over, by index, the specs of all shards, and the
-    processes that nobody needs.
+    """What a successor supervises.
+
+    Args:
+        specs: of all shards, in order, dead ones too.
+        shards: the shards that were found, by index.
+        standbys: the standbys that were found, by index.
+        spare: processes that nobody needs.
     """
 
     specs: tuple[ShardSpec, ...]
@@ -49,10 +54,13 @@ class RecoveredTopology:
 def recovered_topology(
     first: ShardSpec, discovered: Sequence[DiscoveredProcess]
 ) -> RecoveredTopology:
-    """Sort processes; `first` is the spec of the first shard that the optimizer was built with,
-    which counts where nobody knows better.
+    """Sort processes.
+
+    Args:
+        first: the spec of shard 0 as the optimizer was built, which counts if no process was found.
+        discovered: the processes that answered.
     """
-    layout_generation = _present(discovered, first.layout_generation)
+    layout_generation = _present_generation(discovered, first.layout_generation)
     present = [each for each in discovered if each.spec.layout_generation == layout_generation]
     spec = present[0].spec if present else first
     cuts = spec.layout.cuts(spec.num_shards)
@@ -69,14 +77,14 @@ def recovered_topology(
     }
     taken = [*shards.values(), *standbys.values()]
     return RecoveredTopology(
-        specs,
-        shards,
-        standbys,
-        tuple(each.process for each in discovered if each.process not in taken),
+        specs=specs,
+        shards=shards,
+        standbys=standbys,
+        spare=tuple(each.process for each in discovered if each.process not in taken),
     )
 
 
-def _present(discovered: Sequence[DiscoveredProcess], otherwise: int) -> int:
+def _present_generation(discovered: Sequence[DiscoveredProcess], otherwise: int) -> int:
     holding = [
         each.spec.layout_generation
         for each in discovered

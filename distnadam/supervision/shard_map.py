@@ -1,4 +1,6 @@
-"""Which process to call for which shard: the newest map, and who waits for a newer one."""
+"""Which process to call for which shard: the newest map, and the clients that wait for a newer
+one.
+"""
 
 import threading
 import time
@@ -12,8 +14,12 @@ from distnadam.supervision.process_manager import ShardProcess
 
 @dataclass(frozen=True)
 class ShardMap:
-    """Who is to be called for which shard; a higher version replaces a lower one. `failed` says why
-    there is none any more.
+    """Which process is which shard.
+
+    Args:
+        version: a higher one replaces a lower one.
+        shards: the processes, in order.
+        failed: why there will be no newer map; None while the optimizer can be recovered.
     """
 
     version: int
@@ -22,14 +28,14 @@ class ShardMap:
 
 
 def require_alive(shard_map: ShardMap) -> ShardMap:
-    """Return the roster; raise Unrecoverable where the supervisor has given up."""
+    """Return the map; raise Unrecoverable if the supervisor gave up."""
     if shard_map.failed is not None:
         raise Unrecoverable(shard_map.failed)
     return shard_map
 
 
 class ShardMapPublisher:
-    """See the module; `now` is the newest roster. Any thread may call."""
+    """Publishes maps; `now` is the newest. Any thread may call."""
 
     def __init__(self) -> None:
         self.now = ShardMap(0, ())
@@ -37,7 +43,7 @@ class ShardMapPublisher:
         self._waiting: list[tuple[int, Future[ShardMap]]] = []
 
     def newer(self, than: int) -> Future[ShardMap]:
-        """Return the roster once there is one newer than that version, or none will be any more."""
+        """Return the map once it is newer than that version, or none will be."""
         future: Future[ShardMap] = Future()
         with self._lock:
             if self.now.version > than or self.now.failed:
@@ -47,7 +53,7 @@ class ShardMapPublisher:
         return future
 
     def publish(self, shards: Sequence[ShardProcess], failed: str | None) -> None:
-        """Put up a new roster, or why there will be none any more."""
+        """Publish a newer map, or why there will be none any more."""
         with self._lock:
             self.now = ShardMap(max(time.time_ns(), self.now.version + 1), tuple(shards), failed)
             ready = [future for than, future in self._waiting if self.now.version > than]

@@ -1,5 +1,5 @@
-"""What a successor makes of the processes it finds, as a table: the present cutting, who is who,
-who is spare.
+"""What a successor makes of the processes it finds: the present layout generation, and which
+process is what in it.
 """
 
 import numpy as np
@@ -33,8 +33,8 @@ def spec(layout_generation: int, count: int, index: int = 0) -> ShardSpec:
 def discovered(layout_generation: int, count: int, index: int, **how: object) -> DiscoveredProcess:
     kind = "standby" if how.get("standby") else "shard"
     return DiscoveredProcess(
-        ShardProcess(index, f"{kind} {layout_generation}.{index}", None),
-        spec(layout_generation, count, index),
+        process=ShardProcess(index, f"{kind} {layout_generation}.{index}", None),
+        spec=spec(layout_generation, count, index),
         **({"epoch": 1} | how),
     )  # type: ignore[arg-type]
 
@@ -76,7 +76,7 @@ EMPTY = [discovered(1, 3, i, epoch=0) for i in range(3)]
         "none has a state",
     ],
 )
-def test_the_present_cutting_is_the_oldest_that_still_holds_its_state(
+def test_the_present_layout_is_the_oldest_that_still_holds_its_state(
     found: list[DiscoveredProcess], count: int, shards: list[str]
 ) -> None:
     after = recovered_topology(spec(0, 2), found)
@@ -87,10 +87,12 @@ def test_the_present_cutting_is_the_oldest_that_still_holds_its_state(
     assert {*after.spare} == {each.process for each in found} - taken
 
 
-def test_of_two_for_one_place_the_one_with_a_state_is_taken_and_the_other_spared() -> None:
+def test_of_two_processes_for_one_shard_the_one_with_a_state_is_taken() -> None:
     filled = discovered(0, 2, 0, standby=True, reached=7)
-    empty = DiscoveredProcess(ShardProcess(0, "another standby", None), spec(0, 2), standby=True)
-    new = DiscoveredProcess(ShardProcess(0, "a new shard", None), spec(0, 2), epoch=0)
+    empty = DiscoveredProcess(
+        process=ShardProcess(0, "another standby", None), spec=spec(0, 2), standby=True
+    )
+    new = DiscoveredProcess(process=ShardProcess(0, "a new shard", None), spec=spec(0, 2), epoch=0)
     after = recovered_topology(spec(0, 2), [*OLD, filled, empty, new])
     assert after.standbys == {0: filled.process}
     assert after.shards[0] == OLD[0].process

@@ -1,5 +1,5 @@
-"""What a supervisor decides over time, in a world of this thread: a recorded membership is
-replayed, a successor knows who is there.
+"""What a supervisor decides over time, in the simulation: a recorded membership is replayed, and a
+successor knows the ranks.
 """
 
 from collections.abc import Sequence
@@ -103,9 +103,7 @@ class Training:
         ]
 
 
-def test_the_membership_of_every_round_is_replayed_after_all_went_back_whoever_asks_by_then() -> (
-    None
-):
+def test_a_rewind_replays_the_membership_of_every_round() -> None:
     training = Training()
     training.train(3)
     training.die(1)
@@ -121,7 +119,7 @@ def test_the_membership_of_every_round_is_replayed_after_all_went_back_whoever_a
     assert training.members()[:10] == before
 
 
-def test_a_successor_admits_who_asked_its_predecessor_and_knows_who_is_gone() -> None:
+def test_a_successor_admits_who_asked_its_predecessor_and_knows_the_dead() -> None:
     training = Training()
     training.train(2)
     training.die(1)

@@ -1,12 +1,11 @@
-"""How two sides that a network has cut apart never both go on: a shard tells nobody of a round
-without leave, and leave lapses.
+"""Leases: a shard may answer only while its lease is valid, so a partitioned one falls silent.
 
-A shard asks its supervisor for leave again and again, and counts it from when it asked. A
-supervisor gives leave while Ray's head says that its node is a part of the cluster; where it can
-neither reach nor kill a shard, it gives that one none any more, and waits until the last has lapsed
-before it puts another in its place. So the side with Ray's head goes on, and the other stands
-still. No clock is compared with another host's; all of them run on while a process, or its machine,
-is stopped. No Ray here.
+A shard renews its lease again and again; it counts from when the shard asked. A supervisor gives
+leases while Ray's head says that its node belongs to the cluster. If it can neither reach nor kill
+a shard, it refuses the next renewal and waits until the last lease is over before it puts another
+process in the shard's place. So of two sides of a partition the one with Ray's head goes on, and
+the other stands still. No clock is compared with another host's; every clock runs on while a
+process, or its machine, is stopped. No Ray here.
 """
 
 import threading
@@ -21,24 +20,24 @@ _AGAIN_S = 0.05
 
 
 def lease_s(shard_timeout_s: float) -> float:
-    """Return how long leave lasts: a part of the time after which a silent shard counts as dead."""
+    """Return a lease's seconds: a part of the time after which a silent shard counts as dead."""
     return max(_LEAST_S, shard_timeout_s / _SHARE)
 
 
 def now() -> float:
-    """Return the seconds of a clock that nothing stops."""
+    """Return the seconds of a clock that runs on while this machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Lease:
-    """A shard's leave, asked for by a thread of its own.
+    """A shard's lease, which a thread of its own renews.
 
     Args:
-        lasts_s: seconds from when it was asked for.
-        ask: asks, with what the supervisor is to know before it answers; True gives leave, False
-            says that it never will again.
-        renewed: called whenever there is leave.
-        refused: called when there will be none any more.
+        lasts_s: seconds for which it is valid, from when it was asked for.
+        ask: asks for renewal, with what the supervisor must know first; True renews it, None does
+            not now, False says that it never will be again.
+        renewed: called after each renewal.
+        refused: called once it will never be renewed.
     """
 
     def __init__(
@@ -48,61 +47,69 @@ class Lease:
         renewed: Callable[[], None],
         refused: Callable[[], None],
     ) -> None:
-        self._lasts_s, self._ask, self._renewed, self._refused = lasts_s, ask, renewed, refused
+        self._lasts_s = lasts_s
+        self._ask = ask
+        self._renewed = renewed
+        self._refused = refused
         self._lock = threading.Lock()
-        self._until = self._needed_since = 0.0
-        self._told: Any = None
+        self._until = 0.0
+        self._invalid_before = 0.0
+        self._report: Any = None
         self._wake = threading.Event()
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     @property
     def valid(self) -> bool:
-        """Whether somebody may be told of a round now."""
+        """Whether the shard may answer anybody now."""
         return now() < self._until
 
-    def invalidate(self, told: Any) -> None:
-        """Do without the leave there is until the supervisor has given another, knowing this."""
+    def invalidate(self, report: Any) -> None:
+        """End the present lease; only one that the supervisor gives knowing `report` is valid."""
         with self._lock:
-            self._told, self._until, self._needed_since = told, 0.0, now()
+            self._report = report
+            self._until = 0.0
+            self._invalid_before = now()
         self._wake.set()
 
     def _keep(self) -> None:
         while True:
             self._wake.clear()
             with self._lock:
-                asked, told = now(), self._told
+                asked, report = now(), self._report
             answer = None
-            with suppress(Exception):  # it is dead, or not to be reached
-                answer = self._ask(told)
+            with suppress(Exception):  # the supervisor is dead, or cannot be reached
+                answer = self._ask(report)
             if answer is False:
                 self._refused()
                 return
             if answer:
-                self._take(asked, told)
+                self._extend(asked, report)
                 self._renewed()
             self._wake.wait(self._lasts_s / _SHARE if answer else _AGAIN_S)
 
-    def _take(self, asked: float, told: Any) -> None:
+    def _extend(self, asked: float, report: Any) -> None:
         with self._lock:
-            if asked >= self._needed_since and told is self._told:
-                self._until, self._told = asked + self._lasts_s, None
+            if asked >= self._invalid_before and report is self._report:
+                self._until = asked + self._lasts_s
+                self._report = None
 
 
 class LeaseManager:
-    """The leave that a supervisor gives; whether it may give any is looked up by a thread of its
-    own.
+    """The leases that a supervisor gives; a thread of its own asks whether it may give any.
 
     Args:
-        lasts_s: seconds for which it lasts.
-        belongs: asks Ray's head whether this node is a part of the cluster; raises, or does not
-            return, where it cannot be asked.
-        deposed: called when it is not.
+        lasts_s: seconds for which a lease is valid.
+        belongs: asks Ray's head whether this node belongs to the cluster; raises, or does not
+            return, if the head cannot be asked.
+        deposed: called when it does not.
     """
 
     def __init__(
         self, lasts_s: float, belongs: Callable[[], bool], deposed: Callable[[], None]
     ) -> None:
-        self._lasts_s, self._belongs, self._deposed = lasts_s, belongs, deposed
+        self._lasts_s = lasts_s
+        self._belongs = belongs
+        self._deposed = deposed
         self._lock = threading.Lock()
         self._given: dict[str, float] = {}
         self._known: set[str] = set()
@@ -113,7 +120,7 @@ class LeaseManager:
 
     @property
     def is_leader(self) -> bool:
-        """Whether leave may be given, and anything be decided, now."""
+        """Whether the supervisor may give leases, and decide anything, now."""
         return now() < self._belonged + self._trusted_s
 
     def renew(self, who: str) -> bool | None:
@@ -127,8 +134,11 @@ class LeaseManager:
             return True
 
     def admit(self, who: str, *, inherited: bool = False) -> None:
-        """Know a shard from now on; an inherited one may have been given leave by an earlier
-        supervisor until that one was cut off.
+        """Give a shard leases from now on.
+
+        Args:
+            who: the shard.
+            inherited: whether an earlier supervisor may have given it one until it was cut off.
         """
         with self._lock:
             self._known.add(who)
@@ -136,9 +146,7 @@ class LeaseManager:
                 self._given[who] = self._began + self._trusted_s
 
     def refuse(self, who: str) -> float:
-        """Give a shard no leave any more; return in how many seconds, 0 at least, the last has
-        lapsed.
-        """
+        """Give a shard no lease any more; return the seconds until its last one is over."""
         with self._lock:
             self._known.discard(who)
             return max(0.0, self._given.get(who, 0.0) + self._lasts_s - now())

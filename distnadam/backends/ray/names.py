@@ -1,6 +1,4 @@
-"""Optimizers by their names: who supervises one, whether that is still so, and the end of one or of
-what is left of it.
-"""
+"""Optimizers by name: find the supervisor of one, and end one or what is left of it."""
 
 import contextlib
 from typing import Any
@@ -17,9 +15,7 @@ _CLOSE_S = 20.0
 
 
 def end_optimizer(supervisor: Any, run: str | None) -> None:
-    """End an optimizer's processes: by its supervisor where that answers, and whatever is left
-    then.
-    """
+    """End an optimizer's processes: by its supervisor if it answers, then whatever is left."""
     if supervisor is not None:
         with contextlib.suppress(Exception):  # it is gone, or stopped
             ray.get(supervisor.close.remote(), timeout=_CLOSE_S)
@@ -30,20 +26,23 @@ def end_optimizer(supervisor: Any, run: str | None) -> None:
 
 
 def is_named(supervisor: Any, name: str) -> bool:
-    """Whether the name is still this supervisor's, which Ray then makes again; one that was ended
-    has lost it.
+    """Whether the name is still this supervisor's, so that Ray restarts it if it died.
+
+    A supervisor that was ended has lost its name.
     """
     try:
         return bool(ray.get_actor(name, namespace=NAMESPACE) == supervisor)
     except ValueError:
         return False
-    except Exception:  # the cluster does not answer: nothing is known
+    except Exception:  # the cluster does not answer, so nothing is known
         return True
 
 
 def named(name: str) -> Any:
-    """Return the supervisor of the optimizer of that name; raise NotRunning where there is none,
-    with the names of those there are.
+    """Return the supervisor of the optimizer of that name.
+
+    Raises:
+        NotRunning: there is none; the message lists the names of those that run.
     """
     try:
         return ray.get_actor(name, namespace=NAMESPACE)

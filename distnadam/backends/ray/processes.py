@@ -1,4 +1,4 @@
-"""Processes of this host: who they are, whatever number they bear, and their end."""
+"""Processes of this host: told apart by pid and start time, and killed."""
 
 import contextlib
 import os
@@ -15,15 +15,16 @@ _FENCE_S = 5.0
 
 
 def process_start_time(pid: int) -> str:
-    """Return what tells a process of this host from an earlier one of the same number; "" where it
-    is gone or waits to be buried.
+    """Return a process's start time in clock ticks since boot; "" if it is gone or a zombie.
+
+    It tells the process from an earlier one of the same pid.
     """
-    state, born = _state_and_birth(pid)
+    state, born = _state_and_start_time(pid)
     return "" if state in ("Z", "X") else born
 
 
 def process_token() -> str:
-    """Return a new token, which tells by which process of which node it was made."""
+    """Return a new token, which says which process of which node made it."""
     return "/".join(
         (
             ray.get_runtime_context().get_node_id(),
@@ -35,16 +36,17 @@ def process_token() -> str:
 
 
 def end_processes(processes: Sequence[tuple[int, str]], grace_s: float = 0.0) -> None:
-    """Kill those processes of this node that are still the ones born then, and wait until they are
-    gone.
+    """Kill processes of this node, given by pid and start time, and wait until they are gone.
 
-    With a grace they are those that Ray was told to end; only what is stopped, or takes longer, is
-    killed: Ray tells users of every kill.
+    Args:
+        processes: the processes; another one that has the same pid by now is left alone.
+        grace_s: seconds in which those that `ray.kill` reached may end by themselves, since Ray
+            reports every kill to the user. A stopped one is killed at once.
     """
     patience, deadline = time.monotonic() + grace_s, time.monotonic() + grace_s + _FENCE_S
     while left := [(pid, born) for pid, born in processes if process_start_time(pid) == born]:
         for pid, born in left:
-            if time.monotonic() >= patience or _state_and_birth(pid) == ("T", born):
+            if time.monotonic() >= patience or _state_and_start_time(pid) == ("T", born):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
         if time.monotonic() >= deadline:
@@ -52,7 +54,7 @@ def end_processes(processes: Sequence[tuple[int, str]], grace_s: float = 0.0) ->
         time.sleep(0.001)
 
 
-def _state_and_birth(pid: int) -> tuple[str, str]:
+def _state_and_start_time(pid: int) -> tuple[str, str]:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -61,7 +63,7 @@ def _state_and_birth(pid: int) -> tuple[str, str]:
 
 
 def kill_actor(actor: Any) -> None:
-    """End an actor, if it is there."""
+    """End an actor by Ray, if it lives."""
     if actor is not None and ray.is_initialized():
-        with contextlib.suppress(Exception):  # one that is dead already
+        with contextlib.suppress(Exception):  # it is dead already
             ray.kill(actor)

@@ -107,14 +107,17 @@ class ShardActor:
         process = ShardProcess(self._spec.index, None, self._address)
         if self._host is None:
             return DiscoveredProcess(
-                process,
-                self._spec,
+                process=process,
+                spec=self._spec,
                 standby=True,
                 reached=None if self._standby is None else self._standby.reached,
             )
         description = await self.send(Describe())
         return DiscoveredProcess(
-            process, self._spec, epoch=description.epoch, retired=description.retired
+            process=process,
+            spec=self._spec,
+            epoch=description.epoch,
+            retired=description.retired,
         )
 
     async def send(self, message: Message | Order) -> Any:

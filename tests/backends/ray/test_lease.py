@@ -1,4 +1,4 @@
-"""Leave is given, lapses, is renounced and refused; a shard without it tells nobody anything, and
+"""Leases are renewed, end, are invalidated and refused; without one a shard answers nobody, and
 loses nothing by that.
 """
 
@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Asked:
-    """A lease whose asking is answered by the test, and what came of each."""
+    """A lease whose renewals are answered by the test."""
 
     def __init__(self, lasts_s: float) -> None:
         self.questions: queue.Queue[Any] = queue.Queue()
@@ -62,7 +62,7 @@ def asked(clock: Clock) -> Iterator[Asked]:
     asked.answer(False)  # ends its thread
 
 
-def test_leave_counts_from_when_it_was_asked_for_and_lapses(asked: Asked, clock: Clock) -> None:
+def test_a_lease_counts_from_when_it_was_asked_for_and_ends(asked: Asked, clock: Clock) -> None:
     assert not asked.lease.valid
     asked.questions.get()
     clock.seconds += 4.0  # the answer takes its time
@@ -75,7 +75,7 @@ def test_leave_counts_from_when_it_was_asked_for_and_lapses(asked: Asked, clock:
     assert not asked.lease.valid
 
 
-def test_leave_that_was_asked_for_before_it_was_renounced_does_not_count(
+def test_a_lease_asked_for_before_it_was_invalidated_does_not_count(
     asked: Asked, clock: Clock
 ) -> None:
     assert asked.questions.get() is None
@@ -92,7 +92,7 @@ def test_leave_that_was_asked_for_before_it_was_renounced_does_not_count(
     assert asked.questions.get() == "another"
 
 
-def test_a_shard_that_is_refused_is_told_once(asked: Asked) -> None:
+def test_a_shard_that_is_refused_learns_it_once(asked: Asked) -> None:
     asked.questions.get()
     asked.answer(False)
     assert asked.renewed.get() == "refused"
@@ -100,7 +100,7 @@ def test_a_shard_that_is_refused_is_told_once(asked: Asked) -> None:
 
 
 def leases(clock: Clock, *, belongs: bool) -> LeaseManager:
-    """Leases whose thread has looked once."""
+    """A manager whose thread has looked once."""
     looked: queue.Queue[None] = queue.Queue()
     given = LeaseManager(8.0, lambda: belongs, lambda: looked.put(None))
     if belongs:
@@ -111,7 +111,7 @@ def leases(clock: Clock, *, belongs: bool) -> LeaseManager:
     return given
 
 
-def test_only_known_shards_get_leave_and_a_supervisor_waits_for_what_it_gave_to_lapse(
+def test_only_known_shards_get_leases_and_a_refusal_says_how_long_the_last_is_valid(
     clock: Clock,
 ) -> None:
     given = leases(clock, belongs=True)
@@ -125,7 +125,7 @@ def test_only_known_shards_get_leave_and_a_supervisor_waits_for_what_it_gave_to_
     assert given.refuse("never asked") == 0.0
 
 
-def test_a_successor_waits_for_what_its_predecessor_may_have_given(clock: Clock) -> None:
+def test_a_successor_waits_for_leases_that_its_predecessor_may_have_given(clock: Clock) -> None:
     given = leases(clock, belongs=True)
     given.admit("shard", inherited=True)
     assert (
@@ -133,7 +133,7 @@ def test_a_successor_waits_for_what_its_predecessor_may_have_given(clock: Clock)
     )  # until a predecessor that was cut off had noticed that
 
 
-def test_a_supervisor_that_does_not_belong_to_the_cluster_any_more_gives_no_leave(
+def test_a_supervisor_that_no_longer_belongs_to_the_cluster_gives_no_lease(
     clock: Clock,
 ) -> None:
     given = leases(clock, belongs=False)
