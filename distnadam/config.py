@@ -268,6 +268,30 @@ class Settings:
         if least is not None and least > workers:
             raise ConfigError(f"min_workers must be at most num_workers={workers}, got {least}")
 
+    @classmethod
+    def of(cls, *, options: Options | Mapping[str, Any] | None, **arguments: Any) -> "Settings":
+        """Return the settings of an optimizer's keyword arguments.
+
+        Raises:
+            TypeError: there is no such argument.
+            ConfigError: naming the argument and its value.
+        """
+        named = {f.name for f in dataclasses.fields(Topology)}
+        topology = {k: v for k, v in arguments.items() if k in named}
+        config = {k: v for k, v in arguments.items() if k not in named}
+        unknown = config.keys() - {f.name for f in dataclasses.fields(NadamConfig)}
+        if unknown:
+            hint = "; did you mean lr?" if "learning_rate" in unknown else ""
+            raise TypeError(f"DistNadam got an unexpected keyword argument {min(unknown)!r}{hint}")
+        config["lr"] = rate_from(config["lr"])
+        if config["epsilon"] is None:
+            config["epsilon"] = DEFAULT_EPSILON
+        return cls(
+            config=NadamConfig(**config),
+            options=Options.of(options),
+            topology=Topology(**topology),
+        )
+
     def with_lr(self, lr: Rate) -> "Settings":
         """Return these settings with another learning rate."""
         return dataclasses.replace(self, config=self.config.with_lr(lr))
@@ -281,6 +305,12 @@ class Settings:
         """Return the optimizer's keyword arguments, clips that are None left out."""
         config = {k: v for k, v in _fields(self.config).items() if v is not None}
         return config | self.topology.to_dict() | {"options": self.options}
+
+    def to_config(self) -> dict[str, Any]:
+        """Return `to_arguments` as plain data, but for a rate that is a plain function."""
+        lr = self.config.lr
+        plain = lr if callable(lr) and not dataclasses.is_dataclass(lr) else rate_to_dict(lr)
+        return self.to_arguments() | {"lr": plain, "options": self.options.to_dict()}
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {

@@ -1,5 +1,6 @@
-"""Keras's list of optimizer weights, ``[iterations, m_schedule, *ms, *vs]``, to and from the
-shards' clock and flat moments. Pure.
+"""State as users give and get it, to and from clocks and flat arrays. Pure.
+
+Parameters are trees; Keras's list of weights is ``[iterations, m_schedule, *ms, *vs]``.
 """
 
 from collections.abc import Sequence
@@ -74,6 +75,21 @@ def from_weights(layout: Layout, weights: Sequence[Any]) -> tuple[Clock, Flat, F
             np.copyto(view, array, casting="unsafe")
         moments.append(flat)
     return Clock(int(iterations), m_schedule), moments[0], moments[1]
+
+
+def finite_params(layout: Layout, params: Any) -> Flat:
+    """Return a tree of parameters as flat arrays.
+
+    Raises:
+        StructureError: naming the tensor that does not fit the layout, or is not finite.
+    """
+    flat = layout.flat(params, what="params")
+    for tensor, view in zip(layout.tensors, layout.views(flat), strict=True):
+        if not np.isfinite(view).all():
+            raise StructureError(
+                f"params: {tensor.path!r}: expected finite values, got NaN or infinity"
+            )
+    return flat
 
 
 def _fits(array: Array, space: str) -> bool:

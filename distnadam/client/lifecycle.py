@@ -1,0 +1,108 @@
+"""Whether an optimizer is built or closed in this process, and what ends with it.
+
+It owns the running shards and the save in flight; it knows no parameters and no steps.
+"""
+
+from collections.abc import Callable
+
+from distnadam.client.building import start_shards
+from distnadam.client.checkpointing import CheckpointWriter
+from distnadam.client.shard_group import ShardGroup
+from distnadam.config import Settings
+from distnadam.errors import LifecycleError
+from distnadam.schedules import Rate, rate_from
+from distnadam.tensors.layout import Layout
+
+
+class Lifecycle:
+    """New, running, then closed.
+
+    Args:
+        settings: what the optimizer is asked to be.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.saves = CheckpointWriter()
+        self._settings = settings
+        self._shards: ShardGroup | None = None
+        self._is_creator = True
+        self._closed = False
+
+    def attach(self, shards: ShardGroup) -> None:
+        """Take shards that run already; closing leaves them alone."""
+        self._shards = shards
+        self._is_creator = False
+
+    @property
+    def settings(self) -> Settings:
+        """What the optimizer is asked to be, with as many shards as there are after a reshard."""
+        shards = self._shards
+        return self._settings if shards is None else self._settings.with_shards(len(shards.ranges))
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there are shards; raise LifecycleError if the optimizer is closed."""
+        if self._closed:
+            raise LifecycleError("this optimizer was closed")
+        return self._shards is not None
+
+    @property
+    def shards(self) -> ShardGroup:
+        """The running shards; raise LifecycleError if there are none yet, or no longer."""
+        if not self.is_built or self._shards is None:
+            raise LifecycleError("this optimizer has no parameters yet: call build(params) first")
+        return self._shards
+
+    def shards_to_change(self) -> ShardGroup:
+        """Return the shards; first raise the error of a background save that failed."""
+        self.saves.surface()
+        return self.shards
+
+    def for_pickling(self) -> tuple[ShardGroup, Settings]:
+        """Return what another process makes a handle of; raise LifecycleError if it cannot."""
+        if self.shards.backend.name == "local":
+            raise LifecycleError(
+                "a local optimizer lives in its process and cannot be pickled; use backend='ray' "
+                "to share it"
+            )
+        return self.shards, self.settings
+
+    def require_one_worker(self) -> None:
+        """Raise LifecycleError if several workers have to push for themselves."""
+        num_workers = self._settings.topology.num_workers
+        if num_workers != 1:
+            raise LifecycleError(
+                f"get_updates pushes for the only worker, and there are {num_workers}: use "
+                "worker(rank) in each"
+            )
+
+    def start(self, layout: Layout, fill: Callable[[ShardGroup], None]) -> None:
+        """Start the shards and fill them; end them again if that fails."""
+        if self._closed:
+            raise LifecycleError("this optimizer was closed; make a new one")
+        if self._shards is not None:
+            raise LifecycleError("this optimizer is built already")
+        self._shards = start_shards(self._settings, layout)
+        try:
+            fill(self._shards)
+        except BaseException:
+            self.close()
+            raise
+
+    def set_rate(self, lr: Rate) -> None:
+        """Replace the learning rate, on every shard if there are any."""
+        settings = self._settings.with_lr(rate_from(lr))
+        if self.is_built:
+            self.shards_to_change().set_rate(settings.config.lr)
+        self._settings = settings
+
+    def close(self) -> None:
+        """Finish the save in flight and raise its error; end the shards that were started here."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.saves.finish()
+        finally:
+            if self._shards is not None:
+                self._shards.backend.close(destroy=self._is_creator)
