@@ -137,7 +137,7 @@ def state_of(host: ShardHost) -> State:
     """Copy a host's state, whatever it is doing."""
     shard = host.shard
     arrays = {name: flat["float32"].copy() for name, flat in shard.state.arrays().items()}
-    return State(**arrays, clock=replace(shard.clock), skipped=shard.skipped)
+    return State(**arrays, clock=replace(shard.progress.clock), skipped=shard.progress.skipped)
 
 
 def history_of(ledger: dict[str, Any], decided: int) -> History:

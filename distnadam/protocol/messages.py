@@ -48,6 +48,13 @@ class Collect:
     file_name: str
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A file with the state as of `num_changes` replacements is complete; from the shard's host."""
+
+    num_changes: int
+
+
 FileMessage = Reserve | Save | Collect
 
 

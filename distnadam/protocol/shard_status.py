@@ -53,19 +53,19 @@ class Description:
     that was a step from outside.
     """
 
-    spec: ShardSpec | None
     epoch: int
     round: int
     iterations: int
     skipped: int
-    phase: str
     waiting_for: tuple[int, ...]
     left: tuple[int, ...]
     dead: tuple[int, ...]
     members: tuple[int, ...]
-    holder: str | None
-    busy: bool
     lr: Rate
+    spec: ShardSpec | None = None
+    phase: str = ""
+    holder: str | None = None
+    busy: bool = False
     epoch_reason: str = ""
     schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
     newest: dict[int, int] = field(default_factory=dict)

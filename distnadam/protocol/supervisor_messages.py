@@ -67,6 +67,11 @@ class Load:
     highest_round: int = 0
     lr: Rate | None = None
 
+    @property
+    def reason(self) -> Reason:
+        """Why its epoch begins: a reshard goes on from where the shards stood, a load goes back."""
+        return "reconfigured" if self.control_state is not None else "rewound"
+
 
 @dataclass(frozen=True)
 class AttachStandby:

@@ -1,88 +1,92 @@
-"""Effects on their way out of a shard's machine: in the order they came to be, by one thread at a
-time, whoever brought them.
+"""The effects of a shard's machine on their way out: in the order in which they arose, sent by one
+thread at a time, whichever queued them.
 
-So nobody hears of a round before the standby has it, and no step begins while the mean of the last
-is yet to be announced.
+So no caller gets a round's result before the standby has the round, and no step begins while the
+record of the last is still to be sent.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from distnadam.protocol.delivery import RunWork
-from distnadam.shard.phases import Compute, Effect, Work
+from distnadam.shard.effects import Compute, Effect, Work
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """An effect, with what runs its work if the thread that queued it sends it too."""
+
+    effect: Effect
+    run_work: RunWork
+    thread: int
 
 
 class Outbox:
-    """See the module.
+    """A queue of effects, and the lock under which the machine that makes them is changed.
 
     Args:
-        lock: the machine's, held by whoever calls `put`.
-        carry: carries out one effect that is no work.
-        begin: begins work by the runner given.
-        run_work: runs work that another thread than its own comes upon.
-        can_send: whether effects may leave now; if not, they wait for the next `empty`.
+        carriers: by type, what carries out an effect that is no work.
+        begin: begins work, with what runs it.
+        run_work: runs work that another thread sends than queued it.
+        can_send: whether effects may leave now; if not, they wait for the next `flush`.
+
+    Attributes:
+        lock: held whenever the machine is changed, or read by another thread.
     """
 
     def __init__(
         self,
-        lock: threading.Lock,
-        carry: Callable[[Any], None],
+        carriers: Mapping[type[Effect], Callable[[Any], None]],
         begin: Callable[[Work, RunWork], object],
+        *,
         run_work: RunWork,
         can_send: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._lock = lock
-        self._carry = carry
+        self.lock = threading.Lock()
+        self._carriers = carriers
         self._begin = begin
         self._run_work = run_work
         self._can_send = can_send
-        self._queued: deque[tuple[Effect, RunWork, int]] = deque()
-        self._at_hand: deque[tuple[Effect, RunWork, int]] = (
-            deque()
-        )  # whoever is at it has these to itself
-        self._busy = False
+        self._queued: deque[_Queued] = deque()
+        self._sending: deque[_Queued] = deque()  # belongs to the thread that sends
+        self._is_sending = False
 
-    def put(self, effects: list[Effect], run: RunWork) -> None:
-        """Queue effects, under the lock under which they came to be."""
-        if effects:
-            owner = threading.get_ident()
-            self._queued.extend([(effect, run, owner) for effect in effects])
+    def put(self, change: Callable[[], list[Effect]], run_work: RunWork) -> None:
+        """Change the machine under the lock, and queue the effects; `flush` sends them."""
+        thread = threading.get_ident()
+        with self.lock:
+            self._queued.extend(_Queued(effect, run_work, thread) for effect in change())
 
-    def empty(self) -> None:
-        """Carry out all there is, unless another thread is at it; work begins last, beside whatever
-        comes next.
-        """
-        with self._lock:
-            if self._busy:
+    def flush(self) -> None:
+        """Send all effects that may leave, unless another thread does; begin work after them."""
+        with self.lock:
+            if self._is_sending:
                 return
-            self._busy = True
-        begun: list[
-            tuple[Work, RunWork]
-        ] = []  # one at most: the machine asks for no more before it was reported
+            self._is_sending = True
+        works: list[tuple[Work, RunWork]] = []  # one at most: the machine asks for one at a time
         try:
             while self._fetch():
-                while self._at_hand and self._can_send():
-                    effect, run, owner = self._at_hand.popleft()
+                while self._sending and self._can_send():
+                    queued = self._sending.popleft()
+                    effect = queued.effect
                     if isinstance(effect, Compute):
-                        begun.append(
-                            (effect.work, run if owner == threading.get_ident() else self._run_work)
-                        )
+                        is_own = queued.thread == threading.get_ident()
+                        works.append((effect.work, queued.run_work if is_own else self._run_work))
                     else:
-                        self._carry(effect)
+                        self._carriers[type(effect)](effect)
         except BaseException:
-            self._busy = False
+            self._is_sending = False
             raise
-        for work, run in begun:
-            self._begin(work, run)
+        for work, run_work in works:
+            self._begin(work, run_work)
 
     def _fetch(self) -> bool:
-        """Take what is queued; return whether there is anything that may leave, and where not, be
-        done.
-        """
-        with self._lock:
-            self._at_hand.extend(self._queued)
+        """Take what is queued; return whether any may leave, and if not, stop sending."""
+        with self.lock:
+            self._sending.extend(self._queued)
             self._queued.clear()
-            self._busy = bool(self._at_hand) and self._can_send()
-            return self._busy
+            self._is_sending = bool(self._sending) and self._can_send()
+            return self._is_sending

@@ -1,22 +1,14 @@
-"""What surrounds one shard wherever it lives: a lock, the callers' futures, the kernel's threads,
-its checkpoint files, its standby.
-
-It carries out the state machine's effects and knows nothing of how messages came.
+"""One shard in its process: its state machine, the lock around it, its callers, and what carries
+out its effects. It does not know how messages came. No Ray.
 """
 
 import dataclasses
-import functools
-import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
-from distnadam.checkpoint.manifest import Manifest
-from distnadam.checkpoint.shard_file import fill_shard, write_shard
-from distnadam.checkpoint.storage.base import parent_of
-from distnadam.config import NadamConfig
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
@@ -30,13 +22,13 @@ from distnadam.protocol.messages import (
     PartialNorms,
     Reserve,
     Save,
+    Saved,
     ShardSpec,
     Write,
 )
 from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
     AttachStandby,
-    DetachStandby,
     Load,
     Order,
     Reconfigure,
@@ -44,23 +36,17 @@ from distnadam.protocol.supervisor_messages import (
     ShardControlState,
 )
 from distnadam.runtime.outbox import Outbox
+from distnadam.runtime.replicator import ConnectStandby, Replicator
+from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
-from distnadam.runtime.snapshot import SnapshotWriter
-from distnadam.shard.machine import Shard, described
-from distnadam.shard.phases import Answer, Effect, Notice, Replicate, Work
+from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
+from distnadam.shard.machine import MESSAGES, Shard
 from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat, memory_for
-from distnadam.transport.replication import ReplicationStream
 
-log = logging.getLogger("distnadam")
-
-_CHANGES = (Write, Retire)
-"""What changes a shard's arrays at once, or has others change them; a step and an order do so where
-they are carried out.
-"""
-FindGradients = Callable[[int, int, dict[str, str]], Flat | None]
-"""From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory, where the
-process has it.
+GradientsOf = Callable[[int, int, dict[str, str]], Flat | None]
+"""From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory; None if
+this process does not have it.
 """
 
 
@@ -69,13 +55,17 @@ class ShardHost:
 
     Args:
         spec: the shard's spec.
-        buffers: the two parameter buffers of its ranges where the process shares them.
+        buffers: the two parameter buffers of its ranges, if the process shares them.
         threads: threads of its kernel.
         run_work: runs heavy work: at once in the calling thread, or in an executor's.
-        on_notice: told what happens to ranks and to the standby.
-        connect_standby: returns the stream to a standby, from what `AttachStandby` carries, the
-            shard's control state, its config and its arrays.
+        on_notice: called with what happens to ranks and to the standby.
+        connect_standby: returns the stream to a standby.
         can_send: whether effects may leave now; call `resume` when it turns true.
+
+    Attributes:
+        shard: the state machine; changed by messages only, under `lock`.
+        lock: held while the machine is changed.
+        gradients_of: finds the gradients of a push that is to be completed.
     """
 
     def __init__(
@@ -86,53 +76,51 @@ class ShardHost:
         threads: int = 1,
         run_work: RunWork = run_in_this_thread,
         on_notice: Callable[[Notice], None] = lambda notice: None,
-        connect_standby: Callable[
-            [Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream
-        ]
-        | None = None,
+        connect_standby: ConnectStandby | None = None,
         can_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self.shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
-        self._on_notice = on_notice
-        self._connect_standby = connect_standby
-        self._replica: ReplicationStream | None = None
-        self.gradients_of: FindGradients = lambda rank, incarnation, dtypes: None
+        self.gradients_of: GradientsOf = lambda rank, incarnation, dtypes: None
         self._spec = spec
         self._run_work = run_work
-        self._lock = threading.Lock()
+        self._connect_standby = connect_standby
+        self._kernel = ShardKernel(spec, threads)
+        self.files = ShardFiles(spec.ranges)
+        standby_lost = Notice(StandbyLost(shard=spec.index))
+        self._replicator = Replicator(spec.index, lambda: on_notice(standby_lost))
         self._outbox = Outbox(
-            self._lock,
-            self._carry_out,
-            lambda work, run: run(lambda: self._compute(work, run)),
-            run_work,
-            can_send,
+            {
+                Answer: lambda effect: self._answer(effect.caller, effect.reply),
+                Notice: on_notice,
+                Replicate: self._replicator.replicate,
+            },
+            lambda work, run_work: run_work(lambda: self._compute(work, run_work)),
+            run_work=run_work,
+            can_send=can_send,
         )
+        self.lock = self._outbox.lock
         self._waiting: set[Reply] = set()
-        self._closed = False
-        self._filing = 0
-        self._saved: str | None = None
-        self._behind = SnapshotWriter(spec.ranges)
+        self._is_closed = False
         self._meter: Meter | None = None
-        self._arithmetic = ShardKernel(spec, threads)
 
     @property
     def control_state(self) -> ShardControlState:
-        """Where the shard stands, while nothing is computed."""
-        return self.shard.control_state
+        """The shard's state but for the arrays, while nothing is computed."""
+        return self.shard.progress.control_state()
 
     def take_over(
-        self, control_state: ShardControlState, arrays: dict[str, Flat], reconfigure: Any
+        self, control_state: ShardControlState, arrays: dict[str, Flat], reconfigure: Reconfigure
     ) -> None:
-        """Stand where a primary stood, before the first message: with its arrays, under the order
-        that makes this shard the primary.
+        """Continue from a primary's state, before the first message, under the order that makes
+        this shard the primary.
         """
         self.shard.state.load(arrays, control_state.active)
         self.shard.take_over(control_state, reconfigure)
 
     def attach_meter(self, meter: Meter) -> None:
-        """Count the rounds applied in a meter, and tell it how the shard stands."""
+        """Count the rounds applied in a meter, and have it sample the shard's status."""
         self._meter = meter
-        meter.sources.append(lambda: shard_samples(self._spec, self._described(with_spec=False)))
+        meter.sources.append(lambda: shard_samples(self._spec, self._describe(Describe())))
 
     def send(self, message: Message | Order) -> Future[Any]:
         """Give the shard a message; the future carries its answer or its refusal."""
@@ -147,103 +135,148 @@ class ShardHost:
         self.deliver(message, reply)
         return future
 
-    def deliver(self, message: Message | Order, reply: Reply, run: RunWork | None = None) -> None:
-        """Give the shard a message; `reply` is called once with its answer or error, now or later,
-        in whichever thread has it.
+    def deliver(
+        self, message: Message | Order, reply: Reply, run_work: RunWork | None = None
+    ) -> None:
+        """Give the shard a message.
 
-        Heavy work that the message sets off is carried out by `run` where given.
+        Args:
+            message: any message.
+            reply: called once with the answer or the error, now or later, in any thread.
+            run_work: runs heavy work that the message causes; None for the host's own.
         """
-        run = run or self._run_work
-        with self._lock:
-            if not (closed := self._closed):
+        with self.lock:
+            is_closed = self._is_closed
+            if not is_closed:
                 self._waiting.add(reply)
-        if closed:
+        if is_closed:
             reply(_closed(self._spec.index))
-            return
-        if isinstance(message, Collect):
-            self._behind.collect(message.file_name, lambda answer: self._answer(reply, answer))
-            return
-        if isinstance(message, (Reserve, Save)):
-            work = (
-                self._behind.reserve
-                if isinstance(message, Reserve)
-                else functools.partial(self._save, message)
-            )
-            run(lambda: self._answer(reply, self._attempt(work)))
-            return
-        if (
-            isinstance(message, CompletePush)
-            and message.note.dtypes is not None
-            and message.gradients is None
-        ):
-            found = self.gradients_of(message.rank, message.note.incarnation, message.note.dtypes)
-            message = dataclasses.replace(message, gradients=found)
-        if isinstance(message, _CHANGES):
-            self._behind.settle()
-        if isinstance(message, Describe):
-            self._answer(
-                reply, self._described(with_spec=message.spec)
-            )  # at once, whatever is being told to the standby
-            return
-        try:
-            with self._lock:
-                self._outbox.put(self.shard.receive(message, reply), run)
-        except Exception as error:
-            self._answer(reply, error)
         else:
-            self._outbox.empty()
+            handler = _HANDLERS.get(type(message), ShardHost._receive)
+            handler(self, message, reply, run_work or self._run_work)
 
     def resume(self) -> None:
-        """Tell what could not be told before."""
-        self._outbox.empty()
+        """Send the effects that could not leave before."""
+        self._outbox.flush()
 
     def close(self) -> None:
-        """Refuse what comes and answer who waits."""
-        with self._lock:
-            self._closed = True
+        """Refuse further messages, and fail all callers that wait."""
+        with self.lock:
+            self._is_closed = True
             waiting = list(self._waiting)
         for reply in waiting:
             self._answer(reply, _closed(self._spec.index))
-        if self._replica is not None:
-            self._replica.close()
-        self._arithmetic.close()
-        self._behind.close()
+        self._replicator.close()
+        self._kernel.close()
+        self.files.close()
 
-    def _carry_out(self, effect: Answer | Notice | Replicate) -> None:
-        if isinstance(effect, Answer):
-            self._answer(effect.caller, effect.reply)
-        elif isinstance(effect, Notice):
-            self._on_notice(effect)
-        elif self._replica is not None:
-            self._replicate(effect, self._replica)
+    # Messages
 
-    def _compute(self, work: Work, run: RunWork) -> None:
+    def _receive(self, message: Message | Order, reply: Reply, run_work: RunWork) -> None:
         try:
-            result = self._WORK[work](self)
-        except ConfigError as error:  # of the learning-rate function, before any array was touched
-            refusal = error
-            self._report(lambda: self.shard.refused(refusal), run)
+            self._outbox.put(lambda: self.shard.receive(message, reply), run_work)
+        except Exception as error:
+            self._answer(reply, error)
+        else:
+            self._outbox.flush()
+
+    def _receive_after_copy(self, message: Write | Retire, reply: Reply, run_work: RunWork) -> None:
+        """Have a background save copy the arrays before the message changes them."""
+        self.files.wait_copied()
+        self._receive(message, reply, run_work)
+
+    def _complete_push(self, message: CompletePush, reply: Reply, run_work: RunWork) -> None:
+        """Fill in the gradients from the worker's memory, if the sender has not."""
+        note = message.note
+        if note.dtypes is not None and message.gradients is None:
+            found = self.gradients_of(message.rank, note.incarnation, note.dtypes)
+            message = dataclasses.replace(message, gradients=found)
+        self._receive(message, reply, run_work)
+
+    def _reply_to_describe(self, message: Describe, reply: Reply, _: RunWork) -> None:
+        """Answer at once, whatever waits in the outbox."""
+        self._answer(reply, self._describe(message))
+
+    def _reserve(self, _: Reserve, reply: Reply, run_work: RunWork) -> None:
+        run_work(lambda: self._answer(reply, self._attempt(self.files.reserve)))
+
+    def _save(self, message: Save, reply: Reply, run_work: RunWork) -> None:
+        def save() -> Any:
+            with self.lock:
+                self.shard.require_hold(message.token)
+                saved = Saved(self.shard.progress.num_changes)
+            return self.files.save(
+                message,
+                self.shard.state.arrays(),
+                on_written=lambda: self._report(lambda: self.shard.receive(saved, None), run_work),
+            )
+
+        run_work(lambda: self._answer(reply, self._attempt(save)))
+
+    def _collect(self, message: Collect, reply: Reply, _: RunWork) -> None:
+        self.files.collect(message.file_name, partial(self._answer, reply))
+
+    # Work
+
+    def _compute(self, work: Work, run_work: RunWork) -> None:
+        shard = self.shard
+        try:
+            result = _WORK[work](self)
         except BaseException as error:
-            failure = error
-            self._report(lambda: self.shard.broke(failure), run)
+            if work is Work.STEP and isinstance(error, ConfigError):
+                # The learning-rate function raised, before any array was touched.
+                self._report(partial(shard.refused, error), run_work)
+            else:
+                self._report(partial(shard.broke, error), run_work)
             if not isinstance(error, Exception):
                 raise
         else:
-            self._report(lambda: self.shard.computed(work, result), run)
+            self._report(lambda: shard.computed(work, result), run_work)
             if work is Work.STEP:
-                prepare(result[0], self.shard.config)
+                prepare(result[0], shard.config)
 
-    def _report(self, outcome: Callable[[], list[Effect]], run: RunWork) -> None:
-        with self._lock:
-            self._outbox.put(outcome(), run)
-        self._outbox.empty()
+    def _measure(self) -> PartialNorms:
+        return self._kernel.measure(self.shard)
 
-    def _answer(self, reply: Reply, answer: Any) -> None:
-        with self._lock:
-            if reply not in self._waiting:
-                return
-            self._waiting.discard(reply)
-        reply(answer)
+    def _step(self) -> tuple[Clock, float]:
+        self.files.wait_copied()
+        began = perf_counter()
+        result = self._kernel.step(self.shard, self._replicator.memory_for_mean())
+        if self._meter is not None:
+            self._meter.apply.add(perf_counter() - began)
+        return result
+
+    def _load_or_copy(self) -> Any:
+        """Carry out the next order; an error is its answer, and leaves a load without a state."""
+        order = self.shard.loads.first
+        self.files.wait_copied()
+        if isinstance(order, Load):
+            return self._attempt(lambda: self.files.load(order, self.shard.state))
+        assert order is not None
+        return self._attempt(lambda: self._attach_standby(order))
+
+    def _attach_standby(self, order: AttachStandby) -> int:
+        assert self._connect_standby is not None
+        self._replicator.close()
+        shard = self.shard
+        with self.lock:
+            control_state = self.control_state
+        stream = self._connect_standby(
+            order.standby, control_state, shard.config, shard.state.arrays()
+        )
+        with self.lock:  # no standby was sent what came meanwhile
+            self._replicator.attach(stream)
+            reconfigure = Reconfigure(
+                epoch=shard.epochs.now,
+                schedule=shard.members.schedule,
+                newest=shard.members.ledger.newest_of_all(),
+            )
+        stream.send(reconfigure)
+        return shard.progress.round
+
+    def _report(self, change: Callable[[], list[Effect]], run_work: RunWork) -> None:
+        self._outbox.put(change, run_work)
+        self._outbox.flush()
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
         try:
@@ -252,147 +285,46 @@ class ShardHost:
         except Exception as error:
             return error
 
-    def _measure(self) -> PartialNorms:
-        return self._arithmetic.measure(self.shard)
+    # Answers
 
-    def _step(self) -> tuple[Clock, float]:
-        self._behind.settle()
-        began = perf_counter()
-        if self._replica is not None and not self._replica.ready():
-            self._detach()
-        result = self._arithmetic.step(
-            self.shard, None if self._replica is None else self._replica.mean
-        )
-        if self._meter is not None:
-            self._meter.apply.add(perf_counter() - began)
-        return result
+    def _answer(self, reply: Reply, answer: Any) -> None:
+        with self.lock:
+            if reply not in self._waiting:
+                return
+            self._waiting.discard(reply)
+        reply(answer)
 
-    def _save(self, message: Save) -> Any:
-        """Write the shard's checkpoint file, or a copy of it later; nobody else moves a held shard
-        meanwhile.
-        """
-        shard, ranges = self.shard, self._spec.ranges
-        shard.exclusive_hold.require(message.token, self._spec.index)
-        before, arrays = shard.changed, shard.state.arrays()
-
-        def write(state: dict[str, Flat]) -> Any:
-            record = write_shard(message.directory, message.file_name, ranges=ranges, state=state)
-            if shard.changed is before:
-                shard.changed = None
-            self._saved = parent_of(message.directory)
-            return record
-
-        self._filing += 1
-        try:
-            return (
-                self._behind.snapshot(message.file_name, arrays, write)
-                if message.behind
-                else write(arrays)
-            )
-        finally:
-            self._filing -= 1
-
-    def _obey(self) -> Any:
-        """Load or copy the state as the supervisor ordered; what fails is the answer, and leaves a
-        shard that loads without a state.
-        """
-        order = self.shard.order
-        self._behind.settle()
-        return self._attempt(
-            lambda: self._load(order) if isinstance(order, Load) else self._attach(order)
-        )
-
-    def _load(self, order: Load) -> ShardControlState:
-        spec, state = self._spec, self.shard.state
-        if order.state is not None and order.control_state is not None:
-            state.load(order.state, order.control_state.active)
-            return order.control_state
-        if order.directory is None:
-            state.load({"params": order.params or {}})
-            return ShardControlState(
-                epoch=order.epoch,
-                round=0,
-                skipped=0,
-                clock=Clock(),
-                lr=0.0,
-                active=0,
-                outcome="applied",
-                rejection=None,
-                ledger={"runs": [], "newest": []},
-            )
-        manifest = Manifest.from_bytes(order.manifest, order.directory)
-        fill_shard(
-            order.directory,
-            manifest,
-            ranges=spec.ranges,
-            state=state.reset(),
-            leftovers=order.leftovers,
-        )
-        self._saved = parent_of(order.directory)
-        clock = Clock(manifest.iterations, manifest.m_schedule)
-        return ShardControlState(
-            epoch=order.epoch,
-            round=manifest.round,
-            skipped=manifest.skipped,
-            clock=clock,
-            lr=0.0,
-            active=0,
-            outcome="applied",
-            rejection=None,
-            ledger=manifest.ledger,
-        )
-
-    def _attach(self, order: AttachStandby) -> int:
-        assert self._connect_standby is not None
-        self._detach(told=False)
-        shard = self.shard
-        with self._lock:
-            control_state = shard.control_state
-        replica = self._connect_standby(
-            order.standby, control_state, shard.config, shard.state.arrays()
-        )
-        with self._lock:  # what came meanwhile was told to no standby
-            self._replica = replica
-            reconfigure = Reconfigure(
-                epoch=shard.epochs.now,
-                schedule=shard.members.schedule,
-                newest=shard.members.ledger.newest_of_all(),
-            )
-        replica.send(reconfigure)
-        return shard.round
-
-    def _replicate(self, effect: Replicate, replica: ReplicationStream) -> None:
-        """Let the standby have a record before anyone hears of what it says; one that cannot keep
-        up is let go.
-        """
-        if isinstance(effect.record, DetachStandby) or not replica.send(effect.record):
-            self._detach()
-
-    def _detach(self, *, told: bool = True) -> None:
-        if self._replica is not None:
-            self._replica.close()
-            self._replica = None
-            if told:
-                log.warning(
-                    "shard %d: its standby is gone or out of date; a new one will be filled",
-                    self._spec.index,
-                )
-                self._on_notice(Notice(StandbyLost(shard=self._spec.index)))
-
-    def _described(self, *, with_spec: bool) -> Description:
-        """Return the shard's description, with what only its host knows."""
-        with self._lock:
-            told, replica = described(self.shard, with_spec=with_spec), self._replica
-        reached = replica.reached if replica is not None else None
+    def _describe(self, message: Describe) -> Description:
+        with self.lock:
+            description = self.shard.describe(with_spec=message.spec)
+            replicated = self._replicator.reached
         return dataclasses.replace(
-            told, busy=told.busy or self._filing > 0, replicated=reached, saved=self._saved
+            description,
+            busy=description.busy or self.files.is_saving,
+            replicated=replicated,
+            saved=self.files.directory,
         )
 
-    _WORK: ClassVar[dict[Work, Callable[["ShardHost"], Any]]] = {
-        Work.MEASURE: _measure,
-        Work.STEP: _step,
-        Work.LOAD_OR_COPY: _obey,
-    }
+
+_HANDLERS: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
+    **dict.fromkeys(MESSAGES, ShardHost._receive),
+    Write: ShardHost._receive_after_copy,
+    Retire: ShardHost._receive_after_copy,
+    CompletePush: ShardHost._complete_push,
+    Describe: ShardHost._reply_to_describe,
+    Reserve: ShardHost._reserve,
+    Save: ShardHost._save,
+    Collect: ShardHost._collect,
+}
+"""The one dispatch of messages: to the machine, through what the host must do first, or to the host
+alone.
+"""
+
+_WORK: dict[Work, Callable[[ShardHost], Any]] = {
+    Work.MEASURE: ShardHost._measure,
+    Work.STEP: ShardHost._step,
+    Work.LOAD_OR_COPY: ShardHost._load_or_copy,
+}
 
 
 def _closed(index: int) -> LifecycleError:

@@ -35,7 +35,7 @@ class ShardKernel:
 
     def measure(self, shard: Shard) -> PartialNorms:
         """Sum the squares of the mean gradient, chunk by chunk."""
-        gradients, found = shard.gradients(), []
+        gradients, found = shard.rounds.current.gradients, []
         for space, segments in self._segments.items():
             offset = self._spec.ranges[space][0]
             scratch = Scratch(space)
@@ -44,14 +44,14 @@ class ShardKernel:
                 (s.tensor, square_sums(slices, s.begin - offset, s.end - offset, scratch))
                 for s in segments
             ]
-        return PartialNorms(shard.round + 1, tuple(found))
+        return PartialNorms(shard.progress.round + 1, tuple(found))
 
     def step(self, shard: Shard, keep: Flat | None) -> tuple[Clock, float]:
         """Apply the round's mean gradient, leaving it in `keep`; the new parameters go to the spare
         buffer.
         """
-        config, gradients, state = shard.config, shard.gradients(), shard.state
-        scalars = step_scalars(shard.clock, config)
+        config, gradients, state = shard.config, shard.rounds.current.gradients, shard.state
+        scalars = step_scalars(shard.progress.clock, config)
         rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2, config.clipvalue)
         for space, stepper in self._steppers.items():
             slots = Slots(state.params[space], state.m[space], state.v[space], state.spare[space])
@@ -68,7 +68,7 @@ class ShardKernel:
 
     def _parts(self, shard: Shard, space: str) -> list[Part]:
         begin, end = self._spec.ranges[space]
-        sums = shard.square_sums()
+        sums = shard.rounds.current.square_sums
         if sums is None:
             return [Part(0, end - begin)]
         scales = clip_scales(shard.config, sums)

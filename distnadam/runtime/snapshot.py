@@ -28,7 +28,7 @@ class SnapshotWriter:
 
     def __init__(self, ranges: Ranges) -> None:
         self._ranges = ranges
-        self._kept: State = {}
+        self.memory: State = {}
         self._pool: ThreadPoolExecutor | None = None
         self._written: dict[str, Future[FileRecord]] = {}
         self._copied = Event()
@@ -36,8 +36,8 @@ class SnapshotWriter:
 
     def reserve(self) -> None:
         """Have the memory, touched, so that a copy meets no page faults."""
-        if not self._kept:
-            self._kept = {
+        if not self.memory:
+            self.memory = {
                 name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()}
                 for name in STATE_ARRAYS
             }
@@ -59,17 +59,17 @@ class SnapshotWriter:
             try:
                 for array in STATE_ARRAYS:
                     for space, values in arrays[array].items():
-                        np.copyto(self._kept[array][space], values)
+                        np.copyto(self.memory[array][space], values)
             finally:
                 copied.set()
-            return write(self._kept)
+            return write(self.memory)
 
         self._written[name] = self._pool.submit(take)
         self._copied = (
             copied  # nobody changes the arrays before: whoever asked for this holds the shard
         )
 
-    def settle(self) -> None:
+    def wait_copied(self) -> None:
         """Wait until the arrays may be changed."""
         self._copied.wait()
 
@@ -83,6 +83,6 @@ class SnapshotWriter:
 
     def close(self) -> None:
         """Take no more snapshots; what is being written is written to its end."""
-        self.settle()
+        self.wait_copied()
         if self._pool is not None:
             self._pool.shutdown(wait=False)

@@ -29,7 +29,7 @@ class ExclusiveHold:
         """Raise IllegalMessage unless the holder of this token holds the shard."""
         if self.holder != token:
             raise IllegalMessage(
-                f"shard {shard}: this is legal only between Hold and Release of the same caller"
+                f"shard {shard}: this is legal only between Pause and Resume of the same caller"
             )
 
     def ask(self, caller: Any, token: str) -> None:

@@ -1,401 +1,398 @@
-"""One shard as a state machine: messages in, effects out. No socket, file, clock, thread or Ray.
+"""The state machine of one shard: messages in, effects out. No socket, file, clock, thread or Ray.
 
-`LEGAL` says which message may come in which phase; one that is refused raises and changes nothing.
-How a round goes on is in `machine`.
+Theory of operation
+===================
+
+Rule 1: everything that affects the machine's state lives in this folder, and it is changed by
+messages only. The host calls, one at a time and under one lock, `receive` with a message of a
+worker, a client or the supervisor, and `computed`, `refused` or `broke` when work that the machine
+asked for has ended. Each returns effects, which the host carries out in order. Callers are opaque:
+an `Answer` names the one that gets it. A message that is refused raises and changes nothing; one
+that is repeated, because its answer was lost, is answered again and counts once.
+
+Phases (`phases.NEXT` has every change, and is checked at each):
+
+    COLLECTING -- all pushed --> STEPPING -- stepped --> COLLECTING: the round is decided
+    COLLECTING -- clipping needs norms --> MEASURING --> AWAITING_NORMS -- they came --> STEPPING
+
+A rejected gradient, or a norm that overflows, ends the round without a step. Between rounds the
+shard may stand still for one client, which may read and write its state. A `Load` waits until
+nothing is computed and drops the round; a copy to a standby waits for COLLECTING and keeps it.
+While either goes on the shard is LOADING; a load that failed leaves it EMPTY. BROKEN is final: work
+failed half-way, or other shards hold these ranges.
+
+The parts know nothing of phases:
+
+- `Rounds`: the `Round` in progress with its pushes, and the callers that wait for its end;
+- `Progress`: the rounds decided so far, with `Membership` (who pushes) and `Epochs` (which messages
+  are out of date); a standby has the same;
+- `ExclusiveHold`: who holds the shard, and how far its rounds may go meanwhile;
+- `LoadQueue`: the orders to load, or to copy to a standby;
+- `ShardState`: the arrays.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import distnadam.protocol.messages as msg
-from distnadam.errors import IllegalMessage, LatePush, Reconfigured, RoundMismatch, ShardLost
-from distnadam.protocol import supervisor_messages
-from distnadam.protocol.shard_status import Description
+import distnadam.protocol.supervisor_messages as orders
+from distnadam.errors import DistNadamError, IllegalMessage, Reconfigured, ShardLost
+from distnadam.protocol.shard_status import Description, ShardSpec
 from distnadam.protocol.supervisor_events import RankDied, RankJoined, RankLeft
+from distnadam.shard.effects import Answer, Compute, Effect, Notice, Replicate, Work
+from distnadam.shard.epochs import Epochs
+from distnadam.shard.exclusive_hold import ExclusiveHold
 from distnadam.shard.ledger import DIRECT
-from distnadam.shard.phases import LEGAL, Answer, Effect, Notice, Phase, Replicate
-from distnadam.shard.round import Round, Waiter, note_of
-from distnadam.shard.round_lifecycle import Machine
+from distnadam.shard.load_queue import LoadQueue
+from distnadam.shard.membership import Membership
+from distnadam.shard.phases import AT_REST, LEGAL, NEXT, Phase
+from distnadam.shard.progress import Progress
+from distnadam.shard.rounds import Rounds
+from distnadam.shard.state import ShardState
 
 
-def described(shard: Machine, *, with_spec: bool = False) -> Description:
-    """Return what `Describe` is answered."""
-    members, needed = shard.members, shard.members.needed(shard.round + 1)
-    return Description(
-        spec=shard.spec if with_spec else None,
-        epoch=shard.epochs.now,
-        round=shard.round,
-        iterations=shard.clock.iterations,
-        skipped=shard.skipped,
-        phase=shard.phase.value,
-        waiting_for=tuple(rank for rank in needed if rank not in shard.pushed),
-        left=tuple(sorted(members.left)),
-        dead=tuple(sorted(members.dead)),
-        members=needed,
-        holder=shard.exclusive_hold.holder,
-        busy=shard.phase is Phase.LOADING,
-        lr=shard.config.lr,
-        epoch_reason=shard.epochs.reason,
-        schedule=members.schedule,
-        newest=members.ledger.newest_of_all(),
-        changed=shard.changed,
-        given_up=tuple(sorted(members.given_up)),
-        retired=shard.retired,
-        live_owners=members.live_owners,
-        highest_round=shard.highest_round,
-        stepped=members.ledger.last(DIRECT),
-    )
+class Shard:
+    """The state machine of one shard."""
 
+    def __init__(self, spec: ShardSpec, state: ShardState) -> None:
+        self.spec = spec
+        self.config = spec.config
+        self.state = state
+        self.members = Membership(spec.index, spec.num_workers)
+        self.epochs = Epochs()
+        self.progress = Progress(self.members, self.epochs, state)
+        self.rounds = Rounds(spec.index, self.progress)
+        self.exclusive_hold = ExclusiveHold()
+        self.loads = LoadQueue(spec.index, self.progress)
+        self._who = f"shard {spec.index}"
+        self._phase = Phase.COLLECTING
+        self._failure: DistNadamError | None = None
 
-class Shard(Machine):
-    """The state machine of one shard; the host calls `receive` and `computed` one at a time."""
+    @property
+    def phase(self) -> Phase:
+        """The current phase."""
+        return self._phase
+
+    def _enter(self, phase: Phase) -> None:
+        if phase not in NEXT[self._phase]:
+            raise RuntimeError(f"{self._who}: {phase.name} cannot follow {self._phase.name}")
+        self._phase = phase
+
+    # What the host calls
 
     def receive(self, message: Any, caller: Any) -> list[Effect]:
-        """Take one message; return what is to be done. Raise a ProtocolError, with nothing changed,
-        where it is refused.
+        """Return a message's effects; raise a ProtocolError if it is refused: nothing changed."""
+        if type(message) not in LEGAL[self._phase]:
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
+            kind = type(message).__name__
+            raise IllegalMessage(f"{self._who}: {kind} is not legal while {self._phase.value}")
+        return [*_HANDLERS[type(message)](self, message, caller), *self._advance()]
+
+    def computed(self, work: Work, result: Any) -> list[Effect]:
+        """Take the result of the work asked for.
+
+        Args:
+            work: what was asked for.
+            result: for MEASURE the `PartialNorms`; for STEP the clock after it and its learning
+                rate; for LOAD_OR_COPY the `ShardControlState` loaded, the round copied, or the
+                error.
         """
-        if isinstance(self._broken, Reconfigured) and type(message) not in LEGAL[Phase.BROKEN]:
-            raise self._broken
-        if self._broken is not None and type(message) not in LEGAL[Phase.BROKEN]:
-            raise ShardLost(
-                f"shard {self.spec.index}: broken by {type(self._broken).__name__}: {self._broken}"
-            ) from self._broken
-        if self.phase is Phase.EMPTY and type(message) not in LEGAL[Phase.EMPTY]:
-            raise ShardLost(f"shard {self.spec.index}: is {self.phase.value}: {self._why_hollow}")
-        if type(message) not in LEGAL[self.phase]:
-            raise IllegalMessage(
-                f"shard {self.spec.index}: {type(message).__name__} is not legal while "
-                f"{self.phase.value}"
-            )
-        handler = _HANDLERS[type(message)]
-        return [*handler(self, message, caller), *self._progress()]
+        if self._phase is Phase.BROKEN:
+            return []  # the shard was retired meanwhile
+        if work is Work.LOAD_OR_COPY:
+            effects = self._end_order(result)
+        elif work is Work.MEASURE:
+            effects = self._measured(result)
+        else:
+            self.progress.step(*result)
+            effects = self._decide("applied", None)
+        return [*effects, *self._advance()]
 
-    # Workers
-
-    def _on_join(self, message: msg.Join, caller: Any) -> list[Effect]:
-        committed = self._counted.get(message.rank)
-        if message.rank in self._current.pushes and (
-            not self.collecting or message.rank in self._current.adopted
-        ):
-            committed = note_of(self._current.pushes[message.rank])
-        incarnation = self.members.join(message)
-        if self.collecting:
-            self._current.set_aside(message.rank, incarnation)
-        joined = RankJoined(rank=message.rank, incarnation=incarnation)
-        notices = [] if message.reserve else [Notice(joined)]
-        record = Replicate(
-            supervisor_messages.ReplicatedJoin(
-                message.rank, incarnation, None if message.reserve else message.process
-            )
-        )
-        member = message.rank in self.members.needed(self.round + 1)
-        return [
-            record,
-            *notices,
-            Answer(
-                caller,
-                msg.Joined(
-                    incarnation=incarnation,
-                    round=self.round,
-                    committed=committed,
-                    member=member,
-                    orphaned=self._is_orphaned(),
-                ),
-            ),
-        ]
-
-    def _is_orphaned(self) -> bool:
-        """Whether nobody who pushed is still there to send the norms that are awaited, or will
-        be.
-        """
-        pushes, measured = (
-            self._current.pushes.items(),
-            self.phase in (Phase.MEASURING, Phase.AWAITING_NORMS),
-        )
-        return measured and all(
-            push.incarnation < self.members.ledger.newest(rank) for rank, push in pushes
-        )
-
-    def _on_complete_push(self, message: msg.CompletePush, caller: Any) -> list[Effect]:
-        rank, note = message.rank, message.note
-        who = f"shard {self.spec.index}: rank {rank}"
-        counted = (
-            self.members.ledger.counted(rank, note.incarnation, note.round)
-            and note.round <= self.round
-        )
-        if counted or (not self.collecting and rank in self._current.pushes):
-            return [Answer(caller, None)]
-        if note.round != self.round + 1:
-            raise RoundMismatch(
-                f"{who}: round {note.round} is to be completed, expected round {self.round + 1}"
-            )
-        if not self._current.restore(rank, note.incarnation):
-            if message.gradients is None and note.rejection is None:
-                raise IllegalMessage(
-                    f"{who}: the push of worker {note.incarnation} for round {note.round} cannot "
-                    "be had any more"
-                )
-            push = msg.Push(
-                epoch=self.epochs.now,
-                rank=rank,
-                incarnation=note.incarnation,
-                round=note.round,
-                gradients=message.gradients,
-                rejection=note.rejection,
-            )
-            self._current.adopted.add(rank)
-            return [*self._current.supersede(push, self.spec.index), Answer(caller, None)]
-        self._current.adopted.add(rank)
-        return [Answer(caller, None)]
-
-    def _on_push(self, push: msg.Push, caller: Any) -> list[Effect]:
-        if self.members.already_counted(push, self.round):
-            return [Answer(caller, self._decided(push.want_parameters))]
-        self.members.check_current(push, self.epochs, self.round)
-        waiting, held = (
-            Waiter(caller, push.rank, push.incarnation, push.want_parameters),
-            self._current.pushes.get(push.rank),
-        )
-        if not self.collecting:  # the round has all its pushes, but may need this worker's norms
-            if self._current.measured is not None:
-                return [Answer(caller, self._current.measured)]
-            self._current.waiting.append(waiting)
+    def refused(self, error: DistNadamError) -> list[Effect]:
+        """Take back a step that could not begin: fail the round's callers, and begin it again."""
+        if self._phase is Phase.BROKEN:
             return []
-        superseded: list[Effect] = []
-        if held is None or (
-            held.incarnation < push.incarnation and push.rank not in self._current.adopted
-        ):
-            superseded = self._current.supersede(push, self.spec.index)
-        self._current.waiting.append(waiting)
-        return [*superseded, *self._drop_pushes_that_wait_in_vain()]
+        self.rounds.current.refusal = error
+        return [*self._drop_round(error), *self._answer_due(), *self._advance()]
 
-    def _on_total_norms(self, message: msg.TotalNorms, caller: Any) -> list[Effect]:
-        if self.members.already_counted(message, self.round):
-            return [Answer(caller, self._decided(message.want_parameters))]
-        self.members.check_current(message, self.epochs, self.round)
-        if message.rank not in self._current.pushes and self._refusal is not None:
-            raise self._refusal  # the round that was measured was begun anew
-        return self._take_norms(
-            message.square_sums,
-            Waiter(caller, message.rank, message.incarnation, message.want_parameters),
+    def broke(self, error: BaseException) -> list[Effect]:
+        """Mark the shard broken: fail all callers with `error`, and refuse later messages."""
+        if self._phase is Phase.BROKEN:
+            return []
+        self._enter(Phase.BROKEN)
+        self._failure = ShardLost(f"{self._who}: broken by {type(error).__name__}: {error}")
+        self._failure.__cause__ = error
+        rounds, loads = self.rounds.remove_callers(), self.loads.drain()
+        return [Answer(c, error) for c in (*rounds, *loads, *self.exclusive_hold.drain())]
+
+    def take_over(
+        self, control_state: orders.ShardControlState, reconfigure: orders.Reconfigure
+    ) -> None:
+        """Continue from a primary's state, before the first message; the arrays are loaded."""
+        self.progress.take_over(control_state, reconfigure)
+
+    def describe(self, *, with_spec: bool = False) -> Description:
+        """Return the answer to `Describe`, but for what only the host knows."""
+        return replace(
+            self.progress.description(pushed=self.rounds.current.pushes, lr=self.config.lr),
+            spec=self.spec if with_spec else None,
+            phase=self._phase.value,
+            holder=self.exclusive_hold.holder,
+            busy=self._phase is Phase.LOADING,
+            retired=isinstance(self._failure, Reconfigured),
         )
 
-    def _on_pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
-        self.members.check_newest(pull.rank, pull.incarnation)
-        refusal = (
-            self.epochs.refusal(pull.epoch, f"shard {self.spec.index}", self.round)
-            if pull.at_least
-            else None
-        )
-        if refusal is not None and not isinstance(refusal, Reconfigured):
-            raise refusal  # that round may never come
-        self._pulls.append((caller, pull))
-        return self._settle()
+    # Messages of workers
 
-    def _on_leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
-        self.members.leave(message.rank, message.incarnation)
-        gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
-        left = RankLeft(rank=message.rank, incarnation=message.incarnation)
-        return [gone, Notice(left), Answer(caller, None)]
+    def _join(self, message: msg.Join, caller: Any) -> list[Effect]:
+        needs_norms = self._phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
+        joined = self.rounds.join(message, needs_norms=needs_norms)
+        rank, incarnation = message.rank, joined.incarnation
+        owner = None if message.reserve else message.process
+        record = Replicate(orders.ReplicatedJoin(rank, incarnation, owner))
+        notice = Notice(RankJoined(rank=rank, incarnation=incarnation))
+        return [record, *([] if message.reserve else [notice]), Answer(caller, joined)]
 
-    def _on_worker_died(self, message: msg.WorkerDied, caller: Any) -> list[Effect]:
-        if self._broken is not None or not self.members.lose(message.rank, message.incarnation):
-            return [
-                Answer(caller, None)
-            ]  # whoever hangs up on a shard that was retired has not died
-        gone = Replicate(supervisor_messages.ReplicatedJoin(message.rank, message.incarnation))
-        died = RankDied(rank=message.rank, incarnation=message.incarnation)
-        return [gone, Notice(died), Answer(caller, None)]
+    def _push(self, push: msg.Push, caller: Any) -> list[Effect]:
+        return [*self.rounds.push(push, caller), *self._drop_abandoned_round()]
 
-    # Whoever acts on the optimizer as a whole
+    def _pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
+        self.rounds.pull(pull, caller)
+        return self._answer_due()
 
-    def _on_pause(self, message: msg.Pause, caller: Any) -> list[Effect]:
+    def _leave(self, message: msg.Leave, caller: Any) -> list[Effect]:
+        rank, incarnation = message.rank, message.incarnation
+        self.members.leave(rank, incarnation)
+        record = Replicate(orders.ReplicatedJoin(rank, incarnation))
+        return [record, Notice(RankLeft(rank=rank, incarnation=incarnation)), Answer(caller, None)]
+
+    def _worker_died(self, message: msg.WorkerDied, caller: Any) -> list[Effect]:
+        rank, incarnation = message.rank, message.incarnation
+        if self._phase is Phase.BROKEN or not self.members.lose(rank, incarnation):
+            return [Answer(caller, None)]  # a worker that disconnects from a retired shard lives
+        record = Replicate(orders.ReplicatedJoin(rank, incarnation))
+        return [record, Notice(RankDied(rank=rank, incarnation=incarnation)), Answer(caller, None)]
+
+    # Messages of clients that act on the optimizer as a whole
+
+    def _pause(self, message: msg.Pause, caller: Any) -> list[Effect]:
         self.exclusive_hold.ask(caller, message.token)
-        return self._settle()
+        return self._answer_due()
 
-    def _on_catch_up(self, message: msg.CatchUp, caller: Any) -> list[Effect]:
-        self.exclusive_hold.require(message.token, self.spec.index)
+    def _catch_up(self, message: msg.CatchUp, caller: Any) -> list[Effect]:
+        self.require_hold(message.token)
         self.exclusive_hold.advance(caller, message.round)
-        return self._settle()
+        return self._answer_due()
 
-    def _on_resume(self, message: msg.Resume, caller: Any) -> list[Effect]:
-        held = self.exclusive_hold.holder == message.token
-        given_up = self.exclusive_hold.release(message.token)
-        if (
-            held
-            and DIRECT in self._current.pushes
-            and self.phase in (Phase.COLLECTING, Phase.AWAITING_NORMS)
-        ):
-            self._current, self.phase = (
-                Round(),
-                Phase.COLLECTING,
-            )  # a step that its caller did not see through
-        refused: list[Effect] = [
-            Answer(c, IllegalMessage(f"shard {self.spec.index}: the hold was given up"))
-            for c in given_up
-        ]
-        return [*refused, Answer(caller, None), *self._settle()]
+    def _resume(self, message: msg.Resume, caller: Any) -> list[Effect]:
+        was_held = self.exclusive_hold.holder == message.token
+        withdrawn = self.exclusive_hold.release(message.token)
+        if was_held and self.rounds.current.is_direct and self._phase in AT_REST:
+            self._begin_round_again()  # its caller did not wait for the step's end
+        error = IllegalMessage(f"{self._who}: the hold was given up")
+        answers = [Answer(waiting, error) for waiting in withdrawn]
+        return [*answers, Answer(caller, None), *self._answer_due()]
 
-    def _on_read(self, message: msg.Read, caller: Any) -> list[Effect]:
-        self.exclusive_hold.require(message.token, self.spec.index)
+    def _read(self, message: msg.Read, caller: Any) -> list[Effect]:
+        self.require_hold(message.token)
         arrays = self.state.arrays()
         return [Answer(caller, {name: arrays[name] for name in message.what})]
 
-    def _on_write(self, message: msg.Write, caller: Any) -> list[Effect]:
-        self.exclusive_hold.require(message.token, self.spec.index)
+    def _write(self, message: msg.Write, caller: Any) -> list[Effect]:
+        self.require_hold(message.token)
         self.state.write(message.state)
         if message.clock is not None:
-            self.clock = message.clock
-        before, self.changed = self.epochs.now, f"the state was replaced after round {self.round}"
-        self.epochs.advance("replaced", message.epoch)
-        refusal = self.epochs.refusal(before, f"shard {self.spec.index}", self.round)
-        assert refusal is not None
-        return [
-            Replicate(supervisor_messages.DetachStandby()),
-            *self._drop_pushes(refusal),
-            Answer(caller, None),
-        ]
+            self.progress.clock = message.clock
+        self.progress.change("the state")
+        error = self.progress.next_epoch("replaced", message.epoch, self._who)
+        return [Replicate(orders.DetachStandby()), *self._drop_round(error), Answer(caller, None)]
 
-    def _on_set_rate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
-        self.exclusive_hold.require(message.token, self.spec.index)
+    def _set_rate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
+        self.require_hold(message.token)
         self.config = self.config.with_lr(message.lr)
-        self.changed = f"the learning rate was replaced after round {self.round}"
-        return [Replicate(supervisor_messages.DetachStandby()), Answer(caller, None)]
+        self.progress.change("the learning rate")
+        return [Replicate(orders.DetachStandby()), Answer(caller, None)]
 
-    def _on_step(self, message: msg.Step, caller: Any) -> list[Effect]:
-        """Take the round for a step from outside; a push that came since the holder looked is
-        late.
-        """
-        self.exclusive_hold.require(message.token, self.spec.index)
-        if (
-            self.members.ledger.counted(DIRECT, message.incarnation, message.round)
-            and message.round <= self.round
-        ):
-            return [Answer(caller, self._decided(want_parameters=False))]
-        if message.round != self.round + 1:
-            raise RoundMismatch(
-                f"shard {self.spec.index}: expected a step for round {self.round + 1}, got one for "
-                f"round {message.round}"
-            )
-        late = LatePush(
-            f"shard {self.spec.index}: round {self.round + 1} was taken by apply_gradients; pull "
-            "and push for the next"
-        )
-        dropped = self._drop_pushes(late)
-        self.exclusive_hold.limit(self.round + 1)
-        incarnation = self.members.ledger.admit(DIRECT, message.incarnation)
-        push = msg.Push(
-            epoch=self.epochs.now,
-            rank=DIRECT,
-            incarnation=incarnation,
-            round=self.round + 1,
-            gradients=message.gradients,
-            rejection=message.rejection,
-        )
-        self._current.pushes[DIRECT] = push
-        self._current.waiting.append(Waiter(caller, DIRECT, incarnation))
-        return dropped
+    def _saved(self, message: msg.Saved, caller: Any) -> list[Effect]:
+        self.progress.saved(message.num_changes)
+        return []
 
-    def _on_step_norms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
-        self.exclusive_hold.require(message.token, self.spec.index)
-        return self._take_norms(
-            message.square_sums, Waiter(caller, DIRECT, self.members.ledger.newest(DIRECT))
-        )
+    def _step(self, message: msg.Step, caller: Any) -> list[Effect]:
+        self.require_hold(message.token)
+        if self.rounds.is_counted(DIRECT, message):
+            return [Answer(caller, self.progress.result(want_parameters=False))]
+        effects = self.rounds.direct_step(message, caller)
+        self._enter(Phase.COLLECTING)
+        self.exclusive_hold.limit(message.round)
+        return effects
 
-    def _on_describe(self, message: msg.Describe, caller: Any) -> list[Effect]:
-        return [Answer(caller, described(self, with_spec=message.spec))]
+    def _step_norms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
+        self.require_hold(message.token)
+        self.rounds.direct_norms(message, caller)
+        return []
 
-    # The supervisor
+    def require_hold(self, token: str) -> None:
+        """Raise IllegalMessage unless the caller with this token holds the shard."""
+        self.exclusive_hold.require(token, self.spec.index)
 
-    def _on_reconfigure(self, order: supervisor_messages.Reconfigure, caller: Any) -> list[Effect]:
+    # Orders of the supervisor
+
+    def _reconfigure(self, order: orders.Reconfigure, caller: Any) -> list[Effect]:
         if order.epoch <= self.epochs.now:
             return [Answer(caller, self.epochs.now)]
-        self.epochs.advance("reconfigured", order.epoch)
-        self.members.schedule = order.schedule
-        self.members.ledger.admit_all(order.newest)
-        if self.collecting:
-            needed = {DIRECT, *self.members.needed(self.round + 1)}
-            self._current.pushes = {
-                rank: push for rank, push in self._current.pushes.items() if rank in needed
-            }
+        self.progress.reconfigure(order)
+        self.rounds.current.keep_members(self.progress.next_members())
         return [Replicate(order), Answer(caller, self.epochs.now)]
 
-    def _on_abandon_rank(self, order: supervisor_messages.AbandonRank, caller: Any) -> list[Effect]:
+    def _abandon_rank(self, order: orders.AbandonRank, caller: Any) -> list[Effect]:
         if self.members.taken_over(order.rank, order.incarnation):
-            return [Answer(caller, None)]  # somebody has taken it over after all
+            return [Answer(caller, None)]
         self.members.given_up.add(order.rank)
-        return [Answer(caller, None), *self._drop_pushes_that_wait_in_vain()]
+        return [Answer(caller, None), *self._drop_abandoned_round()]
 
-    def _on_retire(self, order: supervisor_messages.Retire, caller: Any) -> list[Effect]:
+    def _retire(self, order: orders.Retire, caller: Any) -> list[Effect]:
         error = Reconfigured(
-            f"shard {self.spec.index}: other shards hold its ranges now; look for them",
+            f"{self._who}: other shards hold its ranges now; look for them",
             order.epoch,
-            self.round,
+            self.progress.round,
         )
-        return [
-            *self.broke(error),
-            Replicate(supervisor_messages.DetachStandby()),
-            Answer(caller, None),
-        ]
+        answers = self.broke(error)
+        self._failure = error
+        return [*answers, Replicate(orders.DetachStandby()), Answer(caller, None)]
 
-    def _on_load(self, order: supervisor_messages.Load, caller: Any) -> list[Effect]:
-        if order.epoch == self._loaded[0]:
-            return [Answer(caller, self._loaded[1])]  # asked again, since the answer was lost
-        loading = (
-            self.phase is Phase.LOADING
-            and isinstance(self.order, supervisor_messages.Load)
-            and self.order.epoch == order.epoch
-        )
-        if order.epoch <= self.epochs.now and self.epochs.now > 0 and not loading:
-            raise IllegalMessage(
-                f"shard {self.spec.index}: a load of epoch {order.epoch} came in epoch "
-                f"{self.epochs.now}"
-            )
-        begun = self._orders[:1] if self.phase is Phase.LOADING else []
-        rest = self._orders[len(begun) :]
-        loads = [entry for entry in rest if isinstance(entry[1], supervisor_messages.Load)]
-        copies = [
-            entry for entry in rest if isinstance(entry[1], supervisor_messages.AttachStandby)
-        ]  # which may wait for a round that will never end
-        self._orders = [*begun, *loads, (caller, order), *copies]
+    # Rounds
+
+    def _advance(self) -> list[Effect]:
+        """Begin the next order, or go on with the round, as far as the host need not compute."""
+        if self._may_begin_order():
+            return self._begin_order()
+        if not self.exclusive_hold.passes(self.progress.round):
+            return []
+        current = self.rounds.current
+        if self._phase is Phase.COLLECTING and current.has_all(self.progress.next_members()):
+            if (rejection := current.rejection) is not None:
+                return self._reject(rejection)
+            current.is_closed = True
+            clips = self.config.clips_by_norm
+            self._enter(Phase.MEASURING if clips else Phase.STEPPING)
+            return [Compute(Work.MEASURE if clips else Work.STEP)]
+        if self._phase is Phase.AWAITING_NORMS and current.square_sums is not None:
+            if (rejection := current.overflow(self.spec.layout)) is not None:
+                return self._reject(rejection)
+            self._enter(Phase.STEPPING)
+            return [Compute(Work.STEP)]
         return []
 
-    def _on_attach_standby(
-        self, order: supervisor_messages.AttachStandby, caller: Any
-    ) -> list[Effect]:
-        self._orders.append((caller, order))
-        return []
+    def _measured(self, norms: msg.PartialNorms) -> list[Effect]:
+        self._enter(Phase.AWAITING_NORMS)
+        answers = self.rounds.current.measured(norms)
+        if self.rounds.current.is_direct and self.exclusive_hold.holder is None:
+            self._begin_round_again()  # its caller did not wait for the step's end
+        return [*answers, *self._answer_due()]
 
-    # Checks
+    def _reject(self, rejection: str) -> list[Effect]:
+        is_skip = self.spec.options.on_nonfinite == "skip"
+        return self._decide("skipped" if is_skip else "refused", rejection)
 
-    def _take_norms(self, square_sums: Any, waiting: Waiter) -> list[Effect]:
-        if self._current.measured is None or waiting.rank not in self._current.pushes:
-            raise IllegalMessage(f"shard {self.spec.index}: norms came while {self.phase.value}")
-        self._current.waiting.append(waiting)
-        self._current.square_sums = square_sums
-        return []
+    def _decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
+        effects = self.rounds.decide(outcome, rejection)
+        self._enter(Phase.COLLECTING)
+        return [*effects, *self._answer_due()]
+
+    def _drop_round(self, error: DistNadamError) -> list[Effect]:
+        effects = self.rounds.drop(error)
+        self._enter(Phase.COLLECTING)
+        return effects
+
+    def _drop_abandoned_round(self) -> list[Effect]:
+        error = self.rounds.abandoned() if self._phase is Phase.COLLECTING else None
+        return [] if error is None else self._drop_round(error)
+
+    def _begin_round_again(self) -> None:
+        self.rounds.begin_again()
+        self._enter(Phase.COLLECTING)
+
+    def _answer_due(self) -> list[Effect]:
+        """Answer the pulls, catch-ups and pauses whose time has come."""
+        if self._phase in (Phase.LOADING, Phase.EMPTY):
+            return []
+        effects = self.rounds.ready_pulls()
+        decided = self.progress.round
+        effects += [Answer(caller, None) for caller in self.exclusive_hold.arrived(decided)]
+        if self._phase in AT_REST:
+            pending = tuple(sorted(self.rounds.current.pushes))
+            for caller in self.exclusive_hold.admit(decided):
+                effects.append(Answer(caller, self.progress.paused(self.config.lr, pending)))
+        return effects
+
+    # Loading and copying
+
+    def _may_begin_order(self) -> bool:
+        order = self.loads.first
+        if isinstance(order, orders.Load):
+            return self._phase in (*AT_REST, Phase.EMPTY)
+        is_free = self._phase is Phase.COLLECTING and self.exclusive_hold.holder is None
+        return order is not None and is_free
+
+    def _begin_order(self) -> list[Effect]:
+        if stale := self.loads.skip_stale():
+            return [*stale, *self._advance()]
+        order = self.loads.first
+        effects: list[Effect] = []
+        if isinstance(order, orders.Load):
+            error = self.progress.next_epoch(order.reason, order.epoch, self._who)
+            callers = [*self.rounds.remove_callers(), *self.exclusive_hold.reset()]
+            answers = [Answer(caller, error) for caller in callers]
+            effects = [Replicate(orders.DetachStandby()), *answers]
+        self.loads.begin()
+        self._enter(Phase.LOADING)
+        self._failure = None
+        return [*effects, Compute(Work.LOAD_OR_COPY)]
+
+    def _end_order(self, result: Any) -> list[Effect]:
+        order = self.loads.first
+        answer = self.loads.end(result)
+        if isinstance(order, orders.Load):
+            if not isinstance(result, orders.ShardControlState):
+                return [*self._become_empty(result), answer]
+            if order.lr is not None:
+                self.config = self.config.with_lr(order.lr)
+        self._enter(Phase.COLLECTING)
+        return [answer, *self._answer_due()]
+
+    def _become_empty(self, cause: Any) -> list[Effect]:
+        """Fail all callers but those of further loads: without a state nothing can be served."""
+        self._enter(Phase.EMPTY)
+        self._failure = ShardLost(f"{self._who}: is {self._phase.value}: {cause}")
+        copies = self.loads.remove_copies()
+        callers = [*self.rounds.remove_callers(), *copies, *self.exclusive_hold.reset()]
+        return [Answer(caller, self._failure) for caller in callers]
 
 
 _HANDLERS: dict[type, Callable[[Shard, Any, Any], list[Effect]]] = {
-    msg.Join: Shard._on_join,
-    msg.CompletePush: Shard._on_complete_push,
-    msg.Push: Shard._on_push,
-    msg.TotalNorms: Shard._on_total_norms,
-    msg.Pull: Shard._on_pull,
-    msg.Leave: Shard._on_leave,
-    msg.WorkerDied: Shard._on_worker_died,
-    msg.Pause: Shard._on_pause,
-    msg.CatchUp: Shard._on_catch_up,
-    msg.Resume: Shard._on_resume,
-    msg.Read: Shard._on_read,
-    msg.Write: Shard._on_write,
-    msg.SetRate: Shard._on_set_rate,
-    msg.Step: Shard._on_step,
-    msg.StepNorms: Shard._on_step_norms,
-    msg.Describe: Shard._on_describe,
-    supervisor_messages.Reconfigure: Shard._on_reconfigure,
-    supervisor_messages.AbandonRank: Shard._on_abandon_rank,
-    supervisor_messages.Retire: Shard._on_retire,
-    supervisor_messages.Load: Shard._on_load,
-    supervisor_messages.AttachStandby: Shard._on_attach_standby,
+    msg.Join: Shard._join,
+    msg.Push: Shard._push,
+    msg.CompletePush: lambda shard, message, caller: shard.rounds.complete_push(message, caller),
+    msg.TotalNorms: lambda shard, message, caller: shard.rounds.total_norms(message, caller),
+    msg.Pull: Shard._pull,
+    msg.Leave: Shard._leave,
+    msg.WorkerDied: Shard._worker_died,
+    msg.Pause: Shard._pause,
+    msg.CatchUp: Shard._catch_up,
+    msg.Resume: Shard._resume,
+    msg.Read: Shard._read,
+    msg.Write: Shard._write,
+    msg.SetRate: Shard._set_rate,
+    msg.Saved: Shard._saved,
+    msg.Step: Shard._step,
+    msg.StepNorms: Shard._step_norms,
+    orders.Reconfigure: Shard._reconfigure,
+    orders.AbandonRank: Shard._abandon_rank,
+    orders.Retire: Shard._retire,
+    orders.Load: lambda shard, load, caller: shard.loads.add_load(load, caller),
+    orders.AttachStandby: lambda shard, copy, caller: shard.loads.add_copy(copy, caller),
 }
+MESSAGES = frozenset(_HANDLERS)
+"""The types of the messages that change a shard."""

@@ -2,6 +2,9 @@
 and whose push may count. Pure.
 """
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 import distnadam.protocol.messages as msg
 from distnadam.errors import (
     LatePush,
@@ -15,6 +18,8 @@ from distnadam.protocol.shard_status import Owners
 from distnadam.protocol.supervisor_messages import MembershipHistory
 from distnadam.shard.epochs import Epochs
 from distnadam.shard.ledger import Ledger
+
+Numbered = msg.Push | msg.TotalNorms | msg.Step | msg.PushNote
 
 
 class Membership:
@@ -96,11 +101,22 @@ class Membership:
             self.dead.add(rank)
         return lost
 
-    def already_counted(self, message: msg.Push | msg.TotalNorms, decided: int) -> bool:
-        """Whether this very push was counted in a round that is decided."""
-        return message.round <= decided and self.ledger.counted(
-            message.rank, message.incarnation, message.round
-        )
+    def restore(
+        self, ledger: Mapping[str, Any], schedule: MembershipHistory, live_owners: Owners
+    ) -> None:
+        """Take over a record; what is known here of newer workers stays.
+
+        An incarnation that was given to a worker must never be given to another.
+        """
+        known = self.ledger.newest_of_all()
+        self.ledger = Ledger.from_dict(ledger)
+        self.ledger.admit_all(known)
+        self.schedule = schedule or self.schedule
+        self.owners = {**live_owners, **self.owners}
+
+    def already_counted(self, rank: int, note: Numbered, decided: int) -> bool:
+        """Whether the push of this worker for this round was counted in a round decided since."""
+        return note.round <= decided and self.ledger.counted(rank, note.incarnation, note.round)
 
     def check_current(
         self, message: msg.Push | msg.TotalNorms, epochs: Epochs, decided: int
@@ -138,13 +154,11 @@ class Membership:
                 f"{incarnation} must stop"
             )
 
-    def given_up_of(self, number: int, pushed: set[int]) -> WorkerLost | None:
-        """Return what those who wait for a round are told where a member that nobody takes over has
-        not pushed for it.
-        """
+    def abandoned(self, number: int, pushed: Collection[int]) -> WorkerLost | None:
+        """Return WorkerLost if a rank given up has not pushed for round `number`, else None."""
         if not self.given_up:
             return None
-        missing = sorted(self.given_up & set(self.needed(number)) - pushed)
+        missing = sorted(self.given_up & set(self.needed(number)) - set(pushed))
         if not missing:
             return None
         who = f"shard {self._shard}: worker {missing[0]}"

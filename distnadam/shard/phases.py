@@ -1,17 +1,13 @@
-"""A shard's phases, which message is legal in which, and the effects it asks of its host. Data
-only; the machine is in `shard`.
-"""
+"""A shard's phases: which message is legal in each, and which phase may follow it. Data only."""
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import distnadam.protocol.messages as msg
-from distnadam.protocol import supervisor_events, supervisor_messages
+import distnadam.protocol.supervisor_messages as orders
 
 
 class Phase(Enum):
-    """Where a shard is in its round."""
+    """What a shard is doing."""
 
     COLLECTING = "collecting pushes"
     MEASURING = "measuring norms"
@@ -22,44 +18,23 @@ class Phase(Enum):
     BROKEN = "broken"
 
 
-class Work(Enum):
-    """What the host is to compute, outside any lock, and report to `Shard.computed`."""
+AT_REST = frozenset({Phase.COLLECTING, Phase.AWAITING_NORMS})
+"""Nothing is being computed, and the arrays are those of the last decided round."""
 
-    MEASURE = "measure"
-    STEP = "step"
-    LOAD_OR_COPY = "obey"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An effect: answer this caller."""
-
-    caller: Any
-    reply: Any
-
-
-@dataclass(frozen=True)
-class Compute:
-    """An effect: do this work, then report it."""
-
-    work: Work
-
-
-@dataclass(frozen=True)
-class Replicate:
-    """An effect: tell the standby, if there is one, before anything that follows."""
-
-    record: supervisor_messages.Record
-
-
-@dataclass(frozen=True)
-class Notice:
-    """An effect: report to the supervisor, if any."""
-
-    report: supervisor_events.Report
-
-
-Effect = Answer | Compute | Replicate | Notice
+NEXT: dict[Phase, frozenset[Phase]] = {
+    Phase.COLLECTING: frozenset(
+        {Phase.COLLECTING, Phase.MEASURING, Phase.STEPPING, Phase.LOADING, Phase.BROKEN}
+    ),
+    Phase.MEASURING: frozenset({Phase.AWAITING_NORMS, Phase.BROKEN}),
+    Phase.AWAITING_NORMS: frozenset(
+        {Phase.COLLECTING, Phase.STEPPING, Phase.LOADING, Phase.BROKEN}
+    ),
+    Phase.STEPPING: frozenset({Phase.COLLECTING, Phase.BROKEN}),
+    Phase.LOADING: frozenset({Phase.COLLECTING, Phase.EMPTY, Phase.BROKEN}),
+    Phase.EMPTY: frozenset({Phase.LOADING}),
+    Phase.BROKEN: frozenset(),
+}
+"""The phases that may follow each phase; COLLECTING follows itself when a round begins again."""
 
 _ALWAYS = frozenset(
     {
@@ -73,12 +48,12 @@ _ALWAYS = frozenset(
         msg.Pause,
         msg.CatchUp,
         msg.Resume,
-        msg.Describe,
-        supervisor_messages.Reconfigure,
-        supervisor_messages.Load,
-        supervisor_messages.AttachStandby,
-        supervisor_messages.AbandonRank,
-        supervisor_messages.Retire,
+        msg.Saved,
+        orders.Reconfigure,
+        orders.Load,
+        orders.AttachStandby,
+        orders.AbandonRank,
+        orders.Retire,
     }
 )
 _AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms}
@@ -90,14 +65,15 @@ LEGAL: dict[Phase, frozenset[type]] = {
     Phase.LOADING: _ALWAYS,
     Phase.EMPTY: frozenset(
         {
-            msg.Describe,
             msg.Resume,
             msg.WorkerDied,
             msg.Leave,
-            supervisor_messages.Load,
-            supervisor_messages.Reconfigure,
-            supervisor_messages.AbandonRank,
+            msg.Saved,
+            orders.Load,
+            orders.Reconfigure,
+            orders.AbandonRank,
         }
     ),
-    Phase.BROKEN: frozenset({msg.Describe, msg.Resume, msg.WorkerDied}),
+    Phase.BROKEN: frozenset({msg.Resume, msg.WorkerDied, msg.Saved}),
 }
+"""The messages that each phase takes; any other is refused and changes nothing."""

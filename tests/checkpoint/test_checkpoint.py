@@ -171,7 +171,7 @@ def test_a_save_killed_leaves_the_previous_checkpoint_and_nothing_that_looks_com
 
 
 def _die_at(moment: str) -> None:
-    import distnadam.runtime.shard_host as host
+    import distnadam.runtime.shard_files as shard_files
 
     def die(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -179,14 +179,14 @@ def _die_at(moment: str) -> None:
     if moment == "before the manifest":
         store.commit = die
         return
-    real = host.write_shard
+    real = shard_files.write_shard
     index = "00000-of" if moment == "first shard" else "00002-of"
 
     def write(directory: Path, name: str, **how: Any) -> Any:
         record = real(directory, name, **how)
         return die() if index in name else record
 
-    host.write_shard = write
+    shard_files.write_shard = write
 
 
 class _Sticky(LocalDirectory):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import distnadam.runtime.shard_host as host
+import distnadam.runtime.shard_files as shard_files
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
@@ -39,8 +39,8 @@ class ExclusiveHold:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExclusiveHold]:
-    gate, write = ExclusiveHold(), host.write_shard
-    monkeypatch.setattr(host, "write_shard", lambda *args, **how: gate(write, *args, **how))
+    gate, write = ExclusiveHold(), shard_files.write_shard
+    monkeypatch.setattr(shard_files, "write_shard", lambda *args, **how: gate(write, *args, **how))
     yield gate
     gate.opened.set()
 
@@ -216,10 +216,10 @@ def test_the_memory_for_snapshots_is_kept(tmp_path: Path) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         optimizer.save(tmp_path, wait=False).result()
         hosts = optimizer.shards.backend.transport.hosts  # type: ignore[attr-defined]
-        before = [h._behind._kept["m"]["float32"].ctypes.data for h in hosts]
+        before = [h.files.snapshots.memory["m"]["float32"].ctypes.data for h in hosts]
         optimizer.apply_gradients(params())
         optimizer.save(tmp_path, wait=False).result()
-        assert [h._behind._kept["m"]["float32"].ctypes.data for h in hosts] == before
+        assert [h.files.snapshots.memory["m"]["float32"].ctypes.data for h in hosts] == before
 
 
 def test_a_change_after_the_snapshot_is_not_taken_for_saved(
@@ -232,9 +232,9 @@ def test_a_change_after_the_snapshot_is_not_taken_for_saved(
         optimizer.set_params(params(2))
         gate.opened.set()
         saving.result()
-        assert shard.changed is not None
+        assert shard.progress.changed is not None
         optimizer.save(tmp_path)
-        assert shard.changed is None
+        assert shard.progress.changed is None
 
 
 def test_a_snapshot_is_only_taken_of_held_shards() -> None:
@@ -243,7 +243,7 @@ def test_a_snapshot_is_only_taken_of_held_shards() -> None:
 
     with DistNadam(backend="local").build(params()) as optimizer:
         shards = optimizer.shards
-        with pytest.raises(IllegalMessage, match="legal only between Hold and Release"):
+        with pytest.raises(IllegalMessage, match="legal only between Pause and Resume"):
             shards.ask(
                 {0: Save(token="nobody", directory="directory", file_name="file", behind=True)}
             )

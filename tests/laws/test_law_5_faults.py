@@ -34,7 +34,6 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.shard.ledger import DIRECT
-from distnadam.shard.machine import described
 from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import STATE_ARRAYS, cut_flat
 from distnadam.worker import Ticket, Worker
@@ -115,7 +114,11 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 self.world.deliver_one(0)
             target = (
                 max(
-                    (process.host.shard.round for process in self.world.shards if process.host),
+                    (
+                        process.host.shard.progress.round
+                        for process in self.world.shards
+                        if process.host
+                    ),
                     default=0,
                 )
                 + 2
@@ -124,13 +127,13 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 self.advance()
                 self.agree()
                 if all(
-                    process.alive and process.host and process.host.shard.round >= target
+                    process.alive and process.host and process.host.shard.progress.round >= target
                     for process in self.world.shards
                 ):
                     return
             raise AssertionError(
                 f"nobody comes to round {target}: "
-                f"{[p.host and described(p.host.shard) for p in self.world.shards]}"
+                f"{[p.host and p.host.shard.describe() for p in self.world.shards]}"
             )
         finally:
             shutil.rmtree(self.root)
@@ -291,7 +294,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 shard = process.host.shard
                 assert self.epochs.get(process, 0) <= shard.epochs.now
                 self.epochs[process] = shard.epochs.now
-                history = history_of(shard.members.ledger.to_dict(), shard.round)
+                history = history_of(shard.members.ledger.to_dict(), shard.progress.round)
                 for number, counted in enumerate(history, 1):
                     assert tuple(rank for rank, _ in counted) in (
                         (DIRECT,),

@@ -127,8 +127,8 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
     )
     assert same(state_of(promoted), state_of(primary))
     assert control_state.ledger == primary.shard.members.ledger.to_dict()
-    assert promoted.shard._counted == primary.shard._counted
-    primary._replica, number = None, len(finite) + 1
+    assert promoted.shard.progress.counted == primary.shard.progress.counted
+    number = len(finite) + 1
     do_round(primary, number, 99, workers=workers)
     do_round(promoted, number, 99, epoch=2, workers=workers)
     assert same(state_of(promoted), state_of(primary))
@@ -160,7 +160,7 @@ def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str) -> N
 def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date() -> None:
     primary, standby, _ = pair()
     do_round(primary, 1, 1)
-    clock = primary.shard.clock
+    clock = primary.shard.progress.clock
     with pytest.raises(IllegalMessage, match="standby of shard 0: expected round 2, got round 3"):
         standby.apply(
             ReplicatedRound(

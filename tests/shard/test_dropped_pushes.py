@@ -182,4 +182,4 @@ def test_norms_of_a_dropped_round_clip_no_step_from_outside() -> None:
     assert isinstance(scene.wait_for(tickets[1])[0], ConfigError)
     assert not process.work(), "it still awaits its own norms"
     assert process.host is not None
-    assert process.host.shard.round == 0
+    assert process.host.shard.progress.round == 0

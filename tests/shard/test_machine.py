@@ -22,8 +22,9 @@ from distnadam.errors import (
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol import supervisor_messages
 from distnadam.protocol.messages import ShardSpec
+from distnadam.shard.effects import Answer, Compute, Work
 from distnadam.shard.machine import Shard
-from distnadam.shard.phases import LEGAL, Answer, Compute, Phase, Work
+from distnadam.shard.phases import LEGAL, Phase
 from distnadam.shard.state import ShardState
 from distnadam.tensors.layout import Layout
 
@@ -92,7 +93,7 @@ def replies(effects: Any) -> list[Any]:
 
 def fingerprint(shard: Shard) -> bytes:
     """Everything a shard holds; what a refused message must leave as it is."""
-    return pickle.dumps({k: v for k, v in vars(shard).items() if k != "_broken"})
+    return pickle.dumps(vars(shard))
 
 
 EXAMPLES: list[Any] = [
@@ -118,7 +119,7 @@ EXAMPLES: list[Any] = [
     msg.SetRate("me", 0.1),
     msg.Step(token="me", incarnation=1, round=1, gradients=GRADIENTS),
     msg.StepNorms("me", np.array([3.0])),
-    msg.Describe(),
+    msg.Saved(0),
 ]
 
 
@@ -185,7 +186,11 @@ def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(
     assert [(a.reply.outcome, a.reply.rejection) for a in answers if isinstance(a, Answer)] == [
         (outcome, "worker 0: NaN; worker 1: NaN")
     ] * 2
-    assert (shard.round, shard.skipped, shard.clock.iterations) == (1, 1, 0)
+    assert (shard.progress.round, shard.progress.skipped, shard.progress.clock.iterations) == (
+        1,
+        1,
+        0,
+    )
 
 
 @pytest.mark.parametrize("phase", [Phase.MEASURING, Phase.AWAITING_NORMS])
@@ -257,7 +262,7 @@ def test_only_the_holder_reads_and_writes() -> None:
         msg.CatchUp("you", 1),
     ):
         with pytest.raises(
-            IllegalMessage, match="legal only between Hold and Release of the same caller"
+            IllegalMessage, match="legal only between Pause and Resume of the same caller"
         ):
             shard.receive(message, None)
 
@@ -291,7 +296,7 @@ def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come(
     assert shard.receive(supervisor_messages.AttachStandby("standby"), "attach") == []
     effects = shard.receive(supervisor_messages.Load(epoch=9, params=GRADIENTS), "load")
     assert effects[-1] == Compute(Work.LOAD_OR_COPY) and isinstance(
-        shard.order, supervisor_messages.Load
+        shard.loads.first, supervisor_messages.Load
     )
     loaded = supervisor_messages.ShardControlState(
         epoch=9,
@@ -308,7 +313,7 @@ def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come(
     assert (
         Answer("load", 4) in after
         and after[-1] == Compute(Work.LOAD_OR_COPY)
-        and isinstance(shard.order, supervisor_messages.AttachStandby)
+        and isinstance(shard.loads.first, supervisor_messages.AttachStandby)
     )
 
 
@@ -340,7 +345,7 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
 ) -> None:
     shard, control_state, refused = (
         new_shard(),
-        new_shard().control_state,
+        new_shard().progress.control_state(),
         CheckpointError("file: a bit is wrong"),
     )
     shard.receive(supervisor_messages.Load(epoch=9, directory="directory"), "first")

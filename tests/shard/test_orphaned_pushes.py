@@ -133,11 +133,11 @@ def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_bo
     adopts = adoptions(0, joined)
     assert list(adopts) == [1]
     second.send(adopts[1]).result(0)
-    assert moment(first) == moment(second) and second.shard.round == 1
+    assert moment(first) == moment(second) and second.shard.progress.round == 1
 
     lacking = shard()
     with pytest.raises(
-        IllegalMessage, match="the push of worker 1 for round 1 cannot be had any more"
+        IllegalMessage, match="the gradients of worker 1 for round 1 are not available any more"
     ):
         lacking.send(
             CompletePush(0, PushNote(incarnation=1, round=1, dtypes={"float32": "float32"}))

@@ -25,7 +25,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.shard.phases import Notice
+from distnadam.shard.effects import Notice
 from distnadam.supervision.events import LookNow, ProcessDied
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor

@@ -72,7 +72,8 @@ class Training:
         """Have all that are there push until so many rounds are decided."""
         for _ in range(100):
             if all(
-                process.host and process.host.shard.round >= end for process in self.world.shards
+                process.host and process.host.shard.progress.round >= end
+                for process in self.world.shards
             ):
                 return
             tickets = []
@@ -99,7 +100,7 @@ class Training:
         shard = self.world.shards[0].host.shard  # type: ignore[union-attr]
         return [
             [rank for rank, _ in counted]
-            for counted in history_of(shard.members.ledger.to_dict(), shard.round)
+            for counted in history_of(shard.members.ledger.to_dict(), shard.progress.round)
         ]
 
 
@@ -114,7 +115,7 @@ def test_a_rewind_replays_the_membership_of_every_round() -> None:
     assert [1 in ranks for ranks in before] == [True] * 3 + [False] * 3 + [True] * 4
     training.world.shards[0].kill()
     training.world.look()
-    assert all(process.host.shard.round == 0 for process in training.world.shards)  # type: ignore[union-attr]
+    assert all(process.host.shard.progress.round == 0 for process in training.world.shards)  # type: ignore[union-attr]
     training.train(12)
     assert training.members()[:10] == before
 

@@ -34,7 +34,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.shard.phases import Notice
+from distnadam.shard.effects import Notice
 from distnadam.supervision.discovery import DiscoveredProcess
 from distnadam.supervision.process_manager import ShardProcess
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat, cut_flat, empty_flat, memory_for

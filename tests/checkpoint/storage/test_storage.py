@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 import distnadam.checkpoint.storage.remote as remote
-import distnadam.runtime.shard_host as host
+import distnadam.runtime.shard_files as shard_files
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import make_run_lock
@@ -143,7 +143,7 @@ def test_a_protocol_that_nothing_here_speaks_is_said(url: str) -> None:
 def test_nodes_without_a_shared_disk_are_told_when_they_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = host.write_shard
+    real = shard_files.write_shard
 
     def elsewhere(directory: str, name: str, **how: Any) -> Any:
         there = tmp_path / "another node" / Path(directory).name
@@ -153,7 +153,7 @@ def test_nodes_without_a_shared_disk_are_told_when_they_save(
         return real(there, name, **how)
 
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
-        monkeypatch.setattr(host, "write_shard", elsewhere)
+        monkeypatch.setattr(shard_files, "write_shard", elsewhere)
         for wait in (True, False):
             with pytest.raises(
                 CheckpointError,
@@ -162,7 +162,7 @@ def test_nodes_without_a_shared_disk_are_told_when_they_save(
                 save(optimizer, tmp_path / "run", wait=wait)
             assert store.step_directories(tmp_path / "run") == []
         monkeypatch.setattr(
-            host,
+            shard_files,
             "write_shard",
             lambda directory, name, **how: real(tmp_path / "no such", name, **how),
         )

@@ -1,0 +1,74 @@
+"""A primary's side of replication: every record goes to its standby, if it has one, and a standby
+that cannot keep up is detached. How records travel, `ReplicationStream` knows.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from distnadam.config import NadamConfig
+from distnadam.protocol.supervisor_messages import DetachStandby, ShardControlState
+from distnadam.shard.effects import Replicate
+from distnadam.tensors.arrays import Flat
+from distnadam.transport.replication import ReplicationStream
+
+log = logging.getLogger("distnadam")
+
+ConnectStandby = Callable[[Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream]
+"""From what `AttachStandby` carries, the shard's control state, config and arrays, to a stream."""
+
+
+class Replicator:
+    """The standby of one shard, attached or not.
+
+    Args:
+        shard: the shard's index, for the log.
+        on_lost: called when a standby is detached because it is gone or out of date.
+    """
+
+    def __init__(self, shard: int, on_lost: Callable[[], None]) -> None:
+        self._shard = shard
+        self._on_lost = on_lost
+        self._stream: ReplicationStream | None = None
+
+    @property
+    def reached(self) -> int | None:
+        """The last round that the standby has; None without one."""
+        stream = self._stream
+        return None if stream is None else stream.reached
+
+    def attach(self, stream: ReplicationStream) -> None:
+        """Send every record from now on to this stream."""
+        self._stream = stream
+
+    def replicate(self, effect: Replicate) -> None:
+        """Send a record; detach the standby if it is gone, or if the record says so."""
+        stream = self._stream
+        if stream is None:
+            return
+        if isinstance(effect.record, DetachStandby) or not stream.send(effect.record):
+            self.lose()
+
+    def memory_for_mean(self) -> Flat | None:
+        """Wait until a round's mean gradient may be written for the standby, and return where to;
+        None without a standby that keeps up.
+        """
+        if self._stream is not None and not self._stream.ready():
+            self.lose()
+        return None if self._stream is None else self._stream.mean
+
+    def lose(self) -> None:
+        """Detach the standby, if any, and report that the shard lacks one."""
+        if self._stream is not None:
+            self.close()
+            log.warning(
+                "shard %d: its standby is gone or out of date; a new one will be filled",
+                self._shard,
+            )
+            self._on_lost()
+
+    def close(self) -> None:
+        """Detach the standby, if any."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None

@@ -1,0 +1,221 @@
+"""How far a shard has come: the rounds it has decided, in which epoch and by whose pushes. Pure.
+
+It is what a standby has beside the arrays, as `ShardControlState`; of the round in progress it
+knows nothing.
+"""
+
+from collections.abc import Collection, Mapping
+
+from distnadam.errors import StaleEpoch
+from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol.messages import Outcome, Paused, Push, PushNote, RoundResult
+from distnadam.protocol.shard_status import Description
+from distnadam.protocol.supervisor_messages import (
+    Load,
+    Reason,
+    Reconfigure,
+    ReplicatedRound,
+    ShardControlState,
+)
+from distnadam.schedules import Rate
+from distnadam.shard.epochs import Epochs
+from distnadam.shard.ledger import DIRECT
+from distnadam.shard.membership import Membership
+from distnadam.shard.round import note_of
+from distnadam.shard.state import ShardState
+
+
+class Progress:
+    """The state after the last decided round.
+
+    Attributes:
+        members: the workers, and the ledger of their pushes.
+        epochs: the current epoch, and why each began.
+        state: the arrays.
+        clock: steps applied, and the momentum product.
+        round: the last decided round.
+        highest_round: the latest round ever decided, also before a rewind.
+        skipped: rounds that applied no step.
+        lr: the learning rate of the last applied step.
+        outcome: how the last round ended.
+        rejection: why it applied no step, if so.
+        counted: by rank, its last push that counted.
+        changed: how the state was replaced since it was last saved; None if it was not.
+        num_changes: how often it was replaced, so that a save knows whether it has the last one.
+    """
+
+    def __init__(self, members: Membership, epochs: Epochs, state: ShardState) -> None:
+        self.members = members
+        self.epochs = epochs
+        self.state = state
+        self.clock = Clock()
+        self.round = 0
+        self.highest_round = 0
+        self.skipped = 0
+        self.lr = 0.0
+        self.outcome: Outcome = "applied"
+        self.rejection: str | None = None
+        self.counted: dict[int, PushNote] = {}
+        self.changed: str | None = None
+        self.num_changes = 0
+
+    def decide(
+        self, outcome: Outcome, rejection: str | None, pushes: Mapping[int, Push]
+    ) -> ReplicatedRound:
+        """Count the pushes of the next round, which ends so, and return its record."""
+        self.round += 1
+        self.highest_round = max(self.highest_round, self.round)
+        self.skipped += outcome != "applied"
+        self.outcome = outcome
+        self.rejection = rejection
+        notes = {rank: note_of(push) for rank, push in pushes.items()}
+        for rank, note in notes.items():
+            self.members.ledger.count(rank, note.incarnation, self.round)
+        self.counted |= notes
+        return ReplicatedRound(
+            round=self.round,
+            skipped=self.skipped,
+            outcome=outcome,
+            rejection=rejection,
+            counted=notes,
+            lr=self.lr,
+            active=self.state.active,
+            clock=self.clock,
+        )
+
+    def next_members(self) -> tuple[int, ...]:
+        """Return the ranks whose pushes make up the next round."""
+        return self.members.needed(self.round + 1)
+
+    def step(self, clock: Clock, lr: float) -> None:
+        """Take the arrays that a step has written as those of the next round."""
+        self.clock = clock
+        self.lr = lr
+        self.state.swap()
+
+    def next_epoch(self, reason: Reason, epoch: int | None, who: str) -> StaleEpoch:
+        """Begin an epoch, and return the error for messages of the one before."""
+        before = self.epochs.now
+        self.epochs.advance(reason, epoch)
+        error = self.epochs.refusal(before, who, self.round)
+        assert error is not None
+        return error
+
+    def change(self, what: str) -> None:
+        """Record that the state is no longer that of its rounds, until it is saved."""
+        self.changed = f"{what} was replaced after round {self.round}"
+        self.num_changes += 1
+
+    def saved(self, num_changes: int) -> None:
+        """Record that the state as of this many changes is saved."""
+        if num_changes == self.num_changes:
+            self.changed = None
+
+    def control_state(self) -> ShardControlState:
+        """Return all of this, but for the arrays, as a record."""
+        return ShardControlState(
+            epoch=self.epochs.now,
+            round=self.round,
+            skipped=self.skipped,
+            clock=self.clock,
+            lr=self.lr,
+            active=self.state.active,
+            outcome=self.outcome,
+            rejection=self.rejection,
+            ledger=self.members.ledger.to_dict(),
+            schedule=self.members.schedule,
+            changed=self.changed,
+            history=self.epochs.history,
+            counted=dict(self.counted),
+            live_owners=self.members.live_owners,
+            highest_round=self.highest_round,
+        )
+
+    def restore(self, record: ShardControlState) -> None:
+        """Continue from a record; of workers, owners and rounds known here already none is lost."""
+        self.clock = record.clock
+        self.round = record.round
+        self.highest_round = max(self.highest_round, record.highest_round, record.round)
+        self.skipped = record.skipped
+        self.lr = record.lr
+        self.outcome = record.outcome
+        self.rejection = record.rejection
+        self.counted = dict(record.counted)
+        self.changed = record.changed
+        self.num_changes += 1
+        self.members.restore(record.ledger, record.schedule, record.live_owners)
+
+    def load(self, record: ShardControlState, load: Load) -> None:
+        """Continue from what a load has brought; its epoch has begun already."""
+        self.restore(record)
+        if load.control_state is not None:
+            self.epochs.restore((*record.history, (load.epoch, "reconfigured")))
+        self.members.schedule = load.schedule or self.members.schedule
+        self.members.ledger.admit_all(load.newest)
+        self.members.owners = {**load.live_owners, **self.members.owners}
+        self.highest_round = max(self.highest_round, load.highest_round)
+
+    def reconfigure(self, order: Reconfigure) -> None:
+        """Begin the epoch of an order, with its membership."""
+        self.epochs.advance("reconfigured", order.epoch)
+        self.members.schedule = order.schedule
+        self.members.ledger.admit_all(order.newest)
+
+    def take_over(self, record: ShardControlState, reconfigure: Reconfigure) -> None:
+        """Continue from a primary's record, in the epoch in which this shard replaces it."""
+        self.restore(record)
+        self.epochs.restore(record.history)
+        self.epochs.advance("reconfigured", max(reconfigure.epoch, record.epoch + 1))
+        self.members.schedule = reconfigure.schedule or self.members.schedule
+        self.members.ledger.admit_all(reconfigure.newest)
+
+    def result(self, *, want_parameters: bool) -> RoundResult:
+        """Return the answer to a push or a pull."""
+        return RoundResult(
+            epoch=self.epochs.now,
+            round=self.round,
+            iterations=self.clock.iterations,
+            outcome=self.outcome,
+            rejection=self.rejection,
+            lr=self.lr,
+            buffer=self.state.active,
+            parameters=self.state.params if want_parameters else None,
+            rewound=self.epochs.rewound,
+        )
+
+    def description(self, *, pushed: Collection[int], lr: Rate) -> Description:
+        """Return the answer to `Describe`, but for what only the machine or its host knows."""
+        members = self.members
+        needed = self.next_members()
+        return Description(
+            epoch=self.epochs.now,
+            epoch_reason=self.epochs.reason,
+            round=self.round,
+            highest_round=self.highest_round,
+            iterations=self.clock.iterations,
+            skipped=self.skipped,
+            stepped=members.ledger.last(DIRECT),
+            changed=self.changed,
+            lr=lr,
+            members=needed,
+            waiting_for=tuple(rank for rank in needed if rank not in pushed),
+            left=tuple(sorted(members.left)),
+            dead=tuple(sorted(members.dead)),
+            given_up=tuple(sorted(members.given_up)),
+            newest=members.ledger.newest_of_all(),
+            live_owners=members.live_owners,
+            schedule=members.schedule,
+        )
+
+    def paused(self, lr: Rate, pending: tuple[int, ...]) -> Paused:
+        """Return the answer to `Pause`."""
+        return Paused(
+            epoch=self.epochs.now,
+            round=self.round,
+            clock=self.clock,
+            skipped=self.skipped,
+            lr=lr,
+            pending=pending,
+            ledger=self.members.ledger.to_dict(),
+            rewound=self.epochs.rewound,
+        )

@@ -1,0 +1,189 @@
+"""The rounds of a shard: how the messages of workers fill one, how it ends, and who hears of it.
+Pure.
+
+It knows what waits and what was decided; in which phase the shard is, the machine knows.
+"""
+
+from typing import Any
+
+import distnadam.protocol.messages as msg
+from distnadam.errors import DistNadamError, LatePush, Reconfigured, RoundMismatch
+from distnadam.shard.effects import Answer, Effect, Replicate
+from distnadam.shard.ledger import DIRECT
+from distnadam.shard.membership import Numbered
+from distnadam.shard.progress import Progress
+from distnadam.shard.round import Round, Waiter
+
+
+class Rounds:
+    """The round in progress, those decided, and the callers that wait for either.
+
+    Attributes:
+        progress: the rounds decided so far.
+        current: the round in progress.
+    """
+
+    def __init__(self, shard: int, progress: Progress) -> None:
+        self.progress = progress
+        self.current = Round(shard)
+        self._shard = shard
+        self._pulls: list[tuple[Any, msg.Pull]] = []
+
+    # Messages
+
+    def is_counted(self, rank: int, message: Numbered) -> bool:
+        """Whether this very push was counted in a round decided since."""
+        return self.progress.members.already_counted(rank, message, self.progress.round)
+
+    def join(self, message: msg.Join, *, needs_norms: bool) -> msg.Joined:
+        """Give a rank to a worker; the push of an older one counts no more, unless it must.
+
+        `needs_norms` is whether the round in progress waits for norms.
+        """
+        rank = message.rank
+        progress = self.progress
+        committed = self.current.committed(rank) or progress.counted.get(rank)
+        incarnation = progress.members.join(message)
+        self.current.supersede(rank, incarnation)
+        return msg.Joined(
+            incarnation=incarnation,
+            round=progress.round,
+            committed=committed,
+            member=rank in progress.next_members(),
+            orphaned=needs_norms
+            and self.current.is_orphaned(progress.members.ledger.newest_of_all()),
+        )
+
+    def push(self, push: msg.Push, caller: Any) -> list[Effect]:
+        """Add a push to the round in progress; answer at once one that is counted already."""
+        if self.is_counted(push.rank, push):
+            return [Answer(caller, self._result(push))]
+        self._check_current(push)
+        waiter = Waiter(caller, push.rank, push.incarnation, push.want_parameters)
+        return self.current.add(push, waiter)
+
+    def total_norms(self, message: msg.TotalNorms, caller: Any) -> list[Effect]:
+        """Give the round in progress the whole model's sums of squares."""
+        if self.is_counted(message.rank, message):
+            return [Answer(caller, self._result(message))]
+        self._check_current(message)
+        current = self.current
+        if message.rank not in current.pushes and current.refusal is not None:
+            raise current.refusal  # the round that was measured was begun again
+        waiter = Waiter(caller, message.rank, message.incarnation, message.want_parameters)
+        current.add_norms(message.square_sums, waiter)
+        return []
+
+    def complete_push(self, message: msg.CompletePush, caller: Any) -> list[Effect]:
+        """Have the push of a replaced worker count, since another shard has counted it."""
+        rank, note, progress = message.rank, message.note, self.progress
+        is_certain = self.current.is_closed and rank in self.current.pushes
+        if is_certain or self.is_counted(rank, note):
+            return [Answer(caller, None)]
+        if note.round != progress.round + 1:
+            raise RoundMismatch(
+                f"shard {self._shard}: rank {rank}: round {note.round} is to be completed, "
+                f"expected round {progress.round + 1}"
+            )
+        push = msg.Push(
+            epoch=progress.epochs.now,
+            rank=rank,
+            incarnation=note.incarnation,
+            round=note.round,
+            gradients=message.gradients,
+            rejection=note.rejection,
+        )
+        return [*self.current.complete(push), Answer(caller, None)]
+
+    def pull(self, pull: msg.Pull, caller: Any) -> None:
+        """Have a caller wait for a round to be decided, which it may be already."""
+        progress = self.progress
+        progress.members.check_newest(pull.rank, pull.incarnation)
+        if pull.at_least:
+            refusal = progress.epochs.refusal(pull.epoch, f"shard {self._shard}", progress.round)
+            if refusal is not None and not isinstance(refusal, Reconfigured):
+                raise refusal  # that round may never come
+        self._pulls.append((caller, pull))
+
+    def direct_step(self, message: msg.Step, caller: Any) -> list[Effect]:
+        """Take the next round for a step from outside; the pushes that wait for it are late."""
+        progress, who = self.progress, f"shard {self._shard}"
+        if message.round != progress.round + 1:
+            raise RoundMismatch(
+                f"{who}: expected a step for round {progress.round + 1}, got one for round "
+                f"{message.round}"
+            )
+        dropped = self.drop(
+            LatePush(
+                f"{who}: round {message.round} was taken by apply_gradients; pull and push for the "
+                "next"
+            )
+        )
+        push = msg.Push(
+            epoch=progress.epochs.now,
+            rank=DIRECT,
+            incarnation=progress.members.ledger.admit(DIRECT, message.incarnation),
+            round=message.round,
+            gradients=message.gradients,
+            rejection=message.rejection,
+        )
+        return [*dropped, *self.current.add(push, Waiter(caller, DIRECT, push.incarnation))]
+
+    def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
+        """Give the step from outside the whole model's sums of squares."""
+        newest = self.progress.members.ledger.newest(DIRECT)
+        self.current.add_norms(message.square_sums, Waiter(caller, DIRECT, newest))
+
+    # The end of a round
+
+    def decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
+        """End the round: count its pushes, replicate it, answer its callers, begin the next."""
+        ended, self.current = self.current, Round(self._shard)
+        record = self.progress.decide(outcome, rejection, ended.pushes)
+        answers = [
+            Answer(
+                waiter.caller,
+                ended.late_push(waiter, self.progress.round) or self._result(waiter),
+            )
+            for waiter in ended.waiting
+        ]
+        return [Replicate(record), *answers]
+
+    def begin_again(self) -> None:
+        """Forget the pushes of the round in progress, and its callers."""
+        self.current = Round(self._shard, refusal=self.current.refusal)
+
+    def drop(self, error: DistNadamError) -> list[Effect]:
+        """Begin the round again; its callers get the error."""
+        refused = self.current.answer(error)
+        self.begin_again()
+        return refused
+
+    def abandoned(self) -> DistNadamError | None:
+        """Return the error for callers of a round that lacks a rank given up; None if none does."""
+        if self.current.is_direct or self.current.completed:
+            return None
+        members = self.progress.members
+        return members.abandoned(self.progress.round + 1, self.current.pushes)
+
+    def ready_pulls(self) -> list[Effect]:
+        """Answer the pulls whose round is decided."""
+        decided = self.progress.round
+        ready = [entry for entry in self._pulls if entry[1].at_least <= decided]
+        self._pulls = [entry for entry in self._pulls if entry[1].at_least > decided]
+        return [Answer(caller, self._result(pull)) for caller, pull in ready]
+
+    def remove_callers(self) -> list[Any]:
+        """Forget the round in progress and the pulls, and return all their callers."""
+        callers = [waiter.caller for waiter in self.current.waiting]
+        callers += [caller for caller, _ in self._pulls]
+        self.begin_again()
+        self._pulls = []
+        return callers
+
+    def _check_current(self, message: msg.Push | msg.TotalNorms) -> None:
+        progress = self.progress
+        progress.members.check_current(message, progress.epochs, progress.round)
+
+    def _result(self, asked: msg.Push | msg.TotalNorms | msg.Pull | Waiter) -> msg.RoundResult:
+        return self.progress.result(want_parameters=asked.want_parameters)
