@@ -3,6 +3,50 @@
 Importing this package imports nothing else: each public name is imported at its first use, so that
 a process that hosts a shard loads what a shard needs and no training loop. No name imports Ray or
 a framework.
+
+An optimizer has parameters once it is built, and steps from gradients that are averaged already:
+
+>>> params = {"w": np.ones(3, np.float32)}
+>>> optimizer = DistNadam(lr=0.1, backend="local").build(params)
+>>> optimizer.apply_gradients({"w": np.ones(3, np.float32)})
+1
+>>> optimizer.iterations, optimizer.round, optimizer.skipped
+(1, 1, 0)
+
+Its state can be read, replaced, cut into other shards, and saved:
+
+>>> optimizer.set_params(params)
+>>> optimizer.set_weights(optimizer.get_weights())
+>>> optimizer.get_params()["w"].tolist()
+[1.0, 1.0, 1.0]
+>>> optimizer.lr = 0.2
+>>> optimizer.reshard(2)
+>>> optimizer.save("checkpoints", data={"position": 7}).endswith("step_00000001")
+True
+>>> optimizer.reserve()
+>>> in_background = optimizer.save("others", wait=False)
+>>> optimizer.close()
+>>> restored = DistNadam.restore("checkpoints", backend="local")
+>>> restored.lr, restored.backend_name, restored.options.kernel, restored.restored_data
+(0.2, 'local', 'auto', {'position': 7})
+
+Gradients can be those of a loss. With several workers, each pushes its own for every round:
+
+>>> loss = lambda params: (params["w"].sum(), {"w": np.ones(3, np.float32)})
+>>> restored.get_gradients(loss, params)
+[array([1., 1., 1.], dtype=float32)]
+>>> restored.get_updates(loss, params).result()
+2
+>>> restored.waiting_for(), restored.lost_ranks()
+((0,), {})
+>>> group = restored.team(lambda rank: restored.worker(rank))
+>>> group.call(0, "pull")
+>>> [(rank, sorted(parameters)) for rank, parameters in group.results(60.0)]
+[(0, ['w'])]
+>>> group.close()
+>>> restored.close()
+>>> DistNadam.from_config(DistNadam(lr=0.3).get_config()).lr
+0.3
 """
 
 from importlib import import_module
@@ -31,7 +75,7 @@ _MODULES = ("config", "errors", "interop", "metrics", "schedules", "training")
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -51,6 +52,17 @@ def run(code: str, cwd: Path) -> None:
 def test_the_public_names_are_sorted_there_and_described() -> None:
     assert distnadam.__all__ == ["DistNadam", "Options", "Task", "Worker", "fit"]
     assert all(getattr(distnadam, name).__doc__ for name in distnadam.__all__)
+
+
+def test_the_namespace_holds_the_public_names_and_submodules_only() -> None:
+    for name in distnadam.__all__:
+        getattr(distnadam, name)  # is in the namespace from its first use on
+    own = {
+        name
+        for name, value in vars(distnadam).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert own - {"TYPE_CHECKING", "Any", "import_module"} == set(distnadam.__all__)
 
 
 def test_no_public_name_imports_ray_or_a_framework(tmp_path: Path) -> None:

@@ -86,6 +86,20 @@ def fit(
         CheckpointBusy: another run writes to `checkpoint_dir`.
         KeyboardInterrupt: Ctrl-C was pressed, and a checkpoint saved; a second Ctrl-C raises at
             once.
+
+    >>> class Mean:
+    ...     def init(self, seed):
+    ...         return {"w": np.zeros(2, np.float32)}
+    ...     def batch(self, step, rank, world_size):
+    ...         return np.float32([1.0, 1.0 + rank])
+    ...     def loss_and_gradients(self, params, batch):
+    ...         error = params["w"] - batch
+    ...         return float(error @ error), {"w": 2 * error}
+    ...     def evaluate(self, params):
+    ...         return {"largest": float(params["w"].max())}
+    >>> history = fit(Mean(), steps=3, backend="local", checkpoint_dir="runs/mean", verbose=False)
+    >>> history.steps, len(history.losses), list(history.metrics), len(history.checkpoints)
+    ([1, 2, 3], 3, ['largest'], 1)
     """
     for name, value in (
         ("steps", steps),
