@@ -1,6 +1,4 @@
-"""Models and gradients for the tests: trees of arrays made from a seed, runs of several workers,
-and the bits they end with.
-"""
+"""Seeded models and gradients for the tests, runs of several workers, and their bits."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,9 +10,7 @@ from distnadam import DistNadam
 
 
 def params(seed: int = 0) -> dict[str, Any]:
-    """Tensors of every dtype and kind of shape; several are longer than a chunk, so that shards cut
-    them in the middle.
-    """
+    """Return tensors of every dtype and kind of shape; some span chunks, where shards cut them."""
     rng = np.random.default_rng(seed)
     return {
         "dense": {
@@ -30,9 +26,7 @@ def params(seed: int = 0) -> dict[str, Any]:
 
 
 def gradients(step: int, rank: int, seed: int = 0) -> dict[str, Any]:
-    """The gradients of one rank at one step: the same for the same arguments, of very different
-    magnitudes.
-    """
+    """Return one rank's gradients of a step, of very different magnitudes; seeded by both."""
     rng = np.random.default_rng([seed, step, rank])
     scale = 10.0 ** rng.integers(-3, 2)
     return {
@@ -49,7 +43,7 @@ def gradients(step: int, rank: int, seed: int = 0) -> dict[str, Any]:
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The tree's leaves, dict keys sorted."""
+    """Return the tree's leaves, dict keys sorted."""
     if isinstance(tree, dict):
         return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
     if isinstance(tree, (list, tuple)):
@@ -58,7 +52,7 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def bits(optimizer: DistNadam) -> list[bytes]:
-    """Everything the optimizer holds, bit for bit: parameters, iterations, m_schedule, ms, vs."""
+    """Return the bits of all that the optimizer holds: params, iterations, m_schedule, ms, vs."""
     return [
         np.asarray(x).tobytes() for x in (*leaves(optimizer.get_params()), *optimizer.get_weights())
     ]
@@ -72,8 +66,9 @@ def run(
     order: Callable[[int], Sequence[int]] | None = None,
     num_workers: int = 2,
 ) -> None:
-    """Run steps [begin, end) with all ranks in this process: by threads, or one after another in
-    the order given per step.
+    """Run steps [begin, end) with all ranks in this process.
+
+    They run in threads, or one after another in a given order per step.
     """
     if order is not None:
         workers = [optimizer.worker(rank) for rank in range(num_workers)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def children(pid: int) -> set[int]:
-    """All processes below one."""
+    """Return all processes below one."""
     below: set[int] = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -19,7 +19,7 @@ def children(pid: int) -> set[int]:
 
 
 def wait_until_gone(pids: set[int]) -> None:
-    """Wait until none of the processes runs; the test's own time limit bounds it."""
+    """Wait until none of the processes runs; the test's own timeout bounds it."""
     for pid in pids:
         try:
             process = os.pidfd_open(pid)

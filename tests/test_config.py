@@ -1,6 +1,4 @@
-"""The configuration's own checks: each bad value is named, plain data comes back equal, nothing is
-coerced silently.
-"""
+"""The configuration: bad values are named, plain data round-trips, nothing is coerced silently."""
 
 import math
 from typing import Any
@@ -14,7 +12,7 @@ from distnadam.schedules import WarmupCosine
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"lr": -1.0}, "lr must be finite and at least 0, got -1.0"),
         ({"lr": math.inf}, "lr must be finite and at least 0, got inf"),
@@ -33,14 +31,14 @@ from distnadam.schedules import WarmupCosine
     ],
 )
 def test_a_bad_hyper_parameter_is_named_with_its_value(
-    arguments: dict[str, Any], told: str
+    arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         NadamConfig(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"on_nonfinite": "ignore"}, "on_nonfinite must be .* got 'ignore'"),
         ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
@@ -61,8 +59,8 @@ def test_a_bad_hyper_parameter_is_named_with_its_value(
         ),
     ],
 )
-def test_a_bad_option_is_named_with_its_value(arguments: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_bad_option_is_named_with_its_value(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Options(**arguments)
 
 
@@ -74,15 +72,15 @@ def test_a_config_and_options_come_back_from_plain_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [(5, "options must be Options, got 5"), ({"foo": 1}, "there is no option 'foo'")],
 )
-def test_what_are_no_options_is_refused(options: Any, told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_options_of_another_type_or_name_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Options.of(options)
 
 
-def test_numbers_of_numpy_become_plain_ones() -> None:
+def test_numpy_numbers_become_plain_ones() -> None:
     options = Options(threads=np.int64(2), step_timeout_s=np.float32(5))  # type: ignore[arg-type]
     assert (type(options.threads), type(options.step_timeout_s)) == (int, float)
     with pytest.raises(ConfigError, match="lr must be a number, got array"):
@@ -90,6 +88,6 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
 
 
 @pytest.mark.parametrize("value", [True, 1.5, "2", None, 0, -1])
-def test_what_is_no_count_is_refused(value: object) -> None:
+def test_a_bad_count_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="num_shards must be a whole number of at least 1"):
         check_count("num_shards", value)

@@ -1,6 +1,4 @@
-"""Learning-rate schedules: their values at the turning points, plain data and back, and what is
-refused.
-"""
+"""Learning-rate schedules: their values, plain data and back, and refusals."""
 
 import math
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ def test_a_schedule_goes_to_plain_data_and_back(schedule: Schedule) -> None:
     assert rate_from(plain) == schedule
 
 
-def test_a_schedule_of_ones_own_is_known_once_it_is_defined() -> None:
+def test_a_users_schedule_is_registered_when_it_is_defined() -> None:
     @dataclass(frozen=True)
     class Halving(Schedule):
         start: float
@@ -70,7 +68,7 @@ def test_a_schedule_of_ones_own_is_known_once_it_is_defined() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: Exponential(0.1, 0, 0.9), "Exponential: decay_steps must be at least 1, got 0"),
         (lambda: Exponential(0.1, 1, -0.9), "Exponential: decay_rate must be at least 0, got -0.9"),
@@ -112,6 +110,6 @@ def test_a_schedule_of_ones_own_is_known_once_it_is_defined() -> None:
         ),
     ],
 )
-def test_what_is_no_schedule_is_refused(make, told: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ConfigError, match=told):
+def test_a_bad_schedule_is_refused(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match=message):
         make()

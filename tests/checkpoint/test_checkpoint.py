@@ -1,6 +1,4 @@
-"""Checkpoints as files: readable by others, verified to the last bit, committed or not there,
-refused by name.
-"""
+"""Checkpoints as files: readable by others, verified to the last bit, committed whole or not."""
 
 import contextlib
 import dataclasses
@@ -149,7 +147,7 @@ def test_saving_the_same_round_again_replaces_it_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["first shard", "last shard", "before the manifest"])
-def test_a_save_killed_leaves_the_previous_checkpoint_and_nothing_that_looks_complete(
+def test_a_save_killed_leaves_the_previous_checkpoint_and_no_part_looks_whole(
     moment: str, tmp_path: Path
 ) -> None:
     with DistNadam(num_shards=3, backend="local", options=None).build(params()) as optimizer:
@@ -223,7 +221,7 @@ def _commit_then_fail(root: Path) -> None:
         raise KeyError("late")
 
 
-def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         optimizer.save(tmp_path)
         optimizer.apply_gradients(params())
@@ -256,7 +254,7 @@ def test_pruning_keeps_the_newest_and_never_counts_one_without_a_manifest(tmp_pa
     ]
 
 
-def test_a_path_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer,
@@ -352,7 +350,7 @@ def test_two_saves_of_one_round_at_once_are_one_checkpoint_and_one_refusal(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("field", "change", "told"),
+    ("field", "change", "message"),
     [
         (
             "config",
@@ -374,16 +372,16 @@ def test_two_saves_of_one_round_at_once_are_one_checkpoint_and_one_refusal(tmp_p
     ],
 )
 def test_a_manifest_that_was_put_together_by_hand_is_refused_by_field(
-    field: str, change: Any, told: str, saved: Path
+    field: str, change: Any, message: str, saved: Path
 ) -> None:
     manifest = store.load(saved)
     made = dataclasses.replace(manifest, **{field: change(getattr(manifest, field))})
     (saved / store.MANIFEST).write_bytes(made.to_bytes())
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         DistNadam.restore(saved, backend="local")
 
 
-def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(saved: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(saved: Path) -> None:
     victim = shard_files(saved)[0]
     victim.unlink()
     os.mkfifo(victim)

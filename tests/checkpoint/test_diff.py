@@ -1,6 +1,4 @@
-"""What differs between two checkpoints is found by tensor: bits, ulps, the first index; settings
-and structure by name.
-"""
+"""A diff finds what differs: bits, ulps and indices by tensor; settings and structure by name."""
 
 from pathlib import Path
 from typing import Any
@@ -66,7 +64,7 @@ def test_ulps_are_counted_across_zero(
     assert (tensor.max_abs, tensor.max_ulp, tensor.first_index) == (max_abs, max_ulp, (0,))
 
 
-def test_settings_the_clock_and_moments_are_told(tmp_path: Path) -> None:
+def test_differing_settings_clocks_and_moments_are_reported(tmp_path: Path) -> None:
     found = compare(
         saved(tmp_path / "a", models.params(), steps=1),
         saved(tmp_path / "b", models.params(), steps=2, lr=0.1),
@@ -81,7 +79,7 @@ def test_settings_the_clock_and_moments_are_told(tmp_path: Path) -> None:
     assert not any(t.path == "layers/1/1" for t in found.tensors)
 
 
-def test_tensors_of_one_side_or_of_another_shape_are_told(tmp_path: Path) -> None:
+def test_tensors_of_one_side_or_of_another_shape_are_reported(tmp_path: Path) -> None:
     one = {"a": np.ones(3, np.float32), "b": np.ones(2, np.float32), "c": np.ones(2, np.float32)}
     other = {"a": np.ones(3, np.float64), "b": np.zeros(2, np.float32), "d": np.ones(1, np.float32)}
     found = compare(saved(tmp_path / "a", one), saved(tmp_path / "b", other))

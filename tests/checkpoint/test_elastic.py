@@ -1,6 +1,4 @@
-"""Restoring on any number of shards: every chunk read once into its place, only what is needed, and
-nothing served that is not whole.
-"""
+"""Restoring onto any number of shards: each chunk is read once, and only where it is needed."""
 
 import contextlib
 import os
@@ -43,7 +41,7 @@ SHAPES = st.lists(
 def write_checkpoint(
     directory: Path, layout: Layout, cuts: Sequence[Ranges], whole: dict[str, Any]
 ) -> Manifest:
-    """The files of shards that were cut so, and a manifest that names them."""
+    """Write the files of shards with these ranges, and return a manifest that names them."""
     records = []
     for index, ranges in enumerate(cuts):
         state = {

@@ -1,6 +1,4 @@
-"""Files made to harm: a CheckpointError within bounded memory and time, whatever was done to
-them.
-"""
+"""Malicious files: a CheckpointError within bounded memory and time."""
 
 import dataclasses
 import os
@@ -29,7 +27,7 @@ MEMORY = 64 << 20
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint that nobody changes."""
+    """A small checkpoint that no test changes."""
     root = tmp_path_factory.mktemp("pristine")
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         return Path(optimizer.save(root))
@@ -37,7 +35,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def saved(pristine: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be harmed."""
+    """A copy of the pristine checkpoint, to damage."""
     return copy_of(pristine, tmp_path)
 
 
@@ -51,7 +49,7 @@ def copy_of(checkpoint: Path, root: Path) -> Path:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Assert that what is done inside takes little memory."""
+    """Assert that the body allocates little memory."""
     tracemalloc.start()
     try:
         yield
@@ -67,7 +65,7 @@ def body_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def signed(body: bytes) -> bytes:
-    """A manifest file with this body, its checksum right."""
+    """Return a manifest file with this body and the right checksum."""
     packed: bytes = msgpack.packb(
         {"magic": MAGIC, "version": 1, "checksum": xxhash.xxh3_128_hexdigest(body), "body": body}
     )
@@ -80,7 +78,7 @@ def refused(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "told"),
+    ("raw", "message"),
     [
         (b"\xdd\xff\xff\xff\xff", "objects"),
         (b"\xdf\xff\xff\xff\xff", "objects"),
@@ -107,11 +105,11 @@ def refused(checkpoint: Path) -> None:
     ],
 )
 def test_bytes_that_ask_for_more_than_they_are_are_refused_before_anything_is_made(
-    raw: bytes, told: str
+    raw: bytes, message: str
 ) -> None:
     with bounded():
         for given_raw in (raw, signed(raw)):
-            with pytest.raises(CheckpointError, match=f"^here.*({told})"):
+            with pytest.raises(CheckpointError, match=f"^here.*({message})"):
                 Manifest.from_bytes(given_raw, "here")
 
 

@@ -1,6 +1,4 @@
-"""A save killed at any system call: the checkpoint before stays valid, and nothing looks complete
-that is not.
-"""
+"""A save killed at any system call leaves a valid checkpoint, and nothing that looks whole."""
 
 import os
 import signal
@@ -19,9 +17,7 @@ CALLS = ("open", "write", "fsync", "replace", "unlink", "rmdir", "makedirs", "cl
 
 
 def die_at(call: int) -> None:
-    """Have this process killed just before its call number `call` of those that the checkpoints'
-    files are made by.
-    """
+    """Kill this process just before system call number `call` of those that write checkpoints."""
     left = [call]
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,9 +36,7 @@ def die_at(call: int) -> None:
 
 
 def survives(child: Callable[[], None], call: int) -> bool:
-    """Run something in a process of its own that is killed at that call; return whether it came to
-    its end first.
-    """
+    """Run `work` in a process that is killed at that call; return whether it ended before."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -59,7 +53,7 @@ def survives(child: Callable[[], None], call: int) -> bool:
 @pytest.mark.parametrize(
     "case", ["the next step", "the same step again", "behind the training", "removing an old one"]
 )
-def test_a_save_killed_at_any_call_leaves_a_valid_checkpoint_and_nothing_that_looks_complete(
+def test_a_save_killed_at_any_call_leaves_a_valid_checkpoint_and_no_part_looks_whole(
     case: str, tmp_path: Path
 ) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
@@ -89,9 +83,7 @@ def test_a_save_killed_at_any_call_leaves_a_valid_checkpoint_and_nothing_that_lo
 
 
 def reset(root: Path, optimizer: DistNadam, first: Any) -> None:
-    """Back to the first checkpoint alone; what killed saves left behind stays where it is, as it
-    would.
-    """
+    """Remove all checkpoints but the first; what killed saves left behind stays."""
     newest = root / "step_00000001"
     if (newest / store.MANIFEST).exists():
         store.remove(newest)
@@ -101,7 +93,7 @@ def reset(root: Path, optimizer: DistNadam, first: Any) -> None:
 
 
 def check(root: Path, before: list[bytes], after: list[bytes], *, same: bool) -> str:
-    """Which of the two states the directory means; every directory with a manifest is valid."""
+    """Return which of the two states the directory means; each one with a manifest is valid."""
     for step in store.step_directories(root):
         if (Path(str(step)) / store.MANIFEST).exists():
             store.verify(step)

@@ -68,7 +68,7 @@ def test_a_run_that_was_taken_over_stops_when_it_wakes_up(folder: Directory) -> 
         second.check()
 
 
-def test_of_runs_that_start_at_once_one_stays(folder: Directory) -> None:
+def test_one_of_the_runs_that_start_at_once_stays(folder: Directory) -> None:
     begun, held = threading.Barrier(4), []
 
     def start() -> None:

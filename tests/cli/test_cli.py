@@ -1,6 +1,4 @@
-"""The command line, as a shell runs it: what it prints, its exit codes, a real SIGKILL and a real
-Ctrl-C.
-"""
+"""The command line, as a shell runs it: its output, exit codes, a real SIGKILL and Ctrl-C."""
 
 import json
 import os
@@ -41,14 +39,14 @@ def start(*args: Any, cwd: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
-    """Wait until a file of that pattern appears; the test's own time limit bounds it."""
+    """Wait until a file of that pattern appears; the test's own timeout bounds it."""
     while not list(path.glob(pattern)):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.01)
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """The arrays of the newest checkpoint: its shard files, by their place."""
+    """Return the shard files of the newest checkpoint, by the beginnings of their names."""
     newest = max(path.glob("step_*"))
     return {p.name[:20]: p.read_bytes() for p in newest.glob("shard-*")}
 
@@ -126,7 +124,7 @@ def test_a_run_killed_half_way_and_resumed_ends_with_the_undisturbed_bits(tmp_pa
     ).read_bytes()
 
 
-def test_ctrl_c_saves_says_where_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_saves_reports_it_and_leaves_nothing(tmp_path: Path) -> None:
     process = start(
         "train",
         "digits",
@@ -141,15 +139,15 @@ def test_ctrl_c_saves_says_where_and_leaves_nothing(tmp_path: Path) -> None:
     )
     wait_for(tmp_path, "step_*/manifest.msgpack", process)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "saved step" in told
-    assert "Traceback" not in told
+    assert "saved step" in stderr
+    assert "Traceback" not in stderr
     assert call("verify", tmp_path).exit_code == 0
 
 
 @pytest.mark.parametrize(
-    ("task", "told"),
+    ("task", "message"),
     [
         ("nothing", "no task named"),
         ("no.such:Thing", "cannot import"),
@@ -157,10 +155,10 @@ def test_ctrl_c_saves_says_where_and_leaves_nothing(tmp_path: Path) -> None:
         ("gone.py:T", "no such file"),
     ],
 )
-def test_a_task_that_is_none_is_wrong_usage(task: str, told: str) -> None:
+def test_a_task_that_is_none_is_wrong_usage(task: str, message: str) -> None:
     done = call("train", task, "--local")
     assert done.exit_code == 2
-    assert told in done.output
+    assert message in done.output
 
 
 def test_a_task_of_ones_own_is_found_in_a_file(tmp_path: Path) -> None:
@@ -249,7 +247,7 @@ def test_inspect_tells_everything_and_the_state_of_each_files_checksums(tmp_path
         json.loads(call("inspect", tmp_path, "--json", "--no-read").output)["checksums"]
         == "not read"
     )
-    told = call("inspect", tmp_path).output
+    output = call("inspect", tmp_path).output
     for word in (
         "config.lr",
         "0.002",
@@ -259,7 +257,7 @@ def test_inspect_tells_everything_and_the_state_of_each_files_checksums(tmp_path
         "1 verified",
         "of state",
     ):
-        assert word in told
+        assert word in output
     step = tmp_path / "step_00000005"
     victim = next(step.glob("shard-00001-*"))
     victim.write_bytes(victim.read_bytes()[:-1] + b"\xff")

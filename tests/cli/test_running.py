@@ -1,6 +1,4 @@
-"""The commands on an optimizer that runs elsewhere: here it is this process's, which the commands
-know by its name alone.
-"""
+"""The commands on a named optimizer, which these tests run in this process."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +23,7 @@ def running(ray_cluster: None) -> Iterator[DistNadam]:
         yield optimizer
 
 
-def told(*args: Any) -> Any:
+def run_json(*args: Any) -> Any:
     done = call(*args, "--json")
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
@@ -43,7 +41,7 @@ def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(
     watched: DistNadam, tmp_path: Path
 ) -> None:
     watched.apply_gradients(GRADIENTS)
-    seen = told("status", "operated")
+    seen = run_json("status", "operated")
     assert (seen["name"], seen["step"], seen["round"], seen["lr"], seen["checkpoint"]) == (
         "operated",
         1,
@@ -55,7 +53,7 @@ def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(
     saved = watched.save(tmp_path)
     with watched.worker(0) as worker:
         worker.push(GRADIENTS)
-        while (seen := told("status", "operated"))["shards"][1]["lag"] is None:
+        while (seen := run_json("status", "operated"))["shards"][1]["lag"] is None:
             pass  # until the standbys are filled; the test's own time limit bounds it
     assert [(s["index"], s["state"], s["round"], s["lag"]) for s in seen["shards"]] == [
         (0, "collecting pushes", 1, 0),
@@ -82,7 +80,7 @@ def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(
         assert word in table
 
 
-def test_save_goes_where_it_is_told_or_where_checkpoints_went(
+def test_save_goes_to_a_given_path_or_where_checkpoints_went(
     running: DistNadam, tmp_path: Path
 ) -> None:
     running.apply_gradients(GRADIENTS)
@@ -91,7 +89,7 @@ def test_save_goes_where_it_is_told_or_where_checkpoints_went(
         refused.exit_code,
         "was never saved and has no checkpoint_dir: give a PATH" in refused.stderr,
     ) == (1, True)
-    assert told("save", "operated", tmp_path) == {"checkpoint": str(tmp_path / "step_00000001")}
+    assert run_json("save", "operated", tmp_path) == {"checkpoint": str(tmp_path / "step_00000001")}
     running.apply_gradients(GRADIENTS)
     assert call("save", "operated").stdout.strip() == str(tmp_path / "step_00000002")
     assert call("verify", tmp_path).exit_code == 0
@@ -115,11 +113,11 @@ def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(
     )
 
 
-def test_reshard_cuts_a_running_optimizer_anew(running: DistNadam) -> None:
+def test_reshard_moves_a_running_optimizer_to_more_shards(running: DistNadam) -> None:
     running.apply_gradients(GRADIENTS)
     before = running.get_weights()
     assert call("reshard", "operated", 3).stdout == "operated: 3 shard(s)\n"
-    assert len(told("status", "operated")["shards"]) == 3
+    assert len(run_json("status", "operated")["shards"]) == 3
     assert all(np.array_equal(a, b) for a, b in zip(before, running.get_weights(), strict=True))
     assert call("reshard", "operated", 0).exit_code == 2
 
@@ -164,4 +162,4 @@ def test_a_named_optimizer_of_other_options_saves_where_those_say(
     options = Options(checkpoint_dir=str(tmp_path))
     with DistNadam(name="placed", backend="ray", options=options).build(GRADIENTS) as optimizer:
         optimizer.apply_gradients(GRADIENTS)
-        assert told("save", "placed")["checkpoint"] == str(tmp_path / "step_00000001")
+        assert run_json("save", "placed")["checkpoint"] == str(tmp_path / "step_00000001")

@@ -1,6 +1,4 @@
-"""The Ray clusters of the manifests, rendered: each with the object that holds it, its groups, and
-the quantities of Kubernetes.
-"""
+"""The Ray clusters of the rendered manifests: holders, groups, and Kubernetes quantities."""
 
 import re
 from collections.abc import Iterator
@@ -22,14 +20,14 @@ SUFFIXES = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2
 
 @dataclass(frozen=True)
 class Group:
-    """One group of pods: what the manifest calls it, its spec, and its pod."""
+    """One group of pods: its name in the manifest, its spec, and its pod template."""
 
     name: str
     spec: dict[str, Any]
 
     @property
     def pod(self) -> dict[str, Any]:
-        """The pod's template."""
+        """The pod's spec."""
         found: dict[str, Any] = self.spec["template"]
         return found
 
@@ -41,12 +39,12 @@ class Group:
 
     @property
     def params(self) -> dict[str, str]:
-        """What `ray start` is given."""
+        """The arguments of `ray start`, by name."""
         return dict(self.spec.get("rayStartParams", {}))
 
     @property
     def shm(self) -> float:
-        """Bytes of /dev/shm; 0 where nothing is mounted there."""
+        """The size of /dev/shm in bytes; 0 if nothing is mounted there."""
         mounts = {
             mount["mountPath"]: mount["name"] for mount in self.container.get("volumeMounts", ())
         }
@@ -57,14 +55,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster and the RayCluster or RayJob that holds it."""
+    """One cluster, and the RayCluster or RayJob that holds it."""
 
     folder: str
     holder: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """What it is called in a complaint."""
+        """Its name in a complaint."""
         return f"{self.folder}: {self.holder['kind']} {self.holder['metadata']['name']}"
 
     @property
@@ -85,21 +83,19 @@ class Cluster:
 
     @property
     def groups(self) -> list[Group]:
-        """All groups."""
+        """All groups, the head's first."""
         return [self.head, *self.workers]
 
 
 def rendered(tree: Tree) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every object that would be applied, by the folder that makes it; that each can be made is a
-    rule of its own.
-    """
+    """Return every object that would be applied, by the directory of its kustomization."""
     for folder in FOLDERS:
         with suppress(ValueError):
             yield from ((folder, found) for found in render(tree, folder))
 
 
 def clusters(tree: Tree) -> list[Cluster]:
-    """Every cluster that would be applied."""
+    """Yield every cluster that would be applied."""
     return [
         Cluster(folder, found)
         for folder, found in rendered(tree)
@@ -108,7 +104,7 @@ def clusters(tree: Tree) -> list[Cluster]:
 
 
 def pods(tree: Tree) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pod template, submitters too, with what it is called in a complaint."""
+    """Yield every pod template, submitters' too, with its name in a complaint."""
     for cluster in clusters(tree):
         yield from ((f"{cluster.name}, {group.name}", group.pod) for group in cluster.groups)
         if submitter := cluster.holder["spec"].get("submitterPodTemplate"):
@@ -116,7 +112,7 @@ def pods(tree: Tree) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def quantity(text: str | int) -> float:
-    """A quantity of Kubernetes as a number."""
+    """Return a Kubernetes quantity as a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(\w*)", str(text))
     assert match is not None and match[2] in SUFFIXES, f"{text!r} is no quantity"
     return float(match[1]) * SUFFIXES[match[2]]

@@ -1,6 +1,4 @@
-"""The commands of ray and distnadam in shell text, and whether the installed command lines take
-them.
-"""
+"""The commands of ray and distnadam in shell text, checked against the installed command lines."""
 
 import re
 import shlex
@@ -14,7 +12,7 @@ STARTS = {"exec", "sudo", "do", "then", "if", "!", "||", "&&"}
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Every command of ours in shell text, as words; what follows `--` in one is another."""
+    """Yield every command of ours in shell text, as words; what follows `--` is another one."""
     text = re.sub(r"\\\n\s*", " ", text)
     for line in text.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
@@ -40,7 +38,7 @@ def _in_words(words: list[str]) -> Iterator[list[str]]:
 
 @cache
 def entry_point(name: str) -> click.Command:
-    """The command line of that name."""
+    """Return the command line of that name."""
     if name == "ray":
         from ray.scripts.scripts import cli
 
@@ -52,9 +50,7 @@ def entry_point(name: str) -> click.Command:
 
 
 def refused(command: list[str]) -> str | None:
-    """Return why the installed command line does not take a command, None where it does. Nothing is
-    run.
-    """
+    """Return why the installed command line refuses a command, or None; nothing is run."""
     name, *arguments = command
     at: click.Command = entry_point(name)
     try:

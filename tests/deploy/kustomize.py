@@ -1,7 +1,6 @@
-"""As much of Kustomize as our kustomizations use, so that what is checked is what would be applied;
-a test holds it to kubectl's.
+"""The part of Kustomize that our kustomizations use, so that the rules check what is applied.
 
-A patch that finds no resource, or no field, is an error here, as it is there.
+A test compares it with kubectl's. As there, a patch that finds no resource or no field is an error.
 """
 
 import copy
@@ -16,8 +15,10 @@ KNOWN = {"apiVersion", "kind", "resources", "images", "patches"}
 
 
 def render(tree: Tree, folder: str) -> list[dict[str, Any]]:
-    """Return the resources of a folder's kustomization; raise ValueError where it is none, or does
-    what this does not know.
+    """Return the resources of a directory's kustomization.
+
+    Raises:
+        ValueError: it is none, or uses what this module does not implement.
     """
     path = posixpath.join(folder, "kustomization.yaml")
     if path not in tree.texts:
@@ -88,5 +89,5 @@ def _rename(resources: list[dict[str, Any]], image: dict[str, str], *, where: st
 
 
 def loaded(text: str) -> list[dict[str, Any]]:
-    """The resources of what kubectl prints."""
+    """Return the resources in kubectl's output."""
     return [document for document in yaml.load_all(text, Loader) if document is not None]

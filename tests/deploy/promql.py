@@ -1,6 +1,4 @@
-"""The metrics and labels that a PromQL expression names, token by token, without the grammar: a
-word not known counts as a metric.
-"""
+"""The metrics and labels that a PromQL expression names, by tokens, without its grammar."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'')
 
 
 def labels(expression: str) -> set[str]:
-    """Labels that it groups by or matches."""
+    """Return the labels that the expression groups by or matches."""
     plain = STRING.sub('""', expression)
     grouped = {
         name.strip()
@@ -45,9 +43,7 @@ def labels(expression: str) -> set[str]:
 
 
 def metrics(expression: str) -> Iterator[str]:
-    """Metrics that it names: identifiers that are neither a function, an aggregation, a label, nor
-    a word of the language.
-    """
+    """Return the metrics: identifiers that are no function, aggregation, label or keyword."""
     plain = MATCHERS.sub("", GROUPING.sub("", STRING.sub('""', expression)))
     plain = re.sub(r"\[[^\]]*\]", "", plain)
     for match in re.finditer(r"(?<![\w.$:])[a-zA-Z_:][\w:]*", plain):

@@ -1,6 +1,4 @@
-"""KubeRay 1.7's rules that its schema does not hold: its controller refuses such a manifest, in the
-cluster, after it was applied.
-"""
+"""The rules of KubeRay 1.7's controller that its schema lacks; breaking them fails in a cluster."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ OLDEST = (2, 54)
 
 
 def names(tree: Tree) -> Iterator[str]:
-    """Names are DNS labels, short enough for what is made of them."""
+    """Names are DNS labels, and short enough for the names that KubeRay derives from them."""
     for cluster in clusters(tree):
         name = cluster.holder["metadata"]["name"]
         if len(name) > LONGEST[cluster.holder["kind"]] or not LABEL_NAME.fullmatch(name):
@@ -29,7 +27,7 @@ def names(tree: Tree) -> Iterator[str]:
 
 
 def authentication(tree: Tree) -> Iterator[str]:
-    """The token is asked for in so many words, and by a version that has it."""
+    """Token authentication is requested explicitly, of a version that has it."""
     for cluster in clusters(tree):
         version = cluster.spec.get("rayVersion")
         if cluster.spec.get("authOptions") != {"mode": "token"}:
@@ -43,7 +41,7 @@ def authentication(tree: Tree) -> Iterator[str]:
 
 
 def restart_policy(tree: Tree) -> Iterator[str]:
-    """With autoscaler v2, which is what we ask for, pods are not restarted in place."""
+    """With autoscaler v2, which we request, pods are not restarted in place."""
     for cluster in clusters(tree):
         options = cluster.spec.get("autoscalerOptions", {})
         if (
@@ -64,7 +62,7 @@ def restart_policy(tree: Tree) -> Iterator[str]:
 
 
 def resources_once(tree: Tree) -> Iterator[str]:
-    """What a group's nodes have is said in `resources` or in rayStartParams."""
+    """A group's node resources are given in `resources` or in rayStartParams, not in both."""
     for cluster in clusters(tree):
         for group in cluster.groups:
             if group.spec.get("resources") and any(key in group.params for key in SIZES):
@@ -75,7 +73,7 @@ def resources_once(tree: Tree) -> Iterator[str]:
 
 
 def labels(tree: Tree) -> Iterator[str]:
-    """Labels are in the group's `labels`, not in rayStartParams, and are what Kubernetes takes."""
+    """Labels are in the group's `labels`, not in rayStartParams, and legal in Kubernetes."""
     for cluster in clusters(tree):
         for group in cluster.groups:
             if "labels" in group.params:
@@ -89,7 +87,7 @@ def labels(tree: Tree) -> Iterator[str]:
 
 
 def replicas(tree: Tree) -> Iterator[str]:
-    """Each group has a least and a most, in that order, and a container."""
+    """Each group has a minimum and a maximum, in that order, and a container."""
     for cluster in clusters(tree):
         for group in cluster.workers:
             least, most = group.spec.get("minReplicas", 0), group.spec.get("maxReplicas", 0)
@@ -103,9 +101,7 @@ def replicas(tree: Tree) -> Iterator[str]:
 
 
 def finishing(tree: Tree) -> Iterator[str]:
-    """A job that is kept for a while has its cluster shut down, and one that is retried makes its
-    own.
-    """
+    """A job that is kept shuts its cluster down, and one that is retried makes a new one."""
     for job in _jobs(tree):
         spec = job.holder["spec"]
         if spec.get("ttlSecondsAfterFinished", 0) > 0 and not spec.get("shutdownAfterJobFinishes"):
@@ -128,7 +124,7 @@ def finishing(tree: Tree) -> Iterator[str]:
 
 
 def no_gates(tree: Tree) -> Iterator[str]:
-    """Nothing is asked for that the operator has switched off by default, and nothing is served."""
+    """Nothing needs a feature that the operator disables by default, and nothing is served."""
     for cluster in clusters(tree):
         if gated := set(GATED) & cluster.spec.keys():
             yield f"{cluster.name}: {sorted(gated)} need a feature gate, or storage of their own"

@@ -1,6 +1,4 @@
-"""Rules about who reaches what: the token's mode written out wherever Ray is started, and nothing
-published for the world.
-"""
+"""Rules on exposure: the token mode is set wherever Ray starts, and nothing is published."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ OPENS_A_POD = (
 
 
 def ours(tree: Tree) -> dict[str, dict[str, Any]]:
-    """The compose services that run our image."""
+    """Return the compose services that run our image."""
     return {
         name: each
         for name, each in tree.compose["services"].items()
@@ -48,7 +46,7 @@ def token_on_hosts(tree: Tree) -> Iterator[str]:
 
 
 def token_in_launcher(tree: Tree) -> Iterator[str]:
-    """Every `ray start` of the launcher has RAY_AUTH_MODE=token before it."""
+    """Every `ray start` of the launcher is preceded by RAY_AUTH_MODE=token."""
     for path in tree.under("deploy/launcher/", ".yaml"):
         for line in shell.lines(tree, path):
             if "ray start" in line and "RAY_AUTH_MODE=token " not in line.partition("ray start")[0]:
@@ -56,9 +54,7 @@ def token_in_launcher(tree: Tree) -> Iterator[str]:
 
 
 def token_in_pods(tree: Tree) -> Iterator[str]:
-    """Every pod that Ray runs in has RAY_AUTH_MODE=token; that the cluster itself has is the
-    controller's rule.
-    """
+    """Every pod that Ray runs in sets RAY_AUTH_MODE=token; another rule checks the cluster."""
     for path, at, value in tree.values("deploy/kubernetes/"):
         if at.endswith("/template/spec/containers/0") and {
             "name": "RAY_AUTH_MODE",
@@ -68,7 +64,7 @@ def token_in_pods(tree: Tree) -> Iterator[str]:
 
 
 def no_secret_inside(tree: Tree) -> Iterator[str]:
-    """No file holds a secret, and none switches the token off."""
+    """No file holds a secret, and none disables the token."""
     for path in tree.under("deploy/"):
         for line in tree.texts[path].splitlines():
             if re.search(
@@ -80,7 +76,7 @@ def no_secret_inside(tree: Tree) -> Iterator[str]:
 
 
 def no_open_address(tree: Tree) -> Iterator[str]:
-    """No file says the address that means all; only a policy's egress may."""
+    """No file has the wildcard address, except in a policy's egress."""
     for path in tree.under("deploy/"):
         for line in tree.texts[path].splitlines():
             if re.search(r"0\.0\.0\.0|\[::\]|::/0", line) and not re.fullmatch(
@@ -96,9 +92,7 @@ def no_open_address(tree: Tree) -> Iterator[str]:
 
 
 def dashboard_is_local(tree: Tree) -> Iterator[str]:
-    """Every head that has a dashboard keeps it on its own host; in a pod KubeRay sets the address,
-    and the policy guards it.
-    """
+    """Every dashboard listens on its own host alone; in pods the network policy guards it."""
     for path in tree.under("deploy/"):
         for line in shell.lines(tree, path):
             hosts = set(re.findall(r"--dashboard-host[= ](\S+)", line))
@@ -107,9 +101,7 @@ def dashboard_is_local(tree: Tree) -> Iterator[str]:
 
 
 def ports_are_local(tree: Tree) -> Iterator[str]:
-    """Compose publishes on 127.0.0.1 alone, and Ray's services are in a network without a way
-    out.
-    """
+    """Compose publishes on 127.0.0.1 alone, and Ray's services are on an internal network."""
     for name, service in tree.compose["services"].items():
         for port in service.get("ports", ()):
             if not str(port).startswith("127.0.0.1:"):
@@ -125,7 +117,7 @@ def ports_are_local(tree: Tree) -> Iterator[str]:
 
 
 def pods_are_closed(tree: Tree) -> Iterator[str]:
-    """No pod is on its host's network, and nothing is published by a service or an ingress."""
+    """No pod uses its host's network, and no service or ingress publishes anything."""
     for path, at, value in tree.values("deploy/kubernetes/"):
         if (
             at.endswith(OPENS_A_POD)
@@ -136,8 +128,9 @@ def pods_are_closed(tree: Tree) -> Iterator[str]:
 
 
 def clouds_are_closed(tree: Tree) -> Iterator[str]:
-    """Cloud nodes have no public addresses, and on AWS groups of their own: Ray's would open port
-    22 to the world.
+    """Cloud nodes have no public addresses; on AWS they have security groups of their own.
+
+    Ray's default group opens port 22 to the world.
     """
     for path in tree.under("deploy/launcher/", ".yaml"):
         config = tree.documents(path)[0]

@@ -1,6 +1,4 @@
-"""Rules about what runs on machines without Kubernetes: image and compose file, hosts with systemd,
-and Ray's cluster launcher.
-"""
+"""Rules on machines without Kubernetes: image, compose file, systemd hosts, cluster launcher."""
 
 import copy
 import json
@@ -39,9 +37,7 @@ EXTRAS = {"digits", "metrics", "s3"}
 
 
 def image_is_pinned_and_unprivileged(tree: Tree) -> Iterator[str]:
-    """The image is the package's own wheel with what constraints.txt pins, and runs as a user that
-    is not root.
-    """
+    """The image installs our wheel with the pins of constraints.txt, and does not run as root."""
     text = shell.whole(tree.texts[DOCKERFILE])
     users = re.findall(r"^USER (\S+)", text, re.M)
     if not users or not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", users[-1]):
@@ -70,9 +66,7 @@ def image_is_pinned_and_unprivileged(tree: Tree) -> Iterator[str]:
 
 
 def compose_is_known(tree: Tree) -> Iterator[str]:
-    """The compose file has the fields that it is known to have, and mounts files that are there; a
-    field misspelt is one unknown.
-    """
+    """The compose file has only known fields, and mounts files that exist."""
     if unknown := tree.compose.keys() - TOP:
         yield f"{COMPOSE}: unknown {sorted(unknown)}"
     for name, service in tree.compose["services"].items():
@@ -100,7 +94,7 @@ def compose_is_known(tree: Tree) -> Iterator[str]:
 
 
 def prometheus_finds_the_nodes(tree: Tree) -> Iterator[str]:
-    """Prometheus asks every service that Ray runs in, at the port that it exports metrics on."""
+    """Prometheus scrapes every service that Ray runs in, at the port of its metrics."""
     targets = {
         target
         for path in tree.under("deploy/monitoring/targets/")
@@ -119,9 +113,7 @@ def prometheus_finds_the_nodes(tree: Tree) -> Iterator[str]:
 
 
 def compose_sizes_follow(tree: Tree) -> Iterator[str]:
-    """/dev/shm, store and memory of the services are what sizes.py says for what their comment
-    says.
-    """
+    """The services' /dev/shm, store and memory follow from sizes.py and their comment."""
     said = re.search(r"# deploy/sizes\.py (--parameters .*)", tree.texts[COMPOSE])
     values = dict(re.findall(r"--([\w-]+) (\S+)", said[1])) if said else {}
     run = sizes.Run(**{key.replace("-", "_"): int(float(value)) for key, value in values.items()})
@@ -140,9 +132,7 @@ def compose_sizes_follow(tree: Tree) -> Iterator[str]:
 
 
 def units_are_complete(tree: Tree) -> Iterator[str]:
-    """Every variable of a unit is in an environment file, every `ray start` stays in the
-    foreground, and a program is named by its path.
-    """
+    """Units take variables from files, name programs by path, and keep Ray in the foreground."""
     known = {
         line.partition("=")[0]
         for env in ("ray", "train")
@@ -165,16 +155,14 @@ def units_are_complete(tree: Tree) -> Iterator[str]:
 
 
 def units_survive_a_reboot(tree: Tree) -> Iterator[str]:
-    """Every unit can be enabled, so that it is started after a reboot, too."""
+    """Every unit can be enabled, so that it also starts after a reboot."""
     for path in tree.under("deploy/hosts/", ".service"):
         if Unit.parse(tree.texts[path]).values("Install", "WantedBy") != ["multi-user.target"]:
             yield f"{path}: is not started after a reboot, since nothing wants it"
 
 
 def units_find_our_commands(tree: Tree) -> Iterator[str]:
-    """What a unit's program starts by name, as jobs do with `distnadam`, is looked for in the
-    environment of the cluster first.
-    """
+    """A unit's program finds commands such as `distnadam` in the cluster's environment first."""
     for path in tree.under("deploy/hosts/", ".service"):
         values = Unit.parse(tree.texts[path]).values("Service", "Environment")
         if not any(value.startswith(f"PATH={PROGRAMS}:") for value in values):
@@ -182,9 +170,7 @@ def units_find_our_commands(tree: Tree) -> Iterator[str]:
 
 
 def the_run_ends_before_the_head(tree: Tree) -> Iterator[str]:
-    """The run's unit starts the head and is stopped before it, but not by its death; `cluster.sh
-    stop` ends it first.
-    """
+    """The run's unit starts the head and stops before it; `cluster.sh stop` ends it first."""
     path, script = "deploy/hosts/distnadam-train.service", tree.texts["deploy/hosts/cluster.sh"]
     unit = Unit.parse(tree.texts[path])
     for key in ("Wants", "PartOf", "After"):
@@ -203,9 +189,7 @@ def the_run_ends_before_the_head(tree: Tree) -> Iterator[str]:
 
 @cache
 def launcher_schema() -> dict[str, Any]:
-    """The schema of the launcher in the installed Ray, unknown fields refused wherever fields are
-    listed.
-    """
+    """Return the launcher's schema from the installed Ray, with unknown fields refused."""
     import ray.autoscaler
 
     schema: dict[str, Any] = json.loads(
@@ -217,9 +201,7 @@ def launcher_schema() -> dict[str, Any]:
 
 
 def closed(schema: Any) -> None:
-    """Refuse unknown fields in every object of a schema that lists its fields and does not say that
-    there are others.
-    """
+    """Refuse unknown fields in every object whose schema lists its fields."""
     if isinstance(schema, dict):
         if isinstance(schema.get("properties"), dict) and not schema.get(
             "x-kubernetes-preserve-unknown-fields"
@@ -233,7 +215,7 @@ def closed(schema: Any) -> None:
 
 
 def launcher_fits_its_schema(tree: Tree) -> Iterator[str]:
-    """Every cluster of the launcher is one that Ray's own schema takes."""
+    """Every launcher cluster satisfies Ray's own schema."""
     validator = jsonschema.Draft7Validator(launcher_schema())
     for path in tree.under("deploy/launcher/", ".yaml"):
         yield from (
@@ -243,9 +225,7 @@ def launcher_fits_its_schema(tree: Tree) -> Iterator[str]:
 
 
 def launcher_takes_it(tree: Tree) -> Iterator[str]:
-    """Every cluster of the launcher is one that Ray's own checks take, once it has filled in its
-    defaults.
-    """
+    """Every launcher cluster passes Ray's own checks, after Ray has filled in its defaults."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     for path in tree.under("deploy/launcher/", ".yaml"):
@@ -256,9 +236,7 @@ def launcher_takes_it(tree: Tree) -> Iterator[str]:
 
 
 def launcher_installs_nothing_else(tree: Tree) -> Iterator[str]:
-    """Where Ray's defaults would install a nightly wheel, an image or commands of our own are
-    said.
-    """
+    """Where Ray's defaults would install a nightly wheel, the file names its own commands."""
     for path in tree.under("deploy/launcher/", ".yaml"):
         config = tree.documents(path)[0]
         if any(
@@ -274,9 +252,7 @@ def launcher_installs_nothing_else(tree: Tree) -> Iterator[str]:
 
 
 def launcher_groups_are_labelled(tree: Tree) -> Iterator[str]:
-    """In the clouds, shards and workers have node types of their own, told apart by the label that
-    the job asks for.
-    """
+    """In the clouds, shards and workers have node types of their own, with the job's labels."""
     for path in tree.under("deploy/launcher/", ".yaml"):
         for kind, node in tree.documents(path)[0].get("available_node_types", {}).items():
             wanted = {} if kind == "head" else {"distnadam/role": kind}
@@ -285,5 +261,5 @@ def launcher_groups_are_labelled(tree: Tree) -> Iterator[str]:
 
 
 def _bytes(text: str) -> int:
-    """A size of Docker's, whose units are powers of two."""
+    """Return a Docker size in bytes; its units are powers of two."""
     return int(quantity(text.lower().replace("mb", "Mi").replace("gb", "Gi")))

@@ -1,6 +1,4 @@
-"""Our own rules about pods: who they are, what they get, which group does what, and whom they let
-in.
-"""
+"""Our own rules on pods: user, resources, groups, and network."""
 
 import shlex
 from collections.abc import Iterator
@@ -21,9 +19,7 @@ OF_A_RUN = {"steps", "quiet"}
 
 
 def overlays_apply(tree: Tree) -> Iterator[str]:
-    """Each kustomization finds its files, and each of its patches the resource and the field that
-    it is for.
-    """
+    """Each kustomization finds its files, and each patch its resource and field."""
     for folder in FOLDERS:
         try:
             render(tree, folder)
@@ -32,7 +28,7 @@ def overlays_apply(tree: Tree) -> Iterator[str]:
 
 
 def requests_are_limits(tree: Tree) -> Iterator[str]:
-    """Every container gets what it asks for, memory and CPUs, no more and no less."""
+    """Every container's limits equal its requests, of memory and CPUs."""
     for cluster in clusters(tree):
         asked = cluster.spec.get("autoscalerOptions", {}).get("resources", {})
         if not asked.get("limits") or asked.get("requests") != asked["limits"]:
@@ -51,7 +47,7 @@ def requests_are_limits(tree: Tree) -> Iterator[str]:
 
 
 def nobody_is_root(tree: Tree) -> Iterator[str]:
-    """Every container runs as a user that is not root, without capabilities."""
+    """Every container runs as a user other than root, without capabilities."""
     for name, pod in pods(tree):
         context = pod["spec"].get("securityContext", {})
         if context.get("runAsNonRoot") is not True or not context.get("runAsUser"):
@@ -65,21 +61,19 @@ def nobody_is_root(tree: Tree) -> Iterator[str]:
 
 
 def nothing_on_the_head(tree: Tree) -> Iterator[str]:
-    """The head has no CPUs to give, so that shards and workers, which ask for some, go
-    elsewhere.
-    """
+    """The head has no CPUs, so that shards and workers, which request some, go elsewhere."""
     for cluster in clusters(tree):
         if cluster.head.params.get("num-cpus") != "0":
             yield f'{cluster.name}: the head has no num-cpus: "0"'
 
 
 def asked(cluster: Cluster) -> dict[str, object]:
-    """What a job's entrypoint asks for, as the command line reads it."""
+    """Return the arguments of a job's entrypoint."""
     return trained(cluster.holder["spec"]["entrypoint"])
 
 
 def trained(command: str) -> dict[str, object]:
-    """The options of a `distnadam train`, as the command line reads them."""
+    """Return the options of a `distnadam train`, as the command line parses them."""
     words = shlex.split(command)
     train = entry_point("distnadam")
     assert isinstance(train, click.Group) and words[:2] == ["distnadam", "train"]
@@ -87,9 +81,7 @@ def trained(command: str) -> dict[str, object]:
 
 
 def groups_are_selected(tree: Tree) -> Iterator[str]:
-    """The job sends shards and workers each to a group of its own, by its label, asks for CPUs, and
-    waits for nodes.
-    """
+    """The job sends shards and workers to groups of their own by label, with CPUs and a timeout."""
     for cluster in clusters(tree):
         labelled = {
             tuple(group.spec.get("labels", {}).items()): group.name for group in cluster.workers
@@ -117,9 +109,7 @@ def groups_are_selected(tree: Tree) -> Iterator[str]:
 
 
 def nodes_come_and_go(tree: Tree) -> Iterator[str]:
-    """The workers' group is autoscaled, up to what the job asks for; the shards' group is there
-    from the first step to the last.
-    """
+    """The workers' group is autoscaled up to what the job needs; the shards' group is fixed."""
     for cluster in clusters(tree):
         groups = {group.name: group.spec for group in cluster.workers}
         shards, workers = groups["shards"], groups["workers"]
@@ -132,9 +122,9 @@ def nodes_come_and_go(tree: Tree) -> Iterator[str]:
             yield f"{cluster.name}: the workers' group is not autoscaled"
         if cluster.holder["kind"] == "RayJob":
             per_node = _workers_per_node(cluster)
-            if int(str(asked(cluster)["workers"])) > per_node * workers["maxReplicas"]:
+            if int(str(asked(cluster)["num_workers"])) > per_node * workers["maxReplicas"]:
                 yield (
-                    f"{cluster.name}: {asked(cluster)['workers']} workers do not fit on "
+                    f"{cluster.name}: {asked(cluster)['num_workers']} workers do not fit on "
                     f"{workers['maxReplicas']} nodes of {per_node}"
                 )
         spread = (
@@ -150,17 +140,15 @@ def nodes_come_and_go(tree: Tree) -> Iterator[str]:
 
 
 def shards_fit_on_what_is_left(tree: Tree) -> Iterator[str]:
-    """When one of the shards' nodes is gone, the others have CPUs for all shards and standbys."""
+    """After the loss of a shards' node, the others have CPUs for all shards and standbys."""
     for cluster in (each for each in clusters(tree) if each.holder["kind"] == "RayJob"):
-        shards, options = (
-            next(group for group in cluster.workers if group.name == "shards"),
-            asked(cluster),
-        )
+        shards = next(group for group in cluster.workers if group.name == "shards")
+        options = asked(cluster)
         left = (shards.spec["minReplicas"] - 1) * quantity(
             shards.container["resources"]["limits"]["cpu"]
         )
         needed = (
-            int(str(options["shards"]))
+            int(str(options["num_shards"]))
             * (1 + int(str(options["replicas"])))
             * float(str(options["shard_cpus"]))
         )
@@ -172,7 +160,7 @@ def shards_fit_on_what_is_left(tree: Tree) -> Iterator[str]:
 
 
 def resumes(tree: Tree) -> Iterator[str]:
-    """A job that is run again goes on from a checkpoint that is not in its cluster."""
+    """A job that is run again continues from a checkpoint outside its cluster."""
     for cluster in clusters(tree):
         if cluster.holder["kind"] == "RayJob":
             options = asked(cluster)
@@ -185,7 +173,7 @@ def resumes(tree: Tree) -> Iterator[str]:
 
 
 def the_storage_is_known(tree: Tree) -> Iterator[str]:
-    """Every node has the storage's keys from one Secret, of which an example says what it holds."""
+    """Every node gets the storage's keys from one Secret, whose example names its keys."""
     example = tree.documents(SECRET)[0]
     if not {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} <= example["stringData"].keys() or any(
         example["stringData"].values()
@@ -202,7 +190,7 @@ def the_storage_is_known(tree: Tree) -> Iterator[str]:
 
 
 def the_policy_covers_all(tree: Tree) -> Iterator[str]:
-    """Every pod of ours is one that the network policy, in both directions, is about."""
+    """Every pod of ours is selected by the network policy, in both directions."""
     policies = [found for _, found in rendered(tree) if found["kind"] == "NetworkPolicy"]
     if len({str(policy) for policy in policies}) != 1:
         yield "there is not one network policy for all"
@@ -217,8 +205,9 @@ def the_policy_covers_all(tree: Tree) -> Iterator[str]:
 
 
 def readme_asks_as_the_job_does(tree: Tree) -> Iterator[str]:
-    """What README gives to the cluster by hand asks of it what the manifest's job does, so that
-    nothing lands on the head.
+    """The job that the README submits by hand requests what the manifest's job does.
+
+    Otherwise it would run on the head.
     """
     job = next(cluster for cluster in clusters(tree) if cluster.folder == "deploy/kubernetes/base")
     given = [
@@ -240,16 +229,14 @@ def readme_asks_as_the_job_does(tree: Tree) -> Iterator[str]:
 
 
 def one_cluster_twice(tree: Tree) -> Iterator[str]:
-    """The cluster on its own is the one that the job makes."""
+    """The cluster on its own equals the cluster of the job."""
     by_folder = {cluster.folder.rpartition("/")[2]: cluster.spec for cluster in clusters(tree)}
     if by_folder["base"] != by_folder["cluster"]:
         yield "deploy/kubernetes/cluster: is not the cluster of base/rayjob.yaml"
 
 
 def sizes_follow(tree: Tree) -> Iterator[str]:
-    """/dev/shm, the object store and memory are what deploy/sizes.py says for the parameters that
-    the manifest is for.
-    """
+    """/dev/shm, object store and memory follow from deploy/sizes.py and the manifest's comment."""
     jobs = {
         cluster.folder: cluster for cluster in clusters(tree) if cluster.holder["kind"] == "RayJob"
     }
@@ -274,13 +261,16 @@ def sizes_follow(tree: Tree) -> Iterator[str]:
 
 
 def run_of(job: Cluster, cluster: Cluster) -> sizes.Run:
-    """The run that a cluster is made for."""
+    """Return the run that a cluster is made for."""
     options, groups = asked(job), {group.name: group.spec for group in cluster.workers}
-    counts = {name: int(str(options[name])) for name in ("workers", "shards", "replicas")}
-    parameters = int(float(cluster.holder["metadata"]["annotations"]["distnadam/parameters"]))
-    nodes = groups["shards"]["minReplicas"]
+    annotations = cluster.holder["metadata"]["annotations"]
     return sizes.Run(
-        parameters, **counts, shard_nodes=nodes, workers_per_node=_workers_per_node(job)
+        parameters=int(float(annotations["distnadam/parameters"])),
+        workers=int(str(options["num_workers"])),
+        shards=int(str(options["num_shards"])),
+        replicas=int(str(options["replicas"])),
+        shard_nodes=groups["shards"]["minReplicas"],
+        workers_per_node=_workers_per_node(job),
     )
 
 

@@ -1,6 +1,4 @@
-"""Rules about names in any deploy file: one Ray version, pinned images, commands and metrics that
-exist.
-"""
+"""Rules on names in deploy files: one Ray version, pinned images, real commands and metrics."""
 
 import json
 import re
@@ -26,7 +24,7 @@ OWN_LABELS = {"le", "job", "instance", "cluster", "pod"}
 
 
 def one_ray_version(tree: Tree) -> Iterator[str]:
-    """Every file that names a Ray names the one that is tested."""
+    """Every file that names a Ray version names the one that is tested."""
     said = [
         (path, version)
         for path in tree.under("deploy/")
@@ -40,7 +38,7 @@ def one_ray_version(tree: Tree) -> Iterator[str]:
 
 
 def images(tree: Tree) -> Iterator[tuple[str, str]]:
-    """Every image that a deploy file names, by path."""
+    """Yield every image that a deploy file names, with its path."""
     for path, at, value in tree.values("deploy/"):
         if at.endswith("/image") and isinstance(value, str):
             yield path, value
@@ -65,9 +63,7 @@ def pinned_images(tree: Tree) -> Iterator[str]:
 
 
 def commands_that_exist(tree: Tree) -> Iterator[str]:
-    """Every command of ray and distnadam is one that the installed command line takes, to the last
-    option.
-    """
+    """Every command of ray and distnadam is accepted by the installed command line."""
     for path in tree.under("deploy/"):
         for line in shell.lines(tree, path):
             for command in commands(line):
@@ -76,7 +72,7 @@ def commands_that_exist(tree: Tree) -> Iterator[str]:
 
 
 def expressions(tree: Tree) -> Iterator[tuple[str, str]]:
-    """Every PromQL expression of dashboard and alerts, by path."""
+    """Yield every PromQL expression of dashboard and alerts, with its path."""
     for panel in json.loads(tree.texts[BOARD])["panels"]:
         yield from ((f"{BOARD}: {panel['title']}", target["expr"]) for target in panel["targets"])
     for rule in tree.documents(ALERTS)[0]["groups"][0]["rules"]:
@@ -84,7 +80,7 @@ def expressions(tree: Tree) -> Iterator[tuple[str, str]]:
 
 
 def exported() -> dict[str, str]:
-    """The names under which Ray's exporter shows our metrics, with ours."""
+    """Return our metrics by the names under which Ray exports them."""
     names = {}
     for name, metric in METRICS.items():
         ends = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)
@@ -93,7 +89,7 @@ def exported() -> dict[str, str]:
 
 
 def metrics_that_exist(tree: Tree) -> Iterator[str]:
-    """Dashboard and alerts name metrics that the code exports, or Prometheus's own `up`."""
+    """Dashboard and alerts name only metrics that are exported, or Prometheus's `up`."""
     for where, expression in expressions(tree):
         for name in promql.metrics(expression):
             if name not in exported() and name != "up":
@@ -101,7 +97,7 @@ def metrics_that_exist(tree: Tree) -> Iterator[str]:
 
 
 def tags_that_exist(tree: Tree) -> Iterator[str]:
-    """They group and match by tags that those metrics have."""
+    """Dashboard and alerts group and match only by tags of their metrics."""
     for where, expression in expressions(tree):
         ours = [exported()[name] for name in promql.metrics(expression) if name in exported()]
         tags = OWN_LABELS.union(*(METRICS[name].tag_keys for name in ours))
@@ -110,7 +106,7 @@ def tags_that_exist(tree: Tree) -> Iterator[str]:
 
 
 def metrics_on_the_board(tree: Tree) -> Iterator[str]:
-    """Every metric that the code exports is on the dashboard."""
+    """Every exported metric is on the dashboard."""
     shown = {
         name
         for where, text in expressions(tree)

@@ -1,6 +1,4 @@
-"""The shell text in each kind of deploy file, with the values that its variables have where nobody
-sets them.
-"""
+"""The shell text of each kind of deploy file, with default values for its variables."""
 
 import json
 import re
@@ -13,7 +11,7 @@ from tests.deploy.tree import Tree, walk
 
 
 def lines(tree: Tree, path: str) -> Iterator[str]:
-    """The shell text of one deploy file."""
+    """Return the shell text of one deploy file."""
     for begin, end, reader in READERS:
         if path.startswith(begin) and path.endswith(end):
             yield from reader(tree, path)
@@ -21,7 +19,7 @@ def lines(tree: Tree, path: str) -> Iterator[str]:
 
 
 def whole(text: str) -> str:
-    """The text with each line that goes on in the next put together."""
+    """Join lines that end in a backslash with the next."""
     return re.sub(r"\\\n\s*", " ", text)
 
 
@@ -65,9 +63,7 @@ def _manifest(tree: Tree, path: str) -> Iterator[str]:
 
 
 def _of_kuberay(at: str, value: Any) -> Iterator[str]:
-    """What KubeRay makes of a manifest: `ray start` of rayStartParams, the entrypoint, a patch's
-    too, and what containers run.
-    """
+    """Return a manifest's commands: `ray start`, entrypoints, patches' too, and containers'."""
     if at.endswith("/rayStartParams"):
         yield " ".join(["ray start", *(f"--{key}={one}" for key, one in value.items())])
     elif at.endswith("/entrypoint"):

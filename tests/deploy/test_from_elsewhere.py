@@ -1,6 +1,4 @@
-"""The operating commands from another terminal, on a training that runs on a Ray of its own behind
-a token; and who is not let in.
-"""
+"""The commands on a training in another terminal's Ray, behind a token; strangers are refused."""
 
 import json
 import signal
@@ -25,7 +23,7 @@ def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_a_training_is_watched_saved_cut_anew_and_stopped_from_another_terminal(
+def test_a_training_is_watched_saved_resharded_and_stopped_from_another_terminal(
     tmp_path: Path,
 ) -> None:
     port, env = free_port(), environment(tmp_path)
@@ -101,11 +99,11 @@ def test_a_training_is_watched_saved_cut_anew_and_stopped_from_another_terminal(
             assert training.poll() is None, "nobody who was refused has disturbed it"
 
             assert distnadam(env, "stop", "far", "--address", address).stdout == "far: ended\n"
-            _, told = training.communicate()
+            _, stderr = training.communicate()
             assert training.returncode == 1
             assert (
                 "distnadam: the optimizer 'far' was ended by another process"
-                in told.splitlines()[-1]
+                in stderr.splitlines()[-1]
             )
         assert "no optimizer named 'far'" in one_sentence(
             distnadam(env, "status", "far", "--address", address)

@@ -1,6 +1,4 @@
-"""Units that systemd takes, scripts that a shell takes, and secrets that are written for their
-owner alone.
-"""
+"""systemd accepts the units, a shell the scripts, and secrets are readable by their owner alone."""
 
 import shutil
 import stat
@@ -17,7 +15,7 @@ SCRIPTS = sorted((ROOT / "deploy").rglob("*.sh"))
 
 
 def verify(folder: Path, unit: Path, text: str) -> str:
-    """Return what systemd has against a unit, its program being one that is there."""
+    """Return systemd's complaints about a unit whose program exists."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze, which reads units, is not here")
     at = folder / unit.name
@@ -51,7 +49,7 @@ def test_the_scripts_say_how_they_are_used() -> None:
     assert "./cluster.sh install 10.0.0.1" in done.stderr
 
 
-def test_composes_secrets_are_made_once_for_their_owner_alone_and_are_all_that_the_file_asks_for(
+def test_composes_secrets_are_all_made_once_and_readable_by_their_owner_alone(
     tmp_path: Path,
 ) -> None:
     shutil.copy(ROOT / "deploy/docker/secrets.sh", tmp_path)

@@ -1,6 +1,4 @@
-"""`cluster.sh` with stand-ins for ssh and sudo, which run on this machine what hosts would:
-commands arrive word for word, in order.
-"""
+"""`cluster.sh` with stand-ins for ssh and sudo, which run the hosts' commands on this machine."""
 
 import os
 import shutil
@@ -36,7 +34,7 @@ mkdir -p "$2" && touch "$2/distnadam-2-py3-none-any.whl"
 
 
 class Site:
-    """A copy of the scripts, and what they did."""
+    """A copy of the scripts, and what they have run."""
 
     def __init__(self, directory: Path) -> None:
         self.hosts, self.remote = directory / "deploy/hosts", directory / "remote"
@@ -75,7 +73,7 @@ class Site:
         )
 
     def left(self) -> list[Path]:
-        """What lies about in either machine's temporary folder."""
+        """Return what is in the temporary directories of both machines."""
         return [*self.remote.iterdir(), *(self.remote.parent / "local").iterdir()]
 
 
@@ -116,7 +114,7 @@ def test_stop_ends_the_run_first_says_so_and_the_head_last(site: Site) -> None:
     ]
 
 
-def test_install_brings_one_wheel_the_hosts_addresses_and_one_token_and_leaves_nothing_about(
+def test_install_copies_a_wheel_the_hosts_addresses_and_one_token_and_cleans_up(
     site: Site,
 ) -> None:
     old = site.hosts.parent / "wheel" / "distnadam-1-py3-none-any.whl"

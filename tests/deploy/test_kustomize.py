@@ -1,6 +1,4 @@
-"""What the rules are held against is what would be applied: our rendering is kubectl's, where there
-is one.
-"""
+"""The rules check what is applied: our rendering equals kubectl's, if kubectl is installed."""
 
 import shutil
 import subprocess

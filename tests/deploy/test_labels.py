@@ -1,6 +1,4 @@
-"""Shards, standbys and workers go to the nodes whose labels say so: a real Ray cluster of four
-nodes, as deploy/kubernetes groups them.
-"""
+"""Shards, standbys and workers go to the labelled nodes of a real Ray cluster of four nodes."""
 
 import json
 import os
@@ -63,7 +61,7 @@ with grouped.build({"w": np.ones(9000, np.float32)}) as optimizer:
     supervisor = ray.get(optimizer.shards.backend.supervisor.actor.about.remote())["node"]
     supervisor = supervisor.partition("id ")[2][:12]
     team.close()
-told = {
+result = {
     "roles": {
         "workers": [roles[n] for n in workers],
         "shards": [roles[n] for n in (shards | standbys).values()],
@@ -73,11 +71,11 @@ told = {
 }
 ray.shutdown()
 cluster.shutdown()
-print(json.dumps(told))
+print(json.dumps(result))
 """
 
 
-def test_shards_and_workers_keep_to_their_groups_and_a_standby_to_another_node_than_its_shard(
+def test_shards_and_workers_stay_in_their_groups_and_standbys_on_other_nodes(
     tmp_path: Path,
 ) -> None:
     done = subprocess.run(
@@ -89,7 +87,7 @@ def test_shards_and_workers_keep_to_their_groups_and_a_standby_to_another_node_t
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["roles"] == {"workers": ["workers"] * 2, "shards": ["shards"] * 8}
-    assert told["apart"] == [True] * 4
-    assert told["supervisor"] == ["shards"]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["roles"] == {"workers": ["workers"] * 2, "shards": ["shards"] * 8}
+    assert result["apart"] == [True] * 4
+    assert result["supervisor"] == ["shards"]

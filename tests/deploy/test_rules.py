@@ -1,6 +1,4 @@
-"""Every rule holds for the deploy files as they are, and refuses a copy that is broken in the way
-that it is there for.
-"""
+"""Every rule accepts the deploy files, and refuses a copy that breaks it."""
 
 from collections.abc import Callable, Iterator
 
@@ -601,9 +599,7 @@ BROKEN = [
 
 
 def rules() -> dict[str, Rule]:
-    """Every rule by its name: what a module of rules defines that takes a tree and gives
-    complaints.
-    """
+    """Return every rule by name: each function of a rules module from a tree to complaints."""
     return {
         name: value
         for module in MODULES
@@ -625,15 +621,15 @@ def test_the_deploy_files_keep_every_rule(name: str, tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "old", "new", "told"),
+    ("name", "path", "old", "new", "message"),
     BROKEN,
     ids=[f"{rule[0]}-{i}" for i, rule in enumerate(BROKEN)],
 )
 def test_a_broken_copy_is_refused_by_its_rule(
-    name: str, path: str, old: str, new: str, told: str, tree: Tree
+    name: str, path: str, old: str, new: str, message: str, tree: Tree
 ) -> None:
     complaints = list(rules()[name](tree.edited(path, old, new)))
-    assert any(told in rejection for rejection in complaints), complaints
+    assert any(message in rejection for rejection in complaints), complaints
 
 
 def test_every_rule_has_a_copy_that_breaks_it() -> None:

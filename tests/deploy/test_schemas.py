@@ -1,6 +1,4 @@
-"""The manifests against KubeRay's own schemas, with unknown fields refused; they are not ours to
-keep here, so they are looked for.
-"""
+"""The manifests against KubeRay's schemas, which must be installed, with unknown fields refused."""
 
 import copy
 import os
@@ -23,9 +21,7 @@ FILES = {"RayCluster": "ray.io_rayclusters.v1.7.0.yaml", "RayJob": "ray.io_rayjo
 
 @cache
 def validator(kind: str) -> Any:
-    """What refuses a manifest that the custom resource's schema does not take, or that says what
-    the schema does not know.
-    """
+    """Return a validator of a custom resource's schema that also refuses unknown fields."""
     path = next(
         (
             folder / FILES[kind]
@@ -66,7 +62,7 @@ def test_every_cluster_fits_kuberays_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "edit", "told"),
+    ("kind", "edit", "message"),
     [
         ("RayJob", lambda spec: spec.update(backofLimit=3), "'backofLimit' was unexpected"),
         (
@@ -123,10 +119,10 @@ def test_every_cluster_fits_kuberays_schema() -> None:
     ],
 )
 def test_a_broken_manifest_does_not_fit(
-    kind: str, edit: Callable[[Any], object], told: str
+    kind: str, edit: Callable[[Any], object], message: str
 ) -> None:
     manifest = copy.deepcopy(
         next(each.holder for each in clusters(Tree.read()) if each.holder["kind"] == kind)
     )
     edit(manifest["spec"])
-    assert any(told in error.message for error in validator(kind).iter_errors(manifest))
+    assert any(message in error.message for error in validator(kind).iter_errors(manifest))

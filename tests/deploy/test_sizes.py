@@ -1,6 +1,4 @@
-"""The formulas of deploy/sizes.py: what the code reserves is what they say, and a cluster whose
-stores have that size spills nothing.
-"""
+"""The formulas of deploy/sizes.py cover what the code reserves, and such stores spill nothing."""
 
 import importlib.util
 import json
@@ -98,9 +96,9 @@ def test_a_cluster_whose_stores_have_the_formulas_size_spills_nothing(tmp_path: 
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["ends"][0] == told["ends"][1] != 1.0
-    assert told["over"] == [0] * 4
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ends"][0] == result["ends"][1] != 1.0
+    assert result["over"] == [0] * 4
 
 
 def test_lanes_and_moments_take_the_bytes_that_the_formulas_count() -> None:
@@ -160,7 +158,7 @@ def test_the_table_in_the_readme_is_what_the_script_prints() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "message"),
     [
         (
             "--parameters 1e9 --workers -3",
@@ -190,10 +188,10 @@ def test_the_table_in_the_readme_is_what_the_script_prints() -> None:
     ],
 )
 def test_sizes_of_what_cannot_be_are_refused_in_so_many_words(
-    asked: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sizes.py", *asked.split()])
     with pytest.raises(SystemExit) as ended:
         sizes.main()
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

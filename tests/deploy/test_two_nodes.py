@@ -1,5 +1,6 @@
-"""Two real Ray nodes on this machine, started as deploy/README.md says, behind a token; a driver
-that knows the address alone.
+"""Two real Ray nodes, started as deploy/README.md says, behind a token.
+
+The driver knows only the address.
 """
 
 import json
@@ -74,7 +75,7 @@ def free_port() -> int:
 
 @contextmanager
 def node(env: dict[str, str], *args: str) -> Iterator[None]:
-    """One Ray node, its processes ended with it."""
+    """Run one Ray node until the body ends."""
     common = [
         "--node-ip-address=127.0.0.1",
         "--num-cpus=2",
@@ -102,9 +103,7 @@ def node(env: dict[str, str], *args: str) -> Iterator[None]:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """An environment without settings of Ray but those of a new token, which lies in the
-    directory.
-    """
+    """Return an environment whose only Ray settings are those of a new token in the directory."""
     token = directory / "token"
     token.write_text(secrets.token_hex(32))
     return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
@@ -142,10 +141,10 @@ def test_shards_and_workers_spread_over_both_nodes_and_a_wrong_token_is_one_sent
     tmp_path: Path,
 ) -> None:
     with two_nodes(tmp_path) as env:
-        told = json.loads(drive(SPREAD, env, tmp_path))
-        assert sorted(told["nodes"].values()) == [2, 2]
-        assert told["ends"][0] == told["ends"][1]
-        assert told["iterations"] == 5
+        result = json.loads(drive(SPREAD, env, tmp_path))
+        assert sorted(result["nodes"].values()) == [2, 2]
+        assert result["ends"][0] == result["ends"][1]
+        assert result["iterations"] == 5
         train = [
             sys.executable,
             "-m",
@@ -174,13 +173,13 @@ def test_shards_and_workers_spread_over_both_nodes_and_a_wrong_token_is_one_sent
 
 
 @pytest.mark.parametrize(
-    ("sitecustomize", "told"),
+    ("sitecustomize", "message"),
     [(HIDE, "lacks the package 'distnadam'"), (OTHER_VERSION, "numpy 1.2.3")],
 )
-def test_a_node_with_a_package_missing_or_of_another_version_is_refused_before_training(
-    sitecustomize: str, told: str, tmp_path: Path
+def test_a_node_that_lacks_a_package_or_its_version_is_refused_before_training(
+    sitecustomize: str, message: str, tmp_path: Path
 ) -> None:
     with two_nodes(tmp_path, sitecustomize) as env:
         refusal = drive(REFUSED, env, tmp_path)
-        assert told in refusal
+        assert message in refusal
         assert re.match(r"node \d+\.\d+\.\d+\.\d+", refusal)

@@ -1,6 +1,4 @@
-"""Units are read as systemd reads them: what it says of repeated keys, environment files and
-variables holds for what the tests start.
-"""
+"""The tests read units as systemd does: repeated keys, environment files, variables."""
 
 from pathlib import Path
 
@@ -65,9 +63,7 @@ def test_a_variable_in_braces_stays_in_one_word_and_one_without_is_split_into_wo
 @pytest.mark.parametrize(
     "unit", sorted((ROOT / "deploy/hosts").glob("*.service")), ids=lambda path: path.name
 )
-def test_a_unit_of_ours_starts_a_program_of_the_folder_that_it_is_given(
-    unit: Path, tmp_path: Path
-) -> None:
+def test_a_unit_of_ours_starts_a_program_of_a_given_directory(unit: Path, tmp_path: Path) -> None:
     files = {
         f"/etc/distnadam/{name}.env": (ROOT / f"deploy/hosts/{name}.env").read_text()
         for name in ("ray", "train")
@@ -81,8 +77,6 @@ def test_a_unit_of_ours_starts_a_program_of_the_folder_that_it_is_given(
 
 
 def test_the_settings_that_hosts_begin_with_are_ones_that_a_shell_reads_alike() -> None:
-    """`run.sh` has a shell read what systemd reads for the units: a value with a blank in it would
-    be a command there.
-    """
+    """A shell reads `ray.env` as systemd does; a value with a blank would be a command there."""
     for value in assignments((ROOT / "deploy/hosts/ray.env").read_text()).values():
         assert len(value.split()) <= 1

@@ -1,6 +1,4 @@
-"""The deploy files as the rules see them: texts by path, so that a broken copy is the same texts
-with one of them edited.
-"""
+"""The deploy files as texts by path, so that a broken copy is an edit of one text."""
 
 import re
 from collections.abc import Iterator
@@ -24,8 +22,9 @@ class Tree:
 
     @classmethod
     def read(cls) -> "Tree":
-        """The files as they are, and those of the repository that they must agree with; what
-        .gitignore names is not read.
+        """Read the deploy files, and the repository's that they must agree with.
+
+        Files that .gitignore names are left out.
         """
         ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()}
         found = [
@@ -46,20 +45,20 @@ class Tree:
         )
 
     def edited(self, path: str, old: str, new: str) -> "Tree":
-        """A copy in which `old`, which must be there, is `new` everywhere in one file."""
+        """Return a copy in which one file has `new` in place of each `old`, which must occur."""
         assert old in self.texts[path], (
             f"{path} does not say {old!r}, so this copy would not be broken"
         )
         return Tree(self.texts | {path: self.texts[path].replace(old, new)})
 
     def documents(self, path: str) -> list[Any]:
-        """All YAML documents of one file."""
+        """Return all YAML documents of one file."""
         return [
             document for document in yaml.load_all(self.texts[path], Loader) if document is not None
         ]
 
     def values(self, folder: str) -> Iterator[tuple[str, str, Any]]:
-        """Every value in a folder's YAML files, with its file and the way to it."""
+        """Yield every value in a directory's YAML files, with its file and its path of keys."""
         for path in self.under(folder, ".yaml", ".yml"):
             yield from (
                 (path, at, value)
@@ -68,18 +67,18 @@ class Tree:
             )
 
     def settings(self, path: str) -> list[str]:
-        """The lines of an environment file, without comments."""
+        """Return the lines of an environment file, without comments."""
         return [line for line in self.texts[path].splitlines() if line and not line.startswith("#")]
 
     @cached_property
     def compose(self) -> dict[str, Any]:
-        """The compose file, with a word for each secret."""
+        """Return the compose file, with a value for each secret."""
         text = re.sub(r"\$\{(\w+)(:\?[^}]*)?\}", r"\1", self.texts["deploy/docker/compose.yaml"])
         whole: dict[str, Any] = yaml.load(text, Loader)
         return whole
 
     def under(self, folder: str, *suffixes: str) -> list[str]:
-        """The paths of a folder's files."""
+        """Return the paths of a directory's files."""
         return [
             path
             for path in self.texts
@@ -88,12 +87,12 @@ class Tree:
 
     @cached_property
     def ray_version(self) -> str:
-        """The Ray that is tested."""
+        """Return the Ray version that is tested."""
         return self.pinned("ray")
 
     @cached_property
     def package_version(self) -> str:
-        """The package's own version."""
+        """Return the package's own version."""
         return next(
             line.split('"')[1]
             for line in self.texts["pyproject.toml"].splitlines()
@@ -101,7 +100,7 @@ class Tree:
         )
 
     def pinned(self, package: str) -> str:
-        """The version of a package in constraints.txt."""
+        """Return the version of a package in constraints.txt."""
         lines = self.texts["constraints.txt"].splitlines()
         return next(
             version
@@ -111,7 +110,7 @@ class Tree:
 
 
 def walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value inside plain data, with the way to it."""
+    """Yield every value inside plain data, with its path of keys."""
     yield path, value
     children = (
         value.items()

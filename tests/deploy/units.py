@@ -1,8 +1,7 @@
-"""What systemd makes of a unit: its settings, the environment that it gives a program, and the
-words of the program's command line.
+"""Reads a systemd unit: its settings, its program's environment, and the words of its command.
 
-As systemd.syntax, systemd.service and systemd.exec have it, for what units of ours use: a key may
-be given more than once.
+The rules are those of systemd.syntax, systemd.service and systemd.exec, as far as our units use
+them; a key may be given more than once.
 """
 
 import re
@@ -23,7 +22,7 @@ class Unit:
 
     @classmethod
     def parse(cls, text: str) -> "Unit":
-        """Read a unit's text."""
+        """Parse a unit's text."""
         found, section = [], ""
         for line in _lines(text):
             if line.startswith("["):
@@ -35,11 +34,11 @@ class Unit:
 
     @classmethod
     def of_hosts(cls, path: Path, programs: Path) -> "Unit":
-        """Read a unit of deploy/hosts with its programs taken from another folder."""
+        """Read a unit of deploy/hosts, with its programs taken from another directory."""
         return cls.parse(path.read_text().replace(PROGRAMS, str(programs)))
 
     def values(self, section: str, key: str) -> list[str]:
-        """All that a key is given; an empty value takes back those before it."""
+        """Return all values of a key; an empty value removes those before it."""
         values: list[str] = []
         for at, name, value in self.settings:
             if (at, name) == (section, key):
@@ -47,8 +46,9 @@ class Unit:
         return values
 
     def environment(self, files: Mapping[str, str]) -> dict[str, str]:
-        """What its program finds set, environment files being these texts by path; a file counts
-        for more than `Environment=`.
+        """Return the program's environment, with environment files given as texts by path.
+
+        A file overrides `Environment=`.
         """
         env = dict(
             word.split("=", 1)
@@ -62,15 +62,13 @@ class Unit:
         return env
 
     def command(self, env: Mapping[str, str]) -> list[str]:
-        """The words of its one `ExecStart=` in this environment."""
+        """Return the words of the one `ExecStart=` in this environment."""
         (line,) = self.values("Service", "ExecStart")
         return words(line, env)
 
 
 def assignments(text: str) -> dict[str, str]:
-    """The variables of an environment file; a value may be in quotes, and has blanks within
-    without.
-    """
+    """Return the variables of an environment file; a value may be quoted, and may hold blanks."""
     pairs = (line.split("=", 1) for line in _lines(text))
     return {
         name.strip(): shlex.split(value)[0] if value.startswith(('"', "'")) else value.strip()
@@ -79,8 +77,9 @@ def assignments(text: str) -> dict[str, str]:
 
 
 def words(line: str, env: Mapping[str, str]) -> list[str]:
-    """Split a command line: ${NAME} stays within its word, even where empty; a word $NAME is as
-    many words as its value has.
+    """Split a command line into words.
+
+    ${NAME} stays within its word, even if empty; a word $NAME is split into its value's words.
     """
     found: list[str] = []
     for word in shlex.split(line):
@@ -98,9 +97,7 @@ def words(line: str, env: Mapping[str, str]) -> list[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines with something in them; one that goes on in the next is put together with it, comments
-    between them left out.
-    """
+    """Yield the lines that are not empty, each joined with its continuation lines."""
     kept = [line for line in text.splitlines() if not line.lstrip().startswith(("#", ";"))]
     whole = re.sub(r"\\\n", " ", "\n".join(kept))
     return [line.strip() for line in whole.splitlines() if line.strip()]

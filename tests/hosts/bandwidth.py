@@ -1,6 +1,4 @@
-"""Steps over a cable of known speed: the bytes that passed, the time that they explain, and the
-time that it took.
-"""
+"""Steps over a link of known bandwidth: the bytes moved, and the time beside bytes / bandwidth."""
 
 import json
 from dataclasses import dataclass
@@ -13,10 +11,9 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True)
 class PartialNorms:
-    """What one step moved over the shards' cable, in and out, in bytes, what it took, and what
-    those bytes take at the cable's speed.
+    """The bytes that a step moved over the shards' link, in and out, and its duration.
 
-    Gradients go in before parameters come out, so the two times add up.
+    Gradients go in before parameters come out, so the times of both directions add up.
     """
 
     parameter_bytes: int
@@ -27,7 +24,7 @@ class PartialNorms:
 
     @property
     def explained_s(self) -> float:
-        """Seconds that the bytes alone take."""
+        """The seconds that the bytes need at the link's bandwidth."""
         return (
             8 * (self.bytes_in + self.bytes_out) / self.bits_per_s
             if self.bits_per_s is not None
@@ -36,9 +33,7 @@ class PartialNorms:
 
     @property
     def least_s(self) -> float:
-        """Seconds below which no step can be: every gradient and every parameter passes, each
-        direction but for its burst at that speed.
-        """
+        """The least seconds of a step: each gradient and parameter passes, less the bursts."""
         return (
             8 * 2 * (self.parameter_bytes - BURST_BYTES) / self.bits_per_s
             if self.bits_per_s is not None
@@ -60,7 +55,7 @@ class PartialNorms:
 
 
 def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -> PartialNorms:
-    """Step a worker on the head and a shard on the second host, which alone has room for one."""
+    """Step with a worker on the head and a shard on the second host, which has room for one."""
     shards = cluster.hosts[1]
     program = cluster.python(
         cluster.hosts[0],

@@ -1,7 +1,6 @@
-"""Strike at hosts with a seeded schedule, while `fit` trains over them, and compare the end, bit
-for bit, with one process's.
+"""Injects seeded faults into hosts while `fit` trains, and compares the bits with one process's.
 
-`python -m tests.hosts.chaos --faults N --seed S`; exit status 1 on any difference.
+`python -m tests.hosts.chaos --faults N --seed S` exits with 1 on any difference.
 """
 
 import argparse
@@ -36,9 +35,7 @@ _AT_ONCE_S = 0.05
 def _for_good(
     cluster: Cluster, host: Host, how: str, go_on: Callable[[], float], rng: Rng
 ) -> float:
-    """Strike, and bring the host back once the others have gone on: by its cable, then by starting
-    it anew.
-    """
+    """Strike a host, and bring it back after the others have gone on: its link, then its node."""
     cluster.kill(host, how)
     seconds = go_on()
     if how != "kill" and rng.random() < 0.5:
@@ -62,9 +59,7 @@ def _for_a_moment(
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind: its name, what is done to a host, for how long, and whether the head may suffer
-    it.
-    """
+    """A kind of fault: name, action on a host, duration, and whether the head gets it."""
 
     name: str
     how: str
@@ -85,9 +80,7 @@ FAULTS = (
 
 @dataclass
 class Report:
-    """What was done and seen: by kind and replicas, the seconds from each strike until `fit` told
-    of another step.
-    """
+    """The faults, and the seconds from each to the next step, by kind and replicas."""
 
     seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     decisions: Counter[str] = field(default_factory=Counter)
@@ -108,9 +101,7 @@ class Report:
 
 
 def play(num_faults: int, seed: int, cluster: Cluster, directory: Path) -> Report:
-    """Strike so many faults, each kind in turn, some in each run, over runs with and without
-    standbys.
-    """
+    """Inject `faults` faults, each kind in turn, a few per run, with and without standbys."""
     rng, report, left = np.random.default_rng(seed), Report(), list[Fault]()
     began, struck, number = time.time(), 0, 0
     while struck < num_faults and not report.differences:
@@ -186,15 +177,15 @@ def _run(
 
 
 def _next_step(program: Program, moment: float) -> float:
-    """Wait until `fit` tells of a step that began after a moment; return how long after.
+    """Wait until `fit` reports a step that began after a moment; return the seconds since.
 
-    It tells of several at once, at the end of a segment: those it tells first after the moment may
-    be from before.
+    It reports several steps at once, at a segment's end: the first ones after the moment may be
+    from before.
     """
     since = moment
     for _ in range(2):
         since = program.first(
-            "time", lambda told, since=since: told > since + _AT_ONCE_S, also="step"
+            "time", lambda when, since=since: when > since + _AT_ONCE_S, also="step"
         )["time"]
     return float(since) - moment
 

@@ -1,9 +1,8 @@
-"""A Ray of several hosts, each a node started as the units of deploy/hosts start it, behind a
-token, and programs that run on them.
+"""A Ray of several hosts, whose nodes start as the units of deploy/hosts do, behind a token.
 
-What a unit executes, and the environment that it and `ray.env` give it, are read from those files,
-with the host's addresses where `cluster.sh` puts them. The user, its limits and its protection,
-which need systemd, are not.
+The command and environment of a node are read from the units and from `ray.env`, with the hosts'
+addresses where `cluster.sh` puts them. The units' user, limits and protection need systemd and are
+left out.
 """
 
 import json
@@ -44,7 +43,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Connection:
-    """One line that `distnadam` logged: when, on which host, in which process there."""
+    """One line of `distnadam`'s log: its time, host, process and text."""
 
     time: float
     host: str
@@ -56,10 +55,10 @@ class Cluster:
     """Hosts and their Ray nodes, the first the head; a context manager.
 
     Args:
-        directory: where the hosts' own files go, the token, and the logs.
+        directory: for the hosts' own files, the token, and the logs.
         resources: Ray resources of each host, the head's first, CPUs among them as "CPU".
         env: further environment of every node and program.
-        dashboard: whether the head is to have one, and so take jobs, on its own address alone.
+        dashboard: whether the head has one, and so accepts jobs, on its own address alone.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """The head's, for RAY_ADDRESS."""
+        """The head's address, for RAY_ADDRESS."""
         return f"{self.hosts[0].address}:{PORT}"
 
     def add(self, *resources: dict[str, float]) -> list[Host]:
@@ -122,20 +121,18 @@ class Cluster:
         return new
 
     def kill(self, host: Host, how: str) -> float:
-        """Do to a host what its method of that name does; return when."""
+        """Call a host's method by name; return when."""
         self.struck.add(host)
         moment = time.time()
         getattr(host, how)()
         return moment
 
     def host_at(self, address: str) -> Host:
-        """The host of an address."""
+        """Return the host of an address."""
         return next(host for host in self.hosts if host.address == address)
 
     def restart(self, host: Host) -> None:
-        """Plug a host in, whatever was done to its cable, and start its node anew, whatever is left
-        of the last one.
-        """
+        """Restore a host's link, and start its node again in place of any rest of the last one."""
         self.struck.discard(host)
         host.kill()
         self._nodes[host.number].communicate()
@@ -145,11 +142,11 @@ class Cluster:
         self._await(host)
 
     def ended(self, host: Host) -> bool:
-        """Whether a host's node has ended."""
+        """Return whether a host's node has ended."""
         return self._nodes[host.number].poll() is not None
 
     def _settings(self, host: Host) -> str:
-        """The host's `ray.env`: ours, with what `cluster.sh` and its administrator fill in."""
+        """Return the host's `ray.env`, filled in as `cluster.sh` and its administrator do."""
         filled = {
             "HEAD_ADDRESS": self.hosts[0].address,
             "NODE_ADDRESS": host.address,
@@ -199,9 +196,7 @@ class Cluster:
         return self.env | {"DISTNADAM_TEST_HOST": host.address}
 
     def run(self, host: Host, *command: str, **env: str) -> Program:
-        """Start a program on a host, in the repository's root, that finds set what `run.sh` sets:
-        `ray.env` and the cluster's address.
-        """
+        """Start a program on a host, in the repository's root, in the environment of `run.sh`."""
         pipes = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
@@ -219,11 +214,11 @@ class Cluster:
         return program
 
     def python(self, host: Host, *args: object, **env: str) -> Program:
-        """Start Python so."""
+        """Start Python likewise."""
         return self.run(host, sys.executable, *map(str, args), **env)
 
     def logged(self, pattern: str = "", since: float = 0.0) -> list[Connection]:
-        """What `distnadam` has logged on all hosts that has this in it, in order of time."""
+        """Return the log lines of all hosts that contain a text, in order of time."""
         found = []
         for path in self._logs.iterdir():
             host, _, pid = path.name.rpartition("-")

@@ -1,4 +1,4 @@
-"""Hosts for the tests of this folder, which are skipped where none can be made."""
+"""Hosts for the tests of this folder, which are skipped if none can be made."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,7 @@ from tests.hosts.network import why_not
 def hosts(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Cluster]:
-    """Hosts with the resources that a module's RESOURCES gives them; each test may do to them what
-    it likes.
-    """
+    """Hosts with the resources of a module's RESOURCES, for one test."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("hosts"), request.module.RESOURCES) as cluster:
@@ -23,7 +21,7 @@ def hosts(
 
 @pytest.fixture
 def whole_hosts(hosts: Cluster) -> Iterator[Cluster]:
-    """The same hosts; those that the test struck at are started anew after it."""
+    """Hosts for all tests of a module; those that a test damages are started again after it."""
     yield hosts
     for host in sorted(hosts.struck, key=lambda host: host.number):
         hosts.restart(host)

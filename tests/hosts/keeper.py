@@ -1,7 +1,6 @@
-"""Holds a network's switch, and ends every process in its namespaces when the network's maker
-closes standard input, or dies.
+"""Holds a network's switch, and ends all processes in its namespaces when standard input closes.
 
-Reads one namespace a line.
+That happens when the maker of the network closes it or dies. Each line of input is a namespace.
 """
 
 import os

@@ -1,10 +1,9 @@
-"""Hosts on one machine: network namespaces around a switch, each with an address of its own, cut
-off and shaped as a cable would be.
+"""Hosts on one machine: network namespaces around a switch, with links that can be cut and shaped.
 
 No namespace has a name, so two networks never meet, and the kernel removes each with its last
-process. A keeper ends those processes when the network is closed, or when the process that made it
-dies, however it does. A host's processes see their host's alone, and its own /tmp/ray, where Ray
-keeps its sockets; all hosts share the other files, /dev/shm and the hostname.
+process. A keeper ends those processes when the network is closed or its maker dies. A host's
+processes see their host's processes alone, and its own /tmp/ray, where Ray keeps its sockets; all
+hosts share the other files, /dev/shm and the hostname.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ while True:
 
 
 def why_not() -> str | None:
-    """Why hosts cannot be made here, None where they can; asked once, since the answer stays."""
+    """Return why hosts cannot be made here, or None; computed once."""
     return _why_not()
 
 
@@ -73,10 +72,9 @@ def _do(command: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """One host: known by the process that holds its namespaces, reached from any process of this
-    machine that may.
+    """One host, known by the process that holds its namespaces.
 
-    `port` is its end of the cable at the switch, which `switch` holds.
+    `port` is the end of its link at the switch, which the process `switch` holds.
     """
 
     number: int
@@ -85,24 +83,22 @@ class Host:
 
     @property
     def address(self) -> str:
-        """Its own."""
+        """The host's end of its link."""
         return f"{_SUBNET}.{self.number}"
 
     @property
     def port(self) -> str:
-        """The switch's end of its cable."""
+        """The switch's end of its link."""
         return f"port{self.number}"
 
     def command(self, *command: str) -> list[str]:
-        """A command line that runs another on this host, as a child of the process that it
-        becomes.
-        """
+        """Return a command line that runs another on this host, as a child of its process."""
         return _inside(self.holder, *command, whole=True)
 
     # The cable
 
     def cut(self) -> None:
-        """Take the link down: nothing passes, and nobody is told."""
+        """Take the link down: nothing passes, and no one is notified."""
         _do(_inside(self.switch, "ip", "link", "set", self.port, "down"))
 
     def mend(self) -> None:
@@ -110,17 +106,15 @@ class Host:
         _do(_inside(self.switch, "ip", "link", "set", self.port, "up"))
 
     def deafen(self) -> None:
-        """Lose everything that is sent to this host; what it sends arrives."""
+        """Drop everything that is sent to this host."""
         _do(_inside(self.switch, "tc", "qdisc", "replace", "dev", self.port, "root", "blackhole"))
 
     def silence(self) -> None:
-        """Lose everything that this host sends; what is sent to it arrives."""
+        """Drop everything that this host sends."""
         _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", "root", "blackhole"))
 
     def shape(self, bits_per_s: float) -> None:
-        """Let no more pass than so many bits per second, in each direction, but at once what was
-        saved up while it was idle: a burst.
-        """
+        """Limit the bits per second in each direction, after an initial burst."""
         tbf = [
             "root",
             "tbf",
@@ -135,14 +129,14 @@ class Host:
         _do(_inside(self.switch, "tc", "qdisc", "replace", "dev", self.port, *tbf))
 
     def unshape(self) -> None:
-        """Let everything pass again, as fast as it can."""
+        """Remove all limits and losses."""
         for pid, device in ((self.holder, "eth0"), (self.switch, self.port)):
             subprocess.run(
                 _inside(pid, "tc", "qdisc", "del", "dev", device, "root"), capture_output=True
             )
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes received and sent over the cable so far."""
+        """Return the bytes received and sent over the link so far."""
         for line in Path(f"/proc/{self.holder}/net/dev").read_text().splitlines():
             name, _, numbers = line.partition(":")
             if name.strip() == "eth0":
@@ -153,9 +147,7 @@ class Host:
     # Its processes
 
     def processes(self) -> set[int]:
-        """All processes of this host but those that hold it, by the numbers that they have
-        outside.
-        """
+        """Return the ids, outside the host, of its processes, without those that hold it."""
         return in_namespaces({namespace(self.holder)}) - {self.holder, parent(self.holder)}
 
     def kill(self) -> None:
@@ -167,7 +159,7 @@ class Network:
     """A switch and the hosts around it; a context manager that leaves nothing behind.
 
     Args:
-        directory: where each host's own files go.
+        directory: for the hosts' own files.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -201,7 +193,7 @@ class Network:
         self.close()
 
     def add_host(self) -> Host:
-        """Plug in one more host."""
+        """Add a host."""
         maker = subprocess.Popen(
             [*_UNSHARE, sys.executable, "-c", _INIT],
             stdout=subprocess.PIPE,
@@ -233,42 +225,42 @@ class Network:
         return host
 
     def close(self) -> None:
-        """End every process on it; the namespaces go with them."""
+        """End every process on it; the namespaces end with them."""
         self._keeper.communicate()
         for maker in self._makers:
             maker.communicate()
 
 
 def to_json(hosts: Sequence[Host]) -> str:
-    """Describe hosts, so that another process can strike at them."""
+    """Describe hosts, so that another process can act on them."""
     return json.dumps([asdict(host) for host in hosts])
 
 
 def from_json(text: str) -> list[Host]:
-    """Return hosts that another process described."""
+    """Return the hosts that another process described."""
     return [Host(**fields) for fields in json.loads(text)]
 
 
 def namespace(pid: int) -> str:
-    """The network namespace of a process, "" where there is no such process."""
+    """Return the network namespace of a process, or "" if the process does not exist."""
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{pid}/ns/net")
     return ""
 
 
 def parent(pid: int) -> int:
-    """The parent of a process."""
+    """Return the parent of a process."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def in_namespaces(namespaces: set[str]) -> set[int]:
-    """All processes of these network namespaces; never one of this process's own."""
+    """Return all processes of these network namespaces, never one of this process's own."""
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
     return {pid for pid in pids if namespace(pid) in namespaces - {"", namespace(os.getpid())}}
 
 
 def kill_all(find: Callable[[], set[int]], *, but: str = "") -> None:
-    """Kill what is found until nothing is; what runs the command `but` is left to end by itself."""
+    """Kill what `find` returns until it is empty, but not the process that runs `but`."""
     while pids := find():
         for pid in pids:
             with contextlib.suppress(OSError):

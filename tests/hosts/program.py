@@ -1,6 +1,4 @@
-"""A program that runs on a host, and the events that it says on its standard output: lines of JSON,
-among whatever else is printed.
-"""
+"""A program on a host, and the events it prints on standard output: lines of JSON among others."""
 
 import contextlib
 import json
@@ -15,12 +13,12 @@ PATIENCE_S = 150.0
 
 
 def say(**what: Any) -> None:
-    """Say, in such a program, that something happened."""
+    """Print an event, in such a program."""
     print(json.dumps({**what, "time": time.time()}), flush=True)
 
 
 class Program:
-    """One program, its output read by a thread."""
+    """One program, whose output a thread reads."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
@@ -33,7 +31,7 @@ class Program:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What it has said so far."""
+        """The events so far."""
         with self._more:
             return list(self._events)
 
@@ -51,8 +49,9 @@ class Program:
     def first(
         self, what: str, wanted: Callable[[Any], bool] = lambda value: True, *, also: str = "time"
     ) -> Any:
-        """Wait for an event that has these keys, the first with a wanted value, and return it; fail
-        where the program ends before.
+        """Wait for an event with these keys, the first with a given value, and return it.
+
+        Fail if the program ends before.
         """
         deadline, looked = time.monotonic() + PATIENCE_S, 0
         with self._more:
@@ -70,9 +69,7 @@ class Program:
                 self._more.wait(left)
 
     def finish(self, patience_s: float = PATIENCE_S) -> str:
-        """Close its standard input, wait for its end, which is to be a good one, and return what it
-        has printed.
-        """
+        """Close its standard input, wait for its success, and return all that it has printed."""
         self._hang_up()
         try:
             status = self._process.wait(patience_s)
@@ -83,7 +80,7 @@ class Program:
         return self.output
 
     def close(self) -> None:
-        """Take that its host, and so its process, has ended."""
+        """Expect that its host, and so its process, has ended."""
         self._hang_up()
         self._process.wait()
         self._reader.join()

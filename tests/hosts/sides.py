@@ -1,8 +1,7 @@
-"""`python -m tests.hosts.sides JSON`: an optimizer of one shard, whose only worker is on the
-shard's host: they could go on alone.
+"""`python -m tests.hosts.sides JSON`: an optimizer whose only shard and worker share a host.
 
-It says where they and the supervisor are. Told "take over", it has a worker on its own host, the
-head, take the rank over.
+It prints where they and the supervisor are. At "take over" on standard input, a worker on its own
+host, the head, takes the rank over.
 """
 
 import json
@@ -30,18 +29,18 @@ def params() -> Any:
 
 
 def gradients(tree: Any, step: int) -> Any:
-    """The gradients at these parameters and this step."""
+    """Return the gradients at these parameters and this step."""
     return {"w": tree["w"] - np.float32(3) + np.float32(step % 7)}
 
 
 class Trainer:
-    """The only rank, which writes down when it was told of each round, and how it ended."""
+    """The only rank, which records when each round was decided, and how it ended."""
 
     def __init__(self, optimizer: DistNadam, diary: str, rounds: int) -> None:
         self._worker, self._diary, self._rounds = optimizer.worker(0), Path(diary), rounds
 
     def run(self) -> None:
-        """Train until so many rounds are decided, or somebody has taken the rank over."""
+        """Train until `rounds` rounds are decided, or another worker has taken the rank over."""
         while True:
             try:
                 tree = self._worker.pull()
@@ -63,8 +62,9 @@ class Trainer:
 
 
 def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
-    """Build optimizers, since nobody says where Ray puts a supervisor, until it is with the shard,
-    or is not, as was asked.
+    """Build optimizers until the supervisor is with the shard, or apart, as asked.
+
+    Ray does not let one choose.
     """
     options = Options(
         shard_resources={"shard": 1},

@@ -1,7 +1,6 @@
-"""`python -m tests.hosts.stepping JSON`: one worker on this host steps an optimizer whose shards
-are elsewhere, and says how long it took.
+"""`python -m tests.hosts.stepping JSON`: one worker steps remote shards and prints the duration.
 
-After a few steps that nobody counts it says "warm", and goes on when it is told something.
+After some steps of warm-up it prints "warm", and goes on at the next line of standard input.
 """
 
 import json

@@ -1,6 +1,4 @@
-"""What is trained over hosts beside the digits: a synthetic task, as large and as slow as wanted;
-and the bits that a run ends with.
-"""
+"""A synthetic task for hosts, as large and as slow as a test needs, and the bits of a run's end."""
 
 import hashlib
 import json
@@ -14,13 +12,12 @@ from distnadam import DistNadam
 
 
 class Synthetic:
-    """Parameters that go towards a target, each rank with noise of its own; no step costs more than
-    a few passes over them.
+    """Parameters that go towards a target, with noise of each rank's own, in a few passes per step.
 
     Args:
-        size: parameters.
-        pause_s: seconds that a gradient takes at least.
-        awaits: a step, and the file without which it does not begin on any rank.
+        size: number of parameters.
+        pause_s: the least seconds of a gradient.
+        awaits: a step, and the file that must exist before any rank begins it.
     """
 
     name = "synthetic"
@@ -56,15 +53,13 @@ class Synthetic:
 
 
 def digest(directory: str | Path) -> dict[str, str]:
-    """The bits of the newest checkpoint: of the parameters, and of everything that `get_weights`
-    gives.
-    """
+    """Return the bits of the newest checkpoint: of the parameters, and of all of `get_weights`."""
     with DistNadam.restore(directory, num_shards=1, backend="local") as optimizer:
         return digest_of(optimizer)
 
 
 def digest_of(optimizer: DistNadam) -> dict[str, str]:
-    """The bits that an optimizer holds."""
+    """Return the bits that an optimizer holds."""
     weights, params = optimizer.get_weights(), optimizer.get_params()
     leaves = (
         list(params.values())
@@ -75,8 +70,8 @@ def digest_of(optimizer: DistNadam) -> dict[str, str]:
 
 
 def _hash(arrays: list[Any]) -> str:
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in map(np.asarray, arrays):
-        told.update(json.dumps([str(array.dtype), list(array.shape)]).encode())
-        told.update(np.ascontiguousarray(array).tobytes())
-    return told.hexdigest()
+        digest.update(json.dumps([str(array.dtype), list(array.shape)]).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

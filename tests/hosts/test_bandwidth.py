@@ -1,6 +1,4 @@
-"""Over a cable of 1 Gbit/s, a step moves each gradient and each parameter once, and little else,
-and is no faster than that takes.
-"""
+"""Over a link of 1 Gbit/s, a step moves each gradient and parameter once, and little else."""
 
 import pytest
 

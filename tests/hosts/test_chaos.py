@@ -1,6 +1,4 @@
-"""Faults of every kind that a network has, at random moments, on hosts that train: no bit differs,
-and every push counts once.
-"""
+"""Random faults of every kind on training hosts change no bit, and every push counts once."""
 
 from pathlib import Path
 

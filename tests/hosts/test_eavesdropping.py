@@ -1,6 +1,4 @@
-"""What somebody hears who listens at a host's cable while others train over it: gradients, unless
-Ray's TLS is on.
-"""
+"""What a listener on a host's link sees of the training: gradients, unless Ray's TLS is on."""
 
 import json
 from pathlib import Path

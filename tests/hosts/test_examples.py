@@ -1,4 +1,4 @@
-"""The examples of deploy/, each as its first lines say, with workers on three hosts."""
+"""The examples of deploy/, run as their first lines say, with workers on three hosts."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def ends(said: str, before: str) -> list[str]:
-    """The different values in the list that follows some words, whatever Ray says beside them."""
+    """Return the distinct values in the list that follows some words in the output."""
     return [
         value for value in said.partition(f"{before}[")[2].partition("]")[0].split(",") if value
     ]

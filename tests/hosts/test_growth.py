@@ -1,6 +1,4 @@
-"""A host joins while training goes on, and `reshard`, asked for by a process there that knows only
-a name, puts a shard on it.
-"""
+"""A host joins during training, and `reshard` by name from another process puts a shard on it."""
 
 import json
 from pathlib import Path

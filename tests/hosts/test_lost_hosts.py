@@ -1,6 +1,4 @@
-"""A host is lost in the middle of `fit`, cut off for good or killed with all its processes: the
-same bits at the end.
-"""
+"""A host is lost in the middle of `fit`, cut off or killed: the same bits at the end."""
 
 import json
 import time
@@ -26,7 +24,7 @@ OPTIONS = {"shard_resources": {"shard": 1}, "worker_cpus": 0.5, "shard_timeout_s
 
 
 def begin(hosts: Cluster, replicas: int, directory: Path) -> tuple[dict[str, Any], Program]:
-    """Have the head begin to train, and wait until every shard has its standby."""
+    """Start training on the head, and wait until every shard has its standby."""
     about = {
         "steps": 300,
         "size": 20_000,
@@ -73,7 +71,7 @@ def test_a_run_that_loses_a_host_ends_with_the_bits_of_one_process(
 def test_cables_that_are_out_for_moments_change_no_bit(
     whole_hosts: Cluster, tmp_path: Path
 ) -> None:
-    """Shorter than anyone counts as lost, the head's cable among them, and one way only."""
+    """An outage shorter than any timeout, of the head's link too, and in one direction only."""
     hosts, rng = whole_hosts, np.random.default_rng(SEED)
     about, program = begin(hosts, 1, tmp_path)
     for number, (host, how) in enumerate(

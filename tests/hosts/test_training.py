@@ -1,6 +1,4 @@
-"""Three hosts train as one process does, to the bit: lanes within a host, Ray objects between
-hosts, both in each step.
-"""
+"""Three hosts train to the bits of one process, by shared memory within hosts, else Ray objects."""
 
 import json
 import subprocess
@@ -43,28 +41,26 @@ def train_on(cluster: Cluster, directory: Path, about: dict[str, Any]) -> list[s
 @pytest.mark.parametrize(
     "task", [{"steps": 60}, {"steps": 5, "size": 10**7}], ids=["digits", "ten million parameters"]
 )
-def test_hosts_train_to_the_bits_of_one_process_by_lanes_within_a_host_and_objects_between(
+def test_hosts_train_to_the_bits_of_one_process_over_both_transports(
     task: dict[str, Any], hosts: Cluster, tmp_path: Path
 ) -> None:
     began = time.time()
     shards = train_on(hosts, tmp_path / "hosts", task | ONE_EACH)
     assert sorted(shards) == sorted(host.address for host in hosts.hosts)
-    told = {line.host: line.text for line in hosts.logged("by shared memory", since=began)}
+    transports = {line.host: line.text for line in hosts.logged("by shared memory", since=began)}
     # Ray's node decides: all these processes share a hostname, and /dev/shm
-    for rank_host, text in told.items():
+    for rank_host, text in transports.items():
         here = [index for index, host in enumerate(shards) if host == rank_host]
         others = [index for index, host in enumerate(shards) if host != rank_host]
         assert text.endswith(
             f"shards {here} by shared memory (same node), shards {others} by Ray objects"
         ), text
-    assert sorted(told) == sorted(shards), "a worker on each host"
+    assert sorted(transports) == sorted(shards), "a worker on each host"
     assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", task | ONE_EACH)
 
 
 def certificates(directory: Path) -> dict[str, str]:
-    """Make an authority and one certificate for all hosts; return the environment that has Ray use
-    them.
-    """
+    """Make an authority and a certificate for all hosts; return the environment for TLS."""
     ca, server = directory / "ca", directory / "server"
     names = ",".join([f"IP:10.77.0.{number}" for number in range(1, 5)] + ["IP:127.0.0.1"])
     (directory / "names").write_text(f"subjectAltName={names}\n")

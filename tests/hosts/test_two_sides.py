@@ -1,8 +1,7 @@
-"""A host with a shard and all its workers is cut off, and comes back when the others have gone on:
-the two sides never both go on.
+"""A host with a shard and all its workers is cut off and comes back: both sides never go on.
 
-Everything that training needs is on the side that is cut off, the supervisor too where that is
-asked; the other has Ray's head.
+The side that is cut off has all that training needs, in one variant the supervisor too; the other
+side has Ray's head.
 """
 
 import json
@@ -24,7 +23,7 @@ ROUNDS = 200
 
 
 def rounds(diary: Path) -> list[tuple[float, int]]:
-    """When a trainer was told of which round."""
+    """Return when a trainer learned of each round."""
     return [(float(moment), int(what)) for moment, what in entries(diary) if what.isdigit()]
 
 
@@ -34,7 +33,7 @@ def entries(diary: Path) -> list[tuple[str, str]]:
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    """Wait until it is so; the test's own time limit bounds it."""
+    """Wait until a condition holds; the test's own timeout bounds it."""
     while not what():
         time.sleep(0.05)
 
@@ -44,7 +43,7 @@ def wait_for(what: Callable[[], bool]) -> None:
     [("cut", 0, False), ("cut", 1, True), ("silence", 1, False), ("deafen", 0, True)],
     ids=["cut off", "cut off with its supervisor", "not heard", "not hearing, with its supervisor"],
 )
-def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_refused_afterwards(
+def test_a_side_that_is_cut_off_stops_before_the_other_continues_and_is_then_refused(
     how: str, replicas: int, together: bool, whole_hosts: Cluster, tmp_path: Path
 ) -> None:
     hosts, diaries = whole_hosts, [tmp_path / "first", tmp_path / "second"]
@@ -68,7 +67,7 @@ def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_r
     victim.unshape()
     victim.mend()
     wait_for(lambda: hosts.ended(victim) or entries(diaries[0])[-1][1].startswith("ended"))
-    told = program.first("digest")["digest"]
+    digest = program.first("digest")["digest"]
     program.finish()
     assert rounds(diaries[0])[-1][0] < rounds(diaries[1])[0][0], "both sides went on"
     ended = [what for _, what in entries(diaries[0]) if what.startswith("ended")]
@@ -80,10 +79,10 @@ def test_the_side_that_is_cut_off_stands_still_before_the_other_goes_on_and_is_r
     if replicas:
         told_of, goes_on_at = rounds(diaries[0])[-1][1], rounds(diaries[1])[0][1]
         assert goes_on_at in (told_of + 1, told_of + 2), (
-            "every round that was told of counts; one that only the standby has may"
+            "every round that was reported counts; one that only the standby has may"
         )
     with DistNadam(backend="local").build(params()) as alone, alone.worker(0) as worker:
         tree = worker.pull()
         for step in range(ROUNDS):
             tree = worker.step(gradients(tree, step))
-        assert told == digest_of(alone)
+        assert digest == digest_of(alone)

@@ -1,6 +1,4 @@
-"""Hosts are what the units of deploy/hosts make of them: a changed unit starts another node, and
-what it starts finds our commands.
-"""
+"""Hosts run what the units of deploy/hosts say: a changed unit starts another node."""
 
 import shutil
 from pathlib import Path

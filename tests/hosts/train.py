@@ -1,5 +1,6 @@
-"""`python -m tests.hosts.train JSON` calls `fit` over the hosts, or with "backend": "local" in its
-own process, and says what happens.
+"""`python -m tests.hosts.train JSON` calls `fit` over the hosts and prints its events.
+
+With "backend": "local" it runs in its own process.
 """
 
 import gc
@@ -24,7 +25,7 @@ _LOOK_EVERY_S = 0.1
 
 
 class Say(Callback):
-    """Says what `fit` tells, on which hosts the shards are, and how many of them have a standby."""
+    """Prints the events of `fit`, the shards' hosts, and the number of standbys."""
 
     def __init__(self) -> None:
         self._looked, self._standbys = 0.0, 0
@@ -46,7 +47,7 @@ class Say(Callback):
 
 
 def _running() -> ShardGroup:
-    """The shards of the optimizer that `fit` has at the moment."""
+    """Return the shards of the optimizer that `fit` trains now."""
     found = [each for each in gc.get_objects() if isinstance(each, ShardGroup)]
     return next(
         each
@@ -56,7 +57,7 @@ def _running() -> ShardGroup:
 
 
 def hosts_of(backend: Any) -> list[str]:
-    """The address of each shard's host."""
+    """Return the address of each shard's host."""
     if not isinstance(backend, RayBackend):
         return []
     import ray
@@ -66,9 +67,7 @@ def hosts_of(backend: Any) -> list[str]:
 
 
 def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, str]:
-    """Have another process train as asked by the local backend, on one shard; return the bits that
-    it ends with.
-    """
+    """Train with the local backend and one shard in another process; return the bits at the end."""
     alone = {
         **about,
         "directory": str(directory),
@@ -88,7 +87,7 @@ def train_in_one_process(directory: Path, about: dict[str, Any]) -> dict[str, st
 
 
 def main(about: dict[str, Any]) -> None:
-    """Train as asked."""
+    """Train as the JSON says."""
     task = (
         Synthetic(about["size"], about.get("pause_s", 0.0), about.get("awaits"))
         if "size" in about

@@ -1,6 +1,4 @@
-"""Files that are not what they should be: each is a CheckpointError naming the file, the tensor,
-the expected and the given.
-"""
+"""Malformed files: each is a CheckpointError that names file, tensor, expected and found."""
 
 import io
 import os
@@ -30,16 +28,16 @@ def checkpoint(tmp_path: Path) -> Path:
         return Path(made.save(tmp_path / "a"))
 
 
-def refused(path: Path, name: Format, told: str) -> None:
-    """The import is refused in these words, naming the file, and leaves nothing."""
-    with pytest.raises(CheckpointError, match=told) as caught:
+def refused(path: Path, name: Format, message: str) -> None:
+    """Assert that the import is refused in these words, names the file, and leaves nothing."""
+    with pytest.raises(CheckpointError, match=message) as caught:
         import_checkpoint(path, path.parent / "never", source_format=name)
     assert str(path) in str(caught.value)
     assert not (path.parent / "never").exists()
 
 
 def changed(checkpoint: Path, name: Format, change: Callable[[Arrays], object]) -> Path:
-    """An exported npz after a change of its entries."""
+    """Write an exported npz after a change of its entries."""
     path = checkpoint.parent / f"{name}.npz"
     export_checkpoint(checkpoint, path, to=name, lossy=True)
     with np.load(path) as data:
@@ -63,7 +61,7 @@ def about(text: str) -> Callable[[Arrays], object]:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "told"),
+    ("name", "change", "message"),
     [
         (
             "numpy",
@@ -174,13 +172,13 @@ def about(text: str) -> Callable[[Arrays], object]:
     ],
 )
 def test_an_entry_that_is_wrong_is_named(
-    checkpoint: Path, name: Format, change: Callable[[Arrays], object], told: str
+    checkpoint: Path, name: Format, change: Callable[[Arrays], object], message: str
 ) -> None:
-    refused(changed(checkpoint, name, change), name, told)
+    refused(changed(checkpoint, name, change), name, message)
 
 
 @pytest.mark.parametrize("name", ["keras", "keras3", "optax"])
-def test_a_file_of_another_kind_is_told(checkpoint: Path, name: Format) -> None:
+def test_a_file_of_another_kind_is_refused(checkpoint: Path, name: Format) -> None:
     path = checkpoint.parent / "file"
     export_checkpoint(checkpoint, path, to="numpy")
     refused(path, name, f"expected a file of kind '{name}', got 'state'")
@@ -233,7 +231,7 @@ def header(shape: tuple[int, ...]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (header((1 << 50,)), "needs another number"),
         (header((-1,)), "cannot be read"),
@@ -243,8 +241,8 @@ def header(shape: tuple[int, ...]) -> bytes:
         (pickle.dumps({}), "cannot be read"),
     ],
 )
-def test_a_header_that_lies_costs_no_memory(data: bytes, told: str, tmp_path: Path) -> None:
-    refused(entry(tmp_path / "file", data), "numpy", told)
+def test_a_header_that_lies_costs_no_memory(data: bytes, message: str, tmp_path: Path) -> None:
+    refused(entry(tmp_path / "file", data), "numpy", message)
 
 
 def test_an_entry_that_grows_beyond_what_deflate_can_is_refused(tmp_path: Path) -> None:

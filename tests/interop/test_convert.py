@@ -1,6 +1,4 @@
-"""Every file that needs no framework goes there and back to the bit; what another formula lacks is
-refused by name.
-"""
+"""Files that need no framework round-trip to the bit; differing formulas are refused by name."""
 
 import json
 from pathlib import Path
@@ -74,7 +72,7 @@ def test_a_schedule_and_clipping_are_kept_where_the_file_is_our_own(
 
 
 @pytest.mark.parametrize("name", ["safetensors", "numpy"])
-def test_parameters_alone_have_their_own_names_and_dtypes_and_start_anew(
+def test_parameters_alone_have_their_own_names_and_dtypes_and_start_at_step_0(
     name: Format, tmp_path: Path
 ) -> None:
     done = export_checkpoint(saved(tmp_path / "a"), tmp_path / "file", to=name, slots=False)
@@ -190,7 +188,7 @@ def test_no_schedule_is_beta_1_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "config", "told"),
+    ("to", "config", "message"),
     [
         ("optax", {"clipnorm": 1.0}, "clipnorm: 1 does not carry over"),
         (
@@ -202,13 +200,13 @@ def test_no_schedule_is_beta_1_to_the_bit() -> None:
         ("keras", {}, "half precision: 'half': given as float32 masters"),
     ],
 )
-def test_what_lives_outside_the_state_is_said(
-    to: Format, config: dict[str, Any], told: str, tmp_path: Path
+def test_what_frameworks_keep_outside_the_state_is_noted(
+    to: Format, config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     done = export_checkpoint(
         saved(tmp_path / "a", **{**FITTING.get(to, {}), **config}), tmp_path / "file", to=to
     )
-    assert any(note.startswith(told) for note in done.notes), done.notes
+    assert any(note.startswith(message) for note in done.notes), done.notes
 
 
 def test_two_clippings_are_more_than_keras_3_takes(tmp_path: Path) -> None:
@@ -240,7 +238,7 @@ def test_an_import_never_replaces_a_checkpoint(tmp_path: Path) -> None:
     assert store.verify(path)
 
 
-def test_an_export_that_fails_leaves_what_was_there(
+def test_an_export_that_fails_leaves_the_previous_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "a")

@@ -1,6 +1,4 @@
-"""The real libraries go on from an export as we do, and we go on from their state as they do: ten
-steps each, to float32 rounding.
-"""
+"""The real libraries continue from our exports, and we from their states, to float32 rounding."""
 
 import os
 from collections.abc import Sequence
@@ -48,7 +46,7 @@ def gradients(step: int) -> Params:
 
 
 def trained(tmp_path: Path, steps: int = 25, **config: Any) -> str:
-    """A checkpoint after some steps of ours."""
+    """Return a checkpoint after some steps of ours."""
     with DistNadam(**{"lr": 0.01, **config}, backend="local").build(params()) as optimizer:
         for step in range(steps):
             optimizer.apply_gradients(gradients(step))
@@ -63,9 +61,7 @@ def go_on_here(checkpoint: str, begin: int) -> tuple[Params, DistNadam]:
 
 
 def close(theirs: Sequence[Any], ours: Sequence[Any], *, rel: float = 2**-21) -> None:
-    """To float32 rounding over the steps: four units in the last place of each tensor's largest
-    magnitude.
-    """
+    """Assert equality to four units in the last place of each tensor's largest magnitude."""
     for given, expected in zip(theirs, ours, strict=True):
         scale = np.abs(expected).max()
         assert np.abs(np.asarray(given, np.float64) - expected).max() <= rel * scale

@@ -1,6 +1,4 @@
-"""torch's files with a real torch: there and back to the bit, and what is not NAdam's, or not of
-one clock, is refused by name.
-"""
+"""torch files with a real torch: exact round trips; other optimizers and clocks are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +40,7 @@ def test_there_and_back_is_the_same_checkpoint(steps: int, tmp_path: Path) -> No
     assert compare(before, Path(back.path)).same
 
 
-def test_clipping_and_half_precision_are_said(tmp_path: Path) -> None:
+def test_clipping_and_half_precision_are_noted(tmp_path: Path) -> None:
     path, _ = exported(tmp_path, clipnorm=1.0)
     notes = export_checkpoint(path, tmp_path / "other.pt", to="torch").notes
     assert [note.split(":")[0] for note in notes] == ["clipnorm", "half precision"]
@@ -79,7 +77,7 @@ def test_groups_of_one_setting_are_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "told"),
+    ("change", "error", "message"),
     [
         (
             lambda c: c["optimizer"]["param_groups"][0].update(weight_decay=0.1),
@@ -150,16 +148,16 @@ def test_groups_of_one_setting_are_one(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_of_one_clock_and_whole_is_named(
-    change: Callable[[Any], object], error: type[Exception], told: str, tmp_path: Path
+    change: Callable[[Any], object], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     _, file = exported(tmp_path)
-    with pytest.raises(error, match=told) as caught:
+    with pytest.raises(error, match=message) as caught:
         import_checkpoint(changed(file, change), tmp_path / "b", source_format="torch")
     assert str(file) in str(caught.value)
     assert not (tmp_path / "b").exists()
 
 
-def test_a_state_of_adam_is_told(tmp_path: Path) -> None:
+def test_a_state_of_adam_is_refused(tmp_path: Path) -> None:
     import torch
 
     weight = torch.nn.Parameter(torch.ones(3))
@@ -172,7 +170,7 @@ def test_a_state_of_adam_is_told(tmp_path: Path) -> None:
 
 
 class Harm:
-    """What unpickling would call."""
+    """The function that unpickling would call."""
 
     def __reduce__(self) -> Any:
         return print, ("harm",)

@@ -1,4 +1,4 @@
-"""Another user of the host, as the tests have one."""
+"""Another user of the host, for the tests."""
 
 import os
 import subprocess
@@ -13,8 +13,9 @@ _BECOME = f"import os\nos.setgroups([])\nos.setgid({NOBODY})\nos.setuid({NOBODY}
 
 
 def as_nobody(imports: str, code: str, *args: Any) -> str:
-    """Run code as another user, after imports as this one, whose home that user may not read;
-    return what it prints.
+    """Run code as another user and return what it prints.
+
+    Imports are made as this user, whose home the other one may not read.
     """
     command = [sys.executable, "-c", f"{imports}\n{_BECOME}{code}", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

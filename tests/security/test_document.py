@@ -1,4 +1,4 @@
-"""deploy/SECURITY.md names tests that there are."""
+"""The tests that deploy/SECURITY.md names exist."""
 
 import ast
 import re
@@ -11,9 +11,7 @@ TEXT = (ROOT / "deploy" / "SECURITY.md").read_text()
 
 
 def named(text: str) -> list[tuple[str, str]]:
-    """The tests that a text names, by file; where it leaves the file out, it is the one named
-    before.
-    """
+    """Return the tests that a text names, by file; without a file, in the one named before."""
     found, file = [], ""
     for path, test in re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", text):
         file = path or file

@@ -1,6 +1,4 @@
-"""What lies in files: with which permissions, where, and that no name or path from outside leads
-out of its directory.
-"""
+"""Files: their permissions and places; no name from outside leads out of its directory."""
 
 import os
 import stat
@@ -48,7 +46,7 @@ def everything(root: Path) -> set[str]:
     ("mask", "file", "directory"),
     [(0o077, 0o600, 0o700), (0o022, 0o644, 0o755), (0o027, 0o640, 0o750)],
 )
-def test_a_runs_files_have_the_permissions_that_its_umask_leaves(
+def test_a_runs_files_have_the_permissions_of_its_umask(
     mask: int, file: int, directory: int, tmp_path: Path
 ) -> None:
     with umask(mask):
@@ -109,8 +107,8 @@ def test_rays_own_directory_is_open_to_other_users_unless_it_lies_in_a_private_o
                 "for path in sys.argv[1:]:\n    print('refused' if not os.access(path, "
                 "os.R_OK | os.W_OK) else 'open')"
             )
-            told = as_nobody("import sys", code, session, session / "logs", session / "sockets")
-            assert told.split() == ["refused" if private else "open"] * 3
+            answers = as_nobody("import sys", code, session, session / "logs", session / "sockets")
+            assert answers.split() == ["refused" if private else "open"] * 3
             process.communicate("\n")
     assert process.returncode == 0
 
@@ -126,7 +124,7 @@ def test_a_name_that_could_be_a_path_is_no_name(name: Any) -> None:
         DistNadam(name=name)
 
 
-def test_a_task_and_tensors_with_paths_for_names_write_where_they_should_and_nowhere_else(
+def test_tasks_and_tensors_named_like_paths_write_only_where_they_should(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Outward(Quadratic):
@@ -179,7 +177,7 @@ def test_a_link_under_a_checkpoints_future_file_name_is_not_written_through(
     assert call("verify", saved).exit_code == 0
 
 
-def test_whoever_may_write_a_checkpoint_may_change_the_model(tmp_path: Path) -> None:
+def test_write_access_to_a_checkpoint_is_write_access_to_the_model(tmp_path: Path) -> None:
     saved = {}
     for who, value in (("ours", 1), ("theirs", 2)):
         with DistNadam(backend="local").build({"w": np.full(5000, value, np.float32)}) as optimizer:

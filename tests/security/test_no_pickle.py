@@ -1,6 +1,4 @@
-"""No file of ours is ever unpickled, nor is code made of one: by what the sources say, and by files
-that would run code.
-"""
+"""No file of ours is unpickled or run: by the sources, and with files that would run code."""
 
 import ast
 import importlib.util
@@ -26,7 +24,7 @@ IMPORTS_A_TASK = "cli/training"
 
 
 def trespasses(source: str) -> list[str]:
-    """What a source does that could make code of a file."""
+    """Return what a source does that could run code from a file."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names = (
@@ -72,12 +70,12 @@ def test_no_source_of_ours_can_make_code_of_a_file(module: str) -> None:
         "importlib.import_module(name)",
     ],
 )
-def test_the_look_at_the_sources_sees_what_could(source: str) -> None:
+def test_the_check_of_the_sources_finds_what_could(source: str) -> None:
     assert trespasses(source)
 
 
 class Bomb:
-    """What runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -88,7 +86,7 @@ class Bomb:
 
 @pytest.fixture
 def witness(tmp_path: Path) -> Path:
-    """A directory that is there once a bomb went off, as it does where a test unpickles one."""
+    """A directory that exists after a bomb went off, as the fixture itself checks."""
     one = tmp_path / "it went off"
     pickle.loads(pickle.dumps(Bomb(one)))
     assert one.exists()
@@ -106,7 +104,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("victim", [store.MANIFEST, "shard-00000-of-00002-*"])
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_a_pickle_in_the_place_of_a_checkpoints_file_is_refused_and_runs_nothing(
+def test_a_pickle_in_place_of_a_checkpoints_file_is_refused_and_runs_nothing(
     victim: str, protocol: int, saved: Path, witness: Path
 ) -> None:
     next(saved.glob(victim)).write_bytes(pickle.dumps(Bomb(witness), protocol))

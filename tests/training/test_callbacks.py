@@ -30,7 +30,7 @@ EVENTS: list[tuple[str, tuple[Any, ...]]] = [
 
 
 class Recording(Callback):
-    """Records every event, with who received it."""
+    """Records every event, with its receiver."""
 
     def __init__(self, name: str, events: list[tuple[str, str, tuple[Any, ...]]]) -> None:
         self.name = name

@@ -1,6 +1,4 @@
-"""The built-in task: it learns, its batches are what it says, and its gradients are those of its
-loss.
-"""
+"""The built-in task: it learns, its batches are seeded, and its gradients are those of its loss."""
 
 from pathlib import Path
 

@@ -1,6 +1,4 @@
-"""The training loop: segments, records, resume, refusals, errors of the task, and nothing left
-behind.
-"""
+"""`fit`: segments, records, resuming, refusals, errors of the task, and cleaning up."""
 
 import signal
 import threading
@@ -137,35 +135,35 @@ def test_rows_of_steps_after_the_checkpoint_are_dropped_on_resume(tmp_path: Path
     assert (11, 99.0) not in losses
 
 
-def test_a_broken_newest_checkpoint_is_passed_over_with_a_word(tmp_path: Path) -> None:
+def test_a_broken_newest_checkpoint_is_passed_over_with_a_message(tmp_path: Path) -> None:
     train(tmp_path, steps=10, save_every=5)
     victim = next((tmp_path / "step_00000010").glob("shard-00000-*"))
     victim.write_bytes(victim.read_bytes()[:-1])
-    told: list[str] = []
+    messages: list[str] = []
 
     class Listener(Callback):
         def on_message(self, text: str) -> None:
-            told.append(text)
+            messages.append(text)
 
     history = train(tmp_path, callbacks=[Listener()])
     assert history.resumed_from == tmp_path / "step_00000005"
-    assert victim.name in told[0]
+    assert victim.name in messages[0]
 
 
-def test_a_changed_number_of_workers_is_said_and_another_seed_or_task_refused(
+def test_a_changed_number_of_workers_is_reported_and_another_seed_or_task_refused(
     tmp_path: Path,
 ) -> None:
     train(tmp_path, steps=10)
-    told: list[str] = []
+    messages: list[str] = []
 
     class Listener(Callback):
         def on_message(self, text: str) -> None:
-            told.append(text)
+            messages.append(text)
 
     with pytest.raises(CheckpointError, match="seed 0, this run's is 1"):
         train(tmp_path, seed=1)
     train(tmp_path, num_workers=3, callbacks=[Listener()])
-    assert any("had 2 workers and goes on with 3" in text for text in told)
+    assert any("had 2 workers and goes on with 3" in text for text in messages)
     other = Quadratic()
     other.name = "other"
     with pytest.raises(CheckpointError, match="task 'quadratic', this run's is 'other'"):
@@ -190,7 +188,7 @@ def test_a_second_run_in_the_same_directory_is_refused(tmp_path: Path) -> None:
         train(tmp_path)
 
 
-def test_pruning_keeps_the_checkpoint_just_written_though_a_broken_one_has_a_higher_step(
+def test_pruning_keeps_the_newest_checkpoint_though_a_broken_one_has_a_higher_step(
     tmp_path: Path,
 ) -> None:
     train(tmp_path, steps=20, save_every=5)
@@ -208,19 +206,19 @@ def test_pruning_keeps_the_checkpoint_just_written_though_a_broken_one_has_a_hig
     assert str(store.find(tmp_path)[0]) == str(tmp_path / "step_00000024")
 
 
-def test_a_resumed_run_says_which_hyper_parameters_stay(tmp_path: Path) -> None:
+def test_a_resumed_run_reports_which_hyper_parameters_stay(tmp_path: Path) -> None:
     train(tmp_path, steps=5, optimizer=DistNadam(lr=0.5))
-    told: list[str] = []
+    messages: list[str] = []
 
     class Listener(Callback):
         def on_message(self, text: str) -> None:
-            told.append(text)
+            messages.append(text)
 
     train(tmp_path, steps=6, optimizer=DistNadam(lr=0.1, clipnorm=1.0), callbacks=[Listener()])
     assert (
         "the run goes on with its checkpoint's lr=0.5 (not 0.1), clipnorm=None (not 1.0); set "
         "optimizer.lr, or start another run"
-    ) in told
+    ) in messages
 
 
 def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(
@@ -231,7 +229,7 @@ def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize(
-    ("method", "result", "told"),
+    ("method", "result", "message"),
     [
         ("loss_and_gradients", None, "worker 0, step 0: the task raised TypeError"),
         (
@@ -248,12 +246,12 @@ def test_a_rate_that_no_checkpoint_can_hold_is_refused_before_the_first_step(
         ("evaluate", {"accuracy": "high"}, "evaluate after step 3: the task raised ValueError"),
     ],
 )
-def test_what_a_task_must_not_return_is_said_with_worker_and_step(
-    method: str, result: Any, told: str, tmp_path: Path
+def test_a_bad_result_of_the_task_is_an_error_with_worker_and_step(
+    method: str, result: Any, message: str, tmp_path: Path
 ) -> None:
     task = Quadratic()
     setattr(task, method, lambda *args: result)
-    with pytest.raises(TrainingError, match=told):
+    with pytest.raises(TrainingError, match=message):
         fit(task, steps=3, num_workers=1, backend="local", checkpoint_dir=tmp_path, verbose=False)
 
 

@@ -1,4 +1,4 @@
-"""What a run does with ranks that fail: how often it tries again, and which error ends it."""
+"""How often a run retries ranks that fail, and which error ends it."""
 
 import pytest
 

@@ -1,6 +1,4 @@
-"""What `fit` does where processes die under it, on real ones: the same bits at the end, and an end
-to what dies every time.
-"""
+"""`fit` while real processes die: the same bits at the end, or an error if they die every time."""
 
 import os
 import signal
@@ -19,9 +17,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class Dying(Quadratic):
-    """Kills processes while a step is computed, once each: a worker's own, or one whose number lies
-    in a file.
-    """
+    """Kills processes while a step is computed, once each: the rank's own, or a shard's."""
 
     def __init__(self, directory: Path, victims: dict[tuple[int, int], str]) -> None:
         super().__init__()
@@ -36,9 +32,7 @@ class Dying(Quadratic):
 
 
 def shard_process() -> int:
-    """The process of one of the shards that this worker has a lane to, as the kernel knows it: the
-    peer of a socket.
-    """
+    """Return the process id of a shard that this worker has a socket to: the socket's peer."""
     import gc
     import socket
     import struct
@@ -52,7 +46,7 @@ def shard_process() -> int:
     )
 
 
-def test_a_host_that_takes_more_ranks_along_than_a_run_may_fail_changes_no_bit(
+def test_the_loss_of_more_ranks_at_once_than_one_may_fail_changes_no_bit(
     tmp_path: Path,
 ) -> None:
     train(Quadratic(), tmp_path / "undisturbed", backend="local", num_workers=6)
@@ -65,7 +59,7 @@ def test_a_host_that_takes_more_ranks_along_than_a_run_may_fail_changes_no_bit(
 
 
 class Poisoned(Quadratic):
-    """Its process dies every time that one step is computed."""
+    """Its process dies whenever one step is computed."""
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
         if step == 3 and rank == 1:
@@ -111,7 +105,7 @@ def test_workers_and_shards_that_die_under_fit_change_no_bit(
     ] == list(range(1, 31))
 
 
-def test_a_task_whose_process_dies_at_one_step_every_time_ends_the_run_after_three_recoveries(
+def test_a_process_that_dies_at_one_step_every_time_ends_the_run(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(
@@ -122,7 +116,7 @@ def test_a_task_whose_process_dies_at_one_step_every_time_ends_the_run_after_thr
         train(Poisoned(), tmp_path)
 
 
-def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_own_traceback(
+def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_traceback(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(
@@ -134,7 +128,7 @@ def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_own_tra
     assert 'raise ZeroDivisionError("the batch is bad")' in notes + str(raised.value)
 
 
-def test_a_task_that_fails_twice_and_then_not_ends_with_the_bits_of_one_that_never_did(
+def test_a_task_that_fails_twice_ends_with_the_bits_of_one_that_never_fails(
     tmp_path: Path,
 ) -> None:
     train(Quadratic(), tmp_path / "whole", backend="local")
@@ -144,7 +138,7 @@ def test_a_task_that_fails_twice_and_then_not_ends_with_the_bits_of_one_that_nev
 
 
 class Moody(Quadratic):
-    """Raises twice at one step, in whichever process."""
+    """Raises twice at one step, in whichever process computes it."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()

@@ -1,6 +1,4 @@
-"""Whole runs of the command on a Ray it starts itself: killed and resumed, and stopped by Ctrl-C,
-as a shell would do either.
-"""
+"""Whole runs of the command on a Ray of its own: killed and resumed, and stopped by Ctrl-C."""
 
 import os
 import signal
@@ -61,15 +59,15 @@ def test_a_run_killed_half_way_and_resumed_ends_with_the_bits_of_a_local_one(
     wait_until_gone(below)  # Ray notices the killed driver after a minute
 
 
-def test_ctrl_c_saves_says_where_and_leaves_no_process(tmp_path: Path) -> None:
+def test_ctrl_c_saves_reports_it_and_leaves_no_process(tmp_path: Path) -> None:
     process = start(*ON_RAY, "--steps", 10**6, "--checkpoint-dir", tmp_path, cwd=tmp_path)
     wait_for(tmp_path, "step_*/manifest.msgpack", process)
     below = children(process.pid)
     assert len(below) > 5
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130, told
-    assert "saved step" in told
-    assert "Traceback" not in told
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "saved step" in stderr
+    assert "Traceback" not in stderr
     assert call("verify", tmp_path).exit_code == 0
     wait_until_gone(below)

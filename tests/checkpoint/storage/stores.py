@@ -1,4 +1,4 @@
-"""What every object store must stand, whichever server speaks for it."""
+"""The test that every object store must pass."""
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
@@ -7,9 +7,7 @@ from tests.models import bits, params, run
 
 
 def saves_prunes_and_restores(bucket: str) -> None:
-    """Save in the background and twice at one step, prune, and restore onto other shards, under a
-    URL where nothing can be renamed.
-    """
+    """Save in the background and twice at one step, prune, and restore onto other shards."""
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         for step in range(3):
             run(optimizer, step, step + 1)

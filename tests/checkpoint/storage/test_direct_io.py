@@ -1,6 +1,4 @@
-"""Writing past the page cache: the file is what was given, whatever its filesystem, alignment and
-luck.
-"""
+"""Writing past the page cache gives the same file, whatever its alignment and file system."""
 
 import fcntl
 import os
@@ -44,7 +42,7 @@ def test_a_file_is_what_was_given(folder: Path, size: int, piece: int) -> None:
     )
 
 
-def test_a_write_that_is_cut_short_or_refused_for_its_alignment_goes_on_through_the_cache(
+def test_a_direct_write_that_is_cut_short_or_refused_continues_through_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents, real, calls = os.urandom(9 << 20), os.write, []

@@ -1,4 +1,4 @@
-"""Checkpoints at gs:// URLs, over HTTP: an emulator of Google's object store on this machine."""
+"""Checkpoints at gs:// URLs, over HTTP, on an emulator of Google's object store."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ pytestmark = [
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty folder on a server that lives as long as the test."""
+    """The URL of an empty directory on a server that lives as long as the test."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     gcsfs = pytest.importorskip("gcsfs")
     server = emulator.create_server("127.0.0.1", 0, in_memory=True)

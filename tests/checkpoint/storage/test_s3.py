@@ -1,4 +1,4 @@
-"""Checkpoints on an object store, over HTTP: an S3-speaking server of this machine."""
+"""Checkpoints at s3:// URLs, over HTTP, on an emulator of S3."""
 
 import os
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ pytestmark = [
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty folder on a server that lives as long as the test."""
+    """The URL of an empty directory on a server that lives as long as the test."""
     server_module = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    told = {
+    settings = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    for name, value in (told | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
+    for name, value in (settings | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     name = f"bucket-{os.urandom(4).hex()}"  # the server's module keeps buckets over the tests
@@ -99,7 +99,7 @@ def test_shards_on_ray_write_and_read_there(bucket: str, request: pytest.Fixture
         ray.shutdown()
 
 
-def test_a_bucket_that_is_not_there_is_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bucket_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import distnadam.checkpoint.storage.remote as remote
 
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))

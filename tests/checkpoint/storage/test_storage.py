@@ -1,6 +1,4 @@
-"""Where checkpoints lie: one contract for a folder and a URL, what nodes without a shared disk are
-told, a full disk, retention.
-"""
+"""Storage: the contract of a directory, missing shared disks, full disks, retention."""
 
 import errno
 import json
@@ -35,7 +33,7 @@ from tests.models import bits, params, run
 def root(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """The same kind of place, named in each of the ways there are."""
+    """The name of an empty directory, as a path and as URLs."""
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
     yield {
         "path": str(tmp_path),
@@ -49,7 +47,7 @@ def contents(*parts: bytes) -> Any:
     return lambda: (memoryview(part) for part in parts)
 
 
-def test_a_folder_writes_reads_replaces_and_removes_files(root: str) -> None:
+def test_a_directory_writes_reads_replaces_and_removes_files(root: str) -> None:
     folder = open_directory(root).child("below")
     assert (folder.files(), folder.directories(), folder.name) == ({}, [], "below")
     folder.make()
@@ -100,7 +98,7 @@ def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
         assert other.round == 3
 
 
-def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothing(
+def test_transient_errors_are_retried_and_a_failed_upload_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
@@ -135,12 +133,12 @@ def test_what_fails_for_a_while_is_tried_again_and_a_failed_upload_leaves_nothin
 
 
 @pytest.mark.parametrize("url", ["nothing://bucket/run", "ftps3://x"])
-def test_a_protocol_that_nothing_here_speaks_is_said(url: str) -> None:
+def test_a_protocol_without_an_installed_package_is_an_error(url: str) -> None:
     with pytest.raises(CheckpointError, match="no installed package handles"):
         DistNadam.restore(url)
 
 
-def test_nodes_without_a_shared_disk_are_told_when_they_save(
+def test_saving_from_nodes_without_a_shared_disk_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = shard_files.write_shard
@@ -178,7 +176,7 @@ def save(optimizer: DistNadam, path: Path, *, wait: bool) -> str:
     return saved if isinstance(saved, str) else saved.result()
 
 
-def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=700k", "distnadam", str(tmp_path)],
         capture_output=True,
@@ -284,23 +282,23 @@ def test_the_commands_take_urls(root: str, tmp_path: Path) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         optimizer.save(root)
 
-    def told(*args: str) -> Any:
+    def run_json(*args: str) -> Any:
         done = CliRunner().invoke(main, [*args, "--json"], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
     assert (
-        [v["valid"] for v in told("verify", root)]
-        == [v["valid"] for v in told("verify", f"{root}/step_00000000")]
+        [v["valid"] for v in run_json("verify", root)]
+        == [v["valid"] for v in run_json("verify", f"{root}/step_00000000")]
         == [True]
     )
-    assert told("inspect", root)["checksums"] == "verified"
-    told("export", root, str(tmp_path / "state.npz"), "--to", "numpy")
-    told("import", str(tmp_path / "state.npz"), f"{root}/back", "--from", "numpy")
-    assert told("diff", f"{root}/back", root)["tensors"] == []
+    assert run_json("inspect", root)["checksums"] == "verified"
+    run_json("export", root, str(tmp_path / "state.npz"), "--to", "numpy")
+    run_json("import", str(tmp_path / "state.npz"), f"{root}/back", "--from", "numpy")
+    assert run_json("diff", f"{root}/back", root)["tensors"] == []
 
 
-def test_a_local_folder_is_a_path() -> None:
+def test_a_local_directory_is_a_path() -> None:
     folder = open_directory("file:///tmp/x")
     assert isinstance(folder, LocalDirectory)
     assert os.fspath(folder) == str(folder) == "/tmp/x"

@@ -1,6 +1,4 @@
-"""Put before all else on the path of every process of a host: what `distnadam` logs goes to a file
-of that process, which tests read.
-"""
+"""Imported first by every process of a host: logs of `distnadam` go to a file for the tests."""
 
 import logging
 import os
@@ -8,9 +6,7 @@ from pathlib import Path
 
 
 class _Filed(logging.Handler):
-    """Opens the file at the first line, so that a process which says nothing leaves none; named by
-    its host, in the folder for all.
-    """
+    """Opens its file at the first line, so that a silent process leaves none."""
 
     def emit(self, record: logging.LogRecord) -> None:
         path = (
