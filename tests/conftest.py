@@ -10,6 +10,7 @@ import signal
 import tempfile
 
 os.environ.update(
+    OMP_NUM_THREADS="1",  # processes that run tests share the cores
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_USAGE_STATS_ENABLED="0",
