@@ -4,10 +4,14 @@ Tests run in several processes side by side (`make test` says how many), so none
 machine has: only what is below its own process, or in its own Ray.
 """
 
+import fcntl
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.update(
     OMP_NUM_THREADS="1",  # processes that run tests share the cores
@@ -16,14 +20,10 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
 )
 os.environ.pop("RAY_ADDRESS", None)
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["RAY_TMPDIR"] += f"/{worker}"  # below its controller's, who removes it
-else:  # short: a socket's path has at most 107 bytes
-    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rt-")
-
-from collections.abc import Iterator
-
-import pytest
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is None:
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rt-")  # short: it holds sockets
+RAY_DIR = os.environ["RAY_TMPDIR"]  # one for a run of tests, and in it one for each process
+os.environ["RAY_TMPDIR"] = f"{RAY_DIR}/{worker or 'main'}"
 
 signal.signal(
     signal.SIGINT, signal.default_int_handler
@@ -39,20 +39,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     """Remove what Ray left, once all processes that ran tests have ended."""
-    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
+    if worker is None:
+        shutil.rmtree(RAY_DIR, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=400 * 2**20,
-        log_to_driver=False,
-    )
+    with open(f"{RAY_DIR}/starting", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # one after the other, or none is up in the time it has
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=400 * 2**20,
+            log_to_driver=False,
+        )
     yield
     ray.shutdown()
 
