@@ -1,0 +1,138 @@
+"""Decisions that cannot be executed as they were meant leave shards that go on, or go back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from typing_extensions import override
+
+from distnadam.client.shard_group import ShardGroup
+from distnadam.config import NadamConfig, Options
+from distnadam.errors import ClusterError, OutOfMemory, ShardLost
+from distnadam.protocol.messages import Describe, Pause, ShardSpec
+from distnadam.protocol.supervisor_messages import Reconfigure
+from distnadam.supervision.observer import TOKEN
+from distnadam.supervision.process_manager import Move, ShardProcess
+from tests.simulation.backend import WorldBackend, begin_world
+from tests.simulation.world import World, WorldProcesses
+
+SIZE = 5000
+OPTIONS = Options(kernel="numpy", step_timeout_s=0.0, shard_timeout_s=1e-9)
+GRADIENT = {"w": np.ones(SIZE, np.float32)}
+
+
+class Failing(WorldProcesses):
+    """Processes of which some cannot be started, filled or promoted."""
+
+    starts = 1000
+    moves = True
+    promotes = True
+
+    @override
+    def start(
+        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
+        self.starts -= 1
+        if self.starts < 0:
+            raise OutOfMemory(f"shard {spec.index}: no memory")
+        return super().start(spec, standby=standby, near=near)
+
+    @override
+    def move(self, move: Move) -> list[Exception]:
+        return super().move(move) if self.moves else [ShardLost("shard 0: died meanwhile")]
+
+    @override
+    def promote(
+        self, standby: ShardProcess, reconfigure: Reconfigure, *, near: Sequence[ShardProcess]
+    ) -> ShardProcess:
+        if not self.promotes:
+            raise ShardLost("the standby died")
+        return super().promote(standby, reconfigure, near=near)
+
+
+class Scene:
+    """Two shards in a world whose processes may fail, and a client of them."""
+
+    def __init__(self, replicas: int = 0) -> None:
+        initial = np.ones(SIZE, np.float32)
+        self.world: World
+        self.world, layout = begin_world(
+            initial, NadamConfig(), OPTIONS, num_shards=2, num_workers=1, replicas=replicas
+        )
+        self.processes = Failing(self.world)
+        self.world.processes = self.processes
+        self.world.supervisor.cluster.processes = self.processes
+        for process in self.world.supervisor.cluster.shards:
+            self.processes.watch(process)
+        self.group = ShardGroup(WorldBackend(self.world), layout, 2, OPTIONS)
+
+    def holders(self) -> list[str | None]:
+        return [answer.holder for answer in self.group.describe_all()]
+
+
+def reshard(scene: Scene) -> None:
+    """Have the supervisor reshard to three shards, once."""
+    done = scene.world.supervisor.reshard(scene.group.layout.cuts(3))
+    scene.world.look()
+    done.result()
+
+
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_a_reshard_that_cannot_start_its_shards_leaves_the_present_ones_at_work(
+    started: int,
+) -> None:
+    scene = Scene()
+    present = list(scene.world.shards)
+    scene.processes.starts = started
+    with pytest.raises(OutOfMemory, match=f"shard {started}: no memory"):
+        reshard(scene)
+    assert scene.holders() == [None, None]
+    assert scene.world.shards == present
+    others = [each.handle for each in scene.world.all_processes if each.handle not in present]
+    assert len(others) == started
+    assert not any(other.alive for other in others), "new shards that nobody uses are ended"
+    assert scene.group.step(GRADIENT).round == 1
+
+
+def test_a_reshard_that_cannot_move_the_state_leaves_the_present_shards_at_work() -> None:
+    scene = Scene()
+    scene.group.step(GRADIENT)
+    scene.processes.moves = False
+    with pytest.raises(ShardLost, match="died meanwhile"):
+        reshard(scene)
+    assert scene.holders() == [None, None]
+    assert scene.group.step(GRADIENT).round == 2
+    scene.processes.moves = True
+    scene.group.reshard(3)
+    assert len(scene.world.shards) == 3
+    assert scene.group.step(GRADIENT).round == 3
+
+
+def test_a_reshard_waits_for_nobody_who_holds_the_shards() -> None:
+    scene = Scene()
+    scene.group.ask({0: Pause("somebody")})
+    with pytest.raises(ClusterError, match="could not be paused between two rounds"):
+        reshard(scene)
+    assert scene.holders() == ["somebody", None]
+
+
+def test_where_a_standby_cannot_take_over_all_go_back() -> None:
+    scene = Scene(replicas=1)
+    scene.group.step(GRADIENT)
+    scene.processes.promotes = False
+    standby = scene.world.standbys[1]
+    scene.world.shards[1].kill()
+    scene.world.look()
+    assert not standby.alive, "it must not step in any more"
+    assert [answer.round for answer in scene.group.describe_all()] == [0, 0]
+    assert scene.world.supervisor.recoveries["rewound"] == 1
+
+
+def test_a_successor_releases_what_its_predecessor_paused() -> None:
+    scene = Scene()
+    scene.group.ask({0: Pause(TOKEN), 1: Pause(TOKEN)})
+    assert scene.holders() == [TOKEN, TOKEN]
+    scene.world.replace_supervisor()
+    scene.world.look()
+    assert scene.holders() == [None, None]
+    assert scene.group.ask({0: Describe()})[0].round == 0
