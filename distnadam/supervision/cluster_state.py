@@ -2,8 +2,8 @@
 
 Knowledge only: it asks shards, remembers what they answer, and does nothing to a process. That a
 process is dead is kept here and nowhere else: `dead` holds those that ended, broke or fell silent,
-`fenced` those of them that can certainly do no harm any more. (A process manager keeps beside that
-whose end it was told while a call is under way.)
+`fenced` those of them that can certainly do no harm any more. (A process manager knows beside that
+whose end was reported while a call is under way.)
 """
 
 import logging

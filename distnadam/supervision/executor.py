@@ -217,7 +217,7 @@ class DecisionExecutor:
                 isinstance(answer, (ShardLost, StepTimeout)) for answer in joins.values()
             )
             if not died:
-                cluster.worker_finished(rank)  # by whoever has taken the rank over
+                cluster.worker_finished(rank)  # by the worker that has taken the rank over
             return False
         adopted = cluster.ask(adoptions(rank, joined)).values()
         if any(isinstance(answer, IllegalMessage) for answer in adopted):

@@ -1,5 +1,5 @@
-"""Changes in the middle of training: the state is cut anew, a worker leaves and joins again; and
-deaths meanwhile.
+"""Changes in the middle of training: a reshard, a worker that leaves and joins again; and deaths
+meanwhile.
 """
 
 import time
@@ -45,7 +45,7 @@ def _reshard_while(scene: Scene, rng: Rng, victim: Callable[[], Process]) -> flo
         try:
             despite_rewinds(lambda: scene.optimizer.reshard(count))
         except ClusterError as error:
-            print(f"  it was not cut anew: {error}", flush=True)
+            print(f"  the reshard failed: {error}", flush=True)
     return moments[0]
 
 

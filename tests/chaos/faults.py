@@ -77,7 +77,7 @@ def worker_halts_and_is_replaced(scene: Scene, rng: Rng) -> float:
     old = scene.crowd.replace(rank)
     scene.await_step(time.monotonic())
     victim.signal(signal.SIGCONT)
-    assert superseded(old, 60.0), f"worker {rank} was replaced, woke up, and was not told so"
+    assert superseded(old, 60.0), f"worker {rank} was replaced, woke up, and was not refused"
     return moment
 
 
@@ -284,9 +284,9 @@ FAULTS = (
     Fault("supervisor killed", _named, supervisor),
     Fault("supervisor and shard killed", _named, supervisor_and_shard),
     Fault("driver killed", _named, driver),
-    Fault("cut anew", _any, changes.reshard),
-    Fault("shard killed while cut anew", _any, changes.shard_during_reshard),
-    Fault("supervisor killed while cut anew", _named, changes.supervisor_during_reshard),
+    Fault("reshard", _any, changes.reshard),
+    Fault("shard killed during a reshard", _any, changes.shard_during_reshard),
+    Fault("supervisor killed during a reshard", _named, changes.supervisor_during_reshard),
     Fault("worker leaves and joins again", _elastic, changes.worker_leaves),
     Fault("shard killed while a worker is away", _elastic, changes.shard_while_a_worker_is_away),
     Fault("node killed", lambda case: case.nodes > 1, node),

@@ -161,11 +161,11 @@ class Scene:
         """Wait until every shard has a standby that follows it."""
         deadline = time.monotonic() + PATIENCE_S
         while self.case.replicas:
-            told = described(self.optimizer)
-            if all(answer.replicated is not None for answer in told):
+            status = described(self.optimizer)
+            if all(answer.replicated is not None for answer in status):
                 return
             if time.monotonic() > deadline:
-                raise AssertionError(f"hung: the standbys are not filled: {told}")
+                raise AssertionError(f"hung: the standbys are not filled: {status}")
             time.sleep(0.02)
 
     def await_step(self, since: float) -> float:
@@ -215,8 +215,8 @@ class Scene:
     def connect_from_a_new_process(self) -> None:
         """Have a new process connect to the optimizer and ask where it stands."""
         assert self.name is not None
-        told, _ = _start_driver(self.name).communicate(timeout=PATIENCE_S)
-        assert told.startswith("round "), told
+        printed, _ = _start_driver(self.name).communicate(timeout=PATIENCE_S)
+        assert printed.startswith("round "), printed
 
     def _diagnosis(self) -> str:
         try:
@@ -249,8 +249,8 @@ def stage(case: Case, directory: Path, name: str, nodes: Nodes | None = None) ->
     if case.named:
         driver = _start_driver(name, str(directory / "checkpoints"), json.dumps(asdict(case)))
         assert driver.stdout is not None
-        told = driver.stdout.readline()
-        assert told.startswith("built"), told
+        printed = driver.stdout.readline()
+        assert printed.startswith("built"), printed
         optimizer = DistNadam.connect(name)
     else:
         optimizer = case.optimizer(directory / "checkpoints", None).build(params())

@@ -77,9 +77,7 @@ def test_a_supervisors_successor_goes_back_to_where_the_last_save_went(tmp_path:
 @pytest.mark.parametrize(
     "case", [Case(2, 1, checkpoints=True), Case(2, 0, named=True, checkpoints=True)], ids=str
 )
-def test_close_after_deaths_of_all_kinds_of_process_leaves_no_process_actor_socket_memory_or_file(
-    case: Case, tmp_path: Path
-) -> None:
+def test_close_after_deaths_of_all_kinds_leaves_nothing_behind(case: Case, tmp_path: Path) -> None:
     gc.collect()
     before, report = leftovers(), Report()
     names = {"worker killed", "shard killed", "standby killed", "saver killed", "supervisor killed"}
@@ -111,7 +109,7 @@ def test_every_kind_of_fault_fits_a_configuration_and_has_a_name_of_its_own() ->
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
 
 
-def test_the_count_of_a_ledger_sees_a_gradient_that_is_lost_and_one_that_is_doubled() -> None:
+def test_the_ledgers_count_sees_lost_and_doubled_gradients() -> None:
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 4, 5]]}, 5) == (0, 0)
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 5, 5]]}, 5) == (1, 0)
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 3, 5]]}, 5) == (0, 1)

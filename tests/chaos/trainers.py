@@ -106,7 +106,7 @@ class Progress:
 
 
 class Trainer:
-    """One rank in a process of its own, training until it is told where to end."""
+    """One rank in a process of its own, training until it is given its last round."""
 
     def __init__(self, optimizer: DistNadam, rank: int, board: str) -> None:
         self._rank, self._board, self._rng = rank, Progress(board), np.random.default_rng()
@@ -184,7 +184,7 @@ class Process:
 
 
 class Crowd:
-    """All trainers of an optimizer; a thread makes those anew whose process died."""
+    """All trainers of an optimizer; a thread replaces those whose process died."""
 
     def __init__(self, optimizer: DistNadam, board: str) -> None:
         self._optimizer, self._board = optimizer, board
@@ -203,7 +203,7 @@ class Crowd:
         self._thread.start()
 
     def replace(self, rank: int) -> Any:
-        """Make a rank's trainer anew and return the run of the one before, which is left alone."""
+        """Replace a rank's trainer; return the run of the one before, which is left alone."""
         with self._lock:
             old = self._runs.get(rank)
             self._away.discard(rank)
@@ -287,12 +287,12 @@ class Crowd:
 
 
 def superseded(run: Any, timeout_s: float) -> bool:
-    """Whether the run of a trainer that was replaced ends by being told so, or with its process."""
+    """Whether the run of a replaced trainer ends by SupersededWorker, or with its process."""
     try:
         ray.get(run, timeout=timeout_s)
     except RayTaskError as error:
         if not isinstance(error.cause, SupersededWorker):
-            print(f"it was told {error.cause!r}")
+            print(f"it got {error.cause!r}")
         return isinstance(error.cause, SupersededWorker)
     except RayActorError:
         return True

@@ -51,7 +51,7 @@ EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost)
 
 def gradient(number: int, rank: int, incarnation: int, params: Any, attempt: int = 0) -> Any:
     if rank == DIRECT:
-        return OUTSIDE  # whoever steps from outside does not know in which round it will be
+        return OUTSIDE  # its caller does not know in which round it will be
     if (7 * number + 3 * rank + incarnation) % 13 == 0:
         return None
     noise = (
@@ -139,9 +139,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
     def given(self, number: int, rank: int, incarnation: int, params: Any) -> Any:
-        """What a worker pushes: another gradient each time that it was told that one did not
-        count.
-        """
+        """Return what a worker pushes: another gradient after each push that did not count."""
         return gradient(number, rank, incarnation, params, self.attempts[number, rank, incarnation])
 
     # What workers do

@@ -1,6 +1,4 @@
-"""The seam of the package to a `World` of the tests: nobody waits, whoever would has the shards
-work instead.
-"""
+"""The backend of a simulated `World`: a caller that waits has the shards work instead."""
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence

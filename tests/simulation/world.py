@@ -1,8 +1,9 @@
-"""A cluster in this thread for tests: processes that die when told, a supervisor driven by hand, a
-transport that loses and delays.
+"""A simulated cluster in one thread: processes that die on command, a supervisor driven by hand, a
+transport that loses and delays messages.
 
-Everything but the processes and the transport between them is the real thing. Whoever waits has the
-shards do the work that is due; nothing sleeps, and what cannot be had at once is a TimeoutError.
+Everything but the processes and the transport between them is the real thing. A caller that waits
+has the shards do the work that is due; nothing sleeps, and what is not there at once is a
+TimeoutError.
 """
 
 from collections import deque
@@ -38,8 +39,10 @@ LIVELOCK = 300
 
 
 class Process:
-    """A shard or a standby; `works` is what it is yet to compute, `crash` where it dies on its way:
-    "before" or "after" a record.
+    """A shard or a standby.
+
+    `works` is what it is yet to compute; `crash` is when it dies by itself, "before" or "after" it
+    sends a round to its standby.
     """
 
     def __init__(self, world: "World", spec: ShardSpec, *, standby: bool) -> None:
@@ -252,9 +255,8 @@ class World:
 
     `faults` are taken one by one by the messages of workers: "" delivers, "lose" loses the message,
     "lose answer" its answer, "repeat" delivers it twice, "delay" keeps it for `deliver_one`, with
-    its own copy of the gradients. "lose" also befalls what shards are told of a rank that nobody
-    takes over. With `objects` every message has its own copy; otherwise shards read what lies in
-    the memory.
+    its own copy of the gradients. "lose" also befalls the supervisor's AbandonRank. With `objects`
+    every message has its own copy; otherwise shards read what lies in the memory.
     """
 
     def __init__(self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False) -> None:
@@ -305,7 +307,7 @@ class World:
         return sum(process.work() for process in self.shards) > 0
 
     def rested(self) -> None:
-        """Count anew how long somebody waits."""
+        """Start to count again how long a caller waits."""
         self._posts = 0
 
     def next_fault(self) -> str:

@@ -53,7 +53,7 @@ def watching() -> tuple[Supervisor, Failing]:
     return supervisor, processes
 
 
-def test_an_event_that_cannot_be_handled_fails_clients_by_name_and_the_thread_goes_on() -> None:
+def test_an_event_that_cannot_be_handled_fails_clients_and_the_thread_goes_on() -> None:
     supervisor, processes = watching()
     version = supervisor.newest_map.version
     processes.watches = True

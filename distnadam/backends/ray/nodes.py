@@ -13,43 +13,33 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
-from distnadam.errors import (
-    InsufficientResources,
-    ShardLost,
-    VersionMismatch,
-)
+from distnadam.errors import InsufficientResources, ShardLost, VersionMismatch
 from distnadam.versions import CORE_PACKAGES, installed_version
 
 log = logging.getLogger("distnadam")
 
-
 NAMESPACE = "distnadam"
-
-
+"""Ray's namespace of every named actor and record of ours."""
 _MISSING = re.compile(r"No module named \\?'([\w.]+)")
-
-
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
-
-
 _START_S = 120.0
-
-
 _REPORT_EVERY_S = 5.0
 
 
 def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]:
-    """Return every actor's facts; say every few seconds who is awaited; raise where they do not all
-    start in time.
+    """Wait for actors to start, logging how many are missing; return their facts.
+
+    Raises:
+        InsufficientResources: not all started in time.
+        VersionMismatch: a node lacks a package.
+        ShardLost: an actor died.
     """
     timeout_s = (
         _START_S if options.start_timeout_s is None else max(options.start_timeout_s, _START_S)
     )
     deadline = time.monotonic() + timeout_s
-    waiting, facts = (
-        {index: actor.about.remote() for index, actor in enumerate(actors)},
-        dict[int, dict[str, str]](),
-    )
+    waiting = {index: actor.about.remote() for index, actor in enumerate(actors)}
+    facts: dict[int, dict[str, str]] = {}
     while waiting:
         ready = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=_REPORT_EVERY_S)[
             0
@@ -75,7 +65,7 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
 
 
 def node_facts() -> dict[str, str]:
-    """Return this process's node and the versions of what the shards' bits or files depend on."""
+    """Return this process's node, and the versions that the shards' bits or files depend on."""
     node = f"{ray.util.get_node_ip_address()} (id {ray.get_runtime_context().get_node_id()[:12]})"
     facts = {
         "node": node,
@@ -90,14 +80,16 @@ def node_facts() -> dict[str, str]:
 
 def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str]) -> None:
     """Raise VersionMismatch naming each node and package that differs from the driver's."""
-    told = {
+    differences = {
         f"node {facts['node']} has {package} {facts[package]}, the driver has {driver[package]}"
         for facts in shards
         for package in ("python", *CORE_PACKAGES)
         if facts[package] != driver[package]
     }
-    if told:
-        raise VersionMismatch(f"{'; '.join(sorted(told))}: install the same versions on every node")
+    if differences:
+        raise VersionMismatch(
+            f"{'; '.join(sorted(differences))}: install the same versions on every node"
+        )
 
 
 def _started(ref: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The supervisor as it lives in a Ray actor."""
+"""The supervisor in a Ray actor: starts the shards' actors, and passes calls on."""
 
 import asyncio
 import threading
@@ -71,15 +71,14 @@ class SupervisorActor:
             self._succeed(found)
 
     async def start(self) -> list[Any]:
-        """Make the shards' actors, which may not have started yet, and return them; asked again,
-        return the same.
-        """
+        """Return the shards' new actors, which may not have started yet; idempotent."""
         self._made = self._made or [self._processes.make(spec) for spec in self._specs]
         return self._made
 
     async def open(self) -> ShardMap:
-        """Have the first shard of each node make the node's parameter memory, then the others join
-        it; asked again, say where they are.
+        """Have the shards get their memory and serve; return where they are. Idempotent.
+
+        The first shard of each node makes the node's parameter memory, then the others join it.
         """
         async with self._opening:
             if not self._opened:
@@ -111,8 +110,11 @@ class SupervisorActor:
         )
 
     async def begin(self, directory: str | None, *initial: Any) -> None:
-        """Start the watch; `initial` are the first parameters by space, in the order of their
-        names.
+        """Start the watch.
+
+        Args:
+            directory: where the checkpoint is that the shards were restored from.
+            initial: the first parameters, one array per space in the order of their names.
         """
         spaces = sorted(self._specs[0].layout.sizes)
         flat = dict(zip(spaces, initial, strict=True)) if initial else None
@@ -187,7 +189,7 @@ class SupervisorActor:
         self._supervisor.notify(ProcessDied(process=process))
 
     def _succeed(self, found: RecoveredTopology) -> None:
-        """Take over what was found; what is missing counts as dead."""
+        """Supervise what was found; a missing shard counts as dead."""
         everyone = {
             i: found.shards.get(i) or ShardProcess(i, None, ProcessAddress(""))
             for i in range(len(found.specs))

@@ -77,7 +77,7 @@ def wait_until_another_supervises(optimizer: DistNadam, before: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [0, 1])
-def test_a_stopped_shard_whose_supervisor_dies_too_is_ended_by_the_successor_and_never_wakes_up(
+def test_a_successor_ends_a_stopped_shard_which_never_wakes_up(
     replicas: int, tmp_path: Path
 ) -> None:
     optimizer = build(f"stopped{replicas}", tmp_path, replicas=replicas)
@@ -144,7 +144,7 @@ def test_an_optimizer_is_ended_by_name_even_if_only_its_shards_are_left() -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hurt", [signal.SIGSTOP, signal.SIGKILL])
-def test_close_leaves_no_process_whatever_befell_the_supervisor_and_a_shard(
+def test_close_leaves_no_process_if_the_supervisor_and_a_shard_are_hurt(
     hurt: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("distnadam.backends.ray.names._CLOSE_S", 1.0)
@@ -175,7 +175,7 @@ class Sleeper:
         return os.getpid()
 
 
-def test_members_of_a_team_that_are_stopped_end_where_they_are_replaced_and_with_the_team() -> None:
+def test_stopped_members_of_a_team_end_if_replaced_and_with_the_team() -> None:
     with DistNadam(num_workers=2, backend="ray").build(START) as optimizer:
         team = optimizer.team(Sleeper)
         for rank in range(2):

@@ -47,8 +47,8 @@ class Asked:
             lambda: self.renewed.put("refused"),
         )
 
-    def _ask(self, told: Any) -> bool | None:
-        self.questions.put(told)
+    def _ask(self, report: Any) -> bool | None:
+        self.questions.put(report)
         return self._answers.get()
 
     def answer(self, answer: bool | None) -> None:

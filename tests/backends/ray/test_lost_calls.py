@@ -58,7 +58,7 @@ def live(address: str, replicas: str, name: str, root: str) -> None:
 
 
 @pytest.mark.parametrize(("replicas", "name"), [(0, ""), (1, "lost-calls")])
-def test_calls_that_are_lost_on_any_way_change_no_bit_and_leave_nothing_undone(
+def test_calls_lost_on_any_way_change_no_bit_and_leave_nothing_undone(
     replicas: int, name: str, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tests.backends.ray.test_lost_calls"]

@@ -68,7 +68,7 @@ def recorded(optimizer: DistNadam) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     "transport", ["auto", "objects"]
 )  # objects have no line whose end would tell of a death
-def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replays_to_the_same_bits(
+def test_a_worker_that_leaves_and_comes_back_replays_to_the_same_bits(
     transport: Any,
 ) -> None:
     options = Options(min_workers=1, rejoin_timeout_s=0.5, transport=transport)
@@ -91,7 +91,7 @@ def test_a_worker_that_stays_away_leaves_and_may_come_back_and_the_record_replay
 
 
 @pytest.mark.parametrize("transport", ["auto", "objects"])
-def test_without_leave_to_go_on_those_who_wait_are_told_who_is_lost(transport: Any) -> None:
+def test_waiting_ranks_learn_who_is_lost_where_all_are_needed(transport: Any) -> None:
     options = Options(rejoin_timeout_s=0.2, transport=transport)
     with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
         START
@@ -113,7 +113,7 @@ def test_without_leave_to_go_on_those_who_wait_are_told_who_is_lost(transport: A
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_calls_of_ray_that_fail_before_or_after_they_ran_change_no_bit() -> None:
+def test_calls_that_fail_before_or_after_they_ran_change_no_bit() -> None:
     """Ray itself lets a third of each trainer's calls fail, half of those before they ran and half
     after, until ten have failed.
     """

@@ -1,6 +1,4 @@
-"""A step from outside that has reached some shards only, because a call was lost, or because
-whoever gave it is gone.
-"""
+"""A step from outside that reached some shards only, since a call was lost or its caller died."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
