@@ -152,7 +152,7 @@ class ShardHost:
         if is_closed:
             reply(_closed(self._spec.index))
         else:
-            handler = _HANDLERS.get(type(message), ShardHost._receive)
+            handler = HANDLERS.get(type(message), ShardHost._receive)
             handler(self, message, reply, run_work or self._run_work)
 
     def resume(self) -> None:
@@ -306,7 +306,7 @@ class ShardHost:
         )
 
 
-_HANDLERS: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
+HANDLERS: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
     **dict.fromkeys(MESSAGES, ShardHost._receive),
     Write: ShardHost._receive_after_copy,
     Retire: ShardHost._receive_after_copy,

@@ -4,12 +4,14 @@ nothing, and what a broken shard says.
 
 import dataclasses
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 import distnadam.protocol.messages as msg
+import distnadam.protocol.supervisor_messages as orders
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import (
     CheckpointError,
@@ -20,11 +22,10 @@ from distnadam.errors import (
     StaleEpoch,
 )
 from distnadam.nadam.step_scalars import Clock
-from distnadam.protocol import supervisor_messages
 from distnadam.protocol.messages import ShardSpec
 from distnadam.shard.effects import Answer, Compute, Work
 from distnadam.shard.machine import Shard
-from distnadam.shard.phases import LEGAL, Phase
+from distnadam.shard.phases import LEGAL, NEXT, Phase
 from distnadam.shard.state import ShardState
 from distnadam.tensors.layout import Layout
 
@@ -65,7 +66,7 @@ def shard_in(phase: Phase) -> Shard:
     if phase in (Phase.COLLECTING, Phase.LOADING, Phase.EMPTY):
         shard.receive(msg.Pause("me"), "hold")
         if phase is not Phase.COLLECTING:
-            shard.receive(supervisor_messages.Load(epoch=7, directory="directory"), "load")
+            shard.receive(orders.Load(epoch=7, directory="directory"), "load")
         if phase is Phase.EMPTY:
             shard.computed(Work.LOAD_OR_COPY, CheckpointError("file: a bit is wrong"))
         return shard
@@ -106,11 +107,11 @@ EXAMPLES: list[Any] = [
     msg.CompletePush(
         0, msg.PushNote(incarnation=1, round=1, dtypes={"float32": "float32"}), GRADIENTS
     ),
-    supervisor_messages.Reconfigure(epoch=9, schedule=((1, (0, 1)),)),
-    supervisor_messages.Load(epoch=9, params=GRADIENTS),
-    supervisor_messages.AttachStandby(None),
-    supervisor_messages.AbandonRank(0, 1),
-    supervisor_messages.Retire(9),
+    orders.Reconfigure(epoch=9, schedule=((1, (0, 1)),)),
+    orders.Load(epoch=9, params=GRADIENTS),
+    orders.AttachStandby(None),
+    orders.AbandonRank(0, 1),
+    orders.Retire(9),
     msg.Pause("you"),
     msg.CatchUp("me", 1),
     msg.Resume("you"),
@@ -142,6 +143,80 @@ def test_a_message_is_taken_where_the_table_says_so_and_otherwise_changes_nothin
     )
     assert out_of_phase == (type(message) not in LEGAL[phase])
     assert refusal is None or fingerprint(shard) == before
+
+
+CHANGES: list[tuple[Phase, Phase]] = [(one, other) for one in Phase for other in NEXT[one]]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES, ids=lambda phase: phase.name)
+def test_every_change_of_phase_in_the_table_can_happen(before: Phase, after: Phase) -> None:
+    shard = shard_in(before)
+    loaded = dataclasses.replace(shard.progress.control_state(), epoch=7)
+    norms = msg.TotalNorms(epoch=0, rank=0, incarnation=1, round=1, square_sums=np.array([3.0]))
+    ways: dict[tuple[Phase, Phase], Callable[[], Any]] = {
+        (Phase.COLLECTING, Phase.COLLECTING): lambda: shard.receive(
+            msg.Write(token="me", state={}), ""
+        ),
+        (Phase.COLLECTING, Phase.MEASURING): lambda: push_of_both(shard),
+        (Phase.COLLECTING, Phase.STEPPING): lambda: push_of_both(new_shard_instead()),
+        (Phase.COLLECTING, Phase.LOADING): lambda: shard.receive(orders.Load(epoch=7), ""),
+        (Phase.MEASURING, Phase.AWAITING_NORMS): lambda: shard.computed(Work.MEASURE, MEASURED),
+        (Phase.AWAITING_NORMS, Phase.COLLECTING): lambda: shard.receive(
+            msg.Write(token="me", state={}), ""
+        ),
+        (Phase.AWAITING_NORMS, Phase.STEPPING): lambda: [
+            shard.receive(msg.Resume("me"), ""),
+            shard.receive(norms, ""),
+        ],
+        (Phase.AWAITING_NORMS, Phase.LOADING): lambda: shard.receive(orders.Load(epoch=7), ""),
+        (Phase.STEPPING, Phase.COLLECTING): lambda: shard.refused(DistNadamError("no rate")),
+        (Phase.LOADING, Phase.COLLECTING): lambda: shard.computed(Work.LOAD_OR_COPY, loaded),
+        (Phase.LOADING, Phase.EMPTY): lambda: shard.computed(
+            Work.LOAD_OR_COPY, CheckpointError("a bit is wrong")
+        ),
+        (Phase.EMPTY, Phase.LOADING): lambda: shard.receive(orders.Load(epoch=8), ""),
+    }
+
+    def new_shard_instead() -> Shard:
+        nonlocal shard
+        shard = new_shard()
+        for rank in (0, 1):
+            shard.receive(msg.Join(rank=rank), "")
+        return shard
+
+    if after is Phase.BROKEN:
+        shard.receive(orders.Retire(9), "")
+    else:
+        ways[before, after]()
+    assert shard.phase is after
+
+
+def push_of_both(shard: Shard) -> None:
+    """Push for both ranks, with nobody holding the shard."""
+    shard.receive(msg.Resume("me"), "")
+    for rank in (0, 1):
+        shard.receive(push(rank), "")
+
+
+@pytest.mark.parametrize(
+    ("phase", "work", "result"),
+    [
+        (Phase.MEASURING, Work.MEASURE, MEASURED),
+        (Phase.STEPPING, Work.STEP, (Clock(1, 0.9), 0.002)),
+        (Phase.LOADING, Work.LOAD_OR_COPY, CheckpointError("a bit is wrong")),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_work_that_ends_after_the_shard_was_retired_changes_nothing(
+    phase: Phase, work: Work, result: Any
+) -> None:
+    shard = shard_in(phase)
+    shard.receive(orders.Retire(9), "retire")
+    before = fingerprint(shard)
+    assert shard.computed(work, result) == []
+    assert shard.broke(MemoryError("no room")) == []
+    assert shard.refused(DistNadamError("no rate")) == []
+    assert shard.describe().retired and fingerprint(shard) == before
 
 
 def test_every_message_has_an_example() -> None:
@@ -293,12 +368,10 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
 
 def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come() -> None:
     shard = shard_in(Phase.AWAITING_NORMS)
-    assert shard.receive(supervisor_messages.AttachStandby("standby"), "attach") == []
-    effects = shard.receive(supervisor_messages.Load(epoch=9, params=GRADIENTS), "load")
-    assert effects[-1] == Compute(Work.LOAD_OR_COPY) and isinstance(
-        shard.loads.first, supervisor_messages.Load
-    )
-    loaded = supervisor_messages.ShardControlState(
+    assert shard.receive(orders.AttachStandby("standby"), "attach") == []
+    effects = shard.receive(orders.Load(epoch=9, params=GRADIENTS), "load")
+    assert effects[-1] == Compute(Work.LOAD_OR_COPY) and isinstance(shard.loads.first, orders.Load)
+    loaded = orders.ShardControlState(
         epoch=9,
         round=4,
         skipped=0,
@@ -313,16 +386,16 @@ def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come(
     assert (
         Answer("load", 4) in after
         and after[-1] == Compute(Work.LOAD_OR_COPY)
-        and isinstance(shard.loads.first, supervisor_messages.AttachStandby)
+        and isinstance(shard.loads.first, orders.AttachStandby)
     )
 
 
 def test_a_load_of_an_epoch_that_has_passed_is_refused() -> None:
     shard = shard_in(Phase.STEPPING)
-    shard.receive(supervisor_messages.Load(epoch=9, params=GRADIENTS), "first")
-    shard.receive(supervisor_messages.Load(epoch=8, params=GRADIENTS), "second")
+    shard.receive(orders.Load(epoch=9, params=GRADIENTS), "first")
+    shard.receive(orders.Load(epoch=8, params=GRADIENTS), "second")
     shard.computed(Work.STEP, (Clock(1, 0.9), 0.002))
-    loaded = supervisor_messages.ShardControlState(
+    loaded = orders.ShardControlState(
         epoch=9,
         round=0,
         skipped=0,
@@ -348,9 +421,9 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
         new_shard().progress.control_state(),
         CheckpointError("file: a bit is wrong"),
     )
-    shard.receive(supervisor_messages.Load(epoch=9, directory="directory"), "first")
+    shard.receive(orders.Load(epoch=9, directory="directory"), "first")
     effects = (
-        shard.receive(supervisor_messages.Load(epoch=9, directory="directory"), "again")
+        shard.receive(orders.Load(epoch=9, directory="directory"), "again")
         if answered == "while it loads"
         else []
     )
@@ -359,7 +432,7 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
         refused if "failed" in answered else dataclasses.replace(control_state, round=4),
     )
     effects += (
-        shard.receive(supervisor_messages.Load(epoch=9, directory="directory"), "again")
+        shard.receive(orders.Load(epoch=9, directory="directory"), "again")
         if answered != "while it loads"
         else []
     )
@@ -372,11 +445,11 @@ def test_a_load_that_is_asked_for_again_is_carried_out_once_and_answered_as_it_e
 
 def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
     shard = shard_in(Phase.COLLECTING)
-    reconfigure = supervisor_messages.Reconfigure(epoch=3, schedule=((1, (0,)),))
+    reconfigure = orders.Reconfigure(epoch=3, schedule=((1, (0,)),))
     assert len(shard.receive(reconfigure, "one")) == 2
     before = fingerprint(shard)
     assert shard.receive(reconfigure, "again") == [Answer("again", 3)]
-    assert shard.receive(
-        supervisor_messages.Reconfigure(epoch=2, schedule=((1, (1,)),)), "older"
-    ) == [Answer("older", 3)]
+    assert shard.receive(orders.Reconfigure(epoch=2, schedule=((1, (1,)),)), "older") == [
+        Answer("older", 3)
+    ]
     assert fingerprint(shard) == before

@@ -1,0 +1,144 @@
+"""One round: which pushes count when workers are replaced, and what its callers get."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam.errors import IllegalMessage, LatePush, SupersededWorker
+from distnadam.protocol.messages import PartialNorms, Push
+from distnadam.shard.effects import Answer, Effect
+from distnadam.shard.ledger import DIRECT
+from distnadam.shard.round import Round, Waiter, note_of
+from distnadam.tensors.layout import Layout
+
+NORMS = PartialNorms(1, ((0, np.array([3.0])),))
+
+
+def push(rank: int, incarnation: int = 1, rejection: str | None = None) -> Push:
+    gradients = None if rejection else {"float32": np.full(2, rank, np.float32)}
+    return Push(
+        epoch=0,
+        rank=rank,
+        incarnation=incarnation,
+        round=1,
+        gradients=gradients,
+        rejection=rejection,
+    )
+
+
+def waiter(rank: int, incarnation: int = 1) -> Waiter:
+    return Waiter(f"{rank}.{incarnation}", rank, incarnation)
+
+
+def round_of(*ranks: int) -> Round:
+    """A round with these ranks' pushes, which come in this order."""
+    made = Round(0)
+    for rank in ranks:
+        assert made.add(push(rank), waiter(rank)) == []
+    return made
+
+
+def errors(effects: list[Effect]) -> dict[Any, type]:
+    return {effect.caller: type(effect.reply) for effect in effects if isinstance(effect, Answer)}
+
+
+def test_gradients_and_rejections_are_in_the_order_of_ranks() -> None:
+    made = round_of(2, 0)
+    assert [flat["float32"][0] for flat in made.gradients] == [0, 2]
+    assert made.rejection is None
+    made.add(push(3, rejection="three"), waiter(3))
+    made.add(push(1, rejection="one"), waiter(1))
+    assert made.rejection == "one; three" and len(made.gradients) == 2
+
+
+def test_it_is_complete_with_every_member_or_with_a_step_from_outside() -> None:
+    made = round_of(0, 2)
+    assert made.has_all((0, 2)) and made.has_all((0,)) and not made.has_all((0, 1, 2))
+    assert round_of(DIRECT).has_all((0, 1, 2))
+
+
+def test_a_newer_workers_push_replaces_an_older_ones_whose_callers_are_refused() -> None:
+    made = round_of(0, 1)
+    assert errors(made.add(push(0, 2), waiter(0, 2))) == {"0.1": SupersededWorker}
+    assert made.pushes[0].incarnation == 2
+    assert [w.caller for w in made.waiting] == ["1.1", "0.2"]
+
+
+def test_a_repeated_push_adds_only_its_caller() -> None:
+    made = round_of(0)
+    first = made.pushes[0]
+    assert made.add(push(0), Waiter("again", 0, 1)) == []
+    assert made.pushes[0] is first and [w.caller for w in made.waiting] == ["0.1", "again"]
+
+
+def test_a_superseded_push_counts_again_only_if_it_is_completed() -> None:
+    made = round_of(0, 1)
+    made.supersede(0, 2)
+    assert not made.has_all((0, 1)) and made.committed(0) is None
+    assert made.complete(push(0)) == []
+    assert made.has_all((0, 1)) and made.committed(0) == note_of(push(0))
+    made.supersede(0, 3)
+    made.add(push(0, 3), waiter(0, 3))
+    assert made.pushes[0].incarnation == 1, "a completed push counts whoever joins"
+
+
+def test_a_completed_push_that_is_not_here_needs_its_gradients() -> None:
+    made = Round(0)
+    note = Push(epoch=0, rank=0, incarnation=1, round=1, gradients=None)
+    with pytest.raises(IllegalMessage, match="the gradients of worker 1 for round 1 are not"):
+        made.complete(note)
+    assert made == Round(0)
+    made.complete(push(0))
+    assert made.pushes.keys() == {0}
+
+
+def test_a_closed_round_keeps_its_pushes_and_answers_with_norms() -> None:
+    made = round_of(0, 1)
+    made.is_closed = True
+    made.supersede(0, 2)
+    made.keep_members((1,))
+    assert made.pushes.keys() == {0, 1} and made.committed(0) == note_of(push(0))
+    assert made.add(push(0, 2), waiter(0, 2)) == []
+    assert [a.caller for a in made.measured(NORMS)] == ["0.1", "1.1", "0.2"]  # type: ignore[union-attr]
+    assert made.add(push(0, 2), Waiter("late", 0, 2)) == [Answer("late", NORMS)]
+    assert made.pushes[0].incarnation == 1
+
+
+def test_norms_are_taken_only_once_they_are_measured_and_from_a_rank_that_pushed() -> None:
+    made = round_of(0)
+    for _ in range(2):
+        with pytest.raises(IllegalMessage, match="norms came, but its round awaits none"):
+            made.add_norms(np.ones(1), waiter(1))
+        made.measured(NORMS)
+    made.add_norms(np.ones(1), waiter(0))
+    assert made.square_sums is not None and [w.caller for w in made.waiting] == ["0.1"]
+
+
+def test_a_norm_that_overflows_names_its_tensor() -> None:
+    layout = Layout.of({"a": np.ones(1, np.float32), "b": np.ones(1, np.float32)})
+    made = Round(0, square_sums=np.array([1.0, np.inf]))
+    assert made.overflow(layout) == "the norm of the mean gradient of 'b' overflows"
+    made.square_sums = np.ones(2)
+    assert made.overflow(layout) is None
+
+
+def test_it_is_orphaned_when_every_worker_that_pushed_was_replaced() -> None:
+    made = round_of(0, 1)
+    newest = [{0: 1, 1: 1}, {0: 2, 1: 1}, {0: 2, 1: 2}]
+    assert [made.is_orphaned(known) for known in newest] == [False, False, True]
+
+
+def test_a_caller_whose_rank_counted_with_another_push_is_late() -> None:
+    made = round_of(0)
+    assert made.late_push(waiter(0), 1) is None
+    late = [made.late_push(waiter(0, 2), 1), made.late_push(waiter(1), 1)]
+    assert all(isinstance(error, LatePush) for error in late)
+    assert "round 1 was completed with the push of worker 1" in str(late[0])
+    assert "round 1 was completed without this rank" in str(late[1])
+
+
+def test_pushes_of_ranks_that_are_no_longer_members_are_forgotten() -> None:
+    made = round_of(0, 1, 2)
+    made.keep_members((0, 2))
+    assert made.pushes.keys() == {0, 2}
