@@ -1,6 +1,7 @@
 """Decisions that cannot be executed as they were meant leave shards that go on, or go back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ class Failing(WorldProcesses):
     starts = 1000
     moves = True
     promotes = True
+    described = 0
+
+    @override
+    def ask(
+        self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
+    ) -> dict[int, Any]:
+        self.described += any(isinstance(message, Describe) for message in messages.values())
+        return super().ask(targets, messages, timeout_s)
 
     @override
     def start(
@@ -114,6 +123,18 @@ def test_a_reshard_waits_for_nobody_who_holds_the_shards() -> None:
     with pytest.raises(ClusterError, match="could not be paused between two rounds"):
         reshard(scene)
     assert scene.holders() == ["somebody", None]
+
+
+def test_a_standby_takes_over_in_the_pass_that_sees_the_death() -> None:
+    scene = Scene(replicas=1)
+    scene.group.step(GRADIENT)
+    scene.world.shards[1].kill()
+    scene.processes.described = 0
+    scene.world.supervisor.run_once()
+    assert scene.world.supervisor.recoveries["promoted"] == 1
+    # before and after the fence, after the promotion, and after a standby was started
+    assert scene.processes.described <= 4
+    assert [answer.round for answer in scene.group.describe_all()] == [1, 1]
 
 
 def test_where_a_standby_cannot_take_over_all_go_back() -> None:
