@@ -1,8 +1,7 @@
-"""Workers are Ray actors, which keep what they need from one call to the next: `RAY_ADDRESS=<the
-head's address>:6379 python3 actors.py`.
+"""Workers as Ray actors: `RAY_ADDRESS=<the head's address>:6379 python3 actors.py`.
 
-Where one dies, a new actor takes its rank over; those who wait for it go on as soon as it has
-pushed.
+An actor keeps its data from one call to the next. If it dies, a new one takes its rank over, and
+the waiting ranks continue as soon as that one has pushed.
 """
 
 from typing import Any
@@ -26,20 +25,19 @@ class Trainer:
         self._data = np.random.default_rng(rank).standard_normal((ROUNDS, 5000), dtype=np.float32)
 
     def train(self, rounds: int) -> float:
-        """Train until so many rounds are decided, and return a parameter."""
+        """Train until `rounds` rounds are decided, and return a parameter."""
         params: Any = self._worker.pull()
         while (step := self._worker.round) < rounds:
             try:
                 params = self._worker.step({"w": params["w"] - self._data[step]})
             except Rewound:
-                params = (
-                    self._worker.pull()
-                )  # a shard died, and all went back to the last checkpoint
+                # a shard died, and all shards went back to the last checkpoint
+                params = self._worker.pull()
         return float(params["w"][0])
 
 
 def main() -> None:
-    """Run the command."""
+    """Train with all ranks, replacing those that die."""
     with DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, backend="ray").build(
         {"w": np.ones(5000, np.float32)}
     ) as optimizer:

@@ -1,11 +1,14 @@
-"""A training job, given to Ray on the head: `ray job submit --working-dir . -- python3 job.py
-<checkpoints>`.
+"""A training job for `ray job submit`, on the head:
 
-Only the head itself reaches its dashboard, which takes jobs. From elsewhere bring that here first,
-by `ssh -L 8265:127.0.0.1:8265 <head>`, or `kubectl port-forward --namespace distnadam
-svc/distnadam-head-svc 8265`; then, with the cluster's token, submit with `--address
-http://127.0.0.1:8265`. `<checkpoints>` is a directory that every host shares, or a URL such as
-s3://bucket/run. Submitted again, it goes on from the newest.
+    ray job submit --working-dir . -- python3 job.py <checkpoints>
+
+`<checkpoints>` is a directory that every host shares, or a URL such as s3://bucket/run. Submitted
+again, the job continues from the newest checkpoint.
+
+Jobs are submitted to the dashboard, which only the head itself reaches. From elsewhere, forward its
+port first, by `ssh -L 8265:127.0.0.1:8265 <head>` or `kubectl port-forward --namespace distnadam
+svc/distnadam-head-svc 8265`, and submit with the cluster's token and `--address
+http://127.0.0.1:8265`.
 """
 
 import sys
@@ -17,13 +20,13 @@ import numpy as np
 from distnadam import DistNadam, fit
 
 
-class Connection:
-    """Fit y = 3x + 1."""
+class Line:
+    """Fit the line y = 3x + 1."""
 
     name = "line"
 
     def init(self, seed: int) -> Any:
-        """Return the first parameters."""
+        """Return the initial parameters."""
         self.seed = seed
         return {"slope": np.float32(0), "offset": np.float32(0)}
 
@@ -46,14 +49,14 @@ class Connection:
         }
 
     def evaluate(self, params: Any) -> Mapping[str, float]:
-        """Return what was found."""
+        """Return the fitted slope and offset."""
         return {"slope": float(params["slope"]), "offset": float(params["offset"])}
 
 
 def main(checkpoints: str) -> None:
-    """Run the command."""
+    """Train, and print the line."""
     history = fit(
-        Connection(),
+        Line(),
         steps=300,
         optimizer=DistNadam(lr=0.1),
         backend="ray",

@@ -1,8 +1,12 @@
-"""Workers are plain processes, which Ray did not start: all they know is an address and a name.
+"""Workers as plain processes, which Ray did not start and which know only an address and a name.
 
-On any host of the cluster, with its token, first `RAY_ADDRESS=<the head's address>:6379 python3
-plain.py build shared`, which leaves the optimizer running, then for each rank, wherever it is to
-run, `RAY_ADDRESS=... python3 plain.py train shared <rank>`.
+Run on hosts of the cluster, with its token and RAY_ADDRESS=<the head's address>:6379, first
+
+    python3 plain.py build shared
+
+which leaves the optimizer running, and then for each rank, on any host,
+
+    python3 plain.py train shared <rank>
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Workers are Ray tasks: `RAY_ADDRESS=<the head's address>:6379 python3 tasks.py`.
+"""Workers as Ray tasks: `RAY_ADDRESS=<the head's address>:6379 python3 tasks.py`.
 
-A task whose process or host dies is run again by Ray; the new one takes the rank over, and goes on
-at the round that training is at.
+Ray runs a task again if its process or host dies; the new one takes the rank over and continues at
+the present round.
 """
 
 from typing import Any
@@ -22,16 +22,15 @@ def train(optimizer: DistNadam, rank: int) -> float:
         params: Any = worker.pull()
         while worker.round < ROUNDS:
             try:
-                params = worker.step(
-                    {"w": params["w"] - rank}
-                )  # of the loss at `params`, on this rank's batch of this round
+                # gradients of the loss at `params`, on this rank's batch of this round
+                params = worker.step({"w": params["w"] - rank})
             except Rewound:
                 params = worker.pull()  # a shard died, and all went back to the last checkpoint
         return float(params["w"][0])
 
 
 def main() -> None:
-    """Run the command."""
+    """Train with all ranks, and print the end."""
     with DistNadam(lr=0.1, num_shards=2, num_workers=WORKERS, backend="ray").build(
         {"w": np.ones(5000, np.float32)}
     ) as optimizer:

@@ -1,8 +1,9 @@
-"""Workers are Ray Train's: `RAY_ADDRESS=<the head's address>:6379 python3 train_function.py
-<results>`; needs `pip install "ray[train]"`.
+"""Workers of Ray Train, which starts a function per rank; each finds the optimizer by its name.
 
-Ray Train starts the functions and gives them their ranks; each finds the optimizer by its name.
-`<results>` is where Ray Train keeps records of its own: a directory that every host shares.
+    pip install "ray[train]"
+    RAY_ADDRESS=<the head's address>:6379 python3 train_function.py <results>
+
+`<results>` is a directory that every host shares, for Ray Train's own records.
 """
 
 import sys
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 import ray
 import ray.train
-from ray.train.v2.api.data_parallel_trainer import (
-    DataParallelTrainer,
-)  # or ray.train.torch.TorchTrainer, which is one
+
+# or ray.train.torch.TorchTrainer, which is one
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from distnadam import DistNadam
 from distnadam.errors import Rewound
@@ -22,7 +23,7 @@ WORKERS, ROUNDS = 2, 50
 
 
 def train(config: dict[str, Any]) -> None:
-    """Train as one rank of Ray Train's."""
+    """Train as one rank of Ray Train."""
     rank = ray.train.get_context().get_world_rank()
     with DistNadam.connect(config["name"]) as optimizer, optimizer.worker(rank) as worker:
         params: Any = worker.pull()
@@ -34,7 +35,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def main(results: str) -> None:
-    """Run the command."""
+    """Build the optimizer, and have Ray Train train it."""
     with DistNadam(lr=0.1, num_workers=WORKERS, num_shards=2, name="trained", backend="ray").build(
         {"w": np.ones(5000, np.float32)}
     ) as optimizer:

@@ -37,7 +37,7 @@ def watched(ray_cluster: None) -> Iterator[DistNadam]:
         yield optimizer
 
 
-def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(
+def test_status_shows_steps_shards_workers_standbys_and_the_last_checkpoint(
     watched: DistNadam, tmp_path: Path
 ) -> None:
     watched.apply_gradients(GRADIENTS)
@@ -54,7 +54,7 @@ def test_status_tells_steps_shards_workers_standbys_and_the_last_checkpoint(
     with watched.worker(0) as worker:
         worker.push(GRADIENTS)
         while (seen := run_json("status", "operated"))["shards"][1]["lag"] is None:
-            pass  # until the standbys are filled; the test's own time limit bounds it
+            pass  # until the standbys are filled; the test's own timeout bounds it
     assert [(s["index"], s["state"], s["round"], s["lag"]) for s in seen["shards"]] == [
         (0, "collecting pushes", 1, 0),
         (1, "collecting pushes", 1, 0),
@@ -125,9 +125,8 @@ def test_reshard_moves_a_running_optimizer_to_more_shards(running: DistNadam) ->
 def test_stop_ends_it_for_all_who_use_it(running: DistNadam) -> None:
     with running.worker(0) as worker:
         worker.step(GRADIENTS)
-        assert call("stop", "operated").stdout.endswith(
-            "operated: ended\n"
-        )  # Ray tells whose optimizer it was of the deaths, here
+        # in this process, which built the optimizer, Ray prints the deaths first
+        assert call("stop", "operated").stdout.endswith("operated: ended\n")
         with pytest.raises(
             LifecycleError, match=r"'operated' was ended by another process: by `distnadam stop`"
         ):

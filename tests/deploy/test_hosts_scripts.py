@@ -37,12 +37,14 @@ class Site:
     """A copy of the scripts, and what they have run."""
 
     def __init__(self, directory: Path) -> None:
-        self.hosts, self.remote = directory / "deploy/hosts", directory / "remote"
+        self.hosts = directory / "deploy/hosts"
+        self.remote = directory / "remote"
         shutil.copytree(ROOT / "deploy/hosts", self.hosts, ignore=shutil.ignore_patterns("token"))
         shutil.copy(ROOT / "constraints.txt", directory)
-        self.said, self.installed, self.fails, self.uid = (
-            directory / name for name in ("said", "installed", "fails", "uid")
-        )
+        self.said = directory / "said"
+        self.installed = directory / "installed"
+        self.fails = directory / "fails"
+        self.uid = directory / "uid"
         self.remote.mkdir()
         (directory / "local").mkdir()
         (directory / "bin").mkdir()

@@ -9,8 +9,8 @@ from tests.hosts.network import BURST_BYTES
 FLOAT32_BYTES = 4
 
 
-@dataclass(frozen=True)
-class PartialNorms:
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
     """The bytes that a step moved over the shards' link, in and out, and its duration.
 
     Gradients go in before parameters come out, so the times of both directions add up.
@@ -46,7 +46,7 @@ class PartialNorms:
             f"MB in, {self.bytes_out / 1e6:.1f} MB out"
         )
         if self.bits_per_s is None:
-            return f"{sizes}, {1e3 * self.seconds:.0f} ms a step over a cable that nothing slows"
+            return f"{sizes}, {1e3 * self.seconds:.0f} ms a step over an unlimited link"
         speed = (
             f"{self.bits_per_s / 1e9:g} Gbit/s explain {1e3 * self.explained_s:.0f} ms, a "
             f"step takes {1e3 * self.seconds:.0f} ms"
@@ -54,7 +54,7 @@ class PartialNorms:
         return f"{sizes}; {speed}: {self.seconds / self.explained_s:.2f} times that"
 
 
-def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -> PartialNorms:
+def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -> Measurement:
     """Step with a worker on the head and a shard on the second host, which has room for one."""
     shards = cluster.hosts[1]
     program = cluster.python(
@@ -74,4 +74,10 @@ def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -
     program.tell("end")
     program.finish()
     received, sent = (now - then for now, then in zip(after, before, strict=True))
-    return PartialNorms(FLOAT32_BYTES * size, received / steps, sent / steps, seconds, bits_per_s)
+    return Measurement(
+        parameter_bytes=FLOAT32_BYTES * size,
+        bytes_in=received / steps,
+        bytes_out=sent / steps,
+        seconds=seconds,
+        bits_per_s=bits_per_s,
+    )

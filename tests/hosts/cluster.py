@@ -41,8 +41,8 @@ _STORE_BYTES = 400 * 2**20
 _TRIES = 3
 
 
-@dataclass(frozen=True)
-class Connection:
+@dataclass(frozen=True, kw_only=True)
+class LogLine:
     """One line of `distnadam`'s log: its time, host, process and text."""
 
     time: float
@@ -69,7 +69,8 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         dashboard: bool = False,
     ) -> None:
-        self._token, self._logs = directory / "token", directory / "logs"
+        self._token = directory / "token"
+        self._logs = directory / "logs"
         self._token.write_text(secrets.token_hex(32))
         self._token.chmod(0o600)
         self._logs.mkdir()
@@ -217,7 +218,7 @@ class Cluster:
         """Start Python likewise."""
         return self.run(host, sys.executable, *map(str, args), **env)
 
-    def logged(self, pattern: str = "", since: float = 0.0) -> list[Connection]:
+    def logged(self, pattern: str = "", since: float = 0.0) -> list[LogLine]:
         """Return the log lines of all hosts that contain a text, in order of time."""
         found = []
         for path in self._logs.iterdir():
@@ -229,7 +230,7 @@ class Cluster:
                     and re.fullmatch(r"\d+\.\d+", moment)
                     and float(moment) >= since
                 ):
-                    found.append(Connection(float(moment), host, int(pid), text))
+                    found.append(LogLine(time=float(moment), host=host, pid=int(pid), text=text))
         return sorted(found, key=lambda line: line.time)
 
     def close(self) -> None:

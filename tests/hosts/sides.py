@@ -37,7 +37,9 @@ class Trainer:
     """The only rank, which records when each round was decided, and how it ended."""
 
     def __init__(self, optimizer: DistNadam, diary: str, rounds: int) -> None:
-        self._worker, self._diary, self._rounds = optimizer.worker(0), Path(diary), rounds
+        self._worker = optimizer.worker(0)
+        self._diary = Path(diary)
+        self._rounds = rounds
 
     def run(self) -> None:
         """Train until `rounds` rounds are decided, or another worker has taken the rank over."""
@@ -51,7 +53,7 @@ class Trainer:
                 self._note("done")
                 return
             except (StaleEpoch, StepTimeout) as error:
-                self._note(f"told {type(error).__name__}")
+                self._note(f"met {type(error).__name__}")
             except DistNadamError as error:
                 self._note(f"ended by {type(error).__name__}")
                 raise

@@ -25,7 +25,9 @@ class Synthetic:
     def __init__(
         self, size: int, pause_s: float = 0.0, awaits: tuple[int, str] | None = None
     ) -> None:
-        self.size, self.pause_s, self.awaits = size, pause_s, awaits
+        self.size = size
+        self.pause_s = pause_s
+        self.awaits = awaits
 
     def init(self, seed: int) -> Any:
         self.seed = seed

@@ -33,9 +33,7 @@ while sys.stdin not in (ready := select.select([ear, sys.stdin], [], [])[0]) or 
 heard = sum(any(mark in packet for packet in packets) for mark in marks)
 say(heard=sum(map(len, packets)), marks=heard)
 """
-"""Keeps what passes until it is told something, then says how many bytes that were, and how many
-pieces of the gradient were in them.
-"""
+"""Records all packets until a line of input, then prints their bytes and the gradient's pieces."""
 
 
 @pytest.mark.parametrize("tls", [False, True])

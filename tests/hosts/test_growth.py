@@ -40,9 +40,8 @@ def test_a_host_that_joins_while_training_goes_on_gets_a_shard(
         "name": "growing",
     }
     resharded = tmp_path / "resharded"
-    about |= {
-        "awaits": (300, str(resharded))
-    }  # however slow the machine, these steps are made with the new shards
+    # however slow the machine, the steps from 300 on are made with the new shards
+    about |= {"awaits": (300, str(resharded))}
     about |= {
         "directory": str(tmp_path / "hosts"),
         "options": {"shard_resources": {"shard": 1}, "worker_cpus": 0.5},

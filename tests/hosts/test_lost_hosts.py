@@ -54,17 +54,15 @@ def test_a_run_that_loses_a_host_ends_with_the_bits_of_one_process(
     shards = program.first("shards")["shards"]
     moment = rng.integers(50, 150)
     program.first("step", lambda step: step >= moment)
-    time.sleep(
-        rng.uniform(0, 0.3)
-    )  # told of several steps at a time, it is struck in the middle of any
+    # steps are reported several at a time, so the fault comes in the middle of any
+    time.sleep(rng.uniform(0, 0.3))
     victim = hosts.host_at(shards[int(rng.integers(len(shards)))])
     struck = hosts.kill(victim, how)
     program.first("done")
     program.finish()
     decisions = " ".join(line.text for line in hosts.logged("^supervisor: ", since=struck))
-    assert ("Promote" if replicas else "Rewind") in decisions, (
-        decisions
-    )  # after a promotion, too, where a lost worker's gradient is missing
+    # a rewind may follow a promotion, if a lost worker's gradient is missing
+    assert ("Promote" if replicas else "Rewind") in decisions, decisions
     assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", about)
 
 

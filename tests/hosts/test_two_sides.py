@@ -71,14 +71,12 @@ def test_a_side_that_is_cut_off_stops_before_the_other_continues_and_is_then_ref
     program.finish()
     assert rounds(diaries[0])[-1][0] < rounds(diaries[1])[0][0], "both sides went on"
     ended = [what for _, what in entries(diaries[0]) if what.startswith("ended")]
-    refused = (
-        ["ended by SupersededWorker"],
-        ["ended by LifecycleError"],
-    )  # the latter where the run has ended before it asks
+    # the latter if the run ends before it asks
+    refused = (["ended by SupersededWorker"], ["ended by LifecycleError"])
     assert ended in ([], *refused), "it ends with its host's Ray, or is refused by name"
     if replicas:
-        told_of, goes_on_at = rounds(diaries[0])[-1][1], rounds(diaries[1])[0][1]
-        assert goes_on_at in (told_of + 1, told_of + 2), (
+        last, resumed = rounds(diaries[0])[-1][1], rounds(diaries[1])[0][1]
+        assert resumed in (last + 1, last + 2), (
             "every round that was reported counts; one that only the standby has may"
         )
     with DistNadam(backend="local").build(params()) as alone, alone.worker(0) as worker:

@@ -28,19 +28,21 @@ class Say(Callback):
     """Prints the events of `fit`, the shards' hosts, and the number of standbys."""
 
     def __init__(self) -> None:
-        self._looked, self._standbys = 0.0, 0
+        self._looked_at = 0.0
+        self._standbys = 0
 
     def on_begin(self, step: int, steps: int) -> None:
         say(begin=step, shards=hosts_of(_running().backend))
 
     def on_step(self, step: int, loss: float) -> None:
         say(step=step)
-        if time.monotonic() < self._looked + _LOOK_EVERY_S:
+        if time.monotonic() < self._looked_at + _LOOK_EVERY_S:
             return
         standbys = sum(each.replicated is not None for each in _running().describe_all())
         if standbys != self._standbys:
             say(standbys=standbys)
-        self._looked, self._standbys = time.monotonic(), standbys
+        self._looked_at = time.monotonic()
+        self._standbys = standbys
 
     def on_message(self, text: str) -> None:
         say(message=text)

@@ -145,16 +145,17 @@ class Optax:
 
     def __init__(self, start: Params, **config: Any) -> None:
         import jax.numpy as jnp
-        import optax as real
+        import optax
 
-        self.real, self.nadam = real, real.nadam(**config)
+        self.nadam = optax.nadam(**config)
+        self.apply_updates = optax.apply_updates
         self.params = {name: jnp.asarray(value) for name, value in start.items()}
         self.state = self.nadam.init(self.params)
 
     def run(self, begin: int, end: int) -> Params:
         for step in range(begin, end):
             updates, self.state = self.nadam.update(gradients(step), self.state, self.params)
-            self.params = self.real.apply_updates(self.params, updates)
+            self.params = self.apply_updates(self.params, updates)
         return {name: np.asarray(value) for name, value in self.params.items()}
 
 

@@ -64,9 +64,8 @@ def train(directory: Path, steps: int = 20, **how: Any) -> Any:
 
 
 def test_a_run_leaves_its_record_metrics_plot_and_checkpoints(tmp_path: Path) -> None:
-    before = set(
-        threading.enumerate()
-    )  # tests before this one may have dropped optimizers without closing them
+    # earlier tests may have dropped optimizers without closing them
+    before = set(threading.enumerate())
     history = train(tmp_path, save_every=5, keep=2, evaluate_every=8)
     assert history.steps == list(range(1, 21))
     assert history.losses[-1] < history.losses[0]
@@ -297,7 +296,7 @@ def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(
             verbose=False,
         )
     assert any("in batch" in note for note in caught.value.__notes__)
-    with make_run_lock(open_directory(tmp_path)):  # let go of
+    with make_run_lock(open_directory(tmp_path)):  # fit has released its own
         assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("worker")]
 
 

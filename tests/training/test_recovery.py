@@ -21,7 +21,8 @@ class Dying(Quadratic):
 
     def __init__(self, directory: Path, victims: dict[tuple[int, int], str]) -> None:
         super().__init__()
-        self.directory, self.victims = directory, victims
+        self.directory = directory
+        self.victims = victims
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
         victim = self.victims.get((rank, step))
@@ -37,13 +38,14 @@ def shard_process() -> int:
     import socket
     import struct
 
-    from distnadam.transport.shm_channel import ShmClient
+    from distnadam.transport.connection import Connection
 
-    lanes = next(thing for thing in gc.get_objects() if type(thing) is ShmClient and thing._lines)
-    line = lanes._lines[max(lanes._lines)]
-    return int(
-        struct.unpack("3i", line._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    connection = next(
+        thing for thing in gc.get_objects() if type(thing) is Connection and thing.fileno() >= 0
     )
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+        credentials = duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", credentials)[0])
 
 
 def test_the_loss_of_more_ranks_at_once_than_one_may_fail_changes_no_bit(

@@ -64,7 +64,7 @@ def test_ctrl_c_saves_reports_it_and_leaves_no_process(tmp_path: Path) -> None:
     wait_for(tmp_path, "step_*/manifest.msgpack", process)
     below = children(process.pid)
     assert len(below) > 5
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it too
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to Ray's processes too
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "saved step" in stderr
