@@ -1,6 +1,4 @@
-"""Which backend is meant here and now, and the running optimizers of Ray by their names. Imports
-Ray's backend only where Ray is meant.
-"""
+"""Chooses a backend, and finds running optimizers by name. Imports Ray's backend only if needed."""
 
 import importlib.util
 import os
@@ -14,44 +12,51 @@ from distnadam.protocol.messages import ShardSpec
 
 
 def choose(asked: BackendName, *, several: bool) -> Backend:
-    """Return a backend with no shards yet; `several` says whether more than one shard or worker is
-    wanted.
+    """Return a backend without shards yet.
+
+    Args:
+        asked: the backend's name; "auto" is Ray's if Ray runs or `RAY_ADDRESS` is set, or if it is
+            installed and `several`.
+        several: whether there will be more than one shard or worker.
+
+    Raises:
+        ClusterError: Ray was asked for and is not installed.
     """
     if asked == "auto":
         ray = sys.modules.get("ray")
         running = (ray is not None and ray.is_initialized()) or bool(os.environ.get("RAY_ADDRESS"))
-        asked = "ray" if running or (several and _installed()) else "local"
+        asked = "ray" if running or (several and _is_installed()) else "local"
     if asked == "local":
         from distnadam.backends.local import LocalBackend
 
         return LocalBackend()
-    if not _installed():
+    if not _is_installed():
         raise ClusterError(
             "backend='ray' needs the package ray: pip install ray, or use backend='local'"
         )
-    _ask_for_a_token()
+    _require_token()
     from distnadam.backends.ray.backend import RayBackend
 
     return RayBackend()
 
 
-def _ask_for_a_token() -> None:
-    """See to it that a Ray of our own is behind a token: Ray before 2.59 must be told before it is
-    imported.
-    """
-    told = {
+def _require_token() -> None:
+    """Have a Ray that we start require a token; Ray before 2.59 reads this when it is imported."""
+    set_by_user = {
         "RAY_ADDRESS",
         "RAY_AUTH_MODE",
         "RAY_AUTH_TOKEN",
         "RAY_AUTH_TOKEN_PATH",
     } & os.environ.keys()
-    if "ray" not in sys.modules and not told:
+    if "ray" not in sys.modules and not set_by_user:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def connect(name: str) -> tuple[Backend, ShardSpec]:
-    """Return a backend that reaches a running named optimizer, and the spec of its shard 0; raise
-    NotRunning where there is none.
+    """Return a backend of a running named optimizer, and the spec of its shard 0.
+
+    Raises:
+        NotRunning: no optimizer of that name runs.
     """
     from distnadam.backends.ray.backend import RayBackend
 
@@ -59,15 +64,17 @@ def connect(name: str) -> tuple[Backend, ShardSpec]:
 
 
 def stop(name: str) -> None:
-    """End a running named optimizer, or what is left of one; raise NotRunning where there is
-    nothing of it.
+    """End a running named optimizer, or what is left of one.
+
+    Raises:
+        NotRunning: nothing of that name is left.
     """
     from distnadam.backends.ray.backend import RayBackend
 
     RayBackend.stop(name)
 
 
-def _installed() -> bool:
+def _is_installed() -> bool:
     try:
         return importlib.util.find_spec("ray") is not None
     except ImportError:  # its import is blocked

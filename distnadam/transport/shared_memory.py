@@ -1,9 +1,9 @@
-"""Flat storage in memory that several processes of one machine map: a sealed memfd, handed from one
-to the other over a socket.
+"""Flat arrays in memory that several processes of one machine map: sealed memfds, handed over a
+socket.
 
-Such memory has no name: nothing of it is left in the file system, it is gone with the last process
-that maps it, and the size of /dev/shm does not limit it. It is reserved when it is made, and sealed
-so that no holder can shrink it under another's feet.
+Such memory has no name: nothing of it is left in the file system, it is freed with the last process
+that maps it, and the size of /dev/shm does not limit it. It is reserved when it is created, so that
+a lack of memory is an error and no signal, and sealed so that no holder can shrink it.
 """
 
 import errno
@@ -23,39 +23,40 @@ from distnadam.tensors.layout import Ranges
 
 _PAGE = mmap.PAGESIZE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_POPULATE_READ, _POPULATE_WRITE = (
-    22,
-    23,
-)  # MADV_*, Linux 5.14; the mmap module does not name them yet
+# MADV_* of Linux 5.14, which the mmap module does not name yet
+_POPULATE_READ = 22
+_POPULATE_WRITE = 23
 
 
 class Arena:
-    """`copies` flats of `sizes[space]` elements per space, each space beginning on a page of its
-    own.
+    """`copies` flats of `sizes[space]` elements per space, each space on pages of its own.
 
     Args:
-        fd: the memfd; the arena owns it.
+        fd: the memfd, which the arena owns.
         sizes: elements per space.
-        copies: how many flats lie one after the other.
+        copies: the number of flats, one after the other.
         writable: whether this process may write.
     """
 
     def __init__(self, fd: int, sizes: Mapping[str, int], copies: int, *, writable: bool) -> None:
-        self.fd, self._sizes, self._copies, self._writable = fd, dict(sizes), copies, writable
+        self.fd = fd
+        self._sizes = dict(sizes)
+        self._copies = copies
+        self._writable = writable
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self._map = mmap.mmap(
             fd, max(arena_bytes(sizes, copies), _PAGE), flags=mmap.MAP_SHARED, prot=access
         )
-        with suppress(OSError):
-            self._map.madvise(
-                mmap.MADV_HUGEPAGE
-            )  # taken where the system allows them for shared memory; see `doctor`
+        with suppress(OSError):  # if the system allows huge shared pages; see `doctor`
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.flats = tuple(self.flat(copy) for copy in range(copies))
 
     @classmethod
     def create(cls, sizes: Mapping[str, int], copies: int = 1) -> "Arena":
-        """Reserve new zeroed memory; raise ArenaError, with nothing kept, where the machine has not
-        enough.
+        """Reserve new zeroed memory.
+
+        Raises:
+            ArenaError: the machine has not enough; nothing stays reserved.
         """
         size = max(arena_bytes(sizes, copies), _PAGE)
         available = available_bytes()
@@ -78,8 +79,10 @@ class Arena:
     def attach(
         cls, fd: int, sizes: Mapping[str, int], copies: int = 1, *, writable: bool = False
     ) -> "Arena":
-        """Map memory that another process made; raise ArenaError where it is not of this size, or
-        not sealed.
+        """Map memory that another process created; takes `fd` over in any case.
+
+        Raises:
+            ArenaError: it has another size, is not sealed, or cannot be mapped.
         """
         size = max(arena_bytes(sizes, copies), _PAGE)
         try:
@@ -99,8 +102,12 @@ class Arena:
             raise
 
     def flat(self, copy: int = 0, dtypes: Mapping[str, np.dtype[Any]] | None = None) -> Flat:
-        """Return one copy's arrays; `dtypes` reads a space's memory in another dtype of at most its
-        size, from its beginning.
+        """Return one copy's arrays.
+
+        Args:
+            copy: which of the copies.
+            dtypes: by space, another dtype to read its memory in, from the beginning; no wider than
+                the space's.
         """
         arrays, offset = {}, copy * arena_bytes(self._sizes, 1)
         for space, n in self._sizes.items():
@@ -110,9 +117,7 @@ class Arena:
         return arrays
 
     def populate(self, ranges: Ranges) -> None:
-        """Map the pages of some ranges now rather than at their first use; only a matter of time,
-        so failures do not count.
-        """
+        """Map the pages of these ranges now, not at first use; failures only cost time."""
         advice = _POPULATE_WRITE if self._writable else _POPULATE_READ
         for copy in range(self._copies):
             offset = copy * arena_bytes(self._sizes, 1)
@@ -125,7 +130,7 @@ class Arena:
                 offset += _space_bytes(space, n)
 
     def _reserve(self, size: int) -> None:
-        """Have every page now, so that a lack of memory is an error here and no signal later."""
+        """Allocate every page, so that a lack of memory is an error here, not a signal later."""
         try:
             self._map.madvise(_POPULATE_WRITE)  # through the mapping, which may have huge pages
         except OSError as error:
@@ -139,14 +144,12 @@ class Arena:
 
 
 def arena_bytes(sizes: Mapping[str, int], copies: int = 1) -> int:
-    """Return the bytes that an arena takes."""
+    """Return the bytes that an arena of these sizes takes."""
     return copies * sum(_space_bytes(space, n) for space, n in sizes.items())
 
 
 def available_bytes() -> int:
-    """Return the memory that this process could still get: the machine's, and its control group's
-    where that is less.
-    """
+    """Return the bytes that this process can still get from the machine and its control group."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return min([int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_room()])
 

@@ -1,5 +1,7 @@
-"""A shard, or its standby, as it lives in a Ray actor: messages by calls and lanes, a standby
-followed by lane or by calls.
+"""A shard, or its standby, as a Ray actor.
+
+Messages come as calls and over shared memory; a standby follows its primary over shared memory on
+one node, by calls between nodes. The protocol is decided in `runtime`, not here.
 """
 
 import asyncio
@@ -51,31 +53,38 @@ _DRAIN_S = 10.0
 
 
 class ShardActor:
-    """One shard, or its standby, in a process of its own; heavy work runs beside the event loop, so
-    that it always answers.
+    """One shard, or its standby, in a process of its own.
+
+    Heavy work runs in a thread beside the event loop, so that the actor always answers. Methods
+    that name a role are only for an actor that has it.
     """
 
     def __init__(self, spec: ShardSpec, supervisor: Any) -> None:
-        self._spec, self._supervisor = spec, supervisor
+        self._spec = spec
+        self._supervisor = supervisor
         self._executor = ThreadPoolExecutor(1, "shard")
         self._address = registry.register(spec.run_id)
         self._threads = spec.options.threads or max(1, int(spec.options.shard_cpus))
         self._arena: Arena | None = None
         self._host: ShardHost | None = None
         self._standby: Standby | None = None
-        self._follower: StandbyReceiver | None = None
+        self._receiver: StandbyReceiver | None = None
         self._lease: Lease | None = None
-        self._remote: ShardProcess | None = None
-        self._feed = OrderedStream()
+        self._remote_standby: ShardProcess | None = None
+        self._stream = OrderedStream()
         self._exporter = Exporter.start(spec.name, spec.options)
 
     async def about(self) -> dict[str, str]:
-        """Return what `node_facts` says here."""
+        """Return this process's node, id and package versions."""
         return node_facts()
 
     async def open(self, neighbour: Address | None, *, standby: bool = False) -> ProcessAddress:
-        """Get memory, a neighbour's where it has some to share, and begin to serve, or to follow;
-        asked again, only say where.
+        """Reserve memory, begin to serve or to follow, and return where; idempotent.
+
+        Args:
+            neighbour: a shard of this node whose parameter memory is to be shared; None for new
+                memory.
+            standby: whether to follow a primary.
         """
         if self._host is None and self._standby is None:
             with memory_for(
@@ -88,8 +97,8 @@ class ShardActor:
         if standby:
             self._standby = Standby(self._spec, self._threads)
             sizes = sizes_of(self._spec.ranges)
-            self._follower = StandbyReceiver(sizes, self._standby.take_arrays, self._standby.apply)
-            self._address = dataclasses.replace(self._address, socket=self._follower.address)
+            self._receiver = StandbyReceiver(sizes, self._standby.take_arrays, self._standby.apply)
+            self._address = dataclasses.replace(self._address, socket=self._receiver.address)
             if neighbour is not None:
                 self._share_memory(neighbour)
             return
@@ -99,11 +108,11 @@ class ShardActor:
         self._host = host
 
     async def address(self) -> ProcessAddress:
-        """Return where this is to be called."""
+        """Return this process and where its connections are accepted."""
         return self._address
 
     async def introduce(self) -> DiscoveredProcess:
-        """Return what a supervisor's successor must know of this process."""
+        """Return what a supervisor that takes over must know of this process."""
         process = ShardProcess(self._spec.index, None, self._address)
         if self._host is None:
             return DiscoveredProcess(
@@ -121,13 +130,13 @@ class ShardActor:
         )
 
     async def send(self, message: Message | Order) -> Any:
-        """Give the shard a message and return its answer."""
+        """Return the shard's answer to a message."""
         if self._host is None:
             raise ClusterError(f"shard {self._spec.index}: this process is a standby")
         return await asyncio.wrap_future(self._host.send(message))
 
     async def part(self, token: str, copy: Copy) -> list[Any]:
-        """Return the held shard's "params", "m" and "v" of some elements."""
+        """Return some elements of the paused shard's "params", "m" and "v"."""
         assert self._host is not None
         begin = self._spec.ranges[copy.space][0]
         arrays = await asyncio.wrap_future(self._host.send(Read(token, STATE_ARRAYS)))
@@ -136,7 +145,7 @@ class ShardActor:
         ]
 
     async def install(self, order: Load, plan: Sequence[Copy], *parts: Any) -> Any:
-        """Load a state that is put together of other shards' parts."""
+        """Load a state assembled from other shards' parts, which `plan` places."""
         sizes = sizes_of(self._spec.ranges)
         state = {name: empty_flat(sizes) for name in STATE_ARRAYS}
         for copy, part in zip(plan, parts, strict=True):
@@ -146,26 +155,29 @@ class ShardActor:
         return await self.send(dataclasses.replace(order, state=state))
 
     async def control_state(self) -> ShardControlState:
-        """Return where the held shard stands."""
+        """Return the paused shard's control state."""
         assert self._host is not None
         return self._host.control_state
 
     async def forever(self) -> None:
-        """Never return, so that the call's end tells that this process ended."""
+        """Never return: the end of this call is the end of the process."""
         await asyncio.Event().wait()
 
     async def begin(
-        self, control_state: ShardControlState, config: Any, feed: int = 0, *arrays: Any
+        self, control_state: ShardControlState, config: Any, stream: int = 0, *arrays: Any
     ) -> None:
-        """Standby: take the place in time of the arrays; those come here where the primary is on
-        another node, and begin a feed.
+        """Standby: begin to follow at this control state.
+
+        The primary's arrays came over shared memory, or come here if it is on another node; then
+        `stream` is the id of its stream of calls.
         """
         assert self._standby is not None
         if not arrays:
             self._standby.begin(control_state, config)
             return
-        await self._feed.turn(feed, 0)
-        spaces, standby = sorted(self._spec.ranges), self._standby
+        await self._stream.turn(stream, 0)
+        standby = self._standby
+        spaces = sorted(self._spec.ranges)
 
         def fill() -> None:
             named = [dict(zip(spaces, arrays[i::3], strict=True)) for i in range(3)]
@@ -173,41 +185,38 @@ class ShardActor:
             standby.take_arrays(dict(zip(STATE_ARRAYS, copied, strict=True)))
             standby.begin(control_state, config)
 
-        await asyncio.wrap_future(
-            self._executor.submit(fill)
-        )  # after what an earlier feed has begun
-        self._feed.done(0)
+        # in the executor, after the work that an earlier stream began
+        await asyncio.wrap_future(self._executor.submit(fill))
+        self._stream.done(0)
 
-    async def replicate(self, feed: int, number: int, record: Record, *means: Any) -> int:
-        """Standby: take a record from a primary on another node, after those before it, since calls
-        may overtake each other.
+    async def replicate(self, stream: int, number: int, record: Record, *means: Any) -> int:
+        """Standby: apply a record of a primary on another node, after those before it.
+
+        Calls may overtake each other; `number` is the record's place in the stream.
         """
         assert self._standby is not None
-        await self._feed.turn(feed, number)
-        standby, mean = (
-            self._standby,
-            dict(zip(sorted(self._spec.ranges), means, strict=True)) if means else {},
-        )
-        await asyncio.wrap_future(self._executor.submit(standby.apply, record, mean))
-        self._feed.done(number)
+        await self._stream.turn(stream, number)
+        mean = dict(zip(sorted(self._spec.ranges), means, strict=True)) if means else {}
+        await asyncio.wrap_future(self._executor.submit(self._standby.apply, record, mean))
+        self._stream.done(number)
         return record.round if isinstance(record, ReplicatedRound) else -1
 
-    async def release(self, feed: int) -> None:
-        """Standby: follow this feed no further, nor step in."""
+    async def release(self, stream: int) -> None:
+        """Standby: follow this stream no further, and do not take over for its primary."""
         assert self._standby is not None
-        if self._feed.end(feed):
+        if self._stream.end(stream):
             self._standby.apply(DetachStandby(), {})
 
     async def reached(self) -> int | None:
-        """Standby: the round that it has reached, once all that a dead primary sent is applied."""
+        """Standby: return the last round it has, once all records of a dead primary are applied."""
         if self._standby is None:
             return None
-        if self._follower is not None:
-            await asyncio.to_thread(self._follower.ended.wait, _DRAIN_S)
+        if self._receiver is not None:
+            await asyncio.to_thread(self._receiver.ended.wait, _DRAIN_S)
         return self._standby.reached
 
     async def promote(self, reconfigure: Reconfigure, neighbour: Address | None) -> ProcessAddress:
-        """Standby: become the shard; asked again, only say where."""
+        """Standby: become the shard and return where it serves; idempotent."""
         if self._host is not None:
             return self._address
         assert self._standby is not None
@@ -215,7 +224,7 @@ class ShardActor:
             self._share_memory(neighbour)
         standby, self._standby = self._standby, None
         self._host, _ = standby.promote(reconfigure, self._make_host)
-        self._serve(self._host)  # the follower's socket stays, for who watches it
+        self._serve(self._host)  # the receiver's socket stays: the supervisor watches it
         return self._address
 
     def _share_memory(self, neighbour: Address | None) -> None:
@@ -234,21 +243,22 @@ class ShardActor:
         if self._arena is not None:
             first, second = (cut_flat(flat, spec.ranges) for flat in self._arena.flats)
             buffers = (first, second)
-        how = {
-            "threads": self._threads,
-            "run_work": self._executor.submit,
-            "on_notice": self._notice,
-            "connect_standby": self._attach,
-        }
-        lease = {"can_send": lambda: self._lease is not None and self._lease.valid}
-        host = ShardHost(spec, buffers=buffers, **lease, **how)  # type: ignore[arg-type]
+        host = ShardHost(
+            spec,
+            buffers=buffers,
+            threads=self._threads,
+            run_work=self._executor.submit,
+            on_notice=self._notice,
+            connect_standby=self._connect_standby,
+            can_send=lambda: self._lease is not None and self._lease.valid,
+        )
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)
         return host
 
     def _serve(self, host: ShardHost) -> None:
-        """Ask for leave, and take workers' calls."""
-        self._lease = Lease(self._lease_s, self._ask_for_leave, host.resume, self._end)
+        """Keep a lease, and accept workers' connections."""
+        self._lease = Lease(self._lease_s, self._ask_for_lease, host.resume, self._end)
         if self._arena is None:
             self._address = dataclasses.replace(self._address, socket=None)
             return
@@ -260,7 +270,7 @@ class ShardActor:
     def _lease_s(self) -> float:
         return lease_s(self._spec.options.shard_timeout_s)
 
-    def _ask_for_leave(self, lost: ShardProcess | None) -> bool | None:
+    def _ask_for_lease(self, lost: ShardProcess | None) -> bool | None:
         who = ray.get_runtime_context().get_actor_id()
         answer: bool | None = ray.get(
             self._supervisor.lease.remote(who, lost), timeout=self._lease_s
@@ -276,37 +286,33 @@ class ShardActor:
         os._exit(1)
 
     def _notice(self, notice: Notice) -> None:
-        if (
-            isinstance(notice.report, StandbyLost)
-            and self._remote is not None
-            and self._lease is not None
-        ):
-            self._lease.invalidate(
-                self._remote
-            )  # it may not know; nobody hears of a round that it lacks before the supervisor does
-            self._remote = None
+        standby, lease = self._remote_standby, self._lease
+        if isinstance(notice.report, StandbyLost) and standby is not None and lease is not None:
+            # the standby may not know that it is stale: no answer leaves before the supervisor does
+            lease.invalidate(standby)
+            self._remote_standby = None
         retry_in_background(lambda: self._supervisor.notify.remote(notice.report))
 
-    def _attach(
+    def _connect_standby(
         self,
         standby: ShardProcess,
         control_state: ShardControlState,
         config: Any,
         arrays: dict[str, Flat],
     ) -> ReplicationStream:
-        """Copy the state to a standby; between processes of one node by memory, else by objects."""
-        timeout_s, self._remote = self._spec.options.shard_timeout_s, None
+        """Copy the state to a standby, over shared memory on this node, else by calls."""
+        timeout_s = self._spec.options.shard_timeout_s
+        self._remote_standby = None
         if standby.address.node == self._address.node and standby.address.socket is not None:
-            replica: ReplicationStream = ShmReplicationStream(
+            stream = ShmReplicationStream(
                 standby.address.socket, arrays, control_state.round, timeout_s
             )
             try:
                 ray.get(standby.handle.begin.remote(control_state, config), timeout=timeout_s)
             except BaseException:
-                replica.close()
+                stream.close()
                 raise
-            return replica
-        self._remote = standby
-        return ObjectReplicationStream(
-            standby.handle, control_state, config, arrays, timeout_s / 4
-        )  # this shard's own silence is judged by all of it
+            return stream
+        self._remote_standby = standby
+        # a quarter: after `timeout_s` this shard itself would count as silent
+        return ObjectReplicationStream(standby.handle, control_state, config, arrays, timeout_s / 4)

@@ -1,4 +1,4 @@
-"""A group of ranks, each an actor of this driver."""
+"""A worker group whose members are actors of this driver. What they compute is not known here."""
 
 import contextlib
 import secrets
@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from typing_extensions import override
 
 from distnadam.backends.base import WorkerGroup
 from distnadam.backends.ray import registry
@@ -28,19 +29,20 @@ class RayWorkerGroup(WorkerGroup):
     """
 
     def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
-        self._make, self._options = make, options
-        self._first = secrets.randbelow(2**16)  # several teams begin on different nodes
-        self._silent = RecentlyUnreachable()
+        self._make = make
+        self._options = options
+        self._first_node = secrets.randbelow(2**16)  # groups begin on different nodes
+        self._unreachable = RecentlyUnreachable()
         self._actors = {rank: self._make_member(rank) for rank in range(size)}
         self._places = {actor: actor.about.remote() for actor in self._actors.values()}
         self._calls: dict[Any, int] = {}
 
+    @override
     def call(self, rank: int, method: str, *args: Any) -> None:
-        """See `WorkerGroup.call`."""
         self._calls[self._actors[rank].call.remote(method, args)] = rank
 
+    @override
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """See `WorkerGroup.results`."""
         require_ray()
         ready, _ = (
             ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
@@ -50,20 +52,21 @@ class RayWorkerGroup(WorkerGroup):
         ended = [(self._calls.pop(ref), ref) for ref in ready]
         return [(rank, self._result(rank, ref)) for rank, ref in ended]
 
+    @override
     def replace(self, rank: int) -> None:
-        """See `WorkerGroup.replace`."""
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
-        actor = self._actors[rank] = self._make_member(rank)
+        actor = self._make_member(rank)
+        self._actors[rank] = actor
         self._places[actor] = actor.about.remote()
 
+    @override
     def close(self) -> None:
-        """See `WorkerGroup.close`."""
         self._end(list(self._actors.values()))
         self._forget(list(self._calls))
 
     def _make_member(self, rank: int) -> Any:
-        return make_member(self._make, rank, self._options, self._first, self._silent.now)
+        return make_member(self._make, rank, self._options, self._first_node, self._unreachable.now)
 
     def _forget(self, refs: list[Any]) -> None:
         for ref in refs:
@@ -71,17 +74,17 @@ class RayWorkerGroup(WorkerGroup):
         ignore_results(refs)
 
     def _end(self, actors: list[Any]) -> None:
-        """End processes, also those that are stopped and obey nobody."""
+        """End processes, stopped ones included."""
         if not ray.is_initialized():
             return
         refs = [self._places.pop(actor) for actor in actors if actor in self._places]
         places = []
         for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []:
-            with contextlib.suppress(Exception):  # it never ran
+            with contextlib.suppress(Exception):  # it never started
                 places.append(ray.get(ref))
         for actor in actors:
             kill_actor(actor)
-        self._silent.add(*registry.kill(places, kill_on, grace_s=registry.GRACE_S))
+        self._unreachable.add(*registry.kill(places, kill_on, grace_s=registry.GRACE_S))
 
     def _result(self, rank: int, ref: Any) -> Any:
         try:
