@@ -1,5 +1,5 @@
-"""The lanes of a real optimizer, and another user of the host who knows everything about them that
-can be known.
+"""The sockets and memory of a real optimizer, against another user of the host who knows names and
+tokens.
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.security.strangers import NOBODY, as_nobody, as_root
 
 pytestmark = as_root
 GRADIENTS = {"w": np.ones(5000, np.float32)}
-RING = """
+CONNECT = """
 for name, token in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
         connect(Address(name, token), {"rank": None}, [])
@@ -87,19 +87,19 @@ def worker(ray_cluster: None) -> Iterator[tuple[DistNadam, Worker]]:
         yield optimizer, worker
 
 
-def test_another_user_can_neither_ring_nor_get_memory_though_it_knows_names_and_tokens(
+def test_another_user_who_knows_names_and_tokens_gets_no_connection_and_no_memory(
     worker: tuple[DistNadam, Worker],
 ) -> None:
     optimizer, mine = worker
     addresses = [address.socket for address in optimizer.shards.backend.addresses]  # type: ignore[attr-defined]
-    told = as_nobody(
+    said = as_nobody(
         "import socket, sys\nfrom distnadam.errors import LaneError\nfrom "
         "distnadam.transport.connection import Address, connect",
-        RING,
+        CONNECT,
         *(part for address in addresses for part in (address.name, address.token)),
     )
-    assert told.count(f"runs as user 0, this one as {NOBODY}") == 2, told
-    assert told.count("hung up") + told.count("(b'', [])") == 2, told
+    assert said.count(f"runs as user 0, this one as {NOBODY}") == 2, said
+    assert said.count("hung up") + said.count("(b'', [])") == 2, said
     mine.step(GRADIENTS)
     assert optimizer.iterations == 2
 
@@ -114,8 +114,8 @@ def test_another_user_cannot_open_the_memory_nor_read_the_processes(
         *(int(facts["pid"]) for facts in ray.get([actor.about.remote() for actor in actors])),
     ]
     assert all(memory_of(pid) for pid in pids), "there is something to be opened"
-    told = as_nobody("import os, sys", PEEP, *pids)
-    assert told == "names True\n", "names are no secret, and nothing else is to be had"
+    said = as_nobody("import os, sys", PEEP, *pids)
+    assert said == "names True\n", "names are no secret, and nothing else can be read"
 
 
 def test_a_worker_hands_its_memory_to_no_other_user_who_listens_under_a_shards_name(

@@ -49,7 +49,7 @@ class Trainer:
         return os.getpid()
 
 
-def test_shards_standbys_supervisor_and_workers_listen_where_any_actor_of_ray_does_and_nowhere_else(
+def test_our_processes_listen_where_any_actor_of_ray_does_and_nowhere_else(
     ray_cluster: None,
 ) -> None:
     before = listeners(os.getpid())
