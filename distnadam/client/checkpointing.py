@@ -16,15 +16,13 @@ from typing import Any
 from distnadam.checkpoint.manifest import Manifest, Position
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.store import NewCheckpoint, new_checkpoint
-from distnadam.client.shard_group import ShardGroup
+from distnadam.client.shard_group import IO_TIMEOUT_S, ShardGroup
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Collect, Paused, Reserve, Save
 
 log = logging.getLogger("distnadam")
-
-_IO_TIMEOUT_S = 24 * 3600.0
 
 
 class SaveHandle:
@@ -168,7 +166,7 @@ def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:
         generation = shards.backend.supervisor.generation()
         with new_checkpoint(root, _manifest(shards, at.held, saved)) as checkpoint:
             saves = _saves(shards, checkpoint, at.token, behind=False)
-            records = shards.ask(saves, timeout_s=_IO_TIMEOUT_S)
+            records = shards.ask(saves, timeout_s=IO_TIMEOUT_S)
             checkpoint.commit(records[i] for i in sorted(records))
         shards.backend.supervisor.checkpoint_saved(str(root), generation)
         return str(checkpoint.directory)
@@ -181,7 +179,7 @@ def _snapshot(shards: ShardGroup, root: Directory, saved: Saved) -> _Snapshot:
             manifest = _manifest(shards, at.held, saved)
             checkpoint = hold.enter_context(new_checkpoint(root, manifest))
             saves = _saves(shards, checkpoint, at.token, behind=True)
-            shards.ask(saves, timeout_s=_IO_TIMEOUT_S)
+            shards.ask(saves, timeout_s=IO_TIMEOUT_S)
         return _Snapshot(
             root=root,
             checkpoint=checkpoint,
@@ -219,7 +217,7 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
     try:
         with _measured(shards.backend.meter), snapshot.hold:
             collects = {i: Collect(name) for i, name in snapshot.names.items()}
-            records = shards.ask(collects, timeout_s=_IO_TIMEOUT_S)
+            records = shards.ask(collects, timeout_s=IO_TIMEOUT_S)
             snapshot.checkpoint.commit(records[i] for i in sorted(records))
             root = str(snapshot.root)
             shards.backend.supervisor.checkpoint_saved(root, snapshot.generation)

@@ -49,7 +49,8 @@ from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 
 _T = TypeVar("_T")
-_IO_TIMEOUT_S = 24 * 3600.0
+IO_TIMEOUT_S = 24 * 3600.0
+"""Seconds in which shards read or write a checkpoint."""
 _PATIENCE_S = 10.0
 """How long a shard may take to say where it stands, in seconds."""
 
@@ -156,7 +157,7 @@ class ShardGroup:
             index: Load(epoch=1, directory=str(directory), manifest=raw, leftovers=tuple(left))
             for index, left in enumerate(leftovers)
         }
-        self._begin(messages, _IO_TIMEOUT_S)
+        self._begin(messages, IO_TIMEOUT_S)
         self.backend.supervisor.started(initial=None, directory=parent_of(directory))
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:

@@ -224,18 +224,27 @@ def _outcome(ref: Any, callee: Callee) -> tuple[Any, bool]:
         return translate(error, callee), is_lost(error) or (died and callee.restarts())
 
 
-def retry_in_background(call: Callable[[], Any]) -> None:
-    """Make an idempotent call whose answer nobody waits for; repeat it while it is lost."""
+def retry_in_background(
+    call: Callable[[], Any], *, on_end: Callable[[], None] = lambda: None
+) -> None:
+    """Make an idempotent call without waiting; repeat it while it is lost.
+
+    Args:
+        call: makes it.
+        on_end: called, in another thread, once the call was answered or its actor died.
+    """
 
     def again() -> None:
-        with contextlib.suppress(Exception):  # Ray was shut down, or the actor is gone
-            retry_in_background(call)
+        with contextlib.suppress(Exception):  # Ray was shut down
+            retry_in_background(call, on_end=on_end)
 
     def done(future: Any) -> None:
-        if is_lost(future.exception()):
-            timer = threading.Timer(_PAUSE_S, again)
-            timer.daemon = True
-            timer.start()
+        if not is_lost(future.exception()):
+            on_end()
+            return
+        timer = threading.Timer(_PAUSE_S, again)
+        timer.daemon = True
+        timer.start()
 
     call().future().add_done_callback(done)
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import RayError
 
+from distnadam.backends.ray.calls import Callee, is_lost, translate
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
-from distnadam.errors import InsufficientResources, ShardLost, VersionMismatch
+from distnadam.errors import InsufficientResources, VersionMismatch
 from distnadam.versions import CORE_PACKAGES, installed_version
 
 log = logging.getLogger("distnadam")
@@ -46,9 +47,11 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
         ]
         for index in [i for i, ref in waiting.items() if ref in ready]:
             try:
-                facts[index] = _started(waiting.pop(index))
-            except ActorUnavailableError:
-                waiting[index] = actors[index].about.remote()  # the call was lost
+                facts[index] = ray.get(waiting.pop(index))
+            except RayError as error:
+                if not is_lost(error):
+                    raise _not_started(error) from error
+                waiting[index] = actors[index].about.remote()
         if waiting and time.monotonic() >= deadline:
             free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
             raise InsufficientResources(
@@ -92,18 +95,14 @@ def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str
         )
 
 
-def _started(ref: Any) -> dict[str, str]:
-    try:
-        facts: dict[str, str] = ray.get(ref)
-        return facts
-    except ActorUnavailableError:
-        raise
-    except RayActorError as error:
-        text = str(error)
-        if (missing := _MISSING.search(text)) is not None:
-            where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
-            raise VersionMismatch(
-                f"node {where} lacks the package {missing[1]!r}, which the shards need: install "
-                "the same versions on every node"
-            ) from error
-        raise ShardLost(f"a shard did not start: {text}") from error
+def _not_started(error: RayError) -> Exception:
+    """Return our error for an actor that did not start."""
+    text = str(error)
+    if (missing := _MISSING.search(text)) is not None:
+        where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
+        return VersionMismatch(
+            f"node {where} lacks the package {missing[1]!r}, which the shards need: install "
+            "the same versions on every node"
+        )
+    callee = Callee(who="a shard that was starting")
+    return translate(error, callee)

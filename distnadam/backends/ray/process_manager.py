@@ -2,18 +2,20 @@
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError
 from typing_extensions import override
 
 from distnadam.backends.ray import registry
-from distnadam.backends.ray.calls import gather_with_retry, retry_until_answered
+from distnadam.backends.ray.calls import (
+    gather_with_retry,
+    retry_in_background,
+    retry_until_answered,
+)
 from distnadam.backends.ray.fencing import Fencing
 from distnadam.backends.ray.placement import Avoid
 from distnadam.backends.ray.processes import kill_actor, process_start_time
@@ -44,7 +46,6 @@ class ActorFactory:
 OPEN_S = 120.0
 """Seconds in which a process of the optimizer starts, and opens."""
 _DISCOVER_S = 5.0
-_SLICE_S = 0.05
 
 
 class RayProcessManager(ProcessManager):
@@ -192,17 +193,12 @@ class RayProcessManager(ProcessManager):
 
     @override
     def watch(self, process: ShardProcess) -> None:
-        def ended(future: Any = None) -> None:
-            if future is not None and isinstance(future.exception(), ActorUnavailableError):
-                threading.Timer(_SLICE_S, wait).start()  # only the call was lost
-                return
+        def ended() -> None:
             self._ended.add(process.handle)
             self._on_death(process)
 
-        def wait() -> None:
-            process.handle.forever.remote().future().add_done_callback(ended)
-
-        wait()  # Ray takes seconds to notice; a socket on this node says so at once
+        # Ray takes seconds to notice; a socket on this node says so at once
+        retry_in_background(process.handle.forever.remote, on_end=ended)
         if process.address.node == self._own.node and process.address.socket is not None:
             self._watch.add(process.address.socket, ended)
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -274,6 +275,15 @@ def test_an_answer_whose_node_died_before_it_was_fetched_is_a_lost_call() -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("shard 2: Failed to retrieve object"), done.stderr
+
+
+def test_the_end_of_an_actor_ends_a_call_in_the_background(actor: Any) -> None:
+    ended = threading.Event()
+    retry_in_background(actor.be_silent.remote, on_end=ended.set)
+    assert ray.get(actor.calls.remote()) == 0
+    assert not ended.is_set()
+    ray.kill(actor)
+    assert ended.wait(60)
 
 
 RULE = {"num_failures": 3, "req_failure_prob": 0, "resp_failure_prob": 0}
