@@ -73,7 +73,7 @@ class Arena:
             arena._reserve(size)
             return arena
         except OSError as error:
-            raise ArenaError(f"{_mib(size)} of shared memory cannot be had: {error}") from error
+            raise ArenaError(f"{_mib(size)} of shared memory are not available: {error}") from error
 
     @classmethod
     def attach(

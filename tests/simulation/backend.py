@@ -29,7 +29,8 @@ from tests.simulation.world import LIVELOCK, Process, World
 
 class _WorldPending(Pending):
     def __init__(self, world: World, futures: dict[int, Future[Any]]) -> None:
-        self._world, self._futures = world, futures
+        self._world = world
+        self._futures = futures
 
     @override
     def result(self, timeout_s: float) -> dict[int, Any]:

@@ -1,6 +1,4 @@
-"""A standby followed over real sockets and shared memory, through the real death of its primary's
-process.
-"""
+"""Replication over real sockets and memory, through the real death of a primary's process."""
 
 import os
 import signal
@@ -49,7 +47,7 @@ def decided(number: int) -> ReplicatedRound:
     )
 
 
-class Followed:
+class RecordingStandby:
     """A follower, and what came: records, each with the mean that lay in memory then."""
 
     def __init__(self) -> None:
@@ -57,40 +55,40 @@ class Followed:
         self.came: list[tuple[Record, float]] = []
         self.hang = threading.Event()
         self.hang.set()
-        self.follower = StandbyReceiver(SIZES, self.begun.update, self._apply)
+        self.receiver = StandbyReceiver(SIZES, self.begun.update, self._apply)
 
     def _apply(self, record: Record, mean: Flat) -> None:
         self.hang.wait()
         if isinstance(record, ReplicatedRound) and record.round == 13:
-            raise ValueError("it cannot be followed")
+            raise ValueError("it cannot be applied")
         self.came.append((record, float(mean["float32"][-1])))
 
 
 @pytest.fixture
-def followed() -> Any:
-    followed = Followed()
-    yield followed
-    followed.hang.set()
-    followed.follower.close()
+def standby() -> Any:
+    standby = RecordingStandby()
+    yield standby
+    standby.hang.set()
+    standby.receiver.close()
 
 
 def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(
-    followed: Followed,
+    standby: RecordingStandby,
 ) -> None:
-    replica = ShmReplicationStream(followed.follower.address, ARRAYS, 4, 10.0)
-    assert {name: flat["float32"].tobytes() for name, flat in followed.begun.items()} == {
+    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 4, 10.0)
+    assert {name: flat["float32"].tobytes() for name, flat in standby.begun.items()} == {
         name: flat["float32"].tobytes() for name, flat in ARRAYS.items()
     }
     for number in (5, 6, 7):
-        assert replica.ready()
-        replica.mean["float32"][:] = number
-        assert replica.send(decided(number))
-    assert replica.ready() and replica.reached == 7
-    assert followed.came == [(decided(number), float(number)) for number in (5, 6, 7)]
-    replica.close()
-    assert followed.follower.ended.wait(10)
-    assert followed.came[-1][0] == DetachStandby(), (
-        "it was let go, which the end of a process does not say"
+        assert stream.ready()
+        stream.mean["float32"][:] = number
+        assert stream.send(decided(number))
+    assert stream.ready() and stream.reached == 7
+    assert standby.came == [(decided(number), float(number)) for number in (5, 6, 7)]
+    stream.close()
+    assert standby.receiver.ended.wait(10)
+    assert standby.came[-1][0] == DetachStandby(), (
+        "it was detached, which the end of a process does not say"
     )
 
 
@@ -98,14 +96,14 @@ def primary_process(address: Address, rounds: int, unannounced: bool) -> None:
     """Be a primary that is killed: after so many records, with a mean half written where
     `unannounced`.
     """
-    replica = ShmReplicationStream(address, ARRAYS, 0, 10.0)
+    stream = ShmReplicationStream(address, ARRAYS, 0, 10.0)
     for number in range(1, rounds + 1):
-        replica.ready()
-        replica.mean["float32"][:] = number
-        replica.send(decided(number))
+        stream.ready()
+        stream.mean["float32"][:] = number
+        stream.send(decided(number))
     if unannounced:
-        replica.ready()
-        replica.mean["float32"][:500] = -1.0
+        stream.ready()
+        stream.mean["float32"][:500] = -1.0
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -114,40 +112,40 @@ def primary_process(address: Address, rounds: int, unannounced: bool) -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_all_that_a_killed_primary_announced_is_there_and_nothing_else(
-    followed: Followed, rounds: int, unannounced: bool
+    standby: RecordingStandby, rounds: int, unannounced: bool
 ) -> None:
     child = os.fork()
     if child == 0:
-        primary_process(followed.follower.address, rounds, unannounced)
+        primary_process(standby.receiver.address, rounds, unannounced)
     os.waitpid(child, 0)
-    assert followed.follower.ended.wait(10)
-    assert followed.came == [(decided(number), float(number)) for number in range(1, rounds + 1)]
+    assert standby.receiver.ended.wait(10)
+    assert standby.came == [(decided(number), float(number)) for number in range(1, rounds + 1)]
 
 
 def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(
-    followed: Followed,
+    standby: RecordingStandby,
 ) -> None:
-    replica = ShmReplicationStream(followed.follower.address, ARRAYS, 0, 0.05)
-    followed.hang.clear()
-    replica.mean["float32"][:] = 1
-    assert replica.send(decided(1))
-    assert not replica.ready()
-    replica.close()
-    followed.hang.set()
-    assert followed.follower.ended.wait(10)
-    assert [record for record, _ in followed.came] == [decided(1), DetachStandby()], (
+    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 0, 0.05)
+    standby.hang.clear()
+    stream.mean["float32"][:] = 1
+    assert stream.send(decided(1))
+    assert not stream.ready()
+    stream.close()
+    standby.hang.set()
+    assert standby.receiver.ended.wait(10)
+    assert [record for record, _ in standby.came] == [decided(1), DetachStandby()], (
         "when it goes on it learns that it is out of date"
     )
 
 
-def test_a_record_that_cannot_be_followed_ends_the_line_and_the_primary_sees_it(
-    followed: Followed,
+def test_a_record_that_cannot_be_applied_ends_the_connection(
+    standby: RecordingStandby,
 ) -> None:
-    replica = ShmReplicationStream(followed.follower.address, ARRAYS, 12, 10.0)
-    replica.send(decided(13))
-    assert not replica.ready()
-    assert followed.follower.ended.wait(10)
-    replica.close()
+    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 12, 10.0)
+    stream.send(decided(13))
+    assert not stream.ready()
+    assert standby.receiver.ended.wait(10)
+    stream.close()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Arenas: what one process writes another reads, nothing has a name, sizes are checked, and a lack
-of memory is an error.
-"""
+"""Arenas: shared, nameless, of a checked size, and a lack of memory is an error."""
 
 import os
 import resource
@@ -81,7 +79,7 @@ def test_a_limit_of_the_system_is_an_error_and_no_signal() -> None:
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
     code += "try: Arena.create({'float32': 10**6})\nexcept ArenaError as error: print(error)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "4 MiB of shared memory cannot be had" in done.stdout
+    assert "4 MiB of shared memory are not available" in done.stdout
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 

@@ -256,7 +256,7 @@ def require_ray() -> None:
 
 
 def ignore_results(refs: Iterable[Any]) -> None:
-    """Drop the answers and errors of calls; Ray logs every error that nobody asked for."""
+    """Drop the answers and errors of calls; Ray logs every error that is not fetched."""
     for ref in refs:
         ref.future()  # asks, and waits for nothing
 

@@ -29,7 +29,7 @@ START = {"w": np.ones(3000, np.float32)}
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (Options(shard_cpus=2), r"3 shards ask CPU 2 each, the nodes have 4 in all.*room for 2"),
         (Options(shard_resources={"TPU": 1}), "TPU 1 each, the nodes have 0 in all"),
@@ -39,9 +39,9 @@ START = {"w": np.ones(3000, np.float32)}
     ],
 )
 def test_an_ask_that_the_nodes_cannot_meet_is_refused_at_once_with_what_is_missing(
-    options: Options, told: str
+    options: Options, message: str
 ) -> None:
-    with pytest.raises(InsufficientResources, match=told):
+    with pytest.raises(InsufficientResources, match=message):
         DistNadam(num_shards=3, backend="ray", options=options).build(START)
 
 

@@ -42,18 +42,18 @@ def main():
             address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
             runtime_env=env,
         )
-    told = {}
+    result = {}
     with DistNadam(num_shards=2, backend=sys.argv[1]).build(small) as first:
         first.apply_gradients(small)
         second = DistNadam(num_shards=2, backend=sys.argv[1])
         try:
             second.build(big)
         except OutOfMemory as error:
-            told["error"] = str(error)
+            result["error"] = str(error)
         second.close()
         first.apply_gradients(small)
-        told["iterations"] = first.iterations
-    print(json.dumps(told))
+        result["iterations"] = first.iterations
+    print(json.dumps(result))
 
 main()
 """
@@ -71,11 +71,11 @@ def test_a_model_that_a_process_cannot_hold_is_refused_and_another_optimizer_goe
         text=True,
         check=True,
     )
-    told = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     assert re.match(
-        r"shard [01]: its state of \d+ bytes: Unable to allocate 128. MiB", told["error"]
-    ), told
-    assert told["iterations"] == 2
+        r"shard [01]: its state of \d+ bytes: Unable to allocate 128. MiB", result["error"]
+    ), result
+    assert result["iterations"] == 2
 
 
 @pytest.mark.usefixtures("ray_cluster")

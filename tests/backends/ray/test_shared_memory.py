@@ -35,9 +35,9 @@ class Trainer:
     def __init__(self, optimizer: DistNadam, rank: int, file_size_limit: int | None = None) -> None:
         if file_size_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-        self.told: list[str] = []
+        self.logged: list[str] = []
         handler = logging.Handler()
-        handler.emit = lambda record: self.told.append(record.getMessage())  # type: ignore[method-assign]
+        handler.emit = lambda record: self.logged.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("distnadam").addHandler(handler)
         logging.getLogger("distnadam").setLevel(logging.INFO)
         self.rank, self.worker = rank, optimizer.worker(rank)
@@ -66,7 +66,7 @@ class Trainer:
                 for path, leaf in reversed(list(zip(PATHS, leaves(tree), strict=True))):
                     self.worker.push_tensor(path, leaf)
                 self.worker.step()
-        return self.told
+        return self.logged
 
 
 PATHS = ["dense/bias", "dense/kernel", "half", "layers/0", "layers/1/0", "layers/1/1"]
@@ -93,20 +93,20 @@ def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_trav
 ) -> None:
     with build() as optimizer:
         trainers = [Trainer.remote(optimizer, rank) for rank in range(2)]
-        told = ray.get([trainer.train.remote(0, 5, how) for trainer in trainers])
+        logged = ray.get([trainer.train.remote(0, 5, how) for trainer in trainers])
         assert bits(optimizer) == local(5)
     assert (
         "worker 1: shards [0, 1, 2] by shared memory (same node), shards none by Ray objects"
-        in told[1]
+        in logged[1]
     )
 
 
 def test_a_worker_with_too_little_memory_falls_back_to_objects_with_one_warning() -> None:
     with build() as optimizer:
         trainers = [Trainer.remote(optimizer, rank, 4096 if rank else None) for rank in range(2)]
-        told = ray.get([trainer.train.remote(0, 5) for trainer in trainers])
+        logged = ray.get([trainer.train.remote(0, 5) for trainer in trainers])
         assert bits(optimizer) == local(5)
-    warnings = [text for text in told[1] if "cannot be had" in text]
+    warnings = [text for text in logged[1] if "not available" in text]
     assert len(warnings) == 1
     assert "Ray objects are used instead" in warnings[0]
     assert "give the node or container more memory" in warnings[0]
@@ -170,10 +170,10 @@ def test_a_shards_death_is_told_at_once_and_all_go_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "told"), [("auto", "[0, 1, 2, 3] by shared"), ("objects", "none by shared")]
+    ("transport", "expected"), [("auto", "[0, 1, 2, 3] by shared"), ("objects", "none by shared")]
 )
 def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_so(
-    transport: str, told: str, caplog: pytest.LogCaptureFixture
+    transport: str, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
         build(num_workers=1, name="pulled", options=Options(transport=transport)) as optimizer,
@@ -184,7 +184,7 @@ def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_s
         caplog.set_level(logging.INFO, "distnadam")
         caplog.clear()  # on a slow machine the start was logged
         worker.pull()
-        assert [f"worker 0: shards {told}" in line for line in caplog.messages] == [True]
+        assert [f"worker 0: shards {expected}" in line for line in caplog.messages] == [True]
         worker.step(gradients(1, 0))
         assert len(caplog.messages) == 1, "the step had nothing to learn"
 
