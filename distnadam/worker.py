@@ -195,7 +195,7 @@ class Worker:
         """
         if not self.session.in_sync:
             return self.pull()
-        self._check_open()
+        self._require_open()
         return self._tree()
 
     def close(self) -> None:
@@ -217,7 +217,8 @@ class Worker:
 
     def _settle(self) -> None:
         """Wait for the push in flight, if any."""
-        self._check_open()
+        if self._closed:
+            self._require_open()
         if self.session.in_flight is not None:
             self.session.wait_for(self.session.in_flight)
 
@@ -242,6 +243,6 @@ class Worker:
         shared = self.session.channel.parameters
         return self._views.of(shared)[0 if shared is None else self.session.buffer].tree()
 
-    def _check_open(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise LifecycleError(f"worker {self.rank} was closed")

@@ -1,5 +1,6 @@
-"""A worker's gradient slot: flat memory that gradients are copied or written into, and judged
-finite. No shards, no Ray.
+"""A rank's gradients: flat memory that they are copied or written into, and checked to be finite.
+
+No shards, no Ray.
 """
 
 import math
@@ -13,7 +14,7 @@ from distnadam.tensors.arrays import HALF, Array, Flat, as_numpy, cut_flat, dtyp
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
 
 BLOCK = 65536
-"""Elements copied and judged at a time, so that they are judged while they are in the cache."""
+"""Elements copied at a time, and checked while they are in the cache."""
 
 
 class GradientBuffer:
@@ -25,17 +26,20 @@ class GradientBuffer:
 
     Args:
         layout: the model's layout.
-        who: begins the sentence of a complaint, such as "worker 1".
+        who: begins each error's sentence, such as "worker 1".
         memory: one flat array per space.
-        check: whether gradients are judged at all.
+        check: whether gradients are checked to be finite.
     """
 
     def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
-        self._layout, self._who, self._memory, self._check = layout, who, memory, check
-        self._forms: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
-        self._cut: tuple[Flat, list[Ranges], list[Flat]] | None = None
-        self._given: set[int] = set()
-        self._lent: dict[str, str] | None = None
+        self._layout = layout
+        self._who = who
+        self._memory = memory
+        self._check = check
+        self._by_dtypes: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
+        self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
+        self._written: set[int] = set()
+        self._view_dtypes: dict[str, str] | None = None
         self._narrow = [
             i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end
         ]
@@ -44,8 +48,7 @@ class GradientBuffer:
         self._select({})
 
     def fill(self, gradients: Any) -> str | None:
-        """Copy a tree of gradients in; return a complaint naming the first tensor that is not
-        usable, or None.
+        """Copy a tree of gradients; return why they cannot be used, naming a tensor, or None.
 
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's.
@@ -68,8 +71,7 @@ class GradientBuffer:
         return self._rejection
 
     def write(self, path: str, gradient: Any) -> None:
-        """Copy one tensor's gradient in, as the backward pass yields it; `finish` tells whether all
-        are there.
+        """Copy one tensor's gradient, as the backward pass yields it; `finish` requires all.
 
         Raises:
             StructureError: the model has no such tensor, it came twice, or its shape or dtype is
@@ -81,92 +83,86 @@ class GradientBuffer:
                 f"{list(self._index)[:8]}"
             )
         index, tensor = self._index[path], self._layout.tensors[self._index[path]]
-        if index in self._given:
+        if index in self._written:
             raise StructureError(f"{self._who}: {path!r} was pushed already for this round")
         leaf = self._layout.checked(index, as_numpy(gradient), what=f"{self._who}: gradients")
-        if not self._given:
+        if not self._written:
             self._begin({})
         self._copy(tensor, leaf)
-        self._given.add(index)
+        self._written.add(index)
 
     def views(self, dtype: str | None) -> Any:
-        """Return the slot itself as a tree of writable views, in the spaces' own dtypes or, for
-        float32, in half precision.
-        """
+        """Return the memory as a tree of writable views, float32 in half precision if asked."""
         if dtype is not None and dtype not in (*HALF, "float32"):
             raise ConfigError(
                 f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}"
             )
-        self._lent = {"float32": dtype} if dtype in HALF else {}
-        self._select(self._lent)
+        self._view_dtypes = {"float32": dtype} if dtype in HALF else {}
+        self._select(self._view_dtypes)
         return self._layout.unflatten(self._views)
 
     def finish(self) -> str | None:
-        """Judge what was put, or written into the views; return a complaint naming the first tensor
-        that is not usable, or None.
+        """Check what was written; return why it cannot be used, naming a tensor, or None.
 
         Raises:
-            StructureError: some tensors were put and others not.
-            LifecycleError: nothing was put, and nobody has the views.
+            StructureError: some tensors were written by `write` and others not.
+            LifecycleError: none was, and nobody has the views.
         """
-        if self._given:
+        if self._written:
             missing = [
                 tensor.path
                 for index, tensor in enumerate(self._layout.tensors)
-                if index not in self._given
+                if index not in self._written
             ]
             if missing:
                 raise StructureError(
                     f"{self._who}: gradients: {missing[0]!r} was not pushed for this round "
                     f"({len(missing)} missing)"
                 )
-            self._given.clear()
+            self._written.clear()
             return self._rejection
-        if self._lent is None:
+        if self._view_dtypes is None:
             raise LifecycleError(
                 f"{self._who}: give gradients, or write them into the views of gradients(), or "
                 "push_tensor each"
             )
-        self._begin(self._lent)
+        self._begin(self._view_dtypes)
         for space, values in self.flat.items():
             self._check_finite(space, 0, values.size)
         return self._rejection
 
     def parts(self, ranges: list[Ranges]) -> list[Flat]:
         """Return views of each shard's ranges, in the dtypes that the gradients now lie in."""
-        if self._cut is None or self._cut[0] is not self.flat or self._cut[1] is not ranges:
-            self._cut = (self.flat, ranges, [cut_flat(self.flat, each) for each in ranges])
-        return self._cut[2]
+        if self._parts is None or self._parts[0] is not self.flat or self._parts[1] is not ranges:
+            self._parts = (self.flat, ranges, [cut_flat(self.flat, each) for each in ranges])
+        return self._parts[2]
 
     def _begin(self, halves: Mapping[str, str]) -> None:
-        self._given.clear()
+        self._written.clear()
         self._rejection = None
         self._select(halves)
 
     def _select(self, halves: Mapping[str, str]) -> None:
         """Read the memory in these dtypes from now on."""
         key = tuple(halves.get(space, space) for space in self._memory)
-        if key not in self._forms:
+        if key not in self._by_dtypes:
             flat = {
                 s: m.view(dtype_of(name))[: m.size]
                 for (s, m), name in zip(self._memory.items(), key, strict=True)
             }
-            self._forms[key] = flat, self._layout.views(flat)
-        self.flat, self._views = self._forms[key]
+            self._by_dtypes[key] = flat, self._layout.views(flat)
+        self.flat, self._views = self._by_dtypes[key]
 
     def _common_half(self, leaves: list[Array]) -> dict[str, str]:
-        """Return the half precision in which all gradients of the float32 space came, if they
-        did.
-        """
+        """Return the half precision of the float32 space, if all its gradients came in one."""
         dtypes = {leaves[index].dtype for index in self._narrow}
-        return (
-            {"float32": name}
-            if len(dtypes) == 1 and (name := name_of(dtypes.pop())) in HALF
-            else {}
-        )
+        if len(dtypes) != 1:
+            return {}
+        name = name_of(dtypes.pop())
+        return {"float32": name} if name in HALF else {}
 
     def _copy(self, tensor: TensorSpec, leaf: Array) -> None:
-        """Copy a tensor and judge it, block by block where it is contiguous."""
+        """Copy a tensor and check it, block by block."""
         source, target = leaf.reshape(-1), self.flat[tensor.space][tensor.begin : tensor.end]
         for begin in range(0, source.size, BLOCK):
             _cast(target[begin : begin + BLOCK], source[begin : begin + BLOCK])
@@ -175,11 +171,10 @@ class GradientBuffer:
             )
 
     def _check_finite(self, space: str, begin: int, end: int) -> None:
-        """Complain of the first element of [begin, end) that is not finite or whose square
-        overflows.
+        """Record the first element of [begin, end) that is not finite or whose square overflows.
 
         A block's dot product with itself is finite only if every element and square is; only a
-        block that fails it is looked through.
+        block that fails this is searched.
         """
         if self._rejection is not None or not self._check:
             return
@@ -209,5 +204,5 @@ def _cast(target: Array, source: Array) -> None:
     if source.dtype == target.dtype:
         np.copyto(target, source)
     else:
-        with np.errstate(over="ignore"):  # a cast that overflows is judged like any infinity
+        with np.errstate(over="ignore"):  # gives an infinity, which is found like any
             np.copyto(target, source, casting="same_kind")

@@ -51,9 +51,9 @@ class InFlightPush:
     _error: DistNadamError | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether its end is not known yet."""
-        return self.state not in (PushState.DECIDED, PushState.FAILED)
+    def has_ended(self) -> bool:
+        """Whether it is decided or has failed."""
+        return self.state in (PushState.DECIDED, PushState.FAILED)
 
     def sent(self, pending: Pending) -> None:
         """Record that every shard was sent its part, and the answers that are now awaited."""
@@ -89,7 +89,7 @@ class InFlightPush:
         """Return how its round ended, or raise why the push failed."""
         if self._error is not None:
             raise self._error
-        assert self._result is not None, "the push is open"
+        assert self._result is not None, "the push is in flight"
         return self._result
 
 

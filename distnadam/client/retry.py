@@ -21,21 +21,6 @@ from distnadam.errors import (
 _T = TypeVar("_T")
 
 
-class Deadline:
-    """Until when something is polled for; `pause` sleeps, or raises once it is too late."""
-
-    def __init__(self, timeout_s: float, poll_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._poll_s = poll_s
-        self._end = time.monotonic() + timeout_s
-
-    def pause(self, problem: str) -> None:
-        """Sleep for a moment; raise StepTimeout saying what the problem is if the time is over."""
-        if time.monotonic() > self._end:
-            raise StepTimeout(f"{problem} in {self._timeout_s:g} s")
-        time.sleep(self._poll_s)
-
-
 class Retry:
     """Makes requests again that can be made again from their beginning, while shards are replaced.
 
@@ -90,9 +75,21 @@ class Retry:
             case _:
                 raise error
 
-    def deadline(self, timeout_s: float | None = None) -> Deadline:
-        """Return the deadline of something that is polled for from now on."""
-        return Deadline(self._timeout_s if timeout_s is None else timeout_s, self._poll_s)
+    def pause(self, began: float, problem: str, timeout_s: float | None = None) -> None:
+        """Sleep for a moment, in a wait for something that is polled for.
+
+        Args:
+            began: when the wait began, by `time.monotonic`.
+            problem: the beginning of the error's sentence.
+            timeout_s: how long the wait may take; None means this object's.
+
+        Raises:
+            StepTimeout: the time is over.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if time.monotonic() > began + timeout_s:
+            raise StepTimeout(f"{problem} in {timeout_s:g} s")
+        time.sleep(self._poll_s)
 
     def poll(
         self,
@@ -107,12 +104,12 @@ class Retry:
         Raises:
             StepTimeout: saying what the problem is; that error is its cause.
         """
-        deadline = self.deadline(timeout_s)
+        began = time.monotonic()
         while True:
             try:
                 return work()
             except until_not as error:
                 try:
-                    deadline.pause(problem)
+                    self.pause(began, problem, timeout_s)
                 except StepTimeout as timeout:
                     raise timeout from error

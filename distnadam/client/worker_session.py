@@ -3,12 +3,13 @@
 It knows flat arrays, rounds and epochs. No trees, no maths, no Ray.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
-from distnadam.client.in_flight_push import InFlightPush, PushState
+from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.rank_claim import RankClaim
 from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_group import ShardGroup
@@ -88,7 +89,7 @@ class WorkerSession:
                 self.channel.close()
 
     def sync(self) -> None:
-        """Learn where the shards stand, unless this worker knows."""
+        """Learn where the shards stand, if this worker does not know."""
         if not self.in_sync:
             self.pull(want_parameters=False)
 
@@ -115,7 +116,8 @@ class WorkerSession:
 
         The arguments are those of `InFlightPush`.
         """
-        self.sync()
+        if not self.in_sync:
+            self.sync()
         push = InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
         self.in_flight = push  # before it is sent: a Ctrl-C may leave it half sent
         try:
@@ -130,41 +132,44 @@ class WorkerSession:
         Raises:
             StepTimeout: the round was not decided in time; the push is still in flight.
         """
-        if push.is_open:
+        if push.has_ended:
+            return push.result()
+        try:
             try:
-                result = self._wait_or_renew(push)
-            except StepTimeout:
-                raise
-            except DistNadamError as error:
-                self.in_sync = False
-                push.fail(error)
-            else:
-                push.decide(result)
+                result = self._wait(push)
+            except (WorkerLost, ConfigError, IllegalMessage) as error:
+                result = self._wait_as_successor(push, error)
+        except StepTimeout:
+            raise
+        except DistNadamError as error:
+            self.in_sync = False
             self.in_flight = None
+            push.fail(error)
+            raise
+        self.in_flight = None
+        push.decide(result)
         return push.result()
 
-    def _wait_or_renew(self, push: InFlightPush) -> RoundResult:
+    def _wait_as_successor(self, push: InFlightPush, error: DistNadamError) -> RoundResult:
+        """Wait for a dropped push as a new incarnation; raise the error if no shard counted it."""
+        counted = self._claim.renew(push, adopting=isinstance(error, WorkerLost))
+        self._reconnect()
+        if not counted:
+            raise error
         try:
-            return self._wait(push)
-        except (WorkerLost, ConfigError, IllegalMessage) as error:
-            counted = self._claim.renew(push, adopting=isinstance(error, WorkerLost))
-            self._reconnect()
-            if not counted:
-                raise
-        try:
-            return self._wait(push)  # as a successor: it gives the norms, and learns the end
+            return self._wait(push)  # gives the norms, and learns the end
         except LatePush:
             return self.pull(want_parameters=push.want_parameters)
 
     def _wait(self, push: InFlightPush) -> RoundResult:
         """Wait for a push, and send it again to shards that were replaced meanwhile."""
-        deadline = self._shards.retry.deadline()
+        began = time.monotonic()
         while True:
             version = self._transport.version
             try:
-                if push.state is PushState.PREPARED:
-                    self._send(push)
-                answers = self._conclude(push)
+                answers = self._answers(push.pending or self._send(push))
+                if any(isinstance(answer, PartialNorms) for answer in answers.values()):
+                    answers = self._give_norms(push, answers)
                 epochs = {answer.epoch for answer in answers.values()}
                 rounds = {answer.round for answer in answers.values()}
                 if len(epochs) == len(rounds) == 1:
@@ -172,19 +177,10 @@ class WorkerSession:
                 if len(epochs) == 1:  # it counted long ago, and rounds went on without this rank
                     return self.pull(want_parameters=push.want_parameters)
                 push.send_again()  # shards were replaced or went back between the answers
-                deadline.pause(f"worker {self.rank}: the shards did not agree on an epoch")
+                problem = "the shards did not agree on an epoch"
+                self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
             except (ShardLost, Reconfigured) as error:
-                push.send_again()
-                if isinstance(error, Reconfigured):
-                    known = push.epoch
-                    push.epoch = max(known, error.epoch)
-                    if error.epoch <= known:
-                        # other shards do not know of it yet, or the round goes without this rank
-                        problem = f"round {push.round} was not decided: {error}"
-                        deadline.pause(f"worker {self.rank}: {problem}")
-                self._shards.retry.recover(error, version)
-                self._claim.rejoin()
-                self._reconnect()
+                self._follow(push, error, version, began)
             except Rewound as error:
                 self._rewinds.acknowledge(error.epoch)
                 raise
@@ -192,16 +188,32 @@ class WorkerSession:
                 push.send_again()  # a Ctrl-C may leave its answers half heard
                 raise
 
+    def _follow(
+        self, push: InFlightPush, error: ShardLost | Reconfigured, version: int, began: float
+    ) -> None:
+        """Reach the shards that replaced those of a push, so that it is sent again."""
+        push.send_again()
+        if isinstance(error, Reconfigured):
+            known = push.epoch
+            push.epoch = max(known, error.epoch)
+            if error.epoch <= known:
+                # other shards do not know of it yet, or the round goes without this rank
+                problem = f"round {push.round} was not decided: {error}"
+                self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
+        self._shards.retry.recover(error, version)
+        self._claim.rejoin()
+        self._reconnect()
+
     def _pull(self, *, want_parameters: bool) -> RoundResult:
         at_least = epoch = 0
-        deadline = self._shards.retry.deadline()
+        began = time.monotonic()
         while True:
             if self._is_elsewhere():
                 self._reconnect()  # retired shards would bring parameters that nobody steps
             answers = self._ask_all(
                 Pull(
                     rank=self.rank,
-                    incarnation=self.incarnation,
+                    incarnation=self._claim.incarnation,
                     at_least=at_least,
                     want_parameters=want_parameters and self.copies,
                     epoch=epoch,
@@ -211,7 +223,8 @@ class WorkerSession:
             epoch = max(answer.epoch for answer in answers.values())
             if any(answer.epoch != epoch for answer in answers.values()):
                 at_least = 0  # rounds of two epochs cannot be compared
-                deadline.pause(f"worker {self.rank}: the shards did not agree on an epoch")
+                problem = "the shards did not agree on an epoch"
+                self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
             elif self._is_elsewhere():
                 continue
             elif all(answer.round == at_least for answer in answers.values()):
@@ -219,7 +232,7 @@ class WorkerSession:
             elif self._claim.complete_orphans():  # a shard may have died with what it must count
                 self._lost_norms(at_least)
 
-    def _send(self, push: InFlightPush) -> None:
+    def _send(self, push: InFlightPush) -> Pending:
         """Send a push to every shard; one that has counted it already says so."""
         rejected = push.rejection is not None
         pending = self.channel.post(
@@ -227,7 +240,7 @@ class WorkerSession:
                 index: Push(
                     epoch=push.epoch,
                     rank=self.rank,
-                    incarnation=self.incarnation,
+                    incarnation=self._claim.incarnation,
                     round=push.round,
                     gradients=None if rejected else part,
                     rejection=push.rejection,
@@ -237,11 +250,10 @@ class WorkerSession:
             }
         )
         push.sent(pending)
+        return pending
 
-    def _conclude(self, push: InFlightPush) -> dict[int, RoundResult]:
-        """Wait for the answers, the second phase included if clipping needs norms."""
-        assert push.pending is not None
-        answers = self._answers(push.pending)
+    def _give_norms(self, push: InFlightPush, answers: dict[int, Any]) -> dict[int, RoundResult]:
+        """Carry out the second phase, in which the shards that measured get the whole norms."""
         while measured := {
             shard: answer.sums
             for shard, answer in answers.items()
@@ -257,13 +269,14 @@ class WorkerSession:
             norms = TotalNorms(
                 epoch=push.epoch,
                 rank=self.rank,
-                incarnation=self.incarnation,
+                incarnation=self._claim.incarnation,
                 round=push.round,
                 square_sums=push.square_sums,
                 want_parameters=push.want_parameters and self.copies,
             )
-            push.measured(self.channel.post(dict.fromkeys(measured, norms)))
-            answers = answers | self._answers(push.pending)
+            pending = self.channel.post(dict.fromkeys(measured, norms))
+            push.measured(pending)
+            answers = answers | self._answers(pending)
         return answers
 
     def _lost_norms(self, round: int) -> None:
@@ -305,9 +318,10 @@ class WorkerSession:
                     "same rate for the same step"
                 )
         rewound = max(answer.rewound for answer in answers.values())
-        self._shards.rewinds.acknowledge(rewound)
-        self.in_sync = False
-        self._rewinds.check(rewound, epoch=first.epoch, round=first.round)
+        if rewound != self._rewinds.known:
+            self._shards.rewinds.acknowledge(rewound)
+            self.in_sync = False
+            self._rewinds.check(rewound, epoch=first.epoch, round=first.round)
         for index, answer in answers.items():
             if answer.parameters is not None:
                 self._receive(index, answer.parameters)
