@@ -1,0 +1,123 @@
+"""The gradient buffer: what it copies, in which precision, and what it refuses."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from distnadam.client.gradient_buffer import BLOCK, GradientBuffer
+from distnadam.errors import ConfigError, LifecycleError, StructureError
+from distnadam.tensors.arrays import empty_flat
+from distnadam.tensors.layout import Layout
+
+MODEL = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float64)}
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+def make(model: Any = MODEL, *, check: bool = True) -> GradientBuffer:
+    layout = Layout.of(model)
+    return GradientBuffer(layout, "worker 7", empty_flat(layout.sizes), check=check)
+
+
+def tree(value: float = 1.0) -> dict[str, Any]:
+    return {"a": np.full((2, 3), value, np.float32), "b": np.full(4, value)}
+
+
+def test_a_tree_is_copied_into_its_spaces_so_that_the_callers_arrays_may_be_reused() -> None:
+    buffer, given = make(), tree(2.0)
+    assert buffer.fill(given) is None
+    given["a"][:] = 9.0
+    assert {space: flat.tolist() for space, flat in buffer.flat.items()} == {
+        "float32": [2.0] * 6,
+        "float64": [2.0] * 4,
+    }
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20], ids=str)
+def test_what_is_not_finite_or_overflows_when_squared_is_named_with_its_place(bad: float) -> None:
+    buffer, given = make(), tree()
+    given["a"][1, 2] = bad
+    rejection = buffer.fill(given)
+    assert rejection is not None
+    assert rejection.startswith("worker 7: gradient 'a' is not finite, or its square overflows")
+    assert "at index (1, 2)" in rejection
+    assert buffer.fill(tree()) is None, "the next round is free of it"
+
+
+@pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
+def test_a_bad_element_is_found_in_any_block(at: int) -> None:
+    buffer = make({"w": np.zeros(2 * BLOCK + 6, np.float32)})
+    given = np.ones(2 * BLOCK + 6, np.float32)
+    given[at] = np.nan
+    assert f"at index ({at},)" in str(buffer.fill({"w": given}))
+
+
+def test_the_square_of_a_float64_may_be_larger_than_one_of_a_float32() -> None:
+    given = tree()
+    given["b"][0] = 1e20
+    assert make().fill(given) is None
+
+
+def test_nothing_is_checked_if_that_is_not_wanted() -> None:
+    assert make(check=False).fill(tree(float("nan"))) is None
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_that_all_come_in_one_half_precision_stay_in_it(dtype: Any) -> None:
+    buffer = make({"a": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)})
+    assert buffer.fill({"a": np.ones(3, dtype), "b": np.ones(2, dtype)}) is None
+    assert buffer.flat["float32"].dtype == dtype
+    buffer.fill({"a": np.ones(3, dtype), "b": np.ones(2, np.float32)})
+    assert buffer.flat["float32"].dtype == np.float32, "mixed ones are widened"
+
+
+def test_a_half_that_is_not_finite_is_refused_and_its_square_is_taken_widened() -> None:
+    buffer = make({"w": np.zeros(2, np.float32)})
+    assert buffer.fill({"w": np.array([60000, 1], np.float16)}) is None
+    assert buffer.fill({"w": np.array([np.inf, 1], np.float16)}) is not None
+
+
+def test_the_parts_are_views_of_each_shards_ranges() -> None:
+    layout = Layout.of(MODEL)
+    buffer = make()
+    buffer.fill({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4.0)})
+    cuts = layout.cuts(3)
+    parts = buffer.parts(cuts)
+    for space, flat in buffer.flat.items():
+        assert np.array_equal(np.concatenate([part[space] for part in parts]), flat)
+        assert all(np.shares_memory(part[space], flat) for part in parts if part[space].size)
+    assert buffer.parts(cuts) is parts, "the same cut is made once"
+
+
+def test_tensors_written_one_by_one_must_all_come_and_each_once() -> None:
+    buffer = make()
+    buffer.write("a", tree()["a"])
+    with pytest.raises(StructureError, match="'a' was pushed already for this round"):
+        buffer.write("a", tree()["a"])
+    with pytest.raises(StructureError, match="'c' is not a tensor of the model"):
+        buffer.write("c", tree()["a"])
+    with pytest.raises(StructureError, match=r"'b' was not pushed for this round \(1 missing\)"):
+        buffer.finish()
+    buffer.write("b", tree()["b"])
+    assert buffer.finish() is None
+
+
+def test_what_is_written_into_the_views_is_checked_when_it_is_finished() -> None:
+    buffer = make()
+    with pytest.raises(LifecycleError, match="give gradients, or write them into the views"):
+        buffer.finish()
+    views = buffer.views(None)
+    views["a"][:], views["b"][:] = 1.0, 2.0
+    assert buffer.finish() is None
+    assert np.shares_memory(views["a"], buffer.flat["float32"])
+    views["b"][3] = np.nan
+    assert "gradient 'b'" in str(buffer.finish())
+
+
+def test_views_come_in_half_precision_where_that_is_asked_for() -> None:
+    buffer = make()
+    views = buffer.views("bfloat16")
+    assert (views["a"].dtype, views["b"].dtype) == (HALVES[1], np.float64)
+    with pytest.raises(ConfigError, match="got 'int8'"):
+        buffer.views("int8")
