@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 
-from tests.chaos.scene import WORKERS, Process, Scene
+from tests.chaos.scene import Scene
+from tests.chaos.trainers import WORKERS, Process
 
 Rng = np.random.Generator
 

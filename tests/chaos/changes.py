@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from distnadam.errors import ClusterError
 from tests.chaos.blows import Rng, any_rank, any_shard, kill, pause
-from tests.chaos.scene import Process, Scene
-from tests.chaos.trainers import despite_rewinds
+from tests.chaos.scene import Scene
+from tests.chaos.trainers import Process, despite_rewinds
 
 _RESHARD_S = 1.5
 """About how long a reshard takes, most of it to make processes."""

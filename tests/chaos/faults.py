@@ -15,8 +15,8 @@ from ray.exceptions import RayActorError
 from distnadam import DistNadam
 from tests.chaos import changes
 from tests.chaos.blows import Rng, any_rank, any_shard, kill, pause
-from tests.chaos.scene import SHARD_TIMEOUT_S, WORKERS, Case, Process, Scene
-from tests.chaos.trainers import despite_rewinds, superseded
+from tests.chaos.scene import SHARD_TIMEOUT_S, Case, Scene
+from tests.chaos.trainers import WORKERS, Process, despite_rewinds, superseded
 from tests.chaos.visitors import visit
 
 _HALT_S = 1.5
@@ -202,11 +202,11 @@ def shard_during_save(scene: Scene, rng: Rng) -> float:
     victim = scene.shards()[any_shard(scene, rng)]
     moments: list[float] = []
 
-    def kill() -> None:
+    def kill_it() -> None:
         pause(rng)
         moments.append(kill(victim))
 
-    with scene.beside(kill):
+    with scene.beside(kill_it):
         path = despite_rewinds(lambda: scene.optimizer.save(scene.directory / "checkpoints"))
     DistNadam.restore(path, num_shards=1, backend="local").close()
     return moments[0]

@@ -129,10 +129,14 @@ class Scene:
     nodes: "Nodes | None" = None
 
     @property
-    def _supervisor(self) -> RaySupervisorClient:
+    def _backend(self) -> RayBackend:
         backend = self.optimizer.shards.backend
         assert isinstance(backend, RayBackend)
-        return backend.supervisor
+        return backend
+
+    @property
+    def _supervisor(self) -> RaySupervisorClient:
+        return self._backend.supervisor
 
     def supervisor(self) -> Process:
         """Return the supervisor's process; wait for a named one that died."""
@@ -220,13 +224,9 @@ class Scene:
 
     def _diagnosis(self) -> str:
         try:
-            self.optimizer.shards.backend.transport.refresh()
-            return str(
-                ray.get(
-                    [a.send.remote(Describe()) for a in self.optimizer.shards.backend.actors],
-                    timeout=5,
-                )
-            )  # type: ignore[attr-defined]
+            self._backend.transport.refresh()
+            asked = [actor.send.remote(Describe()) for actor in self._backend.actors]
+            return str(ray.get(asked, timeout=5))
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 

@@ -162,7 +162,7 @@ class Trainer:
         link.post = post_some  # type: ignore[method-assign]
 
 
-_trainer = ray.remote(Trainer).options(num_cpus=0, max_concurrency=3, max_restarts=0)  # type: ignore[attr-defined]
+_trainer = ray.remote(Trainer).options(num_cpus=0, max_concurrency=3, max_restarts=0)
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Visitor:
         despite_rewinds(lambda: shards.recovering(die))
 
 
-_visitor = ray.remote(Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)  # type: ignore[attr-defined]
+_visitor = ray.remote(Visitor).options(num_cpus=0, max_concurrency=2, max_restarts=0)
 
 
 def visit(scene: Scene, what: str) -> tuple[Process, object]:

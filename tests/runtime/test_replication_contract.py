@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -196,8 +196,12 @@ def send(stream: ReplicationStream, number: int) -> bool:
 def end(request: pytest.FixtureRequest) -> Iterator[End]:
     if request.param == "objects":
         request.getfixturevalue("ray_cluster")
-    kinds = {"in process": InProcessEnd, "shared memory": ShmEnd, "objects": ObjectEnd}
-    end: End = kinds[request.param]()
+    kinds: dict[str, Callable[[], End]] = {
+        "in process": InProcessEnd,
+        "shared memory": ShmEnd,
+        "objects": ObjectEnd,
+    }
+    end = kinds[request.param]()
     yield end
     end.kill()
 

@@ -210,7 +210,8 @@ class WorldProcesses(ProcessManager):
         host = process.handle.host
         if not process.handle.alive or host is None:
             raise ShardLost(f"shard {process.index}: is dead")
-        return host.control_state
+        state: ShardControlState = host.control_state
+        return state
 
     @override
     def ask(

@@ -2,6 +2,8 @@
 process is what in it.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -30,13 +32,13 @@ def spec(layout_generation: int, count: int, index: int = 0) -> ShardSpec:
     )
 
 
-def discovered(layout_generation: int, count: int, index: int, **how: object) -> DiscoveredProcess:
+def discovered(layout_generation: int, count: int, index: int, **how: Any) -> DiscoveredProcess:
     kind = "standby" if how.get("standby") else "shard"
     return DiscoveredProcess(
         process=ShardProcess(index, f"{kind} {layout_generation}.{index}", None),
         spec=spec(layout_generation, count, index),
         **({"epoch": 1} | how),
-    )  # type: ignore[arg-type]
+    )
 
 
 OLD = [discovered(0, 2, 0), discovered(0, 2, 1)]

@@ -7,7 +7,7 @@ named here, with Ray's choice as the fallback if that node is gone.
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,18 +69,19 @@ def shard_ask(options: Options) -> dict[str, float]:
 class RecentlyUnreachable:
     """The nodes that did not answer lately; Ray takes up to a minute to notice that one is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._since: dict[str, float] = {}
 
     def add(self, *nodes: str) -> None:
         """Remember nodes that do not answer now."""
-        self._since |= {node: time.monotonic() for node in nodes if node}
+        self._since |= {node: self._clock() for node in nodes if node}
 
     @property
     def now(self) -> set[str]:
         """The nodes that did not answer within the last minute."""
         return {
-            node for node, since in self._since.items() if time.monotonic() - since < _UNREACHABLE_S
+            node for node, since in self._since.items() if self._clock() - since < _UNREACHABLE_S
         }
 
 
