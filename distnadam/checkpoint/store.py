@@ -65,7 +65,7 @@ class NewCheckpoint:
 
     def commit(self, files: Iterable[FileRecord]) -> None:
         """Make the written files a checkpoint; raise CheckpointError if one cannot be seen."""
-        manifest = dataclasses.replace(self._manifest, files=tuple(files), saved_at=now())
+        manifest = dataclasses.replace(self._manifest, files=tuple(files), saved_at=time.time())
         commit(self.directory, manifest)
 
 
@@ -342,8 +342,3 @@ def remove(path: DirectoryLike) -> None:
         if SHARD_FILE.fullmatch(name) or name.startswith(f".{MANIFEST}."):
             directory.remove(name)
     directory.remove_if_empty()
-
-
-def now() -> float:
-    """Return the time for a manifest's `saved_at`, in seconds since 1970."""
-    return time.time()

@@ -19,7 +19,7 @@ LEASE_S = 0.4
 
 
 @pytest.fixture
-def folder() -> Iterator[Directory]:
+def directory() -> Iterator[Directory]:
     yield open_directory("memory://claim/run")
     fsspec.filesystem("memory").store.clear()
 
@@ -35,59 +35,59 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_second_run_is_refused_by_name_while_the_first_lives(folder: Directory) -> None:
-    with LeaseFile(folder, LEASE_S) as first:
+def test_a_second_run_is_refused_by_name_while_the_first_lives(directory: Directory) -> None:
+    with LeaseFile(directory, LEASE_S) as first:
         with (
             pytest.raises(
                 CheckpointBusy,
                 match=r"memory://claim/run: another run writes here \(process \d+ of .+\)",
             ),
-            LeaseFile(folder, LEASE_S),
+            LeaseFile(directory, LEASE_S),
         ):
             pass
         first.check()
-        assert len(folder.files()) == 1
-    assert folder.files() == {}
+        assert len(directory.files()) == 1
+    assert directory.files() == {}
 
 
-def test_a_dead_run_is_outwaited(folder: Directory) -> None:
-    first = LeaseFile(folder, LEASE_S).__enter__()
+def test_a_dead_run_is_outwaited(directory: Directory) -> None:
+    first = LeaseFile(directory, LEASE_S).__enter__()
     first.stop_renewing()
-    with LeaseFile(folder, LEASE_S) as second:
+    with LeaseFile(directory, LEASE_S) as second:
         second.check()
-        assert len(folder.files()) == 1
+        assert len(directory.files()) == 1
 
 
-def test_a_run_that_was_taken_over_stops_when_it_wakes_up(folder: Directory) -> None:
-    first = LeaseFile(folder, LEASE_S).__enter__()
+def test_a_run_that_was_taken_over_stops_when_it_wakes_up(directory: Directory) -> None:
+    first = LeaseFile(directory, LEASE_S).__enter__()
     first.stop_renewing()
-    with LeaseFile(folder, LEASE_S) as second:
+    with LeaseFile(directory, LEASE_S) as second:
         first.renew()
         with pytest.raises(CheckpointBusy, match="another run took over"):
             first.check()
         second.check()
 
 
-def test_one_of_the_runs_that_start_at_once_stays(folder: Directory) -> None:
+def test_one_of_the_runs_that_start_at_once_stays(directory: Directory) -> None:
     begun, held = threading.Barrier(4), []
 
     def start() -> None:
         begun.wait()
         with suppress(CheckpointBusy):
-            held.append(LeaseFile(folder, LEASE_S).__enter__())
+            held.append(LeaseFile(directory, LEASE_S).__enter__())
 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(start) for _ in range(4)]:
             done.result()
     assert len(held) == 1
-    assert len(folder.files()) == 1
+    assert len(directory.files()) == 1
     held[0].__exit__()
 
 
 def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(
-    folder: Directory, monkeypatch: pytest.MonkeyPatch
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with LeaseFile(folder, LEASE_S) as lease:
+    with LeaseFile(directory, LEASE_S) as lease:
         failed = threading.Event()
 
         def refuse(name: str, contents: bytes, *, temporary: str) -> None:
@@ -95,6 +95,6 @@ def test_a_lease_that_cannot_be_renewed_for_a_moment_is_kept(
             failed.set()
             raise CheckpointError("not now")
 
-        monkeypatch.setattr(folder, "replace", refuse)
+        monkeypatch.setattr(directory, "replace", refuse)
         assert failed.wait(60)
         lease.check()

@@ -16,7 +16,7 @@ from distnadam.errors import CheckpointError
 
 _T = TypeVar("_T")
 _EXTRA_OF = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-_PAUSES_S = (0.1, 0.4, 1.6, 3.2)
+RETRY_PAUSES_S = (0.1, 0.4, 1.6, 3.2)
 """Seconds to wait before each retry."""
 _PERMANENT = (
     FileNotFoundError,
@@ -186,7 +186,7 @@ class RemoteDirectory(Directory):
         Raises:
             CheckpointError: "<file>: cannot be <action>", with the last error.
         """
-        for pause_s in (*_PAUSES_S, None):
+        for pause_s in (*RETRY_PAUSES_S, None):
             try:
                 return call()
             except CheckpointError:

@@ -7,10 +7,8 @@ import pytest
 
 from tests.checkpoint.storage.stores import saves_prunes_and_restores
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),
-]  # the warnings of the server and of its client are not ours
+# the warnings of the server and of its client are not ours
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture

@@ -14,10 +14,8 @@ from distnadam.errors import CheckpointError
 from tests.checkpoint.storage.stores import saves_prunes_and_restores
 from tests.models import bits, params, run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),
-]  # the warnings of the server and of its client are not ours
+# the warnings of the server and of its client are not ours
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture
@@ -62,8 +60,8 @@ def test_an_upload_that_is_cut_off_never_looks_complete(
 ) -> None:
     import distnadam.checkpoint.storage.remote as remote
 
-    monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
-    folder = open_directory(bucket).child("cut")
+    monkeypatch.setattr(remote, "RETRY_PAUSES_S", (0.0,))
+    directory = open_directory(bucket).child("cut")
 
     def cut() -> Iterator[memoryview]:
         yield memoryview(bytes(60 << 20))  # more than one part of a multipart upload
@@ -73,8 +71,8 @@ def test_an_upload_that_is_cut_off_never_looks_complete(
         CheckpointError,
         match=r"/run/cut/file: cannot be written: ConnectionError: the line is gone",
     ):
-        folder.write("file", cut)
-    assert folder.files() == {}
+        directory.write("file", cut)
+    assert directory.files() == {}
 
 
 def test_shards_on_ray_write_and_read_there(bucket: str, request: pytest.FixtureRequest) -> None:
@@ -102,6 +100,6 @@ def test_shards_on_ray_write_and_read_there(bucket: str, request: pytest.Fixture
 def test_a_missing_bucket_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import distnadam.checkpoint.storage.remote as remote
 
-    monkeypatch.setattr(remote, "_PAUSES_S", (0.0,))
+    monkeypatch.setattr(remote, "RETRY_PAUSES_S", (0.0,))
     with pytest.raises(CheckpointError, match="s3://nowhere/run"):
         DistNadam.restore("s3://nowhere/run", backend="local")

@@ -34,7 +34,7 @@ def root(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
     """The name of an empty directory, as a path and as URLs."""
-    monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(remote, "RETRY_PAUSES_S", (0.0, 0.0))
     yield {
         "path": str(tmp_path),
         "file": f"file://{tmp_path}",
@@ -48,30 +48,30 @@ def contents(*parts: bytes) -> Any:
 
 
 def test_a_directory_writes_reads_replaces_and_removes_files(root: str) -> None:
-    folder = open_directory(root).child("below")
-    assert (folder.files(), folder.directories(), folder.name) == ({}, [], "below")
-    folder.make()
-    with folder.hold():
-        folder.write("first", contents(b"abc", b"", b"defg"))
-        folder.replace("second", b"old", temporary=".t")
-        folder.replace("second", b"new!", temporary=".t")
-    assert folder.files() == {"first": 7, "second": 4}
-    assert folder.read("second", 4) == b"new!"
+    directory = open_directory(root).child("below")
+    assert (directory.files(), directory.directories(), directory.name) == ({}, [], "below")
+    directory.make()
+    with directory.hold():
+        directory.write("first", contents(b"abc", b"", b"defg"))
+        directory.replace("second", b"old", temporary=".t")
+        directory.replace("second", b"new!", temporary=".t")
+    assert directory.files() == {"first": 7, "second": 4}
+    assert directory.read("second", 4) == b"new!"
     with pytest.raises(CheckpointError, match="second"):
-        folder.read("second", 3)
+        directory.read("second", 3)
     room = [bytearray(2), bytearray(0), bytearray(3)]
-    with folder.reading("first") as read_into:
+    with directory.reading("first") as read_into:
         read_into([memoryview(part) for part in room], 1)
         assert b"".join(room) == b"bcdef"
         with pytest.raises(CheckpointError, match="ends at byte 7"):
             read_into([memoryview(bytearray(9))], 2)
     with pytest.raises(CheckpointError, match=r"third: cannot be read"):
-        folder.read("third", 9)
+        directory.read("third", 9)
     assert open_directory(root).directories() == ["below"]
     for name in ("first", "second", "second"):
-        folder.remove(name)
-    folder.remove_if_empty()
-    assert folder.files() == {}
+        directory.remove(name)
+    directory.remove_if_empty()
+    assert directory.files() == {}
 
 
 def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
@@ -101,8 +101,8 @@ def test_a_run_saves_restores_and_prunes_there(root: str) -> None:
 def test_transient_errors_are_retried_and_a_failed_upload_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "_PAUSES_S", (0.0, 0.0))
-    folder, files = open_directory("memory://flaky"), fsspec.filesystem("memory")
+    monkeypatch.setattr(remote, "RETRY_PAUSES_S", (0.0, 0.0))
+    directory, files = open_directory("memory://flaky"), fsspec.filesystem("memory")
     failures = [OSError("try later")] * 2
     real = type(files).open
 
@@ -112,15 +112,15 @@ def test_transient_errors_are_retried_and_a_failed_upload_leaves_nothing(
         return real(self, path, mode, **how)
 
     monkeypatch.setattr(type(files), "open", flaky)
-    folder.write("file", contents(b"abc"))
-    assert (folder.read("file", 9), failures) == (b"abc", [])
+    directory.write("file", contents(b"abc"))
+    assert (directory.read("file", 9), failures) == (b"abc", [])
     failures[:] = [OSError("try later")] * 9
     with pytest.raises(
         CheckpointError, match=r"memory://flaky/other: cannot be written: OSError: try later"
     ):
-        folder.write("other", contents(b"abc"))
+        directory.write("other", contents(b"abc"))
     assert len(failures) == 6
-    assert folder.files() == {"file": 3}
+    assert directory.files() == {"file": 3}
 
     def breaking() -> Iterator[memoryview]:
         yield memoryview(b"a part")
@@ -128,8 +128,8 @@ def test_transient_errors_are_retried_and_a_failed_upload_leaves_nothing(
 
     failures.clear()
     with pytest.raises(CheckpointError, match="the shard is gone"):
-        folder.write("part", breaking)
-    assert folder.files() == {"file": 3}
+        directory.write("part", breaking)
+    assert directory.files() == {"file": 3}
 
 
 @pytest.mark.parametrize("url", ["nothing://bucket/run", "ftps3://x"])
@@ -299,6 +299,6 @@ def test_the_commands_take_urls(root: str, tmp_path: Path) -> None:
 
 
 def test_a_local_directory_is_a_path() -> None:
-    folder = open_directory("file:///tmp/x")
-    assert isinstance(folder, LocalDirectory)
-    assert os.fspath(folder) == str(folder) == "/tmp/x"
+    directory = open_directory("file:///tmp/x")
+    assert isinstance(directory, LocalDirectory)
+    assert os.fspath(directory) == str(directory) == "/tmp/x"
