@@ -64,7 +64,7 @@ def diagnose() -> Diagnosis:
     if versions["ray"] is None:
         found.problems.append("ray is not installed: only backend='local' works; pip install ray")
     if shm is None:
-        found.problems.append("there is no /dev/shm: Ray's object store will lie on the disk")
+        found.problems.append("/dev/shm does not exist: Ray's object store will be on disk and slow; mount a tmpfs there")
     elif shm.total < _SMALL_SHM_BYTES:
         found.problems.append(
             f"/dev/shm has only {shm.total >> 20} MiB: Ray's object store will be slow; in a "
@@ -72,7 +72,7 @@ def diagnose() -> Diagnosis:
         )
     if found.ray_address and found.ray_auth_mode is None:
         found.problems.append(
-            "RAY_ADDRESS is set but RAY_AUTH_MODE is not: set it as the cluster has it, token or "
+            "RAY_ADDRESS is set but RAY_AUTH_MODE is not: set it to the cluster's mode, token or "
             "disabled"
         )
     if found.ray_address and found.ray_auth_mode == "disabled":

@@ -19,7 +19,7 @@ def commands(text: str) -> Iterator[list[str]]:
         lexer.whitespace_split, lexer.commenters = True, "#"
         try:
             words = list(lexer)
-        except ValueError:  # a quotation over several lines, which no command of ours has
+        except ValueError:  # a quotation over several lines; no command of ours has one
             continue
         yield from _in_words(words)
 

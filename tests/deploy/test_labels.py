@@ -45,7 +45,7 @@ grouped = DistNadam(
 )
 with grouped.build({"w": np.ones(9000, np.float32)}) as optimizer:
     shards, standbys = {}, {}
-    while len(standbys) < 4:  # they are hired behind the training
+    while len(standbys) < 4:  # they start in the background
         for entry in ray.util.list_named_actors(all_namespaces=True):
             name = entry["name"].partition("/")[2].partition("-")[0]
             if name and name not in shards | standbys:

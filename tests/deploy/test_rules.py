@@ -34,7 +34,7 @@ BOARD, ALERTS = rules_words.BOARD, rules_words.ALERTS
 OVERLAY = "deploy/kubernetes/overlays/large/kustomization.yaml"
 
 BROKEN = [
-    # the rule, the file, what it says, what the broken copy says, a part of the complaint
+    # the rule, the file, its text, the broken copy's text, a part of the complaint
     ("names", JOB, "name: distnadam-digits", f"name: {'d' * 48}", "at most 47 characters"),
     ("names", CLUSTER, "name: distnadam\n", f"name: {'d' * 54}\n", "at most 53 characters"),
     ("names", CLUSTER, "name: distnadam\n", "name: 1distnadam\n", "not a DNS label"),

@@ -93,7 +93,7 @@ def node(env: dict[str, str], *args: str) -> Iterator[None]:
     assert process.stdout is not None
     try:
         for line in process.stdout:
-            if "--block" in line:  # the last thing it says before it waits
+            if "--block" in line:  # the last line before it waits
                 break
         assert process.poll() is None
         yield

@@ -167,10 +167,8 @@ class Cluster:
         head, has = host.number == 1, dict(self._resources[host.number])
         unit = Unit.of_hosts(UNITS / f"distnadam-{'head' if head else 'node'}.service", PROGRAMS)
         given = unit.environment({"/etc/distnadam/ray.env": self._settings(host)})
-        room = [
-            f"--num-cpus={has.pop('CPU', 1):.0f}",
-            f"--resources={json.dumps(has)}",
-        ]  # not all that this machine has
+        # a part of this machine's resources
+        room = [f"--num-cpus={has.pop('CPU', 1):.0f}", f"--resources={json.dumps(has)}"]
         command = host.command(*unit.command(given), *room)
         env = self._env(host) | {"PATH": _SYSTEM_PATH} | given | (SOON if head else {})
         pipes = {
@@ -183,10 +181,10 @@ class Cluster:
 
     def _await(self, host: Host) -> None:
         said: list[str] = []
-        for _ in range(_TRIES):  # where much else runs, Ray itself gives up too soon
+        for _ in range(_TRIES):  # on a busy machine Ray itself gives up too soon
             for line in self._nodes[host.number].stdout:  # type: ignore[union-attr]
                 said.append(line)
-                if "--block" in line:  # the last thing it says before it waits
+                if "--block" in line:  # the last line before it waits
                     return
             host.kill()
             self._nodes[host.number].communicate()

@@ -11,12 +11,11 @@ from tests.hosts.network import in_namespaces, kill_all
 
 def main() -> None:
     """Run the command."""
-    os.setsid()  # no Ctrl-C of the maker's terminal ends this before its time
+    os.setsid()  # so that Ctrl-C in the maker's terminal does not end this process first
     print("ready", flush=True)
     namespaces = {line.strip() for line in sys.stdin}
-    kill_all(
-        lambda: in_namespaces(namespaces), but="unshare"
-    )  # which buries its host's first process and ends
+    # unshare reaps its host's first process and ends by itself
+    kill_all(lambda: in_namespaces(namespaces), but="unshare")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import os, time
 print("ready", flush=True)
 while True:
     try:
-        os.wait()  # orphans are buried, as a host's first process must
+        os.wait()  # reap orphans, as a host's first process must
     except ChildProcessError:
         time.sleep(0.1)
 """

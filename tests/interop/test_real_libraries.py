@@ -105,7 +105,7 @@ class TfKerasLegacy:
     def load(self, weights: list[np.ndarray]) -> None:
         zeros = [(self.tf.zeros_like(v), v) for v in self.variables.values()]
         kept = {name: v.numpy() for name, v in self.variables.items()}
-        self.optimizer.apply_gradients(zeros)  # makes the slots
+        self.optimizer.apply_gradients(zeros)  # creates the slots
         for name, value in kept.items():
             self.variables[name].assign(value)
         self.optimizer.set_weights(weights)
@@ -231,9 +231,8 @@ def test_tf_keras_legacy_goes_on_from_an_export_as_we_do(
     there.load(keras.weights(state))
     ours, optimizer = go_on_here(checkpoint, 25)
     close(in_names(there.run(25, 35)), in_names(ours))
-    close(
-        there.optimizer.get_weights()[2:], optimizer.get_weights()[2:], rel=2e-5
-    )  # the reference rounds 1 - beta_2 to float32
+    # the reference rounds 1 - beta_2 to float32
+    close(there.optimizer.get_weights()[2:], optimizer.get_weights()[2:], rel=2e-5)
 
 
 def test_we_go_on_from_tf_keras_legacys_weights_as_it_does(tmp_path: Path) -> None:
@@ -265,9 +264,10 @@ def test_keras_3_goes_on_from_an_export_as_we_do(tmp_path: Path) -> None:
     assert int(there.optimizer.iterations) == optimizer.iterations == 35
 
 
+# Keras's own get_config warns
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)  # Keras's own get_config
+)
 def test_we_go_on_from_keras_3s_variables_as_it_does(tmp_path: Path) -> None:
     there = Keras3(params(), learning_rate=0.01)
     values = there.run(0, 25)
