@@ -64,7 +64,9 @@ def diagnose() -> Diagnosis:
     if versions["ray"] is None:
         found.problems.append("ray is not installed: only backend='local' works; pip install ray")
     if shm is None:
-        found.problems.append("/dev/shm does not exist: Ray's object store will be on disk and slow; mount a tmpfs there")
+        found.problems.append(
+            "/dev/shm does not exist: Ray's object store will be on disk and slow; mount a tmpfs there"
+        )
     elif shm.total < _SMALL_SHM_BYTES:
         found.problems.append(
             f"/dev/shm has only {shm.total >> 20} MiB: Ray's object store will be slow; in a "
