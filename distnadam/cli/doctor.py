@@ -65,7 +65,7 @@ def diagnose() -> Diagnosis:
         found.problems.append("ray is not installed: only backend='local' works; pip install ray")
     if shm is None:
         found.problems.append(
-            "/dev/shm does not exist: Ray's object store will be on disk and slow; mount a tmpfs there"
+            "/dev/shm does not exist: Ray's object store will be on disk; mount a tmpfs there"
         )
     elif shm.total < _SMALL_SHM_BYTES:
         found.problems.append(
