@@ -118,15 +118,28 @@ class Standby:
         IllegalMessage where it was never filled.
         """
         with self._lock:
-            if self._control_state is None or not self._arrays:
+            control_state = self.control_state
+            if control_state is None or not self._arrays:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no state yet")
-            control_state = dataclasses.replace(self._control_state, ledger=self._ledger.to_dict())
             host = make_host(self._spec)
             host.take_over(control_state, self._arrays, reconfigure)
             for stepper in self._steppers.values():
                 stepper.close()
             self._arrays, self._control_state = {}, None
             return host, control_state
+
+    @property
+    def arrays(self) -> dict[str, Flat]:
+        """The standby's "params", "m" and "v"; empty if it has none."""
+        return self._arrays
+
+    @property
+    def control_state(self) -> ShardControlState | None:
+        """Where the standby stands; None if it has no state that could take over."""
+        with self._lock:
+            if self._control_state is None:
+                return None
+            return dataclasses.replace(self._control_state, ledger=self._ledger.to_dict())
 
     @property
     def reached(self) -> int | None:

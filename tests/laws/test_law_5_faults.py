@@ -306,13 +306,13 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             if (
                 process.alive
                 and process.standby is not None
-                and (now := process.standby._control_state) is not None
+                and (now := process.standby.control_state) is not None
             ):
-                arrays = {name: flat["float32"] for name, flat in process.standby._arrays.items()}
+                arrays = {name: flat["float32"] for name, flat in process.standby.arrays.items()}
                 state = State(**arrays, clock=now.clock, skipped=now.skipped)
                 self.same_bits(
                     state,
-                    self.model.after(history_of(process.standby._ledger.to_dict(), now.round)),
+                    self.model.after(history_of(now.ledger, now.round)),
                     process,
                 )
         for same_epoch in histories.values():

@@ -266,7 +266,7 @@ class World:
         self.memories: dict[tuple[int, int], Flat] = {}
         self.faults: deque[str] = deque()
         self.late: list[Callable[[], None]] = []
-        self._posts = 0
+        self._waits = 0
         self.processes = WorldProcesses(self)
         self.supervisor = self._make_supervisor(specs, replicas)
         self.supervisor.manage(
@@ -303,13 +303,17 @@ class World:
 
     def work(self) -> bool:
         """Have every shard do what is due first; return whether anything was."""
-        self._posts += 1
-        assert self._posts < LIVELOCK, "everybody is busy and nobody comes further"
+        self.count_wait()
         return sum(process.work() for process in self.shards) > 0
+
+    def count_wait(self) -> None:
+        """Count that a caller waits; fail if nobody gets anywhere."""
+        self._waits += 1
+        assert self._waits < LIVELOCK, "everybody is busy and nobody comes further"
 
     def rested(self) -> None:
         """Start to count again how long a caller waits."""
-        self._posts = 0
+        self._waits = 0
 
     def next_fault(self) -> str:
         """Take what is to befall the next message."""
