@@ -163,8 +163,8 @@ def render(status: Status) -> RenderableType:
 
 def _reports(running: RunningOptimizer, every: float) -> Iterator[Status]:
     """Yield the status every so many seconds, the first one after the time to measure a rate."""
-    seen = running.look()
+    seen = running.status()
     while True:
         time.sleep(every)
-        seen = running.look(seen)
+        seen = running.status(seen)
         yield seen

@@ -1,5 +1,6 @@
-"""Gradients of a loss, whoever can compute it: the loss itself, JAX, or torch. Each framework is
-imported only when its loss arrives.
+"""Gradients of a loss: computed by the loss itself, by JAX or by torch.
+
+A framework is imported only when a loss needs it.
 """
 
 import sys
@@ -14,8 +15,7 @@ from distnadam.tensors.layout import Layout
 
 
 def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
-    """Return the gradient of `loss` with respect to each tensor of `params`, in the layout's order,
-    unclipped.
+    """Return the gradient of `loss` for each tensor of `params`, in the layout's order, unclipped.
 
     Args:
         loss: a callable of the parameter tree, on NumPy arrays, that returns ``(loss, gradients)``;
@@ -98,9 +98,9 @@ def _from_jax(loss: Callable[[Any], Any], params: Any, layout: Layout) -> list[A
         with jax.enable_x64(wide):  # JAX would round float64 parameters to float32 otherwise
             tree = jax.grad(loss)(params)
     except Exception as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GradientError(
-            f"{_first(layout)}: JAX cannot differentiate the loss: {told}"
+            f"{_first(layout)}: JAX cannot differentiate the loss: {reason}"
         ) from error
     return [np.asarray(leaf) for leaf in layout.leaves_as_given(tree, what="gradients")]
 

@@ -1,12 +1,12 @@
-"""Whether the shards went back since somebody last looked. Pure."""
+"""Whether all shards went back since their user last looked. Pure."""
 
 from distnadam.errors import Rewound
 
 
 class RewindGuard:
-    """Raises `Rewound` once for each time that all shards went back, to whoever works with them.
+    """Raises `Rewound` once to its user for each time that all shards went back.
 
-    Without it an earlier step would pass for a later one.
+    Otherwise an earlier step would pass for a later one.
 
     Args:
         who: begins the error's sentence, such as "worker 1: ".

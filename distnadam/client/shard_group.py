@@ -41,6 +41,7 @@ from distnadam.protocol.messages import (
     SetRate,
     StepNorms,
     Write,
+    describe_replacement,
 )
 from distnadam.protocol.supervisor_messages import Load, Order
 from distnadam.schedules import Rate
@@ -57,7 +58,7 @@ _PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Boundary:
-    """All shards held at one round: the token they are held by, and where they stand."""
+    """All shards paused at one round: the token that pauses them, and where they stand."""
 
     token: str
     held: Paused
@@ -99,7 +100,7 @@ class ShardGroup:
 
     @property
     def ranges(self) -> list[Ranges]:
-        """What each shard holds, by how many there are now."""
+        """The ranges that each shard holds, by the number of shards that there are now."""
         count = self.backend.transport.num_shards
         if count not in self._cuts:
             self._cuts[count] = self.layout.cuts(count)
@@ -140,7 +141,7 @@ class ShardGroup:
         return f"{hung}still to push: ranks {', '.join(sorted(missing)) or 'none'}"
 
     def load(self, params: Flat) -> None:
-        """Give newly made shards their first parameters."""
+        """Give new shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
         self._begin(
             {index: Load(epoch=1, params=cut) for index, cut in enumerate(cuts)},
@@ -149,9 +150,7 @@ class ShardGroup:
         self.backend.supervisor.started(initial=params, directory=None)
 
     def restore(self, directory: Directory, manifest: Manifest) -> None:
-        """Load a checkpoint into newly made shards, each reading its own ranges, every byte of
-        every file verified by someone.
-        """
+        """Load a checkpoint into new shards: each reads its own ranges, all verify every byte."""
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {
             index: Load(epoch=1, directory=str(directory), manifest=raw, leftovers=tuple(left))
@@ -161,7 +160,7 @@ class ShardGroup:
         self.backend.supervisor.started(initial=None, directory=parent_of(directory))
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
-        """Have newly made shards load, again if a call was lost: one that has loaded says so."""
+        """Have new shards load, again if a call was lost: one that has loaded says so."""
         self.retry.poll(
             lambda: self.ask(loads, timeout_s=timeout_s),
             "the new shards did not all load their state",
@@ -200,8 +199,10 @@ class ShardGroup:
             yield Boundary(token, replace(newest, pending=tuple(sorted(pending))))
 
     def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
-        """Return the clock and the whole model's arrays of those names ("params", "m", "v") at one
-        round, copied.
+        """Return the clock and copies of the whole model's arrays at one round.
+
+        Args:
+            what: names of arrays: "params", "m", "v".
         """
         return self.recovering(lambda: self._read(what))
 
@@ -215,27 +216,27 @@ class ShardGroup:
             return at.held.clock, whole
 
     def fill(self, state: Mapping[str, Flat], clock: Clock | None = None) -> None:
-        """Replace whole arrays by name, and the clock where given, on every shard, between two
-        rounds.
+        """Replace whole arrays, and the clock if given, on every shard, between two rounds.
+
+        Args:
+            state: by name: "params", "m", "v".
+            clock: None keeps the present one.
         """
 
         def write() -> None:
             with self.boundary() as at:
-                self.backend.supervisor.state_replaced(
-                    f"the state was replaced after round {at.held.round}"
-                )
-                cuts = (
-                    {name: cut_flat(flat, ranges) for name, flat in state.items()}
-                    for ranges in self.ranges
-                )
-                self.ask(
-                    {
-                        index: Write(
-                            token=at.token, state=cut, clock=clock, epoch=at.held.epoch + 1
-                        )
-                        for index, cut in enumerate(cuts)
-                    }
-                )
+                what = describe_replacement("the state", at.held.round)
+                self.backend.supervisor.state_replaced(what)
+                writes = {
+                    index: Write(
+                        token=at.token,
+                        state={name: cut_flat(flat, ranges) for name, flat in state.items()},
+                        clock=clock,
+                        epoch=at.held.epoch + 1,
+                    )
+                    for index, ranges in enumerate(self.ranges)
+                }
+                self.ask(writes)
 
         self.recovering(write)
 
@@ -244,9 +245,8 @@ class ShardGroup:
 
         def write() -> None:
             with self.boundary() as at:
-                self.backend.supervisor.state_replaced(
-                    f"the learning rate was replaced after round {at.held.round}"
-                )
+                what = describe_replacement("the learning rate", at.held.round)
+                self.backend.supervisor.state_replaced(what)
                 self.ask(self.for_all(SetRate(at.token, lr)))
 
         self.recovering(write)
@@ -283,8 +283,9 @@ class ShardGroup:
             return decided
 
     def reshard(self, num_shards: int) -> None:
-        """Cut the state anew into so many shards between two rounds; whoever waits for a round goes
-        on with the new ones.
+        """Cut the state into another number of shards between two rounds.
+
+        Workers that wait for a round go on with the new shards.
         """
 
         def move() -> None:
@@ -295,7 +296,7 @@ class ShardGroup:
             self.recovering(move)
 
     def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
-        """Write a gradient tree into the slot, which whoever holds the shards has to itself."""
+        """Copy a gradient tree into this handle's buffer, and return why not, and its parts."""
         if self._buffer is None:
             memory = empty_flat(self.layout.sizes)
             self._buffer = GradientBuffer(
@@ -331,8 +332,10 @@ class ShardGroup:
     def ask(
         self, messages: Mapping[int, Message | Order], timeout_s: float | None = None
     ) -> dict[int, Any]:
-        """Send each shard its message and return the answers; raise StepTimeout naming who should
-        have given them.
+        """Send each shard its message and return the answers.
+
+        Raises:
+            StepTimeout: not all answered in `timeout_s`, by default the options' step timeout.
         """
         if not messages:
             return {}

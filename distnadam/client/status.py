@@ -1,5 +1,6 @@
-"""What a running optimizer does, as somebody sees it who is no part of it. Every shard is asked,
-none waited for long. No Ray here.
+"""What a running optimizer does, seen from outside. Every shard is asked, none waited for long.
+
+No Ray.
 """
 
 import time
@@ -22,9 +23,7 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """One shard: `standby` is the node of its standby, `lag` how many rounds that is behind it,
-    None where none follows it yet.
-    """
+    """One shard; `standby` is its standby's node, `lag` the rounds that it is behind, if known."""
 
     index: int
     node: str
@@ -37,7 +36,7 @@ class ShardStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """One look at an optimizer; `at` is the time by a clock of this process."""
+    """The status of an optimizer; `at` is the time by this process's monotonic clock."""
 
     name: str | None
     step: int
@@ -53,26 +52,30 @@ class Status:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        told = asdict(self)
-        return {key: told[key] for key in told if key != "at"} | {
+        fields = asdict(self)
+        return {key: fields[key] for key in fields if key != "at"} | {
             "workers": [{"rank": r, "state": s} for r, s in self.workers.items()]
         }
 
 
 class RunningOptimizer:
-    """A named optimizer that runs on the Ray cluster of this process, or of RAY_ADDRESS; raise
-    NotRunning where there is none.
+    """A named optimizer on the Ray cluster of this process, or of RAY_ADDRESS.
+
+    Raises:
+        NotRunning: there is none of that name.
     """
 
     def __init__(self, name: str) -> None:
         self._backend, self._spec = connect(name)
 
-    def look(self, earlier: Status | None = None) -> Status:
-        """Look at it; with an earlier look, also at how many steps a second it has made since;
-        raise NotRunning where no shard answers.
+    def status(self, earlier: Status | None = None) -> Status:
+        """Return its status, with the steps per second since an earlier one.
+
+        Raises:
+            NotRunning: no shard answers.
         """
-        told, shards = self._ask()
-        spec, first, now = self._spec, min(told, key=lambda seen: seen.round), time.monotonic()
+        answers, shards = self._ask()
+        spec, first, now = self._spec, min(answers, key=lambda seen: seen.round), time.monotonic()
         return Status(
             name=spec.name,
             step=first.iterations,
@@ -85,24 +88,22 @@ class RunningOptimizer:
             shards=tuple(shards),
             workers={rank: _worker(rank, first) for rank in range(spec.num_workers)},
             replicas=spec.replicas,
-            checkpoint=_newest(self._saves_to(told)),
+            checkpoint=_newest(self._saves_to(answers)),
             at=now,
         )
 
     def checkpoint_dir(self) -> str | None:
-        """Return the directory that it saves to: the one that was set, else that of the last save
-        or restore.
-        """
+        """Return the directory that it saves to: the option's, or the last save's or restore's."""
         return self._saves_to(self._ask()[0])
 
-    def _saves_to(self, told: list[Description]) -> str | None:
+    def _saves_to(self, answers: list[Description]) -> str | None:
         return self._spec.options.checkpoint_dir or next(
-            (seen.saved for seen in told if seen.saved is not None), None
+            (seen.saved for seen in answers if seen.saved is not None), None
         )
 
     def _ask(self) -> tuple[list[Description], list[ShardStatus]]:
         backend, transport = self._backend, self._backend.transport
-        told, shards = list[Description](), list[ShardStatus]()
+        answers, shards = list[Description](), list[ShardStatus]()
         transport.refresh()
         asked = {
             index: transport.post({index: Describe(spec=True)})
@@ -120,19 +121,19 @@ class RunningOptimizer:
             except ShardLost:
                 shards.append(ShardStatus(index, host, "dead", standby=standbys.get(index)))
             else:
-                told.append(seen)
+                answers.append(seen)
                 size = shard_bytes(seen.spec.ranges) if seen.spec is not None else None
                 lag = None if seen.replicated is None else seen.round - seen.replicated
                 shards.append(
                     ShardStatus(index, host, seen.phase, seen.round, size, standbys.get(index), lag)
                 )
-        if not told:
+        if not answers:
             raise NotRunning(f"no shard of {self._spec.name!r} answers")
-        return told, shards
+        return answers, shards
 
 
 def _newest(directory: str | None) -> str | None:
-    """Return the newest checkpoint in a directory as far as it can be seen from here."""
+    """Return the newest checkpoint in a directory, as far as it can be seen from here."""
     if directory is None:
         return None
     with suppress(CheckpointError):

@@ -1,8 +1,7 @@
-"""One optimizer's state as frameworks exchange it: named tensors with two slots each, one clock,
-one config; to and from a checkpoint.
+"""One optimizer's state as frameworks exchange it, to and from a checkpoint.
 
-It knows layouts and checkpoints, no framework. What cannot be a state is refused here, naming the
-file and the tensor.
+It is named tensors with two moments each, one clock and one config. This module knows layouts and
+checkpoints, no framework; what cannot be a state is refused here, naming the file and the tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,9 +50,7 @@ class OptimizerState:
 
     @property
     def half(self) -> list[str]:
-        """The paths of the tensors in half precision, whose master copies and moments are
-        float32.
-        """
+        """The paths of the tensors in half precision; their masters and moments are float32."""
         return [tensor.path for tensor in self.layout.tensors if tensor.dtype != tensor.space]
 
     @property
@@ -62,8 +59,7 @@ class OptimizerState:
         return rate_at(self.config.lr, self.clock.iterations)
 
     def positions(self, order: Sequence[str] | None) -> list[int]:
-        """Return each tensor's index in the layout, in the order in which another framework lists
-        them; None: the layout's.
+        """Return each tensor's index in the layout, in another framework's order; None: our own.
 
         Raises:
             StructureError: `order` does not name every tensor once.
@@ -71,9 +67,7 @@ class OptimizerState:
         return positions(self.names, order)
 
     def save(self, root: DirectoryLike) -> str:
-        """Write a checkpoint of one shard under `root`, which `verify` accepts and
-        `DistNadam.restore` continues from; return it.
-        """
+        """Write a checkpoint of one shard under `root`, and return its directory."""
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
         arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in STATE_ARRAYS}
         position = Position(clock=self.clock, round=self.clock.iterations)
@@ -90,8 +84,7 @@ class OptimizerState:
 
 
 def load_checkpoint(path: DirectoryLike) -> OptimizerState:
-    """Return the state of a checkpoint, or of the newest valid one in a directory, every byte of it
-    verified.
+    """Return the state of a checkpoint, or of the newest valid one in a directory, verified.
 
     Raises:
         CheckpointError: naming the file that was refused, and why.
@@ -149,8 +142,10 @@ def make_state(
 
 
 def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:
-    """Return the hyper-parameters of plain values in our own spelling; raise CheckpointError naming
-    the one that is refused.
+    """Return the hyper-parameters of plain values in our own spelling.
+
+    Raises:
+        CheckpointError: naming the one that is refused.
     """
     try:
         return NadamConfig.from_dict({"lr": 0.002, **values})
@@ -159,8 +154,10 @@ def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:
 
 
 def layout_of(where: str, params: Mapping[str, Any]) -> Layout:
-    """Return the layout of a flat mapping of names to arrays; raise CheckpointError naming the one
-    that cannot be a parameter.
+    """Return the layout of a flat mapping of names to arrays.
+
+    Raises:
+        CheckpointError: naming the one that cannot be a parameter.
     """
     try:
         return Layout.of(dict(params))
@@ -169,7 +166,7 @@ def layout_of(where: str, params: Mapping[str, Any]) -> Layout:
 
 
 def read_layout(where: str, data: Any) -> Layout:
-    """Return the layout of plain data; raise CheckpointError where it is none."""
+    """Return the layout of plain data, or raise CheckpointError."""
     try:
         return Layout.from_dict(data)
     except (
@@ -187,17 +184,20 @@ def read_layout(where: str, data: Any) -> Layout:
 
 
 def positions(names: Sequence[str], order: Sequence[str] | None) -> list[int]:
-    """Return the index in `names` of each name of `order` (None: as they stand); raise
-    StructureError where those are other names.
+    """Return the index in `names` of each name of `order`; None: the order of `names`.
+
+    Raises:
+        StructureError: `order` does not hold each name once.
     """
     if order is None:
         return list(range(len(names)))
     index = {name: i for i, name in enumerate(names)}
     wrong = [name for name in order if name not in index] or sorted(set(names) - set(order))
     if wrong or len(order) != len(names):
-        told = f", not {wrong[0]!r}" if wrong else ""
+        instead = f", not {wrong[0]!r}" if wrong else ""
         raise StructureError(
-            f"order: expected each of the {len(names)} tensors once{told}; got {len(order)} names"
+            f"order: expected each of the {len(names)} tensors once{instead};"
+            f" got {len(order)} names"
         )
     return [index[name] for name in order]
 
@@ -209,32 +209,32 @@ def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None
     missing = [tensor.path for tensor in layout.tensors if tensor.path not in given]
     extra = sorted(set(given) - {tensor.path for tensor in layout.tensors})
     if missing or extra:
-        told = (
+        problem = (
             f"tensor {missing[0]!r} is missing"
             if missing
             else f"{extra[0]!r} is not a tensor of the model"
         )
         raise CheckpointError(
-            f"{where}: {slot}: {told}; expected {len(layout.tensors)} tensors, got {len(given)}"
+            f"{where}: {slot}: {problem}; expected {len(layout.tensors)} tensors, got {len(given)}"
         )
     for tensor, view in zip(layout.tensors, views, strict=True):
-        array, told = as_numpy(given[tensor.path]), f"{where}: {slot} of {tensor.path!r}"
+        array, what = as_numpy(given[tensor.path]), f"{where}: {slot} of {tensor.path!r}"
         if array.shape != tensor.shape:
-            raise CheckpointError(f"{told}: expected shape {tensor.shape}, got shape {array.shape}")
+            raise CheckpointError(f"{what}: expected shape {tensor.shape}, got shape {array.shape}")
         if not is_float(array.dtype):
             raise CheckpointError(
-                f"{told}: expected floating-point numbers for {tensor.dtype}, got {array.dtype}"
+                f"{what}: expected floating-point numbers for {tensor.dtype}, got {array.dtype}"
             )
         with np.errstate(over="ignore"):
             np.copyto(view, array, casting="unsafe")
         if not np.isfinite(view).all():
             raise CheckpointError(
-                f"{told}: expected finite {tensor.space} values, got "
+                f"{what}: expected finite {tensor.space} values, got "
                 f"{_first(array, ~np.isfinite(view))}"
             )
         if slot == "v" and (view < 0).any():
             raise CheckpointError(
-                f"{told}: a second moment must be at least 0, got {_first(array, view < 0)}"
+                f"{what}: a second moment must be at least 0, got {_first(array, view < 0)}"
             )
     return views
 

@@ -278,6 +278,11 @@ class Write:
     epoch: int | None = None
 
 
+def describe_replacement(what: str, round: int) -> str:
+    """Return the sentence for what `Write` or `SetRate` replaced after a round."""
+    return f"{what} was replaced after round {round}"
+
+
 @dataclass(frozen=True)
 class SetRate:
     """Replaces the learning rate of the held shard from the next step on."""

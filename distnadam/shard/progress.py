@@ -8,7 +8,14 @@ from collections.abc import Collection, Mapping
 
 from distnadam.errors import StaleEpoch
 from distnadam.nadam.step_scalars import Clock
-from distnadam.protocol.messages import Outcome, Paused, Push, PushNote, RoundResult
+from distnadam.protocol.messages import (
+    Outcome,
+    Paused,
+    Push,
+    PushNote,
+    RoundResult,
+    describe_replacement,
+)
 from distnadam.protocol.shard_status import Description
 from distnadam.protocol.supervisor_messages import (
     Load,
@@ -103,7 +110,7 @@ class Progress:
 
     def change(self, what: str) -> None:
         """Record that the state is no longer that of its rounds, until it is saved."""
-        self.changed = f"{what} was replaced after round {self.round}"
+        self.changed = describe_replacement(what, self.round)
         self.num_changes += 1
 
     def saved(self, num_changes: int) -> None:
