@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,22 @@ PAUSE_S = 1.0
 BACKED_BYTES = 2 * 10**9
 """More than the page cache and memory that any contender needs to read."""
 Timed = Callable[[], float]
+Contenders = dict[tuple[str, str], Timed]
+"""What returns its own seconds, by what is measured and by name."""
 BASES = {
     "save": "raw write and fsync",
     "stall": "one memory copy of the state",
     "restore": "raw read",
 }
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The directory to write in, the arrays, and an optimizer that holds them."""
+
+    root: Path
+    state: dict[str, Any]
+    optimizer: DistNadam
 
 
 def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
@@ -43,10 +55,11 @@ def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[s
     missing: list[str] = []
     optimizer = DistNadam(num_shards=SHARDS, backend="local").build({"w": state["params"]})
     optimizer.set_weights([np.array(1), np.array(0.5), state["m"], np.abs(state["v"])])
-    contenders: dict[tuple[str, str], Timed] = {}
+    contenders: Contenders = {}
+    setup = Setup(root, state, optimizer)
     for add in (add_raw, add_ours, add_safetensors, add_torch):
         try:
-            add(contenders, root, state, optimizer)
+            add(contenders, setup)
         except ImportError as error:
             missing.append(f"{add.__name__.removeprefix('add_')}: {error}")
     try:
@@ -77,25 +90,20 @@ def measure(elements: int, rounds: int) -> tuple[list[dict[str, object]], list[s
     return rows, missing
 
 
-def add_raw(
-    contenders: dict[tuple[str, str], Timed],
-    root: Path,
-    state: dict[str, Any],
-    optimizer: DistNadam,
-) -> None:
-    path = root / "raw"
-    kept = [np.ones_like(values) for values in state.values()]
+def add_raw(contenders: Contenders, setup: Setup) -> None:
+    path = setup.root / "raw"
+    kept = [np.ones_like(values) for values in setup.state.values()]
 
     def write() -> None:
         with open(path, "wb", buffering=0) as file:
-            for values in state.values():
+            for values in setup.state.values():
                 view = memoryview(values).cast("B")
                 while view:
                     view = view[file.write(view[: 1 << 20]) :]
             os.fsync(file.fileno())
 
     def read() -> None:
-        room = [np.empty_like(values) for values in state.values()]
+        room = [np.empty_like(values) for values in setup.state.values()]
         with open(path, "rb", buffering=0) as file:
             for values in room:
                 view = memoryview(values).cast("B")
@@ -103,7 +111,7 @@ def add_raw(
                     view = view[file.readinto(view[: 1 << 20]) :]
 
     def copy() -> None:
-        for source, target in zip(state.values(), kept, strict=True):
+        for source, target in zip(setup.state.values(), kept, strict=True):
             np.copyto(target, source)
 
     contenders["save", BASES["save"]] = lambda: timed(write, fresh=path)
@@ -111,15 +119,10 @@ def add_raw(
     contenders["restore", BASES["restore"]] = lambda: timed(read, drop=path)
 
 
-def add_ours(
-    contenders: dict[tuple[str, str], Timed],
-    root: Path,
-    state: dict[str, Any],
-    optimizer: DistNadam,
-) -> None:
-    path = root / "ours"
+def add_ours(contenders: Contenders, setup: Setup) -> None:
+    path = setup.root / "ours"
 
-    gradients = {"w": state["m"]}
+    gradients = {"w": setup.state["m"]}
 
     def behind(*, step: bool) -> float:
         """Return the seconds of the call, or of the call and the step after it.
@@ -127,11 +130,11 @@ def add_ours(
         From the latter the duration of a step without a save is subtracted.
         """
         remove(path)
-        usual = timed(lambda: optimizer.apply_gradients(gradients)) if step else 0.0
+        usual = timed(lambda: setup.optimizer.apply_gradients(gradients)) if step else 0.0
         began = time.perf_counter()
-        saving: Any = optimizer.save(path, wait=False)
+        saving: Any = setup.optimizer.save(path, wait=False)
         if step:
-            optimizer.apply_gradients(gradients)
+            setup.optimizer.apply_gradients(gradients)
         seconds = time.perf_counter() - began
         saving.result()
         return seconds - usual
@@ -139,7 +142,7 @@ def add_ours(
     def restore(shards: int) -> None:
         DistNadam.restore(path, num_shards=shards, backend="local").close()
 
-    contenders["save", "distnadam"] = lambda: timed(lambda: optimizer.save(path), fresh=path)
+    contenders["save", "distnadam"] = lambda: timed(lambda: setup.optimizer.save(path), fresh=path)
     contenders["stall", "distnadam, wait=False: the call"] = lambda: behind(step=False)
     contenders["stall", "distnadam, wait=False: with a step at once"] = lambda: behind(step=True)
     for shards in (SHARDS, 3):
@@ -149,32 +152,22 @@ def add_ours(
         )  # type: ignore[misc]
 
 
-def add_safetensors(
-    contenders: dict[tuple[str, str], Timed],
-    root: Path,
-    state: dict[str, Any],
-    optimizer: DistNadam,
-) -> None:
+def add_safetensors(contenders: Contenders, setup: Setup) -> None:
     from safetensors.numpy import load_file, save_file
 
-    path = root / "state.safetensors"
+    path = setup.root / "state.safetensors"
     contenders["save", "safetensors, no fsync"] = lambda: timed(
-        lambda: save_file(state, path), fresh=path
+        lambda: save_file(setup.state, path), fresh=path
     )
     contenders["restore", "safetensors"] = lambda: timed(lambda: load_file(path), drop=path)
 
 
-def add_torch(
-    contenders: dict[tuple[str, str], Timed],
-    root: Path,
-    state: dict[str, Any],
-    optimizer: DistNadam,
-) -> None:
+def add_torch(contenders: Contenders, setup: Setup) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    tensors = {name: torch.from_numpy(values) for name, values in state.items()}
-    path, many, behind = root / "state.pt", root / "dcp", root / "dcp-async"
+    tensors = {name: torch.from_numpy(values) for name, values in setup.state.items()}
+    path, many, behind = setup.root / "state.pt", setup.root / "dcp", setup.root / "dcp-async"
 
     def stall() -> float:
         remove(behind)

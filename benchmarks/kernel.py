@@ -7,6 +7,7 @@ written) and adds once per array. All contenders are interleaved in one run.
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
@@ -17,11 +18,23 @@ from distnadam.nadam.kernels import Part, Slots, StepConstants, make_stepper
 from distnadam.nadam.step_scalars import Clock, step_scalars
 
 Step = Callable[[], object]
+Contenders = dict[tuple[str, int], Step]
+"""One step of each contender, by name and number of threads."""
 PEERS = {
     "over_floor": "memory floor",
     "over_torch_foreach": "torch NAdam, foreach",
     "over_torch_fused_adam": "torch Adam, fused",
 }
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Parameters, moments and a gradient, of one length, in float32."""
+
+    p: np.ndarray
+    m: np.ndarray
+    v: np.ndarray
+    g: np.ndarray
 
 
 def measure(n: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
@@ -30,13 +43,13 @@ def measure(n: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
     Times are medians over `rounds` rounds, in each of which every contender runs once.
     """
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(n, dtype=np.float32) for _ in range(4)]
-    np.abs(arrays[2], out=arrays[2])
-    contenders: dict[tuple[str, int], Step] = {}
+    arrays = Arrays(*(rng.standard_normal(n, dtype=np.float32) for _ in range(4)))
+    np.abs(arrays.v, out=arrays.v)
+    contenders: Contenders = {}
     missing: list[str] = []
     for add in (add_floor, add_ours, add_naive, add_torch):
         try:
-            add(contenders, *arrays)
+            add(contenders, arrays)
         except ImportError as error:
             missing.append(f"{add.__name__.removeprefix('add_')}: {error}")
     times = run(contenders, rounds)
@@ -50,7 +63,7 @@ def measure(n: int, rounds: int) -> tuple[list[dict[str, object]], list[str]]:
     return rows, missing
 
 
-def run(contenders: dict[tuple[str, int], Step], rounds: int) -> dict[tuple[str, int], list[float]]:
+def run(contenders: Contenders, rounds: int) -> dict[tuple[str, int], list[float]]:
     """Return each contender's seconds in each round, after one round of warm-up."""
     times: dict[tuple[str, int], list[float]] = {key: [] for key in contenders}
     for number in range(rounds + 1):
@@ -62,13 +75,7 @@ def run(contenders: dict[tuple[str, int], Step], rounds: int) -> dict[tuple[str,
     return times
 
 
-def add_floor(
-    contenders: dict[tuple[str, int], Step],
-    p: np.ndarray,
-    m: np.ndarray,
-    v: np.ndarray,
-    g: np.ndarray,
-) -> None:
+def add_floor(contenders: Contenders, arrays: Arrays) -> None:
     import numba
 
     def move(p, m, v, g):  # type: ignore[no-untyped-def]
@@ -80,22 +87,17 @@ def add_floor(
 
     one, several = numba.njit(move), numba.njit(parallel=True)(move)
     # arrays of its own, since it would make v negative, and ours slow with NaN
-    own = [np.ones_like(p) for _ in range(4)]
+    own = [np.ones_like(arrays.p) for _ in range(4)]
     contenders["memory floor", 1] = lambda: one(*own)
     contenders["memory floor", 2] = lambda: several(*own)
     numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
 
 
-def add_ours(
-    contenders: dict[tuple[str, int], Step],
-    p: np.ndarray,
-    m: np.ndarray,
-    v: np.ndarray,
-    g: np.ndarray,
-) -> None:
+def add_ours(contenders: Contenders, arrays: Arrays) -> None:
     config = NadamConfig()
     scalars = step_scalars(Clock(10, 0.5), config)
     rates = StepConstants(1 - config.beta_1, 1 - config.beta_2)
+    p, m, v, g = arrays.p, arrays.m, arrays.v, arrays.g
     in_place, buffered, part = Slots(p, m, v), Slots(p, m, v, np.ones_like(p)), [Part(0, p.size)]
     for kernel in ("numpy", "fused"):
         for threads in (1, 2):
@@ -108,13 +110,9 @@ def add_ours(
             )
 
 
-def add_naive(
-    contenders: dict[tuple[str, int], Step],
-    p: np.ndarray,
-    m: np.ndarray,
-    v: np.ndarray,
-    g: np.ndarray,
-) -> None:
+def add_naive(contenders: Contenders, arrays: Arrays) -> None:
+    p, m, v, g = arrays.p, arrays.m, arrays.v, arrays.g
+
     def step() -> None:
         m[:] = 0.9 * m + 0.1 * g
         v[:] = 0.999 * v + 0.001 * np.square(g)
@@ -123,18 +121,12 @@ def add_naive(
     contenders["NumPy, whole arrays", 1] = step
 
 
-def add_torch(
-    contenders: dict[tuple[str, int], Step],
-    p: np.ndarray,
-    m: np.ndarray,
-    v: np.ndarray,
-    g: np.ndarray,
-) -> None:
+def add_torch(contenders: Contenders, arrays: Arrays) -> None:
     import torch
 
     def of(make: Callable[..., torch.optim.Optimizer], threads: int, **how: object) -> Step:
-        parameter = torch.nn.Parameter(torch.from_numpy(p.copy()))
-        parameter.grad = torch.from_numpy(g)
+        parameter = torch.nn.Parameter(torch.from_numpy(arrays.p.copy()))
+        parameter.grad = torch.from_numpy(arrays.g)
         optimizer = make([parameter], **how)
 
         def step() -> None:
