@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ import ray
 from distnadam.backends.base import Backend, Pending, WorkerChannel
 from distnadam.backends.local import LocalBackend
 from distnadam.backends.ray.backend import RayBackend
+from distnadam.checkpoint.storage.resolve import open_directory
+from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import NadamConfig, Options, Settings, Topology
 from distnadam.errors import (
+    ClusterError,
     IllegalMessage,
     LifecycleError,
     Reconfigured,
@@ -262,6 +266,19 @@ def test_a_reshard_keeps_every_bit(case: Case) -> None:
         assert after == before
 
 
+def test_a_reshard_that_fails_keeps_the_former_shards(case: Case) -> None:
+    more_than_any_machine_has = {"float32": (0, 10**15)}
+    with pytest.raises(ClusterError, match=r"shard 2\b"):
+        case.backend.supervisor.reshard([*LAYOUT.cuts(2), more_than_any_machine_has])
+    case.backend.transport.refresh()
+    assert case.backend.transport.num_shards == 2
+    assert case.whole()["float32"].tobytes() == PARAMS["float32"].tobytes()
+    incarnation = case.join()
+    channel = case.channel(incarnation)
+    answers = push(case, channel, incarnation).result(ANSWER_S)
+    assert parameters_of(channel, answers)["float32"].tobytes() == after_one_step()
+
+
 def test_a_dead_shard_is_an_error_until_recovery_was_awaited(recovering: Case) -> None:
     transport = recovering.backend.transport
     before = transport.version
@@ -315,6 +332,19 @@ def test_what_replaced_the_state_is_why_it_cannot_go_back(recovering: Case) -> N
     recovering.kill(0)
     with pytest.raises(Unrecoverable, match="the state was replaced by this test"):
         recovering.backend.transport.await_recovery(ANSWER_S)
+
+
+def test_a_saved_checkpoint_is_what_the_shards_go_back_to(recovering: Case, tmp_path: Path) -> None:
+    group = ShardGroup(recovering.backend, LAYOUT, 2, Options())
+    group.step({"w": GRADIENT["float32"]})
+    recovering.backend.supervisor.state_replaced("the state was replaced by this test")
+    settings = Settings(topology=Topology(num_shards=2))
+    CheckpointWriter().save(group, open_directory(tmp_path), Saved(settings=settings, data={}))
+    group.step({"w": GRADIENT["float32"]})
+    recovering.kill(0)
+    recovering.backend.transport.await_recovery(ANSWER_S)
+    assert {d.round for d in recovering.everywhere(Describe()).values()} == {1}
+    assert recovering.whole()["float32"].tobytes() == after_one_step()
 
 
 def test_a_dead_worker_is_lost_until_another_takes_its_rank_over(recovering: Case) -> None:

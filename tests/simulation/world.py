@@ -30,7 +30,7 @@ from distnadam.shard.effects import Notice
 from distnadam.supervision.events import LookNow, ProcessDied
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
-from distnadam.tensors.arrays import Flat, cut_flat
+from distnadam.tensors.arrays import Flat, cut_flat, memory_for
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.replication import ReplicationStream
 from tests.simulation.stream import InProcessStream
@@ -172,7 +172,8 @@ class WorldProcesses(ProcessManager):
     def start(
         self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
     ) -> ShardProcess:
-        process = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)
+        with memory_for(f"shard {spec.index}: its state"):
+            process = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)
         self._world.all_processes.append(process)
         return process
 
