@@ -12,6 +12,9 @@ SEED ?= 0
 JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
 COV ?=
 
+# Each test on Ray starts processes, which should find their modules compiled, as a user's do.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist loadgroup
