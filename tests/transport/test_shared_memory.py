@@ -1,9 +1,11 @@
 """Arenas: shared, nameless, of a checked size, and a lack of memory is an error."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,8 +85,16 @@ def test_a_limit_of_the_system_is_an_error_and_no_signal() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+def mapped_files() -> set[tuple[str, str]]:
+    """What this process has mapped into its memory: addresses, and files as /proc names them."""
+    rows = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    return {(row[0], row[5].strip()) for row in rows if len(row) > 5}
+
+
 def test_nothing_of_it_is_in_the_file_system() -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = mapped_files()
     arena = Arena.create({"float32": 10**6})
-    assert set(os.listdir("/dev/shm")) == before
+    new = mapped_files() - before
+    assert new
+    assert all(re.fullmatch(r"/memfd:.* \(deleted\)", name) for _, name in new), new
     assert arena.flats
