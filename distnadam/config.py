@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from distnadam.errors import ConfigError
@@ -66,7 +67,7 @@ class NadamConfig:
                 "both be set: give one of them"
             )
 
-    @property
+    @cached_property
     def clips_by_norm(self) -> bool:
         """Whether a step needs norms before it can be applied."""
         return self.clipnorm is not None or self.global_clipnorm is not None

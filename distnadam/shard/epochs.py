@@ -7,10 +7,16 @@ from distnadam.protocol.supervisor_messages import Reason
 
 
 class Epochs:
-    """The present epoch, and why it rose each time."""
+    """The current epoch, and why each began.
+
+    Attributes:
+        now: the current epoch.
+        rewound: the epoch in which all shards last went back, or began; 0 before.
+    """
 
     def __init__(self) -> None:
         self.now = 0
+        self.rewound = 0
         self._history: list[tuple[int, Reason]] = []
 
     @property
@@ -23,20 +29,18 @@ class Epochs:
         """Every rise so far, and its reason."""
         return tuple(self._history)
 
-    @property
-    def rewound(self) -> int:
-        """The epoch in which all shards last went back, or began; 0 before."""
-        return max((number for number, reason in self._history if reason == "rewound"), default=0)
-
     def restore(self, history: tuple[tuple[int, Reason], ...]) -> None:
         """Take over what another has seen."""
         self._history = list(history)
         self.now = max([self.now, *(number for number, _ in history)])
+        self.rewound = max((n for n, reason in history if reason == "rewound"), default=0)
 
     def advance(self, reason: Reason, to: int | None = None) -> None:
         """Begin the next epoch, or the one given where that is later than the present."""
         self.now = self.now + 1 if to is None else max(to, self.now)
         self._history.append((self.now, reason))
+        if reason == "rewound":
+            self.rewound = self.now
 
     def refusal(self, epoch: int, who: str, decided: int) -> StaleEpoch | None:
         """Return what a message of another epoch is told, None for the present one; the gravest of

@@ -9,21 +9,23 @@ from distnadam.errors import IllegalMessage
 
 
 class ExclusiveHold:
-    """Lets rounds pass freely, or up to a limit while somebody holds the shard."""
+    """Lets rounds pass freely, or up to a limit while somebody holds the shard.
+
+    Attributes:
+        holder: the token of the caller that holds the shard; None if nobody does.
+        limit: the last round that may be decided.
+    """
 
     def __init__(self) -> None:
         self.holder: str | None = None
-        self._limit = math.inf
+        self.limit: float = math.inf
         self._queue: list[tuple[Any, str]] = []
         self._advances: list[tuple[Any, int]] = []
 
-    def passes(self, decided: int) -> bool:
-        """Whether the round after `decided` may be applied."""
-        return decided < self._limit
-
-    def limit(self, decided: int) -> None:
-        """Let rounds pass up to and including `decided`."""
-        self._limit = decided
+    @property
+    def is_asked(self) -> bool:
+        """Whether callers wait to hold the shard, or for a round that they let pass."""
+        return bool(self._queue or self._advances)
 
     def require(self, token: str, shard: int) -> None:
         """Raise IllegalMessage unless the holder of this token holds the shard."""
@@ -47,12 +49,12 @@ class ExclusiveHold:
         if not self._queue:
             return []
         caller, self.holder = self._queue.pop(0)
-        self._limit = decided
+        self.limit = decided
         return [caller]
 
     def advance(self, caller: Any, until: int) -> None:
         """Let rounds pass up to and including `until`; the caller wants to know when."""
-        self._limit = until
+        self.limit = until
         self._advances.append((caller, until))
 
     def arrived(self, decided: int) -> list[Any]:
@@ -68,12 +70,12 @@ class ExclusiveHold:
         given_up = [caller for caller, waiting in self._queue if waiting == token]
         self._queue = [x for x in self._queue if x[1] != token]
         if self.holder == token:
-            self.holder, self._limit = None, math.inf
+            self.holder, self.limit = None, math.inf
         return given_up
 
     def reset(self) -> list[Any]:
         """Open the gate whoever holds it; return everyone who waits here, and forget them."""
-        self.holder, self._limit = None, math.inf
+        self.holder, self.limit = None, math.inf
         return self.drain()
 
     def drain(self) -> list[Any]:

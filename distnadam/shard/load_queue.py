@@ -27,6 +27,11 @@ class LoadQueue:
         self._last_answer: Any = None
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no order waits or is being carried out."""
+        return not self._entries
+
+    @property
     def first(self) -> Load | AttachStandby | None:
         """The order that is being carried out, or is next; None if there is none."""
         return self._entries[0][1] if self._entries else None

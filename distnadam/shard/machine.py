@@ -91,13 +91,9 @@ class Shard:
         return [*_HANDLERS[type(message)](self, message, caller), *self._advance()]
 
     def computed(self, work: Work, result: Any) -> list[Effect]:
-        """Take the result of the work asked for.
-
-        Args:
-            work: what was asked for.
-            result: for MEASURE the `PartialNorms`; for STEP the clock after it and its learning
-                rate; for LOAD_OR_COPY the `ShardControlState` loaded, the round copied, or the
-                error.
+        """Take the result of the work asked for: for MEASURE the `PartialNorms`, for STEP the clock
+        after it and its learning rate, for LOAD_OR_COPY the `ShardControlState` loaded, the round
+        copied, or the error.
         """
         if self._phase is Phase.BROKEN:
             return []  # the shard was retired meanwhile
@@ -106,7 +102,8 @@ class Shard:
         elif work is Work.MEASURE:
             effects = self._measured(result)
         else:
-            self.progress.step(*result)
+            self.progress.clock, self.progress.lr = result
+            self.state.swap()
             effects = self._decide("applied", None)
         return [*effects, *self._advance()]
 
@@ -156,7 +153,8 @@ class Shard:
         return [record, *([] if message.reserve else [notice]), Answer(caller, joined)]
 
     def _push(self, push: msg.Push, caller: Any) -> list[Effect]:
-        return [*self.rounds.push(push, caller), *self._drop_abandoned_round()]
+        effects = self.rounds.push(push, caller)
+        return [*effects, *self._drop_abandoned_round()] if self.members.given_up else effects
 
     def _pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
         self.rounds.pull(pull, caller)
@@ -225,7 +223,7 @@ class Shard:
             return [Answer(caller, self.progress.result(want_parameters=False))]
         effects = self.rounds.direct_step(message, caller)
         self._enter(Phase.COLLECTING)
-        self.exclusive_hold.limit(message.round)
+        self.exclusive_hold.limit = message.round
         return effects
 
     def _step_norms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:
@@ -266,13 +264,14 @@ class Shard:
 
     def _advance(self) -> list[Effect]:
         """Begin the next order, or go on with the round, as far as the host need not compute."""
-        if self._may_begin_order():
+        if not self.loads.is_empty and self._may_begin_order():
             return self._begin_order()
-        if not self.exclusive_hold.passes(self.progress.round):
+        number = self.progress.round + 1
+        if number > self.exclusive_hold.limit:
             return []
         current = self.rounds.current
-        if self._phase is Phase.COLLECTING and current.has_all(self.progress.next_members()):
-            if (rejection := current.rejection) is not None:
+        if self._phase is Phase.COLLECTING and current.has_all(self.members.needed(number)):
+            if current.is_rejected and (rejection := current.rejection) is not None:
                 return self._reject(rejection)
             current.is_closed = True
             clips = self.config.clips_by_norm
@@ -299,7 +298,9 @@ class Shard:
     def _decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         effects = self.rounds.decide(outcome, rejection)
         self._enter(Phase.COLLECTING)
-        return [*effects, *self._answer_due()]
+        if self.rounds.pulls or self.exclusive_hold.is_asked:
+            effects += self._answer_due()
+        return effects
 
     def _drop_round(self, error: DistNadamError) -> list[Effect]:
         effects = self.rounds.drop(error)

@@ -94,12 +94,6 @@ class Progress:
         """Return the ranks whose pushes make up the next round."""
         return self.members.needed(self.round + 1)
 
-    def step(self, clock: Clock, lr: float) -> None:
-        """Take the arrays that a step has written as those of the next round."""
-        self.clock = clock
-        self.lr = lr
-        self.state.swap()
-
     def next_epoch(self, reason: Reason, epoch: int | None, who: str) -> StaleEpoch:
         """Begin an epoch, and return the error for messages of the one before."""
         before = self.epochs.now

@@ -36,6 +36,7 @@ class Round:
         completed: ranks whose push counts whoever joins later, since another shard has counted it.
         waiting: who gets the result.
         is_closed: whether the round has all its pushes.
+        is_rejected: whether a push was entered that rejects the round; it may be superseded since.
         partial_norms: this shard's sums of squares once measured, where clipping needs norms.
         square_sums: the whole model's, once a worker has sent them.
         refusal: why the round was begun again, if its step could not begin.
@@ -47,6 +48,7 @@ class Round:
     completed: set[int] = field(default_factory=set)
     waiting: list[Waiter] = field(default_factory=list)
     is_closed: bool = False
+    is_rejected: bool = False
     partial_norms: PartialNorms | None = None
     square_sums: Array | None = None
     refusal: DistNadamError | None = None
@@ -71,7 +73,7 @@ class Round:
 
     def has_all(self, needed: Collection[int]) -> bool:
         """Whether all pushes are there: one of each rank, or the step from outside."""
-        return self.is_direct or self.pushes.keys() >= set(needed)
+        return DIRECT in self.pushes or self.pushes.keys() >= set(needed)
 
     def overflow(self, layout: Layout) -> str | None:
         """Return a rejection that names the tensor whose norm is not finite; None if all are."""
@@ -151,6 +153,7 @@ class Round:
         """Enter a push; refuse those who wait for the push of an older worker of its rank."""
         self.pushes[push.rank] = push
         self.superseded.pop(push.rank, None)
+        self.is_rejected = self.is_rejected or push.rejection is not None
         old = [w for w in self.waiting if w.rank == push.rank and w.incarnation < push.incarnation]
         self.waiting = [w for w in self.waiting if w not in old]
         who = f"shard {self.shard}: rank {push.rank} was taken over by worker {push.incarnation}"

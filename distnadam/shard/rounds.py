@@ -21,13 +21,14 @@ class Rounds:
     Attributes:
         progress: the rounds decided so far.
         current: the round in progress.
+        pulls: who waits for a round to be decided, and what each asked.
     """
 
     def __init__(self, shard: int, progress: Progress) -> None:
         self.progress = progress
         self.current = Round(shard)
         self._shard = shard
-        self._pulls: list[tuple[Any, msg.Pull]] = []
+        self.pulls: list[tuple[Any, msg.Pull]] = []
 
     # Messages
 
@@ -56,17 +57,19 @@ class Rounds:
 
     def push(self, push: msg.Push, caller: Any) -> list[Effect]:
         """Add a push to the round in progress; answer at once one that is counted already."""
-        if self.is_counted(push.rank, push):
-            return [Answer(caller, self._result(push))]
-        self._check_current(push)
+        progress = self.progress
+        if push.round <= progress.round and self.is_counted(push.rank, push):
+            return [Answer(caller, progress.result(want_parameters=push.want_parameters))]
+        progress.members.check_current(push, progress.epochs, progress.round)
         waiter = Waiter(caller, push.rank, push.incarnation, push.want_parameters)
         return self.current.add(push, waiter)
 
     def total_norms(self, message: msg.TotalNorms, caller: Any) -> list[Effect]:
         """Give the round in progress the whole model's sums of squares."""
+        progress = self.progress
         if self.is_counted(message.rank, message):
-            return [Answer(caller, self._result(message))]
-        self._check_current(message)
+            return [Answer(caller, progress.result(want_parameters=message.want_parameters))]
+        progress.members.check_current(message, progress.epochs, progress.round)
         current = self.current
         if message.rank not in current.pushes and current.refusal is not None:
             raise current.refusal  # the round that was measured was begun again
@@ -103,7 +106,7 @@ class Rounds:
             refusal = progress.epochs.refusal(pull.epoch, f"shard {self._shard}", progress.round)
             if refusal is not None and not isinstance(refusal, Reconfigured):
                 raise refusal  # that round may never come
-        self._pulls.append((caller, pull))
+        self.pulls.append((caller, pull))
 
     def direct_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the next round for a step from outside; the pushes that wait for it are late."""
@@ -138,16 +141,14 @@ class Rounds:
 
     def decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         """End the round: count its pushes, replicate it, answer its callers, begin the next."""
-        ended, self.current = self.current, Round(self._shard)
-        record = self.progress.decide(outcome, rejection, ended.pushes)
-        answers = [
-            Answer(
-                waiter.caller,
-                ended.late_push(waiter, self.progress.round) or self._result(waiter),
-            )
-            for waiter in ended.waiting
-        ]
-        return [Replicate(record), *answers]
+        ended, progress = self.current, self.progress
+        self.current = Round(self._shard)
+        effects: list[Effect] = [Replicate(progress.decide(outcome, rejection, ended.pushes))]
+        for waiter in ended.waiting:
+            late = ended.late_push(waiter, progress.round)
+            result = late or progress.result(want_parameters=waiter.want_parameters)
+            effects.append(Answer(waiter.caller, result))
+        return effects
 
     def begin_again(self) -> None:
         """Forget the pushes of the round in progress, and its callers."""
@@ -169,21 +170,17 @@ class Rounds:
     def ready_pulls(self) -> list[Effect]:
         """Answer the pulls whose round is decided."""
         decided = self.progress.round
-        ready = [entry for entry in self._pulls if entry[1].at_least <= decided]
-        self._pulls = [entry for entry in self._pulls if entry[1].at_least > decided]
-        return [Answer(caller, self._result(pull)) for caller, pull in ready]
+        ready = [entry for entry in self.pulls if entry[1].at_least <= decided]
+        self.pulls = [entry for entry in self.pulls if entry[1].at_least > decided]
+        result = self.progress.result
+        return [
+            Answer(caller, result(want_parameters=pull.want_parameters)) for caller, pull in ready
+        ]
 
     def remove_callers(self) -> list[Any]:
         """Forget the round in progress and the pulls, and return all their callers."""
         callers = [waiter.caller for waiter in self.current.waiting]
-        callers += [caller for caller, _ in self._pulls]
+        callers += [caller for caller, _ in self.pulls]
         self.begin_again()
-        self._pulls = []
+        self.pulls = []
         return callers
-
-    def _check_current(self, message: msg.Push | msg.TotalNorms) -> None:
-        progress = self.progress
-        progress.members.check_current(message, progress.epochs, progress.round)
-
-    def _result(self, asked: msg.Push | msg.TotalNorms | msg.Pull | Waiter) -> msg.RoundResult:
-        return self.progress.result(want_parameters=asked.want_parameters)
