@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from distnadam.config import NadamConfig
-from distnadam.nadam.kernels import Part, Slots, StepConstants, make_stepper
+from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.step_scalars import Clock, step_scalars
+from distnadam.nadam.stepper import Part, Slots, StepConstants
 
 Step = Callable[[], object]
 Contenders = dict[tuple[str, int], Step]

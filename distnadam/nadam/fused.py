@@ -40,58 +40,55 @@ def _compile(dtype: str) -> bytes:
     return compile_loop(dtype)
 
 
-class Scratch:
-    """The working memory of one thread: a block for the mean and one for the new parameters."""
+class FusedLoop:
+    """The compiled loop for one dtype, with the working memory of one thread."""
 
     def __init__(self, dtype: Any) -> None:
+        self._dtype = np.dtype(dtype)
         self._memory = np.empty(2 * BLOCK + _APART, dtype)
-        self.mean = _address(self._memory)
-        self.new = _address(self._memory[-BLOCK:])
+        self._mean = _address(self._memory)
+        self._new = _address(self._memory[-BLOCK:])
 
+    def run(
+        self,
+        arrays: tuple[Array, Array, Array, Array],
+        gradients: Sequence[Array],
+        coefficients: Array,
+        scale: float | None,
+        clipvalue: float | None,
+        keep: Array | None = None,
+    ) -> None:
+        """Step `arrays`: parameters, both moments, and where the new parameters go.
 
-def run(
-    arrays: tuple[Array, Array, Array, Array],
-    gradients: Sequence[Array],
-    coefficients: Array,
-    scale: float | None,
-    clipvalue: float | None,
-    scratch: Scratch,
-    keep: Array | None = None,
-) -> None:
-    """Step `arrays` (parameters, both moments, where the new parameters go), contiguous and of one
-    length and dtype.
-
-    Args:
-        arrays: as above; the last may be the first.
-        gradients: arrays of the same length and dtype, averaged in their order.
-        coefficients: of the gradient, of the momentum, epsilon, one minus either beta, in the
-            arrays' dtype.
-        scale: factor on the mean; None leaves it.
-        clipvalue: largest magnitude of an element, after the scale; None does not clip.
-        scratch: this thread's.
-        keep: where the mean, scaled and clipped, is left; None leaves it nowhere.
-    """
-    none = math.nan
-    modifiers = np.array(
-        (
+        Args:
+            arrays: contiguous, of one length and the loop's dtype; the last may be the first.
+            gradients: arrays of the same length and dtype, averaged in their order.
+            coefficients: of the gradient, of the momentum, epsilon, one minus either beta.
+            scale: factor on the mean; None leaves it.
+            clipvalue: largest magnitude of an element, after the scale; None does not clip.
+            keep: where the mean, scaled and clipped, is left; None leaves it nowhere.
+        """
+        none = math.nan
+        modifiers = np.array(
+            (
+                len(gradients),
+                none if scale is None else scale,
+                none if clipvalue is None else clipvalue,
+            ),
+            self._dtype,
+        )
+        _loaded[self._dtype.name](
+            arrays[0].size,
             len(gradients),
-            none if scale is None else scale,
-            none if clipvalue is None else clipvalue,
-        ),
-        coefficients.dtype,
-    )
-    _loaded[coefficients.dtype.name](
-        arrays[0].size,
-        len(gradients),
-        0 if keep is None else keep.size,
-        scratch.mean,
-        (ctypes.c_size_t * len(gradients))(*map(_address, gradients)),
-        *map(_address, arrays),
-        _address(coefficients),
-        _address(modifiers),
-        scratch.new,
-        None if keep is None else _address(keep),
-    )
+            0 if keep is None else keep.size,
+            self._mean,
+            (ctypes.c_size_t * len(gradients))(*map(_address, gradients)),
+            *map(_address, arrays),
+            _address(coefficients),
+            _address(modifiers),
+            self._new,
+            None if keep is None else _address(keep),
+        )
 
 
 def _address(values: Array) -> int:
@@ -100,7 +97,5 @@ def _address(values: Array) -> int:
 
 
 def warm_up(dtype: Any) -> None:
-    """Load the loop for a dtype, or compile it where no earlier process has, before the first step
-    is timed or waited for.
-    """
+    """Load the loop for a dtype, or compile it if no process has yet, before the first step."""
     _loop(np.dtype(dtype).name)

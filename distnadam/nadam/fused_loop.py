@@ -2,7 +2,7 @@
 
 The only module that imports numba, and only a process that finds no compiled loop on disk imports
 this one (`fused` loads it): the compiler costs a second of CPU and 100 MB. Bit for bit what
-`kernels.NumPyStepper` computes: the same operations in the same order, no contraction to fused
+`NumPyStepper` computes: the same operations in the same order, no contraction to fused
 multiply-add, no reordering, denormals kept.
 """
 

@@ -1,5 +1,5 @@
-"""Clipping by norm: from the shards' sums of squares to one factor per tensor. Sums are added in
-grid order, whoever adds them.
+"""Clipping by norm: from a shard's mean gradient to sums of squares, and from all shards' sums to
+one factor per tensor. Sums are added in the grid's order, whichever shard has them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from distnadam.config import NadamConfig
+from distnadam.nadam.mean import Scratch, clipped_mean
 from distnadam.tensors.arrays import Array
+from distnadam.tensors.layout import CHUNK
 
 
 def tensor_square_sums(
@@ -31,6 +33,40 @@ def tensor_square_sums(
 def running_sum(values: Array) -> float:
     """Return the sum of float64 values added one after another, in their order."""
     return float(np.cumsum(values)[-1]) if values.size else 0.0
+
+
+def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scratch) -> Array:
+    """Return the sum of squares of the mean gradient for each `CHUNK` of elements [begin, end),
+    float64.
+
+    Inside a chunk the upper half is added onto the lower until one value is left, a short chunk
+    being filled with zeros: one written order, whatever the machine. `begin` must lie on its
+    tensor's chunk grid.
+    """
+    sums = np.empty(-(-(end - begin) // CHUNK), np.float64)
+    rows = scratch.block // CHUNK
+    squares = np.empty((rows, CHUNK), np.float64)
+    for row in range(0, len(sums), rows):
+        low = begin + row * CHUNK
+        high = min(low + rows * CHUNK, end)
+        used = squares[: -(-(high - low) // CHUNK)]
+        flat = used.reshape(-1)
+        flat[: high - low] = clipped_mean(
+            [x[low:high] for x in gradients],
+            None,
+            None,
+            scratch.mean[: high - low],
+            scratch.a[: high - low],
+        )
+        flat[high - low :] = 0.0
+        with np.errstate(over="ignore"):  # an infinite norm is refused by name later
+            np.multiply(used, used, out=used)
+            width = CHUNK
+            while width > 1:
+                width //= 2
+                np.add(used[:, :width], used[:, width : 2 * width], out=used[:, :width])
+        sums[row : row + len(used)] = used[:, 0]
+    return sums
 
 
 def clip_scales(config: NadamConfig, square_sums: Array) -> list[float | None]:

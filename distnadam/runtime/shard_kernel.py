@@ -2,9 +2,11 @@
 machine holds. No messages, no files.
 """
 
-from distnadam.nadam.kernels import Part, Scratch, Slots, StepConstants, make_stepper, square_sums
-from distnadam.nadam.norms import clip_scales
+from distnadam.nadam.kernels import make_stepper
+from distnadam.nadam.mean import Scratch
+from distnadam.nadam.norms import clip_scales, square_sums
 from distnadam.nadam.step_scalars import Clock, step_scalars
+from distnadam.nadam.stepper import Part, Slots, StepConstants
 from distnadam.protocol.messages import PartialNorms, ShardSpec
 from distnadam.shard.machine import Shard
 from distnadam.tensors.arrays import Flat

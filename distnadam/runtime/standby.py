@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 from distnadam.config import NadamConfig
 from distnadam.errors import IllegalMessage, ShardsDisagree
-from distnadam.nadam.kernels import Part, Slots, StepConstants, make_stepper
+from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.step_scalars import step_scalars
+from distnadam.nadam.stepper import Part, Slots, StepConstants
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,

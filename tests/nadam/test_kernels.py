@@ -19,19 +19,11 @@ from hypothesis import strategies as st
 
 from distnadam.errors import KernelError
 from distnadam.nadam.fused_loop import _refuse_helpers
-from distnadam.nadam.kernels import (
-    BLOCK_BYTES,
-    KernelName,
-    Part,
-    Scratch,
-    Slots,
-    StepConstants,
-    Stepper,
-    check_denormals,
-    make_stepper,
-    square_sums,
-)
+from distnadam.nadam.kernels import KernelName, make_stepper
+from distnadam.nadam.mean import BLOCK_BYTES, Scratch
+from distnadam.nadam.norms import square_sums
 from distnadam.nadam.step_scalars import Clock, StepScalars
+from distnadam.nadam.stepper import Part, Slots, StepConstants, Stepper, check_denormals
 
 SCALARS = StepScalars(0.002, 0.0011, 0.0007, 3e-9, Clock(1, 0.9))
 DTYPES = ["float32", "float64"]
@@ -216,7 +208,7 @@ FLUSH = """
 import ctypes, ctypes.util, sys
 import numpy as np
 from distnadam.errors import KernelError
-from distnadam.nadam.kernels import check_denormals
+from distnadam.nadam.stepper import check_denormals
 libm = ctypes.CDLL(ctypes.util.find_library("m"))
 env = (ctypes.c_ubyte * 64)()
 check_denormals(np.dtype('float32'))
