@@ -129,9 +129,9 @@ class Worker:
 
         Args:
             gradients: a tree like the one given to `build`, of floating-point arrays of the same
-                shapes; they may be reused at once. Where all of them come in one half precision,
-                half the bytes are moved, and summed in float32. None: what was written into the
-                views of `gradients()`, or given tensor by tensor to `push_tensor`.
+                shapes; they may be reused at once. If all of them come in one half precision, half
+                the bytes are moved, and summed in float32. None: what was written into the views of
+                `gradients()`, or given tensor by tensor to `push_tensor`.
 
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's, or was not pushed;
@@ -141,8 +141,7 @@ class Worker:
         return Ticket(self.session, self._push(gradients, want_parameters=False))
 
     def step(self, gradients: Any = None) -> Any:
-        """Push this rank's gradients, wait until every rank's are averaged and applied, and return
-        the new parameters.
+        """Push this rank's gradients, wait for the round's step, and return the new parameters.
 
         Args:
             gradients: as `push` takes them.
@@ -158,8 +157,9 @@ class Worker:
         return self._tree()
 
     def push_tensor(self, path: str, gradient: Any) -> None:
-        """Take one tensor's gradient as the backward pass yields it; `push()` or `step()` with no
-        argument sends them once all came.
+        """Copy one tensor's gradient, as the backward pass yields it.
+
+        Once all have come, `push()` or `step()` without an argument sends them.
 
         Args:
             path: the tensor's place in the tree given to `build`, such as ``"layers/0/kernel"``.
@@ -172,15 +172,15 @@ class Worker:
         self._buffer.write(path, gradient)
 
     def gradients(self, dtype: str | None = None) -> Any:
-        """Return this worker's slot as writable views in the structure given to `build`; `push()`
-        or `step()` sends what they hold.
+        """Return writable views of this worker's gradients, in the structure given to `build`.
 
-        With several processes on a machine the views lie in memory that the shards read, so nothing
-        is copied. They are the caller's to write between a call that ended a round (`step`, `pull`,
-        `Ticket.result`) and the next push, and stay good for the worker's life.
+        `push()` or `step()` without an argument sends what they hold. Shards of the same machine
+        read that memory, so nothing is copied. Write to them only between a call that ended a
+        round (`step`, `pull`, `Ticket.result`) and the next push; they stay valid for the worker's
+        life.
 
         Args:
-            dtype: None for float32 (float64 where the parameter is), or "float16" or "bfloat16" for
+            dtype: None for float32 (float64 if the parameter is), or "float16" or "bfloat16" for
                 half the bytes.
         """
         self._settle()
@@ -189,9 +189,9 @@ class Worker:
     def parameters(self) -> Any:
         """Return the parameters as this worker last saw them, read-only; a first call pulls them.
 
-        As what `step` returns: views where the worker shares memory with the shards. They hold
-        still until the next round but one is applied, so the round's own gradient can still be
-        computed from them after it was pushed.
+        Like what `step` returns, they are views if the worker shares memory with the shards. They
+        do not change until the next round but one is applied, so a round's own gradient can still
+        be computed from them after it was pushed.
         """
         if not self.session.in_sync:
             return self.pull()

@@ -54,7 +54,7 @@ class GradientBuffer:
             StructureError: a tensor's path, shape or dtype is not the model's.
         """
         leaves = self._layout.leaves(gradients, what=f"{self._who}: gradients")
-        self._begin(self._common_half(leaves))
+        self._begin_round(self._common_half(leaves))
         reached = dict.fromkeys(self.flat, 0)
         for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
             if leaf.size <= BLOCK:
@@ -87,7 +87,7 @@ class GradientBuffer:
             raise StructureError(f"{self._who}: {path!r} was pushed already for this round")
         leaf = self._layout.checked(index, as_numpy(gradient), what=f"{self._who}: gradients")
         if not self._written:
-            self._begin({})
+            self._begin_round({})
         self._copy(tensor, leaf)
         self._written.add(index)
 
@@ -126,7 +126,7 @@ class GradientBuffer:
                 f"{self._who}: give gradients, or write them into the views of gradients(), or "
                 "push_tensor each"
             )
-        self._begin(self._view_dtypes)
+        self._begin_round(self._view_dtypes)
         for space, values in self.flat.items():
             self._check_finite(space, 0, values.size)
         return self._rejection
@@ -137,13 +137,15 @@ class GradientBuffer:
             self._parts = (self.flat, ranges, [cut_flat(self.flat, each) for each in ranges])
         return self._parts[2]
 
-    def _begin(self, halves: Mapping[str, str]) -> None:
+    def _begin_round(self, halves: Mapping[str, str]) -> None:
         self._written.clear()
         self._rejection = None
-        self._select(halves)
+        if halves != self._halves:
+            self._select(halves)
 
     def _select(self, halves: Mapping[str, str]) -> None:
         """Read the memory in these dtypes from now on."""
+        self._halves = dict(halves)
         key = tuple(halves.get(space, space) for space in self._memory)
         if key not in self._by_dtypes:
             flat = {

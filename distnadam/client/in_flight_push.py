@@ -26,6 +26,10 @@ class PushState(Enum):
     FAILED = "it does not count, or its round was refused"
 
 
+ENDED = (PushState.DECIDED, PushState.FAILED)
+"""The states that a push does not leave."""
+
+
 @dataclass
 class InFlightPush:
     """One rank's gradients for one round.
@@ -50,11 +54,6 @@ class InFlightPush:
     _result: RoundResult | None = None
     _error: DistNadamError | None = None
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether it is decided or has failed."""
-        return self.state in (PushState.DECIDED, PushState.FAILED)
-
     def sent(self, pending: Pending) -> None:
         """Record that every shard was sent its part, and the answers that are now awaited."""
         self.state = PushState.SENT
@@ -70,14 +69,15 @@ class InFlightPush:
         self.state = PushState.PREPARED
         self.pending = None
 
-    def decide(self, result: RoundResult) -> None:
-        """Record how its round ended."""
+    def decide(self, result: RoundResult) -> RoundResult:
+        """Record how its round ended, and return it; raise NonFiniteGradient if refused."""
         self.pending = None
         if result.outcome == "refused":
             self.fail(refusal_of(result))
-        else:
-            self.state = PushState.DECIDED
-            self._result = result
+            return self.result()
+        self.state = PushState.DECIDED
+        self._result = result
+        return result
 
     def fail(self, error: DistNadamError) -> None:
         """Record why it does not count."""

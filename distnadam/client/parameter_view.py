@@ -1,5 +1,6 @@
-"""The parameters as a worker sees them: read-only trees over flat arrays, its own or shared. No
-shards, no Ray.
+"""The parameters as a worker sees them: read-only trees over flat arrays, its own or shared.
+
+No shards, no Ray.
 """
 
 from typing import Any
@@ -28,13 +29,14 @@ class ParameterView:
         self._scalars = [index for index, tensor in enumerate(layout.tensors) if tensor.shape == ()]
 
     def fill(self, ranges: Ranges, values: Flat) -> None:
-        """Copy one shard's ranges in."""
+        """Copy one shard's ranges."""
         for space, (begin, end) in ranges.items():
             np.copyto(self.flat[space][begin:end], values[space])
 
     def tree(self) -> Any:
-        """Return the tree: views where a tensor is kept in its own dtype, casts where not, NumPy
-        scalars for shape ().
+        """Return the tree: views, or casts of tensors whose master has another dtype.
+
+        A tensor of shape () is a NumPy scalar.
         """
         leaves: list[Any] = list(self._views)
         for index, dtype in self._casts:

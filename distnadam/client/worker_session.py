@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
-from distnadam.client.in_flight_push import InFlightPush
+from distnadam.client.in_flight_push import ENDED, InFlightPush
 from distnadam.client.rank_claim import RankClaim
 from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_group import ShardGroup
@@ -75,11 +75,6 @@ class WorkerSession:
             self._shards.layout, self._shards.ranges, self.rank, self.incarnation
         )
 
-    @property
-    def copies(self) -> bool:
-        """Whether answers bring the parameters, since not every shard shares its memory."""
-        return self.channel.parameters is None
-
     def leave(self) -> None:
         """Depart after a whole step; views of the memory stay valid."""
         try:
@@ -132,7 +127,7 @@ class WorkerSession:
         Raises:
             StepTimeout: the round was not decided in time; the push is still in flight.
         """
-        if push.has_ended:
+        if push.state in ENDED:
             return push.result()
         try:
             try:
@@ -147,8 +142,7 @@ class WorkerSession:
             push.fail(error)
             raise
         self.in_flight = None
-        push.decide(result)
-        return push.result()
+        return push.decide(result)
 
     def _wait_as_successor(self, push: InFlightPush, error: DistNadamError) -> RoundResult:
         """Wait for a dropped push as a new incarnation; raise the error if no shard counted it."""
@@ -215,7 +209,7 @@ class WorkerSession:
                     rank=self.rank,
                     incarnation=self._claim.incarnation,
                     at_least=at_least,
-                    want_parameters=want_parameters and self.copies,
+                    want_parameters=want_parameters and self.channel.parameters is None,
                     epoch=epoch,
                 )
             )
@@ -244,7 +238,7 @@ class WorkerSession:
                     round=push.round,
                     gradients=None if rejected else part,
                     rejection=push.rejection,
-                    want_parameters=push.want_parameters and self.copies,
+                    want_parameters=push.want_parameters and self.channel.parameters is None,
                 )
                 for index, part in enumerate(push.parts(self._shards.ranges))
             }
@@ -272,7 +266,7 @@ class WorkerSession:
                 incarnation=self._claim.incarnation,
                 round=push.round,
                 square_sums=push.square_sums,
-                want_parameters=push.want_parameters and self.copies,
+                want_parameters=push.want_parameters and self.channel.parameters is None,
             )
             pending = self.channel.post(dict.fromkeys(measured, norms))
             push.measured(pending)
