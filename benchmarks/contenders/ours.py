@@ -80,7 +80,7 @@ def standbys_of(optimizer: DistNadam, count: int, shards: list[int]) -> list[int
     running = optimizer.shards
     while sum(seen.replicated is not None for seen in running.describe_all()) < count:
         time.sleep(0.1)
-    addresses = registry.addresses_of(running.backend._run)
+    addresses = registry.addresses_of(running.backend.run_id)
     pids = {address.pid for address in addresses} - set(shards)  # type: ignore[attr-defined]
     return [pid for pid in pids if "Supervisor" not in Path(f"/proc/{pid}/cmdline").read_text()]
 

@@ -1,5 +1,6 @@
 """What every backend promises its clients: this process's, Ray's, and the simulation's of law 5."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -128,10 +129,9 @@ def local() -> Iterator[Case]:
 def on_ray(transport: Any) -> Iterator[Case]:
     backend = RayBackend()
     backend.start(specs(Options(transport=transport)), 0)
-    make, arguments = backend.__reduce__()
     yield Case(
         backend=backend,
-        another=lambda: make(*arguments),
+        another=lambda: copy.copy(backend),  # as a task gets it that was sent the backend
         kill=lambda index: ray.kill(backend.actors[index]),
     )
     backend.close(destroy=True)

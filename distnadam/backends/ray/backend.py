@@ -40,7 +40,8 @@ log = logging.getLogger("distnadam")
 class RayBackend(Backend):
     """One actor per shard, and a supervisor's.
 
-    A pickled copy reaches the same actors from any process of the cluster.
+    A pickled copy reaches the same actors from any process of the cluster. `run_id` names the
+    processes that this object started, if any.
     """
 
     name = "ray"
@@ -55,7 +56,7 @@ class RayBackend(Backend):
         options: Options | None = None,
     ) -> None:
         self._own: OwnedRay | None = None
-        self._run: str | None = None
+        self.run_id: str | None = None
         self._attach(supervisor, name, shard_map or ShardMap(0, ()), options or Options())
 
     def _attach(
@@ -156,7 +157,7 @@ class RayBackend(Backend):
         """Start the supervisor's actor and the shards'."""
         run, options = registry.new_run(self._name), self._options
         actor = make_supervisor([replace(spec, run_id=run) for spec in specs], replicas)
-        self._run = run  # from here on there is something to end
+        self.run_id = run  # from here on there is something to end
         self._attach(actor, self._name, ShardMap(0, ()), options)
         await_start([actor], options)
         shards = self.supervisor.start_shards()
@@ -184,7 +185,7 @@ class RayBackend(Backend):
         if destroy and self.supervisor.actor is not None and ray.is_initialized():
             end_optimizer(
                 self.supervisor.actor,
-                self._run or (registry.runs_of(self._name) if self._name else None),
+                self.run_id or (registry.runs_of(self._name) if self._name else None),
             )
         self.supervisor.detach()
         if (exporter := self.__dict__.get("_exporter")) is not None:
