@@ -68,7 +68,13 @@ class Outbox:
             self._is_sending = True
         works: list[tuple[Work, RunWork]] = []  # one at most: the machine asks for one at a time
         try:
-            while self._fetch():
+            while True:
+                with self.lock:
+                    self._sending.extend(self._queued)
+                    self._queued.clear()
+                    self._is_sending = bool(self._sending) and self._can_send()
+                    if not self._is_sending:
+                        break
                 while self._sending and self._can_send():
                     queued = self._sending.popleft()
                     effect = queued.effect
@@ -82,11 +88,3 @@ class Outbox:
             raise
         for work, run_work in works:
             self._begin(work, run_work)
-
-    def _fetch(self) -> bool:
-        """Take what is queued; return whether any may leave, and if not, stop sending."""
-        with self.lock:
-            self._sending.extend(self._queued)
-            self._queued.clear()
-            self._is_sending = bool(self._sending) and self._can_send()
-            return self._is_sending

@@ -26,12 +26,14 @@ class ShardFiles:
 
     Attributes:
         directory: the directory of checkpoints last written to or read from; None before.
+        wait_copied: waits until the arrays may be changed.
     """
 
     def __init__(self, ranges: Ranges) -> None:
         self.directory: str | None = None
         self._ranges = ranges
         self.snapshots = SnapshotWriter(ranges)
+        self.wait_copied = self.snapshots.wait_copied
         self._lock = threading.Lock()
         self._num_saving = 0
 
@@ -77,10 +79,6 @@ class ShardFiles:
         error.
         """
         self.snapshots.collect(file_name, reply)
-
-    def wait_copied(self) -> None:
-        """Wait until the arrays may be changed."""
-        self.snapshots.wait_copied()
 
     def load(self, load: Load, state: ShardState) -> ShardControlState:
         """Bring the state that a load names into the arrays, and return the control state of it."""

@@ -45,7 +45,7 @@ class TensorSpec:
     begin: int
     end: int
 
-    @property
+    @cached_property
     def space(self) -> str:
         """The dtype of the space that holds its master copy and slots."""
         return SPACE_OF[self.dtype]
