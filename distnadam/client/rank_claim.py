@@ -11,7 +11,7 @@ from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import DistNadamError, IllegalMessage, SupersededWorker
 from distnadam.protocol.messages import Describe, Join, Joined, Leave
-from distnadam.protocol.orphaned_push import adoptions
+from distnadam.protocol.orphaned_push import orphaned_pushes
 from distnadam.tensors.arrays import Flat
 
 
@@ -122,7 +122,7 @@ class RankClaim:
         """
         messages = {
             shard: message
-            for shard, message in adoptions(self.rank, joined).items()
+            for shard, message in orphaned_pushes(self.rank, joined).items()
             if message.note.incarnation != in_flight
         }
         if gradients is not None:

@@ -222,8 +222,8 @@ def pack_record(record: Record) -> bytes:
             (rank, note.incarnation, note.dtypes, note.rejection)
             for rank, note in record.counted.items()
         ]
-        told = (record.outcome, record.rejection, counted, record.lr, record.active)
-        body = ("round", record.round, record.skipped, *told, *clock)
+        outcome = (record.outcome, record.rejection, counted, record.lr, record.active)
+        body = ("round", record.round, record.skipped, *outcome, *clock)
     return frame_of(msgpack.packb(body))
 
 

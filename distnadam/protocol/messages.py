@@ -1,10 +1,10 @@
-"""What callers say to a shard and what it answers: plain records, the whole protocol in one place.
+"""The messages of workers and clients to a shard, and their answers: plain records.
 
-Workers send Join, Push, Norms, Pull and Leave, and the end of a worker's line says Lost; whoever
-acts on the optimizer as a whole first holds every shard at one round (Hold, Advance), then reads or
-writes (Read, Write, SetRate, Step, and `filing`), then lets go (Release). Arrays are the shard's
-own range. What a shard says of itself is in `description`; what the supervisor says to one, which
-nobody may refuse, in `orders`.
+Workers send Join, Push, TotalNorms, Pull and Leave; a worker's broken connection counts as
+WorkerDied. A client that acts on the optimizer as a whole pauses every shard after the same round
+(Pause, CatchUp), reads or changes it (Read, Write, SetRate, Step, Save), and resumes it (Resume).
+Arrays are the shard's own ranges. A shard's status is in `shard_status`, the supervisor's orders in
+`supervisor_messages`.
 """
 
 from dataclasses import dataclass, field
@@ -20,17 +20,15 @@ from distnadam.tensors.arrays import Array, Flat
 
 @dataclass(frozen=True)
 class Reserve:
-    """Asks for the memory that snapshots are taken into, so that they need not wait for it; always
-    legal.
-    """
+    """Allocates the memory of background saves, so that the first need not wait; always legal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """Asks the held shard to write its state to one file; answered with the file's record.
+    """Writes the held shard's state to one file; answered with the file's record.
 
-    With `behind` the answer is None at once; the state is copied before it changes, then written,
-    and `Collect` asks for its record.
+    With `behind`, in the background: the answer is None at once, the state is copied before it
+    changes, and `Collect` gets the record.
     """
 
     token: str
@@ -41,9 +39,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Collect:
-    """Asks for the record of a file that is written behind the training, once it is; always
-    legal.
-    """
+    """Gets the record of a file written in the background, when it is complete; always legal."""
 
     file_name: str
 
@@ -63,12 +59,16 @@ Outcome = Literal["applied", "skipped", "refused"]
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """A worker takes a rank over. Shard 0 gives it an incarnation (None asks for one); the others
-    are told it.
+    """A worker takes a rank over.
 
-    From then on its predecessor is refused, and a push of that one which waits for others is set
-    aside until the new worker pushes, or until `CompletePush` says that it counts. `reserve` does
-    all this without a worker: nobody is there yet. `process` is a token of the worker's.
+    From then on its predecessor is refused. A push of the predecessor that waits for others counts
+    no more, unless `CompletePush` says that it does.
+
+    Attributes:
+        rank: the rank.
+        incarnation: the worker's number; None asks shard 0 for one, which the others then get.
+        reserve: whether no worker has joined yet, and only the predecessor is to be refused.
+        process: a token of the worker's process.
     """
 
     rank: int
@@ -79,8 +79,13 @@ class Join:
 
 @dataclass(frozen=True, kw_only=True)
 class PushNote:
-    """A push as others speak of it: by whom, for which round, in which dtypes it lies in its
-    worker's memory, or its complaint.
+    """What identifies a push to other shards.
+
+    Attributes:
+        incarnation: the worker's.
+        round: the round that it is for.
+        dtypes: by space, the dtype of the gradients in the worker's memory; None if rejected.
+        rejection: why it has no gradients, if so.
     """
 
     incarnation: int
@@ -91,11 +96,14 @@ class PushNote:
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """The worker's incarnation, the rounds that the shard has decided, and the push of a
-    predecessor that it has counted or is about to.
+    """Answer to `Join`.
 
-    `member` is whether the coming round needs the rank, `orphaned` whether the shard awaits norms
-    from workers that are all taken over.
+    Attributes:
+        incarnation: the worker's number.
+        round: the last round that the shard has decided.
+        committed: the rank's last push that counted, or is certain to; None if there is none.
+        member: whether the next round needs the rank.
+        orphaned: whether the shard awaits norms from workers that were all replaced.
     """
 
     incarnation: int
@@ -107,10 +115,10 @@ class Joined:
 
 @dataclass(frozen=True)
 class CompletePush:
-    """A push of a worker that was taken over counts after all, since another shard has counted it.
+    """The push of a replaced worker counts after all, since another shard has counted it.
 
-    `gradients` are the sender's where it has them; else the shard's host fills them in from the
-    worker's memory. They are needed where the shard has not set the push aside.
+    `gradients` are the sender's, if it has them; else the shard's host fills them in from the
+    worker's memory. They are needed if the shard does not have the push.
     """
 
     rank: int
@@ -120,11 +128,10 @@ class CompletePush:
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """One rank's gradients for one round, or its complaint that they are not finite.
+    """One rank's gradients for one round, or the rejection that says why they are not finite.
 
-    `gradients` are this shard's ranges in the spaces' dtypes or in half precision (None beside a
-    complaint). They are not copied: the sender leaves them alone until the round is decided or the
-    push refused.
+    `gradients` are this shard's ranges in the spaces' dtypes or in half precision; None beside a
+    rejection. They are not copied: the sender must not change them until the push is answered.
     """
 
     epoch: int
@@ -138,8 +145,9 @@ class Push:
 
 @dataclass(frozen=True)
 class PartialNorms:
-    """Where clipping needs norms: the sums of squares of each chunk of the mean gradient, for each
-    tensor in the shard's ranges.
+    """Answer to `Push` where clipping needs norms: sums of squares of the mean gradient.
+
+    `sums` has, for each tensor in the shard's ranges, one float64 per chunk.
     """
 
     round: int
@@ -148,8 +156,9 @@ class PartialNorms:
 
 @dataclass(frozen=True, kw_only=True)
 class TotalNorms:
-    """The second phase of a push: the sum of squares of each tensor of the whole model, float64 of
-    shape (tensors,).
+    """The second phase of a push: each tensor's sum of squares over all shards.
+
+    `square_sums` is float64 of shape (tensors,).
     """
 
     epoch: int
@@ -162,9 +171,7 @@ class TotalNorms:
 
 @dataclass(frozen=True, kw_only=True)
 class Pull:
-    """Asks for the parameters once `at_least` rounds are decided, a number that was true in
-    `epoch`.
-    """
+    """Gets the parameters when round `at_least`, a number known in `epoch`, is decided."""
 
     rank: int
     incarnation: int
@@ -183,7 +190,7 @@ class Leave:
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """The worker's process died, as the end of its line told."""
+    """The worker's process died: its connection was closed without `Leave`."""
 
     rank: int
     incarnation: int
@@ -191,11 +198,18 @@ class WorkerDied:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundResult:
-    """Where a shard stands after a round: how it ended, and the parameters where they were asked
-    for.
+    """Answer to `Push`, `TotalNorms`, `Pull` and `Step`: how the last round ended.
 
-    `buffer` says which of the two parameter buffers holds them; `lr` is the rate of the last
-    applied step, equal on all shards; `rewound` is the epoch in which all shards last went back.
+    Attributes:
+        epoch: the current epoch.
+        round: the last decided round.
+        iterations: steps applied so far.
+        outcome: how the round ended.
+        rejection: why it applied no step, if so.
+        lr: the learning rate of the last applied step, equal on all shards.
+        buffer: which of the two parameter buffers is current.
+        parameters: the shard's ranges, if asked for.
+        rewound: the epoch in which all shards last rewound.
     """
 
     epoch: int
@@ -211,8 +225,8 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class Pause:
-    """Stop before the next round; answered in turn once this caller alone holds the shard and
-    nothing is being computed.
+    """Holds the shard between two rounds; answered when it is this caller's turn and nothing is
+    being computed.
     """
 
     token: str
@@ -220,7 +234,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class CatchUp:
-    """Complete rounds up to `round`, though held; answered when it is decided."""
+    """Lets the held shard complete rounds up to `round`; answered when that one is decided."""
 
     token: str
     round: int
@@ -228,7 +242,7 @@ class CatchUp:
 
 @dataclass(frozen=True)
 class Resume:
-    """Go on."""
+    """Ends the hold, or the wait for it."""
 
     token: str
 
@@ -260,7 +274,7 @@ class Paused:
 
 @dataclass(frozen=True)
 class Read:
-    """Asks for arrays of the held shard: any of "params", "m", "v"."""
+    """Gets arrays of the held shard: any of "params", "m", "v"."""
 
     token: str
     what: tuple[str, ...]
@@ -268,8 +282,8 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True)
 class Write:
-    """Replaces arrays of the held shard, and its clock where given; the epoch rises to the one
-    given, and pending pushes are refused.
+    """Replaces arrays of the held shard, and its clock if given; a new epoch begins, and pushes
+    that wait are refused.
     """
 
     token: str
@@ -293,9 +307,9 @@ class SetRate:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the held shard from an already averaged gradient; answered as a push is.
+    """One step of the held shard from an averaged gradient; answered as a push is.
 
-    `incarnation` and `round` make it one step however often it is sent.
+    `incarnation` and `round` identify it, so that it counts once however often it is sent.
     """
 
     token: str

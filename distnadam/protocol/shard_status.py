@@ -1,4 +1,4 @@
-"""What a shard is told once, and what it says of itself whenever it is asked: plain records."""
+"""The configuration of a shard, and its status: plain records."""
 
 from dataclasses import dataclass, field
 
@@ -12,10 +12,20 @@ Owners = dict[int, tuple[int, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSpec:
-    """What a shard is told once, when it is made.
+    """The configuration of one shard, given to it when it is made.
 
-    `run_id` begins the names by which the cluster knows this optimizer's processes;
-    `layout_generation` counts how often the state was cut anew.
+    Attributes:
+        index: its place among the shards.
+        num_shards: shards of the optimizer.
+        num_workers: ranks.
+        replicas: standbys of each shard.
+        name: the optimizer's name in the cluster; None if it has none.
+        config: the hyper-parameters.
+        options: the options.
+        layout: the model's tensors.
+        ranges: the elements that this shard holds.
+        run_id: begins the names of this optimizer's processes in the cluster.
+        layout_generation: how often the state was resharded.
     """
 
     index: int
@@ -40,17 +50,33 @@ class Describe:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """A shard's spec and where it stands.
+    """Answer to `Describe`: the status of one shard.
 
-    `waiting_for` are the ranks whose push the round lacks, `left` those whose worker closed, `dead`
-    those whose worker died, `members` the ranks that the coming round needs. `holder` is the token
-    of who holds the shard, `busy` whether it reads or writes files. `replicated` is the last round
-    that the standby has, None without one; `given_up` are ranks whose waiters are told
-    `WorkerLost`. `here` are the ranks that a living worker holds, as far as this shard knows, with
-    its incarnation and a token of its process; `highest_round` is the latest round that was ever
-    decided, before the shards went back too. `saved` is the directory of checkpoints that the shard
-    last wrote to or read from; `retired` whether others hold its ranges; `stepped` the last round
-    that was a step from outside.
+    Attributes:
+        epoch: the current epoch.
+        round: the last decided round.
+        iterations: steps applied so far.
+        skipped: rounds that applied no step.
+        waiting_for: the ranks whose push the next round lacks.
+        left: the ranks whose worker left.
+        dead: the ranks whose worker died.
+        members: the ranks that the next round needs.
+        lr: the learning rate, or its schedule.
+        spec: the shard's spec, if asked for.
+        phase: the phase, in words.
+        holder: the token of the caller that holds the shard, if any.
+        busy: whether it reads or writes files.
+        epoch_reason: why the epoch began.
+        schedule: the membership by round.
+        newest: by rank, the newest incarnation.
+        changed: how the state was replaced since it was last saved; None if it was not.
+        replicated: the last round that the standby has; None without one.
+        given_up: the ranks that no worker takes over.
+        saved: the directory of checkpoints last written to or read from.
+        retired: whether other shards hold its ranges.
+        live_owners: by rank, the worker that holds it, as far as this shard knows.
+        highest_round: the latest round ever decided, also before a rewind.
+        stepped: the last round that was a step from outside.
     """
 
     epoch: int

@@ -1,8 +1,7 @@
-"""What the supervisor says to shards and standbys, and what a primary tells its standby: plain
-records.
+"""The supervisor's orders to shards and standbys, and a primary's records for its standby.
 
-An order bears a new epoch and is obeyed whoever holds the shard; it waits only for what is being
-computed.
+An order carries a new epoch, and is carried out even while a client holds the shard; it waits only
+for what is being computed.
 """
 
 from dataclasses import dataclass, field
@@ -18,16 +17,14 @@ Reason = Literal["replaced", "rewound", "reconfigured"]
 
 
 MembershipHistory = tuple[tuple[int, tuple[int, ...]], ...]
-"""Membership: from each of these rounds on, these ranks; in order. Kept over a rewind, so that a
-replay has the same members.
+"""From each of these rounds on, in order, these ranks. Kept over a rewind, so that a replay has the
+same members.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconfigure:
-    """From this epoch on: the membership, and the newest incarnation of each rank. The round in
-    progress goes on.
-    """
+    """Begins an epoch with this membership and these newest incarnations; the round goes on."""
 
     epoch: int
     schedule: MembershipHistory
@@ -36,21 +33,22 @@ class Reconfigure:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Take the state of a checkpoint, or parameters with nothing behind them; whoever waits is told
-    `Rewound`.
+    """Replaces the whole state: by a checkpoint's, by parameters, or by other shards' state.
+
+    All callers that wait get `Rewound`, or `Reconfigured` if `control_state` is given.
 
     Args:
-        epoch: from now on.
-        directory: the checkpoint's; None where `params` says all.
+        epoch: the epoch that begins.
+        directory: the checkpoint's; None for another source.
         manifest: the manifest file's bytes.
-        leftovers: files whose bytes that no shard needs this one verifies.
+        leftovers: files of which this shard verifies the bytes that no shard needs.
         params: the shard's ranges.
-        state: all arrays of the shard's ranges, as other shards held them, and `control_state`,
-            where those stood in time.
+        state: all arrays of the shard's ranges, as other shards held them.
+        control_state: those shards' state but for the arrays.
         schedule: the membership; empty leaves it.
-        newest: the newest incarnation of each rank, where it is known.
-        here: the ranks that a living worker holds, likewise.
-        highest_round: the latest round that was ever decided.
+        newest: the newest incarnation of each rank, as far as it is known.
+        live_owners: the ranks that a living worker holds, as far as they are known.
+        highest_round: the latest round ever decided.
         lr: the learning rate from now on; None leaves the shard's.
     """
 
@@ -75,8 +73,9 @@ class Load:
 
 @dataclass(frozen=True)
 class AttachStandby:
-    """Copy the state to a standby between two rounds, and keep it up from then on; `standby` says
-    how it is reached.
+    """Copies the state to a standby between two rounds, and replicates every round from then on.
+
+    `standby` is what the host needs to reach it.
     """
 
     standby: Any
@@ -84,9 +83,7 @@ class AttachStandby:
 
 @dataclass(frozen=True)
 class AbandonRank:
-    """Nobody takes the rank of this dead worker over: tell those who wait for it `WorkerLost`, at
-    once until somebody does after all.
-    """
+    """Fails waiting and new pushes with WorkerLost until a worker joins this rank."""
 
     rank: int
     incarnation: int
@@ -94,7 +91,7 @@ class AbandonRank:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardControlState:
-    """Where a shard stands in time: what a standby, or a shard that loads, goes on from."""
+    """A shard's state but for the arrays: what a standby, or a shard that loads, continues from."""
 
     epoch: int
     round: int
@@ -115,8 +112,9 @@ class ShardControlState:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicatedRound:
-    """One decided round for the standby; its mean gradient, scaled and clipped, lies in memory that
-    both map, or in `gradients`.
+    """One decided round, for the standby.
+
+    Its mean gradient, scaled and clipped, is in memory that both map, or in `gradients`.
     """
 
     round: int
@@ -132,9 +130,7 @@ class ReplicatedRound:
 
 @dataclass(frozen=True)
 class ReplicatedJoin:
-    """A rank was taken over, by a worker of that process; None: nobody holds it, since that worker
-    left, died, or is yet to come.
-    """
+    """A rank belongs to a worker of that process; None: its worker left, died, or has not come."""
 
     rank: int
     incarnation: int
@@ -143,9 +139,7 @@ class ReplicatedJoin:
 
 @dataclass(frozen=True)
 class Retire:
-    """Other shards hold these ranges from this epoch on: refuse everything, so that whoever asks
-    looks for them.
-    """
+    """Other shards hold these ranges from this epoch on; all further messages are refused."""
 
     epoch: int
 
@@ -160,7 +154,7 @@ class DescribeStandby:
 
 @dataclass(frozen=True)
 class DetachStandby:
-    """The primary goes on without this standby, which must never step in for it again."""
+    """The primary goes on without this standby, which must never replace it."""
 
 
 Record = ReplicatedRound | ReplicatedJoin | Reconfigure | DetachStandby

@@ -1,5 +1,5 @@
-"""A shard's arithmetic: the norms of a round's mean gradient, and the step, on what the state
-machine holds. No messages, no files.
+"""A shard's computations: the norms of a round's mean gradient, and the step. No messages, no
+files.
 """
 
 from distnadam.nadam.kernels import make_stepper
@@ -13,7 +13,7 @@ from distnadam.tensors.arrays import Flat
 
 
 class ShardKernel:
-    """See the module.
+    """Computes on what one shard's state machine holds.
 
     Args:
         spec: the shard's.

@@ -20,7 +20,7 @@ from distnadam.tensors.layout import Ranges
 
 
 class SnapshotWriter:
-    """See the module. One snapshot at a time: a second waits until the first is written.
+    """Copies and writes one snapshot at a time: a second waits until the first is written.
 
     Args:
         ranges: the shard's.
@@ -35,7 +35,7 @@ class SnapshotWriter:
         self._copied.set()
 
     def reserve(self) -> None:
-        """Have the memory, touched, so that a copy meets no page faults."""
+        """Allocate and touch the memory, so that a copy meets no page faults."""
         if not self.memory:
             self.memory = {
                 name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()}
@@ -45,9 +45,7 @@ class SnapshotWriter:
     def snapshot(
         self, name: str, arrays: dict[str, Flat], write: Callable[[State], FileRecord]
     ) -> None:
-        """Begin to copy the arrays; the copy is written by `write`, whose result `collect` has
-        under that name.
-        """
+        """Begin to copy the arrays, then `write` the copy; `collect` gets the result by name."""
         self.reserve()
         wait_for(self._written.values())
         self._written.clear()
@@ -65,16 +63,14 @@ class SnapshotWriter:
             return write(self.memory)
 
         self._written[name] = self._pool.submit(take)
-        self._copied = (
-            copied  # nobody changes the arrays before: whoever asked for this holds the shard
-        )
+        self._copied = copied  # the caller holds the shard, so nobody has waited for it yet
 
     def wait_copied(self) -> None:
         """Wait until the arrays may be changed."""
         self._copied.wait()
 
     def collect(self, name: str, reply: Callable[[Any], None]) -> None:
-        """Have `reply` given the record of a snapshot once it is written, or why it was not."""
+        """Call `reply` with the record of a snapshot when it is written, or with its error."""
         written = self._written.get(name)
         if written is None:
             reply(ShardLost(f"{name}: the process that was to write it has been replaced since"))

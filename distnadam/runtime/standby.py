@@ -49,33 +49,26 @@ class Standby:
     def take_arrays(self, arrays: dict[str, Flat]) -> None:
         """Take a copy of the primary's "params", "m" and "v", to be stepped in place."""
         with self._lock:
-            self._arrays, self._control_state = (
-                arrays,
-                None,
-            )  # they are of no known place in time yet
+            self._arrays = arrays
+            self._control_state = None  # until `begin` says which round they are of
 
     def begin(self, control_state: ShardControlState, config: NadamConfig) -> None:
-        """Take the place in time that the arrays are of, and the hyper-parameters as they are
-        now.
-        """
+        """Take the control state that the arrays belong to, and the current hyper-parameters."""
         with self._lock:
             if not self._arrays:
                 raise IllegalMessage(
-                    f"standby of shard {self._spec.index}: was let go before it had its place in "
-                    "time"
+                    f"standby of shard {self._spec.index}: was detached before it had its state"
                 )
             self._spec = dataclasses.replace(self._spec, config=config)
-            self._control_state, self._ledger = (
-                control_state,
-                Ledger.from_dict(control_state.ledger),
-            )
+            self._control_state = control_state
+            self._ledger = Ledger.from_dict(control_state.ledger)
 
     def apply(self, record: Record, mean: Flat) -> None:
         """Follow the primary by one record; `mean` is the round's mean gradient, scaled and
         clipped.
 
-        A standby that is let go, or could not follow, has no place in time any more: its primary
-        goes on without it.
+        A standby that is detached, or could not follow, has no state any more: its primary goes on
+        without it.
 
         Raises:
             IllegalMessage: it is not the record that comes next.
@@ -88,7 +81,7 @@ class Standby:
                 self._arrays = {}
             elif now is None:
                 raise IllegalMessage(
-                    f"standby of shard {self._spec.index}: has no place in time, got {record}"
+                    f"standby of shard {self._spec.index}: has no state, got {record}"
                 )
             elif isinstance(record, ReplicatedJoin):
                 self._ledger.admit(record.rank, record.incarnation)
@@ -126,7 +119,8 @@ class Standby:
             host.take_over(control_state, self._arrays, reconfigure)
             for stepper in self._steppers.values():
                 stepper.close()
-            self._arrays, self._control_state = {}, None
+            self._arrays = {}
+            self._control_state = None
             return host, control_state
 
     @property
@@ -159,11 +153,11 @@ class Standby:
         for rank, note in record.counted.items():
             self._ledger.admit(rank, note.incarnation)
             self._ledger.count(rank, note.incarnation, record.round)
-        told = {
+        changes = {
             name: getattr(record, name)
             for name in ("round", "skipped", "outcome", "rejection", "lr", "active", "clock")
         }
-        return dataclasses.replace(now, counted={**now.counted, **record.counted}, **told)
+        return dataclasses.replace(now, counted={**now.counted, **record.counted}, **changes)
 
     def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:
         config = self._spec.config

@@ -1,5 +1,5 @@
-"""Who holds a shard, and how far its rounds may go meanwhile. One holder at a time, in the order
-they asked. Pure.
+"""Which caller holds a shard, and how far its rounds may go meanwhile. One at a time, in the order
+in which they asked. Pure.
 """
 
 import math
@@ -35,12 +35,14 @@ class ExclusiveHold:
             )
 
     def ask(self, caller: Any, token: str) -> None:
-        """Queue for the gate."""
+        """Queue for the hold."""
         self._queue.append((caller, token))
 
     def admit(self, decided: int) -> list[Any]:
-        """Give a free gate to the first in the queue, closed after `decided`; return its caller, or
-        the holder's that asked again.
+        """Give the hold to the first in the queue if it is free, with `decided` as the last round.
+
+        Returns:
+            its caller; or those callers of the holder that asked again.
         """
         if self.holder is not None:
             again = [caller for caller, token in self._queue if token == self.holder]
@@ -53,7 +55,7 @@ class ExclusiveHold:
         return [caller]
 
     def advance(self, caller: Any, until: int) -> None:
-        """Let rounds pass up to and including `until`; the caller wants to know when."""
+        """Let rounds pass up to and including `until`; `arrived` returns the caller then."""
         self.limit = until
         self._advances.append((caller, until))
 
@@ -64,9 +66,7 @@ class ExclusiveHold:
         return arrived
 
     def release(self, token: str) -> list[Any]:
-        """Open the gate where this token's holder has it; return the callers that still wait in the
-        queue under it, and forget them.
-        """
+        """End this token's hold, and its waiting; return its callers that waited in the queue."""
         given_up = [caller for caller, waiting in self._queue if waiting == token]
         self._queue = [x for x in self._queue if x[1] != token]
         if self.holder == token:
@@ -74,12 +74,13 @@ class ExclusiveHold:
         return given_up
 
     def reset(self) -> list[Any]:
-        """Open the gate whoever holds it; return everyone who waits here, and forget them."""
+        """End any hold; forget all callers that wait here, and return them."""
         self.holder, self.limit = None, math.inf
         return self.drain()
 
     def drain(self) -> list[Any]:
-        """Return everyone who waits here, and forget them."""
+        """Forget all callers that wait here, and return them."""
         callers = [caller for caller, _ in (*self._queue, *self._advances)]
-        self._queue, self._advances = [], []
+        self._queue = []
+        self._advances = []
         return callers

@@ -31,7 +31,8 @@ class Membership:
     """
 
     def __init__(self, shard: int, num_workers: int) -> None:
-        self._shard, self._num_workers = shard, num_workers
+        self._shard = shard
+        self._num_workers = num_workers
         self.ledger = Ledger()
         self.schedule: MembershipHistory = ((1, tuple(range(num_workers))),)
         self.left: set[int] = set()
@@ -49,8 +50,11 @@ class Membership:
         )
 
     def join(self, message: msg.Join) -> int:
-        """Give a rank to a worker and return its incarnation; raise where the rank does not exist
-        or a newer worker has it.
+        """Give a rank to a worker, and return its incarnation.
+
+        Raises:
+            LifecycleError: there is no such rank.
+            SupersededWorker: a newer worker has it, or another process the same number.
         """
         rank = message.rank
         self._check_rank(rank)
@@ -61,10 +65,8 @@ class Membership:
             and self.owners.get(rank, (0, ""))[0] == admitted
             and self.owners[rank][1] != message.process
         ):
-            told = "was given to another process too, by a shard that died since; join again"
-            raise SupersededWorker(
-                f"shard {self._shard}: rank {rank}: the number {admitted} {told}"
-            )
+            why = "was given to another process too, by a shard that died since; join again"
+            raise SupersededWorker(f"shard {self._shard}: rank {rank}: the number {admitted} {why}")
         if not message.reserve:
             self.owners[rank] = admitted, message.process
             for ranks in (self.left, self.dead, self.given_up):
@@ -88,14 +90,12 @@ class Membership:
         }
 
     def leave(self, rank: int, incarnation: int) -> None:
-        """Take note that a worker closed."""
+        """Record that a worker left."""
         if incarnation == self.ledger.newest(rank):
             self.left.add(rank)
 
     def lose(self, rank: int, incarnation: int) -> bool:
-        """Take note that a worker died, where it had not left nor been taken over, and return
-        whether that is so.
-        """
+        """Record that a worker died, unless it had left or was replaced; return whether it did."""
         lost = incarnation == self.ledger.newest(rank) and rank not in self.left
         if lost:
             self.dead.add(rank)

@@ -1,7 +1,7 @@
-"""The rounds of a shard: how the messages of workers fill one, how it ends, and who hears of it.
-Pure.
+"""The rounds of a shard: how the messages of workers fill one, how it ends, and who gets the
+result. Pure.
 
-It knows what waits and what was decided; in which phase the shard is, the machine knows.
+It knows what waits and what was decided; the machine knows the shard's phase.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
 from distnadam.protocol.messages import Description, Join, Joined, Resume, WorkerDied
-from distnadam.protocol.orphaned_push import adoptions
+from distnadam.protocol.orphaned_push import orphaned_pushes
 from distnadam.protocol.shard_status import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
@@ -219,7 +219,7 @@ class DecisionExecutor:
             if not died:
                 cluster.worker_finished(rank)  # by the worker that has taken the rank over
             return False
-        adopted = cluster.ask(adoptions(rank, joined)).values()
+        adopted = cluster.ask(orphaned_pushes(rank, joined)).values()
         if any(isinstance(answer, IllegalMessage) for answer in adopted):
             cluster.cannot_complete = True
         if not any(isinstance(answer, (ShardLost, StepTimeout)) for answer in adopted):

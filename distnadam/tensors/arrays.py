@@ -1,5 +1,4 @@
-"""One leaf of a tree as a NumPy array, whoever made it: NumPy, torch, JAX. No framework is imported
-here.
+"""One leaf of a tree as a NumPy array, be it NumPy's, torch's or JAX's. Imports no framework.
 
 Also the dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are
 kept in; and the storage of those.

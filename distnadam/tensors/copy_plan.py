@@ -11,7 +11,7 @@ from distnadam.tensors.layout import Ranges
 
 @dataclass(frozen=True)
 class Copy:
-    """Elements [begin, end) of a space, to be had from old shard `source`."""
+    """Elements [begin, end) of a space, which old shard `source` holds."""
 
     source: int
     space: str

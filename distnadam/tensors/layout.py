@@ -2,8 +2,8 @@
 and how those are cut.
 
 A layout knows names, shapes and offsets; it holds no values. Tensors follow the tree's order (dict
-keys sorted), ranges are half-open, and cuts fall on a grid of `CHUNK` elements that starts anew at
-each tensor, so that a chunk is never in two shards.
+keys sorted), ranges are half-open, and cuts fall on a grid of `CHUNK` elements that starts again
+at each tensor, so that a chunk is never in two shards.
 """
 
 from bisect import bisect_right
@@ -229,12 +229,12 @@ class Layout:
             return leaves
         missing = [p for p in expected if p not in set(paths)]
         extra = [p for p in paths if p not in set(expected)]
-        told = [f"{p!r} is missing" for p in missing[:3]] + [
+        faults = [f"{p!r} is missing" for p in missing[:3]] + [
             f"{p!r} is not a tensor of the model" for p in extra[:3]
         ]
         raise StructureError(
-            f"{what}: {', '.join(told)}; expected the {len(expected)} tensors given to build, got "
-            f"{len(paths)}"
+            f"{what}: {', '.join(faults)}; expected the {len(expected)} tensors given to build, "
+            f"got {len(paths)}"
         )
 
     def checked(self, index: int, leaf: Any, *, what: str) -> Array:

@@ -28,7 +28,7 @@ from distnadam.protocol.messages import (
     RoundResult,
     ShardSpec,
 )
-from distnadam.protocol.orphaned_push import adoptions
+from distnadam.protocol.orphaned_push import orphaned_pushes
 from distnadam.protocol.supervisor_messages import AbandonRank, Load, Reconfigure
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.epochs import Epochs
@@ -80,7 +80,7 @@ LAYOUT = Layout.of({"w": np.ones(4, np.float32)})
 def test_what_one_shard_counts_is_adopted_by_those_who_have_not(
     joined: list[Joined], adopting: list[int]
 ) -> None:
-    assert adoptions(0, dict(enumerate(joined))) == {
+    assert orphaned_pushes(0, dict(enumerate(joined))) == {
         shard: CompletePush(0, NOTE) for shard in adopting
     }
 
@@ -130,7 +130,7 @@ def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_bo
         i: host.send(Join(rank=0, incarnation=2)).result(0)
         for i, host in enumerate((first, second))
     }
-    adopts = adoptions(0, joined)
+    adopts = orphaned_pushes(0, joined)
     assert list(adopts) == [1]
     second.send(adopts[1]).result(0)
     assert moment(first) == moment(second) and second.shard.progress.round == 1
