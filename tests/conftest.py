@@ -23,8 +23,9 @@ os.environ.pop("RAY_ADDRESS", None)
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is None:
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rt-")  # short: it holds sockets
     os.chmod(os.environ["RAY_TMPDIR"], 0o755)  # as open to other users as Ray's own /tmp/ray
-RAY_DIR = os.environ["RAY_TMPDIR"]  # one for a run of tests, and in it one for each process
-os.environ["RAY_TMPDIR"] = f"{RAY_DIR}/{worker or 'main'}"
+RAY_DIR = os.environ["RAY_TMPDIR"]
+if worker is not None:
+    os.environ["RAY_TMPDIR"] = f"{RAY_DIR}/{worker}"  # in the one of the process that started it
 
 signal.signal(
     signal.SIGINT, signal.default_int_handler
