@@ -145,7 +145,7 @@ def test_a_message_is_taken_where_the_table_says_so_and_otherwise_changes_nothin
     assert refusal is None or fingerprint(shard) == before
 
 
-CHANGES: list[tuple[Phase, Phase]] = [(one, other) for one in Phase for other in NEXT[one]]
+CHANGES = [(one, other) for one in Phase for other in Phase if other in NEXT[one]]
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES, ids=lambda phase: phase.name)
