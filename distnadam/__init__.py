@@ -68,7 +68,10 @@ _HOMES = {
     "Worker": "distnadam.worker",
     "fit": "distnadam.training.fit",
 }
-_MODULES = ("config", "errors", "interop", "metrics", "schedules", "training")
+_MODULES = (
+    *("checkpoint", "config", "errors", "interop", "metrics", "optimizer", "schedules"),
+    *("training", "worker"),
+)
 """Public modules that `import distnadam` makes available, each at its first use."""
 
 

@@ -250,8 +250,7 @@ class DistNadam:
         Raises:
             GradientError: (a ValueError) naming the parameter whose gradient cannot be computed.
         """
-        layout = self.shards.layout if self._life.is_built else Layout.of(params)
-        return gradients_of(loss, params, layout)
+        return gradients_of(loss, params, self._life.layout or Layout.of(params))
 
     def get_updates(self, loss: Any, params: Any) -> Ticket:
         """Push the gradients of `loss` at `params`; return the ticket, whose `result` waits.

@@ -69,6 +69,7 @@ class Worker:
         self.session = WorkerSession(shards, rank, self._receive)
         self._shards = shards
         self._closed = False
+        self._has_copies = False
         self._views = ParameterViews(shards.layout)
         self._meter = shards.backend.meter or Meter(None)  # one that nobody reads
         self._traffic = Traffic({}, {})
@@ -118,7 +119,8 @@ class Worker:
         began = perf_counter()
         self.session.pull(want_parameters=True)
         self._meter.pull.add(perf_counter() - began)
-        self._count_traffic().pulled += 1
+        if self._shards.backend.meter is not None:  # needs the gradients' memory, made at first use
+            self._count_traffic().pulled += 1
         return self._tree()
 
     def push(self, gradients: Any = None) -> Ticket:
@@ -193,7 +195,7 @@ class Worker:
         do not change until the next round but one is applied, so a round's own gradient can still
         be computed from them after it was pushed.
         """
-        if not self.session.in_sync:
+        if not self.session.in_sync or self._lacks_parameters:
             return self.pull()
         self._require_open()
         return self._tree()
@@ -238,10 +240,16 @@ class Worker:
     def _receive(self, shard: int, parameters: Flat) -> None:
         """Copy the parameters that one shard's answer brought."""
         self._views.of(None)[0].fill(self._shards.ranges[shard], parameters)
+        self._has_copies = True
 
     def _tree(self) -> Any:
         shared = self.session.channel.parameters
         return self._views.of(shared)[0 if shared is None else self.session.buffer].tree()
+
+    @property
+    def _lacks_parameters(self) -> bool:
+        """Whether answers must bring the parameters, and none has yet."""
+        return self.session.channel.parameters is None and not self._has_copies
 
     def _require_open(self) -> None:
         if self._closed:

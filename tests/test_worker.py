@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam import DistNadam, Options
+from distnadam import DistNadam, Options, Worker
+from distnadam.client.shard_group import ShardGroup
+from distnadam.config import NadamConfig
 from distnadam.errors import LifecycleError, ShardsDisagree, StepTimeout
 from tests.models import bits, gradients, params, run
+from tests.simulation.backend import WorldBackend, begin_world
 
 
 def test_a_worker_that_waits_in_vain_names_who_is_missing() -> None:
@@ -102,3 +105,13 @@ def test_a_step_that_was_interrupted_counts_once_on_every_shard(moment: str) -> 
         for tree in trees:
             optimizer.apply_gradients(tree)
         assert bits(optimizer) == ends
+
+
+def test_parameters_are_pulled_though_the_round_was_asked_for_first() -> None:
+    options = Options(step_timeout_s=5.0, kernel="numpy")
+    world, layout = begin_world(
+        np.ones(3000, np.float32), NadamConfig(), options, 2, 1, 0, objects=True
+    )
+    worker = Worker(ShardGroup(WorldBackend(world), layout, 2, options, poll_s=0.0), 0)
+    assert worker.round == 0
+    assert (worker.parameters()["w"] == 1).all()

@@ -124,8 +124,9 @@ class CheckpointWriter:
                 Either way only if no call has raised it.
         """
         saving = self._in_flight
-        self._in_flight = None
-        if saving is None or saving.wait():
+        complete = saving is None or saving.wait()
+        self._in_flight = None  # not before: a Ctrl-C while waiting must not lose the save
+        if saving is None or complete:
             return saving
         try:
             saving.surface()

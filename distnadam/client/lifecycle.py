@@ -47,6 +47,11 @@ class Lifecycle:
         return self._shards is not None
 
     @property
+    def layout(self) -> Layout | None:
+        """The model's layout, also of an optimizer that is closed; None before it is built."""
+        return None if self._shards is None else self._shards.layout
+
+    @property
     def shards(self) -> ShardGroup:
         """The running shards; raise LifecycleError if there are none yet, or no longer."""
         if not self.is_built or self._shards is None:

@@ -97,7 +97,7 @@ class WorkerSession:
         try:
             return self._shards.retry.run(lambda: self._pull(want_parameters=want_parameters))
         except Rewound as error:
-            self._rewinds.acknowledge(error.epoch)
+            self._acknowledge(error.epoch)
             raise
 
     def push(
@@ -176,7 +176,7 @@ class WorkerSession:
             except (ShardLost, Reconfigured) as error:
                 self._follow(push, error, version, began)
             except Rewound as error:
-                self._rewinds.acknowledge(error.epoch)
+                self._acknowledge(error.epoch)
                 raise
             except BaseException:
                 push.send_again()  # a Ctrl-C may leave its answers half heard
@@ -324,6 +324,11 @@ class WorkerSession:
         self.buffer = first.buffer
         self.in_sync = True
         return first
+
+    def _acknowledge(self, epoch: int) -> None:
+        """Record that this worker's user, who is the handle's too, gets a `Rewound` of an epoch."""
+        self._rewinds.acknowledge(epoch)
+        self._shards.rewinds.acknowledge(epoch)
 
     def _ask_all(self, message: Pull) -> dict[int, RoundResult]:
         return self._answers(self._transport.post(self._shards.for_all(message)))

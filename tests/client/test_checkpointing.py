@@ -2,7 +2,9 @@
 call and at the end.
 """
 
+import os
 import pickle
+import signal
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -22,8 +24,8 @@ from distnadam.runtime import snapshot
 from tests.models import bits, params, run
 
 
-class ExclusiveHold:
-    """Lets shards' files be written only once it is opened, and fail where it is told to."""
+class WriteGate:
+    """Holds the writing of shards' files until it is opened; they fail with its error, if any."""
 
     def __init__(self) -> None:
         self.opened, self.begun = threading.Event(), threading.Event()
@@ -38,15 +40,15 @@ class ExclusiveHold:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExclusiveHold]:
-    gate, write = ExclusiveHold(), shard_files.write_shard
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteGate]:
+    gate, write = WriteGate(), shard_files.write_shard
     monkeypatch.setattr(shard_files, "write_shard", lambda *args, **how: gate(write, *args, **how))
     yield gate
     gate.opened.set()
 
 
 def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(
-    gate: ExclusiveHold, tmp_path: Path
+    gate: WriteGate, tmp_path: Path
 ) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         run(optimizer, 0, 2)
@@ -145,7 +147,7 @@ def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(
 
 
 def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(
-    gate: ExclusiveHold, tmp_path: Path
+    gate: WriteGate, tmp_path: Path
 ) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         gate.error = CheckpointError("shard-0: the disk is full")
@@ -161,9 +163,7 @@ def test_an_error_is_told_once_at_the_next_call_that_changes_or_saves(
         assert optimizer.save(tmp_path) == str(tmp_path / "step_00000001")
 
 
-def test_an_error_that_nobody_was_told_comes_at_the_end(
-    gate: ExclusiveHold, tmp_path: Path
-) -> None:
+def test_an_error_that_nobody_was_told_comes_at_the_end(gate: WriteGate, tmp_path: Path) -> None:
     gate.error = CheckpointError("shard-0: the disk is full")
     gate.opened.set()
     optimizer = DistNadam(backend="local").build(params())
@@ -174,7 +174,7 @@ def test_an_error_that_nobody_was_told_comes_at_the_end(
 
 
 def test_an_error_that_was_told_is_not_told_again_and_never_hides_what_ended_the_block(
-    gate: ExclusiveHold, tmp_path: Path
+    gate: WriteGate, tmp_path: Path
 ) -> None:
     gate.error = CheckpointError("shard-0: the disk is full")
     gate.opened.set()
@@ -193,7 +193,21 @@ def fail_while_saving(root: Path) -> None:
         raise KeyError("mine")
 
 
-def test_closing_waits_for_the_checkpoint(gate: ExclusiveHold, tmp_path: Path) -> None:
+def test_an_interrupt_while_waiting_for_a_save_does_not_lose_it(
+    gate: WriteGate, tmp_path: Path
+) -> None:
+    optimizer = DistNadam(num_shards=2, backend="local").build(params())
+    saving = optimizer.save(tmp_path, wait=False)
+    assert gate.begun.wait(60)
+    threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.save(tmp_path)  # waits for the first
+    threading.Timer(0.1, gate.opened.set).start()
+    optimizer.close()
+    assert saving.result() == str(tmp_path / "step_00000000")
+
+
+def test_closing_waits_for_the_checkpoint(gate: WriteGate, tmp_path: Path) -> None:
     optimizer = DistNadam(num_shards=2, backend="local").build(params())
     optimizer.save(tmp_path, wait=False)
     threading.Timer(0.1, gate.opened.set).start()
@@ -201,7 +215,7 @@ def test_closing_waits_for_the_checkpoint(gate: ExclusiveHold, tmp_path: Path) -
     assert store.verify(tmp_path / "step_00000000").round == 0
 
 
-def test_nobody_else_writes_that_checkpoint_meanwhile(gate: ExclusiveHold, tmp_path: Path) -> None:
+def test_nobody_else_writes_that_checkpoint_meanwhile(gate: WriteGate, tmp_path: Path) -> None:
     with (
         DistNadam(backend="local").build(params()) as first,
         DistNadam(backend="local").build(params()) as second,
@@ -223,7 +237,7 @@ def test_the_memory_for_snapshots_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_change_after_the_snapshot_is_not_taken_for_saved(
-    gate: ExclusiveHold, tmp_path: Path
+    gate: WriteGate, tmp_path: Path
 ) -> None:
     with DistNadam(backend="local").build(params()) as optimizer:
         shard = optimizer.shards.backend.transport.hosts[0].shard  # type: ignore[attr-defined]

@@ -121,3 +121,15 @@ def wait(session: WorkerSession, push: InFlightPush) -> Any:
         with suppress(StepTimeout):
             return session.wait_for(push)
     raise AssertionError("it is never decided")
+
+
+def test_a_rewind_that_the_worker_raised_is_not_raised_again_by_its_handle(scene: Scene) -> None:
+    for session in scene.sessions:
+        session.pull(want_parameters=False)
+    scene.group.read(("params",))
+    for process in scene.world.shards:
+        process.host.shard.epochs.advance("rewound")
+    mine = scene.push(0)
+    with pytest.raises(Rewound):
+        scene.sessions[0].wait_for(mine)
+    scene.group.read(("params",))
