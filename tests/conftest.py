@@ -32,9 +32,17 @@ signal.signal(
 )  # a shell that runs the tests in its background has them ignore Ctrl-C
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a folder that loads the whole machine one after the other."""
+    """Mark the cases on Ray that `on_ray` does not name as slow; keep some folders in one process.
+
+    Those are the folders whose tests load the whole machine.
+    """
     for item in items:
+        if (chosen := item.get_closest_marker("on_ray")) is not None:
+            case = item.callspec.id
+            if case.startswith("ray-") and case not in chosen.args:
+                item.add_marker(pytest.mark.slow)
         if (folder := item.path.parent.name) in ("chaos", "hosts"):
             item.add_marker(pytest.mark.xdist_group(folder))
 

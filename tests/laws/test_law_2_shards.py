@@ -53,7 +53,7 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(
         (3, 2, "numpy", "mixed"),
         (7, 3, "numpy", "objects"),
         (7, 1, "fused", "mixed"),
-        (16, 2, "fused", "auto"),
+        pytest.param(16, 2, "fused", "auto", marks=pytest.mark.slow),
     ],
 )
 def test_ray_bits_are_the_local_ones(
@@ -93,6 +93,7 @@ def in_half_precision(step: int, rank: int, dtype: Any) -> Any:
     return optree.tree_unflatten(optree.tree_structure(tree), narrow)
 
 
+@pytest.mark.on_ray("ray-fused-float16", "ray-numpy-bfloat16")
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
 def test_gradients_in_half_precision_count_as_if_they_had_been_widened(
