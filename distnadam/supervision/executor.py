@@ -160,15 +160,23 @@ class DecisionExecutor:
 
         Raises:
             ClusterError: no process can be started, or a present shard died or did not pause.
+            StaleEpoch: the state was replaced before the shards paused.
         """
         cluster = self._cluster
         if len(cuts) == len(cluster.shards):
             return  # asked again, after an answer that was lost
+        if missing := cluster.missing():
+            raise StepTimeout(
+                f"reshard: shard {', '.join(map(str, missing))} is dead and not replaced yet; try "
+                "again"
+            )
 
         def replaced(specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
             standbys.extend(cluster.standbys.values())
             cluster.replace(specs, shards)
             self._publish(None)
+            for process in shards:
+                cluster.processes.watch(process)
 
         standbys: list[ShardProcess] = []
         what = Resharding(
@@ -180,10 +188,10 @@ class DecisionExecutor:
             newest=cluster.newest,
             pause_s=_PAUSE_S,
         )
-        reshard(cluster.processes, what, replaced)
-        cluster.processes.terminate(*standbys)
-        for process in cluster.shards:
-            cluster.processes.watch(process)
+        try:
+            reshard(cluster.processes, what, replaced)
+        finally:
+            cluster.processes.terminate(*standbys)
 
     # Ranks
 
@@ -313,8 +321,13 @@ class DecisionExecutor:
         process = None
         try:
             process = self._cluster.processes.start(spec, standby=True, near=near)
-        except DistNadamError as error:
-            log.warning("no standby for shard %d can be started: %s", spec.index, error)
+        except Exception as error:  # unreported, the shard would count as filling for ever
+            log.warning(
+                "no standby for shard %d can be started: %s",
+                spec.index,
+                error,
+                exc_info=not isinstance(error, DistNadamError),
+            )
             time.sleep(_START_AGAIN_S)
         self._report(
             StandbyStarted(

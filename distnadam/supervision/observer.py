@@ -101,7 +101,10 @@ class Observer:
                 changed=answer.changed,
             )
         if process not in cluster.dead:
-            return policy.ShardObservation(alive=True)  # it refuses to say where it stands
+            # it refuses to say where it stands, or whether its standby follows: start no other
+            return policy.ShardObservation(
+                alive=True, has_standby=standby is not None, filling=True
+            )
         reached = None
         if process in cluster.fenced and standby is not None and not stale:
             reached = cluster.processes.ask({0: standby}, {0: DescribeStandby()}, cluster.ask_s)[0]

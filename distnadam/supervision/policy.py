@@ -231,7 +231,7 @@ def decide(seen: Observation, rules: Rules) -> list[Decision]:
     if seen.cannot_complete:
         why = "some shards have applied a round that the others cannot complete"
         return first + _rewind(seen, (), why, seen.changed)
-    return (first + _ranks(seen, rules)) or _standbys(seen, rules)
+    return first + _ranks(seen, rules) + _standbys(seen, rules)
 
 
 def _shards_died(seen: Observation, gone: tuple[int, ...]) -> list[Decision]:
@@ -265,13 +265,13 @@ def _unblock(seen: Observation) -> list[Decision]:
 
 
 def _standbys(seen: Observation, rules: Rules) -> list[Decision]:
-    """What gives every shard a standby that follows it."""
+    """What gives every shard a standby that follows it; a stale one is dropped before."""
     if not rules.replicas:
         return []
     idle = [
         (index, shard)
         for index, shard in enumerate(seen.shards)
-        if shard.standby is None and not shard.filling
+        if shard.standby is None and not shard.filling and not shard.stale
     ]
     start = tuple(index for index, shard in idle if not shard.has_standby)
     fill = tuple(index for index, shard in idle if shard.has_standby)

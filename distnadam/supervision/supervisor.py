@@ -316,6 +316,8 @@ class Supervisor:
             )
 
     def _reshard(self, cuts: Sequence[Ranges], done: Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return  # the caller cancelled it
         try:
             require_alive(self._publisher.now)
             self._executor.reshard(cuts)

@@ -4,13 +4,19 @@ import hashlib
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from distnadam import DistNadam, Options
+from distnadam.backends.local import LocalProcesses
 from distnadam.errors import OutOfMemory
+from distnadam.protocol.supervisor_messages import Retire
+from distnadam.supervision.process_manager import ShardProcess
 from tests.models import bits
 
 SIZE = 4_000_000
@@ -48,6 +54,41 @@ def test_a_reshard_without_memory_leaves_the_present_shards_at_work(memory_bytes
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == train(None)
+
+
+class Interrupted(LocalProcesses):
+    """Hosts of which some have retired when the user interrupts."""
+
+    retired = 0
+    interrupts = 1
+
+    @override
+    def ask(
+        self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
+    ) -> dict[int, Any]:
+        if self.interrupts and any(isinstance(each, Retire) for each in messages.values()):
+            self.interrupts -= 1
+            first = {index: messages[index] for index in range(self.retired)}
+            super().ask(targets, first, timeout_s)
+            raise KeyboardInterrupt
+        return super().ask(targets, messages, timeout_s)
+
+
+@pytest.mark.parametrize("retired", [0, 1, 2])
+def test_a_reshard_that_is_interrupted_once_the_state_moved_is_completed(
+    retired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Interrupted, "retired", retired)
+    small = {"w": np.ones(5000, np.float32)}
+    with DistNadam(backend="local", num_shards=2).build(small) as optimizer:
+        optimizer.apply_gradients(small)
+        before = bits(optimizer)
+        monkeypatch.setattr("distnadam.backends.local.LocalProcesses", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.reshard(3)
+        assert optimizer.shards.backend.transport.num_shards == 3
+        assert bits(optimizer) == before
+        assert optimizer.apply_gradients(small) == 2
 
 
 def test_a_learning_rate_that_was_set_survives_a_reshard() -> None:

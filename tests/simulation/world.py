@@ -192,7 +192,7 @@ class WorldProcesses(ProcessManager):
 
     @override
     def fence(self, process: ShardProcess) -> None:
-        if process.handle.alive:
+        if process.handle is not None and process.handle.alive:
             process.handle.kill()
 
     @override
@@ -218,7 +218,8 @@ class WorldProcesses(ProcessManager):
     def ask(
         self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
     ) -> dict[int, Any]:
-        asked = {index: targets[index].handle for index in messages if index in targets}
+        found = {index: targets[index].handle for index in messages if index in targets}
+        asked = {index: process for index, process in found.items() if process is not None}
         lost = {
             index
             for index in asked
@@ -232,6 +233,8 @@ class WorldProcesses(ProcessManager):
         answers: dict[int, Any] = {
             index: StepTimeout(f"shard {index}: the connection broke") for index in lost
         }
+        for index in found.keys() - asked.keys():
+            answers[index] = ShardLost(f"shard {index}: is missing")
         for index, future in futures.items():
             while not future.done() and asked[index].work():
                 pass

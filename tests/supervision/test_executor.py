@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
-from distnadam.errors import ClusterError, OutOfMemory, ShardLost
+from distnadam.errors import ClusterError, OutOfMemory, Rewound, ShardLost, StepTimeout
 from distnadam.protocol.messages import Describe, Pause, ShardSpec
 from distnadam.protocol.supervisor_messages import Reconfigure
 from distnadam.supervision.observer import TOKEN
@@ -29,18 +29,25 @@ class Failing(WorldProcesses):
     moves = True
     promotes = True
     described = 0
+    bugs = 0
+    pause_error: Exception | None = None
 
     @override
     def ask(
         self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
     ) -> dict[int, Any]:
         self.described += any(isinstance(message, Describe) for message in messages.values())
+        if self.pause_error and any(isinstance(each, Pause) for each in messages.values()):
+            return dict.fromkeys(messages, self.pause_error)
         return super().ask(targets, messages, timeout_s)
 
     @override
     def start(
         self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
     ) -> ShardProcess:
+        if self.bugs:
+            self.bugs -= 1
+            raise RuntimeError("a bug")
         self.starts -= 1
         if self.starts < 0:
             raise OutOfMemory(f"shard {spec.index}: no memory")
@@ -157,3 +164,47 @@ def test_a_successor_releases_what_its_predecessor_paused() -> None:
     scene.world.look()
     assert scene.holders() == [None, None]
     assert scene.group.ask({0: Describe()})[0].round == 0
+
+
+def test_a_reshard_whose_caller_cancelled_it_is_not_made_and_nothing_fails() -> None:
+    scene = Scene()
+    done = scene.world.supervisor.reshard(scene.group.layout.cuts(3))
+    assert done.cancel()
+    scene.world.look()
+    assert len(scene.world.shards) == 2
+    assert scene.world.supervisor.newest_map.failed is None
+    assert scene.group.step(GRADIENT).round == 1
+
+
+def test_a_reshard_while_a_shard_is_missing_asks_to_try_again() -> None:
+    scene = Scene()
+    supervisor = scene.world.supervisor
+    present = supervisor.cluster.shards
+    missing = ShardProcess(1, None, None)
+    supervisor.manage([present[0], missing], {}, [missing])
+    with pytest.raises(StepTimeout, match="shard 1 is dead and not replaced yet; try again"):
+        reshard(scene)
+    reshard(scene)  # the look has replaced it
+    assert len(scene.world.shards) == 3
+    assert scene.group.step(GRADIENT).round == 1
+
+
+def test_a_standby_whose_start_fails_by_a_bug_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("distnadam.supervision.executor._START_AGAIN_S", 0.0)
+    scene = Scene(replicas=1)
+    scene.processes.bugs = 1
+    scene.world.shards[1].kill()  # its standby takes over, and needs another
+    scene.world.look()
+    assert scene.processes.bugs == 0
+    assert scene.world.standbys[1].alive
+    assert scene.world.supervisor.newest_map.failed is None
+
+
+def test_a_reshard_of_a_state_that_was_replaced_says_so() -> None:
+    scene = Scene()
+    scene.processes.pause_error = Rewound("all shards went back", 4, 7)
+    with pytest.raises(Rewound, match="went back"):
+        reshard(scene)
+    assert scene.holders() == [None, None]

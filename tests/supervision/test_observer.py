@@ -1,14 +1,18 @@
 """What a supervisor sees over time; looking changes nothing."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 
 from distnadam.config import NadamConfig, Options
+from distnadam.errors import ClusterError
 from distnadam.protocol.messages import Describe, Pause, ShardSpec
 from distnadam.protocol.supervisor_messages import AttachStandby, Load
 from distnadam.supervision.cluster_state import ClusterState
 from distnadam.supervision.observer import TOKEN, Observer
-from distnadam.supervision.policy import Observation
+from distnadam.supervision.policy import Observation, Rules, StartStandbys, decide
 from distnadam.supervision.restore_points import RestorePoints
 from distnadam.tensors.arrays import cut_flat
 from distnadam.tensors.layout import Layout
@@ -117,3 +121,18 @@ def test_a_dead_worker_is_seen_with_its_age_until_it_is_finished(seen: Seen) -> 
     assert observation.unfinished == {0}
     seen.cluster.worker_finished(0)
     assert seen.look().unfinished == frozenset()
+
+
+def test_a_shard_that_refuses_to_describe_itself_gets_no_further_standby(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicated = Rules(rejoin_timeout_s=30.0, replicas=1)
+    assert decide(seen.look(), replicated) == [StartStandbys((0, 1))]
+
+    def refuse(targets: object, messages: Mapping[int, Any], timeout_s: float) -> dict[int, Any]:
+        return {index: ClusterError(f"shard {index}: a bug") for index in messages}
+
+    monkeypatch.setattr(seen.world.processes, "ask", refuse)
+    observation = seen.look()
+    assert all(shard.alive for shard in observation.shards)
+    assert decide(observation, replicated) == []

@@ -299,10 +299,16 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         [DropStandbys],
     ),
     (
-        "a rank comes back before a standby is started",
+        "a rank comes back and a standby is started beside",
         Observation(shards=[alive()], members=frozenset({1, 2}), asking=ALL),
         Rules(rejoin_timeout_s=30.0, min_workers=2, replicas=1),
-        [Admit],
+        [Admit, StartStandbys],
+    ),
+    (
+        "a stale standby of one shard, none of another",
+        Observation(shards=[alive(has_standby=True, stale=True), alive()]),
+        REPLICATED,
+        [DropStandbys, StartStandbys],
     ),
 ]
 
@@ -405,6 +411,14 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
         assert rules.replicas and not gone and len({shard.epoch for shard in seen.shards}) == 1
     if any(isinstance(decision, (Depart, Admit)) for decision in decisions):
         assert len({shard.epoch for shard in seen.shards}) == 1 and not seen.cannot_complete
+
+
+@given(seen=SEEN, rules=RULES)
+def test_no_standby_is_filled_that_is_dropped(seen: Observation, rules: Rules) -> None:
+    decisions = decide(seen, rules)
+    filled = {i for each in decisions if isinstance(each, FillStandbys) for i in each.shards}
+    dropped = {i for each in decisions if isinstance(each, DropStandbys) for i in each.shards}
+    assert not filled & dropped
 
 
 @given(members=st.sets(st.integers(0, 5), min_size=1), cut=st.sets(st.integers(0, 5)))

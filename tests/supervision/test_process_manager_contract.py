@@ -264,6 +264,15 @@ def test_a_process_that_dies_is_reported_and_answers_shard_lost(cluster: Cluster
         cluster.manager.control_state(shards[1])
 
 
+def test_a_shard_that_a_successor_did_not_find_answers_shard_lost(cluster: Cluster) -> None:
+    (found,) = cluster.start(1)
+    missing = ShardProcess(1, None, None)
+    answers = cluster.ask([found, missing], {0: Describe(), 1: Describe()})
+    assert answers[0].round == 0
+    assert isinstance(answers[1], ShardLost)
+    assert str(answers[1]) == "shard 1: is missing"
+
+
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_fenced_process_answers_nobody_and_may_be_fenced_again(
     cluster: Cluster, dead: bool

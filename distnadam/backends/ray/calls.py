@@ -186,7 +186,10 @@ def _gather(
         gone = ended() if ended is not None else ()
         awaited = [ref for key, ref in refs.items() if key not in gone]
         left_s = max(0.0, deadline - time.monotonic())
-        ready = _ready(awaited, left_s if ended is None else min(left_s, _SLICE_S))
+        if ended is None:  # one that was lost is repeated while others are silent
+            ready = _ready(awaited, left_s, at_least=1)
+        else:
+            ready = _ready(awaited, min(left_s, _SLICE_S))
         again = []
         for key, ref in list(refs.items()):
             late = time.monotonic() >= deadline
@@ -210,9 +213,14 @@ def _gather(
     return answers
 
 
-def _ready(refs: list[Any], timeout_s: float) -> set[Any]:
-    """Wait until all are answered, for so long; return those that are."""
-    return set(ray.wait(refs, num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
+def _ready(refs: list[Any], timeout_s: float, *, at_least: int | None = None) -> set[Any]:
+    """Wait until so many are answered, all by default, for so long; return all that are."""
+    if not refs:
+        return set()
+    ready = set(ray.wait(refs, num_returns=at_least or len(refs), timeout=timeout_s)[0])
+    if len(ready) < len(refs):  # Ray returns no more than it was asked for
+        ready |= set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+    return ready
 
 
 def _outcome(ref: Any, callee: Callee) -> tuple[Any, bool]:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from distnadam.backends.ray.calls import Callee, is_lost, translate
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
-from distnadam.errors import InsufficientResources, VersionMismatch
+from distnadam.errors import InsufficientResources, ShardLost, VersionMismatch
 from distnadam.versions import CORE_PACKAGES, installed_version
 
 log = logging.getLogger("distnadam")
@@ -50,7 +50,8 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
                 facts[index] = ray.get(waiting.pop(index))
             except RayError as error:
                 if not is_lost(error):
-                    raise _not_started(error) from error
+                    ours = start_error(error)
+                    raise ours from (None if ours is error else error)
                 waiting[index] = actors[index].about.remote()
         if waiting and time.monotonic() >= deadline:
             free = {k: v for k, v in ray.available_resources().items() if not k.startswith("node:")}
@@ -95,8 +96,8 @@ def check_versions(shards: Sequence[Mapping[str, str]], driver: Mapping[str, str
         )
 
 
-def _not_started(error: RayError) -> Exception:
-    """Return our error for an actor that did not start."""
+def start_error(error: RayError) -> Exception:
+    """Return our error for an actor that did not start, with the whole reason."""
     text = str(error)
     if (missing := _MISSING.search(text)) is not None:
         where = found[1] if (found := _WHERE.search(text)) is not None else "unknown"
@@ -104,5 +105,6 @@ def _not_started(error: RayError) -> Exception:
             f"node {where} lacks the package {missing[1]!r}, which the shards need: install "
             "the same versions on every node"
         )
-    callee = Callee(who="a shard that was starting")
-    return translate(error, callee)
+    if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
+        return ShardLost(f"a shard did not start: {text}")  # the cause is below the first line
+    return translate(error, Callee(who="a shard that was starting"))

@@ -81,7 +81,9 @@ class RecentlyUnreachable:
     def now(self) -> set[str]:
         """The nodes that did not answer within the last minute."""
         return {
-            node for node, since in self._since.items() if self._clock() - since < _UNREACHABLE_S
+            node
+            for node, since in list(self._since.items())  # another thread may add to it
+            if self._clock() - since < _UNREACHABLE_S
         }
 
 

@@ -204,6 +204,8 @@ class RayProcessManager(ProcessManager):
 
     @override
     def control_state(self, process: ShardProcess) -> ShardControlState:
+        if process.handle is None:
+            raise ShardLost(f"shard {process.index}: is missing")
         answer = gather_with_retry({0: process.handle.control_state.remote}, OPEN_S)[0]
         if isinstance(answer, Exception):
             raise answer
@@ -235,11 +237,20 @@ class RayProcessManager(ProcessManager):
         self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
     ) -> dict[int, Any]:
         asked = {index: targets[index].handle for index in messages if index in targets}
-        calls = {index: partial(_send, actor, messages[index]) for index, actor in asked.items()}
-        return gather_with_retry(
+        answers: dict[int, Any] = {
+            index: ShardLost(f"shard {index}: is missing")  # a predecessor's, and not found
+            for index, actor in asked.items()
+            if actor is None
+        }
+        calls = {
+            index: partial(_send, actor, messages[index])
+            for index, actor in asked.items()
+            if actor is not None
+        }
+        return answers | gather_with_retry(
             calls,
             timeout_s,
-            lambda: {index for index, actor in asked.items() if actor in self._ended},
+            lambda: {index for index in calls if asked[index] in self._ended},
         )
 
     def _neighbour(self, node: str, near: Sequence[ShardProcess]) -> Address | None:
