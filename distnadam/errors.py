@@ -31,7 +31,7 @@
     │   └── LaneError                     a shard's socket cannot be reached
     ├── ConversionError (ValueError)      another framework's Nadam cannot continue from this state
     ├── TrainingError                     `fit` cannot go on
-    ├── KernelError                       this thread's arithmetic is not IEEE
+    ├── KernelError                       the step cannot be computed here
     └── CheckpointError                   a checkpoint or one of its files was refused
         └── CheckpointBusy                another run or save writes there
 
@@ -214,7 +214,10 @@ class TrainingError(DistNadamError):
 
 
 class KernelError(DistNadamError):
-    """This thread flushes denormals, so its arithmetic would give other bits than every other's."""
+    """The step cannot be computed here, or would have other bits than everywhere else.
+
+    This thread flushes denormals, or the fused kernel that was asked for cannot be compiled.
+    """
 
 
 class CheckpointError(DistNadamError):

@@ -68,7 +68,7 @@ EXCEPTIONS = {
     "nadam": {"threading", "concurrent"},
     "nadam/fused": {"pathlib"},
     "nadam/fused_loop": {"numba", "llvmlite"},
-    "nadam/object_code": {"llvmlite", "pathlib", "tempfile"},
+    "nadam/object_code": {"llvmlite", "pathlib"},
     "protocol/codec": {"msgpack"},
 }
 """What kernels may have beside that: threads over one range, the compiler of the fused loop and

@@ -20,7 +20,7 @@ from distnadam.tensors.arrays import Array
 _APART = 48
 """Elements between the scratch arrays, so that they do not fall into the same sets of the cache."""
 
-_SOURCE = Path(__file__).with_name("fused_loop.py")
+_SOURCES = [Path(__file__).with_name(name) for name in ("fused_loop.py", "fused_abi.py")]
 
 _loaded: dict[str, LoadedCode] = {}
 _loading = threading.Lock()
@@ -29,7 +29,7 @@ _loading = threading.Lock()
 def _loop(dtype: str) -> LoadedCode:
     with _loading:
         if dtype not in _loaded:
-            code = cached_code(_SOURCE, dtype, lambda: _compile(dtype))
+            code = cached_code(_SOURCES, dtype, lambda: _compile(dtype))
             _loaded[dtype] = LoadedCode(code, ENTRY, ARGUMENTS)
         return _loaded[dtype]
 

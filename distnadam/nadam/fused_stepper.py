@@ -15,9 +15,9 @@ class FusedStepper(Stepper):
     """The step as one compiled loop over memory; needs numba."""
 
     def __init__(self, dtype: Any, threads: int = 1) -> None:
+        warm_up(dtype)  # before the threads begin, since it may raise
         super().__init__(dtype, threads)
         self._loops = [FusedLoop(dtype) for _ in range(threads)]
-        warm_up(dtype)
 
     @override
     def _step_part(self, thread: int, part: Part, step: RangeStep) -> None:

@@ -7,13 +7,15 @@ dtype, undamaged), and how to call it. Knows nothing of what it computes, and im
 import ctypes
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llvmlite import binding as llvm
+
+from distnadam.errors import KernelError
 
 _SUM_BYTES = 32
 
@@ -39,8 +41,12 @@ class LoadedCode:
         self._place = ctypes.addressof(self._result)
 
     def __call__(self, *args: Any) -> None:
-        """Call the function, without the interpreter's lock."""
-        self._function(self._place, self._place, *args)
+        """Call the function, without the interpreter's lock; raise KernelError if it fails."""
+        status = self._function(self._place, self._place, *args)
+        if status != 0:
+            raise KernelError(
+                f"the compiled loop returned status {status}, expected 0; use kernel='numpy'"
+            )
 
 
 def host_machine() -> Any:
@@ -58,47 +64,74 @@ def host_machine() -> Any:
     )
 
 
-def cached_code(source: Path, dtype: str, compile_code: Callable[[], bytes]) -> bytes:
-    """Return the object file that an earlier process has kept, else compile one and keep it."""
-    path = code_dir() / f"{source.stem}-{dtype}-{_key(source, dtype)}.o"
-    code = _read(path)
-    if code is None:
-        code = compile_code()
-        _write(path, code)
-    return code
+def cached_code(sources: Sequence[Path], dtype: str, compile_code: Callable[[], bytes]) -> bytes:
+    """Return the object file that an earlier process has kept, else compile one and keep it.
 
-
-def code_dir() -> Path:
-    """Return where compiled code is kept.
-
-    It is NUMBA_CACHE_DIR where that is set, else beside this module if that can be written, else
-    the user's own cache directory.
+    Args:
+        sources: the files that determine the code; it is named after the first and kept beside it.
+        dtype: of the arrays that the code works on.
+        compile_code: compiles the code for this machine's CPU.
     """
+    name = f"{sources[0].stem}-{dtype}-{_key(sources, dtype)}.o"
+    for directory in code_dirs(sources[0]):
+        if (code := _read(directory / name)) is not None:
+            return code
+        if _can_write(directory):
+            code = compile_code()
+            _write(directory / name, code)
+            return code
+    return compile_code()
+
+
+def code_dirs(source: Path) -> list[Path]:
+    """Return where compiled code may be kept, best first; the first that can be written is used.
+
+    These are NUMBA_CACHE_DIR if it is set, __pycache__ beside the source, and the user's own cache
+    directory if the user has one.
+    """
+    found = [source.parent / "__pycache__"]
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(chosen)
-    beside = Path(__file__).parent
-    if os.access(beside, os.W_OK):
-        return beside / "__pycache__"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distnadam"
+        found.insert(0, Path(chosen))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache):  # the user may have no home
+        found.append(Path(cache) / "distnadam")
+    return found
 
 
-def _key(source: Path, dtype: str) -> str:
+def _key(sources: Sequence[Path], dtype: str) -> str:
+    settings = sorted(
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR"
+    )
     parts = (
-        source.read_text(),
-        Path(__file__).read_text(),
+        *(source.read_text() for source in (*sources, Path(__file__))),
         version("numba"),
         version("llvmlite"),
         llvm.get_process_triple(),
         llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(),
         dtype,
+        *settings,
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _read(path: Path) -> bytes | None:
+def _can_write(directory: Path) -> bool:
+    """Return whether files can be made in a directory, which is made if it is missing."""
     try:
-        raw = path.read_bytes()
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(directory, os.W_OK | os.X_OK)
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the code in a file; None if it is missing or damaged, or another user's."""
+    try:
+        with path.open("rb") as file:
+            is_trusted = os.fstat(file.fileno()).st_uid in (0, os.geteuid())
+            raw = file.read() if is_trusted else b""
     except OSError:
         return None
     code = raw[_SUM_BYTES:]
@@ -107,11 +140,15 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, code: bytes) -> None:
     """Keep code for later processes; where that fails, they compile again."""
+    written = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, written = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        # only its owner may write it, whatever the umask
+        handle = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError:
+        return
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(written, path)
     except OSError:
-        return
+        written.unlink(missing_ok=True)

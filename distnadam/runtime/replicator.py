@@ -3,6 +3,7 @@ that cannot keep up is detached. How records travel, `ReplicationStream` knows.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ ConnectStandby = Callable[[Any, ShardControlState, NadamConfig, dict[str, Flat]]
 
 
 class Replicator:
-    """The standby of one shard, attached or not.
+    """The standby of one shard, attached or not. Any thread may call.
 
     Args:
         shard: the shard's index, for the log.
@@ -30,6 +31,7 @@ class Replicator:
         self._shard = shard
         self._on_lost = on_lost
         self._stream: ReplicationStream | None = None
+        self._lock = threading.Lock()
 
     @property
     def reached(self) -> int | None:
@@ -39,7 +41,8 @@ class Replicator:
 
     def attach(self, stream: ReplicationStream) -> None:
         """Send every record from now on to this stream."""
-        self._stream = stream
+        with self._lock:
+            self._stream = stream
 
     def replicate(self, effect: Replicate) -> None:
         """Send a record; detach the standby if it is gone, or if the record says so."""
@@ -47,28 +50,39 @@ class Replicator:
         if stream is None:
             return
         if isinstance(effect.record, DetachStandby) or not stream.send(effect.record):
-            self.lose()
+            self._lose(stream)
 
     def memory_for_mean(self) -> Flat | None:
         """Wait until a round's mean gradient may be written for the standby, and return where to;
         None without a standby that keeps up.
         """
-        if self._stream is not None and not self._stream.ready():
-            self.lose()
-        return None if self._stream is None else self._stream.mean
+        stream = self._stream
+        if stream is None:
+            return None
+        if not stream.ready():
+            self._lose(stream)
+            return None
+        return stream.mean
 
-    def lose(self) -> None:
-        """Detach the standby, if any, and report that the shard lacks one."""
-        if self._stream is not None:
-            self.close()
+    def close(self) -> None:
+        """Detach the standby, if any."""
+        if (stream := self._stream) is not None:
+            self._detach(stream)
+
+    def _lose(self, stream: ReplicationStream) -> None:
+        """Detach a standby, and report that the shard lacks one, unless another thread has."""
+        if self._detach(stream):
             log.warning(
                 "shard %d: its standby is gone or out of date; a new one will be filled",
                 self._shard,
             )
             self._on_lost()
 
-    def close(self) -> None:
-        """Detach the standby, if any."""
-        if self._stream is not None:
-            self._stream.close()
+    def _detach(self, stream: ReplicationStream) -> bool:
+        """Detach a standby; return False if another thread has detached it already."""
+        with self._lock:
+            if self._stream is not stream:
+                return False
             self._stream = None
+        stream.close()
+        return True

@@ -61,8 +61,8 @@ class ShardFiles:
             record = write_shard(
                 message.directory, message.file_name, ranges=self._ranges, state=state
             )
-            on_written()
             self.directory = parent_of(message.directory)
+            on_written()
             return record
 
         self._count(1)

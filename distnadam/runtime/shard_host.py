@@ -208,7 +208,10 @@ class ShardHost:
             return self.files.save(
                 message,
                 self.shard.state.arrays(),
-                on_written=lambda: self._report(lambda: self.shard.receive(saved, None), run_work),
+                # it has no effects, so the saver's thread sends none, nor begins the work of any
+                on_written=lambda: self._outbox.put(
+                    lambda: self.shard.receive(saved, None), run_work
+                ),
             )
 
         run_work(lambda: self._answer(reply, self._attempt(save)))

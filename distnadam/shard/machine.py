@@ -32,6 +32,7 @@ The parts know nothing of phases:
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -85,10 +86,11 @@ class Shard:
         """Return a message's effects; raise a ProtocolError if it is refused: nothing changed."""
         if type(message) not in LEGAL[self._phase]:
             if self._failure is not None:
-                raise self._failure.with_traceback(None)
+                raise copy(self._failure) from self._failure.__cause__
             kind = type(message).__name__
             raise IllegalMessage(f"{self._who}: {kind} is not legal while {self._phase.value}")
-        return [*_HANDLERS[type(message)](self, message, caller), *self._advance()]
+        effects = _HANDLERS[type(message)](self, message, caller)
+        return effects if isinstance(message, msg.Saved) else [*effects, *self._advance()]
 
     def computed(self, work: Work, result: Any) -> list[Effect]:
         """Take the result of the work asked for: for MEASURE the `PartialNorms`, for STEP the clock
@@ -345,8 +347,7 @@ class Shard:
         if isinstance(order, orders.Load):
             error = self.progress.next_epoch(order.reason, order.epoch, self._who)
             callers = [*self.rounds.remove_callers(), *self.exclusive_hold.reset()]
-            answers = [Answer(caller, error) for caller in callers]
-            effects = [Replicate(orders.DetachStandby()), *answers]
+            effects = [Replicate(orders.DetachStandby()), *(Answer(c, error) for c in callers)]
         self.loads.begin()
         self._enter(Phase.LOADING)
         self._failure = None
@@ -361,7 +362,7 @@ class Shard:
             if order.lr is not None:
                 self.config = self.config.with_lr(order.lr)
         self._enter(Phase.COLLECTING)
-        return [answer, *self._answer_due()]
+        return [answer, *self._drop_abandoned_round(), *self._answer_due()]
 
     def _become_empty(self, cause: Any) -> list[Effect]:
         """Fail all callers but those of further loads: without a state nothing can be served."""

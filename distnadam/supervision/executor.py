@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
@@ -124,7 +125,8 @@ class DecisionExecutor:
                 self._fence_process(standby)  # it must not step in for the new shard
         for index in decision.shards:
             near = list(cluster.alive().values())
-            process = cluster.processes.start(cluster.specs[index], standby=False, near=near)
+            spec = self._spec_of_now(index)
+            process = cluster.processes.start(spec, standby=False, near=near)
             cluster.shards[index] = process
             cluster.processes.watch(process)
         epoch = cluster.next_epoch()
@@ -135,7 +137,6 @@ class DecisionExecutor:
                 newest=dict(cluster.newest),
                 live_owners=dict(cluster.live_owners),
                 highest_round=cluster.highest_round,
-                lr=cluster.lr,
             )
             epoch += 1
             answers = cluster.ask(self._restore_points.loads(point, cluster.specs, load), _LOAD_S)
@@ -154,6 +155,11 @@ class DecisionExecutor:
             f"{decision.why}, and no checkpoint under {self._restore_points.directory} can be "
             "loaded"
         )
+
+    def _spec_of_now(self, index: int) -> ShardSpec:
+        """Return the spec of a shard with the last known learning rate of the living ones."""
+        spec, lr = self._cluster.specs[index], self._cluster.lr
+        return spec if lr is None else replace(spec, config=spec.config.with_lr(lr))
 
     def reshard(self, cuts: Sequence[Ranges]) -> None:
         """Have new shards of these ranges take the state over; the present ones go on if it fails.

@@ -4,6 +4,8 @@ blocks, parts and threads.
 
 import ctypes
 import os
+import shutil
+import stat
 import subprocess
 import sys
 import tracemalloc
@@ -16,12 +18,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite import binding as llvm
 
 from distnadam.errors import KernelError
 from distnadam.nadam.fused_loop import _refuse_helpers
 from distnadam.nadam.kernels import KernelName, make_stepper
 from distnadam.nadam.mean import BLOCK_BYTES, Scratch
 from distnadam.nadam.norms import square_sums
+from distnadam.nadam.object_code import LoadedCode, cached_code, host_machine
 from distnadam.nadam.step_scalars import Clock, StepScalars
 from distnadam.nadam.stepper import Part, Slots, StepConstants, Stepper, check_denormals
 
@@ -171,8 +175,8 @@ print("numba" in sys.modules)
 """
 
 
-def load_fused(cache: Path) -> str:
-    env = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+def load_fused(cache: Path, **settings: str) -> str:
+    env = os.environ | {"NUMBA_CACHE_DIR": str(cache)} | settings
     done = subprocess.run(
         [sys.executable, "-c", LOAD], env=env, capture_output=True, text=True, check=True
     )
@@ -193,9 +197,153 @@ def test_damaged_code_is_compiled_again(tmp_path: Path) -> None:
         assert kept.read_bytes() == whole
 
 
-def test_code_that_cannot_be_kept_is_compiled_each_time(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    assert load_fused(tmp_path / "file") == "True\n"
+@pytest.mark.parametrize("setting", ["NUMBA_BOUNDSCHECK", "NUMBA_LOOP_VECTORIZE"])
+def test_code_compiled_under_other_settings_is_not_used(setting: str, tmp_path: Path) -> None:
+    load_fused(tmp_path, **{setting: "0"})
+    assert load_fused(tmp_path) == "True\n"
+    assert load_fused(tmp_path, **{setting: "0"}) == "False\n"
+
+
+class Compiler:
+    """Counts how often it compiles the code of a source that a test writes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.sources = [directory / "loop.py", directory / "abi.py"]
+        for source in self.sources:
+            source.write_text("one")
+        self.compiled = 0
+
+    def code(self) -> bytes:
+        return cached_code(self.sources, "float32", self._compile)
+
+    def _compile(self) -> bytes:
+        self.compiled += 1
+        return b"code"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """A compiler whose code is kept beside its source, and which has no other place for it."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    (tmp_path / "no directory").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no directory"))
+    package = tmp_path / "package"
+    package.mkdir()
+    return Compiler(package)
+
+
+def test_code_is_compiled_again_when_any_of_its_sources_changes(compiler: Compiler) -> None:
+    for number, source in enumerate(compiler.sources, 2):
+        assert compiler.code() == compiler.code() == b"code"
+        source.write_text("two")
+        compiler.code()
+        assert compiler.compiled == number
+
+
+def test_code_that_cannot_be_kept_is_compiled_each_time(compiler: Compiler) -> None:
+    (compiler.sources[0].parent / "__pycache__").write_bytes(b"")
+    assert compiler.code() == compiler.code() == b"code"
+    assert compiler.compiled == 2
+
+
+def test_where_one_directory_cannot_be_written_the_next_keeps_the_code(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "no directory"))
+    beside = compiler.sources[0].parent / "__pycache__"
+    compiler.code()
+    assert len(list(beside.iterdir())) == 1
+    shutil.rmtree(beside)
+    beside.write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiler.code()
+    compiler.code()
+    assert compiler.compiled == 2
+    assert len(list((tmp_path / "cache" / "distnadam").iterdir())) == 1
+
+
+def test_other_users_may_read_kept_code_and_only_its_owner_writes_it(compiler: Compiler) -> None:
+    before = os.umask(0)
+    try:
+        compiler.code()
+    finally:
+        os.umask(before)
+    (kept,) = (compiler.sources[0].parent / "__pycache__").iterdir()
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o644
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away, as only root can")
+def test_code_that_belongs_to_another_user_is_not_loaded(compiler: Compiler) -> None:
+    compiler.code()
+    (kept,) = (compiler.sources[0].parent / "__pycache__").iterdir()
+    os.chown(kept, 12345, -1)
+    compiler.code()
+    assert compiler.compiled == 2
+    assert kept.stat().st_uid == 0
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from distnadam.nadam.object_code import cached_code
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+assert cached_code([Path(sys.argv[1])], "float32", lambda: bytes(1000)) == bytes(1000)
+"""
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_removed(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    source = tmp_path / "loop.py"
+    source.write_text("")
+    env = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+    subprocess.run([sys.executable, "-c", FULL_DISK, str(source)], env=env, check=True)
+    assert list(cache.iterdir()) == []
+
+
+FALL_BACK = """
+import sys
+from distnadam.nadam.kernels import make_stepper
+if sys.argv[1] == "no compiler":
+    sys.modules["llvmlite"] = None
+print(type(make_stepper("auto", "float32")).__name__)
+make_stepper("auto", "float32")
+try:
+    make_stepper("fused", "float32")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "no inlining"])
+def test_where_the_loop_cannot_be_compiled_numpy_steps_unless_it_was_asked_for(
+    fault: str, tmp_path: Path
+) -> None:
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    if fault == "no inlining":
+        env["NUMBA_OPT"] = "0"
+    done = subprocess.run(
+        [sys.executable, "-c", FALL_BACK, fault],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["NumPyStepper", "KernelError"]
+    assert done.stderr.count("the NumPy kernel steps instead") == 1
+
+
+FAILING = """
+define i32 @failing(ptr %result, ptr %exception) {
+    ret i32 3
+}
+"""
+
+
+def test_a_loop_that_returns_an_error_raises_it() -> None:
+    code = host_machine().emit_object(llvm.parse_assembly(FAILING))
+    with pytest.raises(KernelError, match="returned status 3, expected 0"):
+        LoadedCode(code, "failing", ())()
 
 
 def test_code_that_calls_into_numba_is_refused() -> None:

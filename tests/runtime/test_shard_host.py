@@ -145,6 +145,23 @@ def test_a_saved_state_is_no_longer_changed(behind: bool, tmp_path: Path) -> Non
     assert host.send(msg.Describe()).result(0).saved == str(tmp_path.parent)
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_end_of_a_save_sends_nothing_of_others(behind: bool, tmp_path: Path) -> None:
+    may = [True]
+    host = new_host(can_send=lambda: may[0])
+    host.send(msg.Pause("me")).result(0)
+    may[0] = False
+    joined = host.send(msg.Join(rank=0))
+    may[0] = True
+    save = msg.Save(token="me", directory=str(tmp_path), file_name="file", behind=behind)
+    host.send(save).result(0)
+    if behind:
+        host.send(msg.Collect("file")).result(10)
+    assert not joined.done()
+    host.resume()
+    assert joined.result(0).incarnation == 2
+
+
 def test_a_write_that_comes_while_a_save_ends_is_not_taken_for_saved(tmp_path: Path) -> None:
     host = paused_host()
     host.send(WRITE).result(0)

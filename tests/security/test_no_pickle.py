@@ -170,5 +170,26 @@ def test_compiled_code_lies_beside_the_package_or_in_the_users_own_directory(
     object_code = pytest.importorskip("distnadam.nadam.object_code", reason="needs numba")
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    where = object_code.code_dir()
-    assert where == PACKAGE / "nadam" / "__pycache__" or where.is_relative_to(Path.home())
+    beside, own = object_code.code_dirs(PACKAGE / "nadam" / "fused_loop.py")
+    assert beside == PACKAGE / "nadam" / "__pycache__"
+    assert own.is_relative_to(Path.home())
+
+
+HOMELESS = """
+import os, sys
+from pathlib import Path
+from distnadam.nadam.object_code import code_dirs
+os.setuid(54321)
+print(len(code_dirs(Path("/package/loop.py"))))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user that does not exist")
+def test_a_user_without_a_home_has_no_directory_for_compiled_code() -> None:
+    pytest.importorskip("distnadam.nadam.object_code", reason="needs numba")
+    without = ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in without}
+    done = subprocess.run(
+        [sys.executable, "-c", HOMELESS], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")

@@ -18,8 +18,10 @@ from distnadam.errors import (
     DistNadamError,
     IllegalMessage,
     LifecycleError,
+    Reconfigured,
     ShardLost,
     StaleEpoch,
+    WorkerLost,
 )
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import ShardSpec
@@ -453,3 +455,37 @@ def test_a_reign_that_was_obeyed_already_changes_nothing() -> None:
         Answer("older", 3)
     ]
     assert fingerprint(shard) == before
+
+
+def test_each_refusal_of_a_broken_shard_raises_an_error_of_its_own() -> None:
+    retired = shard_in(Phase.COLLECTING)
+    retired.receive(orders.Retire(9), "retire")
+    broken = shard_in(Phase.BROKEN)
+    for shard in (retired, broken):
+        raised = []
+        for _ in range(2):
+            with pytest.raises(DistNadamError) as caught:
+                shard.receive(push(0), None)
+            raised.append(caught.value)
+        first, second = raised
+        assert first is not second
+        assert (type(first), str(first)) == (type(second), str(second))
+        assert vars(first) == vars(second)
+    assert isinstance(first.__cause__, MemoryError)
+    assert first.__cause__ is second.__cause__
+    with pytest.raises(Reconfigured) as reconfigured:
+        retired.receive(push(0), None)
+    assert (reconfigured.value.epoch, reconfigured.value.step) == (9, 0)
+
+
+def test_those_who_wait_for_a_rank_given_up_during_a_copy_learn_it_at_its_end() -> None:
+    shard = new_shard()
+    for rank in (0, 1):
+        shard.receive(msg.Join(rank=rank), "join")
+    shard.receive(push(0), "zero")
+    shard.receive(orders.AttachStandby("standby"), "attach")
+    shard.receive(msg.WorkerDied(1, 1), "died")
+    assert replies(shard.receive(orders.AbandonRank(1, 1), "abandon")) == [None]
+    copied, lost = replies(shard.computed(Work.LOAD_OR_COPY, 0))
+    assert copied == 0
+    assert isinstance(lost, WorkerLost)

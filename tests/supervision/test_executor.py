@@ -15,7 +15,7 @@ from distnadam.protocol.supervisor_messages import Reconfigure
 from distnadam.supervision.observer import TOKEN
 from distnadam.supervision.process_manager import Move, ShardProcess
 from tests.simulation.backend import WorldBackend, begin_world
-from tests.simulation.world import World, WorldProcesses
+from tests.simulation.world import Process, World, WorldProcesses
 
 SIZE = 5000
 OPTIONS = Options(kernel="numpy", step_timeout_s=0.0, shard_timeout_s=1e-9)
@@ -67,20 +67,29 @@ class Failing(WorldProcesses):
 
 
 class Scene:
-    """Two shards in a world whose processes may fail, and a client of them."""
+    """Shards in a world whose processes may fail, and a client of them."""
 
-    def __init__(self, replicas: int = 0) -> None:
+    def __init__(self, replicas: int = 0, num_shards: int = 2) -> None:
         initial = np.ones(SIZE, np.float32)
         self.world: World
         self.world, layout = begin_world(
-            initial, NadamConfig(), OPTIONS, num_shards=2, num_workers=1, replicas=replicas
+            initial,
+            NadamConfig(),
+            OPTIONS,
+            num_shards=num_shards,
+            num_workers=1,
+            replicas=replicas,
         )
         self.processes = Failing(self.world)
         self.world.processes = self.processes
         self.world.supervisor.cluster.processes = self.processes
         for process in self.world.supervisor.cluster.shards:
             self.processes.watch(process)
-        self.group = ShardGroup(WorldBackend(self.world), layout, 2, OPTIONS)
+        self.group = ShardGroup(WorldBackend(self.world), layout, num_shards, OPTIONS)
+
+    def set_rate(self, shard: Process, lr: float) -> None:
+        """Give one shard a rate, as one that was loaded or saved with it has."""
+        shard.host.shard.config = shard.host.shard.config.with_lr(lr)
 
     def holders(self) -> list[str | None]:
         return [answer.holder for answer in self.group.describe_all()]
@@ -154,6 +163,28 @@ def test_where_a_standby_cannot_take_over_all_go_back() -> None:
     assert not standby.alive, "it must not step in any more"
     assert [answer.round for answer in scene.group.describe_all()] == [0, 0]
     assert scene.world.supervisor.recoveries["rewound"] == 1
+
+
+def test_a_rewind_leaves_survivors_their_rate_and_gives_new_shards_one_of_them() -> None:
+    scene = Scene(num_shards=3)
+    for shard, lr in zip(scene.world.shards, (0.5, 0.25, 0.125), strict=True):
+        scene.set_rate(shard, lr)
+    scene.world.look()
+    scene.world.shards[2].kill()
+    scene.world.look()
+    assert scene.world.supervisor.recoveries["rewound"] == 1
+    assert [answer.lr for answer in scene.group.describe_all()] == [0.5, 0.25, 0.25]
+
+
+def test_a_rewind_without_survivors_has_the_last_known_rate() -> None:
+    scene = Scene()
+    for shard in scene.world.shards:
+        scene.set_rate(shard, 0.25)
+    scene.world.look()
+    for shard in list(scene.world.shards):
+        shard.kill()
+    scene.world.look()
+    assert [answer.lr for answer in scene.group.describe_all()] == [0.25, 0.25]
 
 
 def test_a_successor_releases_what_its_predecessor_paused() -> None:
