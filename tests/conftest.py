@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             case = item.callspec.id
             if case.startswith("ray-") and case not in chosen.args:
                 item.add_marker(pytest.mark.slow)
-        if (folder := item.path.parent.name) in ("chaos", "hosts"):
-            item.add_marker(pytest.mark.xdist_group(folder))
+        if item.path.parent.name in ("chaos", "hosts"):
+            item.add_marker(pytest.mark.xdist_group("machine"))
 
 
 def pytest_unconfigure() -> None:
