@@ -33,7 +33,8 @@ test: $(VENV)/installed ## set up, then run all tests but the slow ones; COV=1 a
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_OPTIONS) $(COVERAGE_OPTIONS)
 
 slow: $(INTEROP)/installed ## the slow tests: other frameworks, chaos, several hosts (needs root)
-	$(INTEROP)/bin/python -m pytest -m slow --numprocesses 2 --dist loadgroup
+	$(INTEROP)/bin/python -m pytest -m slow tests/chaos tests/hosts
+	$(INTEROP)/bin/python -m pytest -m slow --numprocesses 2 --dist loadgroup --ignore tests/chaos --ignore tests/hosts
 
 # What touches Ray, with the oldest and the newest Ray that we say we support; deploy files name its
 # commands. Old Rays leave files to the garbage collector, and warn of it.
