@@ -32,6 +32,11 @@ signal.signal(
 )  # a shell that runs the tests in its background has them ignore Ctrl-C
 
 
+# How fast examples are made says nothing where several processes share the cores.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases on Ray that `on_ray` does not name as slow; keep some folders in one process.
