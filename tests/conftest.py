@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.update(
     OMP_NUM_THREADS="1",  # processes that run tests share the cores
