@@ -1,9 +1,6 @@
-"""`DistNadam`: the Keras-style face of the shards. It checks, delegates and puts trees together.
+"""`DistNadam`: the Keras-style face of the shards. It checks and delegates. No maths, no Ray."""
 
-No maths, no Ray, no files.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Self, overload
 
 from distnadam.backends import factory
@@ -13,12 +10,12 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.client.autodiff import gradients_of
-from distnadam.client.building import restored_settings, settings_of
+from distnadam.client.building import restored_settings, settings_of, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
 from distnadam.client.in_flight_push import refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
-from distnadam.client.user_state import finite_params, from_weights, to_weights
+from distnadam.client.user_state import from_weights, params_from, to_weights
 from distnadam.config import BackendName, Options, Settings, check_count
 from distnadam.errors import ConfigError
 from distnadam.schedules import Rate
@@ -104,9 +101,10 @@ class DistNadam:
         """Lay the model out and start the shards.
 
         Args:
-            params: the initial parameters: any nesting of dict (keys sorted), list and tuple of
-                NumPy, torch or JAX arrays of float32, float64, float16 or bfloat16, of any shape;
-                the half ones get float32 masters.
+            params: the initial parameters: any nesting of dict (or OrderedDict; keys sorted), list
+                and tuple of NumPy, torch or JAX arrays of float32, float64, float16 or bfloat16
+                (which get float32 masters), of any shape. One array under two paths (tied) becomes
+                two parameters, equal while their gradients are, and a warning names both.
 
         Raises:
             StructureError: naming the path of a leaf or container that cannot be a parameter.
@@ -115,6 +113,7 @@ class DistNadam:
         """
         layout = Layout.of(params)
         flat = layout.flat(params, what="params")
+        warn_of_tied(layout.tied(params))
         self._life.start(layout, lambda shards: shards.load(flat))
         if self.options.checkpoint_dir is not None:
             self.save(self.options.checkpoint_dir)
@@ -207,24 +206,25 @@ class DistNadam:
                 finite; nothing was changed.
         """
         shards = self._life.shards_to_change()
-        shards.fill({"params": finite_params(shards.layout, params)})
+        flat = params_from(shards.layout, params, finite=self.options.check_gradients)
+        shards.fill({"params": flat})
 
     def get_weights(self) -> list[Array]:
         """Return Keras's ``[iterations, m_schedule, *ms, *vs]``: 0-d int64, 0-d float64, arrays."""
         clock, state = self.shards.read(("m", "v"))
         return to_weights(self.shards.layout, clock, state["m"], state["v"])
 
-    def set_weights(self, weights: Sequence[Any]) -> None:
+    def set_weights(self, weights: Iterable[Any]) -> None:
         """Load what `get_weights` returned, here or in Keras (whose m_schedule is float32).
 
-        Open pushes are refused with StaleEpoch.
+        Open pushes are refused with StaleEpoch. `Options(check_gradients=False)` lets NaN in.
 
         Raises:
             StructureError: (a ValueError) naming the expected and given length, or the index and
                 the expected and given shape.
         """
         shards = self._life.shards_to_change()
-        clock, m, v = from_weights(shards.layout, weights)
+        clock, m, v = from_weights(shards.layout, weights, finite=self.options.check_gradients)
         shards.fill({"m": m, "v": v}, clock)
 
     def get_config(self) -> dict[str, Any]:

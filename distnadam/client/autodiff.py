@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from distnadam.errors import GradientError
-from distnadam.tensors.arrays import Array, as_numpy, is_float
+from distnadam.errors import GradientError, StructureError
+from distnadam.tensors.arrays import Array, is_float
 from distnadam.tensors.layout import Layout
+from distnadam.tensors.leaves import as_numpy, told_of
 
 
 def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
@@ -54,11 +53,14 @@ def _checked(path: str, shape: tuple[int, ...], leaf: Any) -> Array:
             f"parameter {path!r}: the loss gave no gradient for it (None); does the loss depend on "
             "it?"
         )
-    array = as_numpy(leaf)
+    try:
+        array = as_numpy(leaf)
+    except StructureError as error:
+        raise GradientError(f"parameter {path!r}: {error}") from error.__cause__
     if array.shape != shape or not is_float(array.dtype):
         raise GradientError(
             f"parameter {path!r}: expected a floating-point gradient of shape {shape}, got "
-            f"{array.dtype.name} of shape {array.shape}"
+            f"{told_of(leaf, array)}"
         )
     return array
 
@@ -102,7 +104,7 @@ def _from_jax(loss: Callable[[Any], Any], params: Any, layout: Layout) -> list[A
         raise GradientError(
             f"{_first(layout)}: JAX cannot differentiate the loss: {reason}"
         ) from error
-    return [np.asarray(leaf) for leaf in layout.leaves_as_given(tree, what="gradients")]
+    return layout.leaves_as_given(tree, what="gradients")
 
 
 def _first(layout: Layout) -> str:

@@ -3,6 +3,7 @@
 It knows which backend is meant and what each shard is; it puts no state into them.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -51,6 +52,24 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
     ]
     backend.start(specs, topology.replicas)
     return ShardGroup(backend, layout, topology.num_shards, settings.options)
+
+
+def warn_of_tied(tied: Mapping[str, str]) -> None:
+    """Warn the caller of `build` of tensors that are one array with another.
+
+    Args:
+        tied: the path of each, and that of the first one with its memory.
+    """
+    if tied:
+        pairs = ", ".join(f"{path!r} is {first!r}" for path, first in list(tied.items())[:3])
+        more = f" and {len(tied) - 3} more" if len(tied) > 3 else ""
+        warnings.warn(
+            f"params: one array was given under two paths ({pairs}{more}): each path is a "
+            "parameter of its own from here on, and they part where their gradients differ; to "
+            "keep them tied, give the array under one path and use it in both places; to keep them "
+            "apart, give a copy",
+            stacklevel=3,
+        )
 
 
 def settings_of(spec: ShardSpec) -> Settings:

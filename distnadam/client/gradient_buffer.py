@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import ConfigError, LifecycleError, StructureError
-from distnadam.tensors.arrays import HALF, Array, Flat, as_numpy, cut_flat, dtype_of, name_of
+from distnadam.tensors.arrays import HALF, Array, Flat, cut_flat, dtype_of, name_of
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
 
 BLOCK = 65536
@@ -85,7 +85,7 @@ class GradientBuffer:
         index, tensor = self._index[path], self._layout.tensors[self._index[path]]
         if index in self._written:
             raise StructureError(f"{self._who}: {path!r} was pushed already for this round")
-        leaf = self._layout.checked(index, as_numpy(gradient), what=f"{self._who}: gradients")
+        leaf = self._layout.checked(index, gradient, what=f"{self._who}: gradients")
         if not self._written:
             self._begin_round({})
         self._copy(tensor, leaf)

@@ -3,15 +3,16 @@
 Parameters are trees; Keras's list of weights is ``[iterations, m_schedule, *ms, *vs]``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from distnadam.errors import StructureError
 from distnadam.nadam.step_scalars import Clock
-from distnadam.tensors.arrays import Array, Flat, as_numpy, empty_flat, is_float
+from distnadam.tensors.arrays import Array, Flat, empty_flat, is_float
 from distnadam.tensors.layout import Layout
+from distnadam.tensors.leaves import as_numpy, first_of, kind_of, remedy_of
 
 
 def to_weights(layout: Layout, clock: Clock, m: Flat, v: Flat) -> list[Array]:
@@ -24,32 +25,30 @@ def to_weights(layout: Layout, clock: Clock, m: Flat, v: Flat) -> list[Array]:
     ]
 
 
-def from_weights(layout: Layout, weights: Sequence[Any]) -> tuple[Clock, Flat, Flat]:
+def from_weights(layout: Layout, weights: Any, *, finite: bool = True) -> tuple[Clock, Flat, Flat]:
     """Return the clock and the moments of a list as `to_weights` or Keras made it.
+
+    Args:
+        layout: the model's.
+        weights: any iterable of the arrays, such as the object array that `np.save` makes of them.
+        finite: whether NaN and infinity are refused.
 
     Raises:
         StructureError: naming the expected and given length, or the index, the expected and the
             given.
     """
     tensors = layout.tensors
-    expected = 2 + 2 * len(tensors)
-    if not isinstance(weights, Sequence) or len(weights) != expected:
-        got = len(weights) if isinstance(weights, Sequence) else repr(weights)
-        raise StructureError(
-            f"set_weights: expected {expected} arrays (iterations, m_schedule, ms, vs), got {got}"
-        )
-    arrays = [as_numpy(weight) for weight in weights]
+    arrays = _listed(weights, 2 + 2 * len(tensors))
     specs = [((), "float64")] * 2 + [(t.shape, t.space) for t in tensors] * 2
-    for index, (array, (shape, space)) in enumerate(zip(arrays, specs, strict=True)):
-        if array.shape != shape:
+    names = ["iterations", "m_schedule"]
+    names += [f"{slot} of {t.path!r}" for slot in "mv" for t in tensors]
+    for index, (given, name, (shape, space)) in enumerate(zip(arrays, names, specs, strict=True)):
+        try:
+            arrays[index] = _weight(given, shape, space, finite=finite or index < 2)
+        except StructureError as error:
             raise StructureError(
-                f"set_weights: index {index}: expected shape {shape}, got shape {array.shape}"
-            )
-        if not _fits(array, space):
-            raise StructureError(
-                f"set_weights: index {index}: expected finite {space} numbers, got {array.dtype} "
-                f"{array.reshape(-1)[:1]!r}"
-            )
+                f"set_weights: index {index}: {error}, for {name}"
+            ) from error.__cause__
     iterations, m_schedule = float(arrays[0]), float(arrays[1])
     if not 0 <= iterations < 2**53 or iterations != int(iterations):
         raise StructureError(
@@ -61,11 +60,13 @@ def from_weights(layout: Layout, weights: Sequence[Any]) -> tuple[Clock, Flat, F
             "set_weights: index 1: expected a product of momentum coefficients, in [0, 1], got "
             f"{m_schedule!r}"
         )
-    if any((array < 0).any() for array in arrays[2 + len(tensors) :]):
-        raise StructureError(
-            "set_weights: the second moments (the last arrays) must be at least 0, got a negative "
-            "value"
-        )
+    for index in range(2 + len(tensors), len(arrays)):
+        negative = arrays[index] < 0
+        if negative.any():
+            raise StructureError(
+                f"set_weights: index {index}: the second moments (the last arrays) must be at "
+                f"least 0, got {first_of(arrays[index], negative)}, for {names[index]}"
+            )
     moments: list[Flat] = []
     for first in (2, 2 + len(tensors)):
         flat = empty_flat(layout.sizes)
@@ -77,23 +78,49 @@ def from_weights(layout: Layout, weights: Sequence[Any]) -> tuple[Clock, Flat, F
     return Clock(int(iterations), m_schedule), moments[0], moments[1]
 
 
-def finite_params(layout: Layout, params: Any) -> Flat:
+def params_from(layout: Layout, params: Any, *, finite: bool = True) -> Flat:
     """Return a tree of parameters as flat arrays.
+
+    Args:
+        layout: the model's.
+        params: in the structure given to `build`.
+        finite: whether NaN and infinity are refused.
 
     Raises:
         StructureError: naming the tensor that does not fit the layout, or is not finite.
     """
     flat = layout.flat(params, what="params")
     for tensor, view in zip(layout.tensors, layout.views(flat), strict=True):
-        if not np.isfinite(view).all():
+        wrong = ~np.isfinite(view)
+        if finite and wrong.any():
             raise StructureError(
-                f"params: {tensor.path!r}: expected finite values, got NaN or infinity"
+                f"params: {tensor.path!r}: expected finite values, got NaN or infinity: "
+                f"{first_of(view, wrong)}"
             )
     return flat
 
 
-def _fits(array: Array, space: str) -> bool:
-    if not is_float(array.dtype) and array.dtype.kind not in "iu":
-        return False
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(array.astype(space)).all())
+def _listed(weights: Any, count: int) -> list[Any]:
+    try:
+        arrays = [] if isinstance(weights, (Mapping, str)) else list(weights)
+    except TypeError:  # no iterable, or an array of shape ()
+        arrays = []
+    if len(arrays) != count:
+        got = len(arrays) if arrays or isinstance(weights, list) else kind_of(weights)
+        raise StructureError(
+            f"set_weights: expected {count} arrays (iterations, m_schedule, ms, vs), got {got}"
+        )
+    return arrays
+
+
+def _weight(given: Any, shape: tuple[int, ...], space: str, *, finite: bool) -> Array:
+    array = np.asarray(given) if isinstance(given, int) else as_numpy(given)
+    if array.shape != shape:
+        raise StructureError(f"expected shape {shape}, got shape {array.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        is_number = is_float(array.dtype) or array.dtype.kind in "iu"
+        wrong = ~np.isfinite(array.astype(space)) if is_number else np.ones(shape, bool)
+    if not is_number or (finite and wrong.any()):
+        first = f" {first_of(array, wrong)}" if is_number else remedy_of(given, array.dtype)
+        raise StructureError(f"expected finite {space} numbers, got {array.dtype.name}{first}")
+    return array

@@ -18,8 +18,9 @@ from distnadam.config import NadamConfig, Settings
 from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import rate_at
-from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, as_numpy, empty_flat, is_float
+from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, empty_flat, is_float
 from distnadam.tensors.layout import Layout
+from distnadam.tensors.leaves import as_numpy, first_of
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,14 @@ def layout_of(where: str, params: Mapping[str, Any]) -> Layout:
         raise CheckpointError(f"{where}: {error}") from error
 
 
+def read_array(where: str, value: Any) -> Array:
+    """Return the numbers of an array of any framework, or raise CheckpointError."""
+    try:
+        return as_numpy(value)
+    except StructureError as error:
+        raise CheckpointError(f"{where}: {error}") from error.__cause__
+
+
 def read_layout(where: str, data: Any) -> Layout:
     """Return the layout of plain data, or raise CheckpointError."""
     try:
@@ -218,7 +227,8 @@ def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None
             f"{where}: {slot}: {problem}; expected {len(layout.tensors)} tensors, got {len(given)}"
         )
     for tensor, view in zip(layout.tensors, views, strict=True):
-        array, what = as_numpy(given[tensor.path]), f"{where}: {slot} of {tensor.path!r}"
+        what = f"{where}: {slot} of {tensor.path!r}"
+        array = read_array(what, given[tensor.path])
         if array.shape != tensor.shape:
             raise CheckpointError(f"{what}: expected shape {tensor.shape}, got shape {array.shape}")
         if not is_float(array.dtype):
@@ -230,22 +240,21 @@ def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None
         if not np.isfinite(view).all():
             raise CheckpointError(
                 f"{what}: expected finite {tensor.space} values, got "
-                f"{_first(array, ~np.isfinite(view))}"
+                f"{first_of(array, ~np.isfinite(view))}"
             )
         if slot == "v" and (view < 0).any():
             raise CheckpointError(
-                f"{what}: a second moment must be at least 0, got {_first(array, view < 0)}"
+                f"{what}: a second moment must be at least 0, got {first_of(array, view < 0)}"
             )
     return views
 
 
-def _first(array: Array, wrong: Array) -> str:
-    index = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(wrong)))
-    return f"{np.atleast_1d(array)[index]} at index {index if array.shape else ()}"
-
-
 def _number(where: str, name: str, value: Any) -> float:
-    array = as_numpy(value) if not isinstance(value, int) else np.asarray(float(value))
+    array = (
+        np.asarray(float(value))
+        if isinstance(value, int)
+        else read_array(f"{where}: {name}", value)
+    )
     if array.shape != () or array.dtype.kind not in "fiu" or not np.isfinite(array):
         raise CheckpointError(
             f"{where}: {name}: expected one finite number, got shape {array.shape} and dtype "

@@ -21,9 +21,9 @@ from distnadam.interop.optimizer_state import (
     layout_of,
     make_config,
     make_state,
+    read_array,
     read_layout,
 )
-from distnadam.tensors.arrays import as_numpy
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 _LACKING = {"weight_decay": 0, "maximize": False}
@@ -176,7 +176,7 @@ def _slots(
                 f"{lacking[0]} is missing"
             )
     for key in ("step", "mu_product"):
-        values = [as_numpy(state[key]) for state in states]
+        values = [read_array(f"{where}: {key}", state[key]) for state in states]
         if any(value.shape != () or value.dtype.kind not in "fiu" for value in values):
             raise CheckpointError(f"{where}: optimizer: {key}: expected one number per tensor")
         for name, value in zip(names, values, strict=True):
@@ -192,9 +192,10 @@ def _slots(
         for slot, key in _SLOTS.items()
     }
     best = max(
-        (as_numpy(state["mu_product"]) for state in states), key=lambda value: value.dtype.itemsize
+        (read_array(where, state["mu_product"]) for state in states),
+        key=lambda value: value.dtype.itemsize,
     )
-    return (as_numpy(states[0]["step"]), best), slots
+    return (read_array(where, states[0]["step"]), best), slots
 
 
 def _tensor(array: Any) -> Any:

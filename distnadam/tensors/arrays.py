@@ -1,10 +1,7 @@
-"""One leaf of a tree as a NumPy array, be it NumPy's, torch's or JAX's. Imports no framework.
-
-Also the dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are
+"""The dtypes the package knows: what a tensor may be, and the dtype its master copy and slots are
 kept in; and the storage of those.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,26 +42,6 @@ def name_of(dtype: np.dtype[Any]) -> str:
 def dtype_of(name: str) -> np.dtype[Any]:
     """Return the NumPy dtype of that name, bfloat16 included."""
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
-
-
-def as_numpy(leaf: Any) -> Array:
-    """Return a leaf as an array, without a copy where its memory allows; what is no array becomes
-    an object array or a 0-d one.
-    """
-    if isinstance(leaf, (np.ndarray, np.generic, float)):
-        array = np.asarray(leaf)
-        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    torch = sys.modules.get(
-        "torch"
-    )  # where it was never imported, nothing can be one of its tensors
-    if torch is not None and isinstance(leaf, torch.Tensor):
-        tensor = leaf.detach().cpu()
-        if tensor.dtype == torch.bfloat16:
-            return np.asarray(tensor.contiguous().view(torch.int16).numpy()).view(BFLOAT16)
-        return np.asarray(tensor.numpy())
-    if hasattr(leaf, "__array__"):
-        return np.asarray(leaf)
-    return np.asarray(leaf, dtype=object)
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:

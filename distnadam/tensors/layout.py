@@ -7,6 +7,7 @@ at each tensor, so that a chunk is never in two shards.
 """
 
 from bisect import bisect_right
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,8 @@ import numpy as np
 import optree
 
 from distnadam.errors import StructureError
-from distnadam.tensors.arrays import SPACE_OF, SPACES, Array, Flat, as_numpy, dtype_of, is_float
+from distnadam.tensors.arrays import SPACE_OF, SPACES, Array, Flat, dtype_of, is_float
+from distnadam.tensors.leaves import as_numpy, first_of, kind_of, memory_of, remedy_of, told_of
 
 CHUNK = 1024
 """Elements in one piece of the grid on which ranges are cut and norms are summed."""
@@ -68,6 +70,7 @@ class Layout:
     def __init__(self, tensors: Sequence[TensorSpec], skeleton: Any) -> None:
         self.tensors = tuple(tensors)
         self.skeleton = skeleton
+        self._other: tuple[Any, list[int]] = (None, [])  # the last other containers, their order
         self.sizes = {
             s: max([t.end for t in self.tensors if t.space == s], default=0) for s in SPACES
         }
@@ -80,7 +83,8 @@ class Layout:
         """Lay out a tree of arrays; raise StructureError naming the path where a leaf or container
         cannot be one.
         """
-        paths, leaves = _flatten(params)
+        plain = _plain(params, "")
+        paths, leaves = _flatten(plain)
         if not leaves:
             raise StructureError(
                 f"params: expected at least one array, got none in {type(params).__name__} "
@@ -92,14 +96,8 @@ class Layout:
             space = SPACE_OF[array.dtype.name]
             begin, used[space] = used[space], used[space] + array.size
             tensors.append(TensorSpec(path, array.shape, array.dtype.name, begin, used[space]))
-        duplicates = (
-            {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else set()
-        )
-        if duplicates:
-            raise StructureError(
-                f"params: two tensors have the path {sorted(duplicates)[0]!r}; rename a key"
-            )
-        return cls(tensors, _skeleton(params))
+        _check_distinct(paths, what="params")
+        return cls(tensors, _skeleton(plain))
 
     @cached_property
     def _treespec(self) -> optree.PyTreeSpec:
@@ -131,7 +129,27 @@ class Layout:
         alone; raise StructureError as `leaves`.
         """
         leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
-        return leaves if spec == self._treespec else self._leaves_of_other_containers(tree, what)
+        if spec == self._treespec:
+            return leaves
+        known, order = self._other
+        if spec != known:
+            order = self._order_of_other_containers(tree, what)
+            self._other = (spec, order)
+        return [leaves[index] for index in order]
+
+    def tied(self, tree: Any) -> dict[str, str]:
+        """Return, for each tensor of a tree whose memory an earlier one is too, the path of that
+        one.
+        """
+        first: dict[Any, str] = {}
+        tied: dict[str, str] = {}
+        for tensor, leaf in zip(
+            self.tensors, self.leaves_as_given(tree, what="params"), strict=True
+        ):
+            memory = memory_of(leaf)
+            if memory is not None and first.setdefault(memory, tensor.path) != tensor.path:
+                tied[tensor.path] = first[memory]
+        return tied
 
     def flat(self, tree: Any, *, what: str) -> Flat:
         """Return the tree's values in new flat storage, cast to the spaces' dtypes."""
@@ -219,32 +237,43 @@ class Layout:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _leaves_of_other_containers(self, tree: Any, what: str) -> list[Any]:
-        """Accept a list for a tuple and the like, where every path is the same; otherwise say which
-        path is missing or too many.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.tensors, self.skeleton)
+
+    def _order_of_other_containers(self, tree: Any, what: str) -> list[int]:
+        """Return where each tensor is among the leaves of a list for a tuple, an OrderedDict and
+        the like, matched by path; otherwise say which path is missing or too many.
         """
-        paths, leaves = _flatten(tree)
-        expected = [t.path for t in self.tensors]
-        if paths == expected:
-            return leaves
-        missing = [p for p in expected if p not in set(paths)]
-        extra = [p for p in paths if p not in set(expected)]
+        paths, _ = _flatten(tree)
+        _check_distinct(paths, what=what)
+        index = {path: i for i, path in enumerate(paths)}
+        expected = {tensor.path for tensor in self.tensors}
+        missing = [tensor.path for tensor in self.tensors if tensor.path not in index]
+        extra = [path for path in paths if path not in expected]
+        if not missing and not extra:
+            return [index[tensor.path] for tensor in self.tensors]
         faults = [f"{p!r} is missing" for p in missing[:3]] + [
-            f"{p!r} is not a tensor of the model" for p in extra[:3]
+            f"{p or 'the root'!r} is not a tensor of the model" for p in extra[:3]
         ]
+        given = (
+            f"{kind_of(tree)}{remedy_of(tree, np.dtype(object))}" if paths == [""] else len(paths)
+        )
         raise StructureError(
             f"{what}: {', '.join(faults)}; expected the {len(expected)} tensors given to build, "
-            f"got {len(paths)}"
+            f"got {given}"
         )
 
     def checked(self, index: int, leaf: Any, *, what: str) -> Array:
         """Return one tensor's leaf as an array; raise StructureError as `leaves`."""
-        tensor, array = self.tensors[index], as_numpy(leaf)
+        tensor = self.tensors[index]
+        try:
+            array = as_numpy(leaf)
+        except StructureError as error:
+            raise StructureError(f"{what}: {tensor.path!r}: {error}") from error.__cause__
         if array.shape != tensor.shape or not is_float(array.dtype):
-            got = "None" if leaf is None else f"shape {array.shape} and dtype {array.dtype.name}"
             raise StructureError(
                 f"{what}: {tensor.path!r}: expected shape {tensor.shape} and a floating-point "
-                f"dtype, got {got}"
+                f"dtype, got {told_of(leaf, array)}"
             )
         return array
 
@@ -254,20 +283,33 @@ def _flatten(tree: Any) -> tuple[list[str], list[Any]]:
     return ["/".join(str(part) for part in path) for path in accessors], leaves
 
 
+def _check_distinct(paths: Sequence[str], *, what: str) -> None:
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise StructureError(f"{what}: two tensors have the path {min(twice)!r}; rename a key")
+
+
 def _parameter(path: str, leaf: Any) -> Array:
     if isinstance(leaf, float) and not isinstance(leaf, np.generic):
         raise StructureError(
             f"params: {path!r}: expected an array, got the Python float {leaf!r}; give "
             f"np.float32({leaf!r})"
         )
-    array = as_numpy(leaf)
+    try:
+        array = as_numpy(leaf)
+    except StructureError as error:
+        raise StructureError(f"params: {path!r}: {error}") from error.__cause__
     if array.dtype.name not in SPACE_OF:
         raise StructureError(
             f"params: {path!r}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} "
-            f"({type(leaf).__name__})"
+            f"({type(leaf).__name__}){remedy_of(leaf, array.dtype)}"
         )
-    if not np.isfinite(array).all():
-        raise StructureError(f"params: {path!r}: expected finite values, got NaN or infinity")
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise StructureError(
+            f"params: {path!r}: expected finite values, got NaN or infinity: "
+            f"{first_of(array, ~finite)}"
+        )
     return array
 
 
@@ -276,30 +318,31 @@ def _leaf(array: Array) -> Any:
 
 
 def _skeleton(tree: Any) -> Any:
-    """Return the tree with each leaf replaced by its index; raise StructureError for a container
-    that a checkpoint cannot name.
-    """
-    _check_containers(tree, "")
+    """Return the tree with each leaf replaced by its index."""
     spec = optree.tree_structure(tree, none_is_leaf=True)
     return optree.tree_unflatten(spec, range(spec.num_leaves))
 
 
-def _check_containers(node: Any, path: str) -> None:
+def _plain(node: Any, path: str) -> Any:
+    """Return the tree made of dicts, lists and tuples alone; raise StructureError for a container
+    that a checkpoint cannot name.
+    """
     if optree.tree_is_leaf(node, none_is_leaf=True):
-        return
-    if type(node) not in (dict, list, tuple):
+        return node
+    if type(node) not in (dict, OrderedDict, defaultdict, list, tuple):
         where = f"{path!r}" if path else "the root"
         raise StructureError(
             f"params: {where}: expected a dict, list or tuple, got {type(node).__name__}"
         )
-    children = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, child in children:
-        below = f"{path}/{key}" if path else str(key)
-        if isinstance(node, dict) and not isinstance(key, (str, int)):
+    below = f"{path}/" if path else ""
+    if not isinstance(node, dict):
+        return type(node)(_plain(child, f"{below}{i}") for i, child in enumerate(node))
+    for key in node:
+        if not isinstance(key, (str, int)):
             raise StructureError(
-                f"params: {below!r}: expected keys of str or int, got {type(key).__name__}"
+                f"params: '{below}{key}': expected keys of str or int, got {type(key).__name__}"
             )
-        _check_containers(child, below)
+    return {key: _plain(child, f"{below}{key}") for key, child in node.items()}
 
 
 def _encode(node: Any) -> Any:
