@@ -125,6 +125,8 @@ class Observer:
         token = min(
             (answer.holder for answer in described if answer.holder is not None), default=None
         )
+        if token is None and self._is_partial(described):
+            return None
         if token is None or any(answer.busy for answer in described):
             self._holder = None
             return None
@@ -140,6 +142,8 @@ class Observer:
 
         A holder may be about to bring it; or it may wait for the same.
         """
+        if self._is_partial(described):
+            return False
         rounds = tuple(answer.round for answer in described)
         lacking = len(set(rounds)) > 1 and any(
             answer.stepped == answer.round == max(rounds) for answer in described
@@ -153,6 +157,13 @@ class Observer:
             patience_s = options.step_timeout_s / 2 if held else options.shard_timeout_s
             return now - self._uneven[1] > patience_s
         return False
+
+    def _is_partial(self, described: Sequence[Description]) -> bool:
+        """Whether a shard did not answer in time, as on a busy machine.
+
+        What has lasted until now may last on, so such a look ends no count of seconds.
+        """
+        return len(described) < len(self._cluster.shards)
 
     def _unreported_deaths(self, described: Sequence[Description]) -> dict[int, int]:
         """Return awaited workers that are dead, where rounds do not go on.

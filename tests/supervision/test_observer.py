@@ -1,14 +1,16 @@
 """What a supervisor sees over time; looking changes nothing."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distnadam.client.direct_step import DirectStep
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import ClusterError
-from distnadam.protocol.messages import Describe, Pause, ShardSpec
+from distnadam.protocol.messages import Describe, Pause, Resume, ShardSpec
 from distnadam.protocol.supervisor_messages import AttachStandby, Load
 from distnadam.supervision.cluster_state import ClusterState
 from distnadam.supervision.observer import TOKEN, Observer
@@ -111,6 +113,44 @@ def test_a_hold_by_a_dead_process_expires_at_the_next_look(
 def test_what_an_earlier_supervisor_paused_expires_at_once(seen: Seen) -> None:
     seen.cluster.ask({0: Pause(TOKEN)})
     assert seen.look().expired_hold == TOKEN
+
+
+def silence_shard_0(seen: Seen, patch: pytest.MonkeyPatch) -> None:
+    ask = seen.world.processes.ask
+
+    def partly(targets: Mapping[int, Any], messages: Any, timeout_s: float) -> dict[int, Any]:
+        return {i: answer for i, answer in ask(targets, messages, timeout_s).items() if i}
+
+    patch.setattr(seen.world.processes, "ask", partly)
+
+
+def test_a_look_that_a_shard_does_not_answer_does_not_lengthen_a_hold(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen.cluster.ask({0: Pause("somebody")})
+    assert seen.look().held
+    with monkeypatch.context() as silent:
+        silence_shard_0(seen, silent)
+        assert seen.look(after_s=6.0).held
+    assert seen.look(after_s=6.0).expired_hold == "somebody"
+
+
+@pytest.mark.parametrize("silent_between", [False, True])
+def test_a_step_that_one_shard_lacks_cannot_complete_after_the_shard_timeout(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch, silent_between: bool
+) -> None:
+    zeros = {"float32": np.zeros(5000, np.float32)}
+    message = DirectStep(incarnation=1, round=1).message("somebody", zeros, None)
+    seen.cluster.ask({0: Pause("somebody"), 1: Pause("somebody")})
+    gradients = cut_flat(zeros, LAYOUT.cuts(2)[1])
+    assert seen.cluster.ask({1: replace(message, gradients=gradients)})[1].round == 1
+    seen.cluster.ask({0: Resume("somebody"), 1: Resume("somebody")})
+    assert not seen.look().cannot_complete
+    with monkeypatch.context() as silent:
+        if silent_between:
+            silence_shard_0(seen, silent)
+        assert not seen.look(after_s=3.0).cannot_complete
+    assert seen.look(after_s=3.0).cannot_complete
 
 
 def test_a_dead_worker_is_seen_with_its_age_until_it_is_finished(seen: Seen) -> None:
