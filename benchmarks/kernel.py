@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.table import Table
 from distnadam.config import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.step_scalars import Clock, step_scalars
-from distnadam.nadam.stepper import Part, Slots, StepConstants
+from distnadam.nadam.stepper import Part, RangeStep, Slots
 
 Step = Callable[[], object]
 Contenders = dict[tuple[str, int], Step]
@@ -95,20 +96,20 @@ def add_floor(contenders: Contenders, arrays: Arrays) -> None:
 
 
 def add_ours(contenders: Contenders, arrays: Arrays) -> None:
-    config = NadamConfig()
-    scalars = step_scalars(Clock(10, 0.5), config)
-    rates = StepConstants(1 - config.beta_1, 1 - config.beta_2)
+    scalars = step_scalars(Clock(10, 0.5), NadamConfig())
     p, m, v, g = arrays.p, arrays.m, arrays.v, arrays.g
-    in_place, buffered, part = Slots(p, m, v), Slots(p, m, v, np.ones_like(p)), [Part(0, p.size)]
+    in_place, buffered = (
+        RangeStep(slots=slots, gradients=[g], scalars=scalars)
+        for slots in (Slots(p, m, v), Slots(p, m, v, np.ones_like(p)))
+    )
     for kernel in ("numpy", "fused"):
         for threads in (1, 2):
             stepper = make_stepper(kernel, np.float32, threads)
-            contenders[f"distnadam {kernel}, in place", threads] = lambda s=stepper: s.step(
-                in_place, [g], scalars, rates, part
-            )
-            contenders[f"distnadam {kernel}, two buffers", threads] = lambda s=stepper: s.step(
-                buffered, [g], scalars, rates, part
-            )
+            shares = stepper.share([Part(0, p.size)])
+            for how, step in (("in place", in_place), ("two buffers", buffered)):
+                contenders[f"distnadam {kernel}, {how}", threads] = partial(
+                    stepper.step, step, shares
+                )
 
 
 def add_naive(contenders: Contenders, arrays: Arrays) -> None:

@@ -15,10 +15,9 @@ _DIGITS = 64
 
 def power(base: float, exponent: float) -> float:
     """Return ``base ** exponent`` for a base of at least 0, the same bits on every host."""
-    _check_base(base)
     if base == 0.0 or exponent == 0.0 or base == 1.0:
         return float(base**exponent)
-    return float(_exp_ln(base, Decimal(exponent)))
+    return float(_CONTEXT.exp(_CONTEXT.multiply(Decimal(exponent), _ln(base))))
 
 
 @lru_cache(maxsize=64)
@@ -30,7 +29,6 @@ def power_of_step(base: float, rate: float, step: int) -> float:
     so that most steps cost a few multiplications; the result is a function of the arguments alone,
     not of what was asked before.
     """
-    _check_base(base)
     if base == 0.0 or rate == 0.0 or base == 1.0:
         return float(base ** (rate * step))
     product, place = Decimal(1), 1
@@ -62,18 +60,12 @@ def cosine_of_pi_times(fraction: float) -> float:
 
 @lru_cache(maxsize=1024)
 def _factor(base: float, rate: float, step: int) -> Decimal:
-    return _exp_ln(base, _CONTEXT.multiply(Decimal(rate), Decimal(step)))
-
-
-def _exp_ln(base: float, exponent: Decimal) -> Decimal:
+    exponent = _CONTEXT.multiply(Decimal(rate), Decimal(step))
     return _CONTEXT.exp(_CONTEXT.multiply(exponent, _ln(base)))
 
 
 @lru_cache(maxsize=64)
 def _ln(base: float) -> Decimal:
-    return _CONTEXT.ln(Decimal(base))
-
-
-def _check_base(base: float) -> None:
     if base < 0.0:
         raise ValueError(f"power: base must be at least 0, got {base!r}")
+    return _CONTEXT.ln(Decimal(base))

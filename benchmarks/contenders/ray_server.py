@@ -26,12 +26,13 @@ class Server:
 
     def apply(self, *gradients: Any) -> Any:
         g = np.mean(gradients, axis=0) if len(gradients) > 1 else gradients[0]
-        s = step_scalars(self.clock, self.config)
-        self.clock = s.after
+        scalars = step_scalars(self.clock, self.config)
+        self.clock = scalars.after
         f = np.float32
+        gradient, momentum, epsilon = map(f, scalars.coefficients[:3])
         self.m += (g - self.m) * f(0.1)
         self.v += (g * g - self.v) * f(0.001)
-        self.p -= (f(s.gradient) * g + f(s.momentum) * self.m) / (np.sqrt(self.v) + f(s.epsilon))
+        self.p -= (gradient * g + momentum * self.m) / (np.sqrt(self.v) + epsilon)
         return self.p
 
 

@@ -1,35 +1,72 @@
-"""The step as one compiled loop, fed with gradients of the parameters' own precision."""
+"""The step as one compiled loop over memory, called on the arrays' addresses.
 
+Gradients of half precision are widened before, piece by piece.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from typing_extensions import override
 
-from distnadam.nadam.fused import FusedLoop, warm_up
-from distnadam.nadam.stepper import Part, RangeStep, Stepper
+from distnadam.nadam.fused import load_loop
+from distnadam.nadam.fused_abi import BLOCK
+from distnadam.nadam.stepper import Part, RangeStep, Stepper, address_of, check_denormals
 
 WIDENED = 65536
 """Elements of half precision that are widened at a time before the loop takes them."""
+_APART = 48
+"""Elements between the scratch arrays, so that they do not fall into the same sets of the cache."""
 
 
 class FusedStepper(Stepper):
-    """The step as one compiled loop over memory; needs numba."""
+    """The step as one compiled loop; needs llvmlite, and numba where no loop is compiled yet."""
 
     def __init__(self, dtype: Any, threads: int = 1) -> None:
-        warm_up(dtype)  # before the threads begin, since it may raise
+        self._loop = load_loop(np.dtype(dtype).name)  # before the threads begin: it may raise
         super().__init__(dtype, threads)
-        self._loops = [FusedLoop(dtype) for _ in range(threads)]
+        self._memory = [_Memory(dtype) for _ in range(threads)]
 
     @override
-    def _step_part(self, thread: int, part: Part, step: RangeStep) -> None:
-        slots = step.slots
-        keep = step.keep
-        out = slots.p if slots.out is None else slots.out
-        has_half = any(g.dtype != self._dtype for g in step.gradients)
-        stride = WIDENED if has_half else max(1, part.end - part.begin)
-        run = self._loops[thread].run
-        for begin in range(part.begin, part.end, stride):
-            cut = slice(begin, min(begin + stride, part.end))
-            wide = [g[cut].astype(self._dtype, copy=False) for g in step.gradients]
-            arrays = slots.p[cut], slots.m[cut], slots.v[cut], out[cut]
-            kept = None if keep is None else keep[cut]
-            run(arrays, wide, step.coefficients, part.scale, step.clipvalue, kept)
+    def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
+        check_denormals(self._dtype)
+        memory, size, keep = self._memory[thread], self._dtype.itemsize, step.keep
+        gradients, count, clip = step.gradients, len(step.gradients), step.clipvalue
+        has_half = {g.dtype for g in gradients} != {self._dtype}
+        for part in parts:
+            memory.coefficients[:] = step.scalars.coefficients
+            memory.modifiers[:] = (
+                count,
+                math.nan if part.scale is None else part.scale,
+                math.nan if clip is None else clip,
+            )
+            stride = WIDENED if has_half else part.end
+            for begin in range(part.begin, part.end, stride):
+                end = min(begin + stride, part.end)
+                wide = [g[begin:end].astype(self._dtype, copy=False) for g in gradients]
+                kept = None if keep is None else keep[begin:end]
+                self._loop(
+                    end - begin,
+                    count,
+                    0 if kept is None else end - begin,
+                    memory.mean,
+                    (ctypes.c_size_t * count)(*map(address_of, wide)),
+                    *[address + begin * size for address in step.slots.addresses],
+                    *memory.numbers,
+                    memory.new,
+                    None if kept is None else address_of(kept),
+                )
+
+
+class _Memory:
+    """One thread's working memory: two blocks, and the numbers that the loop reads, by address."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._blocks = np.empty(2 * BLOCK + _APART, dtype)
+        self.mean = address_of(self._blocks)
+        self.new = address_of(self._blocks[-BLOCK:])
+        self.coefficients = np.empty(5, dtype)
+        self.modifiers = np.empty(3, dtype)
+        self.numbers = address_of(self.coefficients), address_of(self.modifiers)

@@ -18,7 +18,9 @@ class Scratch:
 
     def __init__(self, dtype: Any) -> None:
         self.block = BLOCK_BYTES // np.dtype(dtype).itemsize
-        self.mean, self.a, self.b = (np.empty(self.block, dtype) for _ in range(3))
+        self.mean = np.empty(self.block, dtype)
+        self.a = np.empty(self.block, dtype)
+        self.b = np.empty(self.block, dtype)
 
 
 def clipped_mean(

@@ -1,12 +1,13 @@
 """The step by NumPy's ufuncs, block by block. Its order of operations is the canonical one."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from distnadam.nadam.mean import Scratch, clipped_mean
-from distnadam.nadam.stepper import Part, RangeStep, Stepper
+from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
 
 
 class NumPyStepper(Stepper):
@@ -17,32 +18,31 @@ class NumPyStepper(Stepper):
         self._scratch = [Scratch(dtype) for _ in range(threads)]
 
     @override
-    def _step_part(self, thread: int, part: Part, step: RangeStep) -> None:
-        scratch = self._scratch[thread]
-        slots = step.slots
-        keep = step.keep
-        out = slots.p if slots.out is None else slots.out
-        c_g, c_m, epsilon, k_1, k_2 = step.coefficients
-        for begin in range(part.begin, part.end, scratch.block):
-            end = min(begin + scratch.block, part.end)
-            p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
-            length = end - begin
-            mean, a, b = scratch.mean[:length], scratch.a[:length], scratch.b[:length]
-            gradients = [x[begin:end] for x in step.gradients]
-            g = clipped_mean(gradients, part.scale, step.clipvalue, mean, a)
-            if keep is not None:
-                np.copyto(keep[begin:end], g)
-            np.subtract(g, m, out=a)
-            np.multiply(a, k_1, out=a)
-            np.add(m, a, out=m)
-            np.multiply(g, g, out=b)
-            np.subtract(b, v, out=b)
-            np.multiply(b, k_2, out=b)
-            np.add(v, b, out=v)
-            np.sqrt(v, out=b)
-            np.add(b, epsilon, out=b)
-            np.multiply(g, c_g, out=mean)
-            np.multiply(m, c_m, out=a)
-            np.add(mean, a, out=a)
-            np.divide(a, b, out=a)
-            np.subtract(p, a, out=out[begin:end])
+    def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
+        check_denormals(self._dtype)
+        scratch, slots, keep = self._scratch[thread], step.slots, step.keep
+        c_g, c_m, epsilon, k_1, k_2 = np.array(step.scalars.coefficients, self._dtype)
+        for part in parts:
+            for begin in range(part.begin, part.end, scratch.block):
+                end = min(begin + scratch.block, part.end)
+                p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
+                length = end - begin
+                mean, a, b = scratch.mean[:length], scratch.a[:length], scratch.b[:length]
+                gradients = [x[begin:end] for x in step.gradients]
+                g = clipped_mean(gradients, part.scale, step.clipvalue, mean, a)
+                if keep is not None:
+                    np.copyto(keep[begin:end], g)
+                np.subtract(g, m, out=a)
+                np.multiply(a, k_1, out=a)
+                np.add(m, a, out=m)
+                np.multiply(g, g, out=b)
+                np.subtract(b, v, out=b)
+                np.multiply(b, k_2, out=b)
+                np.add(v, b, out=v)
+                np.sqrt(v, out=b)
+                np.add(b, epsilon, out=b)
+                np.multiply(g, c_g, out=mean)
+                np.multiply(m, c_m, out=a)
+                np.add(mean, a, out=a)
+                np.divide(a, b, out=a)
+                np.subtract(p, a, out=slots.written[begin:end])

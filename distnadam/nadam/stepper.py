@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ _DENORMAL = {
 
 @dataclass(frozen=True)
 class Slots:
-    """The arrays of one range of one space, 1-D, of one dtype and length.
+    """The arrays of one range of one space: contiguous, 1-D, of one dtype and length.
 
     Attributes:
         p: the parameters; a step reads them, and writes them if `out` is None.
@@ -40,6 +42,16 @@ class Slots:
     v: Array
     out: Array | None = None
 
+    @cached_property
+    def written(self) -> Array:
+        """Where the new parameters go."""
+        return self.p if self.out is None else self.out
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where in memory the parameters, both moments and the new parameters begin."""
+        return tuple(map(address_of, (self.p, self.m, self.v, self.written)))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -52,19 +64,8 @@ class Part:
     scale: float | None = None
 
 
-@dataclass(frozen=True)
-class StepConstants:
-    """The scalars of every step of a configuration.
-
-    Attributes:
-        one_minus_beta_1: weight of the gradient in the first moment.
-        one_minus_beta_2: weight of the squared gradient in the second moment.
-        clipvalue: largest magnitude of an element of the mean gradient; None does not clip.
-    """
-
-    one_minus_beta_1: float
-    one_minus_beta_2: float
-    clipvalue: float | None = None
+Shares = Sequence[Sequence[Part]]
+"""The parts that each thread steps."""
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step
@@ -73,18 +74,19 @@ class RangeStep:
 
     Attributes:
         slots: the range's arrays.
-        gradients: one array per worker, in the range's dtype or in half precision.
-        coefficients: of the gradient, of the momentum, epsilon, one minus either beta, in the
-            range's dtype.
+        gradients: one array per worker of the range's length, in its dtype or in half precision,
+            which is widened first; averaged in this order.
+        scalars: the step's.
         clipvalue: largest magnitude of an element of the mean gradient; None does not clip.
-        keep: where the mean gradient, scaled and clipped, is left; None leaves it nowhere.
+        keep: where the mean gradient, scaled and clipped, is left for a standby; None leaves it
+            nowhere.
     """
 
     slots: Slots
     gradients: Sequence[Array]
-    coefficients: Array
-    clipvalue: float | None
-    keep: Array | None
+    scalars: StepScalars
+    clipvalue: float | None = None
+    keep: Array | None = None
 
 
 class Stepper(ABC):
@@ -95,53 +97,39 @@ class Stepper(ABC):
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "nadam-kernel") if threads > 1 else None
 
-    def step(
-        self,
-        slots: Slots,
-        gradients: Sequence[Array],
-        scalars: StepScalars,
-        rates: StepConstants,
-        parts: Sequence[Part],
-        keep: Array | None = None,
-    ) -> None:
-        """Average `gradients` in their order and step `slots`, part by part; the bits do not depend
-        on the number of threads.
-
-        Args:
-            slots: the range's arrays.
-            gradients: one array per worker of the range's length, in its dtype or in half
-                precision, which is widened first.
-            scalars: the step's.
-            rates: the step's.
-            parts: what to step, disjoint.
-            keep: where the mean gradient, scaled and clipped, is left for a standby.
+    def share(self, parts: Iterable[Part]) -> Shares:
+        """Deal disjoint parts out to the threads as contiguous runs of nearly equal length; a
+        thread gets at least one block's worth.
         """
-        values = (
-            scalars.gradient,
-            scalars.momentum,
-            scalars.epsilon,
-            rates.one_minus_beta_1,
-            rates.one_minus_beta_2,
-        )
-        range_step = RangeStep(
-            slots=slots,
-            gradients=gradients,
-            coefficients=np.array(values, self._dtype),
-            clipvalue=rates.clipvalue,
-            keep=keep,
-        )
-        shares = share(parts, self._threads, BLOCK_BYTES // self._dtype.itemsize)
+        parts = [p for p in parts if p.begin < p.end]
+        total = sum(p.end - p.begin for p in parts)
+        threads = max(1, min(self._threads, total * self._dtype.itemsize // BLOCK_BYTES))
+        if threads == 1:
+            return [parts]
+        quota = -(-total // threads)
+        shares: list[list[Part]] = [[]]
+        room = quota
+        for part in parts:
+            begin = part.begin
+            while begin < part.end:
+                if room == 0:
+                    shares.append([])
+                    room = quota
+                end = min(begin + room, part.end)
+                shares[-1].append(Part(begin, end, part.scale))
+                room -= end - begin
+                begin = end
+        return shares
 
-        def run(index: int) -> None:
-            check_denormals(self._dtype)
-            for part in shares[index]:
-                self._step_part(index, part, range_step)
-
+    def step(self, step: RangeStep, shares: Shares) -> None:
+        """Average the gradients and step the parts of `share`; the bits do not depend on the number
+        of threads.
+        """
         if self._pool is None or len(shares) == 1:
-            for index in range(len(shares)):
-                run(index)
+            for parts in shares:
+                self._step_share(0, parts, step)
         else:
-            list(self._pool.map(run, range(len(shares))))
+            list(self._pool.map(self._step_share, range(len(shares)), shares, repeat(step)))
 
     def close(self) -> None:
         """Stop the threads."""
@@ -149,8 +137,14 @@ class Stepper(ABC):
             self._pool.shutdown()
 
     @abstractmethod
-    def _step_part(self, thread: int, part: Part, step: RangeStep) -> None:
-        """Step one part with one thread's working memory."""
+    def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
+        """Step parts with one thread's working memory, after `check_denormals` in that thread."""
+
+
+def address_of(values: Array) -> int:
+    """Return where in memory an array begins."""
+    address: int = values.__array_interface__["data"][0]
+    return address
 
 
 def check_denormals(dtype: np.dtype[Any]) -> None:
@@ -163,28 +157,3 @@ def check_denormals(dtype: np.dtype[Any]) -> None:
             "this thread flushes denormal numbers to zero (a library set FTZ/DAZ, as "
             "torch.set_flush_denormal does): switch that off"
         )
-
-
-def share(parts: Iterable[Part], threads: int, block: int) -> list[list[Part]]:
-    """Deal the parts out to threads as contiguous runs of nearly equal length; a thread gets at
-    least one block's worth.
-    """
-    parts = [p for p in parts if p.begin < p.end]
-    total = sum(p.end - p.begin for p in parts)
-    threads = max(1, min(threads, total // block))
-    if threads == 1:
-        return [parts]
-    quota = -(-total // threads)
-    shares: list[list[Part]] = [[]]
-    room = quota
-    for part in parts:
-        begin = part.begin
-        while begin < part.end:
-            if room == 0:
-                shares.append([])
-                room = quota
-            end = min(begin + room, part.end)
-            shares[-1].append(Part(begin, end, part.scale))
-            room -= end - begin
-            begin = end
-    return shares

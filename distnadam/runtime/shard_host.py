@@ -84,7 +84,7 @@ class ShardHost:
         self._spec = spec
         self._run_work = run_work
         self._connect_standby = connect_standby
-        self._kernel = ShardKernel(spec, threads)
+        self._kernel = ShardKernel(spec, self.shard.state, threads)
         self.files = ShardFiles(spec.ranges)
         standby_lost = Notice(StandbyLost(shard=spec.index))
         self._replicator = Replicator(spec.index, lambda: on_notice(standby_lost))

@@ -6,10 +6,11 @@ from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import Scratch
 from distnadam.nadam.norms import clip_scales, square_sums
 from distnadam.nadam.step_scalars import Clock, step_scalars
-from distnadam.nadam.stepper import Part, Slots, StepConstants
+from distnadam.nadam.stepper import Part, RangeStep, Shares, Slots
 from distnadam.protocol.messages import PartialNorms, ShardSpec
 from distnadam.shard.machine import Shard
-from distnadam.tensors.arrays import Flat
+from distnadam.shard.state import ShardState
+from distnadam.tensors.arrays import Array, Flat
 
 
 class ShardKernel:
@@ -17,13 +18,22 @@ class ShardKernel:
 
     Args:
         spec: the shard's.
+        state: the shard's, always the same arrays.
         threads: of its kernel.
     """
 
-    def __init__(self, spec: ShardSpec, threads: int) -> None:
+    def __init__(self, spec: ShardSpec, state: ShardState, threads: int) -> None:
         self._spec = spec
         self._steppers = {
             space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
+        }
+        self._slots = [
+            {s: Slots(now[s], state.m[s], state.v[s], following[s]) for s in spec.ranges}
+            for now, following in (state.buffers, state.buffers[::-1])
+        ]
+        self._whole = {
+            space: self._steppers[space].share([Part(0, end - begin)])
+            for space, (begin, end) in spec.ranges.items()
         }
         self._segments = {
             space: list(spec.layout.segments(space, *bounds))
@@ -51,31 +61,35 @@ class ShardKernel:
     def step(self, shard: Shard, keep: Flat | None) -> tuple[Clock, float]:
         """Apply the round's mean gradient, leaving it in `keep`; the new parameters go to the spare
         buffer.
+
+        Raises:
+            ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
         """
-        config, gradients, state = shard.config, shard.rounds.current.gradients, shard.state
+        current, config = shard.rounds.current, shard.config
+        gradients, square_sums = current.gradients, current.square_sums
         scalars = step_scalars(shard.progress.clock, config)
-        rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2, config.clipvalue)
-        for space, stepper in self._steppers.items():
-            slots = Slots(state.params[space], state.m[space], state.v[space], state.spare[space])
-            kept = None if keep is None else keep[space]
-            stepper.step(
-                slots,
-                [g[space] for g in gradients],
-                scalars,
-                rates,
-                self._parts(shard, space),
-                kept,
+        for space, slots in self._slots[shard.state.active].items():
+            step = RangeStep(
+                slots=slots,
+                gradients=[g[space] for g in gradients],
+                scalars=scalars,
+                clipvalue=config.clipvalue,
+                keep=None if keep is None else keep[space],
             )
+            whole = self._whole[space]
+            shares = whole if square_sums is None else self._clip(shard, space, square_sums)
+            self._steppers[space].step(step, shares)
         return scalars.after, scalars.lr
 
-    def _parts(self, shard: Shard, space: str) -> list[Part]:
+    def _clip(self, shard: Shard, space: str, square_sums: Array) -> Shares:
+        """Return the parts of a range, each with its factor by the whole model's norms."""
         begin, end = self._spec.ranges[space]
-        sums = shard.rounds.current.square_sums
-        if sums is None:
-            return [Part(0, end - begin)]
-        scales = clip_scales(shard.config, sums)
+        scales = clip_scales(shard.config, square_sums)
         if len(set(scales)) <= 1:
-            return [Part(0, end - begin, scales[0])]
-        return [
-            Part(s.begin - begin, s.end - begin, scales[s.tensor]) for s in self._segments[space]
-        ]
+            parts = [Part(0, end - begin, scales[0])]
+        else:
+            parts = [
+                Part(s.begin - begin, s.end - begin, scales[s.tensor])
+                for s in self._segments[space]
+            ]
+        return self._steppers[space].share(parts)

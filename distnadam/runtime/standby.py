@@ -13,7 +13,7 @@ from distnadam.config import NadamConfig
 from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.step_scalars import step_scalars
-from distnadam.nadam.stepper import Part, Slots, StepConstants
+from distnadam.nadam.stepper import Part, RangeStep, Slots
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
@@ -160,14 +160,13 @@ class Standby:
         return dataclasses.replace(now, counted={**now.counted, **record.counted}, **changes)
 
     def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:
-        config = self._spec.config
-        scalars = step_scalars(now.clock, config)
+        scalars = step_scalars(now.clock, self._spec.config)
         if scalars.lr != record.lr:
             raise ShardsDisagree(
                 f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has "
                 f"lr={record.lr!r}"
             )
-        rates = StepConstants(1.0 - config.beta_1, 1.0 - config.beta_2)
         for space, stepper in self._steppers.items():
             p, m, v = (self._arrays[name][space] for name in STATE_ARRAYS)
-            stepper.step(Slots(p, m, v), [mean[space]], scalars, rates, [Part(0, p.size)])
+            step = RangeStep(slots=Slots(p, m, v), gradients=[mean[space]], scalars=scalars)
+            stepper.step(step, stepper.share([Part(0, p.size)]))

@@ -27,9 +27,13 @@ from distnadam.nadam.mean import BLOCK_BYTES, Scratch
 from distnadam.nadam.norms import square_sums
 from distnadam.nadam.object_code import LoadedCode, cached_code, host_machine
 from distnadam.nadam.step_scalars import Clock, StepScalars
-from distnadam.nadam.stepper import Part, Slots, StepConstants, Stepper, check_denormals
+from distnadam.nadam.stepper import Part, RangeStep, Slots, Stepper, check_denormals
 
-SCALARS = StepScalars(0.002, 0.0011, 0.0007, 3e-9, Clock(1, 0.9))
+SCALARS = StepScalars(
+    lr=0.002,
+    coefficients=(0.0011, 0.0007, 3e-9, 1.0 - 0.9, 1.0 - 0.999),
+    after=Clock(1, 0.9),
+)
 DTYPES = ["float32", "float64"]
 BLOCK = {dtype: BLOCK_BYTES // np.dtype(dtype).itemsize for dtype in DTYPES}
 
@@ -46,26 +50,23 @@ def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
     return values
 
 
-def plain(
-    slots: Slots, gradients: list[Any], scale: float | None, rates: StepConstants
-) -> tuple[Any, Any, Any]:
+def plain(step: RangeStep, scale: float | None) -> tuple[Any, Any, Any]:
     """One step as the docstring's formula says it, with temporaries, on whole arrays."""
-    t = slots.p.dtype.type
-    g = gradients[0].astype(t)
-    for other in gradients[1:]:
+    slots, t = step.slots, step.slots.p.dtype.type
+    g = step.gradients[0].astype(t)
+    for other in step.gradients[1:]:
         g = g + other.astype(t)
-    if len(gradients) > 1:
-        g = g / t(len(gradients))
+    if len(step.gradients) > 1:
+        g = g / t(len(step.gradients))
     if scale is not None:
         g = g * t(scale)
-    if rates.clipvalue is not None:
-        limit = t(rates.clipvalue)
+    if step.clipvalue is not None:
+        limit = t(step.clipvalue)
         g = np.minimum(np.maximum(g, -limit), limit) if limit > 0 else np.zeros_like(g)
-    m = slots.m + (g - slots.m) * t(rates.one_minus_beta_1)
-    v = slots.v + (g * g - slots.v) * t(rates.one_minus_beta_2)
-    p = slots.p - (g * t(SCALARS.gradient) + m * t(SCALARS.momentum)) / (
-        np.sqrt(v) + t(SCALARS.epsilon)
-    )
+    c_g, c_m, epsilon, k_1, k_2 = map(t, step.scalars.coefficients)
+    m = slots.m + (g - slots.m) * k_1
+    v = slots.v + (g * g - slots.v) * k_2
+    p = slots.p - (g * c_g + m * c_m) / (np.sqrt(v) + epsilon)
     return p, m, v
 
 
@@ -106,18 +107,17 @@ def test_a_step_has_the_bits_of_the_plain_formula(
         numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), out
     )
     gradients = [numbers(rng, size, dtype) for _ in range(workers)]
-    rates = StepConstants(1.0 - 0.9, 1.0 - 0.999, clipvalue)
     with np.errstate(all="ignore"):
         if half is not None and dtype == "float32":
             gradients = [
                 np.clip(g, -1e4, 1e4).astype(half) if rng.random() < 0.7 else g for g in gradients
             ]
-        p, m, v = plain(slots, gradients, scale, rates)
+        step = RangeStep(slots=slots, gradients=gradients, scalars=SCALARS, clipvalue=clipvalue)
+        p, m, v = plain(step, scale)
         before, copies = slots.p.copy(), [g.copy() for g in gradients]
         cut = int(rng.integers(0, size + 1))
-        stepper(kernel, dtype, threads).step(
-            slots, gradients, SCALARS, rates, [Part(0, cut, scale), Part(cut, size, scale)]
-        )
+        how = stepper(kernel, dtype, threads)
+        how.step(step, how.share([Part(0, cut, scale), Part(cut, size, scale)]))
     got = [slots.p if slots.out is None else slots.out, slots.m, slots.v]
     assert [x.tobytes() for x in got] == [p.tobytes(), m.tobytes(), v.tobytes()]
     assert in_place or slots.p.tobytes() == before.tobytes(), "the old parameters stay"
@@ -158,10 +158,9 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
     size = 40 * BLOCK["float32"]
     slots = Slots(*(np.ones(size, np.float32) for _ in range(3)), np.empty(size, np.float32))
     gradients = [np.ones(size, np.float16 if half else np.float32) for _ in range(3)]
+    step = RangeStep(slots=slots, gradients=gradients, scalars=SCALARS, clipvalue=0.5)
     tracemalloc.start()
-    stepper(kernel, "float32", 1).step(
-        slots, gradients, SCALARS, StepConstants(0.1, 0.001, 0.5), [Part(0, size, 0.5)]
-    )
+    stepper(kernel, "float32", 1).step(step, [[Part(0, size, 0.5)]])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * BLOCK_BYTES  # of the forty of each array
@@ -170,7 +169,7 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
 LOAD = """
 import sys
 from distnadam.nadam import fused
-fused.warm_up("float32")
+fused.load_loop("float32")
 print("numba" in sys.modules)
 """
 

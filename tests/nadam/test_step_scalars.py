@@ -40,13 +40,14 @@ def test_the_scalars_are_those_of_the_formulas(config: NadamConfig) -> None:
         clock = scalars.after
         assert clock.iterations == t
         assert clock.m_schedule == pytest.approx(schedule, rel=1e-12)
-        assert scalars.gradient == pytest.approx(
-            config.lr * (1 - mu) / (1 - schedule) * root, rel=1e-12
-        )  # type: ignore[operator]
-        assert scalars.momentum == pytest.approx(
-            config.lr * mu_next / (1 - schedule * mu_next) * root, rel=1e-12
-        )  # type: ignore[operator]
-        assert scalars.epsilon == pytest.approx(config.epsilon * root, rel=1e-12)
+        expected = (
+            config.lr * (1 - mu) / (1 - schedule) * root,  # type: ignore[operator]
+            config.lr * mu_next / (1 - schedule * mu_next) * root,  # type: ignore[operator]
+            config.epsilon * root,
+            1 - config.beta_1,
+            1 - config.beta_2,
+        )
+        assert scalars.coefficients == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_rate_follows_the_number_of_steps_applied() -> None:
