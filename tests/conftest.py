@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -74,6 +75,21 @@ def ray_cluster() -> Iterator[None]:
         )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _shared_ray_goes_on() -> Iterator[None]:
+    """Fail a test that ends the Ray which the tests of its process share.
+
+    Each later test on Ray would start a Ray of its own.
+    """
+    before = is_ray_running()
+    yield
+    assert is_ray_running() >= before, "this test ended the Ray that others share"
+
+
+def is_ray_running() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 @pytest.fixture(params=["local", "ray"])

@@ -1,6 +1,8 @@
 """Checkpoints at s3:// URLs, over HTTP, on an emulator of S3."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,26 +77,25 @@ def test_an_upload_that_is_cut_off_never_looks_complete(
     assert directory.files() == {}
 
 
-def test_shards_on_ray_write_and_read_there(bucket: str, request: pytest.FixtureRequest) -> None:
-    import ray
+def save_and_restore_on_ray(bucket: str) -> None:
+    """Save there from the shards of a Ray of this process's own, and restore on other shards."""
+    with DistNadam(num_shards=2, num_workers=2, backend="ray").build(params()) as optimizer:
+        run(optimizer, 0, 2)
+        saved: Any = optimizer.save(bucket, wait=False)
+        expected = bits(optimizer)
+        with DistNadam.restore(saved.result(), num_shards=3, backend="ray") as again:
+            assert bits(again) == expected
 
-    ray.shutdown()  # workers of a Ray that runs already would not know the server
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
+
+def test_shards_on_ray_write_and_read_there(bucket: str) -> None:
+    # in a process with a Ray of its own: workers of one that runs already do not know the server
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.checkpoint.storage.test_s3", bucket],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    try:
-        with DistNadam(num_shards=2, num_workers=2, backend="ray").build(params()) as optimizer:
-            run(optimizer, 0, 2)
-            saved: Any = optimizer.save(bucket, wait=False)
-            expected = bits(optimizer)
-            with DistNadam.restore(saved.result(), num_shards=3, backend="ray") as again:
-                assert bits(again) == expected
-    finally:
-        ray.shutdown()
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_missing_bucket_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,3 +104,7 @@ def test_a_missing_bucket_is_an_error(bucket: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(remote, "RETRY_PAUSES_S", (0.0,))
     with pytest.raises(CheckpointError, match="s3://nowhere/run"):
         DistNadam.restore("s3://nowhere/run", backend="local")
+
+
+if __name__ == "__main__":
+    save_and_restore_on_ray(sys.argv[1])
