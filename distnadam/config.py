@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from distnadam.errors import ConfigError
-from distnadam.schedules import Rate, rate_at, rate_from, rate_to_dict
+from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
 
 DEFAULT_EPSILON = 1e-7
 
@@ -37,7 +37,7 @@ class NadamConfig:
         global_clipnorm: largest norm over all tensors; not together with `clipnorm`.
 
     Raises:
-        ConfigError: a value is out of its range.
+        ConfigError: a value is out of its range, or a `Schedule` cannot be stored.
     """
 
     lr: Rate = 0.002
@@ -53,6 +53,7 @@ class NadamConfig:
         if not callable(self.lr):
             _set_number(self, "lr")
             rate_at(self.lr, 0)
+        object.__setattr__(self, "lr", kept(self.lr))
         for name in ("epsilon", "schedule_decay"):
             _set_number(self, name)
         for name in ("beta_1", "beta_2"):
@@ -310,7 +311,7 @@ class Settings:
     def to_config(self) -> dict[str, Any]:
         """Return `to_arguments` as plain data, but for a rate that is a plain function."""
         lr = self.config.lr
-        plain = lr if callable(lr) and not dataclasses.is_dataclass(lr) else rate_to_dict(lr)
+        plain = lr if callable(lr) and not isinstance(lr, Schedule) else rate_to_dict(lr)
         return self.to_arguments() | {"lr": plain, "options": self.options.to_dict()}
 
 

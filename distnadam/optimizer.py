@@ -6,6 +6,7 @@ from typing import Any, Literal, Self, overload
 from distnadam.backends import factory
 from distnadam.backends.base import WorkerGroup
 from distnadam.checkpoint import store
+from distnadam.checkpoint.contents import packed_data
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
@@ -18,13 +19,12 @@ from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
 from distnadam.config import BackendName, Options, Settings, check_count
 from distnadam.errors import ConfigError
-from distnadam.schedules import Rate
+from distnadam.schedules import Rate, kept
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Ticket, Worker
 
 Data = Mapping[str, Any]
-"""Plain data that a checkpoint keeps beside the state."""
 
 
 class DistNadam:
@@ -180,7 +180,7 @@ class DistNadam:
     def lr(self) -> Rate:
         """The learning rate, a float or a schedule; set, it holds from the next step on."""
         life = self._life
-        return life.shards.describe().lr if life.is_built else life.settings.config.lr
+        return kept(life.shards.describe().lr if life.is_built else life.settings.config.lr)
 
     @lr.setter
     def lr(self, value: Rate) -> None:
@@ -331,16 +331,18 @@ class DistNadam:
                 returns a handle (`result()`, `done()`) and writes behind the training. The next
                 save waits for it; its error is raised by `result()`, else by the next call that
                 changes or saves the state, or by `close()`.
-            data: plain data to keep beside the state, such as the position in the data;
-                `restored_data` gives it back.
+            data: what to keep beside the state, as it is now, such as a position in the data or
+                ``rng.bit_generator.state``; `restored_data` gives it back, equal. A dict of None,
+                numbers, str, bytes, list, tuple, dict, and NumPy arrays and scalars.
 
         Raises:
             CheckpointError: naming the file that could not be written; earlier checkpoints stay as
                 they were.
-            ConfigError: the learning rate is a plain function, which cannot be stored.
+            ConfigError: the learning rate is a plain function, which cannot be stored, or `data`
+                holds something else, named by its key; nothing was written.
         """
         shards, root = self._life.shards_to_change(), open_directory(path)
-        saved = Saved(settings=self._life.settings, data=dict(data or {}))
+        saved = Saved(settings=self._life.settings, data=packed_data(data))
         if wait:
             return self.saves.save(shards, root, saved)
         return self.saves.save_async(shards, root, saved)
@@ -385,7 +387,7 @@ class DistNadam:
             optimizer = cls(**settings.to_arguments())
             layout = Layout.from_dict(manifest.layout)
             optimizer._life.start(layout, lambda shards: shards.restore(directory, manifest))
-            optimizer.restored_data = dict(manifest.data)
+            optimizer.restored_data = manifest.user_data
             return optimizer
 
         return store.load_first_valid(path, load)

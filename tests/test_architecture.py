@@ -12,7 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
     errors reproducible_math versions
-    schedules tensors
+    tensors
+    plain_data
+    schedules
     config
     nadam
     protocol
@@ -35,6 +37,7 @@ LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name i
 PURE = (
     "errors",
     "reproducible_math",
+    "plain_data",
     "schedules",
     "tensors",
     "config",

@@ -1,15 +1,24 @@
 """Learning-rate schedules: their values, plain data and back, and refusals."""
 
+import json
 import math
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from ray import cloudpickle
 
+from distnadam import DistNadam
 from distnadam.errors import ConfigError
 from distnadam.schedules import (
     Constant,
     Exponential,
     Piecewise,
+    Rate,
     Schedule,
     WarmupCosine,
     rate_at,
@@ -113,3 +122,248 @@ def test_a_users_schedule_is_registered_when_it_is_defined() -> None:
 def test_a_bad_schedule_is_refused(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@dataclass(frozen=True)
+class Then(Schedule):
+    first: Rate
+    second: Rate
+    at: int
+
+    def __call__(self, step: int) -> float:
+        return rate_at(self.first, step) if step < self.at else rate_at(self.second, step - self.at)
+
+
+@dataclass(frozen=True)
+class Table(Schedule):
+    rates: Any
+
+    def __call__(self, step: int) -> float:
+        return float(self.rates[min(step, len(self.rates) - 1)])
+
+
+@dataclass(frozen=True)
+class Named(Schedule):
+    by_name: dict[str, Any]
+    rate: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", float(len(self.by_name)))
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted(Schedule):
+    rate: float
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+
+@dataclass(frozen=True)
+class Wrapped(Constant):
+    pass
+
+
+COMPOSED = [
+    Then(Constant(0.1), Then(0.2, WarmupCosine(0.1, 1, 5), 3), 2),
+    Table(np.array([0.1, 0.2])),
+    Table(np.float32([0.1, np.nan])),
+    Table(((0, 0.1), [1, (2, 0.3)])),
+    Table([Constant(0.1), {"then": (Constant(0.2),)}]),
+    Table({"class_name": "Constant", "config": {"rate": 1.0}}),
+    Table((math.inf, 2**70, "\udcff", b"\xff", None, True)),
+    Named({"class_name": 1, "config": 2, 3: (4,)}),  # type: ignore[dict-item]
+    Constant(np.float32(0.1)),  # type: ignore[arg-type]
+    Slotted(0.5),
+    Wrapped(0.5),
+]
+
+
+def of(schedule: Schedule) -> Schedule:
+    """The schedule that comes back from a config written as JSON."""
+    config = json.loads(json.dumps(DistNadam(lr=schedule).get_config(), allow_nan=False))
+    return DistNadam.from_config(config).lr  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("schedule", COMPOSED, ids=lambda s: type(s).__name__)
+def test_a_schedule_made_of_anything_that_is_kept_comes_back_equal(schedule: Schedule) -> None:
+    back = of(schedule)
+    assert back == schedule
+    assert type(back) is type(schedule)
+    assert repr(back) == repr(schedule)  # tells tuples from lists, and a float32 from a float
+
+
+def test_a_restored_optimizer_has_the_composed_schedule(tmp_path: Path) -> None:
+    with DistNadam(lr=COMPOSED[0], backend="local").build({"w": np.ones(2)}) as optimizer:
+        optimizer.apply_gradients({"w": np.ones(2)})
+        path = optimizer.save(tmp_path)
+    with DistNadam.restore(path, backend="local") as restored:
+        assert restored.lr == COMPOSED[0]
+
+
+def test_schedules_of_other_values_or_types_are_not_equal() -> None:
+    assert Table(np.array([0.1])) != Table(np.array([0.2]))
+    assert Table(np.array([0.1])) != Table([0.1])
+    assert Table((0.1,)) != Table([0.1])
+    assert Constant(0.5) != Wrapped(0.5)
+    assert len({Constant(0.5), Constant(0.5), Constant(0.25)}) == 2
+
+
+def test_what_an_optimizer_was_given_is_what_it_keeps() -> None:
+    rates = np.array([0.1, 0.2])
+    with DistNadam(lr=Table(rates), backend="local").build({"w": np.ones(2)}) as optimizer:
+        rates[:] = 9.0
+        optimizer.lr.rates[:] = 9.0  # type: ignore[union-attr]
+        assert optimizer.lr == Table(np.array([0.1, 0.2]))
+        optimizer.lr = Table(rates)
+        rates[:] = 5.0
+        assert optimizer.lr == Table(np.array([9.0, 9.0]))
+
+
+@dataclass
+class Thawed(Schedule):
+    rate: float = 0.1
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    rate: float
+    scale: InitVar[float]
+
+    def __post_init__(self, scale: float) -> None:
+        object.__setattr__(self, "rate", self.rate * scale)
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+
+@dataclass(frozen=True)
+class Doubled(Schedule):
+    rate: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rate", self.rate * 2)
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+
+class Undeclared(Schedule):
+    def __call__(self, step: int) -> float:
+        return 0.1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Then(Constant(0.1), lambda step: 0.1, 2), r"^lr: Then.second: expected .* function"),
+        (Table({1, 2}), r"^lr: Table.rates: expected .*, got set"),
+        (Then(Table([Path("x")]), 0.1, 1), r"^lr: Then.first: Table.rates\[0\]: .* PosixPath"),
+        (Table(np.array([None])), "^lr: Table.rates: .* dtype object"),
+        (Thawed(), r"^lr=Thawed\(rate=0.1\): a Schedule must be a frozen dataclass"),
+        (Undeclared(), "a Schedule must be a frozen dataclass"),
+        (Scaled(0.1, 2.0), "cannot be made again of its fields rate: TypeError: .*'scale'"),
+        (Doubled(0.1), r"made again of its fields, it is Doubled\(rate=0.4\)"),
+        (Then(Undeclared(), 0.1, 1), "^lr: Then.first=.*must be a frozen dataclass"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_schedule_that_no_checkpoint_holds_is_refused_at_once(
+    schedule: Schedule, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistNadam(lr=schedule)
+    with DistNadam(backend="local").build({"w": np.ones(2)}) as optimizer:
+        with pytest.raises(ConfigError, match=message):
+            optimizer.lr = schedule
+        assert optimizer.lr == 0.002
+
+
+def test_schedules_nested_without_end_are_refused() -> None:
+    nested: Rate = 0.1
+    for _ in range(400):
+        nested = Then(nested, 0.1, 1)
+    with pytest.raises(ConfigError, match="deeper than"):
+        DistNadam(lr=nested)
+
+
+def local_classes() -> list[type[Schedule]]:
+    """Classes that pickle by value, as those of a script or a notebook do."""
+
+    @dataclass(frozen=True)
+    class Halved(Schedule):
+        rate: float
+
+        def __call__(self, step: int) -> float:
+            return self.rate / (1 + step)
+
+    @dataclass(frozen=True)
+    class Extended(Constant):
+        floor: float = 0.0
+
+    class Inherited(Constant):
+        pass
+
+    @dataclass(frozen=True, slots=True)
+    class InSlots(Schedule):
+        rate: float
+
+        def __call__(self, step: int) -> float:
+            return self.rate
+
+    return [Halved, Extended, Inherited, InSlots]
+
+
+@pytest.mark.parametrize("kind", local_classes(), ids=lambda kind: kind.__name__)
+def test_a_class_that_came_back_from_ray_is_still_the_schedule_of_its_name(
+    kind: type[Schedule],
+) -> None:
+    schedule = kind(0.25)  # type: ignore[call-arg]
+    for _ in range(2):
+        returned = cloudpickle.loads(cloudpickle.dumps(schedule))
+        cloudpickle.loads(cloudpickle.dumps(kind))
+    assert type(returned) is kind
+    assert returned == schedule
+    assert type(of(schedule)) is kind
+    assert of(schedule) == schedule
+
+
+ELSEWHERE = """
+import sys
+from ray import cloudpickle
+from distnadam import DistNadam
+raw = sys.stdin.buffer.read()
+schedules = [cloudpickle.loads(raw) for _ in range(2)][-1]
+for schedule in schedules:
+    again = DistNadam.from_config(DistNadam(lr=schedule).get_config()).lr
+    assert again == schedule and again(3) == schedule(3), schedule
+"""
+
+
+def test_a_process_that_knows_a_class_only_by_value_can_make_it_again() -> None:
+    schedules = [kind(0.25) for kind in local_classes()]  # type: ignore[call-arg]
+    raw = cloudpickle.dumps(schedules)
+    subprocess.run([sys.executable, "-c", ELSEWHERE], input=raw, check=True, timeout=120)
+
+
+def test_a_class_defined_again_takes_the_place_of_the_first() -> None:
+    first, second = local_classes()[0], local_classes()[0]
+    cloudpickle.loads(cloudpickle.dumps(first(0.5)))  # type: ignore[call-arg]
+    assert type(rate_from(rate_to_dict(second(0.5)))) is second  # type: ignore[call-arg]
+
+
+def test_a_class_with_the_name_of_another_modules_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'Constant' is defined in distnadam.schedules: rename"):
+
+        @dataclass(frozen=True)
+        class Constant(Schedule):
+            rate: float
+
+            def __call__(self, step: int) -> float:
+                return 0.0

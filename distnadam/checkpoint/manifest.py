@@ -15,6 +15,7 @@ import msgpack
 import numpy as np
 import xxhash
 
+from distnadam.checkpoint.contents import data_from, options_from, packed_options
 from distnadam.checkpoint.msgpack_guard import check_msgpack
 from distnadam.config import NadamConfig, Options, Settings
 from distnadam.errors import CheckpointError, DistNadamError
@@ -72,7 +73,7 @@ class Manifest:
     Args:
         save_id: 16 hexadecimal digits, different for each save.
         config: `NadamConfig.to_dict()`.
-        options: `Options.to_dict()`.
+        options: `Options.to_dict()`, as `plain_data` writes it.
         topology: numbers of shards, workers and replicas, and the optimizer's name.
         layout: `Layout.to_dict()`.
         iterations: steps applied.
@@ -80,7 +81,7 @@ class Manifest:
         round: protocol rounds decided, skipped ones included.
         skipped: rounds that were skipped.
         ledger: `Ledger.to_dict()`.
-        data: the caller's own, such as the position in its data.
+        data: what `contents.packed_data` returned of the caller's own; `user_data` gives it back.
         files: the shards' files, by index.
         saved_at: seconds since 1970.
     """
@@ -111,7 +112,7 @@ class Manifest:
         return cls(
             save_id=os.urandom(8).hex(),
             config=settings.config.to_dict(),
-            options=settings.options.to_dict(),
+            options=packed_options(settings.options),
             topology=settings.topology.to_dict(),
             layout=layout.to_dict(),
             iterations=position.clock.iterations,
@@ -122,8 +123,18 @@ class Manifest:
             data=dict(data),
         )
 
+    @property
+    def user_data(self) -> dict[str, Any]:
+        """The caller's data, equal to what was saved."""
+        return data_from(self.data)
+
+    @property
+    def saved_options(self) -> Options:
+        """The options that the optimizer had."""
+        return options_from(self.options)
+
     def to_bytes(self) -> bytes:
-        """Return the manifest file's bytes; raise CheckpointError if a field is not plain data."""
+        """Return the manifest file's bytes."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         body["files"] = [
             [
@@ -134,12 +145,7 @@ class Manifest:
             ]
             for f in self.files
         ]
-        try:
-            packed = msgpack.packb(body)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(
-                f"manifest: holds something that is not plain data: {error}"
-            ) from error
+        packed = msgpack.packb(body)
         envelope = {
             "magic": MAGIC,
             "version": FORMAT_VERSION,
@@ -241,7 +247,8 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
         raise CheckpointError(f"{where}: names a file twice")
     layout = _parse("layout", _layout, body["layout"], where)
     _parse("config", _config, body["config"], where)
-    _parse("options", Options.of, body["options"], where)
+    _parse("options", options_from, body["options"], where)
+    _parse("data", data_from, body["data"], where)
     _parse("ledger", Ledger.from_dict, body["ledger"], where)
     if max(layout.sizes.values(), default=0) * 12 > sum(f.size for f in files):
         raise CheckpointError(

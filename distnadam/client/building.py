@@ -10,6 +10,7 @@ from typing import Any
 
 from distnadam.backends import factory
 from distnadam.checkpoint import store
+from distnadam.checkpoint.contents import check_layout
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.shard_group import ShardGroup
@@ -26,9 +27,11 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
     """Return new shards of a model, without state yet.
 
     Raises:
+        StructureError: no checkpoint has room for the model's names.
         ConfigError: a local optimizer cannot have a name.
         ClusterError: the shards cannot be obtained.
     """
+    check_layout(layout)
     topology = settings.topology
     several = topology.num_shards > 1 or topology.num_workers > 1
     backend = factory.choose(topology.backend, several=several)
@@ -106,6 +109,6 @@ def restored_settings(
         topology = replace(topology, name=None)
     return Settings(
         config=manifest.nadam_config(f"{directory}/{store.MANIFEST}"),
-        options=Options.of(manifest.options if options is None else options),
+        options=manifest.saved_options if options is None else Options.of(options),
         topology=topology,
     )

@@ -92,7 +92,9 @@ class _Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a checkpoint says beside the state: the optimizer's settings and the user's data."""
+    """What a checkpoint says beside the state: the optimizer's settings and the user's data, as
+    `packed_data` returned it.
+    """
 
     settings: Settings
     data: Mapping[str, Any]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.checkpoint import store
+from distnadam.checkpoint.contents import check_layout
 from distnadam.checkpoint.manifest import Manifest, Position
 from distnadam.checkpoint.shard_file import read_shard, write_shard
 from distnadam.checkpoint.storage.resolve import DirectoryLike
@@ -69,6 +70,7 @@ class OptimizerState:
 
     def save(self, root: DirectoryLike) -> str:
         """Write a checkpoint of one shard under `root`, and return its directory."""
+        check_layout(self.layout)
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
         arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in STATE_ARRAYS}
         position = Position(clock=self.clock, round=self.clock.iterations)

@@ -7,7 +7,7 @@ at each tensor, so that a chunk is never in two shards.
 """
 
 from bisect import bisect_right
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ import optree
 
 from distnadam.errors import StructureError
 from distnadam.tensors.arrays import SPACE_OF, SPACES, Array, Flat, dtype_of, is_float
+from distnadam.tensors.containers import plain_tree
 from distnadam.tensors.leaves import as_numpy, first_of, kind_of, memory_of, remedy_of, told_of
 
 CHUNK = 1024
@@ -83,7 +84,7 @@ class Layout:
         """Lay out a tree of arrays; raise StructureError naming the path where a leaf or container
         cannot be one.
         """
-        plain = _plain(params, "")
+        plain = plain_tree(params)
         paths, leaves = _flatten(plain)
         if not leaves:
             raise StructureError(
@@ -321,28 +322,6 @@ def _skeleton(tree: Any) -> Any:
     """Return the tree with each leaf replaced by its index."""
     spec = optree.tree_structure(tree, none_is_leaf=True)
     return optree.tree_unflatten(spec, range(spec.num_leaves))
-
-
-def _plain(node: Any, path: str) -> Any:
-    """Return the tree made of dicts, lists and tuples alone; raise StructureError for a container
-    that a checkpoint cannot name.
-    """
-    if optree.tree_is_leaf(node, none_is_leaf=True):
-        return node
-    if type(node) not in (dict, OrderedDict, defaultdict, list, tuple):
-        where = f"{path!r}" if path else "the root"
-        raise StructureError(
-            f"params: {where}: expected a dict, list or tuple, got {type(node).__name__}"
-        )
-    below = f"{path}/" if path else ""
-    if not isinstance(node, dict):
-        return type(node)(_plain(child, f"{below}{i}") for i, child in enumerate(node))
-    for key in node:
-        if not isinstance(key, (str, int)):
-            raise StructureError(
-                f"params: '{below}{key}': expected keys of str or int, got {type(key).__name__}"
-            )
-    return {key: _plain(child, f"{below}{key}") for key, child in node.items()}
 
 
 def _encode(node: Any) -> Any:

@@ -61,8 +61,8 @@ def data_of_run(where: DirectoryLike) -> dict[str, Any]:
     """
     for step in reversed(store.step_directories(where)):
         with suppress(CheckpointError):
-            data = store.load(step).data
-            return dict(data) if data.keys() == _DATA else {}
+            data = store.load(step).user_data
+            return data if data.keys() == _DATA else {}
     return {}
 
 

@@ -243,7 +243,7 @@ class TrainingRun:
 
     def _check_same_run(self, manifest: Manifest, layout: Layout) -> None:
         """Raise CheckpointError if a checkpoint is of another task, seed or model."""
-        directory, saved = self.lock.directory, manifest.data
+        directory, saved = self.lock.directory, manifest.user_data
         for key, ours in (("task", self.label), ("seed", self.seed)):
             if saved.get(key) != ours:
                 raise CheckpointError(

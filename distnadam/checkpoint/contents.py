@@ -1,0 +1,78 @@
+"""What a checkpoint can hold of a user's own: data, options, the names of tensors.
+
+Whatever it cannot hold is refused when it is given, before a byte is written.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+
+from distnadam.config import Options
+from distnadam.errors import ConfigError, StructureError
+from distnadam.plain_data import PlainData
+from distnadam.tensors.layout import Layout
+
+_PLAIN = PlainData()
+_MOST_LAYOUT = (24 << 20, 1_400_000)
+_MOST_DATA = (24 << 20, 400_000)
+"""The most bytes and objects of these parts, which together stay below what a reader refuses."""
+
+
+def packed_data(data: Any) -> dict[str, Any]:
+    """Return a caller's data (None: there is none) as plain data, which shares nothing with it.
+
+    Raises:
+        ConfigError: naming the key of something that no checkpoint can keep.
+    """
+    data = {} if data is None else data
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"data must be a mapping, got {type(data).__name__} {data!r}")
+    packed: dict[str, Any] = _PLAIN.pack(dict(data), "data")
+    if (excess := _excess(packed, _MOST_DATA)) is not None:
+        raise ConfigError(f"data: {excess}; keep large arrays in files of their own")
+    return packed
+
+
+def data_from(packed: Any) -> dict[str, Any]:
+    """Return the data that `packed_data` packed; raise ConfigError for what it cannot have been."""
+    data = _PLAIN.unpack(packed)
+    if not isinstance(data, dict):
+        raise ConfigError(f"data must be a mapping, got {type(data).__name__}")
+    return data
+
+
+def packed_options(options: Options) -> dict[str, Any]:
+    """Return options as plain data."""
+    packed: dict[str, Any] = _PLAIN.pack(options.to_dict(), "options")
+    return packed
+
+
+def options_from(packed: Any) -> Options:
+    """Return the options that `packed_options` packed."""
+    return Options.of(_PLAIN.unpack(packed))
+
+
+def check_layout(layout: Layout) -> None:
+    """Raise StructureError if no checkpoint has room for the names and shapes of its tensors."""
+    if (excess := _excess(layout.to_dict(), _MOST_LAYOUT)) is not None:
+        raise StructureError(
+            f"params: {len(layout.tensors)} tensors: {excess} for their names and shapes"
+        )
+
+
+def _excess(plain: Any, most: tuple[int, int]) -> str | None:
+    """Return by how much plain data exceeds the most bytes and objects, or None."""
+    size, objects = len(msgpack.packb(plain)), _count_objects(plain)
+    if size <= most[0] and objects <= most[1]:
+        return None
+    return (
+        f"{size} bytes and {objects} objects, of which a checkpoint keeps at most {most[0]} and "
+        f"{most[1]}"
+    )
+
+
+def _count_objects(plain: Any) -> int:
+    if isinstance(plain, dict):
+        return 1 + len(plain) + sum(map(_count_objects, plain.values()))
+    return 1 + sum(map(_count_objects, plain)) if isinstance(plain, list) else 1
