@@ -87,8 +87,12 @@ class WorkerGroup(ABC):
         """Wait up to `timeout_s` for a call to end; return (rank, value or error) of each ended."""
 
     @abstractmethod
-    def replace(self, rank: int) -> None:
-        """End a member's process, if it has one, drop its call and start a new member."""
+    def end(self, rank: int) -> None:
+        """Make certain that a member's process, if it has one, is gone, and drop its call."""
+
+    @abstractmethod
+    def start(self, rank: int) -> None:
+        """Start a new member in place of one that was ended."""
 
     @abstractmethod
     def close(self) -> None:

@@ -76,7 +76,7 @@ class LocalWorkerChannel(WorkerChannel):
 
 
 class LocalWorkerGroup(WorkerGroup):
-    """Threads of this process; a member that is replaced runs on until its own call returns."""
+    """Threads of this process; a member that is ended runs on until its own call returns."""
 
     def __init__(self, size: int, make: Callable[[int], Any]) -> None:
         self._make = make
@@ -94,8 +94,11 @@ class LocalWorkerGroup(WorkerGroup):
         return [(self._calls.pop(future), future.exception() or future.result()) for future in done]
 
     @override
-    def replace(self, rank: int) -> None:
+    def end(self, rank: int) -> None:
         self._calls = {future: r for future, r in self._calls.items() if r != rank}
+
+    @override
+    def start(self, rank: int) -> None:
         self._members[rank] = self._make(rank)
 
     @override

@@ -82,7 +82,7 @@ class RankRunner:
         self._retries = retries
         self._on_message = on_message
         self._running: dict[int, int] = {}  # the end of its segment, by rank
-        self._replaced: dict[int, int] = {}  # the incarnation last replaced, by rank
+        self._ended: dict[int, int] = {}  # the last incarnation that is known to be gone, by rank
         self._losses: dict[int, dict[int, float]] = {}  # by step, then rank
 
     def begin(self, end: int) -> None:
@@ -110,8 +110,7 @@ class RankRunner:
                     for step, loss in result.items():
                         self._losses.setdefault(step, {})[rank] = loss
             for rank, incarnation in self._optimizer.lost_ranks().items():
-                if rank in self._running and self._replaced.get(rank, -1) < incarnation:
-                    self._replaced[rank] = incarnation
+                if rank in self._running and self._ended.get(rank, -1) < incarnation:
                     self._replace(rank, WorkerLost(f"worker {rank}: its process died"))
         return {step: sum(each.values()) / len(each) for step, each in sorted(self._losses.items())}
 
@@ -138,6 +137,10 @@ class RankRunner:
     def _replace(self, rank: int, error: Exception) -> None:
         self._retries.count(self._optimizer.round, error, rank)
         self._on_message(f"{error}; worker {rank} is started again")
-        end = self._running[rank]
-        self._group.replace(rank)
-        self._start(rank, end)
+        self._group.end(rank)
+        # a death is often reported twice, by the backend and by the shards, which may be late: the
+        # second report must not end the successor
+        gone = self._optimizer.shards.describe().newest.get(rank, 0)
+        self._group.start(rank)
+        self._start(rank, self._running[rank])
+        self._ended[rank] = gone

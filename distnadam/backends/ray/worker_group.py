@@ -53,9 +53,12 @@ class RayWorkerGroup(WorkerGroup):
         return [(rank, self._result(rank, ref)) for rank, ref in ended]
 
     @override
-    def replace(self, rank: int) -> None:
+    def end(self, rank: int) -> None:
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
+
+    @override
+    def start(self, rank: int) -> None:
         actor = self._make_member(rank)
         self._actors[rank] = actor
         self._places[actor] = actor.about.remote()
