@@ -6,7 +6,6 @@ I/O and no arrays here.
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from distnadam.errors import ConfigError
+from distnadam.places import place
 from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
 
 DEFAULT_EPSILON = 1e-7
@@ -120,9 +120,9 @@ class Options:
             `StepTimeout`, naming the ranks or shards that are late.
         object_store_bytes: size in bytes of the object store of a Ray that this package starts.
             None means Ray's default.
-        checkpoint_dir: the directory from which the shards restore when one of them dies without a
-            standby; `build` writes a first checkpoint there. None means the directory of the last
-            `save`.
+        checkpoint_dir: the directory, a path or an fsspec URL, from which the shards restore when
+            one of them dies without a standby; `build` writes a first checkpoint there. None means
+            the directory of the last `save`. A relative path is made absolute here.
         retain_initial: keep the parameters given to `build` in the supervisor until the first
             checkpoint (4 bytes per float32 element), so that a shard that dies before it can be
             recovered.
@@ -169,7 +169,7 @@ class Options:
                     f"{getattr(self, name)!r}"
                 )
         if self.checkpoint_dir is not None:
-            object.__setattr__(self, "checkpoint_dir", os.fspath(self.checkpoint_dir))
+            object.__setattr__(self, "checkpoint_dir", place(self.checkpoint_dir, "checkpoint_dir"))
         for name, least in (
             ("threads", 1),
             ("shard_memory_bytes", 0),

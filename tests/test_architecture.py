@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
     errors reproducible_math versions
+    places
     tensors
     plain_data
     schedules
@@ -37,6 +38,7 @@ LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name i
 PURE = (
     "errors",
     "reproducible_math",
+    "places",
     "plain_data",
     "schedules",
     "tensors",

@@ -14,6 +14,7 @@ import click
 from distnadam.cli.group import JSON, PATH, exit_on_error, main
 from distnadam.config import Options
 from distnadam.optimizer import DistNadam
+from distnadam.places import local_path
 from distnadam.training.fit import fit
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
@@ -176,7 +177,8 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
             verbose=not options["quiet"],
             **{name: options[name] for name in _PASSED_TO_FIT},
         )
-    directory = options["checkpoint_dir"] or history.checkpoint_dir
+    given = options["checkpoint_dir"]
+    directory = given if given and "://" in given else history.checkpoint_dir
     summary = _summary(history, _resume_command(context, directory))
     if options["as_json"]:
         click.echo(json.dumps(summary))
@@ -193,7 +195,9 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
 def plot(run: Path, *, output: Path | None) -> None:
     """Draw the loss of a run, whose metrics.csv is in the directory RUN."""
     with exit_on_error():
-        click.echo(plot_loss(run / "metrics.csv", output or run / "loss.png"))
+        directory = Path(local_path(run, "RUN"))
+        picture = directory / "loss.png" if output is None else Path(local_path(output, "--output"))
+        click.echo(plot_loss(directory / "metrics.csv", picture))
 
 
 def load_task(name: str) -> Task:

@@ -14,6 +14,7 @@ from distnadam.errors import CheckpointError, ConfigError
 from distnadam.interop import keras, optax, own_files, torch
 from distnadam.interop.formulas import Conversion
 from distnadam.interop.optimizer_state import OptimizerState, load_checkpoint
+from distnadam.places import local_path
 
 Format = Literal["keras", "keras3", "torch", "optax", "safetensors", "numpy"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -86,7 +87,8 @@ def export_checkpoint(
         raise ConfigError(
             f"slots=False writes parameters alone, which is for {' and '.join(_OWN)}, got to={to!r}"
         )
-    job = Conversion(Path(output).absolute(), order=order, slots=slots, lossy=lossy)
+    path = Path(local_path(output, "output"))
+    job = Conversion(path, order=order, slots=slots, lossy=lossy)
     _WRITERS[to](load_checkpoint(checkpoint), job)
     return Converted(str(job.path), job.all_notes)
 
@@ -127,7 +129,8 @@ def import_checkpoint(
         raise ConfigError(
             f"source_format must be one of {', '.join(map(repr, FORMATS))}, got {source_format!r}"
         )
-    job = Conversion(Path(source).absolute(), order=order, config=config or {}, lossy=lossy)
+    path = Path(local_path(source, "source"))
+    job = Conversion(path, order=order, config=config or {}, lossy=lossy)
     if not job.path.is_file():
         raise CheckpointError(f"{job.path}: there is no such file")
     state = _READERS[source_format](job)

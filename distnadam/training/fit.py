@@ -21,7 +21,7 @@ from distnadam.training.callbacks import (
 from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
 from distnadam.training.run import TrainingRun
-from distnadam.training.task import Task, run_directory, task_name
+from distnadam.training.task import Task, claim_run_directory, task_name
 
 
 def fit(
@@ -60,15 +60,15 @@ def fit(
         backend: "auto", "local" or "ray", as for `DistNadam`.
         seed: passed to `Task.init`.
         checkpoint_dir: the directory for checkpoints, metrics.csv and loss.png; None means
-            ``runs/<task>-<time>/``. If it is an fsspec URL, only the checkpoints go there, and the
-            other files to ``runs/<task>-<time>/``.
+            a new directory, ``runs/<task>-<time>/``. If it is an fsspec URL, only the checkpoints
+            go there, and the other files to such a new directory.
         save_every: steps between checkpoints, which are written in the background; None saves only
             at the end.
         keep: how many of the last checkpoints are kept.
         keep_every: checkpoints of steps that are multiples of this are kept too.
         keep_every_s: one checkpoint in each span of so many seconds is kept too.
-        resume: "auto" continues from the newest valid checkpoint in `checkpoint_dir` if there is
-            one, "must" requires one, "never" refuses a directory that holds one.
+        resume: "auto" continues from the newest valid checkpoint in the `checkpoint_dir` that was
+            given, if there is one, "must" requires one, "never" refuses a directory that holds one.
         evaluate_every: steps between evaluations; None evaluates only at the end.
         callbacks: receive the events of the run.
         verbose: whether to show progress on standard error; "auto" means True.
@@ -123,11 +123,14 @@ def fit(
         )
     seed = check_count("seed", seed, least=0)
     label = task_name(task)
-    default_directory = run_directory(label)
-    checkpoints = open_directory(checkpoint_dir or default_directory)
+    if checkpoint_dir is None:
+        if resume == "must":
+            raise ConfigError('resume="must" needs checkpoint_dir: a new run has no checkpoint')
+        checkpoint_dir = claim_run_directory(label)
+    checkpoints = open_directory(checkpoint_dir, "checkpoint_dir")
     # beside checkpoints at a URL, metrics and plot still need a local directory
     local = checkpoints if isinstance(checkpoints, LocalDirectory) else None
-    root = local.path if local is not None else default_directory.absolute()
+    root = local.path if local is not None else claim_run_directory(label)
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
     display = [ProgressDisplay(screen)] if screen is not None else []

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from distnadam.checkpoint.run_lock import make_run_lock
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import CheckpointBusy, CheckpointError, ConfigError, TrainingError
 from distnadam.training.callbacks import Callback, read_metrics
+from distnadam.training.task import claim_run_directory
+from distnadam.training.tasks.digits import Digits
 
 
 class Quadratic:
@@ -304,3 +307,40 @@ def test_the_optimizer_given_is_a_template_for_its_hyper_parameters(tmp_path: Pa
     history = train(tmp_path, steps=1, optimizer=DistNadam(lr=0.5, clipvalue=0.1))
     manifest = store.load(history.checkpoints[0])
     assert (manifest.config["lr"], manifest.config["clipvalue"]) == (0.5, 0.1)
+
+
+def test_runs_of_one_second_have_directories_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-000000")
+    runs = [
+        fit(Digits(), steps=1, optimizer=DistNadam(lr=lr), backend="local", verbose=False)
+        for lr in (0.1, 0.2, 0.3)
+    ]
+    first = tmp_path / "runs" / "digits-20260101-000000"
+    assert [run.checkpoint_dir for run in runs] == [
+        first,
+        first.with_name(f"{first.name}-2"),
+        first.with_name(f"{first.name}-3"),
+    ]
+    assert [(run.steps, run.resumed_from) for run in runs] == [([1], None)] * 3
+
+
+def test_the_name_of_a_task_makes_a_legal_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for label in ("x" * 300, "../..", "", "a/b\0名"):
+        path = claim_run_directory(label)
+        assert path.parent == tmp_path / "runs"
+        assert path.is_dir()
+
+
+def test_a_run_without_a_directory_has_nothing_that_it_must_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match='resume="must" needs checkpoint_dir'):
+        fit(Digits(), steps=1, backend="local", resume="must")
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 from distnadam.errors import CheckpointError
+from distnadam.places import above
 
 Pieces = Callable[[], Iterator[memoryview]]
 """Yields a file's contents; each call starts at the beginning, so that a write can be retried."""
@@ -89,7 +90,7 @@ class Directory(ABC):
 
 def parent_of(directory: object) -> str:
     """Return the path or URL of a directory's parent."""
-    return str(directory).rstrip("/").rpartition("/")[0]
+    return above(str(directory))
 
 
 @contextlib.contextmanager

@@ -13,11 +13,13 @@ from typing_extensions import override
 
 from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto
 from distnadam.errors import CheckpointError
+from distnadam.places import below
 
 _T = TypeVar("_T")
 _EXTRA_OF = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 RETRY_PAUSES_S = (0.1, 0.4, 1.6, 3.2)
 """Seconds to wait before each retry."""
+_A_NAME = "step_00000000"
 _PERMANENT = (
     FileNotFoundError,
     PermissionError,
@@ -40,13 +42,26 @@ def open_remote(url: str) -> "RemoteDirectory":
 
     protocol = url.partition("://")[0]
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        kind = fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         hint = f": pip install 'distnadam[{_EXTRA_OF[protocol]}]'" if protocol in _EXTRA_OF else ""
         raise CheckpointError(
             f"{url}: no installed package handles {protocol}://{hint} ({error})"
         ) from error
-    return RemoteDirectory(filesystem, protocol, path.rstrip("/"))
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        child = kind._strip_protocol(below(url, _A_NAME))
+    except Exception as error:  # every file system has its own: for a host, a port, a password
+        raise CheckpointError(
+            f"{url}: cannot be opened: {type(error).__name__}: {error}"
+        ) from error
+    path = str(path).rstrip("/")
+    if child != f"{path}/{_A_NAME}":
+        raise CheckpointError(
+            f"{url}: {protocol}:// takes its ? or # for a part of the path, or leaves it out: give "
+            "a URL without"
+        )
+    return RemoteDirectory(filesystem, url, path)
 
 
 class RemoteDirectory(Directory):
@@ -54,19 +69,19 @@ class RemoteDirectory(Directory):
 
     Args:
         filesystem: the fsspec file system.
-        protocol: the URL's, such as "s3".
+        url: the directory's.
         path: the directory in the file system's own notation.
     """
 
     best_read_bytes = 8 << 20
 
-    def __init__(self, filesystem: Any, protocol: str, path: str) -> None:
+    def __init__(self, filesystem: Any, url: str, path: str) -> None:
         self._fs = filesystem
-        self._protocol = protocol
+        self._url = url
         self._path = path
 
     def __str__(self) -> str:
-        return f"{self._protocol}://{self._path.lstrip('/')}"
+        return self._url
 
     @property
     @override
@@ -75,7 +90,7 @@ class RemoteDirectory(Directory):
 
     @override
     def child(self, name: str) -> "RemoteDirectory":
-        return RemoteDirectory(self._fs, self._protocol, f"{self._path}/{name}")
+        return RemoteDirectory(self._fs, below(self._url, name), f"{self._path}/{name}")
 
     @override
     def make(self) -> None:
