@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
-    errors reproducible_math versions
+    errors reproducible_math threads versions
     places
     tensors
     plain_data

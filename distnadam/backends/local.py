@@ -28,6 +28,7 @@ from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
 from distnadam.supervision.resharding import Resharding, reshard
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
 from distnadam.tensors.layout import Layout, Ranges
+from distnadam.threads import renew_after_fork
 
 
 class LocalPending(Pending):
@@ -81,12 +82,18 @@ class LocalWorkerGroup(WorkerGroup):
     def __init__(self, size: int, make: Callable[[int], Any]) -> None:
         self._make = make
         self._members = {rank: make(rank) for rank in range(size)}
-        self._pool = ThreadPoolExecutor(size, "worker")
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Have threads of this process; what the parent's were called for is the parent's."""
+        self._pool = ThreadPoolExecutor(len(self._members), "worker")
         self._calls: dict[Future[Any], int] = {}
 
     @override
     def call(self, rank: int, method: str, *args: Any) -> None:
-        self._calls[self._pool.submit(getattr(self._members[rank], method), *args)] = rank
+        with memory_for(f"the thread of worker {rank}"):
+            self._calls[self._pool.submit(getattr(self._members[rank], method), *args)] = rank
 
     @override
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:

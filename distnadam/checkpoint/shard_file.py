@@ -8,8 +8,9 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from distnadam.errors import CheckpointError
 from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges, sizes_of
+from distnadam.threads import in_background
 
 _T = TypeVar("_T")
 State = dict[str, Flat]
@@ -278,10 +280,11 @@ def _share_out(jobs: list[_T], work: Callable[[Sequence[_T]], None]) -> None:
         work(jobs)
         return
     bounds = [len(jobs) * i // count for i in range(count + 1)]
-    with ThreadPoolExecutor(count, "reader") as pool:
-        futures = [pool.submit(work, jobs[low:high]) for low, high in pairwise(bounds)]
-        for future in futures:
-            future.result()
+    parts = [jobs[low:high] for low, high in pairwise(bounds)]
+    futures = [in_background("reader", partial(work, part)) for part in parts]
+    wait(futures)
+    for future in futures:
+        future.result()
 
 
 def _read_jobs(jobs: Sequence[_ReadJob], at_once: int) -> None:

@@ -5,7 +5,6 @@ waits for it.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -16,11 +15,13 @@ from typing import Any
 from distnadam.checkpoint.manifest import Manifest, Position
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.store import NewCheckpoint, new_checkpoint
+from distnadam.client.exit_guard import GUARD
 from distnadam.client.shard_group import IO_TIMEOUT_S, ShardGroup
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost, StepTimeout
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Collect, Paused, Reserve, Save
+from distnadam.threads import in_background, renew_after_fork
 
 log = logging.getLogger("distnadam")
 
@@ -36,6 +37,14 @@ class SaveHandle:
         self.round = round
         self._future: Future[str] = Future()
         self._raised = False
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Leave a save in flight to the parent: this process waits for no end, and raises none."""
+        if not self._future.done():
+            self._future = Future()
+            self._raised = True
+            self.fail(CheckpointError("the checkpoint is written by the process that was forked"))
 
     def done(self) -> bool:
         """Return whether it is complete, or failed."""
@@ -66,6 +75,11 @@ class SaveHandle:
         """Raise the error that it ended with, unless a call raised it before."""
         if self._future.done() and not self._raised:
             self.result()
+
+    @property
+    def unseen(self) -> BaseException | None:
+        """The error that it ended with, unless a call raised it; None while it is being written."""
+        return self._future.exception() if self._future.done() and not self._raised else None
 
     def complete(self, directory: str) -> None:
         """Mark the checkpoint complete."""
@@ -158,9 +172,8 @@ class CheckpointWriter:
         with _failures_counted(shards.backend.meter):
             snapshot = shards.recovering(lambda: _snapshot(shards, root, saved))
         saving = self._in_flight = SaveHandle(snapshot.checkpoint.round)
-        threading.Thread(
-            target=_write_behind, args=(shards, snapshot, saving), name="saving"
-        ).start()
+        GUARD.watch(saving)
+        in_background("saving", lambda: _write_behind(shards, snapshot, saving))
         return saving
 
 

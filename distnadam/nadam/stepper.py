@@ -19,6 +19,7 @@ from distnadam.errors import KernelError
 from distnadam.nadam.mean import BLOCK_BYTES
 from distnadam.nadam.step_scalars import StepScalars
 from distnadam.tensors.arrays import SPACES, Array
+from distnadam.threads import renew_after_fork
 
 _DENORMAL = {
     np.dtype(name): (np.array(np.finfo(name).smallest_subnormal), np.array(1, name))
@@ -95,7 +96,13 @@ class Stepper(ABC):
     def __init__(self, dtype: Any, threads: int = 1) -> None:
         self._dtype = np.dtype(dtype)
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "nadam-kernel") if threads > 1 else None
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Have threads of this process."""
+        more = self._threads > 1
+        self._pool = ThreadPoolExecutor(self._threads, "nadam-kernel") if more else None
 
     def share(self, parts: Iterable[Part]) -> Shares:
         """Deal disjoint parts out to the threads as contiguous runs of nearly equal length; a

@@ -54,6 +54,11 @@ class Outbox:
         self._sending: deque[_Queued] = deque()  # belongs to the thread that sends
         self._is_sending = False
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no thread changes the machine, or sends what came of it."""
+        return not self.lock.locked() and not self._is_sending
+
     def put(self, change: Callable[[], list[Effect]], run_work: RunWork) -> None:
         """Change the machine under the lock, and queue the effects; `flush` sends them."""
         thread = threading.get_ident()

@@ -3,6 +3,7 @@ out its effects. It does not know how messages came. No Ray.
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -41,8 +42,10 @@ from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
 from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.machine import MESSAGES, Shard
+from distnadam.shard.phases import AT_REST
 from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat, memory_for
+from distnadam.threads import renew_after_fork
 
 GradientsOf = Callable[[int, int, dict[str, str]], Flat | None]
 """From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory; None if
@@ -102,6 +105,22 @@ class ShardHost:
         self._waiting: set[Reply] = set()
         self._is_closed = False
         self._meter: Meter | None = None
+        self._refusal = LifecycleError(f"shard {spec.index}: the optimizer was closed")
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Refuse everything in a forked child, if a thread that it lacks was to finish a round."""
+        shard = self.shard
+        if self._outbox.is_idle and shard.phase in AT_REST and not shard.exclusive_hold.holder:
+            return
+        self.lock = threading.Lock()
+        self._is_closed = True
+        self._waiting = set()
+        self._refusal = LifecycleError(
+            f"shard {self._spec.index}: this process was forked from its optimizer's while another "
+            "thread stepped, saved or read it; use the optimizer in its own process, fork between "
+            "two rounds, or restore a checkpoint here"
+        )
 
     @property
     def control_state(self) -> ShardControlState:
@@ -150,7 +169,7 @@ class ShardHost:
             if not is_closed:
                 self._waiting.add(reply)
         if is_closed:
-            reply(_closed(self._spec.index))
+            reply(self._refusal)
         else:
             handler = HANDLERS.get(type(message), ShardHost._receive)
             handler(self, message, reply, run_work or self._run_work)
@@ -165,7 +184,7 @@ class ShardHost:
             self._is_closed = True
             waiting = list(self._waiting)
         for reply in waiting:
-            self._answer(reply, _closed(self._spec.index))
+            self._answer(reply, self._refusal)
         self._replicator.close()
         self._kernel.close()
         self.files.close()
@@ -328,7 +347,3 @@ _WORK: dict[Work, Callable[[ShardHost], Any]] = {
     Work.STEP: ShardHost._step,
     Work.LOAD_OR_COPY: ShardHost._load_or_copy,
 }
-
-
-def _closed(index: int) -> LifecycleError:
-    return LifecycleError(f"shard {index}: the optimizer was closed")

@@ -5,7 +5,7 @@ Whoever is about to change the arrays waits for the copy's end, so the snapshot 
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from threading import Event
 from typing import Any
@@ -17,6 +17,7 @@ from distnadam.checkpoint.shard_file import State
 from distnadam.errors import ShardLost
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 from distnadam.tensors.layout import Ranges
+from distnadam.threads import in_background, renew_after_fork
 
 
 class SnapshotWriter:
@@ -29,8 +30,14 @@ class SnapshotWriter:
     def __init__(self, ranges: Ranges) -> None:
         self._ranges = ranges
         self.memory: State = {}
-        self._pool: ThreadPoolExecutor | None = None
         self._written: dict[str, Future[FileRecord]] = {}
+        self._copied = Event()
+        self._copied.set()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Forget a snapshot in flight, which the parent writes."""
+        self._written = {}
         self._copied = Event()
         self._copied.set()
 
@@ -49,8 +56,6 @@ class SnapshotWriter:
         self.reserve()
         wait_for(self._written.values())
         self._written.clear()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "saver")
         copied = Event()
 
         def take() -> FileRecord:
@@ -62,8 +67,8 @@ class SnapshotWriter:
                 copied.set()
             return write(self.memory)
 
-        self._written[name] = self._pool.submit(take)
         self._copied = copied  # the caller holds the shard, so nobody has waited for it yet
+        self._written[name] = in_background("saver", take)
 
     def wait_copied(self) -> None:
         """Wait until the arrays may be changed."""
@@ -80,5 +85,3 @@ class SnapshotWriter:
     def close(self) -> None:
         """Take no more snapshots; what is being written is written to its end."""
         self.wait_copied()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)

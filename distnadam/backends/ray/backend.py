@@ -19,6 +19,7 @@ from distnadam.backends.base import Backend, WorkerGroup
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import make_supervisor
 from distnadam.backends.ray.address import ProcessAddress
+from distnadam.backends.ray.calls import has_ray, require_ray
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.names import end_optimizer, named
 from distnadam.backends.ray.nodes import await_start, check_versions, node_facts
@@ -182,7 +183,7 @@ class RayBackend(Backend):
         """Release the shards; with `destroy`, a handle that did not start them ends those of its
         name.
         """
-        if destroy and self.supervisor.actor is not None and ray.is_initialized():
+        if destroy and self.supervisor.actor is not None and has_ray():
             end_optimizer(
                 self.supervisor.actor,
                 self.run_id or (registry.runs_of(self._name) if self._name else None),
@@ -197,5 +198,6 @@ class RayBackend(Backend):
 
 def _in_words(nodes: Iterable[str]) -> list[str]:
     """Return the address of each of Ray's nodes, with the beginning of Ray's id for it."""
+    require_ray()
     addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
     return [f"{addresses.get(node, 'a node that is gone')} ({node[:8]})" for node in nodes]

@@ -31,6 +31,7 @@ from distnadam.errors import (
     ShardUnavailable,
     StepTimeout,
 )
+from distnadam.threads import renew_after_fork
 
 _K = TypeVar("_K")
 
@@ -257,9 +258,39 @@ def retry_in_background(
     call().future().add_done_callback(done)
 
 
+class _Inherited:
+    """Whether this process was forked from one that had joined Ray, whose threads it lacks."""
+
+    def __init__(self) -> None:
+        self.is_forked = False
+
+    def after_fork(self) -> None:
+        """Remember it, as Ray itself does not."""
+        self.is_forked = self.is_forked or ray.is_initialized()
+
+
+_inherited = _Inherited()
+renew_after_fork(_inherited)
+
+
+def has_ray() -> bool:
+    """Whether this process can call Ray: it has joined one, and is no forked child of the process
+    that did.
+    """
+    return not _inherited.is_forked and ray.is_initialized()
+
+
 def require_ray() -> None:
-    """Raise LifecycleError if Ray was shut down: its functions would start or join another one."""
-    if not ray.is_initialized():
+    """Raise LifecycleError if Ray was shut down, whose functions would start or join another one;
+    or if this is a forked child, in which they would wait for ever.
+    """
+    if _inherited.is_forked:
+        raise LifecycleError(
+            "this process was forked from one that had joined Ray, and cannot use its connection: "
+            "start it by spawn (multiprocessing.get_context('spawn')), or connect(name) from a new "
+            "process"
+        )
+    if not has_ray():
         raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.util import metrics as ray_metrics
 
+from distnadam.backends.ray.calls import has_ray
 from distnadam.config import Options
 from distnadam.errors import ClusterError
 from distnadam.metrics.meter import BOUNDS_S, Meter
@@ -75,7 +76,7 @@ class Exporter:
         self._export()
 
     def _export(self) -> None:
-        if not ray.is_initialized():
+        if not has_ray():
             return
         try:
             for name, seconds in self.meter.seconds.items():

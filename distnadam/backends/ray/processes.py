@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 
+from distnadam.backends.ray.calls import has_ray
+
 _FENCE_S = 5.0
 
 
@@ -64,6 +66,6 @@ def _state_and_start_time(pid: int) -> tuple[str, str]:
 
 def kill_actor(actor: Any) -> None:
     """End an actor by Ray, if it lives."""
-    if actor is not None and ray.is_initialized():
+    if actor is not None and has_ray():
         with contextlib.suppress(Exception):  # it is dead already
             ray.kill(actor)

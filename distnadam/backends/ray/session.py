@@ -4,14 +4,19 @@ A Ray that cannot be joined is refused in one sentence and within seconds: Ray i
 minutes, and may end the process.
 """
 
+import contextlib
 import logging
 import os
+import resource
 import secrets
 import socket
+import sys
+import tempfile
 import time
 
 import ray
 
+from distnadam.backends.ray.calls import has_ray, require_ray
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NotRunning
 
@@ -19,6 +24,8 @@ log = logging.getLogger("distnadam")
 
 _ANSWER_S = 5.0
 _PAUSE_S = 0.05
+_LONGEST_TMPDIR = 40
+"""Characters of a folder for temporary files in which the name of a Unix socket of Ray's fits."""
 _NAMESPACE = "distnadam-driver"
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -30,14 +37,22 @@ class OwnedRay:
         if not os.environ.keys() & set(_TOKEN_VARIABLES):
             # Ray would make a token by itself, but write it to the home directory
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=options.object_store_bytes if options is not None else None,
-            namespace=_NAMESPACE,
-        )
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=options.object_store_bytes if options is not None else None,
+                namespace=_NAMESPACE,
+            )
+        except Exception as error:  # the system's refusals come as many classes
+            with contextlib.suppress(Exception):
+                ray.shutdown()  # of what it had started
+            raise ClusterError(
+                f"Ray cannot be started here: {_first_line(error)}{_remedy()}; or use "
+                "backend='local', which needs no Ray"
+            ) from error
         if "RAY_AUTH_MODE" not in os.environ:  # Ray before 2.59 that was imported before us
             log.warning(
                 "whoever reaches the Ray started here may run code on it: set RAY_AUTH_MODE=token"
@@ -45,7 +60,8 @@ class OwnedRay:
 
     def shut_down(self) -> None:
         """Stop every process of this Ray; the environment keeps the token, which Ray has cached."""
-        ray.shutdown()
+        if has_ray():
+            ray.shutdown()
 
 
 def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay | None:
@@ -60,6 +76,7 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
         ClusterError: the Ray at `RAY_ADDRESS` does not answer, or refuses.
     """
     if ray.is_initialized():
+        require_ray()
         return None
     address = os.environ.get("RAY_ADDRESS")
     if not address and not start:
@@ -82,9 +99,29 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
     except Exception as error:
         raise ClusterError(
             f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {mode}): "
-            f"{str(error).splitlines()[0]}"
+            f"{_first_line(error)}"
         ) from error
     return None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _remedy() -> str:
+    """Return what in this process's surroundings is known to keep Ray from starting."""
+    found = []
+    if len(tempfile.gettempdir()) > _LONGEST_TMPDIR:
+        found.append(
+            f"TMPDIR={tempfile.gettempdir()} is too long for the sockets that Ray makes in it, set "
+            f"RAY_TMPDIR to a path of at most {_LONGEST_TMPDIR} characters"
+        )
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        found.append("the address space is limited (ulimit -v), and Ray reserves more")
+    if sys.flags.optimize > 1:
+        found.append("PYTHONOPTIMIZE=2 takes away the docstrings that Ray reads")
+    return "".join(f"; {sentence}" for sentence in found)
 
 
 def _require_listener(address: str) -> None:

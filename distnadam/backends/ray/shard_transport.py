@@ -108,4 +108,5 @@ class RayShardTransport(ShardTransport):
 
     @override
     def new_token(self) -> str:
+        self.require_open()
         return process_token()

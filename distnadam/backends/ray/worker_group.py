@@ -12,7 +12,7 @@ from typing_extensions import override
 from distnadam.backends.base import WorkerGroup
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import kill_on, make_member
-from distnadam.backends.ray.calls import Callee, ignore_results, require_ray, translate
+from distnadam.backends.ray.calls import Callee, has_ray, ignore_results, require_ray, translate
 from distnadam.backends.ray.placement import RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
@@ -29,6 +29,7 @@ class RayWorkerGroup(WorkerGroup):
     """
 
     def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
+        require_ray()
         self._make = make
         self._options = options
         self._first_node = secrets.randbelow(2**16)  # groups begin on different nodes
@@ -39,6 +40,7 @@ class RayWorkerGroup(WorkerGroup):
 
     @override
     def call(self, rank: int, method: str, *args: Any) -> None:
+        require_ray()
         self._calls[self._actors[rank].call.remote(method, args)] = rank
 
     @override
@@ -54,11 +56,13 @@ class RayWorkerGroup(WorkerGroup):
 
     @override
     def end(self, rank: int) -> None:
+        require_ray()
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
 
     @override
     def start(self, rank: int) -> None:
+        require_ray()
         actor = self._make_member(rank)
         self._actors[rank] = actor
         self._places[actor] = actor.about.remote()
@@ -78,7 +82,7 @@ class RayWorkerGroup(WorkerGroup):
 
     def _end(self, actors: list[Any]) -> None:
         """End processes, stopped ones included."""
-        if not ray.is_initialized():
+        if not has_ray():
             return
         refs = [self._places.pop(actor) for actor in actors if actor in self._places]
         places = []

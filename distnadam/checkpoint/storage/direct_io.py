@@ -10,7 +10,10 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+
+from distnadam.threads import in_background
 
 _BUFFER_BYTES = 4 << 20
 _ALIGNMENT = 4096
@@ -21,8 +24,8 @@ def write_pieces(descriptor: int, pieces: Iterable[memoryview]) -> None:
     file = _DirectFile(descriptor)
     filled = 0
     buffer, other = (memoryview(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(2))
-    with ThreadPoolExecutor(1, "disk") as disk:
-        pending: Future[None] | None = None
+    pending: Future[None] | None = None
+    try:
         for piece in pieces:
             while piece:
                 part, piece = piece[: _BUFFER_BYTES - filled], piece[_BUFFER_BYTES - filled :]
@@ -31,9 +34,10 @@ def write_pieces(descriptor: int, pieces: Iterable[memoryview]) -> None:
                 if filled == _BUFFER_BYTES:
                     if pending is not None:
                         pending.result()
-                    pending = disk.submit(file.write, buffer)
+                    pending = in_background("disk", partial(file.write, buffer))
                     buffer, other = other, buffer
                     filled = 0
+    finally:
         if pending is not None:
             pending.result()
     aligned = filled - filled % _ALIGNMENT
