@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (chosen := item.get_closest_marker("on_ray")) is not None:
             case = item.callspec.id
-            if case.startswith("ray-") and case not in chosen.args:
+            if case.split("-")[0] == "ray" and case not in chosen.args:
                 item.add_marker(pytest.mark.slow)
         if item.path.parent.name in ("chaos", "hosts"):
             item.add_marker(pytest.mark.xdist_group("machine"))

@@ -155,6 +155,7 @@ def test_a_non_finite_gradient_names_tensor_and_worker_and_no_shard_moves(
         assert [ticket.result() for ticket in tickets] == [1, 1]
 
 
+@pytest.mark.on_ray
 def test_a_non_finite_round_may_be_skipped_and_is_counted(backend: str) -> None:
     options = Options(on_nonfinite="skip")
     with DistNadam(num_shards=2, backend=backend, options=options).build(
@@ -173,6 +174,7 @@ def test_a_float64_norm_that_overflows_is_refused_by_name() -> None:
         assert optimizer.apply_gradients({"w": np.ones(9)}) == 1
 
 
+@pytest.mark.on_ray
 def test_set_weights_names_length_index_and_shape(backend: str) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         run(optimizer, 0, 2)
@@ -209,6 +211,7 @@ def test_apply_gradients_is_refused_while_pushes_wait_and_they_still_count(backe
         assert first.result() == second.result() == 1
 
 
+@pytest.mark.on_ray
 def test_the_learning_rate_is_set_while_running_and_kept_in_the_config(backend: str) -> None:
     with DistNadam(num_shards=2, backend=backend).build(
         {"w": np.ones(3000, np.float32)}
@@ -262,6 +265,7 @@ def test_a_gradient_that_cannot_be_had_names_its_parameter(gradient: Any, told: 
         DistNadam().get_gradients("loss", tree)
 
 
+@pytest.mark.on_ray
 def test_get_updates_pushes_and_is_waited_for_and_needs_a_single_worker(backend: str) -> None:
     def loss(p: Any) -> Any:
         return 0.5 * float((p["w"] ** 2).sum()), {"w": p["w"]}

@@ -52,7 +52,7 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(
         (2, 2, "fused", "objects"),
         (3, 2, "numpy", "mixed"),
         (7, 3, "numpy", "objects"),
-        (7, 1, "fused", "mixed"),
+        pytest.param(7, 1, "fused", "mixed", marks=pytest.mark.slow),
         pytest.param(16, 2, "fused", "auto", marks=pytest.mark.slow),
     ],
 )

@@ -83,8 +83,7 @@ def train(task: Any, directory: Path, **how: Any) -> Any:
 @pytest.mark.parametrize(
     ("victims", "replicas"),
     [
-        ({(1, 5): "worker", (0, 17): "worker"}, 0),
-        ({(1, 12): "shard"}, 0),
+        ({(1, 5): "worker", (1, 12): "shard", (0, 17): "worker"}, 0),
         pytest.param({(0, 3): "shard"}, 0, marks=pytest.mark.slow),
         ({(1, 12): "shard", (0, 20): "worker"}, 1),
     ],
@@ -107,6 +106,7 @@ def test_workers_and_shards_that_die_under_fit_change_no_bit(
     ] == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_at_one_step_every_time_ends_the_run(
     tmp_path: Path,
 ) -> None:

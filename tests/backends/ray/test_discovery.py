@@ -186,7 +186,8 @@ def test_stopped_members_of_a_team_end_if_replaced_and_with_the_team() -> None:
         born = {pid: process_start_time(pid) for pid in pids.values()}
         for pid in born:
             os.kill(pid, signal.SIGSTOP)
-        team.replace(0)
+        team.end(0)
+        team.start(0)
         assert process_start_time(pids[0]) != born[pids[0]]
         team.close()
         assert process_start_time(pids[1]) != born[pids[1]]

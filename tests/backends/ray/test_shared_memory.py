@@ -87,14 +87,12 @@ def build(**how: Any) -> DistNadam:
     )
 
 
-@pytest.mark.parametrize("how", ["trees", "views", "tensors"])
-def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_travel(
-    how: str,
-) -> None:
+def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_travel() -> None:
     with build() as optimizer:
         trainers = [Trainer.remote(optimizer, rank) for rank in range(2)]
-        logged = ray.get([trainer.train.remote(0, 5, how) for trainer in trainers])
-        assert bits(optimizer) == local(5)
+        for begin, how in ((0, "trees"), (5, "views"), (10, "tensors")):
+            logged = ray.get([trainer.train.remote(begin, begin + 5, how) for trainer in trainers])
+            assert bits(optimizer) == local(begin + 5), how
     assert (
         "worker 1: shards [0, 1, 2] by shared memory (same node), shards none by Ray objects"
         in logged[1]
@@ -170,7 +168,11 @@ def test_a_shards_death_is_told_at_once_and_all_go_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "expected"), [("auto", "[0, 1, 2, 3] by shared"), ("objects", "none by shared")]
+    ("transport", "expected"),
+    [
+        ("auto", "[0, 1, 2, 3] by shared"),
+        pytest.param("objects", "none by shared", marks=pytest.mark.slow),
+    ],
 )
 def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_so(
     transport: str, expected: str, caplog: pytest.LogCaptureFixture
@@ -234,6 +236,7 @@ def test_views_are_checked_and_a_bad_one_moves_no_shard(backend: str) -> None:
         assert optimizer.iterations == 1
 
 
+@pytest.mark.on_ray
 def test_the_check_may_be_switched_off(backend: str) -> None:
     made = DistNadam(backend=backend, options=Options(check_gradients=False))
     with made.build({"w": np.ones(3, np.float32)}) as optimizer, optimizer.worker(0) as worker:
@@ -262,6 +265,7 @@ def test_parameters_are_read_only_and_stay_while_the_round_runs(backend: str) ->
         ]
 
 
+@pytest.mark.on_ray
 def test_half_precision_views_move_half_the_bytes(backend: str) -> None:
     with (
         DistNadam(backend=backend).build({"w": np.ones(3000, np.float32)}) as optimizer,
