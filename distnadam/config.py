@@ -252,6 +252,11 @@ class Topology:
             raise ConfigError(f'backend must be "auto", "local" or "ray", got {self.backend!r}')
         object.__setattr__(self, "name", check_name(self.name) if self.name else None)
 
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one shard or worker."""
+        return self.num_shards > 1 or self.num_workers > 1
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: the constructor's arguments."""
         return _fields(self)

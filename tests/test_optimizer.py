@@ -1,6 +1,7 @@
 """The face: what is refused before anything is allocated or applied, and what the messages say."""
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam, Options
+from distnadam.backends import factory
+from distnadam.checkpoint import store
 from distnadam.errors import (
     ConfigError,
     GradientError,
@@ -350,3 +353,18 @@ def test_a_schedule_that_raises_is_named_with_its_step_and_can_be_replaced(backe
         optimizer.lr = 0.1
         worker.step(gradients(1, 0))
         assert optimizer.iterations == 2
+
+
+def test_a_named_checkpoint_restores_into_this_process(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factory, "resolve", lambda asked, several: "local")
+    with DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer:
+        path = optimizer.save(tmp_path)
+    manifest = store.load(path)
+    named = replace(manifest, topology=manifest.topology | {"name": "mine"})
+    store.commit(path, named)
+    with DistNadam.restore(path) as restored:
+        assert (restored.backend_name, restored.get_config()["name"]) == ("local", None)
+    with pytest.raises(ConfigError, match="name='other' needs backend='ray'"):
+        DistNadam.restore(path, name="other")

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import secrets
 import sys
+from typing import Literal
 
 from distnadam.backends.base import Backend
 from distnadam.config import BackendName
@@ -11,22 +12,28 @@ from distnadam.errors import ClusterError
 from distnadam.protocol.messages import ShardSpec
 
 
-def choose(asked: BackendName, *, several: bool) -> Backend:
-    """Return a backend without shards yet.
+def resolve(asked: BackendName, *, several: bool) -> Literal["local", "ray"]:
+    """Return which backend is meant.
 
     Args:
         asked: the backend's name; "auto" is Ray's if Ray runs or `RAY_ADDRESS` is set, or if it is
             installed and `several`.
         several: whether there will be more than one shard or worker.
+    """
+    if asked != "auto":
+        return asked
+    ray = sys.modules.get("ray")
+    running = (ray is not None and ray.is_initialized()) or bool(os.environ.get("RAY_ADDRESS"))
+    return "ray" if running or (several and _is_installed()) else "local"
+
+
+def choose(asked: BackendName, *, several: bool) -> Backend:
+    """Return the backend that `resolve` means, without shards yet.
 
     Raises:
         ClusterError: Ray was asked for and is not installed.
     """
-    if asked == "auto":
-        ray = sys.modules.get("ray")
-        running = (ray is not None and ray.is_initialized()) or bool(os.environ.get("RAY_ADDRESS"))
-        asked = "ray" if running or (several and _is_installed()) else "local"
-    if asked == "local":
+    if resolve(asked, several=several) == "local":
         from distnadam.backends.local import LocalBackend
 
         return LocalBackend()

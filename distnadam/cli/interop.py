@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 
-from distnadam.cli.group import JSON, PATH, exit_on_error, main
+from distnadam.cli.group import JSON, exit_on_error, main
 from distnadam.interop import FORMATS, Converted, export_checkpoint, import_checkpoint
 
 
@@ -42,7 +41,7 @@ _ORDER = click.option(
 
 @main.command("export")
 @click.argument("checkpoint")
-@click.argument("output", type=PATH)
+@click.argument("output")
 @click.option(
     "--to", required=True, type=click.Choice(FORMATS), help="The framework or format of OUTPUT."
 )
@@ -52,7 +51,7 @@ _ORDER = click.option(
 @JSON
 def export(
     checkpoint: str,
-    output: Path,
+    output: str,
     *,
     to: Any,
     parameters_only: bool,
@@ -69,7 +68,7 @@ def export(
 
 
 @main.command("import")
-@click.argument("source", type=PATH)
+@click.argument("source")
 @click.argument("directory")
 @click.option(
     "--from",
@@ -87,7 +86,7 @@ def export(
 @_ORDER
 @_LOSSY
 @JSON
-def import_(source: Path, directory: str, *, as_json: bool, **options: Any) -> None:
+def import_(source: str, directory: str, *, as_json: bool, **options: Any) -> None:
     """Write another framework's SOURCE as a checkpoint in DIRECTORY."""
     with exit_on_error():
         _print_result(import_checkpoint(source, directory, **options), as_json)

@@ -1,7 +1,7 @@
 """The commands `train`, which runs `fit` on a task, and `plot`, which draws its loss."""
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import shlex
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from distnadam.cli.group import JSON, PATH, exit_on_error, main
+from distnadam.cli.group import JSON, exit_on_error, main
 from distnadam.config import Options
 from distnadam.optimizer import DistNadam
 from distnadam.places import local_path
@@ -190,9 +190,9 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("run", type=PATH)
-@click.option("--output", type=PATH, help="The picture.  [default: RUN/loss.png]")
-def plot(run: Path, *, output: Path | None) -> None:
+@click.argument("run")
+@click.option("--output", help="The picture.  [default: RUN/loss.png]")
+def plot(run: str, *, output: str | None) -> None:
     """Draw the loss of a run, whose metrics.csv is in the directory RUN."""
     with exit_on_error():
         directory = Path(local_path(run, "RUN"))
@@ -228,7 +228,7 @@ def _module(name: str) -> Any:
         if not path.is_file():
             raise click.UsageError(f"{path}: there is no such file")
         directory, module = path.parent, path.stem
-        if not module.isidentifier() or module in sys.stdlib_module_names:
+        if not module.isidentifier() or not _is_free(module, path):
             raise click.UsageError(
                 f"{path}: workers import it by its name, and {module!r} cannot be one of yours: "
                 "rename it"
@@ -239,6 +239,18 @@ def _module(name: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:
         raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+
+
+def _is_free(module: str, path: Path) -> bool:
+    """Whether a file would be imported by its name, and not a package of that name."""
+    if module in sys.stdlib_module_names or module == "__main__":
+        return False
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    origin = None if spec is None else spec.origin
+    return spec is None or (origin is not None and Path(origin).resolve() == path.resolve())
 
 
 def _resume_command(context: click.Context, checkpoint_dir: object) -> str:

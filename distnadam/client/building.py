@@ -33,8 +33,7 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
     """
     check_layout(layout)
     topology = settings.topology
-    several = topology.num_shards > 1 or topology.num_workers > 1
-    backend = factory.choose(topology.backend, several=several)
+    backend = factory.choose(topology.backend, several=topology.several)
     if topology.name is not None and backend.name == "local":
         raise ConfigError(
             f"name={topology.name!r} needs backend='ray': a local optimizer cannot be connected to"
@@ -105,7 +104,9 @@ def restored_settings(
     values = {key: manifest.topology[key] for key in _SAVED}
     values |= {key: value for key, value in asked.items() if value is not None}
     topology = Topology(**values)
-    if topology.backend == "local":
+    is_local = factory.resolve(topology.backend, several=topology.several) == "local"
+    # a name that was saved is of no use to a local optimizer; one that is asked for is refused
+    if topology.backend == "local" or (is_local and not asked.get("name")):
         topology = replace(topology, name=None)
     return Settings(
         config=manifest.nadam_config(f"{directory}/{store.MANIFEST}"),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from distnadam.checkpoint import store
+from distnadam.checkpoint.storage.base import os_errors_as
 from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.errors import CheckpointError, ConfigError
 from distnadam.interop import keras, optax, own_files, torch
@@ -88,9 +90,26 @@ def export_checkpoint(
             f"slots=False writes parameters alone, which is for {' and '.join(_OWN)}, got to={to!r}"
         )
     path = Path(local_path(output, "output"))
+    _check_output(path)
     job = Conversion(path, order=order, slots=slots, lossy=lossy)
     _WRITERS[to](load_checkpoint(checkpoint), job)
     return Converted(str(job.path), job.all_notes)
+
+
+def _check_output(path: Path) -> None:
+    """Raise CheckpointError if no file can be written there, before anything is read."""
+    with os_errors_as(path, "written"):
+        is_directory, has_parent = path.is_dir(), path.parent.is_dir()
+        in_checkpoint = (path.parent / store.MANIFEST).exists()
+    if is_directory:
+        raise CheckpointError(f"{path}: is a directory; give the file to write in it")
+    if not has_parent:
+        raise CheckpointError(f"{path}: cannot be written: there is no directory {path.parent}")
+    if in_checkpoint:
+        raise CheckpointError(
+            f"{path}: cannot be written into the checkpoint {path.parent}, which would be refused "
+            "with a file more"
+        )
 
 
 def import_checkpoint(

@@ -6,6 +6,7 @@ safetensors file, and in arrays of an npz file. Parameters alone: ``<path>``, ea
 as other tools expect them; imported, they start at step 0 with moments of zero.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ def read_numpy(job: Conversion) -> OptimizerState:
 
 def write_safetensors(state: OptimizerState, job: Conversion) -> None:
     """Write a safetensors file that any safetensors reader opens."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {
@@ -84,10 +86,14 @@ def write_safetensors(state: OptimizerState, job: Conversion) -> None:
         if job.slots
         else {"kind": "parameters"}
     )
-    write_whole(
-        job.path,
-        lambda temporary: save_file(arrays, temporary, metadata={ABOUT: about_text(about)}),
-    )
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(arrays, temporary, metadata={ABOUT: about_text(about)})
+        except SafetensorError as error:  # its word for what the system refuses
+            raise OSError(str(error)) from error
+
+    write_whole(job.path, write)
 
 
 def read_safetensors(job: Conversion) -> OptimizerState:

@@ -385,3 +385,12 @@ def test_what_looks_like_markup_is_shown_as_it_is(
     with (console := plain_console()).capture() as captured:
         console.print(render(seen))
     assert captured.get().count(BRACKETS) == 5, "node, state, standby, worker, checkpoint"
+
+
+@pytest.mark.parametrize("name", ["numpy", "yaml", "json", "distnadam", "__main__", "my-task"])
+def test_a_task_file_named_as_a_package_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.py"
+    path.write_text("class T: pass")
+    done = call("train", f"{path}:T", "--local")
+    assert done.exit_code == 2
+    assert f"{name!r} cannot be one of yours: rename it" in done.output

@@ -264,3 +264,27 @@ def test_unknown_formats_and_slotless_exports_are_refused(tmp_path: Path) -> Non
         export_checkpoint(path, tmp_path / "file", to="keras", slots=False)
     with pytest.raises(CheckpointError, match="there is no such file"):
         import_checkpoint(tmp_path / "gone", tmp_path / "b", source_format="numpy")
+
+
+@pytest.mark.parametrize("to", ["numpy", "safetensors"])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("nowhere/x", "cannot be written: there is no directory .*nowhere"),
+        (".", "is a directory; give the file to write in it"),
+        ("/", "is a directory"),
+        ("step_00000000/x", "cannot be written into the checkpoint"),
+        ("/proc/x", "cannot be written: .*No such file"),
+        ("x" * 300, "cannot be written: File name too long"),
+    ],
+)
+def test_an_export_onto_nothing_is_refused_and_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any, output: str, message: str
+) -> None:
+    with DistNadam(backend="local").build({"w": np.ones(2)}) as optimizer:
+        path = optimizer.save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(path, output, to=to)
+    store.verify(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000000"]
