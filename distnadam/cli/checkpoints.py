@@ -1,6 +1,5 @@
 """The commands on checkpoints: `inspect` one, `diff` two, `verify` all."""
 
-import json
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.diff import CheckpointDiff, compare
 from distnadam.checkpoint.inspect import REFUSED, UNREAD, VERIFIED, describe
 from distnadam.checkpoint.storage.resolve import open_directory
-from distnadam.cli.group import JSON, exit_on_error, main, plain_console
+from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
 from distnadam.errors import CheckpointError
 
 
@@ -35,7 +34,7 @@ def inspect(checkpoint: str, *, no_read: bool, as_json: bool) -> None:
     for sentence in passed_over:
         click.echo(f"passed over: {sentence}", err=True)
     if as_json:
-        click.echo(json.dumps(found, default=str))
+        echo_json(found)
     else:
         _show(found)
     if found["checksums"] == REFUSED:
@@ -54,7 +53,7 @@ def diff(a: str, b: str, *, as_json: bool) -> None:
     with exit_on_error():
         found = compare(a, b)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), default=str))
+        echo_json(found.to_dict())
     elif found.same:
         click.echo("the same: settings, clock, and every bit of the tensors")
     else:
@@ -91,7 +90,7 @@ def verify(path: str, *, as_json: bool) -> None:
                 {"checkpoint": str(directory), "valid": False, "step": None, "reason": str(error)}
             )
     if as_json:
-        click.echo(json.dumps(verdicts))
+        echo_json(verdicts)
     else:
         table = Table("checkpoint", "step", "verdict")
         for v in verdicts:

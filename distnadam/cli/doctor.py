@@ -1,6 +1,5 @@
 """The command `doctor`: what would run on this host, and what is wrong with it."""
 
-import json
 import os
 import platform
 import secrets
@@ -13,7 +12,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from distnadam.cli.group import JSON, main, plain_console
+from distnadam.cli.group import JSON, echo_json, main, plain_console
 from distnadam.errors import ArenaError
 from distnadam.nadam.kernels import fused_installed
 from distnadam.transport.shared_memory import Arena, available_bytes
@@ -114,7 +113,7 @@ def doctor(*, as_json: bool) -> None:
     """
     found = diagnose()
     if as_json:
-        click.echo(json.dumps(found.to_dict()))
+        echo_json(found.to_dict())
     else:
         table = Table(show_header=False)
         for key, value in found.to_dict().items():

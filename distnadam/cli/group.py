@@ -1,18 +1,39 @@
 """What all commands share: their group, recurring options, the console, and exit codes."""
 
+import io
+import json
+import math
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import click
 from rich.console import Console
+from typing_extensions import override
 
 from distnadam.errors import DistNadamError
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The commands, on whatever standard output is: of any encoding, full, or closed."""
+
+    @override
+    def main(self, *args: Any, **extra: Any) -> Any:
+        prepare_streams()
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:  # of a full disk behind standard output, above all
+            with suppress(OSError):
+                click.echo(f"distnadam: the system refused: {error.strerror or error}", err=True)
+            _drop_output()
+            sys.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="distnadam")
 def main() -> None:
     """Train with a sharded Nadam parameter server, and look after its checkpoints."""
@@ -35,3 +56,36 @@ def exit_on_error() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def prepare_streams() -> None:
+    """Have standard streams escape what their encoding lacks, and nothing else be opened in place
+    of one that is closed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor, which is this one
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Let the interpreter end without trying again to write what could not be written."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def echo_json(data: Any) -> None:
+    """Print data as one line of JSON, in which a number that is not finite is null."""
+    click.echo(json.dumps(_finite(data), allow_nan=False, default=str))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from distnadam.cli.group import JSON, exit_on_error, main
+from distnadam.cli.group import JSON, echo_json, exit_on_error, main
 from distnadam.interop import FORMATS, Converted, export_checkpoint, import_checkpoint
 
 
@@ -94,7 +94,7 @@ def import_(source: str, directory: str, *, as_json: bool, **options: Any) -> No
 
 def _print_result(done: Converted, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"path": done.path, "notes": done.notes}))
+        echo_json({"path": done.path, "notes": done.notes})
         return
     for note in done.notes:
         click.echo(note, err=True)

@@ -1,6 +1,5 @@
 """The commands on a named optimizer that runs on a Ray cluster: status, save, reshard, stop."""
 
-import json
 import os
 import tempfile
 import time
@@ -13,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
-from distnadam.cli.group import JSON, exit_on_error, main, plain_console
+from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
 from distnadam.client.status import RunningOptimizer, Status
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
@@ -56,7 +55,7 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
         reports = _reports(running, every if watch else _RATE_S)
         if as_json:
             for report in reports if watch else [next(reports)]:
-                click.echo(json.dumps(report.to_dict()))
+                echo_json(report.to_dict())
         elif not watch:
             plain_console().print(render(next(reports)))
         else:
@@ -82,7 +81,10 @@ def save(name: str, address: str | None, path: str | None, *, as_json: bool) -> 
             raise ConfigError(f"{name}: was never saved and has no checkpoint_dir: give a PATH")
         with DistNadam.connect(name) as optimizer:
             saved = optimizer.save(directory, data=data_of_run(directory))
-    click.echo(json.dumps({"checkpoint": saved}) if as_json else saved)
+    if as_json:
+        echo_json({"checkpoint": saved})
+    else:
+        click.echo(saved)
 
 
 @main.command()

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import shlex
 import sys
 from functools import reduce
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from distnadam.cli.group import JSON, exit_on_error, main
+from distnadam.cli.group import JSON, echo_json, exit_on_error, main
 from distnadam.config import Options
 from distnadam.optimizer import DistNadam
 from distnadam.places import local_path
@@ -181,7 +180,7 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
     directory = given if given and "://" in given else history.checkpoint_dir
     summary = _summary(history, _resume_command(context, directory))
     if options["as_json"]:
-        click.echo(json.dumps(summary))
+        echo_json(summary)
         return
     for key, value in summary.items():
         if value:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -208,7 +208,7 @@ class ProgressDisplay(Callback):
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:.0f}")
         elif now - self._printed >= _PLAIN_EVERY_S or step == self._steps:
             self._printed = now
-            self._console.print(
+            self._print(
                 f"step {step}/{self._steps}  loss {loss:.4f}  {rate:.0f} steps/s  "
                 f"{(self._steps - step) / rate:.0f} s left"
             )
@@ -216,22 +216,28 @@ class ProgressDisplay(Callback):
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._console.print(f"step {step}: {text}", highlight=False, markup=False)
+        self._print(f"step {step}: {text}", highlight=False, markup=False)
 
     @override
     def on_message(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._print(text, highlight=False, markup=False, soft_wrap=True)
 
     @override
     def on_end(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
+
+    def _print(self, text: str, **how: Any) -> None:
+        """Print a line; a log that cannot be written ends no run."""
+        with contextlib.suppress(OSError, ValueError):
+            self._console.print(text, **how)
 
 
 def console(verbose: bool | str) -> Console | None:
     """Return a console on standard error, or None if `verbose` is False."""
-    if verbose is False:
+    if verbose is False or sys.stderr is None:
         return None
     # no markup, so that paths and names with brackets and colons are shown as they are
     return Console(file=sys.stderr, markup=False, emoji=False)

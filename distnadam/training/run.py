@@ -277,7 +277,7 @@ class TrainingRun:
     def _plot(self) -> None:
         try:
             self.history.plot_path = plot_loss(self.history.metrics_path, self.root / "loss.png")
-        except TrainingError as error:
+        except (TrainingError, OSError, MemoryError) as error:  # of a run that is done
             self.callbacks.on_message(f"no plot: {error}")
 
 

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -65,14 +66,21 @@ class Arena:
                 f"needs {_mib(size)} of shared memory, {_mib(available)} are available to this "
                 "process"
             )
-        fd = os.memfd_create("distnadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            fd = os.memfd_create("distnadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except (OSError, AttributeError) as error:  # no descriptors, or no such call here
+            raise ArenaError(f"shared memory cannot be made here: {error}") from error
+        is_owned = False
         try:
             os.ftruncate(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            is_owned = True  # by the arena, even one that is not made to its end
             arena = cls(fd, sizes, copies, writable=True)
             arena._reserve(size)
             return arena
-        except OSError as error:
+        except (OSError, MemoryError) as error:
+            if not is_owned:
+                os.close(fd)
             raise ArenaError(f"{_mib(size)} of shared memory are not available: {error}") from error
 
     @classmethod
@@ -150,8 +158,15 @@ def arena_bytes(sizes: Mapping[str, int], copies: int = 1) -> int:
 
 def available_bytes() -> int:
     """Return the bytes that this process can still get from the machine and its control group."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return min([int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_room()])
+    return min([*_machine_room(), *_cgroup_room()], default=sys.maxsize)
+
+
+def _machine_room() -> list[int]:
+    with suppress(OSError, ValueError, KeyError, IndexError):  # /proc is hidden, or another's
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return [int(fields["MemAvailable"].split()[0]) * 1024]
+    return []
 
 
 def _cgroup_room() -> list[int]:

@@ -96,6 +96,7 @@ class RayBackend(Backend):
 
     @cached_property
     def _exporter(self) -> Exporter | None:
+        require_ray()
         exporter = Exporter.start(self._name, self._options)
         if exporter is not None:  # a task that got this handle may never close it
             weakref.finalize(self, exporter.finish)
