@@ -2,10 +2,12 @@
 
     DistNadamError
     ├── ConfigError (ValueError)          an argument or option is out of its range
+    │   └── NoSuchSetting (AttributeError) an attribute was set that is no setting, or is fixed
     ├── StructureError (ValueError)       a tensor's path, shape or dtype is not what was built
     ├── GradientError (ValueError)        a gradient cannot be computed or used
     │   └── NonFiniteGradient             NaN, infinity, or a magnitude whose square overflows
     ├── LifecycleError (RuntimeError)     used before build, after close, or built twice
+    │   └── NotOpen (AttributeError)      it is not built yet, or closed
     ├── ProtocolError                     a shard refused a message
     │   ├── StaleEpoch                    it is from before the parameters were replaced
     │   │   ├── Rewound                   all shards have gone back to an earlier round
@@ -51,6 +53,10 @@ class ConfigError(DistNadamError, ValueError):
     """
 
 
+class NoSuchSetting(ConfigError, AttributeError):
+    """An attribute was assigned that would have no effect; the message says what would."""
+
+
 class StructureError(DistNadamError, ValueError):
     """A tree of tensors is not what was built.
 
@@ -73,6 +79,13 @@ class NonFiniteGradient(GradientError):
 
 class LifecycleError(DistNadamError, RuntimeError):
     """The optimizer or worker was used before `build` or after `close`, or was built twice."""
+
+
+class NotOpen(LifecycleError, AttributeError):
+    """The optimizer or worker is not built yet, or was closed.
+
+    An AttributeError, so that it can be inspected: a closed one has no `round` any more.
+    """
 
 
 class ProtocolError(DistNadamError):

@@ -13,13 +13,14 @@ from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.client.autodiff import gradients_of
 from distnadam.client.building import restored_settings, settings_of, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
+from distnadam.client.fixed_attributes import FixedAttributes
 from distnadam.client.in_flight_push import refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
 from distnadam.config import BackendName, Options, Settings, check_count
 from distnadam.errors import ConfigError
-from distnadam.schedules import Rate, kept
+from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Ticket, Worker
@@ -27,7 +28,7 @@ from distnadam.worker import Ticket, Worker
 Data = Mapping[str, Any]
 
 
-class DistNadam:
+class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
     """Nadam of TensorFlow 1.13's `tf.keras.optimizers`, with its state sharded over processes.
 
     "Nadam" is several formulas. This is the one of the reference and of tf_keras's legacy
@@ -131,6 +132,9 @@ class DistNadam:
             self.saves.give_up()  # the error that ended the block is the one to raise
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {vars(self).get('_life', 'not made')}>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, self._life.for_pickling()
 
@@ -179,8 +183,7 @@ class DistNadam:
     @property
     def lr(self) -> Rate:
         """The learning rate, a float or a schedule; set, it holds from the next step on."""
-        life = self._life
-        return kept(life.shards.describe().lr if life.is_built else life.settings.config.lr)
+        return self._life.rate
 
     @lr.setter
     def lr(self, value: Rate) -> None:
@@ -202,8 +205,7 @@ class DistNadam:
         """Replace the parameters; moments and clock stay. Open pushes are refused (StaleEpoch).
 
         Raises:
-            StructureError: naming the tensor that is missing, unexpected, of another shape or not
-                finite; nothing was changed.
+            StructureError: naming the tensor that does not fit; nothing was changed.
         """
         shards = self._life.shards_to_change()
         flat = params_from(shards.layout, params, finite=self.options.check_gradients)
@@ -239,8 +241,7 @@ class DistNadam:
     def get_gradients(self, loss: Any, params: Any) -> list[Array]:
         """Return the gradient of `loss` for each parameter, in `get_weights`' order, unclipped.
 
-        The reference clips here; here the mean gradient is clipped, which with one worker gives the
-        same trajectory.
+        The reference clips here; clipping the mean gives one worker the same trajectory.
 
         Args:
             loss: a callable on NumPy arrays that returns ``(loss, gradients)``, or a scalar if JAX
@@ -370,8 +371,7 @@ class DistNadam:
                 newest valid one is loaded, with a warning for each that was passed over. A local
                 path or an fsspec URL.
             num_shards: shards to cut the state into.
-            num_workers: ranks from now on.
-            replicas: standbys per shard.
+            num_workers, replicas: ranks, and standbys per shard, from now on.
             backend: None means "auto".
             name: the new optimizer's name; "" for none. A local one never has one.
             options: rare settings.
@@ -387,14 +387,14 @@ class DistNadam:
             optimizer = cls(**settings.to_arguments())
             layout = Layout.from_dict(manifest.layout)
             optimizer._life.start(layout, lambda shards: shards.restore(directory, manifest))
-            optimizer.restored_data = manifest.user_data
+            optimizer.restored_data.update(manifest.user_data)
             return optimizer
 
         return store.load_first_valid(path, load)
 
 
-def _attach(shards: ShardGroup, settings: Settings) -> DistNadam:
-    """Return a handle on running shards, which closing it leaves alone."""
+def _attach(shards: ShardGroup | None, settings: Settings) -> DistNadam:
+    """Return a handle on running shards, if any, which closing it leaves alone."""
     optimizer = DistNadam(**settings.to_arguments())
     optimizer._life.attach(shards)
     return optimizer

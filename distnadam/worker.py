@@ -8,12 +8,13 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any, Self
 
+from distnadam.client.fixed_attributes import FixedAttributes
 from distnadam.client.gradient_buffer import GradientBuffer
-from distnadam.client.in_flight_push import InFlightPush
+from distnadam.client.in_flight_push import ENDED, InFlightPush
 from distnadam.client.parameter_view import ParameterViews
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.worker_session import WorkerSession
-from distnadam.errors import DistNadamError, LifecycleError
+from distnadam.errors import ConfigError, DistNadamError, LifecycleError, NotOpen
 from distnadam.metrics.meter import Meter, Traffic
 from distnadam.tensors.arrays import Flat
 
@@ -25,8 +26,15 @@ class Ticket:
         self._session = session
         self._push = push
 
-    def result(self) -> int:
+    def __repr__(self) -> str:
+        state = "decided" if self._push.state in ENDED else "under way"
+        return f"<Ticket: push of rank {self._session.rank} for round {self._push.round}, {state}>"
+
+    def result(self, timeout_s: float | None = None) -> int:
         """Return the number of steps applied once the round is decided.
+
+        Args:
+            timeout_s: seconds to wait; None means `Options.step_timeout_s`.
 
         Raises:
             NonFiniteGradient: a worker's gradient was not finite and the round was refused; no
@@ -40,10 +48,12 @@ class Ticket:
                 push counts nowhere, and another gradient may be pushed for the round.
             Unrecoverable: a shard died, and the settings allow no recovery.
         """
-        return self._session.wait_for(self._push).iterations
+        if timeout_s is not None and not 0.0 <= timeout_s < float("inf"):
+            raise ConfigError(f"timeout_s must be a finite number of at least 0, got {timeout_s!r}")
+        return self._session.wait_for(self._push, timeout_s).iterations
 
 
-class Worker:
+class Worker(FixedAttributes, set_once={"rank", "session"}):
     """One rank of a data-parallel run; made by `DistNadam.worker`, used by one thread at a time.
 
     What `pull` and `step` return is read-only, owned by the worker, and valid until its next call;
@@ -92,6 +102,12 @@ class Worker:
             )
         return Worker, (self._shards, self.rank)
 
+    def __repr__(self) -> str:
+        if "_closed" not in vars(self):
+            return "<Worker: not made>"
+        state = "closed" if self._closed else f"round {self.session.round}"
+        return f"<Worker: rank {self.rank}, {state}>"
+
     def __enter__(self) -> Self:
         return self
 
@@ -104,6 +120,7 @@ class Worker:
 
         Batches follow it.
         """
+        self._require_open()
         self.session.sync()
         return self.session.round
 
@@ -253,4 +270,4 @@ class Worker:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise LifecycleError(f"worker {self.rank} was closed")
+            raise NotOpen(f"worker {self.rank} was closed")

@@ -9,8 +9,8 @@ from distnadam.client.building import start_shards
 from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Settings
-from distnadam.errors import LifecycleError
-from distnadam.schedules import Rate, rate_from
+from distnadam.errors import LifecycleError, NotOpen
+from distnadam.schedules import Rate, kept, rate_from
 from distnadam.tensors.layout import Layout
 
 
@@ -28,8 +28,10 @@ class Lifecycle:
         self._is_creator = True
         self._closed = False
 
-    def attach(self, shards: ShardGroup) -> None:
-        """Take shards that run already; closing leaves them alone."""
+    def attach(self, shards: ShardGroup | None) -> None:
+        """Take shards that run already, if any; closing leaves them alone."""
+        if shards is None:
+            return
         self._shards = shards
         self._is_creator = False
 
@@ -43,7 +45,7 @@ class Lifecycle:
     def is_built(self) -> bool:
         """Whether there are shards; raise LifecycleError if the optimizer is closed."""
         if self._closed:
-            raise LifecycleError("this optimizer was closed")
+            raise NotOpen("this optimizer was closed")
         return self._shards is not None
 
     @property
@@ -55,7 +57,7 @@ class Lifecycle:
     def shards(self) -> ShardGroup:
         """The running shards; raise LifecycleError if there are none yet, or no longer."""
         if not self.is_built or self._shards is None:
-            raise LifecycleError("this optimizer has no parameters yet: call build(params) first")
+            raise NotOpen("this optimizer has no parameters yet: call build(params) first")
         return self._shards
 
     def shards_to_change(self) -> ShardGroup:
@@ -63,12 +65,36 @@ class Lifecycle:
         self.saves.surface()
         return self.shards
 
-    def for_pickling(self) -> tuple[ShardGroup, Settings]:
-        """Return what another process makes a handle of; raise LifecycleError if it cannot."""
+    def __str__(self) -> str:
+        """What can be said without asking the shards."""
+        settings, shards = self.settings, self._shards
+        rate, topology = settings.config.lr, settings.topology
+        state = "closed" if self._closed else "not built" if shards is None else "built"
+        where = topology.backend if shards is None else shards.backend.name
+        name = f" {topology.name!r}" if topology.name else ""
+        words = [
+            f"{state}{name}",
+            f"lr={rate!r}" if not callable(rate) else f"lr={type(rate).__name__}",
+            f"backend={where!r}",
+            f"num_shards={topology.num_shards}",
+            f"num_workers={topology.num_workers}",
+        ]
+        if shards is not None:
+            tensors, elements = len(shards.layout.tensors), shards.layout.num_elements
+            words.append(f"{tensors} tensors of {elements} elements")
+        return ", ".join(words)
+
+    def for_pickling(self) -> tuple[ShardGroup | None, Settings]:
+        """Return what another process makes a handle of; raise LifecycleError if it cannot.
+
+        There are no shards before it is built.
+        """
+        if not self.is_built:
+            return None, self.settings
         if self.shards.backend.name == "local":
             raise LifecycleError(
-                "a local optimizer lives in its process and cannot be pickled; use backend='ray' "
-                "to share it"
+                "a local optimizer lives in its process and cannot be copied or pickled; use "
+                "backend='ray' to share it, or save and restore it"
             )
         return self.shards, self.settings
 
@@ -93,6 +119,11 @@ class Lifecycle:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def rate(self) -> Rate:
+        """The present learning rate; a schedule is a copy."""
+        return kept(self.shards.describe().lr if self.is_built else self._settings.config.lr)
 
     def set_rate(self, lr: Rate) -> None:
         """Replace the learning rate, on every shard if there are any."""

@@ -121,14 +121,20 @@ class WorkerSession:
             push.send_again()  # when it is waited for
         return push
 
-    def wait_for(self, push: InFlightPush) -> RoundResult:
+    def wait_for(self, push: InFlightPush, timeout_s: float | None = None) -> RoundResult:
         """Return how a push's round ended, whatever dies meanwhile, or raise why it failed.
+
+        Args:
+            push: a push of this session.
+            timeout_s: seconds to wait, in place of `Options.step_timeout_s`.
 
         Raises:
             StepTimeout: the round was not decided in time; the push is still in flight.
         """
         if push.state in ENDED:
             return push.result()
+        if timeout_s is not None:
+            return self._wait_within(push, timeout_s)
         try:
             try:
                 result = self._wait(push)
@@ -143,6 +149,13 @@ class WorkerSession:
             raise
         self.in_flight = None
         return push.decide(result)
+
+    def _wait_within(self, push: InFlightPush, timeout_s: float) -> RoundResult:
+        usual, self._timeout_s = self._timeout_s, timeout_s
+        try:
+            return self.wait_for(push)
+        finally:
+            self._timeout_s = usual
 
     def _wait_as_successor(self, push: InFlightPush, error: DistNadamError) -> RoundResult:
         """Wait for a dropped push as a new incarnation; raise the error if no shard counted it."""
