@@ -1,6 +1,6 @@
 """The command line: parses arguments, calls the library, prints the result.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from distnadam.cli import checkpoints, doctor, interop, running, training

@@ -151,6 +151,13 @@ def placement(command: Any) -> Any:
     show_default=True,
     help="Whether to resume.",
 )
+@click.option(
+    "--stop-grace",
+    "stop_grace_s",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="After SIGTERM, save within so long.  [default: 25]",
+)
 @placement
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @JSON
@@ -175,6 +182,9 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
             backend="local" if options["local"] else "ray",
             verbose=not options["quiet"],
             **{name: options[name] for name in _PASSED_TO_FIT},
+            **(
+                {} if options["stop_grace_s"] is None else {"stop_grace_s": options["stop_grace_s"]}
+            ),
         )
     given = options["checkpoint_dir"]
     directory = given if given and "://" in given else history.checkpoint_dir

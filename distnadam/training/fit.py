@@ -1,5 +1,6 @@
 """`fit`: checks its arguments, chooses directories, takes their locks, and runs a `TrainingRun`."""
 
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
 from distnadam.training.run import TrainingRun
 from distnadam.training.task import Task, claim_run_directory, task_name
+from distnadam.training.termination import GRACE_S, Termination
 
 
 def fit(
@@ -42,6 +44,7 @@ def fit(
     resume: Literal["auto", "must", "never"] = "auto",
     evaluate_every: int | None = None,
     callbacks: Sequence[Callback] = (),
+    stop_grace_s: float = GRACE_S,
     verbose: bool | Literal["auto"] = "auto",
 ) -> History:
     """Train a task with data-parallel workers, and return the record of the run.
@@ -71,6 +74,8 @@ def fit(
             given, if there is one, "must" requires one, "never" refuses a directory that holds one.
         evaluate_every: steps between evaluations; None evaluates only at the end.
         callbacks: receive the events of the run.
+        stop_grace_s: seconds that a SIGTERM leaves for the running steps and a checkpoint; then the
+            process ends anyway.
         verbose: whether to show progress on standard error; "auto" means True.
 
     Returns:
@@ -86,6 +91,8 @@ def fit(
         CheckpointBusy: another run writes to `checkpoint_dir`.
         KeyboardInterrupt: Ctrl-C was pressed, and a checkpoint saved; a second Ctrl-C raises at
             once.
+        SystemExit: with status 143, after a SIGTERM and a checkpoint; where `fit` runs in the main
+            thread and the program has no handler of its own.
 
     >>> class Mean:
     ...     def init(self, seed):
@@ -115,6 +122,8 @@ def fit(
     ):
         if every is not None:
             check_count(name, every)
+    if not 0 < stop_grace_s < threading.TIMEOUT_MAX:
+        raise ConfigError(f"stop_grace_s must be a number of seconds above 0, got {stop_grace_s!r}")
     if resume not in ("auto", "must", "never"):
         raise ConfigError(f'resume must be "auto", "must" or "never", got {resume!r}')
     if not isinstance(task, Task):
@@ -142,6 +151,7 @@ def fit(
         keep=RetentionPolicy(last=keep, every=keep_every, every_s=keep_every_s),
     )
     with (
+        Termination(stop_grace_s) as termination,
         make_run_lock(LocalDirectory(root)) as root_lock,
         nullcontext(root_lock) if local is not None else make_run_lock(checkpoints) as lock,
     ):
@@ -162,5 +172,6 @@ def fit(
                 [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
             ),
             history=history,
+            termination=termination,
         ).run(optimizer)
     return history

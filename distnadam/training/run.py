@@ -30,6 +30,7 @@ from distnadam.training.plot import plot_loss
 from distnadam.training.rank_loop import RankLoop, task_errors
 from distnadam.training.rank_runner import RankRunner, RetryBudget
 from distnadam.training.task import Task
+from distnadam.training.termination import STATUS, Termination
 
 SEGMENT_S = 0.3
 """The duration in seconds that segments are lengthened or shortened to."""
@@ -61,6 +62,7 @@ class TrainingRun:
     plan: Plan
     callbacks: Callback
     history: History
+    termination: Termination
     _interrupted: bool = field(default=False, init=False)
     _reached: int = field(default=0, init=False)
     _retries: RetryBudget = field(default_factory=RetryBudget, init=False)
@@ -70,6 +72,7 @@ class TrainingRun:
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint has been saved.
+            SystemExit: SIGTERM came; a checkpoint has been saved.
             TrainingError: the task failed, or recoveries brought no new step.
         """
         params = self.task.init(self.seed)
@@ -81,9 +84,12 @@ class TrainingRun:
             self.history.seconds = time.monotonic() - began
             self.history.recoveries = self._retries.total
             self.callbacks.on_end()
+        if not self._interrupted:
+            self._plot()
+        if self.termination.requested:
+            raise SystemExit(STATUS)
         if self._interrupted:
             raise KeyboardInterrupt
-        self._plot()
 
     def _attempt(self, template: DistNadam | None, params: Any) -> bool:
         """Train to the end; return False if all shards were lost, so that the caller resumes."""
@@ -111,6 +117,7 @@ class TrainingRun:
         try:
             if self.plan.save_every is not None:
                 optimizer.reserve()
+            self.termination.arm()  # Ray may have taken the signal since
             first = optimizer.round
             self.callbacks.on_begin(first, self.plan.steps)
             group = optimizer.team(
@@ -146,6 +153,10 @@ class TrainingRun:
             self.callbacks.on_message(f"nothing to do: {step} of {plan.steps} steps are done")
             self._evaluate(optimizer, step)
         while step < plan.steps and not self._interrupted:
+            if self.termination.requested:
+                self._interrupted = True
+                self._at_boundary(optimizer, ranks, checkpoints, step)
+                return
             end = min(step + length, plan.boundary_after(step))
             began = time.monotonic()
             losses = self._run_segment(ranks, end)
