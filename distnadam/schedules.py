@@ -239,9 +239,13 @@ def rate_from(value: Any) -> Rate:
 
 
 def kept(rate: Rate) -> Rate:
-    """Return a rate that nobody else changes; raise ConfigError for a `Schedule` that cannot be
-    stored.
+    """Return a rate that nobody else changes; raise ConfigError for a class, and for a `Schedule`
+    that cannot be stored.
     """
+    if isinstance(rate, type):
+        raise ConfigError(
+            f"lr is the class {rate.__name__}: give an instance, {rate.__name__}(...)"
+        )
     if not isinstance(rate, Schedule):
         return rate
     rate_to_dict(rate)
@@ -278,12 +282,14 @@ def _pack_schedule(value: Any, where: str, level: int) -> Any:
 def _unpack_schedule(packed: Mapping[str, Any]) -> Schedule:
     name, config = packed.get("class_name"), packed.get("config")
     kind = _class_named(name) if isinstance(name, str) else None
-    if kind is None or not isinstance(config, Mapping):
+    if kind is None:
         known = ", ".join(sorted({c.__name__ for c in _subclasses(Schedule)}))
         raise ConfigError(
             f"lr: unknown schedule {name!r}; known are {known}. A schedule of your own must be "
             "imported first"
         )
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"lr: config of schedule {name} must be a mapping, got {config!r}")
     fields = {key: _PLAIN.unpack(value) for key, value in config.items()}
     try:
         return kind(**fields)

@@ -114,6 +114,11 @@ def test_a_users_schedule_is_registered_when_it_is_defined() -> None:
             "lr: schedule Constant does not take {'x': 1}",
         ),
         (
+            lambda: rate_from({"class_name": "Constant", "config": 5}),
+            "lr: config of schedule Constant must be a mapping, got 5",
+        ),
+        (lambda: DistNadam(lr=WarmupCosine), "lr is the class WarmupCosine: give an instance"),
+        (
             lambda: rate_to_dict(lambda step: 0.1),
             "is a plain function, which a checkpoint cannot store",
         ),

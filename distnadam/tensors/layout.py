@@ -129,7 +129,12 @@ class Layout:
         """Return the tree's leaves in the layout's order, whatever they are, checked for path
         alone; raise StructureError as `leaves`.
         """
-        leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
+        try:
+            leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
+        except RecursionError as error:
+            raise StructureError(
+                f"{what}: is nested deeper than any tree that build takes, or in itself"
+            ) from error
         if spec == self._treespec:
             return leaves
         known, order = self._other

@@ -124,3 +124,18 @@ def test_options_of_any_size_and_text_come_back(tmp_path: Path) -> None:
     assert store.load(path).saved_options == options
     with DistNadam.restore(path, backend="local") as restored:
         assert restored.options == options
+
+
+def test_a_tree_nested_without_end_is_refused_wherever_it_is_given() -> None:
+    endless: dict[str, Any] = {"w": ONE}
+    endless["self"] = endless
+    with DistNadam(backend="local").build({"w": ONE}) as optimizer:
+        for tree in (endless, nested(5000, dict)):
+            for refuse in (
+                DistNadam(backend="local").build,
+                optimizer.apply_gradients,
+                optimizer.set_params,
+                optimizer.worker(0).push,
+            ):
+                with pytest.raises(StructureError, match=r"(levels of|nested deeper)"):
+                    refuse(tree)
