@@ -4,6 +4,8 @@ import importlib.util
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from distnadam.backends.base import Backend
@@ -34,7 +36,8 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
         ClusterError: Ray was asked for and is not installed.
     """
     if resolve(asked, several=several) == "local":
-        from distnadam.backends.local import LocalBackend
+        with _imports():
+            from distnadam.backends.local import LocalBackend
 
         return LocalBackend()
     if not _is_installed():
@@ -42,9 +45,19 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
             "backend='ray' needs the package ray: pip install ray, or use backend='local'"
         )
     _require_token()
-    from distnadam.backends.ray.backend import RayBackend
+    with _imports():
+        from distnadam.backends.ray.backend import RayBackend
 
     return RayBackend()
+
+
+@contextmanager
+def _imports() -> Iterator[None]:
+    """Say that a backend cannot be imported, as where no more files may be open."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise ClusterError(f"the backend cannot be imported: {error}") from error
 
 
 def _require_token() -> None:

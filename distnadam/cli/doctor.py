@@ -13,8 +13,8 @@ import click
 from rich.table import Table
 
 from distnadam.cli.group import JSON, echo_json, main, plain_console
-from distnadam.errors import ArenaError
-from distnadam.nadam.kernels import fused_installed
+from distnadam.errors import ArenaError, KernelError
+from distnadam.nadam.kernels import fused_installed, make_stepper
 from distnadam.transport.shared_memory import Arena, available_bytes
 from distnadam.versions import CORE_PACKAGES, installed_version
 
@@ -47,7 +47,10 @@ def diagnose() -> Diagnosis:
     versions = {
         package: installed_version(package) for package in (*CORE_PACKAGES, *_OPTIONAL_PACKAGES)
     }
-    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    try:
+        shm = shutil.disk_usage("/dev/shm")
+    except OSError:  # there is none, or not for us
+        shm = None
     cpus = len(os.sched_getaffinity(0))
     found = Diagnosis(
         python=platform.python_version(),
@@ -84,9 +87,13 @@ def diagnose() -> Diagnosis:
 
 
 def _kernel() -> str:
-    if fused_installed():
-        return "fused (numba is installed)"
-    return "NumPy, in blocks (pip install 'distnadam[fused]' for the compiled one)"
+    if not fused_installed():
+        return "NumPy, in blocks (pip install 'distnadam[fused]' for the compiled one)"
+    try:
+        make_stepper("fused", "float32").close()
+    except (KernelError, MemoryError) as error:
+        return f"NumPy, in blocks: {error}"
+    return "fused (numba is installed)"
 
 
 def _transport() -> str:

@@ -150,7 +150,10 @@ def connect(
     Raises:
         LaneError: no process of this user listens there, or it refused the greeting.
     """
-    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock = socket.socket(socket.AF_UNIX)
+    except OSError as error:  # too many files are open
+        raise LaneError(f"no lane to the socket {address.name}: {error}") from error
     try:
         sock.settimeout(_GREETING_S)
         sock.connect("\0" + address.name)
@@ -181,6 +184,9 @@ class ConnectionServer:
         on_frame: called with the connection and a frame's body, in the server's thread; a LaneError
             closes the connection.
         on_end: called with the connection once its peer is gone.
+
+    Raises:
+        LaneError: the system has no socket, descriptor or thread for it.
     """
 
     def __init__(
@@ -195,6 +201,13 @@ class ConnectionServer:
         self._on_frame = on_frame
         self._on_end = on_end
         self.address = Address(f"distnadam-{secrets.token_hex(16)}", secrets.token_hex(16))
+        self._connections: dict[int, Connection] = {}
+        try:
+            self._listen()
+        except (OSError, RuntimeError) as error:  # no descriptors, or no thread
+            raise LaneError(f"no socket to listen at: {error}") from error
+
+    def _listen(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind("\0" + self.address.name)
         self._listener.listen(1024)
@@ -204,7 +217,6 @@ class ConnectionServer:
         self._poll.register(self._listener, select.EPOLLIN)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._stop, select.EPOLLIN)
-        self._connections: dict[int, Connection] = {}
         self._thread = threading.Thread(target=self._serve, name="connections", daemon=True)
         self._thread.start()
 

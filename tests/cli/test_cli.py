@@ -347,6 +347,10 @@ def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPa
     assert found["versions"]["numpy"]
     assert found["kernel"].startswith("fused (numba is installed)")
     assert found["transport"].startswith("shared memory between processes of one Ray node")
+    with monkeypatch.context() as context:  # numba is there and cannot be used
+        context.setitem(sys.modules, "distnadam.nadam.fused_stepper", None)
+        found = json.loads(call("doctor", "--json").output)
+        assert found["kernel"].startswith("NumPy, in blocks: the fused kernel cannot be compiled")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     done = call("doctor", "--json")

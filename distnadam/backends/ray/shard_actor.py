@@ -262,7 +262,12 @@ class ShardActor:
         if self._arena is None:
             self._address = dataclasses.replace(self._address, socket=None)
             return
-        server = ShmServer(self._spec, self._arena, host.deliver)
+        try:
+            server = ShmServer(self._spec, self._arena, host.deliver)
+        except LaneError as error:  # workers come by Ray's objects then
+            reason = f"shard {self._spec.index}: {error}"
+            self._address = dataclasses.replace(self._address, socket=None, reason=reason)
+            return
         host.gradients_of = server.gradients_of
         self._address = dataclasses.replace(self._address, socket=server.address)
 
