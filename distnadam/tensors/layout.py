@@ -296,24 +296,25 @@ def _check_distinct(paths: Sequence[str], *, what: str) -> None:
 
 
 def _parameter(path: str, leaf: Any) -> Array:
+    where = repr(path) if path else "the root"
     if isinstance(leaf, float) and not isinstance(leaf, np.generic):
         raise StructureError(
-            f"params: {path!r}: expected an array, got the Python float {leaf!r}; give "
+            f"params: {where}: expected an array, got the Python float {leaf!r}; give "
             f"np.float32({leaf!r})"
         )
     try:
         array = as_numpy(leaf)
     except StructureError as error:
-        raise StructureError(f"params: {path!r}: {error}") from error.__cause__
+        raise StructureError(f"params: {where}: {error}") from error.__cause__
     if array.dtype.name not in SPACE_OF:
         raise StructureError(
-            f"params: {path!r}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} "
+            f"params: {where}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} "
             f"({type(leaf).__name__}){remedy_of(leaf, array.dtype)}"
         )
     finite = np.isfinite(array)
     if not finite.all():
         raise StructureError(
-            f"params: {path!r}: expected finite values, got NaN or infinity: "
+            f"params: {where}: expected finite values, got NaN or infinity: "
             f"{first_of(array, ~finite)}"
         )
     return array

@@ -67,6 +67,10 @@ REFUSED = {
     "complex numbers": (ONES.astype(complex), "complex128"),
     "numbers of a record": (np.zeros((2, 3), "f4,f4"), "void64"),
     "text": ("ones", "str"),
+    "more precision than there is": (
+        ONES.astype(np.longdouble),
+        r"float128.*; give its .astype\(np.float32\)",
+    ),
 }
 
 
