@@ -4,8 +4,11 @@ parameters are shared. No Ray.
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from typing_extensions import override
@@ -32,20 +35,32 @@ from distnadam.threads import renew_after_fork
 
 
 class LocalPending(Pending):
-    """Futures of this process."""
+    """The answers of hosts of this process to messages, which get there when it is made."""
 
-    def __init__(self, futures: dict[int, Future[Any]]) -> None:
-        self._futures = futures
+    def __init__(self, hosts: Sequence[ShardHost], messages: Mapping[int, Message | Order]) -> None:
+        if any(index >= len(hosts) for index in messages):
+            raise Reconfigured(f"there are {len(hosts)} shards now; look again")
+        self._count = len(messages)
+        self._answers: dict[int, Any] = {}
+        self._arrived: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        for index, message in messages.items():
+            hosts[index].deliver(message, partial(self._take, index))
+
+    def _take(self, index: int, answer: Any) -> None:
+        self._arrived.put((index, answer))
 
     @override
     def result(self, timeout_s: float) -> dict[int, Any]:
-        done, late = wait(self._futures.values(), timeout=timeout_s, return_when=FIRST_EXCEPTION)
-        for future in self._futures.values():
-            if future in done and (error := future.exception()) is not None:
-                raise error
-        if late:
-            raise TimeoutError
-        return {index: future.result() for index, future in self._futures.items()}
+        deadline = time.monotonic() + timeout_s
+        while len(self._answers) < self._count:
+            try:
+                index, answer = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                raise TimeoutError from None
+            if isinstance(answer, BaseException):
+                raise answer
+            self._answers[index] = answer
+        return self._answers
 
 
 class LocalWorkerChannel(WorkerChannel):
@@ -65,7 +80,7 @@ class LocalWorkerChannel(WorkerChannel):
 
     @override
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
-        return self._transport.post(messages)
+        return LocalPending(self._transport.hosts, messages)
 
     @override
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
@@ -150,12 +165,7 @@ class LocalTransport(ShardTransport):
 
     @override
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
-        hosts = self.hosts
-        if any(index >= len(hosts) for index in messages):
-            raise Reconfigured(f"there are {len(hosts)} shards now; look again")
-        return LocalPending(
-            {index: hosts[index].send(message) for index, message in messages.items()}
-        )
+        return LocalPending(self.hosts, messages)
 
     @override
     def open_channel(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distnadam.errors import GradientError, StructureError
-from distnadam.tensors.arrays import Array, is_float
+from distnadam.tensors.arrays import NAME_OF, Array
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy, told_of
 
@@ -57,7 +57,7 @@ def _checked(path: str, shape: tuple[int, ...], leaf: Any) -> Array:
         array = as_numpy(leaf)
     except StructureError as error:
         raise GradientError(f"parameter {path!r}: {error}") from error.__cause__
-    if array.shape != shape or not is_float(array.dtype):
+    if array.shape != shape or array.dtype not in NAME_OF:
         raise GradientError(
             f"parameter {path!r}: expected a floating-point gradient of shape {shape}, got "
             f"{told_of(leaf, array)}"

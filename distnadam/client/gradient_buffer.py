@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import ConfigError, LifecycleError, StructureError
-from distnadam.tensors.arrays import HALF, Array, Flat, cut_flat, dtype_of, name_of
+from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
 
 BLOCK = 65536
@@ -160,7 +160,7 @@ class GradientBuffer:
         dtypes = {leaves[index].dtype for index in self._narrow}
         if len(dtypes) != 1:
             return {}
-        name = name_of(dtypes.pop())
+        name = NAME_OF[dtypes.pop()]
         return {"float32": name} if name in HALF else {}
 
     def _copy(self, tensor: TensorSpec, leaf: Array) -> None:

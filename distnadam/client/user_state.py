@@ -10,7 +10,7 @@ import numpy as np
 
 from distnadam.errors import StructureError
 from distnadam.nadam.step_scalars import Clock
-from distnadam.tensors.arrays import Array, Flat, empty_flat, is_float
+from distnadam.tensors.arrays import NAME_OF, Array, Flat, empty_flat
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy, first_of, kind_of, remedy_of
 
@@ -118,7 +118,7 @@ def _weight(given: Any, shape: tuple[int, ...], space: str, *, finite: bool) -> 
     if array.shape != shape:
         raise StructureError(f"expected shape {shape}, got shape {array.shape}")
     with np.errstate(over="ignore", invalid="ignore"):
-        is_number = is_float(array.dtype) or array.dtype.kind in "iu"
+        is_number = array.dtype in NAME_OF or array.dtype.kind in "iu"
         wrong = ~np.isfinite(array.astype(space)) if is_number else np.ones(shape, bool)
     if not is_number or (finite and wrong.any()):
         first = f" {first_of(array, wrong)}" if is_number else remedy_of(given, array.dtype)

@@ -19,7 +19,7 @@ from distnadam.config import NadamConfig, Settings
 from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import rate_at
-from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, empty_flat, is_float
+from distnadam.tensors.arrays import NAME_OF, STATE_ARRAYS, Array, Flat, empty_flat
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy, first_of
 
@@ -233,7 +233,7 @@ def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None
         array = read_array(what, given[tensor.path])
         if array.shape != tensor.shape:
             raise CheckpointError(f"{what}: expected shape {tensor.shape}, got shape {array.shape}")
-        if not is_float(array.dtype):
+        if array.dtype not in NAME_OF:
             raise CheckpointError(
                 f"{what}: expected floating-point numbers for {tensor.dtype}, got {array.dtype}"
             )

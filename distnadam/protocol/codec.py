@@ -23,7 +23,7 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedJoin,
     ReplicatedRound,
 )
-from distnadam.tensors.arrays import Flat, name_of
+from distnadam.tensors.arrays import NAME_OF, Flat
 
 HEADER = struct.Struct("<I")
 
@@ -51,7 +51,7 @@ def pack(number: int, message: Any) -> bytes:
         gradients = (
             None
             if message.gradients is None
-            else {space: name_of(array.dtype) for space, array in message.gradients.items()}
+            else {space: NAME_OF[array.dtype] for space, array in message.gradients.items()}
         )
         body = (
             "push",
@@ -134,17 +134,10 @@ class Frames:
             del self._buffer[: 4 + size]
 
 
-def _push(
-    gradients_of: GradientsOf | None,
-    epoch: int,
-    rank: int,
-    incarnation: int,
-    number: int,
-    dtypes: Any,
-    rejection: Any,
-) -> Push:
+def _push(gradients_of: GradientsOf | None, *fields: Any) -> Push:
     if gradients_of is None:
         raise LaneError("a push came where none is expected")
+    epoch, rank, incarnation, number, dtypes, rejection = fields
     return Push(
         epoch=epoch,
         rank=rank,

@@ -2,6 +2,7 @@
 whatever runs the heavy work that it causes.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,5 @@ RunWork = Callable[[Callable[[], None]], object]
 Deliver = Callable[[Message | Order, Reply, RunWork], None]
 """Gives a shard one message; `Reply` is called now or later, in any thread."""
 
-
-def run_in_this_thread(work: Callable[[], None]) -> None:
-    """Run work in the calling thread."""
-    work()
+run_in_this_thread: RunWork = operator.call
+"""Runs work in the calling thread."""

@@ -7,16 +7,15 @@ record of the last is still to be sent.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from distnadam.protocol.delivery import RunWork
 from distnadam.shard.effects import Compute, Effect, Work
 
 
-@dataclass(frozen=True)
-class _Queued:
+class _Queued(NamedTuple):
     """An effect, with what runs its work if the thread that queued it sends it too."""
 
     effect: Effect
@@ -28,26 +27,27 @@ class Outbox:
     """A queue of effects, and the lock under which the machine that makes them is changed.
 
     Args:
-        carriers: by type, what carries out an effect that is no work.
-        begin: begins work, with what runs it.
+        carriers: by type, what carries out an effect that is no work; without one it is dropped.
+        compute: does work, and is told what runs the work that follows from it.
         run_work: runs work that another thread sends than queued it.
         can_send: whether effects may leave now; if not, they wait for the next `flush`.
 
     Attributes:
+        carriers: as given; may be added to.
         lock: held whenever the machine is changed, or read by another thread.
     """
 
     def __init__(
         self,
-        carriers: Mapping[type[Effect], Callable[[Any], None]],
-        begin: Callable[[Work, RunWork], object],
+        carriers: dict[type[Effect], Callable[[Any], None]],
+        compute: Callable[[Work, RunWork], None],
         *,
         run_work: RunWork,
         can_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self.lock = threading.Lock()
-        self._carriers = carriers
-        self._begin = begin
+        self.carriers = carriers
+        self._compute = compute
         self._run_work = run_work
         self._can_send = can_send
         self._queued: deque[_Queued] = deque()
@@ -86,10 +86,10 @@ class Outbox:
                     if isinstance(effect, Compute):
                         is_own = queued.thread == threading.get_ident()
                         works.append((effect.work, queued.run_work if is_own else self._run_work))
-                    else:
-                        self._carriers[type(effect)](effect)
+                    elif (carry := self.carriers.get(type(effect))) is not None:
+                        carry(effect)
         except BaseException:
             self._is_sending = False
             raise
         for work, run_work in works:
-            self._begin(work, run_work)
+            run_work(partial(self._compute, work, run_work))

@@ -25,28 +25,31 @@ class Replicator:
     Args:
         shard: the shard's index, for the log.
         on_lost: called when a standby is detached because it is gone or out of date.
+
+    Attributes:
+        stream: to the standby; None without one.
     """
 
     def __init__(self, shard: int, on_lost: Callable[[], None]) -> None:
         self._shard = shard
         self._on_lost = on_lost
-        self._stream: ReplicationStream | None = None
+        self.stream: ReplicationStream | None = None
         self._lock = threading.Lock()
 
     @property
     def reached(self) -> int | None:
         """The last round that the standby has; None without one."""
-        stream = self._stream
+        stream = self.stream
         return None if stream is None else stream.reached
 
     def attach(self, stream: ReplicationStream) -> None:
         """Send every record from now on to this stream."""
         with self._lock:
-            self._stream = stream
+            self.stream = stream
 
     def replicate(self, effect: Replicate) -> None:
         """Send a record; detach the standby if it is gone, or if the record says so."""
-        stream = self._stream
+        stream = self.stream
         if stream is None:
             return
         if isinstance(effect.record, DetachStandby) or not stream.send(effect.record):
@@ -56,7 +59,7 @@ class Replicator:
         """Wait until a round's mean gradient may be written for the standby, and return where to;
         None without a standby that keeps up.
         """
-        stream = self._stream
+        stream = self.stream
         if stream is None:
             return None
         if not stream.ready():
@@ -66,7 +69,7 @@ class Replicator:
 
     def close(self) -> None:
         """Detach the standby, if any."""
-        if (stream := self._stream) is not None:
+        if (stream := self.stream) is not None:
             self._detach(stream)
 
     def _lose(self, stream: ReplicationStream) -> None:
@@ -81,8 +84,8 @@ class Replicator:
     def _detach(self, stream: ReplicationStream) -> bool:
         """Detach a standby; return False if another thread has detached it already."""
         with self._lock:
-            if self._stream is not stream:
+            if self.stream is not stream:
                 return False
-            self._stream = None
+            self.stream = None
         stream.close()
         return True

@@ -26,14 +26,13 @@ class ShardFiles:
 
     Attributes:
         directory: the directory of checkpoints last written to or read from; None before.
-        wait_copied: waits until the arrays may be changed.
+        snapshots: the background saves, whose copy of the arrays is to be waited for.
     """
 
     def __init__(self, ranges: Ranges) -> None:
         self.directory: str | None = None
         self._ranges = ranges
         self.snapshots = SnapshotWriter(ranges)
-        self.wait_copied = self.snapshots.wait_copied
         self._lock = threading.Lock()
         self._num_saving = 0
 
@@ -53,7 +52,7 @@ class ShardFiles:
 
         Args:
             message: where to.
-            arrays: what to write; a background save copies them, see `wait_copied`.
+            arrays: what to write; a background save copies them first.
             on_written: called when the file is complete, in the thread that wrote it.
         """
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
@@ -40,13 +40,14 @@ from distnadam.runtime.outbox import Outbox
 from distnadam.runtime.replicator import ConnectStandby, Replicator
 from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
-from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
-from distnadam.shard.machine import MESSAGES, Shard
+from distnadam.shard.effects import Answer, Notice, Replicate, Work
+from distnadam.shard.machine import Shard
 from distnadam.shard.phases import AT_REST
 from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat, memory_for
 from distnadam.threads import renew_after_fork
 
+_T = TypeVar("_T")
 GradientsOf = Callable[[int, int, dict[str, str]], Flat | None]
 """From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory; None if
 this process does not have it.
@@ -62,13 +63,13 @@ class ShardHost:
         threads: threads of its kernel.
         run_work: runs heavy work: at once in the calling thread, or in an executor's.
         on_notice: called with what happens to ranks and to the standby.
-        connect_standby: returns the stream to a standby.
         can_send: whether effects may leave now; call `resume` when it turns true.
 
     Attributes:
         shard: the state machine; changed by messages only, under `lock`.
         lock: held while the machine is changed.
         gradients_of: finds the gradients of a push that is to be completed.
+        connect_standby: returns the stream to a standby; None where there can be none.
     """
 
     def __init__(
@@ -79,25 +80,20 @@ class ShardHost:
         threads: int = 1,
         run_work: RunWork = run_in_this_thread,
         on_notice: Callable[[Notice], None] = lambda notice: None,
-        connect_standby: ConnectStandby | None = None,
         can_send: Callable[[], bool] = lambda: True,
     ) -> None:
         self.shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
         self.gradients_of: GradientsOf = lambda rank, incarnation, dtypes: None
+        self.connect_standby: ConnectStandby | None = None
         self._spec = spec
         self._run_work = run_work
-        self._connect_standby = connect_standby
         self._kernel = ShardKernel(spec, self.shard.state, threads)
         self.files = ShardFiles(spec.ranges)
         standby_lost = Notice(StandbyLost(shard=spec.index))
         self._replicator = Replicator(spec.index, lambda: on_notice(standby_lost))
         self._outbox = Outbox(
-            {
-                Answer: lambda effect: self._answer(effect.caller, effect.reply),
-                Notice: on_notice,
-                Replicate: self._replicator.replicate,
-            },
-            lambda work, run_work: run_work(lambda: self._compute(work, run_work)),
+            {Answer: self._answer, Notice: on_notice},
+            self._compute,
             run_work=run_work,
             can_send=can_send,
         )
@@ -164,15 +160,22 @@ class ShardHost:
             reply: called once with the answer or the error, now or later, in any thread.
             run_work: runs heavy work that the message causes; None for the host's own.
         """
-        with self.lock:
-            is_closed = self._is_closed
-            if not is_closed:
-                self._waiting.add(reply)
-        if is_closed:
-            reply(self._refusal)
+        run_work = run_work or self._run_work
+        self._waiting.add(reply)
+        if self._is_closed:  # asked after that, so that `close` answers whom this does not
+            self._answer(Answer(reply, self._refusal))
+            return
+        if (take := TAKEN_HERE.get(type(message))) is not None:
+            take(self, message, reply, run_work)
+            return
+        try:
+            if (prepared := PREPARED.get(type(message))) is not None:
+                message = prepared(self, message)
+            self._outbox.put(partial(self.shard.receive, message, reply), run_work)
+        except Exception as error:
+            self._answer(Answer(reply, error))
         else:
-            handler = HANDLERS.get(type(message), ShardHost._receive)
-            handler(self, message, reply, run_work or self._run_work)
+            self._outbox.flush()
 
     def resume(self) -> None:
         """Send the effects that could not leave before."""
@@ -180,90 +183,81 @@ class ShardHost:
 
     def close(self) -> None:
         """Refuse further messages, and fail all callers that wait."""
-        with self.lock:
-            self._is_closed = True
-            waiting = list(self._waiting)
-        for reply in waiting:
-            self._answer(reply, self._refusal)
+        self._is_closed = True
+        for reply in list(self._waiting):
+            self._answer(Answer(reply, self._refusal))
         self._replicator.close()
         self._kernel.close()
         self.files.close()
 
     # Messages
 
-    def _receive(self, message: Message | Order, reply: Reply, run_work: RunWork) -> None:
-        try:
-            self._outbox.put(lambda: self.shard.receive(message, reply), run_work)
-        except Exception as error:
-            self._answer(reply, error)
-        else:
-            self._outbox.flush()
-
-    def _receive_after_copy(self, message: Write | Retire, reply: Reply, run_work: RunWork) -> None:
+    def _after_copy(self, message: _T) -> _T:
         """Have a background save copy the arrays before the message changes them."""
-        self.files.wait_copied()
-        self._receive(message, reply, run_work)
+        self.files.snapshots.copied.wait()
+        return message
 
-    def _complete_push(self, message: CompletePush, reply: Reply, run_work: RunWork) -> None:
+    def _with_gradients(self, message: CompletePush) -> CompletePush:
         """Fill in the gradients from the worker's memory, if the sender has not."""
         note = message.note
-        if note.dtypes is not None and message.gradients is None:
-            found = self.gradients_of(message.rank, note.incarnation, note.dtypes)
-            message = dataclasses.replace(message, gradients=found)
-        self._receive(message, reply, run_work)
+        if note.dtypes is None or message.gradients is not None:
+            return message
+        found = self.gradients_of(message.rank, note.incarnation, note.dtypes)
+        return dataclasses.replace(message, gradients=found)
 
     def _reply_to_describe(self, message: Describe, reply: Reply, _: RunWork) -> None:
         """Answer at once, whatever waits in the outbox."""
-        self._answer(reply, self._describe(message))
+        self._answer(Answer(reply, self._describe(message)))
 
     def _reserve(self, _: Reserve, reply: Reply, run_work: RunWork) -> None:
-        run_work(lambda: self._answer(reply, self._attempt(self.files.reserve)))
+        run_work(lambda: self._answer(Answer(reply, self._attempt(self.files.reserve))))
 
     def _save(self, message: Save, reply: Reply, run_work: RunWork) -> None:
         def save() -> Any:
             with self.lock:
                 self.shard.require_hold(message.token)
                 saved = Saved(self.shard.progress.num_changes)
-            return self.files.save(
-                message,
-                self.shard.state.arrays(),
-                # it has no effects, so the saver's thread sends none, nor begins the work of any
-                on_written=lambda: self._outbox.put(
-                    lambda: self.shard.receive(saved, None), run_work
-                ),
-            )
+            return self.files.save(message, self.shard.state.arrays(), lambda: on_written(saved))
 
-        run_work(lambda: self._answer(reply, self._attempt(save)))
+        def on_written(saved: Saved) -> None:
+            with self.lock:
+                self.shard.receive(saved, None)  # has no effects
+
+        run_work(lambda: self._answer(Answer(reply, self._attempt(save))))
 
     def _collect(self, message: Collect, reply: Reply, _: RunWork) -> None:
-        self.files.collect(message.file_name, partial(self._answer, reply))
+        self.files.collect(message.file_name, lambda record: self._answer(Answer(reply, record)))
 
     # Work
 
     def _compute(self, work: Work, run_work: RunWork) -> None:
         shard = self.shard
+        failure: BaseException | None = None
         try:
-            result = _WORK[work](self)
+            change = partial(shard.computed, work, _WORK[work](self))
         except BaseException as error:
+            failure = error
             if work is Work.STEP and isinstance(error, ConfigError):
-                # The learning-rate function raised, before any array was touched.
-                self._report(partial(shard.refused, error), run_work)
+                # the learning-rate function raised, before any array was touched
+                change = partial(shard.refused, error)
             else:
-                self._report(partial(shard.broke, error), run_work)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            self._report(lambda: shard.computed(work, result), run_work)
-            if work is Work.STEP:
-                prepare(result[0], shard.config)
+                change = partial(shard.broke, error)
+        self._outbox.put(change, run_work)
+        self._outbox.flush()
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure
+        if work is Work.STEP:
+            prepare(shard.progress.clock, shard.config)
 
     def _measure(self) -> PartialNorms:
         return self._kernel.measure(self.shard)
 
     def _step(self) -> tuple[Clock, float]:
-        self.files.wait_copied()
+        self.files.snapshots.copied.wait()
         began = perf_counter()
-        result = self._kernel.step(self.shard, self._replicator.memory_for_mean())
+        replicator = self._replicator
+        keep = None if replicator.stream is None else replicator.memory_for_mean()
+        result = self._kernel.step(self.shard, keep)
         if self._meter is not None:
             self._meter.apply.add(perf_counter() - began)
         return result
@@ -271,23 +265,24 @@ class ShardHost:
     def _load_or_copy(self) -> Any:
         """Carry out the next order; an error is its answer, and leaves a load without a state."""
         order = self.shard.loads.first
-        self.files.wait_copied()
+        self.files.snapshots.copied.wait()
         if isinstance(order, Load):
             return self._attempt(lambda: self.files.load(order, self.shard.state))
         assert order is not None
         return self._attempt(lambda: self._attach_standby(order))
 
     def _attach_standby(self, order: AttachStandby) -> int:
-        assert self._connect_standby is not None
+        assert self.connect_standby is not None
         self._replicator.close()
         shard = self.shard
         with self.lock:
             control_state = self.control_state
-        stream = self._connect_standby(
+        stream = self.connect_standby(
             order.standby, control_state, shard.config, shard.state.arrays()
         )
         with self.lock:  # no standby was sent what came meanwhile
             self._replicator.attach(stream)
+            self._outbox.carriers[Replicate] = self._replicator.replicate
             reconfigure = Reconfigure(
                 epoch=shard.epochs.now,
                 schedule=shard.members.schedule,
@@ -295,10 +290,6 @@ class ShardHost:
             )
         stream.send(reconfigure)
         return shard.progress.round
-
-    def _report(self, change: Callable[[], list[Effect]], run_work: RunWork) -> None:
-        self._outbox.put(change, run_work)
-        self._outbox.flush()
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
         try:
@@ -309,12 +300,13 @@ class ShardHost:
 
     # Answers
 
-    def _answer(self, reply: Reply, answer: Any) -> None:
-        with self.lock:
-            if reply not in self._waiting:
-                return
-            self._waiting.discard(reply)
-        reply(answer)
+    def _answer(self, answer: Answer) -> None:
+        """Answer a caller that waits; one that does not was answered when the host was closed."""
+        try:
+            self._waiting.remove(answer.caller)  # by one thread, if several have an answer
+        except KeyError:
+            return
+        answer.caller(answer.reply)
 
     def _describe(self, message: Describe) -> Description:
         with self.lock:
@@ -328,19 +320,20 @@ class ShardHost:
         )
 
 
-HANDLERS: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
-    **dict.fromkeys(MESSAGES, ShardHost._receive),
-    Write: ShardHost._receive_after_copy,
-    Retire: ShardHost._receive_after_copy,
-    CompletePush: ShardHost._complete_push,
+PREPARED: dict[type, Callable[[ShardHost, Any], Any]] = {
+    Write: ShardHost._after_copy,
+    Retire: ShardHost._after_copy,
+    CompletePush: ShardHost._with_gradients,
+}
+"""What is done with a message before the machine gets it, or what it then gets instead."""
+
+TAKEN_HERE: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
     Describe: ShardHost._reply_to_describe,
     Reserve: ShardHost._reserve,
     Save: ShardHost._save,
     Collect: ShardHost._collect,
 }
-"""The one dispatch of messages: to the machine, through what the host must do first, or to the host
-alone.
-"""
+"""The messages that the machine does not get; it gets all others."""
 
 _WORK: dict[Work, Callable[[ShardHost], Any]] = {
     Work.MEASURE: ShardHost._measure,

@@ -25,21 +25,24 @@ class SnapshotWriter:
 
     Args:
         ranges: the shard's.
+
+    Attributes:
+        copied: set while the arrays may be changed; to wait for.
     """
 
     def __init__(self, ranges: Ranges) -> None:
         self._ranges = ranges
         self.memory: State = {}
         self._written: dict[str, Future[FileRecord]] = {}
-        self._copied = Event()
-        self._copied.set()
+        self.copied = Event()
+        self.copied.set()
         renew_after_fork(self)
 
     def after_fork(self) -> None:
         """Forget a snapshot in flight, which the parent writes."""
         self._written = {}
-        self._copied = Event()
-        self._copied.set()
+        self.copied = Event()
+        self.copied.set()
 
     def reserve(self) -> None:
         """Allocate and touch the memory, so that a copy meets no page faults."""
@@ -67,12 +70,8 @@ class SnapshotWriter:
                 copied.set()
             return write(self.memory)
 
-        self._copied = copied  # the caller holds the shard, so nobody has waited for it yet
+        self.copied = copied  # the caller holds the shard, so nobody has waited for it yet
         self._written[name] = in_background("saver", take)
-
-    def wait_copied(self) -> None:
-        """Wait until the arrays may be changed."""
-        self._copied.wait()
 
     def collect(self, name: str, reply: Callable[[Any], None]) -> None:
         """Call `reply` with the record of a snapshot when it is written, or with its error."""
@@ -84,4 +83,4 @@ class SnapshotWriter:
 
     def close(self) -> None:
         """Take no more snapshots; what is being written is written to its end."""
-        self.wait_copied()
+        self.copied.wait()

@@ -76,7 +76,8 @@ class Standby:
                 primary.
         """
         with self._lock:
-            now, self._control_state = self._control_state, None
+            now = self._control_state
+            self._control_state = None
             if isinstance(record, DetachStandby):
                 self._arrays = {}
             elif now is None:

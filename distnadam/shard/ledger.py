@@ -2,6 +2,7 @@
 ever, small always. Pure.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,24 +11,22 @@ DIRECT = -1
 
 
 class Ledger:
-    """The rounds in which each (rank, incarnation) was counted, and the newest incarnation of each
-    rank.
+    """The rounds in which each (rank, incarnation) was counted.
+
+    Attributes:
+        newest: the newest incarnation of each rank, 0 where there was none.
     """
 
     def __init__(self) -> None:
         self._runs: dict[int, list[list[int]]] = {}
-        self._newest: dict[int, int] = {}
-
-    def newest(self, rank: int) -> int:
-        """Return the newest incarnation of a rank, 0 where there was none."""
-        return self._newest.get(rank, 0)
+        self.newest: Counter[int] = Counter()
 
     def admit(self, rank: int, incarnation: int | None) -> int:
         """Make `incarnation` the rank's newest where it is newer (None: the one after the newest)
         and return it.
         """
-        admitted = self.newest(rank) + 1 if incarnation is None else incarnation
-        self._newest[rank] = max(self.newest(rank), admitted)
+        admitted = self.newest[rank] + 1 if incarnation is None else incarnation
+        self.newest[rank] = max(self.newest[rank], admitted)
         return admitted
 
     def admit_all(self, newest: Mapping[int, int]) -> None:
@@ -37,7 +36,7 @@ class Ledger:
 
     def newest_of_all(self) -> dict[int, int]:
         """Return the newest incarnation of each rank that had one."""
-        return dict(self._newest)
+        return dict(self.newest)
 
     def count(self, rank: int, incarnation: int, decided: int) -> None:
         """Enter that a rank's push was counted in the round `decided`, which is later than any
@@ -65,7 +64,7 @@ class Ledger:
         """Return plain data that `from_dict` takes."""
         return {
             "runs": [[rank, *run] for rank, runs in sorted(self._runs.items()) for run in runs],
-            "newest": [[rank, incarnation] for rank, incarnation in sorted(self._newest.items())],
+            "newest": [[rank, incarnation] for rank, incarnation in sorted(self.newest.items())],
         }
 
     @classmethod
@@ -77,5 +76,5 @@ class Ledger:
             raise ValueError("expected whole numbers only")
         for rank, incarnation, first, last in data["runs"]:
             ledger._runs.setdefault(rank, []).append([incarnation, first, last])
-        ledger._newest = dict(data["newest"])
+        ledger.newest = Counter(dict(data["newest"]))
         return ledger

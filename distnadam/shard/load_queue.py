@@ -16,25 +16,23 @@ class LoadQueue:
     Args:
         shard: the shard's index, for messages.
         progress: what a load replaces.
+
+    Attributes:
+        entries: the orders, each with its caller; the first is being carried out, or is next.
     """
 
     def __init__(self, shard: int, progress: Progress) -> None:
         self._shard = shard
         self._progress = progress
-        self._entries: list[tuple[Any, Load | AttachStandby]] = []
+        self.entries: list[tuple[Any, Load | AttachStandby]] = []
         self._has_begun = False
         self._last_epoch = 0
         self._last_answer: Any = None
 
     @property
-    def is_empty(self) -> bool:
-        """Whether no order waits or is being carried out."""
-        return not self._entries
-
-    @property
     def first(self) -> Load | AttachStandby | None:
         """The order that is being carried out, or is next; None if there is none."""
-        return self._entries[0][1] if self._entries else None
+        return self.entries[0][1] if self.entries else None
 
     def add_load(self, load: Load, caller: Any) -> list[Effect]:
         """Queue a load before all copies, which may wait for a round that never ends.
@@ -48,14 +46,14 @@ class LoadQueue:
             return [Answer(caller, self._last_answer)]
         if self._is_stale(load) and not self._is_loading(load.epoch):
             raise self._stale(load)
-        waiting = range(int(self._has_begun), len(self._entries))
-        copies = (i for i in waiting if isinstance(self._entries[i][1], AttachStandby))
-        self._entries.insert(next(copies, len(self._entries)), (caller, load))
+        waiting = range(int(self._has_begun), len(self.entries))
+        copies = (i for i in waiting if isinstance(self.entries[i][1], AttachStandby))
+        self.entries.insert(next(copies, len(self.entries)), (caller, load))
         return []
 
     def add_copy(self, order: AttachStandby, caller: Any) -> list[Effect]:
         """Queue an order to copy the state."""
-        self._entries.append((caller, order))
+        self.entries.append((caller, order))
         return []
 
     def skip_stale(self) -> list[Effect]:
@@ -63,7 +61,7 @@ class LoadQueue:
         load = self.first
         if not isinstance(load, Load) or not self._is_stale(load):
             return []
-        caller, _ = self._entries.pop(0)
+        caller, _ = self.entries.pop(0)
         is_repeated = load.epoch == self._last_epoch
         return [Answer(caller, self._last_answer if is_repeated else self._stale(load))]
 
@@ -74,7 +72,7 @@ class LoadQueue:
     def end(self, result: Any) -> Answer:
         """End the order that was carried out: take what was loaded, and return its answer."""
         self._has_begun = False
-        caller, order = self._entries.pop(0)
+        caller, order = self.entries.pop(0)
         if isinstance(order, Load):
             if isinstance(result, ShardControlState):
                 self._progress.load(result, order)
@@ -85,14 +83,14 @@ class LoadQueue:
 
     def remove_copies(self) -> list[Any]:
         """Remove the orders to copy, and return their callers."""
-        copies = [caller for caller, order in self._entries if isinstance(order, AttachStandby)]
-        self._entries = [entry for entry in self._entries if isinstance(entry[1], Load)]
+        copies = [caller for caller, order in self.entries if isinstance(order, AttachStandby)]
+        self.entries = [entry for entry in self.entries if isinstance(entry[1], Load)]
         return copies
 
     def drain(self) -> list[Any]:
         """Remove every order, and return their callers."""
-        callers = [caller for caller, _ in self._entries]
-        self._entries = []
+        callers = [caller for caller, _ in self.entries]
+        self.entries = []
         self._has_begun = False
         return callers
 

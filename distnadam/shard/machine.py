@@ -69,6 +69,29 @@ class Shard:
         self._who = f"shard {spec.index}"
         self._phase = Phase.COLLECTING
         self._failure: DistNadamError | None = None
+        self._handlers: dict[type, Callable[[Any, Any], list[Effect]]] = {
+            msg.Join: self._join,
+            msg.Push: self.rounds.push,
+            msg.CompletePush: self.rounds.complete_push,
+            msg.TotalNorms: self.rounds.total_norms,
+            msg.Pull: self._pull,
+            msg.Leave: self._leave,
+            msg.WorkerDied: self._worker_died,
+            msg.Pause: self._pause,
+            msg.CatchUp: self._catch_up,
+            msg.Resume: self._resume,
+            msg.Read: self._read,
+            msg.Write: self._write,
+            msg.SetRate: self._set_rate,
+            msg.Saved: self._saved,
+            msg.Step: self._step,
+            msg.StepNorms: self._step_norms,
+            orders.Reconfigure: self._reconfigure,
+            orders.AbandonRank: self._abandon_rank,
+            orders.Retire: self._retire,
+            orders.Load: self.loads.add_load,
+            orders.AttachStandby: self.loads.add_copy,
+        }
 
     @property
     def phase(self) -> Phase:
@@ -89,7 +112,7 @@ class Shard:
                 raise copy(self._failure) from self._failure.__cause__
             kind = type(message).__name__
             raise IllegalMessage(f"{self._who}: {kind} is not legal while {self._phase.value}")
-        effects = _HANDLERS[type(message)](self, message, caller)
+        effects = self._handlers[type(message)](message, caller)
         return effects if isinstance(message, msg.Saved) else [*effects, *self._advance()]
 
     def computed(self, work: Work, result: Any) -> list[Effect]:
@@ -104,8 +127,10 @@ class Shard:
         elif work is Work.MEASURE:
             effects = self._measured(result)
         else:
-            self.progress.clock, self.progress.lr = result
+            clock, lr = result
             self.state.swap()
+            self.progress.clock = clock
+            self.progress.lr = lr
             effects = self._decide("applied", None)
         return [*effects, *self._advance()]
 
@@ -153,10 +178,6 @@ class Shard:
         record = Replicate(orders.ReplicatedJoin(rank, incarnation, owner))
         notice = Notice(RankJoined(rank=rank, incarnation=incarnation))
         return [record, *([] if message.reserve else [notice]), Answer(caller, joined)]
-
-    def _push(self, push: msg.Push, caller: Any) -> list[Effect]:
-        effects = self.rounds.push(push, caller)
-        return [*effects, *self._drop_abandoned_round()] if self.members.given_up else effects
 
     def _pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
         self.rounds.pull(pull, caller)
@@ -250,7 +271,7 @@ class Shard:
         if self.members.taken_over(order.rank, order.incarnation):
             return [Answer(caller, None)]
         self.members.given_up.add(order.rank)
-        return [Answer(caller, None), *self._drop_abandoned_round()]
+        return [Answer(caller, None)]
 
     def _retire(self, order: orders.Retire, caller: Any) -> list[Effect]:
         error = Reconfigured(
@@ -266,13 +287,17 @@ class Shard:
 
     def _advance(self) -> list[Effect]:
         """Begin the next order, or go on with the round, as far as the host need not compute."""
-        if not self.loads.is_empty and self._may_begin_order():
+        if self.members.given_up and (dropped := self._drop_abandoned_round()):
+            return [*dropped, *self._advance()]
+        if self.loads.entries and self._may_begin_order():
             return self._begin_order()
         number = self.progress.round + 1
         if number > self.exclusive_hold.limit:
             return []
         current = self.rounds.current
-        if self._phase is Phase.COLLECTING and current.has_all(self.members.needed(number)):
+        if self._phase is Phase.COLLECTING and (
+            current.pushes.keys() >= set(self.members.needed(number)) or current.is_direct
+        ):
             if current.is_rejected and (rejection := current.rejection) is not None:
                 return self._reject(rejection)
             current.is_closed = True
@@ -300,7 +325,8 @@ class Shard:
     def _decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         effects = self.rounds.decide(outcome, rejection)
         self._enter(Phase.COLLECTING)
-        if self.rounds.pulls or self.exclusive_hold.is_asked:
+        hold = self.exclusive_hold
+        if self.rounds.pulls or hold.queue or hold.advances:
             effects += self._answer_due()
         return effects
 
@@ -371,30 +397,3 @@ class Shard:
         copies = self.loads.remove_copies()
         callers = [*self.rounds.remove_callers(), *copies, *self.exclusive_hold.reset()]
         return [Answer(caller, self._failure) for caller in callers]
-
-
-_HANDLERS: dict[type, Callable[[Shard, Any, Any], list[Effect]]] = {
-    msg.Join: Shard._join,
-    msg.Push: Shard._push,
-    msg.CompletePush: lambda shard, message, caller: shard.rounds.complete_push(message, caller),
-    msg.TotalNorms: lambda shard, message, caller: shard.rounds.total_norms(message, caller),
-    msg.Pull: Shard._pull,
-    msg.Leave: Shard._leave,
-    msg.WorkerDied: Shard._worker_died,
-    msg.Pause: Shard._pause,
-    msg.CatchUp: Shard._catch_up,
-    msg.Resume: Shard._resume,
-    msg.Read: Shard._read,
-    msg.Write: Shard._write,
-    msg.SetRate: Shard._set_rate,
-    msg.Saved: Shard._saved,
-    msg.Step: Shard._step,
-    msg.StepNorms: Shard._step_norms,
-    orders.Reconfigure: Shard._reconfigure,
-    orders.AbandonRank: Shard._abandon_rank,
-    orders.Retire: Shard._retire,
-    orders.Load: lambda shard, load, caller: shard.loads.add_load(load, caller),
-    orders.AttachStandby: lambda shard, copy, caller: shard.loads.add_copy(copy, caller),
-}
-MESSAGES = frozenset(_HANDLERS)
-"""The types of the messages that change a shard."""

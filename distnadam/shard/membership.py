@@ -86,17 +86,17 @@ class Membership:
         return {
             rank: held
             for rank, held in self.owners.items()
-            if held[0] == self.ledger.newest(rank) and rank not in gone
+            if held[0] == self.ledger.newest[rank] and rank not in gone
         }
 
     def leave(self, rank: int, incarnation: int) -> None:
         """Record that a worker left."""
-        if incarnation == self.ledger.newest(rank):
+        if incarnation == self.ledger.newest[rank]:
             self.left.add(rank)
 
     def lose(self, rank: int, incarnation: int) -> bool:
         """Record that a worker died, unless it had left or was replaced; return whether it did."""
-        lost = incarnation == self.ledger.newest(rank) and rank not in self.left
+        lost = incarnation == self.ledger.newest[rank] and rank not in self.left
         if lost:
             self.dead.add(rank)
         return lost
@@ -126,7 +126,7 @@ class Membership:
         """
         rank = message.rank
         is_current = message.epoch == epochs.now and message.round == decided + 1
-        is_newest = message.incarnation == self.ledger.newest(rank)
+        is_newest = message.incarnation == self.ledger.newest[rank]
         if is_current and is_newest and rank in self.needed(message.round):
             return  # nearly every message
         who = f"shard {self._shard}: rank {rank}"
@@ -152,7 +152,7 @@ class Membership:
 
     def check_newest(self, rank: int, incarnation: int) -> None:
         """Raise SupersededWorker unless this is the rank's newest worker."""
-        newest = self.ledger.newest(rank)
+        newest = self.ledger.newest[rank]
         if incarnation != newest:
             raise SupersededWorker(
                 f"shard {self._shard}: rank {rank} was taken over by worker {newest}; worker "

@@ -11,7 +11,7 @@ from distnadam.errors import DistNadamError, IllegalMessage, LatePush, Supersede
 from distnadam.protocol.messages import PartialNorms, Push, PushNote
 from distnadam.shard.effects import Answer, Effect
 from distnadam.shard.ledger import DIRECT
-from distnadam.tensors.arrays import Array, Flat, name_of
+from distnadam.tensors.arrays import NAME_OF, Array, Flat
 from distnadam.tensors.layout import Layout
 
 
@@ -70,10 +70,6 @@ class Round:
         pushes = (self.pushes[rank] for rank in sorted(self.pushes))
         rejections = [push.rejection for push in pushes if push.rejection is not None]
         return "; ".join(rejections) if rejections else None
-
-    def has_all(self, needed: Collection[int]) -> bool:
-        """Whether all pushes are there: one of each rank, or the step from outside."""
-        return DIRECT in self.pushes or self.pushes.keys() >= set(needed)
 
     def overflow(self, layout: Layout) -> str | None:
         """Return a rejection that names the tensor whose norm is not finite; None if all are."""
@@ -169,19 +165,18 @@ class Round:
 
     def answer(self, reply: Any) -> list[Effect]:
         """Answer everyone who waits."""
-        waiting, self.waiting = self.waiting, []
-        return [Answer(waiter.caller, reply) for waiter in waiting]
+        answers: list[Effect] = [Answer(waiter.caller, reply) for waiter in self.waiting]
+        self.waiting = []
+        return answers
 
     def measured(self, norms: PartialNorms) -> list[Effect]:
         """Keep this shard's sums of squares, and answer those who wait with them."""
         self.partial_norms = norms
         return self.answer(norms)
 
-    def late_push(self, waiter: Waiter, number: int) -> LatePush | None:
-        """Return the error for one whose rank counted in round `number` with another push."""
+    def late_push(self, waiter: Waiter, number: int) -> LatePush:
+        """Return the error for one whose push did not count in round `number`."""
         counted = self.pushes.get(waiter.rank)
-        if counted is not None and counted.incarnation == waiter.incarnation:
-            return None
         how = (
             "without this rank"
             if counted is None
@@ -198,7 +193,7 @@ def note_of(push: Push) -> PushNote:
     dtypes = (
         None
         if push.gradients is None
-        else {space: name_of(array.dtype) for space, array in push.gradients.items()}
+        else {space: NAME_OF[array.dtype] for space, array in push.gradients.items()}
     )
     return PushNote(
         incarnation=push.incarnation, round=push.round, dtypes=dtypes, rejection=push.rejection

@@ -134,7 +134,7 @@ class Rounds:
 
     def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
         """Give the step from outside the whole model's sums of squares."""
-        newest = self.progress.members.ledger.newest(DIRECT)
+        newest = self.progress.members.ledger.newest[DIRECT]
         self.current.add_norms(message.square_sums, Waiter(caller, DIRECT, newest))
 
     # The end of a round
@@ -145,9 +145,16 @@ class Rounds:
         self.current = Round(self._shard)
         effects: list[Effect] = [Replicate(progress.decide(outcome, rejection, ended.pushes))]
         for waiter in ended.waiting:
-            late = ended.late_push(waiter, progress.round)
-            result = late or progress.result(want_parameters=waiter.want_parameters)
-            effects.append(Answer(waiter.caller, result))
+            counted = ended.pushes.get(waiter.rank)
+            is_late = counted is None or counted.incarnation != waiter.incarnation
+            effects.append(
+                Answer(
+                    waiter.caller,
+                    ended.late_push(waiter, progress.round)
+                    if is_late
+                    else progress.result(want_parameters=waiter.want_parameters),
+                )
+            )
         return effects
 
     def begin_again(self) -> None:

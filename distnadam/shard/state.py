@@ -21,19 +21,12 @@ class ShardState:
         m: the first moments.
         v: the second moments.
         active: the index of the current buffer.
-        params: the current parameters.
-        spare: where the next parameters go; it holds those of the step before.
     """
 
     buffers: tuple[Flat, Flat]
     m: Flat
     v: Flat
     active: int = field(default=0, init=False)
-    params: Flat = field(init=False)
-    spare: Flat = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._activate(0)
 
     @classmethod
     def empty(cls, ranges: Ranges, buffers: tuple[Flat, Flat] | None = None) -> "ShardState":
@@ -43,9 +36,19 @@ class ShardState:
             buffers or (zeros_flat(sizes), zeros_flat(sizes)), zeros_flat(sizes), zeros_flat(sizes)
         )
 
+    @property
+    def params(self) -> Flat:
+        """The current parameters."""
+        return self.buffers[self.active]
+
+    @property
+    def spare(self) -> Flat:
+        """Where the next parameters go; it holds those of the step before."""
+        return self.buffers[1 - self.active]
+
     def swap(self) -> None:
         """Make the spare buffer the current one."""
-        self._activate(1 - self.active)
+        self.active = 1 - self.active
 
     def arrays(self) -> dict[str, Flat]:
         """Return the present arrays by name."""
@@ -55,14 +58,14 @@ class ShardState:
         """Return the arrays by name, to be filled in place; the present parameters are `buffers[0]`
         from now on.
         """
-        self._activate(0)
+        self.active = 0
         return self.arrays()
 
     def load(self, arrays: dict[str, Flat], active: int = 0) -> None:
         """Take whole arrays by name, those not given being zero; the present parameters are
         `buffers[active]` from now on.
         """
-        self._activate(active)
+        self.active = active
         for name, target in self.arrays().items():
             for space, values in target.items():
                 np.copyto(values, arrays[name][space] if name in arrays else 0)
@@ -75,8 +78,3 @@ class ShardState:
                 np.copyto(target[space], values)
         if "params" in state:
             self.swap()
-
-    def _activate(self, active: int) -> None:
-        self.active = active
-        self.params = self.buffers[active]
-        self.spare = self.buffers[1 - active]

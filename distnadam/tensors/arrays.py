@@ -27,26 +27,15 @@ STATE_ARRAYS = ("params", "m", "v")
 HALF = frozenset({"float16", "bfloat16"})
 """Half precisions, in which gradients may come for the float32 space."""
 
-
-_NAMES = {np.dtype(name): name for name in SPACE_OF if name != "bfloat16"} | {BFLOAT16: "bfloat16"}
-
-
-def name_of(dtype: np.dtype[Any]) -> str:
-    """Return the name of a dtype that a gradient may have; `dtype.name` takes microseconds to put
-    it together.
-    """
-    name: str = _NAMES[dtype]
-    return name
+NAME_OF = {np.dtype(name): name for name in SPACE_OF if name != "bfloat16"} | {BFLOAT16: "bfloat16"}
+"""The name of each dtype that a gradient may have; `dtype.name` takes microseconds to put it
+together.
+"""
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
     """Return the NumPy dtype of that name, bfloat16 included."""
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
-
-
-def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether a gradient may come in this dtype."""
-    return dtype in _NAMES
 
 
 def empty_flat(sizes: dict[str, int]) -> Flat:

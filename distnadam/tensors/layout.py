@@ -19,7 +19,7 @@ import numpy as np
 import optree
 
 from distnadam.errors import StructureError
-from distnadam.tensors.arrays import SPACE_OF, SPACES, Array, Flat, dtype_of, is_float
+from distnadam.tensors.arrays import NAME_OF, SPACE_OF, SPACES, Array, Flat, dtype_of
 from distnadam.tensors.containers import plain_tree
 from distnadam.tensors.leaves import as_numpy, first_of, kind_of, memory_of, remedy_of, told_of
 
@@ -276,7 +276,7 @@ class Layout:
             array = as_numpy(leaf)
         except StructureError as error:
             raise StructureError(f"{what}: {tensor.path!r}: {error}") from error.__cause__
-        if array.shape != tensor.shape or not is_float(array.dtype):
+        if array.shape != tensor.shape or array.dtype not in NAME_OF:
             raise StructureError(
                 f"{what}: {tensor.path!r}: expected shape {tensor.shape} and a floating-point "
                 f"dtype, got {told_of(leaf, array)}"

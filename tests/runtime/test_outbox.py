@@ -23,7 +23,7 @@ class Sent:
         self.on_answer: Callable[[Answer], None] = lambda answer: None
         self.box = Outbox(
             {Answer: self._answer, Replicate: self.log.append},
-            self._begin,
+            self._compute,
             run_work=_run_elsewhere,
             can_send=lambda: self.may_send,
         )
@@ -35,12 +35,13 @@ class Sent:
         self.log.append(answer)
         self.on_answer(answer)
 
-    def _begin(self, work: Work, run_work: RunWork) -> None:
+    def _compute(self, work: Work, run_work: RunWork) -> None:
         self.log.append((work, run_work))
 
 
 def _run_elsewhere(work: Callable[[], None]) -> None:
     """The runner of work that another thread queued."""
+    work()
 
 
 def test_effects_leave_in_the_order_in_which_they_arose_and_work_begins_last() -> None:

@@ -18,6 +18,7 @@ from distnadam.protocol.supervisor_messages import AbandonRank, Load, Order
 from distnadam.runtime import shard_host
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.effects import Notice
+from distnadam.shard.phases import LEGAL
 from distnadam.shard.progress import Progress
 from distnadam.tensors.layout import Layout
 
@@ -61,9 +62,15 @@ def changed(host: ShardHost) -> str | None:
     return answer
 
 
-def test_every_message_has_a_handler() -> None:
-    from_others = {*get_args(msg.Message), *get_args(Order)}
-    assert shard_host.HANDLERS.keys() == from_others | {msg.Saved}
+def test_every_message_is_taken_by_the_host_or_by_the_machine() -> None:
+    of_machine = set().union(*LEGAL.values())
+    assert shard_host.TAKEN_HERE.keys() | of_machine == {
+        *get_args(msg.Message),
+        *get_args(Order),
+        msg.Saved,
+    }
+    assert not shard_host.TAKEN_HERE.keys() & of_machine
+    assert shard_host.PREPARED.keys() <= of_machine
 
 
 def test_an_answer_reaches_its_own_caller_once() -> None:

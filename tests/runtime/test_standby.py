@@ -55,7 +55,8 @@ def pair(
         ranges=LAYOUT.cuts(1)[0],
     )
     standby = Standby(spec)
-    primary = ShardHost(spec, connect_standby=lambda where, *told: InProcessStream(standby, *told))
+    primary = ShardHost(spec)
+    primary.connect_standby = lambda where, *told: InProcessStream(standby, *told)
     primary.send(Load(epoch=1, params=INITIAL)).result(0)
     for rank in range(workers):
         primary.send(Join(rank=rank)).result(0)
@@ -139,7 +140,7 @@ def test_it_knows_the_membership_and_the_epoch_of_the_last_reign() -> None:
     primary.send(Reconfigure(epoch=5, schedule=((1, (0, 1)), (3, (1,))), newest={0: 4})).result(0)
     promoted, control_state = standby.promote(Reconfigure(epoch=0, schedule=()), ShardHost)
     assert promoted.shard.members.schedule == ((1, (0, 1)), (3, (1,)))
-    assert promoted.shard.members.ledger.newest(0) == 4
+    assert promoted.shard.members.ledger.newest[0] == 4
     assert control_state.epoch == 5 and promoted.shard.epochs.now == 6
 
 

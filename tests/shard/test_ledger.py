@@ -19,16 +19,16 @@ def test_what_was_counted_is_known_and_nothing_else_is(
         for rank in joining:
             ledger.admit(rank, None)
         for rank in pushing:
-            ledger.count(rank, ledger.newest(rank), decided)
-            counted.add((rank, ledger.newest(rank), decided))
+            ledger.count(rank, ledger.newest[rank], decided)
+            counted.add((rank, ledger.newest[rank], decided))
     again = Ledger.from_dict(ledger.to_dict())
     for rank in range(4):
         assert (
-            again.newest(rank)
-            == ledger.newest(rank)
+            again.newest[rank]
+            == ledger.newest[rank]
             == sum(rank in joining for joining, _ in events)
         )
-        for incarnation in range(ledger.newest(rank) + 2):
+        for incarnation in range(ledger.newest[rank] + 2):
             for decided in range(len(events) + 2):
                 expected = (rank, incarnation, decided) in counted
                 assert (
@@ -50,5 +50,5 @@ def test_an_older_incarnation_does_not_become_the_newest() -> None:
     ledger = Ledger()
     assert ledger.admit(0, 3) == 3
     assert ledger.admit(0, 2) == 2
-    assert ledger.newest(0) == 3
+    assert ledger.newest[0] == 3
     assert ledger.admit(0, None) == 4

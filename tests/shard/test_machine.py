@@ -240,6 +240,13 @@ def test_a_round_asks_for_a_step_once_all_ranks_have_pushed_and_answers_all_of_t
     ]
 
 
+def test_a_step_from_outside_waits_for_no_rank() -> None:
+    shard = new_shard()
+    shard.receive(msg.Pause("me"), "hold")
+    step = msg.Step(token="me", incarnation=1, round=1, gradients=GRADIENTS)
+    assert shard.receive(step, "step") == [Compute(Work.STEP)]
+
+
 @pytest.mark.parametrize(("on_nonfinite", "outcome"), [("raise", "refused"), ("skip", "skipped")])
 def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(
     on_nonfinite: Any, outcome: str

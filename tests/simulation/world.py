@@ -56,13 +56,13 @@ class Process:
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
         world = self.world
-        how = {"run_work": lambda work: self.works.append(work), "connect_standby": self._attach}
 
         def on_notice(notice: Notice) -> None:
             if self.alive:
                 world.supervisor.notify(notice.report)
 
-        host = ShardHost(spec, on_notice=on_notice, **how)  # type: ignore[arg-type]
+        host = ShardHost(spec, on_notice=on_notice, run_work=lambda work: self.works.append(work))
+        host.connect_standby = self._attach
         host.gradients_of = lambda rank, incarnation, dtypes: world.memory(
             rank, incarnation, spec.ranges
         )

@@ -249,9 +249,9 @@ class ShardActor:
             threads=self._threads,
             run_work=self._executor.submit,
             on_notice=self._notice,
-            connect_standby=self._connect_standby,
             can_send=lambda: self._lease is not None and self._lease.valid,
         )
+        host.connect_standby = self._connect_standby
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)
         return host
