@@ -10,12 +10,12 @@ from typing import Any, Self
 
 from distnadam.client.fixed_attributes import FixedAttributes
 from distnadam.client.gradient_buffer import GradientBuffer
-from distnadam.client.in_flight_push import ENDED, InFlightPush
-from distnadam.client.parameter_view import ParameterViews
+from distnadam.client.in_flight_push import InFlightPush
+from distnadam.client.parameter_view import ParameterView
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.worker_session import WorkerSession
 from distnadam.errors import ConfigError, DistNadamError, LifecycleError, NotOpen
-from distnadam.metrics.meter import Meter, Traffic
+from distnadam.metrics.meter import Traffic
 from distnadam.tensors.arrays import Flat
 
 
@@ -27,7 +27,7 @@ class Ticket:
         self._push = push
 
     def __repr__(self) -> str:
-        state = "decided" if self._push.state in ENDED else "under way"
+        state = "decided" if self._push.ended is not None else "under way"
         return f"<Ticket: push of rank {self._session.rank} for round {self._push.round}, {state}>"
 
     def result(self, timeout_s: float | None = None) -> int:
@@ -79,9 +79,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self.session = WorkerSession(shards, rank, self._receive)
         self._shards = shards
         self._closed = False
-        self._has_copies = False
-        self._views = ParameterViews(shards.layout)
-        self._meter = shards.backend.meter or Meter(None)  # one that nobody reads
+        self._view = ParameterView(shards.layout)
+        self._meter = shards.backend.meter
         self._traffic = Traffic({}, {})
         self._traffic_of: tuple[object, object] = (None, None)
 
@@ -135,10 +134,10 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self._settle()
         began = perf_counter()
         self.session.pull(want_parameters=True)
-        self._meter.pull.add(perf_counter() - began)
-        if self._shards.backend.meter is not None:  # needs the gradients' memory, made at first use
+        if self._meter is not None:
+            self._meter.pull.add(perf_counter() - began)
             self._count_traffic().pulled += 1
-        return self._tree()
+        return self._view.tree(self.session.channel.parameters, self.session.buffer)
 
     def push(self, gradients: Any = None) -> Ticket:
         """Send this rank's gradients for the next round; the ticket's `result` waits for it.
@@ -171,9 +170,10 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         """
         began = perf_counter()
         self.session.wait_for(self._push(gradients, want_parameters=True))
-        self._meter.step.add(perf_counter() - began)
-        self._traffic.pulled += 1
-        return self._tree()
+        if self._meter is not None:
+            self._meter.step.add(perf_counter() - began)
+            self._traffic.pulled += 1
+        return self._view.tree(self.session.channel.parameters, self.session.buffer)
 
     def push_tensor(self, path: str, gradient: Any) -> None:
         """Copy one tensor's gradient, as the backward pass yields it.
@@ -215,7 +215,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         if not self.session.in_sync or self._lacks_parameters:
             return self.pull()
         self._require_open()
-        return self._tree()
+        return self._view.tree(self.session.channel.parameters, self.session.buffer)
 
     def close(self) -> None:
         """Leave after a whole step; the rank stays free for a new worker."""
@@ -225,19 +225,20 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 self.session.leave()
 
     def _push(self, gradients: Any, *, want_parameters: bool) -> InFlightPush:
-        self._settle()
+        if self._closed or self.session.in_flight is not None:
+            self._settle()
         began = perf_counter()
         buffer = self._buffer
         rejection = buffer.finish() if gradients is None else buffer.fill(gradients)
         push = self.session.push(buffer.parts, rejection, want_parameters=want_parameters)
-        self._meter.push.add(perf_counter() - began)
-        self._count_traffic().pushed += 1
+        if self._meter is not None:
+            self._meter.push.add(perf_counter() - began)
+            self._count_traffic().pushed += 1
         return push
 
     def _settle(self) -> None:
         """Wait for the push in flight, if any."""
-        if self._closed:
-            self._require_open()
+        self._require_open()
         if self.session.in_flight is not None:
             self.session.wait_for(self.session.in_flight)
 
@@ -251,22 +252,18 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 if routes is None
                 else Traffic.of(routes.ranges, routes.shared, flat)
             )
+            assert self._meter is not None
             self._meter.traffic.append(self._traffic)
         return self._traffic
 
     def _receive(self, shard: int, parameters: Flat) -> None:
         """Copy the parameters that one shard's answer brought."""
-        self._views.of(None)[0].fill(self._shards.ranges[shard], parameters)
-        self._has_copies = True
-
-    def _tree(self) -> Any:
-        shared = self.session.channel.parameters
-        return self._views.of(shared)[0 if shared is None else self.session.buffer].tree()
+        self._view.fill(self._shards.ranges[shard], parameters)
 
     @property
     def _lacks_parameters(self) -> bool:
         """Whether answers must bring the parameters, and none has yet."""
-        return self.session.channel.parameters is None and not self._has_copies
+        return self.session.channel.parameters is None and not self._view.has_own
 
     def _require_open(self) -> None:
         if self._closed:

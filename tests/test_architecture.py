@@ -1,5 +1,5 @@
 """The folder listing is the architecture: imports go down, inside a folder in no circle, pure
-folders are pure, Ray has one.
+folders are pure, Ray has one. And a step stays short.
 """
 
 import ast
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.count_functions import trace_step
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
@@ -82,6 +84,9 @@ the files of its code; and what bytes are made with.
 
 RAY_FOLDER = "backends/ray/"
 MOST_LINES = 400
+MOST_FUNCTIONS = 51
+"""That one step of one worker in local mode may pass; `python -m tests.count_functions` names them.
+"""
 
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
@@ -175,6 +180,16 @@ def test_no_folder_has_a_circle_of_imports_inside() -> None:
         for module in MODULES
     }
     graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_step_in_local_mode_passes_few_functions(num_shards: int) -> None:
+    passed = trace_step(num_shards).functions
+    assert ("worker.py", "Worker.step") in passed and (
+        "shard/state.py",
+        "ShardState.swap",
+    ) in passed
+    assert len(passed) <= MOST_FUNCTIONS, sorted(passed)
 
 
 def test_ray_remote_is_said_in_one_module() -> None:

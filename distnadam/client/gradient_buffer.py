@@ -34,9 +34,13 @@ class GradientBuffer:
     def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
         self._layout = layout
         self._who = who
+        self._what = f"{who}: gradients"
         self._memory = memory
         self._check = check
         self._by_dtypes: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
+        self._dtypes: list[
+            np.dtype[Any]
+        ] = []  # of the leaves of the last tree, while it is read so
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._written: set[int] = set()
         self._view_dtypes: dict[str, str] | None = None
@@ -53,21 +57,27 @@ class GradientBuffer:
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's.
         """
-        leaves = self._layout.leaves(gradients, what=f"{self._who}: gradients")
-        self._begin_round(self._common_half(leaves))
+        leaves = self._layout.leaves(gradients, what=self._what)
+        dtypes = [leaf.dtype for leaf in leaves]
+        if dtypes != self._dtypes:
+            self._select(self._common_half(dtypes))
+            self._dtypes = dtypes
+        self._written.clear()
+        self._rejection = None
         reached = dict.fromkeys(self.flat, 0)
-        for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
-            if leaf.size <= BLOCK:
-                _cast(view, leaf)
-                if tensor.end - reached[tensor.space] < BLOCK:
-                    continue
-                self._check_finite(tensor.space, reached[tensor.space], tensor.end)
-            else:
-                self._check_finite(tensor.space, reached[tensor.space], tensor.begin)
-                self._copy(tensor, leaf)
-            reached[tensor.space] = tensor.end
-        for space, values in self.flat.items():
-            self._check_finite(space, reached[space], values.size)
+        with np.errstate(over="ignore", invalid="ignore"):  # what they give is found and named
+            for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
+                if leaf.size <= BLOCK:
+                    np.copyto(view, leaf, casting="same_kind")
+                    if tensor.end - reached[tensor.space] < BLOCK:
+                        continue
+                    self._check_finite(tensor.space, reached[tensor.space], tensor.end)
+                else:
+                    self._check_finite(tensor.space, reached[tensor.space], tensor.begin)
+                    self._copy(tensor, leaf)
+                reached[tensor.space] = tensor.end
+            for space, values in self.flat.items():
+                self._check_finite(space, reached[space], values.size)
         return self._rejection
 
     def write(self, path: str, gradient: Any) -> None:
@@ -85,10 +95,12 @@ class GradientBuffer:
         index, tensor = self._index[path], self._layout.tensors[self._index[path]]
         if index in self._written:
             raise StructureError(f"{self._who}: {path!r} was pushed already for this round")
-        leaf = self._layout.checked(index, gradient, what=f"{self._who}: gradients")
+        leaf = self._layout.checked(index, gradient, what=self._what)
         if not self._written:
-            self._begin_round({})
-        self._copy(tensor, leaf)
+            self._select({})
+            self._rejection = None
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._copy(tensor, leaf)
         self._written.add(index)
 
     def views(self, dtype: str | None) -> Any:
@@ -126,9 +138,11 @@ class GradientBuffer:
                 f"{self._who}: give gradients, or write them into the views of gradients(), or "
                 "push_tensor each"
             )
-        self._begin_round(self._view_dtypes)
-        for space, values in self.flat.items():
-            self._check_finite(space, 0, values.size)
+        self._select(self._view_dtypes)
+        self._rejection = None
+        with np.errstate(over="ignore", invalid="ignore"):
+            for space, values in self.flat.items():
+                self._check_finite(space, 0, values.size)
         return self._rejection
 
     def parts(self, ranges: list[Ranges]) -> list[Flat]:
@@ -137,15 +151,9 @@ class GradientBuffer:
             self._parts = (self.flat, ranges, [cut_flat(self.flat, each) for each in ranges])
         return self._parts[2]
 
-    def _begin_round(self, halves: Mapping[str, str]) -> None:
-        self._written.clear()
-        self._rejection = None
-        if halves != self._halves:
-            self._select(halves)
-
     def _select(self, halves: Mapping[str, str]) -> None:
         """Read the memory in these dtypes from now on."""
-        self._halves = dict(halves)
+        self._dtypes = []
         key = tuple(halves.get(space, space) for space in self._memory)
         if key not in self._by_dtypes:
             flat = {
@@ -153,21 +161,24 @@ class GradientBuffer:
                 for (s, m), name in zip(self._memory.items(), key, strict=True)
             }
             self._by_dtypes[key] = flat, self._layout.views(flat)
-        self.flat, self._views = self._by_dtypes[key]
+        flat, views = self._by_dtypes[key]
+        self.flat = flat
+        self._views = views
 
-    def _common_half(self, leaves: list[Array]) -> dict[str, str]:
+    def _common_half(self, dtypes: list[np.dtype[Any]]) -> dict[str, str]:
         """Return the half precision of the float32 space, if all its gradients came in one."""
-        dtypes = {leaves[index].dtype for index in self._narrow}
-        if len(dtypes) != 1:
+        narrow = {dtypes[index] for index in self._narrow}
+        if len(narrow) != 1:
             return {}
-        name = NAME_OF[dtypes.pop()]
+        name = NAME_OF[narrow.pop()]
         return {"float32": name} if name in HALF else {}
 
     def _copy(self, tensor: TensorSpec, leaf: Array) -> None:
         """Copy a tensor and check it, block by block."""
         source, target = leaf.reshape(-1), self.flat[tensor.space][tensor.begin : tensor.end]
         for begin in range(0, source.size, BLOCK):
-            _cast(target[begin : begin + BLOCK], source[begin : begin + BLOCK])
+            piece = slice(begin, begin + BLOCK)
+            np.copyto(target[piece], source[piece], casting="same_kind")
             self._check_finite(
                 tensor.space, tensor.begin + begin, min(tensor.begin + begin + BLOCK, tensor.end)
             )
@@ -176,19 +187,18 @@ class GradientBuffer:
         """Record the first element of [begin, end) that is not finite or whose square overflows.
 
         A block's dot product with itself is finite only if every element and square is; only a
-        block that fails this is searched.
+        block that fails this is searched. The caller has overflows and NaN ignored.
         """
         if self._rejection is not None or not self._check:
             return
         values = self.flat[space]
-        with np.errstate(over="ignore", invalid="ignore"):
-            for low in range(begin, end, BLOCK):
-                wide = values[low : min(low + BLOCK, end)].astype(space, copy=False)
-                if not math.isfinite(wide.dot(wide)):
-                    bad = ~np.isfinite(np.square(wide))
-                    if bad.any():
-                        self._rejection = self._describe(space, low + int(bad.argmax()))
-                        return
+        for low in range(begin, end, BLOCK):
+            wide = values[low : min(low + BLOCK, end)].astype(space, copy=False)
+            if not math.isfinite(wide.dot(wide)):
+                bad = ~np.isfinite(np.square(wide))
+                if bad.any():
+                    self._rejection = self._describe(space, low + int(bad.argmax()))
+                    return
 
     def _describe(self, space: str, offset: int) -> str:
         tensor = next(
@@ -200,11 +210,3 @@ class GradientBuffer:
             f"{self._who}: gradient {tensor.path!r} is not finite, or its square overflows, "
             f"at index {where}: {value!r}"
         )
-
-
-def _cast(target: Array, source: Array) -> None:
-    if source.dtype == target.dtype:
-        np.copyto(target, source)
-    else:
-        with np.errstate(over="ignore"):  # gives an infinity, which is found like any
-            np.copyto(target, source, casting="same_kind")

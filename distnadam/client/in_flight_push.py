@@ -21,13 +21,9 @@ class PushState(Enum):
 
     PREPARED = "to be sent, again or for the first time"
     SENT = "sent to every shard"
-    MEASURED = "the norms of its round are known, and sent to every shard"
+    MEASURED = "sent to every shard, and the norms of its round are known"
     DECIDED = "its round is over, and it counted"
     FAILED = "it does not count, or its round was refused"
-
-
-ENDED = (PushState.DECIDED, PushState.FAILED)
-"""The states that a push does not leave."""
 
 
 @dataclass
@@ -41,6 +37,12 @@ class InFlightPush:
             they stay as they are until the round is decided.
         rejection: why they cannot be used, or None.
         want_parameters: whether the answers are to bring the new parameters.
+
+    Attributes:
+        pending: the answers that are awaited; None before it is sent, and once they are lost.
+        square_sums: the norms of its round, once all shards have measured; kept if it is sent
+            again.
+        ended: how its round ended, or why it does not count; None while it is in flight.
     """
 
     epoch: int
@@ -48,49 +50,18 @@ class InFlightPush:
     parts: Callable[[list[Ranges]], Sequence[Flat]]
     rejection: str | None
     want_parameters: bool
-    state: PushState = PushState.PREPARED
     pending: Pending | None = None
     square_sums: Any = None
-    _result: RoundResult | None = None
-    _error: DistNadamError | None = None
+    ended: RoundResult | DistNadamError | None = None
 
-    def sent(self, pending: Pending) -> None:
-        """Record that every shard was sent its part, and the answers that are now awaited."""
-        self.state = PushState.SENT
-        self.pending = pending
-
-    def measured(self, pending: Pending) -> None:
-        """Record that the norms were sent, and the answers that are now awaited."""
-        self.state = PushState.MEASURED
-        self.pending = pending
-
-    def send_again(self) -> None:
-        """Record that its answers are lost; what is known of its round's norms is kept."""
-        self.state = PushState.PREPARED
-        self.pending = None
-
-    def decide(self, result: RoundResult) -> RoundResult:
-        """Record how its round ended, and return it; raise NonFiniteGradient if refused."""
-        self.pending = None
-        if result.outcome == "refused":
-            self.fail(refusal_of(result))
-            return self.result()
-        self.state = PushState.DECIDED
-        self._result = result
-        return result
-
-    def fail(self, error: DistNadamError) -> None:
-        """Record why it does not count."""
-        self.state = PushState.FAILED
-        self.pending = None
-        self._error = error
-
-    def result(self) -> RoundResult:
-        """Return how its round ended, or raise why the push failed."""
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None, "the push is in flight"
-        return self._result
+    @property
+    def state(self) -> PushState:
+        """How far it has come."""
+        if self.ended is not None:
+            return PushState.DECIDED if isinstance(self.ended, RoundResult) else PushState.FAILED
+        if self.pending is None:
+            return PushState.PREPARED
+        return PushState.SENT if self.square_sums is None else PushState.MEASURED
 
 
 def refusal_of(result: RoundResult) -> NonFiniteGradient:

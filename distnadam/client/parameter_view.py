@@ -7,38 +7,51 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.tensors.arrays import Flat, dtype_of, empty_flat
+from distnadam.tensors.arrays import Array, Flat, dtype_of, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 
 
 class ParameterView:
-    """Flat parameters as a read-only tree in the structure given to `build`."""
+    """One worker's parameters as read-only trees in the structure given to `build`: over memory of
+    its own, or over either of two shared buffers.
+    """
 
-    def __init__(self, layout: Layout, flat: Flat | None = None) -> None:
+    def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self.flat = empty_flat(layout.sizes) if flat is None else flat
-        self._views = layout.views(self.flat)
-        for view in self._views:
-            view.flags.writeable = False
-        kept = enumerate(zip(layout.tensors, self._views, strict=True))
+        self._own: Flat = {}
+        self._shared: tuple[Flat, Flat] | None = None
+        self._views: list[list[Array]] = []  # of the own memory, or of each shared buffer
         self._casts = [
             (index, dtype_of(tensor.dtype))
-            for index, (tensor, view) in kept
-            if view.dtype.name != tensor.dtype
+            for index, tensor in enumerate(layout.tensors)
+            if tensor.space != tensor.dtype
         ]
         self._scalars = [index for index, tensor in enumerate(layout.tensors) if tensor.shape == ()]
 
-    def fill(self, ranges: Ranges, values: Flat) -> None:
-        """Copy one shard's ranges."""
-        for space, (begin, end) in ranges.items():
-            np.copyto(self.flat[space][begin:end], values[space])
+    @property
+    def has_own(self) -> bool:
+        """Whether parameters have been copied into the view's own memory."""
+        return bool(self._own)
 
-    def tree(self) -> Any:
+    def fill(self, ranges: Ranges, values: Flat) -> None:
+        """Copy one shard's ranges into the view's own memory."""
+        if not self._own:
+            self._own = empty_flat(self._layout.sizes)
+        for space, (begin, end) in ranges.items():
+            np.copyto(self._own[space][begin:end], values[space])
+
+    def tree(self, shared: tuple[Flat, Flat] | None, buffer: int) -> Any:
         """Return the tree: views, or casts of tensors whose master has another dtype.
 
         A tensor of shape () is a NumPy scalar.
+
+        Args:
+            shared: both buffers of the whole model; None for the view's own memory.
+            buffer: which of the two.
         """
-        leaves: list[Any] = list(self._views)
+        if not self._views or self._shared is not shared:
+            self._look_at(shared)
+        leaves: list[Any] = list(self._views[0 if shared is None else buffer])
         for index, dtype in self._casts:
             leaves[index] = leaves[index].astype(dtype)
             leaves[index].flags.writeable = False
@@ -46,23 +59,10 @@ class ParameterView:
             leaves[index] = leaves[index][()]
         return self._layout.unflatten(leaves)
 
-
-class ParameterViews:
-    """The views that one worker has: one of its own memory, or one of each shared buffer."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._shared: tuple[Flat, Flat] | None = None
-        self._views: list[ParameterView] = []
-
-    def of(self, shared: tuple[Flat, Flat] | None) -> list[ParameterView]:
-        """Return the views, made again if the memory is another than at the last call.
-
-        Args:
-            shared: both buffers of the whole model; None means own memory.
-        """
-        if not self._views or self._shared is not shared:
-            self._shared = shared
-            flats: tuple[Flat | None, ...] = (None,) if shared is None else shared
-            self._views = [ParameterView(self._layout, flat) for flat in flats]
-        return self._views
+    def _look_at(self, shared: tuple[Flat, Flat] | None) -> None:
+        flats = (self._own,) if shared is None else shared
+        self._shared = shared
+        self._views = [self._layout.views(flat) for flat in flats]
+        for view in self._views:
+            for array in view:
+                array.flags.writeable = False

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
-from distnadam.client.in_flight_push import ENDED, InFlightPush
+from distnadam.client.in_flight_push import InFlightPush, refusal_of
 from distnadam.client.rank_claim import RankClaim
 from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_group import ShardGroup
@@ -56,6 +56,7 @@ class WorkerSession:
         self._transport = shards.backend.transport
         self._timeout_s = shards.options.step_timeout_s
         self._channel_version: int | None = None
+        self._ranges: list[Ranges] = []  # that the channel leads to
         self._rewinds = RewindGuard(f"worker {rank}: ")
         self._claim = RankClaim(shards, rank)
 
@@ -71,8 +72,9 @@ class WorkerSession:
         Made at first use, so that a worker that only travels to another process takes no memory.
         """
         self._channel_version = self._transport.version  # before: what is newer is looked at again
+        self._ranges = self._shards.ranges
         return self._transport.open_channel(
-            self._shards.layout, self._shards.ranges, self.rank, self.incarnation
+            self._shards.layout, self._ranges, self.rank, self.incarnation
         )
 
     def leave(self) -> None:
@@ -118,7 +120,7 @@ class WorkerSession:
         try:
             self._send(push)
         except (ShardLost, Reconfigured):
-            push.send_again()  # when it is waited for
+            push.pending = None  # it is sent again when it is waited for
         return push
 
     def wait_for(self, push: InFlightPush, timeout_s: float | None = None) -> RoundResult:
@@ -131,27 +133,30 @@ class WorkerSession:
         Raises:
             StepTimeout: the round was not decided in time; the push is still in flight.
         """
-        if push.state in ENDED:
-            return push.result()
-        if timeout_s is not None:
+        if timeout_s is not None and push.ended is None:
             return self._wait_within(push, timeout_s)
-        try:
+        if push.ended is None:
             try:
-                result = self._wait(push)
-            except (WorkerLost, ConfigError, IllegalMessage) as error:
-                result = self._wait_as_successor(push, error)
-        except StepTimeout:
-            raise
-        except DistNadamError as error:
-            self.in_sync = False
+                try:
+                    result = self._wait(push)
+                except (WorkerLost, ConfigError, IllegalMessage) as error:
+                    result = self._wait_as_successor(push, error)
+                push.ended = refusal_of(result) if result.outcome == "refused" else result
+            except StepTimeout:
+                raise
+            except DistNadamError as error:
+                self.in_sync = False
+                push.ended = error
+        push.pending = None
+        if self.in_flight is push:
             self.in_flight = None
-            push.fail(error)
-            raise
-        self.in_flight = None
-        return push.decide(result)
+        if isinstance(push.ended, DistNadamError):
+            raise push.ended
+        return push.ended
 
     def _wait_within(self, push: InFlightPush, timeout_s: float) -> RoundResult:
-        usual, self._timeout_s = self._timeout_s, timeout_s
+        usual = self._timeout_s
+        self._timeout_s = timeout_s
         try:
             return self.wait_for(push)
         finally:
@@ -172,7 +177,6 @@ class WorkerSession:
         """Wait for a push, and send it again to shards that were replaced meanwhile."""
         began = time.monotonic()
         while True:
-            version = self._transport.version
             try:
                 answers = self._answers(push.pending or self._send(push))
                 if any(isinstance(answer, PartialNorms) for answer in answers.values()):
@@ -183,23 +187,21 @@ class WorkerSession:
                     return self._stand_at(answers)
                 if len(epochs) == 1:  # it counted long ago, and rounds went on without this rank
                     return self.pull(want_parameters=push.want_parameters)
-                push.send_again()  # shards were replaced or went back between the answers
+                push.pending = None  # shards were replaced or went back between the answers
                 problem = "the shards did not agree on an epoch"
                 self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
             except (ShardLost, Reconfigured) as error:
-                self._follow(push, error, version, began)
+                self._follow(push, error, began)
             except Rewound as error:
                 self._acknowledge(error.epoch)
                 raise
             except BaseException:
-                push.send_again()  # a Ctrl-C may leave its answers half heard
+                push.pending = None  # a Ctrl-C may leave its answers half heard
                 raise
 
-    def _follow(
-        self, push: InFlightPush, error: ShardLost | Reconfigured, version: int, began: float
-    ) -> None:
+    def _follow(self, push: InFlightPush, error: ShardLost | Reconfigured, began: float) -> None:
         """Reach the shards that replaced those of a push, so that it is sent again."""
-        push.send_again()
+        push.pending = None
         if isinstance(error, Reconfigured):
             known = push.epoch
             push.epoch = max(known, error.epoch)
@@ -207,7 +209,7 @@ class WorkerSession:
                 # other shards do not know of it yet, or the round goes without this rank
                 problem = f"round {push.round} was not decided: {error}"
                 self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
-        self._shards.retry.recover(error, version)
+        self._shards.retry.recover(error, self._transport.version)
         self._claim.rejoin()
         self._reconnect()
 
@@ -241,23 +243,22 @@ class WorkerSession:
 
     def _send(self, push: InFlightPush) -> Pending:
         """Send a push to every shard; one that has counted it already says so."""
-        rejected = push.rejection is not None
-        pending = self.channel.post(
+        channel = self.channel
+        push.pending = channel.post(
             {
                 index: Push(
                     epoch=push.epoch,
                     rank=self.rank,
                     incarnation=self._claim.incarnation,
                     round=push.round,
-                    gradients=None if rejected else part,
+                    gradients=None if push.rejection is not None else part,
                     rejection=push.rejection,
-                    want_parameters=push.want_parameters and self.channel.parameters is None,
+                    want_parameters=push.want_parameters and channel.parameters is None,
                 )
-                for index, part in enumerate(push.parts(self._shards.ranges))
+                for index, part in enumerate(push.parts(self._ranges))
             }
         )
-        push.sent(pending)
-        return pending
+        return push.pending
 
     def _give_norms(self, push: InFlightPush, answers: dict[int, Any]) -> dict[int, RoundResult]:
         """Carry out the second phase, in which the shards that measured get the whole norms."""
@@ -281,9 +282,8 @@ class WorkerSession:
                 square_sums=push.square_sums,
                 want_parameters=push.want_parameters and self.channel.parameters is None,
             )
-            pending = self.channel.post(dict.fromkeys(measured, norms))
-            push.measured(pending)
-            answers = answers | self._answers(pending)
+            push.pending = self.channel.post(dict.fromkeys(measured, norms))
+            answers = answers | self._answers(push.pending)
         return answers
 
     def _lost_norms(self, round: int) -> None:
@@ -301,7 +301,8 @@ class WorkerSession:
         """Reach the shards where they are now."""
         if self._channel_version is not None:
             self._channel_version = self._transport.version
-            self.channel.reconnect(self._shards.ranges, self.incarnation)
+            self._ranges = self._shards.ranges
+            self.channel.reconnect(self._ranges, self.incarnation)
 
     def _stand_at(self, answers: Mapping[int, RoundResult]) -> RoundResult:
         """Take over the round and the parameters that all shards stand at, and return shard 0's.

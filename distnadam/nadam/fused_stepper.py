@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from distnadam.nadam.fused import load_loop
 from distnadam.nadam.fused_abi import BLOCK
-from distnadam.nadam.stepper import Part, RangeStep, Stepper, address_of, check_denormals
+from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
 
 WIDENED = 65536
 """Elements of half precision that are widened at a time before the loop takes them."""
@@ -52,11 +52,11 @@ class FusedStepper(Stepper):
                     count,
                     0 if kept is None else end - begin,
                     memory.mean,
-                    (ctypes.c_size_t * count)(*map(address_of, wide)),
+                    (ctypes.c_size_t * count)(*[g.ctypes.data for g in wide]),
                     *[address + begin * size for address in step.slots.addresses],
                     *memory.numbers,
                     memory.new,
-                    None if kept is None else address_of(kept),
+                    None if kept is None else kept.ctypes.data,
                 )
 
 
@@ -65,8 +65,8 @@ class _Memory:
 
     def __init__(self, dtype: Any) -> None:
         self._blocks = np.empty(2 * BLOCK + _APART, dtype)
-        self.mean = address_of(self._blocks)
-        self.new = address_of(self._blocks[-BLOCK:])
+        self.mean = self._blocks.ctypes.data
+        self.new = self._blocks[-BLOCK:].ctypes.data
         self.coefficients = np.empty(5, dtype)
         self.modifiers = np.empty(3, dtype)
-        self.numbers = address_of(self.coefficients), address_of(self.modifiers)
+        self.numbers = self.coefficients.ctypes.data, self.modifiers.ctypes.data

@@ -51,7 +51,7 @@ class Slots:
     @cached_property
     def addresses(self) -> tuple[int, ...]:
         """Where in memory the parameters, both moments and the new parameters begin."""
-        return tuple(map(address_of, (self.p, self.m, self.v, self.written)))
+        return tuple(array.ctypes.data for array in (self.p, self.m, self.v, self.written))
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,6 @@ class Stepper(ABC):
     @abstractmethod
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         """Step parts with one thread's working memory, after `check_denormals` in that thread."""
-
-
-def address_of(values: Array) -> int:
-    """Return where in memory an array begins."""
-    address: int = values.__array_interface__["data"][0]
-    return address
 
 
 def check_denormals(dtype: np.dtype[Any]) -> None:

@@ -296,7 +296,7 @@ class Shard:
             return []
         current = self.rounds.current
         if self._phase is Phase.COLLECTING and (
-            current.pushes.keys() >= set(self.members.needed(number)) or current.is_direct
+            current.pushes.keys() >= set(self.members.needed(number)) or DIRECT in current.pushes
         ):
             if current.is_rejected and (rejection := current.rejection) is not None:
                 return self._reject(rejection)

@@ -8,7 +8,7 @@ at each tensor, so that a chunk is never in two shards.
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -123,7 +123,12 @@ class Layout:
                 floating-point array; `what` begins the message.
         """
         leaves = self.leaves_as_given(tree, what=what)
-        return [self.checked(index, leaf, what=what) for index, leaf in enumerate(leaves)]
+        return [
+            leaf
+            if type(leaf) is np.ndarray and leaf.shape == tensor.shape and leaf.dtype in NAME_OF
+            else self.checked(index, leaf, what=what)
+            for index, (tensor, leaf) in enumerate(zip(self.tensors, leaves, strict=True))
+        ]
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
         """Return the tree's leaves in the layout's order, whatever they are, checked for path
@@ -168,9 +173,10 @@ class Layout:
         """Return one array per tensor, each a view of `flat` in its shape and its space's dtype."""
         return [flat[t.space][t.begin : t.end].reshape(t.shape) for t in self.tensors]
 
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
-        """Return the leaves in the structure given to `build`."""
-        return optree.tree_unflatten(self._treespec, leaves)
+    @cached_property
+    def unflatten(self) -> Callable[[Iterable[Any]], Any]:
+        """Returns leaves in the structure given to `build`."""
+        return self._treespec.unflatten
 
     def tree(self, flat: Flat) -> Any:
         """Return parameters in the structure given to `build`, each in its own dtype; a tensor of

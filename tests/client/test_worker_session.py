@@ -60,7 +60,7 @@ def test_a_push_is_sent_then_decided_and_its_parameters_are_received(scene: Scen
     assert session.wait_for(mine).iterations == 1
     assert (mine.state, session.in_flight, session.round) == (PushState.DECIDED, None, 1)
     assert scene.received == [0, 1]
-    assert session.wait_for(mine) is mine.result()
+    assert session.wait_for(mine) is mine.ended
 
 
 def test_clipping_takes_a_push_through_measured() -> None:
