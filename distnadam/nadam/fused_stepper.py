@@ -35,8 +35,8 @@ class FusedStepper(Stepper):
         memory, size, keep = self._memory[thread], self._dtype.itemsize, step.keep
         gradients, count, clip = step.gradients, len(step.gradients), step.clipvalue
         has_half = {g.dtype for g in gradients} != {self._dtype}
+        memory.coefficients[:] = step.scalars.coefficients
         for part in parts:
-            memory.coefficients[:] = step.scalars.coefficients
             memory.modifiers[:] = (
                 count,
                 math.nan if part.scale is None else part.scale,

@@ -130,7 +130,7 @@ class ShardHost:
         this shard the primary.
         """
         self.shard.state.load(arrays, control_state.active)
-        self.shard.take_over(control_state, reconfigure)
+        self.shard.progress.take_over(control_state, reconfigure)
 
     def attach_meter(self, meter: Meter) -> None:
         """Count the rounds applied in a meter, and have it sample the shard's status."""

@@ -151,12 +151,6 @@ class Shard:
         rounds, loads = self.rounds.remove_callers(), self.loads.drain()
         return [Answer(c, error) for c in (*rounds, *loads, *self.exclusive_hold.drain())]
 
-    def take_over(
-        self, control_state: orders.ShardControlState, reconfigure: orders.Reconfigure
-    ) -> None:
-        """Continue from a primary's state, before the first message; the arrays are loaded."""
-        self.progress.take_over(control_state, reconfigure)
-
     def describe(self, *, with_spec: bool = False) -> Description:
         """Return the answer to `Describe`, but for what only the host knows."""
         return replace(

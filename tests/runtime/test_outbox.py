@@ -66,6 +66,18 @@ def test_the_machine_changes_under_the_lock_and_effects_are_sent_outside_it() ->
     assert held == [True, False]
 
 
+def test_an_effect_that_nobody_carries_is_dropped() -> None:
+    sent = Sent()
+    del sent.box.carriers[Replicate]
+    sent.put(RECORD, Answer("a", 1))
+    sent.box.flush()
+    assert sent.log == [Answer("a", 1)]
+    sent.box.carriers[Replicate] = sent.log.append
+    sent.put(RECORD)
+    sent.box.flush()
+    assert sent.log == [Answer("a", 1), RECORD]
+
+
 def test_a_refused_change_queues_nothing() -> None:
     sent = Sent()
 
