@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import StructureError
-from distnadam.tensors.arrays import BFLOAT16, Array, is_float
+from distnadam.tensors.arrays import BFLOAT16, NAME_OF, Array
 
 _REMEDIES = (
     (Mapping, "give a dict"),
@@ -120,7 +120,7 @@ def remedy_of(leaf: Any, dtype: np.dtype[Any]) -> str:
     """Return what to give in place of a leaf that became an array of that dtype, and is none of
     floating-point numbers, as the end of a sentence; empty where there is nothing to say.
     """
-    if dtype.name.startswith("float") and not is_float(dtype):  # float8, float128
+    if dtype.name.startswith("float") and dtype not in NAME_OF:  # float8, float128
         return "; give its .astype(np.float32)"
     if dtype.kind != "O" or isinstance(leaf, (str, bytes)):
         return ""
