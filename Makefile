@@ -85,7 +85,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # The frameworks that checkpoints go to and come from.
 $(INTEROP)/installed: pyproject.toml constraints.txt
 	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
-	$(INTEROP)/bin/python $(PIP_INSTALL) constraints.txt --editable ".[dev,interop]"
+	$(INTEROP)/bin/python $(PIP_INSTALL) constraints.txt --no-compile --editable ".[dev,interop]"
 	touch $@
 
 # The peers are heavy (torch, numba), so they live apart.
