@@ -356,7 +356,7 @@ def test_a_schedule_that_raises_is_named_with_its_step_and_can_be_replaced(backe
 
 
 def test_a_named_checkpoint_restores_into_this_process(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(factory, "resolve", lambda asked, several: "local")
     with DistNadam(backend="local").build({"w": np.ones(3)}) as optimizer:
@@ -366,5 +366,6 @@ def test_a_named_checkpoint_restores_into_this_process(
     store.commit(path, named)
     with DistNadam.restore(path) as restored:
         assert (restored.backend_name, restored.get_config()["name"]) == ("local", None)
+    assert "restored without its name 'mine', as a local optimizer" in caplog.text
     with pytest.raises(ConfigError, match="name='other' needs backend='ray'"):
         DistNadam.restore(path, name="other")

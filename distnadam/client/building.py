@@ -3,6 +3,7 @@
 It knows which backend is meant and what each shard is; it puts no state into them.
 """
 
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +19,8 @@ from distnadam.config import Options, Settings, Topology
 from distnadam.errors import ConfigError
 from distnadam.protocol.messages import ShardSpec
 from distnadam.tensors.layout import Layout
+
+log = logging.getLogger("distnadam")
 
 _SAVED = ("num_shards", "num_workers", "replicas", "name")
 """What a checkpoint's topology decides unless something else is asked for."""
@@ -107,6 +110,12 @@ def restored_settings(
     is_local = factory.resolve(topology.backend, several=topology.several) == "local"
     # a name that was saved is of no use to a local optimizer; one that is asked for is refused
     if topology.backend == "local" or (is_local and not asked.get("name")):
+        if topology.name and topology.backend != "local":
+            log.warning(
+                "%s: restored without its name %r, as a local optimizer: no Ray runs here",
+                directory,
+                topology.name,
+            )
         topology = replace(topology, name=None)
     return Settings(
         config=manifest.nadam_config(f"{directory}/{store.MANIFEST}"),
