@@ -22,12 +22,10 @@ def power(base: float, exponent: float) -> float:
 
 @lru_cache(maxsize=64)
 def power_of_step(base: float, rate: float, step: int) -> float:
-    """Return ``base ** (rate * step)`` for a base and rate of at least 0, the same bits on every
-    host, in little time.
+    """Return ``base ** (rate * step)``, the same bits on every host, for both at least 0.
 
-    The power is multiplied together of one factor per digit of the step, and the factors are kept,
-    so that most steps cost a few multiplications; the result is a function of the arguments alone,
-    not of what was asked before.
+    It is the product of one cached factor per digit of the step, so that most steps cost a few
+    multiplications. The result depends on the arguments alone, not on earlier calls.
     """
     if base == 0.0 or rate == 0.0 or base == 1.0:
         return float(base ** (rate * step))
@@ -42,8 +40,9 @@ def power_of_step(base: float, rate: float, step: int) -> float:
 
 @lru_cache(maxsize=256)
 def cosine_of_pi_times(fraction: float) -> float:
-    """Return ``cos(pi * fraction)`` for a fraction in [0, 1], by its Taylor series, the same bits
-    on every host.
+    """Return ``cos(pi * fraction)``, the same bits on every host, for a fraction in [0, 1].
+
+    It sums the Taylor series.
     """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"cosine_of_pi_times: fraction must be in [0, 1], got {fraction!r}")

@@ -10,7 +10,7 @@ from typing import Any
 from distnadam.errors import GradientError, StructureError
 from distnadam.tensors.arrays import NAME_OF, Array
 from distnadam.tensors.layout import Layout
-from distnadam.tensors.leaves import as_numpy, told_of
+from distnadam.tensors.leaves import as_numpy, describe_leaf
 
 
 def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
@@ -60,7 +60,7 @@ def _checked(path: str, shape: tuple[int, ...], leaf: Any) -> Array:
     if array.shape != shape or array.dtype not in NAME_OF:
         raise GradientError(
             f"parameter {path!r}: expected a floating-point gradient of shape {shape}, got "
-            f"{told_of(leaf, array)}"
+            f"{describe_leaf(leaf, array)}"
         )
     return array
 

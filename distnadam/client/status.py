@@ -66,7 +66,9 @@ class RunningOptimizer:
     """
 
     def __init__(self, name: str) -> None:
-        self._backend, self._spec = connect(name)
+        backend, spec = connect(name)
+        self._backend = backend
+        self._spec = spec
 
     def status(self, earlier: Status | None = None) -> Status:
         """Return its status, with the steps per second since an earlier one.

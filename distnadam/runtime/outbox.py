@@ -28,7 +28,7 @@ class Outbox:
 
     Args:
         carriers: by type, what carries out an effect that is no work; without one it is dropped.
-        compute: does work, and is told what runs the work that follows from it.
+        compute: does work, and receives what runs the work that follows from it.
         run_work: runs work that another thread sends than queued it.
         can_send: whether effects may leave now; if not, they wait for the next `flush`.
 

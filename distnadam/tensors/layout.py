@@ -1,5 +1,4 @@
-"""Where each tensor of a model lies: tensors laid end to end in one flat element space per dtype,
-and how those are cut.
+"""Where each tensor of a model lies in one flat element space per dtype, and how those are cut.
 
 A layout knows names, shapes and offsets; it holds no values. Tensors follow the tree's order (dict
 keys sorted), ranges are half-open, and cuts fall on a grid of `CHUNK` elements that starts again
@@ -21,7 +20,14 @@ import optree
 from distnadam.errors import StructureError
 from distnadam.tensors.arrays import NAME_OF, SPACE_OF, SPACES, Array, Flat, dtype_of
 from distnadam.tensors.containers import plain_tree
-from distnadam.tensors.leaves import as_numpy, first_of, kind_of, memory_of, remedy_of, told_of
+from distnadam.tensors.leaves import (
+    as_numpy,
+    describe_leaf,
+    first_of,
+    kind_of,
+    memory_of,
+    remedy_of,
+)
 
 CHUNK = 1024
 """Elements in one piece of the grid on which ranges are cut and norms are summed."""
@@ -38,9 +44,7 @@ def sizes_of(ranges: Ranges) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its path in the tree, its shape and dtype, and the elements [begin, end) of its
-    space.
-    """
+    """One tensor: path, shape, dtype, and the elements [begin, end) of its space."""
 
     path: str
     shape: tuple[int, ...]
@@ -56,8 +60,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Segment:
-    """The part [begin, end) of one tensor (by its index in the layout) that lies in a range;
-    offsets are the space's.
+    """The part [begin, end) of a tensor that lies in a range, in offsets of the space.
+
+    `tensor` is the tensor's index in the layout.
     """
 
     tensor: int
@@ -81,8 +86,10 @@ class Layout:
 
     @classmethod
     def of(cls, params: Any) -> "Layout":
-        """Lay out a tree of arrays; raise StructureError naming the path where a leaf or container
-        cannot be one.
+        """Lay out a tree of arrays.
+
+        Raises:
+            StructureError: a leaf or a container cannot be one; the message names its path.
         """
         plain = plain_tree(params)
         paths, leaves = _flatten(plain)
@@ -115,8 +122,7 @@ class Layout:
         return sum(3 * n * np.dtype(space).itemsize for space, n in self.sizes.items())
 
     def leaves(self, tree: Any, *, what: str) -> list[Array]:
-        """Return the tree's leaves as arrays in the layout's order, checked for path, shape and
-        dtype kind.
+        """Return the tree's leaves as arrays, in the layout's order.
 
         Raises:
             StructureError: a tensor is missing, unexpected, None, of another shape or no
@@ -131,8 +137,10 @@ class Layout:
         ]
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
-        """Return the tree's leaves in the layout's order, whatever they are, checked for path
-        alone; raise StructureError as `leaves`.
+        """Return the tree's leaves in the layout's order, whatever they are.
+
+        Raises:
+            StructureError: a path is missing or unexpected; `what` begins the message.
         """
         try:
             leaves, spec = optree.tree_flatten(tree, none_is_leaf=True)
@@ -149,9 +157,7 @@ class Layout:
         return [leaves[index] for index in order]
 
     def tied(self, tree: Any) -> dict[str, str]:
-        """Return, for each tensor of a tree whose memory an earlier one is too, the path of that
-        one.
-        """
+        """Return the tensors that share an earlier one's memory: path to that one's path."""
         first: dict[Any, str] = {}
         tied: dict[str, str] = {}
         for tensor, leaf in zip(
@@ -179,10 +185,9 @@ class Layout:
         return self._treespec.unflatten
 
     def tree(self, flat: Flat) -> Any:
-        """Return parameters in the structure given to `build`, each in its own dtype; a tensor of
-        shape () is a NumPy scalar.
+        """Return parameters in the structure given to `build`, each in its own dtype.
 
-        Tensors kept in their own dtype are views of `flat`.
+        Tensors kept in their own dtype are views of `flat`; one of shape () is a NumPy scalar.
         """
         views = zip(self.tensors, self.views(flat), strict=True)
         return self.unflatten(
@@ -190,8 +195,9 @@ class Layout:
         )
 
     def cuts(self, num_shards: int) -> list[Ranges]:
-        """Return each shard's ranges: in order, covering every space, as equal as the chunk grid
-        allows; some may be empty.
+        """Return each shard's ranges, which cover every space in order.
+
+        They are as equal as the chunk grid allows; some may be empty.
         """
         ranges: list[Ranges] = [{} for _ in range(num_shards)]
         for space, size in self.sizes.items():
@@ -204,9 +210,7 @@ class Layout:
         return ranges
 
     def segments(self, space: str, begin: int, end: int) -> Iterator[Segment]:
-        """Yield the parts of tensors that lie in elements [begin, end) of a space, in order,
-        leaving out empty ones.
-        """
+        """Yield, in order, the parts of tensors in elements [begin, end) of a space; none empty."""
         for index, tensor in enumerate(self.tensors):
             low, high = max(begin, tensor.begin), min(end, tensor.end)
             if tensor.space == space and low < high:
@@ -221,8 +225,10 @@ class Layout:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Layout":
-        """Return the layout that `to_dict` described; raise StructureError where it contradicts
-        itself.
+        """Return the layout that `to_dict` described.
+
+        Raises:
+            StructureError: the description contradicts itself.
         """
         tensors, used = [], dict.fromkeys(SPACES, 0)
         for path, shape, dtype, begin, end in data["tensors"]:
@@ -253,8 +259,10 @@ class Layout:
         return Layout, (self.tensors, self.skeleton)
 
     def _order_of_other_containers(self, tree: Any, what: str) -> list[int]:
-        """Return where each tensor is among the leaves of a list for a tuple, an OrderedDict and
-        the like, matched by path; otherwise say which path is missing or too many.
+        """Return each tensor's index among the leaves of a tree of other containers, by path.
+
+        Raises:
+            StructureError: naming paths that are missing or unexpected.
         """
         paths, _ = _flatten(tree)
         _check_distinct(paths, what=what)
@@ -285,7 +293,7 @@ class Layout:
         if array.shape != tensor.shape or array.dtype not in NAME_OF:
             raise StructureError(
                 f"{what}: {tensor.path!r}: expected shape {tensor.shape} and a floating-point "
-                f"dtype, got {told_of(leaf, array)}"
+                f"dtype, got {describe_leaf(leaf, array)}"
             )
         return array
 

@@ -134,7 +134,7 @@ def remedy_of(leaf: Any, dtype: np.dtype[Any]) -> str:
     return next((f"; {say}" for kind, say in _REMEDIES if isinstance(leaf, kind)), "")
 
 
-def told_of(leaf: Any, array: Array) -> str:
+def describe_leaf(leaf: Any, array: Array) -> str:
     """Return what a leaf that became that array is, and what to give in its place, for an error."""
     is_array = array.dtype.kind != "O" or isinstance(leaf, np.ndarray)
     got = f"shape {array.shape} and dtype {array.dtype.name}" if is_array else kind_of(leaf)

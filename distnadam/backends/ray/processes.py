@@ -1,4 +1,4 @@
-"""Processes of this host: told apart by pid and start time, and killed."""
+"""Processes of this host: identified by pid and start time, and killed."""
 
 import contextlib
 import os

@@ -59,7 +59,8 @@ class SupervisorActor:
         self._exporter = Exporter.start(specs[0].name, specs[0].options)
         if self._exporter is not None:
             self._exporter.meter.sources.append(self._samples)
-        self._opening, self._opened = asyncio.Lock(), False
+        self._opening = asyncio.Lock()
+        self._opened = False
         with warnings.catch_warnings(
             category=DeprecationWarning, action="ignore"
         ):  # of Ray's, in Ray's own lines
@@ -194,7 +195,8 @@ class SupervisorActor:
             i: found.shards.get(i) or ShardProcess(i, None, ProcessAddress(""))
             for i in range(len(found.specs))
         }
-        self._made, self._opened = [process.handle for process in everyone.values()], True
+        self._made = [process.handle for process in everyone.values()]
+        self._opened = True
         for process in (*everyone.values(), *found.standbys.values()):
             self._processes.fencing.inherit(process)
         self._supervisor.manage(
