@@ -52,9 +52,9 @@ class Observer:
             self._observe(process, answers.get(index))
             for index, process in enumerate(cluster.shards)
         ]
-        described = [
+        described = [  # in the shards' order, whichever answered first: two looks are compared
             answer
-            for index, answer in answers.items()
+            for index, answer in sorted(answers.items())
             if isinstance(answer, Description) and cluster.shards[index] not in cluster.dead
         ]
         expired = self._expired_hold(described, now)

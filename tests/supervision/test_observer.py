@@ -135,9 +135,18 @@ def test_a_look_that_a_shard_does_not_answer_does_not_lengthen_a_hold(
     assert seen.look(after_s=6.0).expired_hold == "somebody"
 
 
-@pytest.mark.parametrize("silent_between", [False, True])
+def answer_backwards(seen: Seen, patch: pytest.MonkeyPatch) -> None:
+    ask = seen.world.processes.ask
+
+    def backwards(targets: Mapping[int, Any], messages: Any, timeout_s: float) -> dict[int, Any]:
+        return dict(reversed(ask(targets, messages, timeout_s).items()))
+
+    patch.setattr(seen.world.processes, "ask", backwards)
+
+
+@pytest.mark.parametrize("disturb", [lambda seen, patch: None, silence_shard_0, answer_backwards])
 def test_a_step_that_one_shard_lacks_cannot_complete_after_the_shard_timeout(
-    seen: Seen, monkeypatch: pytest.MonkeyPatch, silent_between: bool
+    seen: Seen, monkeypatch: pytest.MonkeyPatch, disturb: Any
 ) -> None:
     zeros = {"float32": np.zeros(5000, np.float32)}
     message = DirectStep(incarnation=1, round=1).message("somebody", zeros, None)
@@ -146,9 +155,8 @@ def test_a_step_that_one_shard_lacks_cannot_complete_after_the_shard_timeout(
     assert seen.cluster.ask({1: replace(message, gradients=gradients)})[1].round == 1
     seen.cluster.ask({0: Resume("somebody"), 1: Resume("somebody")})
     assert not seen.look().cannot_complete
-    with monkeypatch.context() as silent:
-        if silent_between:
-            silence_shard_0(seen, silent)
+    with monkeypatch.context() as patch:
+        disturb(seen, patch)
         assert not seen.look(after_s=3.0).cannot_complete
     assert seen.look(after_s=3.0).cannot_complete
 
