@@ -15,6 +15,9 @@ _STATUS = 1
 class Unfinished(Protocol):
     """A save in the background."""
 
+    def done(self) -> bool:
+        """Whether it has ended."""
+
     def wait(self) -> bool:
         """Wait for its end and return whether it succeeded."""
 
@@ -31,7 +34,7 @@ class ExitGuard:
 
     def watch(self, save: Unfinished) -> None:
         """Wait for a save at the end of the process, unless it has ended before."""
-        self._saves = {each for each in self._saves if each.unseen is not None}
+        self._saves = {each for each in self._saves if not each.done() or each.unseen is not None}
         self._saves.add(save)
 
     def finish(self) -> None:

@@ -38,9 +38,8 @@ class GradientBuffer:
         self._memory = memory
         self._check = check
         self._by_dtypes: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
-        self._dtypes: list[
-            np.dtype[Any]
-        ] = []  # of the leaves of the last tree, while it is read so
+        # of the leaves of the last tree, while the memory is laid out for it
+        self._dtypes: list[np.dtype[Any]] = []
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._written: set[int] = set()
         self._view_dtypes: dict[str, str] | None = None
