@@ -35,7 +35,8 @@ _ORDER = click.option(
     "--order",
     metavar="NAMES",
     callback=_names,
-    help="Tensors, with commas between, in the order of the other optimizer's variables.",
+    help="Tensors, with commas between, in the order of the other optimizer's variables; "
+    "without it, in the order given to build, or in SOURCE's.",
 )
 
 

@@ -71,8 +71,9 @@ def export_checkpoint(
             "torch", "optax", "safetensors" or "numpy".
         slots: False writes the parameters alone, each in its own dtype (safetensors and numpy
             only).
-        order: the tensors' paths in the order of the other optimizer's variables; keras, keras3 and
-            torch match by position.
+        order: the tensors' paths in the order of the other optimizer's variables, by which keras,
+            keras3 and torch match; None means the order given to `build`, as in
+            ``build(dict(model.named_parameters()))``.
         lossy: write even if the other formula would train on differently.
 
     Returns:

@@ -35,7 +35,7 @@ class Conversion:
     Args:
         path: the other framework's file.
         order: the tensors' paths in the order in which the other framework lists its variables;
-            None means the file's or the layout's order.
+            None means the file's order, or the one given to `build`.
         config: hyper-parameters of an import, which add to or replace the file's.
         slots: whether an export writes the moments beside the parameters.
         lossy: whether to continue despite differences.

@@ -52,7 +52,7 @@ def weights(state: OptimizerState, order: Sequence[str] | None = None) -> list[A
     Args:
         state: a loaded checkpoint.
         order: the tensors' paths in the order of the Keras optimizer's variables; None means the
-            layout's order.
+            order given to `build`.
     """
     at = state.positions(order)
     clock = [

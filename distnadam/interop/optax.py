@@ -85,9 +85,9 @@ def write(state: OptimizerState, job: Conversion) -> None:
     find_outside(job, state, "optax.nadam")
     job.settle()
     arrays = {
-        f"{theirs}/{n}": a
+        f"{theirs}/{state.names[i]}": getattr(state, ours)[i]
         for ours, theirs in _SLOTS.items()
-        for n, a in zip(state.names, getattr(state, ours), strict=True)
+        for i in state.positions(job.order)
     }
     arrays["count"] = np.array(state.clock.iterations, np.int32)
     write_npz(

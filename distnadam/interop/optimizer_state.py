@@ -61,12 +61,13 @@ class OptimizerState:
         return rate_at(self.config.lr, self.clock.iterations)
 
     def positions(self, order: Sequence[str] | None) -> list[int]:
-        """Return each tensor's index in the layout, in another framework's order; None: our own.
+        """Return each tensor's index in the layout, in another framework's order; None: the order
+        in which `build` was given them.
 
         Raises:
             StructureError: `order` does not name every tensor once.
         """
-        return positions(self.names, order)
+        return self.layout.given_order if order is None else positions(self.names, order)
 
     def save(self, root: DirectoryLike) -> str:
         """Write a checkpoint of one shard under `root`, and return its directory."""

@@ -5,7 +5,8 @@ import requires them to be equal in all tensors. We lack its weight decay, `maxi
 parameters with different settings.
 
 A file is written by torch.save, of ``{"model": {path: tensor}, "optimizer": state_dict, "about":
-JSON}``; a user's file without `about` is accepted too. It is loaded with weights_only=True.
+JSON}``; a user's file without `about` is accepted too. It is loaded with weights_only=True. Torch
+matches by position: both are in the order given to `build`, or in the one asked for.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ def state_dict(state: OptimizerState, order: Sequence[str] | None = None) -> dic
     Args:
         state: a loaded checkpoint.
         order: the tensors' paths in the order of the NAdam's parameters, for a module the names of
-            its `named_parameters()`; None means the layout's order. The result holds them as
+            its `named_parameters()`; None means the order given to `build`, which for
+            ``build(dict(module.named_parameters()))`` is that. The result holds them as
             `param_names`.
     """
     torch = _torch()

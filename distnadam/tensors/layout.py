@@ -1,8 +1,9 @@
 """Where each tensor of a model lies in one flat element space per dtype, and how those are cut.
 
 A layout knows names, shapes and offsets; it holds no values. Tensors follow the tree's order (dict
-keys sorted), ranges are half-open, and cuts fall on a grid of `CHUNK` elements that starts again
-at each tensor, so that a chunk is never in two shards.
+keys sorted; the skeleton keeps the order in which they were given), ranges are half-open, and cuts
+fall on a grid of `CHUNK` elements that starts again at each tensor, so that a chunk is never in two
+shards.
 """
 
 from bisect import bisect_right
@@ -120,6 +121,14 @@ class Layout:
     def state_bytes(self) -> int:
         """Bytes of the parameters' master copies and both slots."""
         return sum(3 * n * np.dtype(space).itemsize for space, n in self.sizes.items())
+
+    @cached_property
+    def given_order(self) -> list[int]:
+        """Each tensor's index, in the order in which `build` was given them: dict keys unsorted.
+
+        Frameworks that match by position list a model's parameters so.
+        """
+        return list(_in_given_order(self.skeleton))
 
     def leaves(self, tree: Any, *, what: str) -> list[Array]:
         """Return the tree's leaves as arrays, in the layout's order.
@@ -251,7 +260,12 @@ class Layout:
         return layout
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and self.to_dict() == other.to_dict()
+        """Whether both hold the same tensors in the same tree, whatever the order of its keys."""
+        return (
+            isinstance(other, Layout)
+            and self.tensors == other.tensors
+            and self._treespec == other._treespec
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -342,6 +356,14 @@ def _skeleton(tree: Any) -> Any:
     """Return the tree with each leaf replaced by its index."""
     spec = optree.tree_structure(tree, none_is_leaf=True)
     return optree.tree_unflatten(spec, range(spec.num_leaves))
+
+
+def _in_given_order(node: Any) -> Iterator[int]:
+    if isinstance(node, int):
+        yield node
+        return
+    for child in node.values() if isinstance(node, dict) else node:
+        yield from _in_given_order(child)
 
 
 def _encode(node: Any) -> Any:

@@ -143,6 +143,66 @@ def test_the_other_optimizers_order_is_followed(tmp_path: Path) -> None:
             export_checkpoint(path, tmp_path / "file", to="keras", order=wrong)
 
 
+TWO_LAYERS = [f"{layer}.{kind}" for layer in ("norm", "after") for kind in ("weight", "bias")]
+
+
+def two_layers(root: Path, **config: Any) -> Path:
+    """Save what was built in the order of a module's parameters, by which all have one shape."""
+    params = {name: np.ones(5, np.float32) for name in TWO_LAYERS}
+    with DistNadam(**config, num_shards=2, backend="local").build(params) as optimizer:
+        optimizer.apply_gradients({n: np.full(5, i + 1.0) for i, n in enumerate(TWO_LAYERS)})
+        return Path(optimizer.save(root))
+
+
+@pytest.mark.parametrize(
+    ("to", "entries"),
+    [
+        ("keras", [f"optimizer/{i:05d}" for i in (2, 3, 4, 5)]),
+        ("keras3", [f"optimizer/{i:05d}" for i in (2, 4, 6, 8)]),
+        ("optax", [f"mu/{name}" for name in TWO_LAYERS]),
+    ],
+)
+def test_without_an_order_the_one_given_to_build_is_followed(
+    to: Format, entries: list[str], tmp_path: Path
+) -> None:
+    path = two_layers(tmp_path / "a", **FITTING.get(to, {}))
+    export_checkpoint(path, tmp_path / "file", to=to)
+    with np.load(tmp_path / "file") as data:
+        names = [name.removeprefix("params/") for name in data if name.startswith("params/")]
+        given = [name for name in data if name in entries]
+        means = [data[name].mean() for name in entries]
+    assert given == entries
+    assert np.allclose(means, [0.1, 0.2, 0.3, 0.4])
+    assert names == TWO_LAYERS
+    back = import_checkpoint(tmp_path / "file", tmp_path / "b", source_format=to)
+    assert compare(path, Path(back.path)).tensors == ()
+    again = load_checkpoint(back.path)
+    assert [again.names[i] for i in again.positions(None)] == TWO_LAYERS
+
+
+def test_the_order_given_to_build_outlives_restores_reshards_and_imports(tmp_path: Path) -> None:
+    path = two_layers(tmp_path / "a")
+    with DistNadam.restore(path, num_shards=3, backend="local") as optimizer:
+        optimizer.reshard(1)
+        assert list(optimizer.get_params()) == TWO_LAYERS
+        later = load_checkpoint(optimizer.save(tmp_path / "b"))
+        by_position = [m.mean() for m in keras.weights(later)[2:6]]
+        assert np.allclose(by_position, [0.1, 0.2, 0.3, 0.4])
+        sorted_by_name = [m.mean() for m in optimizer.get_weights()[2:6]]
+        assert np.allclose(sorted_by_name, [0.4, 0.3, 0.2, 0.1])
+    without_layout = {
+        **{f"params/{name}": np.ones(5, np.float32) for name in TWO_LAYERS},
+        **{f"optimizer/{i:05d}": weight for i, weight in enumerate(keras.weights(later))},
+    }
+    np.savez(tmp_path / "theirs.npz", **without_layout)
+    back = import_checkpoint(
+        tmp_path / "theirs.npz", tmp_path / "c", source_format="keras", config={"lr": 0.1}
+    )
+    state = load_checkpoint(back.path)
+    assert [state.names[i] for i in state.positions(None)] == TWO_LAYERS
+    assert np.allclose([m.mean() for m in keras.weights(state)[2:6]], by_position)
+
+
 @pytest.mark.parametrize("name", ["keras3", "optax"])
 def test_another_momentum_schedule_is_refused_by_name_unless_asked_for(
     name: Format, tmp_path: Path

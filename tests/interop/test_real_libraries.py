@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from distnadam import DistNadam
+from distnadam.cli import main
 from distnadam.interop import (
     Format,
     export_checkpoint,
@@ -197,6 +199,64 @@ def test_torchs_order_of_parameters_is_followed(tmp_path: Path) -> None:
         torch_format.state_dict(load_checkpoint(Path(checkpoint)), order)
     )
     close(in_names(there.run(25, 35)), in_names(go_on_here(checkpoint, 25)[0]))
+
+
+def train_norms(model: Any, optimizer: Any, steps: range) -> list[list[np.ndarray]]:
+    """Train a model of layers of one size, and return the gradients of each step."""
+    import torch
+
+    found = []
+    for step in steps:
+        rng = np.random.default_rng([7, step])
+        x, y = (torch.tensor(rng.standard_normal((8, 6)), dtype=torch.float32) for _ in range(2))
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        found.append([p.grad.numpy().copy() for p in model.parameters()])
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("command", [False, True], ids=["by the library", "by the command"])
+def test_a_module_goes_on_from_an_export_without_an_order(command: bool, tmp_path: Path) -> None:
+    import torch
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        layers = [torch.nn.LayerNorm(6), torch.nn.Tanh(), torch.nn.LayerNorm(6)]
+        return torch.nn.Sequential(*layers)
+
+    through, file = make(), tmp_path / "out.pt"
+    names = list(dict(through.named_parameters()))
+    settings = {"lr": 0.05, "eps": 1e-7, "momentum_decay": 0.004}
+    there = torch.optim.NAdam(through.parameters(), **settings)
+    with DistNadam(lr=0.05, backend="local").build(dict(make().named_parameters())) as optimizer:
+        for gradients in train_norms(through, there, range(5)):
+            optimizer.apply_gradients(dict(zip(names, gradients, strict=True)))
+        optimizer.save(tmp_path / "run")
+    if command:
+        done = CliRunner().invoke(main, ["export", f"{tmp_path}/run", str(file), "--to", "torch"])
+        assert done.exit_code == 0, done.output
+    else:
+        export_checkpoint(tmp_path / "run", file, to="torch")
+    content = torch.load(file, weights_only=True)
+    model = make()
+    model.load_state_dict(content["model"])
+    ours = torch.optim.NAdam(model.parameters())
+    ours.load_state_dict(content["optimizer"])
+    train_norms(through, there, range(5, 15))
+    train_norms(model, ours, range(5, 15))
+    for one, other in zip(model.parameters(), through.parameters(), strict=True):
+        assert (one - other).abs().max() <= 2**-21  # moments of weight and bias swapped: 0.01
+
+    torch.save({"model": model.state_dict(), "optimizer": ours.state_dict()}, file)
+    back = load_checkpoint(import_checkpoint(file, tmp_path / "b", source_format="torch").path)
+    assert [back.names[i] for i in back.positions(None)] == names
+    state = torch_format.state_dict(back)["state"]
+    assert all(
+        torch.equal(state[i][key], ours.state_dict()["state"][i][key])
+        for i in range(4)
+        for key in ("exp_avg", "exp_avg_sq")
+    )
 
 
 def test_we_go_on_from_torchs_state_as_it_does(tmp_path: Path) -> None:

@@ -92,22 +92,22 @@ def test_groups_of_one_setting_are_one(tmp_path: Path) -> None:
         (
             lambda c: c["optimizer"]["state"][1]["step"].add_(1),
             ConversionError,
-            r"step of 'dense/kernel' is 4\.0, of 'dense/bias' 3\.0",
+            r"step of 'dense/bias' is 4\.0, of 'dense/kernel' 3\.0",
         ),
         (
             lambda c: c["optimizer"]["state"][1]["mu_product"].mul_(2),
             ConversionError,
-            "mu_product of 'dense/kernel' is",
+            "mu_product of 'dense/bias' is",
         ),
         (
             lambda c: c["optimizer"]["state"][1].pop("exp_avg_sq"),
             CheckpointError,
-            "'dense/kernel': expected .*; exp_avg_sq is missing",
+            "'dense/bias': expected .*; exp_avg_sq is missing",
         ),
         (
             lambda c: c["optimizer"]["state"].pop(2),
             CheckpointError,
-            "'half': expected .*; step is missing",
+            "'layers/0': expected .*; step is missing",
         ),
         (
             lambda c: c["optimizer"]["state"].update({9: {}}),
@@ -136,12 +136,12 @@ def test_groups_of_one_setting_are_one(tmp_path: Path) -> None:
             "expected a dict of model and optimizer .* got model, about",
         ),
         (
-            lambda c: c["optimizer"]["state"][1]["exp_avg_sq"][2, 3].fill_(float("nan")),
+            lambda c: c["optimizer"]["state"][0]["exp_avg_sq"][2, 3].fill_(float("nan")),
             CheckpointError,
             r"got nan at index \(2, 3\)",
         ),
         (
-            lambda c: c["optimizer"]["state"][1].update(exp_avg=c["model"]["half"]),
+            lambda c: c["optimizer"]["state"][0].update(exp_avg=c["model"]["half"]),
             CheckpointError,
             r"expected shape \(90, 70\), got",
         ),

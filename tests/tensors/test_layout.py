@@ -3,6 +3,8 @@ were, and nonsense is refused.
 """
 
 import itertools
+import pickle
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,19 @@ def test_a_tree_comes_back_as_it_was_and_a_layout_survives_plain_data(tree: Any,
 def test_dict_keys_are_sorted_and_paths_name_the_leaves() -> None:
     tree = {"b": [np.ones(2, np.float32)], "a": (np.ones(3, np.float32), {"z": np.float32(1)})}
     assert [t.path for t in Layout.of(tree).tensors] == ["a/0", "a/1/z", "b/0"]
+
+
+def test_the_order_in_which_keys_were_given_is_kept_and_makes_no_other_layout() -> None:
+    one = np.ones(1, np.float32)
+    tree = {"z": {"weight": one, "bias": one}, "a": [one, OrderedDict(w=one, b=one)]}
+    layout = Layout.of(tree)
+    expected = ["z/weight", "z/bias", "a/0", "a/1/w", "a/1/b"]
+    for kept in (layout, Layout.from_dict(layout.to_dict()), pickle.loads(pickle.dumps(layout))):
+        assert [kept.tensors[i].path for i in kept.given_order] == expected
+    other = Layout.of({"a": tree["a"], "z": {"bias": one, "weight": one}})
+    assert other == layout
+    assert other.given_order != layout.given_order
+    assert other != Layout.of({"z": tree["z"], "a": tuple(tree["a"])})
 
 
 def test_a_list_is_taken_for_a_tuple_where_the_paths_agree() -> None:
