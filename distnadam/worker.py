@@ -80,6 +80,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self._shards = shards
         self._closed = False
         self._view = ParameterView(shards.layout)
+        self._shield = shards.backend.shield
         self._meter = shards.backend.meter
         self._traffic = Traffic({}, {})
         self._traffic_of: tuple[object, object] = (None, None)
@@ -156,7 +157,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 nothing was sent.
             LifecycleError: there is nothing to send.
         """
-        return Ticket(self.session, self._push(gradients, want_parameters=False))
+        with self._shield:
+            return Ticket(self.session, self._push(gradients, want_parameters=False))
 
     def step(self, gradients: Any = None) -> Any:
         """Push this rank's gradients, wait for the round's step, and return the new parameters.
@@ -169,11 +171,12 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
         """
         began = perf_counter()
-        self.session.wait_for(self._push(gradients, want_parameters=True))
-        if self._meter is not None:
-            self._meter.step.add(perf_counter() - began)
-            self._traffic.pulled += 1
-        return self._view.tree(self.session.channel.parameters, self.session.buffer)
+        with self._shield:
+            self.session.wait_for(self._push(gradients, want_parameters=True))
+            if self._meter is not None:
+                self._meter.step.add(perf_counter() - began)
+                self._traffic.pulled += 1
+            return self._view.tree(self.session.channel.parameters, self.session.buffer)
 
     def push_tensor(self, path: str, gradient: Any) -> None:
         """Copy one tensor's gradient, as the backward pass yields it.

@@ -7,6 +7,7 @@ what watches over them. Nothing here knows a protocol, a process or Ray.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +210,10 @@ class Backend(ABC):
     name: str
     transport: ShardTransport
     supervisor: SupervisorClient
+    shield: AbstractContextManager[None] = nullcontext()
+    """For work that asks or changes the shards: where a Ctrl-C in its middle would leave the shards
+    in the middle of a step, it is raised after the work.
+    """
 
     @property
     @abstractmethod

@@ -27,11 +27,15 @@ from distnadam.metrics.meter import Meter, shard_bytes
 from distnadam.protocol.messages import Message, Push, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
+from distnadam.shield import get_or_interrupt, raise_interrupt, shield
 from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
 from distnadam.supervision.resharding import Resharding, reshard
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.threads import renew_after_fork
+
+_SLICE_S = 0.1
+"""Seconds between two looks for a Ctrl-C, in a wait for several shards."""
 
 
 class LocalPending(Pending):
@@ -43,18 +47,19 @@ class LocalPending(Pending):
         self._count = len(messages)
         self._answers: dict[int, Any] = {}
         self._arrived: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        arrived = self._arrived.put
         for index, message in messages.items():
-            hosts[index].deliver(message, partial(self._take, index))
-
-    def _take(self, index: int, answer: Any) -> None:
-        self._arrived.put((index, answer))
+            hosts[index].deliver(message, partial(lambda i, answer: arrived((i, answer)), index))
 
     @override
     def result(self, timeout_s: float) -> dict[int, Any]:
         deadline = time.monotonic() + timeout_s
         while len(self._answers) < self._count:
             try:
-                index, answer = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+                if self._arrived.empty():
+                    index, answer = get_or_interrupt(self._arrived, deadline - time.monotonic())
+                else:
+                    index, answer = self._arrived.get_nowait()
             except Empty:
                 raise TimeoutError from None
             if isinstance(answer, BaseException):
@@ -267,7 +272,9 @@ class LocalProcesses(ShardProcesses):
             for index, message in messages.items()
             if index in targets
         }
-        wait(futures.values(), timeout=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while wait(futures.values(), timeout=_SLICE_S).not_done and time.monotonic() < deadline:
+            raise_interrupt()
         return {
             index: (future.exception() or future.result())
             if future.done()
@@ -290,6 +297,7 @@ class LocalBackend(Backend):
     name = "local"
     transport: LocalTransport
     supervisor: LocalSupervisorClient
+    shield = shield
 
     def __init__(self) -> None:
         self.transport = LocalTransport()

@@ -14,7 +14,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import read_shard, verify_files
 from distnadam.checkpoint.storage.resolve import DirectoryLike
-from distnadam.tensors.arrays import STATE_ARRAYS, Array
+from distnadam.tensors.arrays import STATE_ARRAYS, Array, own_errors
 from distnadam.tensors.layout import Layout, TensorSpec
 
 _BATCH = 1 << 22
@@ -191,7 +191,7 @@ def _values(path: str, array: str, a: Array, b: Array) -> TensorDiff | None:
     if count == 0:
         return None
     bits = _ordered(a[wrong]), _ordered(b[wrong])
-    with np.errstate(invalid="ignore", over="ignore"):
+    with own_errors():
         largest = float(np.abs(a[wrong].astype(np.float64) - b[wrong].astype(np.float64)).max())
     ulps = np.where(bits[0] > bits[1], bits[0] - bits[1], bits[1] - bits[0])
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(wrong)), a.shape))

@@ -169,6 +169,10 @@ class CheckpointWriter:
     def save_async(self, shards: ShardGroup, root: Directory, saved: Saved) -> SaveHandle:
         """Have every shard copy the state of one round, and write the checkpoint in a thread."""
         self.finish()
+        with shards.backend.shield:
+            return self._save_async(shards, root, saved)
+
+    def _save_async(self, shards: ShardGroup, root: Directory, saved: Saved) -> SaveHandle:
         with _failures_counted(shards.backend.meter):
             snapshot = shards.recovering(lambda: _snapshot(shards, root, saved))
         saving = self._in_flight = SaveHandle(snapshot.checkpoint.round)

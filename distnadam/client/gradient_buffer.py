@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import ConfigError, LifecycleError, StructureError
-from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of
+from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
 
 BLOCK = 65536
@@ -64,7 +64,7 @@ class GradientBuffer:
         self._written.clear()
         self._rejection = None
         reached = dict.fromkeys(self.flat, 0)
-        with np.errstate(over="ignore", invalid="ignore"):  # what they give is found and named
+        with own_errors():
             for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
                 if leaf.size <= BLOCK:
                     np.copyto(view, leaf, casting="same_kind")
@@ -98,7 +98,7 @@ class GradientBuffer:
         if not self._written:
             self._select({})
             self._rejection = None
-        with np.errstate(over="ignore", invalid="ignore"):
+        with own_errors():
             self._copy(tensor, leaf)
         self._written.add(index)
 
@@ -139,7 +139,7 @@ class GradientBuffer:
             )
         self._select(self._view_dtypes)
         self._rejection = None
-        with np.errstate(over="ignore", invalid="ignore"):
+        with own_errors():
             for space, values in self.flat.items():
                 self._check_finite(space, 0, values.size)
         return self._rejection

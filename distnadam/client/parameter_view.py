@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.tensors.arrays import Array, Flat, dtype_of, empty_flat
+from distnadam.tensors.arrays import Array, Flat, dtype_of, empty_flat, own_errors
 from distnadam.tensors.layout import Layout, Ranges
 
 
@@ -40,6 +40,7 @@ class ParameterView:
         for space, (begin, end) in ranges.items():
             np.copyto(self._own[space][begin:end], values[space])
 
+    @own_errors()
     def tree(self, shared: tuple[Flat, Flat] | None, buffer: int) -> Any:
         """Return the tree: views, or casts of tensors whose master has another dtype.
 

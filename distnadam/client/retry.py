@@ -17,6 +17,7 @@ from distnadam.errors import (
     StaleEpoch,
     StepTimeout,
 )
+from distnadam.shield import raise_interrupt
 
 _T = TypeVar("_T")
 
@@ -86,6 +87,7 @@ class Retry:
         Raises:
             StepTimeout: the time is over.
         """
+        raise_interrupt()
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         if time.monotonic() > began + timeout_s:
             raise StepTimeout(f"{problem} in {timeout_s:g} s")

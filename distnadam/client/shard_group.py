@@ -315,7 +315,8 @@ class ShardGroup:
             Rewound: the shards went back; this handle raises it once for each time.
         """
         try:
-            return self.retry.run(work)
+            with self.backend.shield:
+                return self.retry.run(work)
         except Rewound as error:
             self.rewinds.acknowledge(error.epoch)
             raise

@@ -10,7 +10,7 @@ import numpy as np
 
 from distnadam.errors import StructureError
 from distnadam.nadam.step_scalars import Clock
-from distnadam.tensors.arrays import NAME_OF, Array, Flat, empty_flat
+from distnadam.tensors.arrays import NAME_OF, Array, Flat, empty_flat, own_errors
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy, first_of, kind_of, remedy_of
 
@@ -25,6 +25,7 @@ def to_weights(layout: Layout, clock: Clock, m: Flat, v: Flat) -> list[Array]:
     ]
 
 
+@own_errors()
 def from_weights(layout: Layout, weights: Any, *, finite: bool = True) -> tuple[Clock, Flat, Flat]:
     """Return the clock and the moments of a list as `to_weights` or Keras made it.
 
@@ -78,6 +79,7 @@ def from_weights(layout: Layout, weights: Any, *, finite: bool = True) -> tuple[
     return Clock(int(iterations), m_schedule), moments[0], moments[1]
 
 
+@own_errors()
 def params_from(layout: Layout, params: Any, *, finite: bool = True) -> Flat:
     """Return a tree of parameters as flat arrays.
 
@@ -117,9 +119,8 @@ def _weight(given: Any, shape: tuple[int, ...], space: str, *, finite: bool) -> 
     array = np.asarray(given) if isinstance(given, int) else as_numpy(given)
     if array.shape != shape:
         raise StructureError(f"expected shape {shape}, got shape {array.shape}")
-    with np.errstate(over="ignore", invalid="ignore"):
-        is_number = array.dtype in NAME_OF or array.dtype.kind in "iu"
-        wrong = ~np.isfinite(array.astype(space)) if is_number else np.ones(shape, bool)
+    is_number = array.dtype in NAME_OF or array.dtype.kind in "iu"
+    wrong = ~np.isfinite(array.astype(space)) if is_number else np.ones(shape, bool)
     if not is_number or (finite and wrong.any()):
         first = f" {first_of(array, wrong)}" if is_number else remedy_of(given, array.dtype)
         raise StructureError(f"expected finite {space} numbers, got {array.dtype.name}{first}")

@@ -58,7 +58,8 @@ class WorkerSession:
         self._channel_version: int | None = None
         self._ranges: list[Ranges] = []  # that the channel leads to
         self._rewinds = RewindGuard(f"worker {rank}: ")
-        self._claim = RankClaim(shards, rank)
+        with shards.backend.shield:
+            self._claim = RankClaim(shards, rank)
 
     @property
     def incarnation(self) -> int:
@@ -80,7 +81,8 @@ class WorkerSession:
     def leave(self) -> None:
         """Depart after a whole step; views of the memory stay valid."""
         try:
-            self._claim.leave()
+            with self._shards.backend.shield:
+                self._claim.leave()
         finally:
             if self._channel_version is not None:
                 self.channel.close()
@@ -97,7 +99,8 @@ class WorkerSession:
             Rewound: the shards went back since this worker last looked.
         """
         try:
-            return self._shards.retry.run(lambda: self._pull(want_parameters=want_parameters))
+            with self._shards.backend.shield:
+                return self._shards.retry.run(lambda: self._pull(want_parameters=want_parameters))
         except Rewound as error:
             self._acknowledge(error.epoch)
             raise
@@ -133,23 +136,24 @@ class WorkerSession:
         Raises:
             StepTimeout: the round was not decided in time; the push is still in flight.
         """
-        if timeout_s is not None and push.ended is None:
-            return self._wait_within(push, timeout_s)
-        if push.ended is None:
-            try:
+        with self._shards.backend.shield:
+            if timeout_s is not None and push.ended is None:
+                return self._wait_within(push, timeout_s)
+            if push.ended is None:
                 try:
-                    result = self._wait(push)
-                except (WorkerLost, ConfigError, IllegalMessage) as error:
-                    result = self._wait_as_successor(push, error)
-                push.ended = refusal_of(result) if result.outcome == "refused" else result
-            except StepTimeout:
-                raise
-            except DistNadamError as error:
-                self.in_sync = False
-                push.ended = error
-        push.pending = None
-        if self.in_flight is push:
-            self.in_flight = None
+                    try:
+                        result = self._wait(push)
+                    except (WorkerLost, ConfigError, IllegalMessage) as error:
+                        result = self._wait_as_successor(push, error)
+                    push.ended = refusal_of(result) if result.outcome == "refused" else result
+                except StepTimeout:
+                    raise
+                except DistNadamError as error:
+                    self.in_sync = False
+                    push.ended = error
+            push.pending = None
+            if self.in_flight is push:
+                self.in_flight = None
         if isinstance(push.ended, DistNadamError):
             raise push.ended
         return push.ended

@@ -17,6 +17,7 @@ from distnadam.interop import keras, optax, own_files, torch
 from distnadam.interop.formulas import Conversion
 from distnadam.interop.optimizer_state import OptimizerState, load_checkpoint
 from distnadam.places import local_path
+from distnadam.tensors.arrays import own_errors
 
 Format = Literal["keras", "keras3", "torch", "optax", "safetensors", "numpy"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -52,6 +53,7 @@ class Converted:
     notes: tuple[str, ...]
 
 
+@own_errors()
 def export_checkpoint(
     checkpoint: DirectoryLike,
     output: str | os.PathLike[str],
@@ -113,6 +115,7 @@ def _check_output(path: Path) -> None:
         )
 
 
+@own_errors()
 def import_checkpoint(
     source: str | os.PathLike[str],
     directory: DirectoryLike,

@@ -19,7 +19,7 @@ from distnadam.config import NadamConfig, Settings
 from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import rate_at
-from distnadam.tensors.arrays import NAME_OF, STATE_ARRAYS, Array, Flat, empty_flat
+from distnadam.tensors.arrays import NAME_OF, STATE_ARRAYS, Array, Flat, empty_flat, own_errors
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy, first_of
 
@@ -238,7 +238,7 @@ def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None
             raise CheckpointError(
                 f"{what}: expected floating-point numbers for {tensor.dtype}, got {array.dtype}"
             )
-        with np.errstate(over="ignore"):
+        with own_errors():
             np.copyto(view, array, casting="unsafe")
         if not np.isfinite(view).all():
             raise CheckpointError(

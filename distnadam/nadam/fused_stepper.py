@@ -14,6 +14,7 @@ from typing_extensions import override
 from distnadam.nadam.fused import load_loop
 from distnadam.nadam.fused_abi import BLOCK
 from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
+from distnadam.tensors.arrays import own_errors
 
 WIDENED = 65536
 """Elements of half precision that are widened at a time before the loop takes them."""
@@ -30,6 +31,7 @@ class FusedStepper(Stepper):
         self._memory = [_Memory(dtype) for _ in range(threads)]
 
     @override
+    @own_errors()
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         check_denormals(self._dtype)
         memory, size, keep = self._memory[thread], self._dtype.itemsize, step.keep

@@ -8,10 +8,11 @@ import numpy as np
 
 from distnadam.config import NadamConfig
 from distnadam.nadam.mean import Scratch, clipped_mean
-from distnadam.tensors.arrays import Array
+from distnadam.tensors.arrays import Array, own_errors
 from distnadam.tensors.layout import CHUNK
 
 
+@own_errors()
 def tensor_square_sums(
     num_tensors: int, sums_by_shard: Iterable[Sequence[tuple[int, Array]]]
 ) -> Array:
@@ -30,11 +31,13 @@ def tensor_square_sums(
     return totals
 
 
+@own_errors()
 def running_sum(values: Array) -> float:
     """Return the sum of float64 values added one after another, in their order."""
     return float(np.cumsum(values)[-1]) if values.size else 0.0
 
 
+@own_errors()
 def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scratch) -> Array:
     """Return the sum of squares of the mean gradient for each `CHUNK` of elements [begin, end),
     float64.
@@ -59,16 +62,16 @@ def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scrat
             scratch.a[: high - low],
         )
         flat[high - low :] = 0.0
-        with np.errstate(over="ignore"):  # an infinite norm is refused by name later
-            np.multiply(used, used, out=used)
-            width = CHUNK
-            while width > 1:
-                width //= 2
-                np.add(used[:, :width], used[:, width : 2 * width], out=used[:, :width])
+        np.multiply(used, used, out=used)
+        width = CHUNK
+        while width > 1:
+            width //= 2
+            np.add(used[:, :width], used[:, width : 2 * width], out=used[:, :width])
         sums[row : row + len(used)] = used[:, 0]
     return sums
 
 
+@own_errors()
 def clip_scales(config: NadamConfig, square_sums: Array) -> list[float | None]:
     """Return for each tensor the factor its mean gradient is multiplied by; None where it is within
     the norm.

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from distnadam.nadam.mean import Scratch, clipped_mean
 from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
+from distnadam.tensors.arrays import own_errors
 
 
 class NumPyStepper(Stepper):
@@ -18,6 +19,7 @@ class NumPyStepper(Stepper):
         self._scratch = [Scratch(dtype) for _ in range(threads)]
 
     @override
+    @own_errors()
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         check_denormals(self._dtype)
         scratch, slots, keep = self._scratch[thread], step.slots, step.keep

@@ -4,6 +4,7 @@ kept in; and the storage of those.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -30,6 +31,12 @@ HALF = frozenset({"float16", "bfloat16"})
 NAME_OF = {np.dtype(name): name for name in SPACE_OF if name != "bfloat16"} | {BFLOAT16: "bfloat16"}
 """The name of each dtype that a gradient may have; `dtype.name` takes microseconds to put it
 together.
+"""
+
+own_errors = partial(np.errstate, all="ignore")
+"""The handling of NumPy's floating-point errors in all arithmetic of the package, whatever its
+user's: underflow is harmless, and what is not finite is found and named. A context manager, and a
+decorator.
 """
 
 

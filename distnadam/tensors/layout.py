@@ -19,7 +19,7 @@ import numpy as np
 import optree
 
 from distnadam.errors import StructureError
-from distnadam.tensors.arrays import NAME_OF, SPACE_OF, SPACES, Array, Flat, dtype_of
+from distnadam.tensors.arrays import NAME_OF, SPACE_OF, SPACES, Array, Flat, dtype_of, own_errors
 from distnadam.tensors.containers import plain_tree
 from distnadam.tensors.leaves import (
     as_numpy,
@@ -86,6 +86,7 @@ class Layout:
         }
 
     @classmethod
+    @own_errors()
     def of(cls, params: Any) -> "Layout":
         """Lay out a tree of arrays.
 
@@ -177,6 +178,7 @@ class Layout:
                 tied[tensor.path] = first[memory]
         return tied
 
+    @own_errors()
     def flat(self, tree: Any, *, what: str) -> Flat:
         """Return the tree's values in new flat storage, cast to the spaces' dtypes."""
         flat = {space: np.empty(n, space) for space, n in self.sizes.items()}
@@ -193,6 +195,7 @@ class Layout:
         """Returns leaves in the structure given to `build`."""
         return self._treespec.unflatten
 
+    @own_errors()
     def tree(self, flat: Flat) -> Any:
         """Return parameters in the structure given to `build`, each in its own dtype.
 
