@@ -26,6 +26,8 @@ from distnadam.tensors.arrays import STATE_ARRAYS, cut_flat
 from distnadam.tensors.layout import Layout
 from tests.simulation.world import World, WorldProcesses
 
+pytestmark = pytest.mark.xdist_group("process managers")  # one of each kind for all tests
+
 SIZE = 5000
 LAYOUT = Layout.of({"w": np.ones(SIZE, np.float32)})
 PARAMS = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
@@ -57,13 +59,20 @@ class Cluster(ABC):
     manager: ProcessManager
     run_id = ""
 
+    def __init__(self) -> None:
+        self._started: list[ShardProcess] = []
+
     @abstractmethod
     def kill(self, process: ShardProcess) -> None:
         """Have a process die by itself."""
 
     @abstractmethod
-    def deaths(self) -> list[ShardProcess]:
+    def all_deaths(self) -> list[ShardProcess]:
         """Return the ends of watched processes that were reported."""
+
+    def deaths(self) -> list[ShardProcess]:
+        """Return those of this test's processes."""
+        return [process for process in self.all_deaths() if process in self._started]
 
     @abstractmethod
     def close(self) -> None:
@@ -73,13 +82,26 @@ class Cluster(ABC):
         """Start shards that hold their ranges of `PARAMS`."""
         shards: list[ShardProcess] = []
         for spec in specs(num_shards, self.run_id):
-            shards.append(self.manager.start(spec, standby=False, near=shards))
+            shards.append(self.start_one(spec, near=shards))
         loads = {
             spec.index: Load(epoch=1, params=cut_flat(PARAMS, spec.ranges))
             for spec in specs(num_shards)
         }
         assert self.ask(shards, loads) == dict.fromkeys(range(num_shards), 0)
         return shards
+
+    def start_one(
+        self, spec: ShardSpec, *, near: Sequence[ShardProcess], standby: bool = False
+    ) -> ShardProcess:
+        """Start a process that `end_test` terminates."""
+        process = self.manager.start(spec, standby=standby, near=near)
+        self._started.append(process)
+        return process
+
+    def end_test(self) -> None:
+        """Terminate what a test started."""
+        self.manager.terminate(*self._started)
+        self._started = []
 
     def ask(self, shards: Sequence[ShardProcess], messages: Mapping[int, Any]) -> dict[int, Any]:
         """Send some of the shards their messages; return the answers."""
@@ -92,6 +114,7 @@ class Cluster(ABC):
 
 class SimulatedCluster(Cluster):
     def __init__(self) -> None:
+        super().__init__()
         self._deaths: list[ShardProcess] = []
         world = World(specs(1), replicas=0)
         self.manager = world.processes = WorldProcesses(world, self._deaths.append)
@@ -101,7 +124,7 @@ class SimulatedCluster(Cluster):
         process.handle.kill()
 
     @override
-    def deaths(self) -> list[ShardProcess]:
+    def all_deaths(self) -> list[ShardProcess]:
         return list(self._deaths)
 
     @override
@@ -199,6 +222,7 @@ class RayCluster(Cluster):
     def __init__(self) -> None:
         import ray
 
+        super().__init__()
         self.run_id = f"contract/{secrets.token_hex(4)}"
         self._leases = ray.remote(Leases).options(num_cpus=0, max_concurrency=4).remote()
         actor = ray.remote(ManagerActor).options(num_cpus=0, max_concurrency=4)
@@ -210,7 +234,7 @@ class RayCluster(Cluster):
         os.kill(process.address.pid, signal.SIGKILL)
 
     @override
-    def deaths(self) -> list[ShardProcess]:
+    def all_deaths(self) -> list[ShardProcess]:
         import ray
 
         deaths: list[ShardProcess] = ray.get(self._actor.deaths.remote())
@@ -227,13 +251,21 @@ class RayCluster(Cluster):
         registry.kill_all(self.run_id, kill_on)
 
 
-@pytest.fixture(params=["simulation", "ray"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=["simulation", "ray"])
+def manager(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Each process manager in turn, for all tests."""
     if request.param == "ray":
         request.getfixturevalue("ray_cluster")
     cluster: Cluster = RayCluster() if request.param == "ray" else SimulatedCluster()
     yield cluster
     cluster.close()
+
+
+@pytest.fixture
+def cluster(manager: Cluster) -> Iterator[Cluster]:
+    """A process manager without the processes of another test."""
+    yield manager
+    manager.end_test()
 
 
 def await_death(cluster: Cluster, process: ShardProcess) -> None:
@@ -296,7 +328,7 @@ def test_terminated_processes_answer_nobody(cluster: Cluster) -> None:
 def test_a_filled_standby_takes_over_where_its_fenced_primary_stood(cluster: Cluster) -> None:
     (primary,) = cluster.start(1)
     (spec,) = specs(1, cluster.run_id)
-    standby = cluster.manager.start(spec, standby=True, near=[primary])
+    standby = cluster.start_one(spec, near=[primary], standby=True)
     assert cluster.ask_one(standby, DescribeStandby()) is None
     assert cluster.ask_one(primary, AttachStandby(standby)) == 0
     assert cluster.ask_one(standby, DescribeStandby()) == 0
@@ -314,7 +346,7 @@ def test_a_filled_standby_takes_over_where_its_fenced_primary_stood(cluster: Clu
 def test_a_standby_that_is_empty_or_dead_cannot_take_over(cluster: Cluster) -> None:
     (primary,) = cluster.start(1)
     (spec,) = specs(1, cluster.run_id)
-    standby = cluster.manager.start(spec, standby=True, near=[primary])
+    standby = cluster.start_one(spec, near=[primary], standby=True)
     reconfigure = Reconfigure(epoch=5, schedule=())
     with pytest.raises((ClusterError, IllegalMessage)):
         cluster.manager.promote(standby, reconfigure, near=[])
@@ -325,9 +357,7 @@ def test_a_standby_that_is_empty_or_dead_cannot_take_over(cluster: Cluster) -> N
 
 def test_new_shards_load_what_paused_ones_hold(cluster: Cluster) -> None:
     old = cluster.start(2)
-    new = [
-        cluster.manager.start(spec, standby=False, near=old) for spec in specs(3, cluster.run_id)
-    ]
+    new = [cluster.start_one(spec, near=old) for spec in specs(3, cluster.run_id)]
     for index in range(2):
         cluster.ask_one(old[index], Pause("move"))
     assert cluster.manager.control_state(old[0]).epoch == 1
