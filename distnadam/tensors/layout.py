@@ -78,12 +78,9 @@ class Layout:
         self.tensors = tuple(tensors)
         self.skeleton = skeleton
         self._other: tuple[Any, list[int]] = (None, [])  # the last other containers, their order
-        self.sizes = {
-            s: max([t.end for t in self.tensors if t.space == s], default=0) for s in SPACES
-        }
-        self.sizes = {
-            s: n for s, n in self.sizes.items() if any(t.space == s for t in self.tensors)
-        }
+        ends = [(tensor.space, tensor.end) for tensor in self.tensors]
+        used = {space for space, _ in ends}
+        self.sizes = {s: max(end for space, end in ends if space == s) for s in SPACES if s in used}
 
     @classmethod
     @own_errors()
