@@ -57,7 +57,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     """One rank of a data-parallel run; made by `DistNadam.worker`, used by one thread at a time.
 
     What `pull` and `step` return is read-only, owned by the worker, and valid until its next call;
-    copy to keep. Unpickling a worker makes a new one that takes the rank over.
+    copy to keep. The system ends a process that writes to it all the same, as torch does in place
+    through `torch.from_numpy`: give torch ``torch.tensor(tree["w"])``, a copy. Unpickling a worker
+    makes a new one that takes the rank over.
 
     >>> with DistNadam(backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
     ...     worker = optimizer.worker(0)

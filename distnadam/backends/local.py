@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -24,32 +25,52 @@ from distnadam.backends.base import (
 from distnadam.config import Options
 from distnadam.errors import Reconfigured, StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
-from distnadam.protocol.messages import Message, Push, ShardSpec, TotalNorms
+from distnadam.protocol.messages import Message, Push, RoundResult, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shield import get_or_interrupt, raise_interrupt, shield
 from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
 from distnadam.supervision.resharding import Resharding, reshard
-from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for, zeros_flat
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.threads import renew_after_fork
+from distnadam.transport.parameter_memory import ParameterMemory
 
 _SLICE_S = 0.1
 """Seconds between two looks for a Ctrl-C, in a wait for several shards."""
 
 
+def _copied(answer: Any) -> Any:
+    """Return an answer with the parameters as they are now, if it brings them."""
+    if isinstance(answer, RoundResult) and answer.parameters is not None:
+        return replace(answer, parameters={s: p.copy() for s, p in answer.parameters.items()})
+    return answer
+
+
 class LocalPending(Pending):
     """The answers of hosts of this process to messages, which get there when it is made."""
 
-    def __init__(self, hosts: Sequence[ShardHost], messages: Mapping[int, Message | Order]) -> None:
+    def __init__(
+        self, transport: "LocalTransport", messages: Mapping[int, Message | Order]
+    ) -> None:
+        hosts = transport.hosts
         if any(index >= len(hosts) for index in messages):
             raise Reconfigured(f"there are {len(hosts)} shards now; look again")
         self._count = len(messages)
         self._answers: dict[int, Any] = {}
         self._arrived: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        arrived = self._arrived.put
-        for index, message in messages.items():
-            hosts[index].deliver(message, partial(lambda i, answer: arrived((i, answer)), index))
+        arrived, memory = self._arrived.put, transport.memory
+        keep = _copied if memory.read is None else None
+        try:
+            memory.inside.add(self)
+            if memory.forks != memory.settled:
+                memory.settle(self)
+            for index, message in messages.items():
+                hosts[index].deliver(
+                    message, partial(lambda i, a: arrived((i, keep(a) if keep else a)), index)
+                )
+        finally:
+            memory.inside.discard(self)
 
     @override
     def result(self, timeout_s: float) -> dict[int, Any]:
@@ -70,13 +91,13 @@ class LocalPending(Pending):
 
 class LocalWorkerChannel(WorkerChannel):
     """This process's memory: shards read gradients where the worker wrote them, and the worker
-    reads the shards' parameters.
+    reads the shards' parameters, in pages that it cannot write.
     """
 
     def __init__(self, transport: "LocalTransport", layout: Layout) -> None:
         self._transport = transport
         self._gradients = empty_flat(layout.sizes)
-        self.parameters = transport.parameters
+        self.parameters = transport.memory.read
 
     @property
     @override
@@ -85,7 +106,7 @@ class LocalWorkerChannel(WorkerChannel):
 
     @override
     def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
-        return LocalPending(self._transport.hosts, messages)
+        return LocalPending(self._transport, messages)
 
     @override
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
@@ -139,12 +160,12 @@ class LocalTransport(ShardTransport):
     def __init__(self) -> None:
         self.hosts: list[ShardHost] = []
         self.specs: list[ShardSpec] = []
-        self.parameters: tuple[Flat, Flat] = ({}, {})
+        self.memory = ParameterMemory({})
         self._version = 0
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
-        """Return a new host, whose parameter buffers are views of `parameters`."""
-        first, second = (cut_flat(buffer, spec.ranges) for buffer in self.parameters)
+        """Return a new host, whose parameter buffers are views of `memory`."""
+        first, second = (cut_flat(buffer, spec.ranges) for buffer in self.memory.written)
         with memory_for(f"shard {spec.index}: its state of {shard_bytes(spec.ranges)} bytes"):
             return ShardHost(
                 spec,
@@ -170,7 +191,7 @@ class LocalTransport(ShardTransport):
 
     @override
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:
-        return LocalPending(self.hosts, messages)
+        return LocalPending(self, messages)
 
     @override
     def open_channel(
@@ -267,11 +288,18 @@ class LocalProcesses(ShardProcesses):
     def ask(
         self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
     ) -> dict[int, Any]:
-        futures = {
-            index: targets[index].handle.send(message)
-            for index, message in messages.items()
-            if index in targets
-        }
+        memory, token = self._transport.memory, object()
+        try:
+            memory.inside.add(token)
+            if memory.forks != memory.settled:
+                memory.settle(token)
+            futures = {
+                index: targets[index].handle.send(message)
+                for index, message in messages.items()
+                if index in targets
+            }
+        finally:
+            memory.inside.discard(token)
         deadline = time.monotonic() + timeout_s
         while wait(futures.values(), timeout=_SLICE_S).not_done and time.monotonic() < deadline:
             raise_interrupt()
@@ -313,7 +341,7 @@ class LocalBackend(Backend):
         """Make the hosts; standbys in this process would die with it, so there are none."""
         sizes = specs[0].layout.sizes
         with memory_for("two buffers of the model's parameters"):
-            self.transport.parameters = (zeros_flat(sizes), zeros_flat(sizes))
+            self.transport.memory = ParameterMemory(sizes)
         self.transport.specs = list(specs)
         self.transport.hosts = [self.transport.make_host(spec) for spec in specs]
 

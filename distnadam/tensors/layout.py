@@ -261,11 +261,9 @@ class Layout:
 
     def __eq__(self, other: object) -> bool:
         """Whether both hold the same tensors in the same tree, whatever the order of its keys."""
-        return (
-            isinstance(other, Layout)
-            and self.tensors == other.tensors
-            and self._treespec == other._treespec
-        )
+        if not isinstance(other, Layout):
+            return False
+        return self.tensors == other.tensors and self._treespec == other._treespec
 
     __hash__ = None  # type: ignore[assignment]
 

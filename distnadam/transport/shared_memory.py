@@ -25,8 +25,8 @@ from distnadam.tensors.layout import Ranges
 _PAGE = mmap.PAGESIZE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 # MADV_* of Linux 5.14, which the mmap module does not name yet
-_POPULATE_READ = 22
-_POPULATE_WRITE = 23
+POPULATE_READ = 22
+POPULATE_WRITE = 23
 
 
 class Arena:
@@ -60,27 +60,12 @@ class Arena:
             ArenaError: the machine has not enough; nothing stays reserved.
         """
         size = max(arena_bytes(sizes, copies), _PAGE)
-        available = available_bytes()
-        if size > available:
-            raise ArenaError(
-                f"needs {_mib(size)} of shared memory, {_mib(available)} are available to this "
-                "process"
-            )
+        fd = sealed_memfd(size)
         try:
-            fd = os.memfd_create("distnadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except (OSError, AttributeError) as error:  # no descriptors, or no such call here
-            raise ArenaError(f"shared memory cannot be made here: {error}") from error
-        is_owned = False
-        try:
-            os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            is_owned = True  # by the arena, even one that is not made to its end
-            arena = cls(fd, sizes, copies, writable=True)
-            arena._reserve(size)
+            arena = cls(fd, sizes, copies, writable=True)  # owns it, even if not made to its end
+            reserve(arena._map, fd, size)
             return arena
         except (OSError, MemoryError) as error:
-            if not is_owned:
-                os.close(fd)
             raise ArenaError(f"{_mib(size)} of shared memory are not available: {error}") from error
 
     @classmethod
@@ -117,16 +102,11 @@ class Arena:
             dtypes: by space, another dtype to read its memory in, from the beginning; no wider than
                 the space's.
         """
-        arrays, offset = {}, copy * arena_bytes(self._sizes, 1)
-        for space, n in self._sizes.items():
-            dtype = np.dtype(space) if dtypes is None else dtypes.get(space, np.dtype(space))
-            arrays[space] = np.frombuffer(self._map, dtype, n, offset)
-            offset += _space_bytes(space, n)
-        return arrays
+        return flat_in(self._map, self._sizes, copy, dtypes)
 
     def populate(self, ranges: Ranges) -> None:
         """Map the pages of these ranges now, not at first use; failures only cost time."""
-        advice = _POPULATE_WRITE if self._writable else _POPULATE_READ
+        advice = POPULATE_WRITE if self._writable else POPULATE_READ
         for copy in range(self._copies):
             offset = copy * arena_bytes(self._sizes, 1)
             for space, n in self._sizes.items():
@@ -137,18 +117,62 @@ class Arena:
                         self._map.madvise(advice, begin, end - begin)
                 offset += _space_bytes(space, n)
 
-    def _reserve(self, size: int) -> None:
-        """Allocate every page, so that a lack of memory is an error here, not a signal later."""
-        try:
-            self._map.madvise(_POPULATE_WRITE)  # through the mapping, which may have huge pages
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            os.posix_fallocate(self.fd, 0, size)  # before Linux 5.14
-
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):
             os.close(self.fd)
+
+
+def sealed_memfd(size: int) -> int:
+    """Return a descriptor of new memory that no holder can shrink; nothing is reserved yet.
+
+    Raises:
+        ArenaError: the machine has not enough, or no such memory.
+    """
+    available = available_bytes()
+    if size > available:
+        raise ArenaError(
+            f"needs {_mib(size)} of shared memory, {_mib(available)} are available to this process"
+        )
+    try:
+        fd = os.memfd_create("distnadam", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (OSError, AttributeError) as error:  # no descriptors, or no such call here
+        raise ArenaError(f"shared memory cannot be made here: {error}") from error
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise ArenaError(f"{_mib(size)} of shared memory are not available: {error}") from error
+    return fd
+
+
+def reserve(memory: mmap.mmap, fd: int, size: int) -> None:
+    """Allocate every page of a mapped memfd, so that a lack of memory is an error here, not a
+    signal later.
+    """
+    try:
+        memory.madvise(POPULATE_WRITE)  # through the mapping, which may have huge pages
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        os.posix_fallocate(fd, 0, size)  # before Linux 5.14
+
+
+def flat_in(
+    memory: mmap.mmap,
+    sizes: Mapping[str, int],
+    copy: int,
+    dtypes: Mapping[str, np.dtype[Any]] | None = None,
+) -> Flat:
+    """Return the arrays of one of several flats that lie in `memory` one after the other; the
+    arguments are those of `Arena.flat`.
+    """
+    arrays, offset = {}, copy * arena_bytes(sizes, 1)
+    for space, n in sizes.items():
+        dtype = np.dtype(space) if dtypes is None else dtypes.get(space, np.dtype(space))
+        arrays[space] = np.frombuffer(memory, dtype, n, offset)
+        offset += _space_bytes(space, n)
+    return arrays
 
 
 def arena_bytes(sizes: Mapping[str, int], copies: int = 1) -> int:

@@ -1,0 +1,162 @@
+"""The two parameter buffers of a model in one process: written through one mapping, read through
+another whose pages cannot be written, not even by a library that ignores NumPy's flags.
+
+It knows flat arrays. No shards, no messages.
+"""
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from threading import Lock
+from weakref import WeakSet
+
+import numpy as np
+
+from distnadam.errors import ArenaError, OutOfMemory
+from distnadam.tensors.arrays import Flat, zeros_flat
+from distnadam.transport.shared_memory import (
+    POPULATE_READ,
+    POPULATE_WRITE,
+    arena_bytes,
+    flat_in,
+    reserve,
+    sealed_memfd,
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_MAP_FIXED = 0x10
+_POLL_S = 0.001
+
+
+class ParameterMemory:
+    """Both buffers, for shards to write and for workers to read.
+
+    A forked child shares such memory with its parent, where other memory would be a copy. So after
+    a fork each of the two moves to memory of its own, at the same addresses, before it may write:
+
+        try:
+            memory.inside.add(token)
+            if memory.forks != memory.settled:
+                memory.settle(token)
+            ...  # what may write
+        finally:
+            memory.inside.discard(token)
+
+    The holder of a token may write one of the buffers, once: that is not the one that a child
+    forked meanwhile goes on from. No function is called unless there was a fork: a step waits.
+
+    Attributes:
+        written: the two buffers, writable.
+        read: the same two, in pages that cannot be written; None where the system has no such
+            memory, so that parameters are copied to whoever reads them.
+        inside: the tokens of those who may be writing.
+        forks: how often this process was forked, or is one that was.
+        settled: `forks` when this process last moved.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.inside: set[object] = set()
+        self.forks = 0
+        self.settled = 0
+        self._lock = Lock()
+        self._bytes = max(arena_bytes(sizes, 2), mmap.PAGESIZE)
+        self.read: tuple[Flat, Flat] | None = None
+        try:
+            self._writing = self._addresses(mmap.PROT_READ | mmap.PROT_WRITE)
+            self._reading = self._addresses(mmap.PROT_READ)
+            self._move(copy=False)
+        except (OSError, ArenaError):
+            self.written = (zeros_flat(dict(sizes)), zeros_flat(dict(sizes)))
+            return
+        self.written = flat_in(self._writing, sizes, 0), flat_in(self._writing, sizes, 1)
+        self.read = flat_in(self._reading, sizes, 0), flat_in(self._reading, sizes, 1)
+        _memories.add(self)
+
+    def settle(self, token: object) -> None:
+        """Move, if no other thread has; the token is inside again then.
+
+        Raises:
+            OutOfMemory: there is none for this process's own copy; try again.
+        """
+        self.inside.discard(token)
+        with self._lock:
+            while self.settled != self.forks:
+                if self.inside:  # they began before the fork
+                    time.sleep(_POLL_S)
+                    continue
+                forks = self.forks
+                try:
+                    self._move()
+                except (OSError, ArenaError) as error:
+                    raise OutOfMemory(
+                        f"the parameters, of which each process has its own after a fork: {error}"
+                    ) from error
+                self.settled = forks
+            self.inside.add(token)
+
+    def before_fork(self) -> None:
+        """Have this process and the child move before they write."""
+        self.forks += 1
+
+    def after_fork(self) -> None:
+        """Wait for no thread that only the parent has."""
+        self._lock = Lock()
+        self.inside = set()
+
+    def _addresses(self, protection: int) -> mmap.mmap:
+        """Return addresses for the memory, which `_move` puts there."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        return mmap.mmap(-1, self._bytes, flags=flags, prot=protection)
+
+    def _move(self, *, copy: bool = True) -> None:
+        """Put new memory at both places, with the same contents or with zeros."""
+        fd = sealed_memfd(self._bytes)
+        try:
+            with mmap.mmap(fd, self._bytes) as new:
+                reserve(new, fd, self._bytes)
+                if copy:
+                    new[:] = memoryview(self._writing)
+            _map_at(self._writing, fd, mmap.PROT_READ | mmap.PROT_WRITE)
+            _map_at(self._reading, fd, mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        for place, advice in ((self._writing, POPULATE_WRITE), (self._reading, POPULATE_READ)):
+            with suppress(OSError):  # only costs time, at first use
+                place.madvise(advice)
+
+
+def _map_at(place: mmap.mmap, fd: int, protection: int) -> None:
+    """Map a file where `place` is."""
+    address = np.frombuffer(place, np.uint8).ctypes.data
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    if _libc.mmap(address, len(place), protection, flags, fd, 0) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+_memories: WeakSet[ParameterMemory] = WeakSet()
+
+
+def _before_fork() -> None:
+    for memory in list(_memories):
+        memory.before_fork()
+
+
+def _after_fork() -> None:
+    for memory in list(_memories):
+        memory.after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
