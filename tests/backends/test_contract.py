@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,14 @@ from distnadam.protocol.messages import (
     WorkerDied,
 )
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
-from distnadam.tensors.layout import Layout
+from distnadam.tensors.layout import Layout, Ranges
 from tests.simulation.backend import WorldBackend
 from tests.simulation.world import World
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.xdist_group("backends"),  # whose shards last for all tests
+]
 
 PARAMS: Flat = {"float32": np.linspace(-1, 1, 5000, dtype=np.float32)}
 GRADIENT: Flat = {"float32": np.linspace(2, -2, 5000, dtype=np.float32)}
@@ -86,11 +89,28 @@ class Case:
     another: Callable[[], Backend]
     kill: Callable[[int], None]
 
+    @property
+    def num_shards(self) -> int:
+        return self.backend.transport.num_shards
+
+    @property
+    def cuts(self) -> list[Ranges]:
+        return LAYOUT.cuts(self.num_shards)
+
+    @property
+    def round(self) -> int:
+        (number,) = {answer.round for answer in self.everywhere(Describe()).values()}
+        return int(number)
+
+    def reshard(self, count: int) -> None:
+        self.backend.supervisor.reshard(LAYOUT.cuts(count))
+        self.backend.transport.refresh()
+
     def ask(self, messages: dict[int, Any]) -> dict[int, Any]:
         return self.backend.transport.post(messages).result(ANSWER_S)
 
     def everywhere(self, message: Any) -> dict[int, Any]:
-        return self.ask(dict.fromkeys(range(self.backend.transport.num_shards), message))
+        return self.ask(dict.fromkeys(range(self.num_shards), message))
 
     def whole(self, name: str = "params") -> Flat:
         """One array of all shards, read while they are paused."""
@@ -112,9 +132,7 @@ class Case:
         return incarnation
 
     def channel(self, incarnation: int) -> WorkerChannel:
-        transport = self.backend.transport
-        cuts = LAYOUT.cuts(transport.num_shards)
-        return transport.open_channel(LAYOUT, cuts, 0, incarnation)
+        return self.backend.transport.open_channel(LAYOUT, self.cuts, 0, incarnation)
 
 
 @contextmanager
@@ -167,30 +185,48 @@ def case_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Case]:
         yield case
 
 
+@pytest.fixture(scope="module")
+def lasting_case(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Case]]:
+    """Returns the one case of a kind whose shards go on from test to test."""
+    cases: dict[str, Case] = {}
+    with ExitStack() as stack:
+
+        def of_kind(kind: str) -> Case:
+            if kind not in cases:
+                cases[kind] = stack.enter_context(case_of(kind, request))
+            return cases[kind]
+
+        yield of_kind
+
+
 @pytest.fixture(params=["local", "ray", "world"])
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    """Each backend in turn."""
-    with case_of(request.param, request) as case:
-        yield case
+def case(request: pytest.FixtureRequest, lasting_case: Callable[[str], Case]) -> Case:
+    """Each backend in turn, with the shards that the test before left."""
+    return lasting_case(request.param)
 
 
-@pytest.fixture(scope="module", params=["local", "ray", "world"])
-def untouched(request: pytest.FixtureRequest) -> Iterator[Case]:
-    """Each backend in turn, for tests that leave the shards as they found them."""
+@pytest.fixture(params=list(KINDS))
+def each_way(request: pytest.FixtureRequest, lasting_case: Callable[[str], Case]) -> Case:
+    """Each backend, by each way that bytes take there, with the shards that were left."""
+    return lasting_case(request.param)
+
+
+@pytest.fixture(params=RECOVERING)
+def supervised(request: pytest.FixtureRequest, lasting_case: Callable[[str], Case]) -> Case:
+    """Each backend whose shards may die, with the shards that the test before left."""
+    return lasting_case(request.param)
+
+
+@pytest.fixture(params=["local", "ray", "world"])
+def new(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Each backend with shards of the test's own."""
     with case_of(request.param, request) as case:
         yield case
 
 
 @pytest.fixture(params=RECOVERING)
 def recovering(request: pytest.FixtureRequest) -> Iterator[Case]:
-    """Each backend whose shards may die, in turn."""
-    with case_of(request.param, request) as case:
-        yield case
-
-
-@pytest.fixture(params=list(KINDS))
-def each_way(request: pytest.FixtureRequest) -> Iterator[Case]:
-    """Each backend, by each way that bytes take there."""
+    """Each backend whose shards may die, with shards of the test's own."""
     with case_of(request.param, request) as case:
         yield case
 
@@ -198,92 +234,96 @@ def each_way(request: pytest.FixtureRequest) -> Iterator[Case]:
 # The transport
 
 
-def test_each_shards_answer_comes_by_its_index(untouched: Case) -> None:
-    answers = untouched.everywhere(Describe())
-    assert sorted(answers) == [0, 1]
-    assert {answer.round for answer in answers.values()} == {0}
-    assert sorted(untouched.ask({1: Describe()})) == [1]
+def test_each_shards_answer_comes_by_its_index(case: Case) -> None:
+    last = case.num_shards - 1
+    assert sorted(case.everywhere(Describe())) == list(range(last + 1))
+    assert sorted(case.ask({last: Describe()})) == [last]
+    assert case.whole()["float32"].tobytes() == after_steps(case.round), "each gave its own part"
 
 
-def test_a_shards_refusal_is_raised_and_changes_nothing(untouched: Case) -> None:
+def test_a_shards_refusal_is_raised_and_changes_nothing(case: Case) -> None:
+    before = case.whole()["float32"].tobytes()
     with pytest.raises(IllegalMessage):
-        untouched.ask({0: Describe(), 1: Read("nobody holds it by this", ("params",))})
-    assert untouched.whole()["float32"].tobytes() == PARAMS["float32"].tobytes()
+        case.ask({0: Read("nobody holds it by this", ("params",))})
+    assert case.whole()["float32"].tobytes() == before
 
 
-def test_a_post_to_a_shard_that_does_not_exist_is_refused(untouched: Case) -> None:
-    with pytest.raises(Reconfigured, match="there are 2 shards now"):
-        untouched.backend.transport.post({0: Pause("a"), 2: Pause("a")})
-    untouched.ask({0: Pause("b")})  # shard 0 got nothing of it
-    untouched.backend.transport.post({0: Resume("b")})
+def test_a_post_to_a_shard_that_does_not_exist_is_refused(case: Case) -> None:
+    count = case.num_shards
+    with pytest.raises(Reconfigured, match=f"there are {count} shards now"):
+        case.backend.transport.post({0: Pause("a"), count: Pause("a")})
+    case.ask({0: Pause("b")})  # shard 0 got nothing of it
+    case.backend.transport.post({0: Resume("b")})
 
 
-def test_an_answer_that_is_late_may_be_waited_for_again(untouched: Case) -> None:
-    transport = untouched.backend.transport
-    untouched.ask({0: Pause("first")})
+def test_an_answer_that_is_late_may_be_waited_for_again(case: Case) -> None:
+    transport = case.backend.transport
+    case.ask({0: Pause("first")})
     second = transport.post({0: Pause("second")})
     with pytest.raises(TimeoutError):
         second.result(0.1)
     transport.post({0: Resume("first")})
-    assert second.result(ANSWER_S)[0].round == 0
+    paused = second.result(ANSWER_S)[0]
+    assert paused.round == case.ask({0: Describe()})[0].round
     transport.post({0: Resume("second")})
 
 
-def test_tokens_differ(untouched: Case) -> None:
-    assert len({untouched.backend.transport.new_token() for _ in range(100)}) == 100
+def test_tokens_differ(case: Case) -> None:
+    assert len({case.backend.transport.new_token() for _ in range(100)}) == 100
 
 
-def test_nothing_is_learnt_where_nothing_moved(untouched: Case) -> None:
-    transport = untouched.backend.transport
+def test_nothing_is_learnt_where_nothing_moved(case: Case) -> None:
+    transport = case.backend.transport
     before = transport.version
     transport.refresh()
     assert not transport.wait_if_moved(before)
-    assert (transport.version, transport.num_shards) == (before, 2)
+    assert transport.version == before
     transport.require_open()
 
 
 def test_a_client_learns_of_shards_that_another_client_resharded(case: Case) -> None:
-    before = case.backend.transport.version
-    case.another().supervisor.reshard(LAYOUT.cuts(3))
+    before, count = case.backend.transport.version, 5 - case.num_shards
+    case.another().supervisor.reshard(LAYOUT.cuts(count))
     assert case.backend.transport.wait_if_moved(before)
     assert case.backend.transport.version > before
-    assert case.backend.transport.num_shards == 3
-    assert sorted(case.everywhere(Describe())) == [0, 1, 2]
+    assert case.num_shards == count
+    assert sorted(case.everywhere(Describe())) == list(range(count))
 
 
 def test_a_client_that_has_not_learnt_of_new_shards_is_told_and_then_reaches_them(
     case: Case,
 ) -> None:
-    stale = case.another().transport
+    stale, number = case.another().transport, case.round
     case.backend.supervisor.reshard(LAYOUT.cuts(1))
     with pytest.raises((Reconfigured, ShardLost)):
         stale.post({0: Describe(), 1: Describe()}).result(ANSWER_S)
     stale.refresh()
     assert stale.num_shards == 1
-    assert stale.post({0: Describe()}).result(ANSWER_S)[0].round == 0
+    assert stale.post({0: Describe()}).result(ANSWER_S)[0].round == number
+    case.reshard(2)
 
 
 def test_a_reshard_keeps_every_bit(case: Case) -> None:
     before = {name: case.whole(name)["float32"].tobytes() for name in ("params", "m", "v")}
     for count in (3, 1, 2):
-        case.backend.supervisor.reshard(LAYOUT.cuts(count))
-        case.backend.transport.refresh()
-        assert case.backend.transport.num_shards == count
+        case.reshard(count)
+        assert case.num_shards == count
         after = {name: case.whole(name)["float32"].tobytes() for name in ("params", "m", "v")}
         assert after == before
 
 
 def test_a_reshard_that_fails_keeps_the_former_shards(case: Case) -> None:
+    before, count = case.whole()["float32"].tobytes(), case.num_shards
     more_than_any_machine_has = {"float32": (0, 10**15)}
-    with pytest.raises(ClusterError, match=r"shard 2\b"):
-        case.backend.supervisor.reshard([*LAYOUT.cuts(2), more_than_any_machine_has])
+    with pytest.raises(ClusterError, match=rf"shard {count}\b"):
+        case.backend.supervisor.reshard([*case.cuts, more_than_any_machine_has])
     case.backend.transport.refresh()
-    assert case.backend.transport.num_shards == 2
-    assert case.whole()["float32"].tobytes() == PARAMS["float32"].tobytes()
+    assert case.num_shards == count
+    assert case.whole()["float32"].tobytes() == before
     incarnation = case.join()
     channel = case.channel(incarnation)
     answers = push(case, channel, incarnation).result(ANSWER_S)
-    assert parameters_of(channel, answers)["float32"].tobytes() == after_one_step()
+    assert parameters_of(channel, answers)["float32"].tobytes() == after_steps(case.round)
 
 
 def test_a_dead_shard_is_an_error_until_recovery_was_awaited(recovering: Case) -> None:
@@ -308,9 +348,9 @@ def test_a_death_reaches_whoever_waits_for_an_answer(recovering: Case) -> None:
         waiting.result(ANSWER_S)
 
 
-def test_awaiting_a_recovery_returns_where_no_shard_died(recovering: Case) -> None:
-    recovering.backend.transport.await_recovery(ANSWER_S)
-    recovering.everywhere(Describe())
+def test_awaiting_a_recovery_returns_where_no_shard_died(supervised: Case) -> None:
+    supervised.backend.transport.await_recovery(ANSWER_S)
+    supervised.everywhere(Describe())
 
 
 def test_a_process_with_no_supervisor_cannot_be_recovered() -> None:
@@ -321,8 +361,8 @@ def test_a_process_with_no_supervisor_cannot_be_recovered() -> None:
 # The supervisor
 
 
-def test_only_a_replaced_state_is_another_generation(untouched: Case) -> None:
-    mine, other = untouched.backend.supervisor, untouched.another().supervisor
+def test_only_a_replaced_state_is_another_generation(case: Case) -> None:
+    mine, other = case.backend.supervisor, case.another().supervisor
     first = mine.generation()
     assert (mine.generation(), other.generation()) == (first, first)
     other.state_replaced("by this test")
@@ -351,18 +391,18 @@ def test_a_saved_checkpoint_is_what_the_shards_go_back_to(recovering: Case, tmp_
     recovering.kill(0)
     recovering.backend.transport.await_recovery(ANSWER_S)
     assert {d.round for d in recovering.everywhere(Describe()).values()} == {1}
-    assert recovering.whole()["float32"].tobytes() == after_one_step()
+    assert recovering.whole()["float32"].tobytes() == after_steps(1)
 
 
-def test_a_dead_worker_is_lost_until_another_takes_its_rank_over(recovering: Case) -> None:
-    supervisor, transport = recovering.backend.supervisor, recovering.backend.transport
+def test_a_dead_worker_is_lost_until_another_takes_its_rank_over(supervised: Case) -> None:
+    supervisor, transport = supervised.backend.supervisor, supervised.backend.transport
     assert supervisor.lost_ranks() == {}
-    incarnation = recovering.join()
-    recovering.everywhere(WorkerDied(0, incarnation))
+    incarnation = supervised.join()
+    supervised.everywhere(WorkerDied(0, incarnation))
     transport.await_recovery(ANSWER_S)
     assert supervisor.lost_ranks() == {0: incarnation}
-    assert recovering.another().supervisor.lost_ranks() == {0: incarnation}
-    recovering.join()
+    assert supervised.another().supervisor.lost_ranks() == {0: incarnation}
+    supervised.join()
     transport.await_recovery(ANSWER_S)
     assert supervisor.lost_ranks() == {}
 
@@ -383,27 +423,27 @@ def test_shards_that_nobody_can_bring_level_go_back_together(recovering: Case) -
 # The life of a backend
 
 
-def test_every_shard_has_a_host_and_none_a_standby(untouched: Case) -> None:
-    hosts = untouched.backend.hosts()
-    assert len(hosts) == 2 and all(hosts)
-    assert untouched.backend.standbys() == {}
+def test_every_shard_has_a_host_and_none_a_standby(case: Case) -> None:
+    hosts = case.backend.hosts()
+    assert len(hosts) == case.num_shards and all(hosts)
+    assert case.backend.standbys() == {}
 
 
-def test_a_client_that_releases_the_shards_leaves_them_to_the_others(recovering: Case) -> None:
-    other = recovering.another()
+def test_a_client_that_releases_the_shards_leaves_them_to_the_others(supervised: Case) -> None:
+    other = supervised.another()
     other.close(destroy=False)
     with pytest.raises(LifecycleError, match="closed"):
         other.transport.require_open()
     with pytest.raises(LifecycleError, match="closed"):
         other.transport.post({0: Describe()}).result(ANSWER_S)
-    recovering.everywhere(Describe())
+    supervised.everywhere(Describe())
 
 
-def test_after_their_end_the_shards_answer_nobody(case: Case) -> None:
-    other = case.another()
-    case.backend.close(destroy=True)
+def test_after_their_end_the_shards_answer_nobody(new: Case) -> None:
+    other = new.another()
+    new.backend.close(destroy=True)
     with pytest.raises(LifecycleError, match="closed"):
-        case.everywhere(Describe())
+        new.everywhere(Describe())
     with pytest.raises((LifecycleError, ShardLost)):
         other.transport.post({0: Describe()}).result(ANSWER_S)
 
@@ -411,22 +451,21 @@ def test_after_their_end_the_shards_answer_nobody(case: Case) -> None:
 # The channel of a worker
 
 
-def push(case: Case, channel: WorkerChannel, incarnation: int, *, round: int = 1) -> Pending:
+def push(case: Case, channel: WorkerChannel, incarnation: int, *, ahead: int = 1) -> Pending:
     for space, values in GRADIENT.items():
         np.copyto(channel.gradients[space], values)
-    cuts = LAYOUT.cuts(case.backend.transport.num_shards)
-    epoch = case.ask({0: Describe()})[0].epoch
+    present = case.ask({0: Describe()})[0]
     return channel.post(
         {
             index: Push(
-                epoch=epoch,
+                epoch=present.epoch,
                 rank=0,
                 incarnation=incarnation,
-                round=round,
+                round=present.round + ahead,
                 gradients=cut_flat(channel.gradients, cut),
                 want_parameters=channel.parameters is None,
             )
-            for index, cut in enumerate(cuts)
+            for index, cut in enumerate(case.cuts)
         }
     )
 
@@ -443,24 +482,25 @@ def parameters_of(channel: WorkerChannel, answers: dict[int, RoundResult]) -> Fl
     return whole
 
 
-def after_one_step() -> bytes:
+def after_steps(count: int) -> bytes:
     with local() as case:
         group = ShardGroup(case.backend, LAYOUT, 2, Options())
         group.load(PARAMS)
-        group.step({"w": GRADIENT["float32"]})
+        for _ in range(count):
+            group.step({"w": GRADIENT["float32"]})
         return case.whole()["float32"].tobytes()
 
 
 def test_a_push_steps_every_shard_and_its_result_is_seen_through_the_channel(
     each_way: Case,
 ) -> None:
-    incarnation = each_way.join()
+    incarnation, number = each_way.join(), each_way.round + 1
     channel = each_way.channel(incarnation)
     answers = push(each_way, channel, incarnation).result(ANSWER_S)
-    assert sorted(answers) == [0, 1]
-    assert {(a.outcome, a.round) for a in answers.values()} == {("applied", 1)}
-    assert parameters_of(channel, answers)["float32"].tobytes() == after_one_step()
-    assert each_way.whole()["float32"].tobytes() == after_one_step()
+    assert sorted(answers) == list(range(each_way.num_shards))
+    assert {(a.outcome, a.round) for a in answers.values()} == {("applied", number)}
+    assert parameters_of(channel, answers)["float32"].tobytes() == after_steps(number)
+    assert each_way.whole()["float32"].tobytes() == after_steps(number)
     channel.close()
 
 
@@ -470,9 +510,10 @@ def test_a_channel_has_the_whole_models_memory_and_says_which_shards_share_it(
     channel = each_way.channel(each_way.join())
     assert {space: v.size for space, v in channel.gradients.items()} == LAYOUT.sizes
     if channel.routes is not None:
-        assert channel.routes.ranges == LAYOUT.cuts(2)
-        assert channel.routes.shared in (frozenset(), frozenset({0, 1}))
-        assert (channel.parameters is not None) == (channel.routes.shared == {0, 1})
+        every = frozenset(range(each_way.num_shards))
+        assert channel.routes.ranges == each_way.cuts
+        assert channel.routes.shared in (frozenset(), every)
+        assert (channel.parameters is not None) == (channel.routes.shared == every)
     channel.close()
 
 
@@ -481,14 +522,14 @@ def test_a_channel_keeps_its_memory_wherever_the_shards_go(each_way: Case) -> No
     channel = each_way.channel(incarnation)
     memory = channel.gradients["float32"]
     routes = channel.routes
-    each_way.backend.supervisor.reshard(LAYOUT.cuts(3))
-    each_way.backend.transport.refresh()
-    channel.reconnect(LAYOUT.cuts(3), incarnation)
+    count = 5 - each_way.num_shards
+    each_way.reshard(count)
+    channel.reconnect(LAYOUT.cuts(count), incarnation)
     assert channel.gradients["float32"] is memory
     assert channel.routes is None or channel.routes is not routes
     answers = push(each_way, channel, incarnation).result(ANSWER_S)
-    assert sorted(answers) == [0, 1, 2]
-    assert parameters_of(channel, answers)["float32"].tobytes() == after_one_step()
+    assert sorted(answers) == list(range(count))
+    assert parameters_of(channel, answers)["float32"].tobytes() == after_steps(each_way.round)
     channel.close()
 
 
@@ -496,7 +537,7 @@ def test_a_refused_push_is_raised_through_the_channel(each_way: Case) -> None:
     incarnation = each_way.join()
     channel = each_way.channel(incarnation)
     with pytest.raises(RoundMismatch):
-        push(each_way, channel, incarnation, round=7).result(ANSWER_S)
+        push(each_way, channel, incarnation, ahead=7).result(ANSWER_S)
     answers = push(each_way, channel, incarnation).result(ANSWER_S)
     assert {answer.outcome for answer in answers.values()} == {"applied"}
     channel.close()
@@ -508,7 +549,7 @@ def test_views_of_a_closed_channel_stay_valid(each_way: Case) -> None:
     answers = push(each_way, channel, incarnation).result(ANSWER_S)
     seen = parameters_of(channel, answers)["float32"]
     channel.close()
-    assert seen.tobytes() == after_one_step()
+    assert seen.tobytes() == after_steps(each_way.round)
     assert channel.gradients["float32"].tobytes() == GRADIENT["float32"].tobytes()
 
 
@@ -529,10 +570,10 @@ class Member:
 
 
 @pytest.fixture
-def group(untouched: Case) -> Iterator[Any]:
-    if isinstance(untouched.backend, WorldBackend):
+def group(case: Case) -> Iterator[Any]:
+    if isinstance(case.backend, WorldBackend):
         pytest.skip("the simulation drives its workers itself")
-    group = untouched.backend.worker_group(2, Member, Options())
+    group = case.backend.worker_group(2, Member, Options())
     yield group
     group.close()
 
