@@ -264,11 +264,15 @@ class Topology:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that one optimizer is asked to be."""
+    """All that one optimizer is asked to be.
+
+    `run` is what `fit` keeps in every checkpoint of its run, whoever saves it; {} outside of `fit`.
+    """
 
     config: NadamConfig = field(default_factory=NadamConfig)
     options: Options = field(default_factory=Options)
     topology: Topology = field(default_factory=Topology)
+    run: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         least, workers = self.options.min_workers, self.topology.num_workers
@@ -302,6 +306,10 @@ class Settings:
     def with_lr(self, lr: Rate) -> "Settings":
         """Return these settings with another learning rate."""
         return dataclasses.replace(self, config=self.config.with_lr(lr))
+
+    def with_run(self, run: Mapping[str, Any]) -> "Settings":
+        """Return these settings for a run of `fit`."""
+        return dataclasses.replace(self, run=run)
 
     def with_shards(self, num_shards: int) -> "Settings":
         """Return these settings with another number of shards."""

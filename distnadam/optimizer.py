@@ -11,7 +11,7 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.client.autodiff import gradients_of
-from distnadam.client.building import restored_settings, settings_of, warn_of_tied
+from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
 from distnadam.client.fixed_attributes import FixedAttributes
 from distnadam.client.in_flight_push import refusal_of
@@ -31,9 +31,8 @@ Data = Mapping[str, Any]
 class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
     """Nadam of TensorFlow 1.13's `tf.keras.optimizers`, with its state sharded over processes.
 
-    "Nadam" is several formulas. This is the one of the reference and of tf_keras's legacy
-    optimizers; torch.optim.NAdam is the same one with eps=1e-8 and momentum_decay=schedule_decay,
-    Keras 3 is it with schedule_decay=1, optax.nadam has no momentum schedule.
+    "Nadam" is several formulas. This is the reference's; torch.optim.NAdam is the same one with
+    eps=1e-8 and momentum_decay=schedule_decay, Keras 3 is it with schedule_decay=1.
 
     Args:
         lr: learning rate, a float or a function of the steps applied (see `distnadam.schedules`).
@@ -141,9 +140,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
     @classmethod
     def connect(cls, name: str) -> "DistNadam":
         """Attach to a running optimizer from any process of its cluster, or raise NotRunning."""
-        backend, spec = factory.connect(name)
-        shards = ShardGroup(backend, spec.layout, spec.num_shards, spec.options)
-        return _attach(shards, settings_of(spec))
+        return _attach(*running(name))
 
     @classmethod
     def stop(cls, name: str) -> None:
@@ -198,8 +195,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
             Rewound: a shard died and all went back to round `error.step` since this handle last
                 looked; every method that reads, writes or steps the whole raises it once.
         """
-        layout = self.shards.layout
-        return layout.tree(self.shards.read(("params",))[1]["params"])
+        return self.shards.layout.tree(self.shards.read(("params",))[1]["params"])
 
     def set_params(self, params: Any) -> None:
         """Replace the parameters; moments and clock stay. Open pushes are refused (StaleEpoch).
@@ -222,8 +218,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         Open pushes are refused with StaleEpoch. `Options(check_gradients=False)` lets NaN in.
 
         Raises:
-            StructureError: (a ValueError) naming the expected and given length, or the index and
-                the expected and given shape.
+            StructureError: (a ValueError) naming the expected and given length, or index and shape.
         """
         shards = self._life.shards_to_change()
         clock, m, v = from_weights(shards.layout, weights, finite=self.options.check_gradients)
@@ -240,8 +235,6 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
     def get_gradients(self, loss: Any, params: Any) -> list[Array]:
         """Return the gradient of `loss` for each parameter, in `get_weights`' order, unclipped.
-
-        The reference clips here; clipping the mean gives one worker the same trajectory.
 
         Args:
             loss: a callable on NumPy arrays that returns ``(loss, gradients)``, or a scalar if JAX
@@ -295,10 +288,10 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         """Return the dead worker's incarnation for each rank that has no new worker yet."""
         return self.shards.backend.supervisor.lost_ranks()
 
-    def team(self, make: Callable[[int], Any]) -> WorkerGroup:
-        """Return one object per rank, made by `make(rank)`, in a thread if local, else an actor."""
+    def team(self, make: Callable[..., Any], *given: Any) -> WorkerGroup:
+        """Return `make(rank, *copies of given)` of each rank: a thread if local, else an actor."""
         size = self._life.settings.topology.num_workers
-        return self.shards.backend.worker_group(size, make, self.options)
+        return self.shards.backend.worker_group(size, make, self.options, given)
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state into another number of shards, between two steps; the bits stay the same.
@@ -344,9 +337,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         """
         shards, root = self._life.shards_to_change(), open_directory(path)
         saved = Saved(settings=self._life.settings, data=packed_data(data))
-        if wait:
-            return self.saves.save(shards, root, saved)
-        return self.saves.save_async(shards, root, saved)
+        return (self.saves.save if wait else self.saves.save_async)(shards, root, saved)
 
     def reserve(self) -> None:
         """Allocate the memory for `save(..., wait=False)` now, so that the first one is as fast."""
@@ -370,8 +361,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
             path: one checkpoint, which is loaded or refused; or a directory of checkpoints, whose
                 newest valid one is loaded, with a warning for each that was passed over. A local
                 path or an fsspec URL.
-            num_shards: shards to cut the state into.
-            num_workers, replicas: ranks, and standbys per shard, from now on.
+            num_shards, num_workers, replicas: shards, ranks, and standbys per shard, from now on.
             backend: None means "auto".
             name: the new optimizer's name; "" for none. A local one never has one.
             options: rare settings.
@@ -384,17 +374,27 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
         def load(directory: Directory, manifest: Manifest) -> DistNadam:
             settings = restored_settings(directory, manifest, asked, options)
-            optimizer = cls(**settings.to_arguments())
-            layout = Layout.from_dict(manifest.layout)
-            optimizer._life.start(layout, lambda shards: shards.restore(directory, manifest))
-            optimizer.restored_data.update(manifest.user_data)
-            return optimizer
+            return cls.of(settings, (directory, manifest))
 
         return store.load_first_valid(path, load)
+
+    @classmethod
+    def of(cls, settings: Settings, found: tuple[Directory, Manifest] | None = None) -> "DistNadam":
+        """Return an optimizer, built if there is a checkpoint; for the package's own use."""
+        optimizer = cls(**settings.to_arguments())
+        optimizer._life.belong_to(settings.run)
+        if found is not None:
+            optimizer._life.restore(*found)
+            optimizer.restored_data.update(found[1].user_data)
+        return optimizer
+
+    def follow(self, leader: "DistNadam | None", refusal: str | None = None) -> None:
+        """Have `lr` be the leader's, and not be set where there is a `refusal`; for `fit`."""
+        self._life.follow(None if leader is None else leader._life, refusal)
 
 
 def _attach(shards: ShardGroup | None, settings: Settings) -> DistNadam:
     """Return a handle on running shards, if any, which closing it leaves alone."""
-    optimizer = DistNadam(**settings.to_arguments())
+    optimizer = DistNadam.of(settings)
     optimizer._life.attach(shards)
     return optimizer

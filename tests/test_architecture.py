@@ -16,7 +16,7 @@ ORDER = """
     errors reproducible_math shield threads versions
     places
     tensors
-    plain_data
+    plain_data copies
     schedules
     config
     nadam
@@ -42,6 +42,7 @@ PURE = (
     "reproducible_math",
     "places",
     "plain_data",
+    "copies",
     "schedules",
     "tensors",
     "config",

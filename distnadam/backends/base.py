@@ -194,6 +194,10 @@ class SupervisorClient(ABC):
         """Return the dead incarnation of each rank whose worker died and was not replaced."""
 
     @abstractmethod
+    def shard_recoveries(self) -> int:
+        """Return how often a standby took over, or all shards went back."""
+
+    @abstractmethod
     def reshard(self, cuts: Sequence[Ranges]) -> None:
         """Have `len(cuts)` shards hold these ranges from the next round on.
 
@@ -233,10 +237,13 @@ class Backend(ABC):
         """Return where each standby runs, in words, by its shard's index; it may be unfilled."""
 
     @abstractmethod
-    def worker_group(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
-        """Start `size` objects `make(rank)`, each able to compute while the others do.
+    def worker_group(
+        self, size: int, make: Callable[..., Any], options: Options, given: tuple[Any, ...] = ()
+    ) -> WorkerGroup:
+        """Start `size` objects `make(rank, *given)`, each able to compute while the others do.
 
-        `options` say what resources each asks for.
+        Each gets copies of its own of what is `given`, which is not changed meanwhile. `options`
+        say what resources each asks for.
         """
 
     @abstractmethod

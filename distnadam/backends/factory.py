@@ -29,6 +29,17 @@ def resolve(asked: BackendName, *, several: bool) -> Literal["local", "ray"]:
     return "ray" if running or (several and _is_installed()) else "local"
 
 
+def start_in_words(asked: BackendName, *, several: bool) -> str | None:
+    """Return what comes before shards are there, which takes seconds; None in this process."""
+    if resolve(asked, several=several) == "local":
+        return None
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return "starting"
+    address = os.environ.get("RAY_ADDRESS")
+    return f"joining the Ray at {address}, starting" if address else "starting Ray and"
+
+
 def choose(asked: BackendName, *, several: bool) -> Backend:
     """Return the backend that `resolve` means, without shards yet.
 

@@ -23,6 +23,7 @@ from distnadam.backends.base import (
     WorkerGroup,
 )
 from distnadam.config import Options
+from distnadam.copies import copied
 from distnadam.errors import Reconfigured, StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
 from distnadam.protocol.messages import Message, Push, RoundResult, ShardSpec, TotalNorms
@@ -118,11 +119,18 @@ class LocalWorkerChannel(WorkerChannel):
 
 
 class LocalWorkerGroup(WorkerGroup):
-    """Threads of this process; a member that is ended runs on until its own call returns."""
+    """Threads of this process; a member that is ended runs on until its own call returns.
 
-    def __init__(self, size: int, make: Callable[[int], Any]) -> None:
+    Args:
+        size: ranks.
+        make: makes a rank's object, of copies of `given`.
+        given: is copied as if it went to another process, so that members share nothing.
+    """
+
+    def __init__(self, size: int, make: Callable[..., Any], given: tuple[Any, ...]) -> None:
         self._make = make
-        self._members = {rank: make(rank) for rank in range(size)}
+        self._given = given
+        self._members = {rank: self._made(rank) for rank in range(size)}
         self.after_fork()
         renew_after_fork(self)
 
@@ -147,11 +155,14 @@ class LocalWorkerGroup(WorkerGroup):
 
     @override
     def start(self, rank: int) -> None:
-        self._members[rank] = self._make(rank)
+        self._members[rank] = self._made(rank)
 
     @override
     def close(self) -> None:
         self._pool.shutdown()
+
+    def _made(self, rank: int) -> Any:
+        return self._make(rank, *copied(self._given, f"worker {rank}"))
 
 
 class LocalTransport(ShardTransport):
@@ -250,6 +261,10 @@ class LocalSupervisorClient(SupervisorClient):
     @override
     def lost_ranks(self) -> dict[int, int]:
         return {}
+
+    @override
+    def shard_recoveries(self) -> int:
+        return 0
 
     @override
     def reshard(self, cuts: Sequence[Ranges]) -> None:
@@ -354,8 +369,10 @@ class LocalBackend(Backend):
         return {}
 
     @override
-    def worker_group(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
-        return LocalWorkerGroup(size, make)
+    def worker_group(
+        self, size: int, make: Callable[..., Any], options: Options, given: tuple[Any, ...] = ()
+    ) -> WorkerGroup:
+        return LocalWorkerGroup(size, make, given)
 
     @override
     def close(self, *, destroy: bool) -> None:

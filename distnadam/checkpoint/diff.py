@@ -111,7 +111,7 @@ def compare(a: DirectoryLike, b: DirectoryLike) -> CheckpointDiff:
 
 
 def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
-    """Return what differs in the clock, the config and the caller's data."""
+    """Return what differs in the clock, the config, the run and the caller's data."""
 
     def plain(manifest: Manifest) -> dict[str, Any]:
         clock = {
@@ -120,8 +120,9 @@ def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
         }
         return clock | {
             f"{part}.{k}": v
-            for part in ("config", "data")
+            for part in ("config", "run", "data")
             for k, v in getattr(manifest, part).items()
+            if (part, k) != ("run", "given")  # what was asked for; `config` says what is
         }
 
     first, second = plain(a), plain(b)

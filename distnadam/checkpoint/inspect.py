@@ -45,6 +45,7 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
         "config": manifest.config,
         "options": manifest.options,
         "topology": manifest.topology,
+        "run": manifest.run,
         "data": manifest.data,
         "tensors": [
             {

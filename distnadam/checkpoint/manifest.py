@@ -81,6 +81,7 @@ class Manifest:
         round: protocol rounds decided, skipped ones included.
         skipped: rounds that were skipped.
         ledger: `Ledger.to_dict()`.
+        run: `Settings.run`: the task and seed of a run of `fit`, and what it was given.
         data: what `contents.packed_data` returned of the caller's own; `user_data` gives it back.
         files: the shards' files, by index.
         saved_at: seconds since 1970.
@@ -97,6 +98,7 @@ class Manifest:
     skipped: int
     ledger: dict[str, Any]
     data: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
     files: tuple[FileRecord, ...] = ()
     saved_at: float = 0.0
 
@@ -121,6 +123,7 @@ class Manifest:
             skipped=position.skipped,
             ledger=position.ledger,
             data=dict(data),
+            run=dict(settings.run),
         )
 
     @property
@@ -225,6 +228,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "skipped": _natural,
     "ledger": lambda v: isinstance(v, dict) and {"runs", "newest"} <= v.keys(),
     "data": lambda v: isinstance(v, dict),
+    "run": lambda v: isinstance(v, dict),
     "files": lambda v: isinstance(v, list) and len(v) > 0,
     "saved_at": lambda v: isinstance(v, float) and 0.0 <= v < 1e12,
 }
@@ -249,6 +253,7 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
     _parse("config", _config, body["config"], where)
     _parse("options", options_from, body["options"], where)
     _parse("data", data_from, body["data"], where)
+    _parse("run", _check_run, body["run"], where)
     _parse("ledger", Ledger.from_dict, body["ledger"], where)
     if max(layout.sizes.values(), default=0) * 12 > sum(f.size for f in files):
         raise CheckpointError(
@@ -284,6 +289,19 @@ def _config(config: Mapping[str, Any]) -> NadamConfig:
     return NadamConfig.from_dict(
         {**config, "lr": 0.0 if isinstance(config["lr"], Mapping) else config["lr"]}
     )
+
+
+def _check_run(run: Mapping[str, Any]) -> None:
+    """Raise ValueError, or what `NadamConfig` does, for what no run of `fit` says of itself."""
+    if not run:
+        return
+    if run.keys() != {"task", "seed", "num_workers", "given"}:
+        raise ValueError(f"expected task, seed, num_workers and given, got {', '.join(run)}")
+    if not isinstance(run["task"], str) or not all(
+        map(_natural, (run["seed"], run["num_workers"]))
+    ):
+        raise ValueError("expected a name and two whole numbers")
+    _config(run["given"])
 
 
 def _parse(field: str, parse: Callable[[Any], _T], value: Any, where: str) -> _T:

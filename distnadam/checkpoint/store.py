@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distnadam.checkpoint.manifest import SHARD_FILE, FileRecord, Manifest, shard_file_name
 from distnadam.checkpoint.shard_file import check_file_record, verify_files
@@ -74,16 +74,35 @@ def new_checkpoint(root: DirectoryLike, manifest: Manifest) -> Iterator[NewCheck
     """Hold the directory of the manifest's round under `root`; discard what was written on error.
 
     Raises:
-        CheckpointError: `root` is itself a checkpoint.
+        CheckpointError: `root` is itself a checkpoint, or that round's is of another run of `fit`.
         CheckpointBusy: another save writes there.
     """
     directory = step_directory(root, manifest.round)
     with writing(directory):
+        _check_replaceable(directory, manifest)
         try:
             yield NewCheckpoint(directory, manifest)
         except BaseException:
             discard_partial(directory, manifest.save_id)
             raise
+
+
+def _check_replaceable(directory: Directory, manifest: Manifest) -> None:
+    """Raise CheckpointError if a run of `fit` would lose the checkpoint to one of something else.
+
+    Without it that run could not be resumed.
+    """
+    if MANIFEST not in directory.files():
+        return
+    present = dict[str, Any]()
+    with contextlib.suppress(CheckpointError):
+        present = load(directory).run
+    if present and any(present.get(key) != manifest.run.get(key) for key in ("task", "seed")):
+        raise CheckpointError(
+            f"{directory}: is a checkpoint of a run of fit (task {present.get('task')!r}, seed "
+            f"{present.get('seed')!r}), and what is to be saved is not of that run; save to "
+            "another directory"
+        )
 
 
 def commit(path: DirectoryLike, manifest: Manifest) -> None:

@@ -110,7 +110,7 @@ def _show(found: dict[str, Any]) -> None:
     facts = Table(show_header=False)
     for name in ("iterations", "m_schedule", "round", "skipped"):
         facts.add_row(name, str(found[name]))
-    for part in ("config", "topology", "data"):
+    for part in ("config", "topology", "run", "data"):
         for name, value in found[part].items():
             facts.add_row(f"{part}.{name}", Text(str(value)))
     facts.add_row("elements", str(sizes["elements"]))

@@ -4,19 +4,24 @@ import contextlib
 import importlib.util
 import shlex
 import sys
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
+from typing_extensions import override
 
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main
 from distnadam.config import Options
 from distnadam.optimizer import DistNadam
 from distnadam.places import local_path
+from distnadam.schedules import Rate
+from distnadam.training.callbacks import Callback
 from distnadam.training.fit import fit
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
+from distnadam.training.resuming import rate_given_before
 from distnadam.training.task import Task
 
 
@@ -79,6 +84,11 @@ _PASSED_TO_FIT = (
     "resume",
 )
 """Options that are arguments of `fit`, under the same names."""
+_MEANS = {
+    "steps_per_s": " (the steps alone)",
+    "seconds": " (with start, evaluation and saving)",
+}
+"""What is said of a line of the summary."""
 _NOT_REPEATED = ("resume", "quiet", "as_json")
 """Options that the command to resume a run does not need."""
 
@@ -125,7 +135,9 @@ def placement(command: Any) -> Any:
     type=click.IntRange(1),
     help="Steps in all, those before a resume included.",
 )
-@click.option("--lr", default=0.002, show_default=True, type=float, help="Learning rate.")
+@click.option(
+    "--lr", type=float, help="Learning rate.  [default: 0.002, or that of the run that is resumed]"
+)
 @click.option(
     "--seed",
     default=0,
@@ -164,12 +176,17 @@ def placement(command: Any) -> Any:
 @click.pass_context
 def train(context: click.Context, /, task: str, **options: Any) -> None:
     """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME."""
-    # Ray prints to standard output, where only the summary belongs
-    with exit_on_error(), contextlib.redirect_stdout(sys.stderr):
+    reached = _Reached(options["checkpoint_dir"])
+    with (
+        _how_to_resume(context, reached),
+        exit_on_error(),
+        # Ray prints to standard output, where only the summary belongs
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         history = fit(
             load_task(task),
             optimizer=DistNadam(
-                lr=options["lr"],
+                lr=_rate(options["lr"], options["checkpoint_dir"]),
                 name=options["name"],
                 options=Options(
                     shard_cpus=options["shard_cpus"],
@@ -180,22 +197,21 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
                 ),
             ),
             backend="local" if options["local"] else "ray",
+            callbacks=[reached],
             verbose=not options["quiet"],
             **{name: options[name] for name in _PASSED_TO_FIT},
             **(
                 {} if options["stop_grace_s"] is None else {"stop_grace_s": options["stop_grace_s"]}
             ),
         )
-    given = options["checkpoint_dir"]
-    directory = given if given and "://" in given else history.checkpoint_dir
-    summary = _summary(history, _resume_command(context, directory))
+    summary = _summary(history)
     if options["as_json"]:
         echo_json(summary)
         return
     for key, value in summary.items():
         if value:
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            click.echo(f"{key.replace('_', ' '):<12} {text}")
+            click.echo(f"{key.replace('_', ' '):<12} {text}{_MEANS.get(key, '')}")
 
 
 @main.command()
@@ -262,6 +278,48 @@ def _is_free(module: str, path: Path) -> bool:
     return spec is None or (origin is not None and Path(origin).resolve() == path.resolve())
 
 
+class _Reached(Callback):
+    """Knows where the checkpoints of a run are, once there is one.
+
+    Args:
+        given: the directory or URL that the command line names, if any.
+    """
+
+    def __init__(self, given: str | None) -> None:
+        self._given = given
+        self.directory: str | None = None
+
+    @override
+    def on_begin(self, step: int, steps: int) -> None:
+        if step > 0:
+            self.directory = self._given
+
+    @override
+    def on_save(self, step: int, path: Path | str) -> None:
+        self.directory = self._given or str(Path(path).parent)
+
+
+@contextlib.contextmanager
+def _how_to_resume(context: click.Context, reached: _Reached) -> Iterator[None]:
+    """Print the command that resumes a run which did not come to its end, if there is one."""
+    try:
+        yield
+    except BaseException:
+        if reached.directory is not None:
+            with contextlib.suppress(OSError):
+                command = _resume_command(context, reached.directory)
+                click.echo(f"distnadam: to go on: {command}", err=True)
+        raise
+
+
+def _rate(asked: float | None, checkpoint_dir: str | None) -> Rate:
+    """Return the learning rate that is asked for, else what a run to resume was given before."""
+    if asked is not None:
+        return asked
+    before = None if checkpoint_dir is None else rate_given_before(checkpoint_dir)
+    return DistNadam().lr if before is None else before
+
+
 def _resume_command(context: click.Context, checkpoint_dir: object) -> str:
     """Return the command line that resumes a run, with every option that it was started with."""
     words = ["distnadam", "train", context.params["task"]]
@@ -281,7 +339,7 @@ def _resume_command(context: click.Context, checkpoint_dir: object) -> str:
     return shlex.join(words)
 
 
-def _summary(history: History, resume: str) -> dict[str, Any]:
+def _summary(history: History) -> dict[str, Any]:
     return {
         **history.metrics,
         "loss": history.losses[-1] if history.losses else None,
@@ -290,5 +348,4 @@ def _summary(history: History, resume: str) -> dict[str, Any]:
         "checkpoint": str(history.checkpoints[-1] if history.checkpoints else history.resumed_from),
         "plot": str(history.plot_path) if history.plot_path else None,
         "metrics": str(history.metrics_path),
-        "resume": resume,
     }

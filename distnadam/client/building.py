@@ -35,12 +35,9 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
         ClusterError: the shards cannot be obtained.
     """
     check_layout(layout)
+    check_can_start(settings)
     topology = settings.topology
     backend = factory.choose(topology.backend, several=topology.several)
-    if topology.name is not None and backend.name == "local":
-        raise ConfigError(
-            f"name={topology.name!r} needs backend='ray': a local optimizer cannot be connected to"
-        )
     specs = [
         ShardSpec(
             index=index,
@@ -52,11 +49,22 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
             options=settings.options,
             layout=layout,
             ranges=ranges,
+            run=settings.run,
         )
         for index, ranges in enumerate(layout.cuts(topology.num_shards))
     ]
     backend.start(specs, topology.replicas)
     return ShardGroup(backend, layout, topology.num_shards, settings.options)
+
+
+def check_can_start(settings: Settings) -> None:
+    """Raise ConfigError for settings that no backend of theirs can have."""
+    topology = settings.topology
+    backend = factory.resolve(topology.backend, several=topology.several)
+    if topology.name is not None and backend == "local":
+        raise ConfigError(
+            f"name={topology.name!r} needs backend='ray': a local optimizer cannot be connected to"
+        )
 
 
 def warn_of_tied(tied: Mapping[str, str]) -> None:
@@ -77,6 +85,12 @@ def warn_of_tied(tied: Mapping[str, str]) -> None:
         )
 
 
+def running(name: str) -> tuple[ShardGroup, Settings]:
+    """Return the shards of a running optimizer, and its settings, or raise NotRunning."""
+    backend, spec = factory.connect(name)
+    return ShardGroup(backend, spec.layout, spec.num_shards, spec.options), settings_of(spec)
+
+
 def settings_of(spec: ShardSpec) -> Settings:
     """Return the settings of the running optimizer that a shard is part of."""
     topology = Topology(
@@ -86,7 +100,7 @@ def settings_of(spec: ShardSpec) -> Settings:
         backend="ray",
         name=spec.name,
     )
-    return Settings(config=spec.config, options=spec.options, topology=topology)
+    return Settings(config=spec.config, options=spec.options, topology=topology, run=spec.run)
 
 
 def restored_settings(
@@ -121,4 +135,5 @@ def restored_settings(
         config=manifest.nadam_config(f"{directory}/{store.MANIFEST}"),
         options=manifest.saved_options if options is None else Options.of(options),
         topology=topology,
+        run=manifest.run,
     )

@@ -3,8 +3,11 @@
 It owns the running shards and the save in flight; it knows no parameters and no steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.building import start_shards
 from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.client.shard_group import ShardGroup
@@ -27,6 +30,22 @@ class Lifecycle:
         self._shards: ShardGroup | None = None
         self._is_creator = True
         self._closed = False
+        self._leader: Lifecycle | None = None
+        self._refusal: str | None = None
+
+    def belong_to(self, run: Mapping[str, Any]) -> None:
+        """Be of a run of `fit`, which checkpoints then say."""
+        self._settings = self._settings.with_run(run)
+
+    def follow(self, leader: "Lifecycle | None", refusal: str | None) -> None:
+        """Have the rate be another one's.
+
+        Args:
+            leader: the optimizer that a run of `fit` steps; None: none any more.
+            refusal: why the rate cannot be set at this moment; None: it can.
+        """
+        self._leader = leader
+        self._refusal = refusal
 
     def attach(self, shards: ShardGroup | None) -> None:
         """Take shards that run already, if any; closing leaves them alone."""
@@ -120,15 +139,26 @@ class Lifecycle:
             self.close()
             raise
 
+    def restore(self, directory: Directory, manifest: Manifest) -> None:
+        """Start the shards with a checkpoint's state."""
+        layout = Layout.from_dict(manifest.layout)
+        self.start(layout, lambda shards: shards.restore(directory, manifest))
+
     @property
     def rate(self) -> Rate:
         """The present learning rate; a schedule is a copy."""
+        if self._leader is not None:
+            return self._leader.rate
         return kept(self.shards.describe().lr if self.is_built else self._settings.config.lr)
 
     def set_rate(self, lr: Rate) -> None:
         """Replace the learning rate, on every shard if there are any."""
         settings = self._settings.with_lr(rate_from(lr))
-        if self.is_built:
+        if self._refusal is not None:
+            raise LifecycleError(self._refusal)
+        if self._leader is not None:
+            self._leader.set_rate(lr)
+        elif self.is_built:
             self.shards_to_change().set_rate(settings.config.lr)
         self._settings = settings
 

@@ -49,6 +49,7 @@ class WorkerSession:
         self.epoch = 0
         self.round = 0
         self.buffer = 0
+        self.lr = 0.0  # of the last step
         self.in_sync = False
         self.in_flight: InFlightPush | None = None
         self._shards = shards
@@ -340,6 +341,7 @@ class WorkerSession:
         self.epoch = first.epoch
         self.round = first.round
         self.buffer = first.buffer
+        self.lr = first.lr
         self.in_sync = True
         return first
 

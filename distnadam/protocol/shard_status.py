@@ -1,6 +1,8 @@
 """The configuration of a shard, and its status: plain records."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from distnadam.config import NadamConfig, Options
 from distnadam.schedules import Rate
@@ -26,6 +28,7 @@ class ShardSpec:
         ranges: the elements that this shard holds.
         run_id: begins the names of this optimizer's processes in the cluster.
         layout_generation: how often the state was resharded.
+        run: `Settings.run`, for whoever saves.
     """
 
     index: int
@@ -39,6 +42,7 @@ class ShardSpec:
     ranges: Ranges
     run_id: str = ""
     layout_generation: int = 0
+    run: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

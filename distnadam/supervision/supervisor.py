@@ -174,6 +174,11 @@ class Supervisor:
         """How many shards were promoted, how often all went back, how many ranks left or joined."""
         return dict(self._executor.counts)
 
+    @property
+    def shard_recoveries(self) -> int:
+        """How many shards were promoted, and how often all went back."""
+        return self._executor.counts["promoted"] + self._executor.counts["rewound"]
+
     def reshard(self, cuts: Sequence[Ranges]) -> Future[None]:
         """Have one shard per entry hold these ranges; the future carries what prevented it."""
         done: Future[None] = Future()

@@ -2,16 +2,13 @@
 complete, old ones removed.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import RunLock
 from distnadam.checkpoint.storage.local import LocalDirectory
-from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.errors import CheckpointError, ShardLost
 from distnadam.optimizer import DistNadam
@@ -28,12 +25,11 @@ class RetentionPolicy:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run has, when it saves and evaluates, whether it resumes, what it keeps."""
+    """How many steps a run has, when it saves and evaluates, and what it keeps."""
 
     steps: int
     save_every: int | None
     evaluate_every: int | None
-    resume: str
     keep: RetentionPolicy
 
     def boundary_after(self, step: int) -> int:
@@ -50,22 +46,6 @@ class Plan:
         return step == self.steps or (every is not None and step % every == 0)
 
 
-_DATA = frozenset({"task", "seed", "num_workers"})
-
-
-def data_of_run(where: DirectoryLike) -> dict[str, Any]:
-    """Return the data `fit` stored in the newest checkpoint; one saved from outside needs it too.
-
-    It is the same in all of a run's checkpoints. What others store, such as a position in their
-    data, may differ between checkpoints and is not copied.
-    """
-    for step in reversed(store.step_directories(where)):
-        with suppress(CheckpointError):
-            data = store.load(step).user_data
-            return data if data.keys() == _DATA else {}
-    return {}
-
-
 class CheckpointManager:
     """Saves during one run of `fit`, deletes old checkpoints, and reports both.
 
@@ -73,7 +53,6 @@ class CheckpointManager:
         saves: the optimizer's own record of the save in flight.
         claim: on where checkpoints go.
         keep: which of them stay.
-        data: what is kept beside the state.
         on_save: gets the step and the checkpoint, once it is complete.
         on_message: gets what else the user should know.
     """
@@ -83,7 +62,6 @@ class CheckpointManager:
         saves: CheckpointWriter,
         claim: RunLock,
         keep: RetentionPolicy,
-        data: Mapping[str, Any],
         on_save: Callable[[int, Path | str], None],
         on_message: Callable[[str], None],
     ) -> None:
@@ -91,7 +69,6 @@ class CheckpointManager:
         self._claim = claim
         self._directory = claim.directory
         self._keep = keep
-        self._data = data
         self._on_save = on_save
         self._on_message = on_message
 
@@ -103,7 +80,7 @@ class CheckpointManager:
         """
         self.finish()
         self._claim.check()
-        saved = optimizer.save(self._directory, wait=wait, data=self._data)
+        saved = optimizer.save(self._directory, wait=wait)
         if isinstance(saved, str):
             self._complete(step, saved)
 

@@ -2,25 +2,24 @@
 
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distnadam.checkpoint.run_lock import make_run_lock
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import open_directory
-from distnadam.config import BackendName, check_count
-from distnadam.errors import ConfigError
+from distnadam.client.building import check_can_start
+from distnadam.config import BackendName, Settings, check_count
+from distnadam.errors import ConfigError, NotOpen
 from distnadam.optimizer import DistNadam
-from distnadam.training.callbacks import (
-    Callback,
-    CallbackList,
-    MetricsFile,
-    ProgressDisplay,
-    console,
-)
+from distnadam.tensors.layout import Layout
+from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
+from distnadam.training.metrics_file import MetricsFile
+from distnadam.training.progress import ProgressDisplay, console
+from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
 from distnadam.training.task import Task, claim_run_directory, task_name
 from distnadam.training.termination import GRACE_S, Termination
@@ -59,7 +58,10 @@ def fit(
         num_shards: number of the optimizer's shards.
         replicas: standbys per shard, 0 or 1.
         optimizer: a `DistNadam`, not built, whose hyper-parameters and options are used; None means
-            the defaults.
+            the defaults, or those of the run that is resumed. A resumed run takes over a learning
+            rate that it was not given before, and the options; other hyper-parameters cannot
+            change. While it runs, `optimizer.lr` is the run's, and may be set in `on_begin` and
+            `on_evaluate` of a callback.
         backend: "auto", "local" or "ray", as for `DistNadam`.
         seed: passed to `Task.init`.
         checkpoint_dir: the directory for checkpoints, metrics.csv and loss.png; None means
@@ -73,7 +75,7 @@ def fit(
         resume: "auto" continues from the newest valid checkpoint in the `checkpoint_dir` that was
             given, if there is one, "must" requires one, "never" refuses a directory that holds one.
         evaluate_every: steps between evaluations; None evaluates only at the end.
-        callbacks: receive the events of the run.
+        callbacks: receive the events of the run. One that raises ends it, as Ctrl-C does.
         stop_grace_s: seconds that a SIGTERM leaves for the running steps and a checkpoint; then the
             process ends anyway.
         verbose: whether to show progress on standard error; "auto" means True.
@@ -82,10 +84,11 @@ def fit(
         Losses, metrics, checkpoints and recoveries of this call.
 
     Raises:
-        ConfigError: an argument has a value that it cannot have.
+        ConfigError: an argument has a value that it cannot have, or that the run to resume cannot
+            take over; or the task cannot be copied.
         TrainingError: the task's code raised, or a worker's process died, and three recoveries in a
             row of one rank, or of the run, brought no new step; the message names the rank and the
-            step.
+            step. Or a callback raised, which the message names; a checkpoint was saved.
         CheckpointError: the checkpoint to resume from is refused, or is of another task, seed or
             model, or one cannot be written.
         CheckpointBusy: another run writes to `checkpoint_dir`.
@@ -108,70 +111,119 @@ def fit(
     >>> history.steps, len(history.losses), list(history.metrics), len(history.checkpoints)
     ([1, 2, 3], 3, ['largest'], 1)
     """
-    for name, value in (
-        ("steps", steps),
-        ("keep", keep),
-        ("num_workers", num_workers),
-        ("num_shards", num_shards),
-    ):
-        check_count(name, value)
-    for name, every in (
-        ("save_every", save_every),
-        ("evaluate_every", evaluate_every),
-        ("keep_every", keep_every),
-    ):
-        if every is not None:
-            check_count(name, every)
-    if not 0 < stop_grace_s < threading.TIMEOUT_MAX:
-        raise ConfigError(f"stop_grace_s must be a number of seconds above 0, got {stop_grace_s!r}")
+    settings = _checked_settings(
+        optimizer,
+        {
+            "num_workers": num_workers,
+            "num_shards": num_shards,
+            "replicas": replicas,
+            "backend": backend,
+        },
+    )
+    plan = Plan(
+        steps=check_count("steps", steps),
+        save_every=_every("save_every", save_every),
+        evaluate_every=_every("evaluate_every", evaluate_every),
+        keep=RetentionPolicy(
+            last=check_count("keep", keep),
+            every=_every("keep_every", keep_every),
+            every_s=keep_every_s,
+        ),
+    )
+    _check_seconds("stop_grace_s", stop_grace_s)
+    if keep_every_s is not None:
+        _check_seconds("keep_every_s", keep_every_s)
     if resume not in ("auto", "must", "never"):
         raise ConfigError(f'resume must be "auto", "must" or "never", got {resume!r}')
-    if not isinstance(task, Task):
+    if not isinstance(task, Task) or isinstance(task, type):
         raise ConfigError(
             f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}"
         )
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise ConfigError(
+                f"callbacks must be Callbacks (of distnadam.training.callbacks), got {callback!r}"
+            )
     seed = check_count("seed", seed, least=0)
     label = task_name(task)
-    if checkpoint_dir is None:
-        if resume == "must":
-            raise ConfigError('resume="must" needs checkpoint_dir: a new run has no checkpoint')
-        checkpoint_dir = claim_run_directory(label)
-    checkpoints = open_directory(checkpoint_dir, "checkpoint_dir")
+    if checkpoint_dir is None and resume == "must":
+        raise ConfigError('resume="must" needs checkpoint_dir: a new run has no checkpoint')
+    given = None if checkpoint_dir is None else open_directory(checkpoint_dir, "checkpoint_dir")
+    # all has been checked that can be: from here on there are directories
+    checkpoints = given or open_directory(claim_run_directory(label))
     # beside checkpoints at a URL, metrics and plot still need a local directory
     local = checkpoints if isinstance(checkpoints, LocalDirectory) else None
     root = local.path if local is not None else claim_run_directory(label)
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
-    display = [ProgressDisplay(screen)] if screen is not None else []
-    plan = Plan(
-        steps=steps,
-        save_every=save_every,
-        evaluate_every=evaluate_every,
-        resume=resume,
-        keep=RetentionPolicy(last=keep, every=keep_every, every_s=keep_every_s),
-    )
+    display = [ProgressDisplay(screen, history)] if screen is not None else []
     with (
         Termination(stop_grace_s) as termination,
         make_run_lock(LocalDirectory(root)) as root_lock,
         nullcontext(root_lock) if local is not None else make_run_lock(checkpoints) as lock,
     ):
+        params = task.init(seed)
         TrainingRun(
             task=task,
-            label=label,
-            seed=seed,
+            params=params,
+            request=Request(
+                label=label,
+                seed=seed,
+                layout=Layout.of(params),
+                settings=settings,
+                is_given=optimizer is not None,
+                resume=resume,
+            ),
+            template=optimizer,
             root=root,
             lock=lock,
-            topology={
-                "num_workers": num_workers,
-                "num_shards": num_shards,
-                "replicas": replicas,
-                "backend": backend,
-            },
             plan=plan,
             callbacks=CallbackList(
                 [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
             ),
             history=history,
             termination=termination,
-        ).run(optimizer)
+        ).run()
     return history
+
+
+def _checked_settings(optimizer: DistNadam | None, topology: dict[str, Any]) -> Settings:
+    """Return the settings of the run: of the optimizer that was given, and how many of what.
+
+    Raises:
+        ConfigError: the optimizer cannot be a template, or says otherwise than `fit`.
+    """
+    if optimizer is not None and not isinstance(optimizer, DistNadam):
+        raise ConfigError(f"optimizer must be a DistNadam or None, got {optimizer!r}")
+    template = optimizer or DistNadam()
+    config, defaults = template.get_config(), DistNadam().get_config()
+    if _is_built(template):
+        raise ConfigError(
+            "optimizer: is built already, and fit builds its own: give one that is not, or "
+            "checkpoint_dir to go on from a checkpoint"
+        )
+    for name, value in topology.items():
+        if config[name] not in (value, defaults[name]):
+            raise ConfigError(
+                f"{name}: the optimizer was made with {config[name]!r} and fit is called with "
+                f"{value!r}: give it to fit"
+            )
+    settings = Settings.of(**(config | topology))
+    settings.config.to_dict()  # refuses a function that no checkpoint can hold
+    check_can_start(settings)
+    return settings
+
+
+def _is_built(optimizer: DistNadam) -> bool:
+    with suppress(NotOpen):
+        return optimizer.shards is not None
+    return False
+
+
+def _every(name: str, steps: int | None) -> int | None:
+    return None if steps is None else check_count(name, steps)
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < threading.TIMEOUT_MAX:
+        raise ConfigError(f"{name} must be a number of seconds above 0, got {value!r}")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing_extensions import override
 
 from distnadam.training.callbacks import Callback
+from distnadam.training.steps import StepRecord
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """The record of one call of `fit`.
 
@@ -18,12 +19,17 @@ class History:
         metrics_path: the CSV file of losses and metrics.
         plot_path: the picture of the loss; None if matplotlib is missing or the run did not end.
         steps: the steps done by this call, from 1; those of a resumed run begin later.
-        losses: the mean loss of each of these steps, over the ranks that reported theirs.
+        losses: the mean loss of each of these steps over its `ranks`; NaN if there are none.
+        learning_rates: the learning rate of each of these steps.
+        ranks: whose losses each mean is of: all ranks, unless the process of one died before it
+            could report, or the run went on without one.
         evaluations: (step, metrics) of each evaluation.
         checkpoints: the checkpoints written by this call, oldest first; URLs are strings.
         resumed_from: the checkpoint that this call continued from, if any.
-        seconds: the duration of training, evaluation and saving.
-        recoveries: how often a rank, or the whole run, had to be started again.
+        seconds: the duration of the call, from its start to its end.
+        step_seconds: those in which steps ran: without the start, evaluation and saving.
+        recoveries: how often a rank, or the whole run, had to be started again, a standby took over
+            or all shards went back.
     """
 
     checkpoint_dir: Path
@@ -31,10 +37,13 @@ class History:
     plot_path: Path | None = None
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    ranks: list[tuple[int, ...]] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     checkpoints: list[Path | str] = field(default_factory=list)
     resumed_from: Path | str | None = None
     seconds: float = 0.0
+    step_seconds: float = 0.0
     recoveries: int = 0
 
     @property
@@ -44,8 +53,23 @@ class History:
 
     @property
     def steps_per_s(self) -> float:
-        """Steps of this call per second; evaluation and saving count."""
-        return len(self.steps) / self.seconds if self.seconds > 0 else 0.0
+        """Steps of this call per second of `step_seconds`."""
+        return len(self.steps) / self.step_seconds if self.step_seconds > 0 else 0.0
+
+    @override
+    def __repr__(self) -> str:
+        steps = f"steps {self.steps[0]} to {self.steps[-1]}" if self.steps else "no steps"
+        words = [
+            steps,
+            *([f"loss {self.losses[-1]:.4g}"] if self.losses else []),
+            *(f"{name} {value:.4g}" for name, value in self.metrics.items()),
+            f"{len(self.evaluations)} evaluations",
+            f"{len(self.checkpoints)} checkpoints",
+            f"{self.recoveries} recoveries",
+            f"{self.seconds:.1f} s",
+            str(self.checkpoint_dir),
+        ]
+        return f"<History: {', '.join(words)}>"
 
 
 class Recorder(Callback):
@@ -58,15 +82,19 @@ class Recorder(Callback):
     def on_begin(self, step: int, steps: int) -> None:
         # steps after the one at which a run begins again are trained again
         kept = sum(done <= step for done in self._history.steps)
-        del self._history.steps[kept:], self._history.losses[kept:]
+        history = self._history
+        for column in (history.steps, history.losses, history.learning_rates, history.ranks):
+            del column[kept:]
         self._history.evaluations[:] = [
             entry for entry in self._history.evaluations if entry[0] <= step
         ]
 
     @override
-    def on_step(self, step: int, loss: float) -> None:
-        self._history.steps.append(step)
-        self._history.losses.append(loss)
+    def on_record(self, record: StepRecord) -> None:
+        self._history.steps.append(record.step)
+        self._history.losses.append(record.loss)
+        self._history.learning_rates.append(record.lr)
+        self._history.ranks.append(record.ranks)
 
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:

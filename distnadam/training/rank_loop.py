@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from distnadam.errors import DistNadamError, LatePush, StaleEpoch, StructureError, TrainingError
+from distnadam.training.steps import RankStep
 from distnadam.training.task import Task
 from distnadam.worker import Worker
 
@@ -17,7 +18,7 @@ class RankLoop:
     """Trains one rank.
 
     Args:
-        task: the user's task.
+        task: this rank's own copy of the user's task.
         worker: the rank's.
         world_size: how many ranks there are.
     """
@@ -26,30 +27,34 @@ class RankLoop:
         self._task = task
         self._worker = worker
         self._world_size = world_size
+        self._seen: dict[int, RankStep] = {}
 
-    def run(self, end: int) -> dict[int, float]:
-        """Train from the shards' present round to round `end` and return the loss of each step.
+    def run(self, end: int) -> dict[int, RankStep]:
+        """Train from the shards' present round to round `end` and return what each step was.
 
-        Steps count from 0. If the shards go back after a death, so does this loop.
+        Steps count from 0; those of an earlier call that raised come too. If the shards go back
+        after a death, so does this loop.
 
         Raises:
             TrainingError: the task's code raised; the message names the rank and the step, a note
                 holds the traceback.
         """
-        params, losses = self._pull(), {}
+        params = self._pull()
         while (step := self._worker.round) < end:
             location = f"worker {self._worker.rank}, step {step}"
             with task_errors(location):
                 batch = self._task.batch(step, self._worker.rank, self._world_size)
                 loss, gradients = self._task.loss_and_gradients(params, batch)
-                losses[step] = float(loss)
+                self._seen[step] = RankStep(float(loss), None)
             try:
                 params = self._worker.step(gradients)
+                self._seen[step] = RankStep(float(loss), self._worker.session.lr)
             except StructureError as error:
                 raise TrainingError(f"{location}: {error}") from error
             except (StaleEpoch, LatePush):
                 params = self._pull()
-        return losses
+        seen, self._seen = self._seen, {}
+        return seen
 
     def _pull(self) -> Any:
         """Return the parameters of the shards' present round, after any rewind."""

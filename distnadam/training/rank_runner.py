@@ -10,6 +10,7 @@ from collections.abc import Callable
 from distnadam.backends.base import WorkerGroup
 from distnadam.errors import DistNadamError, StepTimeout, TrainingError, WorkerLost
 from distnadam.optimizer import DistNadam
+from distnadam.training.steps import RankStep
 
 POLL_S = 0.1
 """Seconds between two checks for ranks whose process died."""
@@ -83,19 +84,19 @@ class RankRunner:
         self._on_message = on_message
         self._running: dict[int, int] = {}  # the end of its segment, by rank
         self._ended: dict[int, int] = {}  # the last incarnation that is known to be gone, by rank
-        self._losses: dict[int, dict[int, float]] = {}  # by step, then rank
+        self._seen: dict[int, dict[int, RankStep]] = {}  # by step, then rank
 
     def begin(self, end: int) -> None:
         """Start every rank on the rounds up to `end`, exclusive, without waiting."""
-        self._losses = {}
+        self._seen = {}
         for rank in range(self._num_ranks):
             self._start(rank, end)
 
-    def finish(self) -> dict[int, float]:
-        """Wait for the segment's end and return the mean loss of each step.
+    def finish(self) -> dict[int, dict[int, RankStep]]:
+        """Wait for the segment's end and return what each rank saw of each step.
 
-        The mean is over the ranks whose process lived to report its loss. After a KeyboardInterrupt
-        the call may be repeated.
+        A rank whose process died has not reported what it did before. After a KeyboardInterrupt the
+        call may be repeated.
 
         Raises:
             TrainingError: a rank failed, and retries brought no new step.
@@ -107,12 +108,12 @@ class RankRunner:
                     self._recover(rank, result)
                 elif rank in self._running:
                     del self._running[rank]
-                    for step, loss in result.items():
-                        self._losses.setdefault(step, {})[rank] = loss
+                    for step, seen in result.items():
+                        self._seen.setdefault(step, {})[rank] = seen
             for rank, incarnation in self._optimizer.lost_ranks().items():
                 if rank in self._running and self._ended.get(rank, -1) < incarnation:
                     self._replace(rank, WorkerLost(f"worker {rank}: its process died"))
-        return {step: sum(each.values()) / len(each) for step, each in sorted(self._losses.items())}
+        return self._seen
 
     def _start(self, rank: int, end: int) -> None:
         self._running[rank] = end

@@ -1,39 +1,51 @@
 """One run of `fit`: from its first step, or its newest checkpoint, to its last.
 
 Workers run segments of rounds that end together, so that nothing is pending between two segments:
-there the driver evaluates, saves, shows progress and reacts to Ctrl-C. Ranks that die are replaced
-by `rank_runner`, shards by the optimizer's supervisor; if all shards are lost, the run starts again
-from its newest checkpoint.
+there the driver evaluates, saves, shows progress and reacts to Ctrl-C, to SIGTERM and to a callback
+that raised. Ranks that die are replaced by `rank_runner`, shards by the optimizer's supervisor; if
+all shards are lost, the run starts again from its newest checkpoint.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distnadam.backends.base import WorkerGroup
-from distnadam.checkpoint import store
-from distnadam.checkpoint.manifest import Manifest
+from distnadam.backends.factory import start_in_words
 from distnadam.checkpoint.run_lock import RunLock
-from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.local import LocalDirectory
-from distnadam.errors import CheckpointError, Rewound, ShardLost, TrainingError, Unrecoverable
+from distnadam.config import Options
+from distnadam.copies import copied
+from distnadam.errors import DistNadamError, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.optimizer import DistNadam
-from distnadam.schedules import rate_to_dict
-from distnadam.tensors.layout import Layout
-from distnadam.training.callbacks import Callback
+from distnadam.training.callbacks import CallbackList
 from distnadam.training.checkpoint_manager import CheckpointManager, Plan
 from distnadam.training.history import History
+from distnadam.training.metrics_file import evaluation_at
 from distnadam.training.plot import plot_loss
 from distnadam.training.rank_loop import RankLoop, task_errors
 from distnadam.training.rank_runner import RankRunner, RetryBudget
+from distnadam.training.resuming import (
+    Found,
+    Request,
+    Resumed,
+    find_checkpoint,
+    settings_of_resumed,
+)
+from distnadam.training.steps import RankStep, StepRecord, in_words
 from distnadam.training.task import Task
 from distnadam.training.termination import STATUS, Termination
 
 SEGMENT_S = 0.3
 """The duration in seconds that segments are lengthened or shortened to."""
+_NOT_NOW = (
+    "optimizer.lr cannot be set here, as steps run behind callbacks and the step from which it "
+    "would hold depends on the time: set it in on_begin or on_evaluate, or give a schedule"
+)
 
 
 @dataclass(kw_only=True)
@@ -41,76 +53,117 @@ class TrainingRun:
     """Everything that one call of `fit` trains with.
 
     Args:
-        task: the user's task.
-        label: the task's name, which checkpoints record.
-        seed: given to `Task.init`.
+        task: the user's task, which evaluates; workers get copies of it as `init` left it.
+        params: what `init` returned.
+        request: what is asked for.
+        template: the optimizer that was given, if any; its `lr` is the run's meanwhile.
         root: the local directory for metrics and plot.
         lock: held on the directory of checkpoints.
-        topology: numbers of workers, shards and replicas, and the backend, as `DistNadam` takes
-            them.
         plan: steps, and when to save and evaluate.
         callbacks: receives all events.
         history: the record to fill in.
+        termination: notes a SIGTERM.
     """
 
     task: Task
-    label: str
-    seed: int
+    params: Any
+    request: Request
+    template: DistNadam | None
     root: Path
     lock: RunLock
-    topology: dict[str, Any]
     plan: Plan
-    callbacks: Callback
+    callbacks: CallbackList
     history: History
     termination: Termination
+    _as_begun: Task = field(init=False)
     _interrupted: bool = field(default=False, init=False)
     _reached: int = field(default=0, init=False)
+    _shard_recoveries: int = field(default=0, init=False)
     _retries: RetryBudget = field(default_factory=RetryBudget, init=False)
 
-    def run(self, template: DistNadam | None) -> None:
-        """Train to the end, with the hyper-parameters and options of `template`.
+    def __post_init__(self) -> None:
+        # `evaluate` may change the task, and a worker that is started later gets what the first got
+        self._as_begun = copied(self.task, f"task {self.request.label!r}")
+
+    def run(self) -> None:
+        """Train to the end.
 
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint has been saved.
             SystemExit: SIGTERM came; a checkpoint has been saved.
-            TrainingError: the task failed, or recoveries brought no new step.
+            TrainingError: the task failed, or recoveries brought no new step; or a callback raised,
+                and a checkpoint has been saved.
         """
-        params = self.task.init(self.seed)
         began = time.monotonic()
+        self._follow(None)
         try:
-            while not self._attempt(template, params):
-                self.plan = replace(self.plan, resume="auto")
+            while not self._attempt():
+                self.request = replace(self.request, resume="auto")
         finally:
             self.history.seconds = time.monotonic() - began
-            self.history.recoveries = self._retries.total
+            self.history.recoveries = self._retries.total + self._shard_recoveries
             self.callbacks.on_end()
+            self._follow(None, None)
         if not self._interrupted:
             self._plot()
+        if self.callbacks.failure is not None:
+            raise self.callbacks.failure
         if self.termination.requested:
             raise SystemExit(STATUS)
-        if self._interrupted:
+        if self._interrupted or self.callbacks.interrupted:
             raise KeyboardInterrupt
 
-    def _attempt(self, template: DistNadam | None, params: Any) -> bool:
+    def _attempt(self) -> bool:
         """Train to the end; return False if all shards were lost, so that the caller resumes."""
+        found = find_checkpoint(self.lock.directory, self.request, self.callbacks.on_message)
+        if found is not None:
+            directory = found[0]
+            self.history.resumed_from = (
+                directory.path if isinstance(directory, LocalDirectory) else str(directory)
+            )
+            if found[1].round >= self.plan.steps:
+                self._end_at_once(found)
+                return True
         try:
-            with self._make_optimizer(template, params) as optimizer:
+            with self._make_optimizer(found) as optimizer:
+                self._follow(optimizer)
                 self._train_with_workers(optimizer)
-        except (ShardLost, Unrecoverable) as error:
+        except (ShardLost, Unrecoverable, Rewound) as error:
             self._retries.count(self._reached, error)
             self.callbacks.on_message(f"{error}; beginning again from the newest checkpoint")
             return False
+        finally:
+            self._follow(None)
         return True
+
+    def _end_at_once(self, found: Found) -> None:
+        """Report that all steps are done already; evaluate here if that was not done."""
+        directory, manifest = found
+        step = manifest.round
+        self.callbacks.on_message(f"nothing to do: {step} of {self.plan.steps} steps are done")
+        metrics = evaluation_at(self.history.metrics_path, step)
+        self.callbacks.on_begin(step, self.plan.steps)
+        if metrics:
+            self.history.evaluations.append((step, metrics))
+            return
+        with DistNadam.restore(
+            directory,
+            num_shards=1,
+            num_workers=1,
+            replicas=0,
+            backend="local",
+            options=Options(),
+        ) as optimizer:
+            self.callbacks.on_evaluate(step, self._metrics(optimizer, step))
 
     def _train_with_workers(self, optimizer: DistNadam) -> None:
         """Start the workers, train, and end them again; save first if Ctrl-C stopped the run."""
         group: WorkerGroup | None = None
-        num_workers = self.topology["num_workers"]
+        num_workers = self.request.settings.topology.num_workers
         checkpoints = CheckpointManager(
             optimizer.saves,
             self.lock,
             self.plan.keep,
-            {"task": self.label, "seed": self.seed, "num_workers": num_workers},
             self.callbacks.on_save,
             self.callbacks.on_message,
         )
@@ -119,10 +172,12 @@ class TrainingRun:
                 optimizer.reserve()
             self.termination.arm()  # Ray may have taken the signal since
             first = optimizer.round
-            self.callbacks.on_begin(first, self.plan.steps)
-            group = optimizer.team(
-                partial(_rank_loop, task=self.task, optimizer=optimizer, world_size=num_workers)
-            )
+            with self._rate_may_be_set(optimizer):
+                self.callbacks.on_begin(first, self.plan.steps)
+            if optimizer.backend_name != "local":
+                self.callbacks.on_phase(f"starting {num_workers} workers")
+            make = partial(_rank_loop, optimizer=optimizer, world_size=num_workers)
+            group = optimizer.team(make, self._as_begun)
             ranks = RankRunner(
                 group,
                 num_workers,
@@ -140,6 +195,8 @@ class TrainingRun:
                 self.callbacks.on_message(f"saved step {optimizer.round} of {self.plan.steps}")
         finally:
             checkpoints.give_up()
+            with suppress(DistNadamError):  # the supervisor may be what died
+                self._shard_recoveries += optimizer.shards.backend.supervisor.shard_recoveries()
             optimizer.close()  # first, as it releases workers that wait for one that is gone
             if group is not None:
                 group.close()
@@ -149,47 +206,58 @@ class TrainingRun:
     ) -> None:
         """Run segments of about `SEGMENT_S` from `step` to the plan's end, or until Ctrl-C."""
         plan, length = self.plan, 1
-        if step >= plan.steps:
-            self.callbacks.on_message(f"nothing to do: {step} of {plan.steps} steps are done")
-            self._evaluate(optimizer, step)
+        self._run_segment(ranks, step)  # of no step: it is over once all workers are there
+        skipped = step > 0 and plan.due(plan.evaluate_every, step)
+        if skipped and not evaluation_at(self.history.metrics_path, step):
+            self._at_boundary(ranks, checkpoints, step, [partial(self._evaluate, optimizer)])
         while step < plan.steps and not self._interrupted:
-            if self.termination.requested:
+            if self._must_stop:
                 self._interrupted = True
-                self._at_boundary(optimizer, ranks, checkpoints, step)
-                return
+                break
             end = min(step + length, plan.boundary_after(step))
-            began = time.monotonic()
-            losses = self._run_segment(ranks, end)
-            steps_per_s = (end - step) / max(time.monotonic() - began, 1e-6)
-            length = max(1, min(2 * length, int(SEGMENT_S * steps_per_s)))
-            for done, loss in losses.items():
-                if done >= step:  # the others were reported before the shards went back
-                    self.callbacks.on_step(done + 1, loss)
+            began, recoveries = time.monotonic(), self._retries.total
+            seen = self._run_segment(ranks, end)
+            seconds = max(time.monotonic() - began, 1e-6)
+            self._report(seen, step, end, seconds)
+            if self._retries.total > recoveries:
+                self._report_missing(seen, step, end)
+            length = max(1, min(2 * length, int(SEGMENT_S * (end - step) / seconds)))
             step = self._reached = end
-            self._at_boundary(optimizer, ranks, checkpoints, step)
+            due: list[Callable[[int], None]] = []
+            if plan.due(plan.evaluate_every, step) and not self._interrupted:
+                due.append(partial(self._evaluate, optimizer))
+            if plan.due(plan.save_every, step) and not self._interrupted:
+                due.append(partial(checkpoints.save, optimizer, wait=step == plan.steps))
+            self._at_boundary(ranks, checkpoints, step, due)
+        if self._interrupted:
+            save = partial(checkpoints.save, optimizer, wait=True)
+            self._at_boundary(ranks, checkpoints, step, [save])
+            self.callbacks.on_message(f"saved step {step} of {plan.steps}")
+
+    @property
+    def _must_stop(self) -> bool:
+        """Whether something other than a Ctrl-C during the steps ends the run before its end."""
+        callbacks = self.callbacks
+        return self.termination.requested or callbacks.interrupted or callbacks.failure is not None
 
     def _at_boundary(
-        self, optimizer: DistNadam, ranks: RankRunner, checkpoints: CheckpointManager, step: int
+        self,
+        ranks: RankRunner,
+        checkpoints: CheckpointManager,
+        step: int,
+        due: list[Callable[[int], None]],
     ) -> None:
-        """Evaluate and save if due; if the shards go back meanwhile, train up to here again."""
-        due: list[Callable[[DistNadam, int], None]] = []
-        if self.plan.due(self.plan.evaluate_every, step) and not self._interrupted:
-            due.append(self._evaluate)
-        if self.plan.due(self.plan.save_every, step) or self._interrupted:
-            wait = step == self.plan.steps or self._interrupted
-            due.append(partial(checkpoints.save, wait=wait))
+        """Do what is due; if the shards go back meanwhile, train up to here again."""
         while due:
             try:
-                due[0](optimizer, step)
+                due[0](step)
                 due.pop(0)
             except Rewound:
                 self._run_segment(ranks, step)
         checkpoints.poll()
-        if self._interrupted:
-            self.callbacks.on_message(f"saved step {step} of {self.plan.steps}")
 
-    def _run_segment(self, ranks: RankRunner, end: int) -> dict[int, float]:
-        """Train until round `end` and return the losses by step.
+    def _run_segment(self, ranks: RankRunner, end: int) -> dict[int, dict[int, RankStep]]:
+        """Train until round `end` and return what each rank saw of each step.
 
         The first Ctrl-C lets the segment end and stops the run after it; a second one raises.
         """
@@ -204,86 +272,68 @@ class TrainingRun:
             )
             return ranks.finish()
 
+    def _report(
+        self, seen: Mapping[int, Mapping[int, RankStep]], begin: int, end: int, seconds: float
+    ) -> None:
+        """Report the steps from `begin` to `end`; others were reported before shards went back."""
+        for step in range(begin, end):
+            record = StepRecord.of(step + 1, seen.get(step, {}))
+            self.history.step_seconds += seconds / (end - begin)
+            self.callbacks.on_record(record)
+            self.callbacks.on_step(record.step, record.loss)
+
+    def _report_missing(
+        self, seen: Mapping[int, Mapping[int, RankStep]], begin: int, end: int
+    ) -> None:
+        """Say which losses are not the mean over all ranks, after a recovery."""
+        everyone = self.request.settings.topology.num_workers
+        missing = [step + 1 for step in range(begin, end) if len(seen.get(step, {})) < everyone]
+        if missing:
+            self.callbacks.on_message(
+                f"steps {in_words(missing)}: the loss is the mean over the ranks that metrics.csv "
+                "names: a process died before it could report its own"
+            )
+
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:
+        metrics = self._metrics(optimizer, step)
+        with self._rate_may_be_set(optimizer):
+            self.callbacks.on_evaluate(step, metrics)
+
+    def _metrics(self, optimizer: DistNadam, step: int) -> dict[str, float]:
         params = optimizer.get_params()
         with task_errors(f"evaluate after step {step}"):
-            metrics = {name: float(value) for name, value in self.task.evaluate(params).items()}
-        self.callbacks.on_evaluate(step, metrics)
+            return {name: float(value) for name, value in self.task.evaluate(params).items()}
 
-    def _make_optimizer(self, template: DistNadam | None, params: Any) -> DistNadam:
-        """Return a built optimizer: restored if there is a checkpoint to resume from, else new."""
-        config = (template or DistNadam()).get_config() | self.topology
-        # raises, before the first step and not at the first save, for a function that no
-        # checkpoint can hold
-        rate_to_dict(config["lr"])
-        found = self._find_checkpoint()
+    def _make_optimizer(self, found: Found | None) -> DistNadam:
+        """Return a built optimizer: with a checkpoint's state if one was found, else new."""
+        request = self.request
+        resumed = Resumed(settings=request.settings.with_run(request.run), rate=None)
+        if found is not None:
+            resumed = settings_of_resumed(found, request, self.callbacks.on_message)
+        topology = request.settings.topology
+        starting = start_in_words(topology.backend, several=topology.several)
+        if starting is not None:
+            self.callbacks.on_phase(f"{starting} {topology.num_shards} shards")
+        optimizer = DistNadam.of(resumed.settings, found)
         if found is None:
-            return DistNadam.from_config(config).build(params)
-        directory, manifest = found
-        self._check_same_run(manifest, Layout.of(params))
-        if template is not None:
-            self._report_kept_settings(manifest.config, config)
-        self.history.resumed_from = (
-            directory.path if isinstance(directory, LocalDirectory) else str(directory)
-        )
-        return DistNadam.restore(
-            directory,
-            **self.topology,
-            name=config["name"],
-            options=DistNadam.from_config(config).options,
-        )
+            optimizer.build(self.params)
+        if resumed.rate is not None:
+            optimizer.lr = resumed.rate
+        return optimizer
 
-    def _find_checkpoint(self) -> tuple[Directory, Manifest] | None:
-        """Return the checkpoint to resume from, None for a new run, as `resume` allows."""
-        directory, resume = self.lock.directory, self.plan.resume
-        existing = store.step_directories(directory)
-        if not existing:
-            if resume == "must":
-                raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
-            return None
-        if resume == "never":
-            raise CheckpointError(
-                f"{directory}: holds checkpoints, the newest {existing[-1].name}; resume it, or "
-                "choose another"
-            )
-        path, manifest, passed_over = store.find(directory)
-        for sentence in passed_over:
-            self.callbacks.on_message(f"passed over: {sentence}")
-        self.callbacks.on_message(f"resuming from {path}")
-        return path, manifest
+    def _follow(self, optimizer: DistNadam | None, refusal: str | None = _NOT_NOW) -> None:
+        """Have the `lr` of the optimizer that was given be the run's, and set it there or not."""
+        if self.template is not None:
+            self.template.follow(optimizer, refusal)
 
-    def _check_same_run(self, manifest: Manifest, layout: Layout) -> None:
-        """Raise CheckpointError if a checkpoint is of another task, seed or model."""
-        directory, saved = self.lock.directory, manifest.user_data
-        for key, ours in (("task", self.label), ("seed", self.seed)):
-            if saved.get(key) != ours:
-                raise CheckpointError(
-                    f"{directory}: its checkpoint is of {key} {saved.get(key)!r}, this run's is "
-                    f"{ours!r}; choose another directory"
-                )
-        if Layout.from_dict(manifest.layout) != layout:
-            raise CheckpointError(
-                f"{directory}: its checkpoint has other tensors than the task's; choose another "
-                "directory"
-            )
-        if saved.get("num_workers") != self.topology["num_workers"]:
-            self.callbacks.on_message(
-                f"the run had {saved.get('num_workers')} workers and goes on with "
-                f"{self.topology['num_workers']}: batches are dealt differently from here on, so "
-                "it will not end with the bits that it would have"
-            )
-
-    def _report_kept_settings(self, saved: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-        kept = [
-            f"{key}={saved[key]!r} (not {asked.get(key)!r})"
-            for key in saved
-            if saved[key] != asked.get(key)
-        ]
-        if kept:
-            self.callbacks.on_message(
-                f"the run goes on with its checkpoint's {', '.join(kept)}; set optimizer.lr, or "
-                "start another run"
-            )
+    @contextmanager
+    def _rate_may_be_set(self, optimizer: DistNadam) -> Iterator[None]:
+        """Let callbacks set the learning rate: nothing is pending, the step is a certain one."""
+        self._follow(optimizer, None)
+        try:
+            yield
+        finally:
+            self._follow(optimizer)
 
     def _plot(self) -> None:
         try:
@@ -292,5 +342,5 @@ class TrainingRun:
             self.callbacks.on_message(f"no plot: {error}")
 
 
-def _rank_loop(rank: int, *, task: Task, optimizer: DistNadam, world_size: int) -> RankLoop:
+def _rank_loop(rank: int, task: Task, *, optimizer: DistNadam, world_size: int) -> RankLoop:
     return RankLoop(task, optimizer.worker(rank), world_size)

@@ -19,8 +19,12 @@ _MOST_CHARACTERS = 100
 class Task(Protocol):
     """A model and its data; any class with these methods is one.
 
-    `init` is called once, in the process that called `fit`, for a resumed run too. The task is sent
-    to the workers after it: attributes that `init` sets, such as the seed or the data, reach them.
+    `init` is called once, in the process that called `fit`, for a resumed run too. Each worker gets
+    a copy of the task as it is then, in local mode too: attributes that `init` sets, such as the
+    seed or the data, reach them, and what one changes no other sees. So the task must be one that
+    can be copied, by pickling; in local mode arrays that cannot be written are shared. What is no
+    attribute of the task, such as a global of its module or an attribute of its class, is each
+    process's own: on Ray each worker has one, in local mode all share it.
     """
 
     def init(self, seed: int) -> Any:

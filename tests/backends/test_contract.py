@@ -388,8 +388,10 @@ def test_a_saved_checkpoint_is_what_the_shards_go_back_to(recovering: Case, tmp_
     settings = Settings(topology=Topology(num_shards=2))
     CheckpointWriter().save(group, open_directory(tmp_path), Saved(settings=settings, data={}))
     group.step({"w": GRADIENT["float32"]})
+    assert recovering.backend.supervisor.shard_recoveries() == 0
     recovering.kill(0)
     recovering.backend.transport.await_recovery(ANSWER_S)
+    assert recovering.backend.supervisor.shard_recoveries() == 1
     assert {d.round for d in recovering.everywhere(Describe()).values()} == {1}
     assert recovering.whole()["float32"].tobytes() == after_steps(1)
 
@@ -576,6 +578,36 @@ def group(case: Case) -> Iterator[Any]:
     group = case.backend.worker_group(2, Member, Options())
     yield group
     group.close()
+
+
+@dataclass
+class Keeper:
+    rank: int
+    kept: list[Any]
+
+    def keep(self, array: Any) -> list[Any]:
+        self.kept[0]["seen"][0] += self.rank + 1
+        self.kept.append(array)
+        return self.kept
+
+
+def test_members_share_nothing_of_what_they_are_given(untouched: Case) -> None:
+    if isinstance(untouched.backend, WorldBackend):
+        pytest.skip("the simulation drives its workers itself")
+    given = [{"seen": np.zeros(1)}]
+    group = untouched.backend.worker_group(2, Keeper, Options(), (given,))
+    try:
+        for rank in range(2):
+            group.call(rank, "keep", rank)
+        found = next_results(group, 2)
+        assert [found[rank][0]["seen"].tolist() for rank in range(2)] == [[1.0], [2.0]]
+        group.end(1)
+        group.start(1)
+        group.call(1, "keep", 1)
+        assert next_results(group, 1)[1] == [{"seen": np.full(1, 2.0)}, 1]
+    finally:
+        group.close()
+    assert given[0]["seen"].tolist() == [0.0]
 
 
 def next_results(group: Any, count: int) -> dict[int, Any]:

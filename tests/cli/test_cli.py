@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from distnadam.checkpoint import store
 from distnadam.cli import main
 from distnadam.cli.group import plain_console
 from distnadam.cli.running import render
 from distnadam.client.status import ShardStatus, Status
+from distnadam.training.metrics_file import read_metrics
 from tests.test_exports import BLOCKER
 
 TRAIN = ["train", "digits", "--local", "--json", "--quiet"]
@@ -51,7 +53,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {p.name[:20]: p.read_bytes() for p in newest.glob("shard-*")}
 
 
-def test_training_ends_with_a_summary_and_the_command_to_resume(tmp_path: Path) -> None:
+def test_training_ends_with_a_summary(tmp_path: Path) -> None:
     done = call(
         "train", "digits", "--local", "--quiet", "--steps", 30, "--checkpoint-dir", tmp_path
     )
@@ -61,9 +63,10 @@ def test_training_ends_with_a_summary_and_the_command_to_resume(tmp_path: Path) 
         "step_00000030",
         "loss.png",
         "metrics.csv",
-        "distnadam train digits --workers 2",
+        "the steps alone",
     ):
         assert word in done.output
+    assert "distnadam train" not in done.output, "there is nothing to resume"
 
 
 def test_the_command_to_resume_repeats_what_was_asked_for(tmp_path: Path) -> None:
@@ -76,19 +79,50 @@ def test_the_command_to_resume_repeats_what_was_asked_for(tmp_path: Path) -> Non
         "role=workers",
     ]
     asked = [*labels, "--worker-cpus", 1, "--lr", 0.01]
-    done = call(*TRAIN, "--steps", 5, "--checkpoint-dir", "file://" + str(tmp_path), *asked)
-    assert done.exit_code == 0, done.output
-    resume = json.loads(done.output)["resume"]
+    place = "file://" + str(tmp_path / "run")
+    task = f"{interrupted_task(tmp_path)}:Interrupted"
+    done = call("train", task, *TRAIN[2:], "--steps", 5, "--checkpoint-dir", place, *asked)
+    assert done.exit_code == 130, done.output
+    resume = done.stderr.splitlines()[-1].removeprefix("distnadam: to go on: ")
     for words in (
         "--shard-label role=shards --shard-label 'zone=in(a,b)' --worker-label role=workers",
         "--worker-cpus 1.0",
         "--lr 0.01",
     ):
         assert words in resume
-    assert f"--checkpoint-dir file://{tmp_path}" in resume
+    assert f"--checkpoint-dir {place}" in resume
     assert "--shard-cpus" not in resume
-    again = call(*shlex.split(resume)[1:], "--json")
+    again = call(*shlex.split(resume)[1:], "--json", "--quiet")
     assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["checkpoint"].endswith("step_00000005")
+
+
+def interrupted_task(directory: Path) -> Path:
+    """Write a task that gets a Ctrl-C at its first step of its first run."""
+    path = directory / "interrupted_task.py"
+    path.write_text(
+        "import pathlib, signal\nimport numpy as np\n"
+        "class Interrupted:\n"
+        "    def init(self, seed): return [np.ones(3, np.float32)]\n"
+        "    def batch(self, step, rank, world_size):\n"
+        "        once = pathlib.Path(__file__).with_suffix('.once')\n"
+        "        if rank == 0 and not once.exists():\n"
+        "            once.touch()\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "    def loss_and_gradients(self, params, batch): return 1.0, [params[0]]\n"
+        "    def evaluate(self, params): return {}\n"
+    )
+    return path
+
+
+def test_a_learning_rate_that_is_not_given_stays_that_of_the_run(tmp_path: Path) -> None:
+    how = ["--checkpoint-dir", tmp_path]
+    assert call(*TRAIN, *how, "--steps", 2, "--lr", 0.01).exit_code == 0
+    assert call(*TRAIN, *how, "--steps", 3).exit_code == 0
+    assert store.load(tmp_path / "step_00000003").config["lr"] == 0.01
+    changed = call(*[word for word in TRAIN if word != "--quiet"], *how, "--steps", 4, "--lr", 1e-3)
+    assert "the learning rate is 0.001 from here on, as given" in changed.stderr
+    assert store.load(tmp_path / "step_00000004").config["lr"] == 1e-3
 
 
 def test_a_label_that_is_none_is_refused() -> None:
@@ -119,9 +153,9 @@ def test_a_run_killed_half_way_and_resumed_ends_with_the_undisturbed_bits(tmp_pa
     resumed = call(*TRAIN, *how, "--checkpoint-dir", tmp_path / "killed")
     assert resumed.exit_code == 0, resumed.output
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert (tmp_path / "killed" / "metrics.csv").read_bytes() == (
+    assert read_metrics(tmp_path / "killed" / "metrics.csv") == read_metrics(
         tmp_path / "whole" / "metrics.csv"
-    ).read_bytes()
+    )
 
 
 def test_ctrl_c_saves_reports_it_and_leaves_nothing(tmp_path: Path) -> None:

@@ -102,15 +102,14 @@ def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(
     with DistNadam.restore(tmp_path, name="by-hand", backend="ray") as optimizer:
         optimizer.apply_gradients(optimizer.get_params())
         assert call("save", "by-hand").exit_code == 0
-    assert (
-        store.load(tmp_path / "step_00000006").data == store.load(tmp_path / "step_00000005").data
-    )
-    assert (
-        fit(
-            Quadratic(), steps=7, backend="local", checkpoint_dir=tmp_path, verbose=False
-        ).resumed_from
-        == tmp_path / "step_00000006"
-    )
+        assert call("save", "by-hand", tmp_path / "elsewhere").exit_code == 0
+        with DistNadam.connect("by-hand") as connected:
+            connected.save(tmp_path / "by handle")
+    for place in (tmp_path, tmp_path / "elsewhere", tmp_path / "by handle"):
+        saved = place / "step_00000006"
+        assert store.load(saved).run == store.load(tmp_path / "step_00000005").run
+        history = fit(Quadratic(), steps=7, backend="local", checkpoint_dir=place, verbose=False)
+        assert history.resumed_from == saved
 
 
 def test_reshard_moves_a_running_optimizer_to_more_shards(running: DistNadam) -> None:

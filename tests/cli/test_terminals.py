@@ -17,8 +17,9 @@ import pytest
 from distnadam import DistNadam
 from distnadam.cli import group
 from distnadam.errors import ArenaError
-from distnadam.training.callbacks import ProgressDisplay
-from distnadam.training.callbacks import console as make_console
+from distnadam.training.history import History
+from distnadam.training.progress import ProgressDisplay
+from distnadam.training.progress import console as make_console
 from distnadam.transport import shared_memory
 
 TASK = """
@@ -97,7 +98,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(sys, "stderr", full)
         screen = make_console(verbose=True)
         assert screen is not None
-        display = ProgressDisplay(screen)
+        display = ProgressDisplay(screen, History(Path("run"), Path("run/metrics.csv")))
         display.on_begin(0, 2)
         display.on_message("saved")
         display.on_step(2, 0.5)

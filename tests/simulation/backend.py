@@ -176,6 +176,10 @@ class _WorldSupervisorClient(SupervisorClient):
         return self._world.supervisor.cluster.lost_ranks
 
     @override
+    def shard_recoveries(self) -> int:
+        return self._world.supervisor.shard_recoveries
+
+    @override
     def reshard(self, cuts: Sequence[Ranges]) -> None:
         done = self._world.supervisor.reshard(cuts)
         self._world.look()
@@ -210,7 +214,9 @@ class WorldBackend(Backend):
         return dict.fromkeys(self.transport.world.standbys, "this world")
 
     @override
-    def worker_group(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
+    def worker_group(
+        self, size: int, make: Callable[..., Any], options: Options, given: tuple[Any, ...] = ()
+    ) -> WorkerGroup:
         raise DistNadamError("a simulated world has no worker groups")
 
     @override

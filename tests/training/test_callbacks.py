@@ -1,7 +1,9 @@
 """The callbacks of `fit`: every event reaches all of them; the metrics file and the display."""
 
+import csv
 import inspect
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,23 +12,26 @@ import pytest
 from rich.console import Console
 
 from distnadam.errors import TrainingError
-from distnadam.training.callbacks import (
-    Callback,
-    CallbackList,
-    MetricsFile,
-    ProgressDisplay,
-    read_metrics,
-)
+from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.history import History, Recorder
+from distnadam.training.metrics_file import MetricsFile, evaluation_at, read_metrics
+from distnadam.training.progress import ProgressDisplay
+from distnadam.training.steps import RankStep, StepRecord
 
 EVENTS: list[tuple[str, tuple[Any, ...]]] = [
     ("on_begin", (3, 9)),
+    ("on_record", (StepRecord(step=4, loss=0.5, lr=0.1, ranks=(0, 1)),)),
     ("on_step", (4, 0.5)),
     ("on_evaluate", (4, {"accuracy": 0.9})),
     ("on_save", (4, Path("step_00000004"))),
     ("on_message", ("resuming",)),
+    ("on_phase", ("starting Ray",)),
     ("on_end", ()),
 ]
+
+
+def record(step: int, loss: float) -> StepRecord:
+    return StepRecord(step=step, loss=loss, lr=0.1, ranks=(0, 1))
 
 
 class Recording(Callback):
@@ -39,6 +44,9 @@ class Recording(Callback):
     def on_begin(self, step: int, steps: int) -> None:
         self.events.append((self.name, "on_begin", (step, steps)))
 
+    def on_record(self, record: StepRecord) -> None:
+        self.events.append((self.name, "on_record", (record,)))
+
     def on_step(self, step: int, loss: float) -> None:
         self.events.append((self.name, "on_step", (step, loss)))
 
@@ -50,6 +58,9 @@ class Recording(Callback):
 
     def on_message(self, text: str) -> None:
         self.events.append((self.name, "on_message", (text,)))
+
+    def on_phase(self, text: str) -> None:
+        self.events.append((self.name, "on_phase", (text,)))
 
     def on_end(self) -> None:
         self.events.append((self.name, "on_end", ()))
@@ -77,7 +88,7 @@ def test_a_metrics_file_keeps_the_rows_up_to_the_step_that_a_run_begins_at(tmp_p
         file = MetricsFile(path)
         file.on_begin(first, 9)
         for step in range(first + 1, first + 4):
-            file.on_step(step, float(first))
+            file.on_record(record(step, float(first)))
         file.on_evaluate(first + 3, {"accuracy": 0.5})
         file.on_end()
     assert read_metrics(path) == [
@@ -97,7 +108,8 @@ def test_a_metrics_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_progress_without_a_terminal_is_plain_lines() -> None:
     output = io.StringIO()
-    display = ProgressDisplay(Console(file=output, width=120))
+    history = History(Path("run"), Path("run/metrics.csv"))
+    display = ProgressDisplay(Console(file=output, width=120), history)
     display.on_begin(0, 2)
     display.on_step(1, 0.75)  # too soon for a line
     display.on_step(2, 0.5)
@@ -114,8 +126,132 @@ def test_a_history_forgets_the_steps_that_are_trained_again() -> None:
     recorder = Recorder(history)
     assert (history.metrics, history.steps_per_s) == ({}, 0.0)
     for step in (1, 2, 3):
-        recorder.on_step(step, float(step))
+        recorder.on_record(record(step, float(step)))
         recorder.on_evaluate(step, {"accuracy": step / 10})
     recorder.on_begin(2, 9)
     assert (history.steps, history.losses) == ([1, 2], [1.0, 2.0])
     assert history.metrics == {"accuracy": 0.2}
+
+
+class Broken(Callback):
+    """Raises at one event."""
+
+    def __init__(self, event: str) -> None:
+        self.heard: list[str] = []
+        self._broken = event
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def hear(*args: Any) -> None:
+            self.heard.append(name)
+            if name == self._broken:
+                raise ZeroDivisionError("boom")
+
+        return hear
+
+
+@pytest.mark.parametrize("event", [name for name, _ in EVENTS])
+def test_a_callback_that_raises_is_named_and_the_others_hear_all(event: str) -> None:
+    seen: list[tuple[str, str, tuple[Any, ...]]] = []
+    broken = Broken(event)
+    callbacks = CallbackList([broken, Recording("other", seen)])
+    for name, args in EVENTS * 2:
+        getattr(callbacks, name)(*args)
+    assert [name for _, name, _ in seen] == [name for name, _ in EVENTS] * 2
+    assert broken.heard[-1] == event, "it hears nothing after that"
+    assert isinstance(callbacks.failure, TrainingError)
+    assert f"callback Broken.{event}" in str(callbacks.failure)
+    assert "it raised ZeroDivisionError: boom" in str(callbacks.failure)
+    assert "in hear" in callbacks.failure.__notes__[0]
+
+
+def test_a_ctrl_c_in_a_callback_keeps_no_event_from_the_others() -> None:
+    class Impatient(Callback):
+        def on_step(self, step: int, loss: float) -> None:
+            raise KeyboardInterrupt
+
+    seen: list[tuple[str, str, tuple[Any, ...]]] = []
+    callbacks = CallbackList([Impatient(), Recording("other", seen)])
+    callbacks.on_step(1, 0.5)
+    assert (callbacks.interrupted, len(seen)) == (True, 1)
+    with pytest.raises(KeyboardInterrupt):
+        callbacks.on_step(2, 0.5)
+
+
+def test_a_row_says_rate_seconds_and_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    file = MetricsFile(path)
+    file.on_begin(0, 9)
+    file.on_record(StepRecord(step=1, loss=0.5, lr=0.1, ranks=(0, 1, 2, 5)))
+    file.on_record(StepRecord.of(2, {}))
+    file.on_evaluate(2, {"accuracy": 0.9})
+    file.on_end()
+    with path.open() as rows:
+        table = list(csv.DictReader(rows))
+    assert [(row["step"], row["metric"], row["lr"], row["ranks"]) for row in table] == [
+        ("1", "loss", "0.1", "0-2 5"),
+        ("2", "loss", "nan", ""),
+        ("2", "accuracy", "", ""),
+    ]
+    seconds = [float(row["seconds"]) for row in table]
+    assert 0 <= seconds[0] <= seconds[1] <= seconds[2]
+    assert evaluation_at(path, 2) == {"accuracy": 0.9}
+    assert evaluation_at(path, 1) == evaluation_at(tmp_path / "missing", 1) == {}
+
+
+def test_seconds_go_on_where_a_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,metric,value,lr,seconds,ranks\n1,loss,0.5,0.1,1000.000,0\n")
+    file = MetricsFile(path)
+    file.on_begin(1, 9)
+    file.on_record(record(2, 0.4))
+    file.on_end()
+    assert float(path.read_text().splitlines()[-1].split(",")[4]) >= 1000
+
+
+def test_a_step_is_the_mean_over_the_ranks_that_reported_it() -> None:
+    both = StepRecord.of(1, {1: RankStep(0.2, None), 0: RankStep(0.4, 0.1)})
+    assert (both.loss, both.lr, both.ranks) == ((0.4 + 0.2) / 2, 0.1, (0, 1))
+    one = StepRecord.of(1, {1: RankStep(0.2, 0.1)})
+    assert (one.loss, one.ranks) == (0.2, (1,))
+    assert math.isnan(StepRecord.of(1, {}).loss)
+
+
+def test_a_terminal_shows_what_begins_and_then_the_bar() -> None:
+    output = io.StringIO()
+    screen = Console(file=output, width=120, force_terminal=True, force_interactive=True)
+    history = History(Path("run"), Path("run/metrics.csv"))
+    recorder, display = Recorder(history), ProgressDisplay(screen, history)
+    display.on_phase("starting Ray and 2 shards")
+    display.on_begin(0, 2)
+    display.on_phase("starting 2 workers")
+    recorder.on_record(record(1, 0.75))
+    history.step_seconds = 0.1
+    display.on_step(1, 0.75)
+    display.on_end()
+    shown = output.getvalue()
+    for word in ("starting Ray and 2 shards", "1/2", "loss 0.7500", "10.0 steps/s", "training"):
+        assert word in shown
+
+
+def test_a_log_says_what_begins() -> None:
+    output = io.StringIO()
+    history = History(Path("run"), Path("run/metrics.csv"))
+    ProgressDisplay(Console(file=output, width=120), history).on_phase("starting 2 workers")
+    assert output.getvalue() == "starting 2 workers\n"
+
+
+def test_a_printed_history_is_one_line() -> None:
+    history = History(Path("run"), Path("run/metrics.csv"))
+    assert "no steps" in repr(history)
+    recorder = Recorder(history)
+    for step in range(1, 1001):
+        recorder.on_record(record(step, 0.5))
+    recorder.on_evaluate(1000, {"accuracy": 0.9})
+    text = str(history)
+    assert len(text) < 200
+    assert "\n" not in text
+    for word in ("steps 1 to 1000", "loss 0.5", "accuracy 0.9"):
+        assert word in text

@@ -10,7 +10,7 @@ import pytest
 
 from distnadam import fit
 from distnadam.errors import TrainingError
-from distnadam.training.callbacks import read_metrics
+from distnadam.training.metrics_file import read_metrics
 from tests.training.test_fit import Quadratic, weights
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -100,10 +100,19 @@ def test_workers_and_shards_that_die_under_fit_change_no_bit(
         f"{v}-{s}.struck" for (_, s), v in victims.items()
     )
     assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
-    assert history.steps == undisturbed.steps
+    assert history.steps == undisturbed.steps == list(range(1, 31))
+    check_losses(history, undisturbed)
+    assert history.recoveries >= len(victims)
     assert [
         step for step, metric, _ in read_metrics(history.metrics_path) if metric == "loss"
     ] == list(range(1, 31))
+
+
+def check_losses(history: Any, undisturbed: Any) -> None:
+    """Check that each loss is the mean over all ranks, or says over which ones."""
+    for loss, ranks, right in zip(history.losses, history.ranks, undisturbed.losses, strict=True):
+        assert loss == right if ranks == (0, 1) else len(ranks) < 2
+    assert sum(ranks == (0, 1) for ranks in history.ranks) >= len(history.ranks) // 2
 
 
 @pytest.mark.slow
@@ -133,9 +142,10 @@ def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_traceba
 def test_a_task_that_fails_twice_ends_with_the_bits_of_one_that_never_fails(
     tmp_path: Path,
 ) -> None:
-    train(Quadratic(), tmp_path / "whole", backend="local")
+    whole = train(Quadratic(), tmp_path / "whole", backend="local")
     (tmp_path / "failures").mkdir()
-    train(Moody(tmp_path / "failures"), tmp_path / "moody")
+    moody = train(Moody(tmp_path / "failures"), tmp_path / "moody")
+    assert (moody.steps, moody.losses) == (whole.steps, whole.losses)
     assert weights(tmp_path / "moody") == weights(tmp_path / "whole")
 
 

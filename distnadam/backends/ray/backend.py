@@ -8,10 +8,11 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 from typing_extensions import override
 
@@ -176,8 +177,11 @@ class RayBackend(Backend):
         return dict(zip(nodes, _in_words(nodes.values()), strict=True))
 
     @override
-    def worker_group(self, size: int, make: Callable[[int], Any], options: Options) -> WorkerGroup:
-        return RayWorkerGroup(size, make, options)
+    def worker_group(
+        self, size: int, make: Callable[..., Any], options: Options, given: tuple[Any, ...] = ()
+    ) -> WorkerGroup:
+        # as bytes: arrays that come through Ray's object store cannot be written
+        return RayWorkerGroup(size, partial(_made, make, cloudpickle.dumps(given)), options)
 
     @override
     def close(self, *, destroy: bool) -> None:
@@ -195,6 +199,11 @@ class RayBackend(Backend):
         if self._own is not None:
             self._own.shut_down()
             self._own = None
+
+
+def _made(make: Callable[..., Any], given: bytes, rank: int) -> Any:
+    """Return a rank's object, in its process, made of copies of what was given."""
+    return make(rank, *cloudpickle.loads(given))
 
 
 def _in_words(nodes: Iterable[str]) -> list[str]:

@@ -34,11 +34,13 @@ class SupervisorStatus:
     Args:
         recoveries: how many shards were promoted, how often all went back, how many ranks left or
             were taken over.
+        shard_recoveries: the first two of them.
         shards: where each shard runs, by index; without a node if it is missing.
         standbys: where the standbys run, filled or not, by the index of their shard.
     """
 
     recoveries: dict[str, int]
+    shard_recoveries: int
     shards: dict[int, ProcessAddress]
     standbys: dict[int, ProcessAddress]
 
@@ -169,6 +171,7 @@ class SupervisorActor:
         cluster = self._supervisor.cluster
         return SupervisorStatus(
             recoveries=self._supervisor.recoveries,
+            shard_recoveries=self._supervisor.shard_recoveries,
             shards={process.index: process.address for process in list(cluster.shards)},
             standbys={index: process.address for index, process in dict(cluster.standbys).items()},
         )

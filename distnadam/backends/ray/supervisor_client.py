@@ -131,6 +131,10 @@ class RaySupervisorClient(SupervisorClient):
         return lost
 
     @override
+    def shard_recoveries(self) -> int:
+        return self.status().shard_recoveries
+
+    @override
     def reshard(self, cuts: Sequence[Ranges]) -> None:
         self._ask("reshard", lambda: self.actor.reshard.remote(cuts), timeout_s=_RESHARD_S)
 

@@ -1,0 +1,117 @@
+"""The file metrics.csv of a run: written as the run goes on, and read."""
+
+import contextlib
+import csv
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from typing_extensions import override
+
+from distnadam.errors import TrainingError
+from distnadam.training.callbacks import Callback
+from distnadam.training.steps import StepRecord, in_words
+
+COLUMNS = ("step", "metric", "value", "lr", "seconds", "ranks")
+
+
+class MetricsFile(Callback):
+    """Writes the losses and metrics as CSV rows of `COLUMNS`.
+
+    `lr` is the learning rate of the step, `seconds` the time trained so far, and `ranks` those
+    whose mean a loss is, such as "0-3"; metrics of an evaluation have no rate and no ranks. Rows
+    after the step at which a run begins are dropped first, so a resumed run leaves one record.
+
+    Args:
+        path: the file; its directory must exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self._began: float | None = None
+
+    @override
+    def on_begin(self, step: int, steps: int) -> None:
+        self.on_end()
+        kept = []
+        if self._path.exists():
+            kept = [row for row in _rows(self._path) if int(row[0]) <= step]
+        if self._began is None:
+            self._began = time.monotonic() - max((_seconds(row) for row in kept), default=0.0)
+        new = self._path.with_name(f".{self._path.name}.new")
+        with self._write_errors():
+            # line-buffered, so that a killed run keeps at least the rows up to its checkpoint
+            self._file = new.open("w", buffering=1, newline="", encoding="utf-8")
+            for row in [COLUMNS, *kept]:
+                self._write(*row)
+            os.replace(new, self._path)
+
+    @override
+    def on_record(self, record: StepRecord) -> None:
+        ranks = in_words(record.ranks)
+        self._write(record.step, "loss", record.loss, record.lr, self._elapsed(), ranks)
+
+    @override
+    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        for metric, value in metrics.items():
+            self._write(step, metric, float(value), "", self._elapsed(), "")
+
+    @override
+    def on_end(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # reported when it was written
+                self._file.close()
+            self._file = None
+
+    def _elapsed(self) -> str:
+        return "" if self._began is None else f"{time.monotonic() - self._began:.3f}"
+
+    def _write(self, *row: object) -> None:
+        if self._file is not None:
+            with self._write_errors():
+                csv.writer(self._file).writerow(row)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self._path}: cannot be written: {error.strerror or error}"
+            ) from error
+
+
+def read_metrics(path: Path) -> list[tuple[int, str, float]]:
+    """Return the rows (step, metric, value) of a metrics file, without incomplete ones."""
+    return [(int(row[0]), row[1], float(row[2])) for row in _rows(path)]
+
+
+def evaluation_at(path: Path, step: int) -> dict[str, float]:
+    """Return the metrics of the evaluation after a step; {} if the file has none."""
+    if not path.is_file():
+        return {}
+    return {row[1]: float(row[2]) for row in _rows(path) if int(row[0]) == step and not row[3]}
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """Return the rows that are whole; the last one may have been cut off, others have no more than
+    a value.
+    """
+    rows = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.reader(file):
+            with contextlib.suppress(ValueError, IndexError):
+                float(row[2]), int(row[0])
+                if len(row) in (3, len(COLUMNS)):
+                    rows.append(row + [""] * (len(COLUMNS) - len(row)))
+    return rows
+
+
+def _seconds(row: list[str]) -> float:
+    try:
+        return float(row[4])
+    except ValueError:
+        return 0.0

@@ -1,0 +1,200 @@
+"""What a run of `fit` goes on from: its newest checkpoint, and which of the settings given hold.
+
+It reads checkpoints and starts nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from distnadam.checkpoint import store
+from distnadam.checkpoint.manifest import Manifest
+from distnadam.checkpoint.shard_file import verify_files
+from distnadam.checkpoint.storage.base import Directory
+from distnadam.checkpoint.storage.resolve import DirectoryLike
+from distnadam.client.building import restored_settings
+from distnadam.config import Settings
+from distnadam.errors import CheckpointError, ConfigError
+from distnadam.schedules import Rate, rate_from
+from distnadam.tensors.layout import Layout
+
+Found = tuple[Directory, Manifest]
+"""A checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a call of `fit` asks for.
+
+    Args:
+        label: the task's name.
+        seed: given to `Task.init`.
+        layout: the tensors of the task's parameters.
+        settings: of the optimizer.
+        is_given: whether an optimizer was given, so that its settings are asked for; else they are
+            defaults, for a new run only.
+        resume: as `fit` takes it.
+    """
+
+    label: str
+    seed: int
+    layout: Layout
+    settings: Settings
+    is_given: bool
+    resume: str
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What every checkpoint of the run says of it."""
+        return {
+            "task": self.label,
+            "seed": self.seed,
+            "num_workers": self.settings.topology.num_workers,
+            "given": self.settings.config.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """The settings of a resumed run, and the learning rate to set in it; None: the checkpoint's."""
+
+    settings: Settings
+    rate: Rate | None
+
+
+def find_checkpoint(
+    directory: Directory, request: Request, say: Callable[[str], None]
+) -> Found | None:
+    """Return the newest valid checkpoint of the run in a directory; None for a new run.
+
+    Checkpoints of something else, which were saved there by hand, are passed over.
+
+    Args:
+        directory: where the run saves.
+        request: what is to be trained.
+        say: gets a sentence for each checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is valid or of this run, or `resume` is not
+            as it allows.
+    """
+    existing = store.step_directories(directory)
+    if not existing:
+        if request.resume == "must":
+            raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
+        return None
+    if request.resume == "never":
+        raise CheckpointError(
+            f"{directory}: holds checkpoints, the newest {existing[-1].name}; resume it, or choose "
+            "another"
+        )
+    passed_over: list[str] = []
+    foreign: list[str] = []
+    try:
+        for path, manifest in store.candidates(directory, passed_over):
+            reason = _why_foreign(manifest, request)
+            try:
+                if reason is None:
+                    verify_files(path, manifest)
+                    break
+                foreign.append(f"{path}: its checkpoint {reason}")
+                passed_over.append(foreign[-1])
+            except CheckpointError as error:
+                passed_over.append(str(error))
+    except CheckpointError as error:
+        if foreign:
+            raise CheckpointError(f"{foreign[0]}; choose another directory") from error
+        raise
+    for sentence in passed_over:
+        say(f"passed over: {sentence}")
+    say(f"resuming from {path}")
+    return path, manifest
+
+
+def _why_foreign(manifest: Manifest, request: Request) -> str | None:
+    """Return why a checkpoint is not of the run, or None if it is."""
+    if not manifest.run:
+        return "is of no run of fit: it was saved by hand"
+    for key, ours in (("task", request.label), ("seed", request.seed)):
+        if manifest.run.get(key) != ours:
+            return f"is of {key} {manifest.run.get(key)!r}, this run's is {ours!r}"
+    if Layout.from_dict(manifest.layout) != request.layout:
+        return "has other tensors than the task's"
+    return None
+
+
+def rate_given_before(where: DirectoryLike) -> Rate | None:
+    """Return the learning rate that the run in a directory was last given; None if there is none.
+
+    Raises:
+        ConfigError: it is a schedule of a class that is not imported here.
+    """
+    with suppress(CheckpointError):
+        for step in reversed(store.step_directories(where)):
+            with suppress(CheckpointError):
+                if run := store.load(step).run:
+                    return rate_from(run["given"]["lr"])
+    return None
+
+
+def settings_of_resumed(found: Found, request: Request, say: Callable[[str], None]) -> Resumed:
+    """Return the settings that a run goes on with, which are the checkpoint's unless others are
+    given.
+
+    A learning rate that is not the one that the run was given before is set. One that is leaves the
+    run's as it is: a callback, or somebody else, may have changed it since.
+
+    Raises:
+        ConfigError: a hyper-parameter is given that a run cannot change.
+    """
+    directory, manifest = found
+    run, saved = request.run, manifest.config
+    if manifest.run.get("num_workers") != run["num_workers"]:
+        say(
+            f"the run had {manifest.run.get('num_workers')} workers and goes on with "
+            f"{run['num_workers']}: batches are dealt differently from here on, so it will not end "
+            "with the bits that it would have"
+        )
+    before = manifest.run.get("given", saved)
+    rate = None
+    if not request.is_given:
+        run["given"] = before
+    else:
+        _check_unchanged(directory, saved, run["given"])
+        if run["given"]["lr"] != before["lr"]:
+            rate = request.settings.config.lr
+            say(f"the learning rate is {_shown(run['given']['lr'])} from here on, as given")
+        elif saved["lr"] != before["lr"]:
+            say(
+                f"the learning rate stays {_shown(saved['lr'])}, which it was changed to in the "
+                f"run; it began with {_shown(before['lr'])}"
+            )
+    topology = request.settings.topology
+    settings = restored_settings(
+        directory,
+        manifest,
+        topology.to_dict(),
+        request.settings.options if request.is_given else None,
+    )
+    return Resumed(settings=settings.with_run(run), rate=rate)
+
+
+def _check_unchanged(
+    directory: Directory, saved: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for settings that only a new run can have."""
+    changed = [
+        f"{key}={given[key]!r} (the run has {saved[key]!r})"
+        for key in given
+        if key != "lr" and given[key] != saved[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"optimizer: {', '.join(changed)}: the run of {directory} cannot change this, only its "
+            "learning rate; leave it as it was, or start another run in another directory"
+        )
+
+
+def _shown(rate: Any) -> str:
+    return str(rate["class_name"]) if isinstance(rate, Mapping) else f"{rate:g}"

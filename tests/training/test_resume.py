@@ -1,0 +1,80 @@
+"""Resuming a run: with nothing to do, and after a Ctrl-C that skipped an evaluation."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.test_exports import BLOCKER
+from tests.training.test_fit import Quadratic, train
+from tests.training.test_settings import Listener
+
+FINISHED = """
+from distnadam import fit
+from tests.training.test_fit import Quadratic
+history = fit(Quadratic(), steps=5, backend="ray", checkpoint_dir="run", evaluate_every={every})
+print(history.steps, history.metrics["distance"])
+"""
+
+
+def test_a_run_that_is_finished_starts_no_ray_and_says_so(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", 5)
+    code = BLOCKER.format(names={"ray"}) + FINISHED.format(every=None)
+    again = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == f"[] {done.metrics['distance']}\n"
+    assert "nothing to do: 5 of 5 steps are done" in again.stderr
+
+
+class Interrupted(Quadratic):
+    """Gets a Ctrl-C at its first step, once."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.struck = directory / "struck"
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        if rank == 0 and not self.struck.exists():
+            self.struck.touch()
+            signal.raise_signal(signal.SIGINT)
+        return super().batch(step, rank, world_size)
+
+
+def interrupted(directory: Path, steps: int) -> None:
+    try:
+        train(directory / "run", steps, task=Interrupted(directory), evaluate_every=1)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("it was interrupted")
+
+
+def test_an_evaluation_that_a_ctrl_c_skipped_is_made_by_the_resumed_run(tmp_path: Path) -> None:
+    interrupted(tmp_path, 4)
+    history = train(tmp_path / "run", 4, evaluate_every=1)
+    assert history.steps == [2, 3, 4]
+    whole = train(tmp_path / "whole", 4, evaluate_every=1)
+    assert history.evaluations == whole.evaluations
+
+
+def test_an_evaluation_that_was_skipped_at_the_last_step_is_made_without_workers(
+    tmp_path: Path,
+) -> None:
+    interrupted(tmp_path, 1)
+    code = BLOCKER.format(names={"ray"}) + FINISHED.replace("steps=5", "steps=1").format(every=1)
+    again = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    whole = train(tmp_path / "whole", 1)
+    assert again.stdout == f"[] {whole.metrics['distance']}\n"
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(tmp_path: Path) -> None:
+    train(tmp_path, 4, evaluate_every=2)
+    listener = Listener()
+    history = train(tmp_path, 6, evaluate_every=2, callbacks=[listener])
+    assert [step for step, _ in history.evaluations] == [6]
+    assert [step for step, _ in train(tmp_path, 6, evaluate_every=2).evaluations] == [6]
