@@ -591,11 +591,11 @@ class Keeper:
         return self.kept
 
 
-def test_members_share_nothing_of_what_they_are_given(untouched: Case) -> None:
-    if isinstance(untouched.backend, WorldBackend):
+def test_members_share_nothing_of_what_they_are_given(case: Case) -> None:
+    if isinstance(case.backend, WorldBackend):
         pytest.skip("the simulation drives its workers itself")
     given = [{"seen": np.zeros(1)}]
-    group = untouched.backend.worker_group(2, Keeper, Options(), (given,))
+    group = case.backend.worker_group(2, Keeper, Options(), (given,))
     try:
         for rank in range(2):
             group.call(rank, "keep", rank)
