@@ -43,15 +43,15 @@ settings.load_profile("shared")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases on Ray that `on_ray` does not name as slow; keep some folders in one process.
 
-    Those are the folders whose tests load the whole machine.
+    Their tests load the machine, each folder's by itself.
     """
     for item in items:
         if (chosen := item.get_closest_marker("on_ray")) is not None:
             case = item.callspec.id
             if case.split("-")[0] == "ray" and case not in chosen.args:
                 item.add_marker(pytest.mark.slow)
-        if item.path.parent.name in ("chaos", "hosts"):
-            item.add_marker(pytest.mark.xdist_group("machine"))
+        if (folder := item.path.parent.name) in ("chaos", "hosts"):
+            item.add_marker(pytest.mark.xdist_group(folder))
 
 
 def pytest_unconfigure() -> None:
