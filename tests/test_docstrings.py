@@ -10,7 +10,7 @@ import pytest
 import distnadam
 from distnadam import DistNadam, Worker, fit
 
-INTERNAL = {"shards", "saves", "session"}
+INTERNAL = {"shards", "saves", "session", "of", "follow"}
 NEEDS_RAY = {"connect", "stop"}
 NAMES = {"np": np, "DistNadam": DistNadam, "fit": fit}
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
