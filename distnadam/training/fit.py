@@ -11,6 +11,7 @@ from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.client.building import check_can_start
 from distnadam.config import BackendName, Settings, check_count
+from distnadam.copies import copied
 from distnadam.errors import ConfigError, NotOpen
 from distnadam.optimizer import DistNadam
 from distnadam.tensors.layout import Layout
@@ -136,8 +137,9 @@ def fit(
     if resume not in ("auto", "must", "never"):
         raise ConfigError(f'resume must be "auto", "must" or "never", got {resume!r}')
     if not isinstance(task, Task) or isinstance(task, type):
+        hint = f": give an object of it, {task.__name__}(...)" if isinstance(task, type) else ""
         raise ConfigError(
-            f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}"
+            f"task must have init, batch, loss_and_gradients and evaluate, got {task!r}{hint}"
         )
     for callback in callbacks:
         if not isinstance(callback, Callback):
@@ -149,6 +151,9 @@ def fit(
     if checkpoint_dir is None and resume == "must":
         raise ConfigError('resume="must" needs checkpoint_dir: a new run has no checkpoint')
     given = None if checkpoint_dir is None else open_directory(checkpoint_dir, "checkpoint_dir")
+    params = task.init(seed)
+    layout = Layout.of(params)
+    as_begun = copied(task, f"task {label!r}")
     # all has been checked that can be: from here on there are directories
     checkpoints = given or open_directory(claim_run_directory(label))
     # beside checkpoints at a URL, metrics and plot still need a local directory
@@ -162,14 +167,14 @@ def fit(
         make_run_lock(LocalDirectory(root)) as root_lock,
         nullcontext(root_lock) if local is not None else make_run_lock(checkpoints) as lock,
     ):
-        params = task.init(seed)
         TrainingRun(
             task=task,
+            as_begun=as_begun,
             params=params,
             request=Request(
                 label=label,
                 seed=seed,
-                layout=Layout.of(params),
+                layout=layout,
                 settings=settings,
                 is_given=optimizer is not None,
                 resume=resume,

@@ -19,7 +19,6 @@ from distnadam.backends.factory import start_in_words
 from distnadam.checkpoint.run_lock import RunLock
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.config import Options
-from distnadam.copies import copied
 from distnadam.errors import DistNadamError, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.optimizer import DistNadam
 from distnadam.training.callbacks import CallbackList
@@ -53,7 +52,9 @@ class TrainingRun:
     """Everything that one call of `fit` trains with.
 
     Args:
-        task: the user's task, which evaluates; workers get copies of it as `init` left it.
+        task: the user's task, which evaluates.
+        as_begun: a copy of it as `init` left it, of which workers get copies: `evaluate` may change
+            the task, and a worker that is started later gets what the first got.
         params: what `init` returned.
         request: what is asked for.
         template: the optimizer that was given, if any; its `lr` is the run's meanwhile.
@@ -66,6 +67,7 @@ class TrainingRun:
     """
 
     task: Task
+    as_begun: Task
     params: Any
     request: Request
     template: DistNadam | None
@@ -75,15 +77,10 @@ class TrainingRun:
     callbacks: CallbackList
     history: History
     termination: Termination
-    _as_begun: Task = field(init=False)
     _interrupted: bool = field(default=False, init=False)
     _reached: int = field(default=0, init=False)
     _shard_recoveries: int = field(default=0, init=False)
     _retries: RetryBudget = field(default_factory=RetryBudget, init=False)
-
-    def __post_init__(self) -> None:
-        # `evaluate` may change the task, and a worker that is started later gets what the first got
-        self._as_begun = copied(self.task, f"task {self.request.label!r}")
 
     def run(self) -> None:
         """Train to the end.
@@ -177,7 +174,7 @@ class TrainingRun:
             if optimizer.backend_name != "local":
                 self.callbacks.on_phase(f"starting {num_workers} workers")
             make = partial(_rank_loop, optimizer=optimizer, world_size=num_workers)
-            group = optimizer.team(make, self._as_begun)
+            group = optimizer.team(make, self.as_begun)
             ranks = RankRunner(
                 group,
                 num_workers,

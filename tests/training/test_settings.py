@@ -3,6 +3,7 @@ save of a run can be resumed.
 """
 
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ class Listener(Callback):
 
     def on_message(self, text: str) -> None:
         self.messages.append(text)
+
+
+class Locked(Quadratic):
+    """Gets an attribute that cannot be copied."""
+
+    def init(self, seed: int) -> Any:
+        self.lock = threading.Lock()
+        return super().init(seed)
 
 
 class Setter(Callback):
@@ -235,6 +244,7 @@ def test_a_directory_without_any_checkpoint_of_the_run_is_refused(tmp_path: Path
         {"callbacks": [lambda step: None]},
         {"callbacks": [Callback]},
         {"task": Quadratic},
+        {"task": Locked()},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
