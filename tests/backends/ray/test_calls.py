@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,11 @@ from distnadam.errors import (
     WorkerLost,
 )
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.xdist_group("calls"),  # whose actors last from test to test
+]
 
 
 class Actor:
@@ -78,25 +82,47 @@ class Actor:
         os._exit(1)
 
 
-@contextmanager
-def started_actor() -> Iterator[Any]:
-    """An actor that has started, which takes Ray a second, and is killed in the end."""
-    actor = ray.remote(Actor).options(num_cpus=0).remote()  # type: ignore[attr-defined]
-    ray.get(actor.calls.remote())
-    yield actor
+class LastingActor:
+    """An actor that goes on from test to test, or its successor if a test killed it."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    def get(self) -> Any:
+        """Return the actor, started."""
+        with suppress(ActorDiedError):
+            if self._actor is not None:
+                ray.get(self._actor.calls.remote())
+                return self._actor
+        self._actor = ray.remote(Actor).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+        ray.get(self._actor.calls.remote())
+        return self._actor
+
+
+@pytest.fixture(scope="module")
+def lasting_actors() -> Iterator[tuple[LastingActor, LastingActor]]:
+    actors = (LastingActor(), LastingActor())
+    yield actors
+    for actor in actors:
+        ray.kill(actor.get())
+
+
+@pytest.fixture
+def actor(ray_cluster: None, lasting_actors: tuple[LastingActor, LastingActor]) -> Any:
+    return lasting_actors[0].get()
+
+
+@pytest.fixture
+def other(ray_cluster: None, lasting_actors: tuple[LastingActor, LastingActor]) -> Any:
+    return lasting_actors[1].get()
+
+
+def end(actor: Any) -> None:
+    """Kill an actor, and wait until it answers no more: a call may overtake the kill."""
     ray.kill(actor)
-
-
-@pytest.fixture
-def actor() -> Iterator[Any]:
-    with started_actor() as actor:
-        yield actor
-
-
-@pytest.fixture
-def other() -> Iterator[Any]:
-    with started_actor() as actor:
-        yield actor
+    with suppress(ActorDiedError):
+        while True:
+            ray.get(actor.calls.remote())
 
 
 @pytest.mark.parametrize(
@@ -155,7 +181,7 @@ def test_an_error_that_an_actor_raises_is_its_answer_and_not_a_lost_call(actor: 
 
 
 def test_a_call_to_a_dead_actor_is_not_retried(actor: Any) -> None:
-    ray.kill(actor)
+    end(actor)
     made = []
 
     def call() -> Any:
@@ -178,11 +204,11 @@ def test_a_call_to_an_actor_that_ray_restarts_is_retried_until_it_answers() -> N
 
     callee = Callee(who="it", restarts=lambda: True)
     assert retry_until_answered(call, timeout_s=60, callee=callee) == 1  # a new process counts
-    ray.kill(actor)
+    end(actor)
 
 
 def test_what_tells_that_an_actor_is_not_restarted_may_raise_instead(actor: Any) -> None:
-    ray.kill(actor)
+    end(actor)
 
     def restarts() -> bool:
         raise Unrecoverable("it was stopped")
@@ -196,7 +222,7 @@ def test_a_silent_actor_is_a_timeout_that_names_it(actor: Any, other: Any) -> No
     with pytest.raises(StepTimeout, match=r"an actor did not answer in 0\.05 s"):
         retry_until_answered(actor.be_silent.remote, timeout_s=0.05)
     answers = gather_with_retry({0: actor.be_silent.remote, 1: other.calls.remote}, 0.5)
-    assert answers[1] == 0
+    assert answers[1] == ray.get(other.calls.remote())
     assert isinstance(answers[0], StepTimeout)
     assert str(answers[0]) == "shard 0 did not answer in 0.5 s"
 
@@ -204,7 +230,7 @@ def test_a_silent_actor_is_a_timeout_that_names_it(actor: Any, other: Any) -> No
 def test_shards_known_to_have_ended_are_not_waited_for(actor: Any, other: Any) -> None:
     calls = {0: actor.be_silent.remote, 1: other.add.remote}
     answers = gather_with_retry(calls, 3600.0, lambda: {0})
-    assert answers[1] == 1
+    assert answers[1] == ray.get(other.calls.remote())
     assert isinstance(answers[0], ShardLost)
     assert str(answers[0]) == "shard 0: its process ended"
 
@@ -213,11 +239,12 @@ def test_of_several_calls_the_first_error_in_order_is_raised(actor: Any, other: 
     calls = {0: actor.add.remote, 1: partial(actor.pass_on.remote, other), 2: actor.fail.remote}
     with pytest.raises(Rewound):
         retry_all_until_answered(calls, timeout_s=60)
-    assert retry_all_until_answered({"a": actor.add.remote}, timeout_s=60) == {"a": 2}
+    answers = retry_all_until_answered({"a": actor.add.remote}, timeout_s=60)
+    assert answers == {"a": ray.get(actor.calls.remote())}
 
 
 def test_a_pending_answer_names_the_shards_that_died_and_no_other(actor: Any, other: Any) -> None:
-    ray.kill(actor)
+    end(actor)
     pending = RayPending({4: other.add.remote(), 7: actor.add.remote()})
     with pytest.raises(ShardLost, match="shard 7: its process or node died") as caught:
         pending.result(60)
@@ -228,7 +255,7 @@ def test_a_pending_answer_that_is_late_may_be_waited_for_again(actor: Any, other
     pending = RayPending({0: other.add.remote(), 1: actor.be_silent.remote()})
     with pytest.raises(TimeoutError):
         pending.result(0.05)
-    ray.kill(actor)
+    end(actor)
     with pytest.raises(ShardLost, match="shard 1"):
         pending.result(60)
 
@@ -280,9 +307,9 @@ def test_an_answer_whose_node_died_before_it_was_fetched_is_a_lost_call() -> Non
 def test_the_end_of_an_actor_ends_a_call_in_the_background(actor: Any) -> None:
     ended = threading.Event()
     retry_in_background(actor.be_silent.remote, on_end=ended.set)
-    assert ray.get(actor.calls.remote()) == 0
+    ray.get(actor.calls.remote())
     assert not ended.is_set()
-    ray.kill(actor)
+    end(actor)
     assert ended.wait(60)
 
 
@@ -309,7 +336,15 @@ def lose_calls() -> None:
         print("refused")
 
 
-@pytest.mark.parametrize("kind", ["until answered", "gathered", "in the background", "pending"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "until answered",
+        "pending",
+        pytest.param("gathered", marks=pytest.mark.slow),
+        pytest.param("in the background", marks=pytest.mark.slow),
+    ],
+)
 def test_a_call_that_ray_loses_on_its_way_is_made_again(kind: str) -> None:
     rule = {"CoreWorkerService.grpc_client.PushTask": RULE | {"req_failure_prob": 100}}
     env = os.environ | {
