@@ -24,6 +24,7 @@
     │   ├── VersionMismatch               a node has another version of a package, or lacks it
     │   ├── NameTaken                     an optimizer of that name is running
     │   ├── NotRunning                    no optimizer of that name is running
+    │   ├── RayLost                       Ray itself died, with all that ran on it
     │   ├── ShardLost                     a shard's process or node died
     │   │   └── ShardUnavailable          a call failed, and may have been carried out
     │   ├── WorkerLost                    another rank's worker died and was not replaced in time
@@ -170,6 +171,23 @@ class NameTaken(ClusterError):
 
 class NotRunning(ClusterError):
     """No optimizer of that name is running on the cluster."""
+
+
+class RayLost(ClusterError):
+    """Ray itself died: its head, or its raylet on this host, and all that ran on it with it.
+
+    No other call on what ran there succeeds. Restore from a checkpoint, in a new process.
+
+    Args:
+        message: a whole sentence.
+        checkpoint_dir: where the run of `fit` that it ended has its checkpoints; None elsewhere.
+        step: the newest of these; -1 if there is none.
+    """
+
+    def __init__(self, message: str, checkpoint_dir: str | None = None, step: int = -1) -> None:
+        super().__init__(message)
+        self.checkpoint_dir = checkpoint_dir
+        self.step = step
 
 
 class ShardLost(ClusterError):

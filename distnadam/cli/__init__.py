@@ -1,6 +1,7 @@
 """The command line: parses arguments, calls the library, prints the result.
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 75 Ray itself died: give the command again, 130
+Ctrl-C, 143 SIGTERM.
 """
 
 from distnadam.cli import checkpoints, doctor, interop, running, training

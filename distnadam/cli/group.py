@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from typing_extensions import override
 
-from distnadam.errors import DistNadamError
+from distnadam.errors import DistNadamError, RayLost
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -46,14 +46,16 @@ def plain_console(*, soft_wrap: bool = True) -> Console:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Print an error of this package as one line and exit with 1; exit with 130 after Ctrl-C."""
+    """Print an error of this package as one line and exit with 1, or 75 if Ray itself died and the
+    command can be given again; exit with 130 after Ctrl-C.
+    """
     try:
         yield
     except DistNadamError as error:
         click.echo(f"distnadam: {error}", err=True)
         for note in getattr(error, "__notes__", []):
             click.echo(note, err=True)
-        sys.exit(1)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, RayLost) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

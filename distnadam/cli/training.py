@@ -2,9 +2,10 @@
 
 import contextlib
 import importlib.util
+import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import click
 from typing_extensions import override
 
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main
+from distnadam.cli.restarting import Run, in_child, saved
 from distnadam.config import Options
+from distnadam.errors import RayLost
 from distnadam.optimizer import DistNadam
 from distnadam.places import local_path
 from distnadam.schedules import Rate
@@ -175,11 +178,20 @@ def placement(command: Any) -> Any:
 @JSON
 @click.pass_context
 def train(context: click.Context, /, task: str, **options: Any) -> None:
-    """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME."""
+    """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME.
+
+    If the Ray that it started dies, the run goes on in a new one; if one at RAY_ADDRESS dies, the
+    exit status is 75: give the command again, once that Ray is back.
+    """
+    run = in_child() if _starts_ray(options) else None
+    if run is not None and run.goes_on_in is not None:
+        options["checkpoint_dir"] = options["checkpoint_dir"] or run.goes_on_in
+        options["resume"] = "auto"
     reached = _Reached(options["checkpoint_dir"])
     with (
         _how_to_resume(context, reached),
         exit_on_error(),
+        _anew_if_ray_dies(run),
         # Ray prints to standard output, where only the summary belongs
         contextlib.redirect_stdout(sys.stderr),
     ):
@@ -223,6 +235,28 @@ def plot(run: str, *, output: str | None) -> None:
         directory = Path(local_path(run, "RUN"))
         picture = directory / "loss.png" if output is None else Path(local_path(output, "--output"))
         click.echo(plot_loss(directory / "metrics.csv", picture))
+
+
+def _starts_ray(options: Mapping[str, Any]) -> bool:
+    """Whether the run would have a Ray of its own."""
+    ray = sys.modules.get("ray")
+    joined = ray is not None and ray.is_initialized()
+    return not (options["local"] or os.environ.get("RAY_ADDRESS") or joined)
+
+
+@contextlib.contextmanager
+def _anew_if_ray_dies(run: Run | None) -> Iterator[None]:
+    """End the process if Ray itself died, for its parent to begin the run anew; without a parent
+    raise what is saved.
+    """
+    try:
+        yield
+    except RayLost as error:
+        if error.checkpoint_dir is None:
+            raise
+        if run is not None:
+            run.end(error)
+        raise RayLost(saved(error)) from error
 
 
 def load_task(name: str) -> Task:

@@ -10,7 +10,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import RunLock
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.client.checkpointing import CheckpointWriter
-from distnadam.errors import CheckpointError, ShardLost
+from distnadam.errors import CheckpointError, RayLost, ShardLost
 from distnadam.optimizer import DistNadam
 
 
@@ -95,7 +95,11 @@ class CheckpointManager:
 
     def give_up(self) -> None:
         """Wait for the save in flight and only report its error: another one ends the run."""
-        self._finish(lambda _, error: self._on_message(str(error)))
+        self._finish(self._report)
+
+    def _report(self, step: int, error: CheckpointError) -> None:
+        if not isinstance(error.__cause__, RayLost):  # which ends the run, and is told there
+            self._on_message(str(error))
 
     def _finish(self, on_error: Callable[[int, CheckpointError], None]) -> None:
         saved = self._saves.finish(on_error)
@@ -103,6 +107,8 @@ class CheckpointManager:
             self._complete(saved.round, saved.result())
 
     def _report_lost(self, step: int, error: CheckpointError) -> None:
+        if isinstance(error.__cause__, RayLost):
+            raise error.__cause__
         if not isinstance(error.__cause__, ShardLost):
             raise error
         self._on_message(f"no checkpoint of step {step}: {error}")

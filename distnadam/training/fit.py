@@ -93,6 +93,8 @@ def fit(
         CheckpointError: the checkpoint to resume from is refused, or is of another task, seed or
             model, or one cannot be written.
         CheckpointBusy: another run writes to `checkpoint_dir`.
+        RayLost: Ray itself died; the message says what is saved. Call `fit` again, in a new
+            process, with the error's `checkpoint_dir`.
         KeyboardInterrupt: Ctrl-C was pressed, and a checkpoint saved; a second Ctrl-C raises at
             once.
         SystemExit: with status 143, after a SIGTERM and a checkpoint; where `fit` runs in the main

@@ -15,7 +15,7 @@ from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.client.building import restored_settings
 from distnadam.config import Settings
-from distnadam.errors import CheckpointError, ConfigError
+from distnadam.errors import CheckpointError, ConfigError, RayLost
 from distnadam.schedules import Rate, rate_from
 from distnadam.tensors.layout import Layout
 
@@ -198,3 +198,18 @@ def _check_unchanged(
 
 def _shown(rate: Any) -> str:
     return str(rate["class_name"]) if isinstance(rate, Mapping) else f"{rate:g}"
+
+
+def with_what_is_saved(error: RayLost, directory: Directory) -> RayLost:
+    """Return the error of a run whose Ray died, with its newest checkpoint and how to go on."""
+    step = -1
+    with suppress(CheckpointError):
+        _, newest = next(store.candidates(directory, []))
+        step = newest.round
+    saved = f"step {step} is saved" if step >= 0 else "no step is saved yet"
+    return RayLost(
+        f"{error}; {saved} in {directory}: call fit again, in a new process, with this "
+        "checkpoint_dir",
+        str(directory),
+        step,
+    )

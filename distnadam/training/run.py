@@ -19,7 +19,14 @@ from distnadam.backends.factory import start_in_words
 from distnadam.checkpoint.run_lock import RunLock
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.config import Options
-from distnadam.errors import DistNadamError, Rewound, ShardLost, TrainingError, Unrecoverable
+from distnadam.errors import (
+    DistNadamError,
+    RayLost,
+    Rewound,
+    ShardLost,
+    TrainingError,
+    Unrecoverable,
+)
 from distnadam.optimizer import DistNadam
 from distnadam.training.callbacks import CallbackList
 from distnadam.training.checkpoint_manager import CheckpointManager, Plan
@@ -34,6 +41,7 @@ from distnadam.training.resuming import (
     Resumed,
     find_checkpoint,
     settings_of_resumed,
+    with_what_is_saved,
 )
 from distnadam.training.steps import RankStep, StepRecord, in_words
 from distnadam.training.task import Task
@@ -90,12 +98,15 @@ class TrainingRun:
             SystemExit: SIGTERM came; a checkpoint has been saved.
             TrainingError: the task failed, or recoveries brought no new step; or a callback raised,
                 and a checkpoint has been saved.
+            RayLost: Ray itself died; the message says what is saved.
         """
         began = time.monotonic()
         self._follow(None)
         try:
             while not self._attempt():
                 self.request = replace(self.request, resume="auto")
+        except RayLost as error:
+            raise with_what_is_saved(error, self.lock.directory) from error
         finally:
             self.history.seconds = time.monotonic() - began
             self.history.recoveries = self._retries.total + self._shard_recoveries

@@ -21,6 +21,7 @@ import ray
 
 from distnadam.protocol.supervisor_messages import MembershipHistory
 from tests.chaos.blows import pause
+from tests.chaos.command import RAYS_OWN, strike
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.scene import Case, Nodes, Scene, described, ledgers, members_of, stage, undisturbed
 from tests.chaos.trainers import WORKERS, despite_rewinds
@@ -28,6 +29,8 @@ from tests.models import bits
 
 FAULTS_PER_CASE = 6
 _ROUNDS_AFTER = 30
+_PER_FAULT_OF_RAYS_OWN = 25
+"""Faults for each that strikes a process of Ray's own, which takes a run of its own."""
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Report:
 
     seconds: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     recoveries: Counter[str] = field(default_factory=Counter)
+    rays_own: Counter[str] = field(default_factory=Counter)
     replayed: int = 0
     lost: int = 0
     doubled: int = 0
@@ -70,6 +74,7 @@ class Report:
         lines.append(
             f"rounds replayed {self.replayed}, gradients lost {self.lost}, doubled {self.doubled}"
         )
+        lines += [f"{kind}: {number}" for kind, number in sorted(self.rays_own.items())]
         return "\n".join([*lines, *self.differences])
 
 
@@ -218,6 +223,25 @@ def play(
     return report
 
 
+def play_rays_own(num_faults: int, seed: int, report: Report, *, only: str | None = None) -> None:
+    """Kill so many processes of Ray's own, each under a run of the command that started it."""
+    rng = np.random.default_rng(seed)
+    kinds = [kind for kind in RAYS_OWN if only in (None, kind)]
+    for number in range(num_faults if kinds else 0):
+        kind = kinds[number % len(kinds)]
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                difference = strike(kind, rng, Path(directory))
+            except Exception as error:
+                difference = f"FAILED with {kind}: {type(error).__name__}: {error}"
+        report.rays_own[kind] += 1
+        print(f"  {kind}: the run took {time.monotonic() - began:.1f} s", flush=True)
+        if difference:
+            report.differences.append(difference)
+            return
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -241,7 +265,17 @@ def main() -> int:
             object_store_memory=400 * 2**20,
             log_to_driver=False,
         )
-    report = play(asked.faults, asked.seed, only=asked.only, within=asked.within, nodes=nodes)
+    only_rays_own = asked.only in RAYS_OWN
+    report = play(
+        0 if only_rays_own else asked.faults,
+        asked.seed,
+        only=asked.only,
+        within=asked.within,
+        nodes=nodes,
+    )
+    if nodes is None and not report.differences:
+        number = asked.faults if only_rays_own else asked.faults // _PER_FAULT_OF_RAYS_OWN
+        play_rays_own(number, asked.seed, report, only=asked.only)
     if nodes is not None:
         nodes.close()
     print(report)

@@ -13,6 +13,7 @@ import pytest
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.storage.resolve import open_directory
+from tests.chaos.command import RAYS_OWN, strike
 from tests.chaos.faults import FAULTS
 from tests.chaos.leftovers import leftovers, wait_for_no_more_than
 from tests.chaos.run import Report, cases, cases_of_nodes, compare, count, kill, play
@@ -117,3 +118,11 @@ def test_the_ledgers_count_sees_lost_and_doubled_gradients() -> None:
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 2], [1, 2, 5, 5]]}, 5, left) == (0, 0)
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 3], [1, 2, 5, 5]]}, 5, left) == (0, 1)
     assert count({"runs": [[0, 1, 1, 5], [1, 1, 1, 2]]}, 5, left) == (1, 0)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", RAYS_OWN)
+def test_a_process_of_rays_own_that_dies_under_the_command_changes_no_bit(
+    tmp_path: Path, kind: str
+) -> None:
+    assert strike(kind, np.random.default_rng(SEED), tmp_path) == ""

@@ -1,5 +1,6 @@
 """systemd accepts the units, a shell the scripts, and secrets are readable by their owner alone."""
 
+import os
 import shutil
 import stat
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.tree import ROOT, Tree
+from tests.deploy.units import Unit
 
 UNITS = sorted((ROOT / "deploy" / "hosts").glob("*.service"))
 SCRIPTS = sorted((ROOT / "deploy").rglob("*.sh"))
@@ -69,3 +71,17 @@ def test_composes_secrets_are_all_made_once_and_readable_by_their_owner_alone(
             for part in Tree.read().texts["deploy/docker/compose.yaml"].split("${")[1:]
         }
     )
+
+
+def test_units_are_started_again_where_ray_died() -> None:
+    for name in ("head", "node", "train"):
+        text = (ROOT / f"deploy/hosts/distnadam-{name}.service").read_text()
+        service = Unit.parse(text)
+        assert service.values("Service", "Restart")[0] in ("always", "on-failure")
+        kept = " ".join(
+            status
+            for key in ("SuccessExitStatus", "RestartPreventExitStatus")
+            for status in service.values("Service", key)
+        ).split()
+        assert str(os.EX_TEMPFAIL) not in kept
+        assert service.values("Unit", "StartLimitIntervalSec") == ["0"]  # however often

@@ -72,3 +72,41 @@ def test_ctrl_c_saves_reports_it_and_leaves_no_process(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
     assert call("verify", tmp_path).exit_code == 0
     wait_until_gone(below)
+
+
+HEAD = """
+import os, ray
+context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+print(context.address_info["gcs_address"], flush=True)
+os.read(0, 1)
+"""
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_where_the_ray_of_others_dies_the_status_is_75_and_the_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+    head = subprocess.Popen(
+        [sys.executable, "-c", HEAD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert head.stdout is not None
+    monkeypatch.setenv("RAY_ADDRESS", head.stdout.readline().strip())
+    process = start(*ON_RAY, "--steps", 10**6, "--checkpoint-dir", tmp_path / "run", cwd=tmp_path)
+    wait_for(tmp_path / "run", "step_*/manifest.msgpack", process)
+    for pid in children(head.pid):
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+        if program.endswith(f"/{victim}"):
+            os.kill(pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    head.kill()
+    head.communicate()
+    assert process.returncode == os.EX_TEMPFAIL, stderr
+    for words in ("distnadam: Ray itself died", "is saved in", "to go on: distnadam train digits"):
+        assert words in stderr
+    assert "Traceback" not in stderr

@@ -20,7 +20,7 @@ from distnadam.backends.base import Backend, WorkerGroup
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import make_supervisor
 from distnadam.backends.ray.address import ProcessAddress
-from distnadam.backends.ray.calls import has_ray, require_ray
+from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.names import end_optimizer, named
 from distnadam.backends.ray.nodes import await_start, check_versions, node_facts
@@ -136,9 +136,10 @@ class RayBackend(Backend):
         self._attach(None, name, ShardMap(0, ()), options)
         self._own = connect_or_start(options)
         try:
-            Exporter.check(options)
-            check_fits(options, len(specs) * (1 + replicas))
-            self._start(specs, replicas)
+            with while_ray_lives():
+                Exporter.check(options)
+                check_fits(options, len(specs) * (1 + replicas))
+                self._start(specs, replicas)
         except BaseException as error:
             self.close(destroy=True)
             if isinstance(error, ValueError) and "already" in str(error) and name is not None:
@@ -206,8 +207,8 @@ def _made(make: Callable[..., Any], given: bytes, rank: int) -> Any:
     return make(rank, *cloudpickle.loads(given))
 
 
+@while_ray_lives()
 def _in_words(nodes: Iterable[str]) -> list[str]:
     """Return the address of each of Ray's nodes, with the beginning of Ray's id for it."""
-    require_ray()
     addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
     return [f"{addresses.get(node, 'a node that is gone')} ({node[:8]})" for node in nodes]

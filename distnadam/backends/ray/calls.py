@@ -23,15 +23,22 @@ from ray.exceptions import (
 from typing_extensions import override
 
 from distnadam.backends.base import Pending
+from distnadam.backends.ray.joined import (
+    LOOK_EVERY_S,
+    has_ray,
+    ray_lost,
+    require_ray,
+    while_ray_lives,
+    why_lost,
+)
 from distnadam.errors import (
     ClusterError,
     DistNadamError,
-    LifecycleError,
+    RayLost,
     ShardLost,
     ShardUnavailable,
     StepTimeout,
 )
-from distnadam.threads import renew_after_fork
 
 _K = TypeVar("_K")
 
@@ -76,12 +83,17 @@ def translate(error: Exception, callee: Callee) -> Exception:
 
     | Ray | ours |
     | --- | --- |
+    | whatever it says once Ray itself died | RayLost |
     | RayTaskError | the DistNadamError that the actor raised |
     | ActorUnavailableError, ObjectLostError | `callee.unavailable` |
     | any other RayActorError | `callee.died` |
     | GetTimeoutError | StepTimeout |
     """
     ours: Exception
+    if isinstance(error, RayError) and (end := why_lost()) is not None:
+        ours = ray_lost(end)
+        ours.__cause__ = error
+        return ours
     match error:
         case RayTaskError():  # first: Ray makes it an instance of its cause's class too
             return unwrap(error)
@@ -126,6 +138,7 @@ def retry_until_answered(
     Raises:
         DistNadamError: what the actor raised, or as `translate` maps it.
         StepTimeout: no answer within `timeout_s`.
+        RayLost: Ray itself died.
     """
     return retry_all_until_answered({0: call}, timeout_s=timeout_s, callee=lambda _: callee)[0]
 
@@ -218,7 +231,13 @@ def _ready(refs: list[Any], timeout_s: float, *, at_least: int | None = None) ->
     """Wait until so many are answered, all by default, for so long; return all that are."""
     if not refs:
         return set()
-    ready = set(ray.wait(refs, num_returns=at_least or len(refs), timeout=timeout_s)[0])
+    deadline, number = time.monotonic() + timeout_s, at_least or len(refs)
+    while True:
+        left_s = max(0.0, deadline - time.monotonic())
+        ready = set(ray.wait(refs, num_returns=number, timeout=min(left_s, LOOK_EVERY_S))[0])
+        if len(ready) >= number or left_s <= LOOK_EVERY_S:
+            break
+        require_ray()
     if len(ready) < len(refs):  # Ray returns no more than it was asked for
         ready |= set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
     return ready
@@ -229,8 +248,11 @@ def _outcome(ref: Any, callee: Callee) -> tuple[Any, bool]:
     try:
         return ray.get(ref), False
     except Exception as error:
+        ours = translate(error, callee)
+        if isinstance(ours, RayLost):
+            return ours, False
         died = isinstance(error, RayActorError) and not isinstance(error, RayTaskError)
-        return translate(error, callee), is_lost(error) or (died and callee.restarts())
+        return ours, is_lost(error) or (died and callee.restarts())
 
 
 def retry_in_background(
@@ -258,46 +280,26 @@ def retry_in_background(
     call().future().add_done_callback(done)
 
 
-class _Inherited:
-    """Whether this process was forked from one that had joined Ray, whose threads it lacks."""
-
-    def __init__(self) -> None:
-        self.is_forked = False
-
-    def after_fork(self) -> None:
-        """Remember it, as Ray itself does not."""
-        self.is_forked = self.is_forked or ray.is_initialized()
-
-
-_inherited = _Inherited()
-renew_after_fork(_inherited)
-
-
-def has_ray() -> bool:
-    """Whether this process can call Ray: it has joined one, and is no forked child of the process
-    that did.
-    """
-    return not _inherited.is_forked and ray.is_initialized()
-
-
-def require_ray() -> None:
-    """Raise LifecycleError if Ray was shut down, whose functions would start or join another one;
-    or if this is a forked child, in which they would wait for ever.
-    """
-    if _inherited.is_forked:
-        raise LifecycleError(
-            "this process was forked from one that had joined Ray, and cannot use its connection: "
-            "start it by spawn (multiprocessing.get_context('spawn')), or connect(name) from a new "
-            "process"
-        )
-    if not has_ray():
-        raise LifecycleError("the Ray that this optimizer ran on was shut down in this process")
-
-
 def ignore_results(refs: Iterable[Any]) -> None:
     """Drop the answers and errors of calls; Ray logs every error that is not fetched."""
-    for ref in refs:
+    for ref in refs if has_ray() else ():
         ref.future()  # asks, and waits for nothing
+
+
+@while_ray_lives()
+def _answers(refs: list[Any], timeout_s: float) -> list[Any]:
+    """Return all answers, or raise the first error, as `ray.get` does, or RayLost."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left_s = max(0.0, deadline - time.monotonic())
+        try:
+            answers: list[Any] = ray.get(refs, timeout=min(left_s, LOOK_EVERY_S))
+        except GetTimeoutError as error:
+            if left_s <= LOOK_EVERY_S or isinstance(error, RayTaskError):
+                raise
+            require_ray()
+        else:
+            return answers
 
 
 class RayPending(Pending):
@@ -308,10 +310,9 @@ class RayPending(Pending):
 
     @override
     def result(self, timeout_s: float) -> dict[int, Any]:
-        require_ray()
         refs = list(self._refs.values())
         try:
-            return dict(zip(self._refs, ray.get(refs, timeout=timeout_s), strict=True))
+            return dict(zip(self._refs, _answers(refs, timeout_s), strict=True))
         except BaseException as error:
             ignore_results(refs)
             if isinstance(error, GetTimeoutError) and not isinstance(error, RayTaskError):

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.util import metrics as ray_metrics
 
-from distnadam.backends.ray.calls import has_ray
+from distnadam.backends.ray.joined import has_ray
 from distnadam.config import Options
 from distnadam.errors import ClusterError
 from distnadam.metrics.meter import BOUNDS_S, Meter

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from distnadam.backends.ray.calls import Callee, is_lost, translate
+from distnadam.backends.ray.joined import require_ray
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
 from distnadam.errors import InsufficientResources, ShardLost, VersionMismatch
@@ -42,6 +43,7 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
     waiting = {index: actor.about.remote() for index, actor in enumerate(actors)}
     facts: dict[int, dict[str, str]] = {}
     while waiting:
+        require_ray()
         ready = ray.wait(list(waiting.values()), num_returns=len(waiting), timeout=_REPORT_EVERY_S)[
             0
         ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from distnadam.backends.ray.calls import has_ray
+from distnadam.backends.ray.joined import has_ray
 
 _FENCE_S = 5.0
 

@@ -16,7 +16,7 @@ import time
 
 import ray
 
-from distnadam.backends.ray.calls import has_ray, require_ray
+from distnadam.backends.ray.joined import is_forked, require_ray, watch_joined
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NotRunning
 
@@ -53,6 +53,7 @@ class OwnedRay:
                 f"Ray cannot be started here: {_first_line(error)}{_remedy()}; or use "
                 "backend='local', which needs no Ray"
             ) from error
+        watch_joined(owned=True)
         if "RAY_AUTH_MODE" not in os.environ:  # Ray before 2.59 that was imported before us
             log.warning(
                 "whoever reaches the Ray started here may run code on it: set RAY_AUTH_MODE=token"
@@ -60,7 +61,7 @@ class OwnedRay:
 
     def shut_down(self) -> None:
         """Stop every process of this Ray; the environment keeps the token, which Ray has cached."""
-        if has_ray():
+        if not is_forked():
             ray.shutdown()
 
 
@@ -74,8 +75,10 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
     Raises:
         NotRunning: there is none, and `start` is False.
         ClusterError: the Ray at `RAY_ADDRESS` does not answer, or refuses.
+        RayLost: the Ray that this process had joined died.
     """
     if ray.is_initialized():
+        watch_joined(owned=False)
         require_ray()
         return None
     address = os.environ.get("RAY_ADDRESS")
@@ -101,6 +104,7 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
             f"cannot join the Ray at RAY_ADDRESS={address} (RAY_AUTH_MODE is {mode}): "
             f"{_first_line(error)}"
         ) from error
+    watch_joined(owned=False)
     return None
 
 

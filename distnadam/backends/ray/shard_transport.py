@@ -10,6 +10,7 @@ from typing_extensions import override
 from distnadam.backends.base import Pending, ShardTransport, WorkerChannel
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.calls import RayPending, retry_in_background
+from distnadam.backends.ray.joined import while_ray_lives
 from distnadam.backends.ray.processes import process_token
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.backends.ray.worker_channel import ChannelOwner, RayWorkerChannel
@@ -71,11 +72,12 @@ class RayShardTransport(ShardTransport):
             index: partial(shards[index].handle.send.remote, message)
             for index, message in messages.items()
         }
-        if messages and all(isinstance(message, Resume) for message in messages.values()):
-            for call in calls.values():  # one that is lost would hold the shard until a timeout
-                retry_in_background(call)
-            return RayPending({})
-        return RayPending({index: call() for index, call in calls.items()})
+        with while_ray_lives():
+            if messages and all(isinstance(message, Resume) for message in messages.values()):
+                for call in calls.values():  # one that is lost would hold the shard until a timeout
+                    retry_in_background(call)
+                return RayPending({})
+            return RayPending({index: call() for index, call in calls.items()})
 
     @override
     def open_channel(

@@ -10,7 +10,8 @@ from typing import Any
 from typing_extensions import override
 
 from distnadam.backends.base import SupervisorClient
-from distnadam.backends.ray.calls import Callee, require_ray, retry_until_answered
+from distnadam.backends.ray.calls import Callee, retry_until_answered
+from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.names import is_named
 from distnadam.backends.ray.supervisor_actor import SupervisorStatus
 from distnadam.errors import ClusterError, LifecycleError, Unrecoverable
@@ -50,7 +51,11 @@ class RaySupervisorClient(SupervisorClient):
         self.closed = True
 
     def require_open(self) -> None:
-        """Raise LifecycleError if this process closed its handle or shut Ray down."""
+        """Raise LifecycleError if this process closed its handle or shut Ray down.
+
+        Raises:
+            RayLost: Ray itself died.
+        """
         if self.closed:
             raise LifecycleError("the optimizer was closed in this process")
         require_ray()
@@ -149,7 +154,8 @@ class RaySupervisorClient(SupervisorClient):
             "a name",
             restarts=self._restarts,
         )
-        return retry_until_answered(call, timeout_s=timeout_s, callee=callee)
+        with while_ray_lives():
+            return retry_until_answered(call, timeout_s=timeout_s, callee=callee)
 
     def _restarts(self) -> bool:
         """Whether Ray restarts the supervisor; raise LifecycleError if another process ended it."""

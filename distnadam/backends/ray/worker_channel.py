@@ -21,6 +21,8 @@ from distnadam.transport.shm_channel import ShmClient
 log = logging.getLogger("distnadam")
 
 
+_LOOK_EVERY_S = 1.0
+"""Seconds between two looks, in a wait for answers, at whether anybody can still answer."""
 REMEDY = (
     "Ray objects are used instead, which cost more time: give the node or container more "
     "memory, or run fewer workers on it"
@@ -151,7 +153,7 @@ class RayWorkerChannel(WorkerChannel):
         far = {i: message for i, message in messages.items() if i not in near}
         number = self._shm.post(near) if near else 0
         objects = self._transport.post(far) if far else None
-        return RayChannelPending(self._shm, number, near, objects)
+        return RayChannelPending(self._shm, number, near, objects, self._transport.require_open)
 
     @override
     def close(self) -> None:
@@ -167,6 +169,7 @@ class RayChannelPending(Pending):
         number: `shm`'s number of the messages.
         near: the messages over shared memory, by shard.
         objects: the other shards' answers; None if there are none.
+        require_open: raises if no answer can come any more.
     """
 
     def __init__(
@@ -175,16 +178,18 @@ class RayChannelPending(Pending):
         number: int,
         near: Mapping[int, Push | TotalNorms],
         objects: Pending | None,
+        require_open: Callable[[], None],
     ) -> None:
         self._shm = shm
         self._number = number
         self._near = near
         self._objects = objects
+        self._require_open = require_open
 
     @override
     def result(self, timeout_s: float) -> dict[int, Any]:
         deadline = time.monotonic() + timeout_s
-        answers = self._shm.collect(self._number, len(self._near), deadline) if self._near else {}
+        answers = self._collect(deadline) if self._near else {}
         if self._objects is not None:
             for shard, message in self._near.items():
                 answer = answers[shard]
@@ -194,3 +199,13 @@ class RayChannelPending(Pending):
                     )
             answers = answers | self._objects.result(max(0.0, deadline - time.monotonic()))
         return answers
+
+    def _collect(self, deadline: float) -> dict[int, Any]:
+        while True:
+            look_at = time.monotonic() + _LOOK_EVERY_S
+            try:
+                return self._shm.collect(self._number, len(self._near), min(look_at, deadline))
+            except TimeoutError:
+                if look_at >= deadline:
+                    raise
+                self._require_open()

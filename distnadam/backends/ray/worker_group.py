@@ -12,7 +12,8 @@ from typing_extensions import override
 from distnadam.backends.base import WorkerGroup
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import kill_on, make_member
-from distnadam.backends.ray.calls import Callee, has_ray, ignore_results, require_ray, translate
+from distnadam.backends.ray.calls import Callee, ignore_results, translate
+from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
 from distnadam.backends.ray.placement import RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
@@ -39,13 +40,13 @@ class RayWorkerGroup(WorkerGroup):
         self._calls: dict[Any, int] = {}
 
     @override
+    @while_ray_lives()
     def call(self, rank: int, method: str, *args: Any) -> None:
-        require_ray()
         self._calls[self._actors[rank].call.remote(method, args)] = rank
 
     @override
+    @while_ray_lives()
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        require_ray()
         ready, _ = (
             ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
             if self._calls
@@ -55,14 +56,14 @@ class RayWorkerGroup(WorkerGroup):
         return [(rank, self._result(rank, ref)) for rank, ref in ended]
 
     @override
+    @while_ray_lives()
     def end(self, rank: int) -> None:
-        require_ray()
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
 
     @override
+    @while_ray_lives()
     def start(self, rank: int) -> None:
-        require_ray()
         actor = self._make_member(rank)
         self._actors[rank] = actor
         self._places[actor] = actor.about.remote()

@@ -15,16 +15,16 @@ SCRIPT = """
 import os, signal, sys, tempfile
 import numpy as np, ray
 from distnadam import DistNadam
-from distnadam.errors import LifecycleError
-ray.init(address="local", num_cpus=2, log_to_driver=False)
+from distnadam.errors import LifecycleError, RayLost
+{start}
 params = {"w": np.ones(50, np.float32)}
 optimizer = DistNadam(backend="ray", num_workers=1).build(params)
 worker = optimizer.worker(0)
 worker.step(params)
 optimizer.apply_gradients(params)
 
-def refused(told):
-    for call in (
+def refused(told, kind=LifecycleError):
+    for number, call in enumerate((
         lambda: optimizer.iterations,
         lambda: optimizer.lr,
         optimizer.get_params,
@@ -41,18 +41,19 @@ def refused(told):
         lambda: optimizer.worker(0).step(params),
         lambda: worker.step(params),
         worker.pull,
-    ):
+    )):
         try:
             call()
-        except LifecycleError as error:
-            assert told in str(error), error
+        except kind as error:
+            assert told in str(error) and "\\n" not in str(error), error
         else:
-            raise AssertionError("not refused")
+            raise AssertionError(f"call {number} was not refused")
     worker.close()
 
 """
+JOINED = 'ray.init(address="local", num_cpus=2, log_to_driver=False)'
 SHUT = (
-    SCRIPT
+    SCRIPT.replace("{start}", JOINED)
     + """
 ray.shutdown()
 refused("was shut down")
@@ -61,7 +62,7 @@ assert not ray.is_initialized()
 """
 )
 FORKED = (
-    SCRIPT
+    SCRIPT.replace("{start}", JOINED)
     + """
 if (child := os.fork()) == 0:
     signal.alarm(60)
@@ -91,11 +92,16 @@ optimizer.close()
 
 @pytest.mark.parametrize("script", [SHUT, FORKED], ids=["after ray.shutdown()", "in a fork"])
 def test_every_call_is_refused_at_once_and_starts_no_ray(tmp_path: Path, script: str) -> None:
+    run(script, tmp_path)
+
+
+def run(script: str, tmp_path: Path, **more: str) -> None:
+    """Run a script that starts a Ray; its failure is the test's."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         cwd=tmp_path,
-        env=environment,
+        env=environment | more,
         capture_output=True,
         text=True,
         check=False,
