@@ -24,6 +24,8 @@ class Commands(click.Group):
     @override
     def main(self, *args: Any, **extra: Any) -> Any:
         prepare_streams()
+        # a program that calls the command with arguments goes on after it, and is not forked
+        extra.setdefault("obj", (args[0] if args else extra.get("args")) is None)
         try:
             return super().main(*args, **extra)
         except OSError as error:  # of a full disk behind standard output, above all

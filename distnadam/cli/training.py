@@ -183,7 +183,7 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
     If the Ray that it started dies, the run goes on in a new one; if one at RAY_ADDRESS dies, the
     exit status is 75: give the command again, once that Ray is back.
     """
-    run = in_child() if _starts_ray(options) else None
+    run = in_child() if context.obj and _starts_ray(options) else None
     if run is not None and run.goes_on_in is not None:
         options["checkpoint_dir"] = options["checkpoint_dir"] or run.goes_on_in
         options["resume"] = "auto"

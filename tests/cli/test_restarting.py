@@ -210,3 +210,26 @@ def test_the_parent_has_no_ray(tmp_path: Path) -> None:
     say(*["_raylet" in each for each in maps])
     """
     assert start(body, tmp_path).communicate()[0].splitlines()[-1] == "False True"
+
+
+def test_a_program_that_calls_the_command_is_not_forked(tmp_path: Path) -> None:
+    body = """
+    from distnadam.cli import main, training
+    training.in_child = lambda: say("forked") or sys.exit(3)
+    for given in (None, ["train", "nothing"]):
+        sys.argv = ["distnadam", "train", "nothing"]
+        try:
+            main(given)
+        except SystemExit as ended:
+            say(ended.code)
+    """
+    program = textwrap.dedent(body).replace("say(", "print(")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + program],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["forked", "3", "2"], done.stderr
