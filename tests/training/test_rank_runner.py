@@ -1,9 +1,17 @@
-"""How often a run retries ranks that fail, and which error ends it."""
+"""How often a run retries ranks that fail, which error ends it, and what is known of its steps."""
+
+from typing import Any
 
 import pytest
+from typing_extensions import override
 
+from distnadam import DistNadam
+from distnadam.backends.local import LocalWorkerGroup
 from distnadam.errors import TrainingError, WorkerLost
-from distnadam.training.rank_runner import MAX_RECOVERIES, RetryBudget
+from distnadam.training.rank_loop import RankLoop
+from distnadam.training.rank_runner import MAX_RECOVERIES, RankRunner, RetryBudget
+from distnadam.training.steps import StepRecord
+from tests.training.test_fit import Quadratic
 
 DIED = WorkerLost("worker 1: its process died")
 
@@ -52,3 +60,37 @@ def test_an_error_of_the_task_itself_is_raised_unchanged() -> None:
     with pytest.raises(TrainingError) as raised:
         budget.count(7, error, rank=1)
     assert raised.value is error
+
+
+class Mortal(LocalWorkerGroup):
+    """Ranks that are lost with their first report of some steps, once each."""
+
+    doomed: set[int]
+
+    @override
+    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
+        found = super().results(timeout_s)
+        lost = {rank for rank, result in found if rank in self.doomed and result}
+        self.doomed -= lost
+        return [(rank, DIED if rank in lost else result) for rank, result in found]
+
+
+@pytest.mark.parametrize("doomed", [{1}, {0}, {0, 1}])
+def test_a_step_that_a_rank_died_with_is_known_by_the_others(doomed: set[int]) -> None:
+    task, messages = Quadratic(), list[str]()
+    with DistNadam(num_workers=2, backend="local").build(task.init(0)) as optimizer:
+        group = Mortal(2, lambda rank, task: RankLoop(task, optimizer.worker(rank), 2), (task,))
+        group.doomed = set(doomed)
+        ranks = RankRunner(
+            group, 2, optimizer=optimizer, retries=RetryBudget(), on_message=messages.append
+        )
+        seen = []
+        for end in (3, 5):
+            ranks.begin(end)
+            seen.append(ranks.finish())
+        assert optimizer.iterations == 5
+    group.close()
+    first = [StepRecord.of(step + 1, seen[0].get(step, {})).ranks for step in range(3)]
+    assert first == [tuple({0, 1} - doomed)] * 3
+    assert {step: set(each) for step, each in seen[1].items()} == {3: {0, 1}, 4: {0, 1}}
+    assert len(messages) == len(doomed)
