@@ -122,6 +122,13 @@ def remedy_of(leaf: Any, dtype: np.dtype[Any]) -> str:
     """
     if dtype.name.startswith("float") and dtype not in NAME_OF:  # float8, float128
         return "; give its .astype(np.float32)"
+    torch = sys.modules.get("torch")
+    if dtype.kind in "biu" and torch is not None and isinstance(leaf, torch.Tensor):
+        return (
+            "; if it is a buffer, as BatchNorm's, it is no parameter: give "
+            "dict(model.named_parameters()), and keep buffers in the methods state and load_state "
+            "of a task (see distnadam.training.task.Task)"
+        )
     if dtype.kind != "O" or isinstance(leaf, (str, bytes)):
         return ""
     if isinstance(leaf, np.ndarray):

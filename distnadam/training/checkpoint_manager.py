@@ -5,6 +5,7 @@ complete, old ones removed.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distnadam.checkpoint import store
 from distnadam.checkpoint.run_lock import RunLock
@@ -72,15 +73,15 @@ class CheckpointManager:
         self._on_save = on_save
         self._on_message = on_message
 
-    def save(self, optimizer: DistNadam, step: int, *, wait: bool) -> None:
-        """Save, after waiting for an earlier save.
+    def save(self, optimizer: DistNadam, step: int, *, data: dict[str, Any], wait: bool) -> None:
+        """Save, with data beside the state, after waiting for an earlier save.
 
         Raises:
             CheckpointBusy: another run has taken the folder over.
         """
         self.finish()
         self._claim.check()
-        saved = optimizer.save(self._directory, wait=wait)
+        saved = optimizer.save(self._directory, wait=wait, data=data)
         if isinstance(saved, str):
             self._complete(step, saved)
 

@@ -23,6 +23,7 @@ from distnadam.training.progress import ProgressDisplay, console
 from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
 from distnadam.training.task import Task, claim_run_directory, task_name
+from distnadam.training.task_state import TaskState
 from distnadam.training.termination import GRACE_S, Termination
 
 
@@ -155,7 +156,7 @@ def fit(
     given = None if checkpoint_dir is None else open_directory(checkpoint_dir, "checkpoint_dir")
     params = task.init(seed)
     layout = Layout.of(params)
-    as_begun = copied(task, f"task {label!r}")
+    as_begun, state = copied(task, f"task {label!r}"), TaskState(task)
     # all has been checked that can be: from here on there are directories
     checkpoints = given or open_directory(claim_run_directory(label))
     # beside checkpoints at a URL, metrics and plot still need a local directory
@@ -178,6 +179,7 @@ def fit(
                 seed=seed,
                 layout=layout,
                 settings=settings,
+                state=state,
                 is_given=optimizer is not None,
                 resume=resume,
             ),

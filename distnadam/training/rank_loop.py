@@ -8,9 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from distnadam.errors import DistNadamError, LatePush, StaleEpoch, StructureError, TrainingError
+from distnadam.errors import (
+    DistNadamError,
+    LatePush,
+    StaleEpoch,
+    StructureError,
+    TrainingError,
+    Unrecoverable,
+)
 from distnadam.training.steps import RankStep
 from distnadam.training.task import Task
+from distnadam.training.task_state import StatefulTask, state_of
 from distnadam.worker import Worker
 
 
@@ -21,12 +29,14 @@ class RankLoop:
         task: this rank's own copy of the user's task.
         worker: the rank's.
         world_size: how many ranks there are.
+        first: the round that the task's own state is of.
     """
 
-    def __init__(self, task: Task, worker: Worker, world_size: int) -> None:
+    def __init__(self, task: Task, worker: Worker, world_size: int, first: int) -> None:
         self._task = task
         self._worker = worker
         self._world_size = world_size
+        self._state_round = first
         self._seen: dict[int, RankStep] = {}
 
     def run(self, end: int) -> dict[int, RankStep]:
@@ -38,12 +48,15 @@ class RankLoop:
         Raises:
             TrainingError: the task's code raised; the message names the rank and the step, a note
                 holds the traceback.
+            Unrecoverable: the task keeps state of its own, which is not that of the round.
         """
         params = self._pull()
         while (step := self._worker.round) < end:
+            self._check_state(step)
             location = f"worker {self._worker.rank}, step {step}"
             with task_errors(location):
                 batch = self._task.batch(step, self._worker.rank, self._world_size)
+                self._state_round = step + 1  # from here on, whatever becomes of the step
                 loss, gradients = self._task.loss_and_gradients(params, batch)
                 self._seen[step] = RankStep(float(loss), None)
             try:
@@ -55,6 +68,25 @@ class RankLoop:
                 params = self._pull()
         seen, self._seen = self._seen, {}
         return seen
+
+    def state(self) -> Any:
+        """Return the task's own state after the shards' present round.
+
+        Raises:
+            TrainingError: the task's code raised.
+            Unrecoverable: as `run`.
+        """
+        assert isinstance(self._task, StatefulTask)
+        self._check_state(self._worker.round)
+        with task_errors(f"worker {self._worker.rank}, state"):
+            return state_of(self._task)
+
+    def _check_state(self, round: int) -> None:
+        if self._state_round != round and isinstance(self._task, StatefulTask):
+            raise Unrecoverable(
+                f"worker {self._worker.rank}: its task's own state is of step {self._state_round}, "
+                f"and the shards stand at step {round}"
+            )
 
     def _pull(self) -> Any:
         """Return the parameters of the shards' present round, after any rewind."""

@@ -6,9 +6,16 @@ is in `rank_loop`; shards are the supervisor's concern.
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from distnadam.backends.base import WorkerGroup
-from distnadam.errors import DistNadamError, StepTimeout, TrainingError, WorkerLost
+from distnadam.errors import (
+    DistNadamError,
+    StepTimeout,
+    TrainingError,
+    Unrecoverable,
+    WorkerLost,
+)
 from distnadam.optimizer import DistNadam
 from distnadam.training.steps import RankStep
 
@@ -114,6 +121,23 @@ class RankRunner:
                 if rank in self._running and self._ended.get(rank, -1) < incarnation:
                     self._replace(rank, WorkerLost(f"worker {rank}: its process died"))
         return self._seen
+
+    def state(self) -> Any:
+        """Return the task's own state in rank 0, between two segments.
+
+        Raises:
+            TrainingError: the task's code raised.
+            Unrecoverable: it is gone with the rank's process.
+        """
+        self._group.call(0, "state")
+        while True:
+            for rank, result in self._group.results(POLL_S):
+                if isinstance(result, WorkerLost):
+                    raise Unrecoverable(f"{result}: its task's own state is gone") from result
+                if isinstance(result, Exception):
+                    raise result
+                if rank == 0:
+                    return result
 
     def _start(self, rank: int, end: int) -> None:
         self._running[rank] = end

@@ -18,6 +18,7 @@ from distnadam.config import Settings
 from distnadam.errors import CheckpointError, ConfigError, RayLost
 from distnadam.schedules import Rate, rate_from
 from distnadam.tensors.layout import Layout
+from distnadam.training.task_state import TaskState
 
 Found = tuple[Directory, Manifest]
 """A checkpoint."""
@@ -32,6 +33,7 @@ class Request:
         seed: given to `Task.init`.
         layout: the tensors of the task's parameters.
         settings: of the optimizer.
+        state: of the task.
         is_given: whether an optimizer was given, so that its settings are asked for; else they are
             defaults, for a new run only.
         resume: as `fit` takes it.
@@ -41,6 +43,7 @@ class Request:
     seed: int
     layout: Layout
     settings: Settings
+    state: TaskState
     is_given: bool
     resume: str
 
@@ -121,7 +124,7 @@ def _why_foreign(manifest: Manifest, request: Request) -> str | None:
             return f"is of {key} {manifest.run.get(key)!r}, this run's is {ours!r}"
     if Layout.from_dict(manifest.layout) != request.layout:
         return "has other tensors than the task's"
-    return None
+    return request.state.why_not(manifest.user_data)
 
 
 def rate_given_before(where: DirectoryLike) -> Rate | None:

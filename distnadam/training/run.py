@@ -3,7 +3,7 @@
 Workers run segments of rounds that end together, so that nothing is pending between two segments:
 there the driver evaluates, saves, shows progress and reacts to Ctrl-C, to SIGTERM and to a callback
 that raised. Ranks that die are replaced by `rank_runner`, shards by the optimizer's supervisor; if
-all shards are lost, the run starts again from its newest checkpoint.
+all shards are lost, or a task's own state, the run starts again from its newest checkpoint.
 """
 
 import time
@@ -124,6 +124,9 @@ class TrainingRun:
     def _attempt(self) -> bool:
         """Train to the end; return False if all shards were lost, so that the caller resumes."""
         found = find_checkpoint(self.lock.directory, self.request, self.callbacks.on_message)
+        recoveries, state = self._retries.total, self.request.state
+        with task_errors("load_state"):
+            state.begin(None if found is None else found[1].user_data, self.task, self.as_begun)
         if found is not None:
             directory = found[0]
             self.history.resumed_from = (
@@ -137,7 +140,8 @@ class TrainingRun:
                 self._follow(optimizer)
                 self._train_with_workers(optimizer)
         except (ShardLost, Unrecoverable, Rewound) as error:
-            self._retries.count(self._reached, error)
+            if not (state.is_kept and self._retries.total > recoveries):  # a rank's is counted
+                self._retries.count(self._reached, error)
             self.callbacks.on_message(f"{error}; beginning again from the newest checkpoint")
             return False
         finally:
@@ -184,7 +188,7 @@ class TrainingRun:
                 self.callbacks.on_begin(first, self.plan.steps)
             if optimizer.backend_name != "local":
                 self.callbacks.on_phase(f"starting {num_workers} workers")
-            make = partial(_rank_loop, optimizer=optimizer, world_size=num_workers)
+            make = partial(_rank_loop, optimizer=optimizer, world_size=num_workers, first=first)
             group = optimizer.team(make, self.as_begun)
             ranks = RankRunner(
                 group,
@@ -199,7 +203,8 @@ class TrainingRun:
                 if self._interrupted:
                     raise
                 self._interrupted = True  # it came between two segments, where nothing is pending
-                checkpoints.save(optimizer, optimizer.round, wait=True)
+                save = partial(self._save, checkpoints, optimizer, wait=True)
+                self._at_boundary(ranks, checkpoints, optimizer.round, [save])
                 self.callbacks.on_message(f"saved step {optimizer.round} of {self.plan.steps}")
         finally:
             checkpoints.give_up()
@@ -235,10 +240,10 @@ class TrainingRun:
             if plan.due(plan.evaluate_every, step) and not self._interrupted:
                 due.append(partial(self._evaluate, optimizer))
             if plan.due(plan.save_every, step) and not self._interrupted:
-                due.append(partial(checkpoints.save, optimizer, wait=step == plan.steps))
+                due.append(partial(self._save, checkpoints, optimizer, wait=step == plan.steps))
             self._at_boundary(ranks, checkpoints, step, due)
         if self._interrupted:
-            save = partial(checkpoints.save, optimizer, wait=True)
+            save = partial(self._save, checkpoints, optimizer, wait=True)
             self._at_boundary(ranks, checkpoints, step, [save])
             self.callbacks.on_message(f"saved step {step} of {plan.steps}")
 
@@ -256,6 +261,8 @@ class TrainingRun:
         due: list[Callable[[int], None]],
     ) -> None:
         """Do what is due; if the shards go back meanwhile, train up to here again."""
+        if due and self.request.state.is_kept:
+            due.insert(0, partial(self._take_state, ranks))
         while due:
             try:
                 due[0](step)
@@ -301,6 +308,16 @@ class TrainingRun:
                 f"steps {in_words(missing)}: the loss is the mean over the ranks that metrics.csv "
                 "names: a process died before it could report its own"
             )
+
+    def _take_state(self, ranks: RankRunner, step: int) -> None:
+        state = ranks.state()
+        with task_errors(f"load_state after step {step}"):
+            self.request.state.take(state, self.task)
+
+    def _save(
+        self, checkpoints: CheckpointManager, optimizer: DistNadam, step: int, *, wait: bool
+    ) -> None:
+        checkpoints.save(optimizer, step, data=self.request.state.data, wait=wait)
 
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:
         metrics = self._metrics(optimizer, step)
@@ -350,5 +367,7 @@ class TrainingRun:
             self.callbacks.on_message(f"no plot: {error}")
 
 
-def _rank_loop(rank: int, task: Task, *, optimizer: DistNadam, world_size: int) -> RankLoop:
-    return RankLoop(task, optimizer.worker(rank), world_size)
+def _rank_loop(
+    rank: int, task: Task, *, optimizer: DistNadam, world_size: int, first: int
+) -> RankLoop:
+    return RankLoop(task, optimizer.worker(rank), world_size, first)

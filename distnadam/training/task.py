@@ -25,6 +25,29 @@ class Task(Protocol):
     can be copied, by pickling; in local mode arrays that cannot be written are shared. What is no
     attribute of the task, such as a global of its module or an attribute of its class, is each
     process's own: on Ray each worker has one, in local mode all share it.
+
+    A task whose training changes more than the parameters, as BatchNorm's averages, has two methods
+    more:
+
+        state() -> tree           what it is now: dicts, lists, tuples, numbers and arrays (NumPy's,
+                                  torch's, JAX's), which a checkpoint holds beside the parameters;
+                                  of some megabytes at most
+        load_state(tree) -> None  take it back, with NumPy arrays
+
+    Rank 0's counts: it is asked for when a checkpoint is saved and before an evaluation, which gets
+    it first, and all ranks take it where a run goes on from a checkpoint (one that was saved from
+    outside the run has none, and is passed over). Between those each rank changes its own, from its
+    own batches. If a rank's process dies or its code raises, or shards go back, what it had cannot
+    be computed again: all go back to the newest checkpoint, or to what `init` left, and come by the
+    same steps to the same bits. That holds for rank 0's state, and for the parameters as long as
+    gradients do not depend on the state (BatchNorm's in training do not).
+
+        def state(self):          # of a torch module
+            return dict(self.model.named_buffers())
+
+        def load_state(self, state):
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(torch.tensor(state[name]))
     """
 
     def init(self, seed: int) -> Any:
