@@ -45,6 +45,7 @@ from distnadam.training.resuming import (
 )
 from distnadam.training.steps import RankStep, StepRecord, in_words
 from distnadam.training.task import Task
+from distnadam.training.task_code import TaskCode
 from distnadam.training.termination import STATUS, Termination
 
 SEGMENT_S = 0.3
@@ -85,10 +86,14 @@ class TrainingRun:
     callbacks: CallbackList
     history: History
     termination: Termination
+    _code: TaskCode = field(init=False)
     _interrupted: bool = field(default=False, init=False)
     _reached: int = field(default=0, init=False)
     _shard_recoveries: int = field(default=0, init=False)
     _retries: RetryBudget = field(default_factory=RetryBudget, init=False)
+
+    def __post_init__(self) -> None:
+        self._code = TaskCode(self.task)
 
     def run(self) -> None:
         """Train to the end.
@@ -188,7 +193,13 @@ class TrainingRun:
                 self.callbacks.on_begin(first, self.plan.steps)
             if optimizer.backend_name != "local":
                 self.callbacks.on_phase(f"starting {num_workers} workers")
-            make = partial(_rank_loop, optimizer=optimizer, world_size=num_workers, first=first)
+            make = partial(
+                _rank_loop,
+                code=self._code,  # unpickled before the task, which needs it
+                optimizer=optimizer,
+                world_size=num_workers,
+                first=first,
+            )
             group = optimizer.team(make, self.as_begun)
             ranks = RankRunner(
                 group,
@@ -368,6 +379,12 @@ class TrainingRun:
 
 
 def _rank_loop(
-    rank: int, task: Task, *, optimizer: DistNadam, world_size: int, first: int
+    rank: int,
+    task: Task,
+    *,
+    code: TaskCode | None,
+    optimizer: DistNadam,
+    world_size: int,
+    first: int,
 ) -> RankLoop:
     return RankLoop(task, optimizer.worker(rank), world_size, first)

@@ -24,7 +24,9 @@ class Task(Protocol):
     seed or the data, reach them, and what one changes no other sees. So the task must be one that
     can be copied, by pickling; in local mode arrays that cannot be written are shared. What is no
     attribute of the task, such as a global of its module or an attribute of its class, is each
-    process's own: on Ray each worker has one, in local mode all share it.
+    process's own: on Ray each worker has one, in local mode all share it. The source of the task's
+    module, and of what that imports from its own directory, goes to the workers too, as it was when
+    the run began; installed packages and data files must be on their hosts.
 
     A task whose training changes more than the parameters, as BatchNorm's averages, has two methods
     more:
