@@ -3,6 +3,7 @@
 It knows flat arrays, rounds and epochs. No trees, no maths, no Ray.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -29,6 +30,11 @@ from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
+
+log = logging.getLogger("distnadam")
+
+REPORT_WAIT_S = 10.0
+"""Seconds after which a worker that waits for a round says for whom."""
 
 
 class WorkerSession:
@@ -354,10 +360,31 @@ class WorkerSession:
         return self._answers(self._transport.post(self._shards.for_all(message)))
 
     def _answers(self, pending: Pending) -> dict[int, Any]:
+        """Return the answers; log once whom this worker waits for, if it waits long.
+
+        Raises:
+            StepTimeout: they did not all come in time.
+        """
+        patience_s = min(REPORT_WAIT_S, self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s
         try:
-            return pending.result(self._timeout_s)
+            return pending.result(patience_s)
         except TimeoutError as error:
-            raise StepTimeout(
-                f"worker {self.rank}: round {self.round + 1} was not decided in "
-                f"{self._timeout_s:g} s; {self._shards.describe_late(self.round)}"
-            ) from error
+            late = error
+        if patience_s < self._timeout_s:
+            log.warning(
+                "worker %d, round %d: has waited %g s, %s; it waits on, up to %g s",
+                self.rank,
+                self.round + 1,
+                patience_s,
+                self._shards.describe_late(self.round),
+                self._timeout_s,
+            )
+            try:
+                return pending.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError as error:
+                late = error
+        raise StepTimeout(
+            f"worker {self.rank}: round {self.round + 1} was not decided in "
+            f"{self._timeout_s:g} s; {self._shards.describe_late(self.round)}"
+        ) from late

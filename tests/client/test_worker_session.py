@@ -47,6 +47,17 @@ def scene() -> Scene:
     return Scene()
 
 
+def test_a_worker_that_waits_long_says_once_for_whom(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = scene.push(0)
+    with pytest.raises(StepTimeout):
+        scene.sessions[0].wait_for(mine, 100.0)  # a world without work ends each wait at once
+    assert caplog.messages == [
+        "worker 0, round 1: has waited 10 s, still to push: ranks 1; it waits on, up to 100 s"
+    ]
+
+
 def test_a_push_is_sent_then_decided_and_its_parameters_are_received(scene: Scene) -> None:
     session = scene.sessions[0]
     assert not session.in_sync
