@@ -89,7 +89,11 @@ class DecisionExecutor:
         cluster = self._cluster
         epoch, schedule = cluster.next_epoch(), cluster.schedule
         for index in decision.shards:
-            log.warning("shard %d died; its standby takes over", index)
+            log.warning(
+                "shard %d, round %d: its process died; its standby takes over",
+                index,
+                cluster.highest_round,
+            )
             standby = cluster.standbys.pop(index)
             reconfigure = Reconfigure(epoch=epoch, schedule=schedule, newest=dict(cluster.newest))
             try:
@@ -118,8 +122,12 @@ class DecisionExecutor:
 
     def _rewind(self, decision: policy.Rewind, seen: policy.Observation) -> None:
         """Start dead shards again; have all load the newest restore point that all can read."""
-        log.warning("%s: all shards go back to the last checkpoint", decision.why)
         cluster = self._cluster
+        log.warning(
+            "round %d: %s; all shards go back to the last checkpoint",
+            cluster.highest_round,
+            decision.why,
+        )
         for index in decision.shards:
             if (standby := cluster.standbys.pop(index, None)) is not None:
                 self._fence_process(standby)  # it must not step in for the new shard

@@ -64,6 +64,12 @@ class RetryBudget:
         ) from error
 
 
+def restart_sentence(rank: int, step: int, error: Exception) -> str:
+    """Return who is started again, after which step, and why."""
+    what = str(error).removeprefix(f"worker {rank}: ")
+    return f"worker {rank}, step {step}: {what}; it is started again"
+
+
 class RankRunner:
     """Drives the ranks of a worker group segment by segment.
 
@@ -161,7 +167,7 @@ class RankRunner:
 
     def _replace(self, rank: int, error: Exception) -> None:
         self._retries.count(self._optimizer.round, error, rank)
-        self._on_message(f"{error}; worker {rank} is started again")
+        self._on_message(restart_sentence(rank, self._optimizer.round, error))
         self._group.end(rank)
         # a death is often reported twice, by the backend and by the shards, which may be late: the
         # second report must not end the successor

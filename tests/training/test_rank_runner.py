@@ -9,7 +9,12 @@ from distnadam import DistNadam
 from distnadam.backends.local import LocalWorkerGroup
 from distnadam.errors import TrainingError, WorkerLost
 from distnadam.training.rank_loop import RankLoop
-from distnadam.training.rank_runner import MAX_RECOVERIES, RankRunner, RetryBudget
+from distnadam.training.rank_runner import (
+    MAX_RECOVERIES,
+    RankRunner,
+    RetryBudget,
+    restart_sentence,
+)
 from distnadam.training.steps import StepRecord
 from tests.training.test_fit import Quadratic
 
@@ -94,3 +99,7 @@ def test_a_step_that_a_rank_died_with_is_known_by_the_others(doomed: set[int]) -
     assert first == [tuple({0, 1} - doomed)] * 3
     assert {step: set(each) for step, each in seen[1].items()} == {3: {0, 1}, 4: {0, 1}}
     assert len(messages) == len(doomed)
+
+
+def test_the_sentence_of_a_restart_says_who_at_which_step_what_and_what_now() -> None:
+    assert restart_sentence(1, 7, DIED) == "worker 1, step 7: its process died; it is started again"

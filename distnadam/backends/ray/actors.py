@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.nodes import NAMESPACE
+from distnadam.backends.ray.output import PREFIX
 from distnadam.backends.ray.placement import Avoid, Placement, placement_options, shard_ask
 from distnadam.backends.ray.process_manager import ActorFactory
 from distnadam.backends.ray.processes import end_processes, process_start_time
@@ -38,11 +39,14 @@ class RankActor:
         return getattr(self._member, method)(*args)
 
 
-_shard = ray.remote(ShardActor)
-_supervisor = ray.remote(SupervisorActor)
-_member = ray.remote(RankActor)
 _end_processes = ray.remote(end_processes)
 _process_start_time = ray.remote(process_start_time)
+
+
+def _titled(actor: type, *title: object) -> Any:
+    """Return an actor's class of this name, by which Ray calls its process and what it prints."""
+    name = " ".join([PREFIX, *filter(None, map(str, title))])
+    return ray.remote(type(name, (actor,), {"__module__": __name__, "__doc__": actor.__doc__}))
 
 
 def make_shard(
@@ -52,7 +56,8 @@ def make_shard(
     avoid: Avoid,
 ) -> Any:
     """Return a new actor for a shard or its standby, to be opened."""
-    return _shard.options(**_actor_options(spec, label, avoid)).remote(spec, supervisor)
+    title = _titled(ShardActor, spec.name or "", "shard", spec.index)
+    return title.options(**_actor_options(spec, label, avoid)).remote(spec, supervisor)
 
 
 def kill_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
@@ -90,8 +95,10 @@ def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
         asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-    return _supervisor.options(**asked).remote(
-        specs, replicas, ActorFactory(make_shard, kill_on, start_time_on)
+    return (
+        _titled(SupervisorActor, specs[0].name or "", "supervisor")
+        .options(**asked)
+        .remote(specs, replicas, ActorFactory(make_shard, kill_on, start_time_on))
     )
 
 
@@ -119,7 +126,11 @@ def make_member(
         avoid=Avoid(unreachable=unreachable),
     )
     asked = placement_options(wanted, ray.nodes())
-    return _member.options(**asked, num_cpus=options.worker_cpus, max_restarts=0).remote(make, rank)
+    return (
+        _titled(RankActor, "worker", rank)
+        .options(**asked, num_cpus=options.worker_cpus, max_restarts=0)
+        .remote(make, rank)
+    )
 
 
 def _first(spec: ShardSpec) -> int:

@@ -154,6 +154,8 @@ class RayBackend(Backend):
                     f"the optimizer could not be started: {str(error).strip().splitlines()[line]}"
                 ) from error
             raise
+        if self._own is not None and name is not None:
+            log.warning("%s", self._own.how_to_reach(name))
         for reason in sorted({address.reason for address in self.addresses if address.reason}):
             log.warning("%s; %s", reason, REMEDY)
 

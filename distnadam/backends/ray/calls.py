@@ -5,6 +5,7 @@ be alive. Only idempotent calls are retried. Nothing here knows what the calls m
 """
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -45,6 +46,8 @@ _K = TypeVar("_K")
 _PAUSE_S = 0.05
 _SLICE_S = 0.05
 _TRIES = 5
+_DEAD = re.compile(r"^\s+(pid|ip): (\S+)$", re.MULTILINE)
+"""What a report of an actor's death says of its process."""
 
 
 def _never() -> bool:
@@ -101,7 +104,7 @@ def translate(error: Exception, callee: Callee) -> Exception:
             ours = callee.unavailable(f"{callee.who}: {_first_line(error)}{callee.remedy}")
         case RayActorError():
             ours = callee.died(
-                f"{callee.who}: its process or node died: {_first_line(error)}{callee.remedy}"
+                f"{callee.who}: its process or node died{_of_death(error)}{callee.remedy}"
             )
         case GetTimeoutError():
             ours = StepTimeout(f"{callee.who} did not answer in time")
@@ -124,6 +127,13 @@ def is_lost(error: BaseException | None) -> bool:
     return isinstance(error, (ActorUnavailableError, ObjectLostError)) and not isinstance(
         error, RayTaskError
     )
+
+
+def _of_death(error: Exception) -> str:
+    """Return which process it was, and where, as far as Ray says so."""
+    found = dict(_DEAD.findall(str(error)))
+    words = [f"pid {found['pid']}"] * ("pid" in found) + [f"on {found['ip']}"] * ("ip" in found)
+    return f" ({' '.join(words)})" if words else ""
 
 
 def _first_line(error: Exception) -> str:

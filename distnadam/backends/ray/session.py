@@ -9,14 +9,17 @@ import logging
 import os
 import resource
 import secrets
+import shlex
 import socket
 import sys
 import tempfile
 import time
 
 import ray
+from ray._private import worker as ray_worker
 
 from distnadam.backends.ray.joined import is_forked, require_ray, watch_joined
+from distnadam.backends.ray.output import drain_output, show_output
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NotRunning
 
@@ -27,6 +30,8 @@ _PAUSE_S = 0.05
 _LONGEST_TMPDIR = 40
 """Characters of a folder for temporary files in which the name of a Unix socket of Ray's fits."""
 _NAMESPACE = "distnadam-driver"
+_TOKEN_OF_RAY = os.path.expanduser("~/.ray/auth_token")
+"""Where Ray keeps a token that nothing else names."""
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -34,6 +39,7 @@ class OwnedRay:
     """A Ray that this process started, behind a token that only it and its children know."""
 
     def __init__(self, options: Options | None) -> None:
+        self._token_file: str | None = None
         if not os.environ.keys() & set(_TOKEN_VARIABLES):
             # Ray would make a token by itself, but write it to the home directory
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -41,7 +47,7 @@ class OwnedRay:
             ray.init(
                 address="local",
                 include_dashboard=False,
-                log_to_driver=False,
+                log_to_driver=True,
                 logging_level=logging.ERROR,
                 object_store_memory=options.object_store_bytes if options is not None else None,
                 namespace=_NAMESPACE,
@@ -54,15 +60,47 @@ class OwnedRay:
                 "backend='local', which needs no Ray"
             ) from error
         watch_joined(owned=True)
+        show_output()
         if "RAY_AUTH_MODE" not in os.environ:  # Ray before 2.59 that was imported before us
             log.warning(
                 "whoever reaches the Ray started here may run code on it: set RAY_AUTH_MODE=token"
             )
 
+    def how_to_reach(self, name: str) -> str:
+        """Return how another shell of this user reaches an optimizer on this Ray."""
+        address = ray.get_runtime_context().gcs_address
+        mode = os.environ.get("RAY_AUTH_MODE", "disabled")
+        words = [f"RAY_AUTH_MODE={mode}"]
+        where = ""
+        if mode == "token":
+            path = os.environ.get("RAY_AUTH_TOKEN_PATH", _TOKEN_OF_RAY)
+            if (token := os.environ.get("RAY_AUTH_TOKEN")) is not None:
+                path = self._keep_token(token)
+            words.append(f"RAY_AUTH_TOKEN_PATH={shlex.quote(path)}")
+            where = f", whose token is in {path}"
+        command = f"distnadam status {shlex.quote(name)} --address {address}"
+        return (
+            f"{name}: runs on the Ray that this process started, at {address}{where}; from another "
+            f"shell: {' '.join(words)} {command} (or save, reshard, stop in place of status)"
+        )
+
+    def _keep_token(self, token: str) -> str:
+        """Write the token where only this user can read it, and return the path."""
+        if self._token_file is None:
+            directory = ray_worker.global_worker.node.get_session_dir_path()
+            descriptor, self._token_file = tempfile.mkstemp(prefix="token-", dir=directory)
+            with open(descriptor, "w", encoding="ascii") as file:
+                file.write(token)
+        return self._token_file
+
     def shut_down(self) -> None:
         """Stop every process of this Ray; the environment keeps the token, which Ray has cached."""
         if not is_forked():
+            drain_output()
             ray.shutdown()
+        if self._token_file is not None:
+            with contextlib.suppress(OSError):
+                os.remove(self._token_file)
 
 
 def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay | None:
@@ -92,7 +130,9 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
     _require_listener(address)
     mode = os.environ.get("RAY_AUTH_MODE", "unset")
     try:
-        ray.init(address=address, log_to_driver=False, namespace=_NAMESPACE)
+        ray.init(address=address, log_to_driver=start, namespace=_NAMESPACE)
+        if start:
+            show_output()
     except ConnectionError as error:  # which is all that Ray says to a wrong token
         raise ClusterError(
             f"cannot join the Ray at RAY_ADDRESS={address}, which answers but refuses: "

@@ -1,12 +1,15 @@
 """A worker group whose members are actors of this driver. What they compute is not known here."""
 
 import contextlib
+import logging
+import re
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from typing_extensions import override
 
 from distnadam.backends.base import WorkerGroup
@@ -14,10 +17,19 @@ from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import kill_on, make_member
 from distnadam.backends.ray.calls import Callee, ignore_results, translate
 from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
+from distnadam.backends.ray.output import where_reports_are
 from distnadam.backends.ray.placement import RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
-from distnadam.errors import WorkerLost
+from distnadam.errors import ClusterError, VersionMismatch, WorkerLost
+
+log = logging.getLogger("distnadam")
+
+REPORT_WAIT_S = 10.0
+"""Seconds after which a worker whose process has not started is reported."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_MISSING = re.compile(r"ModuleNotFoundError: ")
+_WHERE = re.compile(r"\bip=([^,)\s]+)")
 
 
 class RayWorkerGroup(WorkerGroup):
@@ -35,9 +47,12 @@ class RayWorkerGroup(WorkerGroup):
         self._options = options
         self._first_node = secrets.randbelow(2**16)  # groups begin on different nodes
         self._unreachable = RecentlyUnreachable()
-        self._actors = {rank: self._make_member(rank) for rank in range(size)}
-        self._places = {actor: actor.about.remote() for actor in self._actors.values()}
+        self._actors: dict[int, Any] = {}
+        self._places: dict[Any, Any] = {}
+        self._starting: dict[int, float] = {}  # when each was asked for
         self._calls: dict[Any, int] = {}
+        for rank in range(size):
+            self.start(rank)
 
     @override
     @while_ray_lives()
@@ -52,6 +67,7 @@ class RayWorkerGroup(WorkerGroup):
             if self._calls
             else ([], [])
         )
+        self._report_waiting()
         ended = [(self._calls.pop(ref), ref) for ref in ready]
         return [(rank, self._result(rank, ref)) for rank, ref in ended]
 
@@ -67,6 +83,7 @@ class RayWorkerGroup(WorkerGroup):
         actor = self._make_member(rank)
         self._actors[rank] = actor
         self._places[actor] = actor.about.remote()
+        self._starting[rank] = time.monotonic()
 
     @override
     def close(self) -> None:
@@ -75,6 +92,24 @@ class RayWorkerGroup(WorkerGroup):
 
     def _make_member(self, rank: int) -> Any:
         return make_member(self._make, rank, self._options, self._first_node, self._unreachable.now)
+
+    def _report_waiting(self) -> None:
+        """Log once which workers have long had no process, and what they ask for."""
+        now = time.monotonic()
+        for rank, began in list(self._starting.items()):
+            if now - began < REPORT_WAIT_S:
+                continue
+            del self._starting[rank]
+            if not ray.wait([self._places[self._actors[rank]]], timeout=0)[0]:
+                log.warning(
+                    "worker %d: has waited %g s for its process, which asks CPU %g and the labels "
+                    "%s; free in the cluster: CPU %g; it waits on",
+                    rank,
+                    REPORT_WAIT_S,
+                    self._options.worker_cpus,
+                    dict(self._options.worker_label_selector),
+                    ray.available_resources().get("CPU", 0.0),
+                )
 
     def _forget(self, refs: list[Any]) -> None:
         for ref in refs:
@@ -98,5 +133,36 @@ class RayWorkerGroup(WorkerGroup):
         try:
             return ray.get(ref)
         except RayError as error:
-            callee = Callee(who=f"worker {rank}", died=WorkerLost, unavailable=WorkerLost)
+            if (failure := start_failure(rank, error)) is not None:
+                return failure
+            callee = Callee(
+                who=f"worker {rank}",
+                died=WorkerLost,
+                unavailable=WorkerLost,
+                remedy=where_reports_are(),
+            )
             return translate(error, callee)
+
+
+def start_failure(rank: int, error: RayError) -> ClusterError | None:
+    """Return why a worker could not be made where it was to run; None if it died, or lost a shard.
+
+    Starting it again would change nothing: what it is made of could not be imported there, or
+    failed.
+    """
+    if not isinstance(error, RayActorError) or not error.actor_init_failed:
+        return None
+    report = _COLOURS.sub("", str(error)).strip()
+    cause = report.splitlines()[-1]
+    if cause.startswith("distnadam.errors."):
+        return None
+    host = f" on {found[1]}" if (found := _WHERE.search(report)) is not None else ""
+    remedy = (
+        ": install it there, or keep it beside the task's file" if _MISSING.match(cause) else ""
+    )
+    ours = (VersionMismatch if remedy else ClusterError)(
+        f"worker {rank}{host}: what it needs cannot be loaded there: {cause}{remedy}"
+    )
+    ours.add_note(report)
+    ours.__cause__ = error
+    return ours

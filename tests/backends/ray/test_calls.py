@@ -125,12 +125,19 @@ def end(actor: Any) -> None:
             ray.get(actor.calls.remote())
 
 
+def died() -> ActorDiedError:
+    error = ActorDiedError()
+    error.error_msg += "\n\tclass_name: Some\n\tpid: 77\n\tip: 10.0.0.1\nIts process has died."
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
         (ActorUnavailableError("broken pipe", b"0" * 16), ShardUnavailable, "shard 3: .*broken"),
         (ObjectLostError("ab", "owner", "site"), ShardUnavailable, "shard 3: .*ab"),
-        (ActorDiedError(), ShardLost, "shard 3: its process or node died: "),
+        (ActorDiedError(), ShardLost, "shard 3: its process or node died$"),
+        (died(), ShardLost, r"shard 3: its process or node died \(pid 77 on 10\.0\.0\.1\)$"),
         (GetTimeoutError("late"), StepTimeout, "shard 3 did not answer in time"),
     ],
 )
