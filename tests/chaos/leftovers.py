@@ -10,9 +10,7 @@ import ray
 from tests.processes import children
 
 _ACTORS = (
-    "ray::ShardActor",
-    "ray::SupervisorActor",
-    "ray::RankActor",
+    "ray::distnadam ",
     "ray::Trainer",
     "ray::Visitor",
 )

@@ -28,11 +28,12 @@ def call(*args: Any) -> Any:
     return CliRunner().invoke(main, [str(arg) for arg in args])
 
 
-def start(*args: Any, cwd: Path) -> subprocess.Popen[str]:
+def start(*args: Any, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "distnadam", *map(str, args)]
     return subprocess.Popen(
         command,
         cwd=cwd,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

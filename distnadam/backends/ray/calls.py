@@ -131,9 +131,9 @@ def is_lost(error: BaseException | None) -> bool:
 
 def _of_death(error: Exception) -> str:
     """Return which process it was, and where, as far as Ray says so."""
-    found = dict(_DEAD.findall(str(error)))
-    words = [f"pid {found['pid']}"] * ("pid" in found) + [f"on {found['ip']}"] * ("ip" in found)
-    return f" ({' '.join(words)})" if words else ""
+    words = {"pid": "pid", "ip": "on"}
+    found = " ".join(f"{words[what]} {value}" for what, value in _DEAD.findall(str(error)))
+    return f" ({found})" if found else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -132,20 +132,17 @@ def test_a_killed_shard_without_restore_point_is_an_error_that_names_the_remedy(
             ticket.result()
 
 
-def shard_processes() -> set[int]:
-    """The processes of shards and supervisors below this one."""
-    return {
-        pid
-        for pid in children(os.getpid())
-        if b"ShardActor" in command_of(pid) or b"SupervisorActor" in command_of(pid)
-    }
+def our_processes() -> set[str]:
+    """The titles of shards and supervisors below this process, without the method that runs."""
+    titles = {title_of(pid).partition(".")[0] for pid in children(os.getpid())}
+    return {title for title in titles if title.startswith("ray::distnadam ")}
 
 
-def command_of(pid: int) -> bytes:
+def title_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_text().strip(" \0")
     except OSError:
-        return b""
+        return ""
 
 
 QUIET = """
@@ -171,12 +168,14 @@ def test_ray_tells_the_user_of_nothing_where_all_went_well() -> None:
     assert not [line for line in done.stderr.splitlines() if "pid=" in line or "raylet" in line]
 
 
-def test_optimizers_come_and_go_and_leave_no_process() -> None:
-    for _ in range(3):
-        with DistNadam(num_shards=2, backend="ray").build(START) as optimizer:
+def test_optimizers_come_and_go_titled_by_their_roles_and_leave_no_process() -> None:
+    for name in (None, "run"):
+        with DistNadam(num_shards=2, backend="ray", name=name).build(START) as optimizer:
             optimizer.apply_gradients(START)
-            assert len(shard_processes()) >= 3
-    while shard_processes():
+            ours = f"ray::distnadam {name} " if name else "ray::distnadam "
+            assert our_processes() >= {f"{ours}{role}" for role in ("shard 0", "shard 1")}
+            assert f"{ours}supervisor" in our_processes()
+    while our_processes():
         pass  # the test's time limit bounds it
 
 
