@@ -127,8 +127,8 @@ def test_what_cannot_be_imported_in_a_worker_ends_the_run_at_once_with_its_cause
     task = load_task(f"{file}:T")
     with pytest.raises(
         error,
-        match=rf"(?m)^worker [01] on [\d.]+: what it needs cannot be loaded there: {raised}: of this "
-        rf"file{remedy}",
+        match=rf"(?m)^worker [01] on [\d.]+: what it needs cannot be loaded there: {raised}: of "
+        rf"this file{remedy}",
     ) as caught:
         fit(task, steps=3, backend="ray", checkpoint_dir=tmp_path / "run", verbose=False)
     assert file.name in "".join(caught.value.__notes__), "the whole traceback"
