@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from distnadam.errors import Rewound, ShardLost, TrainingError, Unrecoverable
+from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.training.steps import StepRecord
 
 
@@ -105,7 +105,7 @@ class CallbackList(Callback):
         for callback in tuple(self._callbacks):
             try:
                 getattr(callback, event)(*args)
-            except (Rewound, ShardLost, Unrecoverable):  # in what it asked of the optimizer
+            except (RayLost, Rewound, ShardLost, Unrecoverable):  # of the optimizer that it asked
                 raise
             except KeyboardInterrupt:  # the others get the event all the same
                 if self.interrupted:

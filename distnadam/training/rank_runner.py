@@ -17,6 +17,7 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.optimizer import DistNadam
+from distnadam.shield import shield
 from distnadam.training.steps import RankStep
 
 POLL_S = 0.1
@@ -95,15 +96,18 @@ class RankRunner:
         self._optimizer = optimizer
         self._retries = retries
         self._on_message = on_message
+        self.segments = 0  # begun so far
         self._running: dict[int, int] = {}  # the end of its segment, by rank
         self._ended: dict[int, int] = {}  # the last incarnation that is known to be gone, by rank
         self._seen: dict[int, dict[int, RankStep]] = {}  # by step, then rank
 
     def begin(self, end: int) -> None:
         """Start every rank on the rounds up to `end`, exclusive, without waiting."""
-        self._seen = {}
-        for rank in range(self._num_ranks):
-            self._start(rank, end)
+        with shield:  # a Ctrl-C comes before the first is started, or after the last
+            self._seen = {}
+            self.segments += 1
+            for rank in range(self._num_ranks):
+                self._start(rank, end)
 
     def finish(self) -> dict[int, dict[int, RankStep]]:
         """Wait for the segment's end and return what each rank saw of each step.
@@ -116,16 +120,8 @@ class RankRunner:
             DistNadamError: an error that no retry can mend.
         """
         while self._running:
-            for rank, result in self._group.results(POLL_S):
-                if isinstance(result, Exception):
-                    self._recover(rank, result)
-                elif rank in self._running:
-                    del self._running[rank]
-                    for step, seen in result.items():
-                        self._seen.setdefault(step, {})[rank] = seen
-            for rank, incarnation in self._optimizer.lost_ranks().items():
-                if rank in self._running and self._ended.get(rank, -1) < incarnation:
-                    self._replace(rank, WorkerLost(f"worker {rank}: its process died"))
+            with shield:  # a result that was taken is dealt with before a Ctrl-C
+                self._look()
         return self._seen
 
     def state(self) -> Any:
@@ -144,6 +140,19 @@ class RankRunner:
                     raise result
                 if rank == 0:
                     return result
+
+    def _look(self) -> None:
+        """Take the results that have come, for up to `POLL_S`, and replace who died."""
+        for rank, result in self._group.results(POLL_S):
+            if isinstance(result, Exception):
+                self._recover(rank, result)
+            elif rank in self._running:
+                del self._running[rank]
+                for step, seen in result.items():
+                    self._seen.setdefault(step, {})[rank] = seen
+        for rank, incarnation in self._optimizer.lost_ranks().items():
+            if rank in self._running and self._ended.get(rank, -1) < incarnation:
+                self._replace(rank, WorkerLost(f"worker {rank}: its process died"))
 
     def _start(self, rank: int, end: int) -> None:
         self._running[rank] = end

@@ -28,6 +28,7 @@ from distnadam.errors import (
     Unrecoverable,
 )
 from distnadam.optimizer import DistNadam
+from distnadam.shield import shield
 from distnadam.training.callbacks import CallbackList
 from distnadam.training.checkpoint_manager import CheckpointManager, Plan
 from distnadam.training.history import History
@@ -287,10 +288,13 @@ class TrainingRun:
 
         The first Ctrl-C lets the segment end and stops the run after it; a second one raises.
         """
-        ranks.begin(end)
+        begun = ranks.segments
         try:
+            ranks.begin(end)
             return ranks.finish()
         except KeyboardInterrupt:
+            if ranks.segments == begun:
+                raise  # nothing is pending
             self._interrupted = True
             self.callbacks.on_message(
                 "stopping after the running steps, then saving (Ctrl-C again: stop now, without "
@@ -305,7 +309,8 @@ class TrainingRun:
         for step in range(begin, end):
             record = StepRecord.of(step + 1, seen.get(step, {}))
             self.history.step_seconds += seconds / (end - begin)
-            self.callbacks.on_record(record)
+            with shield:  # no row is lost to a Ctrl-C
+                self.callbacks.on_record(record)
             self.callbacks.on_step(record.step, record.loss)
 
     def _report_missing(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from distnadam.errors import TrainingError
+from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile, evaluation_at, read_metrics
@@ -255,3 +255,16 @@ def test_a_printed_history_is_one_line() -> None:
     assert "\n" not in text
     for word in ("steps 1 to 1000", "loss 0.5", "accuracy 0.9"):
         assert word in text
+
+
+@pytest.mark.parametrize("error", [RayLost, Rewound, ShardLost, Unrecoverable])
+def test_a_death_that_a_callback_met_is_recovered_from(error: type[Exception]) -> None:
+    class Asking(Callback):
+        def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+            raise error("it died")
+
+    callbacks = CallbackList([Asking()])
+    for _ in range(2):
+        with pytest.raises(error):
+            callbacks.on_evaluate(1, {})
+    assert callbacks.failure is None
