@@ -9,7 +9,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -17,7 +19,9 @@ from typing import Any, NoReturn
 
 import click
 
+from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import RayLost
+from distnadam.training.resuming import with_what_is_saved
 
 MAX_RESTARTS = 3
 """Restarts in a row without a new checkpoint, before the run fails."""
@@ -28,6 +32,9 @@ _SENT_BY_TERMINAL = 0x80
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 """Of prctl(2)."""
 _AT_ONCE_S = 0.2
+_LOOK_EVERY_S = 5.0
+_STUCK_S = 20.0
+"""Seconds in which the run itself may notice that its Ray died."""
 _CLEANUP_S = 10.0
 
 
@@ -41,10 +48,12 @@ class Run:
 
     def __init__(self, report: int, goes_on_in: str | None) -> None:
         self._report = report
+        self._ending = threading.Lock()
         self.goes_on_in = goes_on_in
 
     def end(self, error: RayLost) -> NoReturn:
         """End this process, whose Ray died, and have the parent begin the run anew."""
+        self._ending.acquire()  # for good: one report
         record = {"said": saved(error), "in": error.checkpoint_dir, "step": error.step}
         os.write(self._report, json.dumps(record).encode())
         for stream in (sys.stdout, sys.stderr):
@@ -52,11 +61,41 @@ class Run:
                 stream.flush()
         os._exit(os.EX_TEMPFAIL)  # what would be done at exit waits for a Ray that is gone
 
+    def end_if_stuck(self, directory: Callable[[], str | None]) -> None:
+        """End this process as `end` does if its Ray died while the run is in a long evaluation, or
+        in a call that hangs; Ray would end it after a minute.
+
+        Args:
+            directory: returns where checkpoints are, once there are any.
+        """
+        threading.Thread(target=self._look, args=(directory,), daemon=True).start()
+
+    def _look(self, directory: Callable[[], str | None]) -> None:
+        while (why := _why_lost()) is None:
+            time.sleep(_LOOK_EVERY_S)
+        time.sleep(_STUCK_S)
+        where = directory()
+        error = RayLost("", where)
+        if where is not None:
+            error = with_what_is_saved(error, open_directory(where))
+        error.__cause__ = why
+        self.end(error)
+
+
+def _why_lost() -> RayLost | None:
+    """Return how the Ray that this process has joined died, without importing Ray."""
+    joined = sys.modules.get("distnadam.backends.ray.joined")
+    end = joined.why_lost() if joined is not None and hasattr(joined, "why_lost") else None
+    return joined.ray_lost(end) if joined is not None and end is not None else None
+
 
 def saved(error: RayLost) -> str:
     """Return what happened to a run, and what is saved of it."""
-    newest = f"step {error.step} is saved" if error.step >= 0 else "no step is saved yet"
-    return f"{error.__cause__}; {newest} in {error.checkpoint_dir}"
+    newest = "no step is saved yet"
+    if error.step >= 0:
+        newest = f"step {error.step} is saved"
+    where = f" in {error.checkpoint_dir}" if error.checkpoint_dir is not None else ""
+    return f"{error.__cause__}; {newest}{where}"
 
 
 def in_child() -> Run:

@@ -188,6 +188,8 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
         options["checkpoint_dir"] = options["checkpoint_dir"] or run.goes_on_in
         options["resume"] = "auto"
     reached = _Reached(options["checkpoint_dir"])
+    if run is not None:
+        run.end_if_stuck(lambda: reached.directory)
     with (
         _how_to_resume(context, reached),
         exit_on_error(),

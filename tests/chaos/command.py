@@ -23,7 +23,7 @@ RAYS_OWN = {
     "Ray's dashboard agent killed": "ray::DashboardAgent",
 }
 """The kinds, and how the first word of the process's command line ends."""
-_STEPS, _SAVE_EVERY = 600, 50
+_STEPS, _SAVE_EVERY = 1000, 50
 _TRAIN = ["train", "digits", "--quiet", "--steps", str(_STEPS), "--save-every", str(_SAVE_EVERY)]
 _PATIENCE_S = 300.0
 
@@ -76,7 +76,8 @@ def strike(kind: str, rng: np.random.Generator, directory: Path) -> str:
     pause(rng, 1.0)
     command.kill(RAYS_OWN[kind])
     ended, said = command.end()
-    if "the run goes on from there in a new Ray" not in said:
+    # an agent takes its raylet along some time later, perhaps only after the run's end
+    if "agent" not in kind and "the run goes on from there in a new Ray" not in said:
         return f"{kind}: the run did not go on in a new Ray: {said}"
     return "" if ended == undisturbed() else f"DIFFERENT: {kind} under the command"
 

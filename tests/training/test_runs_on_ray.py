@@ -74,6 +74,45 @@ def test_ctrl_c_saves_reports_it_and_leaves_no_process(tmp_path: Path) -> None:
     wait_until_gone(below)
 
 
+EVALUATES_LONG = """
+import os, time
+import numpy as np
+class Long:
+    def init(self, seed): return {"w": np.full(2, 5, np.float32)}
+    def batch(self, step, rank, world_size): return step
+    def loss_and_gradients(self, params, batch): return 1.0, {"w": 2 * params["w"]}
+    def evaluate(self, params):
+        if not os.path.exists("slept"):
+            open("slept", "w").close()
+            time.sleep(600)
+        return {"first": params["w"][0]}
+"""
+
+
+def test_a_head_that_dies_during_a_long_evaluation_is_noticed_before_ray_ends_the_process(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "long.py").write_text(EVALUATES_LONG)
+    how = ["--steps", 40, "--save-every", 10, "--evaluate-every", 20, "--checkpoint-dir", "run"]
+    process = start("train", "long.py:Long", *how, cwd=tmp_path)
+    wait_for(tmp_path, "slept", process)
+    kill_below(process.pid, "gcs_server")
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert "Ray itself died: its head at" in stderr
+    assert "the run goes on from there in a new Ray" in stderr
+
+
+def kill_below(above: int, name: str) -> None:
+    """Kill the process of that program below another."""
+    for pid in children(above):
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+        if program.endswith(f"/{name}"):
+            os.kill(pid, signal.SIGKILL)
+            return
+    raise AssertionError(f"there is no {name}")
+
+
 HEAD = """
 import os, ray
 context = ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
@@ -99,10 +138,7 @@ def test_where_the_ray_of_others_dies_the_status_is_75_and_the_command_goes_on(
     monkeypatch.setenv("RAY_ADDRESS", head.stdout.readline().strip())
     process = start(*ON_RAY, "--steps", 10**6, "--checkpoint-dir", tmp_path / "run", cwd=tmp_path)
     wait_for(tmp_path / "run", "step_*/manifest.msgpack", process)
-    for pid in children(head.pid):
-        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-        if program.endswith(f"/{victim}"):
-            os.kill(pid, signal.SIGKILL)
+    kill_below(head.pid, victim)
     _, stderr = process.communicate(timeout=120)
     head.kill()
     head.communicate()
