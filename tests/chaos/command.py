@@ -37,7 +37,9 @@ class Command:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "distnadam", *_TRAIN, *more, "--checkpoint-dir", str(self.run)],
             cwd=directory,
-            env=kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            # one thread, as in Ray's workers: BLAS's threads show in the bits of gradients
+            env=kept
+            | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
