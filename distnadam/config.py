@@ -108,7 +108,8 @@ class Options:
         shard_memory_bytes: memory that each shard's actor requests of Ray, in bytes; 0 requests
             none.
         shard_resources: further Ray resources that each shard's actor requests, by name.
-        worker_cpus: CPUs that each of `fit`'s worker actors requests of Ray.
+        worker_cpus: CPUs that each of `fit`'s worker actors requests of Ray. As many threads, at
+            least 1, compute in NumPy and torch, in local mode too.
         label_selector: Ray node labels required of the nodes of shards, standbys and supervisor.
         worker_label_selector: Ray node labels required of the nodes of `fit`'s workers.
         spread: spread shards over the nodes as evenly as their resources allow; False fills one

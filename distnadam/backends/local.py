@@ -12,6 +12,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from threadpoolctl import threadpool_limits
 from typing_extensions import override
 
 from distnadam.backends.base import (
@@ -125,11 +126,17 @@ class LocalWorkerGroup(WorkerGroup):
         size: ranks.
         make: makes a rank's object, of copies of `given`.
         given: is copied as if it went to another process, so that members share nothing.
+        threads: of the numerical libraries (BLAS, OpenMP) that each rank computes with. Ray sets
+            as many; with another number their sums have other bits.
     """
 
-    def __init__(self, size: int, make: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    def __init__(
+        self, size: int, make: Callable[..., Any], given: tuple[Any, ...], *, threads: int
+    ) -> None:
         self._make = make
         self._given = given
+        self._threads = threads
+        self._limits = threadpool_limits(threads)
         self._members = {rank: self._made(rank) for rank in range(size)}
         self.after_fork()
         renew_after_fork(self)
@@ -142,7 +149,7 @@ class LocalWorkerGroup(WorkerGroup):
     @override
     def call(self, rank: int, method: str, *args: Any) -> None:
         with memory_for(f"the thread of worker {rank}"):
-            self._calls[self._pool.submit(getattr(self._members[rank], method), *args)] = rank
+            self._calls[self._pool.submit(self._run, rank, method, args)] = rank
 
     @override
     def results(self, timeout_s: float) -> list[tuple[int, Any]]:
@@ -160,6 +167,11 @@ class LocalWorkerGroup(WorkerGroup):
     @override
     def close(self) -> None:
         self._pool.shutdown()
+        self._limits.restore_original_limits()
+
+    def _run(self, rank: int, method: str, args: tuple[Any, ...]) -> Any:
+        threadpool_limits(self._threads)  # OpenMP has a number for each thread that calls it
+        return getattr(self._members[rank], method)(*args)
 
     def _made(self, rank: int) -> Any:
         return self._make(rank, *copied(self._given, f"worker {rank}"))
@@ -372,7 +384,7 @@ class LocalBackend(Backend):
     def worker_group(
         self, size: int, make: Callable[..., Any], options: Options, given: tuple[Any, ...] = ()
     ) -> WorkerGroup:
-        return LocalWorkerGroup(size, make, given)
+        return LocalWorkerGroup(size, make, given, threads=max(1, int(options.worker_cpus)))
 
     @override
     def close(self, *, destroy: bool) -> None:

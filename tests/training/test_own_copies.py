@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from distnadam import DistNadam, fit
+from distnadam import DistNadam, Options, fit
 from distnadam.errors import ConfigError, TrainingError
 from distnadam.training.callbacks import Callback
 from tests.training.test_fit import Quadratic, Remembering, train, weights
@@ -43,6 +44,29 @@ def test_what_a_rank_keeps_on_the_task_is_its_own(num_workers: int, tmp_path: Pa
     assert history.losses == losses
     assert weights(tmp_path)[0] == params
     assert task.seen == [], "the caller's own trains nothing"
+
+
+class Counting(Quadratic):
+    """Notes how many threads the numerical libraries compute with."""
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        _, gradients = super().loss_and_gradients(params, batch)
+        return float(num_threads()), gradients
+
+
+def num_threads() -> int:
+    return max(int(library["num_threads"]) for library in threadpool_info())
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(0.0, 1), (0.5, 1), (2.0, 2)])
+def test_a_rank_computes_with_as_many_threads_as_on_ray(
+    cpus: float, threads: int, tmp_path: Path
+) -> None:
+    optimizer = DistNadam(backend="local", options=Options(worker_cpus=cpus))
+    with threadpool_limits(3):
+        history = train(tmp_path, 2, task=Counting(), optimizer=optimizer)
+        assert num_threads() == 3, "the caller's are what they were"
+    assert history.losses == [threads] * 2
 
 
 class Evaluated(Remembering):

@@ -84,7 +84,12 @@ class Mortal(LocalWorkerGroup):
 def test_a_step_that_a_rank_died_with_is_known_by_the_others(doomed: set[int]) -> None:
     task, messages = Quadratic(), list[str]()
     with DistNadam(num_workers=2, backend="local").build(task.init(0)) as optimizer:
-        group = Mortal(2, lambda rank, task: RankLoop(task, optimizer.worker(rank), 2, 0), (task,))
+        group = Mortal(
+            2,
+            lambda rank, task: RankLoop(task, optimizer.worker(rank), 2, 0),
+            (task,),
+            threads=1,
+        )
         group.doomed = set(doomed)
         ranks = RankRunner(
             group, 2, optimizer=optimizer, retries=RetryBudget(), on_message=messages.append
