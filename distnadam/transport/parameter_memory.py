@@ -78,6 +78,7 @@ class ParameterMemory:
             self._reading = self._addresses(mmap.PROT_READ)
             self._move(copy=False)
         except (OSError, ArenaError):
+            self._writing = self._reading = mmap.mmap(-1, mmap.PAGESIZE)
             self.written = (zeros_flat(dict(sizes)), zeros_flat(dict(sizes)))
             return
         self.written = flat_in(self._writing, sizes, 0), flat_in(self._writing, sizes, 1)
@@ -124,12 +125,14 @@ class ParameterMemory:
         """Put new memory at both places, with the same contents or with zeros."""
         fd = sealed_memfd(self._bytes)
         try:
-            with mmap.mmap(fd, self._bytes) as new:
-                reserve(new, fd, self._bytes)
-                if copy:
+            if copy:
+                with mmap.mmap(fd, self._bytes) as new:
+                    reserve(new, fd, self._bytes)
                     new[:] = memoryview(self._writing)
             _map_at(self._writing, fd, mmap.PROT_READ | mmap.PROT_WRITE)
             _map_at(self._reading, fd, mmap.PROT_READ)
+            if not copy:
+                reserve(self._writing, fd, self._bytes)
         finally:
             os.close(fd)
         for place, advice in ((self._writing, POPULATE_WRITE), (self._reading, POPULATE_READ)):

@@ -1,5 +1,6 @@
 """Resuming a run: with nothing to do, and after a Ctrl-C that skipped an evaluation."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from tests.test_exports import BLOCKER
 from tests.training.test_fit import Quadratic, train
 from tests.training.test_settings import Listener
 
+ROOT = Path(__file__).parents[2]
 FINISHED = """
 from distnadam import fit
 from tests.training.test_fit import Quadratic
@@ -18,12 +20,21 @@ print(history.steps, history.metrics["distance"])
 """
 
 
+def run_python(code: str, directory: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_a_run_that_is_finished_starts_no_ray_and_says_so(tmp_path: Path) -> None:
     done = train(tmp_path / "run", 5)
     code = BLOCKER.format(names={"ray"}) + FINISHED.format(every=None)
-    again = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    again = run_python(code, tmp_path)
     assert again.returncode == 0, again.stderr
     assert again.stdout == f"[] {done.metrics['distance']}\n"
     assert "nothing to do: 5 of 5 steps are done" in again.stderr
@@ -64,9 +75,7 @@ def test_an_evaluation_that_was_skipped_at_the_last_step_is_made_without_workers
 ) -> None:
     interrupted(tmp_path, 1)
     code = BLOCKER.format(names={"ray"}) + FINISHED.replace("steps=5", "steps=1").format(every=1)
-    again = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    again = run_python(code, tmp_path)
     assert again.returncode == 0, again.stderr
     whole = train(tmp_path / "whole", 1)
     assert again.stdout == f"[] {whole.metrics['distance']}\n"
