@@ -43,9 +43,12 @@ settings.load_profile("shared")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the cases on Ray that `on_ray` does not name as slow; keep some folders in one process.
 
-    Their tests load the machine, each folder's by itself.
+    Their tests load the machine, each folder's by itself. Coverage is not measured while Hypothesis
+    tries hundreds of examples: that takes as long again, and other tests pass there.
     """
     for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.no_cover)
         if (chosen := item.get_closest_marker("on_ray")) is not None:
             case = item.callspec.id
             if case.split("-")[0] == "ray" and case not in chosen.args:
