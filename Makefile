@@ -21,7 +21,7 @@ PYTEST_OPTIONS := --numprocesses $(JOBS) --dist loadgroup
 COVERAGE_OPTIONS := $(if $(COV),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow slow-on-hosts slow-beside test-ray-versions coverage lint format types wheel chaos bench clean
+.PHONY: help train test slow test-ray-versions coverage lint format types wheel chaos bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,14 +33,8 @@ test: $(VENV)/installed ## set up, then run all tests but the slow ones; COV=1 a
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_OPTIONS) $(COVERAGE_OPTIONS)
 
 slow: $(INTEROP)/installed ## the slow tests: other frameworks, chaos, several hosts (needs root)
-	$(MAKE) --jobs 2 --output-sync slow-on-hosts slow-beside
-
-# What tells a host that is gone from one that is busy comes first; the rest takes what time it leaves.
-slow-on-hosts:
-	$(INTEROP)/bin/python -m pytest -m slow tests/hosts
-
-slow-beside:
-	nice -n 10 $(INTEROP)/bin/python -m pytest -m slow --numprocesses 2 --dist loadgroup --ignore tests/hosts
+	$(INTEROP)/bin/python -m pytest -m slow tests/chaos tests/hosts
+	$(INTEROP)/bin/python -m pytest -m slow --numprocesses 2 --dist loadgroup --ignore tests/chaos --ignore tests/hosts
 
 # What touches Ray, with the oldest and the newest Ray that we say we support; deploy files name its
 # commands. Old Rays leave files to the garbage collector, and warn of it.
