@@ -101,10 +101,9 @@ def test_a_training_is_watched_saved_resharded_and_stopped_from_another_terminal
             assert distnadam(env, "stop", "far", "--address", address).stdout == "far: ended\n"
             _, stderr = training.communicate()
             assert training.returncode == 1
-            assert (
-                "distnadam: the optimizer 'far' was ended by another process"
-                in stderr.splitlines()[-1]
-            )
+            said = [line for line in stderr.splitlines() if line.startswith("distnadam: ")]
+            assert "the optimizer 'far' was ended by another process" in " ".join(said[-2:]), stderr
+            assert "to go on: distnadam train digits --workers 2 --shards 2" in said[-1] + said[-2]
         assert "no optimizer named 'far'" in one_sentence(
             distnadam(env, "status", "far", "--address", address)
         )
