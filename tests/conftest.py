@@ -76,6 +76,8 @@ def ray_cluster() -> Iterator[None]:
             object_store_memory=400 * 2**20,
             log_to_driver=False,
         )
+    # it looks for new output ten times a second, for nobody
+    ray._private.worker._global_node.kill_log_monitor()
     yield
     ray.shutdown()
 

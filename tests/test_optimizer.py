@@ -78,7 +78,7 @@ def test_what_cannot_be_a_parameter_is_named_by_its_path(tree: Any, told: str) -
         DistNadam(backend="local").build(tree)
 
 
-@pytest.mark.on_ray("ray-bfloat16")
+@pytest.mark.on_ray
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
 def test_parameters_come_back_in_their_own_dtype_and_shape(dtype: Any, backend: str) -> None:
     tree = {
@@ -203,6 +203,7 @@ def test_set_params_is_whole_or_not_at_all() -> None:
         assert bits(optimizer) == before
 
 
+@pytest.mark.on_ray
 def test_apply_gradients_is_refused_while_pushes_wait_and_they_still_count(backend: str) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         workers = [optimizer.worker(rank) for rank in range(2)]
@@ -335,6 +336,7 @@ def test_arrays_of_the_other_byte_order_are_taken() -> None:
         assert optimizer.get_params()["w"].dtype == np.float32
 
 
+@pytest.mark.on_ray
 def test_a_schedule_that_raises_is_named_with_its_step_and_can_be_replaced(backend: str) -> None:
     def schedule(step: int) -> float:
         if step == 1:

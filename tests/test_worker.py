@@ -46,6 +46,7 @@ def test_closing_the_optimizer_releases_a_worker_that_waits() -> None:
     assert "closed" in str(errors[0])
 
 
+@pytest.mark.on_ray
 def test_reading_and_saving_in_the_middle_of_training_sees_one_step(
     tmp_path: Any, backend: str
 ) -> None:

@@ -229,6 +229,7 @@ def test_a_directory_falls_back_to_an_older_one_while_it_loads_and_says_so(
         DistNadam.restore(kept[1][0], backend="local")
 
 
+@pytest.mark.slow
 def test_a_restore_on_ray_takes_no_more_memory_on_its_way_than_what_it_ends_with(
     tmp_path: Path, ray_cluster: None
 ) -> None:

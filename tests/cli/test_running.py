@@ -95,6 +95,7 @@ def test_save_goes_to_a_given_path_or_where_checkpoints_went(
     assert call("verify", tmp_path).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(
     ray_cluster: None, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(
         assert history.resumed_from == saved
 
 
+@pytest.mark.slow
 def test_reshard_moves_a_running_optimizer_to_more_shards(running: DistNadam) -> None:
     running.apply_gradients(GRADIENTS)
     before = running.get_weights()

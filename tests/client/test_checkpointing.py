@@ -67,6 +67,7 @@ def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(
         assert again.restored_data == {"position": 2}
 
 
+@pytest.mark.on_ray
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_checkpoint_has_the_learning_rate_of_its_round_though_set_after_the_call_of_save(
     backend: str, wait: bool, tmp_path: Path
@@ -133,6 +134,7 @@ def test_what_would_change_the_arrays_waits_until_they_are_copied(
         assert bits(again) == before
 
 
+@pytest.mark.on_ray
 def test_a_second_save_waits_for_the_first_and_keeps_its_own_round(
     backend: str, tmp_path: Path
 ) -> None:
@@ -266,6 +268,7 @@ def test_a_snapshot_is_only_taken_of_held_shards() -> None:
         shards.ask({0: Pause("me")})
 
 
+@pytest.mark.slow
 def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_before(
     tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -5,6 +5,7 @@ host, the head, takes the rank over.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -75,6 +76,10 @@ def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
         rejoin_timeout_s=60.0,
         checkpoint_dir=about["directory"],
     )
+    in_turn = ray.remote(num_cpus=0, resources={"shard": 1}, scheduling_strategy="SPREAD")(
+        os.getpid
+    )
+    seen = []
     for _ in range(30):
         how = {"replicas": about["replicas"], "name": f"sides-{time.time_ns()}", "options": options}
         optimizer = DistNadam(backend="ray", **how).build(params())
@@ -85,8 +90,13 @@ def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
         ]
         if (nodes[0] == nodes[1]) == about["together"]:
             return optimizer, nodes[0], nodes[1]
+        seen.append(nodes)
         optimizer.close()
-    raise AssertionError("Ray puts every supervisor in the same place")
+        # Ray takes the two hosts in turn, for a shard and its standby: one more, and the next shard
+        # goes to the other host
+        ray.get(in_turn.remote())
+    alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    raise AssertionError(f"of nodes {alive}, Ray took (shard, supervisor) in turn: {seen}")
 
 
 def main(about: dict[str, Any]) -> None:

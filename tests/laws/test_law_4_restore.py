@@ -83,6 +83,7 @@ def _undisturbed_at(steps: int) -> tuple[bytes, ...]:
     return tuple(undisturbed(steps, clipnorm=0.5))
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_backends(tmp_path: Path, ray_cluster: None) -> None:
     with DistNadam(num_shards=3, num_workers=2, backend="local").build(params()) as optimizer:
         run(optimizer, 0, 2)

@@ -186,6 +186,7 @@ def test_the_second_process_finds_the_loop_compiled_and_needs_no_compiler(tmp_pa
     assert [load_fused(tmp_path) for _ in range(2)] == ["True\n", "False\n"]
 
 
+@pytest.mark.slow
 def test_damaged_code_is_compiled_again(tmp_path: Path) -> None:
     load_fused(tmp_path)
     (kept,) = tmp_path.iterdir()
@@ -196,6 +197,7 @@ def test_damaged_code_is_compiled_again(tmp_path: Path) -> None:
         assert kept.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["NUMBA_BOUNDSCHECK", "NUMBA_LOOP_VECTORIZE"])
 def test_code_compiled_under_other_settings_is_not_used(setting: str, tmp_path: Path) -> None:
     load_fused(tmp_path, **{setting: "0"})

@@ -49,6 +49,7 @@ class Trainer:
         return os.getpid()
 
 
+@pytest.mark.slow
 def test_our_processes_listen_where_any_actor_of_ray_does_and_nowhere_else(
     ray_cluster: None,
 ) -> None:

@@ -111,7 +111,14 @@ def test_the_loss_is_the_mean_over_the_ranks(tmp_path: Path) -> None:
     assert train(tmp_path, steps=1, num_workers=3).losses == [sum(each) / 3]
 
 
-@pytest.mark.parametrize("how", [{"num_shards": 1}, {"num_shards": 5}, {"backend": "ray"}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_shards": 1},
+        {"num_shards": 5},
+        pytest.param({"backend": "ray"}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_run_does_not_depend_on_shards_or_backend(
     how: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -123,6 +130,7 @@ def test_the_run_does_not_depend_on_shards_or_backend(
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+@pytest.mark.on_ray
 @pytest.mark.parametrize("backend", ["local", "ray"])
 def test_a_resumed_run_ends_as_the_undisturbed_one(
     backend: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -286,6 +294,7 @@ def test_ctrl_c_while_the_driver_evaluates_saves_too(tmp_path: Path) -> None:
     assert weights(tmp_path / "step_00000005") == weights(tmp_path / "whole")
 
 
+@pytest.mark.on_ray
 def test_an_error_of_the_task_names_rank_and_step_and_ends_the_run(
     tmp_path: Path, backend: str
 ) -> None:

@@ -48,6 +48,7 @@ def shard_process() -> int:
     return int(struct.unpack("3i", credentials)[0])
 
 
+@pytest.mark.slow
 def test_the_loss_of_more_ranks_at_once_than_one_may_fail_changes_no_bit(
     tmp_path: Path,
 ) -> None:
@@ -85,7 +86,7 @@ def train(task: Any, directory: Path, **how: Any) -> Any:
     [
         ({(1, 5): "worker", (1, 12): "shard", (0, 17): "worker"}, 0),
         pytest.param({(0, 3): "shard"}, 0, marks=pytest.mark.slow),
-        ({(1, 12): "shard", (0, 20): "worker"}, 1),
+        pytest.param({(1, 12): "shard", (0, 20): "worker"}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_workers_and_shards_that_die_under_fit_change_no_bit(
@@ -127,6 +128,7 @@ def test_a_process_that_dies_at_one_step_every_time_ends_the_run(
         train(Poisoned(), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_traceback(
     tmp_path: Path,
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_traceba
     assert 'raise ZeroDivisionError("the batch is bad")' in notes + str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_twice_ends_with_the_bits_of_one_that_never_fails(
     tmp_path: Path,
 ) -> None:

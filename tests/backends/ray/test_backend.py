@@ -45,6 +45,7 @@ def test_an_ask_that_the_nodes_cannot_meet_is_refused_at_once_with_what_is_missi
         DistNadam(num_shards=3, backend="ray", options=options).build(START)
 
 
+@pytest.mark.slow
 def test_a_label_may_be_refused_rather_than_asked_for() -> None:
     with DistNadam(
         num_shards=2, replicas=1, backend="ray", options=Options(label_selector={"zone": "!moon"})
@@ -60,6 +61,7 @@ def test_an_ask_may_be_waited_for_visibly(caplog: pytest.LogCaptureFixture) -> N
     assert "waiting for nodes: 1 shards ask TPU 1" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_shards_ask_for_what_the_options_say() -> None:
     free = ray.available_resources()["CPU"]
     with DistNadam(num_shards=2, backend="ray", options=Options(shard_cpus=1.5)).build(
@@ -104,6 +106,7 @@ def test_handles_and_workers_travel_to_tasks_and_actors() -> None:
         assert ends[0] == ends[1] == optimizer.get_params()["w"].tobytes()
 
 
+@pytest.mark.slow
 def test_a_copy_that_closes_only_detaches() -> None:
     @ray.remote(num_cpus=0)
     def use(optimizer: DistNadam) -> int:
@@ -117,6 +120,7 @@ def test_a_copy_that_closes_only_detaches() -> None:
         optimizer.get_params()
 
 
+@pytest.mark.slow
 def test_a_killed_shard_without_restore_point_is_an_error_that_names_the_remedy() -> None:
     options = Options(retain_initial=False)
     with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(
@@ -179,6 +183,7 @@ def test_optimizers_come_and_go_titled_by_their_roles_and_leave_no_process() -> 
         pass  # the test's time limit bounds it
 
 
+@pytest.mark.slow
 def test_backends_agree_on_a_model_with_an_empty_shard() -> None:
     tiny = {"w": np.ones(3, np.float32)}
     with (

@@ -346,7 +346,7 @@ def lose_calls() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "until answered",
+        pytest.param("until answered", marks=pytest.mark.slow),
         "pending",
         pytest.param("gathered", marks=pytest.mark.slow),
         pytest.param("in the background", marks=pytest.mark.slow),

@@ -122,6 +122,7 @@ def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(
     assert processes_of(name) == set()
 
 
+@pytest.mark.slow
 def test_an_optimizer_is_ended_by_name_even_if_only_its_shards_are_left() -> None:
     optimizer = build("ended", replicas=1)
     there = processes_of("ended")
@@ -175,6 +176,7 @@ class Sleeper:
         return os.getpid()
 
 
+@pytest.mark.slow
 def test_stopped_members_of_a_team_end_if_replaced_and_with_the_team() -> None:
     with DistNadam(num_workers=2, backend="ray").build(START) as optimizer:
         team = optimizer.team(Sleeper)

@@ -65,6 +65,7 @@ def recorded(optimizer: DistNadam) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transport", ["auto", pytest.param("objects", marks=pytest.mark.slow)]
 )  # objects have no line whose end would tell of a death
@@ -90,6 +91,7 @@ def test_a_worker_that_leaves_and_comes_back_replays_to_the_same_bits(
         assert bits(optimizer) == replayed(members)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["auto", pytest.param("objects", marks=pytest.mark.slow)])
 def test_waiting_ranks_learn_who_is_lost_where_all_are_needed(transport: Any) -> None:
     options = Options(rejoin_timeout_s=0.2, transport=transport)

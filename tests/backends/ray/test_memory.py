@@ -81,6 +81,7 @@ def test_a_model_that_a_process_cannot_hold_is_refused_and_another_optimizer_goe
     assert result["iterations"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_shard_without_the_memory_for_a_snapshot_goes_on_and_saves_once_it_has_it(
     tmp_path: Path,
