@@ -13,7 +13,7 @@ from tests.count_functions import trace_step
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
-    errors reproducible_math shield threads versions
+    errors reproducible_math shield threads versions waiting
     places
     tensors
     plain_data copies

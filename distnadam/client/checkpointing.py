@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from distnadam.errors import CheckpointError, DistNadamError, Rewound, ShardLost
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Collect, Paused, Reserve, Save
 from distnadam.threads import in_background, renew_after_fork
+from distnadam.waiting import is_long, said_if_long, say_waiting
 
 log = logging.getLogger("distnadam")
 
@@ -31,10 +32,12 @@ class SaveHandle:
 
     Args:
         round: the round whose state it holds.
+        waits_for: returns for whom it waits, in words.
     """
 
-    def __init__(self, round: int) -> None:
+    def __init__(self, round: int, waits_for: Callable[[], str] = lambda: "") -> None:
         self.round = round
+        self._waits_for = waits_for
         self._future: Future[str] = Future()
         self._raised = False
         renew_after_fork(self)
@@ -52,6 +55,7 @@ class SaveHandle:
 
     def wait(self) -> bool:
         """Wait until it has ended and return whether it is complete; raise nothing."""
+        self._say_if_long(None)
         return self._future.exception() is None
 
     def result(self, timeout_s: float | None = None) -> str:
@@ -61,8 +65,11 @@ class SaveHandle:
             CheckpointError: why it is not; earlier checkpoints stay as they were.
             StepTimeout: it was not complete in time; may be called again.
         """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._say_if_long(timeout_s)
+        left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            return self._future.result(timeout_s)
+            return self._future.result(left_s)
         except TimeoutError as error:
             if not self._future.done():
                 raise StepTimeout(f"the checkpoint was not complete in {timeout_s:g} s") from error
@@ -70,6 +77,17 @@ class SaveHandle:
         except BaseException:
             self._raised = True
             raise
+
+    def _say_if_long(self, timeout_s: float | None) -> None:
+        """Wait for a while; say once for whom if it lasts, in this thread: others may have ended
+        with the interpreter.
+        """
+        if is_long(self._future, timeout_s):
+            try:
+                whom = self._waits_for()
+            except DistNadamError as error:  # why the save will end, too
+                whom = f"since {error}"
+            say_waiting(f"checkpoint of round {self.round}", whom, timeout_s)
 
     def surface(self) -> None:
         """Raise the error that it ended with, unless a call raised it before."""
@@ -159,7 +177,7 @@ class CheckpointWriter:
     def save(self, shards: ShardGroup, root: Directory, saved: Saved) -> str:
         """Write a checkpoint of one round while the shards are paused; return its directory."""
         self.finish()
-        with _measured(shards.backend.meter):
+        with _measured(shards.backend.meter), _said_if_long(shards, root):
             return shards.recovering(lambda: _save(shards, root, saved))
 
     def reserve(self, shards: ShardGroup) -> None:
@@ -173,12 +191,19 @@ class CheckpointWriter:
             return self._save_async(shards, root, saved)
 
     def _save_async(self, shards: ShardGroup, root: Directory, saved: Saved) -> SaveHandle:
-        with _failures_counted(shards.backend.meter):
+        with _failures_counted(shards.backend.meter), _said_if_long(shards, root):
             snapshot = shards.recovering(lambda: _snapshot(shards, root, saved))
-        saving = self._in_flight = SaveHandle(snapshot.checkpoint.round)
+        collects = {index: Collect(name) for index, name in snapshot.names.items()}
+        saving = SaveHandle(snapshot.checkpoint.round, lambda: shards.describe_unanswered(collects))
+        self._in_flight = saving
         GUARD.watch(saving)
         in_background("saving", lambda: _write_behind(shards, snapshot, saving))
         return saving
+
+
+def _said_if_long(shards: ShardGroup, root: Directory) -> AbstractContextManager[None]:
+    """Say what keeps a caller of `save` waiting, if it takes long."""
+    return said_if_long(f"save to {root}", shards.describe_busy)
 
 
 def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:

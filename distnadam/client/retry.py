@@ -5,6 +5,7 @@ No message and no state: it runs what it is given, and recovers in between.
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from distnadam.backends.base import ShardTransport
@@ -18,6 +19,7 @@ from distnadam.errors import (
     StepTimeout,
 )
 from distnadam.shield import raise_interrupt
+from distnadam.waiting import said_if_long
 
 _T = TypeVar("_T")
 
@@ -66,15 +68,23 @@ class Retry:
             case Rewound():
                 raise error
             case ShardLost():
-                self._transport.await_recovery(self._timeout_s)
+                with self._said_if_long(error):
+                    self._transport.await_recovery(self._timeout_s)
             case Reconfigured():
                 self._transport.refresh()
             case StaleEpoch():
                 pass
-            case IllegalMessage() if self._transport.wait_if_moved(version):
-                pass
+            case IllegalMessage():
+                with self._said_if_long(error):
+                    moved = self._transport.wait_if_moved(version)
+                if not moved:
+                    raise error
             case _:
                 raise error
+
+    def _said_if_long(self, why: DistNadamError) -> AbstractContextManager[None]:
+        """Say for which shard a recovery waits, if it takes long."""
+        return said_if_long("recovery of the shards", lambda: f"since {why}", self._timeout_s)
 
     def pause(self, began: float, problem: str, timeout_s: float | None = None) -> None:
         """Sleep for a moment, in a wait for something that is polled for.

@@ -48,12 +48,15 @@ from distnadam.schedules import Rate
 from distnadam.supervision.pause import all_paused, lagging
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
+from distnadam.waiting import said_if_long
 
 _T = TypeVar("_T")
 IO_TIMEOUT_S = 24 * 3600.0
 """Seconds in which shards read or write a checkpoint."""
 _PATIENCE_S = 10.0
 """How long a shard may take to say where it stands, in seconds."""
+_LOOK_S = 0.1
+"""How long each may take at least, once that time is over for another."""
 
 
 @dataclass(frozen=True)
@@ -122,23 +125,55 @@ class ShardGroup:
         Args:
             decided: the round before the one that is waited for.
         """
-        asked = {
-            shard: self.backend.transport.post({shard: Describe()})
-            for shard in range(len(self.ranges))
-        }
-        deadline, missing, silent = time.monotonic() + _PATIENCE_S, set(), []
-        for shard, pending in asked.items():
-            try:
-                status: Description = pending.result(max(0.1, deadline - time.monotonic()))[shard]
-            except TimeoutError:
+        missing, silent = set(), []
+        for shard, status in self._ask_each(self.for_all(Describe()), _PATIENCE_S).items():
+            if isinstance(status, TimeoutError):
                 silent.append(shard)
                 continue
+            if isinstance(status, Exception):
+                raise status
             if status.round > decided:
                 continue
             fates = dict.fromkeys(status.left, " (closed)") | dict.fromkeys(status.dead, " (died)")
             missing |= {f"{rank}{fates.get(rank, '')}" for rank in status.waiting_for}
-        hung = f"shards {', '.join(map(str, silent))} do not answer; " if silent else ""
+        hung = f"shards {_listed(silent)} do not answer; " if silent else ""
         return f"{hung}still to push: ranks {', '.join(sorted(missing)) or 'none'}"
+
+    def describe_busy(self) -> str:
+        """Return, for a call that waits for the shards, what each does that keeps it waiting."""
+        doing: dict[str, list[int]] = {}
+        for shard, status in self._ask_each(self.for_all(Describe()), _PATIENCE_S).items():
+            if isinstance(status, TimeoutError):
+                what = "do not answer"
+            elif isinstance(status, Exception):
+                what = f"cannot be asked ({status})"
+            elif status.busy:
+                what = "read, write or copy their state"
+            elif status.holder is not None:
+                what = "are held between two rounds"
+            else:
+                what = f"are {status.phase}"
+            doing.setdefault(what, []).append(shard)
+        return "; ".join(f"shards {_listed(shards)} {what}" for what, shards in doing.items())
+
+    def describe_unanswered(self, messages: Mapping[int, Message]) -> str:
+        """Return which shards do not answer idempotent messages at once, in words."""
+        answers = self._ask_each(messages, 0.0)
+        late = [shard for shard, answer in answers.items() if isinstance(answer, TimeoutError)]
+        return f"for shards {_listed(late)}" if late else "for what follows them"
+
+    def _ask_each(self, messages: Mapping[int, Message], patience_s: float) -> dict[int, Any]:
+        """Return each shard's answer or error; TimeoutError if it has none in so many seconds."""
+        transport, deadline = self.backend.transport, time.monotonic() + patience_s
+        asked = {shard: transport.post({shard: message}) for shard, message in messages.items()}
+        answers: dict[int, Any] = {}
+        for shard, pending in asked.items():
+            try:
+                left_s = max(_LOOK_S, deadline - time.monotonic())
+                answers[shard] = pending.result(left_s)[shard]
+            except (TimeoutError, DistNadamError) as error:
+                answers[shard] = error
+        return answers
 
     def load(self, params: Flat) -> None:
         """Give new shards their first parameters."""
@@ -161,12 +196,13 @@ class ShardGroup:
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
         """Have new shards load, again if a call was lost: one that has loaded says so."""
-        self.retry.poll(
-            lambda: self.ask(loads, timeout_s=timeout_s),
-            "the new shards did not all load their state",
-            until_not=ShardUnavailable,
-            timeout_s=timeout_s,
-        )
+        with said_if_long("loading the state", self.describe_busy):
+            self.retry.poll(
+                lambda: self.ask(loads, timeout_s=timeout_s),
+                "the new shards did not all load their state",
+                until_not=ShardUnavailable,
+                timeout_s=timeout_s,
+            )
         self.rewinds.acknowledge(1)
 
     @contextmanager
@@ -204,7 +240,7 @@ class ShardGroup:
         Args:
             what: names of arrays: "params", "m", "v".
         """
-        return self.recovering(lambda: self._read(what))
+        return self._said_if_long(f"reading {', '.join(what)}", lambda: self._read(what))
 
     def _read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         whole = {name: empty_flat(self.layout.sizes) for name in what}
@@ -238,7 +274,7 @@ class ShardGroup:
                 }
                 self.ask(writes)
 
-        self.recovering(write)
+        self._said_if_long(f"writing {', '.join(state)}", write)
 
     def set_rate(self, lr: Rate) -> None:
         """Replace the learning rate from the next step on."""
@@ -249,7 +285,7 @@ class ShardGroup:
                 self.backend.supervisor.state_replaced(what)
                 self.ask(self.for_all(SetRate(at.token, lr)))
 
-        self.recovering(write)
+        self._said_if_long("setting the learning rate", write)
 
     def step(self, gradients: Any) -> RoundResult:
         """Apply one step from an already averaged gradient tree.
@@ -293,7 +329,7 @@ class ShardGroup:
             self.backend.transport.refresh()
 
         if num_shards != self.backend.transport.num_shards:
-            self.recovering(move)
+            self._said_if_long(f"reshard to {num_shards} shards", move)
 
     def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
         """Copy a gradient tree into this handle's buffer, and return why not, and its parts."""
@@ -320,6 +356,11 @@ class ShardGroup:
         except Rewound as error:
             self.rewinds.acknowledge(error.epoch)
             raise
+
+    def _said_if_long(self, what: str, work: Callable[[], _T]) -> _T:
+        """Return what `recovering` returns; say what the shards do meanwhile if it takes long."""
+        with said_if_long(what, self.describe_busy):
+            return self.recovering(work)
 
     def go_back(self, reason: str, cause: DistNadamError | None = None) -> NoReturn:
         """Have all shards go back, since they stand at different rounds and cannot be made level.
@@ -348,3 +389,7 @@ class ShardGroup:
             raise StepTimeout(
                 f"shards {sorted(messages)} did not all answer {kind} in {timeout_s:g} s"
             ) from error
+
+
+def _listed(shards: list[int]) -> str:
+    return ", ".join(map(str, shards))

@@ -3,7 +3,6 @@
 It knows flat arrays, rounds and epochs. No trees, no maths, no Ray.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -30,11 +29,7 @@ from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
-
-log = logging.getLogger("distnadam")
-
-REPORT_WAIT_S = 10.0
-"""Seconds after which a worker that waits for a round says for whom."""
+from distnadam.waiting import REPORT_WAIT_S, say_waiting
 
 
 class WorkerSession:
@@ -372,14 +367,8 @@ class WorkerSession:
         except TimeoutError as error:
             late = error
         if patience_s < self._timeout_s:
-            log.warning(
-                "worker %d, round %d: has waited %g s, %s; it waits on, up to %g s",
-                self.rank,
-                self.round + 1,
-                patience_s,
-                self._shards.describe_late(self.round),
-                self._timeout_s,
-            )
+            who = f"worker {self.rank}, round {self.round + 1}"
+            say_waiting(who, self._shards.describe_late(self.round), self._timeout_s)
             try:
                 return pending.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import distnadam.runtime.shard_files as shard_files
-from distnadam import DistNadam
+from distnadam import DistNadam, waiting
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
 from distnadam.protocol.messages import Pause
@@ -317,3 +317,56 @@ def test_the_first_save_after_reserve_allocates_no_copy_of_the_state(tmp_path: P
             assert tracemalloc.get_traced_memory()[1] < 2 * 10**6  # the state has 12
         finally:
             tracemalloc.stop()
+
+
+def test_a_save_that_lasts_is_said_with_what_the_shards_do(
+    gate: WriteGate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: threading.Event,
+) -> None:
+    monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.01)
+    with (
+        DistNadam(backend="local").build(params()) as optimizer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        saving = pool.submit(optimizer.save, tmp_path)
+        assert gate.begun.wait(60)
+        assert optimizer.shards.describe_busy() == "shards 0 read, write or copy their state"
+        assert said.wait(60)
+        gate.opened.set()
+        saving.result()
+    assert caplog.messages[0].startswith(f"save to {tmp_path}: has waited 0.01 s, shards 0 ")
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda optimizer, saving, root: saving.result(),
+        lambda optimizer, saving, root: saving.result(timeout_s=60),
+        lambda optimizer, saving, root: saving.wait(),
+        lambda optimizer, saving, root: optimizer.save(root / "next"),
+        lambda optimizer, saving, root: optimizer.reshard(1),
+        lambda optimizer, saving, root: optimizer.close(),
+    ],
+    ids=["result", "result with a timeout", "wait", "next save", "reshard", "close"],
+)
+def test_whoever_waits_long_for_a_save_in_the_background_is_told_for_which_shards(
+    wait: Callable[[DistNadam, Any, Path], object],
+    gate: WriteGate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: threading.Event,
+) -> None:
+    with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
+        saving = optimizer.save(tmp_path, wait=False)
+        monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.01)
+        opening = threading.Thread(target=lambda: said.wait(60) and gate.opened.set())
+        opening.start()
+        wait(optimizer, saving, tmp_path)
+        opening.join()
+    assert caplog.messages[0].startswith(
+        "checkpoint of round 0: has waited 0.01 s, for shards 0, 1; it waits on"
+    )

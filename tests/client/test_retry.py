@@ -1,9 +1,11 @@
 """What a client does about each error, by the table of `Retry`."""
 
+import threading
 from typing import Any
 
 import pytest
 
+from distnadam import waiting
 from distnadam.backends.base import ShardTransport
 from distnadam.client.retry import Retry
 from distnadam.client.rewind_guard import RewindGuard
@@ -116,3 +118,26 @@ def test_a_rewind_is_raised_once_and_never_at_the_first_look() -> None:
     guard.check(6, epoch=7, round=3)
     guard.acknowledge(8)
     guard.check(8, epoch=8, round=3)
+
+
+@pytest.mark.parametrize(
+    "error", [ShardLost("shard 1: its process died"), IllegalMessage("shard 1: is loading")]
+)
+def test_a_recovery_that_lasts_is_said_once_with_the_shard_that_it_waits_for(
+    error: DistNadamError,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: threading.Event,
+) -> None:
+    class Slow(Transport):
+        def await_recovery(self, timeout_s: float) -> None:
+            assert said.wait(60)
+
+        def wait_if_moved(self, version: int) -> bool:
+            return said.wait(60)
+
+    monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.01)
+    assert Retry(Slow(), 300.0, 0.0).run(fails_with(error)) == "done"
+    assert caplog.messages == [
+        f"recovery of the shards: has waited 0.01 s, since {error}; it waits on, up to 300 s"
+    ]

@@ -1,10 +1,14 @@
 """All shards as one: reading and writing at one round, and what a handle says of late shards."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distnadam import waiting
 from distnadam.client.building import start_shards
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options, Settings, Topology
@@ -108,3 +112,43 @@ def test_a_handle_raises_a_rewind_once_and_takes_its_knowledge_along() -> None:
     make(*arguments).read(("m",))
     with pytest.raises(ShardLost, match="cannot be made level"):
         group.go_back("they cannot be made level")
+
+
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        ("reshard to 2 shards", lambda group: group.reshard(2)),
+        ("reading params, m", lambda group: group.read(("params", "m"))),
+        ("writing m", lambda group: group.fill({"m": {"float32": W}})),
+        ("setting the learning rate", lambda group: group.set_rate(0.5)),
+    ],
+    ids=["reshard", "read", "fill", "set_rate"],
+)
+def test_a_call_that_waits_long_says_that_the_shards_are_held(
+    what: str,
+    call: Callable[[ShardGroup], object],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: threading.Event,
+) -> None:
+    group = local()
+    with ThreadPoolExecutor(1) as pool:
+        with group.boundary():
+            monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.01)
+            calling = pool.submit(call, group)
+            assert said.wait(60)
+        calling.result()
+    assert caplog.messages[0] == (
+        f"{what}: has waited 0.01 s, shards 0, 1, 2 are held between two rounds; it waits on"
+    )
+
+
+def test_what_each_shard_does_is_said_for_a_call_that_waits() -> None:
+    options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, kernel="numpy")
+    world, layout = begin_world(W, NadamConfig(), options, 2, 1, 0)
+    group = ShardGroup(WorldBackend(world), layout, 2, options, poll_s=0.0)
+    assert group.describe_busy() == "shards 0, 1 are collecting pushes"
+    world.shards[1].kill()
+    assert group.describe_busy() == (
+        "shards 0 are collecting pushes; shards 1 cannot be asked (shard 1: is dead)"
+    )

@@ -1,7 +1,6 @@
 """A worker group whose members are actors of this driver. What they compute is not known here."""
 
 import contextlib
-import logging
 import re
 import secrets
 import time
@@ -22,11 +21,8 @@ from distnadam.backends.ray.placement import RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
 from distnadam.errors import ClusterError, VersionMismatch, WorkerLost
+from distnadam.waiting import REPORT_WAIT_S, say_waiting
 
-log = logging.getLogger("distnadam")
-
-REPORT_WAIT_S = 10.0
-"""Seconds after which a worker whose process has not started is reported."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _MISSING = re.compile(r"ModuleNotFoundError: ")
 _WHERE = re.compile(r"\bip=([^,)\s]+)")
@@ -101,14 +97,12 @@ class RayWorkerGroup(WorkerGroup):
                 continue
             del self._starting[rank]
             if not ray.wait([self._places[self._actors[rank]]], timeout=0)[0]:
-                log.warning(
-                    "worker %d: has waited %g s for its process, which asks CPU %g and the labels "
-                    "%s; free in the cluster: CPU %g; it waits on",
-                    rank,
-                    REPORT_WAIT_S,
-                    self._options.worker_cpus,
-                    dict(self._options.worker_label_selector),
-                    ray.available_resources().get("CPU", 0.0),
+                asked = dict(self._options.worker_label_selector)
+                say_waiting(
+                    f"worker {rank}",
+                    f"for its process, which asks CPU {self._options.worker_cpus:g} and the labels "
+                    f"{asked}; free in the cluster: CPU "
+                    f"{ray.available_resources().get('CPU', 0.0):g}",
                 )
 
     def _forget(self, refs: list[Any]) -> None:
