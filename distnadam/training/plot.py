@@ -29,16 +29,19 @@ def plot_loss(metrics_path: Path, plot_path: Path) -> Path:
         `plot_path`.
 
     Raises:
-        TrainingError: matplotlib is missing, or the file has no loss.
+        TrainingError: matplotlib is missing or refuses, or the file has no loss.
     """
+    series = _series(metrics_path)
     try:
         from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        draw(figure, series)
+        figure.savefig(plot_path, dpi=120)
     except ImportError as error:
         raise TrainingError("a plot needs matplotlib: pip install 'distnadam[plot]'") from error
-    series = _series(metrics_path)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    draw(figure, series)
-    figure.savefig(plot_path, dpi=120)
+    except (ValueError, RuntimeError) as error:  # of MPLBACKEND, a matplotlibrc, the suffix
+        raise TrainingError(f"{plot_path}: matplotlib cannot draw it: {error}") from error
     return plot_path
 
 

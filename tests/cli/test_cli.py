@@ -144,6 +144,15 @@ def test_local_training_never_imports_ray(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["checkpoint"].endswith("step_00000005")
 
 
+def test_a_run_ends_well_where_matplotlib_refuses_to_be_imported(tmp_path: Path) -> None:
+    # as in a notebook, whose backend this environment may not have
+    environment = {**os.environ, "MPLBACKEND": "of another environment"}
+    process = start(*TRAIN, "--steps", 5, cwd=tmp_path, env=environment)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert json.loads(output)["plot"] is None
+
+
 def test_a_run_killed_half_way_and_resumed_ends_with_the_undisturbed_bits(tmp_path: Path) -> None:
     how = ["--steps", 600, "--save-every", 50]
     assert call(*TRAIN, *how, "--checkpoint-dir", tmp_path / "whole").exit_code == 0

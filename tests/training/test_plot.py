@@ -93,3 +93,11 @@ def test_a_missing_file_and_one_without_losses_are_named(tmp_path: Path) -> None
     with pytest.raises(TrainingError, match=r"metrics\.csv: holds no loss"):
         plot_loss(metrics, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_what_matplotlib_refuses_is_a_plot_that_cannot_be_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("step,metric,value,lr,seconds,ranks\n1,loss,0.5,0.002,0.1,0\n")
+    with pytest.raises(TrainingError, match=r"loss\.nothing: matplotlib cannot draw it: .*nothing"):
+        plot_loss(metrics, tmp_path / "loss.nothing")
