@@ -100,6 +100,7 @@ class RankRunner:
         self._running: dict[int, int] = {}  # the end of its segment, by rank
         self._ended: dict[int, int] = {}  # the last incarnation that is known to be gone, by rank
         self._seen: dict[int, dict[int, RankStep]] = {}  # by step, then rank
+        self._is_asked_for_state = False  # rank 0, which has not answered
 
     def begin(self, end: int) -> None:
         """Start every rank on the rounds up to `end`, exclusive, without waiting."""
@@ -127,18 +128,24 @@ class RankRunner:
     def state(self) -> Any:
         """Return the task's own state in rank 0, between two segments.
 
+        After a KeyboardInterrupt the call is to be repeated before the next segment.
+
         Raises:
             TrainingError: the task's code raised.
             Unrecoverable: it is gone with the rank's process.
         """
-        self._group.call(0, "state")
+        if not self._is_asked_for_state:  # else by a call that a Ctrl-C ended
+            with shield:
+                self._group.call(0, "state")
+                self._is_asked_for_state = True
         while True:
-            for rank, result in self._group.results(POLL_S):
-                if isinstance(result, WorkerLost):
-                    raise Unrecoverable(f"{result}: its task's own state is gone") from result
-                if isinstance(result, Exception):
-                    raise result
-                if rank == 0:
+            with shield:  # the answer is not left for the segment that follows
+                for _, result in self._group.results(POLL_S):
+                    self._is_asked_for_state = False
+                    if isinstance(result, WorkerLost):
+                        raise Unrecoverable(f"{result}: its task's own state is gone") from result
+                    if isinstance(result, Exception):
+                        raise result
                     return result
 
     def _look(self) -> None:

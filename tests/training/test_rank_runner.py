@@ -1,7 +1,9 @@
 """How often a run retries ranks that fail, which error ends it, and what is known of its steps."""
 
+import signal
 from typing import Any
 
+import numpy as np
 import pytest
 from typing_extensions import override
 
@@ -17,6 +19,7 @@ from distnadam.training.rank_runner import (
 )
 from distnadam.training.steps import StepRecord
 from tests.training.test_fit import Quadratic
+from tests.training.test_task_state import Averaging, of_rank_0
 
 DIED = WorkerLost("worker 1: its process died")
 
@@ -78,6 +81,53 @@ class Mortal(LocalWorkerGroup):
         lost = {rank for rank, result in found if rank in self.doomed and result}
         self.doomed -= lost
         return [(rank, DIED if rank in lost else result) for rank, result in found]
+
+
+class Interrupted(LocalWorkerGroup):
+    """Sends a Ctrl-C in the next look for results, once they are there or before; one result comes
+    at a time.
+    """
+
+    interrupts: bool = False
+    before: bool
+    others: tuple[tuple[int, Any], ...] = ()
+
+    @override
+    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
+        interrupts, self.interrupts = self.interrupts, False
+        found = [] if interrupts and self.before else [*self.others, *super().results(0.05)]
+        self.others = tuple(found[1:])
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
+        return found[:1]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before it comes", "as it comes"])
+def test_a_ctrl_c_while_rank_0_is_asked_for_its_state_leaves_no_answer_behind(before: bool) -> None:
+    task = Averaging()
+    with DistNadam(num_workers=2, backend="local").build(task.init(0)) as optimizer:
+        group = Interrupted(
+            2,
+            lambda rank, task: RankLoop(task, optimizer.worker(rank), 2, 0),
+            (task,),
+            threads=1,
+        )
+        group.before = before
+        ranks = RankRunner(
+            group, 2, optimizer=optimizer, retries=RetryBudget(), on_message=lambda _: None
+        )
+        for end in (2, 4):
+            ranks.begin(end)
+            assert {step: set(each) for step, each in ranks.finish().items()} == {
+                end - 2: {0, 1},
+                end - 1: {0, 1},
+            }
+            group.interrupts = True
+            with pytest.raises(KeyboardInterrupt):
+                ranks.state()
+            state = ranks.state()
+            assert np.array_equal(state["average"], of_rank_0(end))
+    group.close()
 
 
 @pytest.mark.parametrize("doomed", [{1}, {0}, {0, 1}])
