@@ -64,7 +64,7 @@ def fit(
             rate that it was not given before, and the options; other hyper-parameters cannot
             change. While it runs, `optimizer.lr` is the run's, and may be set in `on_begin` and
             `on_evaluate` of a callback.
-        backend: "auto", "local" or "ray", as for `DistNadam`.
+        backend: "auto", "local" or "ray", as for `DistNadam`; "auto" is the optimizer's, if given.
         seed: passed to `Task.init`.
         checkpoint_dir: the directory for checkpoints, metrics.csv and loss.png; None means
             a new directory, ``runs/<task>-<time>/``. If it is an fsspec URL, only the checkpoints
@@ -211,11 +211,13 @@ def _checked_settings(optimizer: DistNadam | None, topology: dict[str, Any]) -> 
             "optimizer: is built already, and fit builds its own: give one that is not, or "
             "checkpoint_dir to go on from a checkpoint"
         )
+    if topology["backend"] == "auto":  # as good as not given
+        topology = topology | {"backend": config["backend"]}
     for name, value in topology.items():
         if config[name] not in (value, defaults[name]):
             raise ConfigError(
                 f"{name}: the optimizer was made with {config[name]!r} and fit is called with "
-                f"{value!r}: give it to fit"
+                f"{value!r}: give both the same, or only fit"
             )
     settings = Settings.of(**(config | topology))
     settings.config.to_dict()  # refuses a function that no checkpoint can hold

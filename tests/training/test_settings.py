@@ -109,6 +109,31 @@ def test_options_that_a_resumed_run_is_given_take_effect(tmp_path: Path) -> None
     assert store.load(tmp_path / "step_00000003").saved_options.on_nonfinite == "skip"
 
 
+@pytest.mark.parametrize("given", [{}, {"backend": "auto"}, {"backend": "local"}], ids=repr)
+def test_the_backend_is_the_optimizers_unless_fit_is_given_one(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    started: list[str] = []
+
+    class Starts(Callback):
+        def on_phase(self, text: str) -> None:
+            started.append(text)
+
+    how = {"checkpoint_dir": tmp_path, "verbose": False, "callbacks": [Starts()]} | given
+    assert fit(Quadratic(), steps=2, optimizer=DistNadam(backend="local"), **how).steps == [1, 2]
+    assert started == [], "nothing is started in this process"
+
+
+@pytest.mark.parametrize(("made_with", "given"), [("local", "ray"), ("ray", "local")])
+def test_two_backends_that_contradict_each_other_are_refused_with_both(
+    tmp_path: Path, made_with: Any, given: Any
+) -> None:
+    message = f"backend: the optimizer was made with '{made_with}' and fit is called with '{given}'"
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path, steps=2, optimizer=DistNadam(backend=made_with), backend=given)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("event", ["on_begin", "on_evaluate"])
 def test_a_rate_set_in_a_callback_at_a_certain_step_holds_from_there(
     tmp_path: Path, event: str
