@@ -8,7 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- ray -->\n)?```python\n(.*?)```", re.DOTALL)
 BLOCKS = [
-    pytest.param(bool(ray), code, id=str(number), marks=[pytest.mark.slow] * bool(ray and number > 1))
+    pytest.param(
+        bool(ray), code, id=str(number), marks=[pytest.mark.slow] * bool(ray and number > 1)
+    )
     for number, (ray, code) in enumerate(BLOCK.findall((ROOT / "README.md").read_text()))
 ]
 

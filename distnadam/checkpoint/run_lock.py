@@ -6,7 +6,6 @@ as long as it lives. A run that finds another's lease file watches it: one that 
 live run, one that stays unchanged for `LEASE_S` to a dead run, and is removed.
 """
 
-import fcntl
 import logging
 import os
 import socket
@@ -18,8 +17,8 @@ from typing import Self
 
 from typing_extensions import override
 
-from distnadam.checkpoint.storage.base import Directory
-from distnadam.checkpoint.storage.local import LocalDirectory
+from distnadam.checkpoint.storage.base import Directory, os_errors_as
+from distnadam.checkpoint.storage.local import LocalDirectory, lock
 from distnadam.errors import CheckpointBusy, CheckpointError
 
 log = logging.getLogger("distnadam")
@@ -66,24 +65,22 @@ class DirectoryLock(RunLock):
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        root = self._path.parent
+        with os_errors_as(root, "made or written"):
+            root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self._path.parent}: cannot be made or written: {error.strerror or error}"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            os.close(descriptor)
-            raise CheckpointBusy(
-                f"{self._path.parent}: another run writes here (process {holder}); choose another "
-                "directory"
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+            try:
+                if not lock(descriptor, root):
+                    holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+                    raise CheckpointBusy(
+                        f"{root}: another run writes here (process {holder}); choose another "
+                        "directory"
+                    )
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+            except BaseException:
+                os.close(descriptor)
+                raise
         self._descriptor = descriptor
         return self
 

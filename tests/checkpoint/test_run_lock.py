@@ -1,6 +1,7 @@
 """One run at a time writes to a directory, local or remote, while runs live, die and wake up."""
 
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 
 from distnadam.checkpoint.run_lock import LeaseFile, make_run_lock
 from distnadam.checkpoint.storage.base import Directory
+from distnadam.checkpoint.storage.local import lock
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import CheckpointBusy, CheckpointError
 
@@ -33,6 +35,31 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
     with make_run_lock(open_directory(tmp_path)):
         pass
+
+
+def test_a_directory_on_a_full_disk_is_refused_by_name(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with (
+            pytest.raises(CheckpointError, match=r"run: cannot be made or written: File too large"),
+            make_run_lock(open_directory(tmp_path / "run")),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with make_run_lock(open_directory(tmp_path / "run")):
+        assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
+
+
+def test_what_cannot_be_locked_is_not_said_to_be_held_by_another(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_PATH)  # refused, as by a file system without locks
+    try:
+        with pytest.raises(CheckpointError, match=r": cannot be locked: ") as refused:
+            lock(descriptor, tmp_path)
+    finally:
+        os.close(descriptor)
+    assert not isinstance(refused.value, CheckpointBusy)
 
 
 def test_a_second_run_is_refused_by_name_while_the_first_lives(directory: Directory) -> None:

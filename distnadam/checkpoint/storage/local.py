@@ -168,13 +168,21 @@ class LocalDirectory(Directory):
         with os_errors_as(self.path, "opened"):
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise CheckpointBusy(f"{self.path}: another save is writing it") from error
+            if not lock(descriptor, self.path):
+                raise CheckpointBusy(f"{self.path}: another save is writing it")
             yield
         finally:
             os.close(descriptor)
+
+
+def lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file of `path` until it is closed; return False if another process holds it."""
+    with os_errors_as(path, "locked"):  # not every file system has locks
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def _sync(path: Path) -> None:
