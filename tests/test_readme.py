@@ -1,17 +1,30 @@
-"""Every Python block of the README runs as it stands, in an empty directory."""
+"""Every Python block of the README runs as it stands, in an empty directory: in this process, under
+`nohup` with its input closed, and as a container runs it.
+"""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.security.strangers import NOBODY, as_root
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- ray -->\n)?```python\n(.*?)```", re.DOTALL)
 BLOCKS = [
-    pytest.param(
-        bool(ray), code, id=str(number), marks=[pytest.mark.slow] * bool(ray and number > 1)
-    )
+    pytest.param(bool(ray), code, id=str(number))
     for number, (ray, code) in enumerate(BLOCK.findall((ROOT / "README.md").read_text()))
+]
+ON_RAY = "3"
+"""The block that stands for all on Ray where each starts one of its own."""
+ELSEWHERE = [
+    pytest.param(block.values[1], id=block.id)
+    for block in BLOCKS
+    if not block.values[0] or block.id == ON_RAY
 ]
 
 
@@ -31,3 +44,60 @@ def test_a_block_of_the_readme_runs(
 
 def test_the_readme_has_a_block_for_every_use() -> None:
     assert len(BLOCKS) == 8
+
+
+def in_container(run: Path) -> list[str]:
+    """Return what begins a command as a container does, for which only `run` and /tmp are writable.
+
+    It is not root (but may read everything, as the interpreter may lie in a closed home), has
+    64 MiB of /dev/shm, no home, and a /tmp of its own.
+    """
+    become = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups"
+    become += " --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+    kept = [shlex.quote(str(path)) for path in (ROOT, sys.prefix, run)]
+    script = [
+        "set -e",
+        "mount --make-rprivate /",
+        "mount -t tmpfs tmpfs /mnt",
+        *(f"mkdir /mnt/{n}; mount --bind {path} /mnt/{n}" for n, path in enumerate(kept)),
+        "mount -t tmpfs -o mode=1777 tmpfs /tmp",
+        *(f"mkdir -p {path}; mount --move /mnt/{n} {path}" for n, path in enumerate(kept)),
+        "mount -t tmpfs -o size=64m,mode=1777 tmpfs /dev/shm",
+        *(f"mount -o remount,bind,ro {path}" for path in ("/", *kept[:2])),
+        f"chown {NOBODY}:{NOBODY} {kept[2]}; cd {kept[2]}",
+        f'exec {become} "$@"',
+    ]
+    namespaces = ["--mount", "--pid", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+    return ["unshare", *namespaces, "sh", "-c", "\n".join(script), "sh"]
+
+
+def run(command: list[str], directory: Path, home: Path) -> str:
+    """Run a command that must end well in an environment without settings; return its output."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT)}
+    output = directory.with_suffix(".out")
+    with output.open("w") as file:
+        done = subprocess.run(
+            command, cwd=directory, env=environment, stdout=file, stderr=file, timeout=200
+        )
+    assert done.returncode == 0, output.read_text()
+    return output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ELSEWHERE)
+def test_a_block_runs_under_nohup_without_an_input(code: str, tmp_path: Path) -> None:
+    (tmp_path / "block.py").write_text(code)
+    command = ["sh", "-c", f"exec nohup {sys.executable} block.py <&-"]
+    assert "Traceback" not in run(command, tmp_path, tmp_path)
+
+
+@as_root
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ELSEWHERE)
+def test_a_block_runs_in_a_container(code: str, tmp_path: Path) -> None:
+    begin = in_container(tmp_path)
+    refused = "for place in / /root /var/tmp; do if touch $place/x 2>&-; then exit 1; fi; done"
+    run([*begin, "sh", "-c", refused], tmp_path, Path("/nonexistent"))
+    (tmp_path / "block.py").write_text(code)
+    command = [*begin, sys.executable, "block.py"]
+    assert "Traceback" not in run(command, tmp_path, Path("/nonexistent"))
