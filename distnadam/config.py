@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from distnadam.errors import ConfigError
-from distnadam.places import place
+from distnadam.places import place, shown
 from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
 
 DEFAULT_EPSILON = 1e-7
@@ -123,7 +123,8 @@ class Options:
             None means Ray's default.
         checkpoint_dir: the directory, a path or an fsspec URL, from which the shards restore when
             one of them dies without a standby; `build` writes a first checkpoint there. None means
-            the directory of the last `save`. A relative path is made absolute here.
+            the directory of the last `save`. A relative path is made absolute here. A URL with a
+            password or token in it is in no checkpoint, and shown without.
         retain_initial: keep the parameters given to `build` in the supervisor until the first
             checkpoint (4 bytes per float32 element), so that a shard that dies before it can be
             recovered.
@@ -202,6 +203,10 @@ class Options:
                 name,
                 {str(key): _as(kind, f"{name}[{key!r}]", value) for key, value in mapping.items()},
             )
+
+    def __repr__(self) -> str:
+        fields = (f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+        return f"Options({shown(', '.join(fields))})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for `of`."""

@@ -18,6 +18,17 @@ _KNOWN = (
 )
 _HALF_URL = re.compile(rf"[^/]*:/|[a-z]:\\|(?:{_KNOWN}):|.*/(?:{_KNOWN}):/", re.I | re.DOTALL)
 """A path that begins as host:/x, s3:/x, s3:x or C:\\x do, or has a scheme inside as /runs/s3:/x."""
+_PASSWORD = re.compile(
+    r"(?P<user>\b[A-Za-z][A-Za-z0-9+.-]*:/{1,2}[^/?#\s:@\[]*):"
+    r"(?:[^/?#\s]*|(?!\d*[/?#])\S*)(?=@)"  # a port is no password; one may have a slash
+)
+_PARAMETER = re.compile(
+    r"(?P<name>[?&;][^=&;#\s]*(?:pass|pwd|secret|token|key|sig|cred|auth|delegation)[^=&;#\s]*=)[^&;#\s'\"]+",
+    re.IGNORECASE,
+)
+_HIDDEN = "***"
+_LEAST_SECRET = 4
+"""Characters of a secret that is looked for in the words of others."""
 _WITH_BUCKET = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"})
 
 
@@ -43,14 +54,14 @@ def place(given: Any, what: str) -> str:
     if not text.strip():
         raise ConfigError(f"{what} must be a path or a URL, got the empty {text!r}")
     if "\0" in text:
-        raise ConfigError(f"{what}={text!r}: no path or URL has a NUL character")
+        raise ConfigError(f"{what}={shown(text)!r}: no path or URL has a NUL character")
     match = _SCHEME.fullmatch(text)
     if match is not None:
         return _url(match[1].lower(), match[2], text, what)
     if "://" in text or _HALF_URL.match(text):
         raise ConfigError(
-            f"{what}={text!r} looks like a URL and is none: write scheme://host/path, as a str "
-            "(a pathlib.Path takes a slash from it), or ./... for a path that begins so"
+            f"{what}={shown(text)!r} looks like a URL and is none: write scheme://host/path, as a "
+            "str (a pathlib.Path takes a slash from it), or ./... for a path that begins so"
         )
     return _path(text, what)
 
@@ -59,7 +70,7 @@ def local_path(given: Any, what: str) -> str:
     """Return the absolute path that a user means; raise ConfigError, as `place`, also for a URL."""
     path = place(given, what)
     if "://" in path:
-        raise ConfigError(f"{what}={path!r} must be a path of this machine, not a URL")
+        raise ConfigError(f"{what}={shown(path)!r} must be a path of this machine, not a URL")
     return path
 
 
@@ -75,19 +86,47 @@ def above(path: str) -> str:
     return f"{head.rstrip('/').rpartition('/')[0]}{separator}{query}" or "/"
 
 
+def shown(text: str) -> str:
+    """Return a place, or a text with URLs in it, as people may read it: without what opens it.
+
+    Left out are passwords, and what parameters say that bear a secret's name, such as ``token``.
+    """
+    if ":/" not in text:
+        return text
+    return _PARAMETER.sub(rf"\g<name>{_HIDDEN}", _PASSWORD.sub(rf"\g<user>:{_HIDDEN}", text))
+
+
+def has_secret(path: str) -> bool:
+    """Whether `shown` leaves something out."""
+    return shown(path) != path
+
+
+def shown_by_others(text: str, path: str) -> str:
+    """Return what others say of a place, as an error of a file system, without the place's secrets.
+
+    They write it in forms of their own.
+    """
+    secrets = [match[0].removeprefix(f"{match['user']}:") for match in _PASSWORD.finditer(path)]
+    secrets += [match[0].removeprefix(match["name"]) for match in _PARAMETER.finditer(path)]
+    for secret in {form for each in secrets for form in (each, unquote(each))}:
+        if len(secret) >= _LEAST_SECRET:
+            text = text.replace(secret, _HIDDEN)
+    return shown(text)
+
+
 def _url(scheme: str, rest: str, text: str, what: str) -> str:
     host, slash, path = rest.partition("/")
     if scheme in ("file", "local"):
         if host not in ("", "localhost") or not slash:
             raise ConfigError(
-                f"{what}={text!r}: a file's URL has three slashes and an absolute path: "
+                f"{what}={shown(text)!r}: a file's URL has three slashes and an absolute path: "
                 f"{scheme}:///..."
             )
         return _path(f"/{unquote(path)}" if scheme == "file" else f"/{path}", what)
     if "://" in rest or "::" in rest:
-        raise ConfigError(f"{what}={text!r}: is several URLs, expected one")
+        raise ConfigError(f"{what}={shown(text)!r}: is several URLs, expected one")
     if not rest.strip("/") or (scheme in _WITH_BUCKET and not host):
-        raise ConfigError(f"{what}={text!r}: names no bucket, host or path")
+        raise ConfigError(f"{what}={shown(text)!r}: names no bucket, host or path")
     before, separator, query = rest.partition("?")
     return f"{scheme}://{before.rstrip('/')}{separator}{query}"
 

@@ -3,18 +3,21 @@
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 
 from distnadam import DistNadam, Options
 from distnadam.checkpoint import store
 from distnadam.checkpoint.storage.resolve import open_directory
+from distnadam.cli import main
 from distnadam.errors import CheckpointError, ConfigError
 from distnadam.interop import export_checkpoint, import_checkpoint
-from distnadam.places import above, below, local_path, place
+from distnadam.places import above, below, has_secret, local_path, place, shown
 from distnadam.training.fit import fit
 from distnadam.training.tasks.digits import Digits
 
@@ -234,3 +237,129 @@ def test_what_a_file_system_says_of_its_host_is_an_error_of_ours(
     monkeypatch.setattr(hosted, "__init__", unreachable)
     with pytest.raises(CheckpointError, match="hosted://nas/x: cannot be opened: Connection"):
         open_directory("hosted://nas/x")
+
+
+SECRET = "s3cr3t%2Fword"
+"""A password, as it is written in a URL."""
+URL = f"hosted://me:{SECRET}@nas:22/data/run?user=me&delegation={SECRET}"
+SHOWN = "hosted://me:***@nas:22/data/run?user=me&delegation=***"
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("s3://key:{}@host/run", "s3://key:***@host/run"),
+        ("s3://key:{}@host:9000/run@2", "s3://key:***@host:9000/run@2"),
+        ("s3://key:{}/with/slashes+@host/run", "s3://key:***@host/run"),
+        ("sftp://me:{}@@nas:22/data", "sftp://me:***@nas:22/data"),
+        ("SFTP://:{}@nas/data", "SFTP://:***@nas/data"),
+        ("https://host/run?sv=1&sig={}&x=2", "https://host/run?sv=1&sig=***&x=2"),
+        ("webhdfs://n:98/u?user=x&delegation={0}", "webhdfs://n:98/u?user=x&delegation=***"),
+        ("abfs://c@a.net/run?SAS_Token={}#f", "abfs://c@a.net/run?SAS_Token=***#f"),
+        ("s3://b/r?X-Amz-Signature={0}&a=b", "s3://b/r?X-Amz-Signature=***&a=b"),
+        ("s3://b/r?aws_secret_access_key={}", "s3://b/r?aws_secret_access_key=***"),
+        ("ftp://u:{}@h/a?password={}", "ftp://u:***@h/a?password=***"),
+        ("s3:/key:{}@host/run", "s3:/key:***@host/run"),
+    ],
+)
+def test_a_url_is_shown_without_what_opens_it(url: str, expected: str) -> None:
+    given = url.format(SECRET, SECRET)
+    assert has_secret(given)
+    assert shown(given) == expected
+    assert shown(f"a, {given} b '{given}' {given}") == f"a, {expected} b '{expected}' {expected}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "s3://bucket/run",
+        "s3://host:9000/run@2",
+        "sftp://me@nas:22/a:b@c",
+        "http://[::1]:9000/x@y",
+        "webhdfs://n:9870/u?user=x",
+        "/data/a:b@c?token=x",
+        "see s3://b/c, me:you@home",
+    ],
+)
+def test_what_has_no_secret_is_shown_as_it_is(given: str) -> None:
+    assert shown(given) == given
+    assert not has_secret(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [f"s3:/k:{SECRET}@h/x", f"s3://k:{SECRET}@h/x\0", f"s3://k:{SECRET}@h/https://x", URL + "::x"],
+)
+def test_a_refusal_of_what_is_no_place_has_no_secret(given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Options(checkpoint_dir=given)
+    assert SECRET not in str(caught.value)
+    assert "***" in str(caught.value)
+
+
+def test_a_run_on_a_url_with_a_password_shows_and_keeps_it_nowhere(
+    hosted: type[Hosted],
+    here: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level("DEBUG")
+    options = Options(checkpoint_dir=URL)
+    for steps in (2, 4):
+        history = fit(
+            Digits(),
+            steps=steps,
+            backend="local",
+            checkpoint_dir=URL,
+            save_every=1,
+            optimizer=DistNadam(options=options),
+        )
+    saved = str(history.checkpoints[-1])
+    assert saved == URL.replace("run?", "run/step_00000004?"), "what was given opens it"
+    assert store.find(URL)[1].saved_options.checkpoint_dir is None
+    said = [*capsys.readouterr(), caplog.text, repr(options), repr(history), repr(DistNadam())]
+    files = [path.read_bytes() for path in here.rglob("*") if path.is_file()]
+    kept = [
+        bytes(file.getbuffer()) for files, _ in hosted.hosts.values() for file in files.values()
+    ]
+    assert f"resuming from {SHOWN.replace('run?', 'run/step_00000002?')}" in said[1]
+    assert files and kept
+    for secret in (SECRET, unquote(SECRET)):
+        assert not any(secret in text for text in said)
+        assert not any(secret.encode() in content for content in (*files, *kept))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["inspect"], ["inspect", "--json"], ["verify"], ["verify", "--json"], ["diff", "--json"]],
+    ids=" ".join,
+)
+def test_a_command_on_a_url_with_a_password_prints_it_without(
+    hosted: type[Hosted], command: list[str]
+) -> None:
+    with DistNadam(backend="local").build(PARAMS) as optimizer:
+        assert optimizer.save(URL) == URL.replace("run?", "run/step_00000000?")
+    done = CliRunner().invoke(main, [*command, URL, *([URL] if command[0] == "diff" else [])])
+    assert done.exit_code == 0, done.output
+    assert SECRET not in done.output
+    gone = CliRunner().invoke(main, ["inspect", URL.replace("run", "gone")])
+    assert gone.exit_code == 1
+    assert SECRET not in gone.output
+
+
+def test_what_a_file_system_says_of_a_url_with_a_password_is_said_without(
+    hosted: type[Hosted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Hosted, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(f"me:{unquote(SECRET)} may not, {SECRET}")
+
+    directory = open_directory(URL)
+    monkeypatch.setattr(hosted, "ls", refused)
+    with pytest.raises(CheckpointError, match="may not") as caught:
+        directory.files()
+    monkeypatch.setattr(hosted, "__init__", refused)
+    with pytest.raises(CheckpointError, match="may not") as opening:
+        open_directory(URL)
+    for error in (caught.value, opening.value):
+        assert SECRET not in str(error)
+        assert unquote(SECRET) not in str(error)

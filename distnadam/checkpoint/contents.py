@@ -10,6 +10,7 @@ import msgpack
 
 from distnadam.config import Options
 from distnadam.errors import ConfigError, StructureError
+from distnadam.places import has_secret
 from distnadam.plain_data import PlainData
 from distnadam.tensors.layout import Layout
 
@@ -43,8 +44,13 @@ def data_from(packed: Any) -> dict[str, Any]:
 
 
 def packed_options(options: Options) -> dict[str, Any]:
-    """Return options as plain data."""
-    packed: dict[str, Any] = _PLAIN.pack(options.to_dict(), "options")
+    """Return options as plain data, without a `checkpoint_dir` that has a password in it: whoever
+    restores gives it again, or goes on where it restores from.
+    """
+    plain = options.to_dict()
+    if plain["checkpoint_dir"] is not None and has_secret(plain["checkpoint_dir"]):
+        plain["checkpoint_dir"] = None
+    packed: dict[str, Any] = _PLAIN.pack(plain, "options")
     return packed
 
 

@@ -8,6 +8,7 @@ import click
 
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main
 from distnadam.interop import FORMATS, Converted, export_checkpoint, import_checkpoint
+from distnadam.places import shown
 
 
 def _names(context: click.Context, option: click.Parameter, text: str | None) -> list[str] | None:
@@ -95,8 +96,8 @@ def import_(source: str, directory: str, *, as_json: bool, **options: Any) -> No
 
 def _print_result(done: Converted, as_json: bool) -> None:
     if as_json:
-        echo_json({"path": done.path, "notes": done.notes})
+        echo_json({"path": shown(done.path), "notes": done.notes})
         return
     for note in done.notes:
         click.echo(note, err=True)
-    click.echo(done.path)
+    click.echo(shown(done.path))

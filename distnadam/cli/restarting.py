@@ -21,6 +21,7 @@ import click
 
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import RayLost
+from distnadam.places import shown
 from distnadam.training.resuming import with_what_is_saved
 
 MAX_RESTARTS = 3
@@ -94,7 +95,7 @@ def saved(error: RayLost) -> str:
     newest = "no step is saved yet"
     if error.step >= 0:
         newest = f"step {error.step} is saved"
-    where = f" in {error.checkpoint_dir}" if error.checkpoint_dir is not None else ""
+    where = f" in {shown(error.checkpoint_dir)}" if error.checkpoint_dir is not None else ""
     return f"{error.__cause__}; {newest}{where}"
 
 

@@ -16,6 +16,7 @@ from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_cons
 from distnadam.client.status import RunningOptimizer, Status
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
+from distnadam.places import shown
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _RATE_S = 1.0
@@ -79,7 +80,7 @@ def save(name: str, address: str | None, path: str | None, *, as_json: bool) -> 
         if directory is None:
             raise ConfigError(f"{name}: was never saved and has no checkpoint_dir: give a PATH")
         with DistNadam.connect(name) as optimizer:
-            saved = optimizer.save(directory)
+            saved = shown(optimizer.save(directory))
     if as_json:
         echo_json({"checkpoint": saved})
     else:

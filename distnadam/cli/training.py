@@ -18,7 +18,7 @@ from distnadam.cli.restarting import Run, in_child, saved
 from distnadam.config import Options
 from distnadam.errors import RayLost
 from distnadam.optimizer import DistNadam
-from distnadam.places import local_path
+from distnadam.places import local_path, shown
 from distnadam.schedules import Rate
 from distnadam.training.callbacks import Callback
 from distnadam.training.fit import fit
@@ -371,17 +371,18 @@ def _resume_command(context: click.Context, checkpoint_dir: object) -> str:
             for key, label in value.items():
                 words += [flag, f"{key}={label}"]
         elif value is not None and not (flag.endswith("-cpus") and value == 0):
-            words += [flag, str(value)]
+            words += [flag, shown(str(value))]
     return shlex.join(words)
 
 
 def _summary(history: History) -> dict[str, Any]:
+    saved = history.checkpoints[-1] if history.checkpoints else history.resumed_from
     return {
         **history.metrics,
         "loss": history.losses[-1] if history.losses else None,
         "steps_per_s": round(history.steps_per_s, 1),
         "seconds": round(history.seconds, 2),
-        "checkpoint": str(history.checkpoints[-1] if history.checkpoints else history.resumed_from),
+        "checkpoint": shown(str(saved)),
         "plot": str(history.plot_path) if history.plot_path else None,
         "metrics": str(history.metrics_path),
     }

@@ -213,8 +213,8 @@ def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:
             saves = _saves(shards, checkpoint, at.token, behind=False)
             records = shards.ask(saves, timeout_s=IO_TIMEOUT_S)
             checkpoint.commit(records[i] for i in sorted(records))
-        shards.backend.supervisor.checkpoint_saved(str(root), generation)
-        return str(checkpoint.directory)
+        shards.backend.supervisor.checkpoint_saved(root.place, generation)
+        return checkpoint.directory.place
 
 
 def _snapshot(shards: ShardGroup, root: Directory, saved: Saved) -> _Snapshot:
@@ -245,7 +245,7 @@ def _manifest(shards: ShardGroup, held: Paused, saved: Saved) -> Manifest:
 def _saves(
     shards: ShardGroup, checkpoint: NewCheckpoint, token: str, *, behind: bool
 ) -> dict[int, Save]:
-    count, directory = len(shards.ranges), str(checkpoint.directory)
+    count, directory = len(shards.ranges), checkpoint.directory.place
     return {
         i: Save(
             token=token,
@@ -264,7 +264,7 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
             collects = {i: Collect(name) for i, name in snapshot.names.items()}
             records = shards.ask(collects, timeout_s=IO_TIMEOUT_S)
             snapshot.checkpoint.commit(records[i] for i in sorted(records))
-            root = str(snapshot.root)
+            root = snapshot.root.place
             shards.backend.supervisor.checkpoint_saved(root, snapshot.generation)
     except CheckpointError as error:
         saving.fail(error)
@@ -281,7 +281,7 @@ def _write_behind(shards: ShardGroup, snapshot: _Snapshot, saving: SaveHandle) -
         log.exception("saving %s", directory)
         saving.fail(error)
     else:
-        saving.complete(str(directory))
+        saving.complete(directory.place)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from distnadam.backends.base import Backend
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
-from distnadam.checkpoint.storage.base import Directory, parent_of
+from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.direct_step import DirectStep
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.retry import Retry
@@ -29,6 +29,7 @@ from distnadam.errors import (
 )
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
+from distnadam.places import above
 from distnadam.protocol.messages import (
     Describe,
     Description,
@@ -188,11 +189,11 @@ class ShardGroup:
         """Load a checkpoint into new shards: each reads its own ranges, all verify every byte."""
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(self.ranges))
         messages = {
-            index: Load(epoch=1, directory=str(directory), manifest=raw, leftovers=tuple(left))
+            index: Load(epoch=1, directory=directory.place, manifest=raw, leftovers=tuple(left))
             for index, left in enumerate(leftovers)
         }
         self._begin(messages, IO_TIMEOUT_S)
-        self.backend.supervisor.started(initial=None, directory=parent_of(directory))
+        self.backend.supervisor.started(initial=None, directory=above(directory.place))
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
         """Have new shards load, again if a call was lost: one that has loaded says so."""

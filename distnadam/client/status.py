@@ -13,6 +13,7 @@ from distnadam.backends.factory import connect
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError, NotRunning, ShardLost
 from distnadam.metrics.meter import shard_bytes
+from distnadam.places import shown
 from distnadam.protocol.messages import Describe
 from distnadam.protocol.shard_status import Description
 from distnadam.schedules import rate_at
@@ -142,7 +143,7 @@ def _newest(directory: str | None) -> str | None:
         for step in reversed(store.step_directories(directory)):
             if store.MANIFEST in step.files():
                 return str(step)
-    return f"{directory} (nothing to be seen from here)"
+    return f"{shown(directory)} (nothing to be seen from here)"
 
 
 def _worker(rank: int, seen: Description) -> str:

@@ -84,7 +84,7 @@ class OptimizerState:
                 )
             name = checkpoint.file_name(0, 1)
             checkpoint.commit([write_shard(directory, name, ranges=ranges, state=arrays)])
-        return str(directory)
+        return directory.place
 
 
 def load_checkpoint(path: DirectoryLike) -> OptimizerState:

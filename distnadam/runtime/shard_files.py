@@ -9,8 +9,8 @@ from typing import Any
 
 from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.shard_file import State, fill_shard, write_shard
-from distnadam.checkpoint.storage.base import parent_of
 from distnadam.nadam.step_scalars import Clock
+from distnadam.places import above, shown
 from distnadam.protocol.messages import Save
 from distnadam.protocol.supervisor_messages import Load, ShardControlState
 from distnadam.runtime.snapshot import SnapshotWriter
@@ -60,7 +60,7 @@ class ShardFiles:
             record = write_shard(
                 message.directory, message.file_name, ranges=self._ranges, state=state
             )
-            self.directory = parent_of(message.directory)
+            self.directory = above(message.directory)
             on_written()
             return record
 
@@ -95,7 +95,7 @@ class ShardFiles:
         if load.directory is None:
             state.load({"params": load.params or {}})
             return new(round=0, skipped=0, clock=Clock(), ledger={"runs": [], "newest": []})
-        manifest = Manifest.from_bytes(load.manifest, load.directory)
+        manifest = Manifest.from_bytes(load.manifest, shown(load.directory))
         fill_shard(
             load.directory,
             manifest,
@@ -103,7 +103,7 @@ class ShardFiles:
             state=state.reset(),
             leftovers=load.leftovers,
         )
-        self.directory = parent_of(load.directory)
+        self.directory = above(load.directory)
         return new(
             round=manifest.round,
             skipped=manifest.skipped,

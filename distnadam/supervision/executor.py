@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
+from distnadam.places import shown
 from distnadam.protocol.messages import Description, Join, Joined, Resume, WorkerDied
 from distnadam.protocol.orphaned_push import orphaned_pushes
 from distnadam.protocol.shard_status import ShardSpec
@@ -159,10 +160,8 @@ class DecisionExecutor:
                 return
             if errors:
                 log.warning("passing over %s: %s", point, errors[0])
-        self._publish(
-            f"{decision.why}, and no checkpoint under {self._restore_points.directory} can be "
-            "loaded"
-        )
+        where = shown(self._restore_points.directory or "")
+        self._publish(f"{decision.why}, and no checkpoint under {where} can be loaded")
 
     def _spec_of_now(self, index: int) -> ShardSpec:
         """Return the spec of a shard with the last known learning rate of the living ones."""

@@ -107,7 +107,7 @@ class RestorePoints:
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(specs))
         return {
             index: replace(
-                load, directory=str(point.directory), manifest=raw, leftovers=tuple(left)
+                load, directory=point.directory.place, manifest=raw, leftovers=tuple(left)
             )
             for index, left in enumerate(leftovers)
         }

@@ -213,6 +213,6 @@ def with_what_is_saved(error: RayLost, directory: Directory) -> RayLost:
     return RayLost(
         f"{error}; {saved} in {directory}: call fit again, in a new process, with this "
         "checkpoint_dir",
-        str(directory),
+        directory.place,
         step,
     )

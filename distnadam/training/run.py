@@ -136,7 +136,7 @@ class TrainingRun:
         if found is not None:
             directory = found[0]
             self.history.resumed_from = (
-                directory.path if isinstance(directory, LocalDirectory) else str(directory)
+                directory.path if isinstance(directory, LocalDirectory) else directory.place
             )
             if found[1].round >= self.plan.steps:
                 self._end_at_once(found)

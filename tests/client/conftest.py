@@ -8,21 +8,28 @@ import pytest
 from typing_extensions import override
 
 
-class _Heard(logging.Handler):
+class Said(logging.Handler):
+    """What is said by those who wait, and the first time of it."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.event = threading.Event()
+        self.messages: list[str] = []
+        self._first = threading.Event()
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
         if "it waits on" in record.getMessage():
-            self.event.set()
+            self.messages.append(record.getMessage())
+            self._first.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until somebody says for whom it waits."""
+        return self._first.wait(timeout_s)
 
 
 @pytest.fixture
-def said() -> Iterator[threading.Event]:
-    """Is set once somebody who waits says for whom."""
-    heard, log = _Heard(), logging.getLogger("distnadam")
+def said() -> Iterator[Said]:
+    heard, log = Said(), logging.getLogger("distnadam")
     log.addHandler(heard)
-    yield heard.event
+    yield heard
     log.removeHandler(heard)

@@ -21,6 +21,7 @@ from distnadam.checkpoint import store
 from distnadam.errors import CheckpointBusy, CheckpointError, Rewound, ShardLost, StepTimeout
 from distnadam.protocol.messages import Pause
 from distnadam.runtime import snapshot
+from tests.client.conftest import Said
 from tests.models import bits, params, run
 
 
@@ -323,8 +324,7 @@ def test_a_save_that_lasts_is_said_with_what_the_shards_do(
     gate: WriteGate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    said: threading.Event,
+    said: Said,
 ) -> None:
     monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.01)
     with (
@@ -337,7 +337,7 @@ def test_a_save_that_lasts_is_said_with_what_the_shards_do(
         assert said.wait(60)
         gate.opened.set()
         saving.result()
-    assert caplog.messages[0].startswith(f"save to {tmp_path}: has waited 0.01 s, shards 0 ")
+    assert said.messages[0].startswith(f"save to {tmp_path}: has waited 0.01 s, shards 0 ")
 
 
 @pytest.mark.parametrize(
@@ -357,8 +357,7 @@ def test_whoever_waits_long_for_a_save_in_the_background_is_told_for_which_shard
     gate: WriteGate,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    said: threading.Event,
+    said: Said,
 ) -> None:
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         saving = optimizer.save(tmp_path, wait=False)
@@ -367,6 +366,6 @@ def test_whoever_waits_long_for_a_save_in_the_background_is_told_for_which_shard
         opening.start()
         wait(optimizer, saving, tmp_path)
         opening.join()
-    assert caplog.messages[0].startswith(
+    assert said.messages[0].startswith(
         "checkpoint of round 0: has waited 0.01 s, for shards 0, 1; it waits on"
     )

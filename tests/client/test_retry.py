@@ -1,6 +1,5 @@
 """What a client does about each error, by the table of `Retry`."""
 
-import threading
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from distnadam.errors import (
     StaleEpoch,
     StepTimeout,
 )
+from tests.client.conftest import Said
 
 
 class Transport(ShardTransport):
@@ -126,8 +126,7 @@ def test_a_rewind_is_raised_once_and_never_at_the_first_look() -> None:
 def test_a_recovery_that_lasts_is_said_once_with_the_shard_that_it_waits_for(
     error: DistNadamError,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    said: threading.Event,
+    said: Said,
 ) -> None:
     class Slow(Transport):
         def await_recovery(self, timeout_s: float) -> None:
@@ -138,6 +137,6 @@ def test_a_recovery_that_lasts_is_said_once_with_the_shard_that_it_waits_for(
 
     monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.01)
     assert Retry(Slow(), 300.0, 0.0).run(fails_with(error)) == "done"
-    assert caplog.messages == [
+    assert said.messages == [
         f"recovery of the shards: has waited 0.01 s, since {error}; it waits on, up to 300 s"
     ]

@@ -1,6 +1,5 @@
 """All shards as one: reading and writing at one round, and what a handle says of late shards."""
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Read
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Worker
+from tests.client.conftest import Said
 from tests.simulation.backend import WorldBackend, begin_world
 
 W = np.arange(5000, dtype=np.float32)
@@ -128,8 +128,7 @@ def test_a_call_that_waits_long_says_that_the_shards_are_held(
     what: str,
     call: Callable[[ShardGroup], object],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    said: threading.Event,
+    said: Said,
 ) -> None:
     group = local()
     with ThreadPoolExecutor(1) as pool:
@@ -138,7 +137,7 @@ def test_a_call_that_waits_long_says_that_the_shards_are_held(
             calling = pool.submit(call, group)
             assert said.wait(60)
         calling.result()
-    assert caplog.messages[0] == (
+    assert said.messages[0] == (
         f"{what}: has waited 0.01 s, shards 0, 1, 2 are held between two rounds; it waits on"
     )
 

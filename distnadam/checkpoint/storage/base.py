@@ -10,8 +10,10 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
+from typing_extensions import override
+
 from distnadam.errors import CheckpointError
-from distnadam.places import above
+from distnadam.places import shown
 
 Pieces = Callable[[], Iterator[memoryview]]
 """Yields a file's contents; each call starts at the beginning, so that a write can be retried."""
@@ -21,12 +23,21 @@ ReadInto = Callable[[Sequence[memoryview], int], None]
 
 
 class Directory(ABC):
-    """A directory of files; its `str` is what users pass and receive: a plain path or a URL.
+    """A directory of files; its `str` is for people to read, see `places.shown`.
 
     `best_read_bytes` is the size of one read at which this storage is fastest.
     """
 
     best_read_bytes = 1 << 20
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """What users pass and receive, and what opens it: a plain path or a URL."""
+
+    @override
+    def __str__(self) -> str:
+        return shown(self.place)
 
     @property
     @abstractmethod
@@ -86,11 +97,6 @@ class Directory(ABC):
     @abstractmethod
     def hold(self) -> contextlib.AbstractContextManager[None]:
         """Lock this existing directory for one writer; raise CheckpointBusy if another holds it."""
-
-
-def parent_of(directory: object) -> str:
-    """Return the path or URL of a directory's parent."""
-    return above(str(directory))
 
 
 @contextlib.contextmanager

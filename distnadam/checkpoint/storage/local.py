@@ -27,8 +27,14 @@ class LocalDirectory(Directory):
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
 
-    def __str__(self) -> str:
+    @property
+    @override
+    def place(self) -> str:
         return str(self.path)
+
+    @override
+    def __str__(self) -> str:
+        return self.place  # a path has no password, whatever it looks like
 
     def __fspath__(self) -> str:
         return str(self.path)

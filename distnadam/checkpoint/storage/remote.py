@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto
 from distnadam.errors import CheckpointError
-from distnadam.places import below
+from distnadam.places import below, shown, shown_by_others
 
 _T = TypeVar("_T")
 _EXTRA_OF = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -46,20 +46,21 @@ def open_remote(url: str) -> "RemoteDirectory":
     except (ImportError, ValueError) as error:
         hint = f": pip install 'distnadam[{_EXTRA_OF[protocol]}]'" if protocol in _EXTRA_OF else ""
         raise CheckpointError(
-            f"{url}: no installed package handles {protocol}://{hint} ({error})"
+            f"{shown(url)}: no installed package handles {protocol}://{hint} ({error})"
         ) from error
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         child = kind._strip_protocol(below(url, _A_NAME))
     except Exception as error:  # every file system has its own: for a host, a port, a password
+        said = shown_by_others(str(error), url)
         raise CheckpointError(
-            f"{url}: cannot be opened: {type(error).__name__}: {error}"
+            f"{shown(url)}: cannot be opened: {type(error).__name__}: {said}"
         ) from error
     path = str(path).rstrip("/")
     if child != f"{path}/{_A_NAME}":
         raise CheckpointError(
-            f"{url}: {protocol}:// takes its ? or # for a part of the path, or leaves it out: give "
-            "a URL without"
+            f"{shown(url)}: {protocol}:// takes its ? or # for a part of the path, or leaves it "
+            "out: give a URL without"
         )
     return RemoteDirectory(filesystem, url, path)
 
@@ -80,7 +81,9 @@ class RemoteDirectory(Directory):
         self._url = url
         self._path = path
 
-    def __str__(self) -> str:
+    @property
+    @override
+    def place(self) -> str:
         return self._url
 
     @property
@@ -209,7 +212,8 @@ class RemoteDirectory(Directory):
             except Exception as error:  # every store has its own classes
                 if pause_s is None or isinstance(error, _PERMANENT):
                     path = f"{self}/{name}".rstrip("/")
-                    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+                    said = shown_by_others(str(error), self._url)
+                    reason = f"{type(error).__name__}: {said}".rstrip(": ")
                     raise CheckpointError(f"{path}: cannot be {action}: {reason}") from error
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
