@@ -1,10 +1,15 @@
 """Plots a run's metrics file. matplotlib is imported here alone, when a plot is drawn."""
 
+import contextlib
+import logging
 import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distnadam.errors import TrainingError
+from distnadam.tensors.arrays import own_errors
 from distnadam.training.metrics_file import read_metrics
 
 _SMOOTHED_OVER = 0.02
@@ -33,16 +38,32 @@ def plot_loss(metrics_path: Path, plot_path: Path) -> Path:
     """
     series = _series(metrics_path)
     try:
-        from matplotlib.figure import Figure
+        with _own_conditions():
+            from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        draw(figure, series)
-        figure.savefig(plot_path, dpi=120)
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            draw(figure, series)
+            figure.savefig(plot_path, dpi=120)
     except ImportError as error:
         raise TrainingError("a plot needs matplotlib: pip install 'distnadam[plot]'") from error
     except (ValueError, RuntimeError) as error:  # of MPLBACKEND, a matplotlibrc, the suffix
         raise TrainingError(f"{plot_path}: matplotlib cannot draw it: {error}") from error
     return plot_path
+
+
+@contextlib.contextmanager
+def _own_conditions() -> Iterator[None]:
+    """Keep the caller's NumPy errors and warning filters from matplotlib, and its remarks (on its
+    cache, on fonts) from the caller.
+    """
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with own_errors(), warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def draw(figure: Any, series: dict[str, Points]) -> None:
@@ -63,7 +84,10 @@ def draw(figure: Any, series: dict[str, Points]) -> None:
         for number, (metric, points) in enumerate(curves.items(), start=1):
             if metric not in single:
                 others.plot(
-                    *zip(*points, strict=True), marker="o", color=f"C{number}", label=metric
+                    *zip(*points, strict=True),
+                    marker="o",
+                    color=f"C{number}",
+                    label=_literal(metric),
                 )
         low, high = bounds([value for m in curves if m not in single for _, value in curves[m]])
         others.set_ylim(low, high)
@@ -71,9 +95,14 @@ def draw(figure: Any, series: dict[str, Points]) -> None:
     # beside the curves, never over them
     figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)))
     if single:
-        words = [f"{metric} {value:.4g}" for metric, (_, value) in single.items()]
+        words = [f"{_literal(metric)} {value:.4g}" for metric, (_, value) in single.items()]
         steps_of = sorted({step for step, _ in single.values()})
         axes.set_title(f"step {', '.join(map(str, steps_of))}: {', '.join(words)}", fontsize=10)
+
+
+def _literal(name: str) -> str:
+    """Return a name as matplotlib draws it letter by letter: $ begins no formula."""
+    return name.replace("$", r"\$")
 
 
 def smoothed(values: tuple[float, ...]) -> list[float]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distnadam.errors import TrainingError
@@ -95,9 +96,40 @@ def test_a_missing_file_and_one_without_losses_are_named(tmp_path: Path) -> None
     assert not (tmp_path / "loss.png").exists()
 
 
+def write(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(["step,metric,value,lr,seconds,ranks", *rows]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [f"{step},loss,{10.0 ** (-3 * step)},0.002,0.1,0" for step in range(1, 100)],
+        ["1,loss,5e-324,0.002,0.1,0", "2,loss,1e-310,0.002,0.1,0"],
+        ["1,loss,1,0.002,0.1,0", "1,精度,0.5,,,", "2,精度,0.6,,,"],
+    ],
+    ids=["tiny", "denormal", "no-glyph"],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_plot_is_drawn_whatever_the_caller_makes_of_warnings(
+    rows: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("matplotlib")
+    with np.errstate(all="raise"):
+        picture = plot_loss(write(tmp_path / "metrics.csv", *rows), tmp_path / "loss.png")
+    assert picture.read_bytes().startswith(PNG)
+    assert caplog.records == []
+
+
+def test_a_name_with_dollars_is_drawn_letter_by_letter() -> None:
+    figure = drawn({"loss": LOSSES, "$a$": [(1, 0.5)], "b$c$": [(1, 0.5), (2, 0.6)]})
+    (legend,) = figure.legends
+    written = [figure.axes[0].get_title(), legend.get_texts()[-1].get_text()]
+    assert written == [r"step 1: \$a\$ 0.5", r"b\$c\$"]
+
+
 def test_what_matplotlib_refuses_is_a_plot_that_cannot_be_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    metrics = tmp_path / "metrics.csv"
-    metrics.write_text("step,metric,value,lr,seconds,ranks\n1,loss,0.5,0.002,0.1,0\n")
+    metrics = write(tmp_path / "metrics.csv", "1,loss,0.5,0.002,0.1,0")
     with pytest.raises(TrainingError, match=r"loss\.nothing: matplotlib cannot draw it: .*nothing"):
         plot_loss(metrics, tmp_path / "loss.nothing")
