@@ -22,7 +22,8 @@ from distnadam.training.metrics_file import MetricsFile
 from distnadam.training.progress import ProgressDisplay, console
 from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
-from distnadam.training.task import Task, claim_run_directory, task_name
+from distnadam.training.run_directory import claim_run_directory, directory_beside
+from distnadam.training.task import Task, task_name
 from distnadam.training.task_state import TaskState
 from distnadam.training.termination import GRACE_S, Termination
 
@@ -68,7 +69,8 @@ def fit(
         seed: passed to `Task.init`.
         checkpoint_dir: the directory for checkpoints, metrics.csv and loss.png; None means
             a new directory, ``runs/<task>-<time>/``. If it is an fsspec URL, only the checkpoints
-            go there, and the other files to such a new directory.
+            go there, and the other files to such a new directory, or, if the run is resumed, to the
+            one that it had in this working directory; a message says which.
         save_every: steps between checkpoints, which are written in the background; None saves only
             at the end.
         keep: how many of the last checkpoints are kept.
@@ -160,16 +162,24 @@ def fit(
     # all has been checked that can be: from here on there are directories
     checkpoints = given or open_directory(claim_run_directory(label))
     # beside checkpoints at a URL, metrics and plot still need a local directory
-    local = checkpoints if isinstance(checkpoints, LocalDirectory) else None
-    root = local.path if local is not None else claim_run_directory(label)
+    local, where = checkpoints if isinstance(checkpoints, LocalDirectory) else None, None
+    if local is not None:
+        root = local.path
+    else:
+        root, where = directory_beside(checkpoints, label, resumes=resume != "never")
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
     display = [ProgressDisplay(screen, history)] if screen is not None else []
+    listeners = CallbackList(
+        [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
+    )
     with (
         Termination(stop_grace_s) as termination,
         make_run_lock(LocalDirectory(root)) as root_lock,
         nullcontext(root_lock) if local is not None else make_run_lock(checkpoints) as lock,
     ):
+        if where is not None:
+            listeners.on_message(where)
         TrainingRun(
             task=task,
             as_begun=as_begun,
@@ -187,9 +197,7 @@ def fit(
             root=root,
             lock=lock,
             plan=plan,
-            callbacks=CallbackList(
-                [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
-            ),
+            callbacks=listeners,
             history=history,
             termination=termination,
         ).run()

@@ -1,18 +1,7 @@
-"""The protocol of a task, which `fit` trains, and the names derived from it."""
+"""The protocol of a task, which `fit` trains, and its name."""
 
-import re
-import time
 from collections.abc import Mapping
-from contextlib import suppress
-from itertools import count
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-
-from distnadam.checkpoint.storage.base import os_errors_as
-from distnadam.places import place
-
-_MOST_CHARACTERS = 100
-"""Of a label, in the name of a directory."""
 
 
 @runtime_checkable
@@ -63,25 +52,6 @@ class Task(Protocol):
 
     def evaluate(self, params: Any) -> Mapping[str, float]:
         """Return metrics of the parameters, by name; called in the process that called `fit`."""
-
-
-def claim_run_directory(label: str) -> Path:
-    """Make the default directory of a new run, ``runs/<label>-<time>``, and return its path.
-
-    It is no other run's: of runs that begin in the same second, all but one get a number.
-
-    Raises:
-        CheckpointError: it cannot be made.
-    """
-    safe = re.sub(r"[^A-Za-z0-9._-]", "-", label)[:_MOST_CHARACTERS]
-    first = place(f"runs/{safe}-{time.strftime('%Y%m%d-%H%M%S')}", "the run's directory")
-    for number in count(1):
-        path = Path(first if number == 1 else f"{first}-{number}")
-        with os_errors_as(path, "made"), suppress(FileExistsError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-            return path
-    raise AssertionError("unreachable")
 
 
 def task_name(task: Task) -> str:

@@ -16,7 +16,7 @@ from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import CheckpointBusy, CheckpointError, ConfigError, TrainingError
 from distnadam.training.callbacks import Callback
 from distnadam.training.metrics_file import read_metrics
-from distnadam.training.task import claim_run_directory
+from distnadam.training.run_directory import claim_run_directory
 from distnadam.training.tasks.digits import Digits
 
 
