@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from typing_extensions import override
+
 from distnadam.errors import ConfigError
 from distnadam.places import place, shown
 from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
@@ -204,6 +206,7 @@ class Options:
                 {str(key): _as(kind, f"{name}[{key!r}]", value) for key, value in mapping.items()},
             )
 
+    @override
     def __repr__(self) -> str:
         fields = (f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
         return f"Options({shown(', '.join(fields))})"

@@ -1,6 +1,7 @@
 """Places: one meaning for everything that a user can write, or a refusal that names it."""
 
 import os
+import traceback
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 from urllib.parse import unquote
@@ -360,6 +361,19 @@ def test_what_a_file_system_says_of_a_url_with_a_password_is_said_without(
     monkeypatch.setattr(hosted, "__init__", refused)
     with pytest.raises(CheckpointError, match="may not") as opening:
         open_directory(URL)
-    for error in (caught.value, opening.value):
-        assert SECRET not in str(error)
-        assert unquote(SECRET) not in str(error)
+    for error in (caught, opening):
+        printed = "".join(traceback.format_exception(error.value))
+        assert "PermissionError: me:*** may not" in printed
+        assert SECRET not in printed
+        assert unquote(SECRET) not in printed
+
+
+def test_what_a_conversion_returns_is_shown_without_the_password(
+    hosted: type[Hosted], here: Path
+) -> None:
+    with DistNadam(backend="local").build(PARAMS) as optimizer:
+        optimizer.save(URL)
+    assert export_checkpoint(URL, here / "state.npz", to="numpy").path == str(here / "state.npz")
+    done = import_checkpoint(here / "state.npz", URL.replace("run", "other"), source_format="numpy")
+    assert done.path == URL.replace("run?", "other/step_00000000?")
+    assert SECRET not in repr(done)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from typing_extensions import override
+
 from distnadam.checkpoint import store
 from distnadam.checkpoint.storage.base import os_errors_as
 from distnadam.checkpoint.storage.resolve import DirectoryLike
@@ -16,7 +18,7 @@ from distnadam.errors import CheckpointError, ConfigError
 from distnadam.interop import keras, optax, own_files, torch
 from distnadam.interop.formulas import Conversion
 from distnadam.interop.optimizer_state import OptimizerState, load_checkpoint
-from distnadam.places import local_path
+from distnadam.places import local_path, shown
 from distnadam.tensors.arrays import own_errors
 
 Format = Literal["keras", "keras3", "torch", "optax", "safetensors", "numpy"]
@@ -51,6 +53,10 @@ class Converted:
 
     path: str
     notes: tuple[str, ...]
+
+    @override
+    def __repr__(self) -> str:
+        return f"Converted(path={shown(self.path)!r}, notes={self.notes!r})"
 
 
 @own_errors()

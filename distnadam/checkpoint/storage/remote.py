@@ -52,10 +52,8 @@ def open_remote(url: str) -> "RemoteDirectory":
         filesystem, path = fsspec.core.url_to_fs(url)
         child = kind._strip_protocol(below(url, _A_NAME))
     except Exception as error:  # every file system has its own: for a host, a port, a password
-        said = shown_by_others(str(error), url)
-        raise CheckpointError(
-            f"{shown(url)}: cannot be opened: {type(error).__name__}: {said}"
-        ) from error
+        reason, cause = _told(error, url)
+        raise CheckpointError(f"{shown(url)}: cannot be opened: {reason}") from cause
     path = str(path).rstrip("/")
     if child != f"{path}/{_A_NAME}":
         raise CheckpointError(
@@ -212,11 +210,19 @@ class RemoteDirectory(Directory):
             except Exception as error:  # every store has its own classes
                 if pause_s is None or isinstance(error, _PERMANENT):
                     path = f"{self}/{name}".rstrip("/")
-                    said = shown_by_others(str(error), self._url)
-                    reason = f"{type(error).__name__}: {said}".rstrip(": ")
-                    raise CheckpointError(f"{path}: cannot be {action}: {reason}") from error
+                    reason, cause = _told(error, self._url)
+                    raise CheckpointError(f"{path}: cannot be {action}: {reason}") from cause
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
+
+
+def _told(error: Exception, url: str) -> tuple[str, Exception | None]:
+    """Return a file system's error in words, and itself as the cause of ours, which is printed with
+    it; None if it says a secret of the URL.
+    """
+    said = shown_by_others(str(error), url)
+    words = f"{type(error).__name__}: {said}".rstrip(": ")
+    return words, error if said == str(error) else None
 
 
 def _last_part(entry: dict[str, Any]) -> str:
