@@ -63,11 +63,11 @@ class Run:
         os._exit(os.EX_TEMPFAIL)  # what would be done at exit waits for a Ray that is gone
 
     def end_if_stuck(self, directory: Callable[[], str | None]) -> None:
-        """End this process as `end` does if its Ray died while the run is in a long evaluation, or
-        in a call that hangs; Ray would end it after a minute.
+        """End this process as `end` does if its Ray died while it starts, or while the run is in a
+        long evaluation or in a call that hangs; Ray would end it after a minute.
 
         Args:
-            directory: returns where checkpoints are, once there are any.
+            directory: returns where checkpoints are, or would be, as far as it is known.
         """
         threading.Thread(target=self._look, args=(directory,), daemon=True).start()
 
@@ -86,8 +86,10 @@ class Run:
 def _why_lost() -> RayLost | None:
     """Return how the Ray that this process has joined died, without importing Ray."""
     joined = sys.modules.get("distnadam.backends.ray.joined")
-    end = joined.why_lost() if joined is not None and hasattr(joined, "why_lost") else None
-    return joined.ray_lost(end) if joined is not None and end is not None else None
+    if joined is None or not hasattr(joined, "ray_lost"):  # it is being imported
+        return None
+    end = joined.why_lost() or joined.why_lost_while_starting()
+    return joined.ray_lost(end) if end is not None else None
 
 
 def saved(error: RayLost) -> str:
@@ -125,7 +127,7 @@ def in_child() -> Run:
         if lost is None:
             sys.exit(status)
         in_vain = 0 if lost["step"] > newest else in_vain + 1
-        goes_on_in, newest = lost["in"], max(newest, lost["step"])
+        goes_on_in, newest = lost["in"] or goes_on_in, max(newest, lost["step"])
         if told_to_stop or in_vain >= MAX_RESTARTS:
             why = "the run was told to stop"
             if in_vain >= MAX_RESTARTS:

@@ -189,7 +189,7 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
         options["resume"] = "auto"
     reached = _Reached(options["checkpoint_dir"])
     if run is not None:
-        run.end_if_stuck(lambda: reached.directory)
+        run.end_if_stuck(lambda: reached.directory or options["checkpoint_dir"])
     with (
         _how_to_resume(context, reached),
         exit_on_error(),

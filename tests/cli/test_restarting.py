@@ -67,6 +67,24 @@ def test_a_run_whose_ray_died_begins_anew_where_it_was_and_ends_as_its_last(tmp_
     assert process.returncode == 7
 
 
+def test_a_run_whose_new_ray_dies_while_it_starts_goes_on_where_it_was(tmp_path: Path) -> None:
+    body = """
+    if begun == 2:
+        error = RayLost("before the run knows its directory")
+        error.__cause__ = RayLost("Ray itself died")
+        run.end(error)
+    lose(1) if begun == 1 else None
+    """
+    process = start(body, tmp_path)
+    out, err = process.communicate()
+    assert out.splitlines() == ["child None", "child run", "child run"]
+    assert [line.partition(": the run")[0] for line in err.splitlines()] == [
+        "distnadam: Ray itself died; step 1 is saved in run",
+        "distnadam: Ray itself died; no step is saved yet",
+    ]
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,20 @@ def test_a_head_that_dies_during_a_long_evaluation_is_noticed_before_ray_ends_th
     assert process.returncode == 0, stderr
     assert "Ray itself died: its head at" in stderr
     assert "the run goes on from there in a new Ray" in stderr
+
+
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
+def test_a_ray_that_is_killed_while_it_starts_is_begun_anew(tmp_path: Path, victim: str) -> None:
+    process = start("train", "digits", "--steps", 4, "--checkpoint-dir", "run", cwd=tmp_path)
+    while process.poll() is None:
+        with suppress(AssertionError, OSError):
+            kill_below(process.pid, victim)
+            break
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert f"Ray itself died: its {victim} (process " in stderr
+    assert "was killed while it started" in stderr
+    assert "in a new Ray" in stderr
 
 
 def kill_below(above: int, name: str) -> None:

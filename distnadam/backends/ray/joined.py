@@ -8,11 +8,13 @@ sockets: before calls, while one waits, and where one has failed.
 import logging
 import os
 import select
+import signal
 import socket
 import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import ray
 
@@ -28,6 +30,8 @@ _PAUSE_S = 0.1
 _RAYS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """The seconds after which Ray ends a process that cannot reach its head."""
 _RAYS_PATIENCE_S = 60.0
+_PROCESSES = ("gcs_server", "raylet")
+"""Without which there is no Ray."""
 
 
 class JoinedRay:
@@ -111,6 +115,22 @@ def _watch_raylet(node: str) -> tuple[int | None, int]:
         if pid:
             return os.pidfd_open(pid), pid
     return None, 0
+
+
+def why_lost_while_starting() -> str | None:
+    """Return which process of a Ray that this process starts was killed; None if none was.
+
+    Ray itself waits for it for a minute, and then fails or ends this process.
+    """
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            pid, rest = stat.read_text().split(" (", 1)
+            name, fields = rest.rsplit(") ", 1)
+            state, parent, *others = fields.split()
+            is_ours = int(parent) == os.getpid() and name in _PROCESSES
+            if is_ours and state == "Z" and int(others[-1]) == signal.SIGKILL:
+                return f"its {name} (process {pid}) was killed while it started"
+    return None
 
 
 class _ThisProcess:

@@ -18,7 +18,13 @@ import time
 import ray
 from ray._private import worker as ray_worker
 
-from distnadam.backends.ray.joined import is_forked, require_ray, watch_joined
+from distnadam.backends.ray.joined import (
+    is_forked,
+    ray_lost,
+    require_ray,
+    watch_joined,
+    why_lost_while_starting,
+)
 from distnadam.backends.ray.output import drain_output, show_output
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NotRunning
@@ -53,8 +59,11 @@ class OwnedRay:
                 namespace=_NAMESPACE,
             )
         except Exception as error:  # the system's refusals come as many classes
+            killed = why_lost_while_starting()
             with contextlib.suppress(Exception):
                 ray.shutdown()  # of what it had started
+            if killed is not None:
+                raise ray_lost(killed) from error
             raise ClusterError(
                 f"Ray cannot be started here: {_first_line(error)}{_remedy()}; or use "
                 "backend='local', which needs no Ray"

@@ -1,12 +1,15 @@
 """Which Ray an optimizer ends up on: this process's, the one of RAY_ADDRESS, our own, or none."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
 
+from distnadam.backends.ray.joined import why_lost_while_starting
 from distnadam.backends.ray.session import connect_or_start
 
 pytestmark = pytest.mark.timeout(120)
@@ -65,3 +68,21 @@ def test_the_ray_of_the_address_is_joined_and_not_owned(ray_cluster: None) -> No
 
 def test_a_ray_of_our_own_is_shut_down_by_its_owner() -> None:
     assert connect(start=True, RAY_AUTH_MODE="token") == "owned True\nshut down False\n"
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_process_of_a_ray_that_starts_is_named_once_it_was_killed(
+    tmp_path: Path, name: str
+) -> None:
+    program = tmp_path / name
+    shutil.copy("/bin/sleep", program)
+    assert why_lost_while_starting() is None
+    with subprocess.Popen([program, "600"]) as process:
+        assert why_lost_while_starting() is None, "it lives"
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        told = f"its {name} (process {process.pid}) was killed while it started"
+        assert why_lost_while_starting() == told
+    with subprocess.Popen([program, "no time"], stderr=subprocess.DEVNULL) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert why_lost_while_starting() is None, "it ended by itself, and would again"
