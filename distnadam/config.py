@@ -5,8 +5,6 @@ I/O and no arrays here.
 """
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +12,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
+from distnadam.checks import check_as, check_count, check_name, check_ports
 from distnadam.errors import ConfigError
 from distnadam.places import place, shown
 from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
@@ -100,7 +99,10 @@ class Options:
         check_gradients: check every gradient for finiteness before it is pushed, as `on_nonfinite`
             needs. False saves one read of it and lets NaN and infinity into parameters and moments.
         transport: "auto" moves gradients and parameters through shared memory between processes of
-            one machine, and by Ray objects otherwise; "objects" always uses Ray objects.
+            one machine, by TCP between machines, and by Ray objects where neither works; "objects"
+            always uses Ray objects.
+        port_range: the first and the last TCP port at which shards listen for workers of other
+            machines, one port each. None means any port.
         kernel: "auto" steps with the compiled loop if numba is installed (the extra `fused`), else
             with NumPy; "fused" and "numpy" require one of them. The bits are the same.
         threads: threads that step one shard. None means every CPU of this process in local mode,
@@ -146,6 +148,7 @@ class Options:
     on_nonfinite: Literal["raise", "skip"] = "raise"
     check_gradients: bool = True
     transport: Literal["auto", "objects"] = "auto"
+    port_range: tuple[int, int] | None = None
     kernel: Literal["auto", "numpy", "fused"] = "auto"
     threads: int | None = None
     shard_cpus: float = 0.0
@@ -174,6 +177,27 @@ class Options:
                 )
         if self.checkpoint_dir is not None:
             object.__setattr__(self, "checkpoint_dir", place(self.checkpoint_dir, "checkpoint_dir"))
+        self._check_numbers()
+        if self.port_range is not None:
+            object.__setattr__(self, "port_range", check_ports(self.port_range))
+        for name, kind in (
+            ("shard_resources", float),
+            ("label_selector", str),
+            ("worker_label_selector", str),
+        ):
+            mapping = getattr(self, name)
+            if not isinstance(mapping, Mapping):
+                raise ConfigError(f"{name} must be a mapping, got {mapping!r}")
+            object.__setattr__(
+                self,
+                name,
+                {
+                    str(key): check_as(kind, f"{name}[{key!r}]", value)
+                    for key, value in mapping.items()
+                },
+            )
+
+    def _check_numbers(self) -> None:
         for name, least in (
             ("threads", 1),
             ("shard_memory_bytes", 0),
@@ -192,19 +216,6 @@ class Options:
         ):
             if getattr(self, name) is not None:
                 _set_number(self, name)
-        for name, kind in (
-            ("shard_resources", float),
-            ("label_selector", str),
-            ("worker_label_selector", str),
-        ):
-            mapping = getattr(self, name)
-            if not isinstance(mapping, Mapping):
-                raise ConfigError(f"{name} must be a mapping, got {mapping!r}")
-            object.__setattr__(
-                self,
-                name,
-                {str(key): _as(kind, f"{name}[{key!r}]", value) for key, value in mapping.items()},
-            )
 
     @override
     def __repr__(self) -> str:
@@ -348,22 +359,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_count(name: str, value: object, *, least: int = 1) -> int:
-    """Return `value` as an int; raise ConfigError, naming the argument, unless it is >= `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return int(value.__index__())
-
-
-def check_name(name: object) -> str:
-    """Return an optimizer's name; raise ConfigError if it is not a legal one."""
-    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
-        raise ConfigError(
-            f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}"
-        )
-    return name
-
-
 def _fields(record: NadamConfig | Options | Topology) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
@@ -371,23 +366,6 @@ def _fields(record: NadamConfig | Options | Topology) -> dict[str, Any]:
 
 def _set_number(record: object, name: str) -> float:
     """Check that a field is a finite number of at least 0, and store it as a float."""
-    number: float = _as(float, name, getattr(record, name))
+    number: float = check_as(float, name, getattr(record, name))
     object.__setattr__(record, name, number)
-    return number
-
-
-def _as(kind: type, name: str, value: Any) -> Any:
-    """Return a str, or a finite float of at least 0; raise ConfigError naming the argument."""
-    if kind is str:
-        if not isinstance(value, str):
-            raise ConfigError(f"{name} must be a string, got {value!r}")
-        return value
-    try:
-        number = float(value) if not isinstance(value, (bool, str)) else None
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None:
-        raise ConfigError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(number) or number < 0.0:
-        raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
     return number

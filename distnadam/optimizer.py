@@ -10,6 +10,7 @@ from distnadam.checkpoint.contents import packed_data
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
+from distnadam.checks import check_count
 from distnadam.client.autodiff import gradients_of
 from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
@@ -18,7 +19,7 @@ from distnadam.client.in_flight_push import refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
-from distnadam.config import BackendName, Options, Settings, check_count
+from distnadam.config import BackendName, Options, Settings
 from distnadam.errors import ConfigError
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array
@@ -275,9 +276,8 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
     def worker(self, rank: int) -> Worker:
         """Return a new worker for a rank; one that had it before is refused from then on."""
-        num_workers = self._life.settings.topology.num_workers
-        if not 0 <= check_count("rank", rank, least=0) < num_workers:
-            raise ConfigError(f"rank must be in [0, {num_workers}), got {rank!r}")
+        if check_count("rank", rank, least=0) >= (size := self._life.settings.topology.num_workers):
+            raise ConfigError(f"rank must be in [0, {size}), got {rank!r}")
         return Worker(self.shards, rank)
 
     def waiting_for(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from tests.count_functions import trace_step
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
     errors reproducible_math shield threads versions waiting
-    places
+    checks places
     tensors
     plain_data copies
     schedules
@@ -40,6 +40,7 @@ LEVELS = {name: level for level, line in enumerate(ORDER.split("\n")) for name i
 PURE = (
     "errors",
     "reproducible_math",
+    "checks",
     "places",
     "plain_data",
     "copies",

@@ -1,12 +1,15 @@
 """The configuration: bad values are named, plain data round-trips, nothing is coerced silently."""
 
+import json
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from distnadam.config import NadamConfig, Options, check_count
+from distnadam.checks import check_count
+from distnadam.config import NadamConfig, Options
 from distnadam.errors import ConfigError
 from distnadam.schedules import WarmupCosine
 
@@ -91,3 +94,25 @@ def test_numpy_numbers_become_plain_ones() -> None:
 def test_a_bad_count_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="num_shards must be a whole number of at least 1"):
         check_count("num_shards", value)
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        (7000, "port_range must be two ports, the first and the last, got 7000"),
+        ((7000,), "port_range must be two ports, the first and the last"),
+        ((0, 5), "port_range must be two ports, the first and the last"),
+        ((7002, 7001), "port_range must be two ports in order, at most 65535"),
+        ((7000, 70000), "port_range must be two ports in order, at most 65535"),
+        (("a", "b"), "port_range must be two ports, the first and the last"),
+    ],
+)
+def test_ports_that_are_none_are_refused_by_name(ports: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Options(port_range=ports)
+
+
+def test_ports_come_back_from_plain_data() -> None:
+    options = Options(port_range=[7000, 7010])  # type: ignore[arg-type]
+    assert options.port_range == (7000, 7010)
+    assert Options.of(json.loads(json.dumps(options.to_dict()))) == options

@@ -15,12 +15,17 @@ from tests.security.strangers import NOBODY, as_root
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- ray -->\n)?```python\n(.*?)```", re.DOTALL)
+ON_RAY = "3"
+"""The block that stands for all on Ray in `make test`, and where each starts a Ray of its own."""
 BLOCKS = [
-    pytest.param(bool(ray), code, id=str(number))
+    pytest.param(
+        bool(ray),
+        code,
+        id=str(number),
+        marks=[pytest.mark.slow] if ray and str(number) != ON_RAY else [],
+    )
     for number, (ray, code) in enumerate(BLOCK.findall((ROOT / "README.md").read_text()))
 ]
-ON_RAY = "3"
-"""The block that stands for all on Ray where each starts one of its own."""
 ELSEWHERE = [
     pytest.param(block.values[1], id=block.id)
     for block in BLOCKS

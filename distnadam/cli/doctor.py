@@ -106,8 +106,8 @@ def _transport() -> str:
         return f"Ray objects between processes: shared memory does not work here: {error}"
     free = f"{available_bytes() >> 20} MiB are free for it"
     return (
-        f"shared memory between processes of one Ray node ({free}), Ray objects between "
-        "nodes; this process's memory where local"
+        f"shared memory between processes of one Ray node ({free}), TCP between nodes; this "
+        "process's memory where local"
     )
 
 

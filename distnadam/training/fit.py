@@ -9,8 +9,9 @@ from typing import Any, Literal
 from distnadam.checkpoint.run_lock import make_run_lock
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import open_directory
+from distnadam.checks import check_count
 from distnadam.client.building import check_can_start
-from distnadam.config import BackendName, Settings, check_count
+from distnadam.config import BackendName, Settings
 from distnadam.copies import copied
 from distnadam.errors import ConfigError, NotOpen
 from distnadam.optimizer import DistNadam

@@ -5,7 +5,6 @@ host, the head, takes the rank over.
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -64,6 +63,10 @@ class Trainer:
             file.write(f"{time.time():.4f} {what}\n")
 
 
+def nothing() -> None:
+    """Take a turn on a host."""
+
+
 def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
     """Build optimizers until the supervisor is with the shard, or apart, as asked.
 
@@ -76,9 +79,7 @@ def build(about: dict[str, Any]) -> tuple[DistNadam, str, str]:
         rejoin_timeout_s=60.0,
         checkpoint_dir=about["directory"],
     )
-    in_turn = ray.remote(num_cpus=0, resources={"shard": 1}, scheduling_strategy="SPREAD")(
-        os.getpid
-    )
+    in_turn = ray.remote(num_cpus=0, resources={"shard": 1}, scheduling_strategy="SPREAD")(nothing)
     seen = []
     for _ in range(30):
         how = {"replicas": about["replicas"], "name": f"sides-{time.time_ns()}", "options": options}

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.certificates import certificates
 from tests.hosts.cluster import Cluster
 from tests.hosts.network import why_not
-from tests.hosts.test_training import certificates
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

@@ -1,13 +1,13 @@
 """Three hosts train to the bits of one process, by shared memory within hosts, else Ray objects."""
 
 import json
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.certificates import certificates
 from tests.hosts.cluster import Cluster
 from tests.hosts.network import why_not
 from tests.hosts.tasks import digest
@@ -53,36 +53,11 @@ def test_hosts_train_to_the_bits_of_one_process_over_both_transports(
         here = [index for index, host in enumerate(shards) if host == rank_host]
         others = [index for index, host in enumerate(shards) if host != rank_host]
         assert text.endswith(
-            f"shards {here} by shared memory (same node), shards {others} by Ray objects"
+            f"shards {here} by shared memory (same node), shards {others} by TCP, shards none by "
+            "Ray objects"
         ), text
     assert sorted(transports) == sorted(shards), "a worker on each host"
     assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", task | ONE_EACH)
-
-
-def certificates(directory: Path) -> dict[str, str]:
-    """Make an authority and a certificate for all hosts; return the environment for TLS."""
-    ca, server = directory / "ca", directory / "server"
-    names = ",".join([f"IP:10.77.0.{number}" for number in range(1, 5)] + ["IP:127.0.0.1"])
-    (directory / "names").write_text(f"subjectAltName={names}\n")
-    make = [
-        (
-            f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout {ca}.key -out "
-            f"{ca}.crt"
-        ),
-        f"req -newkey rsa:2048 -nodes -subj /CN=host -keyout {server}.key -out {server}.csr",
-        (
-            f"x509 -req -in {server}.csr -CA {ca}.crt -CAkey {ca}.key -CAcreateserial -days 2 "
-            f"-extfile {directory}/names -out {server}.crt"
-        ),
-    ]
-    for command in make:
-        subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
-    files = {
-        "RAY_TLS_SERVER_CERT": f"{server}.crt",
-        "RAY_TLS_SERVER_KEY": f"{server}.key",
-        "RAY_TLS_CA_CERT": f"{ca}.crt",
-    }
-    return {"RAY_USE_TLS": "1", **files}
 
 
 def test_hosts_with_certificates_train_to_the_same_bits(tmp_path: Path) -> None:

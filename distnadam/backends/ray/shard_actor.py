@@ -46,6 +46,8 @@ from distnadam.transport.connection import Address
 from distnadam.transport.replication import ReplicationStream, ShmReplicationStream, StandbyReceiver
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.shm_server import ShmServer, parameter_arena
+from distnadam.transport.tcp_connection import Endpoint
+from distnadam.transport.tcp_server import TcpServer
 
 log = logging.getLogger("distnadam")
 
@@ -69,6 +71,7 @@ class ShardActor:
         self._host: ShardHost | None = None
         self._standby: Standby | None = None
         self._receiver: StandbyReceiver | None = None
+        self._tcp: TcpServer | None = None
         self._lease: Lease | None = None
         self._remote_standby: ShardProcess | None = None
         self._stream = OrderedStream()
@@ -110,6 +113,19 @@ class ShardActor:
     async def address(self) -> ProcessAddress:
         """Return this process and where its connections are accepted."""
         return self._address
+
+    async def listen(self) -> Endpoint:
+        """Listen for workers of other nodes, from the first call on; return where.
+
+        Raises:
+            LaneError: it cannot.
+        """
+        if self._host is None:
+            raise LaneError(f"shard {self._spec.index}: this process is a standby")
+        if self._tcp is None:
+            host, ports = ray.util.get_node_ip_address(), self._spec.options.port_range
+            self._tcp = TcpServer(self._spec, self._host.deliver, host, ports)
+        return self._tcp.endpoint
 
     async def introduce(self) -> DiscoveredProcess:
         """Return what a supervisor that takes over must know of this process."""

@@ -1,25 +1,35 @@
 """Messages to the shards of a Ray cluster, by the newest shard map that this process has."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from typing_extensions import override
 
 from distnadam.backends.base import Pending, ShardTransport, WorkerChannel
 from distnadam.backends.ray.address import ProcessAddress
-from distnadam.backends.ray.calls import RayPending, retry_in_background
+from distnadam.backends.ray.calls import (
+    RayPending,
+    retry_in_background,
+    shard_callee,
+    translate,
+)
 from distnadam.backends.ray.joined import while_ray_lives
 from distnadam.backends.ray.processes import process_token
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.backends.ray.worker_channel import ChannelOwner, RayWorkerChannel
 from distnadam.config import Options
-from distnadam.errors import Reconfigured
+from distnadam.errors import LaneError, Reconfigured
 from distnadam.protocol.messages import Message, Resume
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.supervision.shard_map import ShardMap, require_alive
 from distnadam.tensors.layout import Layout, Ranges
+from distnadam.transport.tcp_connection import Endpoint
+
+_LISTEN_S = 15.0
 
 
 class RayShardTransport(ShardTransport):
@@ -90,8 +100,23 @@ class RayShardTransport(ShardTransport):
             rank=rank,
             sizes=layout.sizes,
             addresses=lambda: self.addresses if shared else [],
+            endpoints=self._endpoints,
         )
         return RayWorkerChannel(self, owner, ranges, incarnation)
+
+    def _endpoints(self, shards: Collection[int]) -> dict[int, Endpoint | LaneError]:
+        """Have shards listen for workers of other nodes; return where, or why not."""
+        found: dict[int, Endpoint | LaneError] = {}
+        calls = {shard: self.shard_map.shards[shard].handle.listen.remote() for shard in shards}
+        deadline = time.monotonic() + _LISTEN_S
+        for shard, call in calls.items():
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                found[shard] = ray.get(call, timeout=left)
+            except RayError as error:
+                ours = translate(error, shard_callee(shard))
+                found[shard] = LaneError(str(ours).splitlines()[0])
+        return found
 
     @override
     def refresh(self) -> None:

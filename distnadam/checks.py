@@ -1,0 +1,57 @@
+"""Arguments that must be counts, numbers, names or ports: refused by name where they are passed."""
+
+import math
+import re
+from typing import Any
+
+from distnadam.errors import ConfigError
+
+_MOST_PORT = 65535
+
+
+def check_count(name: str, value: object, *, least: int = 1) -> int:
+    """Return `value` as an int; raise ConfigError, naming the argument, unless it is >= `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value.__index__())
+
+
+def check_ports(value: Any) -> tuple[int, int]:
+    """Return the first and the last port; raise ConfigError unless they are ports in order."""
+    try:
+        first, last = (check_count("port_range", port) for port in value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"port_range must be two ports, the first and the last, got {value!r}"
+        ) from error
+    if not first <= last <= _MOST_PORT:
+        raise ConfigError(
+            f"port_range must be two ports in order, at most {_MOST_PORT}, got {value!r}"
+        )
+    return first, last
+
+
+def check_name(name: object) -> str:
+    """Return an optimizer's name; raise ConfigError if it is not a legal one."""
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name)):
+        raise ConfigError(
+            f"name must be up to 63 letters, digits, dots, dashes or underscores, got {name!r}"
+        )
+    return name
+
+
+def check_as(kind: type, name: str, value: Any) -> Any:
+    """Return a str, or a finite float of at least 0; raise ConfigError naming the argument."""
+    if kind is str:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} must be a string, got {value!r}")
+        return value
+    try:
+        number = float(value) if not isinstance(value, (bool, str)) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(number) or number < 0.0:
+        raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
+    return number

@@ -1,0 +1,379 @@
+"""TCP between hosts: frames, each a message and the arrays behind it, received where they belong.
+
+Both ends prove that they know a secret before anything else is accepted, and nothing is allocated
+for a peer that has not. Nothing here knows what a message means. The end of a connection says that
+the peer cannot be reached, not that it is dead.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import secrets
+import socket
+import ssl
+import struct
+import threading
+import weakref
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgpack
+from typing_extensions import override
+
+from distnadam.errors import LaneError
+from distnadam.tensors.arrays import Flat
+
+log = logging.getLogger("distnadam")
+
+HANDSHAKE_S = 10.0
+_VERSION = 1
+_NONCE_BYTES = 32
+_HEAD = struct.Struct("<IQ")
+"""The bytes of the message, and those of the arrays behind it."""
+_MOST_UNPROVEN = 1 << 10
+_MOST_BYTES = 1 << 28
+_STAGING_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 19
+_UNSENT_BYTES = 1 << 20
+_DEAD_LINE_S = 10
+"""Seconds after which a line that acknowledges nothing is closed."""
+
+Parts = Sequence[memoryview]
+_Parser = Generator["int | memoryview", Any, None]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a shard listens for workers of other hosts, and the secret of its connections."""
+
+    host: str
+    port: int
+    secret: bytes
+
+
+class Receiver(Protocol):
+    """What an end does with what comes; called in the loop's thread."""
+
+    def proven(self, connection: "TcpConnection", greeting: Mapping[str, Any]) -> None:
+        """Take over a peer that has proven itself; a LaneError hangs up."""
+
+    def landing(
+        self, connection: "TcpConnection", message: bytes, num_bytes: int
+    ) -> tuple[Any, Parts]:
+        """Return what `arrived` gets, and the memory for the `num_bytes` behind the message.
+
+        Raises:
+            LaneError: it is no message, or other bytes belong behind it.
+        """
+
+    def arrived(self, connection: "TcpConnection", what: Any) -> None:
+        """Take a message whose arrays have come whole."""
+
+    def ended(self, connection: "TcpConnection", why: str) -> None:
+        """Learn that the peer cannot be reached by this connection any more."""
+
+
+class TcpConnection(asyncio.BufferedProtocol):
+    """One end of a connection, used in its loop's thread.
+
+    Args:
+        receiver: takes what comes.
+        secret: what both ends must know.
+        greeting: what the end that connects says of itself; None for the end that listens.
+    """
+
+    def __init__(
+        self, receiver: Receiver, secret: bytes, greeting: Mapping[str, Any] | None = None
+    ) -> None:
+        self._receiver = receiver
+        self._secret = secret
+        self._greeting = greeting
+        self._transport: Any = None
+        self._staging = memoryview(bytearray(_MOST_UNPROVEN + _HEAD.size))
+        self._begin = self._end = 0
+        self._parser = self._parse()
+        self._want: int | memoryview = 0
+        self._outgoing: deque[memoryview] = deque()
+        self._is_paused = False
+        self._why = ""
+        self.is_proven = False
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether bytes of the caller's memory are still to be sent."""
+        return bool(self._outgoing)
+
+    def send(self, message: bytes, parts: Parts = ()) -> None:
+        """Send a message and the arrays behind it, which must not change until they are sent."""
+        head = _HEAD.pack(len(message), sum(part.nbytes for part in parts))
+        self._outgoing.append(memoryview(head + message))
+        self._outgoing.extend(part for part in parts if part.nbytes)
+        self._pump()
+
+    def close(self, why: str) -> None:
+        """Hang up; the receiver learns why."""
+        self._why = self._why or why
+        self._outgoing.clear()
+        if self._transport is not None:
+            self._transport.abort()
+
+    @override
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        if self._why:
+            self._transport.abort()
+            return
+        self._transport.set_write_buffer_limits(high=1, low=0)  # high=0 stops TLS for ever
+        set_up(transport.get_extra_info("socket"))
+        self._want = next(self._parser)
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._outgoing.clear()
+        self._parser.close()
+        self._receiver.ended(self, self._why or str(exc or "the peer hung up"))
+
+    @override
+    def pause_writing(self) -> None:
+        self._is_paused = True
+
+    @override
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        self._pump()
+
+    @override
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._begin == self._end and isinstance(self._want, memoryview):
+            return self._want
+        return self._staging[self._end :]
+
+    @override
+    def buffer_updated(self, nbytes: int) -> None:
+        try:
+            if self._begin == self._end and isinstance(self._want, memoryview):
+                self._want = self._want[nbytes:]
+                if not self._want:
+                    self._want = self._parser.send(None)
+            else:
+                self._end += nbytes
+            self._take_staged()
+        except (LaneError, ValueError) as error:
+            self.close(str(error))
+        except Exception as error:  # of one connection; the others are served on
+            log.exception("a connection failed")
+            self.close(f"{type(error).__name__}: {error}")
+
+    def _take_staged(self) -> None:
+        """Give the parser what it wants, as far as it has come."""
+        while not self._why:
+            there = self._end - self._begin
+            if isinstance(self._want, int):
+                if there < self._want:
+                    break
+                taken = bytes(self._staging[self._begin : self._begin + self._want])
+                self._begin += self._want
+                self._want = self._parser.send(taken)
+                continue
+            count = min(there, len(self._want))
+            self._want[:count] = self._staging[self._begin : self._begin + count]
+            self._begin += count
+            self._want = self._want[count:]
+            if self._want:
+                break
+            self._want = self._parser.send(None)
+        rest = bytes(self._staging[self._begin : self._end])
+        self._staging[: len(rest)] = rest
+        self._begin, self._end = 0, len(rest)
+
+    def _parse(self) -> _Parser:
+        """Yield how many bytes to get, or the memory that they go to, for all that comes."""
+        yield from self._prove()
+        staged = self._staging[self._begin : self._end]
+        self._staging = memoryview(bytearray(_STAGING_BYTES))
+        self._staging[: len(staged)] = staged
+        self._begin, self._end = 0, len(staged)
+        while True:
+            num_bytes, behind = _HEAD.unpack((yield _HEAD.size))
+            if num_bytes > _MOST_BYTES:
+                raise LaneError(f"a message of {num_bytes} bytes was announced")
+            message = bytearray(num_bytes)
+            yield memoryview(message)
+            what, parts = self._receiver.landing(self, bytes(message), behind)
+            yield from parts
+            self._receiver.arrived(self, what)
+
+    def _prove(self) -> _Parser:
+        """Exchange nonces and proofs: HMAC-SHA256 over both nonces, the role and the greeting."""
+        ours = secrets.token_bytes(_NONCE_BYTES)
+        if self._greeting is None:
+            self._say({"nonce": ours})
+            said = yield from self._hear()
+            greeting, theirs = _field(said, "greeting", bytes), _field(said, "nonce", bytes)
+            self._check(said, "worker", ours + theirs + greeting)
+            self._say({"proof": self._proof("shard", theirs + ours + greeting)})
+            content = msgpack.unpackb(greeting)
+        else:
+            content = self._greeting
+            greeting = msgpack.packb(dict(content))
+            theirs = _field((yield from self._hear()), "nonce", bytes)
+            proof = self._proof("worker", theirs + ours + greeting)
+            self._say({"nonce": ours, "greeting": greeting, "proof": proof})
+            self._check((yield from self._hear()), "shard", ours + theirs + greeting)
+        if not isinstance(content, dict) or content.get("version") != _VERSION:
+            raise LaneError(f"expected version {_VERSION} of the protocol, got {content!r:.100}")
+        self.is_proven = True
+        self._receiver.proven(self, content)
+
+    def _say(self, content: Mapping[str, Any]) -> None:
+        self.send(msgpack.packb(content))
+
+    def _hear(self) -> Generator[int, bytes, dict[str, Any]]:
+        num_bytes, behind = _HEAD.unpack((yield _HEAD.size))
+        if num_bytes > _MOST_UNPROVEN or behind:
+            raise LaneError("what came is no handshake")
+        try:
+            content = msgpack.unpackb((yield num_bytes))
+        except Exception as error:
+            raise LaneError("what came is no handshake") from error
+        if not isinstance(content, dict):
+            raise LaneError("what came is no handshake")
+        return content
+
+    def _proof(self, role: str, text: bytes) -> bytes:
+        return hmac.digest(self._secret, role.encode() + b"\0" + text, hashlib.sha256)
+
+    def _check(self, said: Mapping[str, Any], role: str, text: bytes) -> None:
+        if not hmac.compare_digest(_field(said, "proof", bytes), self._proof(role, text)):
+            raise LaneError("the peer does not know the secret")
+
+    def _pump(self) -> None:
+        """Send until the socket takes no more; `resume_writing` continues."""
+        while self._outgoing and not self._is_paused:
+            first = self._outgoing[0]
+            if first.nbytes <= _CHUNK_BYTES:
+                self._outgoing.popleft()
+            else:
+                self._outgoing[0] = first[_CHUNK_BYTES:]
+            self._transport.write(first[:_CHUNK_BYTES])
+
+
+class LoopThread:
+    """An event loop in a thread of its own.
+
+    Raises:
+        LaneError: the system has no thread or descriptor for it.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, name="tcp", daemon=True)
+            self._thread.start()
+        except (OSError, RuntimeError) as error:
+            raise LaneError(f"no thread for connections: {error}") from error
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+        self.loop.close()
+
+    def call(self, what: Any, *args: Any) -> None:
+        """Call something in the loop's thread, some time; do nothing once the loop is closed."""
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(what, *args)
+
+    def close(self) -> None:
+        """End the thread."""
+        self.call(self.loop.stop)
+        self._thread.join()
+
+    def run(self, coroutine: Any, timeout_s: float) -> Any:
+        """Return the result of a coroutine of the loop; TimeoutError if it takes longer."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            future.cancel()
+            raise
+
+
+_open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
+
+
+def keep_from_children(sock: socket.socket) -> None:
+    """Close a socket in every child that this process forks."""
+    _open.add(sock)
+
+
+def _close_in_child() -> None:
+    for sock in list(_open):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def set_up(sock: Any) -> None:
+    """Have a socket send small frames at once, queue little, and notice a dead line in seconds."""
+    for level, option, value in (
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _DEAD_LINE_S),
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _DEAD_LINE_S // 2),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _DEAD_LINE_S // 2),
+    ):
+        with suppress(OSError, AttributeError):
+            sock.setsockopt(level, option, value)
+
+
+def greeting(rank: int, incarnation: int) -> dict[str, Any]:
+    """Return what a worker says of itself."""
+    return {"version": _VERSION, "rank": rank, "incarnation": incarnation}
+
+
+def tls(purpose: ssl.Purpose) -> ssl.SSLContext | None:
+    """Return the TLS of one end, with the certificates that Ray's own TLS has; None without it.
+
+    Raises:
+        LaneError: they cannot be read.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return None
+    names = ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
+    try:
+        authority, certificate, key = (os.environ[name] for name in names)
+        context = ssl.create_default_context(purpose, cafile=authority)
+        context.load_cert_chain(certificate, key)
+    except (KeyError, OSError) as error:
+        raise LaneError(
+            f"RAY_USE_TLS is on, and its certificates cannot be used: {error}"
+        ) from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def parts_of(arrays: Flat) -> Parts:
+    """Return the memory of arrays, in the order of their spaces."""
+    return [arrays[space].view("u1").data for space in sorted(arrays) if arrays[space].nbytes]
+
+
+def check_bytes(parts: Parts, num_bytes: int) -> None:
+    """Raise LaneError if the bytes behind a message are not those that belong there."""
+    if (expected := sum(part.nbytes for part in parts)) != num_bytes:
+        raise LaneError(f"{num_bytes} bytes behind a message, expected {expected}")
+
+
+def _field(content: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = content.get(name)
+    if not isinstance(value, kind):
+        raise LaneError("what came is no handshake")
+    return value

@@ -1,0 +1,183 @@
+"""A shard's end of the connections to workers of other hosts: gradients come in, parameters go out.
+
+What is sent is a copy of the parameters, one for all workers of a round, since a worker may leave
+before it has got them, and the shard steps on.
+"""
+
+import asyncio
+import random
+import secrets
+import ssl
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from distnadam.errors import DistNadamError, LaneError, ShardLost
+from distnadam.protocol.codec import HEADER, pack, unpack
+from distnadam.protocol.delivery import Reply
+from distnadam.protocol.messages import Push, RoundResult, ShardSpec, TotalNorms
+from distnadam.tensors.arrays import Flat, dtype_of
+from distnadam.tensors.layout import sizes_of
+from distnadam.transport.tcp_connection import (
+    HANDSHAKE_S,
+    Endpoint,
+    LoopThread,
+    Parts,
+    Receiver,
+    TcpConnection,
+    check_bytes,
+    parts_of,
+    tls,
+)
+
+_MOST_STRANGERS = 64
+_START_S = 10.0
+
+
+class TcpServer(Receiver):
+    """One shard's end of its connections to workers of other hosts.
+
+    Args:
+        spec: the shard's spec.
+        deliver: called with each message, in the server's own thread.
+        host: the address to listen at.
+        ports: the first and the last port to try; None for any.
+
+    Raises:
+        LaneError: it cannot listen there.
+    """
+
+    def __init__(
+        self,
+        spec: ShardSpec,
+        deliver: Callable[[Push | TotalNorms, Reply], None],
+        host: str,
+        ports: tuple[int, int] | None,
+    ) -> None:
+        self._spec = spec
+        self._deliver = deliver
+        self._sizes = sizes_of(spec.ranges)
+        self._secret = secrets.token_bytes(32)
+        self._strangers: dict[TcpConnection, asyncio.TimerHandle] = {}
+        self._workers: dict[TcpConnection, tuple[int, int]] = {}
+        self._open: set[TcpConnection] = set()
+        self._lock = threading.Lock()
+        self._sent: tuple[Any, Flat] | None = None
+        self._thread = LoopThread()
+        try:
+            port = self._thread.run(self._listen(host, ports), _START_S)
+        except (LaneError, TimeoutError) as error:
+            self._thread.close()
+            raise LaneError(f"shard {spec.index} cannot listen at {host}: {error}") from error
+        self.endpoint = Endpoint(host, port, self._secret)
+
+    async def _listen(self, host: str, ports: tuple[int, int] | None) -> int:
+        context = tls(ssl.Purpose.CLIENT_AUTH)
+        choices = [0] if ports is None else list(range(ports[0], ports[1] + 1))
+        random.shuffle(choices)
+        for port in choices:
+            with suppress(OSError):
+                self._server = await asyncio.get_running_loop().create_server(
+                    self._accept, host, port, ssl=context
+                )
+                taken: int = self._server.sockets[0].getsockname()[1]
+                return taken
+        among = "any port" if ports is None else f"a port from {ports[0]} to {ports[1]}"
+        raise LaneError(f"{among} is not to be had")
+
+    def _accept(self) -> TcpConnection:
+        connection = TcpConnection(self, self._secret)
+        self._open.add(connection)
+        if len(self._strangers) >= _MOST_STRANGERS:
+            first = next(iter(self._strangers))
+            self._strangers.pop(first).cancel()
+            first.close("too many others are waiting")
+        self._strangers[connection] = self._thread.loop.call_later(
+            HANDSHAKE_S, connection.close, "it did not prove itself in time"
+        )
+        return connection
+
+    @override
+    def proven(self, connection: TcpConnection, greeting: Mapping[str, Any]) -> None:
+        self._strangers.pop(connection).cancel()
+        self._workers[connection] = (greeting["rank"], greeting["incarnation"])
+
+    @override
+    def landing(
+        self, connection: TcpConnection, message: bytes, num_bytes: int
+    ) -> tuple[Any, Parts]:
+        number, what = unpack(message, self._gradients)
+        if not isinstance(what, Push | TotalNorms):
+            raise LaneError(f"a worker sent {type(what).__name__}")
+        if (what.rank, what.incarnation) != self._workers[connection]:
+            raise LaneError(f"a message of worker {what.rank} came from another")
+        arrays = what.gradients if isinstance(what, Push) else None
+        parts = parts_of(arrays or {})
+        check_bytes(parts, num_bytes)
+        return (number, what), parts
+
+    def _gradients(self, dtypes: Mapping[str, str]) -> Flat:
+        """Return memory for gradients of these dtypes.
+
+        Raises:
+            LaneError: they are not of the shard's spaces.
+        """
+        if set(dtypes) != set(self._sizes):
+            raise LaneError(f"gradients of {sorted(dtypes)}, expected {sorted(self._sizes)}")
+        land = {space: dtype_of(name) for space, name in dtypes.items()}
+        if any(dtype.itemsize > dtype_of(space).itemsize for space, dtype in land.items()):
+            raise LaneError(f"gradients in {dtypes} are wider than the parameters")
+        return {space: np.empty(n, land[space]) for space, n in self._sizes.items()}
+
+    @override
+    def arrived(self, connection: TcpConnection, what: Any) -> None:
+        number, message = what
+        message = replace(message, want_parameters=True)
+        self._deliver(message, partial(self._answer, connection, number))
+
+    @override
+    def ended(self, connection: TcpConnection, why: str) -> None:
+        self._open.discard(connection)
+        self._workers.pop(connection, None)
+        if (timer := self._strangers.pop(connection, None)) is not None:
+            timer.cancel()
+
+    def _answer(self, connection: TcpConnection, number: int, answer: Any) -> None:
+        """Send an answer, with the parameters that it has; in any thread."""
+        if isinstance(answer, Exception) and not isinstance(answer, DistNadamError):
+            answer = ShardLost(f"{type(answer).__name__}: {answer}")
+        parts: Parts = ()
+        if isinstance(answer, RoundResult) and answer.parameters is not None:
+            parts = parts_of(self._copy(answer, answer.parameters))
+        body = pack(number, answer)[HEADER.size :]
+        self._thread.call(self._send, connection, body, parts)
+
+    def _send(self, connection: TcpConnection, body: bytes, parts: Parts) -> None:
+        if connection in self._workers:
+            connection.send(body, parts)
+
+    def _copy(self, answer: RoundResult, parameters: Flat) -> Flat:
+        key = (answer.epoch, answer.round, answer.buffer)
+        with self._lock:
+            if self._sent is None or self._sent[0] != key:
+                self._sent = key, {space: values.copy() for space, values in parameters.items()}
+            return self._sent[1]
+
+    def close(self) -> None:
+        """Stop listening and close the connections."""
+        with suppress(TimeoutError):
+            self._thread.run(self._close(), _START_S)
+        self._thread.close()
+
+    async def _close(self) -> None:
+        self._server.close()
+        while self._open:
+            for connection in self._open:
+                connection.close("the shard has closed")
+            await asyncio.sleep(0)
