@@ -26,7 +26,8 @@ log = logging.getLogger("distnadam")
 _LOOK_EVERY_S = 1.0
 """Seconds between two looks, in a wait for answers, at whether anybody can still answer."""
 _REOPEN_S = 10.0
-"""Seconds after which a lost TCP connection is tried again."""
+"""Seconds after which a lost TCP connection is tried again; twice as many after each that fails."""
+_MOST_REOPEN_S = 600.0
 TCP_REMEDY = (
     "Ray objects are used instead, which cost more time: let the hosts of the cluster reach each "
     "other at these ports, or set Options(port_range=...) to some that are open"
@@ -79,7 +80,9 @@ class RayWorkerChannel(WorkerChannel):
         self._incarnation = incarnation
         self._shm: ShmClient | None = None
         self._tcp = TcpClient(owner.rank, incarnation)
+        self._reopen_s = _REOPEN_S
         self._reopen_at = 0.0
+        self._failures: list[str] = []
         self._gradients: Flat | None = None
         self._connected: list[ProcessAddress] = []
         self.reconnect(ranges, incarnation)
@@ -166,19 +169,20 @@ class RayWorkerChannel(WorkerChannel):
             if address.node != self._owner.node
             and (self._connected[shard : shard + 1] != [address] or shard not in self._tcp)
         ]
-        self._reopen_at = time.monotonic() + _REOPEN_S
-        if not far:
-            return
         failures = []
-        for shard, endpoint in self._owner.endpoints(far).items():
+        for shard, endpoint in (self._owner.endpoints(far) if far else {}).items():
             try:
                 if isinstance(endpoint, LaneError):
                     raise endpoint
                 self._tcp.open(shard, endpoint, self._ranges[shard])
             except LaneError as error:
                 failures.append(str(error))
-        if failures:
+        # a firewall lets each try wait until it times out
+        self._reopen_s = min(2 * self._reopen_s, _MOST_REOPEN_S) if failures else _REOPEN_S
+        self._reopen_at = time.monotonic() + self._reopen_s
+        if failures and failures != self._failures:
             log.warning("worker %d: %s; %s", self._owner.rank, "; ".join(failures), TCP_REMEDY)
+        self._failures = failures
 
     def _shares_memory(self, shard: int) -> bool:
         return self._shm is not None and shard in self._shm
