@@ -1,32 +1,164 @@
-"""A step between two hosts over links of several bandwidths, beside bytes over bandwidth.
+"""A step over three hosts and cables of known speed, beside torch over gloo and the bytes alone.
 
-The hosts are network namespaces of this machine, a worker on one and a shard on the other. It needs
-root and iproute2.
+The hosts are network namespaces of this machine, a shard on each. It needs root, iproute2 and, for
+the peer, torch (the extra `bench`).
 """
 
+import argparse
+import importlib.util
+import json
+import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hosts.bandwidth import measure
+from rich.console import Console
+from rich.table import Table
+
 from tests.hosts.cluster import Cluster
 from tests.hosts.network import why_not
+from tests.hosts.program import Program
 
-SIZES = (10**6, 10**7)
-SPEEDS = (None, 1e10, 1e9)
-STEPS = 10
+HOSTS = 3
+WARM_UP = 3
+STEPS = {10**5: 40, 10**6: 20, 10**7: 6}
+CASES = [(10**5, 1e9, 1), (10**6, 1e9, 1), (10**7, 1e9, 1), (10**7, 1e9, 2), (10**7, 1e10, 1)]
+"""Elements, bits per second and workers per host."""
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A step's median, and the most bytes of one step in one direction over one host's cable."""
+
+    seconds: float
+    num_bytes: float
+
+
+def least_bytes(elements: int) -> float:
+    """Return what must cross each cable in each direction: gradients one way, parameters back."""
+    return 2 * (HOSTS - 1) / HOSTS * FLOAT32_BYTES * elements
+
+
+class Hosts:
+    """The cluster, and how contenders run on it."""
+
+    def __init__(self, cluster: Cluster, elements: int, bits_per_s: float, workers: int) -> None:
+        self.cluster = cluster
+        self._bits_per_s = bits_per_s
+        self._workers = workers
+        self._about = {"elements": elements, "steps": STEPS[elements], "warm_up": WARM_UP}
+        self._port = 29500
+
+    def ours(self, transport: str) -> Measured:
+        """Measure ours, by a transport."""
+        about = self._about | {"hosts": HOSTS, "workers": self._workers, "transport": transport}
+        program = ("-m", "benchmarks.contenders.ours_on_hosts", json.dumps(about))
+        return self._measure([self.cluster.python(self.cluster.hosts[0], *program)])
+
+    def torch(self) -> Measured:
+        """Measure torch over gloo."""
+        self._port += 1
+        hosts, size = self.cluster.hosts, HOSTS * self._workers
+        env = {
+            "MASTER_ADDR": hosts[0].address,
+            "MASTER_PORT": str(self._port),
+            "GLOO_SOCKET_IFNAME": "eth0",
+        }
+        programs = []
+        for rank in range(size):
+            about = self._about | {"rank": rank, "world_size": size}
+            program = ("-m", "benchmarks.contenders.torch_on_hosts", json.dumps(about))
+            programs.append(self.cluster.python(hosts[rank // self._workers], *program, **env))
+        return self._measure(programs)
+
+    def _measure(self, programs: list[Program]) -> Measured:
+        hosts = self.cluster.hosts
+        for program in programs:
+            program.first("warm")
+        for host in hosts:
+            host.shape(self._bits_per_s)
+        before = [host.traffic() for host in hosts]
+        for program in programs:
+            program.tell("go on")
+        seconds = programs[0].first("median_s")["median_s"]
+        after = [host.traffic() for host in hosts]
+        for host in hosts:
+            host.unshape()
+        for program in programs:
+            program.tell("end")
+        for program in programs:
+            program.finish()
+        moved = [
+            now - then
+            for at_end, at_begin in zip(after, before, strict=True)
+            for now, then in zip(at_end, at_begin, strict=True)
+        ]
+        return Measured(seconds=seconds, num_bytes=max(moved) / self._about["steps"])
 
 
 def main() -> None:
-    """Print one line per size and bandwidth."""
+    """Print one line per case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most", type=float, default=1e7, help="elements of the largest case")
+    parser.add_argument("--objects", action="store_true", help="ours by Ray objects too")
+    args = parser.parse_args()
     if (reason := why_not()) is not None:
         raise SystemExit(reason)
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Cluster(Path(directory), [{"CPU": 1}, {"CPU": 1, "shard": 1}]) as cluster,
+    peer = importlib.util.find_spec("torch") is not None
+    table = Table(title=f"ms per step, medians of {args.rounds} rounds, {HOSTS} hosts")
+    for name in (
+        "elements",
+        "Gbit/s",
+        "workers a host",
+        "ours",
+        "by objects",
+        "gloo",
+        "bytes alone",
+        "ours / gloo",
+        "ours / bytes",
+        "bytes / least",
     ):
-        for size in SIZES:
-            for speed in SPEEDS:
-                print(measure(cluster, size, STEPS, speed), flush=True)
+        table.add_column(name, justify="right")
+    for elements, bits_per_s, workers in CASES:
+        if elements > args.most:
+            continue
+        found: dict[str, list[Measured]] = {"ours": [], "objects": [], "gloo": []}
+        resources = [{"CPU": float(workers), "shard": 1.0}] * HOSTS
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            Cluster(Path(directory), resources) as cluster,
+        ):
+            hosts = Hosts(cluster, elements, bits_per_s, workers)
+            for _ in range(args.rounds):
+                found["ours"].append(hosts.ours("auto"))
+                if args.objects:
+                    found["objects"].append(hosts.ours("objects"))
+                if peer:
+                    found["gloo"].append(hosts.torch())
+        ms = {
+            name: 1e3 * statistics.median(each.seconds for each in measured) if measured else None
+            for name, measured in found.items()
+        }
+        least = least_bytes(elements)
+        alone = 8e3 * least / bits_per_s
+        moved = statistics.median(each.num_bytes for each in found["ours"])
+        ours, gloo, objects = ms["ours"], ms["gloo"], ms["objects"]
+        assert ours is not None
+        table.add_row(
+            f"{elements:.0e}",
+            f"{bits_per_s / 1e9:g}",
+            str(workers),
+            f"{ours:.1f}",
+            "-" if objects is None else f"{objects:.1f}",
+            "-" if gloo is None else f"{gloo:.1f}",
+            f"{alone:.1f}",
+            "-" if gloo is None else f"{ours / gloo:.2f}",
+            f"{ours / alone:.2f}",
+            f"{moved / least:.2f}",
+        )
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

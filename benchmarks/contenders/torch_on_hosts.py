@@ -1,0 +1,42 @@
+"""A rank of torch over hosts: gloo's all-reduce, NAdam foreach; says what `ours_on_hosts` does."""
+
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.hosts.program import say
+
+
+def main(about: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=about["rank"], world_size=about["world_size"])
+    parameter = torch.nn.Parameter(torch.zeros(about["elements"]))
+    parameter.grad = torch.randn(about["elements"])
+    optimizer = torch.optim.NAdam([parameter], lr=0.002, foreach=True)
+
+    def run(steps: int) -> list[float]:
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(about["world_size"])
+            optimizer.step()
+            times.append(time.perf_counter() - began)
+        return times
+
+    run(about["warm_up"])
+    say(warm=True)
+    sys.stdin.readline()
+    say(median_s=statistics.median(run(about["steps"])))
+    sys.stdin.readline()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
