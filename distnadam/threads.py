@@ -11,7 +11,20 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 from weakref import WeakSet
 
+from distnadam.shield import shield
+
 _T = TypeVar("_T")
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread whole: what a signal handler raises in the middle would leave it on Python's
+    list of those that are about to start, from which the thread itself then fails to remove it.
+
+    Raises:
+        RuntimeError: the system refuses the thread.
+    """
+    with shield:
+        thread.start()
 
 
 def in_background(name: str, work: Callable[[], _T]) -> "Future[_T]":
@@ -29,7 +42,7 @@ def in_background(name: str, work: Callable[[], _T]) -> "Future[_T]":
             future.set_result(result)
 
     try:
-        threading.Thread(target=run, name=name).start()
+        start(threading.Thread(target=run, name=name))
     except RuntimeError:  # "can't start new thread", or "... at interpreter shutdown"
         run()
     return future

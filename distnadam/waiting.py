@@ -7,6 +7,8 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from distnadam.threads import start
+
 log = logging.getLogger("distnadam")
 
 REPORT_WAIT_S = 10.0
@@ -59,9 +61,9 @@ def said_if_long(who: str, whom: Callable[[], str], up_to_s: float | None = None
             if not over.is_set():
                 say_waiting(who, for_whom, up_to_s)
 
-    with suppress(RuntimeError):  # "can't start new thread"
-        threading.Thread(target=watch, name="waiting", daemon=True).start()
     try:
+        with suppress(RuntimeError):  # "can't start new thread"
+            start(threading.Thread(target=watch, name="waiting", daemon=True))
         yield
     finally:
         over.set()

@@ -13,8 +13,9 @@ from tests.count_functions import trace_step
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
-    errors reproducible_math shield threads versions waiting
-    checks places
+    errors reproducible_math shield versions
+    threads
+    checks places waiting
     tensors
     plain_data copies
     schedules

@@ -20,6 +20,7 @@ from typing_extensions import override
 from distnadam.checkpoint.storage.base import Directory, os_errors_as
 from distnadam.checkpoint.storage.local import LocalDirectory, lock
 from distnadam.errors import CheckpointBusy, CheckpointError
+from distnadam.threads import start
 
 log = logging.getLogger("distnadam")
 
@@ -124,7 +125,7 @@ class LeaseFile(RunLock):
             with suppress(CheckpointError):
                 self.directory.remove(self._name)
             raise
-        self._thread.start()
+        start(self._thread)
         return self
 
     def __exit__(self, *exc: object) -> None:

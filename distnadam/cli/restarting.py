@@ -22,6 +22,7 @@ import click
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.errors import RayLost
 from distnadam.places import shown
+from distnadam.threads import start
 from distnadam.training.resuming import with_what_is_saved
 
 MAX_RESTARTS = 3
@@ -69,7 +70,7 @@ class Run:
         Args:
             directory: returns where checkpoints are, or would be, as far as it is known.
         """
-        threading.Thread(target=self._look, args=(directory,), daemon=True).start()
+        start(threading.Thread(target=self._look, args=(directory,), daemon=True))
 
     def _look(self, directory: Callable[[], str | None]) -> None:
         while (why := _why_lost()) is None:

@@ -38,6 +38,7 @@ from distnadam.supervision.restore_points import RestorePoints
 from distnadam.supervision.shard_map import ShardMap, ShardMapPublisher, require_alive
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
+from distnadam.threads import start
 
 log = logging.getLogger("distnadam")
 
@@ -127,7 +128,7 @@ class Supervisor:
             return
         self.resync(initial=initial, directory=directory)
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
-        self._thread.start()
+        start(self._thread)
         self.notify(LookNow())
 
     def resync(self, *, initial: Flat | None, directory: str | None) -> None:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from distnadam.threads import start
+
 STATUS = 128 + signal.SIGTERM
 """The exit status of a process that SIGTERM ended."""
 
@@ -59,7 +61,7 @@ class Termination:
             self.requested = True
             self._timer = threading.Timer(self._grace_s, self._end)
             self._timer.daemon = True
-            self._timer.start()
+            start(self._timer)
 
     def _end(self) -> None:
         with suppress(OSError, ValueError, AttributeError):

@@ -23,6 +23,7 @@ import msgpack
 
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.codec import HEADER, Frames, frame_of
+from distnadam.threads import start
 
 log = logging.getLogger("distnadam")
 
@@ -218,7 +219,7 @@ class ConnectionServer:
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._stop, select.EPOLLIN)
         self._thread = threading.Thread(target=self._serve, name="connections", daemon=True)
-        self._thread.start()
+        start(self._thread)
 
     def close(self) -> None:
         """Stop listening, close every connection and end the thread; do nothing if called again."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from distnadam.errors import LaneError
+from distnadam.threads import start
 from distnadam.transport.connection import Address, Connection, connect
 
 
@@ -15,7 +16,7 @@ class ProcessWatch:
     def __init__(self) -> None:
         self._poll = select.epoll()
         self._watched: dict[int, tuple[Connection, Callable[[], None]]] = {}
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        start(threading.Thread(target=self._run, name="watch", daemon=True))
 
     def add(self, address: Address, on_end: Callable[[], None]) -> None:
         """Watch the process that listens there; call `on_end` now if it cannot be reached."""

@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from distnadam.errors import LaneError
 from distnadam.tensors.arrays import Flat
+from distnadam.threads import start
 
 log = logging.getLogger("distnadam")
 
@@ -274,7 +275,7 @@ class LoopThread:
         try:
             self.loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._run, name="tcp", daemon=True)
-            self._thread.start()
+            start(self._thread)
         except (OSError, RuntimeError) as error:
             raise LaneError(f"no thread for connections: {error}") from error
 

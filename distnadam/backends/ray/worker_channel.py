@@ -118,11 +118,10 @@ class RayWorkerChannel(WorkerChannel):
         far = [shard for shard in range(len(ranges)) if shard in self._tcp]
         others = [shard for shard in range(len(ranges)) if shard not in (*shared, *far)]
         log.info(
-            "worker %d: shards %s by shared memory (same node), shards %s by TCP, shards %s by Ray "
-            "objects",
+            "worker %d: shards %s by shared memory (same node), %sshards %s by Ray objects",
             self._owner.rank,
             shared or "none",
-            far or "none",
+            f"shards {far} by TCP, " if far else "",
             others or "none",
         )
         self.routes = Routes(ranges, frozenset(shared))
