@@ -259,6 +259,8 @@ def test_a_push_that_was_superseded_while_it_waited_is_refused_by_name(backend: 
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         old, other = optimizer.worker(0), optimizer.worker(1)
         waiting = old.push(gradients(7, 0))
+        while any(0 in shard.waiting_for for shard in optimizer.shards.describe_all()):
+            pass  # until every shard has it; the test's time limit bounds it
         new = optimizer.worker(0)
         tickets = [new.push(gradients(0, 0)), other.push(gradients(0, 1))]
         assert [ticket.result() for ticket in tickets] == [1, 1]
