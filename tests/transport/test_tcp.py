@@ -533,7 +533,7 @@ def test_frames_cut_anywhere_come_whole_and_in_order() -> None:
         assert [(m, bytes(b)) for m, b in seen] == messages
 
 
-@pytest.mark.parametrize("count", [3000, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3000, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1500)
 def test_no_bytes_whatever_do_more_than_hang_up(count: int) -> None:
     """Handshakes and frames with flipped, cut, repeated and random bytes."""
