@@ -285,7 +285,13 @@ class LoopThread:
         self.loop.close()
 
     def call(self, what: Any, *args: Any) -> None:
-        """Call something in the loop's thread, some time; do nothing once the loop is closed."""
+        """Call something in the loop's thread: now if that is this one, else some time.
+
+        Do nothing once the loop is closed.
+        """
+        if threading.get_ident() == self._thread.ident:
+            what(*args)
+            return
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(what, *args)
 

@@ -9,7 +9,7 @@ import random
 import secrets
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import HEADER, pack, unpack
-from distnadam.protocol.delivery import Reply
+from distnadam.protocol.delivery import Deliver, run_in_this_thread
 from distnadam.protocol.messages import Push, RoundResult, ShardSpec, TotalNorms
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import sizes_of
@@ -45,7 +45,7 @@ class TcpServer(Receiver):
 
     Args:
         spec: the shard's spec.
-        deliver: called with each message, in the server's own thread.
+        deliver: called with each message in the server's own thread, which also runs its work.
         host: the address to listen at.
         ports: the first and the last port to try; None for any.
 
@@ -56,7 +56,7 @@ class TcpServer(Receiver):
     def __init__(
         self,
         spec: ShardSpec,
-        deliver: Callable[[Push | TotalNorms, Reply], None],
+        deliver: Deliver,
         host: str,
         ports: tuple[int, int] | None,
     ) -> None:
@@ -139,7 +139,7 @@ class TcpServer(Receiver):
     def arrived(self, connection: TcpConnection, what: Any) -> None:
         number, message = what
         message = replace(message, want_parameters=True)
-        self._deliver(message, partial(self._answer, connection, number))
+        self._deliver(message, partial(self._answer, connection, number), run_in_this_thread)
 
     @override
     def ended(self, connection: TcpConnection, why: str) -> None:

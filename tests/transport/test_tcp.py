@@ -587,9 +587,9 @@ def test_two_servers_do_not_take_one_port_and_a_range_is_kept() -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     with pytest.raises(LaneError, match=f"shard 0 cannot listen at 127.0.0.1: a port from {port}"):
-        TcpServer(spec, lambda message, reply: None, "127.0.0.1", (port, port))
+        TcpServer(spec, lambda message, reply, run: None, "127.0.0.1", (port, port))
     taken.close()
-    server = TcpServer(spec, lambda message, reply: None, "127.0.0.1", (port, port))
+    server = TcpServer(spec, lambda message, reply, run: None, "127.0.0.1", (port, port))
     assert server.endpoint.port == port
     server.close()
     for shard in shards.all:
