@@ -1,15 +1,10 @@
 """A worker's end of its connections to shards of other hosts."""
 
-import asyncio
 import itertools
-import os
-import socket
-import ssl
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from typing_extensions import override
@@ -22,24 +17,14 @@ from distnadam.tensors.layout import Ranges, sizes_of
 from distnadam.transport.tcp_connection import (
     HANDSHAKE_S,
     Endpoint,
-    LoopThread,
     Parts,
     Receiver,
     TcpConnection,
     check_bytes,
     greeting,
-    keep_from_children,
     parts_of,
-    tls,
 )
-
-_CONNECT_S = 5.0
-
-
-@cache
-def _thread_of(pid: int) -> LoopThread:
-    """Return the loop of all connections of this process; a forked child has its own."""
-    return LoopThread()
+from distnadam.transport.tcp_dial import dial, dialling_thread
 
 
 class TcpClient:
@@ -165,7 +150,7 @@ class _Line(Receiver):
     def __init__(self, client: TcpClient, shard: int, ranges: Ranges) -> None:
         self._client = client
         self._sizes = sizes_of(ranges)
-        self._thread = _thread_of(os.getpid())
+        self._thread = dialling_thread()
         self._settled = threading.Event()
         self.shard = shard
         self.why: str | None = None
@@ -173,25 +158,11 @@ class _Line(Receiver):
 
     def open(self, endpoint: Endpoint, greeting: Mapping[str, Any]) -> None:
         self.connection = TcpConnection(self, endpoint.secret, greeting)
-        context = tls(ssl.Purpose.SERVER_AUTH)
-        sock = socket.create_connection((endpoint.host, endpoint.port), _CONNECT_S)
-        keep_from_children(sock)
-        sock.setblocking(False)
-        try:
-            self._thread.run(self._adopt(sock, context, endpoint.host), HANDSHAKE_S)
-        except BaseException:
-            sock.close()
-            raise
+        dial(self.connection, endpoint)
         if not self._settled.wait(HANDSHAKE_S):
             raise LaneError("it does not prove itself")
         if self.why is not None:
             raise LaneError(self.why)
-
-    async def _adopt(self, sock: socket.socket, context: ssl.SSLContext | None, host: str) -> None:
-        name = None if context is None else host
-        await asyncio.get_running_loop().create_connection(
-            lambda: self.connection, sock=sock, ssl=context, server_hostname=name
-        )
 
     def send(self, message: bytes, parts: Parts) -> None:
         self._thread.call(self.connection.send, message, parts)

@@ -4,13 +4,8 @@ What is sent is a copy of the parameters, one for all workers of a round, since 
 before it has got them, and the shard steps on.
 """
 
-import asyncio
-import random
-import secrets
-import ssl
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,19 +20,14 @@ from distnadam.protocol.messages import Push, RoundResult, ShardSpec, TotalNorms
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.tcp_connection import (
-    HANDSHAKE_S,
     Endpoint,
-    LoopThread,
     Parts,
     Receiver,
     TcpConnection,
     check_bytes,
     parts_of,
-    tls,
 )
-
-_MOST_STRANGERS = 64
-_START_S = 10.0
+from distnadam.transport.tcp_listener import TcpListener
 
 
 class TcpServer(Receiver):
@@ -63,49 +53,19 @@ class TcpServer(Receiver):
         self._spec = spec
         self._deliver = deliver
         self._sizes = sizes_of(spec.ranges)
-        self._secret = secrets.token_bytes(32)
-        self._strangers: dict[TcpConnection, asyncio.TimerHandle] = {}
         self._workers: dict[TcpConnection, tuple[int, int]] = {}
-        self._open: set[TcpConnection] = set()
         self._lock = threading.Lock()
         self._sent: tuple[Any, Flat] | None = None
-        self._thread = LoopThread()
-        try:
-            port = self._thread.run(self._listen(host, ports), _START_S)
-        except (LaneError, TimeoutError) as error:
-            self._thread.close()
-            raise LaneError(f"shard {spec.index} cannot listen at {host}: {error}") from error
-        self.endpoint = Endpoint(host, port, self._secret)
+        self._listener = TcpListener(self, f"shard {spec.index}", host, ports)
 
-    async def _listen(self, host: str, ports: tuple[int, int] | None) -> int:
-        context = tls(ssl.Purpose.CLIENT_AUTH)
-        choices = [0] if ports is None else list(range(ports[0], ports[1] + 1))
-        random.shuffle(choices)
-        for port in choices:
-            with suppress(OSError):
-                self._server = await asyncio.get_running_loop().create_server(
-                    self._accept, host, port, ssl=context
-                )
-                taken: int = self._server.sockets[0].getsockname()[1]
-                return taken
-        among = "any port" if ports is None else f"a port from {ports[0]} to {ports[1]}"
-        raise LaneError(f"{among} is not to be had")
-
-    def _accept(self) -> TcpConnection:
-        connection = TcpConnection(self, self._secret)
-        self._open.add(connection)
-        if len(self._strangers) >= _MOST_STRANGERS:
-            first = next(iter(self._strangers))
-            self._strangers.pop(first).cancel()
-            first.close("too many others are waiting")
-        self._strangers[connection] = self._thread.loop.call_later(
-            HANDSHAKE_S, connection.close, "it did not prove itself in time"
-        )
-        return connection
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it listens."""
+        return self._listener.endpoint
 
     @override
     def proven(self, connection: TcpConnection, greeting: Mapping[str, Any]) -> None:
-        self._strangers.pop(connection).cancel()
+        self._listener.admit(connection)
         self._workers[connection] = (greeting["rank"], greeting["incarnation"])
 
     @override
@@ -143,10 +103,8 @@ class TcpServer(Receiver):
 
     @override
     def ended(self, connection: TcpConnection, why: str) -> None:
-        self._open.discard(connection)
+        self._listener.forget(connection)
         self._workers.pop(connection, None)
-        if (timer := self._strangers.pop(connection, None)) is not None:
-            timer.cancel()
 
     def _answer(self, connection: TcpConnection, number: int, answer: Any) -> None:
         """Send an answer, with the parameters that it has; in any thread."""
@@ -156,7 +114,7 @@ class TcpServer(Receiver):
         if isinstance(answer, RoundResult) and answer.parameters is not None:
             parts = parts_of(self._copy(answer, answer.parameters))
         body = pack(number, answer)[HEADER.size :]
-        self._thread.call(self._send, connection, body, parts)
+        self._listener.thread.call(self._send, connection, body, parts)
 
     def _send(self, connection: TcpConnection, body: bytes, parts: Parts) -> None:
         if connection in self._workers:
@@ -171,13 +129,4 @@ class TcpServer(Receiver):
 
     def close(self) -> None:
         """Stop listening and close the connections."""
-        with suppress(TimeoutError):
-            self._thread.run(self._close(), _START_S)
-        self._thread.close()
-
-    async def _close(self) -> None:
-        self._server.close()
-        while self._open:
-            for connection in self._open:
-                connection.close("the shard has closed")
-            await asyncio.sleep(0)
+        self._listener.close()

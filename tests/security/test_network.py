@@ -109,7 +109,7 @@ def test_only_these_modules_open_a_socket_that_leaves_this_machine(module: str) 
     allowed = {
         "backends/ray/session": "socket.create_connection(",  # to Ray's head
         "backends/ray/joined": "socket.create_connection(",
-        "transport/tcp_client": "socket.create_connection(",  # to a shard of another host
-        "transport/tcp_server": "asyncio.get_running_loop().create_server(",
+        "transport/tcp_dial": "socket.create_connection(",  # to a process of another host
+        "transport/tcp_listener": "asyncio.get_running_loop().create_server(",
     }
     assert made == [] or all(call.startswith(allowed.get(module, "none")) for call in made)
