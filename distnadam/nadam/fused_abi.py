@@ -2,7 +2,8 @@
 
 The arguments are the number of elements, of gradients and of elements of the kept mean; then
 addresses: scratch for the mean, the gradients' addresses, parameters, both moments, where the new
-parameters go, coefficients, modifiers, scratch for the new parameters, the kept mean.
+parameters go, coefficients, modifiers, scratch for the new parameters, the kept mean, and where the
+new parameters go rounded to bfloat16 (0 for nowhere; a float32 loop only).
 """
 
 import ctypes
@@ -13,4 +14,4 @@ BLOCK = 512
 """Elements of a block: all of the step's arrays together then stay in a first-level cache of 32 KiB
 between mean and step.
 """
-ARGUMENTS = (*(ctypes.c_ssize_t,) * 3, *(ctypes.c_void_p,) * 10)
+ARGUMENTS = (*(ctypes.c_ssize_t,) * 3, *(ctypes.c_void_p,) * 11)

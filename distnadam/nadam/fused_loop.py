@@ -22,8 +22,8 @@ from distnadam.nadam.object_code import host_machine
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _pointer(_context: Any, _address: Any, like: Any) -> Any:
-    """Make a pointer to the dtype of `like` of an address, so that one compilation serves any
-    number of gradients.
+    """Make a pointer to the dtype of `like`, an array or a type, of an address, so that one
+    compilation serves any number of gradients.
     """
     kind = types.CPointer(like.dtype)
 
@@ -71,6 +71,18 @@ def _gradient(
     return found
 
 
+@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _round(new: Any, n: int, address: int) -> None:
+    """Write float32 values rounded to bfloat16 to an address, with the bits of `round_into`."""
+    bits = numba.carray(_pointer(new.ctypes.data, np.uint32), n)
+    rounded = numba.carray(_pointer(address, np.uint16), n)
+    for i in range(n):
+        x = bits[i]
+        high = x >> 16
+        quiet = (high & 0x8000) | 0x7FC0
+        rounded[i] = quiet if (x & 0x7FFFFFFF) > 0x7F800000 else (x + 0x7FFF + (high & 1)) >> 16
+
+
 def _step(
     size: int,
     workers: int,
@@ -85,6 +97,7 @@ def _step(
     modifiers: Any,
     scratch: Any,
     kept_mean: Any,
+    rounded: int,
 ) -> None:
     """Step `size` elements; the arguments are C's: numbers, the address of the mean's block, then
     pointers.
@@ -115,13 +128,15 @@ def _step(
             end - begin
         ):  # apart, for where `out` is `p` the loop above would not be vectorised
             out[i] = new[i]
+        if rounded != 0 and new.itemsize == 4:
+            _round(new, end - begin, types.uintp(rounded + types.uintp(2 * begin)))
 
 
 def compile_loop(dtype: str) -> bytes:
     """Return the step for a dtype as an object file that defines the function `ENTRY`."""
     element = types.CPointer(getattr(types, dtype))
     signature = types.void(
-        *(types.intp,) * 3, types.uintp, types.CPointer(types.uintp), *(element,) * 8
+        *(types.intp,) * 3, types.uintp, types.CPointer(types.uintp), *(element,) * 8, types.uintp
     )
     callback = numba.cfunc(signature, error_model="numpy")(_step)
     module = llvm.parse_assembly(callback.inspect_llvm())

@@ -59,6 +59,7 @@ class FusedStepper(Stepper):
                     *memory.numbers,
                     memory.new,
                     None if kept is None else kept.ctypes.data,
+                    step.slots.rounded_from(begin),
                 )
 
 

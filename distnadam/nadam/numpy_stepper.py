@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from distnadam.nadam.mean import Scratch, clipped_mean
 from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
-from distnadam.tensors.arrays import own_errors
+from distnadam.tensors.arrays import own_errors, round_into
 
 
 class NumPyStepper(Stepper):
@@ -48,3 +48,5 @@ class NumPyStepper(Stepper):
                 np.add(mean, a, out=a)
                 np.divide(a, b, out=a)
                 np.subtract(p, a, out=slots.written[begin:end])
+                if slots.rounded is not None:
+                    round_into(slots.rounded[begin:end], slots.written[begin:end])

@@ -36,12 +36,14 @@ class Slots:
         m: the first moment, updated in place.
         v: the second moment, updated in place.
         out: where the new parameters go; None for `p` itself.
+        rounded: where the new parameters go a second time, rounded to bfloat16; None for nowhere.
     """
 
     p: Array
     m: Array
     v: Array
     out: Array | None = None
+    rounded: Array | None = None
 
     @cached_property
     def written(self) -> Array:
@@ -52,6 +54,11 @@ class Slots:
     def addresses(self) -> tuple[int, ...]:
         """Where in memory the parameters, both moments and the new parameters begin."""
         return tuple(array.ctypes.data for array in (self.p, self.m, self.v, self.written))
+
+    def rounded_from(self, begin: int) -> int | None:
+        """Return where in memory the rounded parameters are from an element on, if anywhere."""
+        rounded = self.rounded
+        return None if rounded is None else rounded.ctypes.data + begin * rounded.itemsize
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 kept in; and the storage of those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from distnadam.errors import OutOfMemory
 Array = NDArray[Any]
 Flat = dict[str, Array]
 """One 1-D array per element space, keyed by the space's dtype name."""
+Dtypes = Mapping[str, np.dtype[Any]]
+"""By element space, the dtype in which its elements are kept somewhere."""
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SPACE_OF = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -45,14 +47,31 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
-def empty_flat(sizes: dict[str, int]) -> Flat:
-    """Return uninitialised storage of `sizes[space]` elements per space."""
-    return {space: np.empty(n, space) for space, n in sizes.items()}
+def dtypes_of(spaces: Iterable[str], float32: str | None = None) -> dict[str, np.dtype[Any]]:
+    """Return each space's own dtype, with the named one for the float32 space unless it is None."""
+    return {s: dtype_of(float32 if float32 and s == "float32" else s) for s in spaces}
 
 
-def zeros_flat(sizes: dict[str, int]) -> Flat:
-    """Return zeroed storage of `sizes[space]` elements per space."""
-    return {space: np.zeros(n, space) for space, n in sizes.items()}
+def empty_flat(sizes: Mapping[str, int], dtypes: Dtypes | None = None) -> Flat:
+    """Return uninitialised storage of `sizes[space]` elements per space, in other dtypes if
+    given.
+    """
+    dtypes = dtypes_of(sizes) if dtypes is None else dtypes
+    return {space: np.empty(n, dtypes[space]) for space, n in sizes.items()}
+
+
+def zeros_flat(sizes: Mapping[str, int], dtypes: Dtypes | None = None) -> Flat:
+    """Return zeroed storage of `sizes[space]` elements per space, in other dtypes if given."""
+    dtypes = dtypes_of(sizes) if dtypes is None else dtypes
+    return {space: np.zeros(n, dtypes[space]) for space, n in sizes.items()}
+
+
+@own_errors()
+def round_into(rounded: Array, values: Array) -> None:
+    """Write values rounded to nearest, ties to even, in the dtype of `rounded`; what is beyond its
+    largest number becomes infinite, and NaN stays NaN.
+    """
+    np.copyto(rounded, values, casting="unsafe")
 
 
 @contextmanager

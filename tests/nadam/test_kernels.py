@@ -28,6 +28,7 @@ from distnadam.nadam.norms import square_sums
 from distnadam.nadam.object_code import LoadedCode, cached_code, host_machine
 from distnadam.nadam.step_scalars import Clock, StepScalars
 from distnadam.nadam.stepper import Part, RangeStep, Slots, Stepper, check_denormals
+from distnadam.tensors.arrays import BFLOAT16
 
 SCALARS = StepScalars(
     lr=0.002,
@@ -86,6 +87,7 @@ def stepper(kernel: KernelName, dtype: str, threads: int) -> Stepper:
     clipvalue=st.sampled_from([None, 0.5, 0.0, 1e-40]),
     threads=st.integers(1, 3),
     in_place=st.booleans(),
+    rounds=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_step_has_the_bits_of_the_plain_formula(
@@ -98,14 +100,15 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     clipvalue: float | None,
     threads: int,
     in_place: bool,
+    rounds: bool,
     seed: int,
 ) -> None:
     size = size if size < 10**8 else 2 * BLOCK[dtype] + size - 10**9  # around a block boundary
     rng = np.random.default_rng(seed)
     out = None if in_place else np.empty(size, dtype)
-    slots = Slots(
-        numbers(rng, size, dtype), numbers(rng, size, dtype), np.abs(numbers(rng, size, dtype)), out
-    )
+    rounded = np.empty(size, BFLOAT16) if rounds and dtype == "float32" else None
+    state = [numbers(rng, size, dtype) for _ in range(3)]
+    slots = Slots(state[0], state[1], np.abs(state[2]), out, rounded)
     gradients = [numbers(rng, size, dtype) for _ in range(workers)]
     with np.errstate(all="ignore"):
         if half is not None and dtype == "float32":
@@ -120,8 +123,38 @@ def test_a_step_has_the_bits_of_the_plain_formula(
         how.step(step, how.share([Part(0, cut, scale), Part(cut, size, scale)]))
     got = [slots.p if slots.out is None else slots.out, slots.m, slots.v]
     assert [x.tobytes() for x in got] == [p.tobytes(), m.tobytes(), v.tobytes()]
+    assert rounded is None or rounded.tobytes() == p.astype(BFLOAT16).tobytes()
     assert in_place or slots.p.tobytes() == before.tobytes(), "the old parameters stay"
     assert [g.tobytes() for g in gradients] == [g.tobytes() for g in copies], "the gradients stay"
+
+
+def nearest_even(values: Any) -> Any:
+    """bfloat16 as IEEE 754 rounds, by float64's exact arithmetic; NaN is quiet, with its sign."""
+    wide = np.abs(values.astype(np.float64))
+    exponent = np.maximum(np.frexp(wide)[1] - 8, -133)  # of the last of eight digits
+    units = np.rint(np.ldexp(wide, -exponent))
+    largest = float(ml_dtypes.finfo(BFLOAT16).max)
+    found = np.where(np.ldexp(units, exponent) > largest, np.inf, np.ldexp(units, exponent))
+    return np.copysign(np.where(np.isnan(values), np.nan, found), values).astype(BFLOAT16)
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+def test_rounded_parameters_are_the_nearest_even_ones_over_the_whole_range(
+    kernel: KernelName,
+) -> None:
+    """Every bfloat16 that there is, and what lies around and half-way to the next."""
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    p = (np.arange(2**16, dtype=np.uint32)[:, None] << 16 | low).reshape(-1).view(np.float32)
+    assert {0x7F7FFFFF, 0x7F800001, 0xFFC08000, 0x00008000} <= set(p.view(np.uint32).tolist())
+    zeros = [np.zeros_like(p) for _ in range(3)]
+    slots = Slots(p.copy(), zeros[0], zeros[1], None, np.empty(p.size, BFLOAT16))
+    assert slots.rounded is not None
+    how = stepper(kernel, "float32", 2)
+    step = RangeStep(slots=slots, gradients=[zeros[2]], scalars=SCALARS)
+    how.step(step, how.share([Part(0, p.size)]))  # of a gradient of zeros: p stays
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(slots.p, p)
+        assert slots.rounded.tobytes() == nearest_even(p).tobytes() == p.astype(BFLOAT16).tobytes()
 
 
 @settings(max_examples=60, deadline=None)
