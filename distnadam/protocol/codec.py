@@ -104,7 +104,7 @@ def unpack(frame: bytes, gradients_of: GradientsOf | None = None) -> tuple[int, 
     try:
         number, kind, *fields = msgpack.unpackb(frame, ext_hook=_unpack_array)
         return number, _MAKE[kind](gradients_of, *fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no message: {error}") from error
 
 

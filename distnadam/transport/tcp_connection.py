@@ -203,9 +203,8 @@ class TcpConnection(asyncio.BufferedProtocol):
             num_bytes, behind = _HEAD.unpack((yield _HEAD.size))
             if num_bytes > _MOST_BYTES:
                 raise LaneError(f"a message of {num_bytes} bytes was announced")
-            message = bytearray(num_bytes)
-            yield memoryview(message)
-            what, parts = self._receiver.landing(self, bytes(message), behind)
+            message = yield from _grow(num_bytes)
+            what, parts = self._receiver.landing(self, message, behind)
             yield from parts
             self._receiver.arrived(self, what)
 
@@ -377,6 +376,16 @@ def check_bytes(parts: Parts, num_bytes: int) -> None:
     """Raise LaneError if the bytes behind a message are not those that belong there."""
     if (expected := sum(part.nbytes for part in parts)) != num_bytes:
         raise LaneError(f"{num_bytes} bytes behind a message, expected {expected}")
+
+
+def _grow(num_bytes: int) -> Generator[memoryview, Any, bytes]:
+    """Yield memory for so many bytes, never much more than have come; return them."""
+    taken = bytearray()
+    while len(taken) < num_bytes:
+        piece = bytearray(min(num_bytes - len(taken), max(_STAGING_BYTES, len(taken))))
+        yield memoryview(piece)
+        taken += piece
+    return bytes(taken)
 
 
 def _field(content: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -20,7 +20,7 @@ from distnadam.protocol.messages import Join, Push
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.transport.tcp_connection import Endpoint
 from distnadam.transport.tcp_server import TcpServer
-from tests.transport.test_tcp import HANDSHAKE_BYTES, Proxy
+from tests.transport.tcp_shards import HANDSHAKE_BYTES, Proxy
 
 PARAMS = {"w": np.linspace(-1, 1, 100_000, dtype=np.float32)}
 ANSWER_S = 60.0

@@ -1,0 +1,132 @@
+"""Strangers and workers that went wrong at a shard's port: hung up on, whatever they send."""
+
+import socket
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import msgpack
+import pytest
+
+from distnadam.errors import LaneError
+from distnadam.protocol.codec import HEADER, pack
+from distnadam.protocol.messages import RoundResult
+from tests.transport.tcp_shards import ANSWER_S, CUTS, Shards, Worker, gradients, is_hung_up_on
+
+
+def test_who_does_not_know_the_secret_is_refused_on_either_side(shards: Shards) -> None:
+    worker = Worker(0, shards.join(0))
+    wrong = replace(shards.all[0].endpoint, secret=b"x" * 32)
+    with pytest.raises(LaneError, match=r"shard 0 cannot be reached at 127.0.0.1 port \d+: "):
+        worker.client.open(0, wrong, CUTS[0])
+    assert 0 not in worker.client
+    # a listener that only repeats what it hears
+    with socket.create_server(("127.0.0.1", 0)) as echo:
+
+        def answer() -> None:
+            sock, _ = echo.accept()
+            with sock:
+                sock.sendall(framed({"nonce": b"n" * 32}))
+                sock.sendall(sock.recv(4096))
+                sock.recv(1)
+
+        threading.Thread(target=answer, daemon=True).start()
+        fake = replace(shards.all[0].endpoint, port=echo.getsockname()[1])
+        with pytest.raises(LaneError, match="the peer does not know the secret"):
+            worker.client.open(0, fake, CUTS[0])
+
+
+def framed(content: Any) -> bytes:
+    body: bytes = msgpack.packb(content)
+    return len(body).to_bytes(4, "little") + bytes(8) + body
+
+
+GARBAGE = {
+    "nothing": b"",
+    "zeros": bytes(5000),
+    "a request": b"GET / HTTP/1.1\r\n\r\n",
+    "half a head": b"\x10",
+    "a huge head": b"\xff" * 12,
+    "arrays before the proof": (4).to_bytes(4, "little") + (1 << 40).to_bytes(8, "little"),
+    "another content": framed([1, 2]),
+    "no proof": framed({"nonce": b"n" * 32, "greeting": msgpack.packb({}), "proof": b""}),
+    "another type": framed({"nonce": 1, "greeting": 2, "proof": 3}),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+def test_a_stranger_is_hung_up_on_and_the_others_are_served_on(
+    garbage: bytes, shards: Shards
+) -> None:
+    workers = [shards.worker(0), shards.worker(1)]
+    place = (shards.all[0].endpoint.host, shards.all[0].endpoint.port)
+    with socket.create_connection(place, ANSWER_S) as stranger:
+        assert len(stranger.recv(4096)) > 32  # its nonce
+        stranger.sendall(garbage)
+        if garbage in (b"", GARBAGE["half a head"]):
+            stranger.shutdown(socket.SHUT_WR)
+        assert is_hung_up_on(stranger)
+    numbers = [worker.push(1, gradients(0, worker.rank)) for worker in workers]
+    assert {a.round for a in workers[0].collect(numbers[0]).values()} == {1}
+
+
+def test_a_flood_of_strangers_costs_a_bounded_number_of_connections(shards: Shards) -> None:
+    place = (shards.all[0].endpoint.host, shards.all[0].endpoint.port)
+    with ExitStack() as stack:
+        strangers = [
+            stack.enter_context(socket.create_connection(place, ANSWER_S)) for _ in range(200)
+        ]
+        worker = Worker(0, shards.join(0))
+        worker.client.open(0, shards.all[0].endpoint, CUTS[0])
+        assert 0 in worker.client
+        assert 0 < sum(map(is_open, strangers)) <= 64
+
+
+def is_open(sock: socket.socket) -> bool:
+    """Whether nothing comes after the nonce, not even an end."""
+    try:
+        if not sock.recv(4096):
+            return False
+        sock.setblocking(False)
+        return sock.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+BAD_MESSAGES = {
+    "no message": lambda w: b"\xc1",
+    "another's": lambda w: pack(1, replace(w.pushes(1, gradients(0, 0))[0], rank=1))[HEADER.size :],
+    "an answer": lambda w: pack(1, result())[HEADER.size :],
+}
+
+
+def result() -> RoundResult:
+    return RoundResult(
+        epoch=1,
+        round=1,
+        iterations=1,
+        outcome="applied",
+        rejection=None,
+        lr=0.1,
+        buffer=0,
+    )
+
+
+@pytest.mark.parametrize("message", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
+@pytest.mark.parametrize("num_bytes", [0, 7])
+def test_a_worker_that_sends_what_is_no_message_of_its_own_is_hung_up_on(
+    message: Any, num_bytes: int, shards: Shards
+) -> None:
+    worker = shards.worker(0)
+    body = message(worker)
+    line = worker.client._lines[0]
+    line.send(body, [memoryview(bytes(num_bytes))] if num_bytes else [])
+    deadline = time.monotonic() + ANSWER_S
+    while 0 in worker.client:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert shards.round(0) == 0
