@@ -18,10 +18,11 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist loadgroup
+SLOW_OPTIONS := --numprocesses 2 --dist loadgroup
 COVERAGE_OPTIONS := $(if $(COV),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow test-ray-versions coverage lint format types wheel chaos bench clean
+.PHONY: help train test slow nightly test-ray-versions coverage lint format types wheel chaos bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,8 +34,10 @@ test: $(VENV)/installed ## set up, then run all tests but the slow ones; COV=1 a
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_OPTIONS) $(COVERAGE_OPTIONS)
 
 slow: $(INTEROP)/installed ## the slow tests: other frameworks, chaos, several hosts (needs root)
-	$(INTEROP)/bin/python -m pytest -m slow tests/chaos tests/hosts
-	$(INTEROP)/bin/python -m pytest -m slow --numprocesses 2 --dist loadgroup --ignore tests/chaos --ignore tests/hosts
+	$(INTEROP)/bin/python -m pytest -m "slow and not nightly" $(SLOW_OPTIONS)
+
+nightly: $(INTEROP)/installed ## what repeats slow tests in a costlier form; each night, not in .ci/run
+	$(INTEROP)/bin/python -m pytest -m nightly $(SLOW_OPTIONS)
 
 # What touches Ray, with the oldest and the newest Ray that we say we support; deploy files name its
 # commands. Old Rays leave files to the garbage collector, and warn of it.

@@ -41,10 +41,12 @@ settings.load_profile("shared")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the cases on Ray that `on_ray` does not name as slow; keep some folders in one process.
+    """Give cases on Ray that `on_ray` does not name their tier; keep two folders in one process.
 
-    Their tests load the machine, each folder's by itself. Coverage is not measured while Hypothesis
-    tries hundreds of examples: that takes as long again, and other tests pass there.
+    Those folders' tests load the machine each by itself, and mostly wait: one process takes them,
+    first of all as the largest group, beside another that takes the rest. Coverage is not measured
+    while Hypothesis tries hundreds of examples: that takes as long again, and other tests pass
+    there.
     """
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
@@ -52,9 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (chosen := item.get_closest_marker("on_ray")) is not None:
             case = item.callspec.id
             if case.split("-")[0] == "ray" and case not in chosen.args:
-                item.add_marker(pytest.mark.slow)
-        if (folder := item.path.parent.name) in ("chaos", "hosts"):
-            item.add_marker(pytest.mark.xdist_group(folder))
+                is_slow = case in chosen.kwargs.get("slow", [case])
+                item.add_marker(pytest.mark.slow if is_slow else pytest.mark.nightly)
+        if item.get_closest_marker("nightly") is not None:
+            item.add_marker(pytest.mark.slow)
+        if item.path.parent.name in ("chaos", "hosts"):
+            item.add_marker(pytest.mark.xdist_group("chaos and hosts"))
 
 
 def pytest_unconfigure() -> None:

@@ -78,7 +78,7 @@ def test_what_cannot_be_a_parameter_is_named_by_its_path(tree: Any, told: str) -
         DistNadam(backend="local").build(tree)
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray-bfloat16"])
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64"])
 def test_parameters_come_back_in_their_own_dtype_and_shape(dtype: Any, backend: str) -> None:
     tree = {
@@ -132,7 +132,7 @@ def test_a_gradient_of_the_wrong_kind_names_its_tensor_and_nothing_is_applied(
         assert bits(optimizer) == before and optimizer.round == 0
 
 
-@pytest.mark.on_ray("ray-nan")
+@pytest.mark.on_ray("ray-nan", slow=["ray-2e+19"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 2e19])
 def test_a_non_finite_gradient_names_tensor_and_worker_and_no_shard_moves(
     value: float, backend: str

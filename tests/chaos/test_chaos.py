@@ -22,6 +22,8 @@ from tests.chaos.scene import Case, stage
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 SEED = 4
+ELSEWHERE = ["Ray's raylet killed", "Ray's dashboard agent killed"]
+"""Kinds that another test kills too, or that end in the same way as another kind."""
 
 
 @pytest.mark.timeout(1200)
@@ -76,7 +78,12 @@ def test_a_supervisors_successor_goes_back_to_where_the_last_save_went(tmp_path:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "case", [Case(2, 1, checkpoints=True), Case(2, 0, named=True, checkpoints=True)], ids=str
+    "case",
+    [
+        Case(2, 1, named=True, checkpoints=True),
+        pytest.param(Case(2, 0, named=True, checkpoints=True), marks=pytest.mark.nightly),
+    ],
+    ids=str,
 )
 def test_close_after_deaths_of_all_kinds_leaves_nothing_behind(case: Case, tmp_path: Path) -> None:
     gc.collect()
@@ -121,7 +128,13 @@ def test_the_ledgers_count_sees_lost_and_doubled_gradients() -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", RAYS_OWN)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.nightly] if kind in ELSEWHERE else [])
+        for kind in RAYS_OWN
+    ],
+)
 def test_a_process_of_rays_own_that_dies_under_the_command_changes_no_bit(
     tmp_path: Path, kind: str
 ) -> None:

@@ -150,7 +150,7 @@ def test_what_is_read_goes_to_the_arrays_themselves_with_no_second_copy_of_the_s
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [pytest.param(1, 16, marks=pytest.mark.slow), (16, 3)]
+    ("before", "after"), [pytest.param(1, 16, marks=pytest.mark.nightly), (16, 3)]
 )
 def test_a_run_on_ray_goes_on_with_other_shards(
     before: int, after: int, tmp_path: Path, ray_cluster: None

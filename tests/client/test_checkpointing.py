@@ -68,7 +68,7 @@ def test_a_checkpoint_is_of_the_round_it_was_asked_in_though_training_goes_on(
         assert again.restored_data == {"position": 2}
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray-False"])
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_checkpoint_has_the_learning_rate_of_its_round_though_set_after_the_call_of_save(
     backend: str, wait: bool, tmp_path: Path

@@ -51,8 +51,8 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(
         (2, 1, "fused", "auto"),
         (2, 2, "fused", "objects"),
         (3, 2, "numpy", "mixed"),
-        pytest.param(7, 3, "numpy", "objects", marks=pytest.mark.slow),
-        pytest.param(7, 1, "fused", "mixed", marks=pytest.mark.slow),
+        pytest.param(7, 3, "numpy", "objects", marks=pytest.mark.nightly),
+        pytest.param(7, 1, "fused", "mixed", marks=pytest.mark.nightly),
         pytest.param(16, 2, "fused", "auto", marks=pytest.mark.slow),
     ],
 )
@@ -93,7 +93,7 @@ def in_half_precision(step: int, rank: int, dtype: Any) -> Any:
     return optree.tree_unflatten(optree.tree_structure(tree), narrow)
 
 
-@pytest.mark.on_ray("ray-numpy-bfloat16")
+@pytest.mark.on_ray("ray-numpy-bfloat16", slow=["ray-fused-float16"])
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
 def test_gradients_in_half_precision_count_as_if_they_had_been_widened(

@@ -271,7 +271,7 @@ def test_a_push_that_was_superseded_while_it_waited_is_refused_by_name(backend: 
             waiting.result()
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray-clip1"])
 @pytest.mark.parametrize("clip", [{"clipnorm": 1.0}, {"global_clipnorm": 1.0}])
 def test_a_worker_gone_between_push_and_norms_holds_nobody_up_and_its_push_counts(
     clip: dict[str, float], backend: str

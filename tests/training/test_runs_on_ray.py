@@ -136,7 +136,9 @@ os.read(0, 1)
 """
 
 
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+@pytest.mark.parametrize(
+    "victim", [pytest.param("raylet", marks=pytest.mark.nightly), "gcs_server"]
+)
 def test_where_the_ray_of_others_dies_the_status_is_75_and_the_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:

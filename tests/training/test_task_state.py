@@ -119,7 +119,7 @@ def test_a_rank_that_raises_changes_no_bit_of_the_state(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_worker_that_is_killed_changes_no_bit_of_the_state(tmp_path: Path, rank: int) -> None:
     train(tmp_path / "calm")
     task = Averaging((rank, 5), tmp_path)

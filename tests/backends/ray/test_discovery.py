@@ -76,7 +76,7 @@ def wait_until_another_supervises(optimizer: DistNadam, before: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicas", [0, 1])
+@pytest.mark.parametrize("replicas", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_successor_ends_a_stopped_shard_which_never_wakes_up(
     replicas: int, tmp_path: Path
 ) -> None:
@@ -98,7 +98,9 @@ def test_a_successor_ends_a_stopped_shard_which_never_wakes_up(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shards", "together"), [(1, False), (3, True)])
+@pytest.mark.parametrize(
+    ("shards", "together"), [pytest.param(1, False, marks=pytest.mark.nightly), (3, True)]
+)
 def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(
     shards: int, together: bool, tmp_path: Path
 ) -> None:

@@ -60,7 +60,9 @@ def live(address: str, replicas: str, name: str, root: str) -> None:
         (Path(root) / "digest").write_text(digest(optimizer))
 
 
-@pytest.mark.parametrize(("replicas", "name"), [(0, ""), (1, "lost-calls")])
+@pytest.mark.parametrize(
+    ("replicas", "name"), [pytest.param(0, "", marks=pytest.mark.nightly), (1, "lost-calls")]
+)
 def test_calls_lost_on_any_way_change_no_bit_and_leave_nothing_undone(
     replicas: int, name: str, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def recorded(optimizer: DistNadam) -> list[tuple[int, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "transport", ["auto", pytest.param("objects", marks=pytest.mark.slow)]
+    "transport", ["auto", pytest.param("objects", marks=pytest.mark.nightly)]
 )  # objects have no line whose end would tell of a death
 def test_a_worker_that_leaves_and_comes_back_replays_to_the_same_bits(
     transport: Any,
@@ -92,7 +92,7 @@ def test_a_worker_that_leaves_and_comes_back_replays_to_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["auto", pytest.param("objects", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transport", ["auto", pytest.param("objects", marks=pytest.mark.nightly)])
 def test_waiting_ranks_learn_who_is_lost_where_all_are_needed(transport: Any) -> None:
     options = Options(rejoin_timeout_s=0.2, transport=transport)
     with DistNadam(num_shards=2, num_workers=2, backend="ray", options=options).build(

@@ -175,7 +175,7 @@ def test_a_shards_death_is_told_at_once_and_all_go_back() -> None:
     ("transport", "expected"),
     [
         ("auto", "[0, 1, 2, 3] by shared"),
-        pytest.param("objects", "none by shared", marks=pytest.mark.slow),
+        pytest.param("objects", "none by shared", marks=pytest.mark.nightly),
     ],
 )
 def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_so(
