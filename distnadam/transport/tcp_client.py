@@ -25,6 +25,7 @@ from distnadam.transport.tcp_connection import (
     parts_of,
 )
 from distnadam.transport.tcp_dial import dial, dialling_thread
+from distnadam.transport.turns import place_after
 
 
 class TcpClient:
@@ -158,6 +159,7 @@ class _Line(Receiver):
 
     def open(self, endpoint: Endpoint, greeting: Mapping[str, Any]) -> None:
         self.connection = TcpConnection(self, endpoint.secret, greeting)
+        self.connection.place = place_after(greeting["rank"], self.shard)
         dial(self.connection, endpoint)
         if not self._settled.wait(HANDSHAKE_S):
             raise LaneError("it does not prove itself")

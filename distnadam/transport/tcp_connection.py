@@ -12,9 +12,7 @@ import logging
 import os
 import secrets
 import socket
-import ssl
 import struct
-import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
@@ -27,7 +25,7 @@ from typing_extensions import override
 
 from distnadam.errors import LaneError
 from distnadam.tensors.arrays import Flat
-from distnadam.threads import start
+from distnadam.transport.turns import Turns
 
 log = logging.getLogger("distnadam")
 
@@ -39,8 +37,12 @@ _HEAD = struct.Struct("<IQ")
 _MOST_UNPROVEN = 1 << 10
 _MOST_BYTES = 1 << 28
 _STAGING_BYTES = 1 << 16
-_CHUNK_BYTES = 1 << 19
-_UNSENT_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 17
+_UNSENT_BYTES = 1 << 17
+_BULK_BYTES = 1 << 16
+"""Of an array that is sent in turn; smaller ones are sent at once."""
+_STALLED_S = 0.02
+"""Seconds without progress after which a connection passes its turn on."""
 _DEAD_LINE_S = 10
 """Seconds after which a line that acknowledges nothing is closed."""
 
@@ -86,13 +88,21 @@ class TcpConnection(asyncio.BufferedProtocol):
         receiver: takes what comes.
         secret: what both ends must know.
         greeting: what the end that connects says of itself; None for the end that listens.
+
+    Attributes:
+        turns: the connections among which one at a time sends large arrays; None if it is alone.
+        place: whose turn is first: that of the lowest place.
+        is_proven: whether both ends have shown that they know the secret.
     """
 
     def __init__(
         self, receiver: Receiver, secret: bytes, greeting: Mapping[str, Any] | None = None
     ) -> None:
+        self.turns: Turns | None = None
+        self.place = 0
         self._receiver = receiver
         self._secret = secret
+        self._stalled: asyncio.TimerHandle | None = None
         self._greeting = greeting
         self._transport: Any = None
         self._staging = memoryview(bytearray(_MOST_UNPROVEN + _HEAD.size))
@@ -136,17 +146,37 @@ class TcpConnection(asyncio.BufferedProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._outgoing.clear()
+        self._leave_turn()
         self._parser.close()
         self._receiver.ended(self, self._why or str(exc or "the peer hung up"))
 
     @override
     def pause_writing(self) -> None:
         self._is_paused = True
+        self._watch_turn()
 
     @override
     def resume_writing(self) -> None:
         self._is_paused = False
+        if self._stalled is not None:
+            self._stalled.cancel()
         self._pump()
+
+    def take_turn(self) -> None:
+        """Send large arrays, or pass the turn on if the socket takes nothing for a while."""
+        if self._is_paused:
+            self._watch_turn()
+        self._pump()
+
+    def _watch_turn(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+        loop = asyncio.get_running_loop()
+        self._stalled = loop.call_later(_STALLED_S, self._leave_turn)
+
+    def _leave_turn(self) -> None:
+        if self.turns is not None:
+            self.turns.leave(self)
 
     @override
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -253,60 +283,18 @@ class TcpConnection(asyncio.BufferedProtocol):
             raise LaneError("the peer does not know the secret")
 
     def _pump(self) -> None:
-        """Send until the socket takes no more; `resume_writing` continues."""
+        """Send until the socket takes no more, or what is next must wait for its turn."""
         while self._outgoing and not self._is_paused:
             first = self._outgoing[0]
+            if first.nbytes >= _BULK_BYTES and self.turns and not self.turns.take(self):
+                return
             if first.nbytes <= _CHUNK_BYTES:
                 self._outgoing.popleft()
             else:
                 self._outgoing[0] = first[_CHUNK_BYTES:]
             self._transport.write(first[:_CHUNK_BYTES])
-
-
-class LoopThread:
-    """An event loop in a thread of its own.
-
-    Raises:
-        LaneError: the system has no thread or descriptor for it.
-    """
-
-    def __init__(self) -> None:
-        try:
-            self.loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._run, name="tcp", daemon=True)
-            start(self._thread)
-        except (OSError, RuntimeError) as error:
-            raise LaneError(f"no thread for connections: {error}") from error
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-        self.loop.close()
-
-    def call(self, what: Any, *args: Any) -> None:
-        """Call something in the loop's thread: now if that is this one, else some time.
-
-        Do nothing once the loop is closed.
-        """
-        if threading.get_ident() == self._thread.ident:
-            what(*args)
-            return
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(what, *args)
-
-    def close(self) -> None:
-        """End the thread."""
-        self.call(self.loop.stop)
-        self._thread.join()
-
-    def run(self, coroutine: Any, timeout_s: float) -> Any:
-        """Return the result of a coroutine of the loop; TimeoutError if it takes longer."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result(timeout_s)
-        except TimeoutError:
-            future.cancel()
-            raise
+        if not self._outgoing:
+            self._leave_turn()
 
 
 _open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
@@ -343,28 +331,6 @@ def set_up(sock: Any) -> None:
 def greeting(rank: int, incarnation: int) -> dict[str, Any]:
     """Return what a worker says of itself."""
     return {"version": _VERSION, "rank": rank, "incarnation": incarnation}
-
-
-def tls(purpose: ssl.Purpose) -> ssl.SSLContext | None:
-    """Return the TLS of one end, with the certificates that Ray's own TLS has; None without it.
-
-    Raises:
-        LaneError: they cannot be read.
-    """
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        return None
-    names = ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
-    try:
-        authority, certificate, key = (os.environ[name] for name in names)
-        context = ssl.create_default_context(purpose, cafile=authority)
-        context.load_cert_chain(certificate, key)
-    except (KeyError, OSError) as error:
-        raise LaneError(
-            f"RAY_USE_TLS is on, and its certificates cannot be used: {error}"
-        ) from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 def parts_of(arrays: Flat) -> Parts:

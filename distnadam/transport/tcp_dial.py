@@ -6,14 +6,14 @@ import socket
 import ssl
 from functools import cache
 
+from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_connection import (
     HANDSHAKE_S,
     Endpoint,
-    LoopThread,
     TcpConnection,
     keep_from_children,
-    tls,
 )
+from distnadam.transport.tls import tls
 
 _CONNECT_S = 5.0
 
@@ -38,8 +38,10 @@ def dial(connection: TcpConnection, endpoint: Endpoint) -> None:
     sock = socket.create_connection((endpoint.host, endpoint.port), _CONNECT_S)
     keep_from_children(sock)
     sock.setblocking(False)
+    thread = dialling_thread()
+    connection.turns = thread.turns
     try:
-        dialling_thread().run(_adopt(connection, sock, context, endpoint.host), HANDSHAKE_S)
+        thread.run(_adopt(connection, sock, context, endpoint.host), HANDSHAKE_S)
     except BaseException:
         sock.close()
         raise

@@ -9,14 +9,9 @@ import ssl
 from contextlib import suppress
 
 from distnadam.errors import LaneError
-from distnadam.transport.tcp_connection import (
-    HANDSHAKE_S,
-    Endpoint,
-    LoopThread,
-    Receiver,
-    TcpConnection,
-    tls,
-)
+from distnadam.transport.loop_thread import LoopThread
+from distnadam.transport.tcp_connection import HANDSHAKE_S, Endpoint, Receiver, TcpConnection
+from distnadam.transport.tls import tls
 
 _MOST_STRANGERS = 64
 _START_S = 10.0
@@ -71,6 +66,7 @@ class TcpListener:
 
     def _accept(self) -> TcpConnection:
         connection = TcpConnection(self._receiver, self._secret)
+        connection.turns = self.thread.turns
         self._open.add(connection)
         if len(self._strangers) >= _MOST_STRANGERS:
             first = next(iter(self._strangers))

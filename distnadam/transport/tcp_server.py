@@ -28,6 +28,7 @@ from distnadam.transport.tcp_connection import (
     parts_of,
 )
 from distnadam.transport.tcp_listener import TcpListener
+from distnadam.transport.turns import place_after
 
 
 class TcpServer(Receiver):
@@ -67,6 +68,7 @@ class TcpServer(Receiver):
     def proven(self, connection: TcpConnection, greeting: Mapping[str, Any]) -> None:
         self._listener.admit(connection)
         self._workers[connection] = (greeting["rank"], greeting["incarnation"])
+        connection.place = place_after(self._spec.index, greeting["rank"])
 
     @override
     def landing(

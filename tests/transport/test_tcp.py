@@ -16,7 +16,7 @@ from distnadam.errors import LaneError, StaleEpoch, SupersededWorker
 from distnadam.protocol.messages import Push, TotalNorms
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.tensors.layout import sizes_of
-from distnadam.transport.tcp_connection import LoopThread
+from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_server import TcpServer
 from tests.certificates import certificates
 from tests.transport.tcp_shards import (
