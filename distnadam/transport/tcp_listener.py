@@ -5,6 +5,7 @@ prove himself soon is hung up on. What comes over them is the receiver's.
 import asyncio
 import random
 import secrets
+import socket
 import ssl
 from contextlib import suppress
 
@@ -14,7 +15,9 @@ from distnadam.transport.tcp_connection import HANDSHAKE_S, Endpoint, Receiver, 
 from distnadam.transport.tls import tls
 
 _MOST_STRANGERS = 64
+_BACKLOG = 100
 _START_S = 10.0
+_AGAIN_S = 0.1
 
 
 class TcpListener:
@@ -41,7 +44,10 @@ class TcpListener:
         self._who = who
         self._secret = secrets.token_bytes(32)
         self._strangers: dict[TcpConnection, asyncio.TimerHandle] = {}
-        self._open: set[TcpConnection] = set()
+        self._open: dict[TcpConnection, socket.socket] = {}
+        self._again: asyncio.TimerHandle | None = None
+        self._none_open = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.thread = LoopThread()
         try:
             port = self.thread.run(self._listen(host, ports), _START_S)
@@ -54,28 +60,57 @@ class TcpListener:
         context = tls(ssl.Purpose.CLIENT_AUTH)
         choices = [0] if ports is None else list(range(ports[0], ports[1] + 1))
         random.shuffle(choices)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         for port in choices:
             with suppress(OSError):
-                self._server = await asyncio.get_running_loop().create_server(
-                    self._accept, host, port, ssl=context
-                )
-                taken: int = self._server.sockets[0].getsockname()[1]
+                self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+                self._socket.setblocking(False)
+                self.thread.loop.add_reader(self._socket, self._accept, context)
+                taken: int = self._socket.getsockname()[1]
                 return taken
         among = "any port" if ports is None else f"a port from {ports[0]} to {ports[1]}"
         raise LaneError(f"{among} is not to be had")
 
-    def _accept(self) -> TcpConnection:
+    def _accept(self, context: ssl.SSLContext | None) -> None:
+        loop = self.thread.loop
+        try:
+            sock, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # the stranger has gone
+            return
+        except OSError:  # no descriptor is left
+            loop.remove_reader(self._socket)
+            self._again = loop.call_later(
+                _AGAIN_S, loop.add_reader, self._socket, self._accept, context
+            )
+            return
+        sock.setblocking(False)
         connection = TcpConnection(self._receiver, self._secret)
         connection.turns = self.thread.turns
-        self._open.add(connection)
+        self._open[connection] = sock
         if len(self._strangers) >= _MOST_STRANGERS:
-            first = next(iter(self._strangers))
-            self._strangers.pop(first).cancel()
-            first.close("too many others are waiting")
-        self._strangers[connection] = self.thread.loop.call_later(
-            HANDSHAKE_S, connection.close, "it did not prove itself in time"
+            self._hang_up(next(iter(self._strangers)), "too many others are waiting")
+        self._strangers[connection] = loop.call_later(
+            HANDSHAKE_S, self._hang_up, connection, "it did not prove itself in time"
         )
-        return connection
+        task = loop.create_task(self._adopt(connection, sock, context))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _adopt(
+        self, connection: TcpConnection, sock: socket.socket, context: ssl.SSLContext | None
+    ) -> None:
+        try:
+            await self.thread.loop.connect_accepted_socket(lambda: connection, sock, ssl=context)
+        except OSError:  # of TLS, before the connection was made: it does not learn of its end
+            self.forget(connection)
+
+    def _hang_up(self, connection: TcpConnection, why: str) -> None:
+        """End a connection, though TLS may not have made it yet."""
+        if (timer := self._strangers.pop(connection, None)) is not None:
+            timer.cancel()
+        connection.close(why)
+        with suppress(OSError):  # it has ended by itself
+            self._open[connection].shutdown(socket.SHUT_RDWR)
 
     def admit(self, connection: TcpConnection) -> None:
         """Keep a connection whose peer has proven itself; in the connections' thread."""
@@ -83,7 +118,9 @@ class TcpListener:
 
     def forget(self, connection: TcpConnection) -> None:
         """Forget a connection that has ended; in the connections' thread."""
-        self._open.discard(connection)
+        self._open.pop(connection, None)
+        if not self._open:
+            self._none_open.set()
         if (timer := self._strangers.pop(connection, None)) is not None:
             timer.cancel()
 
@@ -94,8 +131,13 @@ class TcpListener:
         self.thread.close()
 
     async def _close(self) -> None:
-        self._server.close()
-        while self._open:
-            for connection in self._open:
-                connection.close(f"{self._who} has closed")
-            await asyncio.sleep(0)
+        self.thread.loop.remove_reader(self._socket)
+        if self._again is not None:
+            self._again.cancel()
+        self._socket.close()
+        for connection in list(self._open):
+            self._hang_up(connection, f"{self._who} has closed")
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._open:
+            self._none_open.clear()
+            await self._none_open.wait()

@@ -71,7 +71,7 @@ class Errors(logging.Handler):
     ("seed", "count"),
     [
         (0, 20_000),
-        *(pytest.param(seed, 250_000, marks=pytest.mark.slow) for seed in range(1, 5)),
+        *(pytest.param(seed, 250_000, marks=pytest.mark.nightly) for seed in range(1, 5)),
     ],
 )
 @pytest.mark.timeout(900)

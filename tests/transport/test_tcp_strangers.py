@@ -1,10 +1,13 @@
 """Strangers and workers that went wrong at a shard's port: hung up on, whatever they send."""
 
+import gc
 import socket
 import threading
 import time
-from contextlib import ExitStack
+import tracemalloc
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -13,6 +16,7 @@ import pytest
 from distnadam.errors import LaneError
 from distnadam.protocol.codec import HEADER, pack
 from distnadam.protocol.messages import RoundResult
+from tests.certificates import certificates
 from tests.transport.tcp_shards import ANSWER_S, CUTS, Shards, Worker, gradients, is_hung_up_on
 
 
@@ -72,29 +76,69 @@ def test_a_stranger_is_hung_up_on_and_the_others_are_served_on(
     assert {a.round for a in workers[0].collect(numbers[0]).values()} == {1}
 
 
-def test_a_flood_of_strangers_costs_a_bounded_number_of_connections(shards: Shards) -> None:
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_flood_of_strangers_costs_bounded_connections_and_memory_and_leaves_none(
+    tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They say nothing or half a handshake; with TLS, no connection is made for them to hang up."""
+    for name, value in (certificates(tmp_path) if tls else {}).items():
+        monkeypatch.setenv(name, value)
+    shards = Shards()
     place = (shards.all[0].endpoint.host, shards.all[0].endpoint.port)
+    worker = Worker(0, shards.join(0))
+    worker.client.open(0, shards.all[0].endpoint, CUTS[0])  # what is made once, is made
+    tracemalloc.start()
+    try:
+        with ExitStack() as stack:
+            strangers = []
+            for number in range(200):
+                sock = stack.enter_context(socket.create_connection(place, ANSWER_S))
+                with suppress(OSError):  # it is hung up on already
+                    sock.sendall(HALF_A_HANDSHAKE[: 1000 * (number % 2)])
+                strangers.append(sock)
+            worker.client.open(0, shards.all[0].endpoint, CUTS[0])
+            assert 0 in worker.client
+            assert 0 < sum(map(is_open, strangers)) <= MOST_STRANGERS
+            used = tracemalloc.get_traced_memory()[1]
+            assert used < MOST_BYTES[tls], used
+        deadline = time.monotonic() + ANSWER_S
+        while (left := bytes_in_use()) > LEFT_BYTES:
+            assert time.monotonic() < deadline, f"{left} bytes of strangers that are gone"
+            time.sleep(0.01)
+    finally:
+        tracemalloc.stop()
+    began = time.monotonic()
     with ExitStack() as stack:
-        strangers = [
-            stack.enter_context(socket.create_connection(place, ANSWER_S)) for _ in range(200)
-        ]
-        worker = Worker(0, shards.join(0))
-        worker.client.open(0, shards.all[0].endpoint, CUTS[0])
-        assert 0 in worker.client
-        assert 0 < sum(map(is_open, strangers)) <= 64
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(place, ANSWER_S))
+        shards.close()
+    assert time.monotonic() - began < 5.0, "who waits to be proven does not hold up the end"
+
+
+MOST_STRANGERS = 64
+MOST_BYTES = {False: 2 << 20, True: 80 << 20}
+"""The memory of all, without TLS and with it, whose asyncio has 256 kB for each."""
+LEFT_BYTES = 1 << 20
+"""Less than the two ends have, with TLS, that the worker's connection has opened meanwhile."""
+HALF_A_HANDSHAKE = (1024).to_bytes(4, "little") + bytes(1000)
+
+
+def bytes_in_use() -> int:
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
 
 
 def is_open(sock: socket.socket) -> bool:
-    """Whether nothing comes after the nonce, not even an end."""
+    """Whether the other end has not hung up."""
+    sock.setblocking(False)
     try:
-        if not sock.recv(4096):
-            return False
-        sock.setblocking(False)
-        return sock.recv(1) != b""
+        while sock.recv(4096):
+            pass
     except BlockingIOError:
         return True
     except ConnectionResetError:
-        return False
+        pass
+    return False
 
 
 BAD_MESSAGES = {
