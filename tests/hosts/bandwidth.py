@@ -55,7 +55,7 @@ class Measurement:
 
 
 def measure(cluster: Cluster, size: int, steps: int, bits_per_s: float | None) -> Measurement:
-    """Step with a worker on the head and a shard on the second host, which has room for one."""
+    """Step with a worker on the head and a shard on the second host."""
     shards = cluster.hosts[1]
     program = cluster.python(
         cluster.hosts[0],

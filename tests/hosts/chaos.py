@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 
 from distnadam.checkpoint import store
-from tests.hosts.cluster import Cluster
+from tests.hosts.cluster import ALL_ON_ANY, Cluster
 from tests.hosts.network import Host, why_not
 from tests.hosts.program import Program
 from tests.hosts.tasks import digest
 from tests.hosts.train import train_in_one_process
 
 Rng = np.random.Generator
-RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 9}, {"CPU": 2, "shard": 9}]
-"""Shards keep off the head, which must not be lost; each of the other hosts has room for all."""
 FAULTS_PER_RUN = 3
 WORKERS, STEPS, PAUSE_S = 3, 500, 0.01
 _AT_ONCE_S = 0.05
@@ -198,7 +196,10 @@ def main() -> int:
     asked = parser.parse_args()
     if (reason := why_not()) is not None:
         raise SystemExit(reason)
-    with tempfile.TemporaryDirectory() as directory, Cluster(Path(directory), RESOURCES) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Cluster(Path(directory), ALL_ON_ANY) as cluster,
+    ):
         report = play(asked.faults, asked.seed, cluster, Path(directory))
     print(report)
     return 1 if report.differences else 0

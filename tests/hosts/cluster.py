@@ -38,6 +38,16 @@ a minute.
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where systemd looks for programs for a unit that says nothing of it."""
 _STORE_BYTES = 400 * 2**20
+ONE_EACH = [
+    {"CPU": 1, "shard": 1},
+    {"CPU": 1, "shard": 1, "away": 1},
+    {"CPU": 1, "shard": 1},
+]
+"""Room for one worker and one shard on each host; "away" is on another than the driver's."""
+ALL_ON_ANY = [{"CPU": 2}, *[{"CPU": 2, "shard": 9, "place": 2}] * 2]
+"""Shards keep off the head, which must not be lost, so that any other host that is lost takes some
+along; each of the others has room for all, or as "place" for two.
+"""
 _TRIES = 3
 
 
@@ -85,6 +95,7 @@ class Cluster:
         self._nodes: dict[int, subprocess.Popen[str]] = {}
         self._programs: list[Program] = []
         self._dashboard = dashboard
+        self._first = len(resources)
         self.struck: set[Host] = set()
         self._resources: dict[int, dict[str, float]] = {}
         self.network = Network(directory)
@@ -141,6 +152,22 @@ class Cluster:
         host.mend()
         self._begin(host)
         self._await(host)
+
+    def restore(self) -> bool:
+        """Start struck hosts again, and end those that joined later, for another test.
+
+        Return whether the cluster is as it was: a test that failed may have left programs.
+        """
+        if any(program.runs for program in self._programs):
+            return False
+        for host in self.hosts[self._first :]:
+            host.kill()
+            self._nodes.pop(host.number).communicate()
+            self.hosts.remove(host)
+            self.struck.discard(host)
+        for host in sorted(self.struck, key=lambda host: host.number):
+            self.restart(host)
+        return True
 
     def ended(self, host: Host) -> bool:
         """Return whether a host's node has ended."""

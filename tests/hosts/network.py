@@ -205,7 +205,7 @@ class Network:
         maker.stdout.readline()
         print(namespace(maker.pid), file=self._keeper.stdin, flush=True)
         (holder,) = Path(f"/proc/{maker.pid}/task/{maker.pid}/children").read_text().split()
-        host = Host(len(self.hosts) + 1, int(holder), self.switch)
+        host = Host(len(self._makers), int(holder), self.switch)
         own = self._directory / f"host{host.number}" / "ray"
         own.mkdir(parents=True)
         os.chmod(own, 0o777)

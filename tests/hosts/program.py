@@ -79,6 +79,11 @@ class Program:
         assert status == 0, self.output
         return self.output
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """Expect that its host, and so its process, has ended."""
         self._hang_up()

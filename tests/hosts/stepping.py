@@ -19,7 +19,7 @@ _WARM_UP = 3
 
 def main(about: dict[str, Any]) -> None:
     """Run the command."""
-    options = Options(shard_resources={"shard": 1})
+    options = Options(shard_resources={"away": 1})
     initial = {"w": np.zeros(about["size"], np.float32)}
     with (
         DistNadam(num_shards=about["num_shards"], backend="ray", options=options).build(

@@ -3,11 +3,11 @@
 import pytest
 
 from tests.hosts.bandwidth import measure
-from tests.hosts.cluster import Cluster
+from tests.hosts.cluster import ONE_EACH, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-RESOURCES = [{"CPU": 1}, {"CPU": 1, "shard": 1}]
+RESOURCES = ONE_EACH
 
 
 def test_a_step_between_hosts_moves_every_gradient_and_every_parameter_once(

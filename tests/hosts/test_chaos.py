@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import chaos
-from tests.hosts.cluster import Cluster
+from tests.hosts.cluster import ALL_ON_ANY, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-RESOURCES = chaos.RESOURCES
+RESOURCES = ALL_ON_ANY
 SEED = 6
 
 

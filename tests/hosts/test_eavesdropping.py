@@ -1,17 +1,14 @@
 """What a listener on a host's link sees of the training: gradients, unless Ray's TLS is on."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from tests.certificates import certificates
-from tests.hosts.cluster import Cluster
-from tests.hosts.network import why_not
+from tests.hosts.cluster import ONE_EACH, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-RESOURCES = [{"CPU": 1}, {"CPU": 1, "shard": 1}]
+RESOURCES = ONE_EACH
 SIZE = 500_000
 LISTEN = """
 import select, socket, sys
@@ -36,27 +33,29 @@ say(heard=sum(map(len, packets)), marks=heard)
 """Records all packets until a line of input, then prints their bytes and the gradient's pieces."""
 
 
-@pytest.mark.parametrize("tls", [False, True])
-def test_gradients_can_be_read_at_the_cable_unless_rays_tls_is_on(
-    tls: bool, tmp_path: Path
-) -> None:
-    if (reason := why_not()) is not None:
-        pytest.skip(reason)
-    (tmp_path / "keys").mkdir()
-    with Cluster(
-        tmp_path, RESOURCES, env=certificates(tmp_path / "keys") if tls else {}
-    ) as cluster:
-        listener = cluster.python(cluster.hosts[1], "-c", LISTEN, SIZE)
-        listener.first("listening")
-        about = {"size": SIZE, "num_shards": 1, "steps": 3}
-        program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.stepping", json.dumps(about))
-        program.first("warm")
-        program.tell("go on")
-        program.first("median_s")
-        program.tell("end")
-        program.finish()
-        listener.tell("enough")
-        said = listener.first("heard")
-        listener.finish()
+def heard(cluster: Cluster) -> dict[str, int]:
+    """Step with a shard on the second host; return what a listener at its cable heard."""
+    listener = cluster.python(cluster.hosts[1], "-c", LISTEN, SIZE)
+    listener.first("listening")
+    about = {"size": SIZE, "num_shards": 1, "steps": 3}
+    program = cluster.python(cluster.hosts[0], "-m", "tests.hosts.stepping", json.dumps(about))
+    program.first("warm")
+    program.tell("go on")
+    program.first("median_s")
+    program.tell("end")
+    program.finish()
+    listener.tell("enough")
+    said = listener.first("heard")
+    listener.finish()
     assert said["heard"] > 3 * 4 * SIZE, "each step's gradient passed"
-    assert said["marks"] == 0 if tls else said["marks"] > 100
+    return said
+
+
+def test_gradients_can_be_read_at_the_cable(hosts: Cluster) -> None:
+    assert heard(hosts)["marks"] > 100
+
+
+def test_where_rays_tls_is_on_no_gradient_can_be_read_at_the_cable(
+    hosts_with_certificates: Cluster,
+) -> None:
+    assert heard(hosts_with_certificates)["marks"] == 0

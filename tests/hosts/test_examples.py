@@ -1,29 +1,24 @@
 """The examples of deploy/, run as their first lines say, with workers on three hosts."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.hosts.cluster import RAY, ROOT, Cluster
-from tests.hosts.network import why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 EXAMPLES = ROOT / "deploy" / "examples"
 TAKES_JOBS = importlib.util.find_spec("aiohttp_cors") is not None
 TRAINS = importlib.util.find_spec("pyarrow") is not None
+RESOURCES = [{"CPU": 2}] * 3
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if (reason := why_not()) is not None:
-        pytest.skip(reason)
-    with Cluster(
-        tmp_path_factory.mktemp("hosts"), [{"CPU": 2}] * 3, dashboard=TAKES_JOBS
-    ) as cluster:
-        yield cluster
+@pytest.fixture
+def cluster(cluster_of: Callable[..., Cluster]) -> Cluster:
+    return cluster_of(RESOURCES, dashboard=TAKES_JOBS)
 
 
 def ends(said: str, before: str) -> list[str]:

@@ -1,20 +1,18 @@
 """A host joins during training, and `reshard` by name from another process puts a shard on it."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.hosts.cluster import Cluster
+from tests.hosts.cluster import ALL_ON_ANY, Cluster
 from tests.hosts.tasks import digest
 from tests.hosts.train import train_in_one_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 2}, {"CPU": 2, "shard": 2}]
-"""Of four places for shards two are taken: of three new shards, made beside the old ones, the new
-host gets at least one.
-"""
+RESOURCES = ALL_ON_ANY
 RESHARD = """
 import json
 from distnadam import DistNadam
@@ -39,16 +37,18 @@ def test_a_host_that_joins_while_training_goes_on_gets_a_shard(
         "num_shards": 2,
         "name": "growing",
     }
-    resharded = tmp_path / "resharded"
+    began, resharded = time.time(), tmp_path / "resharded"
     # however slow the machine, the steps from 300 on are made with the new shards
     about |= {"awaits": (300, str(resharded))}
     about |= {
         "directory": str(tmp_path / "hosts"),
-        "options": {"shard_resources": {"shard": 1}, "worker_cpus": 0.5},
+        # of four places two are taken: of three new shards, made beside the old ones, the new host
+        # gets at least one
+        "options": {"shard_resources": {"place": 1}, "worker_cpus": 0.5},
     }
     program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.train", json.dumps(about))
     program.first("step")
-    (new,) = hosts.add({"CPU": 2, "shard": 2})
+    (new,) = hosts.add({"CPU": 2, "place": 2})
     resharding = hosts.python(new, "-c", RESHARD)
     said = resharding.first("after")
     resharding.finish()
@@ -56,7 +56,9 @@ def test_a_host_that_joins_while_training_goes_on_gets_a_shard(
     assert new.address in said["after"] and len(said["after"]) == 3
     resharded.touch()
     program.finish()
-    reach_the_third = {line.text.split(":")[0] for line in hosts.logged(r"^worker .*2\]")}
+    reach_the_third = {
+        line.text.split(":")[0] for line in hosts.logged(r"^worker .*2\]", since=began)
+    }
     assert reach_the_third == {"worker 0", "worker 1", "worker 2"}
     assert digest(tmp_path / "hosts") == train_in_one_process(
         tmp_path / "alone", about | {"name": None}

@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.certificates import certificates
-from tests.hosts.cluster import Cluster
-from tests.hosts.network import why_not
+from tests.hosts.cluster import ONE_EACH, Cluster
 from tests.hosts.tasks import digest
 from tests.hosts.train import train_in_one_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-RESOURCES = [{"CPU": 1, "shard": 1}] * 3
-"""Room for one worker and one shard on each host."""
-ONE_EACH = {
+RESOURCES = ONE_EACH
+THREE = {
     "num_workers": 3,
     "num_shards": 3,
     "options": {"worker_cpus": 1, "shard_resources": {"shard": 1}},
@@ -45,7 +42,7 @@ def test_hosts_train_to_the_bits_of_one_process_over_both_transports(
     task: dict[str, Any], hosts: Cluster, tmp_path: Path
 ) -> None:
     began = time.time()
-    shards = train_on(hosts, tmp_path / "hosts", task | ONE_EACH)
+    shards = train_on(hosts, tmp_path / "hosts", task | THREE)
     assert sorted(shards) == sorted(host.address for host in hosts.hosts)
     transports = {line.host: line.text for line in hosts.logged("by shared memory", since=began)}
     # Ray's node decides: all these processes share a hostname, and /dev/shm
@@ -57,25 +54,20 @@ def test_hosts_train_to_the_bits_of_one_process_over_both_transports(
             "Ray objects"
         ), text
     assert sorted(transports) == sorted(shards), "a worker on each host"
-    assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", task | ONE_EACH)
+    assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", task | THREE)
 
 
-def test_hosts_with_certificates_train_to_the_same_bits(tmp_path: Path) -> None:
-    if (reason := why_not()) is not None:
-        pytest.skip(reason)
-    (tmp_path / "keys").mkdir()
-    env = certificates(tmp_path / "keys")
-    with Cluster(tmp_path, RESOURCES, env=env) as cluster:
-        train_on(cluster, tmp_path / "hosts", {"steps": 30} | ONE_EACH)
-        other = cluster.hosts[1]
-        ask = (
-            f"openssl s_client -connect {cluster.address} -CAfile {env['RAY_TLS_CA_CERT']} "
-            "-verify_return_error -brief"
-        )
-        assert (
-            "Verification: OK"
-            in cluster.run(other, "sh", "-c", f"{ask} < /dev/null || true").finish()
-        )
+def test_hosts_with_certificates_train_to_the_same_bits(
+    hosts_with_certificates: Cluster, tmp_path: Path
+) -> None:
+    hosts = hosts_with_certificates
+    train_on(hosts, tmp_path / "hosts", {"steps": 30} | THREE)
+    ask = (
+        f"openssl s_client -connect {hosts.address} -CAfile {hosts.env['RAY_TLS_CA_CERT']} "
+        "-verify_return_error -brief"
+    )
+    answer = hosts.run(hosts.hosts[1], "sh", "-c", f"{ask} < /dev/null || true").finish()
+    assert "Verification: OK" in answer
     assert digest(tmp_path / "hosts") == train_in_one_process(
-        tmp_path / "alone", {"steps": 30} | ONE_EACH
+        tmp_path / "alone", {"steps": 30} | THREE
     )

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from distnadam import DistNadam
-from tests.hosts.cluster import Cluster
+from tests.hosts.cluster import ALL_ON_ANY, Cluster
 from tests.hosts.sides import gradients, params
 from tests.hosts.tasks import digest_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-RESOURCES = [{"CPU": 2}, {"CPU": 2, "shard": 8}, {"CPU": 2, "shard": 8}]
+RESOURCES = ALL_ON_ANY
 ROUNDS = 200
 
 
@@ -40,13 +40,17 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize(
     ("how", "replicas", "together"),
-    [("cut", 0, False), ("cut", 1, True), ("silence", 1, False), ("deafen", 0, True)],
-    ids=["cut off", "cut off with its supervisor", "not heard", "not hearing, with its supervisor"],
+    [
+        pytest.param("cut", 0, False, id="cut off", marks=pytest.mark.nightly),
+        pytest.param("cut", 1, True, id="cut off with its supervisor"),
+        pytest.param("silence", 1, False, id="not heard"),
+        pytest.param("deafen", 0, True, id="not hearing, with its supervisor"),
+    ],
 )
 def test_a_side_that_is_cut_off_stops_before_the_other_continues_and_is_then_refused(
-    how: str, replicas: int, together: bool, whole_hosts: Cluster, tmp_path: Path
+    how: str, replicas: int, together: bool, hosts: Cluster, tmp_path: Path
 ) -> None:
-    hosts, diaries = whole_hosts, [tmp_path / "first", tmp_path / "second"]
+    diaries = [tmp_path / "first", tmp_path / "second"]
     about = {
         "replicas": replicas,
         "together": together,
