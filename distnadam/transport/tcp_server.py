@@ -19,6 +19,7 @@ from distnadam.protocol.delivery import Deliver, run_in_this_thread
 from distnadam.protocol.messages import Push, RoundResult, ShardSpec, TotalNorms
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import sizes_of
+from distnadam.transport.landing_memory import LandingMemory
 from distnadam.transport.tcp_connection import (
     Endpoint,
     Parts,
@@ -29,6 +30,8 @@ from distnadam.transport.tcp_connection import (
 )
 from distnadam.transport.tcp_listener import TcpListener
 from distnadam.transport.turns import place_after
+
+_SPARE = 2
 
 
 class TcpServer(Receiver):
@@ -56,6 +59,9 @@ class TcpServer(Receiver):
         self._sizes = sizes_of(spec.ranges)
         self._workers: dict[TcpConnection, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        # what each worker sends, and what one sends too early or again
+        self._landing = LandingMemory(spec.num_workers + _SPARE)
+        self._copies = LandingMemory(_SPARE)
         self._sent: tuple[Any, Flat] | None = None
         self._listener = TcpListener(self, f"shard {spec.index}", host, ports)
 
@@ -95,7 +101,7 @@ class TcpServer(Receiver):
         land = {space: dtype_of(name) for space, name in dtypes.items()}
         if any(dtype.itemsize > dtype_of(space).itemsize for space, dtype in land.items()):
             raise LaneError(f"gradients in {dtypes} are wider than the parameters")
-        return {space: np.empty(n, land[space]) for space, n in self._sizes.items()}
+        return self._landing.lend(self._sizes, land)
 
     @override
     def arrived(self, connection: TcpConnection, what: Any) -> None:
@@ -126,7 +132,12 @@ class TcpServer(Receiver):
         key = (answer.epoch, answer.round, answer.buffer)
         with self._lock:
             if self._sent is None or self._sent[0] != key:
-                self._sent = key, {space: values.copy() for space, values in parameters.items()}
+                self._sent = None
+                dtypes = {space: values.dtype for space, values in parameters.items()}
+                copy = self._copies.lend(self._sizes, dtypes)
+                for space, values in parameters.items():
+                    np.copyto(copy[space], values)
+                self._sent = key, copy
             return self._sent[1]
 
     def close(self) -> None:
