@@ -194,7 +194,7 @@ class CheckpointWriter:
         with _failures_counted(shards.backend.meter), _said_if_long(shards, root):
             snapshot = shards.recovering(lambda: _snapshot(shards, root, saved))
         collects = {index: Collect(name) for index, name in snapshot.names.items()}
-        saving = SaveHandle(snapshot.checkpoint.round, lambda: shards.describe_unanswered(collects))
+        saving = SaveHandle(snapshot.checkpoint.round, lambda: shards.reports.unanswered(collects))
         self._in_flight = saving
         GUARD.watch(saving)
         in_background("saving", lambda: _write_behind(shards, snapshot, saving))
@@ -203,7 +203,7 @@ class CheckpointWriter:
 
 def _said_if_long(shards: ShardGroup, root: Directory) -> AbstractContextManager[None]:
     """Say what keeps a caller of `save` waiting, if it takes long."""
-    return said_if_long(f"save to {root}", shards.describe_busy)
+    return said_if_long(f"save to {root}", shards.reports.busy)
 
 
 def _save(shards: ShardGroup, root: Directory, saved: Saved) -> str:

@@ -6,11 +6,12 @@ on all. No gradients of its own, no rounds.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import DistNadamError, IllegalMessage, SupersededWorker
-from distnadam.protocol.messages import Describe, Join, Joined, Leave
+from distnadam.protocol.messages import Describe, Join, Joined, Leave, Message
 from distnadam.protocol.orphaned_push import orphaned_pushes
 from distnadam.tensors.arrays import Flat
 
@@ -30,7 +31,7 @@ class RankClaim:
 
     def leave(self) -> None:
         """Depart after a whole step; the rank stays free for a new worker."""
-        self._shards.ask(self._shards.for_all(Leave(self.rank, self.incarnation)))
+        self._ask(self._shards.for_all(Leave(self.rank, self.incarnation)))
 
     def rejoin(self) -> None:
         """Join the shards as they are now; a push of this worker itself is sent again instead."""
@@ -73,6 +74,9 @@ class RankClaim:
             self._complete(joined, gradients=dict(enumerate(parts)))
         return counted
 
+    def _ask(self, messages: Mapping[int, Message]) -> dict[int, Any]:
+        return self._shards.ask(messages, who=f"worker {self.rank}")
+
     def _join(self) -> int:
         joined = self._shards.retry.poll(
             self._join_all,
@@ -90,19 +94,19 @@ class RankClaim:
 
     def _join_all(self) -> dict[int, Joined]:
         """Have shard 0 give an incarnation, and the others take it."""
-        first: Joined = self._shards.ask({0: Join(rank=self.rank, process=self._process)})[0]
+        first: Joined = self._ask({0: Join(rank=self.rank, process=self._process)})[0]
         message = Join(rank=self.rank, incarnation=first.incarnation, process=self._process)
         others = range(1, len(self._shards.ranges))
-        return {0: first} | self._shards.ask(dict.fromkeys(others, message))
+        return {0: first} | self._ask(dict.fromkeys(others, message))
 
     def _join_again(self) -> dict[int, Joined]:
-        return self._shards.ask(self._shards.for_all(self._message()))
+        return self._ask(self._shards.for_all(self._message()))
 
     def _join_again_in_order(self) -> dict[int, Joined]:
         """Have shard 0 know of a new incarnation before the others do, as at any join."""
-        first: dict[int, Joined] = self._shards.ask({0: self._message()})
+        first: dict[int, Joined] = self._ask({0: self._message()})
         others = range(1, len(self._shards.ranges))
-        return first | self._shards.ask(dict.fromkeys(others, self._message()))
+        return first | self._ask(dict.fromkeys(others, self._message()))
 
     def _message(self) -> Join:
         return Join(rank=self.rank, incarnation=self.incarnation, process=self._process)
@@ -131,11 +135,11 @@ class RankClaim:
                 for i, m in messages.items()
             }
         try:
-            self._shards.ask(messages)
+            self._ask(messages)
         except IllegalMessage as error:
             self._shards.go_back(f"{error}; all shards must go back", cause=error)
 
     def _require_member(self) -> None:
         """Raise unless the supervisor has made this rank a member again, at a round it chooses."""
-        if self.rank not in self._shards.ask({0: Describe()})[0].members:
+        if self.rank not in self._ask({0: Describe()})[0].members:
             raise _NotAdmitted

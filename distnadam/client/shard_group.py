@@ -4,7 +4,6 @@ Shard 0 is paused first and the others after it, so that two clients that act at
 and never wait for each other in a ring. No maths, no Ray.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -15,10 +14,12 @@ from distnadam.backends.base import Backend
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory
+from distnadam.client.answers import answers_of
 from distnadam.client.direct_step import DirectStep
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.retry import Retry
 from distnadam.client.rewind_guard import RewindGuard
+from distnadam.client.shard_reports import ShardReports
 from distnadam.config import Options
 from distnadam.errors import (
     DistNadamError,
@@ -52,12 +53,9 @@ from distnadam.tensors.layout import Layout, Ranges
 from distnadam.waiting import said_if_long
 
 _T = TypeVar("_T")
+_DIRECT = "apply_gradients"
 IO_TIMEOUT_S = 24 * 3600.0
 """Seconds in which shards read or write a checkpoint."""
-_PATIENCE_S = 10.0
-"""How long a shard may take to say where it stands, in seconds."""
-_LOOK_S = 0.1
-"""How long each may take at least, once that time is over for another."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,10 @@ class ShardGroup:
         options: the optimizer's.
         rewound: the epoch of the last rewind that the user knows of; None before the first look.
         poll_s: how long to sleep between two looks at something that is polled for.
+
+    Attributes:
+        reports: says what the shards do that keeps a call waiting.
+        retry: makes requests again while shards are replaced.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ShardGroup:
         self.layout = layout
         self.options = options
         self.rewinds = RewindGuard(known=rewound)
+        self.reports = ShardReports(backend.transport)
         self.retry = Retry(backend.transport, options.step_timeout_s, poll_s)
         self._cuts = {num_shards: layout.cuts(num_shards)}
         self._buffer: GradientBuffer | None = None
@@ -120,62 +123,6 @@ class ShardGroup:
         answers = self.recovering(lambda: self.ask(self.for_all(Describe())))
         return [answers[index] for index in sorted(answers)]
 
-    def describe_late(self, decided: int) -> str:
-        """Return, for an error, which shards do not answer and which ranks have not pushed.
-
-        Args:
-            decided: the round before the one that is waited for.
-        """
-        missing, silent = set(), []
-        for shard, status in self._ask_each(self.for_all(Describe()), _PATIENCE_S).items():
-            if isinstance(status, TimeoutError):
-                silent.append(shard)
-                continue
-            if isinstance(status, Exception):
-                raise status
-            if status.round > decided:
-                continue
-            fates = dict.fromkeys(status.left, " (closed)") | dict.fromkeys(status.dead, " (died)")
-            missing |= {f"{rank}{fates.get(rank, '')}" for rank in status.waiting_for}
-        hung = f"shards {_listed(silent)} do not answer; " if silent else ""
-        return f"{hung}still to push: ranks {', '.join(sorted(missing)) or 'none'}"
-
-    def describe_busy(self) -> str:
-        """Return, for a call that waits for the shards, what each does that keeps it waiting."""
-        doing: dict[str, list[int]] = {}
-        for shard, status in self._ask_each(self.for_all(Describe()), _PATIENCE_S).items():
-            if isinstance(status, TimeoutError):
-                what = "do not answer"
-            elif isinstance(status, Exception):
-                what = f"cannot be asked ({status})"
-            elif status.busy:
-                what = "read, write or copy their state"
-            elif status.holder is not None:
-                what = "are held between two rounds"
-            else:
-                what = f"are {status.phase}"
-            doing.setdefault(what, []).append(shard)
-        return "; ".join(f"shards {_listed(shards)} {what}" for what, shards in doing.items())
-
-    def describe_unanswered(self, messages: Mapping[int, Message]) -> str:
-        """Return which shards do not answer idempotent messages at once, in words."""
-        answers = self._ask_each(messages, 0.0)
-        late = [shard for shard, answer in answers.items() if isinstance(answer, TimeoutError)]
-        return f"for shards {_listed(late)}" if late else "for what follows them"
-
-    def _ask_each(self, messages: Mapping[int, Message], patience_s: float) -> dict[int, Any]:
-        """Return each shard's answer or error; TimeoutError if it has none in so many seconds."""
-        transport, deadline = self.backend.transport, time.monotonic() + patience_s
-        asked = {shard: transport.post({shard: message}) for shard, message in messages.items()}
-        answers: dict[int, Any] = {}
-        for shard, pending in asked.items():
-            try:
-                left_s = max(_LOOK_S, deadline - time.monotonic())
-                answers[shard] = pending.result(left_s)[shard]
-            except (TimeoutError, DistNadamError) as error:
-                answers[shard] = error
-        return answers
-
     def load(self, params: Flat) -> None:
         """Give new shards their first parameters."""
         cuts = [cut_flat(params, ranges) for ranges in self.ranges]
@@ -197,7 +144,7 @@ class ShardGroup:
 
     def _begin(self, loads: Mapping[int, Order], timeout_s: float) -> None:
         """Have new shards load, again if a call was lost: one that has loaded says so."""
-        with said_if_long("loading the state", self.describe_busy):
+        with said_if_long("loading the state", self.reports.busy):
             self.retry.poll(
                 lambda: self.ask(loads, timeout_s=timeout_s),
                 "the new shards did not all load their state",
@@ -222,7 +169,8 @@ class ShardGroup:
         def may_lag(newest: Paused) -> bool:
             return step is not None and step.round == newest.round and step.is_counted(newest)
 
-        with all_paused(self.ask, resume, token, len(self.ranges), may_lag=may_lag) as held:
+        ask = self.ask if step is None else partial(self.ask, who=_DIRECT)
+        with all_paused(ask, resume, token, len(self.ranges), may_lag=may_lag) as held:
             newest = max(held.values(), key=lambda answer: answer.round)
             rewound = max(answer.rewound for answer in held.values())
             self.rewinds.check(rewound, epoch=newest.epoch, round=newest.round)
@@ -303,7 +251,8 @@ class ShardGroup:
             step.choose_round(at.held)
             rejection, parts = self._fill(gradients)
             answers = self.ask(
-                {i: step.message(at.token, part, rejection) for i, part in enumerate(parts)}
+                {i: step.message(at.token, part, rejection) for i, part in enumerate(parts)},
+                who=_DIRECT,
             )
             measured = {
                 i: answer.sums
@@ -315,7 +264,8 @@ class ShardGroup:
                     len(self.layout.tensors), list(measured.values())
                 )
             if measured:
-                answers |= self.ask(dict.fromkeys(measured, StepNorms(at.token, step.square_sums)))
+                norms = StepNorms(at.token, step.square_sums)
+                answers |= self.ask(dict.fromkeys(measured, norms), who=_DIRECT)
             decided: RoundResult = answers[0]
             return decided
 
@@ -337,7 +287,7 @@ class ShardGroup:
         if self._buffer is None:
             memory = empty_flat(self.layout.sizes)
             self._buffer = GradientBuffer(
-                self.layout, "apply_gradients", memory, check=self.options.check_gradients
+                self.layout, _DIRECT, memory, check=self.options.check_gradients
             )
         return self._buffer.fill(gradients), self._buffer.parts(self.ranges)
 
@@ -360,7 +310,7 @@ class ShardGroup:
 
     def _said_if_long(self, what: str, work: Callable[[], _T]) -> _T:
         """Return what `recovering` returns; say what the shards do meanwhile if it takes long."""
-        with said_if_long(what, self.describe_busy):
+        with said_if_long(what, self.reports.busy):
             return self.recovering(work)
 
     def go_back(self, reason: str, cause: DistNadamError | None = None) -> NoReturn:
@@ -373,24 +323,31 @@ class ShardGroup:
         raise ShardLost(reason) from cause
 
     def ask(
-        self, messages: Mapping[int, Message | Order], timeout_s: float | None = None
+        self,
+        messages: Mapping[int, Message | Order],
+        timeout_s: float | None = None,
+        who: str | None = None,
     ) -> dict[int, Any]:
         """Send each shard its message and return the answers.
 
+        Args:
+            messages: by shard.
+            timeout_s: seconds to wait; None for the options' step timeout.
+            who: asks; a long wait is logged under this name, unless it is None.
+
         Raises:
-            StepTimeout: not all answered in `timeout_s`, by default the options' step timeout.
+            StepTimeout: not all answered in time.
         """
         if not messages:
             return {}
         timeout_s = self.options.step_timeout_s if timeout_s is None else timeout_s
         try:
-            return self.backend.transport.post(messages).result(timeout_s)
+            pending = self.backend.transport.post(messages)
+            if who is None:
+                return pending.result(timeout_s)
+            return answers_of(pending, timeout_s, who, self.reports.busy)
         except TimeoutError as error:
             kind = type(next(iter(messages.values()))).__name__
             raise StepTimeout(
                 f"shards {sorted(messages)} did not all answer {kind} in {timeout_s:g} s"
             ) from error
-
-
-def _listed(shards: list[int]) -> str:
-    return ", ".join(map(str, shards))

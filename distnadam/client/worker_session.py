@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
+from distnadam.client.answers import answers_of
 from distnadam.client.in_flight_push import InFlightPush, refusal_of
 from distnadam.client.rank_claim import RankClaim
 from distnadam.client.rewind_guard import RewindGuard
@@ -29,7 +30,6 @@ from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
-from distnadam.waiting import REPORT_WAIT_S, say_waiting
 
 
 class WorkerSession:
@@ -360,20 +360,13 @@ class WorkerSession:
         Raises:
             StepTimeout: they did not all come in time.
         """
-        patience_s = min(REPORT_WAIT_S, self._timeout_s)
-        deadline = time.monotonic() + self._timeout_s
+        who = f"worker {self.rank}, round {self.round + 1}"
         try:
-            return pending.result(patience_s)
+            return answers_of(
+                pending, self._timeout_s, who, lambda: self._shards.reports.late(self.round)
+            )
         except TimeoutError as error:
-            late = error
-        if patience_s < self._timeout_s:
-            who = f"worker {self.rank}, round {self.round + 1}"
-            say_waiting(who, self._shards.describe_late(self.round), self._timeout_s)
-            try:
-                return pending.result(max(0.0, deadline - time.monotonic()))
-            except TimeoutError as error:
-                late = error
-        raise StepTimeout(
-            f"worker {self.rank}: round {self.round + 1} was not decided in "
-            f"{self._timeout_s:g} s; {self._shards.describe_late(self.round)}"
-        ) from late
+            raise StepTimeout(
+                f"worker {self.rank}: round {self.round + 1} was not decided in "
+                f"{self._timeout_s:g} s; {self._shards.reports.late(self.round)}"
+            ) from error

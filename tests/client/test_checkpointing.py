@@ -333,7 +333,7 @@ def test_a_save_that_lasts_is_said_with_what_the_shards_do(
     ):
         saving = pool.submit(optimizer.save, tmp_path)
         assert gate.begun.wait(60)
-        assert optimizer.shards.describe_busy() == "shards 0 read, write or copy their state"
+        assert optimizer.shards.reports.busy() == "shards 0 read, write or copy their state"
         assert said.wait(60)
         gate.opened.set()
         saving.result()
