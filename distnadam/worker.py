@@ -255,7 +255,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             self._traffic = (
                 Traffic({}, {})
                 if routes is None
-                else Traffic.of(routes.ranges, routes.shared, flat)
+                else Traffic.of(routes.ranges, routes.shared, routes.objects, flat)
             )
             assert self._meter is not None
             self._meter.traffic.append(self._traffic)

@@ -35,10 +35,17 @@ class Pending(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """What each shard holds, and the indices of the shards that share memory with a worker."""
+    """How a worker reaches each shard.
+
+    Attributes:
+        ranges: what each shard holds.
+        shared: the shards that share memory with the worker.
+        objects: those reached by Ray's objects; the others, by TCP, count the bytes themselves.
+    """
 
     ranges: list[Ranges]
     shared: frozenset[int]
+    objects: frozenset[int]
 
 
 class WorkerChannel(ABC):

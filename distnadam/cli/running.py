@@ -48,7 +48,11 @@ def on_running(command: _F) -> _F:
 )
 @JSON
 def status(name: str, address: str | None, *, watch: bool, every: float, as_json: bool) -> None:
-    """Show the running optimizer NAME: steps, shards, standbys, workers, last checkpoint."""
+    """Show the running optimizer NAME.
+
+    Steps, shards, standbys, workers, what the next step waits for, the bytes per second of each
+    host, and the last checkpoint.
+    """
     with exit_on_error():
         with joined(address):
             running = RunningOptimizer(name)
@@ -153,12 +157,18 @@ def render(status: Status) -> RenderableType:
     workers = Table("rank", "state", title="workers")
     for rank, state in status.workers.items():
         workers.add_row(str(rank), state)
+    hosts = Table("host", "sends MB/s", "receives MB/s", title="between hosts, by TCP")
+    for host in status.hosts:
+        rates = (host.sent_bytes_per_s, host.received_bytes_per_s)
+        hosts.add_row(host.host, *("" if rate is None else f"{rate / 1e6:.1f}" for rate in rates))
     head = f"{status.name}: step {status.step}{rate}, lr {status.lr:g}{skipped}"
     return Group(
         head,
         shards,
         *([standbys] if status.replicas else []),
         workers,
+        *([hosts] if status.hosts else []),
+        f"the next step waits for {status.awaited}",
         f"last checkpoint: {status.checkpoint or 'none'}",
     )
 

@@ -4,9 +4,9 @@ No Ray.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distnadam.backends.factory import connect
@@ -24,7 +24,19 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """One shard; `standby` is its standby's node, `lag` the rounds that it is behind, if known."""
+    """One shard.
+
+    Attributes:
+        index: its index.
+        node: where it runs.
+        state: its phase, or "silent" or "dead".
+        round: the last round that it decided, if it answers.
+        bytes: of its state.
+        standby: its standby's node.
+        lag: the rounds that the standby is behind, if known.
+        waits_for: the ranks whose push the next round lacks.
+        idle_s: seconds since it last computed.
+    """
 
     index: int
     node: str
@@ -33,11 +45,33 @@ class ShardStatus:
     bytes: int | None = None
     standby: str | None = None
     lag: int | None = None
+    waits_for: tuple[int, ...] = ()
+    idle_s: float | None = None
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """A host's bytes per second by TCP to and from others, as the shards count them.
+
+    They are None in a first look, which has no rate.
+    """
+
+    host: str
+    sent_bytes_per_s: float | None
+    received_bytes_per_s: float | None
+
+
+Moved = Mapping[tuple[int, str, str], int]
+"""By shard, sending host and receiving host: the bytes that the shard has seen go there."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """The status of an optimizer; `at` is the time by this process's monotonic clock."""
+    """The status of an optimizer.
+
+    `awaited` says what the next step waits for. `moved` is what `hosts` follows from, and `at` the
+    time by this process's monotonic clock, both for the next look.
+    """
 
     name: str | None
     step: int
@@ -50,11 +84,14 @@ class Status:
     replicas: int
     checkpoint: str | None
     at: float
+    awaited: str = ""
+    hosts: tuple[HostStatus, ...] = ()
+    moved: Moved = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         fields = asdict(self)
-        return {key: fields[key] for key in fields if key != "at"} | {
+        return {key: fields[key] for key in fields if key not in ("at", "moved")} | {
             "workers": [{"rank": r, "state": s} for r, s in self.workers.items()]
         }
 
@@ -77,7 +114,7 @@ class RunningOptimizer:
         Raises:
             NotRunning: no shard answers.
         """
-        answers, shards = self._ask()
+        answers, shards, moved = self._ask()
         spec, first, now = self._spec, min(answers, key=lambda seen: seen.round), time.monotonic()
         return Status(
             name=spec.name,
@@ -92,6 +129,9 @@ class RunningOptimizer:
             workers={rank: _worker(rank, first) for rank in range(spec.num_workers)},
             replicas=spec.replicas,
             checkpoint=_newest(self._saves_to(answers)),
+            awaited=awaited(shards),
+            hosts=_hosts(moved, earlier, now),
+            moved=moved,
             at=now,
         )
 
@@ -104,9 +144,10 @@ class RunningOptimizer:
             (seen.saved for seen in answers if seen.saved is not None), None
         )
 
-    def _ask(self) -> tuple[list[Description], list[ShardStatus]]:
+    def _ask(self) -> tuple[list[Description], list[ShardStatus], Moved]:
         backend, transport = self._backend, self._backend.transport
         answers, shards = list[Description](), list[ShardStatus]()
+        moved: dict[tuple[int, str, str], int] = {}
         transport.refresh()
         asked = {
             index: transport.post({index: Describe(spec=True)})
@@ -128,11 +169,70 @@ class RunningOptimizer:
                 size = shard_bytes(seen.spec.ranges) if seen.spec is not None else None
                 lag = None if seen.replicated is None else seen.round - seen.replicated
                 shards.append(
-                    ShardStatus(index, host, seen.phase, seen.round, size, standbys.get(index), lag)
+                    ShardStatus(
+                        index,
+                        host,
+                        seen.phase,
+                        seen.round,
+                        size,
+                        standbys.get(index),
+                        lag,
+                        seen.waiting_for,
+                        seen.idle_s,
+                    )
                 )
+                here = host.split()[0]
+                for there, (sent, received) in seen.traffic.items():
+                    moved[index, here, there] = moved.get((index, here, there), 0) + sent
+                    moved[index, there, here] = moved.get((index, there, here), 0) + received
         if not answers:
             raise NotRunning(f"no shard of {self._spec.name!r} answers")
-        return answers, shards
+        return answers, shards, moved
+
+
+def awaited(shards: Sequence[ShardStatus]) -> str:
+    """Return what the next step waits for, in words: shards, or the ranks whose push they lack."""
+    lost = [shard for shard in shards if shard.round is None]
+    if lost:
+        return "; ".join(f"shard {shard.index}, which is {shard.state}" for shard in lost)
+    least = min(shard.round for shard in shards if shard.round is not None)
+    behind = [shard for shard in shards if shard.round == least]
+    lacking: dict[tuple[int, ...], list[ShardStatus]] = {}
+    for shard in behind:
+        lacking.setdefault(shard.waits_for, []).append(shard)
+    ranks = {ranks: at for ranks, at in lacking.items() if ranks}
+    found = [
+        f"the push of {_listed('rank', who)} to {_listed('shard', [each.index for each in at])}, "
+        f"which computed last {max(each.idle_s or 0.0 for each in at):.1f} s ago"
+        for who, at in ranks.items()
+    ]
+    return "; ".join(found) or "; ".join(f"shard {each.index}: {each.state}" for each in behind)
+
+
+def _listed(what: str, numbers: Sequence[int]) -> str:
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _hosts(moved: Moved, earlier: Status | None, now: float) -> tuple[HostStatus, ...]:
+    """Return the bytes per second of each host since an earlier look.
+
+    A shard that took another's place since then begins at nothing.
+    """
+    before = {} if earlier is None else earlier.moved
+    rates: dict[str, list[int]] = {}
+    for key, total in moved.items():
+        new = total - before.get(key, 0)
+        new = total if new < 0 else new
+        _, sender, receiver = key
+        rates.setdefault(sender, [0, 0])[0] += new
+        rates.setdefault(receiver, [0, 0])[1] += new
+    seconds = None if earlier is None else now - earlier.at
+    return tuple(
+        HostStatus(host, sent / seconds, received / seconds)
+        if seconds
+        else HostStatus(host, None, None)
+        for host, (sent, received) in sorted(rates.items())
+    )
 
 
 def _newest(directory: str | None) -> str | None:

@@ -78,16 +78,26 @@ class Traffic:
     pulled: int = 0
 
     @classmethod
-    def of(cls, ranges: Iterable[Ranges], lanes: frozenset[int], gradients: Flat) -> "Traffic":
+    def of(
+        cls,
+        ranges: Iterable[Ranges],
+        lanes: frozenset[int],
+        objects: frozenset[int],
+        gradients: Flat,
+    ) -> "Traffic":
         """Return the traffic of a worker with the shards of these ranges.
 
         Args:
             ranges: the shards', by index.
             lanes: the indices of the shards that are reached through shared memory.
+            objects: those reached by Ray's objects; the bytes of all others, by TCP, are counted
+                where they are sent.
             gradients: arrays of the gradients' dtypes, by dtype space.
         """
         push, pull = {"lane": 0, "object": 0}, {"lane": 0, "object": 0}
         for shard, held in enumerate(ranges):
+            if shard not in lanes and shard not in objects:
+                continue
             way = "lane" if shard in lanes else "object"
             for space, (begin, end) in held.items():
                 push[way] += (end - begin) * gradients[space].itemsize
@@ -141,7 +151,10 @@ def shard_bytes(ranges: Ranges) -> int:
 
 
 def shard_samples(spec: ShardSpec, now: Description) -> Iterator[Sample]:
-    """Yield the gauges that follow from a shard's description."""
+    """Yield the numbers that follow from a shard's description."""
+    for direction, place in (("pull", 0), ("push", 1)):
+        moved = sum(each[place] for each in now.traffic.values())
+        yield "distnadam_bytes_total", {"transport": "tcp", "direction": direction}, moved
     yield "distnadam_queue_depth", {}, len(set(now.members) - set(now.waiting_for))
     yield "distnadam_shard_bytes", {"shard": str(spec.index)}, shard_bytes(spec.ranges)
     if spec.index == 0:

@@ -37,8 +37,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "distnadam_save_seconds": Metric("histogram", "Seconds in which a checkpoint is written."),
         "distnadam_bytes_total": Metric(
             "counter",
-            "Bytes of gradients and parameters that moved, by shared memory (lane) or by Ray "
-            "objects.",
+            "Bytes of gradients and parameters that moved, by shared memory (lane), between hosts "
+            "by TCP (tcp, as the shards count it), or by Ray objects (object).",
             ("optimizer", "transport", "direction"),
         ),
         "distnadam_recoveries_total": Metric(

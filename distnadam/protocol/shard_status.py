@@ -81,6 +81,8 @@ class Description:
         live_owners: by rank, the worker that holds it, as far as this shard knows.
         highest_round: the latest round ever decided, also before a rewind.
         stepped: the last round that was a step from outside.
+        idle_s: seconds since the shard last computed a step, norms or a load.
+        traffic: by another host's address, the bytes sent there and received from there by TCP.
     """
 
     epoch: int
@@ -107,3 +109,5 @@ class Description:
     live_owners: Owners = field(default_factory=dict)
     highest_round: int = 0
     stepped: int = 0
+    idle_s: float = 0.0
+    traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -4,7 +4,7 @@ out its effects. It does not know how messages came. No Ray.
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
@@ -70,6 +70,7 @@ class ShardHost:
         lock: held while the machine is changed.
         gradients_of: finds the gradients of a push that is to be completed.
         connect_standby: returns the stream to a standby; None where there can be none.
+        traffic_of: returns the bytes sent to and received from each other host.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ShardHost:
         self.shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
         self.gradients_of: GradientsOf = lambda rank, incarnation, dtypes: None
         self.connect_standby: ConnectStandby | None = None
+        self.traffic_of: Callable[[], Mapping[str, tuple[int, int]]] = dict
         self._spec = spec
         self._run_work = run_work
         self._kernel = ShardKernel(spec, self.shard.state, threads)
@@ -100,6 +102,7 @@ class ShardHost:
         self.lock = self._outbox.lock
         self._waiting: set[Reply] = set()
         self._is_closed = False
+        self._idle_since = perf_counter()
         self._meter: Meter | None = None
         self._refusal = LifecycleError(f"shard {spec.index}: the optimizer was closed")
         renew_after_fork(self)
@@ -235,6 +238,7 @@ class ShardHost:
         failure: BaseException | None = None
         try:
             change = partial(shard.computed, work, _WORK[work](self))
+            self._idle_since = perf_counter()
         except BaseException as error:
             failure = error
             if work is Work.STEP and isinstance(error, ConfigError):
@@ -317,6 +321,8 @@ class ShardHost:
             busy=description.busy or self.files.is_saving,
             replicated=replicated,
             saved=self.files.directory,
+            idle_s=perf_counter() - self._idle_since,
+            traffic=self.traffic_of(),
         )
 
 

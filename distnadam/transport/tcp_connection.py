@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from distnadam.errors import LaneError
 from distnadam.tensors.arrays import Flat
+from distnadam.transport.traffic import Count, host_traffic
 from distnadam.transport.turns import Turns
 
 log = logging.getLogger("distnadam")
@@ -113,6 +114,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._is_paused = False
         self._why = ""
         self.is_proven = False
+        self._count = Count()
 
     @property
     def is_sending(self) -> bool:
@@ -148,6 +150,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._outgoing.clear()
         self._leave_turn()
         self._parser.close()
+        host_traffic().end(self._count)
         self._receiver.ended(self, self._why or str(exc or "the peer hung up"))
 
     @override
@@ -186,6 +189,7 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     @override
     def buffer_updated(self, nbytes: int) -> None:
+        self._count.received += nbytes
         try:
             if self._begin == self._end and isinstance(self._want, memoryview):
                 self._want = self._want[nbytes:]
@@ -258,6 +262,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         if not isinstance(content, dict) or content.get("version") != _VERSION:
             raise LaneError(f"expected version {_VERSION} of the protocol, got {content!r:.100}")
         self.is_proven = True
+        peer = self._transport.get_extra_info("peername")
+        host_traffic().begin(peer[0] if peer else "a host that is gone", self._count)
         self._receiver.proven(self, content)
 
     def _say(self, content: Mapping[str, Any]) -> None:
@@ -292,7 +298,9 @@ class TcpConnection(asyncio.BufferedProtocol):
                 self._outgoing.popleft()
             else:
                 self._outgoing[0] = first[_CHUNK_BYTES:]
-            self._transport.write(first[:_CHUNK_BYTES])
+            piece = first[:_CHUNK_BYTES]
+            self._count.sent += piece.nbytes
+            self._transport.write(piece)
         if not self._outgoing:
             self._leave_turn()
 

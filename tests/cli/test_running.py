@@ -67,6 +67,9 @@ def test_status_shows_steps_shards_workers_standbys_and_the_last_checkpoint(
     assert seen["checkpoint"] == saved
     assert [w["state"] for w in seen["workers"]] == ["waiting for others", "not there yet"]
     assert seen["steps_per_s"] == 0
+    assert seen["awaited"].startswith("the push of rank 1 to shards 0, 1, which computed last ")
+    assert [s["waits_for"] for s in seen["shards"]] == [[1], [1]]
+    assert seen["hosts"] == [], "all on one"
     table = call("status", "operated").stdout
     for word in (
         "operated: step 1",
@@ -74,6 +77,7 @@ def test_status_shows_steps_shards_workers_standbys_and_the_last_checkpoint(
         "lr 0.002",
         "standbys",
         "0 rounds",
+        "the next step waits for the push of rank",
         "closed",
         "step_00000001",
     ):

@@ -1,12 +1,16 @@
 """The meter: durations by bucket, samples with exact proportions, bytes by how they move."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.metrics.meter import BOUNDS_S, Meter, Seconds, Traffic, shard_bytes
+from distnadam import DistNadam
+from distnadam.metrics.meter import BOUNDS_S, Meter, Seconds, Traffic, shard_bytes, shard_samples
 from distnadam.metrics.table import METRICS
+from distnadam.protocol.messages import Describe
 
 
 def test_a_duration_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() -> None:
@@ -40,10 +44,10 @@ def test_traffic_depends_on_how_each_shard_is_reached_and_on_the_gradients_dtype
         {"float32": (1000, 1500), "float64": (0, 10)},
     ]
     gradients = {"float32": np.empty(1500, np.float16), "float64": np.empty(10)}
-    traffic = Traffic.of(ranges, frozenset({0}), gradients)
+    traffic = Traffic.of(ranges, frozenset({0}), frozenset({1}), gradients)
     traffic.pushed, traffic.pulled = 3, 2
     meter.traffic.append(traffic)
-    meter.traffic.append(Traffic.of(ranges, frozenset({0, 1}), gradients))
+    meter.traffic.append(Traffic.of(ranges, frozenset({0, 1}), frozenset(), gradients))
     moved = {
         tuple(tags.values()): value
         for name, tags, value in meter.samples()
@@ -55,6 +59,24 @@ def test_traffic_depends_on_how_each_shard_is_reached_and_on_the_gradients_dtype
         ("lane", "pull"): 2 * 4000,
         ("object", "pull"): 2 * (2000 + 80),
     }
+
+
+def test_what_goes_by_tcp_is_counted_by_the_shard_and_not_by_the_worker() -> None:
+    ranges = [{"float32": (0, 1000)}, {"float32": (1000, 1500)}]
+    gradients = {"float32": np.ones(1500, np.float32)}
+    traffic = Traffic.of(ranges, frozenset({0}), frozenset(), gradients)
+    assert traffic.push_bytes == traffic.pull_bytes == {"lane": 4000, "object": 0}
+    with DistNadam(backend="local").build({"w": gradients["float32"]}) as optimizer:
+        backend: Any = optimizer.shards.backend
+        host = backend.transport.hosts[0]
+        host.traffic_of = lambda: {"10.0.0.2": (300, 5), "10.0.0.3": (20, 1)}
+        now = host.send(Describe()).result()
+        moved = {
+            tuple(tags.values()): value
+            for name, tags, value in shard_samples(host.shard.spec, now)
+            if name == "distnadam_bytes_total"
+        }
+    assert moved == {("tcp", "pull"): 320, ("tcp", "push"): 6}
 
 
 def test_every_sample_is_in_the_table_with_its_tags() -> None:

@@ -40,7 +40,7 @@ class Wire:
         assert (high, low) == (1, 0)
 
     def get_extra_info(self, name: str) -> Any:
-        return self
+        return {"socket": self, "peername": ("10.0.0.2", 7000)}[name]
 
     def setsockopt(self, level: int, option: int, value: int) -> None:
         assert value > 0

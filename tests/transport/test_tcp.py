@@ -18,12 +18,14 @@ from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_server import TcpServer
+from distnadam.transport.traffic import Count, HostTraffic, host_traffic
 from tests.certificates import certificates
 from tests.transport.tcp_shards import (
     ANSWER_S,
     CUTS,
     EPOCH,
     HANDSHAKE_BYTES,
+    PARAMS,
     Proxy,
     Shards,
     Worker,
@@ -70,6 +72,40 @@ def test_pushes_over_tcp_give_the_bits_of_calls_to_every_worker(dtype: Any, shar
         for index in (0, 1):
             assert (each[index].round, each[index].outcome) == (3, "applied")
             assert same(each[index].parameters, right[index])
+
+
+def test_both_ends_count_the_bytes_to_and_from_each_host(shards: Shards) -> None:
+    def moved() -> tuple[int, int]:
+        return host_traffic().by_host().get("127.0.0.1", (0, 0))
+
+    with socket.create_connection((shards.all[0].endpoint.host, shards.all[0].endpoint.port)) as no:
+        before = moved()
+        assert no.recv(4096), "its nonce"
+        no.sendall(bytes(500))
+        assert is_hung_up_on(no)
+        assert moved() == before, "a stranger's bytes are nobody's"
+    workers = [shards.worker(0), shards.worker(1)]
+    begin = moved()
+    for step in range(3):
+        numbers = [worker.push(step + 1, gradients(step, worker.rank)) for worker in workers]
+        for worker, number in zip(workers, numbers, strict=True):
+            worker.collect(number)
+    sent, received = (now - then for now, then in zip(moved(), begin, strict=True))
+    payload = 2 * 3 * 2 * sum(array.nbytes for array in PARAMS.values())
+    assert payload < sent == received < 1.01 * payload, "both ends are in this process"
+    for worker in workers:
+        worker.client.close()
+
+
+def test_what_a_connection_moved_still_counts_when_it_has_ended() -> None:
+    traffic = HostTraffic()
+    counts = [Count(sent=1, received=10), Count(sent=2, received=20), Count(sent=3, received=30)]
+    for host, count in zip(("a", "b", "a"), counts, strict=True):
+        traffic.begin(host, count)
+    counts[2].sent += 5
+    traffic.end(counts[0])
+    traffic.end(Count(sent=99))
+    assert traffic.by_host() == {"a": (9, 40), "b": (2, 20)}
 
 
 def test_with_rays_certificates_all_goes_by_tls_and_both_ends_ask_for_one(

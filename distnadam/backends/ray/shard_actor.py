@@ -48,6 +48,7 @@ from distnadam.transport.shared_memory import Arena
 from distnadam.transport.shm_server import ShmServer, parameter_arena
 from distnadam.transport.tcp_connection import Endpoint
 from distnadam.transport.tcp_server import TcpServer
+from distnadam.transport.traffic import host_traffic
 
 log = logging.getLogger("distnadam")
 
@@ -268,6 +269,7 @@ class ShardActor:
             can_send=lambda: self._lease is not None and self._lease.valid,
         )
         host.connect_standby = self._connect_standby
+        host.traffic_of = host_traffic().by_host
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)
         return host

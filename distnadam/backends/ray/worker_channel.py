@@ -124,7 +124,7 @@ class RayWorkerChannel(WorkerChannel):
             f"shards {far} by TCP, " if far else "",
             others or "none",
         )
-        self.routes = Routes(ranges, frozenset(shared))
+        self.routes = Routes(ranges, frozenset(shared), frozenset(others))
         if not shared and self._gradients is None:
             self._shm = None
         self.parameters = None
