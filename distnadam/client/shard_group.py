@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+from distnadam import waiting
 from distnadam.backends.base import Backend
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory
-from distnadam.client.answers import answers_of
+from distnadam.client.answers import late_answers
 from distnadam.client.direct_step import DirectStep
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.retry import Retry
@@ -345,7 +346,10 @@ class ShardGroup:
             pending = self.backend.transport.post(messages)
             if who is None:
                 return pending.result(timeout_s)
-            return answers_of(pending, timeout_s, who, self.reports.busy)
+            try:
+                return pending.result(min(waiting.REPORT_WAIT_S, timeout_s))
+            except TimeoutError:
+                return late_answers(pending, timeout_s, who, self.reports.busy)
         except TimeoutError as error:
             kind = type(next(iter(messages.values()))).__name__
             raise StepTimeout(

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
-from distnadam.client.answers import answers_of
+from distnadam.client.answers import late_answers
 from distnadam.client.in_flight_push import InFlightPush, refusal_of
 from distnadam.client.rank_claim import RankClaim
 from distnadam.client.rewind_guard import RewindGuard
@@ -30,6 +30,7 @@ from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
+from distnadam.waiting import REPORT_WAIT_S
 
 
 class WorkerSession:
@@ -360,13 +361,17 @@ class WorkerSession:
         Raises:
             StepTimeout: they did not all come in time.
         """
-        who = f"worker {self.rank}, round {self.round + 1}"
+        timeout_s = self._timeout_s
         try:
-            return answers_of(
-                pending, self._timeout_s, who, lambda: self._shards.reports.late(self.round)
-            )
+            try:
+                return pending.result(min(REPORT_WAIT_S, timeout_s))
+            except TimeoutError:
+                who = f"worker {self.rank}, round {self.round + 1}"
+                return late_answers(
+                    pending, timeout_s, who, lambda: self._shards.reports.late(self.round)
+                )
         except TimeoutError as error:
             raise StepTimeout(
                 f"worker {self.rank}: round {self.round + 1} was not decided in "
-                f"{self._timeout_s:g} s; {self._shards.reports.late(self.round)}"
+                f"{timeout_s:g} s; {self._shards.reports.late(self.round)}"
             ) from error

@@ -17,13 +17,16 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.codec import HEADER, Frames, frame_of
 from distnadam.threads import start
+
+if TYPE_CHECKING:
+    import asyncio
 
 log = logging.getLogger("distnadam")
 
@@ -176,7 +179,7 @@ def connect(
 
 
 class ConnectionServer:
-    """Accepts connections in a thread of its own and hands every frame to `on_frame`.
+    """Accepts connections in one thread and hands every frame to `on_frame`.
 
     Args:
         on_greeting: called with a greeting and the list of its descriptors, from which it removes
@@ -185,6 +188,7 @@ class ConnectionServer:
         on_frame: called with the connection and a frame's body, in the server's thread; a LaneError
             closes the connection.
         on_end: called with the connection once its peer is gone.
+        loop: the running event loop in whose thread this is done; None for a thread of its own.
 
     Raises:
         LaneError: the system has no socket, descriptor or thread for it.
@@ -197,10 +201,12 @@ class ConnectionServer:
         ],
         on_frame: Callable[[Connection, bytes], None],
         on_end: Callable[[Connection], None],
+        loop: "asyncio.AbstractEventLoop | None" = None,
     ) -> None:
         self._on_greeting = on_greeting
         self._on_frame = on_frame
         self._on_end = on_end
+        self._loop = loop
         self.address = Address(f"distnadam-{secrets.token_hex(16)}", secrets.token_hex(16))
         self._connections: dict[int, Connection] = {}
         try:
@@ -218,27 +224,45 @@ class ConnectionServer:
         self._poll.register(self._listener, select.EPOLLIN)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._stop, select.EPOLLIN)
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="connections", daemon=True)
-        start(self._thread)
+        if self._loop is None:
+            start(self._thread)
+        else:
+            self._loop.call_soon_threadsafe(
+                lambda loop, fd: loop.add_reader(fd, self._attend_ready, 0),
+                self._loop,
+                self._poll.fileno(),
+            )
 
     def close(self) -> None:
-        """Stop listening, close every connection and end the thread; do nothing if called again."""
-        if self._thread.is_alive():
+        """Stop listening and close every connection; do nothing if called again.
+
+        Where an event loop serves, call this from another thread, while the loop runs.
+        """
+        if not self._closed.is_set():
             os.eventfd_write(self._stop, 1)
-            self._thread.join()
+            self._closed.wait()
+            if self._loop is None:
+                self._thread.join()
             os.close(self._stop)
 
     def _serve(self) -> None:
         use_batch_scheduling()
-        while True:
-            for fd, events in self._poll.poll():
-                if fd == self._stop:
-                    self._close_all()
-                    return
-                if fd == self._listener.fileno():
-                    self._accept()
-                elif (connection := self._connections.get(fd)) is not None:
-                    self._attend(connection, events)
+        while not self._closed.is_set():
+            self._attend_ready(None)
+
+    def _attend_ready(self, timeout_s: float | None) -> None:
+        """Take what has come, after waiting for it so long; end if that was asked."""
+        for fd, events in self._poll.poll(timeout_s):
+            if fd == self._stop:
+                self._close_all()
+                self._closed.set()
+                return
+            if fd == self._listener.fileno():
+                self._accept()
+            elif (connection := self._connections.get(fd)) is not None:
+                self._attend(connection, events)
 
     def _accept(self) -> None:
         try:
@@ -307,6 +331,8 @@ class ConnectionServer:
             self._on_end(connection)
 
     def _close_all(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._poll.fileno())
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()

@@ -17,16 +17,20 @@ import pytest
 from distnadam.errors import LaneError
 from distnadam.protocol.codec import frame_of
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
+from distnadam.transport.loop_thread import LoopThread
 
 
 class Echo:
     """A server that sends every frame back, and remembers who came and went."""
 
-    def __init__(self) -> None:
+    def __init__(self, thread: LoopThread | None = None) -> None:
         self.greeted: list[Any] = []
         self.ended = threading.Semaphore(0)
         self.server = ConnectionServer(
-            self.greet, self.frame, lambda connection: self.ended.release()
+            self.greet,
+            self.frame,
+            lambda connection: self.ended.release(),
+            None if thread is None else thread.loop,
         )
 
     def greet(
@@ -46,15 +50,18 @@ def serving() -> int:
     return sum(thread.name == "connections" for thread in threading.enumerate())
 
 
-@pytest.fixture
-def echo() -> Iterator[Echo]:
+@pytest.fixture(params=["own thread", "event loop"])
+def echo(request: pytest.FixtureRequest) -> Iterator[Echo]:
+    thread = LoopThread() if request.param == "event loop" else None
     before = serving()
-    echo = Echo()
-    assert serving() == before + 1
+    echo = Echo(thread)
+    assert serving() == before + (thread is None)
     yield echo
     echo.server.close()
     assert serving() == before
     echo.server.close()  # again, which does nothing
+    if thread is not None:
+        thread.close()
 
 
 def receive(connection: Connection, count: int) -> list[bytes]:
