@@ -16,6 +16,7 @@ from rich.table import Table
 
 from distnadam.config import NadamConfig
 from distnadam.nadam.kernels import make_stepper
+from distnadam.nadam.mean import in_order
 from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.nadam.stepper import Part, RangeStep, Slots
 
@@ -99,7 +100,7 @@ def add_ours(contenders: Contenders, arrays: Arrays) -> None:
     scalars = step_scalars(Clock(10, 0.5), NadamConfig())
     p, m, v, g = arrays.p, arrays.m, arrays.v, arrays.g
     in_place, buffered = (
-        RangeStep(slots=slots, gradients=[g], scalars=scalars)
+        RangeStep(slots=slots, gradients=[g], grouping=in_order(1), scalars=scalars)
         for slots in (Slots(p, m, v), Slots(p, m, v, np.ones_like(p)))
     )
     for kernel in ("numpy", "fused"):

@@ -36,6 +36,8 @@ class NadamConfig:
         clipnorm: largest norm of each tensor's mean gradient.
         clipvalue: largest absolute value of each element of the mean gradient.
         global_clipnorm: largest norm over all tensors; not together with `clipnorm`.
+        sum_group: ranks whose gradients are summed before the groups' sums are added, at least 1:
+            rank r is in group r // sum_group. The bits depend on it.
 
     Raises:
         ConfigError: a value is out of its range, or a `Schedule` cannot be stored.
@@ -49,6 +51,7 @@ class NadamConfig:
     clipnorm: float | None = None
     clipvalue: float | None = None
     global_clipnorm: float | None = None
+    sum_group: int = 1
 
     def __post_init__(self) -> None:
         if not callable(self.lr):
@@ -63,6 +66,7 @@ class NadamConfig:
         for name in ("clipnorm", "clipvalue", "global_clipnorm"):
             if getattr(self, name) is not None:
                 _set_number(self, name)
+        object.__setattr__(self, "sum_group", check_count("sum_group", self.sum_group, least=1))
         if self.clipnorm is not None and self.global_clipnorm is not None:
             raise ConfigError(
                 f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} cannot "

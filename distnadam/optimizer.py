@@ -20,7 +20,6 @@ from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
 from distnadam.config import BackendName, Options, Settings
-from distnadam.errors import ConfigError
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
@@ -44,6 +43,8 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         clipnorm: largest norm of each tensor's mean gradient; None does not clip.
         clipvalue: largest magnitude of each element of the mean gradient, after the norms.
         global_clipnorm: largest norm of the mean gradient over all tensors; excludes `clipnorm`.
+        sum_group: ranks whose gradients are summed first, before the sums are added: rank r is in
+            group r // sum_group. The bits depend on it; with 1 rank is added to rank.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
         replicas: standbys per shard, 0 or 1; they take over at the same round (Ray only).
@@ -68,6 +69,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         clipnorm: float | None = None,
         clipvalue: float | None = None,
         global_clipnorm: float | None = None,
+        sum_group: int = 1,
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
@@ -85,6 +87,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
             clipnorm=clipnorm,
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
+            sum_group=sum_group,
             num_shards=num_shards,
             num_workers=num_workers,
             replicas=replicas,
@@ -255,8 +258,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         """
         self._life.require_one_worker()
         gradients = gradients_of(loss, params, self.shards.layout)
-        if self._own_worker is None:
-            self._own_worker = self.worker(0)
+        self._own_worker = self._own_worker or self.worker(0)
         return self._own_worker.push(self.shards.layout.unflatten(gradients))
 
     def apply_gradients(self, gradients: Any) -> int:
@@ -276,8 +278,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
     def worker(self, rank: int) -> Worker:
         """Return a new worker for a rank; one that had it before is refused from then on."""
-        if check_count("rank", rank, least=0) >= (size := self._life.settings.topology.num_workers):
-            raise ConfigError(f"rank must be in [0, {size}), got {rank!r}")
+        self._life.check_rank(rank)
         return Worker(self.shards, rank)
 
     def waiting_for(self) -> tuple[int, ...]:
@@ -290,8 +291,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
     def team(self, make: Callable[..., Any], *given: Any) -> WorkerGroup:
         """Return `make(rank, *copies of given)` of each rank: a thread if local, else an actor."""
-        size = self._life.settings.topology.num_workers
-        return self.shards.backend.worker_group(size, make, self.options, given)
+        return self.shards.backend.worker_group(self._life.num_workers, make, self.options, given)
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state into another number of shards, between two steps; the bits stay the same.

@@ -27,6 +27,8 @@ from distnadam.schedules import WarmupCosine
         ({"schedule_decay": -1}, "schedule_decay must be finite and at least 0, got -1"),
         ({"clipnorm": -1.0}, "clipnorm must be finite and at least 0, got -1.0"),
         ({"clipvalue": math.inf}, "clipvalue must be finite and at least 0, got inf"),
+        ({"sum_group": 0}, "sum_group must be a whole number of at least 1, got 0"),
+        ({"sum_group": 2.0}, "sum_group must be a whole number of at least 1, got 2.0"),
         (
             {"clipnorm": 1.0, "global_clipnorm": 2.0},
             "clipnorm=1.0 and global_clipnorm=2.0 cannot both be set",

@@ -260,7 +260,8 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
             f"{where}: its files, of {sum(f.size for f in files)} bytes, cannot hold its layout"
         )
     _check_coverage(layout, files, where)
-    return Manifest(**{**body, "files": files})
+    run = body["run"] and {**body["run"], "given": _whole(body["run"]["given"])}
+    return Manifest(**{**body, "config": _whole(body["config"]), "run": run, "files": files})
 
 
 def _check_coverage(layout: Layout, files: tuple[FileRecord, ...], where: str) -> None:
@@ -289,6 +290,11 @@ def _config(config: Mapping[str, Any]) -> NadamConfig:
     return NadamConfig.from_dict(
         {**config, "lr": 0.0 if isinstance(config["lr"], Mapping) else config["lr"]}
     )
+
+
+def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with what one from before `sum_group` lacks."""
+    return {"sum_group": 1, **config}
 
 
 def _check_run(run: Mapping[str, Any]) -> None:

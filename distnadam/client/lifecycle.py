@@ -8,11 +8,12 @@ from typing import Any
 
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
+from distnadam.checks import check_count
 from distnadam.client.building import start_shards
 from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Settings
-from distnadam.errors import LifecycleError, NotOpen
+from distnadam.errors import ConfigError, LifecycleError, NotOpen
 from distnadam.schedules import Rate, kept, rate_from
 from distnadam.tensors.layout import Layout
 
@@ -119,12 +120,21 @@ class Lifecycle:
 
     def require_one_worker(self) -> None:
         """Raise LifecycleError if several workers have to push for themselves."""
-        num_workers = self._settings.topology.num_workers
-        if num_workers != 1:
+        if self.num_workers != 1:
             raise LifecycleError(
-                f"get_updates pushes for the only worker, and there are {num_workers}: use "
+                f"get_updates pushes for the only worker, and there are {self.num_workers}: use "
                 "worker(rank) in each"
             )
+
+    def check_rank(self, rank: int) -> None:
+        """Raise ConfigError if there is no such rank."""
+        if check_count("rank", rank, least=0) >= self.num_workers:
+            raise ConfigError(f"rank must be in [0, {self.num_workers}), got {rank!r}")
+
+    @property
+    def num_workers(self) -> int:
+        """The number of ranks."""
+        return self._settings.topology.num_workers
 
     def start(self, layout: Layout, fill: Callable[[ShardGroup], None]) -> None:
         """Start the shards and fill them; end them again if that fails."""

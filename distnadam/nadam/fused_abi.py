@@ -1,9 +1,9 @@
 """What the compiled loop and its caller agree on: its name, its block, its arguments in C's types.
 
-The arguments are the number of elements, of gradients and of elements of the kept mean; then
-addresses: scratch for the mean, the gradients' addresses, parameters, both moments, where the new
-parameters go, coefficients, modifiers, scratch for the new parameters, the kept mean, and where the
-new parameters go rounded to bfloat16 (0 for nowhere; a float32 loop only).
+The arguments are the number of elements, of gradients, of groups and of elements of the kept mean;
+then addresses: scratch for the mean, the gradients' addresses, the groups' sizes, parameters, both
+moments, where the new parameters go, coefficients, modifiers, scratch for the new parameters, the
+kept mean, and where the new parameters go rounded to bfloat16 (0 for nowhere; a float32 loop only).
 """
 
 import ctypes
@@ -14,4 +14,4 @@ BLOCK = 512
 """Elements of a block: all of the step's arrays together then stay in a first-level cache of 32 KiB
 between mean and step.
 """
-ARGUMENTS = (*(ctypes.c_ssize_t,) * 3, *(ctypes.c_void_p,) * 11)
+ARGUMENTS = (*(ctypes.c_ssize_t,) * 4, *(ctypes.c_void_p,) * 12)

@@ -34,8 +34,35 @@ def _pointer(_context: Any, _address: Any, like: Any) -> Any:
 
 
 @numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _add(total: Any, address: int, like: Any, begin: int, end: int) -> None:
+    """Add elements [begin, end) of the gradient at an address to `total`."""
+    other = numba.carray(_pointer(address, like), like.size)[begin:end]
+    for i in range(end - begin):
+        total[i] = total[i] + other[i]
+
+
+@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _sum_group(
+    total: Any, addresses: Any, first: int, last: int, like: Any, begin: int, end: int
+) -> None:
+    """Leave the sum of the gradients [first, last) in `total`."""
+    g = numba.carray(_pointer(addresses[first], like), like.size)[begin:end]
+    for i in range(end - begin):
+        total[i] = g[i]
+    for rank in range(first + 1, last):
+        _add(total, addresses[rank], like, begin, end)
+
+
+@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
 def _gradient(
-    addresses: Any, like: Any, begin: int, end: int, modifiers: Any, mean_address: int
+    addresses: Any,
+    sizes: Any,
+    like: Any,
+    begin: int,
+    end: int,
+    modifiers: Any,
+    mean_address: int,
+    spare: Any,
 ) -> Any:
     """Return the address of elements [begin, end) of the mean, scaled and clipped; a NaN modifier
     is none.
@@ -46,14 +73,18 @@ def _gradient(
     n = end - begin
     mean = numba.carray(_pointer(mean_address, like), n)
     found = types.uintp(addresses[0] + types.uintp(begin * like.itemsize))
-    if addresses.size > 1:
-        g = numba.carray(_pointer(found, like), n)
-        for i in range(n):
-            mean[i] = g[i]
-        for worker in range(1, addresses.size):
-            other = numba.carray(_pointer(addresses[worker], like), like.size)[begin:end]
-            for i in range(n):
-                mean[i] = mean[i] + other[i]
+    if count != 1:
+        last = sizes[0]
+        _sum_group(mean, addresses, 0, last, like, begin, end)
+        for group in range(1, sizes.size):
+            first = last
+            last = first + sizes[group]
+            if last == first + 1:
+                _add(mean, addresses[first], like, begin, end)
+            else:
+                _sum_group(spare, addresses, first, last, like, begin, end)
+                for i in range(n):
+                    mean[i] = mean[i] + spare[i]
         for i in range(n):
             mean[i] = mean[i] / count
         found = mean_address
@@ -86,9 +117,11 @@ def _round(new: Any, n: int, address: int) -> None:
 def _step(
     size: int,
     workers: int,
+    groups: int,
     kept: int,
     mean: int,
     gradients: Any,
+    group_sizes: Any,
     parameters: Any,
     first_moments: Any,
     second_moments: Any,
@@ -105,13 +138,14 @@ def _step(
     p_all, m_all = numba.carray(parameters, size), numba.carray(first_moments, size)
     v_all, out_all = numba.carray(second_moments, size), numba.carray(new_parameters, size)
     addresses, keep = numba.carray(gradients, workers), numba.carray(kept_mean, kept)
+    sizes = numba.carray(group_sizes, groups)
     numbers, modifying = numba.carray(coefficients, 5), numba.carray(modifiers, 3)
     new = numba.carray(scratch, BLOCK)
     gradient, momentum, epsilon = numbers[0], numbers[1], numbers[2]
     k_1, k_2 = numbers[3], numbers[4]
     for begin in range(0, size, BLOCK):
         end = min(begin + BLOCK, size)
-        found = _gradient(addresses, p_all, begin, end, modifying, mean)
+        found = _gradient(addresses, sizes, p_all, begin, end, modifying, mean, new)
         g = numba.carray(_pointer(found, p_all), end - begin)
         if keep.size > 0:
             for i in range(end - begin):
@@ -136,7 +170,12 @@ def compile_loop(dtype: str) -> bytes:
     """Return the step for a dtype as an object file that defines the function `ENTRY`."""
     element = types.CPointer(getattr(types, dtype))
     signature = types.void(
-        *(types.intp,) * 3, types.uintp, types.CPointer(types.uintp), *(element,) * 8, types.uintp
+        *(types.intp,) * 4,
+        types.uintp,
+        types.CPointer(types.uintp),
+        types.CPointer(types.intp),
+        *(element,) * 8,
+        types.uintp,
     )
     callback = numba.cfunc(signature, error_model="numpy")(_step)
     module = llvm.parse_assembly(callback.inspect_llvm())

@@ -35,12 +35,13 @@ class FusedStepper(Stepper):
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         check_denormals(self._dtype)
         memory, size, keep = self._memory[thread], self._dtype.itemsize, step.keep
-        gradients, count, clip = step.gradients, len(step.gradients), step.clipvalue
+        gradients, grouping, clip = step.gradients, step.grouping, step.clipvalue
+        sizes = (ctypes.c_ssize_t * len(grouping.sizes))(*grouping.sizes)
         has_half = {g.dtype for g in gradients} != {self._dtype}
         memory.coefficients[:] = step.scalars.coefficients
         for part in parts:
             memory.modifiers[:] = (
-                count,
+                grouping.count,
                 math.nan if part.scale is None else part.scale,
                 math.nan if clip is None else clip,
             )
@@ -51,10 +52,12 @@ class FusedStepper(Stepper):
                 kept = None if keep is None else keep[begin:end]
                 self._loop(
                     end - begin,
-                    count,
+                    len(wide),
+                    len(sizes),
                     0 if kept is None else end - begin,
                     memory.mean,
-                    (ctypes.c_size_t * count)(*[g.ctypes.data for g in wide]),
+                    (ctypes.c_size_t * len(wide))(*[g.ctypes.data for g in wide]),
+                    sizes,
                     *[address + begin * size for address in step.slots.addresses],
                     *memory.numbers,
                     memory.new,

@@ -1,7 +1,8 @@
 """The mean gradient of a block, scaled and clipped, in working memory of one thread. NumPy only."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,32 +14,66 @@ turns, larger ones leave the cache.
 """
 
 
+@dataclass(frozen=True)
+class Grouping:
+    """How the gradients that make up a mean are summed: group by group, then the groups' sums.
+
+    Within a group, and of the groups' sums, one is added after the other.
+
+    Attributes:
+        sizes: how many of the gradients, in their order, belong to each group; none is empty.
+        count: the ranks whose mean it is, by which the sum is divided. A gradient that is a sum
+            already stands for several.
+    """
+
+    sizes: tuple[int, ...]
+    count: int
+
+
+def in_order(count: int) -> Grouping:
+    """Return the grouping that adds the gradients of `count` ranks one after the other."""
+    return Grouping((count,), count)
+
+
+class Blocks(NamedTuple):
+    """Three blocks of one length: for the mean, and two that are overwritten meanwhile."""
+
+    mean: Array
+    a: Array
+    b: Array
+
+
 class Scratch:
     """Blocks of working memory for one thread and one dtype."""
 
     def __init__(self, dtype: Any) -> None:
         self.block = BLOCK_BYTES // np.dtype(dtype).itemsize
-        self.mean = np.empty(self.block, dtype)
-        self.a = np.empty(self.block, dtype)
-        self.b = np.empty(self.block, dtype)
+        self._whole = Blocks(*(np.empty(self.block, dtype) for _ in range(3)))
+
+    def blocks(self, length: int) -> Blocks:
+        """Return the blocks' first `length` elements."""
+        mean, a, b = self._whole
+        return Blocks(mean[:length], a[:length], b[:length])
 
 
 def clipped_mean(
     gradients: Sequence[Array],
+    grouping: Grouping,
     scale: float | None,
     clipvalue: float | None,
-    out: Array,
-    spare: Array,
+    blocks: Blocks,
 ) -> Array:
-    """Return the mean in the given order, scaled and clipped; the gradient itself, untouched, where
-    there is nothing to do.
+    """Return the mean, scaled and clipped; the gradient itself, untouched, where there is nothing
+    to do.
     """
-    g = _widened(gradients[0], out)
-    if len(gradients) > 1:
-        np.add(g, _widened(gradients[1], spare), out=out)
-        for other in gradients[2:]:
-            np.add(out, _widened(other, spare), out=out)
-        g = np.divide(out, out.dtype.type(len(gradients)), out=out)
+    out, a, b = blocks
+    done = grouping.sizes[0]
+    g = summed(gradients[:done], out, a)
+    for size in grouping.sizes[1:]:
+        g = np.add(g, summed(gradients[done : done + size], b, a), out=out)
+        done += size
+    if grouping.count > 1:
+        g = np.divide(g, out.dtype.type(grouping.count), out=out)
     if scale is not None:
         g = np.multiply(g, out.dtype.type(scale), out=out)
     if clipvalue is not None:
@@ -47,6 +82,16 @@ def clipped_mean(
         if limit == 0:
             out.fill(0)  # of either sign otherwise, as the machine likes
     return g
+
+
+def summed(gradients: Sequence[Array], out: Array, spare: Array) -> Array:
+    """Return the sum in the given order, in the dtype of `out`; the gradient itself, untouched,
+    where it is the only one and of that dtype.
+    """
+    total = _widened(gradients[0], out)
+    for other in gradients[1:]:
+        total = np.add(total, _widened(other, spare), out=out)
+    return total
 
 
 def _widened(values: Array, buffer: Array) -> Array:

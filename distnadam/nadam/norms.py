@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from distnadam.config import NadamConfig
-from distnadam.nadam.mean import Scratch, clipped_mean
+from distnadam.nadam.mean import Grouping, Scratch, clipped_mean
 from distnadam.tensors.arrays import Array, own_errors
 from distnadam.tensors.layout import CHUNK
 
@@ -38,7 +38,9 @@ def running_sum(values: Array) -> float:
 
 
 @own_errors()
-def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scratch) -> Array:
+def square_sums(
+    gradients: Sequence[Array], grouping: Grouping, begin: int, end: int, scratch: Scratch
+) -> Array:
     """Return the sum of squares of the mean gradient for each `CHUNK` of elements [begin, end),
     float64.
 
@@ -55,11 +57,7 @@ def square_sums(gradients: Sequence[Array], begin: int, end: int, scratch: Scrat
         used = squares[: -(-(high - low) // CHUNK)]
         flat = used.reshape(-1)
         flat[: high - low] = clipped_mean(
-            [x[low:high] for x in gradients],
-            None,
-            None,
-            scratch.mean[: high - low],
-            scratch.a[: high - low],
+            [x[low:high] for x in gradients], grouping, None, None, scratch.blocks(high - low)
         )
         flat[high - low :] = 0.0
         np.multiply(used, used, out=used)

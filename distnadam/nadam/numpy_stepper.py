@@ -28,10 +28,9 @@ class NumPyStepper(Stepper):
             for begin in range(part.begin, part.end, scratch.block):
                 end = min(begin + scratch.block, part.end)
                 p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
-                length = end - begin
-                mean, a, b = scratch.mean[:length], scratch.a[:length], scratch.b[:length]
+                blocks = mean, a, b = scratch.blocks(end - begin)
                 gradients = [x[begin:end] for x in step.gradients]
-                g = clipped_mean(gradients, part.scale, step.clipvalue, mean, a)
+                g = clipped_mean(gradients, step.grouping, part.scale, step.clipvalue, blocks)
                 if keep is not None:
                     np.copyto(keep[begin:end], g)
                 np.subtract(g, m, out=a)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import KernelError
-from distnadam.nadam.mean import BLOCK_BYTES
+from distnadam.nadam.mean import BLOCK_BYTES, Grouping
 from distnadam.nadam.step_scalars import StepScalars
 from distnadam.tensors.arrays import SPACES, Array
 from distnadam.threads import renew_after_fork
@@ -82,8 +82,9 @@ class RangeStep:
 
     Attributes:
         slots: the range's arrays.
-        gradients: one array per worker of the range's length, in its dtype or in half precision,
-            which is widened first; averaged in this order.
+        gradients: arrays of the range's length, in its dtype or in half precision, which is
+            widened first; in rank order.
+        grouping: how they are averaged.
         scalars: the step's.
         clipvalue: largest magnitude of an element of the mean gradient; None does not clip.
         keep: where the mean gradient, scaled and clipped, is left for a standby; None leaves it
@@ -92,6 +93,7 @@ class RangeStep:
 
     slots: Slots
     gradients: Sequence[Array]
+    grouping: Grouping
     scalars: StepScalars
     clipvalue: float | None = None
     keep: Array | None = None

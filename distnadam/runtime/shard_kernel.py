@@ -47,13 +47,14 @@ class ShardKernel:
 
     def measure(self, shard: Shard) -> PartialNorms:
         """Sum the squares of the mean gradient, chunk by chunk."""
-        gradients, found = shard.rounds.current.gradients, []
+        gradients, grouping = shard.rounds.current.summands(shard.config.sum_group)
+        found = []
         for space, segments in self._segments.items():
             offset = self._spec.ranges[space][0]
             scratch = Scratch(space)
             slices = [g[space] for g in gradients]
             found += [
-                (s.tensor, square_sums(slices, s.begin - offset, s.end - offset, scratch))
+                (s.tensor, square_sums(slices, grouping, s.begin - offset, s.end - offset, scratch))
                 for s in segments
             ]
         return PartialNorms(shard.progress.round + 1, tuple(found))
@@ -66,12 +67,14 @@ class ShardKernel:
             ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
         """
         current, config = shard.rounds.current, shard.config
-        gradients, square_sums = current.gradients, current.square_sums
+        gradients, grouping = current.summands(config.sum_group)
+        square_sums = current.square_sums
         scalars = step_scalars(shard.progress.clock, config)
         for space, slots in self._slots[shard.state.active].items():
             step = RangeStep(
                 slots=slots,
                 gradients=[g[space] for g in gradients],
+                grouping=grouping,
                 scalars=scalars,
                 clipvalue=config.clipvalue,
                 keep=None if keep is None else keep[space],

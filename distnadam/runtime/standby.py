@@ -12,6 +12,7 @@ from collections.abc import Callable
 from distnadam.config import NadamConfig
 from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.nadam.kernels import make_stepper
+from distnadam.nadam.mean import in_order
 from distnadam.nadam.step_scalars import step_scalars
 from distnadam.nadam.stepper import Part, RangeStep, Slots
 from distnadam.protocol.messages import ShardSpec
@@ -169,5 +170,10 @@ class Standby:
             )
         for space, stepper in self._steppers.items():
             p, m, v = (self._arrays[name][space] for name in STATE_ARRAYS)
-            step = RangeStep(slots=Slots(p, m, v), gradients=[mean[space]], scalars=scalars)
+            step = RangeStep(
+                slots=Slots(p, m, v),
+                gradients=[mean[space]],
+                grouping=in_order(1),
+                scalars=scalars,
+            )
             stepper.step(step, stepper.share([Part(0, p.size)]))

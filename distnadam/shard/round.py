@@ -3,11 +3,13 @@ for its end. Pure; it knows of no other round.
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, LatePush, SupersededWorker
+from distnadam.nadam.mean import Grouping
 from distnadam.protocol.messages import PartialNorms, Push, PushNote
 from distnadam.shard.effects import Answer, Effect
 from distnadam.shard.ledger import DIRECT
@@ -58,11 +60,16 @@ class Round:
         """Whether it is a step from outside (`apply_gradients`)."""
         return DIRECT in self.pushes
 
-    @property
-    def gradients(self) -> list[Flat]:
-        """The gradients in rank order."""
-        pushes = (self.pushes[rank] for rank in sorted(self.pushes))
-        return [push.gradients for push in pushes if push.gradients is not None]
+    def summands(self, sum_group: int) -> tuple[list[Flat], Grouping]:
+        """Return the gradients in rank order, and how they are averaged: rank // sum_group is a
+        rank's group, and ranks that are absent belong to none.
+        """
+        ranks = sorted(self.pushes)
+        gradients = [g for rank in ranks if (g := self.pushes[rank].gradients) is not None]
+        if sum_group == 1:  # one after the other, as in one group
+            return gradients, Grouping((len(ranks),), len(ranks))
+        sizes = Counter(rank // sum_group for rank in ranks)
+        return gradients, Grouping(tuple(sizes.values()), len(ranks))
 
     @property
     def rejection(self) -> str | None:

@@ -387,3 +387,16 @@ def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(saved: Path) -> No
     os.mkfifo(victim)
     with pytest.raises(CheckpointError, match=f"{victim.name}: is missing, or no file"):
         store.verify(saved)
+
+
+def test_a_manifest_from_before_sum_group_means_that_rank_is_added_to_rank(tmp_path: Path) -> None:
+    with DistNadam(num_workers=2, backend="local").build(params()) as optimizer:
+        saved = Path(optimizer.save(tmp_path))
+    manifest = store.load(saved)
+    older = {key: value for key, value in manifest.config.items() if key != "sum_group"}
+    raw = dataclasses.replace(manifest, config=older).to_bytes()
+    (saved / store.MANIFEST).write_bytes(raw)
+    assert b"sum_group" not in raw
+    assert store.load(saved).config == manifest.config
+    with DistNadam.restore(saved, backend="local") as restored:
+        assert restored.get_config()["sum_group"] == 1

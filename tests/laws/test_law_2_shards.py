@@ -3,6 +3,8 @@ kernel, transport and thread count.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from functools import cache, reduce
 from typing import Any
 
 import ml_dtypes
@@ -84,6 +86,71 @@ def test_ray_bits_are_the_local_ones(
         assert bits(optimizer) == reference(CLIPS[clip])
 
 
+RANKS = 5
+"""Of the runs in groups: groups of 2 leave a lone rank, groups of 3 a smaller group."""
+
+
+def given(step: int, rank: int) -> dict[str, Any]:
+    """Gradients whose sum in another order has other bits."""
+    rng = np.random.default_rng([step, rank])
+    return {
+        "narrow": rng.standard_normal(4000).astype(np.float32) * np.float32(10.0**rank),
+        "wide": rng.standard_normal(3000) * 10.0**-rank,
+    }
+
+
+def averaged(step: int, sum_group: int, ranks: Sequence[int]) -> dict[str, Any]:
+    """The mean as the README's law says it, written out plainly."""
+    sums: dict[int, Any] = {}
+    for rank in sorted(ranks):
+        mine, group = given(step, rank), rank // sum_group
+        known = sums.get(group)
+        sums[group] = mine if known is None else {key: known[key] + mine[key] for key in mine}
+    total = reduce(lambda a, b: {key: a[key] + b[key] for key in a}, sums.values())
+    return {key: value / value.dtype.type(len(ranks)) for key, value in total.items()}
+
+
+@cache
+def stepped_with_means(sum_group: int, clip: int) -> list[bytes]:
+    with DistNadam(backend="local", **CLIPS[clip]).build(given(99, 0)) as optimizer:
+        for step in range(STEPS):
+            optimizer.apply_gradients(averaged(step, sum_group, range(RANKS)))
+        return bits(optimizer)
+
+
+def stepped_in_groups(sum_group: int, clip: int, backend: str, **settings: Any) -> list[bytes]:
+    with DistNadam(
+        num_workers=RANKS, sum_group=sum_group, backend=backend, **CLIPS[clip], **settings
+    ).build(given(99, 0)) as optimizer:
+        workers = [optimizer.worker(rank) for rank in range(RANKS)]
+        for step in range(STEPS):
+            tickets = [worker.push(given(step, worker.rank)) for worker in workers[::-1]]
+            assert [ticket.result() for ticket in tickets] == [step + 1] * RANKS
+        return bits(optimizer)
+
+
+@pytest.mark.parametrize("sum_group", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("clip", [0, 2])
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+def test_the_bits_depend_on_how_ranks_are_summed_in_groups_and_on_nothing_else(
+    sum_group: int, num_shards: int, clip: int, kernel: Any
+) -> None:
+    options = Options(threads=2, kernel=kernel)
+    found = stepped_in_groups(sum_group, clip, "local", num_shards=num_shards, options=options)
+    assert found == stepped_with_means(sum_group, clip)
+    in_order = sum_group == 1 or sum_group >= RANKS - 1  # a lone rank is added last
+    assert (found == stepped_with_means(1, clip)) == in_order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["auto", "objects"])
+def test_groups_have_the_local_bits_over_ray(transport: Any, ray_cluster: None) -> None:
+    options = Options(transport=transport)
+    found = stepped_in_groups(2, 2, "ray", num_shards=2, options=options)
+    assert found == stepped_with_means(2, 2)
+
+
 def in_half_precision(step: int, rank: int, dtype: Any) -> Any:
     tree = gradients(step, rank)
     narrow = [
@@ -93,24 +160,27 @@ def in_half_precision(step: int, rank: int, dtype: Any) -> Any:
     return optree.tree_unflatten(optree.tree_structure(tree), narrow)
 
 
-@pytest.mark.on_ray("ray-numpy-bfloat16", slow=["ray-fused-float16"])
+@pytest.mark.on_ray("ray-numpy-bfloat16-1", slow=["ray-fused-float16-2"])
+@pytest.mark.parametrize("sum_group", [1, 2])
 @pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
 def test_gradients_in_half_precision_count_as_if_they_had_been_widened(
-    dtype: Any, kernel: Any, backend: str
+    dtype: Any, kernel: Any, sum_group: int, backend: str
 ) -> None:
+    ranks = 4
     ends = []
     for widen in (False, True):
         with DistNadam(
             num_shards=2,
-            num_workers=2,
+            num_workers=ranks,
+            sum_group=sum_group,
             backend="local" if widen else backend,
             options=Options(kernel=kernel),
             clipnorm=1.0,
         ).build(params()) as optimizer:
-            workers = [optimizer.worker(rank) for rank in range(2)]
+            workers = [optimizer.worker(rank) for rank in range(ranks)]
             for step in range(3):
-                trees = [in_half_precision(step, rank, dtype) for rank in range(2)]
+                trees = [in_half_precision(step, rank, dtype) for rank in range(ranks)]
                 if widen:
                     trees = [
                         optree.tree_map(
@@ -119,7 +189,7 @@ def test_gradients_in_half_precision_count_as_if_they_had_been_widened(
                         for tree in trees
                     ]
                 tickets = [worker.push(tree) for worker, tree in zip(workers, trees, strict=True)]
-                assert [ticket.result() for ticket in tickets] == [step + 1] * 2
+                assert [ticket.result() for ticket in tickets] == [step + 1] * ranks
             assert all(
                 worker._buffer.flat["float32"].dtype == (np.float32 if widen else dtype)
                 for worker in workers

@@ -11,22 +11,31 @@ STEPS = 3
 orders = st.lists(st.permutations(range(3)), min_size=STEPS, max_size=STEPS)
 
 
-def built(backend: str, num_shards: int) -> DistNadam:
+def built(backend: str, num_shards: int, sum_group: int = 1) -> DistNadam:
     return DistNadam(
-        num_shards=num_shards, num_workers=3, backend=backend, global_clipnorm=0.9
+        num_shards=num_shards,
+        num_workers=3,
+        sum_group=sum_group,
+        backend=backend,
+        global_clipnorm=0.9,
     ).build(params())
 
 
-def run_in(orders: list[list[int]], backend: str, num_shards: int) -> list[bytes]:
-    with built(backend, num_shards) as optimizer:
+def run_in(
+    orders: list[list[int]], backend: str, num_shards: int, sum_group: int = 1
+) -> list[bytes]:
+    with built(backend, num_shards, sum_group) as optimizer:
         run(optimizer, 0, STEPS, order=lambda step: orders[step], num_workers=3)
         return bits(optimizer)
 
 
-@given(orders=orders)
+@given(orders=orders, sum_group=st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
-def test_every_order_of_local_pushes_gives_the_same_bits(orders: list[list[int]]) -> None:
-    assert run_in(orders, "local", 2) == run_in([[0, 1, 2]] * STEPS, "local", 2)
+def test_every_order_of_local_pushes_gives_the_same_bits(
+    orders: list[list[int]], sum_group: int
+) -> None:
+    in_order = [[0, 1, 2]] * STEPS
+    assert run_in(orders, "local", 2, sum_group) == run_in(in_order, "local", 2, sum_group)
 
 
 @pytest.mark.usefixtures("ray_cluster")

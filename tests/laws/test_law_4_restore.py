@@ -4,6 +4,7 @@ to not having stopped.
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,29 +14,34 @@ from distnadam import DistNadam
 from tests.models import bits, params, run
 
 
-def undisturbed(steps: int, **config: float) -> list[bytes]:
-    with DistNadam(num_workers=2, backend="local", **config).build(params()) as optimizer:
-        run(optimizer, 0, steps)
+def undisturbed(steps: int, num_workers: int = 2, **config: Any) -> list[bytes]:
+    with DistNadam(num_workers=num_workers, backend="local", **config).build(params()) as optimizer:
+        run(optimizer, 0, steps, num_workers=num_workers)
         return bits(optimizer)
 
 
-@given(saved=st.integers(0, 5), before=st.integers(1, 20), after=st.integers(1, 20))
+@given(
+    saved=st.integers(0, 4),
+    before=st.integers(1, 20),
+    after=st.integers(1, 20),
+    sum_group=st.integers(1, 3),
+)
 @settings(max_examples=25, deadline=None)
 def test_a_restored_run_ends_with_the_undisturbed_bits(
-    saved: int, before: int, after: int, tmp_path_factory: pytest.TempPathFactory
+    saved: int, before: int, after: int, sum_group: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.mktemp("run")
-    with DistNadam(num_shards=before, num_workers=2, backend="local", clipnorm=0.5).build(
-        params()
-    ) as optimizer:
-        run(optimizer, 0, saved)
+    config: dict[str, Any] = {"num_workers": 3, "clipnorm": 0.5, "sum_group": sum_group}
+    with DistNadam(num_shards=before, backend="local", **config).build(params()) as optimizer:
+        run(optimizer, 0, saved, num_workers=3)
         checkpoint = optimizer.save(root)
         at_save = bits(optimizer)
     with DistNadam.restore(checkpoint, num_shards=after, backend="local") as optimizer:
+        assert optimizer.get_config()["sum_group"] == sum_group
         assert (optimizer.round, optimizer.iterations) == (saved, saved)
         assert bits(optimizer) == at_save
-        run(optimizer, saved, 6)
-        assert bits(optimizer) == undisturbed(6, clipnorm=0.5)
+        run(optimizer, saved, 5, num_workers=3)
+        assert bits(optimizer) == undisturbed(5, **config)
 
 
 _MOVES = st.one_of(

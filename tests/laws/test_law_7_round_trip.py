@@ -55,8 +55,9 @@ def test_from_config_of_get_config_is_the_same_optimizer(lr: object) -> None:
         lr=lr,
         beta_1=0.8,
         clipnorm=1.0,
+        sum_group=2,
         num_shards=3,
-        num_workers=2,
+        num_workers=4,
         backend="local",
         options=Options(threads=1),
     )
@@ -66,7 +67,7 @@ def test_from_config_of_get_config_is_the_same_optimizer(lr: object) -> None:
     ends = []
     for optimizer in (asked, again):
         with optimizer.build(params()):
-            run(optimizer, 0, 3)
+            run(optimizer, 0, 3, num_workers=4)
             ends.append(bits(optimizer))
     assert ends[0] == ends[1]
 
@@ -80,6 +81,7 @@ def test_the_defaults_are_the_references() -> None:
         "epsilon": 1e-7,
         "schedule_decay": 0.004,
     }
+    assert config["sum_group"] == 1
 
 
 @given(iterations=st.integers(0, 10**6), m_schedule=st.floats(0, 1), seed=st.integers(0, 99))

@@ -9,7 +9,8 @@ import stat
 import subprocess
 import sys
 import tracemalloc
-from functools import lru_cache
+from functools import lru_cache, reduce
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from llvmlite import binding as llvm
 from distnadam.errors import KernelError
 from distnadam.nadam.fused_loop import _refuse_helpers
 from distnadam.nadam.kernels import KernelName, make_stepper
-from distnadam.nadam.mean import BLOCK_BYTES, Scratch
+from distnadam.nadam.mean import BLOCK_BYTES, Grouping, Scratch, in_order
 from distnadam.nadam.norms import square_sums
 from distnadam.nadam.object_code import LoadedCode, cached_code, host_machine
 from distnadam.nadam.step_scalars import Clock, StepScalars
@@ -54,11 +55,11 @@ def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
 def plain(step: RangeStep, scale: float | None) -> tuple[Any, Any, Any]:
     """One step as the docstring's formula says it, with temporaries, on whole arrays."""
     slots, t = step.slots, step.slots.p.dtype.type
-    g = step.gradients[0].astype(t)
-    for other in step.gradients[1:]:
-        g = g + other.astype(t)
-    if len(step.gradients) > 1:
-        g = g / t(len(step.gradients))
+    wide = iter([gradient.astype(t) for gradient in step.gradients])
+    groups = [reduce(np.add, islice(wide, size)) for size in step.grouping.sizes]
+    g = reduce(np.add, groups)
+    if step.grouping.count > 1:
+        g = g / t(step.grouping.count)
     if scale is not None:
         g = g * t(scale)
     if step.clipvalue is not None:
@@ -81,7 +82,7 @@ def stepper(kernel: KernelName, dtype: str, threads: int) -> Stepper:
     kernel=st.sampled_from(["numpy", "fused"]),
     dtype=st.sampled_from(DTYPES),
     size=st.one_of(st.integers(1, 5000), st.integers(-3, 3).map(lambda d: d + 10**9)),
-    workers=st.integers(1, 9),
+    groups=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     half=st.sampled_from([None, "float16", ml_dtypes.bfloat16]),
     scale=st.sampled_from([None, 0.37, 0.0]),
     clipvalue=st.sampled_from([None, 0.5, 0.0, 1e-40]),
@@ -94,7 +95,7 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     kernel: KernelName,
     dtype: str,
     size: int,
-    workers: int,
+    groups: list[int],
     half: Any,
     scale: float | None,
     clipvalue: float | None,
@@ -109,13 +110,20 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     rounded = np.empty(size, BFLOAT16) if rounds and dtype == "float32" else None
     state = [numbers(rng, size, dtype) for _ in range(3)]
     slots = Slots(state[0], state[1], np.abs(state[2]), out, rounded)
-    gradients = [numbers(rng, size, dtype) for _ in range(workers)]
+    gradients = [numbers(rng, size, dtype) for _ in range(sum(groups))]
+    count = sum(groups) + (2 if seed % 3 == 0 else 0)  # a gradient may be a sum already
     with np.errstate(all="ignore"):
         if half is not None and dtype == "float32":
             gradients = [
                 np.clip(g, -1e4, 1e4).astype(half) if rng.random() < 0.7 else g for g in gradients
             ]
-        step = RangeStep(slots=slots, gradients=gradients, scalars=SCALARS, clipvalue=clipvalue)
+        step = RangeStep(
+            slots=slots,
+            gradients=gradients,
+            grouping=Grouping(tuple(groups), count),
+            scalars=SCALARS,
+            clipvalue=clipvalue,
+        )
         p, m, v = plain(step, scale)
         before, copies = slots.p.copy(), [g.copy() for g in gradients]
         cut = int(rng.integers(0, size + 1))
@@ -150,7 +158,7 @@ def test_rounded_parameters_are_the_nearest_even_ones_over_the_whole_range(
     slots = Slots(p.copy(), zeros[0], zeros[1], None, np.empty(p.size, BFLOAT16))
     assert slots.rounded is not None
     how = stepper(kernel, "float32", 2)
-    step = RangeStep(slots=slots, gradients=[zeros[2]], scalars=SCALARS)
+    step = RangeStep(slots=slots, gradients=[zeros[2]], grouping=in_order(1), scalars=SCALARS)
     how.step(step, how.share([Part(0, p.size)]))  # of a gradient of zeros: p stays
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(slots.p, p)
@@ -171,10 +179,12 @@ def test_square_sums_do_not_depend_on_where_the_range_is_cut(
     rng = np.random.default_rng(seed)
     size = 1024 * chunks - tail
     gradients = [rng.standard_normal(size).astype(dtype) for _ in range(workers)]
-    whole = square_sums(gradients, 0, size, Scratch(dtype))
+    grouping = in_order(workers)
+    whole = square_sums(gradients, grouping, 0, size, Scratch(dtype))
     cut = 1024 * int(rng.integers(0, chunks))
     pieces = [
-        square_sums(gradients, begin, end, Scratch(dtype)) for begin, end in ((0, cut), (cut, size))
+        square_sums(gradients, grouping, begin, end, Scratch(dtype))
+        for begin, end in ((0, cut), (cut, size))
     ]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()
     mean = (
@@ -191,7 +201,13 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
     size = 40 * BLOCK["float32"]
     slots = Slots(*(np.ones(size, np.float32) for _ in range(3)), np.empty(size, np.float32))
     gradients = [np.ones(size, np.float16 if half else np.float32) for _ in range(3)]
-    step = RangeStep(slots=slots, gradients=gradients, scalars=SCALARS, clipvalue=0.5)
+    step = RangeStep(
+        slots=slots,
+        gradients=gradients,
+        grouping=Grouping((1, 2), 3),
+        scalars=SCALARS,
+        clipvalue=0.5,
+    )
     tracemalloc.start()
     stepper(kernel, "float32", 1).step(step, [[Part(0, size, 0.5)]])
     _, peak = tracemalloc.get_traced_memory()

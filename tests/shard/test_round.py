@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from distnadam.errors import IllegalMessage, LatePush, SupersededWorker
+from distnadam.nadam.mean import Grouping
 from distnadam.protocol.messages import PartialNorms, Push
 from distnadam.shard.effects import Answer, Effect
 from distnadam.shard.round import Round, Waiter, note_of
@@ -38,17 +39,41 @@ def round_of(*ranks: int) -> Round:
     return made
 
 
+def values_of(made: Round, sum_group: int = 1) -> list[float]:
+    """The first element of each array that the mean is made of, in its order."""
+    return [flat["float32"][0] for flat in made.summands(sum_group)[0]]
+
+
 def errors(effects: list[Effect]) -> dict[Any, type]:
     return {effect.caller: type(effect.reply) for effect in effects if isinstance(effect, Answer)}
 
 
 def test_gradients_and_rejections_are_in_the_order_of_ranks() -> None:
     made = round_of(2, 0)
-    assert [flat["float32"][0] for flat in made.gradients] == [0, 2]
+    assert values_of(made) == [0, 2]
     assert made.rejection is None
     made.add(push(3, rejection="three"), waiter(3))
     made.add(push(1, rejection="one"), waiter(1))
-    assert made.rejection == "one; three" and len(made.gradients) == 2
+    assert made.rejection == "one; three"
+
+
+@pytest.mark.parametrize(
+    ("sum_group", "ranks", "sizes"),
+    [
+        (1, (0, 1, 3), (3,)),
+        (2, (0, 1, 2, 3, 4), (2, 2, 1)),
+        (2, (1, 2, 4), (1, 1, 1)),
+        (2, (0, 1, 4, 5), (2, 2)),
+        (3, (1, 2, 3), (2, 1)),
+        (9, (0, 8), (2,)),
+    ],
+)
+def test_absent_ranks_are_left_out_of_their_groups_and_empty_groups_out_of_the_sum(
+    sum_group: int, ranks: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    made = round_of(*reversed(ranks))
+    assert made.summands(sum_group)[1] == Grouping(sizes, len(ranks))
+    assert values_of(made, sum_group) == list(ranks)
 
 
 def test_a_newer_workers_push_replaces_an_older_ones_whose_callers_are_refused() -> None:

@@ -90,11 +90,18 @@ def test_a_run_that_is_given_no_optimizer_keeps_what_it_had(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "setting",
-    [{"clipnorm": 1.0}, {"beta_1": 0.8}, {"beta_2": 0.9}, {"epsilon": 1e-3}, {"clipvalue": 1.0}],
+    [
+        {"clipnorm": 1.0},
+        {"beta_1": 0.8},
+        {"beta_2": 0.9},
+        {"epsilon": 1e-3},
+        {"clipvalue": 1.0},
+        {"sum_group": 2},
+    ],
     ids=lambda setting: next(iter(setting)),
 )
 def test_a_setting_that_a_run_cannot_change_is_refused_by_name(
-    tmp_path: Path, setting: dict[str, float]
+    tmp_path: Path, setting: dict[str, Any]
 ) -> None:
     train(tmp_path, steps=2)
     (name,) = setting
