@@ -35,6 +35,7 @@ class FusedStepper(Stepper):
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         check_denormals(self._dtype)
         memory, size, keep = self._memory[thread], self._dtype.itemsize, step.keep
+        rounded = step.slots.rounded
         gradients, grouping, clip = step.gradients, step.grouping, step.clipvalue
         sizes = (ctypes.c_ssize_t * len(grouping.sizes))(*grouping.sizes)
         has_half = {g.dtype for g in gradients} != {self._dtype}
@@ -62,7 +63,7 @@ class FusedStepper(Stepper):
                     *memory.numbers,
                     memory.new,
                     None if kept is None else kept.ctypes.data,
-                    step.slots.rounded_from(begin),
+                    None if rounded is None else rounded[begin:end].ctypes.data,
                 )
 
 

@@ -55,11 +55,6 @@ class Slots:
         """Where in memory the parameters, both moments and the new parameters begin."""
         return tuple(array.ctypes.data for array in (self.p, self.m, self.v, self.written))
 
-    def rounded_from(self, begin: int) -> int | None:
-        """Return where in memory the rounded parameters are from an element on, if anywhere."""
-        rounded = self.rounded
-        return None if rounded is None else rounded.ctypes.data + begin * rounded.itemsize
-
 
 @dataclass(frozen=True)
 class Part:
