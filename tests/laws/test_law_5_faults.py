@@ -11,13 +11,20 @@ import shutil
 import tempfile
 from collections import Counter, deque
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.client.checkpointing import CheckpointWriter, Saved
@@ -46,6 +53,21 @@ SIZE = 3000
 INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)
 RANK, SHARD = st.integers(0, RANKS - 1), st.integers(0, 2)
 OUTSIDE = np.random.default_rng(99).standard_normal(SIZE).astype(np.float32)
+FAULTS = ("lose", "half", "lose answer", "repeat", "delay", "delay answer")
+BETWEEN_HOSTS = (
+    "ended",
+    "ended under several ranks",
+    "half sent",
+    "stalled",
+    "arrived, then asked again",
+    "asked again, then arrived late",
+    "overtaken answer",
+    "late",
+    "late, of another epoch",
+    "late, of another incarnation",
+)
+"""What must befall lines between hosts in these examples."""
+SEEN: Counter[str] = Counter()
 EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost)
 
 
@@ -75,6 +97,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         ),
         clip=st.sampled_from([{}, {"clipnorm": 1.0}]),
         objects=st.booleans(),
+        hosts=st.integers(1, 3),
     )
     def start(
         self,
@@ -83,6 +106,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         gone: dict[str, Any],
         clip: dict[str, float],
         objects: bool,
+        hosts: int,
     ) -> None:
         self.root = Path(tempfile.mkdtemp())
         config = NadamConfig(clipvalue=0.5, **clip)
@@ -91,8 +115,16 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         )
         self.config = config
         self.world, self.layout = begin_world(
-            INITIAL, config, self.options, num_shards, RANKS, replicas, objects=objects
+            INITIAL,
+            config,
+            self.options,
+            num_shards,
+            RANKS,
+            replicas,
+            objects=objects,
+            hosts=hosts,
         )
+        self.world.seen = SEEN
         self.attempts: Counter[tuple[int, int, int]] = (
             Counter()
         )  # pushes of a (round, rank, incarnation) that were dropped for certain
@@ -261,15 +293,24 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.world.rested()
         self.world.look()
 
-    @rule(
-        faults=st.lists(
-            st.sampled_from(["", "", "lose", "lose answer", "repeat", "delay"]),
-            min_size=1,
-            max_size=6,
-        )
-    )
+    @rule(faults=st.lists(st.sampled_from(["", "", *FAULTS]), min_size=1, max_size=6))
     def disturb(self, faults: list[str]) -> None:
         self.world.faults = deque(faults)
+
+    @rule(seed=st.integers(0, 1 << 16), late=st.integers(0, 9))
+    def advance_disturbed(self, seed: int, late: int) -> None:
+        """Everybody does a round, and then another, while messages meet all sorts of faults."""
+        rng = Random(seed)
+        for _ in range(2):
+            self.world.faults = deque(rng.choices(["", "", "", "repeat", *FAULTS], k=9))
+            self.advance()
+        if late < 4:  # else it comes after whatever befalls first
+            self.world.deliver_one(late)
+
+    @rule(host=RANK)
+    def end_lines(self, host: int) -> None:
+        """Have a host's relay die: nobody's death."""
+        self.world.end_lines(host=host)
 
     @rule(which=st.integers(0, 9))
     def deliver_late(self, which: int) -> None:
@@ -332,7 +373,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
 
 # The same examples every time; no shrinking, which would take longer than the suite may.
-FaultsAgainstOneProcess.TestCase.settings = settings(
+SETTINGS = settings(
     max_examples=80,
     stateful_step_count=40,
     derandomize=True,
@@ -343,4 +384,7 @@ FaultsAgainstOneProcess.TestCase.settings = settings(
 )
 
 
-TestFaults = FaultsAgainstOneProcess.TestCase
+def test_faults_change_no_bit_and_count_every_push_once() -> None:
+    SEEN.clear()
+    run_state_machine_as_test(FaultsAgainstOneProcess, settings=SETTINGS)  # type: ignore[no-untyped-call]
+    assert all(SEEN[what] for what in BETWEEN_HOSTS), SEEN

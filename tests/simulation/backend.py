@@ -236,6 +236,7 @@ def begin_world(
     replicas: int,
     *,
     objects: bool = False,
+    hosts: int = 1,
 ) -> tuple[World, Layout]:
     """Return a world whose shards hold one tensor `w` of float32."""
     layout = Layout.of({"w": initial})
@@ -254,7 +255,7 @@ def begin_world(
         )
         for i, cut in enumerate(cuts)
     ]
-    world = World(specs, replicas=replicas, objects=objects)
+    world = World(specs, replicas=replicas, objects=objects, hosts=hosts)
     ShardGroup(WorldBackend(world), layout, num_shards, options).load({"float32": initial})
     world.look()
     return world, layout

@@ -6,10 +6,9 @@ has the shards do the work that is due; nothing sleeps, and what is not there at
 TimeoutError.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
@@ -31,8 +30,8 @@ from distnadam.supervision.events import LookNow, ProcessDied
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
 from distnadam.tensors.arrays import Flat, cut_flat, memory_for
-from distnadam.tensors.layout import Ranges
 from distnadam.transport.replication import ReplicationStream
+from tests.simulation.lines import Line, copied, pass_on
 from tests.simulation.stream import InProcessStream
 
 LIVELOCK = 300
@@ -47,6 +46,7 @@ class Process:
 
     def __init__(self, world: "World", spec: ShardSpec, *, standby: bool) -> None:
         self.world, self.spec, self.alive = world, spec, True
+        self.number = len(world.all_processes)
         self.works: deque[Callable[[], None]] = deque()
         self.standby = Standby(spec) if standby else None
         self.host = None if standby else self.make_host(spec)
@@ -63,9 +63,7 @@ class Process:
 
         host = ShardHost(spec, on_notice=on_notice, run_work=lambda work: self.works.append(work))
         host.connect_standby = self._attach
-        host.gradients_of = lambda rank, incarnation, dtypes: world.memory(
-            rank, incarnation, spec.ranges
-        )
+        host.gradients_of = lambda rank, incarnation, dtypes: world.memory(self, rank, incarnation)
         return host
 
     def send(self, message: Any) -> Future[Any]:
@@ -95,6 +93,7 @@ class Process:
         for future in self._asked:
             if not future.done():
                 future.set_exception(ShardLost(f"shard {self.spec.index}: died"))
+        self.world.end_lines(to=self)
         self.world.processes.died(self)
 
     def work(self) -> bool:
@@ -262,10 +261,19 @@ class World:
     "lose answer" its answer, "repeat" delivers it twice, "delay" keeps it for `deliver_one`, with
     its own copy of the gradients. "lose" also befalls the supervisor's AbandonRank. With `objects`
     every message has its own copy; otherwise shards read what lies in the memory.
+
+    With several `hosts`, ranks and processes are spread over them in turn, and a rank reaches the
+    shards of other hosts by its host's lines (`Line`), whose faults have the same names. `seen`
+    counts what befell.
     """
 
-    def __init__(self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False) -> None:
+    def __init__(
+        self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False, hosts: int = 1
+    ) -> None:
         self.objects = objects
+        self.hosts = hosts
+        self.lines: dict[tuple[int, Process], Line] = {}
+        self.seen: Counter[str] = Counter()
         self.all_processes: list[ShardProcess] = []
         self.memories: dict[tuple[int, int], Flat] = {}
         self.faults: deque[str] = deque()
@@ -328,9 +336,27 @@ class World:
         if self.late:
             self.late.pop(which % len(self.late))()
 
-    def memory(self, rank: int, incarnation: int, ranges: Ranges) -> Flat | None:
+    def note(self, what: str) -> None:
+        """Count what befell."""
+        self.seen[what] += 1
+
+    @property
+    def incarnations(self) -> dict[int, int]:
+        """The newest incarnation of each rank."""
+        return dict(sorted(self.memories))
+
+    def memory(self, process: Process, rank: int, incarnation: int) -> Flat | None:
+        """Return what a process sees of a worker's gradients; None if they lie on another host."""
         flat = self.memories.get((rank, incarnation))
-        return None if flat is None else cut_flat(flat, ranges)
+        if flat is None or rank % self.hosts != process.number % self.hosts:
+            return None
+        return cut_flat(flat, process.spec.ranges)
+
+    def end_lines(self, *, host: int | None = None, to: Process | None = None) -> None:
+        """End all lines of a host, as the death of its relay does, or to a process that died."""
+        for (number, process), line in list(self.lines.items()):
+            if line.is_open and (process is to if host is None else number == host % self.hosts):
+                line.end()
 
     def kill_worker(self, rank: int, incarnation: int) -> None:
         for process in self.shards:
@@ -339,16 +365,19 @@ class World:
     def transmit(self, process: Process, message: Any) -> Future[Any]:
         """Send a worker's message the way that the next fault says."""
         fault = self.next_fault()
+        rank = getattr(message, "rank", None)
+        if isinstance(rank, int) and rank % self.hosts != process.number % self.hosts:
+            return self._line(rank % self.hosts, process).send(message, fault)
         outer: Future[Any] = Future()
-        if fault == "lose":
+        if fault in ("lose", "half"):
             outer.set_exception(ShardLost("the connection broke"))
             return outer
-        if fault == "delay":
-            copied = _copied(message)
-            self.late.append(lambda: _pass_on(process.send(copied), outer))
+        if fault in ("delay", "delay answer"):
+            later = copied(message)
+            self.late.append(lambda: pass_on(process.send(later), outer))
             return outer
         if self.objects:
-            message = _copied(message)
+            message = copied(message)
         if fault == "repeat":
             process.send(message)
         answer = process.send(message)
@@ -357,19 +386,8 @@ class World:
             return outer
         return answer
 
-
-def _copied(message: Any) -> Any:
-    """Return a message with its own copy of the gradients, as one that a Ray object carries has."""
-    if getattr(message, "gradients", None) is None:
-        return message
-    return replace(
-        message, gradients={space: array.copy() for space, array in message.gradients.items()}
-    )
-
-
-def _pass_on(inner: Future[Any], outer: Future[Any]) -> None:
-    def done(answered: Future[Any]) -> None:
-        error = answered.exception()
-        outer.set_exception(error) if error is not None else outer.set_result(answered.result())
-
-    inner.add_done_callback(done)
+    def _line(self, host: int, process: Process) -> Line:
+        line = self.lines.get((host, process))
+        if line is None or not line.is_open:
+            line = self.lines[host, process] = Line(self, process)
+        return line
