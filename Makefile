@@ -17,8 +17,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
-PYTEST_OPTIONS := --numprocesses $(JOBS) --dist loadgroup
-SLOW_OPTIONS := --numprocesses 2 --dist loadgroup
+PYTEST_OPTIONS := --numprocesses $(JOBS)
+# One takes chaos and hosts, which mostly wait, and the other the rest.
+SLOW_OPTIONS := --numprocesses 2
 COVERAGE_OPTIONS := $(if $(COV),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -39,27 +40,55 @@ settings.register_profile("shared", deadline=None, suppress_health_check=[Health
 settings.load_profile("shared")
 
 
+ONE_PROCESS_EACH = (
+    ("tests/chaos/", "tests/hosts/"),
+    ("tests/backends/test_contract.py",),
+    ("tests/backends/ray/test_calls.py",),
+    ("tests/backends/ray/test_shared_memory.py",),
+    ("tests/cli/test_running.py",),
+    ("tests/security/test_lanes.py",),
+    ("tests/supervision/test_process_manager_contract.py",),
+)
+"""What one process runs, one test after the other: folders whose tests load the machine each by
+itself, and mostly wait, and files whose tests share what costs much.
+"""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each group to one process, the largest first, and other tests to whichever is free.
+
+    xdist's own groups (3.8) have no effect with pytest 9.2, whose ids of tests cannot be changed.
+    """
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next(
+                (group[0] for group in ONE_PROCESS_EACH if nodeid.startswith(group)), nodeid
+            )
+
+    return Groups(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give cases on Ray that `on_ray` does not name their tier; keep two folders in one process.
+    """Give the cases on Ray that `on_ray` does not name their tier.
 
-    Those folders' tests load the machine each by itself, and mostly wait: one process takes them,
-    first of all as the largest group, beside another that takes the rest. Coverage is not measured
-    while Hypothesis tries hundreds of examples: that takes as long again, and other tests pass
-    there.
+    Coverage is not measured while Hypothesis tries hundreds of examples: that takes as long again,
+    and other tests pass there.
     """
     for item in items:
-        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        is_property = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        if is_property or "examples" in getattr(getattr(item, "callspec", None), "params", ()):
             item.add_marker(pytest.mark.no_cover)
         if (chosen := item.get_closest_marker("on_ray")) is not None:
             case = item.callspec.id
-            if case.split("-")[0] == "ray" and case not in chosen.args:
+            if case.startswith("ray") and case not in chosen.args:
                 is_slow = case in chosen.kwargs.get("slow", [case])
                 item.add_marker(pytest.mark.slow if is_slow else pytest.mark.nightly)
         if item.get_closest_marker("nightly") is not None:
             item.add_marker(pytest.mark.slow)
-        if item.path.parent.name in ("chaos", "hosts"):
-            item.add_marker(pytest.mark.xdist_group("chaos and hosts"))
 
 
 def pytest_unconfigure() -> None:
@@ -85,6 +114,18 @@ def ray_cluster() -> Iterator[None]:
     ray._private.worker._global_node.kill_log_monitor()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_process(request: pytest.FixtureRequest) -> None:
+    """Fail where two processes run a module's tests, which share what costs much."""
+    with open(f"{RAY_DIR}/{request.module.__name__}.pid", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        first = file.read() or str(os.getpid())
+        file.truncate(0)
+        file.write(first)
+    assert first == str(os.getpid()), "ONE_PROCESS_EACH must name this module"
 
 
 @pytest.fixture(autouse=True)

@@ -79,41 +79,47 @@ class RecordingDirectory(LocalDirectory):
             yield recorded
 
 
-@given(shapes=SHAPES, before=st.integers(1, 64), after=st.integers(1, 64))
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("examples", [20, pytest.param(60, marks=pytest.mark.slow)])
 def test_any_number_of_shards_becomes_any_other_and_each_chunk_is_verified_by_one(
-    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[str, int]], before: int, after: int
+    examples: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    layout = Layout.of({f"t{i}": np.zeros(n, dtype) for i, (dtype, n) in enumerate(shapes)})
-    rng, directory = np.random.default_rng(0), tmp_path_factory.mktemp("elastic")
-    whole = {
-        name: {s: rng.standard_normal(n).astype(s) for s, n in layout.sizes.items()}
-        for name in STATE_ARRAYS
-    }
-    manifest = write_checkpoint(directory, layout, layout.cuts(before), whole)
-    recording = RecordingDirectory(directory)
+    @given(shapes=SHAPES, before=st.integers(1, 64), after=st.integers(1, 64))
+    @settings(max_examples=examples)
+    def check(shapes: list[tuple[str, int]], before: int, after: int) -> None:
+        layout = Layout.of({f"t{i}": np.zeros(n, dtype) for i, (dtype, n) in enumerate(shapes)})
+        rng, directory = np.random.default_rng(0), tmp_path_factory.mktemp("elastic")
+        whole = {
+            name: {s: rng.standard_normal(n).astype(s) for s, n in layout.sizes.items()}
+            for name in STATE_ARRAYS
+        }
+        manifest = write_checkpoint(directory, layout, layout.cuts(before), whole)
+        recording = RecordingDirectory(directory)
 
-    def read_all() -> None:
-        for ranges, left in zip(layout.cuts(after), leftover_readers(manifest, after), strict=True):
-            got = read_shard(recording, manifest, ranges=ranges, leftovers=left)
-            for name, flat in whole.items():
-                assert all(
-                    np.array_equal(got[name][s], flat[s][begin:end])
-                    for s, (begin, end) in ranges.items()
-                )
+        def read_all() -> None:
+            for ranges, left in zip(
+                layout.cuts(after), leftover_readers(manifest, after), strict=True
+            ):
+                got = read_shard(recording, manifest, ranges=ranges, leftovers=left)
+                for name, flat in whole.items():
+                    assert all(
+                        np.array_equal(got[name][s], flat[s][begin:end])
+                        for s, (begin, end) in ranges.items()
+                    )
 
-    read_all()
-    assert {(name, offset // CHUNK_BYTES) for name, offset, _ in recording.reads} == {
-        (record.name, n) for record in manifest.files for n in range(len(record.checksums))
-    }
-    victim = manifest.files[rng.integers(len(manifest.files))]
-    with open(directory / victim.name, "r+b") as file:
-        file.seek(rng.integers(victim.size))
-        (byte,) = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
-    with pytest.raises(CheckpointError, match=rf"{victim.name}: bytes \["):
         read_all()
+        assert {(name, offset // CHUNK_BYTES) for name, offset, _ in recording.reads} == {
+            (record.name, n) for record in manifest.files for n in range(len(record.checksums))
+        }
+        victim = manifest.files[rng.integers(len(manifest.files))]
+        with open(directory / victim.name, "r+b") as file:
+            file.seek(rng.integers(victim.size))
+            (byte,) = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+        with pytest.raises(CheckpointError, match=rf"{victim.name}: bytes \["):
+            read_all()
+
+    check()
 
 
 def test_a_shard_reads_its_range_rounded_out_to_chunks_and_no_more(tmp_path: Path) -> None:

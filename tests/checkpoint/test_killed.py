@@ -51,7 +51,13 @@ def survives(child: Callable[[], None], call: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "case", ["the next step", "the same step again", "behind the training", "removing an old one"]
+    "case",
+    [
+        pytest.param("the next step", marks=pytest.mark.slow),
+        "the same step again",
+        pytest.param("behind the training", marks=pytest.mark.slow),
+        "removing an old one",
+    ],
 )
 def test_a_save_killed_at_any_call_leaves_a_valid_checkpoint_and_no_part_looks_whole(
     case: str, tmp_path: Path

@@ -154,7 +154,7 @@ def test_a_run_ends_well_where_matplotlib_refuses_to_be_imported(tmp_path: Path)
 
 
 def test_a_run_killed_half_way_and_resumed_ends_with_the_undisturbed_bits(tmp_path: Path) -> None:
-    how = ["--steps", 600, "--save-every", 50]
+    how = ["--steps", 300, "--save-every", 25]
     assert call(*TRAIN, *how, "--checkpoint-dir", tmp_path / "whole").exit_code == 0
     process = start(*TRAIN, *how, "--checkpoint-dir", tmp_path / "killed", cwd=tmp_path)
     wait_for(tmp_path / "killed", "step_*/manifest.msgpack", process)

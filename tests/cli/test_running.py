@@ -17,9 +17,11 @@ from tests.training.test_fit import Quadratic
 GRADIENTS = {"w": np.ones(5000, np.float32)}
 
 
-@pytest.fixture
-def running(ray_cluster: None) -> Iterator[DistNadam]:
-    with DistNadam(name="operated", num_shards=2, backend="ray").build(GRADIENTS) as optimizer:
+@pytest.fixture(scope="module")
+def running(ray_cluster: None, one_process: None) -> Iterator[DistNadam]:
+    """One optimizer for all tests, the last of which ends it."""
+    made = DistNadam(name="operated", num_shards=2, num_workers=2, replicas=1, backend="ray")
+    with made.build(GRADIENTS) as optimizer:
         yield optimizer
 
 
@@ -29,35 +31,49 @@ def run_json(*args: Any) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.fixture
-def watched(ray_cluster: None) -> Iterator[DistNadam]:
-    with DistNadam(name="operated", num_shards=2, num_workers=2, replicas=1, backend="ray").build(
-        GRADIENTS
-    ) as optimizer:
-        yield optimizer
+def test_save_goes_to_a_given_path_or_where_checkpoints_went(
+    running: DistNadam, tmp_path: Path
+) -> None:
+    running.apply_gradients(GRADIENTS)
+    assert run_json("status", "operated")["checkpoint"] is None
+    refused = call("save", "operated")
+    assert (
+        refused.exit_code,
+        "was never saved and has no checkpoint_dir: give a PATH" in refused.stderr,
+    ) == (1, True)
+    assert run_json("save", "operated", tmp_path) == {"checkpoint": str(tmp_path / "step_00000001")}
+    running.apply_gradients(GRADIENTS)
+    assert call("save", "operated").stdout.strip() == str(tmp_path / "step_00000002")
+    assert call("verify", tmp_path).exit_code == 0
+
+
+@pytest.mark.slow
+def test_reshard_moves_a_running_optimizer_to_more_shards(running: DistNadam) -> None:
+    running.apply_gradients(GRADIENTS)
+    before = running.get_weights()
+    assert call("reshard", "operated", 3).stdout == "operated: 3 shard(s)\n"
+    assert len(run_json("status", "operated")["shards"]) == 3
+    assert all(np.array_equal(a, b) for a, b in zip(before, running.get_weights(), strict=True))
+    assert call("reshard", "operated", 0).exit_code == 2
+    assert call("reshard", "operated", 2).exit_code == 0
 
 
 def test_status_shows_steps_shards_workers_standbys_and_the_last_checkpoint(
-    watched: DistNadam, tmp_path: Path
+    running: DistNadam, tmp_path: Path
 ) -> None:
-    watched.apply_gradients(GRADIENTS)
+    step = running.apply_gradients(GRADIENTS)
     seen = run_json("status", "operated")
-    assert (seen["name"], seen["step"], seen["round"], seen["lr"], seen["checkpoint"]) == (
-        "operated",
-        1,
-        1,
-        0.002,
-        None,
-    )
+    assert (seen["name"], seen["step"], seen["round"]) == ("operated", step, step)
+    assert seen["lr"] == 0.002
     assert [w["state"] for w in seen["workers"]] == ["not there yet"] * 2
-    saved = watched.save(tmp_path)
-    with watched.worker(0) as worker:
+    saved = running.save(tmp_path)
+    with running.worker(0) as worker:
         worker.push(GRADIENTS)
         while (seen := run_json("status", "operated"))["shards"][1]["lag"] is None:
             pass  # until the standbys are filled; the test's own timeout bounds it
     assert [(s["index"], s["state"], s["round"], s["lag"]) for s in seen["shards"]] == [
-        (0, "collecting pushes", 1, 0),
-        (1, "collecting pushes", 1, 0),
+        (0, "collecting pushes", step, 0),
+        (1, "collecting pushes", step, 0),
     ]
     assert sum(s["bytes"] for s in seen["shards"]) == 16 * 5000
     assert all("." in s["node"] for s in seen["shards"])
@@ -72,31 +88,50 @@ def test_status_shows_steps_shards_workers_standbys_and_the_last_checkpoint(
     assert seen["hosts"] == [], "all on one"
     table = call("status", "operated").stdout
     for word in (
-        "operated: step 1",
+        f"operated: step {step}",
         "0.0 steps/s",
         "lr 0.002",
         "standbys",
         "0 rounds",
         "the next step waits for the push of rank",
         "closed",
-        "step_00000001",
+        f"step_{step:08}",
     ):
         assert word in table
 
 
-def test_save_goes_to_a_given_path_or_where_checkpoints_went(
-    running: DistNadam, tmp_path: Path
-) -> None:
-    running.apply_gradients(GRADIENTS)
-    refused = call("save", "operated")
-    assert (
-        refused.exit_code,
-        "was never saved and has no checkpoint_dir: give a PATH" in refused.stderr,
-    ) == (1, True)
-    assert run_json("save", "operated", tmp_path) == {"checkpoint": str(tmp_path / "step_00000001")}
-    running.apply_gradients(GRADIENTS)
-    assert call("save", "operated").stdout.strip() == str(tmp_path / "step_00000002")
-    assert call("verify", tmp_path).exit_code == 0
+def test_a_wrong_name_is_one_sentence_that_says_which_are_there(running: DistNadam) -> None:
+    for command in (
+        ["status", "nobody"],
+        ["save", "nobody"],
+        ["reshard", "nobody", 2],
+        ["stop", "nobody"],
+    ):
+        done = call(*command)
+        assert done.exit_code == 1
+        assert done.stderr == (
+            "distnadam: no optimizer named 'nobody' is running on this Ray cluster; those "
+            "that are: operated\n"
+        )
+
+
+def test_stop_ends_it_for_all_who_use_it(running: DistNadam) -> None:
+    with running.worker(0) as worker, running.worker(1) as other:
+        other.push(GRADIENTS)
+        worker.step(GRADIENTS)
+        # in this process, which built the optimizer, Ray prints the deaths first
+        assert call("stop", "operated").stdout.endswith("operated: ended\n")
+        with pytest.raises(
+            LifecycleError, match=r"'operated' was ended by another process: by `distnadam stop`"
+        ):
+            worker.step(GRADIENTS)
+    with pytest.raises(LifecycleError, match="was ended"):
+        running.get_params()
+    again = call("stop", "operated")
+    assert (again.exit_code, again.stderr) == (
+        1,
+        "distnadam: no optimizer named 'operated' is running on this Ray cluster\n",
+    )
 
 
 @pytest.mark.slow
@@ -115,49 +150,6 @@ def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(
         assert store.load(saved).run == store.load(tmp_path / "step_00000005").run
         history = fit(Quadratic(), steps=7, backend="local", checkpoint_dir=place, verbose=False)
         assert history.resumed_from == saved
-
-
-@pytest.mark.slow
-def test_reshard_moves_a_running_optimizer_to_more_shards(running: DistNadam) -> None:
-    running.apply_gradients(GRADIENTS)
-    before = running.get_weights()
-    assert call("reshard", "operated", 3).stdout == "operated: 3 shard(s)\n"
-    assert len(run_json("status", "operated")["shards"]) == 3
-    assert all(np.array_equal(a, b) for a, b in zip(before, running.get_weights(), strict=True))
-    assert call("reshard", "operated", 0).exit_code == 2
-
-
-def test_stop_ends_it_for_all_who_use_it(running: DistNadam) -> None:
-    with running.worker(0) as worker:
-        worker.step(GRADIENTS)
-        # in this process, which built the optimizer, Ray prints the deaths first
-        assert call("stop", "operated").stdout.endswith("operated: ended\n")
-        with pytest.raises(
-            LifecycleError, match=r"'operated' was ended by another process: by `distnadam stop`"
-        ):
-            worker.step(GRADIENTS)
-    with pytest.raises(LifecycleError, match="was ended"):
-        running.get_params()
-    again = call("stop", "operated")
-    assert (again.exit_code, again.stderr) == (
-        1,
-        "distnadam: no optimizer named 'operated' is running on this Ray cluster\n",
-    )
-
-
-def test_a_wrong_name_is_one_sentence_that_says_which_are_there(running: DistNadam) -> None:
-    for command in (
-        ["status", "nobody"],
-        ["save", "nobody"],
-        ["reshard", "nobody", 2],
-        ["stop", "nobody"],
-    ):
-        done = call(*command)
-        assert done.exit_code == 1
-        assert done.stderr == (
-            "distnadam: no optimizer named 'nobody' is running on this Ray cluster; those "
-            "that are: operated\n"
-        )
 
 
 def test_a_named_optimizer_of_other_options_saves_where_those_say(

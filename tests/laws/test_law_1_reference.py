@@ -22,7 +22,7 @@ def test_all_eight_cases_are_here() -> None:
 
 
 @pytest.mark.on_ray(
-    "ray-3-clip_both", slow=["ray-1-defaults", "ray-3-clipvalue", "ray-3-fast_schedule"]
+    "ray-1-clip_both", slow=["ray-3-clip_both", "ray-3-defaults", "ray-3-fast_schedule"]
 )
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("num_shards", [1, 3])

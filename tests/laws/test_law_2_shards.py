@@ -49,8 +49,8 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(
 @pytest.mark.parametrize(
     ("num_shards", "clip", "kernel", "transport"),
     [
-        (1, 0, "numpy", "auto"),
-        (2, 1, "fused", "auto"),
+        pytest.param(1, 0, "numpy", "auto", marks=pytest.mark.slow),
+        pytest.param(2, 1, "fused", "auto", marks=pytest.mark.slow),
         (2, 2, "fused", "objects"),
         (3, 2, "numpy", "mixed"),
         pytest.param(7, 3, "numpy", "objects", marks=pytest.mark.nightly),

@@ -45,7 +45,7 @@ def test_every_order_of_pushes_over_ray_gives_the_local_bits() -> None:
         first, weights = optimizer.get_params(), optimizer.get_weights()
 
         @given(orders=orders)
-        @settings(max_examples=10, deadline=None)
+        @settings(max_examples=5)
         def check(orders: list[list[int]]) -> None:
             optimizer.set_params(first)
             optimizer.set_weights(weights)

@@ -20,28 +20,32 @@ def undisturbed(steps: int, num_workers: int = 2, **config: Any) -> list[bytes]:
         return bits(optimizer)
 
 
-@given(
-    saved=st.integers(0, 4),
-    before=st.integers(1, 20),
-    after=st.integers(1, 20),
-    sum_group=st.integers(1, 3),
-)
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("examples", [8, pytest.param(25, marks=pytest.mark.slow)])
 def test_a_restored_run_ends_with_the_undisturbed_bits(
-    saved: int, before: int, after: int, sum_group: int, tmp_path_factory: pytest.TempPathFactory
+    examples: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    root = tmp_path_factory.mktemp("run")
-    config: dict[str, Any] = {"num_workers": 3, "clipnorm": 0.5, "sum_group": sum_group}
-    with DistNadam(num_shards=before, backend="local", **config).build(params()) as optimizer:
-        run(optimizer, 0, saved, num_workers=3)
-        checkpoint = optimizer.save(root)
-        at_save = bits(optimizer)
-    with DistNadam.restore(checkpoint, num_shards=after, backend="local") as optimizer:
-        assert optimizer.get_config()["sum_group"] == sum_group
-        assert (optimizer.round, optimizer.iterations) == (saved, saved)
-        assert bits(optimizer) == at_save
-        run(optimizer, saved, 5, num_workers=3)
-        assert bits(optimizer) == undisturbed(5, **config)
+    @given(
+        saved=st.integers(0, 4),
+        before=st.integers(1, 20),
+        after=st.integers(1, 20),
+        sum_group=st.integers(1, 3),
+    )
+    @settings(max_examples=examples)
+    def check(saved: int, before: int, after: int, sum_group: int) -> None:
+        root = tmp_path_factory.mktemp("run")
+        config: dict[str, Any] = {"num_workers": 3, "clipnorm": 0.5, "sum_group": sum_group}
+        with DistNadam(num_shards=before, backend="local", **config).build(params()) as optimizer:
+            run(optimizer, 0, saved, num_workers=3)
+            checkpoint = optimizer.save(root)
+            at_save = bits(optimizer)
+        with DistNadam.restore(checkpoint, num_shards=after, backend="local") as optimizer:
+            assert optimizer.get_config()["sum_group"] == sum_group
+            assert (optimizer.round, optimizer.iterations) == (saved, saved)
+            assert bits(optimizer) == at_save
+            run(optimizer, saved, 5, num_workers=3)
+            assert bits(optimizer) == undisturbed(5, **config)
+
+    check()
 
 
 _MOVES = st.one_of(
@@ -52,36 +56,41 @@ _MOVES = st.one_of(
 )
 
 
-@given(moves=st.lists(_MOVES, min_size=1, max_size=12))
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.slow)])
 def test_any_sequence_of_saves_restores_and_reshards_keeps_the_undisturbed_bits(
-    moves: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
+    examples: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """A restore goes back to the newest checkpoint, whatever was trained since; the rounds after it
     are trained again.
     """
-    root = tmp_path_factory.mktemp("run")
-    optimizer = DistNadam(num_shards=3, num_workers=2, backend="local", clipnorm=0.5).build(
-        params()
-    )
-    optimizer.save(root)
-    newest = 0
-    try:
-        for move, how in [*moves, ("restore", 2), ("train", 1)]:
-            if move == "train":
-                run(optimizer, optimizer.round, optimizer.round + how)
-            elif move == "save":
-                optimizer.save(root, wait=bool(how))
-                newest = optimizer.round
-            elif move == "reshard":
-                optimizer.reshard(how)
-            else:
-                optimizer.close()
-                optimizer = DistNadam.restore(root, num_shards=how, backend="local")
-                assert optimizer.round == newest
-            assert tuple(bits(optimizer)) == _undisturbed_at(optimizer.round)
-    finally:
-        optimizer.close()
+
+    @given(moves=st.lists(_MOVES, min_size=1, max_size=12))
+    @settings(max_examples=examples)
+    def check(moves: list[tuple[str, int]]) -> None:
+        root = tmp_path_factory.mktemp("run")
+        optimizer = DistNadam(num_shards=3, num_workers=2, backend="local", clipnorm=0.5).build(
+            params()
+        )
+        optimizer.save(root)
+        newest = 0
+        try:
+            for move, how in [*moves, ("restore", 2), ("train", 1)]:
+                if move == "train":
+                    run(optimizer, optimizer.round, optimizer.round + how)
+                elif move == "save":
+                    optimizer.save(root, wait=bool(how))
+                    newest = optimizer.round
+                elif move == "reshard":
+                    optimizer.reshard(how)
+                else:
+                    optimizer.close()
+                    optimizer = DistNadam.restore(root, num_shards=how, backend="local")
+                    assert optimizer.round == newest
+                assert tuple(bits(optimizer)) == _undisturbed_at(optimizer.round)
+        finally:
+            optimizer.close()
+
+    check()
 
 
 @cache

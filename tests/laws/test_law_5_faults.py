@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
@@ -372,19 +373,18 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         assert (got.clock, got.skipped) == (expected.clock, expected.skipped)
 
 
-# The same examples every time; no shrinking, which would take longer than the suite may.
-SETTINGS = settings(
-    max_examples=80,
-    stateful_step_count=40,
-    derandomize=True,
-    database=None,
-    phases=[Phase_.generate],
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-
-
-def test_faults_change_no_bit_and_count_every_push_once() -> None:
+@pytest.mark.parametrize("examples", [40, pytest.param(80, marks=pytest.mark.slow)])
+def test_faults_change_no_bit_and_count_every_push_once(examples: int) -> None:
     SEEN.clear()
-    run_state_machine_as_test(FaultsAgainstOneProcess, settings=SETTINGS)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        FaultsAgainstOneProcess,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=40,
+            derandomize=True,  # the same examples every time
+            database=None,
+            phases=[Phase_.generate],  # shrinking would take longer than the suite may
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
     assert all(SEEN[what] for what in BETWEEN_HOSTS), SEEN

@@ -202,7 +202,7 @@ class OnceAgainstAModel(RuleBasedStateMachine):
 
 
 OnceAgainstAModel.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None
+    max_examples=40, stateful_step_count=30, deadline=None
 )
 TestOnce = OnceAgainstAModel.TestCase
 

@@ -19,6 +19,7 @@ RATES = [
 ]
 
 
+@pytest.mark.on_ray
 def test_set_weights_of_get_weights_changes_nothing_and_neither_does_what_follows(
     backend: str,
 ) -> None:

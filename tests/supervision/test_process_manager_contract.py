@@ -26,8 +26,6 @@ from distnadam.tensors.arrays import STATE_ARRAYS, cut_flat
 from distnadam.tensors.layout import Layout
 from tests.simulation.world import World, WorldProcesses
 
-pytestmark = pytest.mark.xdist_group("process managers")  # one of each kind for all tests
-
 SIZE = 5000
 LAYOUT = Layout.of({"w": np.ones(SIZE, np.float32)})
 PARAMS = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
@@ -252,7 +250,7 @@ class RayCluster(Cluster):
 
 
 @pytest.fixture(scope="module", params=["simulation", "ray"])
-def manager(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def manager(request: pytest.FixtureRequest, one_process: None) -> Iterator[Cluster]:
     """Each process manager in turn, for all tests."""
     if request.param == "ray":
         request.getfixturevalue("ray_cluster")
@@ -274,12 +272,18 @@ def await_death(cluster: Cluster, process: ShardProcess) -> None:
         assert time.monotonic() < deadline, "the end of a watched process was not reported"
 
 
-def test_every_shard_answers_its_own_message_and_refusals_are_answers(cluster: Cluster) -> None:
+def test_shards_answer_until_they_are_terminated_and_refusals_are_answers(
+    cluster: Cluster,
+) -> None:
     shards = cluster.start(2)
     answers = cluster.ask(shards, {0: Describe(), 1: Read("nobody", STATE_ARRAYS), 5: Describe()})
     assert answers.keys() == {0, 1}, "a message without a target is left out"
     assert (answers[0].epoch, answers[0].round) == (1, 0)
     assert isinstance(answers[1], IllegalMessage)
+    cluster.manager.terminate(*shards)
+    answers = cluster.ask(shards, {0: Describe(), 1: Describe()})
+    assert [type(answer) for answer in answers.values()] == [ShardLost, ShardLost]
+    cluster.manager.terminate(*shards)
 
 
 def test_a_process_that_dies_is_reported_and_answers_shard_lost(cluster: Cluster) -> None:
@@ -296,6 +300,7 @@ def test_a_process_that_dies_is_reported_and_answers_shard_lost(cluster: Cluster
         cluster.manager.control_state(shards[1])
 
 
+@pytest.mark.on_ray
 def test_a_shard_that_a_successor_did_not_find_answers_shard_lost(cluster: Cluster) -> None:
     (found,) = cluster.start(1)
     missing = ShardProcess(1, None, None)
@@ -305,6 +310,7 @@ def test_a_shard_that_a_successor_did_not_find_answers_shard_lost(cluster: Clust
     assert str(answers[1]) == "shard 1: is missing"
 
 
+@pytest.mark.on_ray("ray-False")
 @pytest.mark.parametrize("dead", [False, True])
 def test_a_fenced_process_answers_nobody_and_may_be_fenced_again(
     cluster: Cluster, dead: bool
@@ -315,14 +321,6 @@ def test_a_fenced_process_answers_nobody_and_may_be_fenced_again(
     for _ in range(2):
         cluster.manager.fence(process)
         assert isinstance(cluster.ask_one(process, Describe()), ShardLost)
-
-
-def test_terminated_processes_answer_nobody(cluster: Cluster) -> None:
-    shards = cluster.start(2)
-    cluster.manager.terminate(*shards)
-    answers = cluster.ask(shards, {0: Describe(), 1: Describe()})
-    assert [type(answer) for answer in answers.values()] == [ShardLost, ShardLost]
-    cluster.manager.terminate(*shards)
 
 
 def test_a_filled_standby_takes_over_where_its_fenced_primary_stood(cluster: Cluster) -> None:
@@ -343,6 +341,7 @@ def test_a_filled_standby_takes_over_where_its_fenced_primary_stood(cluster: Clu
     assert read["params"]["float32"].tobytes() == PARAMS["float32"].tobytes()
 
 
+@pytest.mark.on_ray
 def test_a_standby_that_is_empty_or_dead_cannot_take_over(cluster: Cluster) -> None:
     (primary,) = cluster.start(1)
     (spec,) = specs(1, cluster.run_id)

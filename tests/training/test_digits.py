@@ -9,7 +9,10 @@ from distnadam import fit
 from distnadam.training.tasks.digits import Digits
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize(
+    "num_workers",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)],
+)
 def test_it_reaches_97_percent_on_the_held_out_fifth(num_workers: int, tmp_path: Path) -> None:
     history = fit(
         Digits(),

@@ -43,11 +43,7 @@ from distnadam.errors import (
     WorkerLost,
 )
 
-pytestmark = [
-    pytest.mark.timeout(120),
-    pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.xdist_group("calls"),  # whose actors last from test to test
-]
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("ray_cluster")]
 
 
 class Actor:
@@ -100,7 +96,7 @@ class LastingActor:
 
 
 @pytest.fixture(scope="module")
-def lasting_actors() -> Iterator[tuple[LastingActor, LastingActor]]:
+def lasting_actors(one_process: None) -> Iterator[tuple[LastingActor, LastingActor]]:
     actors = (LastingActor(), LastingActor())
     yield actors
     for actor in actors:

@@ -57,7 +57,11 @@ def test_without_its_head_every_call_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "told"), [("raylet", "raylet on this host"), ("gcs_server", "head at")]
+    ("victim", "told"),
+    [
+        ("raylet", "raylet on this host"),
+        pytest.param("gcs_server", "head at", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_ray_that_was_there_before_is_given_up_before_ray_ends_the_process(
     tmp_path: Path, victim: str, told: str

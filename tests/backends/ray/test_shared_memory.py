@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -87,12 +88,29 @@ def build(**how: Any) -> DistNadam:
     )
 
 
-def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_travel() -> None:
+@pytest.fixture(scope="module")
+def lasting(ray_cluster: None, one_process: None) -> Iterator[DistNadam]:
     with build() as optimizer:
-        trainers = [Trainer.remote(optimizer, rank) for rank in range(2)]
-        for begin, how in ((0, "trees"), (5, "views"), (10, "tensors")):
-            logged = ray.get([trainer.train.remote(begin, begin + 5, how) for trainer in trainers])
-            assert bits(optimizer) == local(begin + 5), how
+        yield optimizer
+
+
+@pytest.fixture(params=["local", "ray"])
+def either(request: pytest.FixtureRequest) -> Iterator[DistNadam]:
+    """An optimizer of each backend in turn; Ray's is the one that lasts."""
+    if request.param == "ray":
+        yield request.getfixturevalue("lasting")
+    else:
+        with build(backend="local") as optimizer:
+            yield optimizer
+
+
+def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_travel(
+    lasting: DistNadam,
+) -> None:
+    trainers = [Trainer.remote(lasting, rank) for rank in range(2)]
+    for begin, how in ((0, "trees"), (5, "views"), (10, "tensors")):
+        logged = ray.get([trainer.train.remote(begin, begin + 5, how) for trainer in trainers])
+        assert bits(lasting) == local(begin + 5), how
     assert (
         "worker 1: shards [0, 1, 2] by shared memory (same node), shards none by Ray objects"
         in logged[1]
@@ -211,17 +229,17 @@ def test_two_optimizers_side_by_side_do_not_meet() -> None:
         assert bits(other) == local(5)
 
 
-def test_a_worker_that_is_dropped_takes_leave_and_is_not_dead(backend: str) -> None:
-    with DistNadam(num_workers=2, backend=backend).build(params()) as optimizer:
-        other = optimizer.worker(1)
-        tickets = [optimizer.worker(0).push(gradients(0, 0)), other.push(gradients(0, 1))]
-        assert [ticket.result() for ticket in tickets] == [1, 1]
-        del tickets
-        waiting = other.push(gradients(1, 1))
-        assert optimizer.worker(0).push(gradients(1, 0)).result() == 2
-        assert waiting.result() == 2
+def test_a_worker_that_is_dropped_takes_leave_and_is_not_dead(either: DistNadam) -> None:
+    other, before = either.worker(1), either.round
+    tickets = [either.worker(0).push(gradients(0, 0)), other.push(gradients(0, 1))]
+    assert [ticket.result() for ticket in tickets] == [before + 1] * 2
+    del tickets
+    waiting = other.push(gradients(1, 1))
+    assert either.worker(0).push(gradients(1, 0)).result() == before + 2
+    assert waiting.result() == before + 2
 
 
+@pytest.mark.on_ray
 def test_views_are_checked_and_a_bad_one_moves_no_shard(backend: str) -> None:
     with DistNadam(num_shards=3, backend=backend).build(params()) as optimizer:
         before = bits(optimizer)
@@ -241,6 +259,22 @@ def test_views_are_checked_and_a_bad_one_moves_no_shard(backend: str) -> None:
         assert optimizer.iterations == 1
 
 
+def test_parameters_are_read_only_and_stay_while_the_round_runs(either: DistNadam) -> None:
+    workers = [either.worker(rank) for rank in range(2)]
+    seen = workers[0].parameters()
+    kept = [np.array(leaf) for leaf in leaves(seen)]
+    with pytest.raises(ValueError, match="read-only"):
+        seen["dense"]["kernel"][0] = 1
+    for ticket in [worker.push(gradients(0, worker.rank)) for worker in workers]:
+        ticket.result()
+    same = [np.array_equal(old, leaf) for old, leaf in zip(kept, leaves(seen), strict=True)]
+    assert all(same), "of the round before"
+    now = workers[0].pull()
+    assert [np.asarray(x).tobytes() for x in leaves(now)] == [
+        np.asarray(x).tobytes() for x in leaves(either.get_params())
+    ]
+
+
 @pytest.mark.on_ray
 def test_the_check_may_be_switched_off(backend: str) -> None:
     made = DistNadam(backend=backend, options=Options(check_gradients=False))
@@ -249,24 +283,6 @@ def test_the_check_may_be_switched_off(backend: str) -> None:
             False,
             True,
             False,
-        ]
-
-
-def test_parameters_are_read_only_and_stay_while_the_round_runs(backend: str) -> None:
-    with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
-        workers = [optimizer.worker(rank) for rank in range(2)]
-        seen = workers[0].parameters()
-        kept = [np.array(leaf) for leaf in leaves(seen)]
-        with pytest.raises(ValueError, match="read-only"):
-            seen["dense"]["kernel"][0] = 1
-        for ticket in [worker.push(gradients(0, worker.rank)) for worker in workers]:
-            ticket.result()
-        assert all(
-            np.array_equal(old, leaf) for old, leaf in zip(kept, leaves(seen), strict=True)
-        ), "of the round before"
-        now = workers[0].parameters() if backend == "local" else workers[0].pull()
-        assert [np.asarray(x).tobytes() for x in leaves(now)] == [
-            np.asarray(x).tobytes() for x in leaves(optimizer.get_params())
         ]
 
 
