@@ -21,6 +21,8 @@ DEFAULT_EPSILON = 1e-7
 
 BackendName = Literal["auto", "local", "ray"]
 """Where shards run: in this process, on Ray, or where it suits."""
+PullDtype = Literal["bfloat16"]
+"""A dtype to which parameters are rounded for workers."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class NadamConfig:
         global_clipnorm: largest norm over all tensors; not together with `clipnorm`.
         sum_group: ranks whose gradients are summed before the groups' sums are added, at least 1:
             rank r is in group r // sum_group. The bits depend on it.
+        pull_dtype: the dtype in which workers see the parameters whose master is float32:
+            "bfloat16", or None for their own.
 
     Raises:
         ConfigError: a value is out of its range, or a `Schedule` cannot be stored.
@@ -52,6 +56,7 @@ class NadamConfig:
     clipvalue: float | None = None
     global_clipnorm: float | None = None
     sum_group: int = 1
+    pull_dtype: PullDtype | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.lr):
@@ -72,6 +77,8 @@ class NadamConfig:
                 f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} cannot "
                 "both be set: give one of them"
             )
+        if self.pull_dtype is not None:
+            object.__setattr__(self, "pull_dtype", _check_pull_dtype(self.pull_dtype))
 
     @cached_property
     def clips_by_norm(self) -> bool:
@@ -366,6 +373,18 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 def _fields(record: NadamConfig | Options | Topology) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _check_pull_dtype(given: Any) -> PullDtype:
+    if isinstance(given, str) and given == "bfloat16":
+        return "bfloat16"
+    name = str(getattr(given, "__name__", given)).rpartition(".")[2]  # of a type, or of torch's
+    why = {
+        "bfloat16": "; give its name, a str",
+        "float16": ": parameters beyond 65504 would be infinite in float16",
+        "float32": "; None is each parameter's own",
+    }.get(name, "")
+    raise ConfigError(f"pull_dtype must be None or 'bfloat16', got {given!r}{why}")
 
 
 def _set_number(record: object, name: str) -> float:

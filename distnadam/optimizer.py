@@ -19,7 +19,7 @@ from distnadam.client.in_flight_push import refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
-from distnadam.config import BackendName, Options, Settings
+from distnadam.config import BackendName, Options, PullDtype, Settings
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
@@ -36,8 +36,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
     Args:
         lr: learning rate, a float or a function of the steps applied (see `distnadam.schedules`).
-        beta_1: decay of the first moment, in [0, 1).
-        beta_2: decay of the second moment, in [0, 1).
+        beta_1, beta_2: decay of the first and of the second moment, in [0, 1).
         epsilon: added to the root of the second moment; None means 1e-7.
         schedule_decay: how fast the momentum schedule approaches beta_1.
         clipnorm: largest norm of each tensor's mean gradient; None does not clip.
@@ -45,6 +44,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         global_clipnorm: largest norm of the mean gradient over all tensors; excludes `clipnorm`.
         sum_group: ranks whose gradients are summed first, before the sums are added: rank r is in
             group r // sum_group. The bits depend on it; with 1 rank is added to rank.
+        pull_dtype: "bfloat16" has workers see float32 parameters rounded to it (see `Worker`).
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
         replicas: standbys per shard, 0 or 1; they take over at the same round (Ray only).
@@ -70,6 +70,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         clipvalue: float | None = None,
         global_clipnorm: float | None = None,
         sum_group: int = 1,
+        pull_dtype: PullDtype | None = None,
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
@@ -88,6 +89,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
             sum_group=sum_group,
+            pull_dtype=pull_dtype,
             num_shards=num_shards,
             num_workers=num_workers,
             replicas=replicas,
@@ -193,7 +195,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
     def get_params(self) -> Any:
         """Return a copy of the parameters in the structure given to `build`, each in its own dtype.
 
-        A tensor of shape () is a NumPy scalar.
+        They are never rounded to `pull_dtype`. A tensor of shape () is a NumPy scalar.
 
         Raises:
             Rewound: a shard died and all went back to round `error.step` since this handle last
@@ -208,8 +210,8 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
             StructureError: naming the tensor that does not fit; nothing was changed.
         """
         shards = self._life.shards_to_change()
-        flat = params_from(shards.layout, params, finite=self.options.check_gradients)
-        shards.fill({"params": flat})
+        finite = self.options.check_gradients
+        shards.fill({"params": params_from(shards.layout, params, finite=finite)})
 
     def get_weights(self) -> list[Array]:
         """Return Keras's ``[iterations, m_schedule, *ms, *vs]``: 0-d int64, 0-d float64, arrays."""
@@ -319,8 +321,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         """Write the state of one round to ``path/step_<round>/`` and return that directory.
 
         Args:
-            path: a local directory, on a disk that every node with a shard shares, or an fsspec URL
-                such as s3://bucket/run.
+            path: a directory on a disk that all nodes with shards share, or a URL (s3://bucket/run).
             wait: False copies the state into memory kept for it (12 bytes per float32 element),
                 returns a handle (`result()`, `done()`) and writes behind the training. The next
                 save waits for it; its error is raised by `result()`, else by the next call that
@@ -330,8 +331,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
                 numbers, str, bytes, list, tuple, dict, and NumPy arrays and scalars.
 
         Raises:
-            CheckpointError: naming the file that could not be written; earlier checkpoints stay as
-                they were.
+            CheckpointError: naming the file that could not be written; earlier checkpoints stay.
             ConfigError: the learning rate is a plain function, which cannot be stored, or `data`
                 holds something else, named by its key; nothing was written.
         """

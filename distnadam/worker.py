@@ -61,6 +61,13 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     through `torch.from_numpy`: give torch ``torch.tensor(tree["w"])``, a copy. Unpickling a worker
     makes a new one that takes the rank over.
 
+    With ``pull_dtype="bfloat16"`` every worker, wherever it is, sees each parameter whose master is
+    float32 (that is all but float64 ones) as an array of bfloat16 (ml_dtypes), rounded to nearest
+    even, in half the bytes; a number beyond bfloat16's largest, 3.39e38, becomes infinite. The
+    shards step the masters, which `get_params`, checkpoints and `Task.evaluate` have. To take such
+    an array without a copy: ``torch.from_numpy(w.view(np.int16)).view(torch.bfloat16)``, or
+    ``jax.device_put(w)``. Gradients may have any dtype that they may have without it.
+
     >>> with DistNadam(backend="local").build({"w": np.ones(2, np.float32)}) as optimizer:
     ...     worker = optimizer.worker(0)
     ...     ones = np.ones_like(worker.pull()["w"])
@@ -127,7 +134,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         return self.session.round
 
     def pull(self) -> Any:
-        """Return the present parameters in the structure given to `build`, each in its own dtype.
+        """Return the present parameters in the structure given to `build`, each in its own dtype,
+        or in the optimizer's `pull_dtype`.
 
         A push of this worker that is not decided yet is waited for first.
 
@@ -255,7 +263,13 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             self._traffic = (
                 Traffic({}, {})
                 if routes is None
-                else Traffic.of(routes.ranges, routes.shared, routes.objects, flat)
+                else Traffic.of(
+                    routes.ranges,
+                    routes.shared,
+                    routes.objects,
+                    flat,
+                    self._shards.layout.pull_dtypes,
+                )
             )
             assert self._meter is not None
             self._meter.traffic.append(self._traffic)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import optree
 
 from distnadam import DistNadam
 
@@ -42,6 +43,17 @@ def gradients(step: int, rank: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def drifting(step: int, rank: int, seen: Any) -> dict[str, Any]:
+    """Return one rank's gradients of a step that depend on the parameters that it sees."""
+    tree = gradients(step, rank)
+    found = [
+        np.asarray(noise, np.float64) + 0.1 * np.asarray(leaf, np.float64)
+        for noise, leaf in zip(leaves(tree), leaves(seen), strict=True)
+    ]
+    narrow = [x.astype(np.asarray(leaf).dtype) for x, leaf in zip(found, leaves(tree), strict=True)]
+    return optree.tree_unflatten(optree.tree_structure(tree), narrow)
+
+
 def leaves(tree: Any) -> list[Any]:
     """Return the tree's leaves, dict keys sorted."""
     if isinstance(tree, dict):
@@ -56,6 +68,17 @@ def bits(optimizer: DistNadam) -> list[bytes]:
     return [
         np.asarray(x).tobytes() for x in (*leaves(optimizer.get_params()), *optimizer.get_weights())
     ]
+
+
+def run_drifting(optimizer: DistNadam, begin: int, end: int, *, num_workers: int = 2) -> None:
+    """Run steps [begin, end) of gradients that depend on what each rank sees, in this thread."""
+    workers = [optimizer.worker(rank) for rank in range(num_workers)]
+    for step in range(begin, end):
+        tickets = [
+            worker.push(drifting(step, rank, worker.pull())) for rank, worker in enumerate(workers)
+        ]
+        for ticket in tickets:
+            ticket.result()
 
 
 def run(

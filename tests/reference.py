@@ -50,7 +50,7 @@ class OneProcess:
         layout: one float32 space.
         config: the hyper-parameters.
         initial: the first parameters.
-        gradient: what each worker pushes.
+        gradient: what each worker pushes, given the parameters as workers see them.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class OneProcess:
             host.send(Join(rank=rank, incarnation=1)).result(0) for rank in ranks
         ]
         for rank, incarnation in counted:
-            gradient = self._gradient(number, rank, incarnation, before.params)
+            seen = before.params.astype(self._layout.pull_dtypes["float32"])
+            gradient = self._gradient(number, rank, incarnation, seen)
             flat = None if gradient is None else {"float32": gradient}
             rejection = "not finite" if flat is None else None
             answer = host.send(

@@ -366,9 +366,9 @@ class LocalBackend(Backend):
     @override
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """Make the hosts; standbys in this process would die with it, so there are none."""
-        sizes = specs[0].layout.sizes
+        layout = specs[0].layout
         with memory_for("two buffers of the model's parameters"):
-            self.transport.memory = ParameterMemory(sizes)
+            self.transport.memory = ParameterMemory(layout.sizes, layout.pull_dtypes)
         self.transport.specs = list(specs)
         self.transport.hosts = [self.transport.make_host(spec) for spec in specs]
 

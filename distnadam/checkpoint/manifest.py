@@ -293,8 +293,8 @@ def _config(config: Mapping[str, Any]) -> NadamConfig:
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with what one from before `sum_group` lacks."""
-    return {"sum_group": 1, **config}
+    """Return a config with what one from before `sum_group` and `pull_dtype` lacks."""
+    return {"sum_group": 1, "pull_dtype": None, **config}
 
 
 def _check_run(run: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
     """
     check_layout(layout)
     check_can_start(settings)
+    layout = layout.pulled_in(settings.config.pull_dtype)
     topology = settings.topology
     backend = factory.choose(topology.backend, several=topology.several)
     specs = [

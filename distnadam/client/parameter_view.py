@@ -24,7 +24,7 @@ class ParameterView:
         self._casts = [
             (index, dtype_of(tensor.dtype))
             for index, tensor in enumerate(layout.tensors)
-            if tensor.space != tensor.dtype
+            if tensor.space != tensor.dtype and layout.pull_dtypes[tensor.space] == tensor.space
         ]
         self._scalars = [index for index, tensor in enumerate(layout.tensors) if tensor.shape == ()]
 
@@ -36,13 +36,14 @@ class ParameterView:
     def fill(self, ranges: Ranges, values: Flat) -> None:
         """Copy one shard's ranges into the view's own memory."""
         if not self._own:
-            self._own = empty_flat(self._layout.sizes)
+            self._own = empty_flat(self._layout.sizes, self._layout.pull_dtypes)
         for space, (begin, end) in ranges.items():
             np.copyto(self._own[space][begin:end], values[space])
 
     @own_errors()
     def tree(self, shared: tuple[Flat, Flat] | None, buffer: int) -> Any:
-        """Return the tree: views, or casts of tensors whose master has another dtype.
+        """Return the tree: views, or casts of tensors whose master has another dtype, unless
+        workers see that master rounded.
 
         A tensor of shape () is a NumPy scalar.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from distnadam.metrics.table import METRICS
 from distnadam.protocol.messages import Description, ShardSpec
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import Dtypes, Flat
 from distnadam.tensors.layout import Ranges
 
 BOUNDS_S = tuple(digit * 10.0**exponent for exponent in range(-5, 2) for digit in (1, 2, 5))
@@ -84,6 +84,7 @@ class Traffic:
         lanes: frozenset[int],
         objects: frozenset[int],
         gradients: Flat,
+        pull_dtypes: Dtypes,
     ) -> "Traffic":
         """Return the traffic of a worker with the shards of these ranges.
 
@@ -93,6 +94,7 @@ class Traffic:
             objects: those reached by Ray's objects; the bytes of all others, by TCP, are counted
                 where they are sent.
             gradients: arrays of the gradients' dtypes, by dtype space.
+            pull_dtypes: in which workers see the parameters, by dtype space.
         """
         push, pull = {"lane": 0, "object": 0}, {"lane": 0, "object": 0}
         for shard, held in enumerate(ranges):
@@ -101,7 +103,7 @@ class Traffic:
             way = "lane" if shard in lanes else "object"
             for space, (begin, end) in held.items():
                 push[way] += (end - begin) * gradients[space].itemsize
-                pull[way] += (end - begin) * np.dtype(space).itemsize
+                pull[way] += (end - begin) * pull_dtypes[space].itemsize
         return cls(push, pull)
 
 
@@ -144,7 +146,10 @@ class Meter:
 
 
 def shard_bytes(ranges: Ranges) -> int:
-    """Return the memory of a shard's state in bytes: two buffers of parameters, m and v."""
+    """Return the memory of a shard's state in bytes: two buffers of parameters, m and v.
+
+    It is as much where workers see bfloat16: a float32 master, and two buffers of half its bytes.
+    """
     return sum(
         4 * (end - begin) * np.dtype(space).itemsize for space, (begin, end) in ranges.items()
     )

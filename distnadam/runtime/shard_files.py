@@ -103,6 +103,7 @@ class ShardFiles:
             state=state.reset(),
             leftovers=load.leftovers,
         )
+        state.round()
         self.directory = above(load.directory)
         return new(
             round=manifest.round,

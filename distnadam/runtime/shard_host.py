@@ -59,7 +59,8 @@ class ShardHost:
 
     Args:
         spec: the shard's spec.
-        buffers: the two parameter buffers of its ranges, if the process shares them.
+        buffers: the two parameter buffers of its ranges, in the layout's `pull_dtypes`, if the
+            process shares them.
         threads: threads of its kernel.
         run_work: runs heavy work: at once in the calling thread, or in an executor's.
         on_notice: called with what happens to ranks and to the standby.
@@ -83,7 +84,7 @@ class ShardHost:
         on_notice: Callable[[Notice], None] = lambda notice: None,
         can_send: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.shard = Shard(spec, ShardState.empty(spec.ranges, buffers))
+        self.shard = Shard(spec, ShardState.empty(spec.ranges, buffers, spec.layout.pull_dtypes))
         self.gradients_of: GradientsOf = lambda rank, incarnation, dtypes: None
         self.connect_standby: ConnectStandby | None = None
         self.traffic_of: Callable[[], Mapping[str, tuple[int, int]]] = dict

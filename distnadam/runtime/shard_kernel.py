@@ -28,7 +28,7 @@ class ShardKernel:
             space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
         }
         self._slots = [
-            {s: Slots(now[s], state.m[s], state.v[s], following[s]) for s in spec.ranges}
+            {s: _slots(state, s, now, following) for s in spec.ranges}
             for now, following in (state.buffers, state.buffers[::-1])
         ]
         self._whole = {
@@ -60,8 +60,8 @@ class ShardKernel:
         return PartialNorms(shard.progress.round + 1, tuple(found))
 
     def step(self, shard: Shard, keep: Flat | None) -> tuple[Clock, float]:
-        """Apply the round's mean gradient, leaving it in `keep`; the new parameters go to the spare
-        buffer.
+        """Apply the round's mean gradient, leaving it in `keep`; what workers see of the new
+        parameters goes to the spare buffer.
 
         Raises:
             ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
@@ -96,3 +96,11 @@ class ShardKernel:
                 for s in self._segments[space]
             ]
         return self._steppers[space].share(parts)
+
+
+def _slots(state: ShardState, space: str, now: Flat, following: Flat) -> Slots:
+    """Return what a step of a space reads and writes, from one buffer to the other."""
+    m, v, master = state.m[space], state.v[space], state.masters.get(space)
+    if master is None:
+        return Slots(now[space], m, v, following[space])
+    return Slots(master, m, v, None, following[space])

@@ -180,7 +180,7 @@ class Progress:
             rejection=self.rejection,
             lr=self.lr,
             buffer=self.state.active,
-            parameters=self.state.params if want_parameters else None,
+            parameters=self.state.seen if want_parameters else None,
             rewound=self.epochs.rewound,
         )
 

@@ -1,12 +1,12 @@
-"""A shard's arrays: two buffers of parameters that alternate, and the two moments. Pure; knows
-ranges, not rounds.
+"""A shard's arrays: two buffers of parameters that alternate, and the two moments; and the master
+of what the buffers hold rounded. Pure; knows ranges, not rounds.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from distnadam.tensors.arrays import Flat, zeros_flat
+from distnadam.tensors.arrays import Dtypes, Flat, round_into, zeros_flat
 from distnadam.tensors.layout import Ranges, sizes_of
 
 
@@ -14,31 +14,52 @@ from distnadam.tensors.layout import Ranges, sizes_of
 class ShardState:
     """The arrays of one shard's ranges.
 
-    A step reads the current parameters and writes the spare ones, which then become current.
+    A step reads the current parameters and writes the spare buffer, which then becomes current. In
+    a space that workers see rounded, the parameters are the master's, which a step changes in place
+    as it does the moments, and the buffers hold them rounded.
 
     Attributes:
-        buffers: the two buffers of parameters.
+        buffers: the two buffers of parameters that workers see.
         m: the first moments.
         v: the second moments.
+        masters: the parameters of the spaces that workers see rounded.
         active: the index of the current buffer.
     """
 
     buffers: tuple[Flat, Flat]
     m: Flat
     v: Flat
+    masters: Flat = field(default_factory=dict)
     active: int = field(default=0, init=False)
 
     @classmethod
-    def empty(cls, ranges: Ranges, buffers: tuple[Flat, Flat] | None = None) -> "ShardState":
-        """Return zeroed state, on the given parameter buffers where the process shares them."""
+    def empty(
+        cls,
+        ranges: Ranges,
+        buffers: tuple[Flat, Flat] | None = None,
+        dtypes: Dtypes | None = None,
+    ) -> "ShardState":
+        """Return zeroed state.
+
+        Args:
+            ranges: the shard's.
+            buffers: the parameter buffers where the process shares them; None for new ones.
+            dtypes: in which workers see the parameters of each space; None for the spaces' own.
+        """
         sizes = sizes_of(ranges)
-        return cls(
-            buffers or (zeros_flat(sizes), zeros_flat(sizes)), zeros_flat(sizes), zeros_flat(sizes)
-        )
+        if buffers is None:
+            buffers = zeros_flat(sizes, dtypes), zeros_flat(sizes, dtypes)
+        rounded = {space: n for space, n in sizes.items() if dtypes and dtypes[space] != space}
+        return cls(buffers, zeros_flat(sizes), zeros_flat(sizes), zeros_flat(rounded))
 
     @property
     def params(self) -> Flat:
-        """The current parameters."""
+        """The current parameters, as a step reads them."""
+        return self.seen | self.masters
+
+    @property
+    def seen(self) -> Flat:
+        """The current parameters, as workers see them."""
         return self.buffers[self.active]
 
     @property
@@ -55,26 +76,33 @@ class ShardState:
         return {"params": self.params, "m": self.m, "v": self.v}
 
     def reset(self) -> dict[str, Flat]:
-        """Return the arrays by name, to be filled in place; the present parameters are `buffers[0]`
-        from now on.
+        """Return the arrays by name, to be filled in place before `round`; workers see
+        `buffers[0]` from now on.
         """
         self.active = 0
         return self.arrays()
 
+    def round(self) -> None:
+        """Have workers see in the current buffer what the masters are now."""
+        for space, master in self.masters.items():
+            round_into(self.seen[space], master)
+
     def load(self, arrays: dict[str, Flat], active: int = 0) -> None:
-        """Take whole arrays by name, those not given being zero; the present parameters are
-        `buffers[active]` from now on.
+        """Take whole arrays by name, those not given being zero; workers see `buffers[active]` from
+        now on.
         """
         self.active = active
         for name, target in self.arrays().items():
             for space, values in target.items():
                 np.copyto(values, arrays[name][space] if name in arrays else 0)
+        self.round()
 
     def write(self, state: dict[str, Flat]) -> None:
-        """Replace whole arrays by name; readers of the present parameters keep them."""
+        """Replace whole arrays by name; workers that see the present parameters keep them."""
         for name, flat in state.items():
-            target = self.spare if name == "params" else self.arrays()[name]
+            target = self.spare | self.masters if name == "params" else self.arrays()[name]
             for space, values in flat.items():
                 np.copyto(target[space], values)
         if "params" in state:
             self.swap()
+            self.round()

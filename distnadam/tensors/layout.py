@@ -19,7 +19,16 @@ import numpy as np
 import optree
 
 from distnadam.errors import StructureError
-from distnadam.tensors.arrays import NAME_OF, SPACE_OF, SPACES, Array, Flat, dtype_of, own_errors
+from distnadam.tensors.arrays import (
+    NAME_OF,
+    SPACE_OF,
+    SPACES,
+    Array,
+    Flat,
+    dtype_of,
+    dtypes_of,
+    own_errors,
+)
 from distnadam.tensors.containers import plain_tree
 from distnadam.tensors.leaves import (
     as_numpy,
@@ -29,6 +38,7 @@ from distnadam.tensors.leaves import (
     memory_of,
     remedy_of,
 )
+from distnadam.tensors.skeleton import decode, encode, in_given_order, skeleton_of
 
 CHUNK = 1024
 """Elements in one piece of the grid on which ranges are cut and norms are summed."""
@@ -72,15 +82,23 @@ class Segment:
 
 
 class Layout:
-    """The tensors of one model and the skeleton of its tree."""
+    """The tensors of one model and the skeleton of its tree.
 
-    def __init__(self, tensors: Sequence[TensorSpec], skeleton: Any) -> None:
+    Attributes:
+        pull_dtypes: the dtype in which workers see the parameters of each space.
+    """
+
+    def __init__(
+        self, tensors: Sequence[TensorSpec], skeleton: Any, pull_dtype: str | None = None
+    ) -> None:
         self.tensors = tuple(tensors)
         self.skeleton = skeleton
+        self._pull_dtype = pull_dtype
         self._other: tuple[Any, list[int]] = (None, [])  # the last other containers, their order
         ends = [(tensor.space, tensor.end) for tensor in self.tensors]
         used = {space for space, _ in ends}
         self.sizes = {s: max(end for space, end in ends if space == s) for s in SPACES if s in used}
+        self.pull_dtypes = dtypes_of(self.sizes, float32=pull_dtype)
 
     @classmethod
     @own_errors()
@@ -104,7 +122,13 @@ class Layout:
             begin, used[space] = used[space], used[space] + array.size
             tensors.append(TensorSpec(path, array.shape, array.dtype.name, begin, used[space]))
         _check_distinct(paths, what="params")
-        return cls(tensors, _skeleton(plain))
+        return cls(tensors, skeleton_of(plain))
+
+    def pulled_in(self, pull_dtype: str | None) -> "Layout":
+        """Return the same layout, whose float32 space workers see in another dtype; None for its
+        own.
+        """
+        return Layout(self.tensors, self.skeleton, pull_dtype)
 
     @cached_property
     def _treespec(self) -> optree.PyTreeSpec:
@@ -126,7 +150,7 @@ class Layout:
 
         Frameworks that match by position list a model's parameters so.
         """
-        return list(_in_given_order(self.skeleton))
+        return list(in_given_order(self.skeleton))
 
     def leaves(self, tree: Any, *, what: str) -> list[Array]:
         """Return the tree's leaves as arrays, in the layout's order.
@@ -229,7 +253,7 @@ class Layout:
         """Return plain data (for msgpack) that `from_dict` takes."""
         return {
             "tensors": [[t.path, list(t.shape), t.dtype, t.begin, t.end] for t in self.tensors],
-            "tree": _encode(self.skeleton),
+            "tree": encode(self.skeleton),
         }
 
     @classmethod
@@ -253,7 +277,7 @@ class Layout:
                 )
             used[SPACE_OF[dtype]] = end
             tensors.append(TensorSpec(path, tuple(shape), dtype, begin, end))
-        layout = cls(tensors, _decode(data["tree"]))
+        layout = cls(tensors, decode(data["tree"]))
         paths, indices = _flatten(layout.skeleton)
         if paths != [t.path for t in tensors] or indices != list(range(len(tensors))):
             raise StructureError("layout: its tree and its list of tensors name different tensors")
@@ -268,7 +292,7 @@ class Layout:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layout, (self.tensors, self.skeleton)
+        return Layout, (self.tensors, self.skeleton, self._pull_dtype)
 
     def _order_of_other_containers(self, tree: Any, what: str) -> list[int]:
         """Return each tensor's index among the leaves of a tree of other containers, by path.
@@ -348,42 +372,6 @@ def _parameter(path: str, leaf: Any) -> Array:
 
 def _leaf(array: Array) -> Any:
     return array if array.shape else array[()]
-
-
-def _skeleton(tree: Any) -> Any:
-    """Return the tree with each leaf replaced by its index."""
-    spec = optree.tree_structure(tree, none_is_leaf=True)
-    return optree.tree_unflatten(spec, range(spec.num_leaves))
-
-
-def _in_given_order(node: Any) -> Iterator[int]:
-    if isinstance(node, int):
-        yield node
-        return
-    for child in node.values() if isinstance(node, dict) else node:
-        yield from _in_given_order(child)
-
-
-def _encode(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {"dict": [[key, _encode(child)] for key, child in node.items()]}
-    if isinstance(node, (list, tuple)):
-        return {"list" if isinstance(node, list) else "tuple": [_encode(child) for child in node]}
-    return node
-
-
-def _decode(data: Any) -> Any:
-    if isinstance(data, int):
-        return data
-    kind, children = (
-        next(iter(data.items())) if isinstance(data, dict) and len(data) == 1 else ("", [])
-    )
-    if kind == "dict":
-        return {key: _decode(child) for key, child in children}
-    if kind in ("list", "tuple"):
-        decoded = [_decode(child) for child in children]
-        return decoded if kind == "list" else tuple(decoded)
-    raise StructureError(f"layout: expected a node of a tree, got {str(data)[:80]!r}")
 
 
 def _snap(target: int, begins: Sequence[int], size: int) -> int:

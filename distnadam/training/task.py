@@ -48,10 +48,16 @@ class Task(Protocol):
         """Return a rank's batch of a step, from 0; equal arguments must give equal batches."""
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
-        """Return the loss and its gradients, in the structure of the read-only `params`."""
+        """Return the loss and its gradients, in the structure of the read-only `params`.
+
+        These are what a worker sees: rounded, if the optimizer has a `pull_dtype`.
+        """
 
     def evaluate(self, params: Any) -> Mapping[str, float]:
-        """Return metrics of the parameters, by name; called in the process that called `fit`."""
+        """Return metrics of the parameters, by name; called in the process that called `fit`.
+
+        They are never rounded to a `pull_dtype`.
+        """
 
 
 def task_name(task: Task) -> str:

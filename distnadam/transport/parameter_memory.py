@@ -16,7 +16,7 @@ from weakref import WeakSet
 import numpy as np
 
 from distnadam.errors import ArenaError, OutOfMemory
-from distnadam.tensors.arrays import Flat, zeros_flat
+from distnadam.tensors.arrays import Dtypes, Flat, dtypes_of, zeros_flat
 from distnadam.transport.shared_memory import (
     POPULATE_READ,
     POPULATE_WRITE,
@@ -57,6 +57,10 @@ class ParameterMemory:
     The holder of a token may write one of the buffers, once: that is not the one that a child
     forked meanwhile goes on from. No function is called unless there was a fork: a step waits.
 
+    Args:
+        sizes: elements per space.
+        dtypes: in which the elements of each space are kept; None for the spaces' own.
+
     Attributes:
         written: the two buffers, writable.
         read: the same two, in pages that cannot be written; None where the system has no such
@@ -66,12 +70,13 @@ class ParameterMemory:
         settled: `forks` when this process last moved.
     """
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int], dtypes: Dtypes | None = None) -> None:
+        dtypes = dtypes_of(sizes) if dtypes is None else dtypes
         self.inside: set[object] = set()
         self.forks = 0
         self.settled = 0
         self._lock = Lock()
-        self._bytes = max(arena_bytes(sizes, 2), mmap.PAGESIZE)
+        self._bytes = max(arena_bytes(sizes, 2, dtypes), mmap.PAGESIZE)
         self.read: tuple[Flat, Flat] | None = None
         try:
             self._writing = self._addresses(mmap.PROT_READ | mmap.PROT_WRITE)
@@ -79,10 +84,12 @@ class ParameterMemory:
             self._move(copy=False)
         except (OSError, ArenaError):
             self._writing = self._reading = mmap.mmap(-1, mmap.PAGESIZE)
-            self.written = (zeros_flat(dict(sizes)), zeros_flat(dict(sizes)))
+            self.written = (zeros_flat(sizes, dtypes), zeros_flat(sizes, dtypes))
             return
-        self.written = flat_in(self._writing, sizes, 0), flat_in(self._writing, sizes, 1)
-        self.read = flat_in(self._reading, sizes, 0), flat_in(self._reading, sizes, 1)
+        first, second = (flat_in(self._writing, sizes, copy, dtypes) for copy in (0, 1))
+        self.written = first, second
+        first, second = (flat_in(self._reading, sizes, copy, dtypes) for copy in (0, 1))
+        self.read = first, second
         _memories.add(self)
 
     def settle(self, token: object) -> None:

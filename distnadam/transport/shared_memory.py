@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import ArenaError
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import Dtypes, Flat, dtypes_of
 from distnadam.tensors.layout import Ranges
 
 _PAGE = mmap.PAGESIZE
@@ -37,32 +37,44 @@ class Arena:
         sizes: elements per space.
         copies: the number of flats, one after the other.
         writable: whether this process may write.
+        dtypes: in which the elements of each space are kept; None for the spaces' own.
     """
 
-    def __init__(self, fd: int, sizes: Mapping[str, int], copies: int, *, writable: bool) -> None:
+    def __init__(
+        self,
+        fd: int,
+        sizes: Mapping[str, int],
+        copies: int,
+        *,
+        writable: bool,
+        dtypes: Dtypes | None = None,
+    ) -> None:
         self.fd = fd
         self._sizes = dict(sizes)
         self._copies = copies
         self._writable = writable
+        self._dtypes = dtypes_of(sizes) if dtypes is None else dtypes
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._map = mmap.mmap(
-            fd, max(arena_bytes(sizes, copies), _PAGE), flags=mmap.MAP_SHARED, prot=access
-        )
+        size = max(arena_bytes(sizes, copies, dtypes), _PAGE)
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=access)
         with suppress(OSError):  # if the system allows huge shared pages; see `doctor`
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.flats = tuple(self.flat(copy) for copy in range(copies))
 
     @classmethod
-    def create(cls, sizes: Mapping[str, int], copies: int = 1) -> "Arena":
+    def create(
+        cls, sizes: Mapping[str, int], copies: int = 1, dtypes: Dtypes | None = None
+    ) -> "Arena":
         """Reserve new zeroed memory.
 
         Raises:
             ArenaError: the machine has not enough; nothing stays reserved.
         """
-        size = max(arena_bytes(sizes, copies), _PAGE)
+        size = max(arena_bytes(sizes, copies, dtypes), _PAGE)
         fd = sealed_memfd(size)
         try:
-            arena = cls(fd, sizes, copies, writable=True)  # owns it, even if not made to its end
+            # owns it, even if not made to its end
+            arena = cls(fd, sizes, copies, writable=True, dtypes=dtypes)
             reserve(arena._map, fd, size)
             return arena
         except (OSError, MemoryError) as error:
@@ -70,14 +82,20 @@ class Arena:
 
     @classmethod
     def attach(
-        cls, fd: int, sizes: Mapping[str, int], copies: int = 1, *, writable: bool = False
+        cls,
+        fd: int,
+        sizes: Mapping[str, int],
+        copies: int = 1,
+        *,
+        writable: bool = False,
+        dtypes: Dtypes | None = None,
     ) -> "Arena":
         """Map memory that another process created; takes `fd` over in any case.
 
         Raises:
             ArenaError: it has another size, is not sealed, or cannot be mapped.
         """
-        size = max(arena_bytes(sizes, copies), _PAGE)
+        size = max(arena_bytes(sizes, copies, dtypes), _PAGE)
         try:
             if (
                 os.fstat(fd).st_size != size
@@ -86,7 +104,7 @@ class Arena:
                 raise ArenaError(
                     f"expected {size} bytes of sealed shared memory, got {os.fstat(fd).st_size}"
                 )
-            return cls(fd, sizes, copies, writable=writable)
+            return cls(fd, sizes, copies, writable=writable, dtypes=dtypes)
         except OSError as error:
             os.close(fd)
             raise ArenaError(f"shared memory cannot be mapped: {error}") from error
@@ -94,28 +112,29 @@ class Arena:
             os.close(fd)
             raise
 
-    def flat(self, copy: int = 0, dtypes: Mapping[str, np.dtype[Any]] | None = None) -> Flat:
+    def flat(self, copy: int = 0, dtypes: Dtypes | None = None) -> Flat:
         """Return one copy's arrays.
 
         Args:
             copy: which of the copies.
             dtypes: by space, another dtype to read its memory in, from the beginning; no wider than
-                the space's.
+                the one that it is kept in.
         """
-        return flat_in(self._map, self._sizes, copy, dtypes)
+        return flat_in(self._map, self._sizes, copy, self._dtypes, dtypes)
 
     def populate(self, ranges: Ranges) -> None:
         """Map the pages of these ranges now, not at first use; failures only cost time."""
         advice = POPULATE_WRITE if self._writable else POPULATE_READ
         for copy in range(self._copies):
-            offset = copy * arena_bytes(self._sizes, 1)
+            offset = copy * arena_bytes(self._sizes, 1, self._dtypes)
             for space, n in self._sizes.items():
-                begin, end = (offset + bound * np.dtype(space).itemsize for bound in ranges[space])
+                dtype = self._dtypes[space]
+                begin, end = (offset + bound * dtype.itemsize for bound in ranges[space])
                 begin -= begin % _PAGE
                 if end > begin:
                     with suppress(OSError, ValueError):
                         self._map.madvise(advice, begin, end - begin)
-                offset += _space_bytes(space, n)
+                offset += _space_bytes(dtype, n)
 
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):
@@ -162,22 +181,29 @@ def flat_in(
     memory: mmap.mmap,
     sizes: Mapping[str, int],
     copy: int,
-    dtypes: Mapping[str, np.dtype[Any]] | None = None,
+    kept: Dtypes,
+    read: Dtypes | None = None,
 ) -> Flat:
-    """Return the arrays of one of several flats that lie in `memory` one after the other; the
-    arguments are those of `Arena.flat`.
+    """Return the arrays of one of several flats that lie in `memory` one after the other.
+
+    Args:
+        memory: the flats'.
+        sizes: elements per space.
+        copy: which of the flats.
+        kept: the dtype in which each space is kept.
+        read: as `Arena.flat`'s `dtypes`.
     """
-    arrays, offset = {}, copy * arena_bytes(sizes, 1)
+    arrays, offset = {}, copy * arena_bytes(sizes, 1, kept)
     for space, n in sizes.items():
-        dtype = np.dtype(space) if dtypes is None else dtypes.get(space, np.dtype(space))
-        arrays[space] = np.frombuffer(memory, dtype, n, offset)
-        offset += _space_bytes(space, n)
+        arrays[space] = np.frombuffer(memory, (read or {}).get(space, kept[space]), n, offset)
+        offset += _space_bytes(kept[space], n)
     return arrays
 
 
-def arena_bytes(sizes: Mapping[str, int], copies: int = 1) -> int:
-    """Return the bytes that an arena of these sizes takes."""
-    return copies * sum(_space_bytes(space, n) for space, n in sizes.items())
+def arena_bytes(sizes: Mapping[str, int], copies: int = 1, dtypes: Dtypes | None = None) -> int:
+    """Return the bytes that an arena of these sizes takes, in the spaces' own dtypes or others."""
+    kept = dtypes_of(sizes) if dtypes is None else dtypes
+    return copies * sum(_space_bytes(kept[space], n) for space, n in sizes.items())
 
 
 def available_bytes() -> int:
@@ -206,8 +232,8 @@ def _cgroup_room() -> list[int]:
     return []
 
 
-def _space_bytes(space: str, n: int) -> int:
-    return -(-n * np.dtype(space).itemsize // _PAGE) * _PAGE
+def _space_bytes(dtype: np.dtype[Any], n: int) -> int:
+    return -(-n * dtype.itemsize // _PAGE) * _PAGE
 
 
 def _mib(size: int) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.messages import Leave, Message, RoundResult
-from distnadam.tensors.arrays import Flat, cut_flat
+from distnadam.tensors.arrays import Dtypes, Flat, cut_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address, Connection, connect, use_batch_scheduling
 from distnadam.transport.shared_memory import Arena
@@ -35,12 +35,19 @@ class ShmClient:
         ranges: what each shard holds.
         rank: the worker's rank.
         incarnation: the worker's incarnation.
+        pull_dtypes: the layout's; None for the spaces' own.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], ranges: list[Ranges], rank: int, incarnation: int
+        self,
+        sizes: Mapping[str, int],
+        ranges: list[Ranges],
+        rank: int,
+        incarnation: int,
+        pull_dtypes: Dtypes | None = None,
     ) -> None:
         self._sizes = sizes
+        self._pull_dtypes = pull_dtypes
         self._ranges = ranges
         self._rank = rank
         self._incarnation = incarnation
@@ -100,7 +107,9 @@ class ShmClient:
                     f"shard {shard} keeps its parameters in another arena than its neighbours"
                 )
             if not known:  # no shard writes to an earlier arena any more
-                self._parameters = Arena.attach(fds.pop(), self._sizes, copies=2)
+                self._parameters = Arena.attach(
+                    fds.pop(), self._sizes, copies=2, dtypes=self._pull_dtypes
+                )
         except DistNadamError:
             connection.close()
             raise

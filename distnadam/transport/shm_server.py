@@ -23,12 +23,13 @@ def parameter_arena(spec: ShardSpec, neighbour: Address | None) -> Arena:
         LaneError: the neighbour cannot be reached.
         ArenaError: the memory is not available.
     """
+    sizes, dtypes = spec.layout.sizes, spec.layout.pull_dtypes
     if neighbour is None:
-        arena = Arena.create(spec.layout.sizes, copies=2)
+        arena = Arena.create(sizes, copies=2, dtypes=dtypes)
     else:
         connection, _, fds = connect(neighbour, {"rank": None}, [])
         connection.close()
-        arena = Arena.attach(fds[0], spec.layout.sizes, copies=2, writable=True)
+        arena = Arena.attach(fds[0], sizes, copies=2, writable=True, dtypes=dtypes)
     arena.populate(spec.ranges)
     return arena
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from distnadam.errors import DistNadamError, LaneError
 from distnadam.protocol.codec import HEADER, pack, unpack
 from distnadam.protocol.messages import Push, RoundResult, TotalNorms
-from distnadam.tensors.arrays import empty_flat
+from distnadam.tensors.arrays import Dtypes, empty_flat
 from distnadam.tensors.layout import Ranges, sizes_of
 from distnadam.transport.tcp_connection import (
     HANDSHAKE_S,
@@ -34,9 +34,11 @@ class TcpClient:
     Args:
         rank: the worker's rank.
         incarnation: the worker's incarnation.
+        pull_dtypes: the layout's; None for the spaces' own.
     """
 
-    def __init__(self, rank: int, incarnation: int) -> None:
+    def __init__(self, rank: int, incarnation: int, pull_dtypes: Dtypes | None = None) -> None:
+        self.pull_dtypes = pull_dtypes
         self._rank = rank
         self._incarnation = incarnation
         self._lines: dict[int, _Line] = {}
@@ -184,7 +186,7 @@ class _Line(Receiver):
         number, answer = unpack(message)
         parts: Parts = ()
         if isinstance(answer, RoundResult):
-            parameters = empty_flat(self._sizes)
+            parameters = empty_flat(self._sizes, self._client.pull_dtypes)
             parts = parts_of(parameters)
             answer = replace(answer, parameters=parameters)
         check_bytes(parts, num_bytes)

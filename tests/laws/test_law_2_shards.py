@@ -13,7 +13,7 @@ import optree
 import pytest
 
 from distnadam import DistNadam, Options
-from tests.models import bits, gradients, leaves, params, run
+from tests.models import bits, drifting, gradients, leaves, params, run, run_drifting
 
 CLIPS = [{}, {"clipnorm": 0.7}, {"global_clipnorm": 1.5, "clipvalue": 0.01}, {"clipvalue": 0.05}]
 STEPS = 4
@@ -149,6 +149,57 @@ def test_groups_have_the_local_bits_over_ray(transport: Any, ray_cluster: None) 
     options = Options(transport=transport)
     found = stepped_in_groups(2, 2, "ray", num_shards=2, options=options)
     assert found == stepped_with_means(2, 2)
+
+
+def masters(optimizer: DistNadam) -> list[Any]:
+    """Each tensor's parameters in the dtype of their space."""
+    flat = optimizer.shards.read(("params",))[1]["params"]
+    return optimizer.shards.layout.views(flat)
+
+
+def rounded(master: Any) -> Any:
+    return master.astype(ml_dtypes.bfloat16) if master.dtype == np.float32 else master
+
+
+@cache
+def stepped_on_rounded() -> list[bytes]:
+    """The bits where the caller rounds the masters, computes all gradients from that, and averages
+    them.
+    """
+    with DistNadam(backend="local", clipnorm=0.7).build(params()) as optimizer:
+        unflatten = optimizer.shards.layout.unflatten
+        for step in range(STEPS):
+            seen = unflatten(map(rounded, masters(optimizer)))
+            first, second = (leaves(drifting(step, rank, seen)) for rank in range(2))
+            means = [
+                (a.astype(space.dtype) + b.astype(space.dtype)) / space.dtype.type(2)
+                for a, b, space in zip(first, second, masters(optimizer), strict=True)
+            ]
+            optimizer.apply_gradients(unflatten(means))
+        return bits(optimizer)
+
+
+@pytest.mark.on_ray("ray-2-fused-auto")
+@pytest.mark.parametrize("transport", ["auto", "objects"])
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+@pytest.mark.parametrize("num_shards", [1, 2, 7])
+def test_workers_that_see_rounded_parameters_lead_to_the_bits_of_rounding_the_master(
+    num_shards: int, kernel: Any, transport: Any, backend: str
+) -> None:
+    options = Options(threads=2, kernel=kernel, transport=transport)
+    with DistNadam(
+        num_shards=num_shards,
+        num_workers=2,
+        backend=backend,
+        options=options,
+        clipnorm=0.7,
+        pull_dtype="bfloat16",
+    ).build(params()) as optimizer:
+        run_drifting(optimizer, 0, STEPS)
+        with optimizer.worker(0) as worker:
+            seen = [np.asarray(leaf).tobytes() for leaf in leaves(worker.pull())]
+        assert seen == [rounded(master).tobytes() for master in masters(optimizer)]
+        assert bits(optimizer) == stepped_on_rounded()
 
 
 def in_half_precision(step: int, rank: int, dtype: Any) -> Any:

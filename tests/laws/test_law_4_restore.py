@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam import DistNadam
-from tests.models import bits, params, run
+from tests.models import bits, params, run, run_drifting
 
 
 def undisturbed(steps: int, num_workers: int = 2, **config: Any) -> list[bytes]:
@@ -46,6 +46,35 @@ def test_a_restored_run_ends_with_the_undisturbed_bits(
             assert bits(optimizer) == undisturbed(5, **config)
 
     check()
+
+
+@cache
+def undisturbed_of_rounded(steps: int) -> tuple[bytes, ...]:
+    with DistNadam(num_workers=2, backend="local", pull_dtype="bfloat16").build(
+        params()
+    ) as optimizer:
+        run_drifting(optimizer, 0, steps)
+        return tuple(bits(optimizer))
+
+
+@pytest.mark.on_ray
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (7, 2)])
+def test_a_restored_run_whose_workers_see_rounded_parameters_keeps_the_masters(
+    before: int, after: int, backend: str, tmp_path: Path
+) -> None:
+    with DistNadam(num_shards=before, num_workers=2, backend="local", pull_dtype="bfloat16").build(
+        params()
+    ) as optimizer:
+        run_drifting(optimizer, 0, 2)
+        optimizer.save(tmp_path)
+        assert tuple(bits(optimizer)) == undisturbed_of_rounded(2)
+    with DistNadam.restore(tmp_path, num_shards=after, backend=backend) as optimizer:
+        assert optimizer.get_config()["pull_dtype"] == "bfloat16"
+        assert tuple(bits(optimizer)) == undisturbed_of_rounded(2)
+        run_drifting(optimizer, 2, 3)
+        optimizer.reshard(before)
+        run_drifting(optimizer, 3, 4)
+        assert tuple(bits(optimizer)) == undisturbed_of_rounded(4)
 
 
 _MOVES = st.one_of(

@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter, deque
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def gradient(number: int, rank: int, incarnation: int, params: Any, attempt: int
         .standard_normal(SIZE)
         .astype(np.float32)
     )
-    return noise + np.float32(0.1) * params
+    return noise + np.float32(0.1) * params.astype(np.float32)
 
 
 class FaultsAgainstOneProcess(RuleBasedStateMachine):
@@ -97,6 +97,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             ]
         ),
         clip=st.sampled_from([{}, {"clipnorm": 1.0}]),
+        pull_dtype=st.sampled_from([None, "bfloat16"]),
         objects=st.booleans(),
         hosts=st.integers(1, 3),
     )
@@ -106,11 +107,12 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         replicas: int,
         gone: dict[str, Any],
         clip: dict[str, float],
+        pull_dtype: Literal["bfloat16"] | None,
         objects: bool,
         hosts: int,
     ) -> None:
         self.root = Path(tempfile.mkdtemp())
-        config = NadamConfig(clipvalue=0.5, **clip)
+        config = NadamConfig(clipvalue=0.5, pull_dtype=pull_dtype, **clip)
         self.options = Options(
             step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone
         )

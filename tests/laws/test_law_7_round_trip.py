@@ -1,5 +1,6 @@
 """Law 7: set_weights(get_weights()) and from_config(get_config()) change nothing, to the bit."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +36,21 @@ def test_set_weights_of_get_weights_changes_nothing_and_neither_does_what_follow
         assert bits(optimizer) == after
 
 
+def test_parameters_that_workers_see_rounded_are_got_and_set_unrounded() -> None:
+    kernel = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
+    with DistNadam(num_shards=3, backend="local", pull_dtype="bfloat16").build([kernel]) as one:
+        worker = one.worker(0)
+        seen = worker.step([kernel])[0].tobytes()
+        before = bits(one)
+        one.set_params(one.get_params())
+        one.set_weights(one.get_weights())
+        assert bits(one) == before
+        assert worker.pull()[0].tobytes() == seen
+        master = one.get_params()[0]
+        assert master.astype(ml_dtypes.bfloat16).tobytes() == seen
+        assert not np.array_equal(master.astype(ml_dtypes.bfloat16), master)
+
+
 def test_weights_and_parameters_move_to_another_optimizer_whole(backend: str) -> None:
     with (
         DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as one,
@@ -57,6 +73,7 @@ def test_from_config_of_get_config_is_the_same_optimizer(lr: object) -> None:
         beta_1=0.8,
         clipnorm=1.0,
         sum_group=2,
+        pull_dtype="bfloat16",
         num_shards=3,
         num_workers=4,
         backend="local",

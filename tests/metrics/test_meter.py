@@ -11,6 +11,7 @@ from distnadam import DistNadam
 from distnadam.metrics.meter import BOUNDS_S, Meter, Seconds, Traffic, shard_bytes, shard_samples
 from distnadam.metrics.table import METRICS
 from distnadam.protocol.messages import Describe
+from distnadam.tensors.arrays import dtypes_of
 
 
 def test_a_duration_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() -> None:
@@ -37,17 +38,18 @@ def test_a_sample_of_too_many_durations_has_exact_proportions_in_the_long_run(
     assert np.abs(sampled - wanted).max() < 1.001
 
 
-def test_traffic_depends_on_how_each_shard_is_reached_and_on_the_gradients_dtype() -> None:
+def test_traffic_depends_on_how_each_shard_is_reached_and_on_the_dtypes_of_both_ways() -> None:
     meter = Meter(None)
     ranges = [
         {"float32": (0, 1000), "float64": (0, 0)},
         {"float32": (1000, 1500), "float64": (0, 10)},
     ]
     gradients = {"float32": np.empty(1500, np.float16), "float64": np.empty(10)}
-    traffic = Traffic.of(ranges, frozenset({0}), frozenset({1}), gradients)
+    own, rounded = dtypes_of(gradients), dtypes_of(gradients, float32="bfloat16")
+    traffic = Traffic.of(ranges, frozenset({0}), frozenset({1}), gradients, own)
     traffic.pushed, traffic.pulled = 3, 2
     meter.traffic.append(traffic)
-    meter.traffic.append(Traffic.of(ranges, frozenset({0, 1}), frozenset(), gradients))
+    meter.traffic.append(Traffic.of(ranges, frozenset({0, 1}), frozenset(), gradients, own))
     moved = {
         tuple(tags.values()): value
         for name, tags, value in meter.samples()
@@ -59,12 +61,15 @@ def test_traffic_depends_on_how_each_shard_is_reached_and_on_the_gradients_dtype
         ("lane", "pull"): 2 * 4000,
         ("object", "pull"): 2 * (2000 + 80),
     }
+    half = Traffic.of(ranges, frozenset({0}), frozenset({1}), gradients, rounded)
+    assert half.pull_bytes == {"lane": 2000, "object": 1000 + 80}
 
 
 def test_what_goes_by_tcp_is_counted_by_the_shard_and_not_by_the_worker() -> None:
     ranges = [{"float32": (0, 1000)}, {"float32": (1000, 1500)}]
     gradients = {"float32": np.ones(1500, np.float32)}
-    traffic = Traffic.of(ranges, frozenset({0}), frozenset(), gradients)
+    dtypes = dtypes_of(gradients)
+    traffic = Traffic.of(ranges, frozenset({0}), frozenset(), gradients, dtypes)
     assert traffic.push_bytes == traffic.pull_bytes == {"lane": 4000, "object": 0}
     with DistNadam(backend="local").build({"w": gradients["float32"]}) as optimizer:
         backend: Any = optimizer.shards.backend

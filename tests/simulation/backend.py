@@ -239,7 +239,7 @@ def begin_world(
     hosts: int = 1,
 ) -> tuple[World, Layout]:
     """Return a world whose shards hold one tensor `w` of float32."""
-    layout = Layout.of({"w": initial})
+    layout = Layout.of({"w": initial}).pulled_in(config.pull_dtype)
     cuts = layout.cuts(num_shards)
     specs = [
         ShardSpec(

@@ -14,7 +14,7 @@ from distnadam.config import NadamConfig, Options
 from distnadam.protocol.messages import Describe, Join, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load
 from distnadam.runtime.shard_host import ShardHost
-from distnadam.tensors.arrays import Flat, cut_flat
+from distnadam.tensors.arrays import Dtypes, Flat, cut_flat
 from distnadam.tensors.layout import Layout
 from distnadam.transport.tcp_client import TcpClient
 from distnadam.transport.tcp_connection import Endpoint
@@ -42,7 +42,7 @@ class Shard:
             name=None,
             config=config,
             options=Options(),
-            layout=LAYOUT,
+            layout=LAYOUT.pulled_in(config.pull_dtype),
             ranges=CUTS[index],
         )
         self.host = ShardHost(self.spec)
@@ -68,7 +68,8 @@ class Shards:
         return incarnation
 
     def worker(self, rank: int) -> "Worker":
-        worker = Worker(rank, self.join(rank))
+        dtypes = self.all[0].spec.layout.pull_dtypes
+        worker = Worker(rank, self.join(rank), dtypes)
         for shard in self.all:
             worker.client.open(shard.spec.index, shard.endpoint, shard.spec.ranges)
         return worker
@@ -83,10 +84,10 @@ class Shards:
 
 
 class Worker:
-    def __init__(self, rank: int, incarnation: int) -> None:
+    def __init__(self, rank: int, incarnation: int, dtypes: Dtypes | None = None) -> None:
         self.rank = rank
         self.incarnation = incarnation
-        self.client = TcpClient(rank, incarnation)
+        self.client = TcpClient(rank, incarnation, dtypes)
 
     def pushes(self, round: int, gradients: Flat) -> dict[int, Push]:
         return {

@@ -14,7 +14,7 @@ import pytest
 from distnadam.config import NadamConfig
 from distnadam.errors import LaneError, StaleEpoch, SupersededWorker
 from distnadam.protocol.messages import Push, TotalNorms
-from distnadam.tensors.arrays import Flat, cut_flat
+from distnadam.tensors.arrays import BFLOAT16, Flat, cut_flat
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_server import TcpServer
@@ -95,6 +95,29 @@ def test_both_ends_count_the_bytes_to_and_from_each_host(shards: Shards) -> None
     assert payload < sent == received < 1.01 * payload, "both ends are in this process"
     for worker in workers:
         worker.client.close()
+
+
+@pytest.mark.parametrize("gradient", ["float32", "float16", BFLOAT16], ids=str)
+@pytest.mark.parametrize("pull_dtype", [None, "bfloat16"])
+def test_half_precision_takes_half_the_bytes_between_hosts_on_either_way(
+    gradient: Any, pull_dtype: Any
+) -> None:
+    shards = Shards(NadamConfig(pull_dtype=pull_dtype))
+    workers = [shards.worker(0), shards.worker(1)]
+    begin = host_traffic().by_host()["127.0.0.1"][0]
+    numbers = [worker.push(1, gradients(0, worker.rank, gradient)) for worker in workers]
+    answers = [worker.collect(number) for worker, number in zip(workers, numbers, strict=True)]
+    sent = host_traffic().by_host()["127.0.0.1"][0] - begin
+    pushed, pulled = np.dtype(gradient), BFLOAT16 if pull_dtype else np.dtype(np.float32)
+    elements = {space: 2 * array.size for space, array in PARAMS.items()}  # of both workers
+    payload = elements["float32"] * (pushed.itemsize + pulled.itemsize) + elements["float64"] * 16
+    assert payload < sent < payload + 4000
+    for shard in shards.all:
+        master = shard.host.shard.state.params["float32"]
+        for answer in answers:
+            seen = answer[shard.spec.index].parameters["float32"]
+            assert seen.dtype == pulled and seen.tobytes() == master.astype(pulled).tobytes()
+        shard.close()
 
 
 def test_what_a_connection_moved_still_counts_when_it_has_ended() -> None:

@@ -101,6 +101,7 @@ class RayShardTransport(ShardTransport):
             sizes=layout.sizes,
             addresses=lambda: self.addresses if shared else [],
             endpoints=self._endpoints,
+            pull_dtypes=layout.pull_dtypes,
         )
         return RayWorkerChannel(self, owner, ranges, incarnation)
 

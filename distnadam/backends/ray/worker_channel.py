@@ -14,7 +14,7 @@ from distnadam.backends.base import Pending, Routes, ShardTransport, WorkerChann
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.messages import Push, RoundResult, TotalNorms
-from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.arrays import Dtypes, Flat, empty_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.shm_channel import ShmClient
 from distnadam.transport.tcp_client import TcpClient
@@ -48,6 +48,7 @@ class ChannelOwner:
         sizes: elements of the whole model per space.
         addresses: returns where the shards are now; [] if all goes by the transport.
         endpoints: returns where shards of other nodes listen, or why they do not.
+        pull_dtypes: the layout's; None for the spaces' own.
     """
 
     node: str
@@ -55,6 +56,7 @@ class ChannelOwner:
     sizes: dict[str, int]
     addresses: Callable[[], list[ProcessAddress]]
     endpoints: Callable[[Collection[int]], Mapping[int, Endpoint | LaneError]]
+    pull_dtypes: Dtypes | None = None
 
 
 class RayWorkerChannel(WorkerChannel):
@@ -79,7 +81,7 @@ class RayWorkerChannel(WorkerChannel):
         self._ranges = ranges
         self._incarnation = incarnation
         self._shm: ShmClient | None = None
-        self._tcp = TcpClient(owner.rank, incarnation)
+        self._tcp = TcpClient(owner.rank, incarnation, owner.pull_dtypes)
         self._reopen_s = _REOPEN_S
         self._reopen_at = 0.0
         self._failures: list[str] = []
@@ -151,7 +153,11 @@ class RayWorkerChannel(WorkerChannel):
         }
         if near and self._shm is None and self._gradients is None:
             self._shm = ShmClient(
-                self._owner.sizes, self._ranges, self._owner.rank, self._incarnation
+                self._owner.sizes,
+                self._ranges,
+                self._owner.rank,
+                self._incarnation,
+                self._owner.pull_dtypes,
             )
         if self._shm is None:
             return
