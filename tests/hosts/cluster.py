@@ -165,8 +165,9 @@ class Cluster:
             self._nodes.pop(host.number).communicate()
             self.hosts.remove(host)
             self.struck.discard(host)
-        for host in sorted(self.struck, key=lambda host: host.number):
-            self.restart(host)
+        for host in self.hosts:
+            if host in self.struck or self.ended(host):  # Ray's head may have given one up
+                self.restart(host)
         return True
 
     def ended(self, host: Host) -> bool:

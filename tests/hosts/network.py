@@ -45,7 +45,9 @@ def _why_not() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [
-        tool for tool in ("ip", "tc", "unshare", "nsenter", "mount") if shutil.which(tool) is None
+        tool
+        for tool in ("ip", "ss", "tc", "unshare", "nsenter", "mount")
+        if shutil.which(tool) is None
     ]
     if missing:
         return f"{', '.join(missing)} not found: install iproute2 and util-linux"
@@ -113,7 +115,7 @@ class Host:
         """Drop everything that this host sends."""
         _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", "root", "blackhole"))
 
-    def shape(self, bits_per_s: float) -> None:
+    def shape(self, bits_per_s: float, *, burst_bytes: int = BURST_BYTES) -> None:
         """Limit the bits per second in each direction, after an initial burst."""
         tbf = [
             "root",
@@ -121,12 +123,33 @@ class Host:
             "rate",
             f"{bits_per_s:.0f}bit",
             "burst",
-            str(BURST_BYTES),
+            str(burst_bytes),
             "latency",
             "50ms",
         ]
         _do(_inside(self.holder, "tc", "qdisc", "replace", "dev", "eth0", *tbf))
         _do(_inside(self.switch, "tc", "qdisc", "replace", "dev", self.port, *tbf))
+
+    def lose_and_reorder(self, lost: float, late: float) -> None:
+        """Drop a share of the packets of each direction, and let a share be overtaken.
+
+        A classic BPF program draws a class for each packet at random: one is a black hole, one a
+        slow lane.
+        """
+        first = round(2**32 * (1 - lost - late))
+        second = round(2**32 * (1 - lost))
+        draw = "32 0 0 4294963256"  # a random number
+        program = (
+            f"7,{draw},53 1 0 {first},6 0 0 65537,53 1 0 {second},6 0 0 65538,6 0 0 65539,6 0 0 0"
+        )
+        for pid, device in ((self.holder, "eth0"), (self.switch, self.port)):
+            tc = f"tc qdisc replace dev {device} root handle 1: htb default 1 r2q 1000000"
+            for number, rate in ((1, "10gbit"), (2, "4mbit burst 200 cburst 200"), (3, "10gbit")):
+                tc += f" && tc class add dev {device} parent 1: classid 1:{number} htb rate {rate}"
+            tc += f" && tc qdisc add dev {device} parent 1:2 pfifo limit 20"
+            tc += f" && tc qdisc add dev {device} parent 1:3 blackhole"
+            tc += f" && tc filter add dev {device} parent 1: protocol all bpf bytecode '{program}'"
+            _do(_inside(pid, "sh", "-c", tc))
 
     def unshape(self) -> None:
         """Remove all limits and losses."""
@@ -143,6 +166,24 @@ class Host:
                 fields = numbers.split()
                 return int(fields[0]), int(fields[8])
         raise OSError(f"host {self.number} has no cable")
+
+    # Its connections
+
+    def listening(self, first: int, last: int) -> list[int]:
+        """Return the TCP ports of a range at which its processes listen."""
+        lines = self._ss("-ltnH", f"( sport >= :{first} and sport <= :{last} )")
+        return sorted({int(line.split()[3].rpartition(":")[2]) for line in lines})
+
+    def reset(self, first: int, last: int) -> None:
+        """Reset its connections from and to a range of ports."""
+        for end in ("sport", "dport"):
+            self._ss("-K", "-tnH", f"( {end} >= :{first} and {end} <= :{last} )")
+
+    def _ss(self, *args: str) -> list[str]:
+        done = subprocess.run(
+            _inside(self.holder, "ss", *args), capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
 
     # Its processes
 

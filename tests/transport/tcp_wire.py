@@ -268,7 +268,7 @@ def _lie_of_length(frames: list[bytes], rng: random.Random) -> None:
         length = rng.choice([*_HUGE, max(0, length - 1), length + 1])
     else:
         behind = rng.choice([*_HUGE, 1 << 40, (1 << 64) - 1, max(0, behind - 1), behind + 1])
-    frames[at] = HEAD.pack(min(length, (1 << 32) - 1), behind) + frames[at][HEAD.size :]
+    frames[at] = HEAD.pack(length % (1 << 32), behind % (1 << 64)) + frames[at][HEAD.size :]
 
 
 def _flip(data: bytearray, rng: random.Random) -> None:

@@ -16,6 +16,8 @@ import pytest
 from distnadam.errors import LaneError
 from distnadam.protocol.codec import HEADER, pack
 from distnadam.protocol.messages import RoundResult
+from distnadam.transport import tcp_listener
+from distnadam.transport.tcp_server import TcpServer
 from tests.certificates import certificates
 from tests.transport.tcp_shards import ANSWER_S, CUTS, Shards, Worker, gradients, is_hung_up_on
 
@@ -74,6 +76,39 @@ def test_a_stranger_is_hung_up_on_and_the_others_are_served_on(
         assert is_hung_up_on(stranger)
     numbers = [worker.push(1, gradients(0, worker.rank)) for worker in workers]
     assert {a.round for a in workers[0].collect(numbers[0]).values()} == {1}
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_stranger_who_says_nothing_is_hung_up_on_in_time(
+    tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (certificates(tmp_path) if tls else {}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tcp_listener, "HANDSHAKE_S", 0.2)
+    shards = Shards()
+    began = time.monotonic()
+    place = (shards.all[0].endpoint.host, shards.all[0].endpoint.port)
+    with socket.create_connection(place, ANSWER_S) as stranger:
+        while not is_hung_up_on(stranger):
+            pass
+    assert 0.1 < time.monotonic() - began < 5.0
+    shards.close()
+
+
+@pytest.mark.parametrize(("host", "other"), [("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1")])
+def test_a_shard_listens_at_its_own_address_alone_with_a_secret_of_its_own(
+    host: str, other: str, shards: Shards
+) -> None:
+    spec, worker = shards.all[0].spec, Worker(0, 1)
+    servers = [TcpServer(spec, shards.all[0].host.deliver, host, None) for _ in range(2)]
+    secrets = {server.endpoint.secret for server in servers}
+    assert len(secrets) == 2 and all(len(secret) == 32 for secret in secrets)
+    worker.client.open(0, servers[0].endpoint, CUTS[0])
+    assert 0 in worker.client
+    with pytest.raises(LaneError, match="cannot be reached"):
+        worker.client.open(0, replace(servers[0].endpoint, host=other), CUTS[0])
+    for server in servers:
+        server.close()
 
 
 @pytest.mark.parametrize("tls", [False, True])
