@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.nodes import NAMESPACE
-from distnadam.backends.ray.output import PREFIX
+from distnadam.backends.ray.output import PREFIX, SHARD, SUPERVISOR, WORKER
 from distnadam.backends.ray.placement import Avoid, Placement, placement_options, shard_ask
 from distnadam.backends.ray.process_manager import ActorFactory
 from distnadam.backends.ray.processes import end_processes, process_start_time
@@ -56,7 +56,7 @@ def make_shard(
     avoid: Avoid,
 ) -> Any:
     """Return a new actor for a shard or its standby, to be opened."""
-    title = _titled(ShardActor, spec.name or "", "shard", spec.index)
+    title = _titled(ShardActor, spec.name or "", SHARD, spec.index)
     return title.options(**_actor_options(spec, label, avoid)).remote(spec, supervisor)
 
 
@@ -96,7 +96,7 @@ def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
             ray.get_runtime_context().get_node_id(), soft=False
         )
     return (
-        _titled(SupervisorActor, specs[0].name or "", "supervisor")
+        _titled(SupervisorActor, specs[0].name or "", SUPERVISOR)
         .options(**asked)
         .remote(specs, replicas, ActorFactory(make_shard, kill_on, start_time_on))
     )
@@ -127,7 +127,7 @@ def make_member(
     )
     asked = placement_options(wanted, ray.nodes())
     return (
-        _titled(RankActor, "worker", rank)
+        _titled(RankActor, WORKER, rank)
         .options(**asked, num_cpus=options.worker_cpus, max_restarts=0)
         .remote(make, rank)
     )

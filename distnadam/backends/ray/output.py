@@ -21,6 +21,8 @@ _HANDLER = "ray_print_logs"
 """What Ray calls its own handler of lines, which it removes when it disconnects."""
 PREFIX = "distnadam"
 """Begins the names of our actors."""
+ROLES = SHARD, SUPERVISOR, WORKER = "Shard", "Supervisor", "Worker"
+"""How a process's title says what it is; messages say so in small letters."""
 _RAYS_OWN = ("raylet", "autoscaler", "gcs_server")
 _QUIET_S = 0.3
 _DRAIN_S = 2.0
@@ -46,7 +48,9 @@ class Output:
         name = data.get("actor_name") or data.get("task_name") or f"process {data.get('pid')}"
         for line in data.get("lines", ()):
             self._last_s = time.monotonic()
-            where = f"{name.removeprefix(PREFIX).strip()} on {data.get('ip')}"
+            words = name.removeprefix(PREFIX).split()
+            who = " ".join(word.lower() if word in ROLES else word for word in words)
+            where = f"{who} on {data.get('ip')}"
             _print(f"{where}: {line}", is_error=bool(data.get("is_err")))
 
     def keep(self, lines: Iterable[str]) -> None:

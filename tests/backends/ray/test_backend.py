@@ -149,7 +149,7 @@ def our_processes() -> dict[int, str]:
 def roles(name: str) -> set[str]:
     """The titles of an optimizer's two shards and its supervisor."""
     begin = " ".join(filter(None, ["ray::distnadam", name]))
-    return {f"{begin} {role}" for role in ("shard 0", "shard 1", "supervisor")}
+    return {f"{begin} {role}" for role in ("Shard 0", "Shard 1", "Supervisor")}
 
 
 def wait_until_none_is_left() -> None:

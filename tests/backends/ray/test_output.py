@@ -8,7 +8,7 @@ import pytest
 from distnadam.backends.ray.output import Output
 
 
-def lines(*said: str, actor: str = "distnadam worker 1", pid: str = "7", **more: Any) -> Any:
+def lines(*said: str, actor: str = "distnadam Worker 1", pid: str = "7", **more: Any) -> Any:
     """What Ray's log monitor sends."""
     return {
         "ip": "10.0.0.2",
@@ -25,7 +25,7 @@ def test_each_line_says_who_said_it_and_on_which_host(
 ) -> None:
     output = Output(tmp_path / "reports")
     output.take(lines("one", "", "two [b]"))
-    output.take(lines("a warning", actor="distnadam run-3 shard 0", is_err=True))
+    output.take(lines("a warning", actor="distnadam run-3 Shard 0", is_err=True))
     output.take(lines("a task of the user's", actor="", task_name="load"))
     output.take(lines("nobody knows", actor=""))
     out, err = capsys.readouterr()
