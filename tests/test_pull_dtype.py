@@ -1,5 +1,6 @@
 """`pull_dtype`: every worker sees the float32 masters rounded to bfloat16, and nobody else does."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def test_pull_step_parameters_and_tickets_show_each_worker_the_rounded_masters(
         check_seen(worker.pull(), optimizer)
         check_seen(worker.step(worker.pull()), optimizer)
         check_seen(optimizer.worker(0).pull(), optimizer)
+
+
+def test_where_pages_cannot_be_protected_workers_get_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with built() as optimizer:
+        worker = optimizer.worker(0)
+        check_seen(worker.pull(), optimizer)
+        check_seen(worker.step(PARAMS), optimizer)
 
 
 def test_views_of_a_round_stay_until_the_next_but_one_and_copy_nothing() -> None:

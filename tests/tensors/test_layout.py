@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnadam.errors import StructureError
+from distnadam.tensors.arrays import BFLOAT16
 from distnadam.tensors.layout import CHUNK, Layout
 
 SHAPES = st.one_of(
@@ -90,6 +91,15 @@ def test_a_tree_comes_back_as_it_was_and_a_layout_survives_plain_data(tree: Any,
     again = Layout.from_dict(layout.to_dict())
     assert again == layout
     assert again.cuts(3) == layout.cuts(3)
+
+
+def test_what_workers_see_rounded_travels_with_a_layout_and_makes_no_other() -> None:
+    layout = Layout.of([np.ones(3, np.float32), np.ones(2)])
+    rounded = layout.pulled_in("bfloat16")
+    assert rounded == layout and rounded.to_dict() == layout.to_dict()
+    for kept in (rounded, pickle.loads(pickle.dumps(rounded))):
+        assert kept.pull_dtypes == {"float32": BFLOAT16, "float64": np.float64}
+    assert layout.pull_dtypes == {"float32": np.float32, "float64": np.float64}
 
 
 def test_dict_keys_are_sorted_and_paths_name_the_leaves() -> None:
