@@ -225,7 +225,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         do not change until the next round but one is applied, so a round's own gradient can still
         be computed from them after it was pushed.
         """
-        if not self.session.in_sync or self._lacks_parameters:
+        if not (self.session.in_sync and self.session.is_readable) or self._lacks_parameters:
             return self.pull()
         self._require_open()
         return self._view.tree(self.session.channel.parameters, self.session.buffer)

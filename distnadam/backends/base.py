@@ -13,7 +13,7 @@ from typing import Any
 
 from distnadam.config import Options
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Message, Push, ShardSpec, TotalNorms
+from distnadam.protocol.messages import Message, Pull, Push, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -52,11 +52,13 @@ class WorkerChannel(ABC):
     """One worker's connection to all shards.
 
     `parameters` are both buffers of the whole model's parameters if the worker shares them with
-    every shard; if None, answers carry the parameters. `routes` is a new object whenever a shard is
-    reached in another way; None if bytes never move.
+    every shard; if None, answers carry the parameters. `relayed` are the shards whose parameters
+    are in that memory only once an answer has come by this channel. `routes` is a new object
+    whenever a shard is reached in another way; None if bytes never move.
     """
 
     parameters: tuple[Flat, Flat] | None = None
+    relayed: frozenset[int] = frozenset()
     routes: Routes | None = None
 
     @property
@@ -65,10 +67,15 @@ class WorkerChannel(ABC):
         """The memory that the worker writes its gradients into, always the same."""
 
     @abstractmethod
-    def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
-        """Send each shard its push or norms without waiting.
+    def post(
+        self, messages: Mapping[int, Push] | Mapping[int, TotalNorms] | Mapping[int, Pull]
+    ) -> Pending:
+        """Send each shard its message without waiting.
 
         A push's gradients are views of `gradients`.
+
+        Raises:
+            ShardLost: a connection has ended since `reconnect`.
         """
 
     @abstractmethod

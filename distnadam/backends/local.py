@@ -27,7 +27,7 @@ from distnadam.config import Options
 from distnadam.copies import copied
 from distnadam.errors import Reconfigured, StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
-from distnadam.protocol.messages import Message, Push, RoundResult, ShardSpec, TotalNorms
+from distnadam.protocol.messages import Message, Pull, Push, RoundResult, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shield import get_or_interrupt, raise_interrupt, shield
@@ -107,7 +107,9 @@ class LocalWorkerChannel(WorkerChannel):
         return self._gradients
 
     @override
-    def post(self, messages: Mapping[int, Push] | Mapping[int, TotalNorms]) -> Pending:
+    def post(
+        self, messages: Mapping[int, Push] | Mapping[int, TotalNorms] | Mapping[int, Pull]
+    ) -> Pending:
         return LocalPending(self._transport, messages)
 
     @override

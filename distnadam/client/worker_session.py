@@ -38,7 +38,9 @@ class WorkerSession:
 
     `epoch` and `round` are where all shards stood when this worker last looked, and `buffer` holds
     the parameters of that round. They hold only while `in_sync`; otherwise the next call that
-    needs them looks again: before the first pull, and after a push that failed.
+    needs them looks again: before the first pull, and after a push that failed. `is_readable` says
+    whether the channel's memory holds those parameters: not if only the round was asked for, nor
+    in the memory of another channel.
 
     Args:
         shards: the shards.
@@ -53,6 +55,7 @@ class WorkerSession:
         self.buffer = 0
         self.lr = 0.0  # of the last step
         self.in_sync = False
+        self.is_readable = False
         self.in_flight: InFlightPush | None = None
         self._shards = shards
         self._receive = receive
@@ -226,15 +229,18 @@ class WorkerSession:
         while True:
             if self._is_elsewhere():
                 self._reconnect()  # retired shards would bring parameters that nobody steps
-            answers = self._ask_all(
-                Pull(
-                    rank=self.rank,
-                    incarnation=self._claim.incarnation,
-                    at_least=at_least,
-                    want_parameters=want_parameters and self.channel.parameters is None,
-                    epoch=epoch,
-                )
+            message = Pull(
+                rank=self.rank,
+                incarnation=self._claim.incarnation,
+                at_least=at_least,
+                want_parameters=want_parameters and self.channel.parameters is None,
+                epoch=epoch,
             )
+            try:
+                answers = self._ask_all(message)
+            except ShardLost:
+                self._forget_connections()
+                raise
             at_least = max(answer.round for answer in answers.values())
             epoch = max(answer.epoch for answer in answers.values())
             if any(answer.epoch != epoch for answer in answers.values()):
@@ -304,9 +310,15 @@ class WorkerSession:
         """Whether this process knows of a newer place of the shards than the channel leads to."""
         return self._channel_version not in (None, self._transport.version)
 
+    def _forget_connections(self) -> None:
+        """Have the next pull connect anew, also where no shard has moved: a relay may have died."""
+        if self._channel_version is not None:
+            self._channel_version = -1
+
     def _reconnect(self) -> None:
         """Reach the shards where they are now."""
         if self._channel_version is not None:
+            self.is_readable = False
             self._channel_version = self._transport.version
             self._ranges = self._shards.ranges
             self.channel.reconnect(self._ranges, self.incarnation)
@@ -345,6 +357,7 @@ class WorkerSession:
         self.buffer = first.buffer
         self.lr = first.lr
         self.in_sync = True
+        self.is_readable = self._channel_version is not None
         return first
 
     def _acknowledge(self, epoch: int) -> None:
@@ -353,7 +366,10 @@ class WorkerSession:
         self._shards.rewinds.acknowledge(epoch)
 
     def _ask_all(self, message: Pull) -> dict[int, RoundResult]:
-        return self._answers(self._transport.post(self._shards.for_all(message)))
+        messages: dict[int, Pull] = dict.fromkeys(range(len(self._shards.ranges)), message)
+        if self._channel_version is not None and self.channel.relayed:
+            return self._answers(self.channel.post(messages))
+        return self._answers(self._transport.post(messages))
 
     def _answers(self, pending: Pending) -> dict[int, Any]:
         """Return the answers; log once whom this worker waits for, if it waits long.

@@ -1,5 +1,5 @@
-"""The protocol's messages between a worker and a shard of one machine as bytes: msgpack, one frame
-each. No sockets.
+"""The protocol's messages between a worker and a shard as bytes: msgpack, one frame each. No
+sockets.
 
 Arrays of gradients and parameters are not in them: those lie in arenas, and a push says only in
 which dtypes it left them there.
@@ -15,7 +15,16 @@ import numpy as np
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.nadam.step_scalars import Clock
-from distnadam.protocol.messages import Leave, PartialNorms, Push, PushNote, RoundResult, TotalNorms
+from distnadam.protocol.messages import (
+    Leave,
+    PartialNorms,
+    Pull,
+    Push,
+    PushNote,
+    RoundResult,
+    TotalNorms,
+    WorkerDied,
+)
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
@@ -84,8 +93,14 @@ def pack(number: int, message: Any) -> bytes:
         )
     elif isinstance(message, PartialNorms):
         body = ("measured", message.round, message.sums)
+    elif isinstance(message, Pull):
+        body = ("pull", message.rank, message.incarnation, message.at_least, message.epoch)
     elif isinstance(message, Leave):
         body = ("leave", message.rank, message.incarnation)
+    elif isinstance(message, WorkerDied):
+        body = ("died", message.rank, message.incarnation)
+    elif message is None:
+        body = ("done",)
     elif isinstance(message, DistNadamError):
         body = (
             "error",
@@ -183,7 +198,12 @@ _MAKE: dict[str, Callable[..., Any]] = {
     "measured": lambda _, number, sums: PartialNorms(
         number, tuple((tensor, array) for tensor, array in sums)
     ),
+    "pull": lambda _, rank, incarnation, at_least, epoch: Pull(
+        rank=rank, incarnation=incarnation, at_least=at_least, epoch=epoch
+    ),
     "leave": lambda _, *fields: Leave(*fields),
+    "died": lambda _, *fields: WorkerDied(*fields),
+    "done": lambda _: None,
     "error": _error,
 }
 

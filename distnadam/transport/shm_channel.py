@@ -1,5 +1,5 @@
-"""A worker's end of its channels to the shards of its machine: gradients in an arena of its own,
-frames over sockets, no Ray in the path.
+"""A worker's end of its channels to the shards of its machine, and to the relay that stands for
+others: gradients in an arena of its own, frames over sockets, no Ray in the path.
 
 If a channel cannot be opened, LaneError or ArenaError is raised, and the caller uses Ray objects.
 """
@@ -54,6 +54,7 @@ class ShmClient:
         self._arena = Arena.create(sizes)
         self._parameters: Arena | None = None
         self._connections: dict[int, Connection] = {}
+        self._peers: dict[int, str] = {}
         self._shard_of: dict[int, int] = {}
         self._answers: dict[int, dict[int, Any]] = {}
         self._poll = select.poll()
@@ -87,8 +88,13 @@ class ShmClient:
         """Whether every shard has a channel."""
         return len(self._connections) == len(self._ranges)
 
-    def open(self, shard: int, address: Address) -> None:
+    def open(self, shard: int, address: Address, peer: str = "its process") -> None:
         """Open the channel to a shard in place of an earlier one.
+
+        Args:
+            shard: its index.
+            address: where it listens, or who stands for it.
+            peer: what an end of the connection is the death of, for errors.
 
         Raises:
             LaneError: no shard of ours listens there, or its parameters lie in another arena than
@@ -119,6 +125,7 @@ class ShmClient:
         assert self._parameters is not None
         self._parameters.populate(self._ranges[shard])
         self._connections[shard] = connection
+        self._peers[shard] = peer
         self._shard_of[connection.fileno()] = shard
         self._poll.register(connection.fileno(), select.POLLIN)
 
@@ -190,7 +197,7 @@ class ShmClient:
         frames = connection.receive()
         if frames is None:
             self.drop(shard)
-            raise ShardLost(f"shard {shard}: its process died")
+            raise ShardLost(f"shard {shard}: {self._peers[shard]} died")
         for frame in frames:
             number, answer = unpack(frame)
             if number not in self._answers:

@@ -1,10 +1,10 @@
-"""A shard's end of the channels over shared memory: it reads the workers' arenas and writes
-parameters into the machine's.
+"""A shard's end of the channels over shared memory, or that of the relay which stands for it: it
+reads the workers' arenas and writes parameters into the machine's.
 """
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
@@ -14,6 +14,9 @@ from distnadam.tensors.arrays import Flat, cut_flat, dtype_of
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.shared_memory import Arena
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 def parameter_arena(spec: ShardSpec, neighbour: Address | None) -> Arena:
@@ -40,22 +43,34 @@ class ShmServer:
     Args:
         spec: the shard's spec.
         parameters: the arena of its parameter buffers.
-        deliver: called with each message in the server's own thread, which also runs its work.
+        deliver: called with each message in the server's thread, which also runs its work.
+        loop: the running event loop whose thread that is; None for one of its own.
     """
 
-    def __init__(self, spec: ShardSpec, parameters: Arena, deliver: Deliver) -> None:
+    def __init__(
+        self,
+        spec: ShardSpec,
+        parameters: Arena,
+        deliver: Deliver,
+        loop: "asyncio.AbstractEventLoop | None" = None,
+    ) -> None:
         self._spec = spec
         self._parameters = parameters
         self._deliver = deliver
         self._workers: dict[Connection, _WorkerEnd] = {}
         # by rank; kept after a worker's end, for a push that is counted later
         self._newest: dict[int, _WorkerEnd] = {}
-        self._server = ConnectionServer(self._greet, self._take, self._end)
+        self._server = ConnectionServer(self._greet, self._take, self._end, loop)
 
     @property
     def address(self) -> Address:
         """Where workers and neighbours connect."""
         return self._server.address
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers are connected."""
+        return len(self._workers)
 
     def gradients_of(self, rank: int, incarnation: int, dtypes: dict[str, str]) -> Flat | None:
         """Return views of the shard's ranges in that worker's arena, dead or alive.

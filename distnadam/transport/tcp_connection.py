@@ -31,7 +31,7 @@ from distnadam.transport.turns import Turns
 log = logging.getLogger("distnadam")
 
 HANDSHAKE_S = 10.0
-_VERSION = 1
+_VERSION = 2
 _NONCE_BYTES = 32
 _HEAD = struct.Struct("<IQ")
 """The bytes of the message, and those of the arrays behind it."""
@@ -53,7 +53,7 @@ _Parser = Generator["int | memoryview", Any, None]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a shard listens for workers of other hosts, and the secret of its connections."""
+    """Where a shard listens for relays of other hosts, and the secret of its connections."""
 
     host: str
     port: int
@@ -336,9 +336,13 @@ def set_up(sock: Any) -> None:
             sock.setsockopt(level, option, value)
 
 
-def greeting(rank: int, incarnation: int) -> dict[str, Any]:
-    """Return what a worker says of itself."""
-    return {"version": _VERSION, "rank": rank, "incarnation": incarnation}
+def greeting(number: int) -> dict[str, Any]:
+    """Return what the relay of a host says of itself.
+
+    Args:
+        number: of its host: a shard sends to the host of the next number first.
+    """
+    return {"version": _VERSION, "relay": number}
 
 
 def parts_of(arrays: Flat) -> Parts:

@@ -1,7 +1,8 @@
-"""A shard's end of the connections to workers of other hosts: gradients come in, parameters go out.
+"""A shard's end of the connections to other hosts: gradients come in, parameters go out.
 
-What is sent is a copy of the parameters, one for all workers of a round, since a worker may leave
-before it has got them, and the shard steps on.
+A host's relay has one connection for all its workers, on which the parameters of a round go once:
+who asks later gets the answer without them. What is sent is a copy, since a worker may leave before
+its host has got them, and the shard steps on.
 """
 
 import threading
@@ -16,7 +17,15 @@ from typing_extensions import override
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import HEADER, pack, unpack
 from distnadam.protocol.delivery import Deliver, run_in_this_thread
-from distnadam.protocol.messages import Push, RoundResult, ShardSpec, TotalNorms
+from distnadam.protocol.messages import (
+    Leave,
+    Pull,
+    Push,
+    RoundResult,
+    ShardSpec,
+    TotalNorms,
+    WorkerDied,
+)
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.landing_memory import LandingMemory
@@ -33,9 +42,13 @@ from distnadam.transport.turns import place_after
 
 _SPARE = 2
 
+_Asking = Push | TotalNorms | Pull
+_Key = tuple[int, int, int]
+"""Epoch, round and buffer: one shard has the same parameters wherever these are equal."""
+
 
 class TcpServer(Receiver):
-    """One shard's end of its connections to workers of other hosts.
+    """One shard's end of its connections to the relays of other hosts.
 
     Args:
         spec: the shard's spec.
@@ -57,12 +70,12 @@ class TcpServer(Receiver):
         self._spec = spec
         self._deliver = deliver
         self._sizes = sizes_of(spec.ranges)
-        self._workers: dict[TcpConnection, tuple[int, int]] = {}
+        self._sent: dict[TcpConnection, _Key | None] = {}  # to each relay, the last
         self._lock = threading.Lock()
         # what each worker sends, and what one sends too early or again
         self._landing = LandingMemory(spec.num_workers + _SPARE)
         self._copies = LandingMemory(_SPARE)
-        self._sent: tuple[Any, Flat] | None = None
+        self._copied: tuple[_Key, Flat] | None = None
         self._listener = TcpListener(self, f"shard {spec.index}", host, ports)
 
     @property
@@ -72,19 +85,20 @@ class TcpServer(Receiver):
 
     @override
     def proven(self, connection: TcpConnection, greeting: Mapping[str, Any]) -> None:
+        number = greeting.get("relay")
+        if not isinstance(number, int):
+            raise LaneError("it is no relay")
         self._listener.admit(connection)
-        self._workers[connection] = (greeting["rank"], greeting["incarnation"])
-        connection.place = place_after(self._spec.index, greeting["rank"])
+        self._sent[connection] = None
+        connection.place = place_after(self._spec.index, number)
 
     @override
     def landing(
         self, connection: TcpConnection, message: bytes, num_bytes: int
     ) -> tuple[Any, Parts]:
         number, what = unpack(message, self._gradients)
-        if not isinstance(what, Push | TotalNorms):
-            raise LaneError(f"a worker sent {type(what).__name__}")
-        if (what.rank, what.incarnation) != self._workers[connection]:
-            raise LaneError(f"a message of worker {what.rank} came from another")
+        if not isinstance(what, _Asking | Leave | WorkerDied):
+            raise LaneError(f"a relay sent {type(what).__name__}")
         arrays = what.gradients if isinstance(what, Push) else None
         parts = parts_of(arrays or {})
         check_bytes(parts, num_bytes)
@@ -106,39 +120,46 @@ class TcpServer(Receiver):
     @override
     def arrived(self, connection: TcpConnection, what: Any) -> None:
         number, message = what
-        message = replace(message, want_parameters=True)
+        if isinstance(message, _Asking):
+            message = replace(message, want_parameters=True)
         self._deliver(message, partial(self._answer, connection, number), run_in_this_thread)
 
     @override
     def ended(self, connection: TcpConnection, why: str) -> None:
         self._listener.forget(connection)
-        self._workers.pop(connection, None)
+        self._sent.pop(connection, None)
 
     def _answer(self, connection: TcpConnection, number: int, answer: Any) -> None:
         """Send an answer, with the parameters that it has; in any thread."""
         if isinstance(answer, Exception) and not isinstance(answer, DistNadamError):
             answer = ShardLost(f"{type(answer).__name__}: {answer}")
+        key: _Key | None = None
         parts: Parts = ()
         if isinstance(answer, RoundResult) and answer.parameters is not None:
-            parts = parts_of(self._copy(answer, answer.parameters))
+            key = (answer.epoch, answer.round, answer.buffer)
+            parts = parts_of(self._copy(key, answer.parameters))
         body = pack(number, answer)[HEADER.size :]
-        self._listener.thread.call(self._send, connection, body, parts)
+        self._listener.thread.call(self._send, connection, body, key, parts)
 
-    def _send(self, connection: TcpConnection, body: bytes, parts: Parts) -> None:
-        if connection in self._workers:
-            connection.send(body, parts)
+    def _send(self, connection: TcpConnection, body: bytes, key: _Key | None, parts: Parts) -> None:
+        if connection not in self._sent:
+            return
+        if key is not None and self._sent[connection] == key:
+            parts = ()
+        elif key is not None:
+            self._sent[connection] = key
+        connection.send(body, parts)
 
-    def _copy(self, answer: RoundResult, parameters: Flat) -> Flat:
-        key = (answer.epoch, answer.round, answer.buffer)
+    def _copy(self, key: _Key, parameters: Flat) -> Flat:
         with self._lock:
-            if self._sent is None or self._sent[0] != key:
-                self._sent = None
+            if self._copied is None or self._copied[0] != key:
+                self._copied = None
                 dtypes = {space: values.dtype for space, values in parameters.items()}
                 copy = self._copies.lend(self._sizes, dtypes)
                 for space, values in parameters.items():
                     np.copyto(copy[space], values)
-                self._sent = key, copy
-            return self._sent[1]
+                self._copied = key, copy
+            return self._copied[1]
 
     def close(self) -> None:
         """Stop listening and close the connections."""

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
 from distnadam.protocol.codec import Frames, pack, unpack
-from distnadam.protocol.messages import Leave, PartialNorms, Pull, Push, RoundResult, TotalNorms
+from distnadam.protocol.messages import (
+    Describe,
+    Leave,
+    PartialNorms,
+    Pull,
+    Push,
+    RoundResult,
+    TotalNorms,
+    WorkerDied,
+)
 
 GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
 MESSAGES: list[Any] = [
@@ -30,7 +39,10 @@ MESSAGES: list[Any] = [
     RoundResult(
         epoch=1, round=2, iterations=3, outcome="refused", rejection="it is NaN", lr=0.0, buffer=0
     ),
+    Pull(rank=1, incarnation=2, at_least=3, epoch=4),
     Leave(1, 2),
+    WorkerDied(1, 2),
+    None,
 ]
 
 
@@ -96,5 +108,5 @@ def test_a_frame_that_is_no_message_is_refused(body: bytes) -> None:
 def test_a_length_that_cannot_be_and_a_message_that_does_not_travel_are_refused() -> None:
     with pytest.raises(LaneError, match="frame of 4294967295 bytes was announced"):
         list(Frames().feed(b"\xff\xff\xff\xffx"))
-    with pytest.raises(TypeError, match="Pull does not travel by lane"):
-        pack(1, Pull(rank=0, incarnation=1))
+    with pytest.raises(TypeError, match="Describe does not travel by lane"):
+        pack(1, Describe())

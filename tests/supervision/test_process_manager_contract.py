@@ -200,11 +200,11 @@ class ManagerActor:
     """Holds a `RayProcessManager`."""
 
     def __init__(self, leases: Any, run_id: str) -> None:
-        from distnadam.backends.ray.actors import kill_on, make_shard, start_time_on
+        from distnadam.backends.ray.actors import kill_on, make_relay, make_shard, start_time_on
         from distnadam.backends.ray.process_manager import ActorFactory, RayProcessManager
 
         self._deaths: list[ShardProcess] = []
-        factory = ActorFactory(make_shard, kill_on, start_time_on)
+        factory = ActorFactory(make_shard, make_relay, kill_on, start_time_on)
         self._manager = RayProcessManager(leases, run_id, factory, self._deaths.append, 1.0)
 
     def call(self, method: str, args: Sequence[Any], how: Mapping[str, Any]) -> Any:

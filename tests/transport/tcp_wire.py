@@ -21,7 +21,7 @@ from distnadam.tensors.arrays import Flat
 from distnadam.transport.tcp_connection import TcpConnection, check_bytes, greeting, parts_of
 
 SECRET = b"s" * 32
-GREETING = greeting(0, 1)
+GREETING = greeting(0)
 HEAD = struct.Struct("<IQ")
 MOST_UNPROVEN, MOST_MESSAGE = 1 << 10, 1 << 28
 SIZES = {"float32": 20, "float64": 3}

@@ -168,8 +168,10 @@ def test_answers_to_an_earlier_post_are_dropped(shards: Shards) -> None:
     clients[1].push(1.0)
     assert {answer.round for answer in clients[0].collect(again).values()} == {1}
     pull = Pull(rank=0, incarnation=clients[0].incarnation)
-    with pytest.raises(TypeError, match="Pull does not travel"):
-        clients[0].shm.post({0: pull})
+    number = clients[0].shm.post({0: pull, 1: pull})
+    assert {answer.round for answer in clients[0].collect(number).values()} == {1}
+    with pytest.raises(TypeError, match="Describe does not travel"):
+        clients[0].shm.post({0: Describe()})
 
 
 def test_a_refusal_is_raised(shards: Shards) -> None:

@@ -12,22 +12,23 @@ from typing import Any
 
 import msgpack
 import pytest
+from typing_extensions import override
 
-from distnadam.errors import LaneError
-from distnadam.protocol.codec import HEADER, pack
+from distnadam.protocol.codec import HEADER, pack, pack_record
 from distnadam.protocol.messages import RoundResult
+from distnadam.protocol.supervisor_messages import DetachStandby
 from distnadam.transport import tcp_listener
+from distnadam.transport.tcp_connection import Receiver, TcpConnection, greeting
+from distnadam.transport.tcp_dial import dial, dialling_thread
 from distnadam.transport.tcp_server import TcpServer
 from tests.certificates import certificates
-from tests.transport.tcp_shards import ANSWER_S, CUTS, Shards, Worker, gradients, is_hung_up_on
+from tests.transport.tcp_shards import ANSWER_S, Host, Shards, gradients, is_hung_up_on
 
 
-def test_who_does_not_know_the_secret_is_refused_on_either_side(shards: Shards) -> None:
-    worker = Worker(0, shards.join(0))
+def test_who_does_not_know_the_secret_is_refused_on_either_side(
+    shards: Shards, caplog: pytest.LogCaptureFixture
+) -> None:
     wrong = replace(shards.all[0].endpoint, secret=b"x" * 32)
-    with pytest.raises(LaneError, match=r"shard 0 cannot be reached at 127.0.0.1 port \d+: "):
-        worker.client.open(0, wrong, CUTS[0])
-    assert 0 not in worker.client
     # a listener that only repeats what it hears
     with socket.create_server(("127.0.0.1", 0)) as echo:
 
@@ -39,9 +40,12 @@ def test_who_does_not_know_the_secret_is_refused_on_either_side(shards: Shards) 
                 sock.recv(1)
 
         threading.Thread(target=answer, daemon=True).start()
-        fake = replace(shards.all[0].endpoint, port=echo.getsockname()[1])
-        with pytest.raises(LaneError, match="the peer does not know the secret"):
-            worker.client.open(0, fake, CUTS[0])
+        fake = replace(shards.all[1].endpoint, port=echo.getsockname()[1])
+        host = Host(shards, {0: wrong, 1: fake})
+        assert not host.relay.is_by_tcp(0) and not host.relay.is_by_tcp(1)
+        host.close()
+    assert "shard 0 cannot be reached at 127.0.0.1 port " in caplog.text
+    assert "the peer does not know the secret" in caplog.text
 
 
 def framed(content: Any) -> bytes:
@@ -66,7 +70,8 @@ GARBAGE = {
 def test_a_stranger_is_hung_up_on_and_the_others_are_served_on(
     garbage: bytes, shards: Shards
 ) -> None:
-    workers = [shards.worker(0), shards.worker(1)]
+    host = Host(shards)
+    workers = [host.worker(0), host.worker(1)]
     place = (shards.all[0].endpoint.host, shards.all[0].endpoint.port)
     with socket.create_connection(place, ANSWER_S) as stranger:
         assert len(stranger.recv(4096)) > 32  # its nonce
@@ -76,6 +81,8 @@ def test_a_stranger_is_hung_up_on_and_the_others_are_served_on(
         assert is_hung_up_on(stranger)
     numbers = [worker.push(1, gradients(0, worker.rank)) for worker in workers]
     assert {a.round for a in workers[0].collect(numbers[0]).values()} == {1}
+    assert host.carried == []
+    host.close()
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -99,14 +106,16 @@ def test_a_stranger_who_says_nothing_is_hung_up_on_in_time(
 def test_a_shard_listens_at_its_own_address_alone_with_a_secret_of_its_own(
     host: str, other: str, shards: Shards
 ) -> None:
-    spec, worker = shards.all[0].spec, Worker(0, 1)
+    spec = shards.all[0].spec
     servers = [TcpServer(spec, shards.all[0].host.deliver, host, None) for _ in range(2)]
     secrets = {server.endpoint.secret for server in servers}
     assert len(secrets) == 2 and all(len(secret) == 32 for secret in secrets)
-    worker.client.open(0, servers[0].endpoint, CUTS[0])
-    assert 0 in worker.client
-    with pytest.raises(LaneError, match="cannot be reached"):
-        worker.client.open(0, replace(servers[0].endpoint, host=other), CUTS[0])
+    peer = Peer()
+    endpoint = servers[0].endpoint
+    dial(TcpConnection(peer, endpoint.secret, greeting(1)), endpoint)
+    assert peer.has_been_proven.wait(ANSWER_S)
+    with pytest.raises(ConnectionRefusedError):
+        dial(TcpConnection(peer, endpoint.secret, greeting(1)), replace(endpoint, host=other))
     for server in servers:
         server.close()
 
@@ -120,8 +129,7 @@ def test_a_flood_of_strangers_costs_bounded_connections_and_memory_and_leaves_no
         monkeypatch.setenv(name, value)
     shards = Shards()
     place = (shards.all[0].endpoint.host, shards.all[0].endpoint.port)
-    worker = Worker(0, shards.join(0))
-    worker.client.open(0, shards.all[0].endpoint, CUTS[0])  # what is made once, is made
+    Host(shards).close()  # what is made once, is made
     tracemalloc.start()
     try:
         with ExitStack() as stack:
@@ -131,11 +139,12 @@ def test_a_flood_of_strangers_costs_bounded_connections_and_memory_and_leaves_no
                 with suppress(OSError):  # it is hung up on already
                     sock.sendall(HALF_A_HANDSHAKE[: 1000 * (number % 2)])
                 strangers.append(sock)
-            worker.client.open(0, shards.all[0].endpoint, CUTS[0])
-            assert 0 in worker.client
+            host = Host(shards)
+            assert host.relay.is_by_tcp(0)
             assert 0 < sum(map(is_open, strangers)) <= MOST_STRANGERS
             used = tracemalloc.get_traced_memory()[1]
             assert used < MOST_BYTES[tls], used
+            host.close()
         deadline = time.monotonic() + ANSWER_S
         while (left := bytes_in_use()) > LEFT_BYTES:
             assert time.monotonic() < deadline, f"{left} bytes of strangers that are gone"
@@ -176,13 +185,6 @@ def is_open(sock: socket.socket) -> bool:
     return False
 
 
-BAD_MESSAGES = {
-    "no message": lambda w: b"\xc1",
-    "another's": lambda w: pack(1, replace(w.pushes(1, gradients(0, 0))[0], rank=1))[HEADER.size :],
-    "an answer": lambda w: pack(1, result())[HEADER.size :],
-}
-
-
 def result() -> RoundResult:
     return RoundResult(
         epoch=1,
@@ -195,17 +197,47 @@ def result() -> RoundResult:
     )
 
 
+BAD_MESSAGES = {
+    "no message": b"\xc1",
+    "an answer": pack(1, result())[HEADER.size :],
+    "a standby's record": pack_record(DetachStandby())[HEADER.size :],
+}
+
+
 @pytest.mark.parametrize("message", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
 @pytest.mark.parametrize("num_bytes", [0, 7])
-def test_a_worker_that_sends_what_is_no_message_of_its_own_is_hung_up_on(
-    message: Any, num_bytes: int, shards: Shards
+def test_a_peer_that_sends_what_no_relay_does_is_hung_up_on(
+    message: bytes, num_bytes: int, shards: Shards
 ) -> None:
-    worker = shards.worker(0)
-    body = message(worker)
-    line = worker.client._lines[0]
-    line.send(body, [memoryview(bytes(num_bytes))] if num_bytes else [])
-    deadline = time.monotonic() + ANSWER_S
-    while 0 in worker.client:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert shards.round(0) == 0
+    peer = Peer()
+    endpoint = shards.all[0].endpoint
+    line = TcpConnection(peer, endpoint.secret, greeting(1))
+    dial(line, endpoint)
+    parts = [memoryview(bytes(num_bytes))] if num_bytes else []
+    assert peer.has_been_proven.wait(ANSWER_S)
+    dialling_thread().call(line.send, message, parts)
+    assert peer.has_ended.wait(ANSWER_S)
+    assert shards.all[0].describe().round == 0
+
+
+def test_a_peer_that_greets_as_no_relay_does_is_hung_up_on(shards: Shards) -> None:
+    peer = Peer()
+    endpoint = shards.all[0].endpoint
+    dial(TcpConnection(peer, endpoint.secret, {**greeting(1), "relay": "me"}), endpoint)
+    assert peer.has_ended.wait(ANSWER_S)
+
+
+class Peer(Receiver):
+    """Who knows the secret, and listens only to when it is hung up on."""
+
+    def __init__(self) -> None:
+        self.has_been_proven = threading.Event()
+        self.has_ended = threading.Event()
+
+    @override
+    def proven(self, connection: TcpConnection, greeting: Any) -> None:
+        self.has_been_proven.set()
+
+    @override
+    def ended(self, connection: TcpConnection, why: str) -> None:
+        self.has_ended.set()

@@ -14,10 +14,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.nodes import NAMESPACE
-from distnadam.backends.ray.output import PREFIX, SHARD, SUPERVISOR, WORKER
+from distnadam.backends.ray.output import PREFIX, RELAY, SHARD, SUPERVISOR, WORKER
 from distnadam.backends.ray.placement import Avoid, Placement, placement_options, shard_ask
 from distnadam.backends.ray.process_manager import ActorFactory
 from distnadam.backends.ray.processes import end_processes, process_start_time
+from distnadam.backends.ray.relay_actor import RelayActor
 from distnadam.backends.ray.shard_actor import ShardActor
 from distnadam.backends.ray.supervisor_actor import SupervisorActor
 from distnadam.config import Options
@@ -60,6 +61,20 @@ def make_shard(
     return title.options(**_actor_options(spec, label, avoid)).remote(spec, supervisor)
 
 
+def make_relay(name: str | None, run: str, node: str) -> Any:
+    """Return a new actor for the relay of a node; it ends with the process that made it."""
+    return (
+        _titled(RelayActor, name or "", RELAY)
+        .options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        .remote(run)
+    )
+
+
 def kill_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:
     """Kill processes of another node; return a reference to wait for."""
     return _end_processes.options(**_there(node)).remote(processes, grace_s)
@@ -98,7 +113,7 @@ def make_supervisor(specs: Sequence[ShardSpec], replicas: int) -> Any:
     return (
         _titled(SupervisorActor, specs[0].name or "", SUPERVISOR)
         .options(**asked)
-        .remote(specs, replicas, ActorFactory(make_shard, kill_on, start_time_on))
+        .remote(specs, replicas, ActorFactory(make_shard, make_relay, kill_on, start_time_on))
     )
 
 

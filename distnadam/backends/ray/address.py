@@ -22,3 +22,16 @@ class ProcessAddress:
     reason: str | None = None
     pid: int = 0
     born: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relayed:
+    """Where workers of a node reach a shard of another.
+
+    Attributes:
+        socket: the relay's.
+        by_tcp: whether the relay reaches the shard by TCP; else by Ray objects.
+    """
+
+    socket: Address
+    by_tcp: bool

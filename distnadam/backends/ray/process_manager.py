@@ -39,6 +39,7 @@ class ActorFactory:
     """What needs `ray.remote`, from `actors`, which imports this module."""
 
     make_shard: Callable[[ShardSpec, Any, str | None, Avoid], Any]
+    make_relay: Callable[[str | None, str, str], Any]
     kill_on: registry.KillOn
     start_time_on: Callable[[str, int], Any]
 

@@ -1,7 +1,6 @@
 """Messages to the shards of a Ray cluster, by the newest shard map that this process has."""
 
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,26 +9,25 @@ from ray.exceptions import RayError
 from typing_extensions import override
 
 from distnadam.backends.base import Pending, ShardTransport, WorkerChannel
-from distnadam.backends.ray.address import ProcessAddress
+from distnadam.backends.ray.address import ProcessAddress, Relayed
 from distnadam.backends.ray.calls import (
+    Callee,
     RayPending,
     retry_in_background,
-    shard_callee,
     translate,
 )
 from distnadam.backends.ray.joined import while_ray_lives
-from distnadam.backends.ray.processes import process_token
+from distnadam.backends.ray.processes import process_start_time, process_token
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.backends.ray.worker_channel import ChannelOwner, RayWorkerChannel
 from distnadam.config import Options
-from distnadam.errors import LaneError, Reconfigured
+from distnadam.errors import ArenaError, LaneError, Reconfigured
 from distnadam.protocol.messages import Message, Resume
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.supervision.shard_map import ShardMap, require_alive
 from distnadam.tensors.layout import Layout, Ranges
-from distnadam.transport.tcp_connection import Endpoint
 
-_LISTEN_S = 15.0
+_SERVE_S = 60.0
 
 
 class RayShardTransport(ShardTransport):
@@ -100,23 +98,33 @@ class RayShardTransport(ShardTransport):
             rank=rank,
             sizes=layout.sizes,
             addresses=lambda: self.addresses if shared else [],
-            endpoints=self._endpoints,
+            relayed=self._relayed,
             pull_dtypes=layout.pull_dtypes,
         )
         return RayWorkerChannel(self, owner, ranges, incarnation)
 
-    def _endpoints(self, shards: Collection[int]) -> dict[int, Endpoint | LaneError]:
-        """Have shards listen for workers of other nodes; return where, or why not."""
-        found: dict[int, Endpoint | LaneError] = {}
-        calls = {shard: self.shard_map.shards[shard].handle.listen.remote() for shard in shards}
-        deadline = time.monotonic() + _LISTEN_S
-        for shard, call in calls.items():
-            try:
-                left = max(0.0, deadline - time.monotonic())
-                found[shard] = ray.get(call, timeout=left)
-            except RayError as error:
-                ours = translate(error, shard_callee(shard))
-                found[shard] = LaneError(str(ours).splitlines()[0])
+    def _relayed(self) -> dict[int, Relayed | LaneError]:
+        """Have the relay of this node stand for the shards of others; return where.
+
+        Raises:
+            ArenaError, LaneError: there is none, or it has no memory.
+        """
+        node = ray.get_runtime_context().get_node_id()
+        gone: ProcessAddress | None = None
+        while True:
+            relay = self._supervisor.relay(node, gone)
+            if process_start_time(relay.address.pid) == relay.address.born:
+                break
+            gone = relay.address  # the supervisor does not know it yet
+        try:
+            found: dict[int, Relayed | LaneError] = ray.get(
+                relay.handle.serve.remote(self.shard_map), timeout=_SERVE_S
+            )
+        except RayError as error:
+            ours = translate(error, Callee(who="the relay of this node", died=LaneError))
+            if isinstance(ours, ArenaError | LaneError):
+                raise ours from error
+            raise LaneError(f"the relay of this node: {str(ours).splitlines()[0]}") from error
         return found
 
     @override

@@ -16,6 +16,7 @@ from distnadam.backends.ray.lease import lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
 from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
+from distnadam.backends.ray.relays import RelayProcess, Relays
 from distnadam.metrics.meter import Sample, shard_bytes
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_events import Report
@@ -56,6 +57,12 @@ class SupervisorActor:
         lasts_s = lease_s(specs[0].options.shard_timeout_s)
         self._processes = RayProcessManager(
             context.current_actor, specs[0].run_id, factory, self._died, lasts_s
+        )
+        self._relays = Relays(
+            partial(factory.make_relay, specs[0].name, specs[0].run_id),
+            specs[0].run_id,
+            factory.kill_on,
+            specs[0].options.shard_timeout_s,
         )
         self._made: list[Any] = []
         self._exporter = Exporter.start(specs[0].name, specs[0].options)
@@ -180,8 +187,13 @@ class SupervisorActor:
         """Return the shards' specs."""
         return list(self._supervisor.cluster.specs)
 
+    async def relay(self, node: str, gone: ProcessAddress | None) -> RelayProcess:
+        """Return the relay of a node, as `Relays.on` does."""
+        return await self._relays.on(node, gone)
+
     async def close(self) -> None:
         """Stop watching, and end every process."""
+        await self._relays.close()
         await asyncio.to_thread(self._supervisor.close)
 
     def _samples(self) -> Iterator[Sample]:

@@ -10,9 +10,11 @@ from typing import Any
 from typing_extensions import override
 
 from distnadam.backends.base import SupervisorClient
+from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.calls import Callee, retry_until_answered
 from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.names import is_named
+from distnadam.backends.ray.relays import RelayProcess
 from distnadam.backends.ray.supervisor_actor import SupervisorStatus
 from distnadam.errors import ClusterError, LifecycleError, Unrecoverable
 from distnadam.protocol.messages import ShardSpec
@@ -23,6 +25,7 @@ from distnadam.tensors.layout import Ranges
 
 _ANSWER_S = 60.0
 _OPEN_S = 600.0
+_RELAY_S = 120.0
 _RESHARD_S = 3600.0
 _STARTING = Callee(
     who="the optimizer's supervisor",
@@ -92,6 +95,18 @@ class RaySupervisorClient(SupervisorClient):
             timeout_s=timeout_s,
         )
         return shard_map
+
+    def relay(self, node: str, gone: ProcessAddress | None) -> RelayProcess:
+        """Return the relay of a node; not the one of that address, which the caller knows to have
+        ended.
+
+        Raises:
+            LaneError: none can be started there.
+        """
+        relay: RelayProcess = self._ask(
+            "relay", lambda: self.actor.relay.remote(node, gone), timeout_s=_RELAY_S
+        )
+        return relay
 
     def standby_nodes(self) -> dict[int, str]:
         """Return the Ray node of each standby by its shard's index."""

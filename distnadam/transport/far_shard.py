@@ -1,0 +1,312 @@
+"""A shard of another host as the relay of this one has it: workers reach it as they reach a shard
+of their own host, by a socket and the host's memory, and the relay passes on what they send.
+
+All of a host's workers share one TCP connection to the shard. Where it ends, or cannot be opened,
+what was asked goes by a carrier of last resort; the shard counts a push once, however often it is
+sent.
+"""
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from distnadam.errors import LaneError, Reconfigured
+from distnadam.protocol.codec import HEADER, pack, unpack
+from distnadam.protocol.delivery import Reply, RunWork
+from distnadam.protocol.messages import Message, Pull, Push, RoundResult, ShardSpec, TotalNorms
+from distnadam.protocol.supervisor_messages import Order
+from distnadam.tensors.arrays import cut_flat, empty_flat
+from distnadam.tensors.layout import sizes_of
+from distnadam.transport.connection import Address
+from distnadam.transport.shared_memory import Arena
+from distnadam.transport.shm_server import ShmServer
+from distnadam.transport.tcp_connection import (
+    HANDSHAKE_S,
+    Endpoint,
+    Parts,
+    Receiver,
+    TcpConnection,
+    check_bytes,
+    greeting,
+    parts_of,
+)
+from distnadam.transport.tcp_dial import dial, dialling_thread
+from distnadam.transport.turns import place_after
+
+log = logging.getLogger("distnadam")
+
+_CLOSE_S = 5.0
+_REOPEN_S = 20.0
+"""Seconds after which a lost connection is tried again; twice as many after each that fails."""
+_MOST_REOPEN_S = 600.0
+REMEDY = (
+    "Ray objects are used instead, which cost more time: let the hosts of the cluster reach each "
+    "other at these ports, or set Options(port_range=...) to some that are open"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """The ways to a shard.
+
+    Attributes:
+        find: returns where it listens; may block, and raises LaneError if it does not listen.
+        carry: the carrier of last resort: sends a message, and calls back once, in any thread, with
+            the answer, which brings the parameters, or with the error.
+    """
+
+    find: Callable[[], Endpoint]
+    carry: Callable[[Message | Order, Reply], None]
+
+
+_Key = tuple[int, int, int]
+"""Epoch, round and buffer: what a shard's parameters are known by."""
+
+
+class FarShard(Receiver):
+    """One shard of another host.
+
+    An answer that names a buffer is passed on only while the host's memory holds the parameters
+    of its epoch and round there. All but `address` and `close` happens in the thread of
+    the connections.
+
+    Args:
+        spec: the shard's spec.
+        arena: the host's two parameter buffers.
+        reach: the ways to the shard.
+        number: of this host: it sends to the shard of the next number first.
+
+    Raises:
+        LaneError: the system has no socket or thread for it.
+    """
+
+    def __init__(self, spec: ShardSpec, arena: Arena, reach: Reach, number: int) -> None:
+        arena.populate(spec.ranges)
+        self._index = spec.index
+        self._sizes = sizes_of(spec.ranges)
+        self._dtypes = spec.layout.pull_dtypes
+        self._ranges = [cut_flat(flat, spec.ranges) for flat in arena.flats]
+        self._reach = reach
+        self._number = number
+        self._thread = dialling_thread()
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, tuple[Message | Order, Reply]] = {}
+        self._line: TcpConnection | None = None
+        self._opening: asyncio.Future[None] | None = None
+        self._landed: _Key | None = None  # what the memory holds, whole
+        self._landing: _Key | None = None  # what comes by the line now
+        self._newest: _Key = (0, 0, 0)
+        self._reopen_s = _REOPEN_S
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._said = ""
+        self._is_closed = False
+        self.tried = threading.Event()
+        """Whether the connection was opened, or could not be."""
+        self.workers = ShmServer(spec, arena, self._ask, self._thread.loop)
+        self._thread.call(self._open)
+
+    @property
+    def address(self) -> Address:
+        """Where workers of this host connect."""
+        return self.workers.address
+
+    @property
+    def is_by_tcp(self) -> bool:
+        """Whether the connection is open."""
+        return self._line is not None
+
+    def close(self) -> None:
+        """Hang up on the workers and on the shard; call this from outside the loop's thread."""
+        self.workers.close()
+        self._thread.run(self._close(), _CLOSE_S)
+
+    async def _close(self) -> None:
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        if self._line is not None:
+            self._line.close("the relay needs it no more")
+
+    # From the workers to the shard
+
+    def _ask(self, message: Message | Order, reply: Reply, _: RunWork) -> None:
+        if self._line is None:
+            self._carry(message, reply)
+            return
+        number = next(self._numbers)
+        self._asked[number] = message, reply
+        gradients = message.gradients if isinstance(message, Push) else None
+        self._line.send(pack(number, message)[HEADER.size :], parts_of(gradients or {}))
+
+    def _carry(self, message: Message | Order, reply: Reply) -> None:
+        if isinstance(message, Push | TotalNorms | Pull):
+            message = replace(message, want_parameters=True)
+
+        def carried(answer: Any) -> None:
+            self._thread.call(self._carried, reply, answer)
+
+        try:
+            self._reach.carry(message, carried)
+        except Exception as error:
+            reply(error)
+
+    # From the shard to the workers
+
+    def _carried(self, reply: Reply, answer: Any) -> None:
+        if isinstance(answer, RoundResult):
+            try:
+                self._take_over(answer)
+                answer = self._readable(answer)
+            except (LaneError, ValueError, KeyError, TypeError) as error:
+                answer = error
+        reply(answer)
+
+    def _take_over(self, answer: RoundResult) -> None:
+        """Copy the parameters of an answer to where they belong, unless newer ones have come."""
+        key = _key(answer)
+        if key[:2] < self._newest[:2] or key == self._landed:
+            return
+        if answer.parameters is None:
+            raise LaneError(f"shard {self._index} sent round {answer.round} without parameters")
+        if self._line is not None and self._landing not in (None, key):
+            self._line.close("newer parameters came another way")
+        self._newest = key
+        self._landed = None
+        for space, values in self._ranges[answer.buffer].items():
+            np.copyto(values, answer.parameters[space])
+        self._landed = key
+
+    @override
+    def landing(
+        self, connection: TcpConnection, message: bytes, num_bytes: int
+    ) -> tuple[Any, Parts]:
+        number, answer = unpack(message)
+        parts: Parts = ()
+        if isinstance(answer, RoundResult):
+            key = _key(answer)
+            is_old = key[:2] < self._newest[:2]
+            if num_bytes:
+                parts = parts_of(
+                    empty_flat(self._sizes, self._dtypes) if is_old else self._ranges[answer.buffer]
+                )
+            elif key != self._landed and not is_old and any(self._sizes.values()):
+                raise LaneError(f"the parameters of round {answer.round} did not come")
+            if not is_old and key != self._landed:
+                self._newest = self._landing = key
+                self._landed = None
+        check_bytes(parts, num_bytes)
+        return (number, answer), parts
+
+    @override
+    def arrived(self, connection: TcpConnection, what: Any) -> None:
+        number, answer = what
+        if number not in self._asked:
+            raise LaneError("an answer came to no question")
+        _, reply = self._asked.pop(number)
+        if isinstance(answer, RoundResult):
+            if self._landing is not None and self._landing == self._newest == _key(answer):
+                self._landed = self._landing
+            self._landing = None
+            answer = self._readable(answer)
+        reply(answer)
+
+    def _readable(self, answer: RoundResult) -> RoundResult | Reconfigured:
+        """Return an answer whose parameters the memory holds, else have the worker ask again."""
+        if _key(answer) == self._landed:
+            return replace(answer, parameters=None)
+        return Reconfigured(
+            f"shard {self._index}: newer parameters than those of round {answer.round} have come "
+            "to this host; look again",
+            answer.epoch,
+            answer.round,
+        )
+
+    # The connection
+
+    def _open(self) -> None:
+        if not self._is_closed:
+            self._task = self._thread.loop.create_task(self._try_to_open())
+
+    async def _try_to_open(self) -> None:
+        where = ""
+        line: TcpConnection | None = None
+        try:
+            endpoint = await asyncio.to_thread(self._reach.find)
+            where = f"shard {self._index} cannot be reached at {endpoint.host} port {endpoint.port}"
+            self._opening = self._thread.loop.create_future()
+            line = TcpConnection(self, endpoint.secret, greeting(self._number))
+            line.place = place_after(self._number, self._index)
+            await asyncio.to_thread(dial, line, endpoint)
+            await asyncio.wait_for(self._opening, HANDSHAKE_S)
+        except (OSError, TimeoutError, LaneError) as error:
+            why = str(error) or "it did not answer in time"
+            self._opening = None
+            if line is not None:
+                line.close(why)
+            self._say(f"{where}: {why}" if where else why)
+            self._open_later()
+        except asyncio.CancelledError:
+            if line is not None:
+                line.close("the relay needs it no more")
+            raise
+        else:
+            self._reopen_s = _REOPEN_S
+            log.info(
+                "shard %d is reached by TCP at %s port %d",
+                self._index,
+                endpoint.host,
+                endpoint.port,
+            )
+        finally:
+            self.tried.set()
+
+    @override
+    def proven(self, connection: TcpConnection, greeting: Mapping[str, Any]) -> None:
+        self._line = connection
+        assert self._opening is not None
+        if not self._opening.done():
+            self._opening.set_result(None)
+
+    @override
+    def ended(self, connection: TcpConnection, why: str) -> None:
+        if connection is not self._line:
+            if self._opening is not None and not self._opening.done():
+                self._opening.set_exception(LaneError(why))
+            return
+        self._line = self._landing = None
+        asked, self._asked = self._asked, {}
+        if self._is_closed:
+            return
+        # no warning yet: it may be the shard that has ended, and is replaced
+        log.info("the connection to shard %d has ended: %s", self._index, why)
+        self._open_later()
+        for message, reply in asked.values():
+            self._carry(message, reply)
+
+    def _open_later(self) -> None:
+        if self._is_closed:
+            return
+        self._timer = self._thread.loop.call_later(self._reopen_s, self._open)
+        self._reopen_s = min(2 * self._reopen_s, _MOST_REOPEN_S)
+
+    def _say(self, problem: str) -> None:
+        """Warn, once for each problem."""
+        if problem != self._said:
+            log.warning("%s; %s", problem, REMEDY)
+            self._said = problem
+
+
+def _key(answer: RoundResult) -> _Key:
+    if answer.buffer not in (0, 1):
+        raise LaneError(f"there is no buffer {answer.buffer}")
+    return answer.epoch, answer.round, answer.buffer

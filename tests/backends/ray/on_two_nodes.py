@@ -1,0 +1,174 @@
+"""Programs on a Ray of two nodes of this machine: workers on the one, shards on the other.
+
+python -m tests.backends.ray.on_two_nodes NAME
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distnadam import DistNadam, Options
+from tests.backends.ray.test_backend import title_of
+
+SIZE = 50_000
+PARAMS = {"w": np.linspace(-1, 1, SIZE, dtype=np.float32)}
+STORE = 80 * 2**20
+
+
+class Trainer:
+    def __init__(self, optimizer: DistNadam, rank: int) -> None:
+        self._worker = optimizer.worker(rank)
+        self._rank = rank
+
+    def step(self, *rounds: int) -> bytes:
+        for round in rounds:
+            stepped = self._worker.step(gradient(round, self._rank))
+        assert not stepped["w"].flags.owndata, "a view of what the relay has brought"
+        return self.parameters()
+
+    def parameters(self) -> bytes:
+        read: bytes = self._worker.parameters()["w"].tobytes()
+        return read
+
+    def pull(self) -> bytes:
+        read: bytes = self._worker.pull()["w"].tobytes()
+        return read
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def gradient(round: int, rank: int) -> dict[str, Any]:
+    return {"w": np.sin(np.arange(SIZE) + round + 7 * rank).astype(np.float32)}
+
+
+def right(num_rounds: int) -> bytes:
+    """Return the parameters after so many rounds of both ranks."""
+    with DistNadam(backend="local").build(PARAMS) as one:
+        for round in range(1, num_rounds + 1):
+            both = [gradient(round, rank)["w"] for rank in (0, 1)]
+            one.apply_gradients({"w": (both[0] + both[1]) / np.float32(2)})
+        found: bytes = one.get_params()["w"].tobytes()
+        return found
+
+
+class Two:
+    """An optimizer of two shards on the second node, and a worker of each rank on the first."""
+
+    def __init__(self, **options: Any) -> None:
+        how = {"object_store_memory": STORE}
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False} | how
+        )
+        self._cluster.add_node(num_cpus=2, resources={"shard": 2}, **how)
+        ray.init(address=self._cluster.address, log_to_driver=False)
+        self.optimizer = DistNadam(
+            num_shards=2,
+            num_workers=2,
+            backend="ray",
+            options=Options(shard_resources={"shard": 1}, **options),
+        ).build(PARAMS)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        make = ray.remote(num_cpus=0)(Trainer).options(scheduling_strategy=here)
+        self.trainers = [make.remote(self.optimizer, rank) for rank in (0, 1)]
+
+    def step(self, *rounds: int) -> None:
+        """Step with both ranks, and check what both read."""
+        read = ray.get([each.step.remote(*rounds) for each in self.trainers])
+        assert read == [right(rounds[-1])] * 2
+
+    def close(self) -> None:
+        self.optimizer.close()
+        assert relays() == [], "none outlives its optimizer"
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+def relays() -> list[int]:
+    """The relays of this machine that belong to this program's Ray."""
+    mine = os.environ["RAY_TMPDIR"]
+    return [
+        pid
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+        if title_of(pid).startswith("ray::distnadam Relay") and mine in _environment(pid)
+    ]
+
+
+def _environment(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def eventually(what: Callable[[], bool], patience_s: float = 60.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def two_workers_share_one_relay_that_ends_with_the_optimizer(two: Two) -> None:
+    two.step(1, 2, 3)
+    assert len(relays()) == 1
+
+
+def a_relay_that_is_killed_or_halted_is_replaced_and_nothing_is_lost(two: Two) -> None:
+    two.step(1)
+    for round, blow in ((2, signal.SIGKILL), (3, signal.SIGSTOP)):
+        (struck,) = relays()
+        os.kill(struck, blow)
+        two.step(round)
+        (successor,) = relays()
+        assert successor != struck
+    (struck,) = relays()
+    os.kill(struck, signal.SIGKILL)
+    read = ray.get([each.pull.remote() for each in two.trainers])
+    assert read == [right(3)] * 2
+    two.step(4, 5)
+
+
+def a_relay_whose_workers_have_left_ends_and_another_begins_on_demand(two: Two) -> None:
+    two.step(1)
+    ray.get([each.close.remote() for each in two.trainers])
+    eventually(lambda: relays() == [])
+    worker = two.optimizer.worker(0)
+    assert worker.parameters()["w"].tobytes() == right(1)
+    assert len(relays()) == 1
+    worker.close()
+
+
+def what_was_replaced_or_resharded_is_read_by_the_next_pull(two: Two) -> None:
+    two.step(1)
+    new = {"w": np.arange(SIZE, dtype=np.float32)}
+    two.optimizer.set_params(new)
+    pulled = ray.get([each.pull.remote() for each in two.trainers])
+    assert pulled == [new["w"].tobytes()] * 2
+    two.optimizer.set_params(PARAMS)
+    two.optimizer.reshard(1)
+    assert ray.get([each.pull.remote() for each in two.trainers]) == [PARAMS["w"].tobytes()] * 2
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        two_workers_share_one_relay_that_ends_with_the_optimizer,
+        a_relay_that_is_killed_or_halted_is_replaced_and_nothing_is_lost,
+        a_relay_whose_workers_have_left_ends_and_another_begins_on_demand,
+        what_was_replaced_or_resharded_is_read_by_the_next_pull,
+    )
+}
+
+if __name__ == "__main__":
+    scene = Two(shard_timeout_s=5.0)
+    CASES[sys.argv[1]](scene)
+    scene.close()
