@@ -53,7 +53,7 @@ _Parser = Generator["int | memoryview", Any, None]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a shard listens for relays of other hosts, and the secret of its connections."""
+    """Where a process listens for others of other hosts, and the secret of its connections."""
 
     host: str
     port: int
@@ -343,6 +343,11 @@ def greeting(number: int) -> dict[str, Any]:
         number: of its host: a shard sends to the host of the next number first.
     """
     return {"version": _VERSION, "relay": number}
+
+
+def primary_greeting(shard: int) -> dict[str, Any]:
+    """Return what a primary says of itself to its standby."""
+    return {"version": _VERSION, "shard": shard}
 
 
 def parts_of(arrays: Flat) -> Parts:

@@ -1,4 +1,4 @@
-"""What every replication stream does: the simulation's, by shared memory, and by Ray objects."""
+"""What every replication stream does: the simulation's, by shared memory, TCP and Ray objects."""
 
 import contextlib
 import itertools
@@ -22,6 +22,7 @@ from distnadam.runtime.standby import Standby
 from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout, sizes_of
 from distnadam.transport.replication import ReplicationStream, ShmReplicationStream, StandbyReceiver
+from distnadam.transport.tcp_replication import TcpReplicationStream, TcpStandbyReceiver
 from tests.simulation.stream import InProcessStream
 
 SIZE = 1000
@@ -115,13 +116,13 @@ class InProcessEnd(End):
         self.alive = False
 
 
-class ShmEnd(End):
-    """A standby in a process of its own."""
+class ProcessEnd(End):
+    """A standby in a process of its own, with a receiver of some kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, receive: Callable[[Standby], Any]) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other,), daemon=True)
+        self._process = context.Process(target=serve, args=(receive, other), daemon=True)
         self._process.start()
         other.close()
 
@@ -129,9 +130,13 @@ class ShmEnd(End):
         self._pipe.send(question)
         return self._pipe.recv()
 
+    @abstractmethod
+    def fill(self, address: Any, number: int) -> ReplicationStream:
+        """Have the receiver at that address take the primary's arrays."""
+
     @override
     def connect(self, number: int) -> ReplicationStream:
-        stream = ShmReplicationStream(self._ask("address"), STATE, number, PATIENCE_S)
+        stream = self.fill(self._ask("address"), number)
         self._ask("begin", number)
         return stream
 
@@ -147,16 +152,46 @@ class ShmEnd(End):
         self._pipe.close()
 
 
-def serve(pipe: Any) -> None:
+class ShmEnd(ProcessEnd):
+    def __init__(self) -> None:
+        super().__init__(receive_by_shared_memory)
+
+    @override
+    def fill(self, address: Any, number: int) -> ReplicationStream:
+        return ShmReplicationStream(address, STATE, number, PATIENCE_S)
+
+
+class TcpEnd(ProcessEnd):
+    def __init__(self) -> None:
+        super().__init__(receive_by_tcp)
+
+    @override
+    def fill(self, address: Any, number: int) -> ReplicationStream:
+        return TcpReplicationStream(0, address, STATE, number, PATIENCE_S)
+
+
+def receive_by_shared_memory(standby: Standby) -> Any:
+    receiver = StandbyReceiver(sizes_of(SPEC.ranges), standby.take_arrays, standby.apply)
+    return receiver.address
+
+
+def receive_by_tcp(standby: Standby) -> Any:
+    receiver = TcpStandbyReceiver(
+        0, sizes_of(SPEC.ranges), standby.take_arrays, standby.apply, "127.0.0.1", None
+    )
+    return receiver.endpoint
+
+
+def serve(receive: Callable[[Standby], Any], pipe: Any) -> None:
     """Be a standby's process: answer questions until the pipe is closed."""
     standby = Standby(SPEC)
-    receiver = StandbyReceiver(sizes_of(SPEC.ranges), standby.take_arrays, standby.apply)
+    address = receive(standby)
     with contextlib.suppress(EOFError):
         while True:
             question, *rest = pipe.recv()
             if question == "begin":
                 standby.begin(control_state(*rest), CONFIG)
-            pipe.send(receiver.address if question == "address" else standby.reached)
+            pipe.send(address if question == "address" else standby.reached)
 
 
 class ObjectEnd(End):
@@ -194,13 +229,14 @@ def send(stream: ReplicationStream, number: int) -> bool:
     return stream.send(decided(number))
 
 
-@pytest.fixture(params=["in process", "shared memory", "objects"])
+@pytest.fixture(params=["in process", "shared memory", "tcp", "objects"])
 def end(request: pytest.FixtureRequest) -> Iterator[End]:
     if request.param == "objects":
         request.getfixturevalue("ray_cluster")
     kinds: dict[str, Callable[[], End]] = {
         "in process": InProcessEnd,
         "shared memory": ShmEnd,
+        "tcp": TcpEnd,
         "objects": ObjectEnd,
     }
     end = kinds[request.param]()
@@ -210,11 +246,11 @@ def end(request: pytest.FixtureRequest) -> Iterator[End]:
 
 def test_a_standby_follows_round_by_round(end: End) -> None:
     stream = end.connect(4)
-    assert stream.reached == 4
-    end.await_reached(4)
+    assert stream.reached == end.reached() == 4, "rounds go on once it has the state"
     for number in (5, 6, 7):
         assert stream.ready()
         assert send(stream, number)
+        assert stream.reached == number
         end.await_reached(number)
     assert stream.ready()
     assert stream.reached == 7

@@ -16,20 +16,26 @@ from distnadam.protocol.supervisor_messages import Record, ReplicatedRound, Shar
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
 from distnadam.transport.replication import ReplicationStream
 
+PIECE_ELEMENTS = 1 << 24
+"""The elements of the state that go by one call, so that each is answered within the time."""
 _RELEASE_S = 1.0
 
 
 class ObjectReplicationStream(ReplicationStream):
     """A standby on another node: a record counts as delivered once the standby has answered.
 
-    Until the first copy has arrived, rounds go on without waiting for it.
+    Rounds go on once the standby has the state: one that lacks rounds which were announced must not
+    be there to take over.
 
     Args:
         standby: its actor.
         control_state: the primary's, at the round of the arrays.
         config: the primary's NadamConfig.
         arrays: the primary's "params", "m" and "v", which are copied.
-        timeout_s: seconds after which a standby that has not answered is given up.
+        timeout_s: seconds after which a standby that has not answered a call is given up.
+
+    Raises:
+        RayError, DistNadamError: it is dead, or does not answer.
     """
 
     def __init__(
@@ -45,11 +51,17 @@ class ObjectReplicationStream(ReplicationStream):
         self._spaces = sorted(arrays["params"])
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
         self._id = time.time_ns()  # later than any earlier stream's, another primary's included
-        self._numbers = itertools.count(1)
-        copied = [arrays[name][space] for space in self._spaces for name in STATE_ARRAYS]
-        self._calls = [standby.begin.remote(control_state, config, self._id, *copied)]
+        self._numbers = itertools.count()
+        for name in STATE_ARRAYS:
+            for space in self._spaces:
+                for begin in range(0, max(1, arrays[name][space].size), PIECE_ELEMENTS):
+                    piece = arrays[name][space][begin : begin + PIECE_ELEMENTS]
+                    self._call(standby.fill, name, space, begin, piece)
+        self._call(standby.begin_by_calls, control_state, config)
         self.reached = control_state.round
-        self._filled = False
+
+    def _call(self, method: Any, *args: Any) -> None:
+        ray.get(method.remote(self._id, next(self._numbers), *args), timeout=self._timeout_s)
 
     @override
     def ready(self) -> bool:
@@ -63,17 +75,11 @@ class ObjectReplicationStream(ReplicationStream):
             if isinstance(record, ReplicatedRound) and record.outcome == "applied"
             else []
         )
-        self._calls.append(
-            self._standby.replicate.remote(self._id, next(self._numbers), record, *means)
-        )
         try:
-            self._filled = self._filled or bool(ray.wait(self._calls[:1], timeout=0)[0])
-            if self._filled:
-                ray.get(self._calls, timeout=self._timeout_s)
-                self._calls = []
+            self._call(self._standby.replicate, record, *means)
         except Exception:  # whatever it is, this standby cannot follow
             return False
-        if isinstance(record, ReplicatedRound) and self._filled:
+        if isinstance(record, ReplicatedRound):
             self.reached = record.round
         return True
 

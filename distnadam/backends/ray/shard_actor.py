@@ -1,7 +1,7 @@
 """A shard, or its standby, as a Ray actor.
 
-Messages come as calls and over shared memory; a standby follows its primary over shared memory on
-one node, by calls between nodes. The protocol is decided in `runtime`, not here.
+Messages come as calls, over shared memory and by TCP; a standby follows its primary over shared
+memory on one node, by TCP or calls between nodes. The protocol is decided in `runtime`, not here.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,7 +21,8 @@ from distnadam.backends.ray.calls import retry_in_background
 from distnadam.backends.ray.lease import Lease, lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
-from distnadam.backends.ray.object_replication import ObjectReplicationStream, OrderedStream
+from distnadam.backends.ray.object_replication import OrderedStream
+from distnadam.backends.ray.standby_connector import StandbyConnector
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import shard_bytes
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
@@ -39,14 +41,15 @@ from distnadam.runtime.standby import Standby
 from distnadam.shard.effects import Notice
 from distnadam.supervision.discovery import DiscoveredProcess
 from distnadam.supervision.process_manager import ShardProcess
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat, cut_flat, empty_flat, memory_for
+from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.connection import Address
-from distnadam.transport.replication import ReplicationStream, ShmReplicationStream, StandbyReceiver
+from distnadam.transport.replication import StandbyReceiver
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.shm_server import ShmServer, parameter_arena
 from distnadam.transport.tcp_connection import Endpoint
+from distnadam.transport.tcp_replication import TcpStandbyReceiver
 from distnadam.transport.tcp_server import TcpServer
 from distnadam.transport.traffic import host_traffic
 
@@ -72,10 +75,12 @@ class ShardActor:
         self._host: ShardHost | None = None
         self._standby: Standby | None = None
         self._receiver: StandbyReceiver | None = None
+        self._far_receiver: TcpStandbyReceiver | None = None
         self._tcp: TcpServer | None = None
         self._lease: Lease | None = None
-        self._remote_standby: ShardProcess | None = None
+        self._connector = StandbyConnector(spec)
         self._stream = OrderedStream()
+        self._landing: dict[str, Flat] = {}
         self._exporter = Exporter.start(spec.name, spec.options)
 
     async def about(self) -> dict[str, str]:
@@ -127,6 +132,25 @@ class ShardActor:
             host, ports = ray.util.get_node_ip_address(), self._spec.options.port_range
             self._tcp = TcpServer(self._spec, self._host.deliver, host, ports)
         return self._tcp.endpoint
+
+    async def follow(self) -> Endpoint:
+        """Standby: listen for a primary on another node, from the first call on; return where.
+
+        Raises:
+            LaneError: it cannot.
+        """
+        if self._standby is None:
+            raise LaneError(f"shard {self._spec.index}: this process is no standby any more")
+        if self._far_receiver is None:
+            self._far_receiver = TcpStandbyReceiver(
+                self._spec.index,
+                sizes_of(self._spec.ranges),
+                self._standby.take_arrays,
+                self._standby.apply,
+                ray.util.get_node_ip_address(),
+                self._spec.options.port_range,
+            )
+        return self._far_receiver.endpoint
 
     async def introduce(self) -> DiscoveredProcess:
         """Return what a supervisor that takes over must know of this process."""
@@ -180,31 +204,35 @@ class ShardActor:
         """Never return: the end of this call is the end of the process."""
         await asyncio.Event().wait()
 
-    async def begin(
-        self, control_state: ShardControlState, config: Any, stream: int = 0, *arrays: Any
-    ) -> None:
-        """Standby: begin to follow at this control state.
-
-        The primary's arrays came over shared memory, or come here if it is on another node; then
-        `stream` is the id of its stream of calls.
-        """
+    async def begin(self, control_state: ShardControlState, config: Any) -> None:
+        """Standby: begin to follow at this control state; the arrays have come already."""
         assert self._standby is not None
-        if not arrays:
-            self._standby.begin(control_state, config)
-            return
-        await self._stream.turn(stream, 0)
-        standby = self._standby
-        spaces = sorted(self._spec.ranges)
+        self._standby.begin(control_state, config)
 
-        def fill() -> None:
-            named = [dict(zip(spaces, arrays[i::3], strict=True)) for i in range(3)]
-            copied = [{space: values.copy() for space, values in flat.items()} for flat in named]
-            standby.take_arrays(dict(zip(STATE_ARRAYS, copied, strict=True)))
-            standby.begin(control_state, config)
+    async def fill(
+        self, stream: int, number: int, name: str, space: str, begin: int, values: Array
+    ) -> None:
+        """Standby: take some elements of a primary's state, by a stream of calls with this id."""
+        assert self._standby is not None
+        await self._stream.turn(stream, number)
+        if number == 0:  # in the executor, after the work that an earlier stream began
+            apply = self._standby.apply
+            await asyncio.wrap_future(self._executor.submit(apply, DetachStandby(), {}))
+            sizes = sizes_of(self._spec.ranges)
+            self._landing = {array: empty_flat(sizes) for array in STATE_ARRAYS}
+        self._landing[name][space][begin : begin + values.size] = values
+        self._stream.done(number)
 
-        # in the executor, after the work that an earlier stream began
-        await asyncio.wrap_future(self._executor.submit(fill))
-        self._stream.done(0)
+    async def begin_by_calls(
+        self, stream: int, number: int, control_state: ShardControlState, config: Any
+    ) -> None:
+        """Standby: begin to follow at this control state, whose arrays `fill` has brought."""
+        assert self._standby is not None
+        await self._stream.turn(stream, number)
+        self._standby.take_arrays(self._landing)
+        self._landing = {}
+        self._standby.begin(control_state, config)
+        self._stream.done(number)
 
     async def replicate(self, stream: int, number: int, record: Record, *means: Any) -> int:
         """Standby: apply a record of a primary on another node, after those before it.
@@ -230,10 +258,20 @@ class ShardActor:
             return None
         if self._receiver is not None:
             await asyncio.to_thread(self._receiver.ended.wait, _DRAIN_S)
-        return self._standby.reached
+        await self._stop_following()
+        return None if self._standby is None else self._standby.reached
+
+    async def _stop_following(self) -> None:
+        """Take nothing by TCP any more: what is said to be reached is what will be promoted.
+
+        A dead primary's records that count have come whole; the end of its line may take seconds.
+        """
+        if self._far_receiver is not None:
+            await asyncio.to_thread(self._far_receiver.close)
 
     async def promote(self, reconfigure: Reconfigure, neighbour: Address | None) -> ProcessAddress:
         """Standby: become the shard and return where it serves; idempotent."""
+        await self._stop_following()
         if self._host is not None:
             return self._address
         assert self._standby is not None
@@ -268,7 +306,7 @@ class ShardActor:
             on_notice=self._notice,
             can_send=lambda: self._lease is not None and self._lease.valid,
         )
-        host.connect_standby = self._connect_standby
+        host.connect_standby = partial(self._connector.connect, self._address.node)
         host.traffic_of = host_traffic().by_host
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)
@@ -309,33 +347,9 @@ class ShardActor:
         os._exit(1)
 
     def _notice(self, notice: Notice) -> None:
-        standby, lease = self._remote_standby, self._lease
+        standby, lease = self._connector.far_standby, self._lease
         if isinstance(notice.report, StandbyLost) and standby is not None and lease is not None:
             # the standby may not know that it is stale: no answer leaves before the supervisor does
             lease.invalidate(standby)
-            self._remote_standby = None
+            self._connector.far_standby = None
         retry_in_background(lambda: self._supervisor.notify.remote(notice.report))
-
-    def _connect_standby(
-        self,
-        standby: ShardProcess,
-        control_state: ShardControlState,
-        config: Any,
-        arrays: dict[str, Flat],
-    ) -> ReplicationStream:
-        """Copy the state to a standby, over shared memory on this node, else by calls."""
-        timeout_s = self._spec.options.shard_timeout_s
-        self._remote_standby = None
-        if standby.address.node == self._address.node and standby.address.socket is not None:
-            stream = ShmReplicationStream(
-                standby.address.socket, arrays, control_state.round, timeout_s
-            )
-            try:
-                ray.get(standby.handle.begin.remote(control_state, config), timeout=timeout_s)
-            except BaseException:
-                stream.close()
-                raise
-            return stream
-        self._remote_standby = standby
-        # a quarter: after `timeout_s` this shard itself would count as silent
-        return ObjectReplicationStream(standby.handle, control_state, config, arrays, timeout_s / 4)

@@ -1,0 +1,111 @@
+"""How a primary reaches its standby: over shared memory on one node, by TCP between nodes, by Ray's
+calls where that cannot be had.
+"""
+
+import logging
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from distnadam.backends.ray.calls import Callee, translate
+from distnadam.backends.ray.object_replication import ObjectReplicationStream
+from distnadam.backends.ray.worker_channel import TCP_REMEDY
+from distnadam.errors import LaneError
+from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.supervisor_messages import ShardControlState
+from distnadam.supervision.process_manager import ShardProcess
+from distnadam.tensors.arrays import Flat
+from distnadam.transport.replication import ReplicationStream, ShmReplicationStream
+from distnadam.transport.tcp_connection import Endpoint
+from distnadam.transport.tcp_replication import TcpReplicationStream
+
+log = logging.getLogger("distnadam")
+
+
+class StandbyConnector:
+    """Copies a primary's state to its standby, and returns the stream for what follows.
+
+    Args:
+        spec: the shard's spec.
+
+    Attributes:
+        far_standby: the standby of another node; it may not know that it is out of date.
+    """
+
+    def __init__(self, spec: ShardSpec) -> None:
+        self._spec = spec
+        self._timeout_s = spec.options.shard_timeout_s
+        self._has_warned = False
+        self.far_standby: ShardProcess | None = None
+
+    def connect(
+        self,
+        node: str,
+        standby: ShardProcess,
+        control_state: ShardControlState,
+        config: Any,
+        arrays: dict[str, Flat],
+    ) -> ReplicationStream:
+        """Fill a standby; `node` is the primary's.
+
+        Raises:
+            LaneError: it cannot be reached over shared memory.
+            RayError, DistNadamError: it is dead, or does not answer.
+        """
+        self.far_standby = None
+        stream: ReplicationStream | None
+        if standby.address.node == node and standby.address.socket is not None:
+            stream = ShmReplicationStream(
+                standby.address.socket, arrays, control_state.round, self._timeout_s
+            )
+        else:
+            self.far_standby = standby
+            # a quarter: after `timeout_s` this shard itself would count as silent
+            patience_s = self._timeout_s / 4
+            stream = self._by_tcp(standby, arrays, control_state.round, patience_s)
+            if stream is None:
+                return ObjectReplicationStream(
+                    standby.handle, control_state, config, arrays, patience_s
+                )
+        try:
+            ray.get(standby.handle.begin.remote(control_state, config), timeout=self._timeout_s)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _by_tcp(
+        self, standby: ShardProcess, arrays: dict[str, Flat], decided: int, patience_s: float
+    ) -> ReplicationStream | None:
+        """Return a stream by TCP; None, with one warning, where it cannot be had."""
+        if self._spec.options.transport != "auto":
+            return None
+        index = self._spec.index
+        try:
+            endpoint = self._endpoint(standby)
+            stream = TcpReplicationStream(index, endpoint, arrays, decided, patience_s)
+        except LaneError as error:
+            level = logging.INFO if self._has_warned else logging.WARNING
+            log.log(level, "%s; %s", error, TCP_REMEDY)
+            self._has_warned = True
+            return None
+        log.info(
+            "shard %d: its standby follows by TCP, at %s port %d",
+            index,
+            endpoint.host,
+            endpoint.port,
+        )
+        return stream
+
+    def _endpoint(self, standby: ShardProcess) -> Endpoint:
+        """Have a standby listen; return where."""
+        try:
+            endpoint: Endpoint = ray.get(standby.handle.follow.remote(), timeout=self._timeout_s)
+        except RayError as error:
+            raise translate(error, _callee(standby)) from error
+        return endpoint
+
+
+def _callee(standby: ShardProcess) -> Callee:
+    return Callee(who=f"the standby of shard {standby.index}")
