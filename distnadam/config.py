@@ -113,7 +113,7 @@ class Options:
             one machine, by TCP between machines, and by Ray objects where neither works; "objects"
             always uses Ray objects.
         port_range: the first and the last TCP port at which shards listen for workers of other
-            machines, one port each. None means any port.
+            machines, and standbys for their primaries there, one port each. None means any port.
         kernel: "auto" steps with the compiled loop if numba is installed (the extra `fused`), else
             with NumPy; "fused" and "numpy" require one of them. The bits are the same.
         threads: threads that step one shard. None means every CPU of this process in local mode,

@@ -35,9 +35,12 @@ def begin(hosts: Cluster, replicas: int, directory: Path) -> tuple[dict[str, Any
         "directory": str(directory / "hosts"),
         "options": OPTIONS | {"checkpoint_dir": str(directory / "hosts")},
     }
+    began = time.time()
     program = hosts.python(hosts.hosts[0], "-m", "tests.hosts.train", json.dumps(about))
     if replicas:
         program.first("standbys", lambda count: count == 3)
+        followed = hosts.logged("its standby follows by TCP", since=began)
+        assert {line.text.split(":")[0] for line in followed} == {"shard 0", "shard 1", "shard 2"}
     return about, program
 
 

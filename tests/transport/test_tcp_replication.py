@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -36,7 +37,6 @@ from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 from distnadam.tensors.layout import Layout, sizes_of
-from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_connection import (
     Endpoint,
     Parts,
@@ -44,7 +44,7 @@ from distnadam.transport.tcp_connection import (
     greeting,
     primary_greeting,
 )
-from distnadam.transport.tcp_dial import dial
+from distnadam.transport.tcp_dial import dial, dialling_thread
 from distnadam.transport.tcp_listener import TcpListener
 from distnadam.transport.tcp_replication import (
     PIECE_BYTES,
@@ -197,17 +197,16 @@ def expected_bits(far: Far) -> list[dict[str, bytes]]:
 
 
 def bytes_of_a_run() -> int:
-    """Return how many bytes a primary sends for its state and all rounds."""
+    """Return how many bytes a primary sends for its state, all rounds, and perhaps its end."""
     far = Far()
     proxy = Proxy(far.receiver.endpoint, 1 << 30, "reset")
     stream = far.connect(proxy.endpoint)
     for record in rounds(1, ROUNDS):
         write_mean(stream, record.round)
         assert stream.send(record)
-    passed = proxy.passed
     stream.close()
     far.close()
-    return passed
+    return proxy.passed["there"]
 
 
 def cut_at(byte: int) -> tuple[int | None, int | None]:
@@ -243,10 +242,10 @@ def cut_at(byte: int) -> tuple[int | None, int | None]:
 def test_a_standby_whose_line_is_cut_at_any_byte_takes_over_with_what_was_delivered() -> None:
     total = bytes_of_a_run()
     found = [cut_at(byte) for byte in range(1, total + 1, total // 40)]
-    assert {delivered for delivered, _ in found} == {None, 0, 1, 2}, "every round was cut"
+    assert {delivered for delivered, _ in found} >= {None, 0, 1, 2}, "every round was cut"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_byte_at_which_a_line_is_cut_leaves_what_was_delivered() -> None:
     for byte in range(1, bytes_of_a_run() + 1):
         cut_at(byte)
@@ -255,7 +254,7 @@ def test_each_byte_at_which_a_line_is_cut_leaves_what_was_delivered() -> None:
 def killed_primary(endpoint: Endpoint, half: bool) -> None:
     """Be a primary that is killed after two rounds, or in the middle of sending the third."""
     arrays = arrays_of(spec_of(60), 1)
-    stream = TcpReplicationStream(0, endpoint, arrays, 0, 1.0 if half else PATIENCE_S)
+    stream = TcpReplicationStream(0, endpoint, arrays, 0, 2.0 if half else PATIENCE_S)
     for record in rounds(1, 2 + half):
         write_mean(stream, record.round)
         assert stream.send(record) == (record.round < 3)
@@ -295,7 +294,7 @@ def test_the_next_mean_may_be_written_while_the_last_is_applied(far: Far) -> Non
 
 
 def test_a_standby_that_acknowledges_nothing_is_given_up(far: Far) -> None:
-    stream = far.connect(timeout_s=0.1)
+    stream = far.connect(timeout_s=2.0)
     first, second, _ = rounds(1, ROUNDS)
     far.hang.clear()
     write_mean(stream, 1)
@@ -311,11 +310,17 @@ def test_a_standby_that_acknowledges_nothing_is_given_up(far: Far) -> None:
 
 
 class Gate:
-    """Passes bytes from a primary to its standby up to some, and the rest once it is opened."""
+    """Passes bytes from a primary to its standby up to some, and the rest once it is opened.
+
+    Little waits in the sockets meanwhile.
+    """
 
     def __init__(self, endpoint: Endpoint, most: int) -> None:
         self._to, self._most = (endpoint.host, endpoint.port), most
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
         self.endpoint = replace(endpoint, port=self._listener.getsockname()[1])
         self.opened = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -341,10 +346,10 @@ class Gate:
 
 
 def test_a_line_that_was_given_up_brings_no_changed_memory_when_it_goes_on() -> None:
-    far = Far(3 * PIECE_BYTES // 4)  # its mean does not fit into the sockets on the way
+    far = Far(3 * PIECE_BYTES // 4)
     state_bytes = 3 * sum(each.nbytes for each in far.arrays["params"].values())
     gate = Gate(far.receiver.endpoint, state_bytes + PIECE_BYTES)
-    stream = far.connect(gate.endpoint, timeout_s=0.2)
+    stream = far.connect(gate.endpoint, timeout_s=2.0)
     first, *_ = rounds(1, 1)
     write_mean(stream, 1)
     assert not stream.send(first)
@@ -382,9 +387,13 @@ def test_a_primary_that_connects_anew_ends_the_earlier_stream_and_its_state(far:
     (record,) = rounds(8, 1)
     write_mean(second, 8)
     assert second.send(record)
+    deadline = time.monotonic() + PATIENCE_S
+    while first.ready():
+        assert time.monotonic() < deadline, "the earlier line goes on"
     assert not first.send(record)
     first.close()
     assert second.ready()
+    far.receiver.close()
     assert far.standby.reached == 8
 
 
@@ -419,9 +428,9 @@ class Peer:
         self.is_proven.set()
         self.has_ended.set()
 
-    def say(self, thread: LoopThread, *messages: tuple[bytes, bytes]) -> None:
+    def say(self, *messages: tuple[bytes, bytes]) -> None:
         for message, behind in messages:
-            thread.call(self.connection.send, message, [memoryview(behind)])
+            dialling_thread().call(self.connection.send, message, [memoryview(behind)])
 
 
 def said(kind: Any, content: Any, behind: bytes = b"") -> tuple[bytes, bytes]:
@@ -452,10 +461,21 @@ BAD_MESSAGES = {
     "a number that is none": [said("mean", [1], W_BYTES)],
     "a piece too short": [said("mean", 0, W_BYTES[1:])],
     "a piece too long": [said("mean", 0, W_BYTES + b"x")],
-    "a state that is not whole": [said("whole", None)],
+    "a state again": [said("state", 0, W_BYTES)],
+    "a whole state again": [said("whole", None)],
     "a step without its mean": [record_said(next(rounds(1, 1)))],
     "a step with half its mean": [said("mean", 0, W_BYTES), record_said(next(rounds(1, 1)))],
     "a mean without a step": [said("mean", 0, W_BYTES), record_said(ReplicatedJoin(0, 1))],
+}
+
+
+STATE = [said("state", number, piece) for number, piece in enumerate(3 * [W_BYTES, Z_BYTES])]
+"""A state of zeros; spaces are sent in the order of their names."""
+BAD_STATES = {
+    "a state that is not whole": [*STATE[:-1], said("whole", None)],
+    "no state": [said("whole", None)],
+    "another order": STATE[1:],
+    "a piece too many": [*STATE, said("state", 6, Z_BYTES)],
 }
 
 
@@ -463,17 +483,26 @@ BAD_MESSAGES = {
 def test_a_primary_that_says_what_does_not_come_next_is_hung_up_on(
     messages: list[tuple[bytes, bytes]], far: Far
 ) -> None:
-    thread = LoopThread()
     peer = Peer(far.receiver.endpoint, primary_greeting(0))
-    peer.say(thread, *messages)
+    peer.say(*STATE, said("whole", None), *messages)
     assert peer.has_ended.wait(PATIENCE_S)
-    thread.close()
     assert far.came == [(DetachStandby(), 0.0)], "nothing was followed"
-    stream = far.connect()
-    assert stream.ready()
+    assert far.standby.reached == 0
+    assert set(b"".join(bits(far.standby.arrays).values())) == {0}
 
 
-@pytest.mark.parametrize("says", [primary_greeting(1), greeting(0, 1)], ids=["another", "a worker"])
+@pytest.mark.parametrize("messages", BAD_STATES.values(), ids=BAD_STATES)
+def test_a_state_that_does_not_come_piece_by_piece_is_not_begun_from(
+    messages: list[tuple[bytes, bytes]], far: Far
+) -> None:
+    peer = Peer(far.receiver.endpoint, primary_greeting(0))
+    peer.say(*messages)
+    assert peer.has_ended.wait(PATIENCE_S)
+    assert far.standby.reached is None
+    assert far.connect().ready(), "the next primary is served"
+
+
+@pytest.mark.parametrize("says", [primary_greeting(1), greeting(0)], ids=["another", "a relay"])
 def test_whoever_is_not_the_shards_primary_is_hung_up_on(says: dict[str, Any], far: Far) -> None:
     stream = far.connect()
     assert Peer(far.receiver.endpoint, says).has_ended.wait(PATIENCE_S)
@@ -517,6 +546,35 @@ def test_a_standby_that_acknowledges_what_was_not_sent_is_hung_up_on(
     standby = FalseStandby(answer)
     with pytest.raises(LaneError, match="standby of shard 0 cannot be filled"):
         far.connect(standby.listener.endpoint)
+    standby.listener.close()
+
+
+class SlowStandby(FalseStandby):
+    """One who acknowledges one message after the other, each a while after the last."""
+
+    def __init__(self, each_s: float) -> None:
+        super().__init__(b"")
+        self._each_s = each_s
+        self._came = 0
+
+    def proven(self, connection: TcpConnection, greeting: Any) -> None:
+        self.listener.admit(connection)
+
+    def arrived(self, connection: TcpConnection, what: Any) -> None:
+        self._came += 1
+        self.listener.thread.loop.call_later(
+            self._each_s * self._came, connection.send, msgpack.packb(self._came)
+        )
+
+
+@pytest.mark.slow
+def test_a_slow_line_is_waited_for_as_long_as_something_comes(far: Far) -> None:
+    timeout_s = 3.0
+    standby = SlowStandby(each_s=timeout_s / 4)
+    began = time.monotonic()
+    stream = far.connect(standby.listener.endpoint, timeout_s)
+    assert time.monotonic() - began > timeout_s, "seven messages"
+    stream.close()
     standby.listener.close()
 
 

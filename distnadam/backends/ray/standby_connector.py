@@ -10,12 +10,12 @@ from ray.exceptions import RayError
 
 from distnadam.backends.ray.calls import Callee, translate
 from distnadam.backends.ray.object_replication import ObjectReplicationStream
-from distnadam.backends.ray.worker_channel import TCP_REMEDY
 from distnadam.errors import LaneError
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import ShardControlState
 from distnadam.supervision.process_manager import ShardProcess
 from distnadam.tensors.arrays import Flat
+from distnadam.transport.far_shard import REMEDY
 from distnadam.transport.replication import ReplicationStream, ShmReplicationStream
 from distnadam.transport.tcp_connection import Endpoint
 from distnadam.transport.tcp_replication import TcpReplicationStream
@@ -87,7 +87,7 @@ class StandbyConnector:
             stream = TcpReplicationStream(index, endpoint, arrays, decided, patience_s)
         except LaneError as error:
             level = logging.INFO if self._has_warned else logging.WARNING
-            log.log(level, "%s; %s", error, TCP_REMEDY)
+            log.log(level, "%s; %s", error, REMEDY)
             self._has_warned = True
             return None
         log.info(
