@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ class RelayActor:
     def __init__(self, run: str) -> None:
         self._address = registry.register(run)
         self._relay: Relay | None = None
-        self._served: dict[int, ShardProcess] = {}
+        self._known: dict[int, tuple[ShardProcess, ShardSpec]] = {}
         self._version = 0
         self._serving = asyncio.Lock()
         self._last_used = time.monotonic()
@@ -71,46 +72,40 @@ class RelayActor:
             self._version = shard_map.version
             found |= self._adopt(shard_map)
         for index, process in enumerate(shard_map.shards):
-            if self._relay is not None and self._served.get(index) == process:
-                found[index] = Relayed(
-                    socket=self._relay.address(index), by_tcp=self._relay.is_by_tcp(index)
-                )
+            relay = self._relay
+            if relay is not None and index in relay and self._known[index][0] == process:
+                found[index] = Relayed(socket=relay.address(index), by_tcp=relay.is_by_tcp(index))
         return found
 
     def _adopt(self, shard_map: ShardMap) -> dict[int, LaneError]:
         """Serve the shards of a map; return which of them cannot be, and why."""
         node = self._address.node
+        near = [each for each in shard_map.shards if each.address.node == node]
         far = {i: each for i, each in enumerate(shard_map.shards) if each.address.node != node}
-        for index in [i for i, each in self._served.items() if far.get(i) != each]:
-            del self._served[index]
+        for index in [i for i, (each, _) in self._known.items() if far.get(i) != each]:
+            del self._known[index]
             if self._relay is not None:
                 self._relay.drop(index)
-        specs = gather_with_retry(
-            {i: partial(each.handle.send.remote, Describe(spec=True)) for i, each in far.items()},
-            _LISTEN_S,
-        )
-        failed = {
-            i: LaneError(f"shard {i}: {answer}")
-            for i, answer in specs.items()
-            if isinstance(answer, Exception)
-        }
-        known: dict[int, ShardSpec] = {i: specs[i].spec for i in far if i not in failed}
-        if not known:
+        failed = self._get_to_know({i: far[i] for i in far if i not in self._known})
+        if not self._known:
             return failed
-        near = [each for each in shard_map.shards if each.address.node == node]
-        relay = self._relay_beside(near, next(iter(known.values())))
-        for index, spec in known.items():
-            if index not in self._served:
-                process = far[index]
-                reach = Reach(
-                    find=partial(_find, index, process), carry=partial(_carry, index, process)
-                )
-                relay.serve(spec, reach)
-                self._served[index] = process
-        relay.await_lines(known, _LISTEN_S)
+        relay = self._relay_beside(near)
+        for index, (process, spec) in self._known.items():
+            if index not in relay:
+                find, carry = partial(_find, index, process), partial(_carry, index, process)
+                relay.serve(spec, Reach(find=find, carry=carry))
+        relay.await_lines(self._known, _LISTEN_S)
         return failed
 
-    def _relay_beside(self, near: list[ShardProcess], spec: ShardSpec) -> Relay:
+    def _get_to_know(self, shards: Mapping[int, ShardProcess]) -> dict[int, LaneError]:
+        """Ask shards for their specs; return which of them do not say, and why."""
+        calls = {i: partial(p.handle.send.remote, Describe(spec=True)) for i, p in shards.items()}
+        answers = gather_with_retry(calls, _LISTEN_S)
+        failed = {i: answer for i, answer in answers.items() if isinstance(answer, Exception)}
+        self._known |= {i: (p, answers[i].spec) for i, p in shards.items() if i not in failed}
+        return {i: LaneError(f"shard {i}: {why}") for i, why in failed.items()}
+
+    def _relay_beside(self, near: list[ShardProcess]) -> Relay:
         """Return the relay; a new one where this node's shards have their parameters elsewhere."""
         sockets = (each.address.socket for each in near)
         neighbour = next((socket for socket in sockets if socket is not None), None)
@@ -122,7 +117,7 @@ class RelayActor:
                 return self._relay
             self._relay.close()
             self._relay = None
-            self._served = {}
+        _, spec = next(iter(self._known.values()))
         number = min((each.index for each in near), default=spec.num_shards)
         self._relay = Relay(number, parameter_arena(spec, neighbour))
         return self._relay
