@@ -69,7 +69,7 @@ class Two:
         self._cluster = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False} | how
         )
-        self._cluster.add_node(num_cpus=2, resources={"shard": 2}, **how)
+        self._cluster.add_node(num_cpus=2, resources={"shard": 4}, **how)
         ray.init(address=self._cluster.address, log_to_driver=False)
         self.optimizer = DistNadam(
             num_shards=2,
