@@ -153,14 +153,24 @@ def _push(gradients_of: GradientsOf | None, *fields: Any) -> Push:
     if gradients_of is None:
         raise LaneError("a push came where none is expected")
     epoch, rank, incarnation, number, dtypes, rejection = fields
+    place = _whole(epoch=epoch, rank=rank, incarnation=incarnation, round=number)
+    if not isinstance(rejection, str | None):
+        raise TypeError(f"a rejection is {rejection!r:.50}")
+    if not isinstance(dtypes, dict | None) or (dtypes is None and rejection is None):
+        raise TypeError(f"dtypes are {dtypes!r:.50}")
     return Push(
-        epoch=epoch,
-        rank=rank,
-        incarnation=incarnation,
-        round=number,
+        **place,
         gradients=None if dtypes is None else gradients_of(dtypes),
         rejection=rejection,
     )
+
+
+def _norms(_: GradientsOf | None, *fields: Any) -> TotalNorms:
+    epoch, rank, incarnation, number, square_sums = fields
+    place = _whole(epoch=epoch, rank=rank, incarnation=incarnation, round=number)
+    if not isinstance(square_sums, np.ndarray):
+        raise TypeError(f"sums of squares are {square_sums!r:.50}")
+    return TotalNorms(**place, square_sums=square_sums)
 
 
 def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
@@ -192,20 +202,26 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
     "decided": _decided,
-    "norms": lambda _, epoch, rank, incarnation, number, square_sums: TotalNorms(
-        epoch=epoch, rank=rank, incarnation=incarnation, round=number, square_sums=square_sums
-    ),
+    "norms": _norms,
     "measured": lambda _, number, sums: PartialNorms(
         number, tuple((tensor, array) for tensor, array in sums)
     ),
     "pull": lambda _, rank, incarnation, at_least, epoch: Pull(
-        rank=rank, incarnation=incarnation, at_least=at_least, epoch=epoch
+        **_whole(rank=rank, incarnation=incarnation, at_least=at_least, epoch=epoch)
     ),
-    "leave": lambda _, *fields: Leave(*fields),
-    "died": lambda _, *fields: WorkerDied(*fields),
+    "leave": lambda _, rank, incarnation: Leave(**_whole(rank=rank, incarnation=incarnation)),
+    "died": lambda _, rank, incarnation: WorkerDied(**_whole(rank=rank, incarnation=incarnation)),
     "done": lambda _: None,
     "error": _error,
 }
+
+
+def _whole(**numbers: Any) -> dict[str, Any]:
+    """Return whole numbers by name; raise TypeError for others, on which a shard would fail."""
+    for name, value in numbers.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r:.50}")
+    return numbers
 
 
 def _pack_array(value: Any) -> Any:

@@ -4,6 +4,7 @@ nonsense is refused.
 
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
@@ -103,6 +104,35 @@ def test_frames_are_whole_however_the_bytes_are_cut(cuts: list[int], seed: int) 
 def test_a_frame_that_is_no_message_is_refused(body: bytes) -> None:
     with pytest.raises(LaneError, match="is no message"):
         unpack(body)
+
+
+PLACE = {"epoch": 1, "rank": 0, "incarnation": 1, "round": 2}
+TO_A_SHARD = (
+    Push(**PLACE, gradients=None, rejection="no"),
+    TotalNorms(**PLACE, square_sums=np.ones(2)),
+    Pull(rank=0, incarnation=1, at_least=3, epoch=1),
+    Leave(0, 1),
+    WorkerDied(0, 1),
+)
+
+
+@pytest.mark.parametrize("message", TO_A_SHARD, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("value", [b"1", 1.5, [1], {"a": 1}], ids=repr)
+def test_a_message_to_a_shard_with_a_field_of_another_type_is_refused(
+    message: Any, value: Any
+) -> None:
+    fields = msgpack.unpackb(pack(7, message)[4:], ext_hook=msgpack.ExtType)
+    for index in range(1, len(fields)):
+        body = msgpack.packb([*fields[:index], value, *fields[index + 1 :]])
+        with pytest.raises(LaneError, match="is no message"):
+            unpack(body, lambda dtypes: {space: np.ones(2, dtypes[space]) for space in dtypes})
+
+
+def test_a_push_has_gradients_or_says_why_not() -> None:
+    """A kernel that got none would read beyond its arrays."""
+    push = pack(7, Push(**PLACE, gradients=None, rejection=None))[4:]
+    with pytest.raises(LaneError, match="is no message"):
+        unpack(push, lambda dtypes: {})
 
 
 def test_a_length_that_cannot_be_and_a_message_that_does_not_travel_are_refused() -> None:

@@ -200,7 +200,10 @@ def _frames() -> list[bytes]:
         {"float32": np.ones(20, "f4")},
         {"float32": np.ones(20, "f4"), "float64": np.ones(3)},
     ]
-    messages += [Push(**place, gradients=each, want_parameters=True) for each in arrays]
+    messages += [
+        Push(**place, gradients=each, rejection=None if each else "no", want_parameters=True)
+        for each in arrays
+    ]
     sums = np.arange(9.0)
     messages.append(TotalNorms(**place, square_sums=sums, want_parameters=True))
     decided = {"epoch": 1, "round": 1, "iterations": 1, "lr": 0.1, "buffer": 0, "rejection": None}
