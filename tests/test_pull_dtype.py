@@ -60,7 +60,7 @@ def test_pull_step_parameters_and_tickets_show_each_worker_the_rounded_masters(
         check_seen(worker.step(PARAMS), optimizer)
         check_seen(worker.parameters(), optimizer)
         worker.push(PARAMS).result()
-        check_seen(worker.parameters(), optimizer)
+        check_seen(worker.pull(), optimizer)
         optimizer.apply_gradients(PARAMS)
         check_seen(worker.pull(), optimizer)
         optimizer.reshard(2)
