@@ -66,6 +66,8 @@ BETWEEN_HOSTS = (
     "late",
     "late, of another epoch",
     "late, of another incarnation",
+    "a standby's line ended, the round lost",
+    "a standby's line ended, the round arrived",
 )
 """What must befall lines between hosts in these examples."""
 SEEN: Counter[str] = Counter()
@@ -302,8 +304,13 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 1 << 16), late=st.integers(0, 9))
     def advance_disturbed(self, seed: int, late: int) -> None:
-        """Everybody does a round, and then another, while messages meet all sorts of faults."""
-        rng = Random(seed)
+        """Everybody does a round, and then another, while messages meet all sorts of faults, and
+        perhaps the line to a standby ends: nobody's death.
+        """
+        rng, lines = Random(seed), Random(-1 - seed)
+        if lines.random() < 0.5:
+            shard = self.world.shards[lines.randrange(len(self.world.shards))]
+            shard.line_ends = lines.choice(["before", "after"])
         for _ in range(2):
             self.world.faults = deque(rng.choices(["", "", "", "repeat", *FAULTS], k=9))
             self.advance()

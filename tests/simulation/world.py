@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from distnadam.errors import ShardLost, StepTimeout
 from distnadam.protocol.messages import ShardSpec, WorkerDied
+from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
     DescribeStandby,
@@ -41,7 +42,8 @@ class Process:
     """A shard or a standby.
 
     `works` is what it is yet to compute; `crash` is when it dies by itself, "before" or "after" it
-    sends a round to its standby.
+    sends a round to its standby, and `line_ends` when the line to its standby ends, though both
+    live: "before" a round arrives, or "after", when it is not acknowledged any more.
     """
 
     def __init__(self, world: "World", spec: ShardSpec, *, standby: bool) -> None:
@@ -52,14 +54,21 @@ class Process:
         self.host = None if standby else self.make_host(spec)
 
         self.crash = ""
+        self.line_ends = ""
+        self._follower: ShardProcess | None = None
         self._asked: list[Future[Any]] = []
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
         world = self.world
 
         def on_notice(notice: Notice) -> None:
-            if self.alive:
-                world.supervisor.notify(notice.report)
+            if not self.alive:
+                return
+            if isinstance(notice.report, StandbyLost) and self._follower is not None:
+                # no answer leaves before the supervisor knows, by the lease
+                world.supervisor.standby_is_stale(self._follower)
+                self._follower = None
+            world.supervisor.notify(notice.report)
 
         host = ShardHost(spec, on_notice=on_notice, run_work=lambda work: self.works.append(work))
         host.connect_standby = self._attach
@@ -106,11 +115,13 @@ class Process:
     def _attach(
         self, standby: ShardProcess, control_state: Any, config: Any, arrays: dict[str, Flat]
     ) -> ReplicationStream:
-        return _WorldStream(self, standby.handle, control_state, config, arrays)
+        stream = _WorldStream(self, standby.handle, control_state, config, arrays)
+        self._follower = standby
+        return stream
 
 
 class _WorldStream(InProcessStream):
-    """A stream whose primary may die before or after it has sent a round."""
+    """A stream whose primary may die before or after it has sent a round, or whose line may end."""
 
     def __init__(
         self,
@@ -123,12 +134,13 @@ class _WorldStream(InProcessStream):
         if follower.standby is None:
             raise ShardLost("the standby is dead")
         self._primary = primary
+        self._has_ended = False
         super().__init__(
             follower.standby,
             control_state,
             config,
             arrays,
-            lambda: primary.alive and follower.alive,
+            lambda: primary.alive and follower.alive and not self._has_ended,
         )
 
     @override
@@ -136,12 +148,22 @@ class _WorldStream(InProcessStream):
         crash = self._primary.crash if isinstance(record, ReplicatedRound) else ""
         if crash == "before":
             self._primary.kill()
+        if self._primary.line_ends == "before" and isinstance(record, ReplicatedRound):
+            self._end_line("lost")
         sent = super().send(record)
         if self.failure is not None:
             raise self.failure  # here every standby must follow
         if crash == "after" and sent:
             self._primary.kill()
+        if self._primary.line_ends and isinstance(record, ReplicatedRound) and sent:
+            self._end_line("arrived")
+            return False
         return sent
+
+    def _end_line(self, what: str) -> None:
+        self._has_ended = True
+        self._primary.line_ends = ""
+        self._primary.world.note(f"a standby's line ended, the round {what}")
 
 
 class WorldProcesses(ProcessManager):
