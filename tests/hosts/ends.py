@@ -68,7 +68,7 @@ def main(how: str, host: str, *rest: str) -> None:
         listener.close()
         return
     port, secret = int(rest[0]), bytes.fromhex(rest[1])
-    connection = TcpConnection(end, secret, greeting(0, 1))
+    connection = TcpConnection(end, secret, greeting(0))
     dial(connection, Endpoint(host, port, secret))
     end.is_proven.wait()
     say(ready=True)
