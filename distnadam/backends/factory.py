@@ -4,7 +4,7 @@ import importlib.util
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -12,6 +12,7 @@ from distnadam.backends.base import Backend
 from distnadam.config import BackendName
 from distnadam.errors import ClusterError
 from distnadam.protocol.messages import ShardSpec
+from distnadam.transport.link import Links
 
 
 def resolve(asked: BackendName, *, several: bool) -> Literal["local", "ray"]:
@@ -103,6 +104,19 @@ def stop(name: str) -> None:
     from distnadam.backends.ray.backend import RayBackend
 
     RayBackend.stop(name)
+
+
+def examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> Links:
+    """Try the ways between all nodes of a Ray cluster; see `backends.ray.links.examine`.
+
+    Raises:
+        ClusterError: Ray is not installed, or there is none to join.
+    """
+    if not _is_installed():
+        raise ClusterError("the way to another host needs the package ray: pip install ray")
+    from distnadam.backends.ray.links import examine
+
+    return examine(ports, measured)
 
 
 def _is_installed() -> bool:

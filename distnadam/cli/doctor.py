@@ -2,20 +2,23 @@
 
 import os
 import platform
-import secrets
 import shutil
-import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
 from rich.table import Table
 
-from distnadam.cli.group import JSON, echo_json, main, plain_console
-from distnadam.errors import ArenaError, KernelError
+from distnadam.backends import factory
+from distnadam.checks import check_ports
+from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
+from distnadam.cli.running import joined
+from distnadam.errors import KernelError
 from distnadam.nadam.kernels import fused_installed, make_stepper
-from distnadam.transport.shared_memory import Arena, available_bytes
+from distnadam.transport.link import Links
+from distnadam.transport.shared_memory import available_bytes, why_not_shared
 from distnadam.versions import CORE_PACKAGES, installed_version
 
 _OPTIONAL_PACKAGES = ("torch", "jax", "numba", "scikit-learn", "matplotlib")
@@ -24,7 +27,10 @@ _SMALL_SHM_BYTES = 1 << 30
 
 @dataclass
 class Diagnosis:
-    """What `diagnose` found; `problems` holds a sentence for each thing that is wrong."""
+    """What `diagnose` found; `problems` holds a sentence for each thing that is wrong.
+
+    `links` are the ways between the nodes of a cluster, if those were examined.
+    """
 
     python: str
     versions: dict[str, str | None]
@@ -36,6 +42,7 @@ class Diagnosis:
     kernel: str
     transport: str
     problems: list[str] = field(default_factory=list)
+    links: Links | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -97,13 +104,12 @@ def _kernel() -> str:
 
 
 def _transport() -> str:
-    """Describe the transport, after trying sealed shared memory and an abstract Unix socket."""
-    try:
-        Arena.create({"float32": 1})
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.bind(f"\0distnadam-{secrets.token_hex(8)}")
-    except (ArenaError, OSError, AttributeError) as error:
-        return f"Ray objects between processes: shared memory does not work here: {error}"
+    """Describe the transport within this host, and between hosts in general."""
+    if (why_not := why_not_shared()) is not None:
+        return (
+            f"Ray objects between processes of one Ray node, as shared memory does not work here: "
+            f"{why_not}; TCP between nodes"
+        )
     free = f"{available_bytes() >> 20} MiB are free for it"
     return (
         f"shared memory between processes of one Ray node ({free}), TCP between nodes; this "
@@ -112,25 +118,93 @@ def _transport() -> str:
 
 
 @main.command()
+@click.argument("hosts", metavar="[HOST]...", nargs=-1)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Examine the Ray cluster with that head too: which way leads from node to node.",
+)
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Measure the way from here to each HOST of the cluster, by default to all others.",
+)
+@click.option(
+    "--port-range",
+    type=(int, int),
+    metavar="FIRST LAST",
+    help="The ports to try: those of Options(port_range=...).  [default: any]",
+)
 @JSON
-def doctor(*, as_json: bool) -> None:
+def doctor(
+    hosts: tuple[str, ...],
+    address: str | None,
+    *,
+    measure: bool,
+    port_range: tuple[int, int] | None,
+    as_json: bool,
+) -> None:
     """Show what would run here: versions, Ray, shared memory, kernel, transport.
 
-    Exit with 1 if something is wrong.
+    With --address or --measure, join the Ray cluster (RAY_ADDRESS by default) and try the way from
+    each node to each other one. Exit with 1 if something is wrong.
     """
+    if hosts and not measure:
+        raise click.UsageError("HOST is for --measure")
     found = diagnose()
+    if measure or address is not None:
+        with exit_on_error():
+            ports = None if port_range is None else check_ports(port_range)
+            with joined(address):
+                found.links = factory.examine(ports, hosts if measure else None)
+        found.problems += found.links.problems
     if as_json:
         echo_json(found.to_dict())
     else:
-        table = Table(show_header=False)
-        for key, value in found.to_dict().items():
-            if key == "versions":
-                for package, version in value.items():
-                    table.add_row(package, version or "not installed")
-            elif key != "problems":
-                table.add_row(key.replace("_", " "), "not set" if value is None else str(value))
-        plain_console().print(table)
-        for problem in found.problems:
-            click.echo(f"problem: {problem}", err=True)
+        _print(found)
     if found.problems:
         sys.exit(1)
+
+
+def _print(found: Diagnosis) -> None:
+    table = Table(show_header=False)
+    for key, value in found.to_dict().items():
+        if key == "versions":
+            for package, version in value.items():
+                table.add_row(package, version or "not installed")
+        elif key not in ("problems", "links"):
+            table.add_row(key.replace("_", " "), "not set" if value is None else str(value))
+    plain_console().print(table)
+    if found.links is not None:
+        plain_console().print(*_tables(found.links))
+    for problem in found.problems:
+        click.echo(f"problem: {problem}", err=True)
+
+
+def _tables(links: Links) -> Iterator[Table]:
+    """Yield which nodes are reached from which one how, and what was measured, if anything."""
+    ways = Table("from", "by", "to", "why", title="between the nodes")
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for way in links.ways:
+        grouped.setdefault((way.sender, way.carrier, way.why), []).append(way.receiver)
+    for (sender, carrier, why), receivers in grouped.items():
+        to = "itself" if receivers == [sender] else ", ".join(receivers)
+        ways.add_row(sender, carrier, to, why)
+    yield ways
+    if not links.measured:
+        return
+    headings = ("to", "Gbit/s there", "Gbit/s back", "round trip ms", "congestion control", "by")
+    measured = Table(*headings, title="measured from here")
+    for each in links.measured:
+        speeds = ["", "", ""]
+        if (link := each.link) is not None:
+            speeds = [
+                f"{8e-9 * link.sent_bytes_per_s:.2f}",
+                f"{8e-9 * link.received_bytes_per_s:.2f}",
+                f"{1e3 * link.round_trip_s:.2f}",
+            ]
+        here, there = each.congestion
+        control = here if here == there else f"{here} here, {there} there"
+        by = "" if each.way is None else f"{each.way.carrier}: {each.why_not or each.way.why}"
+        measured.add_row(each.host, *speeds, control, by)
+    yield measured

@@ -169,6 +169,7 @@ def render(status: Status) -> RenderableType:
         workers,
         *([hosts] if status.hosts else []),
         f"the next step waits for {status.awaited}",
+        f"transport: {status.transport}",
         f"last checkpoint: {status.checkpoint or 'none'}",
     )
 

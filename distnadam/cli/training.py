@@ -71,6 +71,12 @@ PLACEMENT = [
         metavar="SECONDS",
         help="Wait so long for nodes.  [default: refuse at once]",
     ),
+    click.option(
+        "--port-range",
+        type=(int, int),
+        metavar="FIRST LAST",
+        help="TCP ports at which shards listen for other hosts.  [default: any]",
+    ),
 ]
 
 
@@ -208,6 +214,7 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
                     label_selector=options["shard_label"],
                     worker_label_selector=options["worker_label"],
                     start_timeout_s=options["start_timeout"],
+                    port_range=options["port_range"],
                 ),
             ),
             backend="local" if options["local"] else "ray",
@@ -370,6 +377,8 @@ def _resume_command(context: click.Context, checkpoint_dir: object) -> str:
         elif isinstance(value, dict):
             for key, label in value.items():
                 words += [flag, f"{key}={label}"]
+        elif isinstance(value, tuple):
+            words += [flag, *map(str, value)]
         elif value is not None and not (flag.endswith("-cpus") and value == 0):
             words += [flag, shown(str(value))]
     return shlex.join(words)

@@ -17,6 +17,7 @@ from distnadam.places import shown
 from distnadam.protocol.messages import Describe
 from distnadam.protocol.shard_status import Description
 from distnadam.schedules import rate_at
+from distnadam.transport.link import carriers
 
 ANSWER_S = 5.0
 """Seconds in which a shard says where it stands."""
@@ -69,8 +70,9 @@ Moved = Mapping[tuple[int, str, str], int]
 class Status:
     """The status of an optimizer.
 
-    `awaited` says what the next step waits for. `moved` is what `hosts` follows from, and `at` the
-    time by this process's monotonic clock, both for the next look.
+    `awaited` says what the next step waits for, `transport` how gradients and parameters move
+    between which processes. `moved` is what `hosts` follows from, and `at` the time by this
+    process's monotonic clock, both for the next look.
     """
 
     name: str | None
@@ -85,6 +87,7 @@ class Status:
     checkpoint: str | None
     at: float
     awaited: str = ""
+    transport: str = ""
     hosts: tuple[HostStatus, ...] = ()
     moved: Moved = field(default_factory=dict)
 
@@ -132,6 +135,7 @@ class RunningOptimizer:
             awaited=awaited(shards),
             hosts=_hosts(moved, earlier, now),
             moved=moved,
+            transport=carriers(spec.options.transport, spec.options.port_range),
             at=now,
         )
 

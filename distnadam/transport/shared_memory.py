@@ -10,6 +10,8 @@ import errno
 import fcntl
 import mmap
 import os
+import secrets
+import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -238,3 +240,17 @@ def _space_bytes(dtype: np.dtype[Any], n: int) -> int:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.0f} MiB"
+
+
+def why_not_shared() -> str | None:
+    """Return why processes of this host cannot share memory through a socket, or None if they can.
+
+    Tries sealed memory and an abstract Unix socket.
+    """
+    try:
+        Arena.create({"float32": 1})
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"\0distnadam-{secrets.token_hex(8)}")
+    except (ArenaError, OSError, AttributeError) as error:
+        return str(error)
+    return None

@@ -79,7 +79,7 @@ def test_the_command_to_resume_repeats_what_was_asked_for(tmp_path: Path) -> Non
         "--worker-label",
         "role=workers",
     ]
-    asked = [*labels, "--worker-cpus", 1, "--lr", 0.01]
+    asked = [*labels, "--worker-cpus", 1, "--lr", 0.01, "--port-range", 7000, 7063]
     place = "file://" + str(tmp_path / "run")
     task = f"{interrupted_task(tmp_path)}:Interrupted"
     done = call("train", task, *TRAIN[2:], "--steps", 5, "--checkpoint-dir", place, *asked)
@@ -89,6 +89,7 @@ def test_the_command_to_resume_repeats_what_was_asked_for(tmp_path: Path) -> Non
         "--shard-label role=shards --shard-label 'zone=in(a,b)' --worker-label role=workers",
         "--worker-cpus 1.0",
         "--lr 0.01",
+        "--port-range 7000 7063",
     ):
         assert words in resume
     assert f"--checkpoint-dir {place}" in resume
@@ -400,6 +401,26 @@ def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPa
     done = call("doctor", "--json")
     assert done.exit_code == 1
     assert "RAY_AUTH_MODE is not" in json.loads(done.output)["problems"][-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--measure"], 1, "distnadam: no Ray runs in this process and RAY_ADDRESS is not set"),
+        (["--measure", "host"], 1, "distnadam: no Ray runs in this process and RAY_ADDRESS is not"),
+        (["--address", "127.0.0.1:1", "--measure"], 1, "nobody answers at RAY_ADDRESS=127.0.0.1:1"),
+        (["host"], 2, "HOST is for --measure"),
+        (["--measure", "--port-range", 9, 7], 1, "port_range must be two ports in order"),
+    ],
+)
+def test_doctor_without_a_ray_to_examine_is_one_sentence(
+    args: list[Any], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr("distnadam.backends.ray.session._ANSWER_S", 0.1)
+    done = call("doctor", *args)
+    assert (done.exit_code, message in done.stderr) == (code, True), done.stderr
+    assert code == 2 or len(done.stderr.splitlines()) == 1
 
 
 BRACKETS = "[bold]a :smile: [x]"

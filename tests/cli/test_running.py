@@ -86,6 +86,9 @@ def test_status_shows_steps_shards_workers_standbys_and_the_last_checkpoint(
     assert seen["awaited"].startswith("the push of rank 1 to shards 0, 1, which computed last ")
     assert [s["waits_for"] for s in seen["shards"]] == [[1], [1]]
     assert seen["hosts"] == [], "all on one"
+    assert seen["transport"].startswith(
+        "shared memory within a node, TCP at any port between nodes"
+    )
     table = call("status", "operated").stdout
     for word in (
         f"operated: step {step}",

@@ -158,6 +158,25 @@ class Host:
                 _inside(pid, "tc", "qdisc", "del", "dev", device, "root"), capture_output=True
             )
 
+    def close_port(self, port: int) -> None:
+        """Drop what others send to a TCP port of this host, as a firewall does; once."""
+        wanted = ("to", self.address, "ipproto", "tcp", "dport", str(port))
+        for rule in (
+            ("add", "pref", "2", "lookup", "local"),
+            ("add", "pref", "1", *wanted, "blackhole"),
+            ("del", "pref", "0"),  # what comes first may drop nothing
+        ):
+            _do(_inside(self.holder, "ip", "rule", *rule))
+
+    def open_port(self) -> None:
+        """Take that back."""
+        for rule in (
+            ("add", "pref", "0", "lookup", "local"),
+            ("del", "pref", "1"),
+            ("del", "pref", "2"),
+        ):
+            _do(_inside(self.holder, "ip", "rule", *rule))
+
     def traffic(self) -> tuple[int, int]:
         """Return the bytes received and sent over the link so far."""
         for line in Path(f"/proc/{self.holder}/net/dev").read_text().splitlines():

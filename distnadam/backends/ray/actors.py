@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.nodes import NAMESPACE
-from distnadam.backends.ray.output import PREFIX, RELAY, SHARD, SUPERVISOR, WORKER
+from distnadam.backends.ray.output import PREFIX, PROBE, RELAY, SHARD, SUPERVISOR, WORKER
 from distnadam.backends.ray.placement import Avoid, Placement, placement_options, shard_ask
 from distnadam.backends.ray.process_manager import ActorFactory
 from distnadam.backends.ray.processes import end_processes, process_start_time
@@ -63,16 +63,23 @@ def make_shard(
 
 def make_relay(name: str | None, run: str, node: str) -> Any:
     """Return a new actor for the relay of a node; it ends with the process that made it."""
-    return (
-        _titled(RelayActor, name or "", RELAY)
-        .options(
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            max_restarts=0,
-            max_task_retries=0,
-        )
-        .remote(run)
+    return _on_node(_titled(RelayActor, name or "", RELAY), node, run)
+
+
+def make_probe(actor: type, node: str, *args: Any) -> Any:
+    """Return a new actor of that class on a node, to examine it."""
+    return _on_node(_titled(actor, PROBE), node, *args)
+
+
+def _on_node(titled: Any, node: str, *args: Any) -> Any:
+    """Return a new actor on a node; if that is gone, calls of it fail."""
+    placed = titled.options(
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        max_restarts=0,
+        max_task_retries=0,
     )
+    return placed.remote(*args)
 
 
 def kill_on(node: str, processes: Sequence[tuple[int, str]], grace_s: float) -> Any:

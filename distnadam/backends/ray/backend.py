@@ -35,6 +35,7 @@ from distnadam.errors import ClusterError, NameTaken, NotRunning
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.shard_map import ShardMap
+from distnadam.transport.link import carriers
 
 log = logging.getLogger("distnadam")
 
@@ -156,6 +157,8 @@ class RayBackend(Backend):
             raise
         if self._own is not None and name is not None:
             log.warning("%s", self._own.how_to_reach(name))
+        nodes = ", ".join(f"{shard} on {host}" for shard, host in enumerate(self.hosts()))
+        log.info("shards %s; by %s", nodes, carriers(options.transport, options.port_range))
         for reason in sorted({address.reason for address in self.addresses if address.reason}):
             log.warning("%s; %s", reason, REMEDY)
 

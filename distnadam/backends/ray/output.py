@@ -21,7 +21,13 @@ _HANDLER = "ray_print_logs"
 """What Ray calls its own handler of lines, which it removes when it disconnects."""
 PREFIX = "distnadam"
 """Begins the names of our actors."""
-ROLES = SHARD, SUPERVISOR, WORKER, RELAY = "Shard", "Supervisor", "Worker", "Relay"
+ROLES = SHARD, SUPERVISOR, WORKER, RELAY, PROBE = (
+    "Shard",
+    "Supervisor",
+    "Worker",
+    "Relay",
+    "Probe",
+)
 """How a process's title says what it is; messages say so in small letters."""
 _RAYS_OWN = ("raylet", "autoscaler", "gcs_server")
 _QUIET_S = 0.3
