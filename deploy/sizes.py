@@ -72,7 +72,8 @@ def worker_node(run: Run) -> Node:
     """Return the needs of a node with workers and no shards, without those of the task itself."""
     objects, own, processes = _workers(run)
     arriving = 12 * run.parameters  # the first parameters, or those after a rewind
-    return _node(objects + arriving, own, processes)
+    arena = 8 * run.parameters  # both buffers, which the relay fills for all workers of the node
+    return _node(objects + arriving, own + arena, processes)
 
 
 def shared_node(run: Run) -> Node:
@@ -91,23 +92,34 @@ def head_node(run: Run) -> Node:
 def _shards(run: Run) -> tuple[float, float, int]:
     """Return the bytes of Ray objects, of the shards' own memory, and of their processes."""
     params = run.parameters
-    # gradients in and parameters out, for each worker; a state that moves
-    objects = run.share * (8 * params * run.workers + 12 * params)
+    # gradients in and parameters out for each worker, where TCP cannot be had; a state that moves
+    by_objects = run.share * 8 * params * run.workers
+    objects = by_objects + run.share * 12 * params
+    by_tcp = run.share * params * between_hosts(run.workers)
     # both buffers of parameters, which all shards of a node share
     arena = 8 * params
     # moments; a save in the background; a standby with the rounds it has yet to apply
     state = run.share * params * (8 + 12 + 20 * run.replicas)
     processes = math.ceil(run.shards * (1 + run.replicas) * run.share) + 1  # and the supervisor
-    return objects, arena + state, processes * PROCESS
+    # what goes to and comes from other nodes takes the one memory or the other
+    return objects, arena + state + max(0, by_tcp - by_objects), processes * PROCESS
+
+
+def between_hosts(workers: int) -> int:
+    """Return a shard's bytes for each parameter where all workers are on other nodes, by TCP.
+
+    Each worker's gradients arrive in memory of their own, and two to spare; two copies of the
+    parameters go out while the next step is made.
+    """
+    return 4 * (workers + 2) + 4 * 2
 
 
 def _workers(run: Run) -> tuple[float, float, int]:
-    """Return the same for workers: each has its gradients, and a copy of remote parameters."""
-    bytes_each = 8 * run.parameters
+    """Return the same for workers: each has its gradients; the node's relay is a process too."""
     return (
-        run.workers_per_node * bytes_each,
-        run.workers_per_node * bytes_each,
-        run.workers_per_node * PROCESS,
+        run.workers_per_node * 8 * run.parameters,
+        run.workers_per_node * 4 * run.parameters,
+        (run.workers_per_node + 1) * PROCESS,
     )
 
 

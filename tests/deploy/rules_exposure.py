@@ -8,6 +8,10 @@ from tests.deploy import shell
 from tests.deploy.tree import Tree
 
 COMPOSE, DOCKERFILE = "deploy/docker/compose.yaml", "deploy/docker/Dockerfile"
+POLICY, TRAIN_ENV = "deploy/kubernetes/shared/networkpolicy.yaml", "deploy/hosts/train.env"
+PORTS = range(7000, 7064)
+"""The TCP ports at which shards listen for other nodes."""
+LISTENS = f"--port-range {PORTS[0]} {PORTS[-1]}"
 OPENS_A_POD = (
     "/hostNetwork",
     "/hostPort",
@@ -146,3 +150,44 @@ def clouds_are_closed(tree: Tree) -> Iterator[str]:
                     f"{path}: {kind} has no SecurityGroupIds, so Ray makes a group that "
                     "opens port 22 to the world"
                 )
+
+
+def shards_listen_at_known_ports(tree: Tree) -> Iterator[str]:
+    """Every training says at which ports its shards listen."""
+    for path in tree.under("deploy/"):
+        for line in shell.lines(tree, path):
+            if "distnadam train digits" in line and "--workers" in line and LISTENS not in line:
+                yield f"{path}: shards listen at any port, not {LISTENS}: {line.strip()[:60]}"
+    for path, at, value in tree.values("deploy/kubernetes/"):
+        is_training = at.endswith(("/entrypoint", "/value")) and "distnadam train" in str(value)
+        if is_training and LISTENS not in value:
+            yield f"{path}: shards listen at any port, not {LISTENS}"
+    if not any(LISTENS in line for line in tree.settings(TRAIN_ENV) if "TRAIN_ARGUMENTS" in line):
+        yield f"{TRAIN_ENV}: shards listen at any port, not {LISTENS}"
+
+
+def only_nodes_reach_shards(tree: Tree) -> Iterator[str]:
+    """Nodes reach each other at the shards' ports; nobody else does, and none is published."""
+    (policy,) = tree.documents(POLICY)
+    among = {"podSelector": policy["spec"]["podSelector"]}
+    for side, ends in (("ingress", "from"), ("egress", "to")):
+        rules = policy["spec"][side]
+        opened = [port for rule in rules if rule[ends] == [among] for port in _opened(rule)]
+        if len(opened) < len(PORTS):
+            yield f"{POLICY}: {side} does not let nodes reach each other at {LISTENS}"
+        if any(among not in rule[ends] and _opened(rule) for rule in rules):
+            yield f"{POLICY}: {side} opens shards' ports beyond the nodes"
+    for name, service in tree.compose["services"].items():
+        for port in service.get("ports", ()):
+            if int(str(port).rpartition(":")[2]) in PORTS:
+                yield f"{COMPOSE}: {name} publishes a shard's port {port}"
+
+
+def _opened(rule: dict[str, Any]) -> list[int]:
+    """Return which of the shards' ports a policy's rule opens: all if it names none."""
+    ranges = [
+        range(port["port"], port.get("endPort", port["port"]) + 1)
+        for port in rule.get("ports", [{"port": 1, "endPort": 65535, "protocol": "TCP"}])
+        if port["protocol"] == "TCP"
+    ]
+    return [port for port in PORTS if any(port in opened for opened in ranges)]

@@ -218,6 +218,45 @@ BROKEN = [
         "use_internal_ips: false",
         "public addresses",
     ),
+    *(
+        ("shards_listen_at_known_ports", path, "--port-range 7000 7063", "", "shards listen at any")
+        for path in (JOB, SIZES, "deploy/hosts/train.env", "deploy/README.md")
+    ),
+    (
+        "shards_listen_at_known_ports",
+        JOB,
+        "--port-range 7000 7063",
+        "--port-range 7000 8000",
+        "not --port-range 7000 7063",
+    ),
+    (
+        "only_nodes_reach_shards",
+        POLICY,
+        "        - port: 8080\n          protocol: TCP\n",
+        "        - port: 6000\n          endPort: 8080\n          protocol: TCP\n",
+        "ingress opens shards' ports beyond the nodes",
+    ),
+    (
+        "only_nodes_reach_shards",
+        POLICY,
+        "        - port: 6443\n          protocol: TCP\n",
+        "        - port: 6443\n          endPort: 7000\n          protocol: TCP\n",
+        "egress opens shards' ports beyond the nodes",
+    ),
+    (
+        "only_nodes_reach_shards",
+        POLICY,
+        "    - from: # the operator",
+        "      ports: [{port: 7000, endPort: 7062, protocol: TCP}]\n    - from: # the operator",
+        "ingress does not let nodes reach each other",
+    ),
+    (
+        "only_nodes_reach_shards",
+        COMPOSE,
+        "127.0.0.1:9090:9090",
+        "127.0.0.1:7000:7000",
+        "publishes a shard's port",
+    ),
     ("image_is_pinned_and_unprivileged", DOCKERFILE, "USER 1000:1000\n", "", "as user root"),
     ("image_is_pinned_and_unprivileged", DOCKERFILE, "USER 1000:1000", "USER ray", "give a number"),
     (

@@ -14,9 +14,10 @@ import pytest
 
 from deploy import sizes
 from distnadam.shard.state import ShardState
-from distnadam.tensors.layout import Layout
+from distnadam.tensors.layout import Layout, sizes_of
 from distnadam.transport.shared_memory import arena_bytes
 from tests.deploy.tree import ROOT
+from tests.transport.tcp_shards import LAYOUT, Host, Shards, gradients
 
 STORES = """
 import json, threading, time
@@ -113,6 +114,28 @@ def test_lanes_and_moments_take_the_bytes_that_the_formulas_count() -> None:
         sum(flat[space].nbytes for state in states for flat in (state.m, state.v) for space in flat)
         == 8 * 2**20
     )
+
+
+def test_what_a_shard_keeps_for_other_hosts_is_within_the_bytes_that_the_formulas_count() -> None:
+    shards = Shards()
+    host = Host(shards)
+    workers = [host.worker(rank) for rank in (0, 1)]
+    for step in range(1, 6):
+        numbers = [worker.push(step, gradients(step, worker.rank)) for worker in workers]
+        for worker, number in zip(workers, numbers, strict=True):
+            worker.collect(number)
+    whole = 0
+    for shard in shards.all:
+        held = sizes_of(shard.spec.ranges)
+        size = held["float32"] + 2 * held["float64"]  # in float32 parameters
+        kept = shard.server._landing.num_bytes + shard.server._copies.num_bytes
+        assert 4 * 3 * size <= kept <= sizes.between_hosts(len(workers)) * size
+        whole += size
+    for worker in workers:
+        worker.client.close()
+    host.close()
+    shards.close()
+    assert whole == LAYOUT.sizes["float32"] + 2 * LAYOUT.sizes["float64"]
 
 
 def run(**changes: int) -> sizes.Run:
