@@ -136,15 +136,23 @@ def make_member(
     make: Callable[[int], Any],
     rank: int,
     options: Options,
-    first: int,
+    place: int,
     unreachable: Collection[str],
 ) -> Any:
-    """Return a new actor for one rank of a team; ranks take the nodes in turn from `first` on."""
+    """Return a new actor for one rank of a team.
+
+    Args:
+        make: makes the rank's object, in the actor.
+        rank: the rank.
+        options: say what it asks of Ray.
+        place: among the nodes in turn, for one that asks for no resource.
+        unreachable: nodes to avoid.
+    """
     wanted = Placement(
-        index=rank,
+        index=0,
         ask={"CPU": options.worker_cpus},
         selector=options.worker_label_selector,
-        first=first,
+        first=place,
         avoid=Avoid(unreachable=unreachable),
     )
     asked = placement_options(wanted, ray.nodes())

@@ -59,6 +59,7 @@ class RayBackend(Backend):
         options: Options | None = None,
     ) -> None:
         self._own: OwnedRay | None = None
+        self._sum_group = 1  # of an optimizer that this object started or found by its name
         self.run_id: str | None = None
         self._attach(supervisor, name, shard_map or ShardMap(0, ()), options or Options())
 
@@ -111,6 +112,7 @@ class RayBackend(Backend):
         supervisor = named(name)
         spec = RaySupervisorClient(supervisor, name).specs()[0]
         backend = cls(supervisor, name, options=spec.options)
+        backend._sum_group = spec.config.sum_group
         backend.transport.refresh()
         return backend, spec
 
@@ -134,6 +136,7 @@ class RayBackend(Backend):
     @override
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         options, name = specs[0].options, specs[0].name
+        self._sum_group = specs[0].config.sum_group
         self._attach(None, name, ShardMap(0, ()), options)
         self._own = connect_or_start(options)
         try:
@@ -187,7 +190,8 @@ class RayBackend(Backend):
         self, size: int, make: Callable[..., Any], options: Options, given: tuple[Any, ...] = ()
     ) -> WorkerGroup:
         # as bytes: arrays that come through Ray's object store cannot be written
-        return RayWorkerGroup(size, partial(_made, make, cloudpickle.dumps(given)), options)
+        make_rank = partial(_made, make, cloudpickle.dumps(given))
+        return RayWorkerGroup(size, make_rank, options, self._sum_group)
 
     @override
     def close(self, *, destroy: bool) -> None:

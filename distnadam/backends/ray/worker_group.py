@@ -35,12 +35,16 @@ class RayWorkerGroup(WorkerGroup):
         size: ranks.
         make: makes a rank's object, in its actor.
         options: say what each asks of Ray.
+        together: consecutive ranks whose gradients are summed, so that they are best on one node.
     """
 
-    def __init__(self, size: int, make: Callable[[int], Any], options: Options) -> None:
+    def __init__(
+        self, size: int, make: Callable[[int], Any], options: Options, together: int = 1
+    ) -> None:
         require_ray()
         self._make = make
         self._options = options
+        self._together = together
         self._first_node = secrets.randbelow(2**16)  # groups begin on different nodes
         self._unreachable = RecentlyUnreachable()
         self._actors: dict[int, Any] = {}
@@ -87,7 +91,8 @@ class RayWorkerGroup(WorkerGroup):
         self._forget(list(self._calls))
 
     def _make_member(self, rank: int) -> Any:
-        return make_member(self._make, rank, self._options, self._first_node, self._unreachable.now)
+        place = self._first_node + rank // self._together
+        return make_member(self._make, rank, self._options, place, self._unreachable.now)
 
     def _report_waiting(self) -> None:
         """Log once which workers have long had no process, and what they ask for."""

@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distnadam import DistNadam, Options
+from distnadam.backends.ray.worker_group import RayWorkerGroup
 from tests.backends.ray.test_backend import title_of
 
 SIZE = 50_000
@@ -158,6 +159,25 @@ def what_was_replaced_or_resharded_is_read_by_the_next_pull(two: Two) -> None:
     assert ray.get([each.pull.remote() for each in two.trainers]) == [PARAMS["w"].tobytes()] * 2
 
 
+class Placed:
+    def __init__(self, rank: int) -> None:
+        self._node = ray.get_runtime_context().get_node_id()
+
+    def node(self) -> str:
+        return self._node
+
+
+def ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn(two: Two) -> None:
+    group = RayWorkerGroup(4, Placed, Options(), together=2)
+    for rank in range(4):
+        group.call(rank, "node")
+    nodes: dict[int, str] = {}
+    while len(nodes) < 4:
+        nodes |= dict(group.results(60.0))
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
+    group.close()
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -165,6 +185,7 @@ CASES = {
         a_relay_that_is_killed_or_halted_is_replaced_and_nothing_is_lost,
         a_relay_whose_workers_have_left_ends_and_another_begins_on_demand,
         what_was_replaced_or_resharded_is_read_by_the_next_pull,
+        ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn,
     )
 }
 
