@@ -78,6 +78,8 @@ class RayWorkerChannel(WorkerChannel):
         self._shm: ShmClient | None = None
         self._gradients: Flat | None = None
         self._sockets: dict[int, Address] = {}
+        self._connected: list[ProcessAddress] = []
+        self._last_relayed: dict[int, Relayed] = {}
         self._said: list[str] = []
         self.reconnect(ranges, incarnation)
 
@@ -107,11 +109,13 @@ class RayWorkerChannel(WorkerChannel):
             for shard, address in enumerate(addresses)
             if address.node == self._owner.node and address.socket is not None
         }
-        relayed = self._relayed(addresses)
+        relayed = self._still_relayed(addresses) | self._relayed(addresses)
         try:
             self._share_memory(near, {shard: each.socket for shard, each in relayed.items()})
         except (ArenaError, LaneError) as error:
             log.warning("worker %d: %s; %s", self._owner.rank, error, REMEDY)
+        self._connected = addresses
+        self._last_relayed = relayed
         shared = set() if self._shm is None else set(self._sockets)
         self.relayed = frozenset(shared & relayed.keys())
         here = sorted(shared & near.keys())
@@ -131,6 +135,19 @@ class RayWorkerChannel(WorkerChannel):
         if self._shm is not None and self._shm.complete:
             first, second = self._shm.parameters
             self.parameters = (first, second)
+
+    def _still_relayed(self, addresses: list[ProcessAddress]) -> dict[int, Relayed]:
+        """Return the shards whose connection by the relay is good, whatever the relay says now.
+
+        The relay would take its end for the worker's death.
+        """
+        return {
+            shard: each
+            for shard, each in self._last_relayed.items()
+            if self._shm is not None
+            and shard in self._shm
+            and addresses[shard : shard + 1] == self._connected[shard : shard + 1]
+        }
 
     def _relayed(self, addresses: list[ProcessAddress]) -> dict[int, Relayed]:
         """Return the shards of other nodes that the relay stands for; say why it does not."""

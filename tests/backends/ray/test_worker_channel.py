@@ -15,6 +15,7 @@ from distnadam.backends.ray.address import ProcessAddress, Relayed
 from distnadam.backends.ray.worker_channel import ChannelOwner, RayWorkerChannel
 from distnadam.config import Options
 from distnadam.errors import LaneError, StaleEpoch
+from distnadam.protocol.messages import Describe
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.transport.far_shard import Reach
 from distnadam.transport.relay import Relay
@@ -270,6 +271,21 @@ def test_without_a_relay_all_goes_by_the_transport_and_why_is_said_once(
     assert caplog.text.count("no relay could be started on node 1234") == 1
     assert "Ray objects are used instead" in caplog.text
     assert "shards [0, 1] by Ray objects" in caplog.text
+
+
+def test_a_relay_that_does_not_answer_at_a_reconnect_is_not_told_that_the_worker_died(
+    far: Far,
+) -> None:
+    worker = far.optimizer.worker(0)
+    worker.step(gradient(1))
+    far.why = LaneError("the relay of this node did not answer in time")
+    worker.session.channel.reconnect(far.optimizer.shards.ranges, worker.session.incarnation)
+    assert is_right(worker.step(gradient(2)), 1, 2)
+    assert far.carried == [] and worker.session.channel.relayed == {0, 1}
+    assert [host.send(Describe()).result().dead for host in far.hosts] == [(), ()]
+    far.why = None
+    far.new_relay()
+    assert is_right(worker.step(gradient(3)), 1, 2, 3)
 
 
 def test_objects_are_used_if_the_options_say_so() -> None:
