@@ -69,9 +69,9 @@ def test_a_host_that_joins_while_training_goes_on_gets_a_shard(
     }
     resharded.touch()
     program.finish()
-    reach_the_third = {
-        line.text.split(":")[0] for line in hosts.logged(r"^worker .*2\]", since=began)
-    }
+    reached = [line.text for line in hosts.logged(r"^worker .*2\]", since=began)]
+    assert all(text.endswith("shards none by Ray objects") for text in reached)
+    reach_the_third = {text.split(":")[0] for text in reached}
     assert reach_the_third == {"worker 0", "worker 1", "worker 2"}
     assert digest(tmp_path / "hosts") == train_in_one_process(
         tmp_path / "alone", about | {"name": None}

@@ -181,7 +181,11 @@ class RayProcessManager(ProcessManager):
         pid, born = int(process[0]), process[1]
         if node == self._own.node:
             return process_start_time(pid) != born
-        if token not in self._births:  # asked on that node; the next call has the answer
+        if not any(each["NodeID"] == node and each["Alive"] for each in ray.nodes()):
+            # what a host that is cut off was asked before may never be answered
+            self._births.pop(token, None)
+            return True
+        if token not in self._births:  # asked on that node; a later call has the answer
             self._births[token] = self._factory.start_time_on(node, pid)
         ref = self._births[token]
         if not ray.wait([ref], timeout=0)[0]:
@@ -189,8 +193,8 @@ class RayProcessManager(ProcessManager):
         del self._births[token]
         try:
             return bool(ray.get(ref) != born)
-        except Exception:
-            return not any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
+        except Exception:  # its node died just now, or the question's own process: ask again
+            return False
 
     @override
     def watch(self, process: ShardProcess) -> None:
