@@ -3,6 +3,7 @@ calls where that cannot be had.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -28,13 +29,17 @@ class StandbyConnector:
 
     Args:
         spec: the shard's spec.
+        endpoint_of: has a standby listen and returns where; a LaneError if it cannot.
 
     Attributes:
         far_standby: the standby of another node; it may not know that it is out of date.
     """
 
-    def __init__(self, spec: ShardSpec) -> None:
+    def __init__(
+        self, spec: ShardSpec, endpoint_of: Callable[[ShardProcess, float], Endpoint] | None = None
+    ) -> None:
         self._spec = spec
+        self._endpoint_of = endpoint_of or _endpoint_of
         self._timeout_s = spec.options.shard_timeout_s
         self._has_warned = False
         self.far_standby: ShardProcess | None = None
@@ -63,7 +68,7 @@ class StandbyConnector:
             self.far_standby = standby
             # a quarter: after `timeout_s` this shard itself would count as silent
             patience_s = self._timeout_s / 4
-            stream = self._by_tcp(standby, arrays, control_state.round, patience_s)
+            stream = self.by_tcp(standby, arrays, control_state.round, patience_s)
             if stream is None:
                 return ObjectReplicationStream(
                     standby.handle, control_state, config, arrays, patience_s
@@ -75,7 +80,7 @@ class StandbyConnector:
             raise
         return stream
 
-    def _by_tcp(
+    def by_tcp(
         self, standby: ShardProcess, arrays: dict[str, Flat], decided: int, patience_s: float
     ) -> ReplicationStream | None:
         """Return a stream by TCP; None, with one warning, where it cannot be had."""
@@ -83,7 +88,7 @@ class StandbyConnector:
             return None
         index = self._spec.index
         try:
-            endpoint = self._endpoint(standby)
+            endpoint = self._endpoint_of(standby, self._timeout_s)
             stream = TcpReplicationStream(index, endpoint, arrays, decided, patience_s)
         except LaneError as error:
             level = logging.INFO if self._has_warned else logging.WARNING
@@ -98,14 +103,11 @@ class StandbyConnector:
         )
         return stream
 
-    def _endpoint(self, standby: ShardProcess) -> Endpoint:
-        """Have a standby listen; return where."""
-        try:
-            endpoint: Endpoint = ray.get(standby.handle.follow.remote(), timeout=self._timeout_s)
-        except RayError as error:
-            raise translate(error, _callee(standby)) from error
-        return endpoint
 
-
-def _callee(standby: ShardProcess) -> Callee:
-    return Callee(who=f"the standby of shard {standby.index}")
+def _endpoint_of(standby: ShardProcess, timeout_s: float) -> Endpoint:
+    try:
+        endpoint: Endpoint = ray.get(standby.handle.follow.remote(), timeout=timeout_s)
+    except RayError as error:
+        callee = Callee(who=f"the standby of shard {standby.index}")
+        raise translate(error, callee) from error
+    return endpoint
