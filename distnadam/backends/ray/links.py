@@ -134,7 +134,7 @@ def _examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> L
     refusals = {words[node]: one.refusal for node, one in found.items() if one.refusal}
     problems += [f"{node}: {refusal}; {REMEDY}" for node, refusal in refusals.items()]
     problems += _unreachable(ways, {words[node]: end.port for node, end in ends.items()})
-    problems += [f"the way to {m.host}: {m.why_not}" for m in results if m.why_not and m.way]
+    problems += [f"the way to {m.host}: {m.why_not}" for m in results if m.why_not]
     return Links(ways=tuple(ways), measured=tuple(results), problems=tuple(problems))
 
 
@@ -152,10 +152,11 @@ def _way(
 
 
 def _measured(host: str, there: _Node | None, way: Way | None) -> Measured:
-    """Measure the way from this process to a node, as far as it can be reached."""
+    """Measure the way from this process to a node, if TCP would be used."""
     link, why_not = None, None
     congestion = (congestion_control(), "unknown" if there is None else there.congestion)
-    if there is not None and there.endpoint is not None:
+    by_tcp = way is None or way.carrier == "TCP"
+    if there is not None and there.endpoint is not None and by_tcp:
         try:
             link = measure(there.endpoint, _MEASURE_S)
         except LaneError as error:

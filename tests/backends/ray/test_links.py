@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from distnadam.backends.ray.links import _named, _Node, _unreachable, _way
+from distnadam.backends.ray.links import _measured, _named, _Node, _unreachable, _way
 from distnadam.errors import ConfigError
 from distnadam.transport.link import Way
 from distnadam.transport.tcp_connection import Endpoint
@@ -63,6 +63,16 @@ def test_each_node_that_others_cannot_reach_is_one_sentence() -> None:
         "b cannot reach c at port 3 (Connection refused)",
     ]
     assert all("Options(port_range=...)" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize("carrier", ["shared memory", "Ray objects"])
+def test_only_a_way_by_tcp_is_measured(carrier: str) -> None:
+    nowhere = node(endpoint=Endpoint("127.0.0.1", 1, b""), congestion="cubic")
+    told = _measured("b", nowhere, way("a", "b", carrier))
+    assert (told.link, told.why_not, told.congestion[1]) == (None, None, "cubic")
+    tried = _measured("b", nowhere, way("a", "b", "TCP"))
+    assert tried.link is None
+    assert "127.0.0.1 port 1 cannot be reached" in str(tried.why_not)
 
 
 NODES = [
