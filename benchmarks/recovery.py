@@ -25,7 +25,6 @@ from distnadam import DistNadam, Options, fit
 from distnadam.errors import StaleEpoch
 from distnadam.protocol.messages import Push
 from distnadam.shard.ledger import Ledger
-from distnadam.shard.round import note_of
 from distnadam.training.callbacks import Callback
 
 PAUSE_S = 1.5
@@ -190,7 +189,8 @@ def ledger_seconds(ranks: int = 2, rounds: int = 20000) -> float:
     for number in range(1, rounds + 1):
         for rank in range(ranks):
             ledger.counted(rank, 1, number)
-            note_of(Push(epoch=1, rank=rank, incarnation=1, round=number, gradients=gradients))
+            push = Push(epoch=1, rank=rank, incarnation=1, round=number, gradients=gradients)
+            assert push.note.round == number
             ledger.count(rank, 1, number)
     return (time.perf_counter() - began) / rounds
 

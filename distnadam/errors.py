@@ -12,6 +12,7 @@
     │   ├── StaleEpoch                    it is from before the parameters were replaced
     │   │   ├── Rewound                   all shards have gone back to an earlier round
     │   │   └── Reconfigured              a shard or the membership has changed; the round goes on
+    │   │       └── GroupChanged          another rank of a push's group has changed; push again
     │   ├── SupersededWorker              a newer worker holds this rank
     │   ├── LatePush                      its round is over and did not count it
     │   ├── RoundMismatch                 its round has not begun
@@ -119,6 +120,13 @@ class Reconfigured(StaleEpoch):
     """A shard was taken over, or the membership changed, and the round goes on.
 
     The worker handles it by itself: it pushes the same gradients again.
+    """
+
+
+class GroupChanged(Reconfigured):
+    """A push was part of a group's sum, and another rank of the group has changed since.
+
+    Whoever has summed the group sends its pushes singly; a worker pushes the same gradients again.
     """
 
 

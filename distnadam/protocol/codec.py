@@ -16,6 +16,7 @@ from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
+    GroupPush,
     Leave,
     PartialNorms,
     Pull,
@@ -32,7 +33,7 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedJoin,
     ReplicatedRound,
 )
-from distnadam.tensors.arrays import NAME_OF, Flat
+from distnadam.tensors.arrays import Flat
 
 HEADER = struct.Struct("<I")
 
@@ -55,62 +56,10 @@ def frame_of(body: bytes) -> bytes:
 
 def pack(number: int, message: Any) -> bytes:
     """Return a frame: the number that pairs question and answer, and the message."""
-    body: tuple[Any, ...]
-    if isinstance(message, Push):
-        gradients = (
-            None
-            if message.gradients is None
-            else {space: NAME_OF[array.dtype] for space, array in message.gradients.items()}
-        )
-        body = (
-            "push",
-            message.epoch,
-            message.rank,
-            message.incarnation,
-            message.round,
-            gradients,
-            message.rejection,
-        )
-    elif isinstance(message, RoundResult):
-        place = (message.epoch, message.round, message.iterations)
-        body = (
-            "decided",
-            *place,
-            message.outcome,
-            message.rejection,
-            message.lr,
-            message.buffer,
-            message.rewound,
-        )
-    elif isinstance(message, TotalNorms):
-        body = (
-            "norms",
-            message.epoch,
-            message.rank,
-            message.incarnation,
-            message.round,
-            message.square_sums,
-        )
-    elif isinstance(message, PartialNorms):
-        body = ("measured", message.round, message.sums)
-    elif isinstance(message, Pull):
-        body = ("pull", message.rank, message.incarnation, message.at_least, message.epoch)
-    elif isinstance(message, Leave):
-        body = ("leave", message.rank, message.incarnation)
-    elif isinstance(message, WorkerDied):
-        body = ("died", message.rank, message.incarnation)
-    elif message is None:
-        body = ("done",)
-    elif isinstance(message, DistNadamError):
-        body = (
-            "error",
-            type(message).__name__,
-            str(message),
-            getattr(message, "epoch", -1),
-            getattr(message, "step", -1),
-        )
-    else:
+    kind = DistNadamError if isinstance(message, DistNadamError) else type(message)
+    if kind not in _FIELDS:
         raise TypeError(f"{type(message).__name__} does not travel by lane")
+    body = _FIELDS[kind](message)
     return frame_of(msgpack.packb((number, *body), default=_pack_array))
 
 
@@ -154,15 +103,20 @@ def _push(gradients_of: GradientsOf | None, *fields: Any) -> Push:
         raise LaneError("a push came where none is expected")
     epoch, rank, incarnation, number, dtypes, rejection = fields
     place = _whole(epoch=epoch, rank=rank, incarnation=incarnation, round=number)
-    if not isinstance(rejection, str | None):
-        raise TypeError(f"a rejection is {rejection!r:.50}")
-    if not isinstance(dtypes, dict | None) or (dtypes is None and rejection is None):
-        raise TypeError(f"dtypes are {dtypes!r:.50}")
+    _check_push(dtypes, rejection)
     return Push(
         **place,
         gradients=None if dtypes is None else gradients_of(dtypes),
         rejection=rejection,
     )
+
+
+def _check_push(dtypes: Any, rejection: Any) -> None:
+    """Raise TypeError for a push of nothing, or of what a shard would fail on."""
+    if not isinstance(rejection, str | None):
+        raise TypeError(f"a rejection is {rejection!r:.50}")
+    if not isinstance(dtypes, dict | None) or (dtypes is None and rejection is None):
+        raise TypeError(f"dtypes are {dtypes!r:.50}")
 
 
 def _norms(_: GradientsOf | None, *fields: Any) -> TotalNorms:
@@ -171,6 +125,26 @@ def _norms(_: GradientsOf | None, *fields: Any) -> TotalNorms:
     if not isinstance(square_sums, np.ndarray):
         raise TypeError(f"sums of squares are {square_sums!r:.50}")
     return TotalNorms(**place, square_sums=square_sums)
+
+
+def _group(
+    gradients_of: GradientsOf | None, epoch: int, number: int, notes: Any, spaces: Any
+) -> GroupPush:
+    if gradients_of is None:
+        raise LaneError("a group's push came where none is expected")
+    place = _whole(epoch=epoch, round=number)
+    members = {}
+    for rank, incarnation, dtypes, rejection in notes:
+        _whole(rank=rank, incarnation=incarnation)
+        _check_push(dtypes, rejection)
+        members[rank] = PushNote(
+            incarnation=incarnation, round=number, dtypes=dtypes, rejection=rejection
+        )
+    rejected = any(note.rejection is not None for note in members.values())
+    if not isinstance(spaces, list) or not members or not (spaces or rejected):
+        raise TypeError(f"a group's push of {len(members)} ranks holds {spaces!r:.50}")
+    gradients = gradients_of({space: space for space in spaces}) if spaces else None
+    return GroupPush(**place, members=members, gradients=gradients)
 
 
 def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
@@ -201,6 +175,7 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
+    "group": _group,
     "decided": _decided,
     "norms": _norms,
     "measured": lambda _, number, sums: PartialNorms(
@@ -222,6 +197,65 @@ def _whole(**numbers: Any) -> dict[str, Any]:
         if not isinstance(value, int):
             raise TypeError(f"{name} is {value!r:.50}")
     return numbers
+
+
+def _members_of(group: GroupPush) -> list[tuple[Any, ...]]:
+    return [
+        (rank, note.incarnation, note.dtypes, note.rejection)
+        for rank, note in group.members.items()
+    ]
+
+
+_FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    Push: lambda push: (
+        "push",
+        push.epoch,
+        push.rank,
+        push.incarnation,
+        push.round,
+        push.note.dtypes,
+        push.rejection,
+    ),
+    GroupPush: lambda group: (
+        "group",
+        group.epoch,
+        group.round,
+        _members_of(group),
+        list(group.gradients or ()),
+    ),
+    RoundResult: lambda result: (
+        "decided",
+        result.epoch,
+        result.round,
+        result.iterations,
+        result.outcome,
+        result.rejection,
+        result.lr,
+        result.buffer,
+        result.rewound,
+    ),
+    TotalNorms: lambda norms: (
+        "norms",
+        norms.epoch,
+        norms.rank,
+        norms.incarnation,
+        norms.round,
+        norms.square_sums,
+    ),
+    PartialNorms: lambda norms: ("measured", norms.round, norms.sums),
+    Pull: lambda pull: ("pull", pull.rank, pull.incarnation, pull.at_least, pull.epoch),
+    Leave: lambda leave: ("leave", leave.rank, leave.incarnation),
+    WorkerDied: lambda died: ("died", died.rank, died.incarnation),
+    type(None): lambda _: ("done",),
+    DistNadamError: lambda error: (
+        "error",
+        type(error).__name__,
+        str(error),
+        getattr(error, "epoch", -1),
+        getattr(error, "step", -1),
+    ),
+}
+"""The fields of each message, its name in `_MAKE` first."""
 
 
 def _pack_array(value: Any) -> Any:

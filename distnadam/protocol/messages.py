@@ -15,7 +15,7 @@ from distnadam.protocol.shard_status import Describe as Describe
 from distnadam.protocol.shard_status import Description as Description
 from distnadam.protocol.shard_status import ShardSpec as ShardSpec
 from distnadam.schedules import Rate
-from distnadam.tensors.arrays import Array, Flat
+from distnadam.tensors.arrays import NAME_OF, Array, Flat
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,48 @@ class Push:
     gradients: Flat | None
     rejection: str | None = None
     want_parameters: bool = False
+
+    @property
+    def note(self) -> PushNote:
+        """What other shards need to know of it."""
+        dtypes = (
+            None
+            if self.gradients is None
+            else {space: NAME_OF[array.dtype] for space, array in self.gradients.items()}
+        )
+        return PushNote(
+            incarnation=self.incarnation,
+            round=self.round,
+            dtypes=dtypes,
+            rejection=self.rejection,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPush:
+    """The pushes of a group's ranks for one round as one; they count together or not at all.
+
+    Refused with GroupChanged, at once or later, where they must be sent singly.
+
+    Attributes:
+        epoch: as of each push.
+        round: as of each push.
+        members: what identifies each push, by rank; they are all of the group that the round needs.
+        gradients: the sum of this shard's ranges in rank order, in the spaces' dtypes, never
+            narrower; None if a push is rejected. As of `Push`, they are not copied.
+        want_parameters: as of each push.
+    """
+
+    epoch: int
+    round: int
+    members: dict[int, PushNote]
+    gradients: Flat | None
+    want_parameters: bool = False
+
+    def holds(self, rank: int, incarnation: int) -> bool:
+        """Whether that worker's push is in it."""
+        note = self.members.get(rank)
+        return note is not None and note.incarnation == incarnation
 
 
 @dataclass(frozen=True)
@@ -327,7 +369,7 @@ class StepNorms:
     square_sums: Array
 
 
-_Worker = Join | CompletePush | Push | TotalNorms | Pull | Leave | WorkerDied
+_Worker = Join | CompletePush | Push | GroupPush | TotalNorms | Pull | Leave | WorkerDied
 
 
 _Holder = Pause | CatchUp | Resume | Read | Write | SetRate | Step | StepNorms

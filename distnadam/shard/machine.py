@@ -63,7 +63,7 @@ class Shard:
         self.members = Membership(spec.index, spec.num_workers)
         self.epochs = Epochs()
         self.progress = Progress(self.members, self.epochs, state)
-        self.rounds = Rounds(spec.index, self.progress)
+        self.rounds = Rounds(spec.index, self.progress, spec.config.sum_group)
         self.exclusive_hold = ExclusiveHold()
         self.loads = LoadQueue(spec.index, self.progress)
         self._who = f"shard {spec.index}"
@@ -72,6 +72,7 @@ class Shard:
         self._handlers: dict[type, Callable[[Any, Any], list[Effect]]] = {
             msg.Join: self._join,
             msg.Push: self.rounds.push,
+            msg.GroupPush: self.rounds.push_group,
             msg.CompletePush: self.rounds.complete_push,
             msg.TotalNorms: self.rounds.total_norms,
             msg.Pull: self._pull,
@@ -166,12 +167,12 @@ class Shard:
 
     def _join(self, message: msg.Join, caller: Any) -> list[Effect]:
         needs_norms = self._phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
-        joined = self.rounds.join(message, needs_norms=needs_norms)
+        joined, effects = self.rounds.join(message, needs_norms=needs_norms)
         rank, incarnation = message.rank, joined.incarnation
         owner = None if message.reserve else message.process
         record = Replicate(orders.ReplicatedJoin(rank, incarnation, owner))
         notice = Notice(RankJoined(rank=rank, incarnation=incarnation))
-        return [record, *([] if message.reserve else [notice]), Answer(caller, joined)]
+        return [*effects, record, *([] if message.reserve else [notice]), Answer(caller, joined)]
 
     def _pull(self, pull: msg.Pull, caller: Any) -> list[Effect]:
         self.rounds.pull(pull, caller)
@@ -258,8 +259,7 @@ class Shard:
         if order.epoch <= self.epochs.now:
             return [Answer(caller, self.epochs.now)]
         self.progress.reconfigure(order)
-        self.rounds.current.keep_members(self.progress.next_members())
-        return [Replicate(order), Answer(caller, self.epochs.now)]
+        return [*self.rounds.keep_members(), Replicate(order), Answer(caller, self.epochs.now)]
 
     def _abandon_rank(self, order: orders.AbandonRank, caller: Any) -> list[Effect]:
         if self.members.taken_over(order.rank, order.incarnation):

@@ -40,6 +40,7 @@ _ALWAYS = frozenset(
     {
         msg.Join,
         msg.Push,
+        msg.GroupPush,
         msg.TotalNorms,
         msg.Pull,
         msg.Leave,

@@ -11,7 +11,6 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
     Outcome,
     Paused,
-    Push,
     PushNote,
     RoundResult,
     describe_replacement,
@@ -28,7 +27,7 @@ from distnadam.schedules import Rate
 from distnadam.shard.epochs import Epochs
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Membership
-from distnadam.shard.round import note_of
+from distnadam.shard.round import Pushed
 from distnadam.shard.state import ShardState
 
 
@@ -67,7 +66,7 @@ class Progress:
         self.num_changes = 0
 
     def decide(
-        self, outcome: Outcome, rejection: str | None, pushes: Mapping[int, Push]
+        self, outcome: Outcome, rejection: str | None, pushes: Mapping[int, Pushed]
     ) -> ReplicatedRound:
         """Count the pushes of the next round, which ends so, and return its record."""
         self.round += 1
@@ -75,7 +74,7 @@ class Progress:
         self.skipped += outcome != "applied"
         self.outcome = outcome
         self.rejection = rejection
-        notes = {rank: note_of(push) for rank, push in pushes.items()}
+        notes = {rank: push.note for rank, push in pushes.items()}
         for rank, note in notes.items():
             self.members.ledger.count(rank, note.incarnation, self.round)
         self.counted |= notes

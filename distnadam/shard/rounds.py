@@ -12,7 +12,7 @@ from distnadam.shard.effects import Answer, Effect, Replicate
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Numbered
 from distnadam.shard.progress import Progress
-from distnadam.shard.round import Round, Waiter
+from distnadam.shard.round import Round, Waiter, group_changed, is_whole
 
 
 class Rounds:
@@ -24,8 +24,9 @@ class Rounds:
         pulls: who waits for a round to be decided, and what each asked.
     """
 
-    def __init__(self, shard: int, progress: Progress) -> None:
+    def __init__(self, shard: int, progress: Progress, sum_group: int) -> None:
         self.progress = progress
+        self._sum_group = sum_group
         self.current = Round(shard)
         self._shard = shard
         self.pulls: list[tuple[Any, msg.Pull]] = []
@@ -36,7 +37,7 @@ class Rounds:
         """Whether this very push was counted in a round decided since."""
         return self.progress.members.already_counted(rank, message, self.progress.round)
 
-    def join(self, message: msg.Join, *, needs_norms: bool) -> msg.Joined:
+    def join(self, message: msg.Join, *, needs_norms: bool) -> tuple[msg.Joined, list[Effect]]:
         """Give a rank to a worker; the push of an older one counts no more, unless it must.
 
         `needs_norms` is whether the round in progress waits for norms.
@@ -45,8 +46,8 @@ class Rounds:
         progress = self.progress
         committed = self.current.committed(rank) or progress.counted.get(rank)
         incarnation = progress.members.join(message)
-        self.current.supersede(rank, incarnation)
-        return msg.Joined(
+        effects = self.current.supersede(rank, incarnation)
+        joined = msg.Joined(
             incarnation=incarnation,
             round=progress.round,
             committed=committed,
@@ -54,6 +55,7 @@ class Rounds:
             orphaned=needs_norms
             and self.current.is_orphaned(progress.members.ledger.newest_of_all()),
         )
+        return joined, effects
 
     def push(self, push: msg.Push, caller: Any) -> list[Effect]:
         """Add a push to the round in progress; answer at once one that is counted already."""
@@ -63,6 +65,29 @@ class Rounds:
         progress.members.check_current(push, progress.epochs, progress.round)
         waiter = Waiter(caller, push.rank, push.incarnation, push.want_parameters)
         return self.current.add(push, waiter)
+
+    def push_group(self, group: msg.GroupPush, caller: Any) -> list[Effect]:
+        """Add a group's push to the round in progress; answer at once one that is counted already.
+
+        Raises:
+            GroupChanged: the pushes must come singly.
+        """
+        progress, who = self.progress, f"shard {self._shard}"
+        members = group.members.items()
+        if members and all(self.is_counted(rank, note) for rank, note in members):
+            return [Answer(caller, progress.result(want_parameters=group.want_parameters))]
+        if (refusal := progress.epochs.refusal(group.epoch, who, progress.round)) is not None:
+            raise refusal
+        newest = progress.members.ledger.newest
+        is_current = group.round == progress.round + 1 and all(
+            note.round == group.round and note.incarnation == newest[rank] for rank, note in members
+        )
+        if not is_current or not is_whole(group, progress.next_members(), self._sum_group):
+            raise group_changed(self._shard)
+        first = min(group.members)
+        incarnation = group.members[first].incarnation
+        waiter = Waiter(caller, first, incarnation, group.want_parameters, group)
+        return self.current.add_group(group, waiter)
 
     def total_norms(self, message: msg.TotalNorms, caller: Any) -> list[Effect]:
         """Give the round in progress the whole model's sums of squares."""
@@ -96,7 +121,8 @@ class Rounds:
             gradients=message.gradients,
             rejection=note.rejection,
         )
-        return [*self.current.complete(push), Answer(caller, None)]
+        newest = progress.members.ledger.newest_of_all()
+        return [*self.current.complete(push, newest), Answer(caller, None)]
 
     def pull(self, pull: msg.Pull, caller: Any) -> None:
         """Have a caller wait for a round to be decided, which it may be already."""
@@ -156,6 +182,10 @@ class Rounds:
                 )
             )
         return effects
+
+    def keep_members(self) -> list[Effect]:
+        """Forget the pushes that the next members cannot be completed with."""
+        return self.current.keep_members(self.progress.next_members(), self._sum_group)
 
     def begin_again(self) -> None:
         """Forget the pushes of the round in progress, and its callers."""

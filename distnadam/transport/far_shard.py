@@ -20,11 +20,23 @@ from typing_extensions import override
 from distnadam.errors import LaneError, Reconfigured
 from distnadam.protocol.codec import HEADER, pack, unpack
 from distnadam.protocol.delivery import Reply, RunWork
-from distnadam.protocol.messages import Message, Pull, Push, RoundResult, ShardSpec, TotalNorms
+from distnadam.protocol.messages import (
+    GroupPush,
+    Leave,
+    Message,
+    Pull,
+    Push,
+    RoundResult,
+    ShardSpec,
+    TotalNorms,
+    WorkerDied,
+)
 from distnadam.protocol.supervisor_messages import Order
-from distnadam.tensors.arrays import cut_flat, empty_flat
+from distnadam.tensors.arrays import cut_flat, dtype_of, empty_flat
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.connection import Address
+from distnadam.transport.landing_memory import LandingMemory
+from distnadam.transport.push_groups import PushGroups
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.shm_server import ShmServer
 from distnadam.transport.tcp_connection import (
@@ -46,6 +58,9 @@ _CLOSE_S = 5.0
 _REOPEN_S = 20.0
 """Seconds after which a lost connection is tried again; twice as many after each that fails."""
 _MOST_REOPEN_S = 600.0
+_HOLD_S = 5.0
+"""Seconds that a push waits for its group's others, one of which may stand still."""
+_SPARE_SUMS = 2
 REMEDY = (
     "Ray objects are used instead, which cost more time: let the hosts of the cluster reach each "
     "other at these ports, or set Options(port_range=...) to some that are open"
@@ -110,7 +125,16 @@ class FarShard(Receiver):
         self._is_closed = False
         self.tried = threading.Event()
         """Whether the connection was opened, or could not be."""
-        self.workers = ShmServer(spec, arena, self._ask, self._thread.loop)
+        self._sums = LandingMemory(_SPARE_SUMS + spec.num_workers // spec.config.sum_group)
+        self._groups = PushGroups(
+            num_workers=spec.num_workers,
+            sum_group=spec.config.sum_group,
+            send=self._ask,
+            connected=lambda: self.workers.ranks,
+            lend=lambda: self._sums.lend(self._sizes, {s: dtype_of(s) for s in self._sizes}),
+        )
+        self._release: asyncio.TimerHandle | None = None
+        self.workers = ShmServer(spec, arena, self._take, self._thread.loop)
         self._thread.call(self._open)
 
     @property
@@ -130,8 +154,9 @@ class FarShard(Receiver):
 
     async def _close(self) -> None:
         self._is_closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._release):
+            if timer is not None:
+                timer.cancel()
         if self._task is not None:
             self._task.cancel()
         if self._line is not None:
@@ -139,17 +164,34 @@ class FarShard(Receiver):
 
     # From the workers to the shard
 
-    def _ask(self, message: Message | Order, reply: Reply, _: RunWork) -> None:
+    def _take(self, message: Message | Order, reply: Reply, _: RunWork) -> None:
+        if isinstance(message, Push):
+            self._groups.put(message, reply)
+        else:
+            if isinstance(message, Leave | WorkerDied):
+                self._groups.gone(message.rank)
+            self._ask(message, reply)
+        if not self._groups.is_waiting and self._release is not None:
+            self._release.cancel()
+            self._release = None
+        elif self._groups.is_waiting and self._release is None:
+            self._release = self._thread.loop.call_later(_HOLD_S, self._release_held)
+
+    def _release_held(self) -> None:
+        self._release = None
+        self._groups.release()
+
+    def _ask(self, message: Message | Order, reply: Reply) -> None:
         if self._line is None:
             self._carry(message, reply)
             return
         number = next(self._numbers)
         self._asked[number] = message, reply
-        gradients = message.gradients if isinstance(message, Push) else None
+        gradients = message.gradients if isinstance(message, Push | GroupPush) else None
         self._line.send(pack(number, message)[HEADER.size :], parts_of(gradients or {}))
 
     def _carry(self, message: Message | Order, reply: Reply) -> None:
-        if isinstance(message, Push | TotalNorms | Pull):
+        if isinstance(message, Push | GroupPush | TotalNorms | Pull):
             message = replace(message, want_parameters=True)
 
         def carried(answer: Any) -> None:

@@ -72,6 +72,11 @@ class ShmServer:
         """How many workers are connected."""
         return len(self._workers)
 
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks whose workers are connected."""
+        return {worker.rank for worker in self._workers.values()}
+
     def gradients_of(self, rank: int, incarnation: int, dtypes: dict[str, str]) -> Flat | None:
         """Return views of the shard's ranges in that worker's arena, dead or alive.
 

@@ -18,6 +18,7 @@ from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import HEADER, pack, unpack
 from distnadam.protocol.delivery import Deliver, run_in_this_thread
 from distnadam.protocol.messages import (
+    GroupPush,
     Leave,
     Pull,
     Push,
@@ -42,7 +43,7 @@ from distnadam.transport.turns import place_after
 
 _SPARE = 2
 
-_Asking = Push | TotalNorms | Pull
+_Asking = Push | GroupPush | TotalNorms | Pull
 _Key = tuple[int, int, int]
 """Epoch, round and buffer: one shard has the same parameters wherever these are equal."""
 
@@ -99,7 +100,7 @@ class TcpServer(Receiver):
         number, what = unpack(message, self._gradients)
         if not isinstance(what, _Asking | Leave | WorkerDied):
             raise LaneError(f"a relay sent {type(what).__name__}")
-        arrays = what.gradients if isinstance(what, Push) else None
+        arrays = what.gradients if isinstance(what, Push | GroupPush) else None
         parts = parts_of(arrays or {})
         check_bytes(parts, num_bytes)
         return (number, what), parts

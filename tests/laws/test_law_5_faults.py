@@ -68,6 +68,7 @@ BETWEEN_HOSTS = (
     "late, of another incarnation",
     "a standby's line ended, the round lost",
     "a standby's line ended, the round arrived",
+    "pushed as one",
 )
 """What must befall lines between hosts in these examples."""
 SEEN: Counter[str] = Counter()
@@ -101,7 +102,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         clip=st.sampled_from([{}, {"clipnorm": 1.0}]),
         pull_dtype=st.sampled_from([None, "bfloat16"]),
         objects=st.booleans(),
-        hosts=st.integers(1, 3),
+        hosts=st.sampled_from([1, 2, 2, 3]),
+        per_host=st.sampled_from([1, 2, 2, 3]),
+        sum_group=st.sampled_from([1, 2, 2, 3]),
     )
     def start(
         self,
@@ -112,9 +115,11 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         pull_dtype: Literal["bfloat16"] | None,
         objects: bool,
         hosts: int,
+        per_host: int,
+        sum_group: int,
     ) -> None:
         self.root = Path(tempfile.mkdtemp())
-        config = NadamConfig(clipvalue=0.5, pull_dtype=pull_dtype, **clip)
+        config = NadamConfig(clipvalue=0.5, pull_dtype=pull_dtype, sum_group=sum_group, **clip)
         self.options = Options(
             step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone
         )
@@ -128,6 +133,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             replicas,
             objects=objects,
             hosts=hosts,
+            per_host=per_host,
         )
         self.world.seen = SEEN
         self.attempts: Counter[tuple[int, int, int]] = (
@@ -317,6 +323,21 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         if late < 4:  # else it comes after whatever befalls first
             self.world.deliver_one(late)
 
+    @rule(absent=RANK, struck=RANK, kill=st.booleans(), fault=st.sampled_from(["", "repeat"]))
+    def strike_at_a_waiting_push(self, absent: int, struck: int, kill: bool, fault: str) -> None:
+        """Replace or kill a worker while its push, or its group's, waits for another's."""
+        self.advance()
+        self.world.faults = deque([fault])
+        for rank in range(RANKS):
+            if rank != absent:
+                self.push(rank)
+        if kill:
+            self.kill_worker(struck)
+            self.world.look()
+        self.join(struck)
+        self.world.deliver_one(0)
+        self.push(struck)
+
     @rule(host=RANK)
     def end_lines(self, host: int) -> None:
         """Have a host's relay die: nobody's death."""
@@ -397,3 +418,27 @@ def test_faults_change_no_bit_and_count_every_push_once(examples: int) -> None:
         ),
     )
     assert all(SEEN[what] for what in BETWEEN_HOSTS), SEEN
+
+
+@pytest.mark.parametrize("struck", [0, 1])
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_member_that_is_replaced_while_its_group_waits_changes_no_bit(
+    struck: int, kill: bool
+) -> None:
+    SEEN.clear()
+    machine = FaultsAgainstOneProcess()
+    machine.start(
+        num_shards=2,
+        replicas=0,
+        gone={"rejoin_timeout_s": 1e6},
+        clip={},
+        pull_dtype=None,
+        objects=False,
+        hosts=2,
+        per_host=2,
+        sum_group=2,
+    )
+    machine.strike_at_a_waiting_push(absent=2, struck=struck, kill=kill, fault="")
+    machine.agree()
+    assert SEEN["pushed as one"] and SEEN["taken apart"]
+    machine.teardown()

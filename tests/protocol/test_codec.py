@@ -15,10 +15,12 @@ from distnadam.errors import DistNadamError, LaneError, LatePush
 from distnadam.protocol.codec import Frames, pack, unpack
 from distnadam.protocol.messages import (
     Describe,
+    GroupPush,
     Leave,
     PartialNorms,
     Pull,
     Push,
+    PushNote,
     RoundResult,
     TotalNorms,
     WorkerDied,
@@ -67,6 +69,27 @@ def test_a_push_says_in_which_dtypes_the_gradients_lie() -> None:
     assert push.gradients is GRADIENTS
 
 
+def test_a_groups_push_says_whose_it_is_and_its_sum_is_never_narrower_than_the_space() -> None:
+    asked: list[dict[str, str]] = []
+
+    def gradients_of(dtypes: dict[str, str]) -> Any:
+        asked.append(dtypes)
+        return GRADIENTS
+
+    members = {
+        rank: PushNote(incarnation=rank, round=4, dtypes={"float32": "bfloat16"}, rejection=why)
+        for rank, why in ((2, None), (3, "it is NaN"))
+    }
+    for gradients in (GRADIENTS, None):
+        group = GroupPush(epoch=1, round=4, members=members, gradients=gradients)
+        _, got = unpack(pack(1, group)[4:], gradients_of)
+        assert (got.epoch, got.round, got.members) == (1, 4, members)
+        assert got.gradients is gradients
+    assert asked == [{"float32": "float32", "float64": "float64"}]
+    with pytest.raises(LaneError, match="a group's push came where none is expected"):
+        unpack(pack(1, group)[4:])
+
+
 def test_sums_and_norms_come_back_to_the_bit() -> None:
     sums = (np.array([1.5, np.inf, 1e-320]), np.array([]))
     _, measured = unpack(pack(1, PartialNorms(3, ((0, sums[0]), (2, sums[1]))))[4:])
@@ -113,6 +136,12 @@ TO_A_SHARD = (
     Pull(rank=0, incarnation=1, at_least=3, epoch=1),
     Leave(0, 1),
     WorkerDied(0, 1),
+    GroupPush(
+        epoch=1,
+        round=2,
+        members={0: PushNote(incarnation=1, round=2, dtypes={"float32": "float16"})},
+        gradients={"float32": np.ones(2, np.float32)},
+    ),
 )
 
 
@@ -126,6 +155,24 @@ def test_a_message_to_a_shard_with_a_field_of_another_type_is_refused(
         body = msgpack.packb([*fields[:index], value, *fields[index + 1 :]])
         with pytest.raises(LaneError, match="is no message"):
             unpack(body, lambda dtypes: {space: np.ones(2, dtypes[space]) for space in dtypes})
+
+
+@pytest.mark.parametrize("value", [b"1", 1.5, [1]], ids=repr)
+@pytest.mark.parametrize("index", range(4))
+def test_a_groups_push_with_a_field_of_a_rank_of_another_type_is_refused(
+    index: int, value: Any
+) -> None:
+    number, kind, epoch, round, [note], spaces = msgpack.unpackb(pack(7, TO_A_SHARD[-1])[4:])
+    notes = [[*note[:index], value, *note[index + 1 :]]]
+    body = msgpack.packb([number, kind, epoch, round, notes, spaces])
+    with pytest.raises(LaneError, match="is no message"):
+        unpack(body, lambda dtypes: GRADIENTS)
+
+
+@pytest.mark.parametrize(("notes", "spaces"), [([], ["float32"]), ([[0, 1, {}, None]], [])])
+def test_a_groups_push_of_nobody_or_of_nothing_is_refused(notes: Any, spaces: Any) -> None:
+    with pytest.raises(LaneError, match="is no message"):
+        unpack(msgpack.packb([7, "group", 1, 2, notes, spaces]), lambda dtypes: GRADIENTS)
 
 
 def test_a_push_has_gradients_or_says_why_not() -> None:

@@ -102,6 +102,12 @@ def fingerprint(shard: Shard) -> bytes:
 EXAMPLES: list[Any] = [
     msg.Join(rank=0),
     push(0),
+    msg.GroupPush(
+        epoch=0,
+        round=1,
+        members={1: msg.PushNote(incarnation=1, round=1, dtypes={"float32": "float32"})},
+        gradients=GRADIENTS,
+    ),
     msg.TotalNorms(epoch=0, rank=0, incarnation=1, round=1, square_sums=np.array([3.0])),
     msg.Pull(rank=0, incarnation=1),
     msg.Leave(0, 1),

@@ -9,7 +9,7 @@ from distnadam.errors import IllegalMessage, LatePush, SupersededWorker
 from distnadam.nadam.mean import Grouping
 from distnadam.protocol.messages import PartialNorms, Push
 from distnadam.shard.effects import Answer, Effect
-from distnadam.shard.round import Round, Waiter, note_of
+from distnadam.shard.round import Round, Waiter
 from distnadam.tensors.layout import Layout
 
 NORMS = PartialNorms(1, ((0, np.array([3.0])),))
@@ -94,8 +94,8 @@ def test_a_superseded_push_counts_again_only_if_it_is_completed() -> None:
     made = round_of(0, 1)
     made.supersede(0, 2)
     assert made.pushes.keys() == {1} and made.committed(0) is None
-    assert made.complete(push(0)) == []
-    assert made.pushes.keys() == {0, 1} and made.committed(0) == note_of(push(0))
+    assert made.complete(push(0), {}) == []
+    assert made.pushes.keys() == {0, 1} and made.committed(0) == push(0).note
     made.supersede(0, 3)
     made.add(push(0, 3), waiter(0, 3))
     assert made.pushes[0].incarnation == 1, "a completed push counts whoever joins"
@@ -105,9 +105,9 @@ def test_a_completed_push_that_is_not_here_needs_its_gradients() -> None:
     made = Round(0)
     note = Push(epoch=0, rank=0, incarnation=1, round=1, gradients=None)
     with pytest.raises(IllegalMessage, match="the gradients of worker 1 for round 1 are not"):
-        made.complete(note)
+        made.complete(note, {})
     assert made == Round(0)
-    made.complete(push(0))
+    made.complete(push(0), {})
     assert made.pushes.keys() == {0}
 
 
@@ -115,8 +115,8 @@ def test_a_closed_round_keeps_its_pushes_and_answers_with_norms() -> None:
     made = round_of(0, 1)
     made.is_closed = True
     made.supersede(0, 2)
-    made.keep_members((1,))
-    assert made.pushes.keys() == {0, 1} and made.committed(0) == note_of(push(0))
+    made.keep_members((1,), 1)
+    assert made.pushes.keys() == {0, 1} and made.committed(0) == push(0).note
     assert made.add(push(0, 2), waiter(0, 2)) == []
     assert [a.caller for a in made.measured(NORMS)] == ["0.1", "1.1", "0.2"]  # type: ignore[union-attr]
     assert made.add(push(0, 2), Waiter("late", 0, 2)) == [Answer("late", NORMS)]
@@ -157,5 +157,5 @@ def test_a_caller_whose_rank_counted_with_another_push_is_late() -> None:
 
 def test_pushes_of_ranks_that_are_no_longer_members_are_forgotten() -> None:
     made = round_of(0, 1, 2)
-    made.keep_members((0, 2))
+    made.keep_members((0, 2), 1)
     assert made.pushes.keys() == {0, 2}

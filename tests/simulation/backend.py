@@ -40,7 +40,7 @@ class _WorldPending(Pending):
                     raise error
             if all(future.done() for future in self._futures.values()):
                 return {index: future.result() for index, future in self._futures.items()}
-            if not self._world.work():
+            if not self._world.work() and not self._world.release_held():
                 raise TimeoutError
 
 
@@ -52,6 +52,7 @@ class _WorldChannel(WorkerChannel):
         self._known = (rank, incarnation)
         self._gradients = empty_flat(layout.sizes)
         transport.world.memories[self._known] = self._gradients
+        transport.world.connected[rank] = incarnation
 
     @property
     @override
@@ -63,6 +64,7 @@ class _WorldChannel(WorkerChannel):
         memories, known = self._transport.world.memories, self._known
         memories[known[0], incarnation] = memories.pop(known)
         self._known = known[0], incarnation
+        self._transport.world.connected[known[0]] = incarnation
 
     @override
     def post(self, messages: Mapping[int, Any]) -> Pending:
@@ -237,6 +239,7 @@ def begin_world(
     *,
     objects: bool = False,
     hosts: int = 1,
+    per_host: int = 1,
 ) -> tuple[World, Layout]:
     """Return a world whose shards hold one tensor `w` of float32."""
     layout = Layout.of({"w": initial}).pulled_in(config.pull_dtype)
@@ -255,7 +258,7 @@ def begin_world(
         )
         for i, cut in enumerate(cuts)
     ]
-    world = World(specs, replicas=replicas, objects=objects, hosts=hosts)
+    world = World(specs, replicas=replicas, objects=objects, hosts=hosts, per_host=per_host)
     ShardGroup(WorldBackend(world), layout, num_shards, options).load({"float32": initial})
     world.look()
     return world, layout

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from distnadam.protocol.messages import Push
+from distnadam.protocol.messages import GroupPush, Push
 
 if TYPE_CHECKING:
     from tests.simulation.world import Process, World
@@ -72,7 +72,7 @@ class Line:
         before()
         self._on_its_way.clear()
         asked, self._asked = self._asked, []
-        ranks = {each.message.rank for each in asked}
+        ranks = {rank for each in asked for rank in workers_of(each.message)}
         if ranks:
             self._world.note("ended under several ranks" if len(ranks) > 1 else "ended")
         for each in asked:
@@ -122,10 +122,17 @@ class Line:
             if self._process.alive and shard is not None:
                 stale = message.epoch != shard.epochs.now
                 self._world.note("late, of another epoch" if stale else "late")
-                known = self._world.incarnations.get(message.rank)
-                if known is not None and known != message.incarnation:
-                    self._world.note("late, of another incarnation")
+                for rank, incarnation in workers_of(message).items():
+                    if self._world.incarnations.get(rank, incarnation) != incarnation:
+                        self._world.note("late, of another incarnation")
             self._process.send(message)
+
+
+def workers_of(message: Any) -> dict[int, int]:
+    """Return the incarnation of each rank whose message it is, which are several in a group's."""
+    if isinstance(message, GroupPush):
+        return {rank: note.incarnation for rank, note in message.members.items()}
+    return {message.rank: message.incarnation}
 
 
 def copied(message: Any) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from distnadam.errors import ShardLost, StepTimeout
-from distnadam.protocol.messages import ShardSpec, WorkerDied
+from distnadam.errors import GroupChanged, ShardLost, StepTimeout
+from distnadam.protocol.messages import GroupPush, Push, ShardSpec, WorkerDied
 from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
@@ -30,7 +30,9 @@ from distnadam.shard.effects import Notice
 from distnadam.supervision.events import LookNow, ProcessDied
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
-from distnadam.tensors.arrays import Flat, cut_flat, memory_for
+from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
+from distnadam.tensors.layout import sizes_of
+from distnadam.transport.push_groups import PushGroups
 from distnadam.transport.replication import ReplicationStream
 from tests.simulation.lines import Line, copied, pass_on
 from tests.simulation.stream import InProcessStream
@@ -284,16 +286,25 @@ class World:
     its own copy of the gradients. "lose" also befalls the supervisor's AbandonRank. With `objects`
     every message has its own copy; otherwise shards read what lies in the memory.
 
-    With several `hosts`, ranks and processes are spread over them in turn, and a rank reaches the
-    shards of other hosts by its host's lines (`Line`), whose faults have the same names. `seen`
-    counts what befell.
+    With several `hosts`, ranks, `per_host` together, and processes are spread over them in turn,
+    and a rank reaches the shards of other hosts by its host's lines (`Line`), whose faults have the
+    same names, in groups. `seen` counts what befell.
     """
 
     def __init__(
-        self, specs: Sequence[ShardSpec], *, replicas: int, objects: bool = False, hosts: int = 1
+        self,
+        specs: Sequence[ShardSpec],
+        *,
+        replicas: int,
+        objects: bool = False,
+        hosts: int = 1,
+        per_host: int = 1,
     ) -> None:
         self.objects = objects
         self.hosts = hosts
+        self.per_host = per_host
+        self.connected: dict[int, int] = {}
+        self._groups: dict[tuple[int, Process], PushGroups] = {}
         self.lines: dict[tuple[int, Process], Line] = {}
         self.seen: Counter[str] = Counter()
         self.all_processes: list[ShardProcess] = []
@@ -340,6 +351,13 @@ class World:
         self.count_wait()
         return sum(process.work() for process in self.shards) > 0
 
+    def release_held(self) -> bool:
+        """Have time go by for pushes that wait for their group's; return whether any did."""
+        waiting = [groups for groups in self._groups.values() if groups.is_waiting]
+        for groups in waiting:
+            groups.release()
+        return bool(waiting)
+
     def count_wait(self) -> None:
         """Count that a caller waits; fail if nobody gets anywhere."""
         self._waits += 1
@@ -370,7 +388,7 @@ class World:
     def memory(self, process: Process, rank: int, incarnation: int) -> Flat | None:
         """Return what a process sees of a worker's gradients; None if they lie on another host."""
         flat = self.memories.get((rank, incarnation))
-        if flat is None or rank % self.hosts != process.number % self.hosts:
+        if flat is None or self._host_of(rank) != process.number % self.hosts:
             return None
         return cut_flat(flat, process.spec.ranges)
 
@@ -379,17 +397,24 @@ class World:
         for (number, process), line in list(self.lines.items()):
             if line.is_open and (process is to if host is None else number == host % self.hosts):
                 line.end()
+        for (number, process), groups in list(self._groups.items()):
+            if process is to if host is None else number == host % self.hosts:
+                groups.release()
 
     def kill_worker(self, rank: int, incarnation: int) -> None:
+        if self.connected.get(rank) == incarnation:
+            del self.connected[rank]
+        for groups in list(self._groups.values()):
+            groups.gone(rank)
         for process in self.shards:
             process.send(WorkerDied(rank, incarnation))
 
     def transmit(self, process: Process, message: Any) -> Future[Any]:
         """Send a worker's message the way that the next fault says."""
-        fault = self.next_fault()
         rank = getattr(message, "rank", None)
-        if isinstance(rank, int) and rank % self.hosts != process.number % self.hosts:
-            return self._line(rank % self.hosts, process).send(message, fault)
+        if isinstance(rank, int) and self._host_of(rank) != process.number % self.hosts:
+            return self._send_far(self._host_of(rank), process, message)
+        fault = self.next_fault()
         outer: Future[Any] = Future()
         if fault in ("lose", "half"):
             outer.set_exception(ShardLost("the connection broke"))
@@ -407,6 +432,51 @@ class World:
             outer.set_exception(ShardLost("the connection broke"))
             return outer
         return answer
+
+    def _host_of(self, rank: int) -> int:
+        return rank // self.per_host % self.hosts
+
+    def _send_far(self, host: int, process: Process, message: Any) -> Future[Any]:
+        """Send a worker's message to a shard of another host, a push with its group's."""
+        if not isinstance(message, Push):
+            return self._line(host, process).send(message, self.next_fault())
+        outer: Future[Any] = Future()
+
+        def reply(answer: Any) -> None:
+            if isinstance(answer, BaseException):
+                outer.set_exception(answer)
+            else:
+                outer.set_result(answer)
+
+        if (host, process) not in self._groups:
+            self._groups[host, process] = self._make_groups(host, process)
+        self._groups[host, process].put(message, reply)
+        return outer
+
+    def _make_groups(self, host: int, process: Process) -> PushGroups:
+        spec = process.spec
+
+        def send(message: Push | GroupPush, reply: Callable[[Any], None]) -> None:
+            is_group = isinstance(message, GroupPush)
+            if is_group:
+                self.note("pushed as one")
+
+            def answered(done: Future[Any]) -> None:
+                answer = done.exception() or done.result()
+                if is_group and isinstance(answer, GroupChanged):
+                    self.note("taken apart")
+                reply(answer)
+
+            line = self._line(host, process)
+            line.send(message, self.next_fault()).add_done_callback(answered)
+
+        return PushGroups(
+            num_workers=spec.num_workers,
+            sum_group=spec.config.sum_group,
+            send=send,
+            connected=lambda: [rank for rank in self.connected if self._host_of(rank) == host],
+            lend=lambda: empty_flat(sizes_of(spec.ranges)),
+        )
 
     def _line(self, host: int, process: Process) -> Line:
         line = self.lines.get((host, process))

@@ -40,11 +40,11 @@ EPOCH = 1
 class Shard:
     """One shard of another host, as its process has it."""
 
-    def __init__(self, index: int, config: NadamConfig) -> None:
+    def __init__(self, index: int, config: NadamConfig, num_workers: int) -> None:
         self.spec = ShardSpec(
             index=index,
             num_shards=2,
-            num_workers=2,
+            num_workers=num_workers,
             replicas=0,
             name=None,
             config=config,
@@ -70,8 +70,8 @@ class Shard:
 
 
 class Shards:
-    def __init__(self, config: NadamConfig | None = None) -> None:
-        self.all = [Shard(index, config or NadamConfig()) for index in range(2)]
+    def __init__(self, config: NadamConfig | None = None, num_workers: int = 2) -> None:
+        self.all = [Shard(index, config or NadamConfig(), num_workers) for index in range(2)]
 
     def join(self, rank: int) -> int:
         incarnation: int = self.all[0].host.send(Join(rank=rank)).result().incarnation

@@ -1,0 +1,207 @@
+"""Groups through a relay: a group's gradients cross the cable once, and whatever befalls its ranks
+no bit changes and nobody waits for ever.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import ml_dtypes
+import pytest
+
+from distnadam.config import NadamConfig
+from distnadam.errors import SupersededWorker
+from distnadam.protocol.messages import GroupPush, Push, RoundResult
+from distnadam.tensors.arrays import Flat, cut_flat
+from distnadam.transport import far_shard
+from tests.transport.tcp_shards import (
+    ANSWER_S,
+    CUTS,
+    EPOCH,
+    HANDSHAKE_BYTES,
+    PARAMS,
+    Host,
+    Proxy,
+    Shards,
+    Worker,
+    gradients,
+    same,
+    stepped_here,
+)
+
+IN_PAIRS = NadamConfig(sum_group=2)
+
+
+@pytest.fixture
+def three() -> Iterator[Host]:
+    """Ranks 0 and 1, a group, through a relay; rank 2 elsewhere."""
+    shards = Shards(IN_PAIRS, num_workers=3)
+    host = Host(shards)
+    yield host
+    host.close()
+    shards.close()
+
+
+def post(worker: Worker, round: int, dtype: Any = "float32") -> int:
+    return worker.push(round, gradients(round - 1, worker.rank, dtype))
+
+
+def step(workers: list[Worker], round: int, dtype: Any = "float32") -> list[dict[int, Any]]:
+    numbers = [post(worker, round, dtype) for worker in workers]
+    return [w.collect(number) for w, number in zip(workers, numbers, strict=True)]
+
+
+def push_elsewhere(host: Host, rank: int, incarnation: int, round: int = 1) -> list[Future[Any]]:
+    """Push as a worker whose gradients come by calls, parameters wanted."""
+    return [
+        shard.host.send(
+            Push(
+                epoch=EPOCH,
+                rank=rank,
+                incarnation=incarnation,
+                round=round,
+                gradients=cut_flat(gradients(round - 1, rank), cut),
+                want_parameters=True,
+            )
+        )
+        for shard, cut in zip(host.shards.all, CUTS, strict=True)
+    ]
+
+
+def whole_of(answers: list[Future[Any]]) -> Flat:
+    """The parameters that answers bring."""
+    whole = {space: array.copy() for space, array in PARAMS.items()}
+    for cut, answer in zip(CUTS, answers, strict=True):
+        result: RoundResult = answer.result(ANSWER_S)
+        assert result.parameters is not None
+        for space, array in cut_flat(whole, cut).items():
+            array[:] = result.parameters[space]
+    return whole
+
+
+def stepped_by_calls() -> Flat:
+    """The parameters after one round of ranks 0 to 2, each pushing for itself."""
+    shards = Shards(IN_PAIRS, num_workers=3)
+    host = Host(shards)
+    answers = [push_elsewhere(host, rank, shards.join(rank)) for rank in range(3)]
+    whole = whole_of(answers[-1])
+    host.close()
+    shards.close()
+    return whole
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + ANSWER_S
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def pushed(host: Host) -> list[set[int]]:
+    """The ranks whose pushes each shard has."""
+    return [{0, 1, 2} - set(shard.describe().waiting_for) for shard in host.shards.all]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_a_groups_gradients_cross_the_cable_once_with_the_bits_of_calls(dtype: Any) -> None:
+    shards = Shards(IN_PAIRS)
+    proxies = [Proxy(shard.endpoint) for shard in shards.all]
+    host = Host(shards, {i: proxy.endpoint for i, proxy in enumerate(proxies)})
+    workers = [host.worker(0), host.worker(1)]
+    step(workers, 1, dtype)
+    before = sum(proxy.passed["there"] for proxy in proxies)
+    for round in (2, 3):
+        answers = step(workers, round, dtype)
+    whole = sum(array.nbytes for array in PARAMS.values())
+    there = sum(proxy.passed["there"] for proxy in proxies) - before
+    assert 2 * whole <= there <= 1.01 * 2 * whole
+    right = stepped_here(3, dtype, sum_group=2)
+    assert all(same(w.parameters(a), right) for w, a in zip(workers, answers, strict=True))
+    assert host.carried == []
+    host.close()
+    shards.close()
+
+
+def test_clipping_by_norm_takes_its_two_phases_for_a_group() -> None:
+    shards = Shards(NadamConfig(sum_group=2, global_clipnorm=0.5))
+    host = Host(shards)
+    workers = [host.worker(0), host.worker(1)]
+    measured = step(workers, 1)
+    sums = [[(t, s.tobytes()) for t, s in answers[0].sums] for answers in measured]
+    assert sums[0] == sums[1]
+    host.close()
+    shards.close()
+
+
+def test_a_group_that_is_partly_elsewhere_comes_singly_and_has_the_same_bits(three: Host) -> None:
+    first = three.worker(0)
+    number = post(first, 1)
+    push_elsewhere(three, 1, three.shards.join(1))
+    answers = push_elsewhere(three, 2, three.shards.join(2))
+    assert same(whole_of(answers), stepped_by_calls())
+    assert same(first.parameters(first.collect(number)), stepped_by_calls())
+
+
+@pytest.mark.parametrize("how", ["leaves", "dies"])
+def test_nobody_waits_for_a_worker_that_is_gone(how: str, three: Host) -> None:
+    first, second = three.worker(0), three.worker(1)
+    number = post(first, 1)
+    if how == "leaves":
+        second.client.close()
+    else:
+        for shard in (0, 1):
+            second.client.drop(shard)
+    eventually(lambda: pushed(three) == [{0}, {0}])
+    push_elsewhere(three, 1, three.shards.join(1))
+    answers = push_elsewhere(three, 2, three.shards.join(2))
+    assert same(whole_of(answers), stepped_by_calls())
+    assert same(first.parameters(first.collect(number)), stepped_by_calls())
+
+
+def test_nobody_waits_for_long_for_a_worker_that_stands_still(
+    three: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(far_shard, "_HOLD_S", 0.01)
+    first, second = three.worker(0), three.worker(1)
+    post(first, 1)
+    eventually(lambda: pushed(three) == [{0}, {0}])
+    post(second, 1)
+    answers = push_elsewhere(three, 2, three.shards.join(2))
+    assert same(whole_of(answers), stepped_by_calls())
+
+
+def test_a_member_that_is_replaced_while_its_group_waits_has_the_others_pushed_again(
+    three: Host,
+) -> None:
+    first, second = three.worker(0), three.worker(1)
+    numbers = [post(first, 1), post(second, 1)]
+    eventually(lambda: pushed(three) == [{0, 1}, {0, 1}])
+    newer = three.worker(1)
+    eventually(lambda: pushed(three) == [{0}, {0}])
+    with pytest.raises(SupersededWorker):
+        second.collect(numbers[1])
+    number = post(newer, 1)
+    answers = push_elsewhere(three, 2, three.shards.join(2))
+    right = stepped_by_calls()
+    assert same(whole_of(answers), right)
+    assert same(first.parameters(first.collect(numbers[0])), right)
+    assert same(newer.parameters(newer.collect(number)), right)
+
+
+@pytest.mark.parametrize("beyond", [10, 500_000])
+def test_a_groups_push_whose_line_breaks_goes_by_the_last_resort_and_counts_once(
+    beyond: int,
+) -> None:
+    shards = Shards(IN_PAIRS)
+    proxy = Proxy(shards.all[0].endpoint, HANDSHAKE_BYTES + beyond)
+    host = Host(shards, {0: proxy.endpoint})
+    workers = [host.worker(0), host.worker(1)]
+    for round in (1, 2):
+        answers = step(workers, round)
+    assert same(workers[1].parameters(answers[1]), stepped_here(2, sum_group=2))
+    assert any(isinstance(message, GroupPush) for _, message in host.carried)
+    ledgers = [shard.host.shard.members.ledger for shard in shards.all]
+    assert all(ledger.last(rank) == 2 for ledger in ledgers for rank in (0, 1))
+    host.close()
+    shards.close()
