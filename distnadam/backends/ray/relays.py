@@ -109,7 +109,13 @@ class Relays:
             watch.cancel()
         kill_actor(relay.handle)
         with contextlib.suppress(Exception):  # Ray is gone, and the process with it
-            await asyncio.to_thread(registry.end, self._run, [relay.address], self._kill_on)
+            await asyncio.to_thread(
+                registry.end,
+                self._run,
+                [relay.address],
+                self._kill_on,
+                grace_s=registry.GRACE_S,  # Ray reports a kill by signal to the user
+            )
 
     async def close(self) -> None:
         """End all relays; start none any more."""
