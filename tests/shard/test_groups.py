@@ -199,6 +199,25 @@ def test_the_whole_group_of_a_completed_push_counts_whoever_joins() -> None:
     assert host.shard.members.ledger.counted(0, 1, 1)
 
 
+def test_a_group_with_a_push_that_counts_already_for_certain_must_come_singly() -> None:
+    """Else that push would be taken back with the group."""
+    host = shard()
+    host.send(CompletePush(0, note(), gradients(VALUES[0]))).result(0)
+    with pytest.raises(GroupChanged):
+        host.send(group(0, 1)).result(0)
+    assert host.shard.rounds.current.pushes.keys() == {0}
+
+
+def test_a_group_of_a_worker_that_came_after_the_round_had_all_pushes_changes_nothing() -> None:
+    host = shard(clipnorm=1.0)
+    for rank in range(4):
+        host.send(push(rank))
+    host.send(Join(rank=1)).result(0)
+    with pytest.raises(GroupChanged):
+        host.send(group(0, 1, of_1=note(2))).result(0)
+    assert host.shard.rounds.current.pushes[1].incarnation == 1
+
+
 def test_a_group_of_two_replaced_workers_is_not_brought_back_for_one_of_them() -> None:
     """The other's place may be taken by its new worker's push."""
     host = shard()
