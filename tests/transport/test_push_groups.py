@@ -107,6 +107,7 @@ def test_a_push_for_a_round_that_has_gone_does_not_wait() -> None:
     sent = Sent()
     for rank in (0, 1, 1):
         sent.put(rank, round=2)
+    assert sent.kinds == [(0, 1), 1]
     sent.put(0, round=1)
     assert sent.kinds == [(0, 1), 1, 0]
     sent.put(0, round=1, epoch=1)
