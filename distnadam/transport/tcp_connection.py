@@ -121,6 +121,16 @@ class TcpConnection(asyncio.BufferedProtocol):
         """Whether bytes of the caller's memory are still to be sent."""
         return bool(self._outgoing)
 
+    @property
+    def num_sent(self) -> int:
+        """The bytes that the system has taken so far."""
+        return self._count.sent
+
+    @property
+    def awaits_turn(self) -> bool:
+        """Whether it sends nothing because others of this process do."""
+        return bool(self._outgoing) and not self._is_paused
+
     def send(self, message: bytes, parts: Parts = ()) -> None:
         """Send a message and the arrays behind it, which must not change until they are sent."""
         head = _HEAD.pack(len(message), sum(part.nbytes for part in parts))

@@ -148,13 +148,25 @@ class _AcknowledgedLine(Receiver):
                 self._connection.send(message, parts)
 
     def acknowledged(self, timeout_s: float) -> bool:
-        """Wait until all is acknowledged; return False if the line ended, or was silent so long."""
+        """Wait until all is acknowledged; return False if the line ended, or stood still so long.
+
+        A full cable takes longer than that for a piece: bytes that go, or wait for their turn, are
+        a sign of life. Those of a standby that halts soon go no more.
+        """
         with self._changed:
-            while self._acknowledged < self._posted:
-                moved = partial(self._has_moved, self._acknowledged)
-                if not self._changed.wait_for(moved, timeout_s) or self.why is not None:
+            while self._acknowledged < self._posted and self.why is None:
+                moved, sent = partial(self._has_moved, self._acknowledged), self._num_sent
+                if not self._changed.wait_for(moved, timeout_s) and not self._goes_on(sent):
                     break
             return self._acknowledged == self._posted
+
+    @property
+    def _num_sent(self) -> int:
+        return 0 if self._connection is None else self._connection.num_sent
+
+    def _goes_on(self, sent: int) -> bool:
+        connection = self._connection
+        return connection is not None and (connection.num_sent > sent or connection.awaits_turn)
 
     def _has_moved(self, before: int) -> bool:
         return self._acknowledged > before or self.why is not None

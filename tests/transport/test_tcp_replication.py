@@ -312,11 +312,12 @@ def test_a_standby_that_acknowledges_nothing_is_given_up(far: Far) -> None:
 class Gate:
     """Passes bytes from a primary to its standby up to some, and the rest once it is opened.
 
-    Little waits in the sockets meanwhile.
+    Little waits in the sockets meanwhile. With `each_s` it passes a little every so many seconds.
     """
 
-    def __init__(self, endpoint: Endpoint, most: int) -> None:
+    def __init__(self, endpoint: Endpoint, most: int, each_s: float = PATIENCE_S) -> None:
         self._to, self._most = (endpoint.host, endpoint.port), most
+        self._each_s = each_s
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         self._listener.bind(("127.0.0.1", 0))
@@ -334,7 +335,7 @@ class Gate:
             while True:
                 for sock in select.select([primary, standby], [], [])[0]:
                     if sock is primary and passed >= self._most:
-                        self.opened.wait(PATIENCE_S)
+                        self.opened.wait(self._each_s)
                     try:
                         data = sock.recv(1 << 16)
                         (standby if sock is primary else primary).sendall(data)
@@ -362,6 +363,20 @@ def test_a_line_that_was_given_up_brings_no_changed_memory_when_it_goes_on() -> 
     assert [record for record, _ in far.came] == [DetachStandby()], "what an earlier one had ended"
     assert far.standby.reached == 0
     assert bits(far.standby.arrays) == bits(far.arrays)
+
+
+def test_a_slow_cable_is_no_silence() -> None:
+    """Each piece takes longer than a standby may be silent."""
+    far = Far(PIECE_BYTES // 4)
+    gate = Gate(far.receiver.endpoint, 0, each_s=0.01)
+    began = time.monotonic()
+    stream = far.connect(gate.endpoint, timeout_s=0.3)
+    assert time.monotonic() - began > 3 * 0.3
+    first, *_ = rounds(1, 1)
+    write_mean(stream, 1)
+    assert stream.send(first)
+    assert far.standby.reached == 1
+    stream.close()
 
 
 def test_what_is_no_step_has_no_mean(far: Far) -> None:
