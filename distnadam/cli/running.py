@@ -55,7 +55,7 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
     """
     with exit_on_error():
         with joined(address):
-            running = RunningOptimizer(name)
+            running = RunningOptimizer.named(name)
         reports = _reports(running, every if watch else _RATE_S)
         if as_json:
             for report in reports if watch else [next(reports)]:
@@ -79,7 +79,7 @@ def save(name: str, address: str | None, path: str | None, *, as_json: bool) -> 
     """
     with exit_on_error():
         with joined(address):
-            running = RunningOptimizer(name)
+            running = RunningOptimizer.named(name)
         directory = path or running.checkpoint_dir()
         if directory is None:
             raise ConfigError(f"{name}: was never saved and has no checkpoint_dir: give a PATH")

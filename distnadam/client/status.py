@@ -9,13 +9,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from distnadam.backends.base import Backend
 from distnadam.backends.factory import connect
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError, NotRunning, ShardLost
 from distnadam.metrics.meter import shard_bytes
 from distnadam.places import shown
 from distnadam.protocol.messages import Describe
-from distnadam.protocol.shard_status import Description
+from distnadam.protocol.shard_status import Description, ShardSpec
 from distnadam.schedules import rate_at
 from distnadam.transport.link import carriers
 
@@ -100,16 +101,25 @@ class Status:
 
 
 class RunningOptimizer:
-    """A named optimizer on the Ray cluster of this process, or of RAY_ADDRESS.
+    """An optimizer that runs, whoever started it.
 
-    Raises:
-        NotRunning: there is none of that name.
+    Args:
+        backend: reaches its shards.
+        spec: of one of them.
     """
 
-    def __init__(self, name: str) -> None:
-        backend, spec = connect(name)
+    def __init__(self, backend: Backend, spec: ShardSpec) -> None:
         self._backend = backend
         self._spec = spec
+
+    @classmethod
+    def named(cls, name: str) -> "RunningOptimizer":
+        """Return the one of that name on the Ray cluster of this process, or of RAY_ADDRESS.
+
+        Raises:
+            NotRunning: there is none.
+        """
+        return cls(*connect(name))
 
     def status(self, earlier: Status | None = None) -> Status:
         """Return its status, with the steps per second since an earlier one.

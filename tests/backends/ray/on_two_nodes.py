@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distnadam import DistNadam, Options
 from distnadam.backends.ray.worker_group import RayWorkerGroup
+from distnadam.client.status import RunningOptimizer
 from tests.backends.ray.test_backend import title_of
 
 SIZE = 50_000
@@ -178,6 +179,21 @@ def ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn(two: Two) -> 
     group.close()
 
 
+def status_shows_what_goes_between_hosts_and_what_a_step_waits_for(two: Two) -> None:
+    backend = two.optimizer.shards.backend
+    running = RunningOptimizer(backend, backend.supervisor.specs()[0])
+    before = running.status()
+    two.step(1, 2, 3)
+    now = running.status(before)
+    moved = sum(now.moved.values()) - sum(before.moved.values())
+    least = 3 * (2 + 1) * PARAMS["w"].nbytes  # each worker's gradients, parameters once
+    assert least <= moved < 1.2 * least, (least, moved)
+    (host,) = now.hosts  # both nodes are on this machine
+    assert host.sent_bytes_per_s == host.received_bytes_per_s
+    assert (host.sent_bytes_per_s or 0.0) > 0.0
+    assert now.awaited.startswith("the push of ranks 0, 1 to shards 0, 1, "), now.awaited
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -185,6 +201,7 @@ CASES = {
         a_relay_that_is_killed_or_halted_is_replaced_and_nothing_is_lost,
         a_relay_whose_workers_have_left_ends_and_another_begins_on_demand,
         what_was_replaced_or_resharded_is_read_by_the_next_pull,
+        status_shows_what_goes_between_hosts_and_what_a_step_waits_for,
         ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn,
     )
 }
