@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,9 +23,43 @@ from tests.hosts.program import Program
 HOSTS = 3
 WARM_UP = 3
 STEPS = {10**5: 40, 10**6: 20, 10**7: 6}
-CASES = [(10**5, 1e9, 1), (10**6, 1e9, 1), (10**7, 1e9, 1), (10**7, 1e9, 2), (10**7, 1e10, 1)]
-"""Elements, bits per second and workers per host."""
 FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        elements: parameters.
+        bits_per_s: of each cable, in each direction.
+        workers: on each host.
+        sums: whether ours sums the gradients of a host's workers before they leave it.
+        dtype: of gradients and parameters on their way; None for float32.
+    """
+
+    elements: int
+    bits_per_s: float = 1e9
+    workers: int = 1
+    sums: bool = False
+    dtype: str | None = None
+
+    @property
+    def least_bytes(self) -> float:
+        """What must cross each cable in each direction: a host's gradients, parameters back."""
+        size = FLOAT32_BYTES if self.dtype is None else FLOAT32_BYTES // 2
+        return 2 * (HOSTS - 1) / HOSTS * size * self.elements
+
+
+CASES = [
+    Case(elements=10**5),
+    Case(elements=10**6),
+    Case(elements=10**7),
+    Case(elements=10**7, workers=2),
+    Case(elements=10**7, workers=2, sums=True),
+    Case(elements=10**7, bits_per_s=1e10),
+    Case(elements=10**7, dtype="bfloat16"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,31 +70,35 @@ class Measured:
     num_bytes: float
 
 
-def least_bytes(elements: int) -> float:
-    """Return what must cross each cable in each direction: gradients one way, parameters back."""
-    return 2 * (HOSTS - 1) / HOSTS * FLOAT32_BYTES * elements
-
-
 class Hosts:
     """The cluster, and how contenders run on it."""
 
-    def __init__(self, cluster: Cluster, elements: int, bits_per_s: float, workers: int) -> None:
+    def __init__(self, cluster: Cluster, case: Case) -> None:
         self.cluster = cluster
-        self._bits_per_s = bits_per_s
-        self._workers = workers
-        self._about = {"elements": elements, "steps": STEPS[elements], "warm_up": WARM_UP}
+        self._case = case
+        self._about: dict[str, Any] = {
+            "elements": case.elements,
+            "steps": STEPS[case.elements],
+            "warm_up": WARM_UP,
+            "dtype": case.dtype,
+        }
         self._port = 29500
 
     def ours(self, transport: str) -> Measured:
         """Measure ours, by a transport."""
-        about = self._about | {"hosts": HOSTS, "workers": self._workers, "transport": transport}
+        about = self._about | {
+            "hosts": HOSTS,
+            "workers": self._case.workers,
+            "sums": self._case.sums,
+            "transport": transport,
+        }
         program = ("-m", "benchmarks.contenders.ours_on_hosts", json.dumps(about))
         return self._measure([self.cluster.python(self.cluster.hosts[0], *program)])
 
     def torch(self) -> Measured:
         """Measure torch over gloo."""
         self._port += 1
-        hosts, size = self.cluster.hosts, HOSTS * self._workers
+        hosts, size = self.cluster.hosts, HOSTS * self._case.workers
         env = {
             "MASTER_ADDR": hosts[0].address,
             "MASTER_PORT": str(self._port),
@@ -69,7 +108,7 @@ class Hosts:
         for rank in range(size):
             about = self._about | {"rank": rank, "world_size": size}
             program = ("-m", "benchmarks.contenders.torch_on_hosts", json.dumps(about))
-            programs.append(self.cluster.python(hosts[rank // self._workers], *program, **env))
+            programs.append(self.cluster.python(hosts[rank // self._case.workers], *program, **env))
         return self._measure(programs)
 
     def _measure(self, programs: list[Program]) -> Measured:
@@ -77,7 +116,7 @@ class Hosts:
         for program in programs:
             program.first("warm")
         for host in hosts:
-            host.shape(self._bits_per_s)
+            host.shape(self._case.bits_per_s)
         before = [host.traffic() for host in hosts]
         for program in programs:
             program.tell("go on")
@@ -112,6 +151,8 @@ def main() -> None:
         "elements",
         "Gbit/s",
         "workers a host",
+        "sums",
+        "dtype",
         "ours",
         "by objects",
         "gloo",
@@ -121,16 +162,16 @@ def main() -> None:
         "bytes / least",
     ):
         table.add_column(name, justify="right")
-    for elements, bits_per_s, workers in CASES:
-        if elements > args.most:
+    for case in CASES:
+        if case.elements > args.most:
             continue
         found: dict[str, list[Measured]] = {"ours": [], "objects": [], "gloo": []}
-        resources = [{"CPU": float(workers), "shard": 1.0}] * HOSTS
+        resources = [{"CPU": float(case.workers), "shard": 1.0}] * HOSTS
         with (
             tempfile.TemporaryDirectory() as directory,
             Cluster(Path(directory), resources) as cluster,
         ):
-            hosts = Hosts(cluster, elements, bits_per_s, workers)
+            hosts = Hosts(cluster, case)
             for _ in range(args.rounds):
                 found["ours"].append(hosts.ours("auto"))
                 if args.objects:
@@ -141,15 +182,17 @@ def main() -> None:
             name: 1e3 * statistics.median(each.seconds for each in measured) if measured else None
             for name, measured in found.items()
         }
-        least = least_bytes(elements)
-        alone = 8e3 * least / bits_per_s
+        least = case.least_bytes
+        alone = 8e3 * least / case.bits_per_s
         moved = statistics.median(each.num_bytes for each in found["ours"])
         ours, gloo, objects = ms["ours"], ms["gloo"], ms["objects"]
         assert ours is not None
         table.add_row(
-            f"{elements:.0e}",
-            f"{bits_per_s / 1e9:g}",
-            str(workers),
+            f"{case.elements:.0e}",
+            f"{case.bits_per_s / 1e9:g}",
+            str(case.workers),
+            "yes" if case.sums else "",
+            case.dtype or "float32",
             f"{ours:.1f}",
             "-" if objects is None else f"{objects:.1f}",
             "-" if gloo is None else f"{gloo:.1f}",

@@ -1,4 +1,8 @@
-"""distnadam over hosts, a shard on each: says "warm", and at a line of input the median step."""
+"""distnadam over hosts, a shard on each: says "warm", and at a line of input the median step.
+
+With `sums`, the gradients of a host's workers are summed before they leave it; `dtype` is that of
+gradients and parameters on their way, None for float32.
+"""
 
 import json
 import statistics
@@ -8,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distnadam import DistNadam, Options
 from tests.hosts.program import say
@@ -15,15 +20,11 @@ from tests.hosts.program import say
 
 @ray.remote(num_cpus=1)
 class Trainer:
-    def __init__(self, optimizer: DistNadam, rank: int) -> None:
+    def __init__(self, optimizer: DistNadam, rank: int, dtype: str | None) -> None:
         self.worker = optimizer.worker(rank)
         rng = np.random.default_rng(rank)
-        for view in self.worker.gradients().values():
-            rng.standard_normal(out=view, dtype=np.float32)
-
-    def node(self) -> str:
-        found: str = ray.get_runtime_context().get_node_id()
-        return found
+        for view in self.worker.gradients(dtype=dtype).values():
+            view[:] = rng.standard_normal(view.size, dtype=np.float32)
 
     def run(self, steps: int) -> list[float]:
         times = []
@@ -37,13 +38,24 @@ class Trainer:
 def main(about: dict[str, Any]) -> None:
     ray.init(address="auto", log_to_driver=False)
     hosts, workers = about["hosts"], about["hosts"] * about["workers"]
-    options = Options(shard_resources={"shard": 1}, transport=about["transport"])
-    with DistNadam(num_shards=hosts, num_workers=workers, backend="ray", options=options).build(
-        {"w": np.zeros(about["elements"], np.float32)}
-    ) as optimizer:
-        trainers = [Trainer.remote(optimizer, rank) for rank in range(workers)]  # type: ignore[attr-defined]
-        nodes = set(ray.get([trainer.node.remote() for trainer in trainers]))
-        assert len(nodes) == hosts, "a host has no worker"
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    assert len(nodes) == hosts
+    with DistNadam(
+        num_shards=hosts,
+        num_workers=workers,
+        backend="ray",
+        sum_group=about["workers"] if about["sums"] else 1,
+        pull_dtype=about["dtype"],
+        options=Options(shard_resources={"shard": 1}, transport=about["transport"]),
+    ).build({"w": np.zeros(about["elements"], np.float32)}) as optimizer:
+        trainers = [
+            Trainer.options(  # type: ignore[attr-defined]
+                scheduling_strategy=NodeAffinitySchedulingStrategy(
+                    nodes[rank // about["workers"]], soft=False
+                )
+            ).remote(optimizer, rank, about["dtype"])
+            for rank in range(workers)
+        ]
         ray.get([trainer.run.remote(about["warm_up"]) for trainer in trainers])
         say(warm=True)
         sys.stdin.readline()

@@ -39,9 +39,11 @@ _MOST_UNPROVEN = 1 << 10
 _MOST_BYTES = 1 << 28
 _STAGING_BYTES = 1 << 16
 _CHUNK_BYTES = 1 << 17
-_UNSENT_BYTES = 1 << 17
+_UNSENT_BYTES = 1 << 16
 _BULK_BYTES = 1 << 16
 """Of an array that is sent in turn; smaller ones are sent at once."""
+_SLICE_BYTES = 1 << 18
+"""After which the next connection has its turn."""
 _STALLED_S = 0.02
 """Seconds without progress after which a connection passes its turn on."""
 _DEAD_LINE_S = 10
@@ -112,6 +114,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._want: int | memoryview = 0
         self._outgoing: deque[memoryview] = deque()
         self._is_paused = False
+        self._in_turn = 0
         self._why = ""
         self.is_proven = False
         self._count = Count()
@@ -177,6 +180,7 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     def take_turn(self) -> None:
         """Send large arrays, or pass the turn on if the socket takes nothing for a while."""
+        self._in_turn = 0
         if self._is_paused:
             self._watch_turn()
         self._pump()
@@ -302,7 +306,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         """Send until the socket takes no more, or what is next must wait for its turn."""
         while self._outgoing and not self._is_paused:
             first = self._outgoing[0]
-            if first.nbytes >= _BULK_BYTES and self.turns and not self.turns.take(self):
+            if first.nbytes >= _BULK_BYTES and self.turns and not self._has_turn(self.turns):
                 return
             if first.nbytes <= _CHUNK_BYTES:
                 self._outgoing.popleft()
@@ -310,9 +314,14 @@ class TcpConnection(asyncio.BufferedProtocol):
                 self._outgoing[0] = first[_CHUNK_BYTES:]
             piece = first[:_CHUNK_BYTES]
             self._count.sent += piece.nbytes
+            self._in_turn += piece.nbytes
             self._transport.write(piece)
         if not self._outgoing:
             self._leave_turn()
+
+    def _has_turn(self, turns: Turns) -> bool:
+        """Take the turn, or give it to the next after a slice."""
+        return turns.take(self) and not (self._in_turn >= _SLICE_BYTES and turns.give(self))
 
 
 _open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()

@@ -20,10 +20,12 @@ class Sender(Protocol):
 
 
 class Turns:
-    """Lets one connection of a loop at a time send large arrays, in the order of their places.
+    """Lets one connection of a loop at a time send a slice of its large arrays, in turn.
 
     Where every host sends to the next one first, then to the one after it, no port has two senders,
-    which would lose packets to each other.
+    and each connection sees the speed of the whole cable, by which the system then paces it. Turns
+    of whole arrays instead of slices would not recover once one host is late: it delays those whose
+    answers it awaits, and the hosts stay out of step.
 
     Args:
         call_soon: calls a function in the loop's thread, after what runs there now.
@@ -41,7 +43,7 @@ class Turns:
         if connection not in self._waiting:
             self._waiting.append(connection)
             if self._holder is None and len(self._waiting) == 1:  # others may come at once
-                self._call_soon(self._next)
+                self._call_soon(self._begin)
         return False
 
     def leave(self, connection: Sender) -> None:
@@ -52,10 +54,22 @@ class Turns:
             self._holder = None
             self._next()
 
+    def give(self, connection: Sender) -> bool:
+        """Give the turn to the next that waits, and wait for the next one; False if none waits."""
+        if not self._waiting:
+            return False
+        self._waiting.append(connection)
+        self._holder = None
+        self._call_soon(self._next)
+        return True
+
+    def _begin(self) -> None:
+        self._waiting.sort(key=lambda connection: connection.place)
+        self._next()
+
     def _next(self) -> None:
         if self._holder is None and self._waiting:
-            self._holder = min(self._waiting, key=lambda connection: connection.place)
-            self._waiting.remove(self._holder)
+            self._holder = self._waiting.pop(0)
             self._holder.take_turn()
 
 
