@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -132,15 +132,25 @@ def _reset(scene: Scene) -> float:
 
 def _half_sent(scene: Scene, then: Callable[[Scene], None]) -> float:
     """Slow a link down until a model takes seconds, and strike while its bytes are under way."""
-    before = sum(scene.host.traffic())
+    scene = replace(scene, host=_busy_host(scene))
     scene.host.shape(8 * scene.model_bytes / 2.0, burst_bytes=16_000)
-    deadline = time.monotonic() + _PATIENCE_S
-    while sum(scene.host.traffic()) < before + scene.model_bytes / 5:
-        assert time.monotonic() < deadline, "nothing is under way"
-        time.sleep(0.01)
+    time.sleep(scene.rng.uniform(0.2, 1.5))
     then(scene)
     _whole_again(scene)
     return scene.go_on()
+
+
+def _busy_host(scene: Scene) -> Host:
+    """Wait until a host's link carries a model's bytes: one that joined again may have no work."""
+    deadline = time.monotonic() + _PATIENCE_S
+    hosts = scene.cluster.hosts[1:]
+    before = [sum(host.traffic()) for host in hosts]
+    while True:
+        for host, already in zip(hosts, before, strict=True):
+            if sum(host.traffic()) > already + scene.model_bytes:
+                return host
+        assert time.monotonic() < deadline, "no model's bytes are under way"
+        time.sleep(0.01)
 
 
 def _reset_now(scene: Scene) -> None:
