@@ -191,7 +191,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def push_tensor(self, path: str, gradient: Any) -> None:
         """Copy one tensor's gradient, as the backward pass yields it.
 
-        Once all have come, `push()` or `step()` without an argument sends them.
+        Once all have come, `push()` or `step()` without an argument sends them. To shards of other
+        hosts a MiB leaves as soon as it is there, while the rest is computed.
 
         Args:
             path: the tensor's place in the tree given to `build`, such as ``"layers/0/kernel"``.
@@ -201,7 +202,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             StructureError: no such tensor, given twice, or of another shape or kind of dtype.
         """
         self._settle()
-        self._buffer.write(path, gradient)
+        tensor = self._buffer.write(path, gradient)
+        with self._shield:
+            self.session.send_ahead(tensor.space, tensor.begin, tensor.end)
 
     def gradients(self, dtype: str | None = None) -> Any:
         """Return writable views of this worker's gradients, in the structure given to `build`.
@@ -243,7 +246,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         began = perf_counter()
         buffer = self._buffer
         rejection = buffer.finish() if gradients is None else buffer.fill(gradients)
-        push = self.session.push(buffer.parts, rejection, want_parameters=want_parameters)
+        push = self.session.push(
+            buffer.parts, rejection, want_parameters=want_parameters, is_ahead=gradients is None
+        )
         if self._meter is not None:
             self._meter.push.add(perf_counter() - began)
             self._count_traffic().pushed += 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from distnadam.config import Options
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Message, Pull, Push, ShardSpec, TotalNorms
+from distnadam.protocol.messages import Message, Pull, Push, PushSlice, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -77,6 +77,13 @@ class WorkerChannel(ABC):
         Raises:
             ShardLost: a connection has ended since `reconnect`.
         """
+
+    def send_ahead(self, shard: int, part: PushSlice) -> bool:
+        """Send a part of a push before the push; return whether its number counts in that.
+
+        The elements must stay as they are until the push is answered.
+        """
+        return False
 
     @abstractmethod
     def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:

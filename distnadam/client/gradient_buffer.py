@@ -79,8 +79,11 @@ class GradientBuffer:
                 self._check_finite(space, reached[space], values.size)
         return self._rejection
 
-    def write(self, path: str, gradient: Any) -> None:
+    def write(self, path: str, gradient: Any) -> TensorSpec:
         """Copy one tensor's gradient, as the backward pass yields it; `finish` requires all.
+
+        Returns:
+            Where it lies.
 
         Raises:
             StructureError: the model has no such tensor, it came twice, or its shape or dtype is
@@ -101,6 +104,7 @@ class GradientBuffer:
         with own_errors():
             self._copy(tensor, leaf)
         self._written.add(index)
+        return tensor
 
     def views(self, dtype: str | None) -> Any:
         """Return the memory as a tree of writable views, float32 in half precision if asked."""

@@ -1,7 +1,7 @@
 """One push from its gradients to its round's end, as one record with named states. No I/O."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -37,6 +37,7 @@ class InFlightPush:
             they stay as they are until the round is decided.
         rejection: why they cannot be used, or None.
         want_parameters: whether the answers are to bring the new parameters.
+        slices: by shard, how many `PushSlice`s of it were sent before it; none once it was sent.
 
     Attributes:
         pending: the answers that are awaited; None before it is sent, and once they are lost.
@@ -50,6 +51,7 @@ class InFlightPush:
     parts: Callable[[list[Ranges]], Sequence[Flat]]
     rejection: str | None
     want_parameters: bool
+    slices: Mapping[int, int] = field(default_factory=dict)
     pending: Pending | None = None
     square_sums: Any = None
     ended: RoundResult | DistNadamError | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from distnadam.backends.base import Pending, WorkerChannel
 from distnadam.client.answers import late_answers
 from distnadam.client.in_flight_push import InFlightPush, refusal_of
+from distnadam.client.push_ahead import PushAhead
 from distnadam.client.rank_claim import RankClaim
 from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_group import ShardGroup
@@ -27,7 +28,7 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
+from distnadam.protocol.messages import PartialNorms, Pull, Push, PushSlice, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 from distnadam.waiting import REPORT_WAIT_S
@@ -64,6 +65,7 @@ class WorkerSession:
         self._channel_version: int | None = None
         self._ranges: list[Ranges] = []  # that the channel leads to
         self._rewinds = RewindGuard(f"worker {rank}: ")
+        self._ahead = PushAhead(self._slice)
         with shards.backend.shield:
             self._claim = RankClaim(shards, rank)
 
@@ -117,14 +119,17 @@ class WorkerSession:
         rejection: str | None,
         *,
         want_parameters: bool,
+        is_ahead: bool = False,
     ) -> InFlightPush:
         """Send every shard its part of a push for the next round, without waiting.
 
-        The arguments are those of `InFlightPush`.
+        The arguments are those of `InFlightPush`, but for `is_ahead`: whether what `send_ahead` has
+        sent is of this push.
         """
         if not self.in_sync:
             self.sync()
         push = InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
+        push.slices = self._ahead.take_counts(is_pushed=is_ahead)
         self.in_flight = push  # before it is sent: a Ctrl-C may leave it half sent
         try:
             self._send(push)
@@ -267,11 +272,29 @@ class WorkerSession:
                     gradients=None if push.rejection is not None else part,
                     rejection=push.rejection,
                     want_parameters=push.want_parameters and channel.parameters is None,
+                    slices=push.slices.get(index, 0),
                 )
                 for index, part in enumerate(push.parts(self._ranges))
             }
         )
+        push.slices = {}
         return push.pending
+
+    def send_ahead(self, space: str, begin: int, end: int) -> None:
+        """Send gradients of the next push that are written, to shards of other hosts."""
+        if self.in_sync and self.channel.relayed:
+            self._ahead.wrote(self.channel, self._ranges, space, begin, end)
+
+    def _slice(self, space: str, begin: int, end: int) -> PushSlice:
+        return PushSlice(
+            epoch=self.epoch,
+            rank=self.rank,
+            incarnation=self.incarnation,
+            round=self.round + 1,
+            space=space,
+            begin=begin,
+            end=end,
+        )
 
     def _give_norms(self, push: InFlightPush, answers: dict[int, Any]) -> dict[int, RoundResult]:
         """Carry out the second phase, in which the shards that measured get the whole norms."""

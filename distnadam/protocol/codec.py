@@ -22,6 +22,7 @@ from distnadam.protocol.messages import (
     Pull,
     Push,
     PushNote,
+    PushSlice,
     RoundResult,
     TotalNorms,
     WorkerDied,
@@ -101,8 +102,8 @@ class Frames:
 def _push(gradients_of: GradientsOf | None, *fields: Any) -> Push:
     if gradients_of is None:
         raise LaneError("a push came where none is expected")
-    epoch, rank, incarnation, number, dtypes, rejection = fields
-    place = _whole(epoch=epoch, rank=rank, incarnation=incarnation, round=number)
+    epoch, rank, incarnation, number, dtypes, rejection, slices = fields
+    place = _whole(epoch=epoch, rank=rank, incarnation=incarnation, round=number, slices=slices)
     _check_push(dtypes, rejection)
     return Push(
         **place,
@@ -117,6 +118,14 @@ def _check_push(dtypes: Any, rejection: Any) -> None:
         raise TypeError(f"a rejection is {rejection!r:.50}")
     if not isinstance(dtypes, dict | None) or (dtypes is None and rejection is None):
         raise TypeError(f"dtypes are {dtypes!r:.50}")
+
+
+def _slice(_: GradientsOf | None, *fields: Any) -> PushSlice:
+    epoch, rank, incarnation, number, space, begin, end = fields
+    place = _whole(epoch=epoch, rank=rank, incarnation=incarnation, round=number)
+    if not isinstance(space, str):
+        raise TypeError(f"a space is {space!r:.50}")
+    return PushSlice(**place, space=space, **_whole(begin=begin, end=end))
 
 
 def _norms(_: GradientsOf | None, *fields: Any) -> TotalNorms:
@@ -175,6 +184,7 @@ def _error(_: GradientsOf | None, name: str, text: str, epoch: int, step: int) -
 
 _MAKE: dict[str, Callable[..., Any]] = {
     "push": _push,
+    "slice": _slice,
     "group": _group,
     "decided": _decided,
     "norms": _norms,
@@ -215,6 +225,17 @@ _FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
         push.round,
         push.note.dtypes,
         push.rejection,
+        push.slices,
+    ),
+    PushSlice: lambda part: (
+        "slice",
+        part.epoch,
+        part.rank,
+        part.incarnation,
+        part.round,
+        part.space,
+        part.begin,
+        part.end,
     ),
     GroupPush: lambda group: (
         "group",

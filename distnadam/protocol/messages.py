@@ -132,6 +132,7 @@ class Push:
 
     `gradients` are this shard's ranges in the spaces' dtypes or in half precision; None beside a
     rejection. They are not copied: the sender must not change them until the push is answered.
+    `slices` is the number of its `PushSlice`s that were sent before it.
     """
 
     epoch: int
@@ -141,6 +142,7 @@ class Push:
     gradients: Flat | None
     rejection: str | None = None
     want_parameters: bool = False
+    slices: int = 0
 
     @property
     def note(self) -> PushNote:
@@ -156,6 +158,31 @@ class Push:
             dtypes=dtypes,
             rejection=self.rejection,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushSlice:
+    """Gradients of a push that is still to come, sent ahead while the rest is computed.
+
+    They are only kept: they count where the push says so, by their number. Never answered.
+
+    Attributes:
+        epoch: as of the push.
+        rank: as of the push.
+        incarnation: as of the push.
+        round: as of the push.
+        space: the space of the elements.
+        begin: the first of them, in the whole model.
+        end: the first behind them.
+    """
+
+    epoch: int
+    rank: int
+    incarnation: int
+    round: int
+    space: str
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +396,9 @@ class StepNorms:
     square_sums: Array
 
 
-_Worker = Join | CompletePush | Push | GroupPush | TotalNorms | Pull | Leave | WorkerDied
+_Worker = (
+    Join | CompletePush | PushSlice | Push | GroupPush | TotalNorms | Pull | Leave | WorkerDied
+)
 
 
 _Holder = Pause | CatchUp | Resume | Read | Write | SetRate | Step | StepNorms

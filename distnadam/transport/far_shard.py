@@ -26,6 +26,7 @@ from distnadam.protocol.messages import (
     Message,
     Pull,
     Push,
+    PushSlice,
     RoundResult,
     ShardSpec,
     TotalNorms,
@@ -37,6 +38,7 @@ from distnadam.tensors.layout import sizes_of
 from distnadam.transport.connection import Address
 from distnadam.transport.landing_memory import LandingMemory
 from distnadam.transport.push_groups import PushGroups
+from distnadam.transport.push_parts import PushParts
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.shm_server import ShmServer
 from distnadam.transport.tcp_connection import (
@@ -133,6 +135,9 @@ class FarShard(Receiver):
             connected=lambda: self.workers.ranks,
             lend=lambda: self._sums.lend(self._sizes, {s: dtype_of(s) for s in self._sizes}),
         )
+        self._is_summed = spec.config.sum_group > 1
+        self._ranges_held = spec.ranges
+        self._ahead = PushParts(spec.ranges)  # over the present connection
         self._release: asyncio.TimerHandle | None = None
         self.workers = ShmServer(spec, arena, self._take, self._thread.loop)
         self._thread.call(self._open)
@@ -167,6 +172,8 @@ class FarShard(Receiver):
     def _take(self, message: Message | Order, reply: Reply, _: RunWork) -> None:
         if isinstance(message, Push):
             self._groups.put(message, reply)
+        elif isinstance(message, PushSlice):
+            self._send_ahead(message)
         else:
             if isinstance(message, Leave | WorkerDied):
                 self._groups.gone(message.rank)
@@ -187,8 +194,24 @@ class FarShard(Receiver):
             return
         number = next(self._numbers)
         self._asked[number] = message, reply
-        gradients = message.gradients if isinstance(message, Push | GroupPush) else None
-        self._line.send(pack(number, message)[HEADER.size :], parts_of(gradients or {}))
+        parts: Parts = ()
+        if isinstance(message, Push) and (rest := self._ahead.rest(message)) is not None:
+            _, parts = rest
+        elif isinstance(message, Push | GroupPush):
+            parts = parts_of(message.gradients or {})
+            if isinstance(message, Push) and message.slices:  # sent by another connection, if any
+                message = replace(message, slices=0)
+        self._line.send(pack(number, message)[HEADER.size :], parts)
+
+    def _send_ahead(self, part: PushSlice) -> None:
+        """Send a slice from the worker's memory; of a group only the sum crosses the cable."""
+        if self._line is None or self._is_summed:
+            return
+        dtypes = {space: space for space in self._sizes}
+        memory = self.workers.gradients_of(part.rank, part.incarnation, dtypes)
+        if memory is not None:
+            parts = self._ahead.add(part, lambda: memory)
+            self._line.send(pack(0, part)[HEADER.size :], parts)
 
     def _carry(self, message: Message | Order, reply: Reply) -> None:
         if isinstance(message, Push | GroupPush | TotalNorms | Pull):
@@ -315,6 +338,7 @@ class FarShard(Receiver):
     @override
     def proven(self, connection: TcpConnection, greeting: Mapping[str, Any]) -> None:
         self._line = connection
+        self._ahead = PushParts(self._ranges_held)
         assert self._opening is not None
         if not self._opening.done():
             self._opening.set_result(None)

@@ -156,10 +156,17 @@ class ShmClient:
         self._number += 1
         self._answers = {self._number: {}}  # drops the answers to earlier numbers
         for shard, message in messages.items():
-            connection = self._connections[shard]
-            if not connection.send(pack(self._number, message)):
-                self._poll.modify(connection.fileno(), select.POLLIN | select.POLLOUT)
+            self._send(shard, self._number, message)
         return self._number
+
+    def tell(self, shard: int, message: Message) -> None:
+        """Send a shard what it does not answer."""
+        self._send(shard, 0, message)
+
+    def _send(self, shard: int, number: int, message: Message) -> None:
+        connection = self._connections[shard]
+        if not connection.send(pack(number, message)):
+            self._poll.modify(connection.fileno(), select.POLLIN | select.POLLOUT)
 
     def collect(self, number: int, count: int, deadline: float) -> dict[int, Any]:
         """Return the `count` shards' answers to the messages of that number.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.delivery import Deliver, run_in_this_thread
-from distnadam.protocol.messages import Leave, ShardSpec, WorkerDied
+from distnadam.protocol.messages import Leave, PushSlice, ShardSpec, WorkerDied
 from distnadam.tensors.arrays import Flat, cut_flat, dtype_of
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
@@ -113,7 +113,9 @@ class ShmServer:
             raise LaneError(
                 f"a message of worker {message.rank} came through the lane of worker {worker.rank}"
             )
-        reply = _ignore if isinstance(message, Leave) else partial(worker.answer, number)
+        reply = (
+            _ignore if isinstance(message, Leave | PushSlice) else partial(worker.answer, number)
+        )
         self._deliver(message, reply, run_in_this_thread)
 
     def _end(self, connection: Connection) -> None:
@@ -150,4 +152,4 @@ class _WorkerEnd:
 
 
 def _ignore(_: Any) -> None:
-    """Drop the answer to a Leave or to a worker's death."""
+    """Drop the answer to what is not answered."""

@@ -22,6 +22,7 @@ from distnadam.protocol.messages import (
     Leave,
     Pull,
     Push,
+    PushSlice,
     RoundResult,
     ShardSpec,
     TotalNorms,
@@ -30,6 +31,7 @@ from distnadam.protocol.messages import (
 from distnadam.tensors.arrays import Flat, dtype_of
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.landing_memory import LandingMemory
+from distnadam.transport.push_parts import PushParts
 from distnadam.transport.tcp_connection import (
     Endpoint,
     Parts,
@@ -72,6 +74,7 @@ class TcpServer(Receiver):
         self._deliver = deliver
         self._sizes = sizes_of(spec.ranges)
         self._sent: dict[TcpConnection, _Key | None] = {}  # to each relay, the last
+        self._ahead: dict[TcpConnection, PushParts] = {}
         self._lock = threading.Lock()
         # what each worker sends, and what one sends too early or again
         self._landing = LandingMemory(spec.num_workers + _SPARE)
@@ -91,6 +94,7 @@ class TcpServer(Receiver):
             raise LaneError("it is no relay")
         self._listener.admit(connection)
         self._sent[connection] = None
+        self._ahead[connection] = PushParts(self._spec.ranges)
         connection.place = place_after(self._spec.index, number)
 
     @override
@@ -98,10 +102,19 @@ class TcpServer(Receiver):
         self, connection: TcpConnection, message: bytes, num_bytes: int
     ) -> tuple[Any, Parts]:
         number, what = unpack(message, self._gradients)
-        if not isinstance(what, _Asking | Leave | WorkerDied):
+        if not isinstance(what, _Asking | PushSlice | Leave | WorkerDied):
             raise LaneError(f"a relay sent {type(what).__name__}")
-        arrays = what.gradients if isinstance(what, Push | GroupPush) else None
-        parts = parts_of(arrays or {})
+        ahead = self._ahead[connection]
+        parts: Parts = ()
+        if isinstance(what, PushSlice):
+            parts = ahead.add(what, lambda: self._gradients({s: s for s in self._sizes}))
+        elif isinstance(what, Push) and (rest := ahead.rest(what)) is not None:
+            gradients, parts = rest
+            what = replace(what, gradients=gradients)
+        elif isinstance(what, Push) and what.slices:
+            raise LaneError(f"rank {what.rank}: {what.slices} slices of its push did not come")
+        elif isinstance(what, Push | GroupPush):
+            parts = parts_of(what.gradients or {})
         check_bytes(parts, num_bytes)
         return (number, what), parts
 
@@ -121,6 +134,8 @@ class TcpServer(Receiver):
     @override
     def arrived(self, connection: TcpConnection, what: Any) -> None:
         number, message = what
+        if isinstance(message, PushSlice):
+            return
         if isinstance(message, _Asking):
             message = replace(message, want_parameters=True)
         self._deliver(message, partial(self._answer, connection, number), run_in_this_thread)
@@ -129,6 +144,7 @@ class TcpServer(Receiver):
     def ended(self, connection: TcpConnection, why: str) -> None:
         self._listener.forget(connection)
         self._sent.pop(connection, None)
+        self._ahead.pop(connection, None)
 
     def _answer(self, connection: TcpConnection, number: int, answer: Any) -> None:
         """Send an answer, with the parameters that it has; in any thread."""

@@ -14,7 +14,7 @@ from typing_extensions import override
 from distnadam.backends.base import Pending, Routes, ShardTransport, WorkerChannel
 from distnadam.backends.ray.address import ProcessAddress, Relayed
 from distnadam.errors import ArenaError, LaneError, ShardLost
-from distnadam.protocol.messages import Pull, Push, RoundResult, TotalNorms
+from distnadam.protocol.messages import Pull, Push, PushSlice, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Dtypes, Flat, empty_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address
@@ -208,6 +208,13 @@ class RayWorkerChannel(WorkerChannel):
             # what a shard answers by objects would leave this node's memory as it is
             raise ShardLost(f"shard {lost[0]}: the connection to it has ended")
         return RayChannelPending(messages, self._shm, self._transport, self.relayed)
+
+    @override
+    def send_ahead(self, shard: int, part: PushSlice) -> bool:
+        if self._shm is None or shard not in self.relayed or shard not in self._shm:
+            return False
+        self._shm.tell(shard, part)
+        return True
 
     @override
     def close(self) -> None:
