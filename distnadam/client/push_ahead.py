@@ -7,7 +7,7 @@ from distnadam.protocol.messages import PushSlice
 from distnadam.tensors.arrays import dtype_of
 from distnadam.tensors.layout import Ranges
 
-_BUCKET_BYTES = 1 << 20
+BUCKET_BYTES = 1 << 20
 """Of one shard's range in one piece, so that a message carries more than it costs."""
 
 _Interval = tuple[int, int]
@@ -36,7 +36,7 @@ class PushAhead:
                 continue
             rest = self._written.setdefault((shard, space), [])
             piece = _join(rest, piece)
-            if (piece[1] - piece[0]) * dtype_of(space).itemsize < _BUCKET_BYTES:
+            if (piece[1] - piece[0]) * dtype_of(space).itemsize < BUCKET_BYTES:
                 rest.append(piece)
             elif channel.send_ahead(shard, self._make(space, *piece)):
                 self._counts[shard] = self._counts.get(shard, 0) + 1

@@ -18,7 +18,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distnadam import DistNadam, Options
 from distnadam.backends.ray.worker_group import RayWorkerGroup
+from distnadam.client import push_ahead
 from distnadam.client.status import RunningOptimizer
+from distnadam.protocol.messages import Describe
 from tests.backends.ray.test_backend import title_of
 
 SIZE = 50_000
@@ -35,6 +37,14 @@ class Trainer:
         for round in rounds:
             stepped = self._worker.step(gradient(round, self._rank))
         assert not stepped["w"].flags.owndata, "a view of what the relay has brought"
+        return self.parameters()
+
+    def step_by_tensors(self, *rounds: int) -> bytes:
+        push_ahead.BUCKET_BYTES = 1000  # these tensors are small
+        for round in rounds:
+            for path, values in gradient(round, self._rank).items():
+                self._worker.push_tensor(path, values)
+            self._worker.step()
         return self.parameters()
 
     def parameters(self) -> bytes:
@@ -66,7 +76,7 @@ def right(num_rounds: int) -> bytes:
 class Two:
     """An optimizer of two shards on the second node, and a worker of each rank on the first."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, sum_group: int, **options: Any) -> None:
         how = {"object_store_memory": STORE}
         self._cluster = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False} | how
@@ -76,6 +86,7 @@ class Two:
         self.optimizer = DistNadam(
             num_shards=2,
             num_workers=2,
+            sum_group=sum_group,
             backend="ray",
             options=Options(shard_resources={"shard": 1}, **options),
         ).build(PARAMS)
@@ -87,6 +98,12 @@ class Two:
         """Step with both ranks, and check what both read."""
         read = ray.get([each.step.remote(*rounds) for each in self.trainers])
         assert read == [right(rounds[-1])] * 2
+
+    def received(self) -> int:
+        """The bytes that the shards have got by TCP."""
+        shards = self.optimizer.shards
+        found = shards.ask(shards.for_all(Describe()))
+        return sum(there for each in found.values() for _, there in each.traffic.values())
 
     def close(self) -> None:
         self.optimizer.close()
@@ -160,6 +177,34 @@ def what_was_replaced_or_resharded_is_read_by_the_next_pull(two: Two) -> None:
     assert ray.get([each.pull.remote() for each in two.trainers]) == [PARAMS["w"].tobytes()] * 2
 
 
+def the_pushes_of_a_group_go_as_one_and_again_where_their_relay_is_killed(two: Two) -> None:
+    two.step(1)
+    before = two.received()
+    two.step(2)
+    sent = two.received() - before
+    assert 4 * SIZE <= sent <= 1.1 * 4 * SIZE, "once for both ranks"
+    (struck,) = relays()
+    os.kill(struck, signal.SIGKILL)
+    two.step(3, 4)
+    assert len(relays()) == 1
+
+
+def tensors_that_leave_before_their_push_count_once_and_also_where_the_relay_is_killed(
+    two: Two,
+) -> None:
+    two.step(1)
+    before = two.received()
+    read = ray.get([each.step_by_tensors.remote(2) for each in two.trainers])
+    assert read == [right(2)] * 2
+    sent = two.received() - before
+    assert 2 * 4 * SIZE <= sent <= 1.1 * 2 * 4 * SIZE
+    (struck,) = relays()
+    stepping = [each.step_by_tensors.remote(*range(3, 60)) for each in two.trainers]
+    time.sleep(0.1)
+    os.kill(struck, signal.SIGKILL)
+    assert ray.get(stepping) == [right(59)] * 2
+
+
 class Placed:
     def __init__(self, rank: int) -> None:
         self._node = ray.get_runtime_context().get_node_id()
@@ -203,10 +248,12 @@ CASES = {
         what_was_replaced_or_resharded_is_read_by_the_next_pull,
         status_shows_what_goes_between_hosts_and_what_a_step_waits_for,
         ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn,
+        the_pushes_of_a_group_go_as_one_and_again_where_their_relay_is_killed,
+        tensors_that_leave_before_their_push_count_once_and_also_where_the_relay_is_killed,
     )
 }
 
 if __name__ == "__main__":
-    scene = Two(shard_timeout_s=5.0)
+    scene = Two(sum_group=2 if "group" in sys.argv[1] else 1, shard_timeout_s=5.0)
     CASES[sys.argv[1]](scene)
     scene.close()
