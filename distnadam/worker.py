@@ -204,7 +204,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self._settle()
         tensor = self._buffer.write(path, gradient)
         with self._shield:
-            self.session.send_ahead(tensor.space, tensor.begin, tensor.end)
+            self.session.ahead.wrote(tensor)
 
     def gradients(self, dtype: str | None = None) -> Any:
         """Return writable views of this worker's gradients, in the structure given to `build`.

@@ -1,11 +1,12 @@
 """Gradients that leave for shards of other hosts while the backward pass yields the rest."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from distnadam.backends.base import WorkerChannel
 from distnadam.protocol.messages import PushSlice
 from distnadam.tensors.arrays import dtype_of
-from distnadam.tensors.layout import Ranges
+from distnadam.tensors.layout import Ranges, TensorSpec
 
 BUCKET_BYTES = 1 << 20
 """Of one shard's range in one piece, so that a message carries more than it costs."""
@@ -13,32 +14,53 @@ BUCKET_BYTES = 1 << 20
 _Interval = tuple[int, int]
 
 
+class Pushing(Protocol):
+    """The worker's session: `round` is the last decided, `ranges` what each shard holds."""
+
+    rank: int
+    epoch: int
+    round: int
+    in_sync: bool
+    ranges: list[Ranges]
+
+    @property
+    def incarnation(self) -> int:
+        """The worker's."""
+
+    @property
+    def channel(self) -> WorkerChannel:
+        """Leads to the shards."""
+
+
 class PushAhead:
     """What has been sent ahead of one worker's next push.
 
     Args:
-        make: returns a part of that push, given its space and its first and last element.
+        session: the worker's.
+
+    Attributes:
+        written: what was written and is not sent yet, by shard and space; not empty from the first
+            tensor on, until `take_counts`.
     """
 
-    def __init__(self, make: Callable[[str, int, int], PushSlice]) -> None:
-        self._make = make
-        self._written: dict[tuple[int, str], list[_Interval]] = {}
+    def __init__(self, session: Pushing) -> None:
+        self.written: dict[tuple[int, str], list[_Interval]] = {}
+        self._session = session
         self._counts: dict[int, int] = {}
 
-    def wrote(
-        self, channel: WorkerChannel, ranges: list[Ranges], space: str, begin: int, end: int
-    ) -> None:
-        """Take elements that have been written; send the pieces that are large enough by now."""
-        for shard in channel.relayed:
-            low, high = ranges[shard].get(space, (0, 0))
-            piece = max(begin, low), min(end, high)
+    def wrote(self, tensor: TensorSpec) -> None:
+        """Take a tensor that has been written; send the pieces that are large enough by now."""
+        session, space = self._session, tensor.space
+        for shard in session.channel.relayed if session.in_sync else ():
+            low, high = session.ranges[shard].get(space, (0, 0))
+            piece = max(tensor.begin, low), min(tensor.end, high)
             if piece[0] >= piece[1]:
                 continue
-            rest = self._written.setdefault((shard, space), [])
+            rest = self.written.setdefault((shard, space), [])
             piece = _join(rest, piece)
             if (piece[1] - piece[0]) * dtype_of(space).itemsize < BUCKET_BYTES:
                 rest.append(piece)
-            elif channel.send_ahead(shard, self._make(space, *piece)):
+            elif session.channel.send_ahead(shard, self._slice(space, *piece)):
                 self._counts[shard] = self._counts.get(shard, 0) + 1
 
     def take_counts(self, *, is_pushed: bool) -> Mapping[int, int]:
@@ -47,12 +69,22 @@ class PushAhead:
         Args:
             is_pushed: whether they are of that push.
         """
-        if not self._written and not self._counts:
-            return {}
         counts = self._counts if is_pushed else {}
         self._counts = {}
-        self._written = {}
+        self.written = {}
         return counts
+
+    def _slice(self, space: str, begin: int, end: int) -> PushSlice:
+        session = self._session
+        return PushSlice(
+            epoch=session.epoch,
+            rank=session.rank,
+            incarnation=session.incarnation,
+            round=session.round + 1,
+            space=space,
+            begin=begin,
+            end=end,
+        )
 
 
 def _join(rest: list[_Interval], piece: _Interval) -> _Interval:

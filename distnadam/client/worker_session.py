@@ -28,7 +28,7 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.protocol.messages import PartialNorms, Pull, Push, PushSlice, RoundResult, TotalNorms
+from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 from distnadam.waiting import REPORT_WAIT_S
@@ -63,9 +63,9 @@ class WorkerSession:
         self._transport = shards.backend.transport
         self._timeout_s = shards.options.step_timeout_s
         self._channel_version: int | None = None
-        self._ranges: list[Ranges] = []  # that the channel leads to
+        self.ranges: list[Ranges] = []  # that the channel leads to
         self._rewinds = RewindGuard(f"worker {rank}: ")
-        self._ahead = PushAhead(self._slice)
+        self.ahead = PushAhead(self)
         with shards.backend.shield:
             self._claim = RankClaim(shards, rank)
 
@@ -81,9 +81,9 @@ class WorkerSession:
         Made at first use, so that a worker that only travels to another process takes no memory.
         """
         self._channel_version = self._transport.version  # before: what is newer is looked at again
-        self._ranges = self._shards.ranges
+        self.ranges = self._shards.ranges
         return self._transport.open_channel(
-            self._shards.layout, self._ranges, self.rank, self.incarnation
+            self._shards.layout, self.ranges, self.rank, self.incarnation
         )
 
     def leave(self) -> None:
@@ -123,13 +123,13 @@ class WorkerSession:
     ) -> InFlightPush:
         """Send every shard its part of a push for the next round, without waiting.
 
-        The arguments are those of `InFlightPush`, but for `is_ahead`: whether what `send_ahead` has
-        sent is of this push.
+        The arguments are those of `InFlightPush`, and whether what `ahead` has sent is of it.
         """
         if not self.in_sync:
             self.sync()
         push = InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
-        push.slices = self._ahead.take_counts(is_pushed=is_ahead)
+        if self.ahead.written:
+            push.slices = self.ahead.take_counts(is_pushed=is_ahead)
         self.in_flight = push  # before it is sent: a Ctrl-C may leave it half sent
         try:
             self._send(push)
@@ -274,27 +274,11 @@ class WorkerSession:
                     want_parameters=push.want_parameters and channel.parameters is None,
                     slices=push.slices.get(index, 0),
                 )
-                for index, part in enumerate(push.parts(self._ranges))
+                for index, part in enumerate(push.parts(self.ranges))
             }
         )
         push.slices = {}
         return push.pending
-
-    def send_ahead(self, space: str, begin: int, end: int) -> None:
-        """Send gradients of the next push that are written, to shards of other hosts."""
-        if self.in_sync and self.channel.relayed:
-            self._ahead.wrote(self.channel, self._ranges, space, begin, end)
-
-    def _slice(self, space: str, begin: int, end: int) -> PushSlice:
-        return PushSlice(
-            epoch=self.epoch,
-            rank=self.rank,
-            incarnation=self.incarnation,
-            round=self.round + 1,
-            space=space,
-            begin=begin,
-            end=end,
-        )
 
     def _give_norms(self, push: InFlightPush, answers: dict[int, Any]) -> dict[int, RoundResult]:
         """Carry out the second phase, in which the shards that measured get the whole norms."""
@@ -343,8 +327,8 @@ class WorkerSession:
         if self._channel_version is not None:
             self.is_readable = False
             self._channel_version = self._transport.version
-            self._ranges = self._shards.ranges
-            self.channel.reconnect(self._ranges, self.incarnation)
+            self.ranges = self._shards.ranges
+            self.channel.reconnect(self.ranges, self.incarnation)
 
     def _stand_at(self, answers: Mapping[int, RoundResult]) -> RoundResult:
         """Take over the round and the parameters that all shards stand at, and return shard 0's.
