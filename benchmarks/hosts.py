@@ -36,6 +36,8 @@ class Case:
         workers: on each host.
         sums: whether ours sums the gradients of a host's workers before they leave it.
         dtype: of gradients and parameters on their way; None for float32.
+        backward: whether gradients come of a backward pass, which takes as long as the bytes alone;
+            torch's is DDP then.
     """
 
     elements: int
@@ -43,6 +45,7 @@ class Case:
     workers: int = 1
     sums: bool = False
     dtype: str | None = None
+    backward: bool = False
 
     @property
     def least_bytes(self) -> float:
@@ -59,6 +62,7 @@ CASES = [
     Case(elements=10**7, workers=2, sums=True),
     Case(elements=10**7, bits_per_s=1e10),
     Case(elements=10**7, dtype="bfloat16"),
+    Case(elements=10**7, backward=True),
 ]
 
 
@@ -83,6 +87,13 @@ class Hosts:
             "dtype": case.dtype,
         }
         self._port = 29500
+        self._kind = "backward_on_hosts" if case.backward else "on_hosts"
+        if case.backward:
+            alone_s = 8 * case.least_bytes / case.bits_per_s
+            program = ("-m", "benchmarks.contenders.mlp", str(case.elements), str(alone_s))
+            with_batch = cluster.python(cluster.hosts[0], *program)
+            self._about["batch"] = with_batch.first("batch")["batch"]
+            with_batch.finish()
 
     def ours(self, transport: str) -> Measured:
         """Measure ours, by a transport."""
@@ -92,7 +103,7 @@ class Hosts:
             "sums": self._case.sums,
             "transport": transport,
         }
-        program = ("-m", "benchmarks.contenders.ours_on_hosts", json.dumps(about))
+        program = ("-m", f"benchmarks.contenders.ours_{self._kind}", json.dumps(about))
         return self._measure([self.cluster.python(self.cluster.hosts[0], *program)])
 
     def torch(self) -> Measured:
@@ -107,7 +118,7 @@ class Hosts:
         programs = []
         for rank in range(size):
             about = self._about | {"rank": rank, "world_size": size}
-            program = ("-m", "benchmarks.contenders.torch_on_hosts", json.dumps(about))
+            program = ("-m", f"benchmarks.contenders.torch_{self._kind}", json.dumps(about))
             programs.append(self.cluster.python(hosts[rank // self._case.workers], *program, **env))
         return self._measure(programs)
 
@@ -153,6 +164,7 @@ def main() -> None:
         "workers a host",
         "sums",
         "dtype",
+        "backward",
         "ours",
         "by objects",
         "gloo",
@@ -193,6 +205,7 @@ def main() -> None:
             str(case.workers),
             "yes" if case.sums else "",
             case.dtype or "float32",
+            "yes" if case.backward else "",
             f"{ours:.1f}",
             "-" if objects is None else f"{objects:.1f}",
             "-" if gloo is None else f"{gloo:.1f}",
