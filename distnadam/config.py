@@ -112,8 +112,8 @@ class Options:
         transport: "auto" moves gradients and parameters through shared memory between processes of
             one machine, by TCP between machines, and by Ray objects where neither works; "objects"
             always uses Ray objects.
-        port_range: the first and the last TCP port at which shards listen for workers of other
-            machines, and standbys for their primaries there, one port each. None means any port.
+        port_range: the first and the last TCP port at which shards listen for the relays of other
+            hosts, and standbys for their primaries there, one port each. None means any port.
         kernel: "auto" steps with the compiled loop if numba is installed (the extra `fused`), else
             with NumPy; "fused" and "numpy" require one of them. The bits are the same.
         threads: threads that step one shard. None means every CPU of this process in local mode,

@@ -232,9 +232,9 @@ class ArenaError(ClusterError):
 
 
 class LaneError(ClusterError):
-    """A shard on this machine cannot be reached by its socket, or sent what is no message.
+    """A process cannot be reached by a socket, of this host or by TCP, or sent what is no message.
 
-    Ray objects are used instead.
+    Between workers and shards Ray objects are used instead.
     """
 
 

@@ -192,7 +192,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         """Copy one tensor's gradient, as the backward pass yields it.
 
         Once all have come, `push()` or `step()` without an argument sends them. To shards of other
-        hosts a MiB leaves as soon as it is there, while the rest is computed.
+        hosts pieces of a MiB or more leave while the rest is computed, unless `sum_group` is above
+        1, where only a group's sum crosses.
 
         Args:
             path: the tensor's place in the tree given to `build`, such as ``"layers/0/kernel"``.

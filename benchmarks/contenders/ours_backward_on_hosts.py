@@ -50,6 +50,7 @@ class Trainer:
 
 
 def main(about: dict[str, Any]) -> None:
+    assert (about["workers"], about["sums"], about["dtype"]) == (1, False, None)
     ray.init(address="auto", log_to_driver=False)
     nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
     params = {n: p.detach().numpy() for n, p in make(about["elements"]).named_parameters()}
@@ -57,7 +58,7 @@ def main(about: dict[str, Any]) -> None:
         num_shards=about["hosts"],
         num_workers=about["hosts"],
         backend="ray",
-        options=Options(shard_resources={"shard": 1}),
+        options=Options(shard_resources={"shard": 1}, transport=about["transport"]),
     ).build(params) as optimizer:
         trainers = [
             Trainer.options(  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """The protocol's messages between a worker and a shard as bytes: msgpack, one frame each. No
 sockets.
 
-Arrays of gradients and parameters are not in them: those lie in arenas, and a push says only in
-which dtypes it left them there.
+Arrays of gradients and parameters are not in them: those lie in arenas or, between hosts, follow
+the frame, and a push says only in which dtypes.
 """
 
 import struct

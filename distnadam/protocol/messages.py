@@ -3,8 +3,8 @@
 Workers send Join, Push, TotalNorms, Pull and Leave; a worker's broken connection counts as
 WorkerDied. A client that acts on the optimizer as a whole pauses every shard after the same round
 (Pause, CatchUp), reads or changes it (Read, Write, SetRate, Step, Save), and resumes it (Resume).
-Arrays are the shard's own ranges. Pushes are in `pushes`, a shard's status in `shard_status`, the
-supervisor's orders in `supervisor_messages`.
+Arrays are the shard's own ranges. Pushes are in `pushes`, with the slice that only a relay takes, a
+shard's status in `shard_status`, the supervisor's orders in `supervisor_messages`.
 """
 
 from dataclasses import dataclass, field
@@ -285,9 +285,7 @@ class StepNorms:
     square_sums: Array
 
 
-_Worker = (
-    Join | CompletePush | PushSlice | Push | GroupPush | TotalNorms | Pull | Leave | WorkerDied
-)
+_Worker = Join | CompletePush | Push | GroupPush | TotalNorms | Pull | Leave | WorkerDied
 
 
 _Holder = Pause | CatchUp | Resume | Read | Write | SetRate | Step | StepNorms

@@ -169,7 +169,7 @@ class FarShard(Receiver):
 
     # From the workers to the shard
 
-    def _take(self, message: Message | Order, reply: Reply, _: RunWork) -> None:
+    def _take(self, message: Message | Order | PushSlice, reply: Reply, _: RunWork) -> None:
         if isinstance(message, Push):
             self._groups.put(message, reply)
         elif isinstance(message, PushSlice):

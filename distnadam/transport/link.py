@@ -20,7 +20,7 @@ _ROUND_TRIPS = 20
 _FIRST_BYTES = 1 << 20
 _MOST_BYTES = 1 << 25
 _LONG_S = 0.1
-"""Seconds in which what is sent must take, for its speed to be believed."""
+"""Seconds that what is sent must take, for its speed to be believed."""
 _CONGESTION_FILE = "/proc/sys/net/ipv4/tcp_congestion_control"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
 from distnadam.protocol.codec import pack, unpack
-from distnadam.protocol.messages import Leave, Message, RoundResult
+from distnadam.protocol.messages import Leave, Message, PushSlice, RoundResult
 from distnadam.tensors.arrays import Dtypes, Flat, cut_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address, Connection, connect, use_batch_scheduling
@@ -159,11 +159,11 @@ class ShmClient:
             self._send(shard, self._number, message)
         return self._number
 
-    def tell(self, shard: int, message: Message) -> None:
+    def tell(self, shard: int, message: PushSlice) -> None:
         """Send a shard what it does not answer."""
         self._send(shard, 0, message)
 
-    def _send(self, shard: int, number: int, message: Message) -> None:
+    def _send(self, shard: int, number: int, message: Message | PushSlice) -> None:
         connection = self._connections[shard]
         if not connection.send(pack(number, message)):
             self._poll.modify(connection.fileno(), select.POLLIN | select.POLLOUT)

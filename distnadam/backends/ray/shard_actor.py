@@ -121,7 +121,7 @@ class ShardActor:
         return self._address
 
     async def listen(self) -> Endpoint:
-        """Listen for workers of other nodes, from the first call on; return where.
+        """Listen for the relays of other nodes, from the first call on; return where.
 
         Raises:
             LaneError: it cannot.
