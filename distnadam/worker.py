@@ -193,7 +193,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
 
         Once all have come, `push()` or `step()` without an argument sends them. To shards of other
         hosts pieces of a MiB or more leave while the rest is computed, unless `sum_group` is above
-        1, where only a group's sum crosses.
+        1, where only a group's sum crosses, or `gradients()` has given views of them.
 
         Args:
             path: the tensor's place in the tree given to `build`, such as ``"layers/0/kernel"``.
@@ -204,8 +204,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         """
         self._settle()
         tensor = self._buffer.write(path, gradient)
-        with self._shield:
-            self.session.ahead.wrote(tensor)
+        if not self._buffer.has_views:  # through which it may be changed until the push
+            with self._shield:
+                self.session.ahead.wrote(tensor)
 
     def gradients(self, dtype: str | None = None) -> Any:
         """Return writable views of this worker's gradients, in the structure given to `build`.
@@ -220,7 +221,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 half the bytes.
         """
         self._settle()
-        return self._buffer.views(dtype)
+        views = self._buffer.views(dtype)
+        self.session.ahead.forget()
+        return views
 
     def parameters(self) -> Any:
         """Return the parameters as this worker last saw them, read-only; a first call pulls them.

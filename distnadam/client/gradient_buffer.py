@@ -79,6 +79,11 @@ class GradientBuffer:
                 self._check_finite(space, reached[space], values.size)
         return self._rejection
 
+    @property
+    def has_views(self) -> bool:
+        """Whether somebody may write into the memory at any time."""
+        return self._view_dtypes is not None
+
     def write(self, path: str, gradient: Any) -> TensorSpec:
         """Copy one tensor's gradient, as the backward pass yields it; `finish` requires all.
 
@@ -111,6 +116,11 @@ class GradientBuffer:
         if dtype is not None and dtype not in (*HALF, "float32"):
             raise ConfigError(
                 f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}"
+            )
+        if dtype in HALF and self._written:
+            raise LifecycleError(
+                f"{self._who}: tensors that were pushed for this round lie in the memory in "
+                f"float32; ask for views in {dtype} after the push"
             )
         self._view_dtypes = {"float32": dtype} if dtype in HALF else {}
         self._select(self._view_dtypes)

@@ -1,7 +1,7 @@
 """Gradients that leave for shards of other hosts while the backward pass yields the rest."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from distnadam.backends.base import WorkerChannel
 from distnadam.protocol.messages import PushSlice
@@ -47,10 +47,15 @@ class PushAhead:
         self.written: dict[tuple[int, str], list[_Interval]] = {}
         self._session = session
         self._counts: dict[int, int] = {}
+        self._push: tuple[Any, ...] = ()
 
     def wrote(self, tensor: TensorSpec) -> None:
         """Take a tensor that has been written; send the pieces that are large enough by now."""
         session, space = self._session, tensor.space
+        push = (id(session.ranges), session.epoch, session.round, session.incarnation)
+        if push != self._push:  # what was written before is of none, or of another cut
+            self.forget()
+            self._push = push
         for shard in session.channel.relayed if session.in_sync else ():
             low, high = session.ranges[shard].get(space, (0, 0))
             piece = max(tensor.begin, low), min(tensor.end, high)
@@ -70,9 +75,13 @@ class PushAhead:
             is_pushed: whether they are of that push.
         """
         counts = self._counts if is_pushed else {}
+        self.forget()
+        return counts
+
+    def forget(self) -> None:
+        """Have nothing that was sent count: the push brings it again."""
         self._counts = {}
         self.written = {}
-        return counts
 
     def _slice(self, space: str, begin: int, end: int) -> PushSlice:
         session = self._session

@@ -63,7 +63,8 @@ class Shard:
         self.members = Membership(spec.index, spec.num_workers)
         self.epochs = Epochs()
         self.progress = Progress(self.members, self.epochs, state)
-        self.rounds = Rounds(spec.index, self.progress, spec.config.sum_group)
+        num_tensors = len(spec.layout.tensors)
+        self.rounds = Rounds(spec.index, self.progress, spec.config.sum_group, num_tensors)
         self.exclusive_hold = ExclusiveHold()
         self.loads = LoadQueue(spec.index, self.progress)
         self._who = f"shard {spec.index}"

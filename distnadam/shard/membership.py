@@ -90,13 +90,20 @@ class Membership:
         }
 
     def leave(self, rank: int, incarnation: int) -> None:
-        """Record that a worker left."""
+        """Record that a worker left; raise LifecycleError if there is no such rank."""
+        self._check_rank(rank)
         if incarnation == self.ledger.newest[rank]:
             self.left.add(rank)
 
     def lose(self, rank: int, incarnation: int) -> bool:
-        """Record that a worker died, unless it had left or was replaced; return whether it did."""
-        lost = incarnation == self.ledger.newest[rank] and rank not in self.left
+        """Record that a worker died, unless it had left or was replaced; return whether it did.
+
+        Raises:
+            LifecycleError: there is no such rank.
+        """
+        self._check_rank(rank)
+        is_newest = rank in self.ledger.newest and incarnation == self.ledger.newest[rank]
+        lost = is_newest and rank not in self.left
         if lost:
             self.dead.add(rank)
         return lost

@@ -7,12 +7,19 @@ It knows what waits and what was decided; the machine knows the shard's phase.
 from typing import Any
 
 import distnadam.protocol.messages as msg
-from distnadam.errors import DistNadamError, LatePush, Reconfigured, RoundMismatch
+from distnadam.errors import (
+    DistNadamError,
+    IllegalMessage,
+    LatePush,
+    Reconfigured,
+    RoundMismatch,
+)
 from distnadam.shard.effects import Answer, Effect, Replicate
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Numbered
 from distnadam.shard.progress import Progress
 from distnadam.shard.round import Round, Waiter, group_changed, is_whole
+from distnadam.tensors.arrays import Array
 
 
 class Rounds:
@@ -24,9 +31,10 @@ class Rounds:
         pulls: who waits for a round to be decided, and what each asked.
     """
 
-    def __init__(self, shard: int, progress: Progress, sum_group: int) -> None:
+    def __init__(self, shard: int, progress: Progress, sum_group: int, num_tensors: int) -> None:
         self.progress = progress
         self._sum_group = sum_group
+        self._num_tensors = num_tensors
         self.current = Round(shard)
         self._shard = shard
         self.pulls: list[tuple[Any, msg.Pull]] = []
@@ -99,7 +107,7 @@ class Rounds:
         if message.rank not in current.pushes and current.refusal is not None:
             raise current.refusal  # the round that was measured was begun again
         waiter = Waiter(caller, message.rank, message.incarnation, message.want_parameters)
-        current.add_norms(message.square_sums, waiter)
+        current.add_norms(self._checked(message.square_sums), waiter)
         return []
 
     def complete_push(self, message: msg.CompletePush, caller: Any) -> list[Effect]:
@@ -161,7 +169,17 @@ class Rounds:
     def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
         """Give the step from outside the whole model's sums of squares."""
         newest = self.progress.members.ledger.newest[DIRECT]
-        self.current.add_norms(message.square_sums, Waiter(caller, DIRECT, newest))
+        waiter = Waiter(caller, DIRECT, newest)
+        self.current.add_norms(self._checked(message.square_sums), waiter)
+
+    def _checked(self, square_sums: Array) -> Array:
+        """Return sums of squares; raise IllegalMessage unless there is one for each tensor."""
+        if square_sums.shape != (self._num_tensors,):
+            raise IllegalMessage(
+                f"shard {self._shard}: norms of shape {square_sums.shape}, expected one for each "
+                f"of {self._num_tensors} tensors"
+            )
+        return square_sums
 
     # The end of a round
 

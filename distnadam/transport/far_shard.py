@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,6 +178,7 @@ class FarShard(Receiver):
         else:
             if isinstance(message, Leave | WorkerDied):
                 self._groups.gone(message.rank)
+                self._ahead.forget(message.rank)
             self._ask(message, reply)
         if not self._groups.is_waiting and self._release is not None:
             self._release.cancel()
@@ -210,8 +212,9 @@ class FarShard(Receiver):
         dtypes = {space: space for space in self._sizes}
         memory = self.workers.gradients_of(part.rank, part.incarnation, dtypes)
         if memory is not None:
-            parts = self._ahead.add(part, lambda: memory)
-            self._line.send(pack(0, part)[HEADER.size :], parts)
+            with suppress(LaneError):  # of a former cut: the push will bring it
+                parts = self._ahead.add(part, lambda: memory)
+                self._line.send(pack(0, part)[HEADER.size :], parts)
 
     def _carry(self, message: Message | Order, reply: Reply) -> None:
         if isinstance(message, Push | GroupPush | TotalNorms | Pull):
@@ -313,7 +316,7 @@ class FarShard(Receiver):
             line.place = place_after(self._number, self._index)
             await asyncio.to_thread(dial, line, endpoint)
             await asyncio.wait_for(self._opening, HANDSHAKE_S)
-        except (OSError, TimeoutError, LaneError) as error:
+        except Exception as error:  # whatever it is, it is tried again
             why = str(error) or "it did not answer in time"
             self._opening = None
             if line is not None:

@@ -10,8 +10,14 @@ import numpy as np
 
 from distnadam.tensors.arrays import Array, Flat
 
-_REFERENCES_OF_FREE = 3
-"""To memory that nobody was lent: the list's, the loop's and `getrefcount`'s own."""
+
+def _references(kept: list[Array], index: int) -> int:
+    """Return how many references to an array of the list there are, some of the call's own."""
+    return sys.getrefcount(kept[index])
+
+
+_REFERENCES_OF_FREE = _references([np.empty(0)], 0)
+"""To an array that nobody was lent, as this interpreter counts them: versions differ."""
 
 
 class LandingMemory:
@@ -44,9 +50,9 @@ class LandingMemory:
 
     def _find(self, space: str, num_bytes: int) -> Array:
         kept = self._kept.setdefault(space, [])
-        for memory in kept:
-            if memory.nbytes >= num_bytes and sys.getrefcount(memory) == _REFERENCES_OF_FREE:
-                return memory[:num_bytes]
+        for index in range(len(kept)):
+            if kept[index].nbytes >= num_bytes and _references(kept, index) == _REFERENCES_OF_FREE:
+                return kept[index][:num_bytes]
         memory = np.empty(num_bytes, np.uint8)
         kept.append(memory)
         del kept[: -self._most]

@@ -103,8 +103,13 @@ class PushGroups:
 
     def _send_sum(self, held: Mapping[int, _Held]) -> None:
         first = next(iter(held.values())).push
+        try:
+            total = self._lend()
+        except MemoryError:
+            for push, reply in held.values():
+                self._pass(push, reply)
+            return
         self._newest[first.rank // self._sum_group] = _turn(first)
-        total = self._lend()
         for space, out in total.items():
             sum_into(out, [p.gradients[space] for p, _ in held.values() if p.gradients is not None])
 

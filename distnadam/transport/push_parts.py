@@ -64,6 +64,10 @@ class PushParts:
         is_whole = ahead is None or ahead.turn != _turn(push) or ahead.count != push.slices
         return None if ahead is None or is_whole else (ahead.memory, ahead.missing())
 
+    def forget(self, rank: int) -> None:
+        """Forget a rank's slices: its worker is gone."""
+        self._ahead.pop(rank, None)
+
 
 class _Ahead:
     """The slices of one push."""

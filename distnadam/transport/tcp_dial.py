@@ -43,7 +43,7 @@ def dial(connection: TcpConnection, endpoint: Endpoint) -> None:
     try:
         thread.run(_adopt(connection, sock, context, endpoint.host), HANDSHAKE_S)
     except BaseException:
-        sock.close()
+        thread.call(sock.close)  # after the loop has left it alone
         raise
 
 

@@ -106,7 +106,11 @@ class TcpServer(Receiver):
             raise LaneError(f"a relay sent {type(what).__name__}")
         ahead = self._ahead[connection]
         parts: Parts = ()
-        if isinstance(what, PushSlice):
+        if isinstance(what, Leave | WorkerDied):
+            ahead.forget(what.rank)
+        elif isinstance(what, PushSlice):
+            if not 0 <= what.rank < self._spec.num_workers:
+                raise LaneError(f"a slice of rank {what.rank}, of which there is none")
             parts = ahead.add(what, lambda: self._gradients({s: s for s in self._sizes}))
         elif isinstance(what, Push) and (rest := ahead.rest(what)) is not None:
             gradients, parts = rest

@@ -121,3 +121,14 @@ def test_views_come_in_half_precision_where_that_is_asked_for() -> None:
     assert (views["a"].dtype, views["b"].dtype) == (HALVES[1], np.float64)
     with pytest.raises(ConfigError, match="got 'int8'"):
         buffer.views("int8")
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_views_in_half_precision_are_refused_over_tensors_that_were_pushed(half: str) -> None:
+    buffer = make()
+    buffer.write("a", tree()["a"])
+    with pytest.raises(LifecycleError, match=f"worker 7: tensors .* ask for views in {half}"):
+        buffer.views(half)
+    buffer.write("b", tree()["b"])
+    assert buffer.finish() is None
+    assert buffer.flat["float32"].tolist() == [1.0] * 6

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +69,19 @@ def test_what_was_sent_does_not_count_for_another_push() -> None:
     ahead.wrote(tensor("float64", 0, MIB))
     assert ahead.written
     assert ahead.take_counts(is_pushed=False) == {}
+    assert ahead.take_counts(is_pushed=True) == {}
+
+
+@pytest.mark.parametrize("change", ["epoch", "round", "incarnation", "ranges"])
+def test_what_was_written_for_another_push_or_cut_is_forgotten(change: str) -> None:
+    session = Session()
+    ahead = PushAhead(session)
+    ahead.wrote(tensor("float64", 0, MIB // 2))
+    ahead.wrote(tensor("float32", MIB, MIB + 100))
+    now = getattr(session, change)
+    setattr(session, change, list(now) if change == "ranges" else now + 1)
+    ahead.wrote(tensor("float32", MIB + 100, MIB + 200))
+    assert ahead.written == {(1, "float32"): [(MIB + 100, MIB + 200)]}
     assert ahead.take_counts(is_pushed=True) == {}
 
 

@@ -376,9 +376,28 @@ def test_a_write_refuses_the_pushes_that_wait_and_raises_the_epoch() -> None:
         shard.receive(push(0), "late")
 
 
-def test_a_rank_that_does_not_exist_is_refused() -> None:
+@pytest.mark.parametrize("what", [msg.Join(rank=2), msg.Leave(2, 0), msg.WorkerDied(2, 0)])
+def test_a_rank_that_does_not_exist_is_refused(what: Any) -> None:
+    shard = new_shard()
     with pytest.raises(LifecycleError, match=r"rank must be in \[0, 2\), got 2"):
-        new_shard().receive(msg.Join(rank=2), None)
+        shard.receive(what, None)
+    assert not shard.members.dead and not shard.members.left
+
+
+def test_the_death_of_a_worker_that_never_joined_is_nobodys() -> None:
+    shard = new_shard()
+    assert replies(shard.receive(msg.WorkerDied(1, 0), "who")) == [None]
+    assert not shard.members.dead
+
+
+def test_norms_of_other_tensors_are_refused_and_the_right_ones_still_count() -> None:
+    shard = shard_in(Phase.MEASURING)
+    shard.computed(Work.MEASURE, MEASURED)
+    norms = msg.TotalNorms(epoch=0, rank=0, incarnation=1, round=1, square_sums=np.ones(2))
+    with pytest.raises(IllegalMessage, match=r"norms of shape \(2,\), expected one for each of 1"):
+        shard.receive(norms, "norms")
+    effects = shard.receive(dataclasses.replace(norms, square_sums=np.ones(1)), "norms")
+    assert Compute(Work.STEP) in effects
 
 
 def test_a_load_goes_before_an_attach_that_waits_for_norms_which_may_never_come() -> None:

@@ -191,6 +191,29 @@ def test_a_slice_of_what_the_shard_has_not_or_has_already_is_refused(bad: PushSl
         parts.add(bad, whole)
 
 
+def test_slices_of_a_worker_that_is_gone_are_forgotten() -> None:
+    parts = PushParts(RANGES)
+    parts.add(piece("float32", 12, 15), whole)
+    parts.forget(0)
+    parts.forget(1)
+    assert parts.rest(push(1)) is None
+
+
+def test_a_relay_drops_a_slice_of_another_cut_and_the_push_brings_it(host: Host) -> None:
+    workers = [host.worker(0), host.worker(1)]
+    pushes = workers[0].pushes(1, gradients(0, 0))
+    for shard, ranges in enumerate(CUTS):
+        high = ranges["float32"][1]
+        workers[0].client.tell(shard, part(workers[0], 1, "float32", high - 5, high + 5))
+    numbers = [
+        workers[0].client.post(sliced(pushes, {0: 1, 1: 1})),
+        workers[1].push(1, gradients(0, 1)),
+    ]
+    answers = [w.collect(number) for w, number in zip(workers, numbers, strict=True)]
+    for worker, each in zip(workers, answers, strict=True):
+        assert same(worker.parameters(each), stepped_here(1))
+
+
 def test_only_the_push_of_the_same_round_with_as_many_slices_has_a_rest() -> None:
     for other in (push(2), push(0), push(1, round=2)):
         parts = PushParts(RANGES)

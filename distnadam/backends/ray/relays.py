@@ -5,6 +5,7 @@ workers have shards on other nodes.
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,8 @@ class Relays:
         self._patience_s = patience_s
         self._relays: dict[str, RelayProcess] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
-        self._starting = asyncio.Lock()
+        # of each node: a start that takes long holds up no other
+        self._starting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._is_closed = False
 
     async def on(self, node: str, gone: ProcessAddress | None) -> RelayProcess:
@@ -66,7 +68,7 @@ class Relays:
         Raises:
             LaneError: none can be started there.
         """
-        async with self._starting:
+        async with self._starting[node]:
             if (relay := self._relays.get(node)) is not None and relay.address == gone:
                 await self._end(node)
             if node not in self._relays:
@@ -97,7 +99,7 @@ class Relays:
                 log.warning("the relay of node %s: %s", node[:12], str(error) or "is silent")
             if idle_s < _IDLE_S:
                 continue
-            async with self._starting:
+            async with self._starting[node]:
                 if self._relays.get(node) is relay:
                     del self._watches[node]  # this task, which ends by itself
                     await self._end(node)
@@ -120,6 +122,7 @@ class Relays:
     async def close(self) -> None:
         """End all relays; start none any more."""
         self._is_closed = True
-        async with self._starting:
-            for node in list(self._relays):
-                await self._end(node)
+        for node, starting in list(self._starting.items()):
+            async with starting:
+                if node in self._relays:
+                    await self._end(node)

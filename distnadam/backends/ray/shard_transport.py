@@ -21,7 +21,7 @@ from distnadam.backends.ray.processes import process_start_time, process_token
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
 from distnadam.backends.ray.worker_channel import ChannelOwner, RayWorkerChannel
 from distnadam.config import Options
-from distnadam.errors import ArenaError, LaneError, Reconfigured
+from distnadam.errors import ArenaError, LaneError, Reconfigured, StepTimeout
 from distnadam.protocol.messages import Message, Resume
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.supervision.shard_map import ShardMap, require_alive
@@ -112,7 +112,10 @@ class RayShardTransport(ShardTransport):
         node = ray.get_runtime_context().get_node_id()
         gone: ProcessAddress | None = None
         while True:
-            relay = self._supervisor.relay(node, gone)
+            try:
+                relay = self._supervisor.relay(node, gone)
+            except StepTimeout as error:
+                raise LaneError(f"the relay of this node: {error}") from error
             if process_start_time(relay.address.pid) == relay.address.born:
                 break
             gone = relay.address  # the supervisor does not know it yet
