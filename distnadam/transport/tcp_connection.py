@@ -120,11 +120,6 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._count = Count()
 
     @property
-    def is_sending(self) -> bool:
-        """Whether bytes of the caller's memory are still to be sent."""
-        return bool(self._outgoing)
-
-    @property
     def num_sent(self) -> int:
         """The bytes that the system has taken so far."""
         return self._count.sent

@@ -11,7 +11,13 @@ from contextlib import suppress
 
 from distnadam.errors import LaneError
 from distnadam.transport.loop_thread import LoopThread
-from distnadam.transport.tcp_connection import HANDSHAKE_S, Endpoint, Receiver, TcpConnection
+from distnadam.transport.tcp_connection import (
+    HANDSHAKE_S,
+    Endpoint,
+    Receiver,
+    TcpConnection,
+    keep_from_children,
+)
 from distnadam.transport.tls import tls
 
 _MOST_STRANGERS = 64
@@ -64,6 +70,7 @@ class TcpListener:
         for port in choices:
             with suppress(OSError):
                 self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+                keep_from_children(self._socket)
                 self._socket.setblocking(False)
                 self.thread.loop.add_reader(self._socket, self._accept, context)
                 taken: int = self._socket.getsockname()[1]
@@ -83,6 +90,7 @@ class TcpListener:
                 _AGAIN_S, loop.add_reader, self._socket, self._accept, context
             )
             return
+        keep_from_children(sock)
         sock.setblocking(False)
         connection = TcpConnection(self._receiver, self._secret)
         connection.turns = self.thread.turns
