@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,10 @@ def _commit_then_fail(root: Path) -> None:
         raise KeyError("late")
 
 
-def test_a_full_disk_is_an_error_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut, for other processes
     with DistNadam(num_shards=2, backend="local").build(params()) as optimizer:
         optimizer.save(tmp_path)
         optimizer.apply_gradients(params())

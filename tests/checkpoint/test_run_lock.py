@@ -2,6 +2,7 @@
 
 import os
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,10 @@ def test_a_directory_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_directory_on_a_full_disk_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_directory_on_a_full_disk_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut, for other processes
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:

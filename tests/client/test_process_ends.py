@@ -26,7 +26,11 @@ from distnadam import DistNadam
 path = sys.argv[1]
 optimizer = DistNadam(backend="local").build({"w": np.ones(4_000_000, np.float32)})
 """
-FAILS = "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))\n"
+# bytecode would be cut, for all who import it later
+FAILS = """
+sys.dont_write_bytecode = True
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+"""
 BEHIND = "handle = optimizer.save(path, wait=False)\n"
 
 

@@ -337,6 +337,7 @@ import resource, signal, sys
 from pathlib import Path
 from distnadam.nadam.object_code import cached_code
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.dont_write_bytecode = True  # it would be cut, for all who import it later
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 assert cached_code([Path(sys.argv[1])], "float32", lambda: bytes(1000)) == bytes(1000)
 """

@@ -75,8 +75,9 @@ def test_more_than_the_machine_has_is_refused_before_it_is_taken() -> None:
 
 def test_a_limit_of_the_system_is_an_error_and_no_signal() -> None:
     code = (
-        "import resource; from distnadam.errors import ArenaError; from "
-        "distnadam.transport.shared_memory import Arena\n"
+        "import resource, sys; sys.dont_write_bytecode = True\n"
+        "from distnadam.errors import ArenaError\n"
+        "from distnadam.transport.shared_memory import Arena\n"
     )
     code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
     code += "try: Arena.create({'float32': 10**6})\nexcept ArenaError as error: print(error)"

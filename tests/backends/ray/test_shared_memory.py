@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ class Trainer:
 
     def __init__(self, optimizer: DistNadam, rank: int, file_size_limit: int | None = None) -> None:
         if file_size_limit is not None:
+            sys.dont_write_bytecode = True  # it would be cut, for all who import it later
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
         self.logged: list[str] = []
         handler = logging.Handler()
