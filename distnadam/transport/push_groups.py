@@ -53,6 +53,7 @@ class PushGroups:
         self._lend = lend
         self._held: dict[int, dict[int, _Held]] = {}
         self._newest: dict[int, tuple[int, int]] = {}  # by group, the epoch and round last sent
+        self._absent: set[int] = set()  # waited for in vain, and have not pushed since
 
     @property
     def is_waiting(self) -> bool:
@@ -62,6 +63,7 @@ class PushGroups:
     def put(self, push: Push, reply: Reply) -> None:
         """Send a push, with its group's once they are all there."""
         number = push.rank // self._sum_group
+        self._absent.discard(push.rank)
         first = number * self._sum_group
         ranks = range(first, min(first + self._sum_group, self._num_workers))
         held = self._held.get(number, {})
@@ -71,7 +73,7 @@ class PushGroups:
             or push.rank in held
             or any(_turn(other.push) != _turn(push) for other in held.values())
             or _turn(push) <= self._newest.get(number, (-1, 0))
-            or not set(ranks) <= set(self._connected())
+            or not set(ranks) <= set(self._connected()) - self._absent
         ):
             self._release(number)
             self._pass(push, reply)
@@ -87,8 +89,10 @@ class PushGroups:
         self._release(rank // self._sum_group)
 
     def release(self) -> None:
-        """Let all go singly that wait."""
-        for number in list(self._held):
+        """Let all go singly that wait; wait for the others again only once they push."""
+        for number, held in list(self._held.items()):
+            first = number * self._sum_group
+            self._absent |= set(range(first, first + self._sum_group)) - held.keys()
             self._release(number)
 
     def _release(self, number: int) -> None:

@@ -158,7 +158,12 @@ class TcpServer(Receiver):
         parts: Parts = ()
         if isinstance(answer, RoundResult) and answer.parameters is not None:
             key = (answer.epoch, answer.round, answer.buffer)
-            parts = parts_of(self._copy(key, answer.parameters))
+            try:
+                parts = parts_of(self._copy(key, answer.parameters))
+            except MemoryError:  # of this host alone: it asks again by another carrier
+                why = "no memory for a copy of the parameters"
+                self._listener.thread.call(connection.close, why)
+                return
         body = pack(number, answer)[HEADER.size :]
         self._listener.thread.call(self._send, connection, body, key, parts)
 

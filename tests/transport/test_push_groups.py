@@ -151,3 +151,22 @@ def test_a_sum_has_the_bits_of_the_sum_in_the_kernels_mean(dtypes: Any) -> None:
     blocks = Scratch("float32").blocks(size)
     summed = clipped_mean([total, other], Grouping((1, 1), count), None, None, blocks)
     assert summed.tobytes() == expected
+
+
+def test_a_rank_that_was_waited_for_in_vain_is_not_waited_for_again_until_it_pushes() -> None:
+    sent = Sent()
+    for rank in (0, 2, 3):
+        sent.put(rank)
+    assert sent.kinds == [(2, 3)] and sent.groups.is_waiting
+    sent.groups.release()
+    sent.put(0, round=2)
+    assert sent.kinds == [(2, 3), 0, 0] and not sent.groups.is_waiting
+    for rank in (2, 3):
+        sent.put(rank, round=2)
+    assert sent.kinds[-1] == (2, 3), "another group is not concerned"
+    sent.put(1, round=2)
+    assert sent.kinds[-1] == 1, "its group's other push has gone already"
+    sent.put(1, round=3)
+    assert sent.groups.is_waiting
+    sent.put(0, round=3)
+    assert sent.kinds[-1] == (0, 1)
