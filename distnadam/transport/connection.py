@@ -13,7 +13,6 @@ import select
 import socket
 import struct
 import threading
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import msgpack
 from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.codec import HEADER, Frames, frame_of
 from distnadam.threads import start
+from distnadam.transport.forked_sockets import keep_from_children
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,8 +32,6 @@ log = logging.getLogger("distnadam")
 
 _GREETING_S = 10.0
 _READ_BYTES = 1 << 16
-
-_open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
 
 
 def use_batch_scheduling() -> None:
@@ -45,14 +43,6 @@ def use_batch_scheduling() -> None:
     with suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
-
-
-def _close_in_child() -> None:
-    for sock in list(_open):
-        sock.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class Connection:
         self._lock = threading.Lock()
         self.greeting: dict[str, Any] | None = None
         sock.setblocking(False)
-        _open.add(sock)
+        keep_from_children(sock)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once closed."""
@@ -219,7 +209,7 @@ class ConnectionServer:
         self._listener.bind("\0" + self.address.name)
         self._listener.listen(1024)
         self._listener.setblocking(False)
-        _open.add(self._listener)
+        keep_from_children(self._listener)
         self._poll = select.epoll()
         self._poll.register(self._listener, select.EPOLLIN)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)

@@ -9,11 +9,9 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import os
 import secrets
 import socket
 import struct
-import weakref
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
@@ -317,22 +315,6 @@ class TcpConnection(asyncio.BufferedProtocol):
     def _has_turn(self, turns: Turns) -> bool:
         """Take the turn, or give it to the next after a slice."""
         return turns.take(self) and not (self._in_turn >= _SLICE_BYTES and turns.give(self))
-
-
-_open: "weakref.WeakSet[socket.socket]" = weakref.WeakSet()
-
-
-def keep_from_children(sock: socket.socket) -> None:
-    """Close a socket in every child that this process forks."""
-    _open.add(sock)
-
-
-def _close_in_child() -> None:
-    for sock in list(_open):
-        sock.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
 
 
 def set_up(sock: Any) -> None:

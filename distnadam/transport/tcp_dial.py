@@ -6,12 +6,12 @@ import socket
 import ssl
 from functools import cache
 
+from distnadam.transport.forked_sockets import keep_from_children
 from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_connection import (
     HANDSHAKE_S,
     Endpoint,
     TcpConnection,
-    keep_from_children,
 )
 from distnadam.transport.tls import tls
 

@@ -10,13 +10,13 @@ import ssl
 from contextlib import suppress
 
 from distnadam.errors import LaneError
+from distnadam.transport.forked_sockets import keep_from_children
 from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_connection import (
     HANDSHAKE_S,
     Endpoint,
     Receiver,
     TcpConnection,
-    keep_from_children,
 )
 from distnadam.transport.tls import tls
 
