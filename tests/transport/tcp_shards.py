@@ -236,8 +236,8 @@ class Proxy:
                     relay.close()
                     shard.close()
                     return
+                self.passed[way] += len(data)  # before what they cause can be seen
                 other.sendall(data)
-                self.passed[way] += len(data)
                 if self.passed[self._counted] >= self._most:
                     self._end(relay, shard)
                     return
