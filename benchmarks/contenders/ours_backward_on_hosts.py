@@ -4,7 +4,6 @@ Says what `ours_on_hosts` does.
 """
 
 import json
-import statistics
 import sys
 import time
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from benchmarks.contenders.mlp import WIDTH, loss_of, make
+from benchmarks.contenders.rounds import report
 from distnadam import DistNadam, Options
-from tests.hosts.program import say
 
 
 @ray.remote(num_cpus=1)
@@ -66,12 +65,12 @@ def main(about: dict[str, Any]) -> None:
             ).remote(optimizer, rank, about)
             for rank, node in enumerate(nodes)
         ]
-        ray.get([trainer.run.remote(about["warm_up"]) for trainer in trainers])
-        say(warm=True)
-        sys.stdin.readline()
-        times = ray.get([trainer.run.remote(about["steps"]) for trainer in trainers])
-        say(median_s=statistics.median(times[0]))
-        sys.stdin.readline()
+
+        def run(steps: int) -> list[float]:
+            times: list[list[float]] = ray.get([each.run.remote(steps) for each in trainers])
+            return times[0]
+
+        report(run, about)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ gradients and parameters on their way, None for float32.
 """
 
 import json
-import statistics
 import sys
 import time
 from typing import Any
@@ -14,8 +13,8 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from benchmarks.contenders.rounds import report
 from distnadam import DistNadam, Options
-from tests.hosts.program import say
 
 
 @ray.remote(num_cpus=1)
@@ -56,12 +55,12 @@ def main(about: dict[str, Any]) -> None:
             ).remote(optimizer, rank, about["dtype"])
             for rank in range(workers)
         ]
-        ray.get([trainer.run.remote(about["warm_up"]) for trainer in trainers])
-        say(warm=True)
-        sys.stdin.readline()
-        times = ray.get([trainer.run.remote(about["steps"]) for trainer in trainers])
-        say(median_s=statistics.median(times[0]))
-        sys.stdin.readline()
+
+        def run(steps: int) -> list[float]:
+            times: list[list[float]] = ray.get([each.run.remote(steps) for each in trainers])
+            return times[0]
+
+        report(run, about)
 
 
 if __name__ == "__main__":

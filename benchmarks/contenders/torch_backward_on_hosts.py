@@ -3,7 +3,6 @@ NAdam foreach. Says what `ours_on_hosts` does.
 """
 
 import json
-import statistics
 import sys
 import time
 from typing import Any
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.contenders.mlp import WIDTH, loss_of, make
-from tests.hosts.program import say
+from benchmarks.contenders.rounds import report
 
 
 def main(about: dict[str, Any]) -> None:
@@ -33,11 +32,7 @@ def main(about: dict[str, Any]) -> None:
             times.append(time.perf_counter() - began)
         return times
 
-    run(about["warm_up"])
-    say(warm=True)
-    sys.stdin.readline()
-    say(median_s=statistics.median(run(about["steps"])))
-    sys.stdin.readline()
+    report(run, about)
     dist.destroy_process_group()
 
 

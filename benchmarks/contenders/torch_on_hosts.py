@@ -4,7 +4,6 @@ In half precision gradients are narrowed, reduced and widened, as DDP's compress
 """
 
 import json
-import statistics
 import sys
 import time
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.hosts.program import say
+from benchmarks.contenders.rounds import report
 
 
 def main(about: dict[str, Any]) -> None:
@@ -41,11 +40,7 @@ def main(about: dict[str, Any]) -> None:
             times.append(time.perf_counter() - began)
         return times
 
-    run(about["warm_up"])
-    say(warm=True)
-    sys.stdin.readline()
-    say(median_s=statistics.median(run(about["steps"])))
-    sys.stdin.readline()
+    report(run, about)
     dist.destroy_process_group()
 
 
