@@ -31,8 +31,13 @@ class Commands(click.Group):
         except OSError as error:  # of a full disk behind standard output, above all
             with suppress(OSError):
                 click.echo(f"distnadam: the system refused: {error.strerror or error}", err=True)
-            _drop_output()
+            _drop(sys.stdout)
             sys.exit(1)
+        finally:
+            try:
+                sys.stderr.flush()
+            except (OSError, ValueError, AttributeError):  # what nobody takes changes no status
+                _drop(sys.stderr)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,10 +81,10 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _drop_output() -> None:
+def _drop(stream: Any) -> None:
     """Let the interpreter end without trying again to write what could not be written."""
     with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def echo_json(data: Any) -> None:

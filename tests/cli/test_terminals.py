@@ -76,6 +76,13 @@ def test_a_run_whose_output_nobody_takes_is_done_all_the_same(tmp_path: Path, sh
     assert command("verify run", tmp_path).returncode == 0
 
 
+def test_what_a_task_leaves_unwritten_on_a_full_log_changes_no_status(tmp_path: Path) -> None:
+    buffered = "import io, sys\nsys.stderr = io.TextIOWrapper(open(2, 'wb', closefd=False))\n"
+    (tmp_path / "lost.py").write_text(buffered + "sys.stderr.write('mine')\n" + TASK)
+    args = "train lost.py:Lost --local --steps 2 --checkpoint-dir run"
+    assert command(args, tmp_path, "2>/dev/full >/dev/null").returncode == 0
+
+
 def test_json_is_json_whatever_the_numbers_are(tmp_path: Path) -> None:
     (tmp_path / "lost.py").write_text(TASK)
     args = "train lost.py:Lost --local --steps 2 --checkpoint-dir run --json --quiet"
