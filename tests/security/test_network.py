@@ -53,6 +53,7 @@ class Trainer:
 def test_our_processes_listen_where_any_actor_of_ray_does_and_nowhere_else(
     ray_cluster: None,
 ) -> None:
+    older = our_processes()  # of a test before this one, about to end
     before = listeners(os.getpid())
     bare = ray.remote(num_cpus=0)(Bare).remote()
     usual = [protocol for protocol, _ in sorted(listeners(ray.get(bare.pid.remote())))]
@@ -64,10 +65,12 @@ def test_our_processes_listen_where_any_actor_of_ray_does_and_nowhere_else(
         worker.step(GRADIENTS)
         trainer = ray.remote(num_cpus=0)(Trainer).remote(optimizer)
         theirs = ray.get(trainer.pid.remote())
-        while len(our_processes()) < 5:
-            pass  # until the standbys are there too; the test's own time limit bounds it
-        for pid in (*our_processes(), theirs):
-            assert [protocol for protocol, _ in sorted(listeners(pid))] == usual
+        ours: dict[int, str] = {}
+        while len(ours) < 5:  # until the standbys are there too; the test's time limit bounds it
+            ours = {pid: title for pid, title in our_processes().items() if pid not in older}
+        for pid, title in {**ours, theirs: "the trainer"}.items():
+            found = sorted(listeners(pid))
+            assert [protocol for protocol, _ in found] == usual, f"{title}: {found}"
         assert listeners(os.getpid()) == before
     ray.kill(trainer)
     ray.kill(bare)
