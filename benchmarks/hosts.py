@@ -1,7 +1,8 @@
-"""A step over three hosts and cables of known speed, beside torch over gloo and the bytes alone.
+"""A step over three hosts and cables of known speed, beside peers and the bytes alone.
 
 The hosts are network namespaces of this machine, a shard on each. It needs root, iproute2 and, for
-the peer, torch (the extra `bench`).
+the peers, torch and mpi4py (the extra `bench`) and Open MPI (Debian's openmpi-bin). The peers:
+torch's all-reduce over gloo with its NAdam, or DDP; the same with its ZeRO; MPI's all-reduce.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import json
 import statistics
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.contenders.mpirun import is_installed, mpirun
 from tests.hosts.cluster import Cluster
 from tests.hosts.network import why_not
 from tests.hosts.program import Program
@@ -46,6 +49,11 @@ class Case:
     sums: bool = False
     dtype: str | None = None
     backward: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a step alone, in float32: what ZeRO and MPI are measured by."""
+        return self.dtype is None and not self.backward
 
     @property
     def least_bytes(self) -> float:
@@ -106,8 +114,8 @@ class Hosts:
         program = ("-m", f"benchmarks.contenders.ours_{self._kind}", json.dumps(about))
         return self._measure([self.cluster.python(self.cluster.hosts[0], *program)])
 
-    def torch(self) -> Measured:
-        """Measure torch over gloo."""
+    def torch(self, *, zero: bool = False) -> Measured:
+        """Measure torch over gloo; with `zero`, its optimizer's state is sharded."""
         self._port += 1
         hosts, size = self.cluster.hosts, HOSTS * self._case.workers
         env = {
@@ -117,10 +125,16 @@ class Hosts:
         }
         programs = []
         for rank in range(size):
-            about = self._about | {"rank": rank, "world_size": size}
+            about = self._about | {"rank": rank, "world_size": size, "zero": zero}
             program = ("-m", f"benchmarks.contenders.torch_{self._kind}", json.dumps(about))
             programs.append(self.cluster.python(hosts[rank // self._case.workers], *program, **env))
         return self._measure(programs)
+
+    def mpi(self) -> Measured:
+        """Measure Open MPI's all-reduce."""
+        with tempfile.TemporaryDirectory() as directory:
+            hosts, workers = self.cluster.hosts, self._case.workers
+            return self._measure([mpirun(hosts, workers, self._about, Path(directory))])
 
     def _measure(self, programs: list[Program]) -> Measured:
         hosts = self.cluster.hosts
@@ -156,49 +170,39 @@ def main() -> None:
     args = parser.parse_args()
     if (reason := why_not()) is not None:
         raise SystemExit(reason)
-    peer = importlib.util.find_spec("torch") is not None
+    peers = ["gloo", "ZeRO"] if importlib.util.find_spec("torch") is not None else []
+    if peers and is_installed():
+        peers.append("MPI")
+    names = ["ours", *(["by objects"] if args.objects else []), *peers]
     table = Table(title=f"ms per step, medians of {args.rounds} rounds, {HOSTS} hosts")
     for name in (
-        "elements",
-        "Gbit/s",
-        "workers a host",
-        "sums",
-        "dtype",
-        "backward",
-        "ours",
-        "by objects",
-        "gloo",
-        "bytes alone",
-        "ours / gloo",
-        "ours / bytes",
-        "bytes / least",
+        *("elements", "Gbit/s", "workers a host", "sums", "dtype", "backward"),
+        *names,
+        *("bytes alone", "ours / gloo", "ours / bytes", "bytes / least"),
     ):
         table.add_column(name, justify="right")
     for case in CASES:
         if case.elements > args.most:
             continue
-        found: dict[str, list[Measured]] = {"ours": [], "objects": [], "gloo": []}
         resources = [{"CPU": float(case.workers), "shard": 1.0}] * HOSTS
         with (
             tempfile.TemporaryDirectory() as directory,
             Cluster(Path(directory), resources) as cluster,
         ):
             hosts = Hosts(cluster, case)
-            for _ in range(args.rounds):
-                found["ours"].append(hosts.ours("auto"))
-                if args.objects:
-                    found["objects"].append(hosts.ours("objects"))
-                if peer:
-                    found["gloo"].append(hosts.torch())
-        ms = {
-            name: 1e3 * statistics.median(each.seconds for each in measured) if measured else None
-            for name, measured in found.items()
-        }
-        least = case.least_bytes
+            measure = {
+                "ours": partial(hosts.ours, "auto"),
+                "by objects": partial(hosts.ours, "objects"),
+                "gloo": hosts.torch,
+                "ZeRO": partial(hosts.torch, zero=True),
+                "MPI": hosts.mpi,
+            }
+            able = [name for name in names if case.is_plain or name not in ("ZeRO", "MPI")]
+            rounds = [{name: measure[name]() for name in able} for _ in range(args.rounds)]
+        ms = {name: 1e3 * statistics.median(each[name].seconds for each in rounds) for name in able}
+        moved = statistics.median(each["ours"].num_bytes for each in rounds)
+        least, ours = case.least_bytes, ms["ours"]
         alone = 8e3 * least / case.bits_per_s
-        moved = statistics.median(each.num_bytes for each in found["ours"])
-        ours, gloo, objects = ms["ours"], ms["gloo"], ms["objects"]
-        assert ours is not None
         table.add_row(
             f"{case.elements:.0e}",
             f"{case.bits_per_s / 1e9:g}",
@@ -206,15 +210,13 @@ def main() -> None:
             "yes" if case.sums else "",
             case.dtype or "float32",
             "yes" if case.backward else "",
-            f"{ours:.1f}",
-            "-" if objects is None else f"{objects:.1f}",
-            "-" if gloo is None else f"{gloo:.1f}",
+            *(f"{ms[name]:.1f}" if name in ms else "-" for name in names),
             f"{alone:.1f}",
-            "-" if gloo is None else f"{ours / gloo:.2f}",
+            f"{ours / ms['gloo']:.2f}" if "gloo" in ms else "-",
             f"{ours / alone:.2f}",
             f"{moved / least:.2f}",
         )
-    Console(width=130).print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,16 @@ POLICY, TRAIN_ENV = "deploy/kubernetes/shared/networkpolicy.yaml", "deploy/hosts
 PORTS = range(7000, 7064)
 """The TCP ports at which shards listen for other nodes."""
 LISTENS = f"--port-range {PORTS[0]} {PORTS[-1]}"
+RAY_PORTS = {
+    "node-manager-port": 6380,
+    "object-manager-port": 6381,
+    "runtime-env-agent-port": 6382,
+    "dashboard-agent-grpc-port": 6383,
+    "min-worker-port": 10002,
+    "max-worker-port": 19999,
+}
+AMONG_NODES = [(6379, 6383), (PORTS[0], PORTS[-1]), (8265, 8265), (10001, 19999), (52365, 52365)]
+"""The TCP ports, first and last, at which nodes let each other in: Ray's and the shards'."""
 OPENS_A_POD = (
     "/hostNetwork",
     "/hostPort",
@@ -166,28 +176,43 @@ def shards_listen_at_known_ports(tree: Tree) -> Iterator[str]:
         yield f"{TRAIN_ENV}: shards listen at any port, not {LISTENS}"
 
 
+def ray_takes_known_ports(tree: Tree) -> Iterator[str]:
+    """Every node has Ray's processes at the ports that nodes let each other use."""
+    for path in tree.under("deploy/"):
+        if path.endswith(".md"):
+            continue
+        for line in shell.lines(tree, path):
+            if "ray start" not in line:
+                continue
+            for name, port in RAY_PORTS.items():
+                if f"--{name}={port}" not in line.split():
+                    yield f"{path}: ray start does not say --{name}={port}: {line[:60]}"
+
+
 def only_nodes_reach_shards(tree: Tree) -> Iterator[str]:
     """Nodes reach each other at the shards' ports; nobody else does, and none is published."""
     (policy,) = tree.documents(POLICY)
     among = {"podSelector": policy["spec"]["podSelector"]}
     for side, ends in (("ingress", "from"), ("egress", "to")):
         rules = policy["spec"][side]
-        opened = [port for rule in rules if rule[ends] == [among] for port in _opened(rule)]
-        if len(opened) < len(PORTS):
-            yield f"{POLICY}: {side} does not let nodes reach each other at {LISTENS}"
-        if any(among not in rule[ends] and _opened(rule) for rule in rules):
-            yield f"{POLICY}: {side} opens shards' ports beyond the nodes"
+        opened = [each for rule in rules if rule[ends] == [among] for each in _opened(rule)]
+        if opened != AMONG_NODES:
+            yield f"{POLICY}: {side} lets nodes reach each other at {opened}, not {AMONG_NODES}"
+        for first, last in (
+            each for rule in rules if among not in rule[ends] for each in _opened(rule)
+        ):
+            if first <= PORTS[-1] and last >= PORTS[0]:
+                yield f"{POLICY}: {side} opens shards' ports beyond the nodes"
     for name, service in tree.compose["services"].items():
         for port in service.get("ports", ()):
             if int(str(port).rpartition(":")[2]) in PORTS:
                 yield f"{COMPOSE}: {name} publishes a shard's port {port}"
 
 
-def _opened(rule: dict[str, Any]) -> list[int]:
-    """Return which of the shards' ports a policy's rule opens: all if it names none."""
-    ranges = [
-        range(port["port"], port.get("endPort", port["port"]) + 1)
+def _opened(rule: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return the TCP ports, first and last, that a policy's rule opens: all if it names none."""
+    return [
+        (port["port"], port.get("endPort", port["port"]))
         for port in rule.get("ports", [{"port": 1, "endPort": 65535, "protocol": "TCP"}])
         if port["protocol"] == "TCP"
     ]
-    return [port for port in PORTS if any(port in opened for opened in ranges)]

@@ -246,9 +246,24 @@ BROKEN = [
     (
         "only_nodes_reach_shards",
         POLICY,
-        "    - from: # the operator",
-        "      ports: [{port: 7000, endPort: 7062, protocol: TCP}]\n    - from: # the operator",
-        "ingress does not let nodes reach each other",
+        "          endPort: 7063\n",
+        "          endPort: 7062\n",
+        "ingress lets nodes reach each other at [(6379, 6383), (7000, 7062)",
+    ),
+    *(
+        ("ray_takes_known_ports", path, flag, "", f"ray start does not say {flag}")
+        for path, flag in (
+            (NODE, "--node-manager-port=6380"),
+            (COMPOSE, "--max-worker-port=19999"),
+            ("deploy/launcher/aws.yaml", "--object-manager-port=6381"),
+        )
+    ),
+    (
+        "ray_takes_known_ports",
+        JOB,
+        'runtime-env-agent-port: "6382"',
+        'runtime-env-agent-port: "6392"',
+        "ray start does not say --runtime-env-agent-port=6382",
     ),
     (
         "only_nodes_reach_shards",

@@ -19,6 +19,10 @@ log = logging.getLogger("distnadam")
 
 _START_S = 60.0
 _BEAT_S = 1.0
+_SILENT_S = 5.0
+"""Seconds after which one that does not answer is ended, if shards have no less: nothing is lost
+with it.
+"""
 _IDLE_S = 10.0
 """Seconds after which a relay that no worker uses is ended."""
 
@@ -38,7 +42,7 @@ class Relays:
         make: returns a new actor on a node.
         run: begins the names of the optimizer's processes.
         kill_on: kills processes of another node.
-        patience_s: seconds after which a relay that does not answer is ended.
+        patience_s: seconds after which a shard that does not answer counts as dead.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Relays:
         self._make = make
         self._run = run
         self._kill_on = kill_on
-        self._patience_s = patience_s
+        self._patience_s = min(patience_s, _SILENT_S)
         self._relays: dict[str, RelayProcess] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         # of each node: a start that takes long holds up no other
