@@ -11,14 +11,14 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from typing_extensions import override
 
-from distnadam.errors import LaneError, Reconfigured
+from distnadam.errors import LaneError
 from distnadam.protocol.codec import HEADER, pack, unpack
 from distnadam.protocol.delivery import Reply, RunWork
 from distnadam.protocol.messages import (
@@ -34,9 +34,10 @@ from distnadam.protocol.messages import (
     WorkerDied,
 )
 from distnadam.protocol.supervisor_messages import Order
-from distnadam.tensors.arrays import cut_flat, dtype_of, empty_flat
+from distnadam.tensors.arrays import cut_flat, dtype_of
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.connection import Address
+from distnadam.transport.landed_parameters import LandedParameters
 from distnadam.transport.landing_memory import LandingMemory
 from distnadam.transport.push_groups import PushGroups
 from distnadam.transport.push_parts import PushParts
@@ -77,15 +78,11 @@ class Reach:
     Attributes:
         find: returns where it listens; may block, and raises LaneError if it does not listen.
         carry: the carrier of last resort: sends a message, and calls back once, in any thread, with
-            the answer, which brings the parameters, or with the error.
+            the answer, which brings the parameters, or with the error; may block.
     """
 
     find: Callable[[], Endpoint]
     carry: Callable[[Message | Order, Reply], None]
-
-
-_Key = tuple[int, int, int]
-"""Epoch, round and buffer: what a shard's parameters are known by."""
 
 
 class FarShard(Receiver):
@@ -109,23 +106,23 @@ class FarShard(Receiver):
         arena.populate(spec.ranges)
         self._index = spec.index
         self._sizes = sizes_of(spec.ranges)
-        self._dtypes = spec.layout.pull_dtypes
-        self._ranges = [cut_flat(flat, spec.ranges) for flat in arena.flats]
+        buffers = [cut_flat(flat, spec.ranges) for flat in arena.flats]
+        self._parameters = LandedParameters(
+            spec.index, buffers, self._sizes, spec.layout.pull_dtypes
+        )
         self._reach = reach
         self._number = number
         self._thread = dialling_thread()
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[Message | Order, Reply]] = {}
-        self._line: TcpConnection | None = None
+        self._connection: TcpConnection | None = None
         self._opening: asyncio.Future[None] | None = None
-        self._landed: _Key | None = None  # what the memory holds, whole
-        self._landing: _Key | None = None  # what comes by the line now
-        self._newest: _Key = (0, 0, 0)
         self._reopen_s = _REOPEN_S
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._said = ""
         self._is_closed = False
+        self._carrier = _thread_pool(f"shard-{spec.index}-by-objects")
         self.tried = threading.Event()
         """Whether the connection was opened, or could not be."""
         self._sums = LandingMemory(_SPARE_SUMS + spec.num_workers // spec.config.sum_group)
@@ -151,11 +148,12 @@ class FarShard(Receiver):
     @property
     def is_by_tcp(self) -> bool:
         """Whether the connection is open."""
-        return self._line is not None
+        return self._connection is not None
 
     def close(self) -> None:
         """Hang up on the workers and on the shard; call this from outside the loop's thread."""
         self.workers.close()
+        self._carrier.shutdown(wait=False, cancel_futures=True)
         self._thread.run(self._close(), _CLOSE_S)
 
     async def _close(self) -> None:
@@ -165,8 +163,8 @@ class FarShard(Receiver):
                 timer.cancel()
         if self._task is not None:
             self._task.cancel()
-        if self._line is not None:
-            self._line.close("the relay needs it no more")
+        if self._connection is not None:
+            self._connection.close("the relay needs it no more")
 
     # From the workers to the shard
 
@@ -191,7 +189,7 @@ class FarShard(Receiver):
         self._groups.release()
 
     def _ask(self, message: Message | Order, reply: Reply) -> None:
-        if self._line is None:
+        if self._connection is None:
             self._carry(message, reply)
             return
         number = next(self._numbers)
@@ -203,18 +201,18 @@ class FarShard(Receiver):
             parts = parts_of(message.gradients or {})
             if isinstance(message, Push) and message.slices:  # sent by another connection, if any
                 message = replace(message, slices=0)
-        self._line.send(pack(number, message)[HEADER.size :], parts)
+        self._connection.send(pack(number, message)[HEADER.size :], parts)
 
     def _send_ahead(self, part: PushSlice) -> None:
         """Send a slice from the worker's memory; of a group only the sum crosses the cable."""
-        if self._line is None or self._is_summed:
+        if self._connection is None or self._is_summed:
             return
         dtypes = {space: space for space in self._sizes}
         memory = self.workers.gradients_of(part.rank, part.incarnation, dtypes)
         if memory is not None:
             with suppress(LaneError):  # of a former cut: the push will bring it
                 parts = self._ahead.add(part, lambda: memory)
-                self._line.send(pack(0, part)[HEADER.size :], parts)
+                self._connection.send(pack(0, part)[HEADER.size :], parts)
 
     def _carry(self, message: Message | Order, reply: Reply) -> None:
         if isinstance(message, Push | GroupPush | TotalNorms | Pull):
@@ -223,36 +221,28 @@ class FarShard(Receiver):
         def carried(answer: Any) -> None:
             self._thread.call(self._carried, reply, answer)
 
-        try:
-            self._reach.carry(message, carried)
-        except Exception as error:
-            reply(error)
+        def send() -> None:
+            try:
+                self._reach.carry(message, carried)
+            except Exception as error:
+                self._thread.call(reply, error)
+
+        # in a thread: a large message takes long, and other shards' connections go on meanwhile
+        with suppress(RuntimeError):  # closed, and the workers hung up on
+            self._carrier.submit(send)
 
     # From the shard to the workers
 
     def _carried(self, reply: Reply, answer: Any) -> None:
         if isinstance(answer, RoundResult):
             try:
-                self._take_over(answer)
-                answer = self._readable(answer)
+                if self._connection is not None and self._parameters.is_overtaken_by(answer):
+                    self._connection.close("newer parameters came another way")
+                self._parameters.put(answer)
+                answer = self._parameters.readable(answer)
             except (LaneError, ValueError, KeyError, TypeError) as error:
                 answer = error
         reply(answer)
-
-    def _take_over(self, answer: RoundResult) -> None:
-        """Copy the parameters of an answer to where they belong, unless newer ones have come."""
-        key = _key(answer)
-        if key[:2] < self._newest[:2] or key == self._landed:
-            return
-        if answer.parameters is None:
-            raise LaneError(f"shard {self._index} sent round {answer.round} without parameters")
-        if self._line is not None and self._landing not in (None, key):
-            self._line.close("newer parameters came another way")
-        self._newest = key
-        self._landed = None
-        for space, values in self._ranges[answer.buffer].items():
-            np.copyto(values, answer.parameters[space])
-        self._landed = key
 
     @override
     def landing(
@@ -261,17 +251,7 @@ class FarShard(Receiver):
         number, answer = unpack(message)
         parts: Parts = ()
         if isinstance(answer, RoundResult):
-            key = _key(answer)
-            is_old = key[:2] < self._newest[:2]
-            if num_bytes:
-                parts = parts_of(
-                    empty_flat(self._sizes, self._dtypes) if is_old else self._ranges[answer.buffer]
-                )
-            elif key != self._landed and not is_old and any(self._sizes.values()):
-                raise LaneError(f"the parameters of round {answer.round} did not come")
-            if not is_old and key != self._landed:
-                self._newest = self._landing = key
-                self._landed = None
+            parts = self._parameters.begin(answer, num_bytes)
         check_bytes(parts, num_bytes)
         return (number, answer), parts
 
@@ -282,22 +262,9 @@ class FarShard(Receiver):
             raise LaneError("an answer came to no question")
         _, reply = self._asked.pop(number)
         if isinstance(answer, RoundResult):
-            if self._landing is not None and self._landing == self._newest == _key(answer):
-                self._landed = self._landing
-            self._landing = None
-            answer = self._readable(answer)
+            self._parameters.end(answer)
+            answer = self._parameters.readable(answer)
         reply(answer)
-
-    def _readable(self, answer: RoundResult) -> RoundResult | Reconfigured:
-        """Return an answer whose parameters the memory holds, else have the worker ask again."""
-        if _key(answer) == self._landed:
-            return replace(answer, parameters=None)
-        return Reconfigured(
-            f"shard {self._index}: newer parameters than those of round {answer.round} have come "
-            "to this host; look again",
-            answer.epoch,
-            answer.round,
-        )
 
     # The connection
 
@@ -307,25 +274,25 @@ class FarShard(Receiver):
 
     async def _try_to_open(self) -> None:
         where = ""
-        line: TcpConnection | None = None
+        connection: TcpConnection | None = None
         try:
             endpoint = await asyncio.to_thread(self._reach.find)
             where = f"shard {self._index} cannot be reached at {endpoint.host} port {endpoint.port}"
             self._opening = self._thread.loop.create_future()
-            line = TcpConnection(self, endpoint.secret, greeting(self._number))
-            line.place = place_after(self._number, self._index)
-            await asyncio.to_thread(dial, line, endpoint)
+            connection = TcpConnection(self, endpoint.secret, greeting(self._number))
+            connection.place = place_after(self._number, self._index)
+            await asyncio.to_thread(dial, connection, endpoint)
             await asyncio.wait_for(self._opening, HANDSHAKE_S)
         except Exception as error:  # whatever it is, it is tried again
             why = str(error) or "it did not answer in time"
             self._opening = None
-            if line is not None:
-                line.close(why)
+            if connection is not None:
+                connection.close(why)
             self._say(f"{where}: {why}" if where else why)
             self._open_later()
         except asyncio.CancelledError:
-            if line is not None:
-                line.close("the relay needs it no more")
+            if connection is not None:
+                connection.close("the relay needs it no more")
             raise
         else:
             self._reopen_s = _REOPEN_S
@@ -340,7 +307,7 @@ class FarShard(Receiver):
 
     @override
     def proven(self, connection: TcpConnection, greeting: Mapping[str, Any]) -> None:
-        self._line = connection
+        self._connection = connection
         self._ahead = PushParts(self._ranges_held)
         assert self._opening is not None
         if not self._opening.done():
@@ -348,11 +315,12 @@ class FarShard(Receiver):
 
     @override
     def ended(self, connection: TcpConnection, why: str) -> None:
-        if connection is not self._line:
+        if connection is not self._connection:
             if self._opening is not None and not self._opening.done():
                 self._opening.set_exception(LaneError(why))
             return
-        self._line = self._landing = None
+        self._connection = None
+        self._parameters.interrupt()
         asked, self._asked = self._asked, {}
         if self._is_closed:
             return
@@ -375,7 +343,11 @@ class FarShard(Receiver):
             self._said = problem
 
 
-def _key(answer: RoundResult) -> _Key:
-    if answer.buffer not in (0, 1):
-        raise LaneError(f"there is no buffer {answer.buffer}")
-    return answer.epoch, answer.round, answer.buffer
+def _thread_pool(name: str) -> ThreadPoolExecutor:
+    """Return a pool of one thread, which is started now, or refused."""
+    pool = ThreadPoolExecutor(1, name)
+    try:
+        pool.submit(bool)
+    except RuntimeError as error:
+        raise LaneError(f"no thread for connections: {error}") from error
+    return pool

@@ -126,7 +126,7 @@ class LinkServer(Receiver):
         self._listener.close()
 
 
-class _Line(Receiver):
+class _Connection(Receiver):
     """The end that measures."""
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -213,7 +213,7 @@ def reach(endpoint: Endpoint) -> None:
     Raises:
         LaneError: it cannot be reached.
     """
-    _Line(endpoint).close()
+    _Connection(endpoint).close()
 
 
 def measure(endpoint: Endpoint, timeout_s: float) -> Link:
@@ -225,9 +225,9 @@ def measure(endpoint: Endpoint, timeout_s: float) -> Link:
         LaneError: it cannot be reached, or did not answer in time.
     """
     deadline = time.monotonic() + timeout_s
-    line = _Line(endpoint)
+    connection = _Connection(endpoint)
     try:
-        trips = [line.ask(0, 0, deadline) for _ in range(_ROUND_TRIPS)]
+        trips = [connection.ask(0, 0, deadline) for _ in range(_ROUND_TRIPS)]
         round_trip_s = statistics.median(trips)
         speeds = []
         for sends in (True, False):
@@ -235,12 +235,12 @@ def measure(endpoint: Endpoint, timeout_s: float) -> Link:
             while took_s < _LONG_S and size < _MOST_BYTES:
                 size *= 2
                 sent, wanted = (size, 0) if sends else (0, size)
-                took_s = max(line.ask(sent, wanted, deadline) - round_trip_s, 1e-9)
+                took_s = max(connection.ask(sent, wanted, deadline) - round_trip_s, 1e-9)
             speeds.append(size / took_s)
     except LaneError as error:
         raise LaneError(f"{endpoint.host} port {endpoint.port}: {error}") from error
     finally:
-        line.close()
+        connection.close()
     return Link(
         round_trip_s=round_trip_s, sent_bytes_per_s=speeds[0], received_bytes_per_s=speeds[1]
     )

@@ -42,7 +42,7 @@ class Relay:
         if (shard := self._shards.pop(index, None)) is not None:
             shard.close()
 
-    def await_lines(self, indices: Collection[int], timeout_s: float) -> None:
+    def await_connections(self, indices: Collection[int], timeout_s: float) -> None:
         """Wait until the first try to connect to each of these shards has ended."""
         deadline = time.monotonic() + timeout_s
         for index in indices:

@@ -45,7 +45,7 @@ _SLICE_BYTES = 1 << 18
 _STALLED_S = 0.02
 """Seconds without progress after which a connection passes its turn on."""
 _DEAD_LINE_S = 10
-"""Seconds after which a line that acknowledges nothing is closed."""
+"""Seconds after which a connection that acknowledges nothing is closed."""
 
 Parts = Sequence[memoryview]
 _Parser = Generator["int | memoryview", Any, None]
@@ -318,7 +318,9 @@ class TcpConnection(asyncio.BufferedProtocol):
 
 
 def set_up(sock: Any) -> None:
-    """Have a socket send small frames at once, queue little, and notice a dead line in seconds."""
+    """Have a socket send small frames at once, queue little, and notice within seconds that the
+    other end is gone.
+    """
     for level, option, value in (
         (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES),

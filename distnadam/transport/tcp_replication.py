@@ -6,10 +6,11 @@ acknowledged once it has come whole. A round counts as delivered with its record
 the mean before it is in the standby's memory then, and is applied whatever becomes of the primary.
 One that came half is never applied.
 
-The end of the line is not the standby's death, but it ends the stream: until the supervisor knows
-that this standby is out of date it could be promoted without the rounds since, and a new line would
-have to bring the whole state again, as it would to a new standby. So it is lost, as one is whose
-calls fail, and there is one way to follow a primary: from the state on, without a gap.
+The end of the connection is not the standby's death, but it ends the stream: until the supervisor
+knows that this standby is out of date it could be promoted without the rounds since, and a new
+connection would have to bring the whole state again, as it would to a new standby. So it is lost,
+as one is whose calls fail, and there is one way to follow a primary: from the state on, without a
+gap.
 """
 
 import threading
@@ -75,14 +76,14 @@ class TcpReplicationStream(ReplicationStream):
         self.mean = empty_flat(sizes)
         self.reached = decided
         self._timeout_s = timeout_s
-        self._line = _AcknowledgedLine()
+        self._connection = _AcknowledgedConnection()
         try:
-            self._line.open(endpoint, primary_greeting(shard))
-            self._line.post([*_messages("state", _state_parts(arrays)), _WHOLE])
-            if not self._line.acknowledged(timeout_s):
-                raise LaneError(self._line.why or f"it was silent for {timeout_s:g} s")
+            self._connection.open(endpoint, primary_greeting(shard))
+            self._connection.post([*_messages("state", _state_parts(arrays)), _WHOLE])
+            if not self._connection.acknowledged(timeout_s):
+                raise LaneError(self._connection.why or f"it was silent for {timeout_s:g} s")
         except (OSError, TimeoutError, LaneError) as error:
-            self._line.hang_up("the standby was not filled")
+            self._connection.hang_up("the standby was not filled")
             raise LaneError(
                 f"the standby of shard {shard} cannot be filled at {endpoint.host} port "
                 f"{endpoint.port}: {error}"
@@ -90,15 +91,15 @@ class TcpReplicationStream(ReplicationStream):
 
     @override
     def ready(self) -> bool:
-        """Return whether the line is there; the last mean was acknowledged."""
-        return self._line.why is None
+        """Return whether the connection is there; the last mean was acknowledged."""
+        return self._connection.why is None
 
     @override
     def send(self, record: Record) -> bool:
         applied = isinstance(record, ReplicatedRound) and record.outcome == "applied"
         mean = _messages("mean", parts_of(self.mean)) if applied else ()
-        self._line.post([*mean, _record_message(record)])
-        if not self._line.acknowledged(self._timeout_s):
+        self._connection.post([*mean, _record_message(record)])
+        if not self._connection.acknowledged(self._timeout_s):
             return False
         if isinstance(record, ReplicatedRound):
             self.reached = record.round
@@ -106,13 +107,13 @@ class TcpReplicationStream(ReplicationStream):
 
     @override
     def close(self) -> None:
-        if self._line.why is None:
-            self._line.post([_record_message(DetachStandby())])
-            self._line.acknowledged(_CLOSE_S)
-        self._line.hang_up("the primary goes on without this standby")
+        if self._connection.why is None:
+            self._connection.post([_record_message(DetachStandby())])
+            self._connection.acknowledged(_CLOSE_S)
+        self._connection.hang_up("the primary goes on without this standby")
 
 
-class _AcknowledgedLine(Receiver):
+class _AcknowledgedConnection(Receiver):
     """A primary's end of a connection on which each message is acknowledged, in order.
 
     Attributes:
@@ -148,7 +149,8 @@ class _AcknowledgedLine(Receiver):
                 self._connection.send(message, parts)
 
     def acknowledged(self, timeout_s: float) -> bool:
-        """Wait until all is acknowledged; return False if the line ended, or stood still so long.
+        """Wait until all is acknowledged; return False if the connection ended, or stood still so
+        long.
 
         A full cable takes longer than that for a piece: bytes that go, or wait for their turn, are
         a sign of life. Those of a standby that halts soon go no more.

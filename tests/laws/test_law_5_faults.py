@@ -66,11 +66,11 @@ BETWEEN_HOSTS = (
     "late",
     "late, of another epoch",
     "late, of another incarnation",
-    "a standby's line ended, the round lost",
-    "a standby's line ended, the round arrived",
+    "a standby's connection ended, the round lost",
+    "a standby's connection ended, the round arrived",
     "pushed as one",
 )
-"""What must befall lines between hosts in these examples."""
+"""What must befall connections between hosts in these examples."""
 SEEN: Counter[str] = Counter()
 EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost)
 
@@ -311,12 +311,12 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 1 << 16), late=st.integers(0, 9))
     def advance_disturbed(self, seed: int, late: int) -> None:
         """Everybody does a round, and then another, while messages meet all sorts of faults, and
-        perhaps the line to a standby ends: nobody's death.
+        perhaps the connection to a standby ends: nobody's death.
         """
-        rng, lines = Random(seed), Random(-1 - seed)
-        if lines.random() < 0.5:
-            shard = self.world.shards[lines.randrange(len(self.world.shards))]
-            shard.line_ends = lines.choice(["before", "after"])
+        rng, draw = Random(seed), Random(-1 - seed)
+        if followed := sorted(self.world.standbys):
+            shard = self.world.shards[draw.choice(followed)]
+            shard.connection_ends = draw.choice(["before", "after", ""])
         for _ in range(2):
             self.world.faults = deque(rng.choices(["", "", "", "repeat", *FAULTS], k=9))
             self.advance()
@@ -339,9 +339,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.push(struck)
 
     @rule(host=RANK)
-    def end_lines(self, host: int) -> None:
+    def end_connections(self, host: int) -> None:
         """Have a host's relay die: nobody's death."""
-        self.world.end_lines(host=host)
+        self.world.end_connections(host=host)
 
     @rule(which=st.integers(0, 9))
     def deliver_late(self, which: int) -> None:

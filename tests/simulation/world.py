@@ -34,7 +34,7 @@ from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.push_groups import PushGroups
 from distnadam.transport.replication import ReplicationStream
-from tests.simulation.lines import Line, copied, pass_on
+from tests.simulation.connections import Connection, copied, pass_on
 from tests.simulation.stream import InProcessStream
 
 LIVELOCK = 300
@@ -44,8 +44,8 @@ class Process:
     """A shard or a standby.
 
     `works` is what it is yet to compute; `crash` is when it dies by itself, "before" or "after" it
-    sends a round to its standby, and `line_ends` when the line to its standby ends, though both
-    live: "before" a round arrives, or "after", when it is not acknowledged any more.
+    sends a round to its standby, and `connection_ends` when the connection to its standby ends,
+    though both live: "before" a round arrives, or "after", when it is not acknowledged any more.
     """
 
     def __init__(self, world: "World", spec: ShardSpec, *, standby: bool) -> None:
@@ -56,7 +56,7 @@ class Process:
         self.host = None if standby else self.make_host(spec)
 
         self.crash = ""
-        self.line_ends = ""
+        self.connection_ends = ""
         self._follower: ShardProcess | None = None
         self._asked: list[Future[Any]] = []
 
@@ -104,7 +104,7 @@ class Process:
         for future in self._asked:
             if not future.done():
                 future.set_exception(ShardLost(f"shard {self.spec.index}: died"))
-        self.world.end_lines(to=self)
+        self.world.end_connections(to=self)
         self.world.processes.died(self)
 
     def work(self) -> bool:
@@ -123,7 +123,7 @@ class Process:
 
 
 class _WorldStream(InProcessStream):
-    """A stream whose primary may die before or after it has sent a round, or whose line may end."""
+    """A stream whose connection may end, or primary die, before or after it has sent a round."""
 
     def __init__(
         self,
@@ -150,22 +150,22 @@ class _WorldStream(InProcessStream):
         crash = self._primary.crash if isinstance(record, ReplicatedRound) else ""
         if crash == "before":
             self._primary.kill()
-        if self._primary.line_ends == "before" and isinstance(record, ReplicatedRound):
-            self._end_line("lost")
+        if self._primary.connection_ends == "before" and isinstance(record, ReplicatedRound):
+            self._end_connection("lost")
         sent = super().send(record)
         if self.failure is not None:
             raise self.failure  # here every standby must follow
         if crash == "after" and sent:
             self._primary.kill()
-        if self._primary.line_ends and isinstance(record, ReplicatedRound) and sent:
-            self._end_line("arrived")
+        if self._primary.connection_ends and isinstance(record, ReplicatedRound) and sent:
+            self._end_connection("arrived")
             return False
         return sent
 
-    def _end_line(self, what: str) -> None:
+    def _end_connection(self, what: str) -> None:
         self._has_ended = True
-        self._primary.line_ends = ""
-        self._primary.world.note(f"a standby's line ended, the round {what}")
+        self._primary.connection_ends = ""
+        self._primary.world.note(f"a standby's connection ended, the round {what}")
 
 
 class WorldProcesses(ProcessManager):
@@ -287,8 +287,8 @@ class World:
     every message has its own copy; otherwise shards read what lies in the memory.
 
     With several `hosts`, ranks, `per_host` together, and processes are spread over them in turn,
-    and a rank reaches the shards of other hosts by its host's lines (`Line`), whose faults have the
-    same names, in groups. `seen` counts what befell.
+    and a rank reaches the shards of other hosts by its host's connections (`Connection`), whose
+    faults have the same names, in groups. `seen` counts what befell.
     """
 
     def __init__(
@@ -305,7 +305,7 @@ class World:
         self.per_host = per_host
         self.connected: dict[int, int] = {}
         self._groups: dict[tuple[int, Process], PushGroups] = {}
-        self.lines: dict[tuple[int, Process], Line] = {}
+        self.connections: dict[tuple[int, Process], Connection] = {}
         self.seen: Counter[str] = Counter()
         self.all_processes: list[ShardProcess] = []
         self.memories: dict[tuple[int, int], Flat] = {}
@@ -392,11 +392,13 @@ class World:
             return None
         return cut_flat(flat, process.spec.ranges)
 
-    def end_lines(self, *, host: int | None = None, to: Process | None = None) -> None:
-        """End all lines of a host, as the death of its relay does, or to a process that died."""
-        for (number, process), line in list(self.lines.items()):
-            if line.is_open and (process is to if host is None else number == host % self.hosts):
-                line.end()
+    def end_connections(self, *, host: int | None = None, to: Process | None = None) -> None:
+        """End the connections of a host, as its relay's death does, or to a process that died."""
+        for (number, process), connection in list(self.connections.items()):
+            if connection.is_open and (
+                process is to if host is None else number == host % self.hosts
+            ):
+                connection.end()
         for (number, process), groups in list(self._groups.items()):
             if process is to if host is None else number == host % self.hosts:
                 groups.release()
@@ -439,7 +441,7 @@ class World:
     def _send_far(self, host: int, process: Process, message: Any) -> Future[Any]:
         """Send a worker's message to a shard of another host, a push with its group's."""
         if not isinstance(message, Push):
-            return self._line(host, process).send(message, self.next_fault())
+            return self._connection(host, process).send(message, self.next_fault())
         outer: Future[Any] = Future()
 
         def reply(answer: Any) -> None:
@@ -467,8 +469,8 @@ class World:
                     self.note("taken apart")
                 reply(answer)
 
-            line = self._line(host, process)
-            line.send(message, self.next_fault()).add_done_callback(answered)
+            connection = self._connection(host, process)
+            connection.send(message, self.next_fault()).add_done_callback(answered)
 
         return PushGroups(
             num_workers=spec.num_workers,
@@ -478,8 +480,8 @@ class World:
             lend=lambda: empty_flat(sizes_of(spec.ranges)),
         )
 
-    def _line(self, host: int, process: Process) -> Line:
-        line = self.lines.get((host, process))
-        if line is None or not line.is_open:
-            line = self.lines[host, process] = Line(self, process)
-        return line
+    def _connection(self, host: int, process: Process) -> Connection:
+        connection = self.connections.get((host, process))
+        if connection is None or not connection.is_open:
+            connection = self.connections[host, process] = Connection(self, process)
+        return connection

@@ -95,7 +95,7 @@ class Host:
         self.relay = Relay(2, self.arena)
         for index, shard in enumerate(shards.all):
             self.relay.serve(shard.spec, self._reach(index))
-        self.relay.await_lines((0, 1), ANSWER_S)
+        self.relay.await_connections((0, 1), ANSWER_S)
 
     def _reach(self, index: int) -> Reach:
         def carry(message: Any, reply: Reply) -> None:

@@ -94,7 +94,7 @@ class RelayActor:
             if index not in relay:
                 find, carry = partial(_find, index, process), partial(_carry, index, process)
                 relay.serve(spec, Reach(find=find, carry=carry))
-        relay.await_lines(self._known, _LISTEN_S)
+        relay.await_connections(self._known, _LISTEN_S)
         return failed
 
     def _get_to_know(self, shards: Mapping[int, ShardProcess]) -> dict[int, LaneError]:

@@ -264,7 +264,8 @@ class ShardActor:
     async def _stop_following(self) -> None:
         """Take nothing by TCP any more: what is said to be reached is what will be promoted.
 
-        A dead primary's records that count have come whole; the end of its line may take seconds.
+        A dead primary's records that count have come whole; the end of its connection may take
+        seconds.
         """
         if self._far_receiver is not None:
             await asyncio.to_thread(self._far_receiver.close)

@@ -57,7 +57,7 @@ class Far:
         relay = Relay(2, Arena.create(self.optimizer.shards.layout.sizes, copies=2))
         for host, server in zip(self.hosts, self.servers[-len(self.hosts) :], strict=True):
             relay.serve(host.shard.spec, self._reach(host, server))
-        relay.await_lines(range(len(self.hosts)), ANSWER_S)
+        relay.await_connections(range(len(self.hosts)), ANSWER_S)
         self.relays.append(relay)
 
     def reshard(self, num_shards: int) -> None:

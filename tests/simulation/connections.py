@@ -1,8 +1,8 @@
-"""Lines between a world's hosts: what TCP and a host's relay are to the processes on both sides.
+"""Connections between a world's hosts: what TCP and a host's relay are to both ends' processes.
 
-A line carries the messages of all ranks of its host to one process, in order, each with a copy of
-its gradients. It may end at any byte without anybody's death: what it was asked is then asked again
-by a call, while what was on its way is lost, arrives nevertheless, or arrives late.
+A connection carries the messages of all ranks of its host to one process, in order, each with a
+copy of its gradients. It may end at any byte without anybody's death: what it was asked is then
+asked again by a call, while what was on its way is lost, arrives nevertheless, or arrives late.
 """
 
 from collections import deque
@@ -25,7 +25,7 @@ class _Asked:
     answer: Future[Any]
 
 
-class Line:
+class Connection:
     """One host's connection to a shard's process."""
 
     def __init__(self, world: "World", process: "Process") -> None:
@@ -67,7 +67,7 @@ class Line:
         return outer
 
     def end(self, before: Callable[[], None] = lambda: None) -> None:
-        """End the line, after what may still arrive; ask all that is unanswered by a call."""
+        """End the connection, after what may still arrive; ask all that is unanswered by a call."""
         self.is_open = False
         before()
         self._on_its_way.clear()
@@ -99,7 +99,7 @@ class Line:
                 answer.add_done_callback(lambda done, asked=asked: self._answer(asked, done))
 
     def _hold(self, asked: _Asked, answer: Future[Any]) -> None:
-        """Have an answer arrive late, or never, if the line has ended by then."""
+        """Have an answer arrive late, or never, if the connection has ended by then."""
 
         def arrive() -> None:
             if asked.answer.done():
@@ -116,7 +116,7 @@ class Line:
         pass_on(answer, asked.answer)
 
     def _arrive_late(self, messages: list[Any]) -> None:
-        """Deliver what an ended line still held; nobody hears the answers."""
+        """Deliver what an ended connection still held; nobody hears the answers."""
         for message in messages:
             shard = self._process.host.shard if self._process.host is not None else None
             if self._process.alive and shard is not None:
