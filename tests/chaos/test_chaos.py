@@ -22,7 +22,11 @@ from tests.chaos.scene import Case, stage
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 SEED = 4
-ELSEWHERE = ["Ray's raylet killed", "Ray's dashboard agent killed"]
+ELSEWHERE = [
+    "Ray's raylet killed",
+    "Ray's dashboard agent killed",
+    "Ray's environment agent killed",
+]
 """Kinds that another test kills too, or that end in the same way as another kind."""
 
 

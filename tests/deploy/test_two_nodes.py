@@ -174,7 +174,10 @@ def test_shards_and_workers_spread_over_both_nodes_and_a_wrong_token_is_one_sent
 
 @pytest.mark.parametrize(
     ("sitecustomize", "message"),
-    [(HIDE, "lacks the package 'distnadam'"), (OTHER_VERSION, "numpy 1.2.3")],
+    [
+        (HIDE, "lacks the package 'distnadam'"),
+        pytest.param(OTHER_VERSION, "numpy 1.2.3", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_node_that_lacks_a_package_or_its_version_is_refused_before_training(
     sitecustomize: str, message: str, tmp_path: Path

@@ -48,7 +48,7 @@ def begin(hosts: Cluster, replicas: int, directory: Path) -> tuple[dict[str, Any
     ("how", "replicas"),
     [
         ("cut", 1),
-        ("kill", 0),
+        pytest.param("kill", 0, marks=pytest.mark.nightly),
         pytest.param("cut", 0, marks=pytest.mark.nightly),
         pytest.param("kill", 1, marks=pytest.mark.nightly),
     ],
@@ -73,6 +73,7 @@ def test_a_run_that_loses_a_host_ends_with_the_bits_of_one_process(
     assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", about)
 
 
+@pytest.mark.nightly
 def test_cables_that_are_out_for_moments_change_no_bit(hosts: Cluster, tmp_path: Path) -> None:
     """An outage shorter than any timeout, of the head's link too, and in one direction only."""
     rng = np.random.default_rng(SEED)

@@ -36,7 +36,13 @@ def train_on(cluster: Cluster, directory: Path, about: dict[str, Any]) -> list[s
 
 
 @pytest.mark.parametrize(
-    "task", [{"steps": 60}, {"steps": 5, "size": 10**7}], ids=["digits", "ten million parameters"]
+    "task",
+    [
+        pytest.param({"steps": 60}, id="digits"),
+        pytest.param(
+            {"steps": 5, "size": 10**7}, id="ten million parameters", marks=pytest.mark.nightly
+        ),
+    ],
 )
 def test_hosts_train_to_the_bits_of_one_process_over_both_transports(
     task: dict[str, Any], hosts: Cluster, tmp_path: Path

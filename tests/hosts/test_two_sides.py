@@ -43,7 +43,7 @@ def wait_for(what: Callable[[], bool]) -> None:
     [
         pytest.param("cut", 0, False, id="cut off", marks=pytest.mark.nightly),
         pytest.param("cut", 1, True, id="cut off with its supervisor"),
-        pytest.param("silence", 1, False, id="not heard"),
+        pytest.param("silence", 1, False, id="not heard", marks=pytest.mark.nightly),
         pytest.param("deafen", 0, True, id="not hearing, with its supervisor"),
     ],
 )

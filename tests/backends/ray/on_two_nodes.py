@@ -1,6 +1,7 @@
 """Programs on a Ray of two nodes of this machine: workers on the one, shards on the other.
 
-python -m tests.backends.ray.on_two_nodes NAME
+python -m tests.backends.ray.on_two_nodes, with a name of `CASES` in each line of input: each that
+holds is named in the output, and the first that does not ends the process.
 """
 
 import os
@@ -84,12 +85,6 @@ class Two:
     """An optimizer of two shards on the second node, and a worker of each rank on the first."""
 
     def __init__(self, sum_group: int, **options: Any) -> None:
-        how = {"object_store_memory": STORE}
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False} | how
-        )
-        self._cluster.add_node(num_cpus=2, resources={"shard": 4}, **how)
-        ray.init(address=self._cluster.address, log_to_driver=False)
         self.optimizer = DistNadam(
             num_shards=2,
             num_workers=2,
@@ -115,8 +110,8 @@ class Two:
     def close(self) -> None:
         self.optimizer.close()
         assert relays() == [], "none outlives its optimizer"
-        ray.shutdown()
-        self._cluster.shutdown()
+        for trainer in self.trainers:
+            ray.kill(trainer)
 
 
 def relays() -> list[int]:
@@ -261,7 +256,21 @@ CASES = {
     )
 }
 
+
+def main() -> None:
+    how = {"object_store_memory": STORE}
+    head = {"num_cpus": 2, "include_dashboard": False} | how
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=2, resources={"shard": 4}, **how)
+    ray.init(address=cluster.address, log_to_driver=False)
+    for name in map(str.strip, sys.stdin):
+        two = Two(sum_group=2 if "group" in name else 1, shard_timeout_s=5.0)
+        CASES[name](two)
+        two.close()
+        print(name, flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
 if __name__ == "__main__":
-    scene = Two(sum_group=2 if "group" in sys.argv[1] else 1, shard_timeout_s=5.0)
-    CASES[sys.argv[1]](scene)
-    scene.close()
+    main()

@@ -125,6 +125,10 @@ def test_a_prometheus_endpoint_shows_what_a_run_did(tmp_path: Path) -> None:
                 and s("shard_bytes") == s("shard_bytes", "unnamed") == 16 * 9000
                 and s("shard_imbalance") == pytest.approx(4904 / 4500)
                 and s("queue_depth") == 0
+                # each process exports in its own time
+                and s("bytes_total", transport="lane", direction="pull") == 21 * 36000
+                and s("bytes_total", "unnamed", transport="object", direction="pull") == 5 * 36000
+                and s("save_seconds_count") == s("save_failures_total") == 1
             ),
         )
         for name, tags, _ in found.series:

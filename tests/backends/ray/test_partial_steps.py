@@ -87,7 +87,7 @@ def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(
 
 @pytest.mark.slow
 def test_a_step_that_nobody_brings_to_an_end_is_undone_everywhere() -> None:
-    options = replace(OPTIONS, shard_timeout_s=5.0, step_timeout_s=40.0)  # on a busy machine too
+    options = replace(OPTIONS, shard_timeout_s=15.0, step_timeout_s=40.0)  # on a busy machine too
     with DistNadam(num_shards=3, backend="ray", options=options).build(START) as optimizer:
         lost = lose(optimizer, Step, lambda index: index == 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
