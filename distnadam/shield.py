@@ -6,7 +6,7 @@ main thread must be whole, handlers are put off: they run when it has ended, or 
 for somebody itself.
 """
 
-import inspect
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps
 import os
 import signal
 import threading
@@ -22,9 +22,9 @@ _Handler = Callable[[int, FrameType | None], Any]
 _WAKE = object()
 """What ends a wait of shielded work, so that it looks for a signal."""
 _SIGNALS = tuple(sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
-# without the conversions to enumerations, which take ten times as long as the rest of a shield
-_handler_of = inspect.unwrap(signal.getsignal)
-_set_handler = inspect.unwrap(signal.signal)
+# without the module's conversions to enumerations, which take ten times as long as a shield's rest
+_handler_of: Callable[[int], Any] = _signal.getsignal
+_set_handler: Callable[[int, Any], Any] = _signal.signal
 
 
 class _StandIn(partial[None]):

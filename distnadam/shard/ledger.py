@@ -1,9 +1,11 @@
 """Which pushes counted: for every rank, runs of consecutive rounds by one incarnation. Exact for
 ever, small always. Pure.
+
+Each step from outside is an incarnation of its own, so a run of these rises with its rounds.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 DIRECT = -1
@@ -43,7 +45,7 @@ class Ledger:
         before.
         """
         runs = self._runs.setdefault(rank, [])
-        if runs and runs[-1][0] == incarnation and runs[-1][2] == decided - 1:
+        if runs and runs[-1][2] == decided - 1 and _counts(rank, runs[-1], decided) == incarnation:
             runs[-1][2] = decided
         else:
             runs.append([incarnation, decided, decided])
@@ -51,7 +53,7 @@ class Ledger:
     def counted(self, rank: int, incarnation: int, decided: int) -> bool:
         """Whether the push of (rank, incarnation) for that round was counted."""
         return any(
-            i == incarnation and first <= decided <= last
+            first <= decided <= last and _counts(rank, (i, first), decided) == incarnation
             for i, first, last in reversed(self._runs.get(rank, []))
         )
 
@@ -78,3 +80,9 @@ class Ledger:
             ledger._runs.setdefault(rank, []).append([incarnation, first, last])
         ledger.newest = Counter(dict(data["newest"]))
         return ledger
+
+
+def _counts(rank: int, run: Sequence[int], decided: int) -> int:
+    """Return the incarnation that a run, if it holds the round, counts there."""
+    incarnation, first = run[0], run[1]
+    return incarnation + decided - first if rank == DIRECT else incarnation

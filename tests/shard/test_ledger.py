@@ -5,9 +5,10 @@ small.
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.shard.ledger import Ledger
+from distnadam.shard.ledger import DIRECT, Ledger
 
-EVENTS = st.lists(st.tuples(st.sets(st.integers(0, 3)), st.sets(st.integers(0, 3))), max_size=40)
+JOINING, PUSHING = st.sets(st.integers(0, 3)), st.sets(st.integers(DIRECT, 3))
+EVENTS = st.lists(st.tuples(JOINING, PUSHING), max_size=40)
 
 
 @given(events=EVENTS)
@@ -19,14 +20,16 @@ def test_what_was_counted_is_known_and_nothing_else_is(
         for rank in joining:
             ledger.admit(rank, None)
         for rank in pushing:
+            if rank == DIRECT:  # each is an incarnation of its own
+                ledger.admit(rank, None)
             ledger.count(rank, ledger.newest[rank], decided)
             counted.add((rank, ledger.newest[rank], decided))
     again = Ledger.from_dict(ledger.to_dict())
-    for rank in range(4):
+    for rank in (DIRECT, *range(4)):
         assert (
             again.newest[rank]
             == ledger.newest[rank]
-            == sum(rank in joining for joining, _ in events)
+            == sum(rank in joining or (rank == DIRECT in pushing) for joining, pushing in events)
         )
         for incarnation in range(ledger.newest[rank] + 2):
             for decided in range(len(events) + 2):
@@ -44,6 +47,15 @@ def test_a_long_run_of_one_worker_is_one_entry() -> None:
         ledger.count(0, 1, decided)
     assert ledger.to_dict()["runs"] == [[0, 1, 1, 9999]]
     assert ledger.counted(0, 1, 5000)
+
+
+def test_many_steps_from_outside_in_a_row_are_one_entry() -> None:
+    ledger = Ledger()
+    for decided in range(1, 10_000):
+        ledger.count(DIRECT, ledger.admit(DIRECT, None), decided)
+    assert ledger.to_dict()["runs"] == [[DIRECT, 1, 1, 9999]]
+    assert ledger.counted(DIRECT, 5000, 5000)
+    assert not ledger.counted(DIRECT, 5000, 5001)
 
 
 def test_an_older_incarnation_does_not_become_the_newest() -> None:
