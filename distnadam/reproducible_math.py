@@ -20,7 +20,7 @@ def power(base: float, exponent: float) -> float:
     return float(_CONTEXT.exp(_CONTEXT.multiply(Decimal(exponent), _ln(base))))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def power_of_step(base: float, rate: float, step: int) -> float:
     """Return ``base ** (rate * step)``, the same bits on every host, for both at least 0.
 

@@ -40,7 +40,6 @@ class ParameterView:
         for space, (begin, end) in ranges.items():
             np.copyto(self._own[space][begin:end], values[space])
 
-    @own_errors()
     def tree(self, shared: tuple[Flat, Flat] | None, buffer: int) -> Any:
         """Return the tree: views, or casts of tensors whose master has another dtype, unless
         workers see that master rounded.
@@ -54,9 +53,11 @@ class ParameterView:
         if not self._views or self._shared is not shared:
             self._look_at(shared)
         leaves: list[Any] = list(self._views[0 if shared is None else buffer])
-        for index, dtype in self._casts:
-            leaves[index] = leaves[index].astype(dtype)
-            leaves[index].flags.writeable = False
+        if self._casts:
+            with own_errors():
+                for index, dtype in self._casts:
+                    leaves[index] = leaves[index].astype(dtype)
+                    leaves[index].flags.writeable = False
         for index in self._scalars:
             leaves[index] = leaves[index][()]
         return self._layout.unflatten(leaves)
