@@ -7,6 +7,7 @@ import ctypes
 import math
 import weakref
 from collections.abc import Sequence
+from operator import call, is_not
 from typing import Any
 
 import numpy as np
@@ -37,32 +38,31 @@ class FusedStepper(Stepper):
         check_denormals(self._dtype)
         memory, size = self._memory[thread], self._dtype.itemsize
         slots, keep, clip = step.slots, step.keep, step.clipvalue
-        gradients = memory.gradients_of(step.gradients)
-        grouping, sizes = step.grouping, memory.sizes_of(step.grouping.sizes)
+        memory.look_at(step.gradients, step.grouping.sizes)
         kept = None if keep is None else keep.ctypes.data
         memory.coefficients[:] = step.scalars.coefficients
         for part in parts:
             memory.modifiers[:] = (
-                grouping.count,
+                step.grouping.count,
                 math.nan if part.scale is None else part.scale,
                 math.nan if clip is None else clip,
             )
-            stride = WIDENED if gradients.has_half else part.end
+            stride = WIDENED if memory.has_half else part.end
             for begin in range(part.begin, part.end, stride):
                 end = min(begin + stride, part.end)
-                if gradients.has_half:
+                if memory.has_half:
                     wide = [g[begin:end].astype(self._dtype, copy=False) for g in step.gradients]
                     addresses = [g.ctypes.data for g in wide]
                 else:
-                    addresses = [address + begin * size for address in gradients.addresses]
+                    addresses = [address + begin * size for address in memory.addresses]
                 self._loop(
                     end - begin,
                     len(addresses),
-                    len(sizes),
+                    len(memory.sizes),
                     0 if kept is None else end - begin,
                     memory.mean,
                     (ctypes.c_size_t * len(addresses))(*addresses),
-                    sizes,
+                    memory.sizes,
                     *[address + begin * size for address in slots.addresses],
                     *memory.numbers,
                     memory.new,
@@ -86,31 +86,19 @@ class _Memory:
         self.coefficients = (number * 5)()
         self.modifiers = (number * 3)()
         self.numbers = ctypes.addressof(self.coefficients), ctypes.addressof(self.modifiers)
-        self._gradients = _Gradients([], self._dtype)
-        self._sizes: tuple[Sequence[int], Any] = ((), ())
+        self._gradients: list[weakref.ref[Array]] = []  # keeps none of them alive
+        self._group_sizes: Sequence[int] = ()
+        self.addresses: list[int] = []
+        self.has_half = False
+        self.sizes: Any = ()
 
-    def gradients_of(self, arrays: Sequence[Array]) -> "_Gradients":
-        if not self._gradients.are(arrays):
-            self._gradients = _Gradients(arrays, self._dtype)
-        return self._gradients
-
-    def sizes_of(self, sizes: Sequence[int]) -> Any:
-        """Return the groups' sizes in memory."""
-        if self._sizes[0] != sizes:
-            self._sizes = sizes, (ctypes.c_ssize_t * len(sizes))(*sizes)
-        return self._sizes[1]
-
-
-class _Gradients:
-    """Where gradients lie, and whether any is in half precision; keeps none of them alive."""
-
-    def __init__(self, arrays: Sequence[Array], dtype: np.dtype[Any]) -> None:
-        self._arrays = [weakref.ref(array) for array in arrays]
-        self.addresses = [array.ctypes.data for array in arrays]
-        self.has_half = any(array.dtype != dtype for array in arrays)
-
-    def are(self, arrays: Sequence[Array]) -> bool:
-        """Whether these are they."""
-        return len(arrays) == len(self._arrays) and all(
-            known() is array for known, array in zip(self._arrays, arrays, strict=True)
-        )
+    def look_at(self, gradients: Sequence[Array], sizes: Sequence[int]) -> None:
+        """Learn where a step's gradients lie, and put the groups' sizes into memory."""
+        known = self._gradients
+        if len(known) != len(gradients) or any(map(is_not, map(call, known), gradients)):
+            self._gradients = [weakref.ref(array) for array in gradients]
+            self.addresses = [array.ctypes.data for array in gradients]
+            self.has_half = any(array.dtype != self._dtype for array in gradients)
+        if self._group_sizes != sizes:
+            self._group_sizes = sizes
+            self.sizes = (ctypes.c_ssize_t * len(sizes))(*sizes)

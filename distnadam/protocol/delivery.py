@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from distnadam.errors import DistNadamError, ShardLost
 from distnadam.protocol.messages import Message
 from distnadam.protocol.supervisor_messages import Order
 
@@ -20,3 +21,10 @@ Deliver = Callable[[Message | Order, Reply, RunWork], None]
 
 run_in_this_thread: RunWork = operator.call
 """Runs work in the calling thread."""
+
+
+def portable(answer: Any) -> Any:
+    """Return an answer as another process can read it: an error that is not ours as `ShardLost`."""
+    if isinstance(answer, Exception) and not isinstance(answer, DistNadamError):
+        return ShardLost(f"{type(answer).__name__}: {answer}")
+    return answer

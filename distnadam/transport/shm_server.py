@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distnadam.errors import DistNadamError, LaneError, ShardLost
+from distnadam.errors import LaneError
 from distnadam.protocol.codec import pack, unpack
-from distnadam.protocol.delivery import Deliver, run_in_this_thread
+from distnadam.protocol.delivery import Deliver, portable, run_in_this_thread
 from distnadam.protocol.messages import Leave, PushSlice, ShardSpec, WorkerDied
 from distnadam.tensors.arrays import Flat, cut_flat, dtype_of
 from distnadam.tensors.layout import Ranges
@@ -146,9 +146,7 @@ class _WorkerEnd:
         return self._views[key]
 
     def answer(self, number: int, reply: Any) -> None:
-        if isinstance(reply, Exception) and not isinstance(reply, DistNadamError):
-            reply = ShardLost(f"{type(reply).__name__}: {reply}")
-        self._connection.send(pack(number, reply))
+        self._connection.send(pack(number, portable(reply)))
 
 
 def _ignore(_: Any) -> None:

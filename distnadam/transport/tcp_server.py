@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from distnadam.errors import DistNadamError, LaneError, ShardLost
+from distnadam.errors import LaneError
 from distnadam.protocol.codec import HEADER, pack, unpack
-from distnadam.protocol.delivery import Deliver, run_in_this_thread
+from distnadam.protocol.delivery import Deliver, portable, run_in_this_thread
 from distnadam.protocol.messages import (
     GroupPush,
     Leave,
@@ -152,8 +152,7 @@ class TcpServer(Receiver):
 
     def _answer(self, connection: TcpConnection, number: int, answer: Any) -> None:
         """Send an answer, with the parameters that it has; in any thread."""
-        if isinstance(answer, Exception) and not isinstance(answer, DistNadamError):
-            answer = ShardLost(f"{type(answer).__name__}: {answer}")
+        answer = portable(answer)
         key: _Key | None = None
         parts: Parts = ()
         if isinstance(answer, RoundResult) and answer.parameters is not None:

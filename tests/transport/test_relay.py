@@ -4,7 +4,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from distnadam.transport.far_shard import FarShard, Reach
 from distnadam.transport.relay import is_arena_of
 from distnadam.transport.shared_memory import Arena
 from tests.certificates import certificates
+from tests.eventually import eventually
 from tests.transport.tcp_shards import (
     ANSWER_S,
     CUTS,
@@ -51,13 +52,6 @@ def step(workers: list[Worker], round: int, dtype: Any = "float32") -> list[dict
     """Step once; return each worker's answers."""
     numbers = [w.push(round, gradients(round - 1, w.rank, dtype)) for w in workers]
     return [w.collect(number) for w, number in zip(workers, numbers, strict=True)]
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + ANSWER_S
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])

@@ -2,8 +2,7 @@
 no bit changes and nobody waits for ever.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,6 +14,7 @@ from distnadam.errors import SupersededWorker
 from distnadam.protocol.messages import GroupPush, Push, RoundResult
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.transport import far_shard
+from tests.eventually import eventually
 from tests.transport.tcp_shards import (
     ANSWER_S,
     CUTS,
@@ -89,13 +89,6 @@ def stepped_by_calls() -> Flat:
     host.close()
     shards.close()
     return whole
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + ANSWER_S
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def pushed(host: Host) -> list[set[int]]:

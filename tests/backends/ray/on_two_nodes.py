@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from distnadam.client import push_ahead
 from distnadam.client.status import RunningOptimizer
 from distnadam.protocol.messages import Describe
 from tests.backends.ray.test_backend import title_of
+from tests.eventually import eventually
 
 SIZE = 50_000
 PARAMS = {"w": np.linspace(-1, 1, SIZE, dtype=np.float32)}
@@ -129,13 +129,6 @@ def _environment(pid: int) -> str:
         return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
     except OSError:
         return ""
-
-
-def eventually(what: Callable[[], bool], patience_s: float = 60.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def two_workers_share_one_relay_that_ends_with_the_optimizer(two: Two) -> None:
