@@ -15,7 +15,7 @@ from distnadam.config import Options
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import Message, Pull, Push, PushSlice, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout, Ranges
 
 
@@ -133,6 +133,15 @@ class ShardTransport(ABC):
     @abstractmethod
     def version(self) -> int:
         """A number that grows when this process learns that shards moved or went back."""
+
+    @property
+    def written_here(self) -> Sequence[Array] | None:
+        """The parameters that this process's code can have views of, if shards read its memory."""
+        return None
+
+    def await_work(self) -> None:
+        """Wait until no shard reads what was given to it, if it reads this process's memory."""
+        return
 
     @abstractmethod
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:

@@ -6,13 +6,12 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from threadpoolctl import threadpool_limits
 from typing_extensions import override
 
 from distnadam.backends.base import (
@@ -23,21 +22,22 @@ from distnadam.backends.base import (
     WorkerChannel,
     WorkerGroup,
 )
+from distnadam.backends.local_worker_group import LocalWorkerGroup
 from distnadam.config import Options
-from distnadam.copies import copied
 from distnadam.errors import Reconfigured, StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
 from distnadam.protocol.messages import Message, Pull, Push, RoundResult, ShardSpec, TotalNorms
 from distnadam.protocol.supervisor_messages import Order, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
+from distnadam.shard.phases import Phase
 from distnadam.shield import get_or_interrupt, raise_interrupt, shield
 from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
 from distnadam.supervision.resharding import Resharding, reshard
-from distnadam.tensors.arrays import Flat, cut_flat, empty_flat, memory_for
+from distnadam.tensors.arrays import Array, Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.layout import Layout, Ranges
-from distnadam.threads import renew_after_fork
 from distnadam.transport.parameter_memory import ParameterMemory
 
+_LOOK_S = 0.001
 _SLICE_S = 0.1
 """Seconds between two looks for a Ctrl-C, in a wait for several shards."""
 
@@ -121,64 +121,6 @@ class LocalWorkerChannel(WorkerChannel):
         """Do nothing: the garbage collector frees the memory."""
 
 
-class LocalWorkerGroup(WorkerGroup):
-    """Threads of this process; a member that is ended runs on until its own call returns.
-
-    Args:
-        size: ranks.
-        make: makes a rank's object, of copies of `given`.
-        given: is copied as if it went to another process, so that members share nothing.
-        threads: of the numerical libraries (BLAS, OpenMP) that each rank computes with. Ray sets
-            as many; with another number their sums have other bits.
-    """
-
-    def __init__(
-        self, size: int, make: Callable[..., Any], given: tuple[Any, ...], *, threads: int
-    ) -> None:
-        self._make = make
-        self._given = given
-        self._threads = threads
-        self._limits = threadpool_limits(threads)
-        self._members = {rank: self._made(rank) for rank in range(size)}
-        self.after_fork()
-        renew_after_fork(self)
-
-    def after_fork(self) -> None:
-        """Have threads of this process; what the parent's were called for is the parent's."""
-        self._pool = ThreadPoolExecutor(len(self._members), "worker")
-        self._calls: dict[Future[Any], int] = {}
-
-    @override
-    def call(self, rank: int, method: str, *args: Any) -> None:
-        with memory_for(f"the thread of worker {rank}"):
-            self._calls[self._pool.submit(self._run, rank, method, args)] = rank
-
-    @override
-    def results(self, timeout_s: float) -> list[tuple[int, Any]]:
-        done, _ = wait(self._calls, timeout=timeout_s, return_when=FIRST_COMPLETED)
-        return [(self._calls.pop(future), future.exception() or future.result()) for future in done]
-
-    @override
-    def end(self, rank: int) -> None:
-        self._calls = {future: r for future, r in self._calls.items() if r != rank}
-
-    @override
-    def start(self, rank: int) -> None:
-        self._members[rank] = self._made(rank)
-
-    @override
-    def close(self) -> None:
-        self._pool.shutdown()
-        self._limits.restore_original_limits()
-
-    def _run(self, rank: int, method: str, args: tuple[Any, ...]) -> Any:
-        threadpool_limits(self._threads)  # OpenMP has a number for each thread that calls it
-        return getattr(self._members[rank], method)(*args)
-
-    def _made(self, rank: int) -> Any:
-        return self._make(rank, *copied(self._given, f"worker {rank}"))
-
-
 class LocalTransport(ShardTransport):
     """The shards' hosts, called directly; nothing dies by itself."""
 
@@ -213,6 +155,16 @@ class LocalTransport(ShardTransport):
     @override
     def version(self) -> int:
         return self._version
+
+    @property
+    @override
+    def written_here(self) -> Sequence[Array]:
+        return [values for flat in self.memory.read or () for values in flat.values()]
+
+    @override
+    def await_work(self) -> None:
+        while any(host.shard.phase in (Phase.MEASURING, Phase.STEPPING) for host in self.hosts):
+            time.sleep(_LOOK_S)
 
     @override
     def post(self, messages: Mapping[int, Message | Order]) -> Pending:

@@ -4,14 +4,15 @@ No shards, no Ray.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
+from distnadam.tensors.pieces import Pieces
 
 BLOCK = 65536
 """Elements copied at a time, and checked while they are in the cache."""
@@ -46,6 +47,7 @@ class GradientBuffer:
         self._narrow = [
             i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end
         ]
+        self._large = [(i, t) for i, t in enumerate(layout.tensors) if t.end - t.begin >= BLOCK]
         self._rejection: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
         self._select({})
@@ -70,14 +72,69 @@ class GradientBuffer:
                     np.copyto(view, leaf, casting="same_kind")
                     if tensor.end - reached[tensor.space] < BLOCK:
                         continue
-                    self._check_finite(tensor.space, reached[tensor.space], tensor.end)
+                    begin, end = reached[tensor.space], tensor.end
+                    self._check_finite(tensor.space, self.flat[tensor.space][begin:end], begin)
                 else:
-                    self._check_finite(tensor.space, reached[tensor.space], tensor.begin)
+                    begin, end = reached[tensor.space], tensor.begin
+                    self._check_finite(tensor.space, self.flat[tensor.space][begin:end], begin)
                     self._copy(tensor, leaf)
                 reached[tensor.space] = tensor.end
             for space, values in self.flat.items():
-                self._check_finite(space, reached[space], values.size)
+                self._check_finite(space, values[reached[space] :], reached[space])
         return self._rejection
+
+    def lend(
+        self, gradients: Any, ranges: list[Ranges], apart_from: Sequence[Array]
+    ) -> tuple[str | None, list[Flat]]:
+        """Check a tree of gradients; return why they cannot be used, or None, and each shard's.
+
+        A large tensor that is contiguous and of its space's dtype is read where it lies, so it must
+        stay as it is until the round is decided; all others are copied.
+
+        Args:
+            gradients: as `fill` takes them.
+            ranges: what each shard holds.
+            apart_from: memory that a step writes; what may overlap it is copied.
+
+        Raises:
+            StructureError: a tensor's path, shape or dtype is not the model's.
+        """
+        if not self._large:
+            return self.fill(gradients), self.parts(ranges)
+        leaves = self._layout.leaves(gradients, what=self._what)
+        lent = {
+            index: leaf.reshape(-1)
+            for index, tensor in self._large
+            if (leaf := leaves[index]).dtype == dtype_of(tensor.space)
+            and leaf.flags.c_contiguous
+            and leaf.flags.aligned
+            and not any(np.may_share_memory(leaf, memory) for memory in apart_from)
+        }
+        if not lent:
+            return self.fill(gradients), self.parts(ranges)
+        self._select({})
+        self._rejection = None
+        wholes: dict[str, list[Array]] = {space: [] for space in self.flat}
+        copied = dict.fromkeys(self.flat, 0)  # where the elements begin that are copied together
+        with own_errors():
+            for index, (tensor, leaf) in enumerate(zip(self._layout.tensors, leaves, strict=True)):
+                if index not in lent:
+                    self._copy(tensor, leaf)
+                    continue
+                wholes[tensor.space] += [
+                    self.flat[tensor.space][copied[tensor.space] : tensor.begin],
+                    lent[index],
+                ]
+                self._check_finite(tensor.space, lent[index], tensor.begin)
+                copied[tensor.space] = tensor.end
+        for space, arrays in wholes.items():
+            arrays.append(self.flat[space][copied[space] :])
+        pieces = {space: Pieces(arrays) for space, arrays in wholes.items()}
+        return self._rejection, [
+            # read by slices alone, as an array is
+            {s: cast(Array, pieces[s].cut(begin, end)) for s, (begin, end) in each.items()}
+            for each in ranges
+        ]
 
     @property
     def has_views(self) -> bool:
@@ -155,7 +212,7 @@ class GradientBuffer:
         self._rejection = None
         with own_errors():
             for space, values in self.flat.items():
-                self._check_finite(space, 0, values.size)
+                self._check_finite(space, values, 0)
         return self._rejection
 
     def parts(self, ranges: list[Ranges]) -> list[Flat]:
@@ -192,33 +249,31 @@ class GradientBuffer:
         for begin in range(0, source.size, BLOCK):
             piece = slice(begin, begin + BLOCK)
             np.copyto(target[piece], source[piece], casting="same_kind")
-            self._check_finite(
-                tensor.space, tensor.begin + begin, min(tensor.begin + begin + BLOCK, tensor.end)
-            )
+            self._check_finite(tensor.space, target[piece], tensor.begin + begin)
 
-    def _check_finite(self, space: str, begin: int, end: int) -> None:
-        """Record the first element of [begin, end) that is not finite or whose square overflows.
+    def _check_finite(self, space: str, values: Array, begin: int) -> None:
+        """Record the first of the space's elements from `begin` on that is not finite, or whose
+        square overflows.
 
         A block's dot product with itself is finite only if every element and square is; only a
         block that fails this is searched. The caller has overflows and NaN ignored.
         """
         if self._rejection is not None or not self._check:
             return
-        values = self.flat[space]
-        for low in range(begin, end, BLOCK):
-            wide = values[low : min(low + BLOCK, end)].astype(space, copy=False)
+        for low in range(0, values.size, BLOCK):
+            wide = values[low : low + BLOCK].astype(space, copy=False)
             if not math.isfinite(wide.dot(wide)):
                 bad = ~np.isfinite(np.square(wide))
                 if bad.any():
-                    self._rejection = self._describe(space, low + int(bad.argmax()))
+                    first = low + int(bad.argmax())
+                    self._rejection = self._describe(space, begin + first, values[first])
                     return
 
-    def _describe(self, space: str, offset: int) -> str:
+    def _describe(self, space: str, offset: int, value: Any) -> str:
         tensor = next(
             t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end
         )
         where = tuple(int(i) for i in np.unravel_index(offset - tensor.begin, tensor.shape))
-        value = self.flat[space][offset]
         return (
             f"{self._who}: gradient {tensor.path!r} is not finite, or its square overflows, "
             f"at index {where}: {value!r}"

@@ -250,25 +250,30 @@ class ShardGroup:
     def _step(self, step: DirectStep, gradients: Any) -> RoundResult:
         with self.boundary(step) as at:
             step.choose_round(at.held)
-            rejection, parts = self._fill(gradients)
-            answers = self.ask(
-                {i: step.message(at.token, part, rejection) for i, part in enumerate(parts)},
-                who=_DIRECT,
-            )
-            measured = {
-                i: answer.sums
-                for i, answer in sorted(answers.items())
-                if isinstance(answer, PartialNorms)
-            }
-            if len(measured) == len(answers):
-                step.square_sums = tensor_square_sums(
-                    len(self.layout.tensors), list(measured.values())
-                )
-            if measured:
-                norms = StepNorms(at.token, step.square_sums)
-                answers |= self.ask(dict.fromkeys(measured, norms), who=_DIRECT)
-            decided: RoundResult = answers[0]
-            return decided
+            rejection, parts = self._take(gradients)
+            try:
+                return self._apply(step, at.token, rejection, parts)
+            except BaseException:
+                self.backend.transport.await_work()  # another thread's may read what was lent
+                raise
+
+    def _apply(
+        self, step: DirectStep, token: str, rejection: str | None, parts: list[Flat]
+    ) -> RoundResult:
+        messages = {i: step.message(token, part, rejection) for i, part in enumerate(parts)}
+        answers = self.ask(messages, who=_DIRECT)
+        measured = {
+            i: answer.sums
+            for i, answer in sorted(answers.items())
+            if isinstance(answer, PartialNorms)
+        }
+        if len(measured) == len(answers):
+            step.square_sums = tensor_square_sums(len(self.layout.tensors), list(measured.values()))
+        if measured:
+            norms = StepNorms(token, step.square_sums)
+            answers |= self.ask(dict.fromkeys(measured, norms), who=_DIRECT)
+        decided: RoundResult = answers[0]
+        return decided
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state into another number of shards between two rounds.
@@ -283,13 +288,17 @@ class ShardGroup:
         if num_shards != self.backend.transport.num_shards:
             self._said_if_long(f"reshard to {num_shards} shards", move)
 
-    def _fill(self, gradients: Any) -> tuple[str | None, list[Flat]]:
-        """Copy a gradient tree into this handle's buffer, and return why not, and its parts."""
+    def _take(self, gradients: Any) -> tuple[str | None, list[Flat]]:
+        """Return why a gradient tree cannot be used, or None, and each shard's part of it: in this
+        handle's buffer, or where it lies if the shards read this process's memory.
+        """
         if self._buffer is None:
             memory = empty_flat(self.layout.sizes)
             self._buffer = GradientBuffer(
                 self.layout, _DIRECT, memory, check=self.options.check_gradients
             )
+        if (written := self.backend.transport.written_here) is not None:
+            return self._buffer.lend(gradients, self.ranges, written)
         return self._buffer.fill(gradients), self._buffer.parts(self.ranges)
 
     def for_all(self, message: Message) -> dict[int, Message]:

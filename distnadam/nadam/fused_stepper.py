@@ -17,6 +17,7 @@ from distnadam.nadam.fused import load_loop
 from distnadam.nadam.fused_abi import BLOCK
 from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
 from distnadam.tensors.arrays import Array, own_errors
+from distnadam.tensors.pieces import Pieces, stretches
 
 WIDENED = 65536
 """Elements of half precision that are widened at a time before the loop takes them."""
@@ -47,14 +48,13 @@ class FusedStepper(Stepper):
                 math.nan if part.scale is None else part.scale,
                 math.nan if clip is None else clip,
             )
-            stride = WIDENED if memory.has_half else part.end
-            for begin in range(part.begin, part.end, stride):
-                end = min(begin + stride, part.end)
-                if memory.has_half:
+            whole = [(part.begin, part.end)] if part.begin < part.end else []
+            for begin, end in whole if memory.is_direct else self._stretches(part, step.gradients):
+                if memory.is_direct:
+                    addresses = [address + begin * size for address in memory.addresses]
+                else:
                     wide = [g[begin:end].astype(self._dtype, copy=False) for g in step.gradients]
                     addresses = [g.ctypes.data for g in wide]
-                else:
-                    addresses = [address + begin * size for address in memory.addresses]
                 self._loop(
                     end - begin,
                     len(addresses),
@@ -69,6 +69,16 @@ class FusedStepper(Stepper):
                     None if kept is None else kept + begin * size,
                     None if slots.rounded is None else slots.rounded[begin:end].ctypes.data,
                 )
+
+    def _stretches(
+        self, part: Part, gradients: Sequence[Array | Pieces]
+    ) -> Sequence[tuple[int, int]]:
+        """Return the stretches of a part that the loop takes at a time: each lies in one array of
+        every gradient, and is short where one must be widened.
+        """
+        bounds = [bound for g in gradients if isinstance(g, Pieces) for bound in g.bounds]
+        has_half = any(gradient.dtype != self._dtype for gradient in gradients)
+        return stretches(part.begin, part.end, WIDENED if has_half else part.end, bounds)
 
 
 class _Memory:
@@ -86,19 +96,22 @@ class _Memory:
         self.coefficients = (number * 5)()
         self.modifiers = (number * 3)()
         self.numbers = ctypes.addressof(self.coefficients), ctypes.addressof(self.modifiers)
-        self._gradients: list[weakref.ref[Array]] = []  # keeps none of them alive
+        self._gradients: list[weakref.ref[Array | Pieces]] = []  # keeps none of them alive
         self._group_sizes: Sequence[int] = ()
         self.addresses: list[int] = []
-        self.has_half = False
+        self.is_direct = True  # the loop reads the gradients themselves, each in one array
         self.sizes: Any = ()
 
-    def look_at(self, gradients: Sequence[Array], sizes: Sequence[int]) -> None:
+    def look_at(self, gradients: Sequence[Array | Pieces], sizes: Sequence[int]) -> None:
         """Learn where a step's gradients lie, and put the groups' sizes into memory."""
         known = self._gradients
         if len(known) != len(gradients) or any(map(is_not, map(call, known), gradients)):
             self._gradients = [weakref.ref(array) for array in gradients]
-            self.addresses = [array.ctypes.data for array in gradients]
-            self.has_half = any(array.dtype != self._dtype for array in gradients)
+            whole = [g for g in gradients if not isinstance(g, Pieces)]
+            self.addresses = [array.ctypes.data for array in whole]
+            self.is_direct = len(whole) == len(gradients) and all(
+                gradient.dtype == self._dtype for gradient in gradients
+            )
         if self._group_sizes != sizes:
             self._group_sizes = sizes
             self.sizes = (ctypes.c_ssize_t * len(sizes))(*sizes)

@@ -19,6 +19,7 @@ from distnadam.errors import KernelError
 from distnadam.nadam.mean import BLOCK_BYTES, Grouping
 from distnadam.nadam.step_scalars import StepScalars
 from distnadam.tensors.arrays import SPACES, Array
+from distnadam.tensors.pieces import Pieces
 from distnadam.threads import renew_after_fork
 
 _DENORMAL = {
@@ -77,8 +78,8 @@ class RangeStep:
 
     Attributes:
         slots: the range's arrays.
-        gradients: arrays of the range's length, in its dtype or in half precision, which is
-            widened first; in rank order.
+        gradients: arrays, or pieces of them, of the range's length, in its dtype or in half
+            precision, which is widened first; in rank order.
         grouping: how they are averaged.
         scalars: the step's.
         clipvalue: largest magnitude of an element of the mean gradient; None does not clip.
@@ -87,7 +88,7 @@ class RangeStep:
     """
 
     slots: Slots
-    gradients: Sequence[Array]
+    gradients: Sequence[Array | Pieces]
     grouping: Grouping
     scalars: StepScalars
     clipvalue: float | None = None

@@ -8,7 +8,7 @@ import pytest
 from typing_extensions import override
 
 from distnadam import DistNadam
-from distnadam.backends.local import LocalWorkerGroup
+from distnadam.backends.local_worker_group import LocalWorkerGroup
 from distnadam.errors import TrainingError, WorkerLost
 from distnadam.training.rank_loop import RankLoop
 from distnadam.training.rank_runner import (

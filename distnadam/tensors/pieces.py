@@ -1,0 +1,51 @@
+"""Several arrays read as if they lay one after the other in one, where each of them lies."""
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from distnadam.tensors.arrays import Array
+
+
+class Pieces:
+    """1-D arrays of one dtype as one, which can be sliced; never written.
+
+    Attributes:
+        dtype: of the elements.
+        size: how many there are.
+        bounds: where each array begins, and `size`.
+    """
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self._arrays = arrays
+        self.dtype = arrays[0].dtype
+        self.bounds = [0, *accumulate(array.size for array in arrays)]
+        self.size = self.bounds[-1]
+
+    def __getitem__(self, elements: slice) -> Array:
+        """Return [start, stop): a view where they lie in one array, else a copy."""
+        found = self._between(elements.start, elements.stop)
+        return found[0] if len(found) == 1 else np.concatenate([self._arrays[0][:0], *found])
+
+    def cut(self, begin: int, end: int) -> "Array | Pieces":
+        """Return elements [begin, end), where they lie."""
+        found = self._between(begin, end)
+        return Pieces(found) if len(found) > 1 else self[begin:end]
+
+    def _between(self, begin: int, end: int) -> list[Array]:
+        return [
+            array[max(begin, low) - low : min(end, high) - low]
+            for array, (low, high) in zip(self._arrays, pairwise(self.bounds), strict=True)
+            if max(begin, low) < min(end, high)
+        ]
+
+
+def stretches(begin: int, end: int, most: int, bounds: Iterable[int]) -> list[tuple[int, int]]:
+    """Cut [begin, end) at the bounds, and into stretches of `most` elements at most."""
+    inner = sorted({bound for bound in bounds if begin < bound < end})
+    return [
+        (low, min(low + most, high))
+        for start, high in pairwise([begin, *inner, end])
+        for low in range(start, high, most)
+    ]
