@@ -10,7 +10,7 @@ import pytest
 
 from tests.deploy.test_two_nodes import environment, free_port, node
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(300)]
 
 
 def distnadam(env: dict[str, str], *args: object) -> subprocess.CompletedProcess[str]:

@@ -80,7 +80,7 @@ print(json.dumps({"ends": ends, "over": over, "created": created / P}))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_cluster_whose_stores_have_the_formulas_size_spills_nothing(tmp_path: Path) -> None:
     if importlib.util.find_spec("grpc") is None:

@@ -77,6 +77,7 @@ def test_from_a_job(cluster: Cluster, tmp_path: Path) -> None:
     assert "resuming from" in again
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not TRAINS, reason="Ray Train needs ray[train], of the extra interop")
 def test_from_a_function_of_ray_train(cluster: Cluster, tmp_path: Path) -> None:
     said = cluster.python(cluster.hosts[0], EXAMPLES / "train_function.py", tmp_path).finish()

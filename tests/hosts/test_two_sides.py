@@ -44,7 +44,9 @@ def wait_for(what: Callable[[], bool]) -> None:
         pytest.param("cut", 0, False, id="cut off", marks=pytest.mark.nightly),
         pytest.param("cut", 1, True, id="cut off with its supervisor"),
         pytest.param("silence", 1, False, id="not heard", marks=pytest.mark.nightly),
-        pytest.param("deafen", 0, True, id="not hearing, with its supervisor"),
+        pytest.param(
+            "deafen", 0, True, id="not hearing, with its supervisor", marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_a_side_that_is_cut_off_stops_before_the_other_continues_and_is_then_refused(

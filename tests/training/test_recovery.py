@@ -86,7 +86,7 @@ def train(task: Any, directory: Path, **how: Any) -> Any:
     [
         ({(1, 5): "worker", (0, 12): "shard"}, 0),
         pytest.param(
-            {(1, 5): "worker", (1, 12): "shard", (0, 17): "worker"}, 0, marks=pytest.mark.slow
+            {(1, 5): "worker", (1, 12): "shard", (0, 17): "worker"}, 0, marks=pytest.mark.nightly
         ),
         pytest.param({(0, 3): "shard"}, 0, marks=pytest.mark.nightly),
         pytest.param({(1, 12): "shard", (0, 20): "worker"}, 1, marks=pytest.mark.slow),
