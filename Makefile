@@ -20,10 +20,11 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint
 PYTEST_OPTIONS := --numprocesses $(JOBS)
 # One takes chaos and hosts, which mostly wait, and the other the rest.
 SLOW_OPTIONS := --numprocesses 2
+AGAIN := -m pytest --last-failed --last-failed-no-failures none
 COVERAGE_OPTIONS := $(if $(COV),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow nightly test-ray-versions coverage lint format types wheel chaos bench clean
+.PHONY: help train test test-again slow slow-again nightly test-ray-versions coverage lint format types wheel chaos bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,12 @@ test: $(VENV)/installed ## set up, then run all tests but the slow ones; COV=1 a
 
 slow: $(INTEROP)/installed ## the slow tests: other frameworks, chaos, several hosts (needs root)
 	$(INTEROP)/bin/python -m pytest -m "slow and not nightly" $(SLOW_OPTIONS)
+
+test-again: $(VENV)/installed ## what failed of them, one test after the other
+	$(BIN)/python $(AGAIN)
+
+slow-again: $(INTEROP)/installed ## what failed of the slow ones, one test after the other
+	$(INTEROP)/bin/python $(AGAIN)
 
 nightly: $(INTEROP)/installed ## what repeats slow tests in a costlier form; each night, not in .ci/run
 	$(INTEROP)/bin/python -m pytest -m nightly $(SLOW_OPTIONS)
