@@ -140,7 +140,10 @@ class ShardTransport(ABC):
         return None
 
     def await_work(self) -> None:
-        """Wait until no shard reads what was given to it, if it reads this process's memory."""
+        """Wait until no shard reads what was given to it, if it reads this process's memory.
+
+        A second interrupt ends the wait, and so does the step's timeout.
+        """
         return
 
     @abstractmethod

@@ -163,7 +163,11 @@ class LocalTransport(ShardTransport):
 
     @override
     def await_work(self) -> None:
+        deadline = time.monotonic() + self.specs[0].options.step_timeout_s
         while any(host.shard.phase in (Phase.MEASURING, Phase.STEPPING) for host in self.hosts):
+            raise_interrupt()
+            if time.monotonic() > deadline:
+                return
             time.sleep(_LOOK_S)
 
     @override

@@ -88,8 +88,9 @@ class GradientBuffer:
     ) -> tuple[str | None, list[Flat]]:
         """Check a tree of gradients; return why they cannot be used, or None, and each shard's.
 
-        A large tensor that is contiguous and of its space's dtype is read where it lies, so it must
-        stay as it is until the round is decided; all others are copied.
+        Large tensors that are contiguous and of their space's dtype are read where they lie if they
+        are most of the model, so they must stay as they are until the round is decided; all others
+        are copied.
 
         Args:
             gradients: as `fill` takes them.
@@ -110,8 +111,8 @@ class GradientBuffer:
             and leaf.flags.aligned
             and not any(np.may_share_memory(leaf, memory) for memory in apart_from)
         }
-        if not lent:
-            return self.fill(gradients), self.parts(ranges)
+        if 2 * sum(map(np.size, lent.values())) < self._layout.num_elements:
+            return self.fill(self._layout.unflatten(leaves)), self.parts(ranges)
         self._select({})
         self._rejection = None
         wholes: dict[str, list[Array]] = {space: [] for space in self.flat}
@@ -119,16 +120,17 @@ class GradientBuffer:
         with own_errors():
             for index, (tensor, leaf) in enumerate(zip(self._layout.tensors, leaves, strict=True)):
                 if index not in lent:
-                    self._copy(tensor, leaf)
+                    np.copyto(self._views[index], leaf, casting="same_kind")
                     continue
-                wholes[tensor.space] += [
-                    self.flat[tensor.space][copied[tensor.space] : tensor.begin],
-                    lent[index],
-                ]
+                begin = copied[tensor.space]
+                between = self.flat[tensor.space][begin : tensor.begin]
+                self._check_finite(tensor.space, between, begin)
                 self._check_finite(tensor.space, lent[index], tensor.begin)
+                wholes[tensor.space] += [between, lent[index]]
                 copied[tensor.space] = tensor.end
-        for space, arrays in wholes.items():
-            arrays.append(self.flat[space][copied[space] :])
+            for space, arrays in wholes.items():
+                arrays.append(self.flat[space][copied[space] :])
+                self._check_finite(space, arrays[-1], copied[space])
         pieces = {space: Pieces(arrays) for space, arrays in wholes.items()}
         return self._rejection, [
             # read by slices alone, as an array is

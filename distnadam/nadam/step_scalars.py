@@ -79,11 +79,10 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
 
 
 def prepare(clock: Clock, config: NadamConfig) -> None:
-    """Compute the powers that coming steps need, so that a step itself finds them kept: those of
-    several steps at once, which takes little longer than those of one.
+    """Compute the powers that the step after `clock` needs, so that the step itself finds them
+    kept: from time to time those of several steps at once, which takes little longer.
     """
-    if clock.iterations % _AHEAD:
-        return
-    for number in range(clock.iterations + 1, clock.iterations + _AHEAD + 1):
+    count = 1 if clock.iterations % _AHEAD else _AHEAD
+    for number in range(clock.iterations + 1, clock.iterations + count + 1):
         power_of_step(0.96, config.schedule_decay, number + 1)
         power_of_step(config.beta_2, 1.0, number)

@@ -7,10 +7,9 @@ order of operations in `NumPyStepper` is the canonical one: every kernel gives t
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -141,7 +140,13 @@ class Stepper(ABC):
             for parts in shares:
                 self._step_share(0, parts, step)
         else:
-            list(self._pool.map(self._step_share, range(len(shares)), shares, repeat(step)))
+            steps = [
+                self._pool.submit(self._step_share, thread, parts, step)
+                for thread, parts in enumerate(shares)
+            ]
+            wait(steps)  # what fails in one of them is raised once none reads the gradients
+            for each in steps:
+                each.result()
 
     def close(self) -> None:
         """Stop the threads."""

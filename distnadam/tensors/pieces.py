@@ -1,5 +1,6 @@
 """Several arrays read as if they lay one after the other in one, where each of them lies."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
@@ -34,11 +35,14 @@ class Pieces:
         return Pieces(found) if len(found) > 1 else self[begin:end]
 
     def _between(self, begin: int, end: int) -> list[Array]:
-        return [
-            array[max(begin, low) - low : min(end, high) - low]
-            for array, (low, high) in zip(self._arrays, pairwise(self.bounds), strict=True)
-            if max(begin, low) < min(end, high)
-        ]
+        found = []
+        index = max(0, bisect_right(self.bounds, begin) - 1)
+        while index < len(self._arrays) and (low := self.bounds[index]) < end:
+            part = self._arrays[index][max(begin, low) - low : end - low]
+            if part.size:
+                found.append(part)
+            index += 1
+        return found
 
 
 def stretches(begin: int, end: int, most: int, bounds: Iterable[int]) -> list[tuple[int, int]]:
@@ -47,5 +51,5 @@ def stretches(begin: int, end: int, most: int, bounds: Iterable[int]) -> list[tu
     return [
         (low, min(low + most, high))
         for start, high in pairwise([begin, *inner, end])
-        for low in range(start, high, most)
+        for low in range(start, high, max(1, most))
     ]

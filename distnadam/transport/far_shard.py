@@ -153,7 +153,7 @@ class FarShard(Receiver):
     def close(self) -> None:
         """Hang up on the workers and on the shard; call this from outside the loop's thread."""
         self.workers.close()
-        self._carrier.shutdown(wait=False, cancel_futures=True)
+        self._carrier.shutdown(wait=False)
         self._thread.run(self._close(), _CLOSE_S)
 
     async def _close(self) -> None:
@@ -234,6 +234,8 @@ class FarShard(Receiver):
     # From the shard to the workers
 
     def _carried(self, reply: Reply, answer: Any) -> None:
+        if self._is_closed:
+            return  # the workers are hung up on, and the memory may be another's now
         if isinstance(answer, RoundResult):
             try:
                 if self._connection is not None and self._parameters.is_overtaken_by(answer):

@@ -26,6 +26,8 @@ from distnadam.tensors.layout import Ranges
 
 _PAGE = mmap.PAGESIZE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_ADVISED_BYTES = 64 * 2**20
+"""Bytes on which the system is given advice at a time."""
 # MADV_* of Linux 5.14, which the mmap module does not name yet
 POPULATE_READ = 22
 POPULATE_WRITE = 23
@@ -135,12 +137,18 @@ class Arena:
                 begin -= begin % _PAGE
                 if end > begin:
                     with suppress(OSError, ValueError):
-                        self._map.madvise(advice, begin, end - begin)
+                        _advise(self._map, advice, begin, end)
                 offset += _space_bytes(dtype, n)
 
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):
             os.close(self.fd)
+
+
+def _advise(memory: mmap.mmap, advice: int, begin: int, end: int) -> None:
+    """Give advice on bytes [begin, end), a part at a time: meanwhile no other thread runs."""
+    for low in range(begin, end, _ADVISED_BYTES):
+        memory.madvise(advice, low, min(_ADVISED_BYTES, end - low))
 
 
 def sealed_memfd(size: int) -> int:
@@ -172,7 +180,9 @@ def reserve(memory: mmap.mmap, fd: int, size: int) -> None:
     signal later.
     """
     try:
-        memory.madvise(POPULATE_WRITE)  # through the mapping, which may have huge pages
+        _advise(
+            memory, POPULATE_WRITE, 0, len(memory)
+        )  # through the mapping, which may have huge pages
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

@@ -20,7 +20,7 @@ from distnadam.tensors.layout import Layout
 from tests.models import bits
 
 MODEL = {
-    "a": np.ones(BLOCK + 5000, np.float32),
+    "a": np.ones(4 * BLOCK + 5000, np.float32),
     "b": np.ones(10, np.float32),
     "c": np.ones((300, 400), np.float32),
     "d": np.ones((), np.float32),

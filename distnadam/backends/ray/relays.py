@@ -19,7 +19,7 @@ log = logging.getLogger("distnadam")
 
 _START_S = 60.0
 _BEAT_S = 1.0
-_SILENT_S = 5.0
+_SILENT_S = 10.0
 """Seconds after which one that does not answer is ended, if shards have no less: nothing is lost
 with it.
 """
