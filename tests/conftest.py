@@ -101,6 +101,8 @@ def pytest_unconfigure() -> None:
 def ray_cluster() -> Iterator[None]:
     import ray
 
+    from distnadam.backends.ray.session import shut_down_ray
+
     with open(f"{RAY_DIR}/starting", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # one after the other, or none is up in the time it has
         ray.init(
@@ -113,7 +115,7 @@ def ray_cluster() -> Iterator[None]:
     # it looks for new output ten times a second, for nobody
     ray._private.worker._global_node.kill_log_monitor()
     yield
-    ray.shutdown()
+    shut_down_ray()
 
 
 @pytest.fixture(scope="module")

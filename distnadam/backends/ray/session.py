@@ -13,7 +13,9 @@ import shlex
 import socket
 import sys
 import tempfile
+import threading
 import time
+from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
@@ -28,11 +30,14 @@ from distnadam.backends.ray.joined import (
 from distnadam.backends.ray.output import drain_output, show_output
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NotRunning
+from distnadam.threads import start as start_thread
 
 log = logging.getLogger("distnadam")
 
 _ANSWER_S = 5.0
 _PAUSE_S = 0.05
+_SHUT_DOWN_S = 30.0
+"""Seconds after which a head is killed that keeps its Ray from being shut down."""
 _LONGEST_TMPDIR = 40
 """Characters of a folder for temporary files in which the name of a Unix socket of Ray's fits."""
 _NAMESPACE = "distnadam-driver"
@@ -61,7 +66,7 @@ class OwnedRay:
         except Exception as error:  # the system's refusals come as many classes
             killed = why_lost_while_starting()
             with contextlib.suppress(Exception):
-                ray.shutdown()  # of what it had started
+                shut_down_ray()  # what it had started
             if killed is not None:
                 raise ray_lost(killed) from error
             raise ClusterError(
@@ -106,10 +111,34 @@ class OwnedRay:
         """Stop every process of this Ray; the environment keeps the token, which Ray has cached."""
         if not is_forked():
             drain_output()
-            ray.shutdown()
+            shut_down_ray()
         if self._token_file is not None:
             with contextlib.suppress(OSError):
                 os.remove(self._token_file)
+
+
+def shut_down_ray() -> None:
+    """Shut down the Ray that this process started, also where its head does not answer any more.
+
+    Ray asks its head for something, with no limit of time, in a call that no signal ends.
+    """
+    node = ray_worker._global_node
+    if node is None:
+        ray.shutdown()
+        return
+    killer = threading.Timer(_SHUT_DOWN_S, _kill_head, [node])
+    killer.daemon = True
+    with contextlib.suppress(RuntimeError):  # the system has no thread
+        start_thread(killer)
+    try:
+        ray.shutdown()
+    finally:
+        killer.cancel()
+
+
+def _kill_head(node: Any) -> None:
+    with contextlib.suppress(Exception):  # it has ended
+        node.kill_gcs_server(check_alive=False)
 
 
 def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay | None:

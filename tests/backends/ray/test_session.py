@@ -87,3 +87,28 @@ def test_a_process_of_a_ray_that_starts_is_named_once_it_was_killed(
     with subprocess.Popen([program, "no time"], stderr=subprocess.DEVNULL) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert why_lost_while_starting() is None, "it ended by itself, and would again"
+
+
+SILENT_HEAD = """
+import os, signal
+import ray
+from ray._private import worker
+from distnadam.backends.ray import session
+session._SHUT_DOWN_S = 2.0
+owned = session.connect_or_start(None)
+(head,) = worker._global_node.all_processes["gcs_server"]
+os.kill(head.process.pid, signal.SIGSTOP)
+owned.shut_down()
+print("shut down", not ray.is_initialized(), head.process.poll() is not None)
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_of_our_own_whose_head_stands_still_is_shut_down_all_the_same() -> None:
+    """Ray itself waits for ever for its head, in a call that no signal ends."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    command = [sys.executable, "-c", SILENT_HEAD]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.stdout.splitlines()[-1:] == ["shut down True True"], done.stderr
