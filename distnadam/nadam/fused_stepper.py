@@ -39,7 +39,13 @@ class FusedStepper(Stepper):
         check_denormals(self._dtype)
         memory, size = self._memory[thread], self._dtype.itemsize
         slots, keep, clip = step.slots, step.keep, step.clipvalue
-        memory.look_at(step.gradients, step.grouping.sizes)
+        known, sizes = memory.gradients, step.grouping.sizes
+        if (
+            len(known) != len(step.gradients)
+            or any(map(is_not, map(call, known), step.gradients))
+            or memory.group_sizes != sizes
+        ):
+            memory.look_at(step.gradients, sizes)
         kept = None if keep is None else keep.ctypes.data
         memory.coefficients[:] = step.scalars.coefficients
         for part in parts:
@@ -96,22 +102,19 @@ class _Memory:
         self.coefficients = (number * 5)()
         self.modifiers = (number * 3)()
         self.numbers = ctypes.addressof(self.coefficients), ctypes.addressof(self.modifiers)
-        self._gradients: list[weakref.ref[Array | Pieces]] = []  # keeps none of them alive
-        self._group_sizes: Sequence[int] = ()
+        self.gradients: list[weakref.ref[Array | Pieces]] = []  # keeps none of them alive
+        self.group_sizes: Sequence[int] = ()
         self.addresses: list[int] = []
         self.is_direct = True  # the loop reads the gradients themselves, each in one array
         self.sizes: Any = ()
 
     def look_at(self, gradients: Sequence[Array | Pieces], sizes: Sequence[int]) -> None:
         """Learn where a step's gradients lie, and put the groups' sizes into memory."""
-        known = self._gradients
-        if len(known) != len(gradients) or any(map(is_not, map(call, known), gradients)):
-            self._gradients = [weakref.ref(array) for array in gradients]
-            whole = [g for g in gradients if not isinstance(g, Pieces)]
-            self.addresses = [array.ctypes.data for array in whole]
-            self.is_direct = len(whole) == len(gradients) and all(
-                gradient.dtype == self._dtype for gradient in gradients
-            )
-        if self._group_sizes != sizes:
-            self._group_sizes = sizes
-            self.sizes = (ctypes.c_ssize_t * len(sizes))(*sizes)
+        self.gradients = [weakref.ref(array) for array in gradients]
+        whole = [g for g in gradients if not isinstance(g, Pieces)]
+        self.addresses = [array.ctypes.data for array in whole]
+        self.is_direct = len(whole) == len(gradients) and all(
+            gradient.dtype == self._dtype for gradient in gradients
+        )
+        self.group_sizes = sizes
+        self.sizes = (ctypes.c_ssize_t * len(sizes))(*sizes)

@@ -5,7 +5,7 @@ Each step from outside is an incarnation of its own, so a run of these rises wit
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 DIRECT = -1
@@ -45,7 +45,9 @@ class Ledger:
         before.
         """
         runs = self._runs.setdefault(rank, [])
-        if runs and runs[-1][2] == decided - 1 and _counts(rank, runs[-1], decided) == incarnation:
+        first, began, last = runs[-1] if runs else (0, 0, 0)
+        following = first + decided - began if rank == DIRECT else first
+        if runs and last == decided - 1 and following == incarnation:
             runs[-1][2] = decided
         else:
             runs.append([incarnation, decided, decided])
@@ -53,7 +55,8 @@ class Ledger:
     def counted(self, rank: int, incarnation: int, decided: int) -> bool:
         """Whether the push of (rank, incarnation) for that round was counted."""
         return any(
-            first <= decided <= last and _counts(rank, (i, first), decided) == incarnation
+            first <= decided <= last
+            and incarnation == (i + decided - first if rank == DIRECT else i)
             for i, first, last in reversed(self._runs.get(rank, []))
         )
 
@@ -80,9 +83,3 @@ class Ledger:
             ledger._runs.setdefault(rank, []).append([incarnation, first, last])
         ledger.newest = Counter(dict(data["newest"]))
         return ledger
-
-
-def _counts(rank: int, run: Sequence[int], decided: int) -> int:
-    """Return the incarnation that a run, if it holds the round, counts there."""
-    incarnation, first = run[0], run[1]
-    return incarnation + decided - first if rank == DIRECT else incarnation
