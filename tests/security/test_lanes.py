@@ -30,8 +30,8 @@ for name, token in zip(sys.argv[1::2], sys.argv[2::2]):
         print(error)
     raw = socket.socket(socket.AF_UNIX)
     raw.connect("\\0" + name)
-    raw.sendall(b"x" * 100)
     try:
+        raw.sendall(b"x" * 100)
         print(socket.recv_fds(raw, 100, 4)[:2])
     except ConnectionError as error:
         print("hung up")
