@@ -38,6 +38,7 @@ from distnadam.tensors.layout import Layout, Ranges
 from distnadam.transport.parameter_memory import ParameterMemory
 
 _LOOK_S = 0.001
+"""Seconds between two looks whether a shard still reads what was lent to it."""
 _SLICE_S = 0.1
 """Seconds between two looks for a Ctrl-C, in a wait for several shards."""
 

@@ -180,9 +180,8 @@ def reserve(memory: mmap.mmap, fd: int, size: int) -> None:
     signal later.
     """
     try:
-        _advise(
-            memory, POPULATE_WRITE, 0, len(memory)
-        )  # through the mapping, which may have huge pages
+        # through the mapping, which may have huge pages
+        _advise(memory, POPULATE_WRITE, 0, len(memory))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
