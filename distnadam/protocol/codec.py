@@ -1,12 +1,13 @@
-"""The protocol's messages between a worker and a shard as bytes: msgpack, one frame each. No
-sockets.
+"""The protocol's messages between a worker and a shard as bytes: one frame each. No sockets.
+
+The two messages of every ordinary round have fixed frames (`ordinary_frames`), all others msgpack.
 
 Arrays of gradients and parameters are not in them: those lie in arenas or, between hosts, follow
 the frame, and a push says only in which dtypes.
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -15,6 +16,8 @@ import numpy as np
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol import ordinary_frames
+from distnadam.protocol.frames import frame_of
 from distnadam.protocol.messages import (
     GroupPush,
     Leave,
@@ -27,6 +30,7 @@ from distnadam.protocol.messages import (
     TotalNorms,
     WorkerDied,
 )
+from distnadam.protocol.ordinary_frames import GradientsOf
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
@@ -34,29 +38,14 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedJoin,
     ReplicatedRound,
 )
-from distnadam.tensors.arrays import Flat
-
-HEADER = struct.Struct("<I")
-
 
 _SUMS = 1  # the msgpack extension of a float64 array
 
 
-_MOST_BYTES = 1 << 30
-
-
-GradientsOf = Callable[[dict[str, str]], Flat]
-"""From the dtypes that a worker wrote, by space, to the views of the shard's ranges in its arena.
-"""
-
-
-def frame_of(body: bytes) -> bytes:
-    """Return a frame: the body behind its length."""
-    return HEADER.pack(len(body)) + body
-
-
 def pack(number: int, message: Any) -> bytes:
     """Return a frame: the number that pairs question and answer, and the message."""
+    if (frame := ordinary_frames.pack(number, message)) is not None:
+        return frame
     kind = DistNadamError if isinstance(message, DistNadamError) else type(message)
     if kind not in _FIELDS:
         raise TypeError(f"{type(message).__name__} does not travel by lane")
@@ -67,36 +56,12 @@ def pack(number: int, message: Any) -> bytes:
 def unpack(frame: bytes, gradients_of: GradientsOf | None = None) -> tuple[int, Any]:
     """Return the number and the message of a frame's body; raise LaneError where it is none."""
     try:
+        if (unpack_ordinary := ordinary_frames.UNPACK.get(frame[0])) is not None:
+            return unpack_ordinary(frame, gradients_of)
         number, kind, *fields = msgpack.unpackb(frame, ext_hook=_unpack_array)
         return number, _MAKE[kind](gradients_of, *fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no message: {error}") from error
-
-
-class Frames:
-    """Cuts what a socket yields into frames' bodies."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take bytes and yield each body that is whole now; raise LaneError for a length that
-        cannot be.
-        """
-        if not self._buffer and len(data) >= 4 and len(data) == 4 + HEADER.unpack_from(data)[0]:
-            yield data[4:]  # the usual case: one whole frame
-            return
-        self._buffer += data
-        while len(self._buffer) >= 4:
-            size = HEADER.unpack_from(self._buffer)[0]
-            if size > _MOST_BYTES:
-                raise LaneError(
-                    f"a frame of {size} bytes was announced, expected at most {_MOST_BYTES}"
-                )
-            if len(self._buffer) < 4 + size:
-                return
-            yield bytes(self._buffer[4 : 4 + size])
-            del self._buffer[: 4 + size]
 
 
 def _push(gradients_of: GradientsOf | None, *fields: Any) -> Push:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from distnadam.errors import ArenaError, LaneError
-from distnadam.protocol.codec import HEADER, Frames, frame_of
+from distnadam.protocol.frames import HEADER, Frames, frame_of
 from distnadam.threads import start
 from distnadam.transport.forked_sockets import keep_from_children
 

@@ -19,8 +19,9 @@ from typing import Any
 from typing_extensions import override
 
 from distnadam.errors import LaneError
-from distnadam.protocol.codec import HEADER, pack, unpack
+from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.delivery import Reply, RunWork
+from distnadam.protocol.frames import HEADER
 from distnadam.protocol.messages import (
     GroupPush,
     Leave,

@@ -19,7 +19,8 @@ import numpy as np
 from typing_extensions import override
 
 from distnadam.errors import LaneError
-from distnadam.protocol.codec import frame_of, pack_record, unpack_record
+from distnadam.protocol.codec import pack_record, unpack_record
+from distnadam.protocol.frames import frame_of
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect

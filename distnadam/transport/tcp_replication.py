@@ -24,7 +24,8 @@ import msgpack
 from typing_extensions import override
 
 from distnadam.errors import LaneError
-from distnadam.protocol.codec import HEADER, pack_record, unpack_record
+from distnadam.protocol.codec import pack_record, unpack_record
+from distnadam.protocol.frames import HEADER
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
 from distnadam.transport.replication import ReplicationStream

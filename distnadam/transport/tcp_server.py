@@ -15,8 +15,9 @@ import numpy as np
 from typing_extensions import override
 
 from distnadam.errors import LaneError
-from distnadam.protocol.codec import HEADER, pack, unpack
+from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.delivery import Deliver, portable, run_in_this_thread
+from distnadam.protocol.frames import HEADER
 from distnadam.protocol.messages import (
     GroupPush,
     Leave,

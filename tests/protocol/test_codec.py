@@ -2,6 +2,7 @@
 nonsense is refused.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
-from distnadam.protocol.codec import Frames, pack, unpack
+from distnadam.protocol.codec import pack, unpack
+from distnadam.protocol.frames import Frames
 from distnadam.protocol.messages import (
     Describe,
     GroupPush,
@@ -25,6 +27,7 @@ from distnadam.protocol.messages import (
     TotalNorms,
     WorkerDied,
 )
+from distnadam.tensors.arrays import dtype_of
 
 GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
 MESSAGES: list[Any] = [
@@ -123,10 +126,80 @@ def test_frames_are_whole_however_the_bytes_are_cut(cuts: list[int], seed: int) 
     assert got == [frame[4:] for frame in frames]
 
 
-@given(st.binary(max_size=60))
+@given(st.binary(max_size=60).filter(lambda body: body[:1] not in (b"\1", b"\2")))
 def test_a_frame_that_is_no_message_is_refused(body: bytes) -> None:
     with pytest.raises(LaneError, match="is no message"):
         unpack(body)
+
+
+@given(
+    kind=st.sampled_from([1, 2]),
+    tail=st.binary(max_size=80),
+    gradients_of=st.sampled_from([None, lambda dtypes: GRADIENTS]),
+)
+def test_bytes_behind_the_number_of_a_fixed_frame_are_a_message_or_refused(
+    kind: int, tail: bytes, gradients_of: Any
+) -> None:
+    try:
+        _, message = unpack(bytes([kind]) + tail, gradients_of)
+    except LaneError:
+        return
+    assert isinstance(message, Push if kind == 1 else RoundResult)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        {"float32": "float32"},
+        {"float32": "bfloat16"},
+        {"float64": "float64"},
+        {"float32": "float16", "float64": "float64"},
+        {"float64": "float64", "float32": "float32"},
+    ],
+)
+def test_an_ordinary_push_and_its_rounds_end_come_back(
+    dtypes: dict[str, str],
+) -> None:
+    asked: list[dict[str, str]] = []
+
+    def gradients_of(found: dict[str, str]) -> Any:
+        asked.append(found)
+        return GRADIENTS
+
+    flat = {space: np.zeros(3, dtype_of(name)) for space, name in dtypes.items()}
+    push = Push(epoch=3, rank=2, incarnation=1 << 40, round=1 << 50, gradients=flat, slices=7)
+    number, got = unpack(pack(1 << 40, push)[4:], gradients_of)
+    assert number == 1 << 40
+    assert got == replace(push, gradients=GRADIENTS)
+    assert asked == [dtypes] and list(asked[0]) == list(dtypes)
+    for outcome in ("applied", "skipped", "refused"):
+        result = RoundResult(
+            epoch=1 << 40,
+            round=7,
+            iterations=5,
+            outcome=outcome,
+            rejection=None if outcome == "applied" else "why",
+            lr=0.1 + 0.2,
+            buffer=1,
+            rewound=2,
+        )
+        assert unpack(pack(3, result)[4:]) == (3, result)
+
+
+def test_fixed_frames_cut_short_or_with_an_unknown_index_are_refused() -> None:
+    result = RoundResult(
+        epoch=1, round=7, iterations=5, outcome="applied", rejection=None, lr=0.5, buffer=1
+    )
+    push = Push(**PLACE, gradients={"float32": np.zeros(3, np.float32)})
+    for message in (result, push):
+        body = pack(3, message)[4:]
+        for wrong in (body[:-1], body + b"\0"):
+            with pytest.raises(LaneError, match=f"a frame of {len(wrong)} bytes is no message"):
+                unpack(wrong, lambda dtypes: GRADIENTS)
+    with pytest.raises(LaneError, match="is no message"):
+        unpack(pack(3, push)[4:-1] + b"\xff", lambda dtypes: GRADIENTS)
+    with pytest.raises(LaneError, match="a push came where none is expected"):
+        unpack(pack(3, push)[4:])
 
 
 PLACE = {"epoch": 1, "rank": 0, "incarnation": 1, "round": 2}

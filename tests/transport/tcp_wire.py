@@ -15,7 +15,8 @@ import msgpack
 import numpy as np
 
 from distnadam.errors import LaneError
-from distnadam.protocol.codec import HEADER, pack, unpack
+from distnadam.protocol.codec import pack, unpack
+from distnadam.protocol.frames import HEADER
 from distnadam.protocol.messages import Leave, Push, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.tcp_connection import TcpConnection, check_bytes, greeting, parts_of

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from distnadam.errors import LaneError
-from distnadam.protocol.codec import frame_of
+from distnadam.protocol.frames import frame_of
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.loop_thread import LoopThread
 

@@ -23,7 +23,8 @@ import pytest
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import LaneError
 from distnadam.nadam.step_scalars import Clock, step_scalars
-from distnadam.protocol.codec import HEADER, pack_record
+from distnadam.protocol.codec import pack_record
+from distnadam.protocol.frames import HEADER
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,

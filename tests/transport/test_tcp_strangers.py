@@ -14,7 +14,8 @@ import msgpack
 import pytest
 from typing_extensions import override
 
-from distnadam.protocol.codec import HEADER, pack, pack_record
+from distnadam.protocol.codec import pack, pack_record
+from distnadam.protocol.frames import HEADER
 from distnadam.protocol.messages import RoundResult
 from distnadam.protocol.supervisor_messages import DetachStandby
 from distnadam.transport import tcp_listener

@@ -1,0 +1,42 @@
+"""Frames: a body behind its length, so that what a socket yields can be cut again."""
+
+import struct
+from collections.abc import Iterator
+
+from distnadam.errors import LaneError
+
+HEADER = struct.Struct("<I")
+"""The length of the body that follows."""
+
+_MOST_BYTES = 1 << 30
+
+
+def frame_of(body: bytes) -> bytes:
+    """Return a frame: the body behind its length."""
+    return HEADER.pack(len(body)) + body
+
+
+class Frames:
+    """Cuts what a socket yields into frames' bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take bytes and yield each body that is whole now; raise LaneError for a length that
+        cannot be.
+        """
+        if not self._buffer and len(data) >= 4 and len(data) == 4 + HEADER.unpack_from(data)[0]:
+            yield data[4:]  # the usual case: one whole frame
+            return
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            size = HEADER.unpack_from(self._buffer)[0]
+            if size > _MOST_BYTES:
+                raise LaneError(
+                    f"a frame of {size} bytes was announced, expected at most {_MOST_BYTES}"
+                )
+            if len(self._buffer) < 4 + size:
+                return
+            yield bytes(self._buffer[4 : 4 + size])
+            del self._buffer[: 4 + size]

@@ -1,0 +1,112 @@
+"""The two messages of every ordinary round as fixed binary frames: a push of gradients, and the end
+of its round. They cost a tenth of msgpack's.
+
+A body begins with its kind, a number with which no msgpack list begins.
+"""
+
+import struct
+from collections.abc import Callable
+from itertools import product
+from typing import Any, get_args
+
+from distnadam.errors import LaneError
+from distnadam.protocol.frames import HEADER
+from distnadam.protocol.messages import Outcome, Push, RoundResult
+from distnadam.tensors.arrays import HALF, NAME_OF, SPACES, Flat
+
+GradientsOf = Callable[[dict[str, str]], Flat]
+"""From the dtypes that a worker wrote, by space, to the views of the shard's ranges in its arena.
+"""
+
+_PUSH_KIND = 1
+_PUSH = struct.Struct("<IBQqiqqIB")
+"""The body's length, the kind, the frame's number, epoch, rank, incarnation, round, slices, and the
+index in `_PUSHED_DTYPES`.
+"""
+_PUSH_BODY = struct.Struct("<BQqiqqIB")
+_PUSHED_DTYPES = tuple(
+    dict(zip(spaces, dtypes, strict=True))
+    for spaces in (SPACES, SPACES[:1], SPACES[1:])
+    for dtypes in product(*(sorted(HALF | {s}) if s == "float32" else (s,) for s in spaces))
+)
+"""The dtypes in which gradients may lie, by space."""
+_PUSHED_INDEX = {tuple(dtypes.items()): i for i, dtypes in enumerate(_PUSHED_DTYPES)}
+
+_DECIDED_KIND = 2
+_DECIDED = struct.Struct("<IBQqqqBdBq")
+"""The body's length, the kind, the frame's number, epoch, round, iterations, the index in
+`_OUTCOMES`, the learning rate, the buffer, and the epoch of the last rewind.
+"""
+_DECIDED_BODY = struct.Struct("<BQqqqBdBq")
+_OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+
+def pack(number: int, message: Any) -> bytes | None:
+    """Return the frame of a message; None if it has no fixed one."""
+    if type(message) is Push:
+        return _pack_push(number, message)
+    return _pack_decided(number, message) if type(message) is RoundResult else None
+
+
+def _pack_push(number: int, push: Push) -> bytes | None:
+    """Return the fixed record of a push of gradients; None if it is none."""
+    if push.rejection is not None or push.gradients is None:
+        return None
+    names = tuple([(space, NAME_OF.get(a.dtype, "")) for space, a in push.gradients.items()])
+    if (dtypes := _PUSHED_INDEX.get(names)) is None:
+        return None
+    place = push.epoch, push.rank, push.incarnation, push.round
+    return _PUSH.pack(_PUSH.size - HEADER.size, _PUSH_KIND, number, *place, push.slices, dtypes)
+
+
+def _unpack_push(frame: bytes, gradients_of: GradientsOf | None) -> tuple[int, Push]:
+    if gradients_of is None:
+        raise LaneError("a push came where none is expected")
+    _, number, epoch, rank, incarnation, turn, slices, dtypes = _PUSH_BODY.unpack(frame)
+    return number, Push(
+        epoch=epoch,
+        rank=rank,
+        incarnation=incarnation,
+        round=turn,
+        gradients=gradients_of(_PUSHED_DTYPES[dtypes]),
+        slices=slices,
+    )
+
+
+def _pack_decided(number: int, result: RoundResult) -> bytes | None:
+    """Return the fixed record of a round's end; None if it has a text."""
+    if result.rejection is not None:
+        return None
+    return _DECIDED.pack(
+        _DECIDED.size - HEADER.size,
+        _DECIDED_KIND,
+        number,
+        result.epoch,
+        result.round,
+        result.iterations,
+        _OUTCOMES.index(result.outcome),
+        result.lr,
+        result.buffer,
+        result.rewound,
+    )
+
+
+def _unpack_decided(frame: bytes, _: GradientsOf | None) -> tuple[int, RoundResult]:
+    _, number, epoch, turn, iterations, outcome, lr, buffer, rewound = _DECIDED_BODY.unpack(frame)
+    return number, RoundResult(
+        epoch=epoch,
+        round=turn,
+        iterations=iterations,
+        outcome=_OUTCOMES[outcome],
+        rejection=None,
+        lr=lr,
+        buffer=buffer,
+        rewound=rewound,
+    )
+
+
+UNPACK: dict[int, Callable[[bytes, GradientsOf | None], tuple[int, Any]]] = {
+    _PUSH_KIND: _unpack_push,
+    _DECIDED_KIND: _unpack_decided,
+}
+"""By a body's kind, what gives its number and message."""
