@@ -5,6 +5,7 @@ No shards, no Ray.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,34 @@ from distnadam.tensors.pieces import Pieces
 
 BLOCK = 65536
 """Elements copied at a time, and checked while they are in the cache."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tensors [first, last) of a layout, which lie one after the other in elements [begin, end) of
+    a space: small ones, that are copied by one call, or one that is larger than a block.
+    """
+
+    first: int
+    last: int
+    space: str
+    begin: int
+    end: int
+    is_large: bool
+
+
+def _runs_of(layout: Layout) -> list[_Run]:
+    """Return the runs that all tensors of a layout make up, in order."""
+    runs: list[_Run] = []
+    for index, tensor in enumerate(layout.tensors):
+        last = runs[-1] if runs else None
+        if last is not None and last.space == tensor.space and tensor.end - last.begin <= BLOCK:
+            runs[-1] = replace(last, last=index + 1, end=tensor.end)
+        else:
+            bounds = tensor.begin, tensor.end
+            is_large = tensor.end - tensor.begin > BLOCK
+            runs.append(_Run(index, index + 1, tensor.space, *bounds, is_large))
+    return runs
 
 
 class GradientBuffer:
@@ -48,6 +77,7 @@ class GradientBuffer:
             i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end
         ]
         self._large = [(i, t) for i, t in enumerate(layout.tensors) if t.end - t.begin >= BLOCK]
+        self._runs = _runs_of(layout)
         self._rejection: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
         self._select({})
@@ -65,22 +95,18 @@ class GradientBuffer:
             self._dtypes = dtypes
         self._written.clear()
         self._rejection = None
-        reached = dict.fromkeys(self.flat, 0)
         with own_errors():
-            for tensor, view, leaf in zip(self._layout.tensors, self._views, leaves, strict=True):
-                if leaf.size <= BLOCK:
-                    np.copyto(view, leaf, casting="same_kind")
-                    if tensor.end - reached[tensor.space] < BLOCK:
-                        continue
-                    begin, end = reached[tensor.space], tensor.end
-                    self._check_finite(tensor.space, self.flat[tensor.space][begin:end], begin)
+            for run in self._runs:
+                if run.is_large:
+                    self._copy(self._layout.tensors[run.first], leaves[run.first])
+                    continue
+                values = self.flat[run.space][run.begin : run.end]
+                if run.last == run.first + 1:
+                    np.copyto(self._views[run.first], leaves[run.first], casting="same_kind")
                 else:
-                    begin, end = reached[tensor.space], tensor.begin
-                    self._check_finite(tensor.space, self.flat[tensor.space][begin:end], begin)
-                    self._copy(tensor, leaf)
-                reached[tensor.space] = tensor.end
-            for space, values in self.flat.items():
-                self._check_finite(space, values[reached[space] :], reached[space])
+                    given = leaves[run.first : run.last]
+                    np.concatenate(given, axis=None, out=values, casting="same_kind")
+                self._check_finite(run.space, values, run.begin)
         return self._rejection
 
     def lend(

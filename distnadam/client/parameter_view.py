@@ -21,6 +21,7 @@ class ParameterView:
         self._own: Flat = {}
         self._shared: tuple[Flat, Flat] | None = None
         self._views: list[list[Array]] = []  # of the own memory, or of each shared buffer
+        self._trees: list[Any] = []
         self._casts = [
             (index, dtype_of(tensor.dtype))
             for index, tensor in enumerate(layout.tensors)
@@ -52,7 +53,10 @@ class ParameterView:
         """
         if not self._views or self._shared is not shared:
             self._look_at(shared)
-        leaves: list[Any] = list(self._views[0 if shared is None else buffer])
+        number = 0 if shared is None else buffer
+        if not (self._casts or self._scalars):
+            return self._layout.plain_spec.copied(self._trees[number])  # its owner may change it
+        leaves: list[Any] = list(self._views[number])
         if self._casts:
             with own_errors():
                 for index, dtype in self._casts:
@@ -69,3 +73,4 @@ class ParameterView:
         for view in self._views:
             for array in view:
                 array.flags.writeable = False
+        self._trees = [self._layout.unflatten(view) for view in self._views]

@@ -38,6 +38,7 @@ from distnadam.tensors.leaves import (
     memory_of,
     remedy_of,
 )
+from distnadam.tensors.plain_spec import PlainSpec
 from distnadam.tensors.skeleton import decode, encode, in_given_order, skeleton_of
 
 CHUNK = 1024
@@ -134,6 +135,15 @@ class Layout:
     def _treespec(self) -> optree.PyTreeSpec:
         return optree.tree_structure(self.skeleton, none_is_leaf=True)
 
+    @cached_property
+    def plain_spec(self) -> PlainSpec:
+        """The containers of the model's trees."""
+        return PlainSpec(self.skeleton)
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [tensor.shape for tensor in self.tensors]
+
     @property
     def num_elements(self) -> int:
         """Elements of all tensors together."""
@@ -159,13 +169,16 @@ class Layout:
             StructureError: a tensor is missing, unexpected, None, of another shape or no
                 floating-point array; `what` begins the message.
         """
+        picked = self.plain_spec.pick(tree)
+        if (
+            picked is not None
+            and set(map(type, picked)) == {np.ndarray}
+            and [leaf.shape for leaf in picked] == self._shapes
+            and NAME_OF.keys() >= {leaf.dtype for leaf in picked}
+        ):
+            return list(picked)  # nearly every tree
         leaves = self.leaves_as_given(tree, what=what)
-        return [
-            leaf
-            if type(leaf) is np.ndarray and leaf.shape == tensor.shape and leaf.dtype in NAME_OF
-            else self.checked(index, leaf, what=what)
-            for index, (tensor, leaf) in enumerate(zip(self.tensors, leaves, strict=True))
-        ]
+        return [self.checked(index, leaf, what=what) for index, leaf in enumerate(leaves)]
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
         """Return the tree's leaves in the layout's order, whatever they are.

@@ -5,10 +5,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given as given_by
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from distnadam.client.gradient_buffer import BLOCK, GradientBuffer
 from distnadam.errors import ConfigError, LifecycleError, StructureError
-from distnadam.tensors.arrays import empty_flat
+from distnadam.tensors.arrays import dtype_of, empty_flat
 from distnadam.tensors.layout import Layout
 
 MODEL = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float64)}
@@ -132,3 +135,50 @@ def test_views_in_half_precision_are_refused_over_tensors_that_were_pushed(half:
     buffer.write("b", tree()["b"])
     assert buffer.finish() is None
     assert buffer.flat["float32"].tolist() == [1.0] * 6
+
+
+def _shape(size: int, dims: int) -> tuple[int, ...]:
+    if dims == 0:
+        return ()
+    return (size,) if dims == 1 else (size // 3 + 1, 3)
+
+
+@given_by(
+    tensors=st.lists(
+        st.tuples(
+            st.sampled_from([0, 1, 5, 1000, BLOCK - 1, BLOCK, BLOCK + 1]),
+            st.sampled_from([0, 1, 2]),
+            st.sampled_from(["float32", "float64"]),
+            st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_tensor_lies_where_the_layout_says_however_they_are_copied_together(
+    tensors: list[tuple[int, int, str, str, bool]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    shapes = [_shape(size, dims) for size, dims, *_ in tensors]
+    model = {f"{i:02d}": np.zeros(shape, tensors[i][2]) for i, shape in enumerate(shapes)}
+    buffer, layout = make(model), Layout.of(model)
+    given = {}
+    for (path, zeros), (_, _, _, dtype, is_fortran) in zip(model.items(), tensors, strict=True):
+        values = np.asarray(rng.standard_normal(zeros.shape)).astype(dtype_of(dtype))
+        given[path] = np.array(values, order="F" if is_fortran else "C")
+    assert buffer.fill(given) is None
+    for tensor in layout.tensors:
+        found = buffer.flat[tensor.space][tensor.begin : tensor.end]
+        expected = given[tensor.path].astype(found.dtype).reshape(-1)
+        assert found.tobytes() == expected.tobytes(), tensor
+
+
+def test_a_bad_element_of_tensors_that_are_copied_together_is_named() -> None:
+    model = {f"{i:03d}": np.zeros(7, np.float32) for i in range(200)}
+    given = {path: np.ones(7, np.float32) for path in model}
+    given["123"][4] = np.inf
+    assert "gradient '123' is not finite" in str(make(model).fill(given))
+    assert "at index (4,)" in str(make(model).fill(given))
