@@ -24,18 +24,14 @@ def power(base: float, exponent: float) -> float:
 def power_of_step(base: float, rate: float, step: int) -> float:
     """Return ``base ** (rate * step)``, the same bits on every host, for both at least 0.
 
-    It is the product of one cached factor per digit of the step, so that most steps cost a few
-    multiplications. The result depends on the arguments alone, not on earlier calls.
+    It is the product of one factor per digit of the step, and all but the last stay the same for a
+    while, so that most steps cost one multiplication. The result depends on the arguments alone,
+    not on earlier calls.
     """
     if base == 0.0 or rate == 0.0 or base == 1.0:
         return float(base ** (rate * step))
-    product, place = Decimal(1), 1
-    while step:
-        step, digit = divmod(step, _DIGITS)
-        if digit:
-            product = _CONTEXT.multiply(product, _factor(base, rate, digit * place))
-        place *= _DIGITS
-    return float(product)
+    higher, last = divmod(step, _DIGITS)
+    return float(_CONTEXT.multiply(_factor(base, rate, last), _higher_factors(base, rate, higher)))
 
 
 @lru_cache(maxsize=256)
@@ -55,6 +51,18 @@ def cosine_of_pi_times(fraction: float) -> float:
             break
         total = following
     return float(total)
+
+
+@lru_cache(maxsize=64)
+def _higher_factors(base: float, rate: float, digits: int) -> Decimal:
+    """Return the product of the factors of all digits of a step but its last."""
+    product, place = Decimal(1), _DIGITS
+    while digits:
+        digits, digit = divmod(digits, _DIGITS)
+        if digit:
+            product = _CONTEXT.multiply(product, _factor(base, rate, digit * place))
+        place *= _DIGITS
+    return product
 
 
 @lru_cache(maxsize=1024)

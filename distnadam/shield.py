@@ -43,30 +43,33 @@ class Shield:
 
     def forget(self) -> None:
         """Be without work, as in a forked child."""
+        self._main = threading.main_thread().ident
         self._depth = 0
         self._handlers: list[tuple[int, _Handler]] = []
+        # of all signals when work last began, and what stood for them then
+        self._seen: list[Any] = []
+        self._stand_ins: list[tuple[int, _Handler, _StandIn]] = []
         self._put_off: list[tuple[_Handler, int, FrameType | None]] = []
         self._waits_at: SimpleQueue[Any] | None = None
 
     def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != self._main:
             return
         try:
             self._depth += 1
             if self._depth == 1:
-                for number in _SIGNALS:
-                    handler = _handler_of(number)
-                    if callable(handler):
-                        if isinstance(handler, _StandIn):  # left by an interrupt in `__exit__`
-                            handler = handler.args[0]
-                        self._handlers.append((number, handler))
-                        _set_handler(number, _StandIn(self.take, handler))
+                now = list(map(_handler_of, _SIGNALS))
+                if now != self._seen:
+                    self._look_at(now)
+                for number, handler, stand_in in self._stand_ins:
+                    self._handlers.append((number, handler))
+                    _set_handler(number, stand_in)
         except BaseException:
             self.__exit__()
             raise
 
     def __exit__(self, *exc: object) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != self._main:
             return
         if self._depth > 1:
             self._depth -= 1
@@ -81,10 +84,21 @@ class Shield:
             if self._put_off:
                 self.deliver()
 
+    def _look_at(self, handlers: list[Any]) -> None:
+        """Make what stands for these handlers of all signals."""
+        self._seen = []
+        self._stand_ins = []
+        for number, handler in zip(_SIGNALS, handlers, strict=True):
+            if callable(handler):
+                if isinstance(handler, _StandIn):  # left by an interrupt in `__exit__`
+                    handler = handler.args[0]
+                self._stand_ins.append((number, handler, _StandIn(self.take, handler)))
+        self._seen = handlers
+
     @property
     def covers_this_thread(self) -> bool:
         """Whether the present thread does shielded work."""
-        return self._depth > 0 and threading.current_thread() is threading.main_thread()
+        return self._depth > 0 and threading.get_ident() == self._main
 
     def take(self, handler: _Handler, number: int, frame: FrameType | None) -> None:
         """Run a handler whose signal came, or put it off."""

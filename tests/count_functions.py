@@ -46,7 +46,7 @@ def trace_step(num_shards: int = 1) -> Trace:
     ones = {"w": np.ones(100, np.float32)}
     with DistNadam(num_shards=num_shards, backend="local").build(ones) as optimizer:
         worker = optimizer.worker(0)
-        for _ in range(2):
+        for _ in range(80):  # a step's powers share factors with those before
             worker.step(ones)
         with Trace() as trace:
             worker.step(ones)

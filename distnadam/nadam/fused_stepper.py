@@ -8,14 +8,14 @@ import math
 import weakref
 from collections.abc import Sequence
 from operator import call, is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from typing_extensions import override
 
 from distnadam.nadam.fused import load_loop
 from distnadam.nadam.fused_abi import BLOCK
-from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
+from distnadam.nadam.stepper import Part, RangeStep, Slots, Stepper, check_denormals
 from distnadam.tensors.arrays import Array, own_errors
 from distnadam.tensors.pieces import Pieces, stretches
 
@@ -23,6 +23,18 @@ WIDENED = 65536
 """Elements of half precision that are widened at a time before the loop takes them."""
 _APART = 48
 """Elements between the scratch arrays, so that they do not fall into the same sets of the cache."""
+
+
+_MOST_CALLS = 8
+"""Calls of the loop that are kept for later steps; without clipping by norm a thread has two."""
+
+
+class _Call(NamedTuple):
+    """The loop's arguments for a part of slots; it keeps these two, whose identities name it."""
+
+    slots: Slots
+    part: Part
+    arguments: tuple[Any, ...]
 
 
 class FusedStepper(Stepper):
@@ -34,11 +46,9 @@ class FusedStepper(Stepper):
         self._memory = [_Memory(dtype) for _ in range(threads)]
 
     @override
-    @own_errors()
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
-        check_denormals(self._dtype)
-        memory, size = self._memory[thread], self._dtype.itemsize
-        slots, keep, clip = step.slots, step.keep, step.clipvalue
+        check_denormals()
+        memory, slots = self._memory[thread], step.slots
         known, sizes = memory.gradients, step.grouping.sizes
         if (
             len(known) != len(step.gradients)
@@ -46,35 +56,22 @@ class FusedStepper(Stepper):
             or memory.group_sizes != sizes
         ):
             memory.look_at(step.gradients, sizes)
-        kept = None if keep is None else keep.ctypes.data
+        kept = 0 if step.keep is None else step.keep.ctypes.data
+        clip = math.nan if step.clipvalue is None else step.clipvalue
         memory.coefficients[:] = step.scalars.coefficients
         for part in parts:
-            memory.modifiers[:] = (
-                step.grouping.count,
-                math.nan if part.scale is None else part.scale,
-                math.nan if clip is None else clip,
-            )
-            whole = [(part.begin, part.end)] if part.begin < part.end else []
-            for begin, end in whole if memory.is_direct else self._stretches(part, step.gradients):
-                if memory.is_direct:
-                    addresses = [address + begin * size for address in memory.addresses]
-                else:
+            scale = math.nan if part.scale is None else part.scale
+            memory.modifiers[:] = step.grouping.count, scale, clip
+            if memory.is_direct:
+                if part.begin < part.end:
+                    known_call = memory.calls.get((id(slots), id(part), kept))
+                    self._loop(*(known_call or memory.call(slots, part, kept)).arguments)
+                continue
+            for begin, end in self._stretches(part, step.gradients):
+                with own_errors():
                     wide = [g[begin:end].astype(self._dtype, copy=False) for g in step.gradients]
-                    addresses = [g.ctypes.data for g in wide]
-                self._loop(
-                    end - begin,
-                    len(addresses),
-                    len(memory.sizes),
-                    0 if kept is None else end - begin,
-                    memory.mean,
-                    (ctypes.c_size_t * len(addresses))(*addresses),
-                    memory.sizes,
-                    *[address + begin * size for address in slots.addresses],
-                    *memory.numbers,
-                    memory.new,
-                    None if kept is None else kept + begin * size,
-                    None if slots.rounded is None else slots.rounded[begin:end].ctypes.data,
-                )
+                addresses = [g.ctypes.data for g in wide]
+                self._loop(*memory.arguments_of(slots, begin, end, addresses, kept))
 
     def _stretches(
         self, part: Part, gradients: Sequence[Array | Pieces]
@@ -90,7 +87,8 @@ class FusedStepper(Stepper):
 class _Memory:
     """One thread's working memory: two blocks, and the numbers that the loop reads, by address.
 
-    What depends on the gradients' arrays is kept for as long as the same arrays come.
+    What depends on the gradients' arrays is kept for as long as the same arrays come, and so are
+    the last `calls`, by the identities of their slots and part and where the mean is kept.
     """
 
     def __init__(self, dtype: Any) -> None:
@@ -107,6 +105,7 @@ class _Memory:
         self.addresses: list[int] = []
         self.is_direct = True  # the loop reads the gradients themselves, each in one array
         self.sizes: Any = ()
+        self.calls: dict[tuple[int, int, int], _Call] = {}
 
     def look_at(self, gradients: Sequence[Array | Pieces], sizes: Sequence[int]) -> None:
         """Learn where a step's gradients lie, and put the groups' sizes into memory."""
@@ -118,3 +117,41 @@ class _Memory:
         )
         self.group_sizes = sizes
         self.sizes = (ctypes.c_ssize_t * len(sizes))(*sizes)
+        self.calls = {}
+
+    def call(self, slots: Slots, part: Part, kept: int) -> "_Call":
+        """Return the call for a part whose gradients the loop reads where they lie, and keep it."""
+        addresses = [address + part.begin * self._dtype.itemsize for address in self.addresses]
+        found = _Call(slots, part, self.arguments_of(slots, part.begin, part.end, addresses, kept))
+        if len(self.calls) >= _MOST_CALLS:
+            self.calls = {}
+        self.calls[id(slots), id(part), kept] = found
+        return found
+
+    def arguments_of(
+        self, slots: Slots, begin: int, end: int, gradients: Sequence[int], kept: int
+    ) -> tuple[Any, ...]:
+        """Return the loop's arguments for elements [begin, end).
+
+        Args:
+            slots: the range's arrays.
+            begin: the first element.
+            end: the first behind them.
+            gradients: where the elements of each gradient begin.
+            kept: where the range's mean gradient is kept; 0 for nowhere.
+        """
+        size = self._dtype.itemsize
+        return (
+            end - begin,
+            len(gradients),
+            len(self.sizes),
+            end - begin if kept else 0,
+            self.mean,
+            (ctypes.c_size_t * len(gradients))(*gradients),
+            self.sizes,
+            *[address + begin * size for address in slots.addresses],
+            *self.numbers,
+            self.new,
+            kept + begin * size if kept else None,
+            None if slots.rounded is None else slots.rounded[begin:end].ctypes.data,
+        )

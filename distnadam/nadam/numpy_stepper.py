@@ -21,7 +21,7 @@ class NumPyStepper(Stepper):
     @override
     @own_errors()
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
-        check_denormals(self._dtype)
+        check_denormals()
         scratch, slots, keep = self._scratch[thread], step.slots, step.keep
         c_g, c_m, epsilon, k_1, k_2 = np.array(step.scalars.coefficients, self._dtype)
         for part in parts:

@@ -12,9 +12,6 @@ from distnadam.config import NadamConfig
 from distnadam.reproducible_math import power_of_step
 from distnadam.schedules import rate_at
 
-_AHEAD = 16
-"""Steps whose powers are computed together."""
-
 
 @dataclass(frozen=True)
 class Clock:
@@ -56,10 +53,9 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
         ConfigError: the learning-rate schedule gave a rate that is not finite or is negative.
     """
     t = clock.iterations + 1
-    mu, mu_next = [
-        config.beta_1 * (1.0 - 0.5 * power_of_step(0.96, config.schedule_decay, number))
-        for number in (t, t + 1)
-    ]
+    decay, beta_1 = config.schedule_decay, config.beta_1
+    mu = beta_1 * (1.0 - 0.5 * power_of_step(0.96, decay, t))
+    mu_next = beta_1 * (1.0 - 0.5 * power_of_step(0.96, decay, t + 1))
     m_schedule = clock.m_schedule * mu
     lr = rate_at(config.lr, clock.iterations) if callable(config.lr) else config.lr
     c_g = lr * (1.0 - mu) / (1.0 - m_schedule)
@@ -71,7 +67,7 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
             c_g * correction,
             c_m * correction,
             config.epsilon * correction,
-            1.0 - config.beta_1,
+            1.0 - beta_1,
             1.0 - config.beta_2,
         ),
         after=Clock(t, m_schedule),
@@ -80,9 +76,7 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
 
 def prepare(clock: Clock, config: NadamConfig) -> None:
     """Compute the powers that the step after `clock` needs, so that the step itself finds them
-    kept: from time to time those of several steps at once, which takes little longer.
+    kept.
     """
-    count = 1 if clock.iterations % _AHEAD else _AHEAD
-    for number in range(clock.iterations + 1, clock.iterations + count + 1):
-        power_of_step(0.96, config.schedule_decay, number + 1)
-        power_of_step(config.beta_2, 1.0, number)
+    power_of_step(0.96, config.schedule_decay, clock.iterations + 2)
+    power_of_step(config.beta_2, 1.0, clock.iterations + 1)

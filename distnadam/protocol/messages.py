@@ -154,7 +154,7 @@ class WorkerDied:
     incarnation: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step
 class RoundResult:
     """Answer to `Push`, `TotalNorms`, `Pull` and `Step`: how the last round ended.
 

@@ -15,10 +15,10 @@ from distnadam.protocol.delivery import RunWork
 from distnadam.shard.effects import Compute, Effect, Work
 
 
-class _Queued(NamedTuple):
-    """An effect, with what runs its work if the thread that queued it sends it too."""
+class _QueuedWork(NamedTuple):
+    """Work, with what runs it if the thread that queued it sends it too."""
 
-    effect: Effect
+    work: Work
     run_work: RunWork
     thread: int
 
@@ -50,8 +50,9 @@ class Outbox:
         self._compute = compute
         self._run_work = run_work
         self._can_send = can_send
-        self._queued: deque[_Queued] = deque()
-        self._sending: deque[_Queued] = deque()  # belongs to the thread that sends
+        self._queued: deque[Effect | _QueuedWork] = deque()
+        # belongs to the thread that sends
+        self._sending: deque[Effect | _QueuedWork] = deque()
         self._is_sending = False
 
     @property
@@ -59,14 +60,20 @@ class Outbox:
         """Whether no thread changes the machine, or sends what came of it."""
         return not self.lock.locked() and not self._is_sending
 
-    def put(self, change: Callable[[], list[Effect]], run_work: RunWork) -> None:
+    def put(self, run_work: RunWork, change: Callable[..., list[Effect]], *arguments: Any) -> None:
         """Change the machine under the lock, and queue the effects; `flush` sends them."""
-        thread = threading.get_ident()
         with self.lock:
-            self._queued.extend(_Queued(effect, run_work, thread) for effect in change())
+            for effect in change(*arguments):
+                self._queued.append(
+                    _QueuedWork(effect.work, run_work, threading.get_ident())
+                    if isinstance(effect, Compute)
+                    else effect
+                )
 
     def flush(self) -> None:
         """Send all effects that may leave, unless another thread does; begin work after them."""
+        if not (self._queued or self._sending):
+            return
         with self.lock:
             if self._is_sending:
                 return
@@ -81,11 +88,10 @@ class Outbox:
                     if not self._is_sending:
                         break
                 while self._sending and self._can_send():
-                    queued = self._sending.popleft()
-                    effect = queued.effect
-                    if isinstance(effect, Compute):
-                        is_own = queued.thread == threading.get_ident()
-                        works.append((effect.work, queued.run_work if is_own else self._run_work))
+                    effect = self._sending.popleft()
+                    if isinstance(effect, _QueuedWork):
+                        is_own = effect.thread == threading.get_ident()
+                        works.append((effect.work, effect.run_work if is_own else self._run_work))
                     elif (carry := self.carriers.get(type(effect))) is not None:
                         carry(effect)
         except BaseException:

@@ -6,7 +6,6 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -40,7 +39,7 @@ from distnadam.runtime.outbox import Outbox
 from distnadam.runtime.replicator import ConnectStandby, Replicator
 from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
-from distnadam.shard.effects import Answer, Notice, Replicate, Work
+from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.machine import Shard
 from distnadam.shard.phases import AT_REST
 from distnadam.shard.state import ShardState
@@ -175,7 +174,7 @@ class ShardHost:
         try:
             if (prepared := PREPARED.get(type(message))) is not None:
                 message = prepared(self, message)
-            self._outbox.put(partial(self.shard.receive, message, reply), run_work)
+            self._outbox.put(run_work, self.shard.receive, message, reply)
         except Exception as error:
             self._answer(Answer(reply, error))
         else:
@@ -237,17 +236,19 @@ class ShardHost:
     def _compute(self, work: Work, run_work: RunWork) -> None:
         shard = self.shard
         failure: BaseException | None = None
+        change: Callable[..., list[Effect]]
+        outcome: tuple[Any, ...]
         try:
-            change = partial(shard.computed, work, _WORK[work](self))
+            change, outcome = shard.computed, (work, _WORK[work](self))
             self._idle_since = perf_counter()
         except BaseException as error:
             failure = error
             if work is Work.STEP and isinstance(error, ConfigError):
                 # the learning-rate function raised, before any array was touched
-                change = partial(shard.refused, error)
+                change, outcome = shard.refused, (error,)
             else:
-                change = partial(shard.broke, error)
-        self._outbox.put(change, run_work)
+                change, outcome = shard.broke, (error,)
+        self._outbox.put(run_work, change, *outcome)
         self._outbox.flush()
         if failure is not None and not isinstance(failure, Exception):
             raise failure

@@ -69,6 +69,7 @@ class Shard:
         self.loads = LoadQueue(spec.index, self.progress)
         self._who = f"shard {spec.index}"
         self._phase = Phase.COLLECTING
+        self._legal = LEGAL[self._phase]
         self._failure: DistNadamError | None = None
         self._handlers: dict[type, Callable[[Any, Any], list[Effect]]] = {
             msg.Join: self._join,
@@ -104,18 +105,20 @@ class Shard:
         if phase not in NEXT[self._phase]:
             raise RuntimeError(f"{self._who}: {phase.name} cannot follow {self._phase.name}")
         self._phase = phase
+        self._legal = LEGAL[phase]
 
     # What the host calls
 
     def receive(self, message: Any, caller: Any) -> list[Effect]:
         """Return a message's effects; raise a ProtocolError if it is refused: nothing changed."""
-        if type(message) not in LEGAL[self._phase]:
+        kind = type(message)
+        if kind not in self._legal:
             if self._failure is not None:
                 raise copy(self._failure) from self._failure.__cause__
-            kind = type(message).__name__
-            raise IllegalMessage(f"{self._who}: {kind} is not legal while {self._phase.value}")
-        effects = self._handlers[type(message)](message, caller)
-        return effects if isinstance(message, msg.Saved) else [*effects, *self._advance()]
+            what = f"{kind.__name__} is not legal while {self._phase.value}"
+            raise IllegalMessage(f"{self._who}: {what}")
+        effects = self._handlers[kind](message, caller)
+        return effects if kind is msg.Saved else effects + self._advance()
 
     def computed(self, work: Work, result: Any) -> list[Effect]:
         """Take the result of the work asked for: for MEASURE the `PartialNorms`, for STEP the clock
@@ -134,7 +137,7 @@ class Shard:
             self.progress.clock = clock
             self.progress.lr = lr
             effects = self._decide("applied", None)
-        return [*effects, *self._advance()]
+        return effects + self._advance()
 
     def refused(self, error: DistNadamError) -> list[Effect]:
         """Take back a step that could not begin: fail the round's callers, and begin it again."""

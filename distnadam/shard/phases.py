@@ -9,6 +9,8 @@ import distnadam.protocol.supervisor_messages as orders
 class Phase(Enum):
     """What a shard is doing."""
 
+    __hash__ = object.__hash__  # an enumeration's own is a function of Python's
+
     COLLECTING = "collecting pushes"
     MEASURING = "measuring norms"
     AWAITING_NORMS = "awaiting norms"

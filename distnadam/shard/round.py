@@ -23,7 +23,7 @@ from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which costs a microsecond a step
 class Waiter:
     """A caller that gets the round's result, and the worker for which it asked."""
 
@@ -105,16 +105,20 @@ class Round:
         """Return the gradients in rank order, and how they are averaged: rank // sum_group is a
         rank's group, and ranks that are absent belong to none.
         """
+        ranks = sorted(self.pushes)
         gradients: list[Flat] = []
+        if sum_group == 1:  # all one after the other
+            gradients = [g for rank in ranks if (g := self.pushes[rank].gradients) is not None]
+            return gradients, Grouping((len(gradients),) if gradients else (), len(ranks))
         sizes: Counter[int] = Counter()
-        for rank in sorted(self.pushes):
+        for rank in ranks:
             push = self.pushes[rank]
             if isinstance(push, Member) and rank != min(push.group.members):
                 continue  # the first member's are the sum of all
             if push.gradients is not None:
                 gradients.append(push.gradients)
-                sizes[rank // sum_group if sum_group > 1 else 0] += 1  # 1: all one after the other
-        return gradients, Grouping(tuple(sizes.values()), len(self.pushes))
+                sizes[rank // sum_group] += 1
+        return gradients, Grouping(tuple(sizes.values()), len(ranks))
 
     @property
     def rejection(self) -> str | None:
@@ -297,6 +301,8 @@ class Round:
         self.superseded.pop(push.rank, None)
         self.is_rejected = self.is_rejected or push.rejection is not None
         old = [w for w in self.waiting if w.rank == push.rank and w.incarnation < push.incarnation]
+        if not old:
+            return again
         self.waiting = [w for w in self.waiting if w not in old]
         who = f"shard {self.shard}: rank {push.rank} was taken over by worker {push.incarnation}"
         return [

@@ -188,17 +188,16 @@ class Rounds:
         ended, progress = self.current, self.progress
         self.current = Round(self._shard)
         effects: list[Effect] = [Replicate(progress.decide(outcome, rejection, ended.pushes))]
+        results: dict[bool, msg.RoundResult] = {}  # by whether it brings parameters
         for waiter in ended.waiting:
             counted = ended.pushes.get(waiter.rank)
-            is_late = counted is None or counted.incarnation != waiter.incarnation
-            effects.append(
-                Answer(
-                    waiter.caller,
-                    ended.late_push(waiter, progress.round)
-                    if is_late
-                    else progress.result(want_parameters=waiter.want_parameters),
-                )
-            )
+            if counted is None or counted.incarnation != waiter.incarnation:
+                effects.append(Answer(waiter.caller, ended.late_push(waiter, progress.round)))
+                continue
+            wanted = waiter.want_parameters
+            if wanted not in results:
+                results[wanted] = progress.result(want_parameters=wanted)
+            effects.append(Answer(waiter.caller, results[wanted]))
         return effects
 
     def keep_members(self) -> list[Effect]:

@@ -410,13 +410,13 @@ from distnadam.errors import KernelError
 from distnadam.nadam.stepper import check_denormals
 libm = ctypes.CDLL(ctypes.util.find_library("m"))
 env = (ctypes.c_ubyte * 64)()
-check_denormals(np.dtype('float32'))
+check_denormals()
 libm.fegetenv(ctypes.byref(env))
 mxcsr = ctypes.c_uint32.from_buffer(env, 28)
 mxcsr.value |= 0x8040
 libm.fesetenv(ctypes.byref(env))
 try:
-    check_denormals(np.dtype('float32'))
+    check_denormals()
 except KernelError as error:
     sys.exit(0 if "flushes denormal numbers to zero" in str(error) else 2)
 sys.exit(1)
@@ -431,7 +431,7 @@ def test_a_thread_that_flushes_denormals_is_refused() -> None:
 
     if platform.machine() != "x86_64":
         pytest.skip("sets the x86 control register")
-    check_denormals(np.dtype("float32"))
+    check_denormals()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FLUSH], capture_output=True, text=True, check=False
     )

@@ -29,7 +29,7 @@ class Sent:
         )
 
     def put(self, *effects: Effect, run_work: RunWork = run_in_this_thread) -> None:
-        self.box.put(lambda: list(effects), run_work)
+        self.box.put(run_work, lambda: list(effects))
 
     def _answer(self, answer: Answer) -> None:
         self.log.append(answer)
@@ -61,7 +61,7 @@ def test_the_machine_changes_under_the_lock_and_effects_are_sent_outside_it() ->
         return [Answer("a", None)]
 
     sent.on_answer = lambda answer: held.append(sent.box.lock.locked())
-    sent.box.put(change, run_in_this_thread)
+    sent.box.put(run_in_this_thread, change)
     sent.box.flush()
     assert held == [True, False]
 
@@ -85,7 +85,7 @@ def test_a_refused_change_queues_nothing() -> None:
         raise ValueError("refused")
 
     with pytest.raises(ValueError, match="refused"):
-        sent.box.put(refuse, run_in_this_thread)
+        sent.box.put(run_in_this_thread, refuse)
     sent.box.flush()
     assert sent.log == [] and not sent.box.lock.locked()
 
