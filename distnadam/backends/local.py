@@ -130,6 +130,7 @@ class LocalTransport(ShardTransport):
         self.specs: list[ShardSpec] = []
         self.memory = ParameterMemory({})
         self._version = 0
+        self._has_channels = False
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
         """Return a new host, whose parameter buffers are views of `memory`."""
@@ -162,6 +163,11 @@ class LocalTransport(ShardTransport):
     def written_here(self) -> Sequence[Array]:
         return [values for flat in self.memory.read or () for values in flat.values()]
 
+    @property
+    @override
+    def is_unseen(self) -> bool:
+        return not self._has_channels
+
     @override
     def await_work(self) -> None:
         deadline = time.monotonic() + self.specs[0].options.step_timeout_s
@@ -179,6 +185,7 @@ class LocalTransport(ShardTransport):
     def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
+        self._has_channels = True  # and for ever: its worker may keep views
         return LocalWorkerChannel(self, layout)
 
     @override

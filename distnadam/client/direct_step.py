@@ -42,12 +42,15 @@ class DirectStep:
         self.round = paused.round + 1
         self.square_sums = None  # those of the round that it missed
 
-    def message(self, token: str, gradients: Flat, rejection: str | None) -> Step:
-        """Return the message for one shard, which `token` holds."""
+    def message(
+        self, token: str, gradients: Flat, rejection: str | None, *, in_place: bool
+    ) -> Step:
+        """Return the message for one shard, which `token` holds; `in_place` as `Step` says."""
         return Step(
             token=token,
             incarnation=self.incarnation,
             round=self.round,
             gradients=None if rejection else gradients,
             rejection=rejection,
+            in_place=in_place,
         )

@@ -260,7 +260,11 @@ class ShardGroup:
     def _apply(
         self, step: DirectStep, token: str, rejection: str | None, parts: list[Flat]
     ) -> RoundResult:
-        messages = {i: step.message(token, part, rejection) for i, part in enumerate(parts)}
+        in_place = self.backend.transport.is_unseen
+        messages = {
+            i: step.message(token, part, rejection, in_place=in_place)
+            for i, part in enumerate(parts)
+        }
         answers = self.ask(messages, who=_DIRECT)
         measured = {
             i: answer.sums

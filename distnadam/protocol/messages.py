@@ -267,7 +267,8 @@ class SetRate:
 class Step:
     """One step of the held shard from an averaged gradient; answered as a push is.
 
-    `incarnation` and `round` identify it, so that it counts once however often it is sent.
+    `incarnation` and `round` identify it, so that it counts once however often it is sent. With
+    `in_place` nobody sees the present parameters, so the new ones may be written over them.
     """
 
     token: str
@@ -275,6 +276,7 @@ class Step:
     round: int
     gradients: Flat | None
     rejection: str | None = None
+    in_place: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ class ShardKernel:
             {s: _slots(state, s, now, following) for s in spec.ranges}
             for now, following in (state.buffers, state.buffers[::-1])
         ]
+        self._in_place = [
+            {s: Slots(now[s], state.m[s], state.v[s]) for s in spec.ranges} for now in state.buffers
+        ]
         self._whole = {
             space: self._steppers[space].share([Part(0, end - begin)])
             for space, (begin, end) in spec.ranges.items()
@@ -61,7 +64,7 @@ class ShardKernel:
 
     def step(self, shard: Shard, keep: Flat | None) -> tuple[Clock, float]:
         """Apply the round's mean gradient, leaving it in `keep`; what workers see of the new
-        parameters goes to the spare buffer.
+        parameters goes to the spare buffer, unless the round is stepped in place.
 
         Raises:
             ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
@@ -70,7 +73,8 @@ class ShardKernel:
         gradients, grouping = current.summands(config.sum_group)
         square_sums = current.square_sums
         scalars = step_scalars(shard.progress.clock, config)
-        for space, slots in self._slots[shard.state.active].items():
+        active = shard.state.active
+        for space, slots in (self._in_place if current.in_place else self._slots)[active].items():
             step = RangeStep(
                 slots=slots,
                 gradients=[g[space] for g in gradients],

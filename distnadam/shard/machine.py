@@ -133,7 +133,8 @@ class Shard:
             effects = self._measured(result)
         else:
             clock, lr = result
-            self.state.swap()
+            if not self.rounds.current.in_place:
+                self.state.swap()
             self.progress.clock = clock
             self.progress.lr = lr
             effects = self._decide("applied", None)

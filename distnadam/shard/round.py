@@ -83,6 +83,8 @@ class Round:
         partial_norms: this shard's sums of squares once measured, where clipping needs norms.
         square_sums: the whole model's, once a worker has sent them.
         refusal: why the round was begun again, if its step could not begin.
+        in_place: whether nobody sees the parameters that its step reads, so that it may write the
+            new ones over them.
     """
 
     shard: int
@@ -95,6 +97,7 @@ class Round:
     partial_norms: PartialNorms | None = None
     square_sums: Array | None = None
     refusal: DistNadamError | None = None
+    in_place: bool = False
 
     @property
     def is_direct(self) -> bool:

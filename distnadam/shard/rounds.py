@@ -164,6 +164,7 @@ class Rounds:
             gradients=message.gradients,
             rejection=message.rejection,
         )
+        self.current.in_place = message.in_place and not progress.state.masters
         return [*dropped, *self.current.add(push, Waiter(caller, DIRECT, push.incarnation))]
 
     def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
