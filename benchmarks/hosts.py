@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -203,6 +204,7 @@ def main() -> None:
         moved = statistics.median(each["ours"].num_bytes for each in rounds)
         least, ours = case.least_bytes, ms["ours"]
         alone = 8e3 * least / case.bits_per_s
+        print(case, {name: round(each, 2) for name, each in ms.items()}, file=sys.stderr)
         table.add_row(
             f"{case.elements:.0e}",
             f"{case.bits_per_s / 1e9:g}",

@@ -1,0 +1,210 @@
+"""A step in one process: `apply_gradients` and `worker.step` of a local optimizer beside torch's
+NAdam and the memory floor; 60,000 tensors beside one; what an import and a loop of `fit` cost.
+
+    .venv-bench/bin/python -m benchmarks.local
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.kernel import Arrays, Contenders, add_floor
+from distnadam import DistNadam, Options, fit
+
+SIZES = {10**4: 2000, 10**5: 800, 10**6: 150, 5 * 10**7: 7}
+"""Steps of each contender, by number of elements."""
+TORCH = "torch NAdam, foreach"
+FLOOR = "memory floor"
+MANY, EACH = 60_000, 10
+"""Tensors of the model of many, and elements of each."""
+FIT_STEPS = 1500
+
+Step = Callable[[], object]
+
+
+def timed(steps: dict[str, Step], count: int) -> dict[str, float]:
+    """Return the median seconds of each step; they take turns, each a tenth of `count` at a time,
+    after one of those as a warm-up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    a_turn = max(1, count // 10)
+    for turn in range(11):
+        for name, step in steps.items():
+            for _ in range(a_turn):
+                began = time.perf_counter()
+                step()
+                if turn:
+                    times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def optimizer_of(params: dict[str, np.ndarray]) -> DistNadam:
+    return DistNadam(backend="local", options=Options(threads=1)).build(params)
+
+
+def torch_step(gradient: np.ndarray) -> Step:
+    import torch
+
+    torch.set_num_threads(1)
+    parameter = torch.nn.Parameter(torch.zeros(gradient.size))
+    parameter.grad = torch.from_numpy(gradient)
+    return torch.optim.NAdam([parameter], foreach=True).step
+
+
+def floor_step(elements: int) -> Step:
+    contenders: Contenders = {}
+    add_floor(contenders, Arrays(*(np.ones(elements, np.float32) for _ in range(4))))
+    return contenders["memory floor", 1]
+
+
+def steps_by_size(elements: int, count: int) -> list[dict[str, Any]]:
+    """Return a row for each way of one step of a tensor of so many elements, one thread each."""
+    gradient = np.random.default_rng(0).standard_normal(elements, dtype=np.float32)
+    tree, zeros = {"w": gradient}, {"w": np.zeros(elements, np.float32)}
+    direct, pushed = optimizer_of(zeros), optimizer_of(zeros)
+    worker = pushed.worker(0)
+    viewed = optimizer_of(zeros)
+    viewer = viewed.worker(0)
+    viewer.gradients()["w"][:] = gradient
+    steps: dict[str, Step] = {
+        "apply_gradients": lambda: direct.apply_gradients(tree),
+        "worker.step": lambda: worker.step(tree),
+        "worker.step, views": viewer.step,
+        TORCH: torch_step(gradient),
+        FLOOR: floor_step(elements),
+    }
+    found = timed(steps, count)
+    for optimizer in (direct, pushed, viewed):
+        optimizer.close()
+    return [
+        {
+            "step": name,
+            "elements": elements,
+            "us": seconds * 1e6,
+            "over_floor": seconds / found[FLOOR],
+            "torch_over_this": found[TORCH] / seconds,
+        }
+        for name, seconds in found.items()
+    ]
+
+
+def many_tensors() -> list[dict[str, Any]]:
+    """Return the step of many small tensors beside one of as many elements."""
+    rows = []
+    for how in ("copying", "views"):
+        seconds = {}
+        for number in (1, MANY):
+            size = MANY * EACH // number
+            tree = {f"{i:05d}": np.full(size, 0.01, np.float32) for i in range(number)}
+            zeros = {path: np.zeros(size, np.float32) for path in tree}
+            with optimizer_of(zeros) as optimizer:
+                worker = optimizer.worker(0)
+                worker.gradients()
+                step = partial(worker.step, *((tree,) if how == "copying" else ()))
+                seconds[number] = timed({how: step}, 30)[how]
+        rows.append(
+            {
+                "step": how,
+                "one_ms": seconds[1] * 1e3,
+                "many_ms": seconds[MANY] * 1e3,
+                "many_over_one": seconds[MANY] / seconds[1],
+            }
+        )
+    return rows
+
+
+def imports() -> list[dict[str, Any]]:
+    """Return the median CPU seconds of a process that imports nothing, NumPy, and us."""
+    rows = []
+    for what in ("pass", "import numpy", "import distnadam", "from distnadam import DistNadam"):
+        found = []
+        for _ in range(7):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", what], check=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        rows.append({"process": what, "cpu_s": statistics.median(found)})
+    return rows
+
+
+class Trivial:
+    """A policy network of 10^4 parameters whose gradient costs nothing."""
+
+    def __init__(self) -> None:
+        self._gradient = {"w": np.full(10**4, 0.01, np.float32)}
+
+    def init(self, seed: int) -> dict[str, np.ndarray]:
+        return {"w": np.zeros(10**4, np.float32)}
+
+    def batch(self, step: int, rank: int, world_size: int) -> int:
+        return step
+
+    def loss_and_gradients(self, params: Any, batch: int) -> tuple[float, Any]:
+        return 1.0, self._gradient
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        return {}
+
+
+def loop_of_fit() -> dict[str, Any]:
+    """Return the milliseconds of a round of `fit` and of its step alone, with two local workers."""
+    made = {"num_workers": 2, "num_shards": 1, "backend": "local"}
+    with tempfile.TemporaryDirectory() as directory:
+        began = time.perf_counter()
+        fit(Trivial(), steps=FIT_STEPS, verbose=0, checkpoint_dir=directory, **made)
+        whole = (time.perf_counter() - began) / FIT_STEPS
+    gradient = {"w": np.full(10**4, 0.01, np.float32)}
+    with DistNadam(**made).build({"w": np.zeros(10**4, np.float32)}) as optimizer:
+        workers = [optimizer.worker(rank) for rank in range(2)]
+
+        def step() -> None:
+            for ticket in [worker.push(gradient) for worker in workers]:
+                ticket.result()
+            for worker in workers:
+                worker.pull()
+
+        alone = timed({"step": step}, 1000)["step"]
+    return {"fit_ms": whole * 1e3, "step_ms": alone * 1e3, "fit_over_step": whole / alone}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--most", type=lambda text: int(float(text)), default=5 * 10**7)
+    parser.add_argument("--out", help="a file for the rows, as JSON")
+    args = parser.parse_args()
+    console = Console(width=110)
+    found: dict[str, Any] = {
+        "step": [
+            row
+            for elements, count in SIZES.items()
+            if elements <= args.most
+            for row in steps_by_size(elements, count)
+        ],
+        "many": many_tensors(),
+        "import": imports(),
+        "fit": [loop_of_fit()],
+    }
+    for name, rows in found.items():
+        table = Table(*rows[0], title=name)
+        for row in rows:
+            table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        console.print(table)
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
