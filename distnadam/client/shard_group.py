@@ -16,8 +16,7 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.answers import late_answers
-from distnadam.client.direct_step import DirectStep
-from distnadam.client.gradient_buffer import GradientBuffer
+from distnadam.client.direct_step import DIRECT_CALL, DirectStep, DirectSteps
 from distnadam.client.retry import Retry
 from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_reports import ShardReports
@@ -29,20 +28,17 @@ from distnadam.errors import (
     ShardUnavailable,
     StepTimeout,
 )
-from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.places import above
 from distnadam.protocol.messages import (
     Describe,
     Description,
     Message,
-    PartialNorms,
     Paused,
     Read,
     Resume,
     RoundResult,
     SetRate,
-    StepNorms,
     Write,
     describe_replacement,
 )
@@ -54,7 +50,6 @@ from distnadam.tensors.layout import Layout, Ranges
 from distnadam.waiting import said_if_long
 
 _T = TypeVar("_T")
-_DIRECT = "apply_gradients"
 IO_TIMEOUT_S = 24 * 3600.0
 """Seconds in which shards read or write a checkpoint."""
 
@@ -100,7 +95,7 @@ class ShardGroup:
         self.reports = ShardReports(backend.transport)
         self.retry = Retry(backend.transport, options.step_timeout_s, poll_s)
         self._cuts = {num_shards: layout.cuts(num_shards)}
-        self._buffer: GradientBuffer | None = None
+        self._direct = DirectSteps(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = partial(ShardGroup, rewound=self.rewinds.known)
@@ -170,7 +165,7 @@ class ShardGroup:
         def may_lag(newest: Paused) -> bool:
             return step is not None and step.round == newest.round and step.is_counted(newest)
 
-        ask = self.ask if step is None else partial(self.ask, who=_DIRECT)
+        ask = self.ask if step is None else partial(self.ask, who=DIRECT_CALL)
         with all_paused(ask, resume, token, len(self.ranges), may_lag=may_lag) as held:
             newest = max(held.values(), key=lambda answer: answer.round)
             rewound = max(answer.rewound for answer in held.values())
@@ -245,39 +240,7 @@ class ShardGroup:
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
         step = DirectStep()
-        return self.recovering(lambda: self._step(step, gradients))
-
-    def _step(self, step: DirectStep, gradients: Any) -> RoundResult:
-        with self.boundary(step) as at:
-            step.choose_round(at.held)
-            rejection, parts = self._take(gradients)
-            try:
-                return self._apply(step, at.token, rejection, parts)
-            except BaseException:
-                self.backend.transport.await_work()  # another thread's may read what was lent
-                raise
-
-    def _apply(
-        self, step: DirectStep, token: str, rejection: str | None, parts: list[Flat]
-    ) -> RoundResult:
-        in_place = self.backend.transport.is_unseen
-        messages = {
-            i: step.message(token, part, rejection, in_place=in_place)
-            for i, part in enumerate(parts)
-        }
-        answers = self.ask(messages, who=_DIRECT)
-        measured = {
-            i: answer.sums
-            for i, answer in sorted(answers.items())
-            if isinstance(answer, PartialNorms)
-        }
-        if len(measured) == len(answers):
-            step.square_sums = tensor_square_sums(len(self.layout.tensors), list(measured.values()))
-        if measured:
-            norms = StepNorms(token, step.square_sums)
-            answers |= self.ask(dict.fromkeys(measured, norms), who=_DIRECT)
-        decided: RoundResult = answers[0]
-        return decided
+        return self.recovering(lambda: self._direct.apply(step, gradients))
 
     def reshard(self, num_shards: int) -> None:
         """Cut the state into another number of shards between two rounds.
@@ -291,19 +254,6 @@ class ShardGroup:
 
         if num_shards != self.backend.transport.num_shards:
             self._said_if_long(f"reshard to {num_shards} shards", move)
-
-    def _take(self, gradients: Any) -> tuple[str | None, list[Flat]]:
-        """Return why a gradient tree cannot be used, or None, and each shard's part of it: in this
-        handle's buffer, or where it lies if the shards read this process's memory.
-        """
-        if self._buffer is None:
-            memory = empty_flat(self.layout.sizes)
-            self._buffer = GradientBuffer(
-                self.layout, _DIRECT, memory, check=self.options.check_gradients
-            )
-        if (written := self.backend.transport.written_here) is not None:
-            return self._buffer.lend(gradients, self.ranges, written)
-        return self._buffer.fill(gradients), self._buffer.parts(self.ranges)
 
     def for_all(self, message: Message) -> dict[int, Message]:
         """Return the same message for every shard."""

@@ -269,14 +269,18 @@ class Step:
 
     `incarnation` and `round` identify it, so that it counts once however often it is sent. With
     `in_place` nobody sees the present parameters, so the new ones may be written over them.
+
+    An optimizer's only shard need not be held: without a token the step is taken if nobody holds it
+    or has pushed, and the epoch is the present one; one that clips by norm must be held.
     """
 
-    token: str
+    token: str | None
     incarnation: int
     round: int
     gradients: Flat | None
     rejection: str | None = None
     in_place: bool = False
+    epoch: int = 0
 
 
 @dataclass(frozen=True)

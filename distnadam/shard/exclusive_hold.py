@@ -31,6 +31,15 @@ class ExclusiveHold:
                 f"shard {shard}: this is legal only between Pause and Resume of the same caller"
             )
 
+    def require_nobody(self, shard: int) -> None:
+        """Raise IllegalMessage if somebody holds the shard, or waits to."""
+        if self.holder is not None or self.queue:
+            raise IllegalMessage(f"shard {shard}: somebody holds it, or waits to")
+
+    def let_pass(self, number: int) -> None:
+        """Let one round pass, whoever holds the shard."""
+        self.limit = max(self.limit, number)
+
     def ask(self, caller: Any, token: str) -> None:
         """Queue for the hold."""
         self.queue.append((caller, token))

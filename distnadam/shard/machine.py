@@ -69,7 +69,6 @@ class Shard:
         self.loads = LoadQueue(spec.index, self.progress)
         self._who = f"shard {spec.index}"
         self._phase = Phase.COLLECTING
-        self._legal = LEGAL[self._phase]
         self._failure: DistNadamError | None = None
         self._handlers: dict[type, Callable[[Any, Any], list[Effect]]] = {
             msg.Join: self._join,
@@ -105,14 +104,13 @@ class Shard:
         if phase not in NEXT[self._phase]:
             raise RuntimeError(f"{self._who}: {phase.name} cannot follow {self._phase.name}")
         self._phase = phase
-        self._legal = LEGAL[phase]
 
     # What the host calls
 
     def receive(self, message: Any, caller: Any) -> list[Effect]:
         """Return a message's effects; raise a ProtocolError if it is refused: nothing changed."""
         kind = type(message)
-        if kind not in self._legal:
+        if kind not in LEGAL[self._phase]:
             if self._failure is not None:
                 raise copy(self._failure) from self._failure.__cause__
             what = f"{kind.__name__} is not legal while {self._phase.value}"
@@ -241,12 +239,16 @@ class Shard:
         return []
 
     def _step(self, message: msg.Step, caller: Any) -> list[Effect]:
-        self.require_hold(message.token)
+        if message.token is not None:
+            self.require_hold(message.token)
         if self.rounds.is_counted(DIRECT, message):
             return [Answer(caller, self.progress.result(want_parameters=False))]
+        if message.token is None:
+            self.exclusive_hold.require_nobody(self.spec.index)
+            self.rounds.require_untouched(message.epoch)
         effects = self.rounds.direct_step(message, caller)
         self._enter(Phase.COLLECTING)
-        self.exclusive_hold.limit = message.round
+        self.exclusive_hold.let_pass(message.round)
         return effects
 
     def _step_norms(self, message: msg.StepNorms, caller: Any) -> list[Effect]:

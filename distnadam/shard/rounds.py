@@ -142,6 +142,15 @@ class Rounds:
                 raise refusal  # that round may never come
         self.pulls.append((caller, pull))
 
+    def require_untouched(self, epoch: int) -> None:
+        """Raise IllegalMessage if a rank has pushed, or the epoch is not the present one."""
+        pushed, now = sorted(self.current.pushes), self.progress.epochs.now
+        if pushed or epoch != now:
+            raise IllegalMessage(
+                f"shard {self._shard}: a step of epoch {epoch} came in epoch {now}, when ranks "
+                f"{pushed} had pushed"
+            )
+
     def direct_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the next round for a step from outside; the pushes that wait for it are late."""
         progress, who = self.progress, f"shard {self._shard}"
