@@ -1,7 +1,6 @@
 """Frames: a body behind its length, so that what a socket yields can be cut again."""
 
 import struct
-from collections.abc import Iterator
 
 from distnadam.errors import LaneError
 
@@ -22,13 +21,13 @@ class Frames:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take bytes and yield each body that is whole now; raise LaneError for a length that
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take bytes and return each body that is whole now; raise LaneError for a length that
         cannot be.
         """
         if not self._buffer and len(data) >= 4 and len(data) == 4 + HEADER.unpack_from(data)[0]:
-            yield data[4:]  # the usual case: one whole frame
-            return
+            return [data[4:]]  # the usual case: one whole frame
+        bodies: list[bytes] = []
         self._buffer += data
         while len(self._buffer) >= 4:
             size = HEADER.unpack_from(self._buffer)[0]
@@ -37,6 +36,7 @@ class Frames:
                     f"a frame of {size} bytes was announced, expected at most {_MOST_BYTES}"
                 )
             if len(self._buffer) < 4 + size:
-                return
-            yield bytes(self._buffer[4 : 4 + size])
+                break
+            bodies.append(bytes(self._buffer[4 : 4 + size]))
             del self._buffer[: 4 + size]
+        return bodies

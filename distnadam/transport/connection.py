@@ -117,7 +117,7 @@ class Connection:
             return []
         except OSError:
             return None
-        return list(self._frames.feed(data)) if data else None
+        return self._frames.feed(data) if data else None
 
     def receive_greeting(self) -> tuple[bytes, list[int]]:
         """Return the peer's first bytes and the descriptors that came with them."""
