@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if (chosen := item.get_closest_marker("on_ray")) is not None:
             case = item.callspec.id
             if case.startswith("ray") and case not in chosen.args:
-                is_slow = case in chosen.kwargs.get("slow", [case])
+                is_slow = case in chosen.kwargs.get("slow", [])
                 item.add_marker(pytest.mark.slow if is_slow else pytest.mark.nightly)
         if item.get_closest_marker("nightly") is not None:
             item.add_marker(pytest.mark.slow)

@@ -203,7 +203,7 @@ def test_set_params_is_whole_or_not_at_all() -> None:
         assert bits(optimizer) == before
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_apply_gradients_is_refused_while_pushes_wait_and_they_still_count(backend: str) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         workers = [optimizer.worker(rank) for rank in range(2)]

@@ -88,7 +88,7 @@ def run(command: list[str], directory: Path, home: Path) -> str:
     return output.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("code", ELSEWHERE)
 def test_a_block_runs_under_nohup_without_an_input(code: str, tmp_path: Path) -> None:
     (tmp_path / "block.py").write_text(code)

@@ -297,7 +297,7 @@ def test_nothing_is_learnt_where_nothing_moved(case: Case) -> None:
     transport.require_open()
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_a_client_learns_of_shards_that_another_client_resharded(case: Case) -> None:
     before, count = case.backend.transport.version, 5 - case.num_shards
     case.another().supervisor.reshard(LAYOUT.cuts(count))
@@ -356,7 +356,7 @@ def test_a_dead_shard_is_an_error_until_recovery_was_awaited(recovering: Case) -
     assert recovering.whole()["float32"].tobytes() == after_steps(number)
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_a_death_reaches_whoever_waits_for_an_answer(mortal: Case) -> None:
     transport = mortal.backend.transport
     mortal.ask({0: Pause("held")})
@@ -390,7 +390,7 @@ def test_only_a_replaced_state_is_another_generation(case: Case) -> None:
     assert mine.generation() not in (first, second)
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_what_replaced_the_state_is_why_it_cannot_go_back(mortal: Case) -> None:
     mortal.everywhere(Pause("replacing"))
     mortal.backend.supervisor.state_replaced("the state was replaced by this test")
@@ -428,7 +428,7 @@ def test_a_dead_worker_is_lost_until_another_takes_its_rank_over(supervised: Cas
     assert supervisor.lost_ranks() == {}
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_shards_that_nobody_can_bring_level_go_back_together(mortal: Case) -> None:
     transport = mortal.backend.transport
     mortal.everywhere(Pause("stepping"))
@@ -461,7 +461,7 @@ def test_a_client_that_releases_the_shards_leaves_them_to_the_others(supervised:
     supervised.everywhere(Describe())
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_after_their_end_the_shards_answer_nobody(new: Case) -> None:
     other = new.another()
     new.backend.close(destroy=True)
@@ -625,7 +625,7 @@ class Keeper:
         return self.kept
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 @pytest.mark.parametrize("kind", ["local", "ray"])
 def test_members_share_nothing_of_what_they_are_given(
     kind: str, lasting_case: Callable[[str], Case]

@@ -79,7 +79,7 @@ class RecordingDirectory(LocalDirectory):
             yield recorded
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [20, pytest.param(60, marks=pytest.mark.nightly)])
 def test_any_number_of_shards_becomes_any_other_and_each_chunk_is_verified_by_one(
     examples: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -235,7 +235,7 @@ def test_a_directory_falls_back_to_an_older_one_while_it_loads_and_says_so(
         DistNadam.restore(kept[1][0], backend="local")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_restore_on_ray_takes_no_more_memory_on_its_way_than_what_it_ends_with(
     tmp_path: Path, ray_cluster: None
 ) -> None:

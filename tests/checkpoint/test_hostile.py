@@ -271,7 +271,7 @@ ODD = st.sampled_from(
 )
 
 
-@pytest.mark.parametrize("examples", [150, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [150, pytest.param(400, marks=pytest.mark.nightly)])
 def test_any_part_of_a_well_signed_manifest_may_be_anything_else(
     examples: int, pristine: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -137,7 +137,7 @@ def test_stop_ends_it_for_all_who_use_it(running: DistNadam) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_from_what_was_saved_by_hand_beside_its_own_checkpoints(
     ray_cluster: None, tmp_path: Path
 ) -> None:

@@ -114,7 +114,7 @@ def test_a_file_trains_is_seen_and_is_reached_by_the_command_that_it_prints(
     ("raised", "error", "remedy"),
     [
         ("ModuleNotFoundError", VersionMismatch, ": install it there, or keep it beside"),
-        pytest.param("ZeroDivisionError", ClusterError, "$", marks=pytest.mark.slow),
+        pytest.param("ZeroDivisionError", ClusterError, "$", marks=pytest.mark.nightly),
     ],
 )
 def test_what_cannot_be_imported_in_a_worker_ends_the_run_at_once_with_its_cause(

@@ -269,7 +269,7 @@ def test_a_snapshot_is_only_taken_of_held_shards() -> None:
         shards.ask({0: Pause("me")})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_shard_that_dies_meanwhile_fails_the_save_and_leaves_the_checkpoint_before(
     tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -137,6 +137,7 @@ def drive(code: str, env: dict[str, str], cwd: Path) -> Any:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.nightly  # tests/hosts spread them too
 def test_shards_and_workers_spread_over_both_nodes_and_a_wrong_token_is_one_sentence(
     tmp_path: Path,
 ) -> None:

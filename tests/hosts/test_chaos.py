@@ -22,7 +22,7 @@ SEED = 6
 @pytest.mark.parametrize(
     ("count", "kinds"),
     [
-        pytest.param(6, HOSTS, marks=pytest.mark.timeout(600), id="of hosts"),
+        pytest.param(4, HOSTS, marks=pytest.mark.timeout(600), id="of hosts"),
         pytest.param(
             60, FAULTS, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)], id="of every kind"
         ),

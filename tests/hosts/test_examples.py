@@ -28,6 +28,7 @@ def ends(said: str, before: str) -> list[str]:
     ]
 
 
+@pytest.mark.nightly
 def test_from_ray_tasks(cluster: Cluster) -> None:
     said = cluster.python(cluster.hosts[1], EXAMPLES / "tasks.py").finish()
     assert len(ends(said, "50 steps, every rank ends with ")) == 1
@@ -53,6 +54,7 @@ def test_from_plain_processes_that_know_an_address_and_a_name(cluster: Cluster) 
     assert ends[0].endswith("after 50 rounds")
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not TAKES_JOBS, reason="ray job submit needs ray[default], of the extra interop"
 )

@@ -12,7 +12,7 @@ from tests.hosts.cluster import ALL_ON_ANY, Cluster
 from tests.hosts.tasks import digest
 from tests.hosts.train import train_in_one_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(400)]
 
 RESOURCES = ALL_ON_ANY
 RESHARD = """

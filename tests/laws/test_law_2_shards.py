@@ -49,8 +49,8 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(
 @pytest.mark.parametrize(
     ("num_shards", "clip", "kernel", "transport"),
     [
-        pytest.param(1, 0, "numpy", "auto", marks=pytest.mark.slow),
-        pytest.param(2, 1, "fused", "auto", marks=pytest.mark.slow),
+        pytest.param(1, 0, "numpy", "auto", marks=pytest.mark.nightly),
+        pytest.param(2, 1, "fused", "auto", marks=pytest.mark.nightly),
         (2, 2, "fused", "objects"),
         (3, 2, "numpy", "mixed"),
         pytest.param(7, 3, "numpy", "objects", marks=pytest.mark.nightly),
@@ -179,7 +179,7 @@ def stepped_on_rounded() -> list[bytes]:
         return bits(optimizer)
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray-2-fused"])
 @pytest.mark.parametrize(
     ("num_shards", "kernel"), [(1, "numpy"), (1, "fused"), (2, "fused"), (7, "numpy")]
 )

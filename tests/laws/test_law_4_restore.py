@@ -20,7 +20,7 @@ def undisturbed(steps: int, num_workers: int = 2, **config: Any) -> list[bytes]:
         return bits(optimizer)
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(25, marks=pytest.mark.nightly)])
 def test_a_restored_run_ends_with_the_undisturbed_bits(
     examples: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -57,7 +57,7 @@ def undisturbed_of_rounded(steps: int) -> tuple[bytes, ...]:
         return tuple(bits(optimizer))
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray-3-1"])
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (7, 2)])
 def test_a_restored_run_whose_workers_see_rounded_parameters_keeps_the_masters(
     before: int, after: int, backend: str, tmp_path: Path
@@ -85,7 +85,7 @@ _MOVES = st.one_of(
 )
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.nightly)])
 def test_any_sequence_of_saves_restores_and_reshards_keeps_the_undisturbed_bits(
     examples: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

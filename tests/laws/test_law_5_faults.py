@@ -409,7 +409,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         assert (got.clock, got.skipped) == (expected.clock, expected.skipped)
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(80, marks=pytest.mark.nightly)])
 def test_faults_change_no_bit_and_count_every_push_once(examples: int) -> None:
     SEEN.clear()
     run_state_machine_as_test(  # type: ignore[no-untyped-call]

@@ -228,7 +228,7 @@ def test_a_push_repeated_while_it_waits_counts_once_and_both_are_answered() -> N
     assert state_of(host) == once
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_a_worker_taken_over_is_refused_by_name_and_its_successor_counts(backend: str) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         old, other = optimizer.worker(0), optimizer.worker(1)
@@ -254,7 +254,7 @@ def test_a_push_that_waits_when_its_worker_is_taken_over_is_replaced_by_the_succ
         assert bits(optimizer) == got
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_a_push_that_was_superseded_while_it_waited_is_refused_by_name(backend: str) -> None:
     with DistNadam(num_shards=2, num_workers=2, backend=backend).build(params()) as optimizer:
         old, other = optimizer.worker(0), optimizer.worker(1)

@@ -20,7 +20,7 @@ RATES = [
 ]
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_set_weights_of_get_weights_changes_nothing_and_neither_does_what_follows(
     backend: str,
 ) -> None:

@@ -246,7 +246,7 @@ def test_damaged_code_is_compiled_again(tmp_path: Path) -> None:
         assert kept.read_bytes() == whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("setting", ["NUMBA_BOUNDSCHECK", "NUMBA_LOOP_VECTORIZE"])
 def test_code_compiled_under_other_settings_is_not_used(setting: str, tmp_path: Path) -> None:
     load_fused(tmp_path, **{setting: "0"})

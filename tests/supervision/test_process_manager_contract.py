@@ -300,7 +300,7 @@ def test_a_process_that_dies_is_reported_and_answers_shard_lost(cluster: Cluster
         cluster.manager.control_state(shards[1])
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_a_shard_that_a_successor_did_not_find_answers_shard_lost(cluster: Cluster) -> None:
     (found,) = cluster.start(1)
     missing = ShardProcess(1, None, None)
@@ -341,7 +341,7 @@ def test_a_filled_standby_takes_over_where_its_fenced_primary_stood(cluster: Clu
     assert read["params"]["float32"].tobytes() == PARAMS["float32"].tobytes()
 
 
-@pytest.mark.on_ray
+@pytest.mark.on_ray(slow=["ray"])
 def test_a_standby_that_is_empty_or_dead_cannot_take_over(cluster: Cluster) -> None:
     (primary,) = cluster.start(1)
     (spec,) = specs(1, cluster.run_id)

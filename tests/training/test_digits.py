@@ -11,7 +11,7 @@ from distnadam.training.tasks.digits import Digits
 
 @pytest.mark.parametrize(
     "num_workers",
-    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)],
+    [pytest.param(1, marks=pytest.mark.nightly), 2, pytest.param(4, marks=pytest.mark.nightly)],
 )
 def test_it_reaches_97_percent_on_the_held_out_fifth(num_workers: int, tmp_path: Path) -> None:
     history = fit(

@@ -116,7 +116,7 @@ def test_the_loss_is_the_mean_over_the_ranks(tmp_path: Path) -> None:
     [
         {"num_shards": 1},
         {"num_shards": 5},
-        pytest.param({"backend": "ray"}, marks=pytest.mark.slow),
+        pytest.param({"backend": "ray"}, marks=pytest.mark.nightly),
     ],
 )
 def test_the_run_does_not_depend_on_shards_or_backend(

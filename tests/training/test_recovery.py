@@ -48,7 +48,7 @@ def shard_process() -> int:
     return int(struct.unpack("3i", credentials)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_loss_of_more_ranks_at_once_than_one_may_fail_changes_no_bit(
     tmp_path: Path,
 ) -> None:
@@ -119,7 +119,7 @@ def check_losses(history: Any, undisturbed: Any) -> None:
     assert sum(ranks == (0, 1) for ranks in history.ranks) >= len(history.ranks) // 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_that_dies_at_one_step_every_time_ends_the_run(
     tmp_path: Path,
 ) -> None:
@@ -131,7 +131,7 @@ def test_a_process_that_dies_at_one_step_every_time_ends_the_run(
         train(Poisoned(), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_traceback(
     tmp_path: Path,
 ) -> None:
@@ -144,7 +144,7 @@ def test_a_task_that_raises_at_one_step_every_time_ends_the_run_with_its_traceba
     assert 'raise ZeroDivisionError("the batch is bad")' in notes + str(raised.value)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_task_that_fails_twice_ends_with_the_bits_of_one_that_never_fails(
     tmp_path: Path,
 ) -> None:

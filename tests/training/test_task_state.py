@@ -118,7 +118,7 @@ def test_a_rank_that_raises_changes_no_bit_of_the_state(
     assert history.recoveries == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_worker_that_is_killed_changes_no_bit_of_the_state(tmp_path: Path, rank: int) -> None:
     train(tmp_path / "calm")

@@ -262,7 +262,7 @@ def killed_primary(endpoint: Endpoint, half: bool) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("half", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("half", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_all_that_a_killed_primary_delivered_is_there_and_nothing_else(
     half: bool, far: Far
 ) -> None:

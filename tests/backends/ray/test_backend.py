@@ -45,7 +45,7 @@ def test_an_ask_that_the_nodes_cannot_meet_is_refused_at_once_with_what_is_missi
         DistNadam(num_shards=3, backend="ray", options=options).build(START)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_label_may_be_refused_rather_than_asked_for() -> None:
     with DistNadam(
         num_shards=2, replicas=1, backend="ray", options=Options(label_selector={"zone": "!moon"})
@@ -61,7 +61,7 @@ def test_an_ask_may_be_waited_for_visibly(caplog: pytest.LogCaptureFixture) -> N
     assert "waiting for nodes: 1 shards ask TPU 1" in caplog.text
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_shards_ask_for_what_the_options_say() -> None:
     free = ray.available_resources()["CPU"]
     with DistNadam(num_shards=2, backend="ray", options=Options(shard_cpus=1.5)).build(
@@ -110,7 +110,7 @@ def test_handles_and_workers_travel_to_tasks_and_actors() -> None:
     wait_until_none_is_left()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_copy_that_closes_only_detaches() -> None:
     @ray.remote(num_cpus=0)
     def use(optimizer: DistNadam) -> int:
@@ -187,7 +187,7 @@ def test_ray_tells_the_user_of_nothing_where_all_went_well() -> None:
     assert not [line for line in done.stderr.splitlines() if "pid=" in line or "raylet" in line]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_backends_agree_on_a_model_with_an_empty_shard() -> None:
     tiny = {"w": np.ones(3, np.float32)}
     with (

@@ -298,7 +298,7 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_answer_whose_node_died_before_it_was_fetched_is_a_lost_call() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ANSWER_OF_A_DEAD_NODE], capture_output=True, text=True, check=False
@@ -342,10 +342,10 @@ def lose_calls() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param("until answered", marks=pytest.mark.slow),
+        pytest.param("until answered", marks=pytest.mark.nightly),
         "pending",
-        pytest.param("gathered", marks=pytest.mark.slow),
-        pytest.param("in the background", marks=pytest.mark.slow),
+        pytest.param("gathered", marks=pytest.mark.nightly),
+        pytest.param("in the background", marks=pytest.mark.nightly),
     ],
 )
 def test_a_call_that_ray_loses_on_its_way_is_made_again(kind: str) -> None:

@@ -97,7 +97,7 @@ def test_a_successor_ends_a_stopped_shard_which_never_wakes_up(
     assert processes_of(f"stopped{replicas}") == set()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("shards", "together"), [pytest.param(1, False, marks=pytest.mark.nightly), (3, True)]
 )
@@ -124,7 +124,7 @@ def test_after_a_reshard_a_successor_finds_the_shards_that_there_are_now(
     assert processes_of(name) == set()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_optimizer_is_ended_by_name_even_if_only_its_shards_are_left() -> None:
     optimizer = build("ended", replicas=1)
     there = processes_of("ended")
@@ -145,7 +145,7 @@ def test_an_optimizer_is_ended_by_name_even_if_only_its_shards_are_left() -> Non
         assert again.apply_gradients(gradient(0)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("hurt", [signal.SIGSTOP, signal.SIGKILL])
 def test_close_leaves_no_process_if_the_supervisor_and_a_shard_are_hurt(
     hurt: signal.Signals, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +178,7 @@ class Sleeper:
         return os.getpid()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_stopped_members_of_a_team_end_if_replaced_and_with_the_team() -> None:
     with DistNadam(num_workers=2, backend="ray").build(START) as optimizer:
         team = optimizer.team(Sleeper)

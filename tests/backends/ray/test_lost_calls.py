@@ -18,7 +18,7 @@ from distnadam import DistNadam
 from distnadam.errors import Rewound
 from tests.models import bits
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
 RULE = json.dumps(
     {

@@ -65,7 +65,7 @@ def recorded(optimizer: DistNadam) -> list[tuple[int, ...]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "transport", ["auto", pytest.param("objects", marks=pytest.mark.nightly)]
 )  # objects have no line whose end would tell of a death
@@ -91,7 +91,7 @@ def test_a_worker_that_leaves_and_comes_back_replays_to_the_same_bits(
         assert bits(optimizer) == replayed(members)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("transport", ["auto", pytest.param("objects", marks=pytest.mark.nightly)])
 def test_waiting_ranks_learn_who_is_lost_where_all_are_needed(transport: Any) -> None:
     options = Options(rejoin_timeout_s=0.2, transport=transport)
@@ -113,7 +113,7 @@ def test_waiting_ranks_learn_who_is_lost_where_all_are_needed(transport: Any) ->
         assert bits(optimizer) == replayed([(0, 1)] * 6)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_calls_that_fail_before_or_after_they_ran_change_no_bit() -> None:
     """Ray itself lets a third of each trainer's calls fail, half of those before they ran and half

@@ -59,7 +59,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=[pytest.mark.slow])])
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=[pytest.mark.nightly])])
 def test_a_model_that_a_process_cannot_hold_is_refused_and_another_optimizer_goes_on(
     backend: str,
 ) -> None:

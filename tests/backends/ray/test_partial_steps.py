@@ -62,7 +62,7 @@ def undisturbed(steps: int, **how: Any) -> list[bytes]:
         return bits(optimizer)
 
 
-@pytest.mark.parametrize("clipnorm", [None, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clipnorm", [None, pytest.param(0.5, marks=pytest.mark.nightly)])
 def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(
     clipnorm: float | None,
 ) -> None:
@@ -85,7 +85,7 @@ def test_a_step_whose_call_was_lost_on_some_shards_is_given_them_again(
             assert bits(optimizer) == undisturbed(2 * step + 2, clipnorm=clipnorm), reached
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_that_nobody_brings_to_an_end_is_undone_everywhere() -> None:
     options = replace(OPTIONS, shard_timeout_s=15.0, step_timeout_s=40.0)  # on a busy machine too
     with DistNadam(num_shards=3, backend="ray", options=options).build(START) as optimizer:

@@ -50,12 +50,12 @@ def test_without_its_raylet_every_call_is_refused(tmp_path: Path) -> None:
     run(died("raylet", "raylet on this host"), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_without_its_head_every_call_is_refused(tmp_path: Path) -> None:
     run(died("gcs_server", "head at"), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("victim", "told"),
     [

@@ -66,7 +66,7 @@ def test_the_ray_of_the_address_is_joined_and_not_owned(ray_cluster: None) -> No
     assert said == "joined True\n"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_ray_of_our_own_is_shut_down_by_its_owner() -> None:
     assert connect(start=True, RAY_AUTH_MODE="token") == "owned True\nshut down False\n"
 

@@ -119,7 +119,7 @@ def test_trees_views_and_single_tensors_give_the_same_bits_and_say_how_they_trav
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_worker_with_too_little_memory_falls_back_to_objects_with_one_warning() -> None:
     with build() as optimizer:
         trainers = [Trainer.remote(optimizer, rank, 4096 if rank else None) for rank in range(2)]
@@ -131,7 +131,7 @@ def test_a_worker_with_too_little_memory_falls_back_to_objects_with_one_warning(
     assert "give the node or container more memory" in warnings[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_workers_death_is_told_to_those_who_wait_for_it_even_if_it_had_forked() -> None:
     with build(options=Options(rejoin_timeout_s=0.0)) as optimizer:
         first, second = (Trainer.remote(optimizer, rank) for rank in range(2))
@@ -158,7 +158,7 @@ def wait_for_push(optimizer: DistNadam, rank: int) -> None:
         pass  # the test's time limit bounds it
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_shard_that_hangs_is_named_after_the_timeout() -> None:
     with build(options=Options(step_timeout_s=2.0)) as optimizer:
         workers = [optimizer.worker(rank) for rank in range(2)]
@@ -190,7 +190,7 @@ def test_a_shards_death_is_told_at_once_and_all_go_back() -> None:
             ticket.result()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("transport", "expected"),
     [
@@ -215,7 +215,7 @@ def test_a_worker_that_learns_by_a_pull_of_other_shards_reaches_those_and_says_s
         assert len(caplog.messages) == 1, "the step had nothing to learn"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_optimizers_side_by_side_do_not_meet() -> None:
     with build() as one, build() as other:
         trainers = [

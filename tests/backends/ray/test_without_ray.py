@@ -90,7 +90,13 @@ optimizer.close()
 )
 
 
-@pytest.mark.parametrize("script", [SHUT, FORKED], ids=["after ray.shutdown()", "in a fork"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(SHUT, id="after ray.shutdown()"),
+        pytest.param(FORKED, id="in a fork", marks=pytest.mark.nightly),
+    ],
+)
 def test_every_call_is_refused_at_once_and_starts_no_ray(tmp_path: Path, script: str) -> None:
     run(script, tmp_path)
 
