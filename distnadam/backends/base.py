@@ -139,10 +139,9 @@ class ShardTransport(ABC):
         """The parameters that this process's code can have views of, if shards read its memory."""
         return None
 
-    @property
-    def is_unseen(self) -> bool:
-        """Whether nobody can have a view of the present parameters, or get one during a step."""
-        return False
+    def unseen(self) -> AbstractContextManager[bool]:
+        """Say whether nobody can have a view of the present parameters; nobody gets one inside."""
+        return nullcontext(False)
 
     def await_work(self) -> None:
         """Wait until no shard reads what was given to it, if it reads this process's memory.

@@ -5,11 +5,13 @@ parameters are shared. No Ray.
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import Any
 
 from typing_extensions import override
@@ -35,6 +37,7 @@ from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
 from distnadam.supervision.resharding import Resharding, reshard
 from distnadam.tensors.arrays import Array, Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.layout import Layout, Ranges
+from distnadam.threads import renew_after_fork
 from distnadam.transport.parameter_memory import ParameterMemory
 
 _LOOK_S = 0.001
@@ -131,6 +134,8 @@ class LocalTransport(ShardTransport):
         self.memory = ParameterMemory({})
         self._version = 0
         self._has_channels = False
+        self.after_fork()
+        renew_after_fork(self)
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
         """Return a new host, whose parameter buffers are views of `memory`."""
@@ -163,10 +168,15 @@ class LocalTransport(ShardTransport):
     def written_here(self) -> Sequence[Array]:
         return [values for flat in self.memory.read or () for values in flat.values()]
 
-    @property
+    def after_fork(self) -> None:
+        """Wait for no thread that only the parent has."""
+        self._opening = Lock()
+
     @override
-    def is_unseen(self) -> bool:
-        return not self._has_channels
+    @contextmanager
+    def unseen(self) -> Iterator[bool]:
+        with self._opening:
+            yield not self._has_channels
 
     @override
     def await_work(self) -> None:
@@ -185,7 +195,8 @@ class LocalTransport(ShardTransport):
     def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
-        self._has_channels = True  # and for ever: its worker may keep views
+        with self._opening:  # after a step that nobody was to see
+            self._has_channels = True  # and for ever: its worker may keep views
         return LocalWorkerChannel(self, layout)
 
     @override

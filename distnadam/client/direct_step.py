@@ -2,9 +2,12 @@
 is sent.
 """
 
+import itertools
+import secrets
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from distnadam.backends.base import Backend
@@ -12,24 +15,37 @@ from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.config import Options
 from distnadam.errors import IllegalMessage, PushesPending, RoundMismatch
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.protocol.messages import Message, PartialNorms, Paused, RoundResult, Step, StepNorms
+from distnadam.protocol.messages import (
+    Message,
+    Outcome,
+    PartialNorms,
+    Paused,
+    RoundResult,
+    Step,
+    StepNorms,
+)
 from distnadam.shard.ledger import DIRECT, Ledger
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
+from distnadam.threads import renew_after_fork
 
-_UNKNOWN = -1
 DIRECT_CALL = "apply_gradients"
 """The user's call, for errors and logs."""
+_SMALL = 1 << 16
+"""Elements below which a step costs its messages rather than its bytes."""
+_OWN_BITS, _COUNT_BITS = 40, 22
+"""Of an incarnation: the handle's own number, and that of its step; together below 2**63."""
 
 
 @dataclass
 class DirectStep:
-    """The incarnation and round of one direct step, and its norms once they are known.
+    """One direct step: its incarnation, which no other has, its round, and its norms once they are
+    known.
 
-    `round` is 0 before the first boundary.
+    `round` is 0 before it was sent, and after a shard has refused it.
     """
 
-    incarnation: int = 0
+    incarnation: int
     round: int = 0
     square_sums: Any = None
 
@@ -37,21 +53,8 @@ class DirectStep:
         """Whether a shard that stands there counts it; the others can get it only from here."""
         return Ledger.from_dict(paused.ledger).counted(DIRECT, self.incarnation, self.round)
 
-    def follow(self, last: "DirectStep") -> None:
-        """Take the round after another step's, as the step after it."""
-        self.incarnation = last.incarnation + 1
-        self.round = last.round + 1
-
-    def choose_round(self, paused: Paused, own: int) -> None:
-        """Take the next round at the first boundary; keep it later, unless workers had it since.
-
-        The number after another handle's last step may be that of its next one, which is on its
-        way without a hold, so it is left to it.
-
-        Args:
-            paused: where the shards stand.
-            own: the incarnation of this handle's last step, 0 before the first; another number
-                while it is not known whether a later one was taken.
+    def choose_round(self, paused: Paused) -> None:
+        """Take the next round at the first boundary; keep it later, unless others had it since.
 
         Raises:
             PushesPending: workers have pushed for that round.
@@ -64,8 +67,6 @@ class DirectStep:
                 f"ranks {ranks} have pushed for round {paused.round + 1}: their round must end "
                 "first"
             )
-        newest = dict(paused.ledger["newest"]).get(DIRECT, 0)
-        self.incarnation = newest + (1 if newest == own else 2)
         self.round = paused.round + 1
         self.square_sums = None  # those of the round that it missed
 
@@ -118,7 +119,11 @@ class Stepped(Protocol):
 
 
 class DirectSteps:
-    """The direct steps of one handle: the memory of their gradients, and the last that was taken.
+    """The direct steps of one handle, one at a time: their numbers, the memory of their gradients,
+    and where the last one left the shards.
+
+    A step's incarnation is the handle's own number, drawn at random, and how many steps it made
+    before: so no two steps ever have the same, whoever makes them and whatever the shards forget.
 
     Args:
         shards: the shards.
@@ -127,63 +132,81 @@ class DirectSteps:
     def __init__(self, shards: Stepped) -> None:
         self._shards = shards
         self._buffer: GradientBuffer | None = None
-        self._last: tuple[DirectStep, int] | None = None  # and the epoch in which it was taken
-        self._own = 0  # the last one's incarnation, unless a later one's end is not known
+        self._is_small = shards.layout.num_elements < _SMALL
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Be another handle than the parent's."""
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(secrets.randbits(_OWN_BITS) << _COUNT_BITS)
+        self._last: RoundResult | None = None  # where a step has left the shards
+
+    def new_step(self) -> DirectStep:
+        """Return a step that was not sent yet."""
+        return DirectStep(next(self._numbers))
 
     def apply(self, step: DirectStep, gradients: Any) -> RoundResult:
         """Have all shards take a step from a gradient tree; the same one again completes it.
 
-        An only shard that stands where the last step has left it is not held for it.
+        An only shard with a small model that stands where the last step has left it, and does not
+        clip by norm, is not held for it.
 
         Raises:
             PushesPending: workers' pushes wait.
         """
-        if self._last is not None and len(self._shards.ranges) == 1:
-            try:
-                return self._follow(*self._last, step, gradients)
-            except (IllegalMessage, RoundMismatch):
-                pass  # somebody else acts too
-        with self._shards.boundary(step) as at:
-            step.choose_round(at.held, self._own)
-            return self._apply(step, at.token, gradients)
+        with self._lock:
+            return self._follow(step, gradients) or self._hold(step, gradients)
 
-    def _follow(
-        self, last: DirectStep, epoch: int, step: DirectStep, gradients: Any
-    ) -> RoundResult:
+    def _hold(self, step: DirectStep, gradients: Any) -> RoundResult:
+        with self._shards.boundary(step) as at:
+            step.choose_round(at.held)
+            rejection, parts = self._take(gradients)
+            # while the shards are held: a child forked meanwhile refuses to go on from them
+            with self._shards.backend.transport.unseen() as in_place:
+                messages = {
+                    i: step.message(at.token, part, rejection, in_place=in_place)
+                    for i, part in enumerate(parts)
+                }
+                return self._apply(step, at.token, messages)
+
+    def _follow(self, step: DirectStep, gradients: Any) -> RoundResult | None:
+        """Step an only shard without a hold; None if it is not to be stepped so, or refuses."""
+        last = self._last
+        if last is None or not self._is_small or len(self._shards.ranges) > 1:
+            return None
+        self._last = None
         is_new = step.round == 0
         if is_new:
-            step.follow(last)
+            step.round = last.round + 1
+        rejection, parts = self._take(gradients)
+        message = step.message(None, parts[0], rejection, epoch=last.epoch)
         try:
-            return self._apply(step, None, gradients, epoch)
-        except (IllegalMessage, RoundMismatch):
+            return self._apply(step, None, {0: message})
+        except (IllegalMessage, RoundMismatch):  # somebody else acts too
             if is_new:  # no shard has taken it, so it may be of any round
                 step.round = 0
-            self._own = last.incarnation
-            raise
+            return None
 
     def _apply(
-        self, step: DirectStep, token: str | None, gradients: Any, epoch: int = 0
+        self, step: DirectStep, token: str | None, messages: Mapping[int, Step]
     ) -> RoundResult:
-        rejection, parts = self._take(gradients)
-        transport = self._shards.backend.transport
-        in_place = transport.is_unseen
-        messages = {
-            i: step.message(token, part, rejection, in_place=in_place, epoch=epoch)
-            for i, part in enumerate(parts)
-        }
-        self._last, self._own = None, _UNKNOWN
         try:
             answers = self._shards.ask(messages, who=DIRECT_CALL)
             is_measured = any(isinstance(answer, PartialNorms) for answer in answers.values())
             if is_measured:
                 answers = self._give_norms(step, token, answers)
         except BaseException:
-            transport.await_work()  # another thread's may read what was lent
+            self._shards.backend.transport.await_work()  # it may read what was lent
             raise
         decided: RoundResult = answers[0]
-        self._last = None if is_measured else (step, decided.epoch)
-        self._own = step.incarnation
-        return decided
+        self._last = None if is_measured else decided
+        if decided.round == step.round or messages[0].rejection is None:
+            return decided
+        # counted long ago, and others' rounds since: the answer is of the last of those
+        is_skip = self._shards.options.on_nonfinite == "skip"
+        outcome: Outcome = "skipped" if is_skip else "refused"
+        return replace(decided, outcome=outcome, rejection=messages[0].rejection)
 
     def _give_norms(
         self, step: DirectStep, token: str | None, answers: Mapping[int, Any]

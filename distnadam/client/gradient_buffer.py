@@ -101,8 +101,9 @@ class GradientBuffer:
                     self._copy(self._layout.tensors[run.first], leaves[run.first])
                     continue
                 values = self.flat[run.space][run.begin : run.end]
-                if run.last == run.first + 1:
-                    np.copyto(self._views[run.first], leaves[run.first], casting="same_kind")
+                if run.last == run.first + 1 or self.has_views:  # of which the leaves may be
+                    for index in range(run.first, run.last):
+                        np.copyto(self._views[index], leaves[index], casting="same_kind")
                 else:
                     given = leaves[run.first : run.last]
                     np.concatenate(given, axis=None, out=values, casting="same_kind")

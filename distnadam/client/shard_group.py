@@ -1,4 +1,5 @@
-"""Acting on all shards as one optimizer: pause them at one round, then read, write, step or load.
+"""Acting on all shards as one optimizer: pause them at one round, then read, write or load; and
+steps from outside.
 
 Shard 0 is paused first and the others after it, so that two clients that act at once queue there
 and never wait for each other in a ring. No maths, no Ray.
@@ -239,7 +240,7 @@ class ShardGroup:
             PushesPending: workers' pushes wait.
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
-        step = DirectStep()
+        step = self._direct.new_step()
         return self.recovering(lambda: self._direct.apply(step, gradients))
 
     def reshard(self, num_shards: int) -> None:

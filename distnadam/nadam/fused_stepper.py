@@ -26,7 +26,9 @@ _APART = 48
 
 
 _MOST_CALLS = 8
-"""Calls of the loop that are kept for later steps; without clipping by norm a thread has two."""
+"""Calls of the loop that are kept for later steps; without clipping by norm or a standby a thread
+has two, or three once it has stepped in place.
+"""
 
 
 class _Call(NamedTuple):

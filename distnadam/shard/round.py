@@ -140,7 +140,9 @@ class Round:
 
     def is_orphaned(self, newest: Mapping[int, int]) -> bool:
         """Whether every worker that pushed was replaced, so that none may send the norms."""
-        return all(push.incarnation < newest.get(rank, 0) for rank, push in self.pushes.items())
+        return not self.is_direct and all(
+            push.incarnation < newest.get(rank, 0) for rank, push in self.pushes.items()
+        )
 
     # Pushes
 

@@ -178,8 +178,8 @@ class Rounds:
 
     def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
         """Give the step from outside the whole model's sums of squares."""
-        newest = self.progress.members.ledger.newest[DIRECT]
-        waiter = Waiter(caller, DIRECT, newest)
+        pushed = self.current.pushes.get(DIRECT)
+        waiter = Waiter(caller, DIRECT, 0 if pushed is None else pushed.incarnation)
         self.current.add_norms(self._checked(message.square_sums), waiter)
 
     def _checked(self, square_sums: Array) -> Array:

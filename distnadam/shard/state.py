@@ -14,7 +14,8 @@ from distnadam.tensors.layout import Ranges, sizes_of
 class ShardState:
     """The arrays of one shard's ranges.
 
-    A step reads the current parameters and writes the spare buffer, which then becomes current. In
+    A step reads the current parameters and writes the spare buffer, which then becomes current, or
+    writes them where they are if nobody sees them. In
     a space that workers see rounded, the parameters are the master's, which a step changes in place
     as it does the moments, and the buffers hold them rounded.
 
@@ -64,7 +65,7 @@ class ShardState:
 
     @property
     def spare(self) -> Flat:
-        """Where the next parameters go; it holds those of the step before."""
+        """Where the next parameters go; it holds those before the last step that went here."""
         return self.buffers[1 - self.active]
 
     def swap(self) -> None:

@@ -54,8 +54,9 @@ class ParameterMemory:
         finally:
             memory.inside.discard(token)
 
-    The holder of a token may write one of the buffers, once: that is not the one that a child
-    forked meanwhile goes on from. No function is called unless there was a fork: a step waits.
+    The holder of a token may write one of the buffers, once: not the one that a child forked
+    meanwhile goes on from, unless the child refuses to. No function is called unless there was a
+    fork: a step waits.
 
     Args:
         sizes: elements per space.

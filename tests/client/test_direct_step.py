@@ -2,8 +2,11 @@
 and whichever calls or answers are lost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,7 +19,9 @@ from distnadam.backends.base import Pending
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
 from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, ShardUnavailable
-from distnadam.protocol.messages import Pause, Step
+from distnadam.protocol.messages import Pause, Push, Step
+from distnadam.shard.ledger import DIRECT
+from distnadam.shard.round import Round, Waiter
 from distnadam.worker import Worker
 from tests.client.test_shard_group import local
 from tests.simulation.backend import WorldBackend, begin_world
@@ -48,11 +53,15 @@ class Handle:
 
     def __init__(self, world: Any, layout: Any, options: Options) -> None:
         self.group = ShardGroup(WorldBackend(world), layout, 1, options, poll_s=0.0)
-        self._post = self.group.backend.transport.post
-        self.group.backend.transport.post = self._lossy  # type: ignore[method-assign]
+        transport = self.group.backend.transport
+        self._post, self._recover = transport.post, transport.await_recovery
+        transport.post = self._lossy  # type: ignore[method-assign]
+        transport.await_recovery = self._after_others  # type: ignore[method-assign]
         self.fault: Fault = "none"
         self.posted: list[type] = []
         self.late: list[Mapping[int, Any]] = []
+        self.on_taken: Callable[[], None] = bool  # a step whose caller does not hear of it
+        self.meanwhile: Callable[[], None] = bool  # before what was lost is made good
 
     def _lossy(self, messages: Mapping[int, Any]) -> Pending:
         kind = type(messages[0])
@@ -62,10 +71,19 @@ class Handle:
             return self._post(messages)
         self.fault = "none"
         error = Interrupted() if "interrupted" in fault else ShardUnavailable("lost by this test")
-        is_sent = fault in ("answer lost", "interrupted after")
+        if fault in ("answer lost", "interrupted after"):
+            self.on_taken()
+            return Unheard(self._post(messages), error)
         if fault == "interrupted and late":
-            self.late.append(messages)
-        return Unheard(self._post(messages) if is_sent else None, error)
+            step = messages[0]  # on its way to another process: a copy
+            copy = {space: values.copy() for space, values in (step.gradients or {}).items()}
+            self.late.append({0: replace(step, gradients=copy)})
+        return Unheard(None, error)
+
+    def _after_others(self, timeout_s: float) -> None:
+        act, self.meanwhile = self.meanwhile, bool
+        act()
+        self._recover(timeout_s)
 
     def arrive(self) -> None:
         """Have the step that is late arrive, if there is one; whoever sent it does not hear."""
@@ -73,6 +91,43 @@ class Handle:
             with suppress(DistNadamError):
                 self._post(messages).result(1.0)
         self.late = []
+
+
+class Run:
+    """Three handles of one shard, and the steps that count, in order."""
+
+    def __init__(self) -> None:
+        options = Options(kernel="numpy", step_timeout_s=5.0)
+        world, layout = begin_world(W, NadamConfig(), options, 1, 1, 0)
+        self.handles = [Handle(world, layout, options) for _ in range(3)]
+        self.counted: list[int] = []
+        self.late: list[int] = []  # at most one at a time
+
+    def step(self, who: int, number: int) -> None:
+        """Take a step, whatever befalls it."""
+        handle = self.handles[who]
+        handle.on_taken = partial(self.counted.append, number)
+        is_late = handle.fault == "interrupted and late"
+        try:
+            decided = handle.group.step(gradient(number))
+        except Interrupted:
+            self.late += [number] if is_late else []
+            return
+        if number not in self.counted:
+            self.counted.append(number)
+        assert decided.iterations == len(self.counted)
+
+    def arrive(self) -> None:
+        """Have a step arrive that its caller has given up; the shard may take it or not."""
+        for handle in self.handles:
+            handle.arrive()
+        if self.late and self.iterations > len(self.counted):
+            self.counted += self.late
+        self.late = []
+
+    @property
+    def iterations(self) -> int:
+        return self.handles[0].group.read(("m",))[0].iterations
 
 
 def gradient(number: int) -> dict[str, np.ndarray]:
@@ -92,42 +147,27 @@ def undisturbed(numbers: list[int]) -> bytes:
             st.integers(0, 2),
             st.sampled_from(["none", *get_args(Fault)]),
             st.booleans(),
+            st.sampled_from([None, 0, 1, 2]),
         ),
         max_size=12,
     )
 )
 @settings(max_examples=300, deadline=None)
 def test_each_step_of_several_handles_counts_once_whatever_is_lost(
-    calls: list[tuple[int, Fault, bool]],
+    calls: list[tuple[int, Fault, bool, int | None]],
 ) -> None:
-    options = Options(kernel="numpy", step_timeout_s=5.0)
-    world, layout = begin_world(W, NadamConfig(), options, 1, 1, 0)
-    handles = [Handle(world, layout, options) for _ in range(3)]
-    counted: list[int] = []
-    late: list[int] = []  # at most one at a time
-    for number, (who, fault, arrives) in enumerate(calls):
+    run = Run()
+    for number, (who, fault, arrives, other) in enumerate(calls):
         if arrives:
-            for handle in handles:
-                handle.arrive()
-            if late and handles[who].group.read(("m",))[0].iterations > len(counted):
-                counted += late
-            late = []
-        if late and fault == "interrupted and late":
-            continue
-        handles[who].fault = fault
-        try:
-            decided = handles[who].group.step(gradient(number))
-        except Interrupted:
-            if fault == "interrupted after":
-                counted.append(number)
-            if fault == "interrupted and late":
-                late = [number]
-        else:
-            counted.append(number)
-            assert decided.iterations == len(counted)
-    clock, state = handles[0].group.read(("params",))
-    assert clock.iterations == len(counted)
-    assert state["params"]["float32"].tobytes() == undisturbed(counted)
+            run.arrive()
+        if not (run.late and fault == "interrupted and late"):
+            run.handles[who].fault = fault
+        if other not in (None, who):
+            run.handles[who].meanwhile = partial(run.step, other, 1000 + number)
+        run.step(who, number)
+    _, state = run.handles[0].group.read(("params",))
+    assert run.iterations == len(run.counted)
+    assert state["params"]["float32"].tobytes() == undisturbed(run.counted)
 
 
 def test_an_only_shard_is_held_for_a_handles_first_step_alone() -> None:
@@ -178,3 +218,38 @@ def test_several_shards_and_one_that_clips_by_norm_are_held_for_each_step() -> N
             for number in range(3):
                 optimizer.apply_gradients(gradient(number))
             assert posted.count(Pause) == 3
+
+
+def test_steps_of_two_threads_by_one_handle_are_whole_and_each_counts() -> None:
+    size = 3000
+    with DistNadam(backend="local").build({"w": np.zeros(size, np.float32)}) as optimizer:
+
+        def apply(value: float) -> None:
+            for _ in range(150):
+                optimizer.apply_gradients({"w": np.full(size, value, np.float32)})
+
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(apply, [1.0, -1.0]))
+        assert optimizer.iterations == 300
+        assert len(np.unique(optimizer.get_weights()[2])) == 1, "each gradient came whole"
+
+
+def test_a_replay_of_a_refused_step_says_so_though_others_have_stepped_since() -> None:
+    run = Run()
+    first = run.handles[0]
+    first.group.step(gradient(0))
+    first.fault = "answer lost"
+    first.meanwhile = partial(run.handles[1].group.step, gradient(1))  # type: ignore[arg-type]
+    decided = first.group.step({"w": np.full(50, np.nan, np.float32)})
+    assert (decided.outcome, decided.iterations) == ("refused", 2)
+    assert "is not finite" in str(decided.rejection)
+
+
+def test_a_worker_that_joins_holds_no_step_from_outside_for_abandoned() -> None:
+    made = Round(0)
+    waiter = Waiter(None, DIRECT, 7)
+    made.add(
+        Push(epoch=1, rank=DIRECT, incarnation=7, round=1, gradients={}),
+        waiter,
+    )
+    assert not made.is_orphaned({DIRECT: 9})

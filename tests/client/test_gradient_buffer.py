@@ -182,3 +182,13 @@ def test_a_bad_element_of_tensors_that_are_copied_together_is_named() -> None:
     given["123"][4] = np.inf
     assert "gradient '123' is not finite" in str(make(model).fill(given))
     assert "at index (4,)" in str(make(model).fill(given))
+
+
+def test_views_of_the_memory_may_be_given_back_in_another_order() -> None:
+    buffer = make({"a": np.zeros((3, 3), np.float32), "b": np.zeros(4, np.float32)})
+    views = buffer.views(None)
+    views["a"][:] = np.arange(9).reshape(3, 3)
+    views["b"][:] = np.arange(4)
+    expected = [*np.arange(9).reshape(3, 3).T.reshape(-1), *np.arange(4)[::-1]]
+    assert buffer.fill({"a": views["a"].T, "b": views["b"][::-1]}) is None
+    assert buffer.flat["float32"].tolist() == expected

@@ -2,6 +2,7 @@
 its bits are those of a step into the other buffer, and nobody's copy or view changes.
 """
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,28 @@ def test_a_schedule_that_raises_leaves_the_parameters_untouched() -> None:
         with pytest.raises(ConfigError, match="no rate"):
             optimizer.apply_gradients(gradient(1))
         assert bits(optimizer.get_weights()) == before
+
+
+def test_a_worker_that_is_made_in_the_middle_of_a_step_sees_the_parameters_after_it() -> None:
+    pulled: list[dict[str, Any]] = []
+    joined: list[threading.Thread] = []
+
+    def pull() -> None:
+        pulled.append(optimizer.worker(0).pull())
+
+    def schedule(step: int) -> float:
+        if step == 2:
+            joined.append(threading.Thread(target=pull))
+            joined[0].start()
+            joined[0].join(0.3)
+            assert joined[0].is_alive(), "it waits for the step"
+        return 0.01
+
+    with DistNadam(lr=schedule, backend="local").build(START) as optimizer:
+        for step in range(3):
+            optimizer.apply_gradients(gradient(step))
+        joined[0].join()
+        assert bits(pulled[0]) == bits(optimizer.get_params())
+        before = bits(pulled[0])
+        optimizer.apply_gradients(gradient(3))
+        assert bits(pulled[0]) == before
