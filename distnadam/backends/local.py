@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Lock
+from threading import TIMEOUT_MAX, Lock
 from typing import Any
 
 from typing_extensions import override
@@ -195,8 +195,13 @@ class LocalTransport(ShardTransport):
     def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
-        with self._opening:  # after a step that nobody was to see
-            self._has_channels = True  # and for ever: its worker may keep views
+        timeout_s = self.specs[0].options.step_timeout_s
+        if not self._opening.acquire(
+            timeout=min(timeout_s, TIMEOUT_MAX)
+        ):  # a step goes on that nobody is to see
+            raise StepTimeout(f"worker {rank}: apply_gradients did not end in {timeout_s:g} s")
+        self._has_channels = True  # and for ever: its worker may keep views
+        self._opening.release()
         return LocalWorkerChannel(self, layout)
 
     @override
