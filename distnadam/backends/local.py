@@ -195,10 +195,8 @@ class LocalTransport(ShardTransport):
     def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
-        timeout_s = self.specs[0].options.step_timeout_s
-        if not self._opening.acquire(
-            timeout=min(timeout_s, TIMEOUT_MAX)
-        ):  # a step goes on that nobody is to see
+        timeout_s = min(self.specs[0].options.step_timeout_s, TIMEOUT_MAX)
+        if not self._opening.acquire(timeout=timeout_s):  # a step goes on that nobody is to see
             raise StepTimeout(f"worker {rank}: apply_gradients did not end in {timeout_s:g} s")
         self._has_channels = True  # and for ever: its worker may keep views
         self._opening.release()
