@@ -152,7 +152,7 @@ def undisturbed(numbers: list[int]) -> bytes:
         max_size=12,
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_each_step_of_several_handles_counts_once_whatever_is_lost(
     calls: list[tuple[int, Fault, bool, int | None]],
 ) -> None:

@@ -21,9 +21,7 @@ def test_all_eight_cases_are_here() -> None:
     assert len(CASES) == 8
 
 
-@pytest.mark.on_ray(
-    "ray-1-clip_both", slow=["ray-3-clip_both", "ray-3-defaults", "ray-3-fast_schedule"]
-)
+@pytest.mark.on_ray("ray-1-clip_both", slow=["ray-3-clip_both", "ray-3-defaults"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_a_trajectory_is_the_references(case: str, num_shards: int, backend: str) -> None:

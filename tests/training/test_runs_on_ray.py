@@ -105,9 +105,8 @@ def test_a_head_that_dies_during_a_long_evaluation_is_noticed_before_ray_ends_th
     assert "the run goes on from there in a new Ray" in stderr
 
 
-@pytest.mark.parametrize(
-    "victim", ["gcs_server", pytest.param("raylet", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet"])
 def test_a_ray_that_is_killed_while_it_starts_is_begun_anew(tmp_path: Path, victim: str) -> None:
     process = start("train", "digits", "--steps", 4, "--checkpoint-dir", "run", cwd=tmp_path)
     while process.poll() is None:
