@@ -143,7 +143,7 @@ class RoundMismatch(ProtocolError):
 
 
 class IllegalMessage(ProtocolError):
-    """The message is not legal in the shard's present phase."""
+    """The message is not legal in the shard's present phase, or while others act on it."""
 
 
 class PushesPending(ProtocolError):

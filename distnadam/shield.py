@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _Handler = Callable[[int, FrameType | None], Any]
+_LOOK_S = 0.001
+"""Seconds between two looks whether a lock is free."""
 _WAKE = object()
 """What ends a wait of shielded work, so that it looks for a signal."""
 _SIGNALS = tuple(sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}))
@@ -132,6 +134,20 @@ def raise_interrupt() -> None:
     """Run the signal handlers that are put off while shielded work runs, which may raise."""
     if shield.covers_this_thread:
         shield.deliver()
+
+
+def await_unlocked(is_locked: Callable[[], bool], timeout_s: float) -> bool:
+    """Wait until something is free, for its taker to take by ``with``; raise what interrupts this.
+
+    Return whether it is free in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while is_locked():
+        raise_interrupt()
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
 
 
 def get_or_interrupt(queue: "SimpleQueue[_T]", timeout_s: float) -> _T:

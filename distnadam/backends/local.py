@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import TIMEOUT_MAX, Lock
+from threading import Lock
 from typing import Any
 
 from typing_extensions import override
@@ -32,7 +32,7 @@ from distnadam.protocol.messages import Message, Pull, Push, RoundResult, ShardS
 from distnadam.protocol.supervisor_messages import Order, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.phases import Phase
-from distnadam.shield import get_or_interrupt, raise_interrupt, shield
+from distnadam.shield import await_unlocked, get_or_interrupt, raise_interrupt, shield
 from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
 from distnadam.supervision.resharding import Resharding, reshard
 from distnadam.tensors.arrays import Array, Flat, cut_flat, empty_flat, memory_for
@@ -178,6 +178,14 @@ class LocalTransport(ShardTransport):
         with self._opening:
             yield not self._has_channels
 
+    @property
+    def _writes_in_place(self) -> bool:
+        """Whether a step goes on that its caller has given up, where a view would see it."""
+        return any(
+            host.shard.phase is Phase.STEPPING and host.shard.rounds.current.in_place
+            for host in self.hosts
+        )
+
     @override
     def await_work(self) -> None:
         deadline = time.monotonic() + self.specs[0].options.step_timeout_s
@@ -195,11 +203,11 @@ class LocalTransport(ShardTransport):
     def open_channel(
         self, layout: Layout, ranges: list[Ranges], rank: int, incarnation: int
     ) -> WorkerChannel:
-        timeout_s = min(self.specs[0].options.step_timeout_s, TIMEOUT_MAX)
-        if not self._opening.acquire(timeout=timeout_s):  # a step goes on that nobody is to see
-            raise StepTimeout(f"worker {rank}: apply_gradients did not end in {timeout_s:g} s")
-        self._has_channels = True  # and for ever: its worker may keep views
-        self._opening.release()
+        timeout_s = self.specs[0].options.step_timeout_s
+        if not await_unlocked(lambda: self._opening.locked() or self._writes_in_place, timeout_s):
+            raise StepTimeout(f"worker {rank}: apply_gradients was not done in {timeout_s:g} s")
+        with self._opening:
+            self._has_channels = True  # and for ever: its worker may keep views
         return LocalWorkerChannel(self, layout)
 
     @override

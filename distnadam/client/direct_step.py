@@ -10,10 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
 from distnadam.backends.base import Backend
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.config import Options
-from distnadam.errors import IllegalMessage, PushesPending, RoundMismatch
+from distnadam.errors import IllegalMessage, PushesPending, RoundMismatch, StepTimeout
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import (
     Message,
@@ -25,6 +27,7 @@ from distnadam.protocol.messages import (
     StepNorms,
 )
 from distnadam.shard.ledger import DIRECT, Ledger
+from distnadam.shield import await_unlocked
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.threads import renew_after_fork
@@ -42,10 +45,10 @@ class DirectStep:
     """One direct step: its incarnation, which no other has, its round, and its norms once they are
     known.
 
-    `round` is 0 before it was sent, and after a shard has refused it.
+    `incarnation` is 0 before it was sent, and `round` also after a shard has refused it.
     """
 
-    incarnation: int
+    incarnation: int = 0
     round: int = 0
     square_sums: Any = None
 
@@ -142,10 +145,6 @@ class DirectSteps:
         self._numbers = itertools.count(secrets.randbits(_OWN_BITS) << _COUNT_BITS)
         self._last: RoundResult | None = None  # where a step has left the shards
 
-    def new_step(self) -> DirectStep:
-        """Return a step that was not sent yet."""
-        return DirectStep(next(self._numbers))
-
     def apply(self, step: DirectStep, gradients: Any) -> RoundResult:
         """Have all shards take a step from a gradient tree; the same one again completes it.
 
@@ -154,7 +153,11 @@ class DirectSteps:
 
         Raises:
             PushesPending: workers' pushes wait.
+            StepTimeout: another thread's step was not done in time.
         """
+        timeout_s = self._shards.options.step_timeout_s
+        if not await_unlocked(self._lock.locked, timeout_s):
+            raise StepTimeout(f"{DIRECT_CALL}: another step was not done in {timeout_s:g} s")
         with self._lock:
             return self._follow(step, gradients) or self._hold(step, gradients)
 
@@ -162,6 +165,7 @@ class DirectSteps:
         with self._shards.boundary(step) as at:
             step.choose_round(at.held)
             rejection, parts = self._take(gradients)
+            step.incarnation = step.incarnation or next(self._numbers)
             # while the shards are held: a child forked meanwhile refuses to go on from them
             with self._shards.backend.transport.unseen() as in_place:
                 messages = {
@@ -180,6 +184,7 @@ class DirectSteps:
         if is_new:
             step.round = last.round + 1
         rejection, parts = self._take(gradients)
+        step.incarnation = step.incarnation or next(self._numbers)
         message = step.message(None, parts[0], rejection, epoch=last.epoch)
         try:
             return self._apply(step, None, {0: message})
@@ -201,12 +206,15 @@ class DirectSteps:
             raise
         decided: RoundResult = answers[0]
         self._last = None if is_measured else decided
-        if decided.round == step.round or messages[0].rejection is None:
+        if decided.round == step.round:
             return decided
-        # counted long ago, and others' rounds since: the answer is of the last of those
+        # it was counted long ago, and the answer is of the last of others' rounds since
+        why = messages[0].rejection
+        if step.square_sums is not None and not np.isfinite(step.square_sums).all():
+            why = f"the norm of the mean gradient of round {step.round} overflows"
         is_skip = self._shards.options.on_nonfinite == "skip"
-        outcome: Outcome = "skipped" if is_skip else "refused"
-        return replace(decided, outcome=outcome, rejection=messages[0].rejection)
+        outcome: Outcome = "applied" if why is None else "skipped" if is_skip else "refused"
+        return replace(decided, outcome=outcome, rejection=why)
 
     def _give_norms(
         self, step: DirectStep, token: str | None, answers: Mapping[int, Any]

@@ -240,7 +240,7 @@ class ShardGroup:
             PushesPending: workers' pushes wait.
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
-        step = self._direct.new_step()
+        step = DirectStep()
         return self.recovering(lambda: self._direct.apply(step, gradients))
 
     def reshard(self, num_shards: int) -> None:

@@ -1,7 +1,8 @@
 """Which pushes counted: for every rank, runs of consecutive rounds by one incarnation. Exact for
 ever, small always. Pure.
 
-Each step from outside is an incarnation of its own, so a run of these rises with its rounds.
+Each step from outside is an incarnation of its own, and so is each handle's first one, at random: a
+run of one handle's steps rises with its rounds.
 """
 
 from collections import Counter
@@ -16,7 +17,8 @@ class Ledger:
     """The rounds in which each (rank, incarnation) was counted.
 
     Attributes:
-        newest: the newest incarnation of each rank, 0 where there was none.
+        newest: the newest incarnation of each rank, 0 where there was none; of steps from outside
+            the highest.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,13 @@ from distnadam import DistNadam
 from distnadam.backends.base import Pending
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import NadamConfig, Options
-from distnadam.errors import DistNadamError, IllegalMessage, PushesPending, ShardUnavailable
+from distnadam.errors import (
+    DistNadamError,
+    IllegalMessage,
+    PushesPending,
+    ShardUnavailable,
+    StepTimeout,
+)
 from distnadam.protocol.messages import Pause, Push, Step
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.round import Round, Waiter
@@ -243,6 +249,34 @@ def test_a_replay_of_a_refused_step_says_so_though_others_have_stepped_since() -
     decided = first.group.step({"w": np.full(50, np.nan, np.float32)})
     assert (decided.outcome, decided.iterations) == ("refused", 2)
     assert "is not finite" in str(decided.rejection)
+
+
+def test_a_replay_of_an_applied_step_says_so_though_another_was_refused_since() -> None:
+    run = Run()
+    first, second = run.handles[:2]
+    first.group.step(gradient(0))
+    first.fault = "answer lost"
+    bad = {"w": np.full(50, np.nan, np.float32)}
+    first.meanwhile = partial(second.group.step, bad)  # type: ignore[arg-type]
+    decided = first.group.step(gradient(1))
+    assert (decided.outcome, decided.rejection, decided.iterations) == ("applied", None, 2)
+
+
+def test_a_step_that_waits_for_itself_ends_in_time() -> None:
+    asked: list[type[Exception]] = []
+
+    def schedule(step: int) -> float:
+        if step == 1:
+            try:
+                optimizer.apply_gradients({"w": W})
+            except StepTimeout as error:
+                asked.append(type(error))
+        return 0.01
+
+    options = Options(step_timeout_s=0.2)
+    with DistNadam(lr=schedule, backend="local", options=options).build({"w": W}) as optimizer:
+        assert [optimizer.apply_gradients({"w": W}) for _ in range(2)] == [1, 2]
+    assert asked == [StepTimeout]
 
 
 def test_a_worker_that_joins_holds_no_step_from_outside_for_abandoned() -> None:
