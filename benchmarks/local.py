@@ -111,7 +111,8 @@ def many_tensors() -> list[dict[str, Any]]:
             zeros = {path: np.zeros(size, np.float32) for path in tree}
             with optimizer_of(zeros) as optimizer:
                 worker = optimizer.worker(0)
-                worker.gradients()
+                for view in worker.gradients().values() if how == "views" else ():
+                    view[:] = 0.01
                 step = partial(worker.step, *((tree,) if how == "copying" else ()))
                 seconds[number] = timed({how: step}, 30)[how]
         rows.append(
@@ -185,18 +186,16 @@ def main() -> None:
     parser.add_argument("--out", help="a file for the rows, as JSON")
     args = parser.parse_args()
     console = Console(width=110)
-    found: dict[str, Any] = {
-        "step": [
-            row
-            for elements, count in SIZES.items()
-            if elements <= args.most
-            for row in steps_by_size(elements, count)
-        ],
-        "many": many_tensors(),
-        "import": imports(),
-        "fit": [loop_of_fit()],
+    sizes = {elements: count for elements, count in SIZES.items() if elements <= args.most}
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "step": lambda: [row for size in sizes.items() for row in steps_by_size(*size)],
+        "many": many_tensors,
+        "import": imports,
+        "fit": lambda: [loop_of_fit()],
     }
-    for name, rows in found.items():
+    found = {}
+    for name, measure in parts.items():
+        rows = found[name] = measure()
         table = Table(*rows[0], title=name)
         for row in rows:
             table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
