@@ -1,5 +1,5 @@
 """The two messages of every ordinary round as fixed binary frames: a push of gradients, and the end
-of its round. They cost a tenth of msgpack's.
+of its round.
 
 A body begins with its kind, a number with which no msgpack list begins.
 """

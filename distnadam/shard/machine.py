@@ -316,7 +316,7 @@ class Shard:
         self._enter(Phase.AWAITING_NORMS)
         answers = self.rounds.current.measured(norms)
         if self.rounds.current.is_direct and self.exclusive_hold.holder is None:
-            self._begin_round_again()  # its caller did not wait for the step's end
+            self._begin_round_again()  # its caller holds it no more, or never did
         return [*answers, *self._answer_due()]
 
     def _reject(self, rejection: str) -> list[Effect]:

@@ -1,5 +1,5 @@
 """The containers of a layout's trees: picks the leaves of a tree that has exactly these, and copies
-a tree's containers, many times as fast as a library that knows every kind of tree.
+a tree's containers, by a few calls of C. Other trees are left to optree.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,12 @@ class PlainSpec:
         self._count = 1 if self._is_leaf else len(skeleton)
         self._keys: list[Any] = []  # of the children, in the order of their leaves
         self._inner: dict[Any, PlainSpec] = {}  # by key, the containers among them
-        self.num_leaves = self._count
         if self._is_leaf:
             return
         items = skeleton.items() if self._kind is dict else enumerate(skeleton)
         self._inner = {k: PlainSpec(child) for k, child in items if not isinstance(child, int)}
         children = skeleton if self._kind is dict else dict(enumerate(skeleton))
         self._keys = sorted(children, key=lambda key: _first_leaf(children[key]))
-        self.num_leaves += sum(inner.num_leaves - 1 for inner in self._inner.values())
         self._children: Callable[[Any], Sequence[Any]] | None = (
             itemgetter(*self._keys) if self._count > 1 else None
         )
