@@ -57,11 +57,24 @@ if TYPE_CHECKING:
     from distnadam.optimizer import DistNadam
     from distnadam.training.fit import fit
     from distnadam.training.task import Task
+    from distnadam.variants import DistAdam, DistAdamW, DistNadamW
     from distnadam.worker import Worker
 
-__all__ = ["DistNadam", "Options", "Task", "Worker", "fit"]
+__all__ = [
+    "DistAdam",
+    "DistAdamW",
+    "DistNadam",
+    "DistNadamW",
+    "Options",
+    "Task",
+    "Worker",
+    "fit",
+]
 
 _HOMES = {
+    "DistAdam": "distnadam.variants",
+    "DistAdamW": "distnadam.variants",
+    "DistNadamW": "distnadam.variants",
     "DistNadam": "distnadam.optimizer",
     "Options": "distnadam.config",
     "Task": "distnadam.training.task",
@@ -69,8 +82,8 @@ _HOMES = {
     "fit": "distnadam.training.fit",
 }
 _MODULES = (
-    *("checkpoint", "config", "errors", "interop", "metrics", "optimizer", "schedules"),
-    *("training", "worker"),
+    *("checkpoint", "config", "errors", "hyperparameters", "interop", "metrics", "optimizer"),
+    *("schedules", "training", "variants", "worker"),
 )
 """Public modules that `import distnadam` makes available, each at its first use."""
 

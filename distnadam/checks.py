@@ -1,7 +1,11 @@
-"""Arguments that must be counts, numbers, names or ports: refused by name where they are passed."""
+"""Arguments that must be counts, numbers, flags, names or ports: refused by name where they are
+passed; and records of them as plain data.
+"""
 
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from distnadam.errors import ConfigError
@@ -55,3 +59,25 @@ def check_as(kind: type, name: str, value: Any) -> Any:
     if not math.isfinite(number) or number < 0.0:
         raise ConfigError(f"{name} must be finite and at least 0, got {value!r}")
     return number
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return True or False; raise ConfigError, naming the argument, for anything else."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def set_number(record: object, name: str) -> float:
+    """Check that a field of a frozen record is a finite number of at least 0, and store it as a
+    float.
+    """
+    number: float = check_as(float, name, getattr(record, name))
+    object.__setattr__(record, name, number)
+    return number
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """Return a dataclass's fields by name; mappings among them as dicts of their own."""
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}

@@ -1,102 +1,32 @@
-"""The configuration of an optimizer: its hyper-parameters and the options of its runtime.
+"""The configuration of an optimizer beside its hyper-parameters: the options of its runtime, its
+topology, and all settings together.
 
-Both are frozen, validated when they are constructed, and become plain data for a checkpoint. No
+They are frozen, validated when they are constructed, and become plain data for a checkpoint. No
 I/O and no arrays here.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 from typing_extensions import override
 
-from distnadam.checks import check_as, check_count, check_name, check_ports
+from distnadam.checks import (
+    check_as,
+    check_count,
+    check_name,
+    check_ports,
+    fields_of,
+    set_number,
+)
 from distnadam.errors import ConfigError
+from distnadam.hyperparameters import DEFAULT_EPSILON, NadamConfig
 from distnadam.places import place, shown
-from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
-
-DEFAULT_EPSILON = 1e-7
+from distnadam.schedules import Rate, Schedule, rate_from, rate_to_dict
 
 BackendName = Literal["auto", "local", "ray"]
 """Where shards run: in this process, on Ray, or where it suits."""
-PullDtype = Literal["bfloat16"]
-"""A dtype to which parameters are rounded for workers."""
-
-
-@dataclass(frozen=True)
-class NadamConfig:
-    """The hyper-parameters of the reference, Keras's Nadam of TensorFlow 1.13.
-
-    Args:
-        lr: learning rate, a number or a function of the number of steps applied.
-        beta_1: decay of the first moment, in [0, 1).
-        beta_2: decay of the second moment, in [0, 1).
-        epsilon: added to the root of the second moment.
-        schedule_decay: decay of the momentum schedule.
-        clipnorm: largest norm of each tensor's mean gradient.
-        clipvalue: largest absolute value of each element of the mean gradient.
-        global_clipnorm: largest norm over all tensors; not together with `clipnorm`.
-        sum_group: ranks whose gradients are summed before the groups' sums are added, at least 1:
-            rank r is in group r // sum_group. The bits depend on it.
-        pull_dtype: the dtype in which workers see the parameters whose master is float32:
-            "bfloat16", or None for their own.
-
-    Raises:
-        ConfigError: a value is out of its range, or a `Schedule` cannot be stored.
-    """
-
-    lr: Rate = 0.002
-    beta_1: float = 0.9
-    beta_2: float = 0.999
-    epsilon: float = DEFAULT_EPSILON
-    schedule_decay: float = 0.004
-    clipnorm: float | None = None
-    clipvalue: float | None = None
-    global_clipnorm: float | None = None
-    sum_group: int = 1
-    pull_dtype: PullDtype | None = None
-
-    def __post_init__(self) -> None:
-        if not callable(self.lr):
-            _set_number(self, "lr")
-            rate_at(self.lr, 0)
-        object.__setattr__(self, "lr", kept(self.lr))
-        for name in ("epsilon", "schedule_decay"):
-            _set_number(self, name)
-        for name in ("beta_1", "beta_2"):
-            if not 0.0 <= _set_number(self, name) < 1.0:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        for name in ("clipnorm", "clipvalue", "global_clipnorm"):
-            if getattr(self, name) is not None:
-                _set_number(self, name)
-        object.__setattr__(self, "sum_group", check_count("sum_group", self.sum_group, least=1))
-        if self.clipnorm is not None and self.global_clipnorm is not None:
-            raise ConfigError(
-                f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} cannot "
-                "both be set: give one of them"
-            )
-        if self.pull_dtype is not None:
-            object.__setattr__(self, "pull_dtype", _check_pull_dtype(self.pull_dtype))
-
-    @cached_property
-    def clips_by_norm(self) -> bool:
-        """Whether a step needs norms before it can be applied."""
-        return self.clipnorm is not None or self.global_clipnorm is not None
-
-    def with_lr(self, lr: Rate) -> "NadamConfig":
-        """Return this config with another learning rate."""
-        return dataclasses.replace(self, lr=lr)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for `from_dict`; raise ConfigError if `lr` is a plain function."""
-        return {**_fields(self), "lr": rate_to_dict(self.lr)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "NadamConfig":
-        """Return the config of the plain data that `to_dict` returned."""
-        return cls(**{**data, "lr": rate_from(data["lr"])})
 
 
 @dataclass(frozen=True)
@@ -226,7 +156,7 @@ class Options:
             "shard_timeout_s",
         ):
             if getattr(self, name) is not None:
-                _set_number(self, name)
+                set_number(self, name)
 
     @override
     def __repr__(self) -> str:
@@ -235,7 +165,7 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for `of`."""
-        return _fields(self)
+        return fields_of(self)
 
     @classmethod
     def of(cls, options: "Options | Mapping[str, Any] | None") -> "Options":
@@ -290,7 +220,7 @@ class Topology:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: the constructor's arguments."""
-        return _fields(self)
+        return fields_of(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +253,9 @@ class Settings:
         config = {k: v for k, v in arguments.items() if k not in named}
         unknown = config.keys() - {f.name for f in dataclasses.fields(NadamConfig)}
         if unknown:
-            hint = "; did you mean lr?" if "learning_rate" in unknown else ""
-            raise TypeError(f"DistNadam got an unexpected keyword argument {min(unknown)!r}{hint}")
+            name = min(unknown)
+            hint = _HINTS.get(name, "")
+            raise TypeError(f"DistNadam got an unexpected keyword argument {name!r}{hint}")
         config["lr"] = rate_from(config["lr"])
         if config["epsilon"] is None:
             config["epsilon"] = DEFAULT_EPSILON
@@ -349,7 +280,7 @@ class Settings:
 
     def to_arguments(self) -> dict[str, Any]:
         """Return the optimizer's keyword arguments, clips that are None left out."""
-        config = {k: v for k, v in _fields(self.config).items() if v is not None}
+        config = {k: v for k, v in fields_of(self.config).items() if v is not None}
         return config | self.topology.to_dict() | {"options": self.options}
 
     def to_config(self) -> dict[str, Any]:
@@ -359,6 +290,13 @@ class Settings:
         return self.to_arguments() | {"lr": plain, "options": self.options.to_dict()}
 
 
+_HINTS = {
+    "learning_rate": "; did you mean lr?",
+    "amsgrad": ": the largest second moment so far would be another slot",
+    "eps_root": ": no epsilon is added under the root; see epsilon",
+    "mu_dtype": ": moments have the dtype of their parameters' masters",
+}
+"""What is said of arguments that other frameworks have."""
 _CHOICES: dict[str, tuple[object, ...]] = {
     "on_nonfinite": ("raise", "skip"),
     "check_gradients": (True, False),
@@ -368,27 +306,3 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "kernel": ("auto", "numpy", "fused"),
     "metrics": ("auto", True, False),
 }
-
-
-def _fields(record: NadamConfig | Options | Topology) -> dict[str, Any]:
-    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-
-
-def _check_pull_dtype(given: Any) -> PullDtype:
-    if isinstance(given, str) and given == "bfloat16":
-        return "bfloat16"
-    name = str(getattr(given, "__name__", given)).rpartition(".")[2]  # of a type, or of torch's
-    why = {
-        "bfloat16": "; give its name, a str",
-        "float16": ": parameters beyond 65504 would be infinite in float16",
-        "float32": "; None is each parameter's own",
-    }.get(name, "")
-    raise ConfigError(f"pull_dtype must be None or 'bfloat16', got {given!r}{why}")
-
-
-def _set_number(record: object, name: str) -> float:
-    """Check that a field is a finite number of at least 0, and store it as a float."""
-    number: float = check_as(float, name, getattr(record, name))
-    object.__setattr__(record, name, number)
-    return number

@@ -19,7 +19,8 @@ from distnadam.client.in_flight_push import refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
-from distnadam.config import BackendName, Options, PullDtype, Settings
+from distnadam.config import BackendName, Options, Settings
+from distnadam.hyperparameters import Formula, PullDtype
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
@@ -31,8 +32,9 @@ Data = Mapping[str, Any]
 class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
     """Nadam of TensorFlow 1.13's `tf.keras.optimizers`, with its state sharded over processes.
 
-    "Nadam" is several formulas. This is the reference's; torch.optim.NAdam is the same one with
-    eps=1e-8 and momentum_decay=schedule_decay, Keras 3 is it with schedule_decay=1.
+    "Nadam" is several formulas. The default is the reference's; torch.optim.NAdam is the same one
+    with eps=1e-8 and momentum_decay=schedule_decay, Keras 3 is it with schedule_decay=1. The same
+    kernel computes others: see `formula`, and `DistNadamW`, `DistAdam`, `DistAdamW`.
 
     Args:
         lr: learning rate, a float or a function of the steps applied (see `distnadam.schedules`).
@@ -45,6 +47,11 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         sum_group: ranks whose gradients are summed first, before the sums are added: rank r is in
             group r // sum_group. The bits depend on it; with 1 rank is added to rank.
         pull_dtype: "bfloat16" has workers see float32 parameters rounded to it (see `Worker`).
+        formula: "nadam"; "nadam_optax" and "nadam_algoperf", whose momentum is constant; "adam",
+            as torch and optax compute it; or "adam_keras", whose epsilon is not corrected.
+        weight_decay: what each step takes from a parameter: ``lr * weight_decay`` of it before the
+            step if `decoupled_weight_decay`, else `weight_decay` of it by way of its gradient (L2).
+        maximize: step along the gradient, not against it.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
         replicas: standbys per shard, 0 or 1; they take over at the same round (Ray only).
@@ -71,6 +78,10 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         global_clipnorm: float | None = None,
         sum_group: int = 1,
         pull_dtype: PullDtype | None = None,
+        formula: Formula = "nadam",
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
@@ -79,26 +90,9 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         options: Options | None = None,
         **unknown: Any,
     ) -> None:
-        settings = Settings.of(
-            lr=lr,
-            beta_1=beta_1,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            schedule_decay=schedule_decay,
-            clipnorm=clipnorm,
-            clipvalue=clipvalue,
-            global_clipnorm=global_clipnorm,
-            sum_group=sum_group,
-            pull_dtype=pull_dtype,
-            num_shards=num_shards,
-            num_workers=num_workers,
-            replicas=replicas,
-            backend=backend,
-            name=name,
-            options=options,
-            **unknown,
-        )
-        self._life = Lifecycle(settings)
+        given = locals() | unknown  # before it binds a name of its own
+        del given["self"], given["unknown"]
+        self._life = Lifecycle(Settings.of(**given))
         self.saves = self._life.saves
         self._own_worker: Worker | None = None
         self.restored_data: dict[str, Any] = {}

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (

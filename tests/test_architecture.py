@@ -19,6 +19,7 @@ ORDER = """
     tensors
     plain_data copies
     schedules
+    hyperparameters
     config
     nadam
     protocol
@@ -29,6 +30,7 @@ ORDER = """
     client
     worker
     optimizer
+    variants
     training
     cli
     __main__ __init__
@@ -47,6 +49,7 @@ PURE = (
     "copies",
     "schedules",
     "tensors",
+    "hyperparameters",
     "config",
     "nadam",
     "protocol",

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from distnadam.checks import check_count
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import ConfigError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.schedules import WarmupCosine
 
 
@@ -29,6 +30,16 @@ from distnadam.schedules import WarmupCosine
         ({"clipvalue": math.inf}, "clipvalue must be finite and at least 0, got inf"),
         ({"sum_group": 0}, "sum_group must be a whole number of at least 1, got 0"),
         ({"sum_group": 2.0}, "sum_group must be a whole number of at least 1, got 2.0"),
+        ({"formula": "adamax"}, "formula must be one of 'nadam', .*, got 'adamax'"),
+        ({"formula": ["adam"]}, r"formula must be one of .*, got \['adam'\]"),
+        (
+            {"formula": "adam", "schedule_decay": 0.1},
+            "schedule_decay=0.1 has no effect with formula='adam'",
+        ),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and at least 0, got -0.1"),
+        ({"weight_decay": None}, "weight_decay must be a number, got None"),
+        ({"decoupled_weight_decay": 1}, "decoupled_weight_decay must be True or False, got 1"),
+        ({"maximize": "no"}, "maximize must be True or False, got 'no'"),
         (
             {"clipnorm": 1.0, "global_clipnorm": 2.0},
             "clipnorm=1.0 and global_clipnorm=2.0 cannot both be set",
@@ -72,6 +83,8 @@ def test_a_bad_option_is_named_with_its_value(arguments: dict[str, Any], message
 def test_a_config_and_options_come_back_from_plain_data() -> None:
     config = NadamConfig(WarmupCosine(0.1, 5, 10), clipnorm=1.0, clipvalue=0.5)
     assert NadamConfig.from_dict(config.to_dict()) == config
+    other = NadamConfig(formula="adam_keras", weight_decay=0.1, maximize=True)
+    assert NadamConfig.from_dict(other.to_dict()) == other
     options = Options(threads=2, shard_resources={"fast_disk": 1.0}, start_timeout_s=3.0)
     assert Options.of(options.to_dict()) == options
 

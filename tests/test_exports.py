@@ -50,7 +50,16 @@ def run(code: str, cwd: Path) -> None:
 
 
 def test_the_public_names_are_sorted_there_and_described() -> None:
-    assert distnadam.__all__ == ["DistNadam", "Options", "Task", "Worker", "fit"]
+    assert distnadam.__all__ == [
+        "DistAdam",
+        "DistAdamW",
+        "DistNadam",
+        "DistNadamW",
+        "Options",
+        "Task",
+        "Worker",
+        "fit",
+    ]
     assert all(getattr(distnadam, name).__doc__ for name in distnadam.__all__)
 
 

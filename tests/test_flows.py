@@ -20,7 +20,8 @@ import pytest
 
 from distnadam import DistNadam
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.worker import Worker
 from tests.simulation.backend import WorldBackend, begin_world
 

@@ -9,8 +9,8 @@ import pytest
 
 from distnadam import DistNadam, Options, Worker
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig
 from distnadam.errors import LifecycleError, ShardsDisagree, StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from tests.models import bits, gradients, params, run
 from tests.simulation.backend import WorldBackend, begin_world
 

@@ -11,7 +11,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 import numpy as np
 import ray
 
-from distnadam.config import NadamConfig
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock, step_scalars
 
 

@@ -17,8 +17,10 @@ import xxhash
 
 from distnadam.checkpoint.contents import data_from, options_from, packed_options
 from distnadam.checkpoint.msgpack_guard import check_msgpack
-from distnadam.config import NadamConfig, Options, Settings
+from distnadam.checks import fields_of
+from distnadam.config import Options, Settings
 from distnadam.errors import CheckpointError, DistNadamError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.layout import Layout, Ranges
@@ -293,8 +295,8 @@ def _config(config: Mapping[str, Any]) -> NadamConfig:
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with what one from before `sum_group` and `pull_dtype` lacks."""
-    return {"sum_group": 1, "pull_dtype": None, **config}
+    """Return a config with the defaults of what one of an earlier version lacks."""
+    return {**fields_of(NadamConfig()), **config}
 
 
 def _check_run(run: Mapping[str, Any]) -> None:

@@ -8,8 +8,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from distnadam.config import NadamConfig, Options, Topology
+from distnadam.config import Options, Topology
 from distnadam.errors import NoSuchSetting
+from distnadam.hyperparameters import NadamConfig
 
 _FIXED = {f.name for record in (NadamConfig, Topology) for f in dataclasses.fields(record)} | {
     "options"

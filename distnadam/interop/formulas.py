@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distnadam.config import NadamConfig
 from distnadam.errors import ConversionError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.interop.optimizer_state import OptimizerState
 from distnadam.nadam.step_scalars import Clock
 from distnadam.reproducible_math import power_of_step

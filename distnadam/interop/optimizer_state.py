@@ -15,8 +15,9 @@ from distnadam.checkpoint.contents import check_layout
 from distnadam.checkpoint.manifest import Manifest, Position
 from distnadam.checkpoint.shard_file import read_shard, write_shard
 from distnadam.checkpoint.storage.resolve import DirectoryLike
-from distnadam.config import NadamConfig, Settings
+from distnadam.config import Settings
 from distnadam.errors import CheckpointError, ConfigError, StructureError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.schedules import rate_at
 from distnadam.tensors.arrays import NAME_OF, STATE_ARRAYS, Array, Flat, empty_flat, own_errors

@@ -2,8 +2,9 @@
 
 The arguments are the number of elements, of gradients, of groups and of elements of the kept mean;
 then addresses: scratch for the mean, the gradients' addresses, the groups' sizes, parameters, both
-moments, where the new parameters go, coefficients, modifiers, scratch for the new parameters, the
-kept mean, and where the new parameters go rounded to bfloat16 (0 for nowhere; a float32 loop only).
+moments, where the new parameters go, coefficients (`StepScalars.coefficients`), modifiers, scratch
+for the new parameters, the kept mean, and where the new parameters go rounded to bfloat16 (0 for
+nowhere; a float32 loop only).
 """
 
 import ctypes

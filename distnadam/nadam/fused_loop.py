@@ -114,6 +114,41 @@ def _round(new: Any, n: int, address: int) -> None:
         rounded[i] = quiet if (x & 0x7FFFFFFF) > 0x7F800000 else (x + 0x7FFF + (high & 1)) >> 16
 
 
+@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _copy(kept: Any, address: int) -> None:
+    """Copy the mean gradient at an address."""
+    g = numba.carray(_pointer(address, kept), kept.size)
+    for i in range(kept.size):
+        kept[i] = g[i]
+
+
+@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _add_decay(mean: int, gradient: int, p: Any, factor: Any) -> None:
+    """Leave the gradient and `factor` times the parameters at the address `mean`."""
+    g, total = numba.carray(_pointer(gradient, p), p.size), numba.carray(_pointer(mean, p), p.size)
+    for i in range(p.size):
+        total[i] = g[i] + p[i] * factor
+
+
+@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
+def _update(
+    p: Any, m: Any, v: Any, g: Any, new: Any, numbers: Any, has_gradient: bool, shrinks: bool
+) -> None:
+    """Step the moments of one block, and leave its new parameters in `new`; the flags are
+    constants of each call, so that a loop is made of each.
+    """
+    gradient, momentum, epsilon = numbers[0], numbers[1], numbers[2]
+    k_1, k_2, shrink = numbers[3], numbers[4], numbers[5]
+    for i in range(p.size):
+        moment = m[i] + (g[i] - m[i]) * k_1
+        square = v[i] + (g[i] * g[i] - v[i]) * k_2
+        m[i] = moment
+        v[i] = square
+        along = g[i] * gradient + moment * momentum if has_gradient else moment * momentum
+        old = p[i] * shrink if shrinks else p[i]
+        new[i] = old - along / (np.sqrt(square) + epsilon)
+
+
 def _step(
     size: int,
     workers: int,
@@ -139,25 +174,30 @@ def _step(
     v_all, out_all = numba.carray(second_moments, size), numba.carray(new_parameters, size)
     addresses, keep = numba.carray(gradients, workers), numba.carray(kept_mean, kept)
     sizes = numba.carray(group_sizes, groups)
-    numbers, modifying = numba.carray(coefficients, 5), numba.carray(modifiers, 3)
+    numbers, modifying = numba.carray(coefficients, 7), numba.carray(modifiers, 3)
     new = numba.carray(scratch, BLOCK)
-    gradient, momentum, epsilon = numbers[0], numbers[1], numbers[2]
-    k_1, k_2 = numbers[3], numbers[4]
+    has_gradient, shrinks = numbers[0] == numbers[0], numbers[5] == numbers[5]
+    decays = numbers[6] == numbers[6]
     for begin in range(0, size, BLOCK):
         end = min(begin + BLOCK, size)
         found = _gradient(addresses, sizes, p_all, begin, end, modifying, mean, new)
-        g = numba.carray(_pointer(found, p_all), end - begin)
         if keep.size > 0:
-            for i in range(end - begin):
-                keep[begin + i] = g[i]
+            _copy(keep[begin:end], found)
         p, m = p_all[begin:end], m_all[begin:end]
         v, out = v_all[begin:end], out_all[begin:end]
-        for i in range(end - begin):
-            moment = m[i] + (g[i] - m[i]) * k_1
-            square = v[i] + (g[i] * g[i] - v[i]) * k_2
-            m[i] = moment
-            v[i] = square
-            new[i] = p[i] - (g[i] * gradient + moment * momentum) / (np.sqrt(square) + epsilon)
+        if decays:
+            _add_decay(mean, found, p, numbers[6])
+            found = mean
+        g = numba.carray(_pointer(found, p_all), end - begin)
+        if has_gradient:
+            if shrinks:
+                _update(p, m, v, g, new, numbers, True, True)
+            else:
+                _update(p, m, v, g, new, numbers, True, False)
+        elif shrinks:
+            _update(p, m, v, g, new, numbers, False, True)
+        else:
+            _update(p, m, v, g, new, numbers, False, False)
         for i in range(
             end - begin
         ):  # apart, for where `out` is `p` the loop above would not be vectorised

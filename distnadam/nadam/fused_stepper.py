@@ -99,7 +99,7 @@ class _Memory:
         self._blocks = np.empty(2 * BLOCK + _APART, dtype)
         self.mean = self._blocks.ctypes.data
         self.new = self._blocks[-BLOCK:].ctypes.data
-        self.coefficients = (number * 5)()
+        self.coefficients = (number * 7)()
         self.modifiers = (number * 3)()
         self.numbers = ctypes.addressof(self.coefficients), ctypes.addressof(self.modifiers)
         self.gradients: list[weakref.ref[Array | Pieces]] = []  # keeps none of them alive

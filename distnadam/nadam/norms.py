@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from distnadam.config import NadamConfig
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.mean import Grouping, Scratch, clipped_mean
 from distnadam.tensors.arrays import Array, own_errors
 from distnadam.tensors.layout import CHUNK

@@ -23,7 +23,9 @@ class NumPyStepper(Stepper):
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         check_denormals()
         scratch, slots, keep = self._scratch[thread], step.slots, step.keep
-        c_g, c_m, epsilon, k_1, k_2 = np.array(step.scalars.coefficients, self._dtype)
+        numbers = np.array(step.scalars.coefficients, self._dtype)
+        c_g, c_m, epsilon, k_1, k_2, shrink, l2 = numbers
+        has_gradient, shrinks, decays = ~np.isnan(numbers[[0, 5, 6]])
         for part in parts:
             for begin in range(part.begin, part.end, scratch.block):
                 end = min(begin + scratch.block, part.end)
@@ -33,6 +35,9 @@ class NumPyStepper(Stepper):
                 g = clipped_mean(gradients, step.grouping, part.scale, step.clipvalue, blocks)
                 if keep is not None:
                     np.copyto(keep[begin:end], g)
+                if decays:
+                    np.multiply(p, l2, out=a)
+                    g = np.add(g, a, out=mean)
                 np.subtract(g, m, out=a)
                 np.multiply(a, k_1, out=a)
                 np.add(m, a, out=m)
@@ -42,10 +47,12 @@ class NumPyStepper(Stepper):
                 np.add(v, b, out=v)
                 np.sqrt(v, out=b)
                 np.add(b, epsilon, out=b)
-                np.multiply(g, c_g, out=mean)
                 np.multiply(m, c_m, out=a)
-                np.add(mean, a, out=a)
+                if has_gradient:
+                    np.multiply(g, c_g, out=mean)
+                    np.add(mean, a, out=a)
                 np.divide(a, b, out=a)
-                np.subtract(p, a, out=slots.written[begin:end])
+                old = np.multiply(p, shrink, out=b) if shrinks else p
+                np.subtract(old, a, out=slots.written[begin:end])
                 if slots.rounded is not None:
                     round_into(slots.rounded[begin:end], slots.written[begin:end])

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from distnadam.config import NadamConfig
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.supervisor_messages import DetachStandby, ShardControlState
 from distnadam.shard.effects import Replicate
 from distnadam.tensors.arrays import Flat

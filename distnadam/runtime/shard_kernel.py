@@ -34,8 +34,9 @@ class ShardKernel:
         self._in_place = [
             {s: Slots(now[s], state.m[s], state.v[s]) for s in spec.ranges} for now in state.buffers
         ]
+        self._sign = -1.0 if spec.config.maximize else None  # of the mean gradient
         self._whole = {
-            space: self._steppers[space].share([Part(0, end - begin)])
+            space: self._steppers[space].share([Part(0, end - begin, self._sign)])
             for space, (begin, end) in spec.ranges.items()
         }
         self._segments = {
@@ -92,6 +93,8 @@ class ShardKernel:
         """Return the parts of a range, each with its factor by the whole model's norms."""
         begin, end = self._spec.ranges[space]
         scales = clip_scales(shard.config, square_sums)
+        if self._sign is not None:
+            scales = [self._sign * (1.0 if scale is None else scale) for scale in scales]
         if len(set(scales)) <= 1:
             parts = [Part(0, end - begin, scales[0])]
         else:

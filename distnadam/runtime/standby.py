@@ -9,8 +9,8 @@ import dataclasses
 import threading
 from collections.abc import Callable
 
-from distnadam.config import NadamConfig
 from distnadam.errors import IllegalMessage, ShardsDisagree
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import in_order
 from distnadam.nadam.step_scalars import step_scalars

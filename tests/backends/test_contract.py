@@ -17,7 +17,7 @@ from distnadam.backends.ray.backend import RayBackend
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options, Settings, Topology
+from distnadam.config import Options, Settings, Topology
 from distnadam.errors import (
     ClusterError,
     IllegalMessage,
@@ -28,6 +28,7 @@ from distnadam.errors import (
     Unrecoverable,
     WorkerLost,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import (
     Describe,
     Join,

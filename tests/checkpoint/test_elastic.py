@@ -23,8 +23,9 @@ from distnadam.checkpoint.shard_file import (
 )
 from distnadam.checkpoint.storage.base import ReadInto
 from distnadam.checkpoint.storage.local import LocalDirectory
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import CheckpointError, ShardLost
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Pull, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load
 from distnadam.runtime.shard_host import ShardHost

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from distnadam import DistNadam
 from distnadam.backends.base import Pending
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import (
     DistNadamError,
     IllegalMessage,
@@ -25,6 +25,7 @@ from distnadam.errors import (
     ShardUnavailable,
     StepTimeout,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Pause, Push, Step
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.round import Round, Waiter

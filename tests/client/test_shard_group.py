@@ -10,8 +10,9 @@ import pytest
 from distnadam import waiting
 from distnadam.client.building import start_shards
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options, Settings, Topology
+from distnadam.config import Options, Settings, Topology
 from distnadam.errors import IllegalMessage, PushesPending, Rewound, ShardLost, StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Read
 from distnadam.tensors.layout import Layout

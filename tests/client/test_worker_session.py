@@ -9,8 +9,9 @@ import pytest
 from distnadam.client.in_flight_push import InFlightPush, PushState
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.worker_session import WorkerSession
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import NonFiniteGradient, Rewound, StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from tests.simulation.backend import WorldBackend, begin_world
 from tests.simulation.world import World
 

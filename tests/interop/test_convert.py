@@ -10,8 +10,8 @@ import pytest
 from distnadam import DistNadam, schedules
 from distnadam.checkpoint import store
 from distnadam.checkpoint.diff import compare
-from distnadam.config import NadamConfig
 from distnadam.errors import CheckpointError, ConfigError, ConversionError, StructureError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.interop import (
     Format,
     export_checkpoint,

@@ -31,7 +31,7 @@ from hypothesis.stateful import (
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options, Settings, Topology
+from distnadam.config import Options, Settings, Topology
 from distnadam.errors import (
     ClusterError,
     IllegalMessage,
@@ -42,6 +42,7 @@ from distnadam.errors import (
     SupersededWorker,
     WorkerLost,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import STATE_ARRAYS, cut_flat

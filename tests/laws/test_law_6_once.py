@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from distnadam import DistNadam, Options
-from distnadam.config import NadamConfig
 from distnadam.errors import (
     LatePush,
     ProtocolError,
@@ -24,6 +23,7 @@ from distnadam.errors import (
     StepTimeout,
     SupersededWorker,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import (
     Join,
     Pause,

@@ -27,15 +27,17 @@ from distnadam.nadam.kernels import KernelName, make_stepper
 from distnadam.nadam.mean import BLOCK_BYTES, Grouping, Scratch, in_order
 from distnadam.nadam.norms import square_sums
 from distnadam.nadam.object_code import LoadedCode, cached_code, host_machine
-from distnadam.nadam.step_scalars import Clock, StepScalars
+from distnadam.nadam.step_scalars import NONE, Clock, StepScalars
 from distnadam.nadam.stepper import Part, RangeStep, Slots, Stepper, check_denormals
 from distnadam.tensors.arrays import BFLOAT16
 
-SCALARS = StepScalars(
-    lr=0.002,
-    coefficients=(0.0011, 0.0007, 3e-9, 1.0 - 0.9, 1.0 - 0.999),
-    after=Clock(1, 0.9),
-)
+
+def scalars(c_g: float = 0.0011, shrink: float = NONE, l2: float = NONE) -> StepScalars:
+    numbers = (c_g, 0.0007, 3e-9, 1.0 - 0.9, 1.0 - 0.999, shrink, l2)
+    return StepScalars(lr=0.002, coefficients=numbers, after=Clock(1, 0.9))
+
+
+SCALARS = scalars()
 DTYPES = ["float32", "float64"]
 BLOCK = {dtype: BLOCK_BYTES // np.dtype(dtype).itemsize for dtype in DTYPES}
 
@@ -65,10 +67,13 @@ def plain(step: RangeStep, scale: float | None) -> tuple[Any, Any, Any]:
     if step.clipvalue is not None:
         limit = t(step.clipvalue)
         g = np.minimum(np.maximum(g, -limit), limit) if limit > 0 else np.zeros_like(g)
-    c_g, c_m, epsilon, k_1, k_2 = map(t, step.scalars.coefficients)
+    c_g, c_m, epsilon, k_1, k_2, shrink, l2 = map(t, step.scalars.coefficients)
+    g = g if np.isnan(l2) else g + slots.p * l2
     m = slots.m + (g - slots.m) * k_1
     v = slots.v + (g * g - slots.v) * k_2
-    p = slots.p - (g * c_g + m * c_m) / (np.sqrt(v) + epsilon)
+    along = m * c_m if np.isnan(c_g) else g * c_g + m * c_m
+    old = slots.p if np.isnan(shrink) else slots.p * shrink
+    p = old - along / (np.sqrt(v) + epsilon)
     return p, m, v
 
 
@@ -84,7 +89,8 @@ def stepper(kernel: KernelName, dtype: str, threads: int) -> Stepper:
     size=st.one_of(st.integers(1, 5000), st.integers(-3, 3).map(lambda d: d + 10**9)),
     groups=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     half=st.sampled_from([None, "float16", ml_dtypes.bfloat16]),
-    scale=st.sampled_from([None, 0.37, 0.0]),
+    scale=st.sampled_from([None, 0.37, 0.0, -1.0]),
+    terms=st.tuples(*(st.sampled_from([NONE, x]) for x in (0.0011, 0.99, 0.01))),
     clipvalue=st.sampled_from([None, 0.5, 0.0, 1e-40]),
     threads=st.integers(1, 3),
     in_place=st.booleans(),
@@ -98,6 +104,7 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     groups: list[int],
     half: Any,
     scale: float | None,
+    terms: tuple[float, float, float],
     clipvalue: float | None,
     threads: int,
     in_place: bool,
@@ -121,7 +128,7 @@ def test_a_step_has_the_bits_of_the_plain_formula(
             slots=slots,
             gradients=gradients,
             grouping=Grouping(tuple(groups), count),
-            scalars=SCALARS,
+            scalars=scalars(*terms),
             clipvalue=clipvalue,
         )
         p, m, v = plain(step, scale)
@@ -208,8 +215,9 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
         scalars=SCALARS,
         clipvalue=0.5,
     )
+    how = stepper(kernel, "float32", 1)  # compiled before, if it must be
     tracemalloc.start()
-    stepper(kernel, "float32", 1).step(step, [[Part(0, size, 0.5)]])
+    how.step(step, [[Part(0, size, 0.5)]])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * BLOCK_BYTES  # of the forty of each array

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distnadam import reproducible_math
-from distnadam.config import NadamConfig
-from distnadam.nadam.step_scalars import Clock, step_scalars
+from distnadam.hyperparameters import Formula, NadamConfig
+from distnadam.nadam.step_scalars import NONE, Clock, step_scalars
 from distnadam.schedules import Exponential
 
 
@@ -46,8 +46,42 @@ def test_the_scalars_are_those_of_the_formulas(config: NadamConfig) -> None:
             config.epsilon * root,
             1 - config.beta_1,
             1 - config.beta_2,
+            NONE,
+            NONE,
         )
-        assert scalars.coefficients == pytest.approx(expected, rel=1e-12)
+        assert scalars.coefficients == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("formula", ["nadam_optax", "nadam_algoperf", "adam", "adam_keras"])
+def test_the_scalars_of_a_constant_momentum_are_those_of_the_formulas(formula: Formula) -> None:
+    config = NadamConfig(0.1, 0.8, 0.9, 1e-3, formula=formula)
+    clock = Clock()
+    for t in range(1, 100):
+        root = math.sqrt(1 - 0.9**t)
+        c_g, c_m = {
+            "nadam_optax": (0.1 * 0.2 / (1 - 0.8**t), 0.1 * 0.8 / (1 - 0.8 ** (t + 1))),
+            "nadam_algoperf": (0.1 * 0.2 / (1 - 0.8**t), 0.1 * 0.8 / (1 - 0.8**t)),
+        }.get(formula, (NONE, 0.1 / (1 - 0.8**t)))
+        epsilon = 1e-3 if formula == "adam_keras" else 1e-3 * root
+        scalars = step_scalars(clock, config)
+        clock = scalars.after
+        assert clock == Clock(t, pytest.approx(0.8**t, rel=1e-12))
+        expected = (c_g * root, c_m * root, epsilon, 1 - 0.8, 1 - 0.9, NONE, NONE)
+        assert scalars.coefficients == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def test_decay_is_by_the_rate_of_the_step_or_by_the_gradient() -> None:
+    rate = Exponential(1.0, 1, 0.5)
+    decoupled = NadamConfig(rate, weight_decay=0.1)
+    coupled = NadamConfig(rate, weight_decay=0.1, decoupled_weight_decay=False)
+    for done in range(4):
+        clock = Clock(done, 0.5)
+        *_, shrink, l2 = step_scalars(clock, decoupled).coefficients
+        assert shrink == 1.0 - 0.5**done * 0.1
+        assert math.isnan(l2)
+        *_, shrink, l2 = step_scalars(clock, coupled).coefficients
+        assert l2 == 0.1
+        assert math.isnan(shrink)
 
 
 def test_the_rate_follows_the_number_of_steps_applied() -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from typing_extensions import override
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import ReplicatedRound, ShardControlState

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import distnadam.protocol.messages as msg
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import IllegalMessage, LifecycleError, WorkerLost
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.supervisor_events import RankJoined
 from distnadam.protocol.supervisor_messages import AbandonRank, Load, Order
 from distnadam.runtime import shard_host

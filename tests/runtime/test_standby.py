@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import IllegalMessage
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import (
     Join,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import ConfigError, DistNadamError, StepTimeout, WorkerLost
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Pause, Step
 from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Worker

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import (
     DistNadamError,
     GroupChanged,
@@ -16,6 +16,7 @@ from distnadam.errors import (
     NonFiniteGradient,
     Reconfigured,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import (
     CompletePush,
     GroupPush,

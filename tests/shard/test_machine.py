@@ -12,7 +12,7 @@ import pytest
 
 import distnadam.protocol.messages as msg
 import distnadam.protocol.supervisor_messages as orders
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import (
     CheckpointError,
     DistNadamError,
@@ -23,6 +23,7 @@ from distnadam.errors import (
     StaleEpoch,
     WorkerLost,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import ShardSpec
 from distnadam.shard.effects import Answer, Compute, Work

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import (
     IllegalMessage,
     LatePush,
@@ -17,6 +17,7 @@ from distnadam.errors import (
     SupersededWorker,
     WorkerLost,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import (
     CompletePush,
     Describe,

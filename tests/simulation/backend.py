@@ -16,8 +16,9 @@ from distnadam.backends.base import (
     WorkerGroup,
 )
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import DistNadamError, LifecycleError, Reconfigured
+from distnadam.hyperparameters import NadamConfig
 from distnadam.metrics.meter import Meter
 from distnadam.protocol.messages import ShardSpec, Step, StepNorms
 from distnadam.protocol.supervisor_events import CannotComplete

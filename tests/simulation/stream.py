@@ -7,8 +7,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from distnadam.config import NadamConfig
 from distnadam.errors import ShardLost
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
 from distnadam.runtime.standby import Standby

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import IllegalMessage, ShardLost, StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.shard_status import Description
 from distnadam.shard.phases import Phase

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.discovery import DiscoveredProcess, recovered_topology
 from distnadam.supervision.process_manager import ShardProcess

@@ -8,8 +8,9 @@ import pytest
 from typing_extensions import override
 
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import ClusterError, OutOfMemory, Rewound, ShardLost, StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Describe, Pause, ShardSpec
 from distnadam.protocol.supervisor_messages import Reconfigure
 from distnadam.supervision.observer import TOKEN

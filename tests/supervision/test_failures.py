@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from typing_extensions import override
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import Unrecoverable
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.events import ProcessDied, StandbyStarted
 from distnadam.supervision.process_manager import ShardProcess

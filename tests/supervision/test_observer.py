@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from distnadam.client.direct_step import DirectStep
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import ClusterError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Describe, Pause, Resume, ShardSpec
 from distnadam.protocol.supervisor_messages import AttachStandby, Load
 from distnadam.supervision.cluster_state import ClusterState

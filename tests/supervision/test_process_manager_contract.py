@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from typing_extensions import override
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import ClusterError, IllegalMessage, ShardLost
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Describe, Pause, Read, Resume, ShardSpec
 from distnadam.protocol.supervisor_messages import (
     AttachStandby,

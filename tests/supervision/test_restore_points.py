@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from distnadam import DistNadam
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load
 from distnadam.supervision.restore_points import RestorePoints

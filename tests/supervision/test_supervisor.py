@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import LatePush, StaleEpoch, StepTimeout, SupersededWorker
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Worker

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.delivery import Reply
 from distnadam.protocol.messages import Describe, Description, Join, Pull, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from distnadam.config import NadamConfig
 from distnadam.errors import Reconfigured, ShardLost, StaleEpoch, SupersededWorker
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Pause, Resume, RoundResult, TotalNorms, Write
 from distnadam.tensors.arrays import cut_flat
 from distnadam.transport import far_shard

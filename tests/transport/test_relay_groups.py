@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import pytest
 
-from distnadam.config import NadamConfig
 from distnadam.errors import SupersededWorker
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import GroupPush, Push, RoundResult
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.transport import far_shard

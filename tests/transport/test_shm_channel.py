@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import LaneError, ShardLost, SupersededWorker
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import (
     Describe,
     Description,

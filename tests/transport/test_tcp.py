@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam.config import NadamConfig
 from distnadam.errors import LaneError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.tensors.arrays import BFLOAT16
 from distnadam.transport.loop_thread import LoopThread
 from distnadam.transport.tcp_server import TcpServer

@@ -20,8 +20,9 @@ import msgpack
 import numpy as np
 import pytest
 
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
 from distnadam.errors import LaneError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.protocol.codec import pack_record
 from distnadam.protocol.frames import HEADER

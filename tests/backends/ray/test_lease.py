@@ -11,7 +11,8 @@ import pytest
 
 from distnadam.backends.ray import lease
 from distnadam.backends.ray.lease import Lease, LeaseManager
-from distnadam.config import NadamConfig, Options
+from distnadam.config import Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Describe, Join, Push, ShardSpec
 from distnadam.protocol.supervisor_messages import Load
 from distnadam.runtime.shard_host import ShardHost

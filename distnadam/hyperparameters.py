@@ -1,0 +1,142 @@
+"""The hyper-parameters of a step: its formula and their values.
+
+They are frozen, validated when they are constructed, and become plain data for a checkpoint. No
+I/O and no arrays here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from distnadam.checks import check_count, check_flag, fields_of, set_number
+from distnadam.errors import ConfigError
+from distnadam.schedules import Rate, kept, rate_at, rate_from, rate_to_dict
+
+DEFAULT_EPSILON = 1e-7
+DEFAULT_SCHEDULE_DECAY = 0.004
+
+PullDtype = Literal["bfloat16"]
+"""A dtype to which parameters are rounded for workers."""
+Formula = Literal["nadam", "nadam_optax", "nadam_algoperf", "adam", "adam_keras"]
+"""What is computed from the moments: Nadam with the momentum schedule of TensorFlow 1.13, torch and
+Keras 3; with the constant momentum of optax, or as AlgoPerf publishes it; Adam as torch and optax
+compute it, or as Keras does, which adds epsilon before the second moment's correction.
+"""
+
+
+@dataclass(frozen=True)
+class NadamConfig:
+    """The hyper-parameters; the defaults are the reference's, Keras's Nadam of TensorFlow 1.13.
+
+    Args:
+        lr: learning rate, a number or a function of the number of steps applied.
+        beta_1: decay of the first moment, in [0, 1).
+        beta_2: decay of the second moment, in [0, 1).
+        epsilon: added to the root of the second moment.
+        schedule_decay: decay of the momentum schedule, which only the formula "nadam" has.
+        clipnorm: largest norm of each tensor's mean gradient.
+        clipvalue: largest absolute value of each element of the mean gradient.
+        global_clipnorm: largest norm over all tensors; not together with `clipnorm`.
+        sum_group: ranks whose gradients are summed before the groups' sums are added, at least 1:
+            rank r is in group r // sum_group. The bits depend on it.
+        pull_dtype: the dtype in which workers see the parameters whose master is float32:
+            "bfloat16", or None for their own.
+        formula: see `Formula`.
+        weight_decay: what a step takes from each parameter.
+        decoupled_weight_decay: whether that is ``lr * weight_decay`` of the parameter before the
+            step; else `weight_decay` of it is added to the mean gradient, once that is clipped.
+        maximize: whether the mean gradient is negated, before it is clipped.
+
+    Raises:
+        ConfigError: a value is out of its range, or has no meaning beside the others, or a
+            `Schedule` cannot be stored.
+    """
+
+    lr: Rate = 0.002
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = DEFAULT_EPSILON
+    schedule_decay: float = DEFAULT_SCHEDULE_DECAY
+    clipnorm: float | None = None
+    clipvalue: float | None = None
+    global_clipnorm: float | None = None
+    sum_group: int = 1
+    pull_dtype: PullDtype | None = None
+    formula: Formula = "nadam"
+    weight_decay: float = 0.0
+    decoupled_weight_decay: bool = True
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.lr):
+            set_number(self, "lr")
+            rate_at(self.lr, 0)
+        object.__setattr__(self, "lr", kept(self.lr))
+        for name in ("epsilon", "schedule_decay", "weight_decay"):
+            set_number(self, name)
+        for name in ("decoupled_weight_decay", "maximize"):
+            object.__setattr__(self, name, check_flag(name, getattr(self, name)))
+        self._check_formula()
+        for name in ("beta_1", "beta_2"):
+            if not 0.0 <= set_number(self, name) < 1.0:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for name in ("clipnorm", "clipvalue", "global_clipnorm"):
+            if getattr(self, name) is not None:
+                set_number(self, name)
+        object.__setattr__(self, "sum_group", check_count("sum_group", self.sum_group, least=1))
+        if self.clipnorm is not None and self.global_clipnorm is not None:
+            raise ConfigError(
+                f"clipnorm={self.clipnorm!r} and global_clipnorm={self.global_clipnorm!r} cannot "
+                "both be set: give one of them"
+            )
+        if self.pull_dtype is not None:
+            object.__setattr__(self, "pull_dtype", _check_pull_dtype(self.pull_dtype))
+
+    def _check_formula(self) -> None:
+        known = get_args(Formula)
+        if not isinstance(self.formula, str) or self.formula not in known:
+            raise ConfigError(
+                f"formula must be one of {', '.join(map(repr, known))}, got {self.formula!r}"
+            )
+        if not self.has_momentum_schedule and self.schedule_decay != DEFAULT_SCHEDULE_DECAY:
+            raise ConfigError(
+                f"schedule_decay={self.schedule_decay!r} has no effect with "
+                f"formula={self.formula!r}, whose momentum is constant: leave it out"
+            )
+
+    @cached_property
+    def has_momentum_schedule(self) -> bool:
+        """Whether the momentum coefficient changes from step to step."""
+        return self.formula == "nadam"
+
+    @cached_property
+    def clips_by_norm(self) -> bool:
+        """Whether a step needs norms before it can be applied."""
+        return self.clipnorm is not None or self.global_clipnorm is not None
+
+    def with_lr(self, lr: Rate) -> "NadamConfig":
+        """Return this config with another learning rate."""
+        return dataclasses.replace(self, lr=lr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for `from_dict`; raise ConfigError if `lr` is a plain function."""
+        return {**fields_of(self), "lr": rate_to_dict(self.lr)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "NadamConfig":
+        """Return the config of the plain data that `to_dict` returned."""
+        return cls(**{**data, "lr": rate_from(data["lr"])})
+
+
+def _check_pull_dtype(given: Any) -> PullDtype:
+    if isinstance(given, str) and given == "bfloat16":
+        return "bfloat16"
+    name = str(getattr(given, "__name__", given)).rpartition(".")[2]  # of a type, or of torch's
+    why = {
+        "bfloat16": "; give its name, a str",
+        "float16": ": parameters beyond 65504 would be infinite in float16",
+        "float32": "; None is each parameter's own",
+    }.get(name, "")
+    raise ConfigError(f"pull_dtype must be None or 'bfloat16', got {given!r}{why}")
