@@ -123,7 +123,7 @@ def _copy(kept: Any, address: int) -> None:
 
 
 @numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _add_decay(mean: int, gradient: int, p: Any, factor: Any) -> None:
+def _add_l2(mean: int, gradient: int, p: Any, factor: Any) -> None:
     """Leave the gradient and `factor` times the parameters at the address `mean`."""
     g, total = numba.carray(_pointer(gradient, p), p.size), numba.carray(_pointer(mean, p), p.size)
     for i in range(p.size):
@@ -132,21 +132,21 @@ def _add_decay(mean: int, gradient: int, p: Any, factor: Any) -> None:
 
 @numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
 def _update(
-    p: Any, m: Any, v: Any, g: Any, new: Any, numbers: Any, has_gradient: bool, shrinks: bool
+    p: Any, m: Any, v: Any, g: Any, new: Any, numbers: Any, has_gradient: bool, decays: bool
 ) -> None:
     """Step the moments of one block, and leave its new parameters in `new`; the flags are
     constants of each call, so that a loop is made of each.
     """
     gradient, momentum, epsilon = numbers[0], numbers[1], numbers[2]
-    k_1, k_2, shrink = numbers[3], numbers[4], numbers[5]
+    k_1, k_2, decay = numbers[3], numbers[4], numbers[5]
     for i in range(p.size):
         moment = m[i] + (g[i] - m[i]) * k_1
         square = v[i] + (g[i] * g[i] - v[i]) * k_2
         m[i] = moment
         v[i] = square
         along = g[i] * gradient + moment * momentum if has_gradient else moment * momentum
-        old = p[i] * shrink if shrinks else p[i]
-        new[i] = old - along / (np.sqrt(square) + epsilon)
+        less = along / (np.sqrt(square) + epsilon)
+        new[i] = p[i] - (p[i] * decay + less if decays else less)
 
 
 def _step(
@@ -176,8 +176,8 @@ def _step(
     sizes = numba.carray(group_sizes, groups)
     numbers, modifying = numba.carray(coefficients, 7), numba.carray(modifiers, 3)
     new = numba.carray(scratch, BLOCK)
-    has_gradient, shrinks = numbers[0] == numbers[0], numbers[5] == numbers[5]
-    decays = numbers[6] == numbers[6]
+    has_gradient, decays = numbers[0] == numbers[0], numbers[5] == numbers[5]
+    has_l2 = numbers[6] == numbers[6]
     for begin in range(0, size, BLOCK):
         end = min(begin + BLOCK, size)
         found = _gradient(addresses, sizes, p_all, begin, end, modifying, mean, new)
@@ -185,16 +185,16 @@ def _step(
             _copy(keep[begin:end], found)
         p, m = p_all[begin:end], m_all[begin:end]
         v, out = v_all[begin:end], out_all[begin:end]
-        if decays:
-            _add_decay(mean, found, p, numbers[6])
+        if has_l2:
+            _add_l2(mean, found, p, numbers[6])
             found = mean
         g = numba.carray(_pointer(found, p_all), end - begin)
         if has_gradient:
-            if shrinks:
+            if decays:
                 _update(p, m, v, g, new, numbers, True, True)
             else:
                 _update(p, m, v, g, new, numbers, True, False)
-        elif shrinks:
+        elif decays:
             _update(p, m, v, g, new, numbers, False, True)
         else:
             _update(p, m, v, g, new, numbers, False, False)

@@ -24,8 +24,8 @@ class NumPyStepper(Stepper):
         check_denormals()
         scratch, slots, keep = self._scratch[thread], step.slots, step.keep
         numbers = np.array(step.scalars.coefficients, self._dtype)
-        c_g, c_m, epsilon, k_1, k_2, shrink, l2 = numbers
-        has_gradient, shrinks, decays = ~np.isnan(numbers[[0, 5, 6]])
+        c_g, c_m, epsilon, k_1, k_2, decay, l2 = numbers
+        has_gradient, decays, has_l2 = ~np.isnan(numbers[[0, 5, 6]])
         for part in parts:
             for begin in range(part.begin, part.end, scratch.block):
                 end = min(begin + scratch.block, part.end)
@@ -35,7 +35,7 @@ class NumPyStepper(Stepper):
                 g = clipped_mean(gradients, step.grouping, part.scale, step.clipvalue, blocks)
                 if keep is not None:
                     np.copyto(keep[begin:end], g)
-                if decays:
+                if has_l2:
                     np.multiply(p, l2, out=a)
                     g = np.add(g, a, out=mean)
                 np.subtract(g, m, out=a)
@@ -52,7 +52,9 @@ class NumPyStepper(Stepper):
                     np.multiply(g, c_g, out=mean)
                     np.add(mean, a, out=a)
                 np.divide(a, b, out=a)
-                old = np.multiply(p, shrink, out=b) if shrinks else p
-                np.subtract(old, a, out=slots.written[begin:end])
+                if decays:
+                    np.multiply(p, decay, out=b)
+                    np.add(b, a, out=a)
+                np.subtract(p, a, out=slots.written[begin:end])
                 if slots.rounded is not None:
                     round_into(slots.rounded[begin:end], slots.written[begin:end])

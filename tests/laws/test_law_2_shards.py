@@ -11,8 +11,11 @@ import ml_dtypes
 import numpy as np
 import optree
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distnadam import DistNadam, Options
+from tests.configurations import configurations
 from tests.models import bits, drifting, gradients, leaves, params, run, run_drifting
 
 CLIPS = [{}, {"clipnorm": 0.7}, {"global_clipnorm": 1.5, "clipvalue": 0.01}, {"clipvalue": 0.05}]
@@ -44,6 +47,29 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(
     ).build(params()) as optimizer:
         run(optimizer, 0, STEPS)
         assert bits(optimizer) == reference(clip)
+
+
+@settings(max_examples=40)
+@given(
+    config=configurations(),
+    num_shards=st.integers(2, 9),
+    kernel=st.sampled_from(["numpy", "fused"]),
+    threads=st.integers(1, 3),
+)
+def test_no_configurations_bits_depend_on_shards_kernel_or_threads(
+    config: dict[str, Any], num_shards: int, kernel: Any, threads: int
+) -> None:
+    found = []
+    for shards, options in (
+        (1, Options(kernel="numpy", threads=1)),
+        (num_shards, Options(kernel=kernel, threads=threads)),
+    ):
+        with DistNadam(
+            num_shards=shards, num_workers=2, backend="local", options=options, **config
+        ).build(params()) as optimizer:
+            run(optimizer, 0, 3, order=lambda _: (0, 1))
+            found.append(bits(optimizer))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +116,7 @@ RANKS = 5
 """Of the runs in groups: groups of 2 leave a lone rank, groups of 3 a smaller group."""
 
 
-def given(step: int, rank: int) -> dict[str, Any]:
+def pushed(step: int, rank: int) -> dict[str, Any]:
     """Gradients whose sum in another order has other bits."""
     rng = np.random.default_rng([step, rank])
     return {
@@ -103,7 +129,7 @@ def averaged(step: int, sum_group: int, ranks: Sequence[int]) -> dict[str, Any]:
     """The mean as the README's law says it, written out plainly."""
     sums: dict[int, Any] = {}
     for rank in sorted(ranks):
-        mine, group = given(step, rank), rank // sum_group
+        mine, group = pushed(step, rank), rank // sum_group
         known = sums.get(group)
         sums[group] = mine if known is None else {key: known[key] + mine[key] for key in mine}
     total = reduce(lambda a, b: {key: a[key] + b[key] for key in a}, sums.values())
@@ -112,7 +138,7 @@ def averaged(step: int, sum_group: int, ranks: Sequence[int]) -> dict[str, Any]:
 
 @cache
 def stepped_with_means(sum_group: int, clip: int) -> list[bytes]:
-    with DistNadam(backend="local", **CLIPS[clip]).build(given(99, 0)) as optimizer:
+    with DistNadam(backend="local", **CLIPS[clip]).build(pushed(99, 0)) as optimizer:
         for step in range(STEPS):
             optimizer.apply_gradients(averaged(step, sum_group, range(RANKS)))
         return bits(optimizer)
@@ -121,10 +147,10 @@ def stepped_with_means(sum_group: int, clip: int) -> list[bytes]:
 def stepped_in_groups(sum_group: int, clip: int, backend: str, **settings: Any) -> list[bytes]:
     with DistNadam(
         num_workers=RANKS, sum_group=sum_group, backend=backend, **CLIPS[clip], **settings
-    ).build(given(99, 0)) as optimizer:
+    ).build(pushed(99, 0)) as optimizer:
         workers = [optimizer.worker(rank) for rank in range(RANKS)]
         for step in range(STEPS):
-            tickets = [worker.push(given(step, worker.rank)) for worker in workers[::-1]]
+            tickets = [worker.push(pushed(step, worker.rank)) for worker in workers[::-1]]
             assert [ticket.result() for ticket in tickets] == [step + 1] * RANKS
         return bits(optimizer)
 

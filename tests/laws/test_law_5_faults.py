@@ -47,6 +47,7 @@ from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import STATE_ARRAYS, cut_flat
 from distnadam.worker import Ticket, Worker
+from tests.configurations import A_FEW
 from tests.reference import OneProcess, State, history_of, state_of
 from tests.simulation.backend import WorldBackend, begin_world
 from tests.simulation.world import Process
@@ -102,6 +103,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             ]
         ),
         clip=st.sampled_from([{}, {"clipnorm": 1.0}]),
+        formula=st.sampled_from(A_FEW),
         pull_dtype=st.sampled_from([None, "bfloat16"]),
         objects=st.booleans(),
         hosts=st.sampled_from([1, 2, 2, 3]),
@@ -114,6 +116,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         replicas: int,
         gone: dict[str, Any],
         clip: dict[str, float],
+        formula: dict[str, Any],
         pull_dtype: Literal["bfloat16"] | None,
         objects: bool,
         hosts: int,
@@ -121,7 +124,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         sum_group: int,
     ) -> None:
         self.root = Path(tempfile.mkdtemp())
-        config = NadamConfig(clipvalue=0.5, pull_dtype=pull_dtype, sum_group=sum_group, **clip)
+        config = NadamConfig(
+            clipvalue=0.5, pull_dtype=pull_dtype, sum_group=sum_group, **clip, **formula
+        )
         self.options = Options(
             step_timeout_s=0.0, shard_timeout_s=1e-9, on_nonfinite="skip", kernel="numpy", **gone
         )

@@ -76,12 +76,12 @@ def test_decay_is_by_the_rate_of_the_step_or_by_the_gradient() -> None:
     coupled = NadamConfig(rate, weight_decay=0.1, decoupled_weight_decay=False)
     for done in range(4):
         clock = Clock(done, 0.5)
-        *_, shrink, l2 = step_scalars(clock, decoupled).coefficients
-        assert shrink == 1.0 - 0.5**done * 0.1
+        *_, decay, l2 = step_scalars(clock, decoupled).coefficients
+        assert decay == 0.5**done * 0.1
         assert math.isnan(l2)
-        *_, shrink, l2 = step_scalars(clock, coupled).coefficients
+        *_, decay, l2 = step_scalars(clock, coupled).coefficients
         assert l2 == 0.1
-        assert math.isnan(shrink)
+        assert math.isnan(decay)
 
 
 def test_the_rate_follows_the_number_of_steps_applied() -> None:

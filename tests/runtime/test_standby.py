@@ -32,6 +32,7 @@ from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
+from tests.configurations import configurations
 from tests.reference import State, state_of
 from tests.simulation.stream import InProcessStream
 
@@ -113,14 +114,12 @@ def same(one: State, other: State) -> bool:
 @given(
     finite=st.lists(st.booleans(), min_size=1, max_size=6),
     workers=st.integers(1, 3),
-    clip=st.sampled_from(
-        [{}, {"clipnorm": 1.0}, {"clipvalue": 0.5}, {"global_clipnorm": 2.0, "clipvalue": 0.1}]
-    ),
+    config=configurations(),
 )
 def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_would_have(
-    kernel: str, finite: list[bool], workers: int, clip: dict[str, float]
+    kernel: str, finite: list[bool], workers: int, config: dict[str, Any]
 ) -> None:
-    primary, standby, _ = pair(kernel, workers, **clip)
+    primary, standby, _ = pair(kernel, workers, **config)
     for number, good in enumerate(finite, 1):
         do_round(primary, number, number, workers=workers, finite=good)
         assert standby.reached == number

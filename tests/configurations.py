@@ -1,0 +1,49 @@
+"""A Hypothesis strategy of an optimizer's hyper-parameters, as its arguments."""
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+A_FEW: list[dict[str, Any]] = [
+    {},
+    {"formula": "adam", "weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
+]
+"""Where each example costs much."""
+_FORMULAS = st.one_of(
+    st.fixed_dictionaries({}, optional={"schedule_decay": st.sampled_from([0.0, 0.1, 1.0])}),
+    st.fixed_dictionaries(
+        {"formula": st.sampled_from(["nadam_optax", "nadam_algoperf", "adam", "adam_keras"])}
+    ),
+)
+_DECAYS = st.fixed_dictionaries(
+    {},
+    optional={
+        "weight_decay": st.sampled_from([0.01, 0.3]),
+        "decoupled_weight_decay": st.booleans(),
+        "maximize": st.booleans(),
+    },
+)
+_CLIPS = st.one_of(
+    st.fixed_dictionaries({}, optional={"clipvalue": st.sampled_from([0.0, 0.05])}),
+    st.fixed_dictionaries({"clipnorm": st.sampled_from([0.1, 0.7])}),
+    st.fixed_dictionaries({"global_clipnorm": st.just(1.5), "clipvalue": st.just(0.01)}),
+)
+_NUMBERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "lr": st.sampled_from([0.0, 0.002, 0.1]),
+        "beta_1": st.sampled_from([0.0, 0.5, 0.95]),
+        "beta_2": st.sampled_from([0.0, 0.99]),
+        "epsilon": st.sampled_from([1e-8, 1e-3]),
+    },
+)
+
+
+def configurations() -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy of hyper-parameters that may stand together.
+
+    Epsilon is never 0: beside gradients of 0 the step is 0/0 then, whose sign no law fixes.
+    """
+    parts = st.tuples(_FORMULAS, _DECAYS, _CLIPS, _NUMBERS)
+    return parts.map(lambda found: {k: v for part in found for k, v in part.items()})
