@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distnadam.config import Options
+    from distnadam.groups import Group
     from distnadam.optimizer import DistNadam
     from distnadam.training.fit import fit
     from distnadam.training.task import Task
@@ -65,6 +66,7 @@ __all__ = [
     "DistAdamW",
     "DistNadam",
     "DistNadamW",
+    "Group",
     "Options",
     "Task",
     "Worker",
@@ -76,14 +78,15 @@ _HOMES = {
     "DistAdamW": "distnadam.variants",
     "DistNadamW": "distnadam.variants",
     "DistNadam": "distnadam.optimizer",
+    "Group": "distnadam.groups",
     "Options": "distnadam.config",
     "Task": "distnadam.training.task",
     "Worker": "distnadam.worker",
     "fit": "distnadam.training.fit",
 }
 _MODULES = (
-    *("checkpoint", "config", "errors", "hyperparameters", "interop", "metrics", "optimizer"),
-    *("schedules", "training", "variants", "worker"),
+    *("checkpoint", "config", "errors", "groups", "hyperparameters", "interop", "metrics"),
+    *("optimizer", "schedules", "training", "variants", "worker"),
 )
 """Public modules that `import distnadam` makes available, each at its first use."""
 

@@ -287,7 +287,12 @@ class Settings:
         """Return `to_arguments` as plain data, but for a rate that is a plain function."""
         lr = self.config.lr
         plain = lr if callable(lr) and not isinstance(lr, Schedule) else rate_to_dict(lr)
-        return self.to_arguments() | {"lr": plain, "options": self.options.to_dict()}
+        groups = [group.to_dict() for group in self.config.groups]
+        return self.to_arguments() | {
+            "lr": plain,
+            "groups": groups,
+            "options": self.options.to_dict(),
+        }
 
 
 _HINTS = {

@@ -5,13 +5,14 @@ I/O and no arrays here.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from distnadam.checks import check_count, check_flag, fields_of, set_number
 from distnadam.errors import ConfigError
+from distnadam.groups import Group
 from distnadam.schedules import Rate, kept, rate_at, rate_from, rate_to_dict
 
 DEFAULT_EPSILON = 1e-7
@@ -48,6 +49,7 @@ class NadamConfig:
         decoupled_weight_decay: whether that is ``lr * weight_decay`` of the parameter before the
             step; else `weight_decay` of it is added to the mean gradient, once that is clipped.
         maximize: whether the mean gradient is negated, before it is clipped.
+        groups: tensors with settings of their own; the first group that matches one holds.
 
     Raises:
         ConfigError: a value is out of its range, or has no meaning beside the others, or a
@@ -68,6 +70,7 @@ class NadamConfig:
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = True
     maximize: bool = False
+    groups: Sequence[Group] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.lr):
@@ -79,6 +82,7 @@ class NadamConfig:
         for name in ("decoupled_weight_decay", "maximize"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         self._check_formula()
+        self._check_groups()
         for name in ("beta_1", "beta_2"):
             if not 0.0 <= set_number(self, name) < 1.0:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
@@ -106,6 +110,34 @@ class NadamConfig:
                 f"formula={self.formula!r}, whose momentum is constant: leave it out"
             )
 
+    def _check_groups(self) -> None:
+        if isinstance(self.groups, (str, Mapping)) or not isinstance(self.groups, Iterable):
+            raise ConfigError(f"groups must be a list of Group, got {self.groups!r}")
+        groups = tuple(map(Group.of, self.groups))
+        object.__setattr__(self, "groups", groups)
+        clipping = next((group for group in groups if group.clipnorm is not None), None)
+        if clipping is not None and self.global_clipnorm is not None:
+            raise ConfigError(
+                f"global_clipnorm={self.global_clipnorm!r} and the clipnorm of {clipping!r} cannot "
+                "both be set: give one of them"
+            )
+
+    @cached_property
+    def group_settings(self) -> tuple["NadamConfig", ...]:
+        """For each group, these hyper-parameters with what it has of its own but its rate."""
+        return tuple(
+            dataclasses.replace(
+                self,
+                groups=(),
+                **{
+                    name: value
+                    for name in ("epsilon", "weight_decay", "clipnorm", "clipvalue")
+                    if (value := getattr(group, name)) is not None
+                },
+            )
+            for group in self.groups
+        )
+
     @cached_property
     def has_momentum_schedule(self) -> bool:
         """Whether the momentum coefficient changes from step to step."""
@@ -114,7 +146,9 @@ class NadamConfig:
     @cached_property
     def clips_by_norm(self) -> bool:
         """Whether a step needs norms before it can be applied."""
-        return self.clipnorm is not None or self.global_clipnorm is not None
+        return self.global_clipnorm is not None or any(
+            each.clipnorm is not None for each in (self, *self.group_settings)
+        )
 
     def with_lr(self, lr: Rate) -> "NadamConfig":
         """Return this config with another learning rate."""
@@ -122,7 +156,8 @@ class NadamConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for `from_dict`; raise ConfigError if `lr` is a plain function."""
-        return {**fields_of(self), "lr": rate_to_dict(self.lr)}
+        groups = [group.to_dict() for group in self.groups]
+        return {**fields_of(self), "lr": rate_to_dict(self.lr), "groups": groups}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "NadamConfig":

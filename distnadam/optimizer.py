@@ -1,6 +1,6 @@
 """`DistNadam`: the Keras-style face of the shards. It checks and delegates. No maths, no Ray."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, overload
 
 from distnadam.backends import factory
@@ -20,6 +20,7 @@ from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
 from distnadam.config import BackendName, Options, Settings
+from distnadam.groups import Group
 from distnadam.hyperparameters import Formula, PullDtype
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array
@@ -52,6 +53,8 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         weight_decay: what each step takes from a parameter: ``lr * weight_decay`` of it before the
             step if `decoupled_weight_decay`, else `weight_decay` of it by way of its gradient (L2).
         maximize: step along the gradient, not against it.
+        groups: tensors with settings of their own, as ``[Group("**/bias", weight_decay=0.0)]``; the
+            first whose pattern matches a tensor's path holds for it.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
         replicas: standbys per shard, 0 or 1; they take over at the same round (Ray only).
@@ -82,6 +85,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        groups: Sequence[Group] = (),
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
@@ -113,7 +117,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         """
         layout = Layout.of(params)
         flat = layout.flat(params, what="params")
-        warn_of_tied(layout.tied(params))
+        warn_of_tied(layout, params)
         self._life.start(layout, lambda shards: shards.load(flat))
         if self.options.checkpoint_dir is not None:
             self.save(self.options.checkpoint_dir)

@@ -19,6 +19,7 @@ ORDER = """
     tensors
     plain_data copies
     schedules
+    groups
     hyperparameters
     config
     nadam
@@ -49,6 +50,7 @@ PURE = (
     "copies",
     "schedules",
     "tensors",
+    "groups",
     "hyperparameters",
     "config",
     "nadam",

@@ -55,6 +55,7 @@ def test_the_public_names_are_sorted_there_and_described() -> None:
         "DistAdamW",
         "DistNadam",
         "DistNadamW",
+        "Group",
         "Options",
         "Task",
         "Worker",

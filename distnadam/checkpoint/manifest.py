@@ -17,7 +17,6 @@ import xxhash
 
 from distnadam.checkpoint.contents import data_from, options_from, packed_options
 from distnadam.checkpoint.msgpack_guard import check_msgpack
-from distnadam.checks import fields_of
 from distnadam.config import Options, Settings
 from distnadam.errors import CheckpointError, DistNadamError
 from distnadam.hyperparameters import NadamConfig
@@ -289,14 +288,17 @@ def _check_coverage(layout: Layout, files: tuple[FileRecord, ...], where: str) -
 
 def _config(config: Mapping[str, Any]) -> NadamConfig:
     """Return the config without its schedule, whose class need not be imported to inspect one."""
-    return NadamConfig.from_dict(
-        {**config, "lr": 0.0 if isinstance(config["lr"], Mapping) else config["lr"]}
-    )
+    without = {"lr": 0.0} if isinstance(config["lr"], Mapping) else {}
+    groups = [
+        {**group, "lr": 0.0} if isinstance(group.get("lr"), Mapping) else group
+        for group in config.get("groups", ())
+    ]
+    return NadamConfig.from_dict({**config, **without, "groups": groups})
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the defaults of what one of an earlier version lacks."""
-    return {**fields_of(NadamConfig()), **config}
+    return {**NadamConfig().to_dict(), **config}
 
 
 def _check_run(run: Mapping[str, Any]) -> None:

@@ -17,8 +17,10 @@ from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Options, Settings, Topology
 from distnadam.errors import ConfigError
+from distnadam.groups import groups_of
 from distnadam.protocol.messages import ShardSpec
 from distnadam.tensors.layout import Layout
+from distnadam.tensors.leaves import tied
 
 log = logging.getLogger("distnadam")
 
@@ -31,12 +33,16 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
 
     Raises:
         StructureError: no checkpoint has room for the model's names.
-        ConfigError: a local optimizer cannot have a name.
+        ConfigError: a local optimizer cannot have a name, or a group has no tensor.
         ClusterError: the shards cannot be obtained.
     """
     check_layout(layout)
     check_can_start(settings)
-    layout = layout.pulled_in(settings.config.pull_dtype)
+    config = settings.config
+    groups = groups_of(config.groups, [tensor.path for tensor in layout.tensors])
+    still = {number for number, group in enumerate(config.groups) if not group.trainable}
+    frozen = (index for index, group in enumerate(groups) if group in still)
+    layout = layout.for_workers(config.pull_dtype, frozen)
     topology = settings.topology
     backend = factory.choose(topology.backend, several=topology.several)
     specs = [
@@ -68,15 +74,13 @@ def check_can_start(settings: Settings) -> None:
         )
 
 
-def warn_of_tied(tied: Mapping[str, str]) -> None:
-    """Warn the caller of `build` of tensors that are one array with another.
-
-    Args:
-        tied: the path of each, and that of the first one with its memory.
-    """
-    if tied:
-        pairs = ", ".join(f"{path!r} is {first!r}" for path, first in list(tied.items())[:3])
-        more = f" and {len(tied) - 3} more" if len(tied) > 3 else ""
+def warn_of_tied(layout: Layout, params: Any) -> None:
+    """Warn the caller of `build` of tensors of its tree that are one array with another."""
+    paths = [tensor.path for tensor in layout.tensors]
+    shared = tied(paths, layout.leaves_as_given(params, what="params"))
+    if shared:
+        pairs = ", ".join(f"{path!r} is {first!r}" for path, first in list(shared.items())[:3])
+        more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
         warnings.warn(
             f"params: one array was given under two paths ({pairs}{more}): each path is a "
             "parameter of its own from here on, and they part where their gradients differ; to "

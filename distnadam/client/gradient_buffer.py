@@ -34,10 +34,12 @@ class _Run:
 
 
 def _runs_of(layout: Layout) -> list[_Run]:
-    """Return the runs that all tensors of a layout make up, in order."""
+    """Return the runs that the tensors of a layout make up, in order, but the frozen ones."""
     runs: list[_Run] = []
     for index, tensor in enumerate(layout.tensors):
-        last = runs[-1] if runs else None
+        if index in layout.frozen:
+            continue
+        last = runs[-1] if runs and runs[-1].last == index else None
         if last is not None and last.space == tensor.space and tensor.end - last.begin <= BLOCK:
             runs[-1] = replace(last, last=index + 1, end=tensor.end)
         else:
@@ -45,6 +47,20 @@ def _runs_of(layout: Layout) -> list[_Run]:
             is_large = tensor.end - tensor.begin > BLOCK
             runs.append(_Run(index, index + 1, tensor.space, *bounds, is_large))
     return runs
+
+
+def _stretches_of(layout: Layout) -> dict[str, list[tuple[int, int]]]:
+    """Return for each space the stretches of elements that no frozen tensor has."""
+    found: dict[str, list[tuple[int, int]]] = {space: [] for space in layout.sizes}
+    for index, tensor in enumerate(layout.tensors):
+        stretches = found[tensor.space]
+        if index in layout.frozen:
+            continue
+        if stretches and stretches[-1][1] == tensor.begin:
+            stretches[-1] = stretches[-1][0], tensor.end
+        else:
+            stretches.append((tensor.begin, tensor.end))
+    return found
 
 
 class GradientBuffer:
@@ -74,9 +90,16 @@ class GradientBuffer:
         self._written: set[int] = set()
         self._view_dtypes: dict[str, str] | None = None
         self._narrow = [
-            i for i, t in enumerate(layout.tensors) if t.space == "float32" and t.begin < t.end
+            i
+            for i, t in enumerate(layout.tensors)
+            if t.space == "float32" and t.begin < t.end and i not in layout.frozen
         ]
-        self._large = [(i, t) for i, t in enumerate(layout.tensors) if t.end - t.begin >= BLOCK]
+        self._large = [
+            (i, t)
+            for i, t in enumerate(layout.tensors)
+            if t.end - t.begin >= BLOCK and i not in layout.frozen
+        ]
+        self._looked_at = _stretches_of(layout)
         self._runs = _runs_of(layout)
         self._rejection: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
@@ -88,7 +111,7 @@ class GradientBuffer:
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's.
         """
-        leaves = self._layout.leaves(gradients, what=self._what)
+        leaves = self._layout.leaves(gradients, what=self._what, optional=self._layout.frozen)
         dtypes = [leaf.dtype for leaf in leaves]
         if dtypes != self._dtypes:
             self._select(self._common_half(dtypes))
@@ -129,7 +152,7 @@ class GradientBuffer:
         """
         if not self._large:
             return self.fill(gradients), self.parts(ranges)
-        leaves = self._layout.leaves(gradients, what=self._what)
+        leaves = self._layout.leaves(gradients, what=self._what, optional=self._layout.frozen)
         lent = {
             index: leaf.reshape(-1)
             for index, tensor in self._large
@@ -147,17 +170,18 @@ class GradientBuffer:
         with own_errors():
             for index, (tensor, leaf) in enumerate(zip(self._layout.tensors, leaves, strict=True)):
                 if index not in lent:
-                    np.copyto(self._views[index], leaf, casting="same_kind")
+                    if index not in self._layout.frozen:
+                        np.copyto(self._views[index], leaf, casting="same_kind")
                     continue
                 begin = copied[tensor.space]
                 between = self.flat[tensor.space][begin : tensor.begin]
-                self._check_finite(tensor.space, between, begin)
+                self._check_written(tensor.space, begin, tensor.begin)
                 self._check_finite(tensor.space, lent[index], tensor.begin)
                 wholes[tensor.space] += [between, lent[index]]
                 copied[tensor.space] = tensor.end
             for space, arrays in wholes.items():
                 arrays.append(self.flat[space][copied[space] :])
-                self._check_finite(space, arrays[-1], copied[space])
+                self._check_written(space, copied[space], self._layout.sizes[space])
         pieces = {space: Pieces(arrays) for space, arrays in wholes.items()}
         return self._rejection, [
             # read by slices alone, as an array is
@@ -177,8 +201,8 @@ class GradientBuffer:
             Where it lies.
 
         Raises:
-            StructureError: the model has no such tensor, it came twice, or its shape or dtype is
-                not the model's.
+            StructureError: the model has no such tensor, it is frozen, it came twice, or its shape
+                or dtype is not the model's.
         """
         if path not in self._index:
             raise StructureError(
@@ -186,6 +210,8 @@ class GradientBuffer:
                 f"{list(self._index)[:8]}"
             )
         index, tensor = self._index[path], self._layout.tensors[self._index[path]]
+        if index in self._layout.frozen:
+            raise StructureError(f"{self._who}: {path!r} is frozen, and takes no gradient")
         if index in self._written:
             raise StructureError(f"{self._who}: {path!r} was pushed already for this round")
         leaf = self._layout.checked(index, gradient, what=self._what)
@@ -223,7 +249,7 @@ class GradientBuffer:
             missing = [
                 tensor.path
                 for index, tensor in enumerate(self._layout.tensors)
-                if index not in self._written
+                if index not in self._written and index not in self._layout.frozen
             ]
             if missing:
                 raise StructureError(
@@ -241,7 +267,7 @@ class GradientBuffer:
         self._rejection = None
         with own_errors():
             for space, values in self.flat.items():
-                self._check_finite(space, values, 0)
+                self._check_written(space, 0, values.size)
         return self._rejection
 
     def parts(self, ranges: list[Ranges]) -> list[Flat]:
@@ -279,6 +305,13 @@ class GradientBuffer:
             piece = slice(begin, begin + BLOCK)
             np.copyto(target[piece], source[piece], casting="same_kind")
             self._check_finite(tensor.space, target[piece], tensor.begin + begin)
+
+    def _check_written(self, space: str, begin: int, end: int) -> None:
+        """Check elements [begin, end) of the memory of a space, but those of frozen tensors."""
+        for first, last in self._looked_at[space]:
+            low, high = max(begin, first), min(end, last)
+            if low < high:
+                self._check_finite(space, self.flat[space][low:high], low)
 
     def _check_finite(self, space: str, values: Array, begin: int) -> None:
         """Record the first of the space's elements from `begin` on that is not finite, or whose

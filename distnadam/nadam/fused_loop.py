@@ -16,8 +16,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from distnadam.errors import KernelError
-from distnadam.nadam.fused_abi import BLOCK, ENTRY
+from distnadam.nadam.fused_abi import BLOCK, ENTRY, PART
 from distnadam.nadam.object_code import host_machine
+from distnadam.nadam.step_scalars import PER_SETTING
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -60,16 +61,17 @@ def _gradient(
     like: Any,
     begin: int,
     end: int,
-    modifiers: Any,
+    count: Any,
+    scale: Any,
+    limit: Any,
     mean_address: int,
     spare: Any,
 ) -> Any:
-    """Return the address of elements [begin, end) of the mean, scaled and clipped; a NaN modifier
-    is none.
+    """Return the address of elements [begin, end) of the mean, scaled and clipped; a scale or limit
+    that is NaN is none.
 
     Addresses, since an array that is one of two needs numba's reference counts.
     """
-    count, scale, limit = modifiers[0], modifiers[1], modifiers[2]
     n = end - begin
     mean = numba.carray(_pointer(mean_address, like), n)
     found = types.uintp(addresses[0] + types.uintp(begin * like.itemsize))
@@ -153,6 +155,7 @@ def _step(
     size: int,
     workers: int,
     groups: int,
+    parts: int,
     kept: int,
     mean: int,
     gradients: Any,
@@ -161,60 +164,69 @@ def _step(
     first_moments: Any,
     second_moments: Any,
     new_parameters: Any,
+    bounds: Any,
     coefficients: Any,
-    modifiers: Any,
+    counted: Any,
+    scales: Any,
     scratch: Any,
     kept_mean: Any,
     rounded: int,
 ) -> None:
-    """Step `size` elements; the arguments are C's: numbers, the address of the mean's block, then
-    pointers.
+    """Step the parts of a range of `size` elements; the arguments are C's: numbers, the address of
+    the mean's block, then pointers.
     """
     p_all, m_all = numba.carray(parameters, size), numba.carray(first_moments, size)
     v_all, out_all = numba.carray(second_moments, size), numba.carray(new_parameters, size)
     addresses, keep = numba.carray(gradients, workers), numba.carray(kept_mean, kept)
     sizes = numba.carray(group_sizes, groups)
-    numbers, modifying = numba.carray(coefficients, 7), numba.carray(modifiers, 3)
     new = numba.carray(scratch, BLOCK)
-    has_gradient, decays = numbers[0] == numbers[0], numbers[5] == numbers[5]
-    has_l2 = numbers[6] == numbers[6]
-    for begin in range(0, size, BLOCK):
-        end = min(begin + BLOCK, size)
-        found = _gradient(addresses, sizes, p_all, begin, end, modifying, mean, new)
-        if keep.size > 0:
-            _copy(keep[begin:end], found)
-        p, m = p_all[begin:end], m_all[begin:end]
-        v, out = v_all[begin:end], out_all[begin:end]
-        if has_l2:
-            _add_l2(mean, found, p, numbers[6])
-            found = mean
-        g = numba.carray(_pointer(found, p_all), end - begin)
-        if has_gradient:
-            if decays:
-                _update(p, m, v, g, new, numbers, True, True)
+    for part in range(parts):
+        first, last = bounds[PART * part], bounds[PART * part + 1]
+        setting, scale = bounds[PART * part + 2], scales[bounds[PART * part + 3]]
+        numbers = numba.carray(coefficients, PER_SETTING * (setting + 1))[PER_SETTING * setting :]
+        has_gradient, decays = numbers[0] == numbers[0], numbers[5] == numbers[5]
+        has_l2 = numbers[6] == numbers[6]
+        for begin in range(first, last, BLOCK):
+            end = min(begin + BLOCK, last)
+            found = _gradient(
+                addresses, sizes, p_all, begin, end, counted[0], scale, numbers[7], mean, new
+            )
+            if keep.size > 0:
+                _copy(keep[begin:end], found)
+            p, m = p_all[begin:end], m_all[begin:end]
+            v, out = v_all[begin:end], out_all[begin:end]
+            if has_l2:
+                _add_l2(mean, found, p, numbers[6])
+                found = mean
+            g = numba.carray(_pointer(found, p_all), end - begin)
+            if has_gradient:
+                if decays:
+                    _update(p, m, v, g, new, numbers, True, True)
+                else:
+                    _update(p, m, v, g, new, numbers, True, False)
+            elif decays:
+                _update(p, m, v, g, new, numbers, False, True)
             else:
-                _update(p, m, v, g, new, numbers, True, False)
-        elif decays:
-            _update(p, m, v, g, new, numbers, False, True)
-        else:
-            _update(p, m, v, g, new, numbers, False, False)
-        for i in range(
-            end - begin
-        ):  # apart, for where `out` is `p` the loop above would not be vectorised
-            out[i] = new[i]
-        if rounded != 0 and new.itemsize == 4:
-            _round(new, end - begin, types.uintp(rounded + types.uintp(2 * begin)))
+                _update(p, m, v, g, new, numbers, False, False)
+            for i in range(
+                end - begin
+            ):  # apart, for where `out` is `p` the loop above would not be vectorised
+                out[i] = new[i]
+            if rounded != 0 and new.itemsize == 4:
+                _round(new, end - begin, types.uintp(rounded + types.uintp(2 * begin)))
 
 
 def compile_loop(dtype: str) -> bytes:
     """Return the step for a dtype as an object file that defines the function `ENTRY`."""
     element = types.CPointer(getattr(types, dtype))
     signature = types.void(
-        *(types.intp,) * 4,
+        *(types.intp,) * 5,
         types.uintp,
         types.CPointer(types.uintp),
         types.CPointer(types.intp),
-        *(element,) * 8,
+        *(element,) * 4,
+        types.CPointer(types.intp),
+        *(element,) * 5,
         types.uintp,
     )
     callback = numba.cfunc(signature, error_model="numpy")(_step)

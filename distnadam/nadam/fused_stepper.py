@@ -4,9 +4,9 @@ Gradients of half precision are widened before, piece by piece.
 """
 
 import ctypes
-import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import call, is_not
 from typing import Any, NamedTuple
 
@@ -32,10 +32,10 @@ has two, or three once it has stepped in place.
 
 
 class _Call(NamedTuple):
-    """The loop's arguments for a part of slots; it keeps these two, whose identities name it."""
+    """The loop's arguments for parts of slots; it keeps these two, whose identities name it."""
 
     slots: Slots
-    part: Part
+    parts: Sequence[Part]
     arguments: tuple[Any, ...]
 
 
@@ -59,21 +59,23 @@ class FusedStepper(Stepper):
         ):
             memory.look_at(step.gradients, sizes)
         kept = 0 if step.keep is None else step.keep.ctypes.data
-        clip = math.nan if step.clipvalue is None else step.clipvalue
-        memory.coefficients[:] = step.scalars.coefficients
+        coefficients, scales = step.scalars.coefficients, step.scales
+        if len(memory.coefficients) != len(coefficients) or len(memory.scales) != len(scales):
+            memory.make_room(len(coefficients), len(scales))
+        memory.coefficients[:], memory.scales[:] = coefficients, scales
+        memory.count.value = step.grouping.count
+        if memory.is_direct:
+            known_call = memory.calls.get((id(slots), id(parts), kept))
+            self._loop(*(known_call or memory.call(slots, parts, kept)).arguments)
+            return
         for part in parts:
-            scale = math.nan if part.scale is None else part.scale
-            memory.modifiers[:] = step.grouping.count, scale, clip
-            if memory.is_direct:
-                if part.begin < part.end:
-                    known_call = memory.calls.get((id(slots), id(part), kept))
-                    self._loop(*(known_call or memory.call(slots, part, kept)).arguments)
-                continue
             for begin, end in self._stretches(part, step.gradients):
                 with own_errors():
                     wide = [g[begin:end].astype(self._dtype, copy=False) for g in step.gradients]
-                addresses = [g.ctypes.data for g in wide]
-                self._loop(*memory.arguments_of(slots, begin, end, addresses, kept))
+                before = begin * self._dtype.itemsize  # the loop counts from the range's first
+                addresses = [g.ctypes.data - before for g in wide]
+                piece = [replace(part, begin=begin, end=end)]
+                self._loop(*memory.arguments_of(slots, piece, addresses, kept))
 
     def _stretches(
         self, part: Part, gradients: Sequence[Array | Pieces]
@@ -99,9 +101,10 @@ class _Memory:
         self._blocks = np.empty(2 * BLOCK + _APART, dtype)
         self.mean = self._blocks.ctypes.data
         self.new = self._blocks[-BLOCK:].ctypes.data
-        self.coefficients = (number * 7)()
-        self.modifiers = (number * 3)()
-        self.numbers = ctypes.addressof(self.coefficients), ctypes.addressof(self.modifiers)
+        self._number = number
+        self.count = number()
+        self.coefficients: Any = ()
+        self.scales: Any = ()
         self.gradients: list[weakref.ref[Array | Pieces]] = []  # keeps none of them alive
         self.group_sizes: Sequence[int] = ()
         self.addresses: list[int] = []
@@ -121,39 +124,48 @@ class _Memory:
         self.sizes = (ctypes.c_ssize_t * len(sizes))(*sizes)
         self.calls = {}
 
-    def call(self, slots: Slots, part: Part, kept: int) -> "_Call":
-        """Return the call for a part whose gradients the loop reads where they lie, and keep it."""
-        addresses = [address + part.begin * self._dtype.itemsize for address in self.addresses]
-        found = _Call(slots, part, self.arguments_of(slots, part.begin, part.end, addresses, kept))
+    def make_room(self, coefficients: int, scales: int) -> None:
+        """Have memory for as many coefficients and scales."""
+        self.coefficients = (self._number * coefficients)()
+        self.scales = (self._number * scales)()
+        self.calls = {}
+
+    def call(self, slots: Slots, parts: Sequence[Part], kept: int) -> "_Call":
+        """Return the call for parts whose gradients the loop reads where they lie, and keep it."""
+        found = _Call(slots, parts, self.arguments_of(slots, parts, self.addresses, kept))
         if len(self.calls) >= _MOST_CALLS:
             self.calls = {}
-        self.calls[id(slots), id(part), kept] = found
+        self.calls[id(slots), id(parts), kept] = found
         return found
 
     def arguments_of(
-        self, slots: Slots, begin: int, end: int, gradients: Sequence[int], kept: int
+        self, slots: Slots, parts: Sequence[Part], gradients: Sequence[int], kept: int
     ) -> tuple[Any, ...]:
-        """Return the loop's arguments for elements [begin, end).
+        """Return the loop's arguments.
 
         Args:
             slots: the range's arrays.
-            begin: the first element.
-            end: the first behind them.
-            gradients: where the elements of each gradient begin.
+            parts: what is stepped of it.
+            gradients: where the range's first element would lie in each gradient.
             kept: where the range's mean gradient is kept; 0 for nowhere.
         """
-        size = self._dtype.itemsize
+        size = max((part.end for part in parts), default=0)
+        numbers = [n for p in parts for n in (p.begin, p.end, p.setting, p.scale)]
         return (
-            end - begin,
+            size,
             len(gradients),
             len(self.sizes),
-            end - begin if kept else 0,
+            len(parts),
+            size if kept else 0,
             self.mean,
             (ctypes.c_size_t * len(gradients))(*gradients),
             self.sizes,
-            *[address + begin * size for address in slots.addresses],
-            *self.numbers,
+            *slots.addresses,
+            (ctypes.c_ssize_t * len(numbers))(*numbers),
+            self.coefficients,
+            ctypes.addressof(self.count),
+            self.scales,
             self.new,
-            kept + begin * size if kept else None,
-            None if slots.rounded is None else slots.rounded[begin:end].ctypes.data,
+            kept or None,
+            None if slots.rounded is None else slots.rounded.ctypes.data,
         )

@@ -8,6 +8,7 @@ import numpy as np
 
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.mean import Grouping, Scratch, clipped_mean
+from distnadam.nadam.step_scalars import NONE
 from distnadam.tensors.arrays import Array, own_errors
 from distnadam.tensors.layout import CHUNK
 
@@ -70,19 +71,26 @@ def square_sums(
 
 
 @own_errors()
-def clip_scales(config: NadamConfig, square_sums: Array) -> list[float | None]:
-    """Return for each tensor the factor its mean gradient is multiplied by; None where it is within
-    the norm.
+def clip_scales(
+    config: NadamConfig, square_sums: Array, groups: Sequence[int] | None
+) -> list[float]:
+    """Return for each tensor the factor its mean gradient is multiplied by, or only one that is
+    that of all; `NONE` where it is within the norm.
+
+    Args:
+        config: the hyper-parameters.
+        square_sums: each tensor's sum of squares.
+        groups: the index of each tensor's group, or -1; None if no tensor is in one.
     """
-    norms = [float(x) for x in np.sqrt(square_sums)]
-    if config.clipnorm is not None:
-        return [_factor(config.clipnorm, norm) for norm in norms]
     if config.global_clipnorm is not None:
-        return [_factor(config.global_clipnorm, float(np.sqrt(running_sum(square_sums))))] * len(
-            norms
-        )
-    return [None] * len(norms)
+        return [_factor(config.global_clipnorm, float(np.sqrt(running_sum(square_sums))))]
+    norms = map(float, np.sqrt(square_sums))
+    if groups is None:
+        return [_factor(config.clipnorm, norm) for norm in norms]
+    limits = [settings.clipnorm for settings in config.group_settings]
+    limits.append(config.clipnorm)  # the last, at -1
+    return [_factor(limits[group], norm) for group, norm in zip(groups, norms, strict=True)]
 
 
-def _factor(limit: float, norm: float) -> float | None:
-    return limit / norm if norm > limit else None
+def _factor(limit: float | None, norm: float) -> float:
+    return NONE if limit is None or norm <= limit else limit / norm

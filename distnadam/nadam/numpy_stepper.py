@@ -1,5 +1,6 @@
 """The step by NumPy's ufuncs, block by block. Its order of operations is the canonical one."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from typing_extensions import override
 
 from distnadam.nadam.mean import Scratch, clipped_mean
+from distnadam.nadam.step_scalars import PER_SETTING
 from distnadam.nadam.stepper import Part, RangeStep, Stepper, check_denormals
 from distnadam.tensors.arrays import own_errors, round_into
 
@@ -23,16 +25,18 @@ class NumPyStepper(Stepper):
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         check_denormals()
         scratch, slots, keep = self._scratch[thread], step.slots, step.keep
-        numbers = np.array(step.scalars.coefficients, self._dtype)
-        c_g, c_m, epsilon, k_1, k_2, decay, l2 = numbers
-        has_gradient, decays, has_l2 = ~np.isnan(numbers[[0, 5, 6]])
+        settings = np.array(step.scalars.coefficients, self._dtype).reshape(-1, PER_SETTING)
         for part in parts:
+            numbers, scale = settings[part.setting], step.scales[part.scale]
+            c_g, c_m, epsilon, k_1, k_2, decay, l2, limit = numbers
+            has_gradient, decays, has_l2, clips = ~np.isnan(numbers[[0, 5, 6, 7]])
+            scaled, clipped = None if math.isnan(scale) else scale, limit if clips else None
             for begin in range(part.begin, part.end, scratch.block):
                 end = min(begin + scratch.block, part.end)
                 p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
                 blocks = mean, a, b = scratch.blocks(end - begin)
                 gradients = [x[begin:end] for x in step.gradients]
-                g = clipped_mean(gradients, step.grouping, part.scale, step.clipvalue, blocks)
+                g = clipped_mean(gradients, step.grouping, scaled, clipped, blocks)
                 if keep is not None:
                     np.copyto(keep[begin:end], g)
                 if has_l2:

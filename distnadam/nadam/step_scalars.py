@@ -5,6 +5,7 @@ computes the same bits (`exact`).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distnadam.hyperparameters import NadamConfig
@@ -13,6 +14,8 @@ from distnadam.schedules import rate_at
 
 NONE = math.nan
 """The coefficient of a term that a step does not have: not computed, since 0 * inf is no 0."""
+PER_SETTING = 8
+"""Coefficients of each setting."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,12 @@ class StepScalars:
     """What one step needs beside the arrays.
 
     Attributes:
-        lr: the learning rate.
-        coefficients: of the gradient (or `NONE`), of the momentum, epsilon, the weights of the
-            gradient in the first and of its square in the second moment, the part of the old
-            parameters that is taken from them (or `NONE`), and their weight in the gradient (or
-            `NONE`).
+        lr: the learning rate, of tensors that are in no group.
+        coefficients: `PER_SETTING` for tensors in no group, then as many for each group: of the
+            gradient (or `NONE`), of the momentum, epsilon, the weights of the gradient in the first
+            and of its square in the second moment, the part of the old parameters that is taken
+            from them (or `NONE`), their weight in the gradient (or `NONE`), and the largest
+            magnitude of an element of the mean gradient (or `NONE`).
         after: the clock after the step.
 
     The second moment's correction ``r = 1 / sqrt(1 - beta_2**t)`` is folded into the first three
@@ -45,7 +49,7 @@ class StepScalars:
     """
 
     lr: float
-    coefficients: tuple[float, float, float, float, float, float, float]
+    coefficients: tuple[float, ...]
     after: Clock
 
 
@@ -61,51 +65,48 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
     """
     t, beta_1 = clock.iterations + 1, config.beta_1
     lr = rate_at(config.lr, clock.iterations) if callable(config.lr) else config.lr
-    if config.has_momentum_schedule:
-        decay = config.schedule_decay
-        mu = beta_1 * (1.0 - 0.5 * power_of_step(0.96, decay, t))
-        mu_next = beta_1 * (1.0 - 0.5 * power_of_step(0.96, decay, t + 1))
+    formula = config.formula
+    is_adam = formula in ("adam", "adam_keras")
+    if formula == "nadam":
+        mu = beta_1 * (1.0 - 0.5 * power_of_step(0.96, config.schedule_decay, t))
+        mu_next = beta_1 * (1.0 - 0.5 * power_of_step(0.96, config.schedule_decay, t + 1))
         product = clock.m_schedule * mu
-        c_g = lr * (1.0 - mu) / (1.0 - product)
-        c_m = lr * mu_next / (1.0 - product * mu_next)
+        ahead = product * mu_next
     else:
+        mu = mu_next = beta_1
         product = power_of_step(beta_1, 1.0, t)
-        c_g, c_m = _constant_momentum(lr, product, t, config)
+        ahead = power_of_step(beta_1, 1.0, t + 1) if formula == "nadam_optax" else product
     correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
-    weight_decay, is_decoupled = config.weight_decay, config.decoupled_weight_decay
-    return StepScalars(
-        lr=lr,
-        coefficients=(
-            c_g * correction,
-            c_m * correction,
-            config.epsilon if config.formula == "adam_keras" else config.epsilon * correction,
+    numbers: list[float] = []
+    for rate, setting in _settings(lr, clock, config) if config.groups else ((lr, config),):
+        decay, limit = setting.weight_decay, setting.clipvalue
+        numbers += (
+            NONE if is_adam else rate * (1.0 - mu) / (1.0 - product) * correction,
+            (rate if is_adam else rate * mu_next) / (1.0 - ahead) * correction,
+            setting.epsilon * (1.0 if formula == "adam_keras" else correction),
             1.0 - beta_1,
             1.0 - config.beta_2,
-            lr * weight_decay if weight_decay and is_decoupled else NONE,
-            weight_decay if weight_decay and not is_decoupled else NONE,
-        ),
-        after=Clock(t, product),
-    )
+            rate * decay if decay and config.decoupled_weight_decay else NONE,
+            decay if decay and not config.decoupled_weight_decay else NONE,
+            NONE if limit is None else limit,
+        )
+    return StepScalars(lr=lr, coefficients=tuple(numbers), after=Clock(t, product))
 
 
-def _constant_momentum(
-    lr: float, product: float, t: int, config: NadamConfig
-) -> tuple[float, float]:
-    """Return c_g and c_m where the momentum coefficient is beta_1 at every step, and their product
-    beta_1**t.
-    """
-    beta_1 = config.beta_1
-    if config.formula in ("adam", "adam_keras"):
-        return NONE, lr / (1.0 - product)
-    ahead = power_of_step(beta_1, 1.0, t + 1) if config.formula == "nadam_optax" else product
-    return lr * (1.0 - beta_1) / (1.0 - product), lr * beta_1 / (1.0 - ahead)
+def _settings(lr: float, clock: Clock, config: NadamConfig) -> Iterator[tuple[float, NadamConfig]]:
+    """Yield the rate and the settings of tensors in no group, then of each group's."""
+    yield lr, config
+    for group, settings in zip(config.groups, config.group_settings, strict=True):
+        own = group.lr
+        rate = lr * group.lr_scale if own is None else rate_at(own, clock.iterations)
+        yield rate, settings
 
 
 def prepare(clock: Clock, config: NadamConfig) -> None:
     """Compute the powers that the step after `clock` needs, so that the step itself finds them
     kept.
     """
-    if config.has_momentum_schedule:
+    if config.formula == "nadam":
         power_of_step(0.96, config.schedule_decay, clock.iterations + 2)
     else:
         power_of_step(config.beta_1, 1.0, clock.iterations + 1)

@@ -8,7 +8,7 @@ order of operations in `NumPyStepper` is the canonical one: every kernel gives t
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,14 @@ import numpy as np
 
 from distnadam.errors import KernelError
 from distnadam.nadam.mean import BLOCK_BYTES, Grouping
-from distnadam.nadam.step_scalars import StepScalars
+from distnadam.nadam.step_scalars import NONE, StepScalars
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.pieces import Pieces
 from distnadam.threads import renew_after_fork
 
 _DENORMAL, _ONE = 5e-324, 1.0
+UNSCALED = (NONE,)
+"""The scales of a step whose mean gradient is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,23 @@ class Slots:
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [begin, end) of a range, whose mean gradient is multiplied by `scale`, unless it is
-    None.
+    """Elements [begin, end) of a range that step alike.
+
+    Attributes:
+        begin: the first element.
+        end: the first behind them.
+        setting: the index of their coefficients in `StepScalars.coefficients`.
+        scale: the index in `RangeStep.scales` of the factor of their mean gradient.
     """
 
     begin: int
     end: int
-    scale: float | None = None
+    setting: int = 0
+    scale: int = 0
 
 
 Shares = Sequence[Sequence[Part]]
-"""The parts that each thread steps."""
+"""The parts that each thread steps, in order."""
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step
@@ -78,7 +86,7 @@ class RangeStep:
             precision, which is widened first; in rank order.
         grouping: how they are averaged.
         scalars: the step's.
-        clipvalue: largest magnitude of an element of the mean gradient; None does not clip.
+        scales: factors of the mean gradient, chosen by each part; NaN is none.
         keep: where the mean gradient, scaled and clipped, is left for a standby; None leaves it
             nowhere.
     """
@@ -87,7 +95,7 @@ class RangeStep:
     gradients: Sequence[Array | Pieces]
     grouping: Grouping
     scalars: StepScalars
-    clipvalue: float | None = None
+    scales: Sequence[float] = UNSCALED
     keep: Array | None = None
 
 
@@ -124,7 +132,7 @@ class Stepper(ABC):
                     shares.append([])
                     room = quota
                 end = min(begin + room, part.end)
-                shares[-1].append(Part(begin, end, part.scale))
+                shares[-1].append(replace(part, begin=begin, end=end))
                 room -= end - begin
                 begin = end
         return shares

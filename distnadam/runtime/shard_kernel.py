@@ -2,11 +2,18 @@
 files.
 """
 
+from collections.abc import Sequence
+from math import isnan
+
+import numpy as np
+
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import Scratch
 from distnadam.nadam.norms import clip_scales, square_sums
+from distnadam.nadam.parts import Parts
 from distnadam.nadam.step_scalars import Clock, step_scalars
-from distnadam.nadam.stepper import Part, RangeStep, Shares, Slots
+from distnadam.nadam.stepper import UNSCALED, RangeStep, Slots
 from distnadam.protocol.messages import PartialNorms, ShardSpec
 from distnadam.shard.machine import Shard
 from distnadam.shard.state import ShardState
@@ -34,15 +41,20 @@ class ShardKernel:
         self._in_place = [
             {s: Slots(now[s], state.m[s], state.v[s]) for s in spec.ranges} for now in state.buffers
         ]
-        self._sign = -1.0 if spec.config.maximize else None  # of the mean gradient
-        self._whole = {
-            space: self._steppers[space].share([Part(0, end - begin, self._sign)])
-            for space, (begin, end) in spec.ranges.items()
-        }
-        self._segments = {
-            space: list(spec.layout.segments(space, *bounds))
+        self._parts = {
+            space: Parts(spec.config, spec.layout, space, bounds)
             for space, bounds in spec.ranges.items()
         }
+        self._together, self._by_tensor = (
+            {space: self._steppers[space].share(each) for space, each in parts.items()}
+            for parts in (
+                {space: parts.together for space, parts in self._parts.items()},
+                {space: parts.by_tensor for space, parts in self._parts.items()},
+            )
+        )
+        self._frozen = any(parts.frozen for parts in self._parts.values())
+        self._frozen_written = -1  # the count of writes whose frozen tensors are in both buffers
+        self._signs = (-1.0,) if spec.config.maximize else UNSCALED  # of the mean gradient
 
     def close(self) -> None:
         """Stop the kernels' threads."""
@@ -53,13 +65,12 @@ class ShardKernel:
         """Sum the squares of the mean gradient, chunk by chunk."""
         gradients, grouping = shard.rounds.current.summands(shard.config.sum_group)
         found = []
-        for space, segments in self._segments.items():
-            offset = self._spec.ranges[space][0]
+        for space, parts in self._parts.items():
             scratch = Scratch(space)
             slices = [g[space] for g in gradients]
             found += [
-                (s.tensor, square_sums(slices, grouping, s.begin - offset, s.end - offset, scratch))
-                for s in segments
+                (part.scale, square_sums(slices, grouping, part.begin, part.end, scratch))
+                for part in parts.by_tensor
             ]
         return PartialNorms(shard.progress.round + 1, tuple(found))
 
@@ -73,6 +84,8 @@ class ShardKernel:
         current, config = shard.rounds.current, shard.config
         gradients, grouping = current.summands(config.sum_group)
         square_sums = current.square_sums
+        scales = self._signs if square_sums is None else self._scales(config, square_sums)
+        parts = self._by_tensor if len(scales) > 1 else self._together
         scalars = step_scalars(shard.progress.clock, config)
         active = shard.state.active
         for space, slots in (self._in_place if current.in_place else self._slots)[active].items():
@@ -81,28 +94,32 @@ class ShardKernel:
                 gradients=[g[space] for g in gradients],
                 grouping=grouping,
                 scalars=scalars,
-                clipvalue=config.clipvalue,
+                scales=scales,
                 keep=None if keep is None else keep[space],
             )
-            whole = self._whole[space]
-            shares = whole if square_sums is None else self._clip(shard, space, square_sums)
-            self._steppers[space].step(step, shares)
+            self._steppers[space].step(step, parts[space])
+        if self._frozen and not current.in_place:
+            self._copy_frozen(shard.state)
         return scalars.after, scalars.lr
 
-    def _clip(self, shard: Shard, space: str, square_sums: Array) -> Shares:
-        """Return the parts of a range, each with its factor by the whole model's norms."""
-        begin, end = self._spec.ranges[space]
-        scales = clip_scales(shard.config, square_sums)
-        if self._sign is not None:
-            scales = [self._sign * (1.0 if scale is None else scale) for scale in scales]
-        if len(set(scales)) <= 1:
-            parts = [Part(0, end - begin, scales[0])]
-        else:
-            parts = [
-                Part(s.begin - begin, s.end - begin, scales[s.tensor])
-                for s in self._segments[space]
-            ]
-        return self._steppers[space].share(parts)
+    def _scales(self, config: NadamConfig, square_sums: Array) -> Sequence[float]:
+        """Return the factor of each tensor's mean gradient by the whole model's norms, or one that
+        is that of all.
+        """
+        groups = next(iter(self._parts.values())).groups
+        scales = clip_scales(config, square_sums, groups)
+        if config.maximize:
+            scales = [-1.0 if isnan(scale) else -scale for scale in scales]
+        return scales if any(scale != scales[0] for scale in scales[1:]) else scales[:1]
+
+    def _copy_frozen(self, state: ShardState) -> None:
+        """Have the frozen tensors in the spare buffer too, once after they were written."""
+        if self._frozen_written == state.written:
+            return
+        for space, parts in self._parts.items():
+            for first, last in parts.frozen:
+                np.copyto(state.spare[space][first:last], state.seen[space][first:last])
+        self._frozen_written = state.written
 
 
 def _slots(state: ShardState, space: str, now: Flat, following: Flat) -> Slots:

@@ -13,8 +13,9 @@ from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import in_order
+from distnadam.nadam.parts import Parts
 from distnadam.nadam.step_scalars import step_scalars
-from distnadam.nadam.stepper import Part, RangeStep, Slots
+from distnadam.nadam.stepper import RangeStep, Slots
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
@@ -41,6 +42,12 @@ class Standby:
         self._spec = spec
         self._steppers = {
             space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
+        }
+        self._shares = {
+            space: self._steppers[space].share(
+                Parts(spec.config, spec.layout, space, bounds).together
+            )
+            for space, bounds in spec.ranges.items()
         }
         self._arrays: dict[str, Flat] = {}
         self._control_state: ShardControlState | None = None
@@ -176,4 +183,4 @@ class Standby:
                 grouping=in_order(1),
                 scalars=scalars,
             )
-            stepper.step(step, stepper.share([Part(0, p.size)]))
+            stepper.step(step, self._shares[space])

@@ -25,6 +25,7 @@ class ShardState:
         v: the second moments.
         masters: the parameters of the spaces that workers see rounded.
         active: the index of the current buffer.
+        written: how often arrays were replaced other than by a step.
     """
 
     buffers: tuple[Flat, Flat]
@@ -32,6 +33,7 @@ class ShardState:
     v: Flat
     masters: Flat = field(default_factory=dict)
     active: int = field(default=0, init=False)
+    written: int = field(default=0, init=False)
 
     @classmethod
     def empty(
@@ -81,6 +83,7 @@ class ShardState:
         `buffers[0]` from now on.
         """
         self.active = 0
+        self.written += 1
         return self.arrays()
 
     def round(self) -> None:
@@ -93,6 +96,7 @@ class ShardState:
         now on.
         """
         self.active = active
+        self.written += 1
         for name, target in self.arrays().items():
             for space, values in target.items():
                 np.copyto(values, arrays[name][space] if name in arrays else 0)
@@ -100,6 +104,7 @@ class ShardState:
 
     def write(self, state: dict[str, Flat]) -> None:
         """Replace whole arrays by name; workers that see the present parameters keep them."""
+        self.written += 1
         for name, flat in state.items():
             target = self.spare | self.masters if name == "params" else self.arrays()[name]
             for space, values in flat.items():

@@ -35,7 +35,6 @@ from distnadam.tensors.leaves import (
     describe_leaf,
     first_of,
     kind_of,
-    memory_of,
     remedy_of,
 )
 from distnadam.tensors.plain_spec import PlainSpec
@@ -87,13 +86,19 @@ class Layout:
 
     Attributes:
         pull_dtypes: the dtype in which workers see the parameters of each space.
+        frozen: the indices of tensors that no step changes.
     """
 
     def __init__(
-        self, tensors: Sequence[TensorSpec], skeleton: Any, pull_dtype: str | None = None
+        self,
+        tensors: Sequence[TensorSpec],
+        skeleton: Any,
+        pull_dtype: str | None = None,
+        frozen: frozenset[int] = frozenset(),
     ) -> None:
         self.tensors = tuple(tensors)
         self.skeleton = skeleton
+        self.frozen = frozen
         self._pull_dtype = pull_dtype
         self._other: tuple[Any, list[int]] = (None, [])  # the last other containers, their order
         ends = [(tensor.space, tensor.end) for tensor in self.tensors]
@@ -125,11 +130,11 @@ class Layout:
         _check_distinct(paths, what="params")
         return cls(tensors, skeleton_of(plain))
 
-    def pulled_in(self, pull_dtype: str | None) -> "Layout":
-        """Return the same layout, whose float32 space workers see in another dtype; None for its
-        own.
+    def for_workers(self, pull_dtype: str | None, frozen: Iterable[int] = ()) -> "Layout":
+        """Return the same layout, whose float32 space workers see in another dtype (None for its
+        own), and of which they give no gradients of the frozen tensors.
         """
-        return Layout(self.tensors, self.skeleton, pull_dtype)
+        return Layout(self.tensors, self.skeleton, pull_dtype, frozenset(frozen))
 
     @cached_property
     def _treespec(self) -> optree.PyTreeSpec:
@@ -162,8 +167,11 @@ class Layout:
         """
         return list(in_given_order(self.skeleton))
 
-    def leaves(self, tree: Any, *, what: str) -> list[Array]:
-        """Return the tree's leaves as arrays, in the layout's order.
+    def leaves(
+        self, tree: Any, *, what: str, optional: frozenset[int] = frozenset()
+    ) -> list[Array]:
+        """Return the tree's leaves as arrays, in the layout's order; those at `optional` may be
+        None, which is zeros.
 
         Raises:
             StructureError: a tensor is missing, unexpected, None, of another shape or no
@@ -178,7 +186,12 @@ class Layout:
         ):
             return list(picked)  # nearly every tree
         leaves = self.leaves_as_given(tree, what=what)
-        return [self.checked(index, leaf, what=what) for index, leaf in enumerate(leaves)]
+        return [
+            np.broadcast_to(np.zeros((), self.tensors[index].space), self.tensors[index].shape)
+            if leaf is None and index in optional
+            else self.checked(index, leaf, what=what)
+            for index, leaf in enumerate(leaves)
+        ]
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
         """Return the tree's leaves in the layout's order, whatever they are.
@@ -199,18 +212,6 @@ class Layout:
             order = self._order_of_other_containers(tree, what)
             self._other = (spec, order)
         return [leaves[index] for index in order]
-
-    def tied(self, tree: Any) -> dict[str, str]:
-        """Return the tensors that share an earlier one's memory: path to that one's path."""
-        first: dict[Any, str] = {}
-        tied: dict[str, str] = {}
-        for tensor, leaf in zip(
-            self.tensors, self.leaves_as_given(tree, what="params"), strict=True
-        ):
-            memory = memory_of(leaf)
-            if memory is not None and first.setdefault(memory, tensor.path) != tensor.path:
-                tied[tensor.path] = first[memory]
-        return tied
 
     @own_errors()
     def flat(self, tree: Any, *, what: str) -> Flat:
@@ -305,7 +306,7 @@ class Layout:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layout, (self.tensors, self.skeleton, self._pull_dtype)
+        return Layout, (self.tensors, self.skeleton, self._pull_dtype, self.frozen)
 
     def _order_of_other_containers(self, tree: Any, what: str) -> list[int]:
         """Return each tensor's index among the leaves of a tree of other containers, by path.

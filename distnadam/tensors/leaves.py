@@ -162,6 +162,17 @@ def memory_of(leaf: Any) -> Hashable:
     return None if isinstance(leaf, (np.generic, float)) else id(leaf)
 
 
+def tied(paths: Iterable[str], leaves: Iterable[Any]) -> dict[str, str]:
+    """Return the leaves that share an earlier one's memory: path to that one's path."""
+    first: dict[Hashable, str] = {}
+    found: dict[str, str] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        memory = memory_of(leaf)
+        if memory is not None and first.setdefault(memory, path) != path:
+            found[path] = first[memory]
+    return found
+
+
 def first_of(array: Array, wrong: Array) -> str:
     """Return the first element of an array where `wrong` holds, and its index, for an error."""
     index = tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))

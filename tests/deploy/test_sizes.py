@@ -106,7 +106,7 @@ def test_lanes_and_moments_take_the_bytes_that_the_formulas_count() -> None:
     layout = Layout.of({"w": np.zeros(2**20, np.float32)})
     assert arena_bytes(layout.sizes, 2) == 8 * 2**20  # a node's parameters
     assert arena_bytes(layout.sizes, 1) == 4 * 2**20  # a worker's gradients
-    rounded = layout.pulled_in("bfloat16").pull_dtypes
+    rounded = layout.for_workers("bfloat16").pull_dtypes
     masters = ShardState.empty(layout.cuts(1)[0], dtypes=rounded).masters
     assert arena_bytes(layout.sizes, 2, rounded) + masters["float32"].nbytes == 8 * 2**20
     states = [ShardState.empty(ranges) for ranges in layout.cuts(2)]

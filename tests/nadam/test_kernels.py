@@ -32,12 +32,19 @@ from distnadam.nadam.stepper import Part, RangeStep, Slots, Stepper, check_denor
 from distnadam.tensors.arrays import BFLOAT16
 
 
-def scalars(c_g: float = 0.0011, decay: float = NONE, l2: float = NONE) -> StepScalars:
-    numbers = (c_g, 0.0007, 3e-9, 1.0 - 0.9, 1.0 - 0.999, decay, l2)
+def numbers_of(
+    c_g: float = 0.0011, decay: float = NONE, l2: float = NONE, limit: float = NONE
+) -> tuple[float, ...]:
+    """The coefficients of one setting."""
+    return c_g, 0.0007, 3e-9, 1.0 - 0.9, 1.0 - 0.999, decay, l2, limit
+
+
+def scalars(*settings: tuple[float, ...]) -> StepScalars:
+    numbers = sum(settings, ())
     return StepScalars(lr=0.002, coefficients=numbers, after=Clock(1, 0.9))
 
 
-SCALARS = scalars()
+SCALARS = scalars(numbers_of())
 DTYPES = ["float32", "float64"]
 BLOCK = {dtype: BLOCK_BYTES // np.dtype(dtype).itemsize for dtype in DTYPES}
 
@@ -54,20 +61,19 @@ def numbers(rng: np.random.Generator, n: int, dtype: str) -> Any:
     return values
 
 
-def plain(step: RangeStep, scale: float | None) -> tuple[Any, Any, Any]:
+def plain(step: RangeStep, scale: float, numbers: tuple[float, ...]) -> tuple[Any, Any, Any]:
     """One step as the docstring's formula says it, with temporaries, on whole arrays."""
     slots, t = step.slots, step.slots.p.dtype.type
+    c_g, c_m, epsilon, k_1, k_2, decay, l2, limit = map(t, numbers)
     wide = iter([gradient.astype(t) for gradient in step.gradients])
     groups = [reduce(np.add, islice(wide, size)) for size in step.grouping.sizes]
     g = reduce(np.add, groups)
     if step.grouping.count > 1:
         g = g / t(step.grouping.count)
-    if scale is not None:
+    if not np.isnan(scale):
         g = g * t(scale)
-    if step.clipvalue is not None:
-        limit = t(step.clipvalue)
+    if not np.isnan(limit):
         g = np.minimum(np.maximum(g, -limit), limit) if limit > 0 else np.zeros_like(g)
-    c_g, c_m, epsilon, k_1, k_2, decay, l2 = map(t, step.scalars.coefficients)
     g = g if np.isnan(l2) else g + slots.p * l2
     m = slots.m + (g - slots.m) * k_1
     v = slots.v + (g * g - slots.v) * k_2
@@ -75,6 +81,15 @@ def plain(step: RangeStep, scale: float | None) -> tuple[Any, Any, Any]:
     less = along / (np.sqrt(v) + epsilon)
     p = slots.p - (less if np.isnan(decay) else slots.p * decay + less)
     return p, m, v
+
+
+SETTINGS = st.builds(
+    numbers_of,
+    c_g=st.sampled_from([NONE, 0.0011]),
+    decay=st.sampled_from([NONE, 0.02]),
+    l2=st.sampled_from([NONE, 0.01]),
+    limit=st.sampled_from([NONE, 0.5, 0.0, 1e-40]),
+)
 
 
 @lru_cache
@@ -89,9 +104,8 @@ def stepper(kernel: KernelName, dtype: str, threads: int) -> Stepper:
     size=st.one_of(st.integers(1, 5000), st.integers(-3, 3).map(lambda d: d + 10**9)),
     groups=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     half=st.sampled_from([None, "float16", ml_dtypes.bfloat16]),
-    scale=st.sampled_from([None, 0.37, 0.0, -1.0]),
-    terms=st.tuples(*(st.sampled_from([NONE, x]) for x in (0.0011, 0.02, 0.01))),
-    clipvalue=st.sampled_from([None, 0.5, 0.0, 1e-40]),
+    scales=st.lists(st.sampled_from([NONE, 0.37, 0.0, -1.0]), min_size=2, max_size=2),
+    settings=st.lists(SETTINGS, min_size=2, max_size=2),
     threads=st.integers(1, 3),
     in_place=st.booleans(),
     rounds=st.booleans(),
@@ -103,9 +117,8 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     size: int,
     groups: list[int],
     half: Any,
-    scale: float | None,
-    terms: tuple[float, float, float],
-    clipvalue: float | None,
+    scales: list[float],
+    settings: list[tuple[float, ...]],
     threads: int,
     in_place: bool,
     rounds: bool,
@@ -113,7 +126,7 @@ def test_a_step_has_the_bits_of_the_plain_formula(
 ) -> None:
     size = size if size < 10**8 else 2 * BLOCK[dtype] + size - 10**9  # around a block boundary
     rng = np.random.default_rng(seed)
-    out = None if in_place else np.empty(size, dtype)
+    out = None if in_place else np.zeros(size, dtype)
     rounded = np.empty(size, BFLOAT16) if rounds and dtype == "float32" else None
     state = [numbers(rng, size, dtype) for _ in range(3)]
     slots = Slots(state[0], state[1], np.abs(state[2]), out, rounded)
@@ -128,17 +141,22 @@ def test_a_step_has_the_bits_of_the_plain_formula(
             slots=slots,
             gradients=gradients,
             grouping=Grouping(tuple(groups), count),
-            scalars=scalars(*terms),
-            clipvalue=clipvalue,
+            scalars=scalars(*settings),
+            scales=scales,
         )
-        p, m, v = plain(step, scale)
+        ways = [plain(step, scales[k], settings[k]) for k in range(2)]
+        held = [x.copy() for x in (slots.p if out is None else slots.written, slots.m, slots.v)]
         before, copies = slots.p.copy(), [g.copy() for g in gradients]
         cut = int(rng.integers(0, size + 1))
         how = stepper(kernel, dtype, threads)
-        how.step(step, how.share([Part(0, cut, scale), Part(cut, size, scale)]))
+        end = int(rng.integers(cut, size + 1))  # what lies behind stays
+        how.step(step, how.share([Part(0, cut, 0, 0), Part(cut, end, 1, 1)]))
+        p, m, v = (
+            np.concatenate([ways[0][k][:cut], ways[1][k][cut:end], held[k][end:]]) for k in range(3)
+        )
     got = [slots.p if slots.out is None else slots.out, slots.m, slots.v]
     assert [x.tobytes() for x in got] == [p.tobytes(), m.tobytes(), v.tobytes()]
-    assert rounded is None or rounded.tobytes() == p.astype(BFLOAT16).tobytes()
+    assert rounded is None or rounded[:end].tobytes() == p[:end].astype(BFLOAT16).tobytes()
     assert in_place or slots.p.tobytes() == before.tobytes(), "the old parameters stay"
     assert [g.tobytes() for g in gradients] == [g.tobytes() for g in copies], "the gradients stay"
 
@@ -212,12 +230,12 @@ def test_a_step_allocates_nothing_of_the_ranges_size(kernel: KernelName, half: b
         slots=slots,
         gradients=gradients,
         grouping=Grouping((1, 2), 3),
-        scalars=SCALARS,
-        clipvalue=0.5,
+        scalars=scalars(numbers_of(limit=0.5)),
+        scales=[0.5],
     )
     how = stepper(kernel, "float32", 1)  # compiled before, if it must be
     tracemalloc.start()
-    how.step(step, [[Part(0, size, 0.5)]])
+    how.step(step, [[Part(0, size)]])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 * BLOCK_BYTES  # of the forty of each array

@@ -48,6 +48,7 @@ def test_the_scalars_are_those_of_the_formulas(config: NadamConfig) -> None:
             1 - config.beta_2,
             NONE,
             NONE,
+            NONE,
         )
         assert scalars.coefficients == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
@@ -66,7 +67,7 @@ def test_the_scalars_of_a_constant_momentum_are_those_of_the_formulas(formula: F
         scalars = step_scalars(clock, config)
         clock = scalars.after
         assert clock == Clock(t, pytest.approx(0.8**t, rel=1e-12))
-        expected = (c_g * root, c_m * root, epsilon, 1 - 0.8, 1 - 0.9, NONE, NONE)
+        expected = (c_g * root, c_m * root, epsilon, 1 - 0.8, 1 - 0.9, NONE, NONE, NONE)
         assert scalars.coefficients == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
@@ -76,10 +77,10 @@ def test_decay_is_by_the_rate_of_the_step_or_by_the_gradient() -> None:
     coupled = NadamConfig(rate, weight_decay=0.1, decoupled_weight_decay=False)
     for done in range(4):
         clock = Clock(done, 0.5)
-        *_, decay, l2 = step_scalars(clock, decoupled).coefficients
+        *_, decay, l2, _ = step_scalars(clock, decoupled).coefficients
         assert decay == 0.5**done * 0.1
         assert math.isnan(l2)
-        *_, decay, l2 = step_scalars(clock, coupled).coefficients
+        *_, decay, l2, _ = step_scalars(clock, coupled).coefficients
         assert l2 == 0.1
         assert math.isnan(decay)
 

@@ -243,7 +243,7 @@ def begin_world(
     per_host: int = 1,
 ) -> tuple[World, Layout]:
     """Return a world whose shards hold one tensor `w` of float32."""
-    layout = Layout.of({"w": initial}).pulled_in(config.pull_dtype)
+    layout = Layout.of({"w": initial}).for_workers(config.pull_dtype)
     cuts = layout.cuts(num_shards)
     specs = [
         ShardSpec(

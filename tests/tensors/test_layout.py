@@ -95,7 +95,7 @@ def test_a_tree_comes_back_as_it_was_and_a_layout_survives_plain_data(tree: Any,
 
 def test_what_workers_see_rounded_travels_with_a_layout_and_makes_no_other() -> None:
     layout = Layout.of([np.ones(3, np.float32), np.ones(2)])
-    rounded = layout.pulled_in("bfloat16")
+    rounded = layout.for_workers("bfloat16")
     assert rounded == layout and rounded.to_dict() == layout.to_dict()
     for kept in (rounded, pickle.loads(pickle.dumps(rounded))):
         assert kept.pull_dtypes == {"float32": BFLOAT16, "float64": np.float64}

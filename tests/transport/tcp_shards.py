@@ -50,7 +50,7 @@ class Shard:
             name=None,
             config=config,
             options=Options(),
-            layout=LAYOUT.pulled_in(config.pull_dtype),
+            layout=LAYOUT.for_workers(config.pull_dtype),
             ranges=CUTS[index],
         )
         self.host = ShardHost(self.spec)

@@ -1,0 +1,51 @@
+"""The parts of a shard's range of one space: which elements step alike, and which step at all."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from distnadam.groups import groups_of
+from distnadam.hyperparameters import NadamConfig
+from distnadam.nadam.stepper import Part
+from distnadam.tensors.layout import Layout, Range
+
+
+class Parts:
+    """The parts of elements [begin, end) of a space, with offsets from `begin`.
+
+    Attributes:
+        groups: the index of each tensor's group, or -1; None if there are no groups.
+        together: the fewest parts that step alike where one scale is that of all.
+        by_tensor: a part of each tensor, whose scale is the tensor's index.
+        frozen: the stretches [first, last) that no step changes.
+    """
+
+    def __init__(self, config: NadamConfig, layout: Layout, space: str, bounds: Range) -> None:
+        self.groups: Sequence[int] | None = None
+        if config.groups:
+            self.groups = groups_of(config.groups, [tensor.path for tensor in layout.tensors])
+        begin, end = bounds
+        self.by_tensor = [
+            Part(s.begin - begin, s.end - begin, self._setting(s.tensor), s.tensor)
+            for s in layout.segments(space, begin, end)
+            if s.tensor not in layout.frozen
+        ]
+        self.together = list(_joined(self.by_tensor))
+        ends = [0, *(bound for p in self.together for bound in (p.begin, p.end)), end - begin]
+        self.frozen = [(low, high) for low, high in list(pairwise(ends))[::2] if low < high]
+
+    def _setting(self, tensor: int) -> int:
+        return 0 if self.groups is None else self.groups[tensor] + 1
+
+
+def _joined(parts: Sequence[Part]) -> Iterator[Part]:
+    """Yield the parts with neighbours of one setting as one, whose scale is the first."""
+    waiting: Part | None = None
+    for part in parts:
+        if waiting is not None and (waiting.end, waiting.setting) == (part.begin, part.setting):
+            waiting = Part(waiting.begin, part.end, part.setting)
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = Part(part.begin, part.end, part.setting)
+    if waiting is not None:
+        yield waiting
