@@ -364,7 +364,9 @@ def test_a_class_defined_again_takes_the_place_of_the_first() -> None:
 
 
 def test_a_class_with_the_name_of_another_modules_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'Constant' is defined in distnadam.schedules: rename"):
+    with pytest.raises(
+        ConfigError, match=r"'Constant' is defined in distnadam.schedules.curves: rename"
+    ):
 
         @dataclass(frozen=True)
         class Constant(Schedule):
