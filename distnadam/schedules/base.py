@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from distnadam.checks import check_as, check_count
 from distnadam.errors import ConfigError
 
 Rate = float | Callable[[int], float]
@@ -89,6 +90,20 @@ def require(ok: bool, schedule: Schedule, field: str, value: object, expected: s
     """Raise ConfigError, naming the schedule, its field and what was expected, unless `ok`."""
     if not ok:
         raise ConfigError(f"{type(schedule).__name__}: {field} must be {expected}, got {value!r}")
+
+
+def set_count(schedule: Schedule, field: str, *, least: int = 1) -> None:
+    """Check that a field is a whole number of at least `least`, and store it as an int."""
+    name = f"{type(schedule).__name__}: {field}"
+    object.__setattr__(schedule, field, check_count(name, getattr(schedule, field), least=least))
+
+
+def set_real(schedule: Schedule, field: str, *, is_positive: bool = False) -> None:
+    """Check that a field is a finite number of at least 0, or above it, and store it as a float."""
+    name = f"{type(schedule).__name__}: {field}"
+    number = check_as(float, name, getattr(schedule, field))
+    require(number > 0.0 or not is_positive, schedule, field, number, "above 0")
+    object.__setattr__(schedule, field, number)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from distnadam.reproducible_math import cosine_of_pi_times, power
-from distnadam.schedules.base import Schedule, require
+from distnadam.reproducible_math import cosine_of_pi_times, power, square_root
+from distnadam.schedules.base import Schedule, require, set_count, set_real
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,77 @@ class Piecewise(Schedule):
         """Return the learning rate of the next step, after `step` applied steps."""
         passed = sum(step > boundary for boundary in self.boundaries)
         return self.rates[passed]
+
+
+@dataclass(frozen=True)
+class Polynomial(Schedule):
+    """``final + (initial - final) * (1 - step / total_steps) ** power``, then `final`, which stays.
+
+    It is optax's polynomial_schedule, and with ``final=0`` torch's PolynomialLR. With ``power=1``
+    it is a straight line.
+
+    Args:
+        initial: the rate of the first step.
+        total_steps: the step at which `final` is reached, at least 1.
+        power: the exponent, above 0.
+        final: the last rate; it may be above `initial`.
+
+    Raises:
+        ConfigError: a field is out of its range.
+
+    >>> schedule = Polynomial(initial=1.0, total_steps=4, power=2.0)
+    >>> [schedule(step) for step in range(6)]
+    [1.0, 0.5625, 0.25, 0.0625, 0.0, 0.0]
+    """
+
+    initial: float
+    total_steps: int
+    power: float = 1.0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ("initial", "final"):
+            set_real(self, field)
+        set_count(self, "total_steps")
+        set_real(self, "power", is_positive=True)
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the next step, after `step` applied steps."""
+        if step >= self.total_steps:
+            return self.final
+        left = power(1.0 - step / self.total_steps, self.power)
+        return self.final + (self.initial - self.final) * left
+
+
+@dataclass(frozen=True)
+class InverseSquareRoot(Schedule):
+    """``peak * sqrt(timescale / (timescale + step))``, which follows a warm-up of the Transformer.
+
+    The rate falls as in section 5.3 of "Attention Is All You Need" (Vaswani et al., 2017), after a
+    warm-up of `timescale` steps. ``Warmup(InverseSquareRoot(peak, n), steps=n, initial=0.0)`` is
+    fairseq's inverse_sqrt and the get_inverse_sqrt_schedule of Hugging Face's transformers. The
+    paper counts steps from 1, so the peak comes one step earlier there:
+    ``Warmup(InverseSquareRoot(peak, n), steps=n - 1, initial=peak / n)``.
+
+    Args:
+        peak: the rate of the first step; in the paper ``(d_model * timescale) ** -0.5``.
+        timescale: steps, above 0; after 3 times as many the rate is half of `peak`.
+
+    Raises:
+        ConfigError: a field is out of its range.
+
+    >>> schedule = InverseSquareRoot(peak=1.0, timescale=100)
+    >>> schedule(0), schedule(300), schedule(1500)
+    (1.0, 0.5, 0.25)
+    """
+
+    peak: float
+    timescale: float
+
+    def __post_init__(self) -> None:
+        set_real(self, "peak")
+        set_real(self, "timescale", is_positive=True)
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the next step, after `step` applied steps."""
+        return self.peak * square_root(self.timescale / (self.timescale + step))
