@@ -1,10 +1,11 @@
-"""Powers and cosines whose bits do not depend on the host.
+"""Powers, roots and cosines whose bits do not depend on the host.
 
 The C library's `pow` and `cos` differ between hosts in the last bit, and every shard must compute
 the same scalars. Here they go through `decimal`, whose operations are correctly rounded at a fixed
-precision everywhere, and are rounded to float64 once.
+precision everywhere, and are rounded to float64 once. IEEE 754 has a square root rounded correctly.
 """
 
+import math
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from functools import lru_cache
 
@@ -17,7 +18,14 @@ def power(base: float, exponent: float) -> float:
     """Return ``base ** exponent`` for a base of at least 0, the same bits on every host."""
     if base == 0.0 or exponent == 0.0 or base == 1.0:
         return float(base**exponent)
+    if exponent == 1.0:
+        return base  # which the digits below round to
     return float(_CONTEXT.exp(_CONTEXT.multiply(Decimal(exponent), _ln(base))))
+
+
+def square_root(value: float) -> float:
+    """Return the root of a value of at least 0, the same bits on every host."""
+    return math.sqrt(value)
 
 
 @lru_cache(maxsize=1024)

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 import distnadam
-from distnadam import DistNadam, Worker, fit
+from distnadam import DistNadam, Worker, fit, schedules
 
 INTERNAL = {"shards", "saves", "session", "of", "follow"}
 NEEDS_RAY = {"connect", "stop"}
-NAMES = {"np": np, "DistNadam": DistNadam, "fit": fit}
+NAMES = {"np": np, "DistNadam": DistNadam, "fit": fit} | {
+    name: getattr(schedules, name) for name in schedules.__all__
+}
+SCHEDULES = [schedules.OneCycle, schedules.CosineRestarts, schedules.Polynomial]
+SCHEDULES += [schedules.InverseSquareRoot, schedules.Warmup, schedules.Sequential]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -24,7 +28,11 @@ def examples(thing: Any) -> list[doctest.DocTest]:
     return [test for test in found if test.examples]
 
 
-@pytest.mark.parametrize("thing", [distnadam, Worker, fit], ids=["the package", "Worker", "fit"])
+@pytest.mark.parametrize(
+    "thing",
+    [distnadam, Worker, fit, schedules, *SCHEDULES],
+    ids=lambda thing: thing.__name__,
+)
 def test_the_examples_run(thing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runner, report = doctest.DocTestRunner(optionflags=FLAGS), list[str]()

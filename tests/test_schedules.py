@@ -16,10 +16,16 @@ from distnadam import DistNadam
 from distnadam.errors import ConfigError
 from distnadam.schedules import (
     Constant,
+    CosineRestarts,
     Exponential,
+    InverseSquareRoot,
+    OneCycle,
     Piecewise,
+    Polynomial,
     Rate,
     Schedule,
+    Sequential,
+    Warmup,
     WarmupCosine,
     rate_at,
     rate_from,
@@ -32,6 +38,10 @@ ALL = [
     Exponential(0.1, 10, 0.9, staircase=True),
     WarmupCosine(0.1, 10, 110, 0.01),
     Piecewise((5, 10), (0.3, 0.2, 0.1)),
+    OneCycle(0.1, 100, anneal_strategy="linear", three_phase=True),
+    CosineRestarts(0.1, 10, 2, 0.01),
+    Polynomial(0.1, 100, 2.0, 0.01),
+    InverseSquareRoot(0.1, 100),
 ]
 
 
@@ -48,6 +58,30 @@ ALL = [
         (WarmupCosine(1.0, 0, 10), {0: 1.0, 5: 0.5, 10: 0.0}),
         (Piecewise((5, 10), (3.0, 2.0, 1.0)), {0: 3.0, 5: 3.0, 6: 2.0, 10: 2.0, 11: 1.0}),
         (Piecewise((), (3.0,)), {0: 3.0, 99: 3.0}),
+        (
+            OneCycle(1.0, 11, 3 / 11, "cos", 4.0, 5.0),
+            {0: 0.25, 1: 0.625, 2: 1.0, 6: 0.525, 10: 0.05, 11: 0.05, 10**6: 0.05},
+        ),
+        (
+            OneCycle(1.0, 9, 3 / 9, "linear", 4.0, 5.0, three_phase=True),
+            {0: 0.25, 1: 0.625, 2: 1.0, 3: 0.625, 4: 0.25, 6: 0.15, 8: 0.05, 9: 0.05},
+        ),
+        (OneCycle(1.0, 1), {0: 4e-6, 1: 4e-6}),
+        (OneCycle(1.0, 10, 0.1), {0: 1.0, 9: 4e-6}),
+        (OneCycle(1.0, 10, 1.0, "linear", 2.0), {0: 0.5, 9: 1.0, 10: 1.0}),
+        (CosineRestarts(1.0, 2, final=0.5), {0: 1.0, 1: 0.75, 2: 1.0, 3: 0.75, 10**9 + 1: 0.75}),
+        (CosineRestarts(1.0, 2, 3), {0: 1.0, 1: 0.5, 2: 1.0, 5: 0.5, 8: 1.0, 17: 0.5, 26: 1.0}),
+        (Polynomial(1.0, 4, 3.0, 0.5), {0: 1.0, 2: 0.5625, 3: 0.5078125, 4: 0.5, 10**6: 0.5}),
+        (Polynomial(0.0, 4, final=1.0), {0: 0.0, 1: 0.25, 4: 1.0, 5: 1.0}),
+        (InverseSquareRoot(1.0, 4), {0: 1.0, 12: 0.5, 5: 2 / 3, 396: 0.1}),
+        (Warmup(0.5, 2), {0: 0.25, 1: 0.5, 2: 0.5, 10**6: 0.5}),
+        (Warmup(Polynomial(1.0, 4), 2, 0.0), {0: 0.0, 1: 0.5, 2: 1.0, 3: 0.75, 6: 0.0}),
+        (Warmup(Polynomial(1.0, 4), 0), {0: 1.0, 1: 0.75}),
+        (
+            Sequential((1.0, Polynomial(1.0, 4), Constant(2.0)), (3, 5)),
+            {0: 1.0, 2: 1.0, 3: 1.0, 4: 0.75, 5: 2.0, 10**6: 2.0},
+        ),
+        (Sequential((1.0,), ()), {0: 1.0, 9: 1.0}),
     ],
     ids=repr,
 )
@@ -57,11 +91,59 @@ def test_values_at_the_turning_points(schedule: Schedule, values: dict[int, floa
     }
 
 
+def test_one_cycle_is_its_formula_written_out() -> None:
+    schedule = OneCycle(0.3, 47, 0.37)
+    first, last, turn = 0.3 / 25, 0.3 / 25 / 1e4, 0.37 * 47 - 1
+    for step in range(47):
+        if step <= turn:
+            expected = 0.3 + (first - 0.3) * (1 + math.cos(math.pi * step / turn)) / 2
+        else:
+            part = (step - turn) / (46 - turn)
+            expected = last + (0.3 - last) * (1 + math.cos(math.pi * part)) / 2
+        assert schedule(step) == pytest.approx(expected, rel=1e-12, abs=1e-16)
+
+
+def test_cosine_restarts_are_their_formula_written_out() -> None:
+    schedule = CosineRestarts(0.3, 5, 2, 0.1)
+    lengths = [5] * 5 + [10] * 10 + [20] * 20
+    places = [*range(5), *range(10), *range(20)]
+    for step, (place, length) in enumerate(zip(places, lengths, strict=True)):
+        expected = 0.1 + 0.2 * (1 + math.cos(math.pi * place / length)) / 2
+        assert schedule(step) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.7])
+def test_a_polynomial_is_its_formula_written_out(power: float) -> None:
+    schedule = Polynomial(0.3, 60, power, 0.1)
+    for step in range(61):
+        expected = 0.1 + 0.2 * (1 - step / 60) ** power
+        assert schedule(step) == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_warm_up_and_an_inverse_square_root_are_the_papers_rate() -> None:
+    model, warmup = 512, 40
+    schedule = Warmup(
+        InverseSquareRoot((model * warmup) ** -0.5, warmup),
+        steps=warmup - 1,
+        initial=(model * warmup) ** -0.5 / warmup,
+    )
+    for number in range(1, 200):  # the paper counts from 1
+        expected = model**-0.5 * min(number**-0.5, number * warmup**-1.5)
+        assert schedule(number - 1) == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_warm_up_rises_as_that_before_a_cosine_does() -> None:
+    whole, parts = WarmupCosine(0.3, 7, 107), Warmup(WarmupCosine(0.3, 0, 100), 7)
+    assert [whole(step) for step in range(120)] == [parts(step) for step in range(120)]
+
+
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
 def test_a_schedule_goes_to_plain_data_and_back(schedule: Schedule) -> None:
     plain = rate_to_dict(schedule)
     assert isinstance(plain, dict)
-    assert all(isinstance(value, (int, float, bool, list)) for value in plain["config"].values())
+    assert all(
+        isinstance(value, (int, float, bool, str, list)) for value in plain["config"].values()
+    )
     assert rate_from(plain) == schedule
 
 
@@ -96,6 +178,83 @@ def test_a_users_schedule_is_registered_when_it_is_defined() -> None:
         (
             lambda: Piecewise((2, 1), (0.1, 0.2, 0.3)),
             r"Piecewise: boundaries must be increasing, got \(2, 1\)",
+        ),
+        (
+            lambda: OneCycle(0.1, 10, 1.5),
+            r"OneCycle: pct_start must be in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: OneCycle(0.1, 10, 0.6, three_phase=True),
+            r"OneCycle: pct_start must be in \[0, 0.5\] with three_phase, got 0.6",
+        ),
+        (
+            lambda: OneCycle(0.1, 10, anneal_strategy="cosine"),  # type: ignore[arg-type]
+            "OneCycle: anneal_strategy must be 'cos' or 'linear', got 'cosine'",
+        ),
+        (
+            lambda: OneCycle(0.1, 10.5),  # type: ignore[arg-type]
+            "OneCycle: total_steps must be a whole number of at least 1, got 10.5",
+        ),
+        (
+            lambda: OneCycle(0.1, 10, div_factor=0),
+            "OneCycle: div_factor must be above 0, got 0.0",
+        ),
+        (
+            lambda: OneCycle(0.1, 10, three_phase="no"),  # type: ignore[arg-type]
+            "OneCycle: three_phase must be True or False, got 'no'",
+        ),
+        (
+            lambda: CosineRestarts(0.1, 10, 0),
+            "CosineRestarts: growth must be a whole number of at least 1, got 0",
+        ),
+        (
+            lambda: CosineRestarts(math.inf, 10),
+            "CosineRestarts: peak must be finite and at least 0, got inf",
+        ),
+        (lambda: Polynomial(0.1, 10, 0.0), "Polynomial: power must be above 0, got 0.0"),
+        (
+            lambda: Polynomial(-0.1, 10),
+            "Polynomial: initial must be finite and at least 0, got -0.1",
+        ),
+        (
+            lambda: InverseSquareRoot(0.1, 0),
+            "InverseSquareRoot: timescale must be above 0, got 0.0",
+        ),
+        (
+            lambda: Warmup(0.1, -1),
+            "Warmup: steps must be a whole number of at least 0, got -1",
+        ),
+        (
+            lambda: Warmup(lambda step: 0.1, 5),  # type: ignore[arg-type]
+            "Warmup: schedule must be a number or a Schedule, got <function",
+        ),
+        (
+            lambda: Warmup(Constant, 5),  # type: ignore[arg-type]
+            r"Warmup: schedule must be a number or a Schedule, .*give an instance, Constant\(",
+        ),
+        (
+            lambda: Warmup("0.1", 5),  # type: ignore[arg-type]
+            "Warmup: schedule must be a number, got '0.1'",
+        ),
+        (
+            lambda: Sequential((0.1, 0.2), ()),
+            r"Sequential: boundaries must be one fewer than schedules, got \(\)",
+        ),
+        (
+            lambda: Sequential((0.1, 0.2, 0.3), (5, 5)),
+            r"Sequential: boundaries must be increasing, got \(5, 5\)",
+        ),
+        (
+            lambda: Sequential((0.1, 0.2), (0,)),
+            r"Sequential: boundaries\[0\] must be a whole number of at least 1, got 0",
+        ),
+        (
+            lambda: Sequential((0.1, None), (1,)),  # type: ignore[arg-type]
+            r"Sequential: schedules\[1\] must be a number, got None",
+        ),
+        (
+            lambda: Sequential(Constant(0.1), ()),  # type: ignore[arg-type]
+            r"Sequential: schedules must be a tuple, got Constant\(rate=0.1\)",
         ),
         (
             lambda: rate_at(lambda step: math.nan, 7),
@@ -184,6 +343,8 @@ COMPOSED = [
     Constant(np.float32(0.1)),  # type: ignore[arg-type]
     Slotted(0.5),
     Wrapped(0.5),
+    Warmup(OneCycle(0.1, 10), 5),
+    Sequential((0.1, Warmup(CosineRestarts(0.1, 5), 3, 0.0), Constant(0.2)), (4, 9)),
 ]
 
 
@@ -364,7 +525,9 @@ def test_a_class_defined_again_takes_the_place_of_the_first() -> None:
 
 
 def test_a_class_with_the_name_of_another_modules_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'Constant' is defined in distnadam.schedules: rename"):
+    with pytest.raises(
+        ConfigError, match=r"'Constant' is defined in distnadam.schedules.curves: rename"
+    ):
 
         @dataclass(frozen=True)
         class Constant(Schedule):

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -38,6 +38,38 @@ class Commands(click.Group):
                 sys.stderr.flush()
             except (OSError, ValueError, AttributeError):  # what nobody takes changes no status
                 _drop(sys.stderr)
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options by purpose.
+
+    Args:
+        sections: names of options, by the title that they are under; others are under "Options".
+        notes: rows of two words each, by the title that they are under, below all options.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sections: Mapping[str, Sequence[str]],
+        notes: Mapping[str, Sequence[tuple[str, str]]],
+        **others: Any,
+    ) -> None:
+        super().__init__(*args, **others)
+        self._sections = sections
+        self._notes = notes
+
+    @override
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in self._sections}
+        titles = {name: title for title, names in self._sections.items() for name in names}
+        for option in self.get_params(ctx):
+            row = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            if row is not None:
+                rows.setdefault(titles.get(str(option.name), "Options"), []).append(row)
+        for title, listed in {**rows, **self._notes}.items():
+            with formatter.section(title):
+                formatter.write_dl(listed)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,79 +6,30 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import click
 from typing_extensions import override
 
-from distnadam.cli.group import JSON, echo_json, exit_on_error, main
+from distnadam.cli.group import JSON, Sectioned, echo_json, exit_on_error, main
+from distnadam.cli.optimizer_options import (
+    OPTIMIZER_OPTIONS,
+    SCHEDULE_ROWS,
+    asked_rate,
+    optimizer_asked_for,
+    optimizer_options,
+)
+from distnadam.cli.placement_options import placement
 from distnadam.cli.restarting import Run, in_child, saved
 from distnadam.config import Options
 from distnadam.errors import RayLost
-from distnadam.optimizer import DistNadam
 from distnadam.places import local_path, shown
-from distnadam.schedules import Rate
 from distnadam.training.callbacks import Callback
 from distnadam.training.fit import fit
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
-from distnadam.training.resuming import rate_given_before
 from distnadam.training.task import Task
-
-
-def _labels(
-    context: click.Context, option: click.Parameter, pairs: tuple[str, ...]
-) -> dict[str, str]:
-    """Return KEY=VALUE pairs as a mapping; raise BadParameter, naming it, for anything else."""
-    for pair in pairs:
-        if not all(pair.partition("=")[::2]):
-            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", context, option)
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
-PLACEMENT = [
-    click.option(
-        "--shard-cpus",
-        default=0.0,
-        type=click.FloatRange(0),
-        help="CPUs that each shard requests of Ray.  [default: 0]",
-    ),
-    click.option(
-        "--worker-cpus",
-        default=0.0,
-        type=click.FloatRange(0),
-        help="CPUs that each worker requests of Ray.  [default: 0]",
-    ),
-    click.option(
-        "--shard-label",
-        multiple=True,
-        callback=_labels,
-        metavar="KEY=VALUE",
-        help="Label of the Ray nodes that shards go to.",
-    ),
-    click.option(
-        "--worker-label",
-        multiple=True,
-        callback=_labels,
-        metavar="KEY=VALUE",
-        help="Label of the Ray nodes that workers go to.",
-    ),
-    click.option(
-        "--start-timeout",
-        type=click.FloatRange(0),
-        metavar="SECONDS",
-        help="Wait so long for nodes.  [default: refuse at once]",
-    ),
-    click.option(
-        "--port-range",
-        type=(int, int),
-        metavar="FIRST LAST",
-        help="TCP ports at which shards listen for other hosts.  [default: any]",
-    ),
-]
-
 
 _PASSED_TO_FIT = (
     "num_workers",
@@ -93,6 +44,19 @@ _PASSED_TO_FIT = (
     "resume",
 )
 """Options that are arguments of `fit`, under the same names."""
+_SECTIONS = {
+    "Run": (
+        *("num_workers", "num_shards", "replicas", "name", "steps", "seed", "local"),
+        *("evaluate_every", "stop_grace_s"),
+    ),
+    "Optimizer, by default that of the run that is resumed": OPTIMIZER_OPTIONS,
+    "Checkpoints": ("checkpoint_dir", "save_every", "keep", "resume"),
+    "Placement": (
+        *("shard_cpus", "worker_cpus", "shard_label", "worker_label"),
+        *("start_timeout", "port_range"),
+    ),
+}
+"""The options by purpose, as `--help` lists them."""
 _MEANS = {
     "steps_per_s": " (the steps alone)",
     "seconds": " (with start, evaluation and saving)",
@@ -102,12 +66,11 @@ _NOT_REPEATED = ("resume", "quiet", "as_json")
 """Options that the command to resume a run does not need."""
 
 
-def placement(command: Any) -> Any:
-    """Add the options for the nodes of shards and workers and the resources they request."""
-    return reduce(lambda decorated, option: option(decorated), reversed(PLACEMENT), command)
-
-
-@main.command()
+@main.command(
+    cls=Sectioned,
+    sections=_SECTIONS,
+    notes={"Schedules of --lr-schedule; a field without a default is required": SCHEDULE_ROWS},
+)
 @click.argument("task")
 @click.option(
     "--workers",
@@ -145,15 +108,13 @@ def placement(command: Any) -> Any:
     help="Steps in all, those before a resume included.",
 )
 @click.option(
-    "--lr", type=float, help="Learning rate.  [default: 0.002, or that of the run that is resumed]"
-)
-@click.option(
     "--seed",
     default=0,
     show_default=True,
     type=click.IntRange(0),
     help="Seed of the parameters and batches.",
 )
+@optimizer_options
 @click.option("--local", is_flag=True, help="Run in this process, without Ray.")
 @click.option(
     "--checkpoint-dir",
@@ -189,6 +150,8 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
     If the Ray that it started dies, the run goes on in a new one; if one at RAY_ADDRESS dies, the
     exit status is 75: give the command again, once that Ray is back.
     """
+    with exit_on_error():
+        rate = asked_rate(options)
     run = in_child() if context.obj and _starts_ray(options) else None
     if run is not None and run.goes_on_in is not None:
         options["checkpoint_dir"] = options["checkpoint_dir"] or run.goes_on_in
@@ -205,8 +168,9 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
     ):
         history = fit(
             load_task(task),
-            optimizer=DistNadam(
-                lr=_rate(options["lr"], options["checkpoint_dir"]),
+            optimizer=optimizer_asked_for(
+                options,
+                rate,
                 name=options["name"],
                 options=Options(
                     shard_cpus=options["shard_cpus"],
@@ -353,14 +317,6 @@ def _how_to_resume(context: click.Context, reached: _Reached) -> Iterator[None]:
                 command = _resume_command(context, reached.directory)
                 click.echo(f"distnadam: to go on: {command}", err=True)
         raise
-
-
-def _rate(asked: float | None, checkpoint_dir: str | None) -> Rate:
-    """Return the learning rate that is asked for, else what a run to resume was given before."""
-    if asked is not None:
-        return asked
-    before = None if checkpoint_dir is None else rate_given_before(checkpoint_dir)
-    return DistNadam().lr if before is None else before
 
 
 def _resume_command(context: click.Context, checkpoint_dir: object) -> str:

@@ -16,7 +16,8 @@ from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.client.building import restored_settings
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError, ConfigError, RayLost
-from distnadam.schedules import Rate, rate_from
+from distnadam.hyperparameters import NadamConfig
+from distnadam.schedules import Rate
 from distnadam.tensors.layout import Layout
 from distnadam.training.task_state import TaskState
 
@@ -127,17 +128,23 @@ def _why_foreign(manifest: Manifest, request: Request) -> str | None:
     return request.state.why_not(manifest.user_data)
 
 
-def rate_given_before(where: DirectoryLike) -> Rate | None:
-    """Return the learning rate that the run in a directory was last given; None if there is none.
+def config_given_before(where: DirectoryLike, rate: Rate | None = None) -> NadamConfig | None:
+    """Return the hyper-parameters that the run in a directory was last given; None without a run.
+
+    Args:
+        where: a directory of checkpoints.
+        rate: a learning rate in place of the run's, whose class need not be imported then.
 
     Raises:
-        ConfigError: it is a schedule of a class that is not imported here.
+        ConfigError: its learning rate is a schedule of a class that is not imported here.
     """
     with suppress(CheckpointError):
         for step in reversed(store.step_directories(where)):
             with suppress(CheckpointError):
                 if run := store.load(step).run:
-                    return rate_from(run["given"]["lr"])
+                    given = run["given"]
+                    lr = given["lr"] if rate is None else rate
+                    return NadamConfig.from_dict({**given, "lr": lr})
     return None
 
 
