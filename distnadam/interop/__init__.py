@@ -6,8 +6,8 @@
                                                                `keras.weights`, `keras.variables`,
                                                                `torch.state_dict`, `optax.opt_state`
 
-`formulas` compares what the frameworks call "Nadam". A framework is imported only where it is
-needed; most files need none.
+`formulas` says which framework computes which `NadamConfig.formula`, and where they differ. A
+framework is imported only where it is needed; most files need none.
 """
 
 from distnadam.interop.convert import (

@@ -90,7 +90,8 @@ def export_checkpoint(
     Raises:
         ConfigError: an argument has a value that it cannot have.
         CheckpointError: the checkpoint is refused, or the file cannot be written.
-        ConversionError: naming each difference, such as the momentum schedule; nothing was written.
+        ConversionError: naming each difference, such as the momentum schedule, and its remedy where
+            the framework has one outside its optimizer; nothing was written.
     """
     if to not in _WRITERS:
         raise ConfigError(f"to must be one of {', '.join(map(repr, FORMATS))}, got {to!r}")
@@ -142,7 +143,7 @@ def import_checkpoint(
             the framework's.
         order: the tensors' paths in the order of the other optimizer's variables, if the file does
             not hold it.
-        lossy: import even if ours would train on differently, as without its weight decay.
+        lossy: import even if ours would train on differently, as without AMSGrad.
 
     Returns:
         The checkpoint's directory, and notes on what was found.
@@ -151,7 +152,7 @@ def import_checkpoint(
         ConfigError: an argument has a value that it cannot have.
         CheckpointError: naming the file, the tensor, what was expected and what was found; or the
             directory holds that step already.
-        ConversionError: naming each difference, such as weight decay, or steps that differ between
+        ConversionError: naming each difference, such as AMSGrad, or steps that differ between
             tensors; nothing was written.
     """
     if source_format not in _READERS:

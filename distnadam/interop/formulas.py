@@ -1,29 +1,40 @@
-"""Compares the formulas that share the name "Nadam" with ours, and notes where they differ.
+"""Compares our formulas with those of the frameworks, and notes where they differ.
 
 Every one is ``m += (g - m)(1 - beta_1); v += (g*g - v)(1 - beta_2)`` and a step along ``c_g*g +
-c_m*m`` over ``sqrt(v_hat) + epsilon``; they differ in the momentum coefficient ``mu_t = beta_1 * (1
-- 0.5 * 0.96 ** (t * schedule_decay))``:
+c_m*m`` over ``sqrt(v_hat) + epsilon``. `NadamConfig.formula` says which:
 
-    reference, tf_keras legacy      schedule_decay as given (0.004)
-    torch.optim.NAdam               the same, called momentum_decay
-    Keras 3, tf_keras's new Nadam   schedule_decay = 1, fixed
-    optax.nadam                     mu_t = beta_1 at every step: the limit of a large schedule_decay
+    "nadam"           mu_t = beta_1 * (1 - 0.5 * 0.96 ** (t * schedule_decay)), with a running
+                      product of the mu_t. The reference and tf_keras legacy have schedule_decay as
+                      given (0.004), torch.optim.NAdam calls it momentum_decay, and Keras 3 and
+                      tf_keras's new Nadam have 1, fixed.
+    "nadam_optax"     mu_t = beta_1 at every step: optax.nadam and nadamw. It is "nadam" in the
+                      limit of a large schedule_decay (`NO_SCHEDULE`).
+    "nadam_algoperf"  the same, but m is divided by 1 - beta_1 ** t, not t + 1: the NadamW of
+                      MLCommons' AlgoPerf. No framework here has it.
+    "adam"            c_m*m alone, mu_t = beta_1: torch.optim.Adam and AdamW, optax.adam and adamw.
+    "adam_keras"      the same over ``sqrt(v) + epsilon``, with the correction of v in c_m: Adam and
+                      AdamW of Keras, where epsilon weighs more in the first steps.
+
+Decoupled weight decay is ``p *= 1 - lr * weight_decay`` before the step in all that have it;
+coupled is ``g += weight_decay * p`` before the moments.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from distnadam.errors import ConversionError
-from distnadam.hyperparameters import NadamConfig
+from distnadam.hyperparameters import Formula, NadamConfig
 from distnadam.interop.optimizer_state import OptimizerState
 from distnadam.nadam.step_scalars import Clock
 from distnadam.reproducible_math import power_of_step
 
 NO_SCHEDULE = 1000.0
-"""A schedule_decay with which mu_t is exactly beta_1 at every step: 0.96 ** 1000 < 2 ** -58."""
+"""A schedule_decay with which mu_t is exactly beta_1 at every step: 0.96 ** 1000 < 2 ** -58. By it
+torch and the reference compute "nadam_optax".
+"""
 _ROUNDING = 2.0**-25
 """Half a unit in the last place of a float32 near 1; smaller differences are rounding."""
 
@@ -68,14 +79,24 @@ class Conversion:
         return (*(f"differs: {sentence}" for sentence in self.differences), *self.notes)
 
 
-def momentum(config: NadamConfig, t: int, schedule_decay: float) -> float:
-    """Return mu_t of a schedule_decay; `math.inf` means no schedule."""
-    return config.beta_1 * (1.0 - 0.5 * _power(schedule_decay, t))
+def is_adam(config: NadamConfig) -> bool:
+    """Return whether the formula is one of Adam's, which has no term of the gradient itself."""
+    return config.formula in ("adam", "adam_keras")
+
+
+def schedule_decay(config: NadamConfig) -> float:
+    """Return the schedule_decay; `math.inf` means that the momentum is constant."""
+    return config.schedule_decay if config.has_momentum_schedule else math.inf
+
+
+def momentum(config: NadamConfig, t: int, decay: float) -> float:
+    """Return mu_t of the schedule_decay `decay`."""
+    return config.beta_1 * (1.0 - 0.5 * _power(decay, t))
 
 
 def same_momentum(state: OptimizerState, theirs: float) -> bool:
     """Return whether schedule_decay `theirs` gives our mu_t from the next step on, in float32."""
-    ours, t = state.config.schedule_decay, state.clock.iterations + 1
+    ours, t = schedule_decay(state.config), state.clock.iterations + 1
     return ours == theirs or 0.5 * max(_power(ours, t), _power(theirs, t)) <= _ROUNDING
 
 
@@ -84,22 +105,37 @@ def unscheduled(config: NadamConfig, iterations: int) -> Clock:
     return Clock(iterations, power_of_step(config.beta_1, 1.0, iterations))
 
 
-def find_momentum(job: Conversion, state: OptimizerState, theirs: float, what: str) -> None:
-    """Add a difference if another framework's momentum schedule is not the state's.
+def with_own_product(state: OptimizerState) -> OptimizerState:
+    """Return the state with the product that its formula has: beta_1 ** t without a schedule."""
+    if state.config.has_momentum_schedule:
+        return state
+    return replace(state, clock=unscheduled(state.config, state.clock.iterations))
+
+
+def find_formula(
+    job: Conversion, state: OptimizerState, theirs: Formula, what: str, *, decay: float = math.inf
+) -> None:
+    """Add a difference for each way in which the formula of `what` goes on differently.
+
+    Ways that no longer matter in float32, since the state's steps are many, are none.
 
     Args:
-        job: receives the difference.
+        job: receives the differences.
         state: ours.
-        theirs: the other framework's schedule_decay.
-        what: the other framework's schedule, as the end of the sentence "... here, and ".
+        theirs: the formula of `what`, Nadam's or Adam's as the state's is.
+        what: the other framework.
+        decay: its schedule_decay, where `theirs` is "nadam" or means that limit.
     """
-    if not same_momentum(state, theirs):
-        t = state.clock.iterations + 1
-        ours = state.config.schedule_decay
+    if is_adam(state.config):
+        _find_epsilon(job, state, theirs, what)
+        return
+    _find_momentum(job, state, decay, what)
+    product = unscheduled(state.config, state.clock.iterations + 1).m_schedule
+    if state.config.formula == "nadam_algoperf" != theirs and product > _ROUNDING:
         job.differences.append(
-            f"momentum schedule: schedule_decay is {ours:g} here, and {what}; the coefficient of "
-            f"step {t} is {momentum(state.config, t, ours):.6g} here and "
-            f"{momentum(state.config, t, theirs):.6g} there"
+            f"look-ahead: formula='nadam_algoperf' divides the momentum by 1 - beta_1 ** step, and "
+            f"{what} by 1 - beta_1 ** (step + 1); beta_1 ** {state.clock.iterations + 1} is "
+            f"{product:.6g}"
         )
 
 
@@ -109,10 +145,42 @@ def find_product(job: Conversion, state: OptimizerState, what: str) -> None:
     That is what the framework `what`, which stores no product, computes for itself.
     """
     theirs = unscheduled(state.config, state.clock.iterations).m_schedule
-    if abs(state.clock.m_schedule - theirs) > _ROUNDING:
+    if state.config.has_momentum_schedule and abs(state.clock.m_schedule - theirs) > _ROUNDING:
         job.differences.append(
             f"product of the momentum coefficients: {state.clock.m_schedule:.6g} here after "
             f"{state.clock.iterations} steps, and {what} takes beta_1 ** step, {theirs:.6g}"
+        )
+
+
+def find_absent(
+    job: Conversion,
+    state: OptimizerState,
+    what: str,
+    *,
+    decoupled: str | None,
+    coupled: str,
+    maximize: str,
+) -> None:
+    """Add a difference for weight decay and `maximize` where set, and `what` has no argument.
+
+    Args:
+        job: receives the differences.
+        state: ours.
+        what: the other framework's optimizer.
+        decoupled: the remedy for decoupled weight decay; None: it has an argument for that.
+        coupled: the remedy for coupled weight decay.
+        maximize: the remedy for `maximize`.
+    """
+    decay, is_decoupled = state.config.weight_decay, state.config.decoupled_weight_decay
+    remedy = decoupled if is_decoupled else coupled
+    if decay and remedy is not None:
+        job.differences.append(
+            f"weight_decay: {decay:g} here, {'decoupled' if is_decoupled else 'coupled (L2)'}, and "
+            f"{what} has no argument for it: {remedy}"
+        )
+    if state.config.maximize:
+        job.differences.append(
+            f"maximize: True here, and {what} has no argument for it: {maximize}"
         )
 
 
@@ -152,5 +220,29 @@ def find_count(job: Conversion, state: OptimizerState, largest: int, what: str) 
         )
 
 
-def _power(schedule_decay: float, t: int) -> float:
-    return 0.0 if math.isinf(schedule_decay) else power_of_step(0.96, schedule_decay, t)
+def _find_momentum(job: Conversion, state: OptimizerState, theirs: float, what: str) -> None:
+    if not same_momentum(state, theirs):
+        t, ours = state.clock.iterations + 1, schedule_decay(state.config)
+        here = "there is none" if math.isinf(ours) else f"schedule_decay is {ours:g}"
+        there = "no momentum schedule" if math.isinf(theirs) else f"{theirs:g}, fixed"
+        job.differences.append(
+            f"momentum schedule: {here} here, and {what} has {there}; the coefficient of step {t} "
+            f"is {momentum(state.config, t, ours):.6g} here and "
+            f"{momentum(state.config, t, theirs):.6g} there"
+        )
+
+
+def _find_epsilon(job: Conversion, state: OptimizerState, theirs: Formula, what: str) -> None:
+    t, config = state.clock.iterations + 1, state.config
+    correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
+    if config.formula != theirs and config.epsilon and 1.0 - correction > _ROUNDING:
+        order = ["after", "before"] if config.formula == "adam" else ["before", "after"]
+        job.differences.append(
+            f"epsilon: formula={config.formula!r} adds it {order[0]} the second moment's "
+            f"correction, and {what} {order[1]}; they differ by a factor of {correction:.6g} at "
+            f"step {t}"
+        )
+
+
+def _power(decay: float, t: int) -> float:
+    return 0.0 if math.isinf(decay) else power_of_step(0.96, decay, t)

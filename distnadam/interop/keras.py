@@ -1,22 +1,35 @@
 """Keras: the weights of the reference (TF 1.x, tf_keras legacy), and Keras 3's variables.
 
-The reference's formula is ours. Keras 3's is ours with schedule_decay = 1, which it does not store;
-its `_u_product` is our m_schedule. Both have one clock, so the whole state carries over. Neither
+The reference's Nadam is our formula "nadam", and "nadam_optax" with a schedule_decay of
+`NO_SCHEDULE`. Keras 3's is "nadam" with schedule_decay = 1, which it does not store; its
+`_u_product` is our m_schedule. Keras 3's Adam and AdamW are "adam_keras", and store no product. Its
+`weight_decay` is decoupled in all three. All have one clock, so the whole state carries over. No
 list holds the parameters, so a file stores them beside it. Keras is not imported.
 
 A file is an npz: ``params/<path>``, ``optimizer/00000`` and on (the list), and the description
-`about` with the framework's config. A user's file without `about` is accepted too: its list follows
-the order of its params, and `config` must be given.
+`about` with the framework's config, and Keras 3's class (Nadam where it names none). A user's file
+without `about` is accepted too: its list follows the order of its params, and `config` must be
+given. A config with `amsgrad` is Adam's or AdamW's.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from distnadam.errors import CheckpointError
-from distnadam.interop.formulas import Conversion, find_count, find_momentum, find_outside
+from distnadam.errors import CheckpointError, ConversionError
+from distnadam.hyperparameters import Formula
+from distnadam.interop.formulas import (
+    NO_SCHEDULE,
+    Conversion,
+    find_absent,
+    find_count,
+    find_formula,
+    find_outside,
+    is_adam,
+    with_own_product,
+)
 from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.optimizer_state import (
     OptimizerState,
@@ -30,12 +43,14 @@ from distnadam.tensors.arrays import Array
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 _LACKING = {
-    "weight_decay": 0,
-    "use_ema": False,
-    "gradient_accumulation_steps": 1,
-    "loss_scale_factor": 1,
+    "amsgrad": (False, "distnadam has no AMSGrad"),
+    "exclude_from_weight_decay": (None, "distnadam decays all tensors alike"),
+    "use_ema": (False, "distnadam keeps no average of the parameters"),
+    "gradient_accumulation_steps": (1, "distnadam steps at every gradient"),
+    "loss_scale_factor": (1, "distnadam does not divide gradients"),
 }
-"""Settings of Keras that we lack, with the value at which they have no effect."""
+"""Settings of Keras that we lack, each with the value at which it has no effect, and the reason."""
+_CLASSES: dict[str, Formula] = {"Nadam": "nadam", "Adam": "adam_keras", "AdamW": "adam_keras"}
 _WITHOUT_EFFECT = {
     "name",
     "jit_compile",
@@ -44,22 +59,37 @@ _WITHOUT_EFFECT = {
     "ema_overwrite_frequency",
 }
 """Settings of Keras that do not change a step."""
+_ADD_DECAY = "add weight_decay times the variable to its gradient before each step"
+_NEGATE = "negate the loss"
 
 
-def weights(state: OptimizerState, order: Sequence[str] | None = None) -> list[Array]:
+def weights(
+    state: OptimizerState, order: Sequence[str] | None = None, *, lossy: bool = False
+) -> list[Array]:
     """Return the list for the reference's `set_weights`: ``[iterations, m_schedule, *ms, *vs]``.
 
     Args:
         state: a loaded checkpoint.
         order: the tensors' paths in the order of the Keras optimizer's variables; None means the
             order given to `build`.
+        lossy: return them even if the reference would train on differently.
+
+    Raises:
+        ConversionError: naming each difference; or the formula is Adam's.
     """
-    at = state.positions(order)
-    clock = [
-        np.array(state.clock.iterations, np.int64),
-        np.array(state.clock.m_schedule, np.float64),
-    ]
+    job = Conversion(Path("the reference's Nadam"), lossy=lossy)
+    _compare_with_reference(state, job)
+    job.settle()
+    at, product = state.positions(order), with_own_product(state).clock.m_schedule
+    clock = [np.array(state.clock.iterations, np.int64), np.array(product, np.float64)]
     return [*clock, *(state.m[i] for i in at), *(state.v[i] for i in at)]
+
+
+def class_of_keras_3(state: OptimizerState) -> Literal["Nadam", "Adam", "AdamW"]:
+    """Return which class of Keras 3 goes on from the state."""
+    if not is_adam(state.config):
+        return "Nadam"
+    return "AdamW" if state.config.weight_decay and state.config.decoupled_weight_decay else "Adam"
 
 
 def variables(
@@ -67,7 +97,8 @@ def variables(
 ) -> list[Array]:
     """Return the values to assign, one by one, to a built Keras 3 optimizer's `variables`.
 
-    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ..., u_product]``.
+    They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ...]``, and `u_product` at the end
+    for Nadam.
 
     Args:
         state: a loaded checkpoint.
@@ -77,29 +108,38 @@ def variables(
     Raises:
         ConversionError: naming each difference.
     """
-    job = Conversion(Path("keras.optimizers.Nadam"), lossy=lossy)
+    job = Conversion(Path(f"keras.optimizers.{class_of_keras_3(state)}"), lossy=lossy)
     _compare_with_keras_3(state, job)
     job.settle()
     slots = [array for i in state.positions(order) for array in (state.m[i], state.v[i])]
     clock = [np.array(state.clock.iterations, np.int32), np.array(state.rate, np.float32)]
-    return [*clock, *slots, np.array(state.clock.m_schedule, np.float32)]
+    if is_adam(state.config):
+        return [*clock, *slots]
+    return [*clock, *slots, np.array(with_own_product(state).clock.m_schedule, np.float32)]
 
 
 def config(state: OptimizerState) -> dict[str, Any]:
     """Return the reference's configuration; tf_keras legacy calls its `lr` `learning_rate`."""
-    common = {"lr": state.rate, **_common(state)}
-    return {**common, "schedule_decay": state.config.schedule_decay}
+    ours = state.config
+    decay = ours.schedule_decay if ours.has_momentum_schedule else NO_SCHEDULE
+    return {"lr": state.rate, **_common(state), "schedule_decay": decay}
 
 
 def config_of_keras_3(state: OptimizerState) -> dict[str, Any]:
-    """Return the arguments of Keras 3's Nadam."""
-    return {"learning_rate": state.rate, **_common(state)}
+    """Return the arguments of the class of Keras 3 that `class_of_keras_3` names."""
+    ours = state.config
+    decays = ours.weight_decay and ours.decoupled_weight_decay
+    decay = {"weight_decay": ours.weight_decay} if decays else {}
+    return {"learning_rate": state.rate, **_common(state), **decay}
 
 
 def write(state: OptimizerState, job: Conversion) -> None:
     """Write the reference's list beside the parameters."""
+    _compare_with_reference(state, job)
     find_outside(job, state, "the reference", clips=("clipnorm", "clipvalue"))
-    _write(state, job, "keras", weights(state, job.order), config(state))
+    job.settle()
+    values = weights(state, job.order, lossy=job.lossy)
+    _write(state, job, {"kind": "keras", "config": config(state)}, values)
 
 
 def write_keras_3(state: OptimizerState, job: Conversion) -> None:
@@ -107,22 +147,30 @@ def write_keras_3(state: OptimizerState, job: Conversion) -> None:
     _compare_with_keras_3(state, job)
     find_outside(job, state, "Keras 3", clips=_CLIPS)
     job.settle()
-    _write(
-        state, job, "keras3", variables(state, job.order, lossy=job.lossy), config_of_keras_3(state)
-    )
+    about = {
+        "kind": "keras3",
+        "class": class_of_keras_3(state),
+        "config": config_of_keras_3(state),
+    }
+    _write(state, job, about, variables(state, job.order, lossy=job.lossy))
 
 
 def read(job: Conversion) -> OptimizerState:
     """Return the state of a file with the reference's list."""
     params, about, given = _read(job, "keras")
-    count = len(params)
+    count, (settings, _) = len(params), _settings(job, about)
+    if "amsgrad" in settings or settings.get("formula") in ("adam", "adam_keras"):
+        raise ConversionError(
+            f"{job.path}: its configuration is Adam's, and the reference's list is Nadam's; of "
+            "Adam, those of Keras 3 are taken"
+        )
     if len(given) != 2 + 2 * count:
         raise CheckpointError(
             f"{job.path}: expected iterations, m_schedule and {2 * count} slots, got {len(given)} "
             "arrays"
         )
     slots = {"params": list(params.values()), "m": given[2 : 2 + count], "v": given[2 + count :]}
-    return _state(job, about, list(params), (given[0], given[1]), slots, {})
+    return _state(job, about, list(params), (given[0], given[1]), slots, settings)
 
 
 def read_keras_3(job: Conversion) -> OptimizerState:
@@ -131,27 +179,63 @@ def read_keras_3(job: Conversion) -> OptimizerState:
     They hold no learning rate if the optimizer had a schedule.
     """
     params, about, given = _read(job, "keras3")
-    count = len(params)
-    if len(given) not in (2 * count + 2, 2 * count + 3):
+    count, (settings, file) = len(params), _settings(job, about)
+    name = about.get("class", "Adam" if "amsgrad" in settings else "Nadam")
+    if not isinstance(name, str) or name not in _CLASSES:
         raise CheckpointError(
-            f"{job.path}: expected iteration, learning_rate, {2 * count} slots and u_product, got "
-            f"{len(given)} arrays"
+            f"{job.path}: its class: expected one of {', '.join(_CLASSES)}, got {name!r}"
         )
-    first = len(given) - 1 - 2 * count
+    formula = settings.setdefault("formula", _CLASSES[name])
+    is_nadam = formula not in ("adam", "adam_keras")
+    if settings.pop("amsgrad", False):
+        given = given[: len(given) - count]  # the largest second moments, which come last
+    if formula == "nadam":
+        settings.setdefault("schedule_decay", 1.0)
+    first = len(given) - 2 * count - is_nadam
+    if first not in (1, 2):
+        raise CheckpointError(
+            f"{job.path}: expected iteration, learning_rate, {2 * count} slots"
+            f"{' and u_product' if is_nadam else ''}, got {len(given)} arrays; formula is "
+            f"{formula!r}, give another as config if it is not"
+        )
+    end = first + 2 * count
     slots = {
         "params": list(params.values()),
-        "m": given[first:-1:2],
-        "v": given[first + 1 : -1 : 2],
+        "m": given[first:end:2],
+        "v": given[first + 1 : end : 2],
     }
-    rate = {"lr": given[1]} if first == 2 else {}
-    return _state(
-        job, about, list(params), (given[0], given[-1]), slots, {"schedule_decay": 1.0, **rate}
+    if first == 2 and "lr" not in job.config and "learning_rate" not in job.config:
+        variable = given[1]
+        if not ("lr" in file and _rounds_to(file["lr"], variable)):
+            settings["lr"] = variable
+    clock = (given[0], given[-1] if is_nadam else 1.0)
+    return with_own_product(_state(job, about, list(params), clock, slots, settings))
+
+
+def _compare_with_reference(state: OptimizerState, job: Conversion) -> None:
+    what, ours = "the reference", state.config
+    if is_adam(ours):
+        raise ConversionError(
+            f"{job.path}: formula={ours.formula!r} is Adam's, and the reference's list is Nadam's; "
+            "Adam is exported to keras3"
+        )
+    decay = ours.schedule_decay if ours.has_momentum_schedule else NO_SCHEDULE
+    find_formula(job, state, "nadam", what, decay=decay)
+    find_absent(
+        job,
+        state,
+        what,
+        decoupled="multiply each variable by 1 - lr * weight_decay before each step",
+        coupled=_ADD_DECAY,
+        maximize=_NEGATE,
     )
 
 
 def _compare_with_keras_3(state: OptimizerState, job: Conversion) -> None:
-    find_momentum(job, state, 1.0, "Keras 3 has 1, fixed")
+    what, name = "Keras 3", class_of_keras_3(state)
+    find_formula(job, state, _CLASSES[name], what, decay=1.0)
     find_count(job, state, 2**31 - 1, "Keras 3's int32 iteration")
+    find_absent(job, state, what, decoupled=None, coupled=_ADD_DECAY, maximize=_NEGATE)
     clips = [name for name in _CLIPS if getattr(state.config, name) is not None]
     if len(clips) > 1:
         job.differences.append(
@@ -174,14 +258,12 @@ def _common(state: OptimizerState) -> dict[str, Any]:
 
 
 def _write(
-    state: OptimizerState, job: Conversion, kind: str, values: list[Array], settings: dict[str, Any]
+    state: OptimizerState, job: Conversion, about: Mapping[str, Any], values: list[Array]
 ) -> None:
     at = state.positions(job.order)
     arrays = {f"params/{state.names[i]}": state.params[i] for i in at}
     arrays |= {f"optimizer/{i:05d}": value for i, value in enumerate(values)}
-    write_npz(
-        job.path, arrays, {"kind": kind, "config": settings, "layout": state.layout.to_dict()}
-    )
+    write_npz(job.path, arrays, {**about, "layout": state.layout.to_dict()})
 
 
 def _read(job: Conversion, kind: str) -> tuple[dict[str, Array], dict[str, Any], list[Array]]:
@@ -221,28 +303,44 @@ def _state(
         if "layout" in about
         else layout_of(where, named["params"])
     )
-    file, given = _ours(job, settings_of(where, about)), _ours(job, job.config)
-    values = {**file, **settings, **given}
-    if "lr" in file and _rounds_to(file["lr"], values["lr"]):
-        values["lr"] = file["lr"]  # the variable is this, rounded to float32
-    if "lr" not in values or not (file or given):
+    if "lr" not in settings or not (about.get("config") or job.config):
         raise CheckpointError(
             f"{where}: holds no configuration; give config, such as the optimizer's get_config()"
         )
-    return make_state(where, layout, make_config(where, values), clock, named)
+    return make_state(where, layout, make_config(where, settings), clock, named)
 
 
-def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration in our spelling; add a difference for each setting that we lack."""
-    values = dict(given)
-    for theirs, ours in (("learning_rate", "lr"), ("decay", "schedule_decay")):
-        if theirs in values:
-            values[ours] = values.pop(theirs)
-    for name, harmless in _LACKING.items():
-        value = values.pop(name, None)
+def _settings(
+    job: Conversion, about: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Return the settings of the file and of `config` in our spelling, and the file's alone.
+
+    `amsgrad` stays among them, since it shows which class they are of.
+
+    Raises:
+        ConversionError: one that we lack is set, which other variables follow from.
+    """
+    file = _ours(settings_of(str(job.path), about))
+    values = {**file, **_ours(job.config)}
+    for name, (harmless, reason) in _LACKING.items():
+        value = values.get(name) if name == "amsgrad" else values.pop(name, None)
         if value is not None and value != harmless:
-            job.differences.append(f"{name}: {value!r} there, and distnadam has none")
-    return {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}
+            job.differences.append(f"{name}: {value!r} there, and {reason}")
+    if values.get("weight_decay", 0) is None:
+        del values["weight_decay"]
+    if values.get("weight_decay") and not about:
+        job.notes.append(
+            "weight_decay: takes from every tensor here; Keras does not store what "
+            "exclude_from_weight_decay() left out"
+        )
+    job.settle()
+    return {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}, file
+
+
+def _ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration in our spelling."""
+    spelling = {"learning_rate": "lr", "decay": "schedule_decay"}
+    return {spelling.get(name, name): value for name, value in given.items()}
 
 
 def _rounds_to(rate: Any, variable: Any) -> bool:

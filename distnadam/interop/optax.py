@@ -1,31 +1,32 @@
-"""optax.nadam, which has no momentum schedule: mu_t is beta_1, the product of the mu_t beta_1 ** t.
+"""optax.nadam, nadamw, adam and adamw, which are our formulas "nadam_optax" and "adam".
 
-That is our formula in the limit of a large schedule_decay, so an import is exact (`NO_SCHEDULE`).
-An export is exact only once our schedule has decayed and the products agree, and is refused
-otherwise. optax's `count`, `mu` and `nu` are our iterations, m and v.
+Their momentum is constant, so a state of "nadam" is theirs only once our schedule has decayed and
+the products agree, and is refused otherwise. optax's `count`, `mu` and `nu` are our iterations, m
+and v; the w stands for decoupled weight decay. What optax has transformations of their own for,
+`optax.add_decayed_weights` and `optax.scale`, is refused with that remedy.
 
 A file is an npz: ``params/<path>``, ``mu/<path>``, ``nu/<path>``, ``count``, and the description
-`about` with nadam's arguments. A user's file without `about` is accepted too; `config` must then be
-given.
+`about` with the function's name and arguments (nadam's where it names none). A user's file without
+`about` is accepted too; `config` must then be given, with ``formula="adam"`` for adam and adamw.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
+from distnadam.hyperparameters import Formula
 from distnadam.interop.formulas import (
-    NO_SCHEDULE,
     Conversion,
+    find_absent,
     find_count,
-    find_momentum,
+    find_formula,
     find_outside,
     find_product,
-    unscheduled,
+    is_adam,
+    with_own_product,
 )
 from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.optimizer_state import (
@@ -38,28 +39,55 @@ from distnadam.interop.optimizer_state import (
 
 _SLOTS = {"params": "params", "m": "mu", "v": "nu"}
 _SPELLING = {"learning_rate": "lr", "b1": "beta_1", "b2": "beta_2", "eps": "epsilon"}
-_LACKING = {"eps_root": 0, "weight_decay": 0}
+_LACKING = {
+    "eps_root": (0, "distnadam has none"),
+    "mu_dtype": (None, "distnadam keeps the first moment in the masters' dtype"),
+    "mask": (None, "distnadam decays all tensors alike"),
+}
+"""Arguments that we lack, each with the value at which it has no effect, and the reason."""
+_FORMULAS: dict[str, Formula] = {
+    "nadam": "nadam_optax",
+    "nadamw": "nadam_optax",
+    "adam": "adam",
+    "adamw": "adam",
+}
+
+
+def function_name(state: OptimizerState) -> Literal["nadam", "nadamw", "adam", "adamw"]:
+    """Return which function of optax goes on from the state."""
+    decays = state.config.weight_decay and state.config.decoupled_weight_decay
+    if is_adam(state.config):
+        return "adamw" if decays else "adam"
+    return "nadamw" if decays else "nadam"
 
 
 def config(state: OptimizerState) -> dict[str, Any]:
-    """Return the arguments of optax.nadam, whose default for eps is 1e-8."""
+    """Return the arguments of the function that `function_name` names; optax's defaults are 1e-8
+    for eps, and 1e-4 for weight_decay.
+    """
     ours = state.config
-    return {"learning_rate": state.rate, "b1": ours.beta_1, "b2": ours.beta_2, "eps": ours.epsilon}
+    return {
+        "learning_rate": state.rate,
+        "b1": ours.beta_1,
+        "b2": ours.beta_2,
+        "eps": ours.epsilon,
+        **({"weight_decay": ours.weight_decay} if function_name(state).endswith("w") else {}),
+    }
 
 
 def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
-    """Return an optimizer state that optax.nadam continues from.
+    """Return an optimizer state that optax continues from.
 
     Args:
         state: a loaded checkpoint.
-        like: the result of `optax.nadam(...).init(params)`, or of a chain with one, for params in
-            the checkpoint's structure.
-        lossy: return it even if optax.nadam would train on differently.
+        like: the result of `init(params)` of the function that `function_name` names, or of a chain
+            with it, for params in the checkpoint's structure.
+        lossy: return it even if that function alone would train on differently.
 
     Raises:
         ConversionError: naming each difference; or optax is not installed.
     """
-    job = Conversion(Path("optax.nadam"), lossy=lossy)
+    job = Conversion(Path(f"optax.{function_name(state)}"), lossy=lossy)
     _compare(state, job)
     job.settle()
     try:
@@ -80,9 +108,9 @@ def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
 
 
 def write(state: OptimizerState, job: Conversion) -> None:
-    """Write the state of optax.nadam beside the parameters."""
+    """Write the optimizer's state beside the parameters."""
     _compare(state, job)
-    find_outside(job, state, "optax.nadam")
+    find_outside(job, state, f"optax.{function_name(state)}")
     job.settle()
     arrays = {
         f"{theirs}/{state.names[i]}": getattr(state, ours)[i]
@@ -90,15 +118,12 @@ def write(state: OptimizerState, job: Conversion) -> None:
         for i in state.positions(job.order)
     }
     arrays["count"] = np.array(state.clock.iterations, np.int32)
-    write_npz(
-        job.path,
-        arrays,
-        {"kind": "optax", "config": config(state), "layout": state.layout.to_dict()},
-    )
+    about = {"kind": "optax", "function": function_name(state), "config": config(state)}
+    write_npz(job.path, arrays, {**about, "layout": state.layout.to_dict()})
 
 
 def read(job: Conversion) -> OptimizerState:
-    """Return the state of a file with optax.nadam's state."""
+    """Return the state of a file with the state of one of the four functions."""
     where = str(job.path)
     arrays, about = read_npz(job.path)
     expect_kind(job.path, about, "optax")
@@ -108,37 +133,46 @@ def read(job: Conversion) -> OptimizerState:
             f"{where}: expected entries params/, mu/, nu/ and count, got "
             f"{', '.join(list(arrays)[:5])}"
         )
-    values = {
-        "epsilon": 1e-8,
-        **_ours(job, settings_of(where, about)),
-        "schedule_decay": NO_SCHEDULE,
-        **_ours(job, job.config),
-    }
-    if "lr" not in values:
+    function = about.get("function", "nadam")
+    if not isinstance(function, str) or function not in _FORMULAS:
         raise CheckpointError(
-            f"{where}: holds no configuration; give config with nadam's learning_rate"
+            f"{where}: its function: expected one of {', '.join(_FORMULAS)}, got {function!r}"
+        )
+    given = {**_ours(settings_of(where, about)), **_ours(job.config)}
+    for name, (harmless, reason) in _LACKING.items():
+        value = given.pop(name, harmless)
+        if value != harmless:
+            job.differences.append(f"{name}: {value!r} there, and {reason}")
+    if "lr" not in given:
+        raise CheckpointError(
+            f"{where}: holds no configuration; give config with optax.{function}'s learning_rate"
         )
     layout = (
         read_layout(where, about["layout"])
         if "layout" in about
         else layout_of(where, slots["params"])
     )
-    settings = make_config(where, values)
-    state = make_state(where, layout, settings, (arrays["count"], 1.0), slots)
-    return replace(state, clock=unscheduled(settings, state.clock.iterations))
+    settings = make_config(where, {"epsilon": 1e-8, "formula": _FORMULAS[function], **given})
+    return with_own_product(make_state(where, layout, settings, (arrays["count"], 1.0), slots))
 
 
 def _compare(state: OptimizerState, job: Conversion) -> None:
-    find_momentum(job, state, math.inf, "optax.nadam has no momentum schedule")
-    find_product(job, state, "optax.nadam")
+    name = function_name(state)
+    what = f"optax.{name}"
+    find_formula(job, state, _FORMULAS[name], what)
+    find_product(job, state, what)
     find_count(job, state, 2**31 - 1, "optax's int32 count")
+    find_absent(
+        job,
+        state,
+        what,
+        decoupled=None,
+        coupled=f"put optax.add_decayed_weights({state.config.weight_decay:g}) before it in a "
+        "chain, after clipping",
+        maximize="put optax.scale(-1) first in a chain with it",
+    )
 
 
-def _ours(job: Conversion, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nadam's arguments in our spelling; add a difference for each that we lack."""
-    values = {_SPELLING.get(name, name): value for name, value in given.items()}
-    for name, harmless in _LACKING.items():
-        value = values.pop(name, harmless)
-        if value != harmless:
-            job.differences.append(f"{name}: {value!r} there, and distnadam has none")
-    return values
+def _ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a function of optax in our spelling."""
+    return {_SPELLING.get(name, name): value for name, value in given.items()}

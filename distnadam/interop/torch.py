@@ -1,21 +1,34 @@
-"""torch.optim.NAdam, which is our formula with `momentum_decay` for schedule_decay.
+"""torch.optim.NAdam, Adam and AdamW, which are our formulas "nadam" and "adam".
 
-It has a clock per tensor: `step` is our iterations and `mu_product` our m_schedule, in float32; an
-import requires them to be equal in all tensors. We lack its weight decay, `maximize`, and groups of
-parameters with different settings.
+`momentum_decay` is schedule_decay, and AdamW is Adam with `decoupled_weight_decay`, which NAdam has
+too. NAdam also computes "nadam_optax", with a momentum_decay of `NO_SCHEDULE`. We lack `amsgrad`,
+and groups of parameters with different settings.
+
+They have a clock per tensor: `step` is our iterations and NAdam's `mu_product` our m_schedule, in
+float32; an import requires them to be equal in all tensors.
 
 A file is written by torch.save, of ``{"model": {path: tensor}, "optimizer": state_dict, "about":
 JSON}``; a user's file without `about` is accepted too. It is loaded with weights_only=True. Torch
-matches by position: both are in the order given to `build`, or in the one asked for.
+matches by position: both are in the order given to `build`, or in the one asked for. Which class a
+state_dict is of shows in its groups: `momentum_decay` is NAdam's, `amsgrad` Adam's and AdamW's.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
-from distnadam.interop.formulas import Conversion, find_outside
+from distnadam.hyperparameters import NadamConfig
+from distnadam.interop.formulas import (
+    NO_SCHEDULE,
+    Conversion,
+    find_formula,
+    find_outside,
+    is_adam,
+    with_own_product,
+)
 from distnadam.interop.npz import about_from, about_text, expect_kind, write_whole
 from distnadam.interop.optimizer_state import (
     OptimizerState,
@@ -27,32 +40,45 @@ from distnadam.interop.optimizer_state import (
 )
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq"}
-_LACKING = {"weight_decay": 0, "maximize": False}
 _LARGEST_STEP = 2**24
-_SETTINGS = ("lr", "betas", "eps", "momentum_decay", *_LACKING)
+_SPELLING = {"lr": "lr", "eps": "epsilon", "weight_decay": "weight_decay"}
+_FLAGS = ("decoupled_weight_decay", "maximize", "amsgrad")
+_CLASSES = "torch.optim.NAdam, Adam or AdamW"
 
 
-def state_dict(state: OptimizerState, order: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return a state_dict for `torch.optim.NAdam.load_state_dict`, which matches by position.
+def class_name(state: OptimizerState) -> Literal["NAdam", "Adam", "AdamW"]:
+    """Return which class of torch.optim goes on from the state."""
+    if not is_adam(state.config):
+        return "NAdam"
+    return "AdamW" if state.config.weight_decay and state.config.decoupled_weight_decay else "Adam"
+
+
+def state_dict(
+    state: OptimizerState, order: Sequence[str] | None = None, *, lossy: bool = False
+) -> dict[str, Any]:
+    """Return a state_dict for the class of torch.optim that `class_name` names, whose
+    `load_state_dict` matches by position.
 
     Args:
         state: a loaded checkpoint.
-        order: the tensors' paths in the order of the NAdam's parameters, for a module the names of
-            its `named_parameters()`; None means the order given to `build`, which for
+        order: the tensors' paths in the order of that optimizer's parameters, for a module the
+            names of its `named_parameters()`; None means the order given to `build`, which for
             ``build(dict(module.named_parameters()))`` is that. The result holds them as
             `param_names`.
+        lossy: return it even if torch would train on differently.
+
+    Raises:
+        ConversionError: naming each difference; or torch is not installed.
     """
     torch = _torch()
-    config, at = state.config, state.positions(order)
-    nadam = torch.optim.NAdam(
-        [torch.zeros(())],
-        lr=state.rate,
-        betas=(config.beta_1, config.beta_2),
-        eps=config.epsilon,
-        momentum_decay=config.schedule_decay,
-    )
+    job = Conversion(Path(f"torch.optim.{class_name(state)}"), lossy=lossy)
+    _compare(state, job)
+    job.settle()
+    at = state.positions(order)
+    optimizer = getattr(torch.optim, class_name(state))([torch.zeros(())], **_arguments(state))
     names = [state.names[i] for i in at]
-    group = nadam.state_dict()["param_groups"][0] | {
+    group = optimizer.state_dict()["param_groups"][0] | {
+        "decoupled_weight_decay": state.config.decoupled_weight_decay,
         "params": list(range(len(at))),
         "param_names": names,
     }
@@ -60,8 +86,7 @@ def state_dict(state: OptimizerState, order: Sequence[str] | None = None) -> dic
         return {"state": {}, "param_groups": [group]}
     slots = {
         number: {
-            "step": torch.tensor(float(state.clock.iterations), dtype=torch.float32),
-            "mu_product": torch.tensor(state.clock.m_schedule, dtype=torch.float64),
+            **_clock(state),
             **{name: _tensor(getattr(state, slot)[i]) for slot, name in _SLOTS.items()},
         }
         for number, i in enumerate(at)
@@ -71,22 +96,24 @@ def state_dict(state: OptimizerState, order: Sequence[str] | None = None) -> dic
 
 def write(state: OptimizerState, job: Conversion) -> None:
     """Write the parameters and the state_dict."""
-    torch = _torch()
-    find_outside(job, state, "torch.optim.NAdam")
+    torch, what = _torch(), f"torch.optim.{class_name(state)}"
+    _compare(state, job)
+    find_outside(job, state, what)
     if state.clock.iterations >= _LARGEST_STEP:
         job.notes.append(
-            f"step: {state.clock.iterations} here, and torch.optim.NAdam's float32 step stands "
-            f"still at {_LARGEST_STEP}"
+            f"step: {state.clock.iterations} here, and {what}'s float32 step stands still at "
+            f"{_LARGEST_STEP}"
         )
     job.settle()
     model = {state.names[i]: _tensor(state.params[i]) for i in state.positions(job.order)}
     about = about_text({"kind": "torch", "layout": state.layout.to_dict()})
-    content = {"model": model, "optimizer": state_dict(state, job.order), "about": about}
+    optimizer = state_dict(state, job.order, lossy=job.lossy)
+    content = {"model": model, "optimizer": optimizer, "about": about}
     write_whole(job.path, lambda temporary: torch.save(content, temporary))
 
 
 def read(job: Conversion) -> OptimizerState:
-    """Return the state of a file with the state_dicts of a model and of its NAdam."""
+    """Return the state of a file with the state_dicts of a model and of its optimizer."""
     torch, where = _torch(), str(job.path)
     try:
         content = torch.load(job.path, map_location="cpu", weights_only=True)
@@ -122,62 +149,122 @@ def read(job: Conversion) -> OptimizerState:
         )
     params = {name: model[name] for name in names}
     layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, params)
-    config = make_config(where, {**settings, **job.config})
-    clock, slots = _slots(where, names, state)
-    return make_state(where, layout, config, clock, {"params": params, **slots})
+    config = make_config(where, _settings(job, settings))
+    clock, slots = _slots(where, names, state, config)
+    loaded = make_state(where, layout, config, clock, {"params": params, **slots})
+    return with_own_product(loaded)
+
+
+def _compare(state: OptimizerState, job: Conversion) -> None:
+    what = f"torch.optim.{class_name(state)}"
+    theirs: Literal["adam", "nadam"] = "adam" if is_adam(state.config) else "nadam"
+    find_formula(job, state, theirs, what, decay=_momentum_decay(state))
+
+
+def _momentum_decay(state: OptimizerState) -> float:
+    config = state.config
+    return config.schedule_decay if config.has_momentum_schedule else NO_SCHEDULE
+
+
+def _arguments(state: OptimizerState) -> dict[str, Any]:
+    config, name = state.config, class_name(state)
+    arguments = {
+        "lr": state.rate,
+        "betas": (config.beta_1, config.beta_2),
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+        "maximize": config.maximize,
+    }
+    return arguments | ({"momentum_decay": _momentum_decay(state)} if name == "NAdam" else {})
+
+
+def _clock(state: OptimizerState) -> dict[str, Any]:
+    torch, clock = _torch(), with_own_product(state).clock
+    step = {"step": torch.tensor(float(clock.iterations), dtype=torch.float32)}
+    if is_adam(state.config):
+        return step
+    return step | {"mu_product": torch.tensor(clock.m_schedule, dtype=torch.float64)}
 
 
 def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], list[str] | None]:
-    """Return a state_dict's settings in our spelling, and its tensors' states and names."""
+    """Return the settings of a state_dict's groups, and its tensors' states and names."""
     where = f"{job.path}: optimizer"
     try:
         groups, states = given["param_groups"], given["state"]
         numbers = [number for group in groups for number in group["params"]]
-        settings = [{name: group[name] for name in _SETTINGS} for group in groups]
+        settings = [_of_group(group) for group in groups]
         named = [name for group in groups for name in group.get("param_names", ())]
-        beta_1, beta_2 = settings[0]["betas"]
         ordered = [states.get(number, {}) for number in numbers]
         numbered = set(states) <= set(numbers) and all(isinstance(state, dict) for state in ordered)
+        first = settings[0]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(
-            f"{where}: expected a state_dict of torch.optim.NAdam, and it lacks or misstates "
+            f"{where}: expected a state_dict of {_CLASSES}, and it lacks or misstates "
             f"{type(error).__name__}: {error}"
         ) from error
     if not numbered:
         raise CheckpointError(f"{where}: its state is not that of the parameters in its groups")
-    for name in _SETTINGS:
-        values = list(dict.fromkeys(str(s[name]) for s in settings))
+    for name in dict.fromkeys(name for group in settings for name in group):
+        values = list(dict.fromkeys(str(s.get(name)) for s in settings))
         if len(values) > 1:
             raise ConversionError(
                 f"{where}: {name}: its parameter groups have {' and '.join(values)}, and distnadam "
                 "has one for all tensors"
             )
-    for name, harmless in _LACKING.items():
-        if settings[0][name] != harmless:
-            job.differences.append(f"{name}: {settings[0][name]!r} there, and distnadam has none")
     names = list(job.order) if job.order is not None else named or None
-    spelled = {"lr": settings[0]["lr"], "beta_1": beta_1, "beta_2": beta_2}
-    return (
-        spelled | {"epsilon": settings[0]["eps"], "schedule_decay": settings[0]["momentum_decay"]},
-        ordered,
-        names,
-    )
+    return first, ordered, names
+
+
+def _of_group(group: Any) -> dict[str, Any]:
+    """Return a group's settings in our spelling, with the flags that it holds."""
+    is_nadam = "momentum_decay" in group
+    if not is_nadam and "amsgrad" not in group:
+        raise KeyError("momentum_decay (of NAdam) or amsgrad (of Adam and AdamW)")
+    beta_1, beta_2 = group["betas"]
+    values = {ours: group[theirs] for theirs, ours in _SPELLING.items()}
+    values |= {"formula": "nadam" if is_nadam else "adam", "beta_1": beta_1, "beta_2": beta_2}
+    if is_nadam:
+        values["schedule_decay"] = group["momentum_decay"]
+    return values | {name: group[name] for name in _FLAGS if name in group}
+
+
+def _settings(job: Conversion, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file and of `config`; add a difference for AMSGrad.
+
+    Raises:
+        ConversionError: the file is of an earlier torch, and does not say whether it is of Adam or
+            of AdamW, whose weight decay differs.
+    """
+    values = {**given, **job.config}
+    if values.pop("amsgrad", False):
+        job.differences.append("amsgrad: True there, and distnadam has no AMSGrad")
+    if "decoupled_weight_decay" not in values:
+        if values["formula"] == "adam" and values["weight_decay"]:
+            raise ConversionError(
+                f"{job.path}: optimizer: weight_decay: {values['weight_decay']!r} there, and an "
+                "earlier torch's state_dict does not say whether it is Adam's or AdamW's; give "
+                "decoupled_weight_decay in config, False for Adam and True for AdamW"
+            )
+        values["decoupled_weight_decay"] = False
+    return values
 
 
 def _slots(
-    where: str, names: list[str], states: list[Any]
+    where: str, names: list[str], states: list[Any], config: NadamConfig
 ) -> tuple[tuple[Any, Any], dict[str, dict[str, Any]]]:
     """Return the clock, which must be equal in all tensors, and the moments by slot and name."""
     if not any(states):
         return (0, 1.0), {}
+    clock = ("step",) if is_adam(config) else ("step", "mu_product")
+    needed = (*clock, *_SLOTS.values())
     for name, state in zip(names, states, strict=True):
-        lacking = [key for key in ("step", "mu_product", *_SLOTS.values()) if key not in state]
+        lacking = [key for key in needed if key not in state]
         if lacking:
             raise CheckpointError(
-                f"{where}: optimizer: {name!r}: expected step, mu_product, exp_avg and exp_avg_sq; "
-                f"{lacking[0]} is missing"
+                f"{where}: optimizer: {name!r}: expected {', '.join(needed[:-1])} and "
+                f"{needed[-1]}; {lacking[0]} is missing"
             )
-    for key in ("step", "mu_product"):
+    for key in clock:
         values = [read_array(f"{where}: {key}", state[key]) for state in states]
         if any(value.shape != () or value.dtype.kind not in "fiu" for value in values):
             raise CheckpointError(f"{where}: optimizer: {key}: expected one number per tensor")
@@ -193,11 +280,14 @@ def _slots(
         slot: {n: s[key] for n, s in zip(names, states, strict=True)}
         for slot, key in _SLOTS.items()
     }
+    step = read_array(where, states[0]["step"])
+    if is_adam(config):
+        return (step, 1.0), slots
     best = max(
         (read_array(where, state["mu_product"]) for state in states),
         key=lambda value: value.dtype.itemsize,
     )
-    return (read_array(where, states[0]["step"]), best), slots
+    return (step, best), slots
 
 
 def _tensor(array: Any) -> Any:

@@ -11,7 +11,6 @@ from distnadam import DistNadam, schedules
 from distnadam.checkpoint import store
 from distnadam.checkpoint.diff import compare
 from distnadam.errors import CheckpointError, ConfigError, ConversionError, StructureError
-from distnadam.hyperparameters import NadamConfig
 from distnadam.interop import (
     Format,
     export_checkpoint,
@@ -20,14 +19,13 @@ from distnadam.interop import (
     load_checkpoint,
     optax,
 )
-from distnadam.interop.formulas import NO_SCHEDULE, momentum
 from tests import models
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NO_FRAMEWORK: list[Format] = ["keras", "keras3", "optax", "safetensors", "numpy"]
 FITTING: dict[Format, dict[str, Any]] = {
     "keras3": {"schedule_decay": 1.0},
-    "optax": {"schedule_decay": NO_SCHEDULE},
+    "optax": {"formula": "nadam_optax"},
 }
 
 
@@ -241,11 +239,6 @@ def test_a_schedule_that_has_run_its_course_is_no_difference(name: Format, tmp_p
     )
 
 
-def test_no_schedule_is_beta_1_to_the_bit() -> None:
-    config = NadamConfig(schedule_decay=NO_SCHEDULE)
-    assert {momentum(config, t, NO_SCHEDULE) for t in range(1, 100)} == {0.9}
-
-
 @pytest.mark.parametrize(
     ("to", "config", "message"),
     [
@@ -272,21 +265,6 @@ def test_two_clippings_are_more_than_keras_3_takes(tmp_path: Path) -> None:
     path = saved(tmp_path / "a", schedule_decay=1.0, clipnorm=1.0, clipvalue=1.0)
     with pytest.raises(ConversionError, match="clipnorm and clipvalue are both set here"):
         export_checkpoint(path, tmp_path / "file", to="keras3")
-
-
-def test_kerass_weight_decay_is_refused_unless_asked_for(tmp_path: Path) -> None:
-    export_checkpoint(saved(tmp_path / "a", schedule_decay=1.0), tmp_path / "file", to="keras3")
-    how: dict[str, Any] = {
-        "source_format": "keras3",
-        "config": {"learning_rate": 0.1, "weight_decay": 0.004, "use_ema": False},
-    }
-    with pytest.raises(
-        ConversionError, match=r"weight_decay: 0\.004 there, and distnadam has none"
-    ):
-        import_checkpoint(tmp_path / "file", tmp_path / "b", **how)
-    assert not (tmp_path / "b").exists()
-    done = import_checkpoint(tmp_path / "file", tmp_path / "b", **how, lossy=True)
-    assert load_checkpoint(Path(done.path)).config.lr == 0.1
 
 
 def test_an_import_never_replaces_a_checkpoint(tmp_path: Path) -> None:
