@@ -1,5 +1,6 @@
 """A step in one process: `apply_gradients` and `worker.step` of a local optimizer beside torch's
-NAdam and the memory floor; 60,000 tensors beside one; what an import and a loop of `fit` cost.
+NAdam and the memory floor; 60,000 tensors beside one; what weight decay, formulas and groups cost,
+an import, and a loop of `fit`.
 
     .venv-bench/bin/python -m benchmarks.local
 """
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.kernel import Arrays, Contenders, add_floor
-from distnadam import DistNadam, Options, fit
+from distnadam import DistNadam, Group, Options, fit
 
 SIZES = {10**4: 2000, 10**5: 800, 10**6: 150, 5 * 10**7: 7}
 """Steps of each contender, by number of elements."""
@@ -126,6 +127,45 @@ def many_tensors() -> list[dict[str, Any]]:
     return rows
 
 
+def settings() -> list[dict[str, Any]]:
+    """Return the step with weight decay, other formulas and groups beside the step without."""
+    bias, rest = Group("*/bias", weight_decay=0.0), Group("*/kernel", lr_scale=0.5)
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "decoupled decay": {"weight_decay": 0.01},
+        "L2": {"weight_decay": 0.01, "decoupled_weight_decay": False},
+        "Adam": {"formula": "adam"},
+        "two groups": {"weight_decay": 0.01, "groups": [bias, rest]},
+    }
+    rows = []
+    for number, size, count in ((2, 5 * 10**6, 30), (200, 50, 1000)):
+        rng = np.random.default_rng(0)
+        tree = {
+            f"{i:03d}": {name: rng.standard_normal(size, np.float32) for name in ("bias", "kernel")}
+            for i in range(number // 2)
+        }
+        made = {
+            kind: DistNadam(backend="local", options=Options(threads=1), **given).build(tree)
+            for kind, given in kinds.items()
+        }
+        found = timed(
+            {kind: partial(each.apply_gradients, tree) for kind, each in made.items()}, count
+        )
+        for each in made.values():
+            each.close()
+        rows += [
+            {
+                "settings": kind,
+                "tensors": number,
+                "elements": number * size,
+                "us": seconds * 1e6,
+                "over_plain": seconds / found["plain"],
+            }
+            for kind, seconds in found.items()
+        ]
+    return rows
+
+
 def imports() -> list[dict[str, Any]]:
     """Return the median CPU seconds of a process that imports nothing, NumPy, and us."""
     rows = []
@@ -183,6 +223,7 @@ def loop_of_fit() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--most", type=lambda text: int(float(text)), default=5 * 10**7)
+    parser.add_argument("--only", help="one of the tables: step, many, settings, import, fit")
     parser.add_argument("--out", help="a file for the rows, as JSON")
     args = parser.parse_args()
     console = Console(width=110)
@@ -190,11 +231,14 @@ def main() -> None:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "step": lambda: [row for size in sizes.items() for row in steps_by_size(*size)],
         "many": many_tensors,
+        "settings": settings,
         "import": imports,
         "fit": lambda: [loop_of_fit()],
     }
     found = {}
     for name, measure in parts.items():
+        if args.only not in (None, name):
+            continue
         rows = found[name] = measure()
         table = Table(*rows[0], title=name)
         for row in rows:
