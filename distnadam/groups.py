@@ -55,7 +55,7 @@ class Group:
     trainable: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not _segments(self.pattern):
+        if not isinstance(self.pattern, str) or not segments(self.pattern):
             raise ConfigError(
                 f"groups: a group's pattern must be a path such as '**/bias', got {self.pattern!r}"
             )
@@ -129,7 +129,7 @@ def groups_of(groups: Sequence[Group], paths: Sequence[str]) -> list[int]:
         ConfigError: a pattern matches no path, or only those of earlier groups.
     """
     found = [-1] * len(paths)
-    named = ["".join(f"{segment}/" for segment in _segments(path)) for path in paths]
+    named = ["".join(f"{segment}/" for segment in segments(path)) for path in paths]
     for number, group in enumerate(groups):
         pattern = _compiled(group.pattern)
         matched = [index for index, path in enumerate(named) if pattern.fullmatch(path)]
@@ -141,7 +141,8 @@ def groups_of(groups: Sequence[Group], paths: Sequence[str]) -> list[int]:
     return found
 
 
-def _segments(path: str) -> list[str]:
+def segments(path: str) -> list[str]:
+    """Return what slashes and dots separate in a path or a pattern, without torch's wrappers."""
     return [s for s in re.split(r"[/.]", path) if s and s not in _WRAPPERS]
 
 
@@ -149,7 +150,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(
         "".join(
             "(?:[^/]+/)*" if segment == "**" else re.escape(segment).replace(r"\*", "[^/]*") + "/"
-            for segment in _segments(pattern)
+            for segment in segments(pattern)
         )
     )
 
