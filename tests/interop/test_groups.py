@@ -22,6 +22,7 @@ from distnadam.interop import (
 from distnadam.interop.formulas import Conversion
 from distnadam.interop.groups import Own, made_groups
 from distnadam.schedules import Constant
+from tests.interop import libraries
 
 SHAPES = {"a.bias": (3,), "a.weight": (4, 3), "b.bias": (2,), "b.weight": (3, 2), "head": (5,)}
 FREE = Group("**/bias", weight_decay=0.0)
@@ -293,3 +294,42 @@ def test_one_setting_of_config_holds_for_all_groups_of_torch(tmp_path: Path) -> 
     state = load_checkpoint(done.path)
     assert {(rate, own.weight_decay) for rate, own in state.settings} == {(0.1, 0.5)}
     assert state.config.groups == ()
+
+
+ON_LIBRARIES = [Group("bias", weight_decay=0.0), Group("kernel", lr_scale=0.5)]
+
+
+@pytest.mark.slow
+def test_optax_goes_on_with_the_mask_and_the_remedies(tmp_path: Path) -> None:
+    real = pytest.importorskip("optax")
+    groups = [*ON_LIBRARIES, Group("scale", trainable=False)]
+    checkpoint = libraries.trained(tmp_path, formula="adam", groups=groups, **DECAY)
+    state = load_checkpoint(checkpoint)
+    start = dict(zip(libraries.NAMES, state.params, strict=True))
+    there = libraries.Optax(start, "adamw", **optax.config(state))
+    only = {name: {other: other == name for other in start} for name in start}
+    there.optimizer = real.chain(
+        there.optimizer,
+        real.masked(real.scale(0.5), only["kernel"]),
+        real.masked(real.set_to_zero(), only["scale"]),
+    )
+    there.state = optax.opt_state(state, there.optimizer.init(there.params), lossy=True)
+    expected = libraries.in_names(libraries.go_on_here(checkpoint, 25)[0])
+    libraries.close(libraries.in_names(there.run(25, 35)), expected)
+
+
+@pytest.mark.slow
+def test_keras_3_goes_on_with_what_is_left_out_of_weight_decay(tmp_path: Path) -> None:
+    pytest.importorskip("keras")
+    checkpoint = libraries.trained(
+        tmp_path, formula="adam_keras", epsilon=1e-5, groups=ON_LIBRARIES[:1], **DECAY
+    )
+    state = load_checkpoint(checkpoint)
+    start = dict(zip(libraries.NAMES, state.params, strict=True))
+    there = libraries.Keras3(start, keras.class_of_keras_3(state), **keras.config_of_keras_3(state))
+    there.optimizer.built = False  # as before `build`, from where on Keras takes no exclusions
+    there.optimizer.exclude_from_weight_decay(var_list=[there.variables["bias"]])
+    there.optimizer.built = True
+    there.load(keras.variables(state, lossy=True))
+    expected = libraries.in_names(libraries.go_on_here(checkpoint, 25)[0])
+    libraries.close(libraries.in_names(there.run(25, 35)), expected)
