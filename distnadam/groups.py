@@ -141,6 +141,40 @@ def groups_of(groups: Sequence[Group], paths: Sequence[str]) -> list[int]:
     return found
 
 
+def in_words(value: Any) -> str:
+    """Return the plain data of a setting as it is written in Python, groups and schedules too."""
+    if isinstance(value, Mapping) and "pattern" in value:
+        rest = {name: each for name, each in value.items() if name != "pattern"}
+        return f"Group({', '.join([repr(value['pattern']), *_arguments(rest)])})"
+    if isinstance(value, Mapping) and value.keys() == {"class_name", "config"}:
+        config = value["config"] if isinstance(value["config"], Mapping) else {}
+        return f"{value['class_name']}({', '.join(_arguments(config))})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(in_words, value))}]"
+    return repr(value)
+
+
+def changed_groups(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    """Return how two lists of groups' plain data differ: by ``groups['<pattern>']`` both of a
+    group, None where there is none; where only the order differs, both under ``groups``.
+    """
+    one, other = ({each["pattern"]: each for each in groups} for groups in (first, second))
+    changed = {
+        f"groups[{pattern!r}]": (one.get(pattern), other.get(pattern))
+        for pattern in {**one, **other}
+        if one.get(pattern) != other.get(pattern)
+    }
+    if not changed and list(first) != list(second):
+        return {"groups": (list(first), list(second))}
+    return changed
+
+
+def _arguments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={in_words(value)}" for name, value in values.items()]
+
+
 def segments(path: str) -> list[str]:
     """Return what slashes and dots separate in a path or a pattern, without torch's wrappers."""
     return [s for s in re.split(r"[/.]", path) if s and s not in _WRAPPERS]
