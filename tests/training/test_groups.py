@@ -65,8 +65,10 @@ def test_frozen_tensors_need_no_gradient_and_a_resumed_run_ends_alike(tmp_path: 
     [
         (
             [STILL, Group("head", lr=Constant(0.5))],
-            "groups['head']: Group('head', lr=Constant(rate=0.5)) (the run has Group('head', "
-            + "lr_scale=0.5))",
+            (
+                "groups['head']: Group('head', lr=Constant(rate=0.5)) (the run has Group('head', "
+                "lr_scale=0.5))"
+            ),
         ),
         ([STILL], "groups['head']: none (the run has Group('head', lr_scale=0.5))"),
         (
@@ -75,8 +77,10 @@ def test_frozen_tensors_need_no_gradient_and_a_resumed_run_ends_alike(tmp_path: 
         ),
         (
             [HEAD, STILL],
-            "groups: [Group('head', lr_scale=0.5), Group('body/**', trainable=False)] (the run has "
-            + "[Group('body/**', trainable=False), Group('head', lr_scale=0.5)])",
+            (
+                "groups: [Group('head', lr_scale=0.5), Group('body/**', trainable=False)] (the run "
+                "has [Group('body/**', trainable=False), Group('head', lr_scale=0.5)])"
+            ),
         ),
     ],
 )
