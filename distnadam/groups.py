@@ -55,7 +55,7 @@ class Group:
     trainable: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not _segments(self.pattern):
+        if not isinstance(self.pattern, str) or not segments(self.pattern):
             raise ConfigError(
                 f"groups: a group's pattern must be a path such as '**/bias', got {self.pattern!r}"
             )
@@ -129,7 +129,7 @@ def groups_of(groups: Sequence[Group], paths: Sequence[str]) -> list[int]:
         ConfigError: a pattern matches no path, or only those of earlier groups.
     """
     found = [-1] * len(paths)
-    named = ["".join(f"{segment}/" for segment in _segments(path)) for path in paths]
+    named = ["".join(f"{segment}/" for segment in segments(path)) for path in paths]
     for number, group in enumerate(groups):
         pattern = _compiled(group.pattern)
         matched = [index for index, path in enumerate(named) if pattern.fullmatch(path)]
@@ -141,7 +141,42 @@ def groups_of(groups: Sequence[Group], paths: Sequence[str]) -> list[int]:
     return found
 
 
-def _segments(path: str) -> list[str]:
+def in_words(value: Any) -> str:
+    """Return the plain data of a setting as it is written in Python, groups and schedules too."""
+    if isinstance(value, Mapping) and "pattern" in value:
+        rest = {name: each for name, each in value.items() if name != "pattern"}
+        return f"Group({', '.join([repr(value['pattern']), *_arguments(rest)])})"
+    if isinstance(value, Mapping) and value.keys() == {"class_name", "config"}:
+        config = value["config"] if isinstance(value["config"], Mapping) else {}
+        return f"{value['class_name']}({', '.join(_arguments(config))})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(in_words, value))}]"
+    return repr(value)
+
+
+def changed_groups(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    """Return how two lists of groups' plain data differ: by ``groups['<pattern>']`` both of a
+    group, None where there is none; where only the order differs, both under ``groups``.
+    """
+    one, other = ({each["pattern"]: each for each in groups} for groups in (first, second))
+    changed = {
+        f"groups[{pattern!r}]": (one.get(pattern), other.get(pattern))
+        for pattern in {**one, **other}
+        if one.get(pattern) != other.get(pattern)
+    }
+    if not changed and list(first) != list(second):
+        return {"groups": (list(first), list(second))}
+    return changed
+
+
+def _arguments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={in_words(value)}" for name, value in values.items()]
+
+
+def segments(path: str) -> list[str]:
+    """Return what slashes and dots separate in a path or a pattern, without torch's wrappers."""
     return [s for s in re.split(r"[/.]", path) if s and s not in _WRAPPERS]
 
 
@@ -149,7 +184,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(
         "".join(
             "(?:[^/]+/)*" if segment == "**" else re.escape(segment).replace(r"\*", "[^/]*") + "/"
-            for segment in _segments(pattern)
+            for segment in segments(pattern)
         )
     )
 

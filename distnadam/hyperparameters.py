@@ -150,6 +150,20 @@ class NadamConfig:
             each.clipnorm is not None for each in (self, *self.group_settings)
         )
 
+    def in_words(self) -> str:
+        """Return the formula in a few words, with weight decay, sign and groups where there are.
+
+        >>> NadamConfig(formula="adam", groups=[Group("**/bias", trainable=False)]).in_words()
+        "adam, groups '**/bias' (frozen)"
+        """
+        how = "" if self.decoupled_weight_decay else " (coupled)"
+        decay = [f"weight decay {self.weight_decay:g}{how}"] if self.weight_decay else []
+        sign = ["maximize"] if self.maximize else []
+        named = ", ".join(
+            f"{group.pattern!r}{'' if group.trainable else ' (frozen)'}" for group in self.groups
+        )
+        return ", ".join([self.formula, *decay, *sign, *([f"groups {named}"] if named else [])])
+
     def with_lr(self, lr: Rate) -> "NadamConfig":
         """Return this config with another learning rate."""
         return dataclasses.replace(self, lr=lr)

@@ -69,6 +69,14 @@ class DistAdamW(DistAdam):
 
     All arguments are `DistNadam`'s; the defaults are ``lr=0.001``, ``formula="adam"`` and
     ``weight_decay=0.01``.
+
+    >>> import numpy as np
+    >>> from distnadam import Group
+    >>> with DistAdamW(weight_decay=0.5, groups=[Group("b", weight_decay=0.0)]) as optimizer:
+    ...     _ = optimizer.build({"b": np.ones(1), "w": np.ones(1)})
+    ...     _ = optimizer.apply_gradients({"b": np.zeros(1), "w": np.zeros(1)})
+    ...     optimizer.get_params()
+    {'b': array([1.]), 'w': array([0.9995])}
     """
 
     def __init__(

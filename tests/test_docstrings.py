@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import distnadam
-from distnadam import DistNadam, Worker, fit, schedules
+from distnadam import DistAdam, DistAdamW, DistNadam, DistNadamW, Group, Worker, fit, schedules
+from distnadam.hyperparameters import NadamConfig
 
 INTERNAL = {"shards", "saves", "session", "of", "follow"}
 NEEDS_RAY = {"connect", "stop"}
-NAMES = {"np": np, "DistNadam": DistNadam, "fit": fit} | {
-    name: getattr(schedules, name) for name in schedules.__all__
-}
+NAMES = {"np": np, "DistNadam": DistNadam, "DistNadamW": DistNadamW, "DistAdam": DistAdam}
+NAMES |= {"DistAdamW": DistAdamW, "Group": Group, "NadamConfig": NadamConfig, "fit": fit}
+NAMES |= {name: getattr(schedules, name) for name in schedules.__all__}
 SCHEDULES = [schedules.OneCycle, schedules.CosineRestarts, schedules.Polynomial]
 SCHEDULES += [schedules.InverseSquareRoot, schedules.Warmup, schedules.Sequential]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -30,7 +31,18 @@ def examples(thing: Any) -> list[doctest.DocTest]:
 
 @pytest.mark.parametrize(
     "thing",
-    [distnadam, Worker, fit, schedules, *SCHEDULES],
+    [
+        distnadam,
+        Worker,
+        fit,
+        schedules,
+        *SCHEDULES,
+        Group,
+        DistNadamW,
+        DistAdam,
+        DistAdamW,
+        NadamConfig,
+    ],
     ids=lambda thing: thing.__name__,
 )
 def test_the_examples_run(thing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

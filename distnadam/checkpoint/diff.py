@@ -14,6 +14,7 @@ from distnadam.checkpoint import store
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import read_shard, verify_files
 from distnadam.checkpoint.storage.resolve import DirectoryLike
+from distnadam.groups import changed_groups
 from distnadam.tensors.arrays import STATE_ARRAYS, Array, own_errors
 from distnadam.tensors.layout import Layout, TensorSpec
 
@@ -52,7 +53,8 @@ class CheckpointDiff:
 
     Args:
         paths: the two directories.
-        settings: both values of each setting that differs, by name, such as "config.lr".
+        settings: both values of each setting that differs, by name, such as "config.lr" or
+            "config.groups['**/bias']"; None where there is none.
         structure: a sentence for each tensor that only one has, or that differs in shape or dtype;
             the values of these are not compared.
         tensors: the arrays whose values differ.
@@ -118,19 +120,22 @@ def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
             name: getattr(manifest, name)
             for name in ("iterations", "m_schedule", "round", "skipped")
         }
+        # groups are compared one by one; "given" is what was asked for, and `config` what is
+        apart = (("config", "groups"), ("run", "given"))
         return clock | {
             f"{part}.{k}": v
             for part in ("config", "run", "data")
             for k, v in getattr(manifest, part).items()
-            if (part, k) != ("run", "given")  # what was asked for; `config` says what is
+            if (part, k) not in apart
         }
 
     first, second = plain(a), plain(b)
+    groups = changed_groups(a.config["groups"], b.config["groups"])
     return {
         k: (first.get(k), second.get(k))
         for k in {**first, **second}
         if first.get(k) != second.get(k)
-    }
+    } | {f"config.{name}": both for name, both in groups.items()}
 
 
 def _structure(a: Mapping[str, TensorSpec], b: Mapping[str, TensorSpec]) -> Iterator[str]:

@@ -12,7 +12,8 @@ from distnadam.checkpoint.manifest import FileRecord, Manifest
 from distnadam.checkpoint.shard_file import verify_files
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
-from distnadam.errors import CheckpointError
+from distnadam.errors import CheckpointError, ConfigError
+from distnadam.groups import Group, groups_of
 from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 
@@ -30,6 +31,11 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
             their checksums as "not read".
     """
     layout = Layout.from_dict(manifest.layout)
+    groups = [Group(each["pattern"]) for each in manifest.config["groups"]]
+    try:
+        group_of = groups_of(groups, [t.path for t in layout.tensors])
+    except ConfigError:  # a group without a tensor: `restore` says which
+        group_of = [-1] * len(layout.tensors)
     directory = open_directory(path)
     sizes = directory.files()
     files = [
@@ -55,8 +61,9 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
                 "space": t.space,
                 "begin": t.begin,
                 "end": t.end,
+                "group": None if number < 0 else groups[number].pattern,
             }
-            for t in layout.tensors
+            for t, number in zip(layout.tensors, group_of, strict=True)
         ],
         "files": files,
         "sizes": {

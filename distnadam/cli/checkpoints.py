@@ -13,6 +13,7 @@ from distnadam.checkpoint.inspect import REFUSED, UNREAD, VERIFIED, describe
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
 from distnadam.errors import CheckpointError
+from distnadam.groups import in_words
 
 
 @main.command()
@@ -112,7 +113,10 @@ def _show(found: dict[str, Any]) -> None:
         facts.add_row(name, str(found[name]))
     for part in ("config", "topology", "run", "data"):
         for name, value in found[part].items():
-            facts.add_row(f"{part}.{name}", Text(str(value)))
+            if (part, name) != ("config", "groups"):
+                facts.add_row(f"{part}.{name}", Text(_said(value)))
+    for group in found["config"]["groups"]:
+        facts.add_row("config.groups", Text(in_words(group)))
     facts.add_row("elements", str(sizes["elements"]))
     facts.add_row(
         "bytes",
@@ -120,13 +124,16 @@ def _show(found: dict[str, Any]) -> None:
         f"{sizes['manifest_bytes']} of manifest",
     )
     facts.add_row("checksums", found["checksums"])
-    tensors = Table("tensor", "shape", "dtype", "elements", title="tensors")
+    in_groups = bool(found["config"]["groups"])
+    headings = ["tensor", "shape", "dtype", "elements", *(["group"] if in_groups else [])]
+    tensors = Table(*headings, title="tensors")
     for t in found["tensors"]:
         tensors.add_row(
             Text(t["path"]),
             str(tuple(t["shape"])),
             t["dtype"],
             f"{t['space']}[{t['begin']}:{t['end']}]",
+            *([Text(t["group"] or "")] if in_groups else []),
         )
     files = Table("shard", "bytes", "ranges", "chunks", title="shards")
     problems: list[str] = []
@@ -146,10 +153,15 @@ def _show(found: dict[str, Any]) -> None:
         click.echo(f"problem: {problem}", err=True)
 
 
+def _said(value: Any) -> str:
+    """Return a setting's value in words: a text without quotes, a group or schedule as written."""
+    return value if isinstance(value, str) else in_words(value)
+
+
 def _show_difference(found: CheckpointDiff) -> None:
     console = plain_console()
     for name, (first, second) in found.settings.items():
-        console.print(f"{name}: {first} in the first, {second} in the second")
+        console.print(f"{name}: {_said(first)} in the first, {_said(second)} in the second")
     for sentence in found.structure:
         console.print(sentence)
     for d in found.tensors:

@@ -168,6 +168,7 @@ def render(status: Status) -> RenderableType:
         *([standbys] if status.replicas else []),
         workers,
         *([hosts] if status.hosts else []),
+        *([f"optimizer: {status.method}"] if status.method else []),
         f"the next step waits for {status.awaited}",
         f"transport: {status.transport}",
         f"last checkpoint: {status.checkpoint or 'none'}",

@@ -71,9 +71,10 @@ Moved = Mapping[tuple[int, str, str], int]
 class Status:
     """The status of an optimizer.
 
-    `awaited` says what the next step waits for, `transport` how gradients and parameters move
-    between which processes. `moved` is what `hosts` follows from, and `at` the time by this
-    process's monotonic clock, both for the next look.
+    `method` says by which formula tensors step, with weight decay and groups; `awaited` what the
+    next step waits for, and `transport` how gradients and parameters move between which processes.
+    `moved` is what `hosts` follows from, and `at` the time by this process's monotonic clock, both
+    for the next look.
     """
 
     name: str | None
@@ -87,6 +88,7 @@ class Status:
     replicas: int
     checkpoint: str | None
     at: float
+    method: str = ""
     awaited: str = ""
     transport: str = ""
     hosts: tuple[HostStatus, ...] = ()
@@ -142,6 +144,7 @@ class RunningOptimizer:
             workers={rank: _worker(rank, first) for rank in range(spec.num_workers)},
             replicas=spec.replicas,
             checkpoint=_newest(self._saves_to(answers)),
+            method=spec.config.in_words(),
             awaited=awaited(shards),
             hosts=_hosts(moved, earlier, now),
             moved=moved,

@@ -81,7 +81,7 @@ def export_checkpoint(
             only).
         order: the tensors' paths in the order of the other optimizer's variables, by which keras,
             keras3 and torch match; None means the order given to `build`, as in
-            ``build(dict(model.named_parameters()))``.
+            ``build(dict(model.named_parameters()))``. Frozen ones may be left out.
         lossy: write even if the other formula would train on differently.
 
     Returns:
@@ -140,7 +140,7 @@ def import_checkpoint(
         directory: the path or fsspec URL under which the new ``step_<iterations>/`` is written.
         source_format: the file's format, as `to` of `export_checkpoint`.
         config: hyper-parameters that the file lacks, or that replace its own, in our spelling or
-            the framework's.
+            the framework's. Its `groups` come before those that the file's settings make.
         order: the tensors' paths in the order of the other optimizer's variables, if the file does
             not hold it.
         lossy: import even if ours would train on differently, as without AMSGrad.

@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from distnadam.errors import ConversionError
+from distnadam.groups import Group
 from distnadam.hyperparameters import Formula, NadamConfig
 from distnadam.interop.optimizer_state import OptimizerState
 from distnadam.nadam.step_scalars import Clock
 from distnadam.reproducible_math import power_of_step
+from distnadam.schedules import rate_at
 
 NO_SCHEDULE = 1000.0
 """A schedule_decay with which mu_t is exactly beta_1 at every step: 0.96 ** 1000 < 2 ** -58. By it
@@ -171,7 +173,7 @@ def find_absent(
         coupled: the remedy for coupled weight decay.
         maximize: the remedy for `maximize`.
     """
-    decay, is_decoupled = state.config.weight_decay, state.config.decoupled_weight_decay
+    decay, is_decoupled = state.weight_decay, state.config.decoupled_weight_decay
     remedy = decoupled if is_decoupled else coupled
     if decay and remedy is not None:
         job.differences.append(
@@ -197,12 +199,20 @@ def find_outside(
             f"learning rate: {state.config.lr!r} does not carry over; {what} gets its rate of the "
             f"next step, {state.rate:g}"
         )
+    for group in state.config.groups:
+        if callable(group.lr):
+            job.notes.append(
+                f"learning rate: that of {group!r} does not carry over; {what} gets its rate of "
+                f"the next step, {rate_at(group.lr, state.clock.iterations):g}"
+            )
     for name in ("clipnorm", "clipvalue", "global_clipnorm"):
         value = getattr(state.config, name)
-        if value is not None and name not in clips:
+        own = [f"{getattr(g, name):g} of {g!r}" for g in clipping_groups(state, name)]
+        shown = [*([] if value is None else [f"{value:g}"]), *own]
+        if shown and name not in clips:
             job.notes.append(
-                f"{name}: {value:g} does not carry over; clip the gradients yourself before each "
-                f"step of {what}"
+                f"{name}: {' and '.join(shown)} does not carry over; clip the gradients yourself "
+                f"before each step of {what}"
             )
     if state.half:
         few = ", ".join(map(repr, state.half[:3])) + (" and others" if len(state.half) > 3 else "")
@@ -210,6 +220,12 @@ def find_outside(
             f"half precision: {few}: given as float32 masters with float32 moments; {what} keeps "
             "moments in the parameter's dtype, so train the masters"
         )
+
+
+def clipping_groups(state: OptimizerState, name: str) -> list[Group]:
+    """Return the groups that are trained and have the clip `name` of their own."""
+    groups = state.config.groups
+    return [g for g in groups if g.trainable and getattr(g, name, None) is not None]
 
 
 def find_count(job: Conversion, state: OptimizerState, largest: int, what: str) -> None:
@@ -235,7 +251,8 @@ def _find_momentum(job: Conversion, state: OptimizerState, theirs: float, what: 
 def _find_epsilon(job: Conversion, state: OptimizerState, theirs: Formula, what: str) -> None:
     t, config = state.clock.iterations + 1, state.config
     correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
-    if config.formula != theirs and config.epsilon and 1.0 - correction > _ROUNDING:
+    has_epsilon = any(own.epsilon for _, own in state.settings)
+    if config.formula != theirs and has_epsilon and 1.0 - correction > _ROUNDING:
         order = ["after", "before"] if config.formula == "adam" else ["before", "after"]
         job.differences.append(
             f"epsilon: formula={config.formula!r} adds it {order[0]} the second moment's "

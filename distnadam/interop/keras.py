@@ -6,6 +6,11 @@ The reference's Nadam is our formula "nadam", and "nadam_optax" with a schedule_
 `weight_decay` is decoupled in all three. All have one clock, so the whole state carries over. No
 list holds the parameters, so a file stores them beside it. Keras is not imported.
 
+Frozen tensors are among the parameters and not in the list, as Keras leaves out what is not
+trainable; a file's description names them, and where there is none, `groups` in `config` must. Of
+groups Keras has `exclude_from_weight_decay`, which it does not store, so that it is refused with
+that remedy; what else groups have is refused.
+
 A file is an npz: ``params/<path>``, ``optimizer/00000`` and on (the list), and the description
 `about` with the framework's config, and Keras 3's class (Nadam where it names none). A user's file
 without `about` is accepted too: its list follows the order of its params, and `config` must be
@@ -30,6 +35,15 @@ from distnadam.interop.formulas import (
     is_adam,
     with_own_product,
 )
+from distnadam.interop.groups import (
+    USE_GROUPS,
+    few,
+    find_one_for_all,
+    frozen_in,
+    made_groups,
+    note_frozen,
+    undecayed,
+)
 from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.optimizer_state import (
     OptimizerState,
@@ -44,7 +58,7 @@ from distnadam.tensors.arrays import Array
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 _LACKING = {
     "amsgrad": (False, "distnadam has no AMSGrad"),
-    "exclude_from_weight_decay": (None, "distnadam decays all tensors alike"),
+    "exclude_from_weight_decay": (None, USE_GROUPS),
     "use_ema": (False, "distnadam keeps no average of the parameters"),
     "gradient_accumulation_steps": (1, "distnadam steps at every gradient"),
     "loss_scale_factor": (1, "distnadam does not divide gradients"),
@@ -80,7 +94,7 @@ def weights(
     job = Conversion(Path("the reference's Nadam"), lossy=lossy)
     _compare_with_reference(state, job)
     job.settle()
-    at, product = state.positions(order), with_own_product(state).clock.m_schedule
+    at, product = state.trained(order), with_own_product(state).clock.m_schedule
     clock = [np.array(state.clock.iterations, np.int64), np.array(product, np.float64)]
     return [*clock, *(state.m[i] for i in at), *(state.v[i] for i in at)]
 
@@ -89,7 +103,7 @@ def class_of_keras_3(state: OptimizerState) -> Literal["Nadam", "Adam", "AdamW"]
     """Return which class of Keras 3 goes on from the state."""
     if not is_adam(state.config):
         return "Nadam"
-    return "AdamW" if state.config.weight_decay and state.config.decoupled_weight_decay else "Adam"
+    return "AdamW" if state.weight_decay and state.config.decoupled_weight_decay else "Adam"
 
 
 def variables(
@@ -111,7 +125,7 @@ def variables(
     job = Conversion(Path(f"keras.optimizers.{class_of_keras_3(state)}"), lossy=lossy)
     _compare_with_keras_3(state, job)
     job.settle()
-    slots = [array for i in state.positions(order) for array in (state.m[i], state.v[i])]
+    slots = [array for i in state.trained(order) for array in (state.m[i], state.v[i])]
     clock = [np.array(state.clock.iterations, np.int32), np.array(state.rate, np.float32)]
     if is_adam(state.config):
         return [*clock, *slots]
@@ -128,8 +142,8 @@ def config(state: OptimizerState) -> dict[str, Any]:
 def config_of_keras_3(state: OptimizerState) -> dict[str, Any]:
     """Return the arguments of the class of Keras 3 that `class_of_keras_3` names."""
     ours = state.config
-    decays = ours.weight_decay and ours.decoupled_weight_decay
-    decay = {"weight_decay": ours.weight_decay} if decays else {}
+    decays = state.weight_decay and ours.decoupled_weight_decay
+    decay = {"weight_decay": state.weight_decay} if decays else {}
     return {"learning_rate": state.rate, **_common(state), **decay}
 
 
@@ -158,7 +172,8 @@ def write_keras_3(state: OptimizerState, job: Conversion) -> None:
 def read(job: Conversion) -> OptimizerState:
     """Return the state of a file with the reference's list."""
     params, about, given = _read(job, "keras")
-    count, (settings, _) = len(params), _settings(job, about)
+    (settings, _), listed = _settings(job, about), _listed(job, about, params)
+    count = len(listed)
     if "amsgrad" in settings or settings.get("formula") in ("adam", "adam_keras"):
         raise ConversionError(
             f"{job.path}: its configuration is Adam's, and the reference's list is Nadam's; of "
@@ -169,8 +184,8 @@ def read(job: Conversion) -> OptimizerState:
             f"{job.path}: expected iterations, m_schedule and {2 * count} slots, got {len(given)} "
             "arrays"
         )
-    slots = {"params": list(params.values()), "m": given[2 : 2 + count], "v": given[2 + count :]}
-    return _state(job, about, list(params), (given[0], given[1]), slots, settings)
+    slots = {"m": given[2 : 2 + count], "v": given[2 + count :]}
+    return _state(job, about, params, (given[0], given[1]), slots, settings)
 
 
 def read_keras_3(job: Conversion) -> OptimizerState:
@@ -179,7 +194,8 @@ def read_keras_3(job: Conversion) -> OptimizerState:
     They hold no learning rate if the optimizer had a schedule.
     """
     params, about, given = _read(job, "keras3")
-    count, (settings, file) = len(params), _settings(job, about)
+    (settings, file), listed = _settings(job, about), _listed(job, about, params)
+    count = len(listed)
     name = about.get("class", "Adam" if "amsgrad" in settings else "Nadam")
     if not isinstance(name, str) or name not in _CLASSES:
         raise CheckpointError(
@@ -199,17 +215,13 @@ def read_keras_3(job: Conversion) -> OptimizerState:
             f"{formula!r}, give another as config if it is not"
         )
     end = first + 2 * count
-    slots = {
-        "params": list(params.values()),
-        "m": given[first:end:2],
-        "v": given[first + 1 : end : 2],
-    }
+    slots = {"m": given[first:end:2], "v": given[first + 1 : end : 2]}
     if first == 2 and "lr" not in job.config and "learning_rate" not in job.config:
         variable = given[1]
         if not ("lr" in file and _rounds_to(file["lr"], variable)):
             settings["lr"] = variable
     clock = (given[0], given[-1] if is_nadam else 1.0)
-    return with_own_product(_state(job, about, list(params), clock, slots, settings))
+    return with_own_product(_state(job, about, params, clock, slots, settings))
 
 
 def _compare_with_reference(state: OptimizerState, job: Conversion) -> None:
@@ -229,6 +241,7 @@ def _compare_with_reference(state: OptimizerState, job: Conversion) -> None:
         coupled=_ADD_DECAY,
         maximize=_NEGATE,
     )
+    _find_groups(job, state, what, clips=("clipnorm", "clipvalue"), excludes=None)
 
 
 def _compare_with_keras_3(state: OptimizerState, job: Conversion) -> None:
@@ -236,11 +249,33 @@ def _compare_with_keras_3(state: OptimizerState, job: Conversion) -> None:
     find_formula(job, state, _CLASSES[name], what, decay=1.0)
     find_count(job, state, 2**31 - 1, "Keras 3's int32 iteration")
     find_absent(job, state, what, decoupled=None, coupled=_ADD_DECAY, maximize=_NEGATE)
+    excludes = f"call exclude_from_weight_decay of {name} with these"
+    _find_groups(job, state, what, clips=_CLIPS, excludes=excludes)
     clips = [name for name in _CLIPS if getattr(state.config, name) is not None]
     if len(clips) > 1:
         job.differences.append(
             f"clipping: {' and '.join(clips)} are both set here, and Keras 3 takes one of them"
         )
+
+
+def _find_groups(
+    job: Conversion,
+    state: OptimizerState,
+    what: str,
+    *,
+    clips: Sequence[str],
+    excludes: str | None,
+) -> None:
+    find_one_for_all(job, state, what, clips=clips)
+    still = undecayed(state)
+    if still and (excludes is None or not state.config.decoupled_weight_decay):
+        job.differences.append(f"weight_decay: takes nothing from {few(still)}; leave these out")
+    elif still:
+        job.differences.append(
+            f"weight_decay: takes nothing from {few(still)} here, and {what} has no argument for "
+            f"it: {excludes}"
+        )
+    note_frozen(job, state, f"set trainable of these to False before {what} is built")
 
 
 def _common(state: OptimizerState) -> dict[str, Any]:
@@ -263,7 +298,8 @@ def _write(
     at = state.positions(job.order)
     arrays = {f"params/{state.names[i]}": state.params[i] for i in at}
     arrays |= {f"optimizer/{i:05d}": value for i, value in enumerate(values)}
-    write_npz(job.path, arrays, {**about, "layout": state.layout.to_dict()})
+    about = {**about, "layout": state.layout.to_dict(), "frozen": state.frozen}
+    write_npz(job.path, arrays, about)
 
 
 def _read(job: Conversion, kind: str) -> tuple[dict[str, Array], dict[str, Any], list[Array]]:
@@ -280,34 +316,41 @@ def _read(job: Conversion, kind: str) -> tuple[dict[str, Array], dict[str, Any],
             f"{job.path}: expected entries params/<path> and optimizer/00000 and on, got "
             f"{', '.join(list(arrays)[:5])}"
         )
-    names = list(params)
+    names, still = list(params), frozen_in(job, about, list(params))
     return (
-        {names[i]: params[names[i]] for i in positions(names, job.order)},
+        {names[i]: params[names[i]] for i in positions(names, job.order, optional=still)},
         about,
         [given[name] for name in sorted(given)],
     )
 
 
+def _listed(job: Conversion, about: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """Return the tensors that the optimizer's list holds."""
+    still = set(frozen_in(job, about, list(params)))
+    return [name for name in params if name not in still]
+
+
 def _state(
     job: Conversion,
     about: Mapping[str, Any],
-    names: list[str],
+    params: Mapping[str, Array],
     clock: tuple[Any, Any],
     slots: Mapping[str, list[Array]],
     settings: Mapping[str, Any],
 ) -> OptimizerState:
     where = str(job.path)
-    named = {slot: dict(zip(names, arrays, strict=True)) for slot, arrays in slots.items()}
-    layout = (
-        read_layout(where, about["layout"])
-        if "layout" in about
-        else layout_of(where, named["params"])
-    )
+    listed = _listed(job, about, params)
+    named = {slot: dict(zip(listed, arrays, strict=True)) for slot, arrays in slots.items()}
+    layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, params)
+    own = {name: {} if name in named["m"] else {"trainable": False} for name in params}
+    settings = {**settings, "groups": made_groups(job, own)}
     if "lr" not in settings or not (about.get("config") or job.config):
         raise CheckpointError(
             f"{where}: holds no configuration; give config, such as the optimizer's get_config()"
         )
-    return make_state(where, layout, make_config(where, settings), clock, named)
+    return make_state(
+        where, layout, make_config(where, settings), clock, {"params": params, **named}
+    )
 
 
 def _settings(
@@ -328,10 +371,10 @@ def _settings(
             job.differences.append(f"{name}: {value!r} there, and {reason}")
     if values.get("weight_decay", 0) is None:
         del values["weight_decay"]
-    if values.get("weight_decay") and not about:
+    if values.get("weight_decay") and not (about or job.config.get("groups")):
         job.notes.append(
             "weight_decay: takes from every tensor here; Keras does not store what "
-            "exclude_from_weight_decay() left out"
+            "exclude_from_weight_decay() left out, which groups in config say"
         )
     job.settle()
     return {name: value for name, value in values.items() if name not in _WITHOUT_EFFECT}, file

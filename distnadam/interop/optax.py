@@ -3,7 +3,9 @@
 Their momentum is constant, so a state of "nadam" is theirs only once our schedule has decayed and
 the products agree, and is refused otherwise. optax's `count`, `mu` and `nu` are our iterations, m
 and v; the w stands for decoupled weight decay. What optax has transformations of their own for,
-`optax.add_decayed_weights` and `optax.scale`, is refused with that remedy.
+`optax.add_decayed_weights`, `optax.scale` and what `optax.masked` limits to frozen tensors or to a
+group, is refused with that remedy. Tensors that do not decay are left out by the `mask` of nadamw
+and adamw, which `config` returns; a file's description lists them as `undecayed`.
 
 A file is an npz: ``params/<path>``, ``mu/<path>``, ``nu/<path>``, ``count``, and the description
 `about` with the function's name and arguments (nadam's where it names none). A user's file without
@@ -28,6 +30,14 @@ from distnadam.interop.formulas import (
     is_adam,
     with_own_product,
 )
+from distnadam.interop.groups import (
+    USE_GROUPS,
+    few,
+    find_one_for_all,
+    made_groups,
+    names_in,
+    undecayed,
+)
 from distnadam.interop.npz import expect_kind, group, read_npz, settings_of, write_npz
 from distnadam.interop.optimizer_state import (
     OptimizerState,
@@ -42,7 +52,7 @@ _SPELLING = {"learning_rate": "lr", "b1": "beta_1", "b2": "beta_2", "eps": "epsi
 _LACKING = {
     "eps_root": (0, "distnadam has none"),
     "mu_dtype": (None, "distnadam keeps the first moment in the masters' dtype"),
-    "mask": (None, "distnadam decays all tensors alike"),
+    "mask": (None, USE_GROUPS),
 }
 """Arguments that we lack, each with the value at which it has no effect, and the reason."""
 _FORMULAS: dict[str, Formula] = {
@@ -55,7 +65,7 @@ _FORMULAS: dict[str, Formula] = {
 
 def function_name(state: OptimizerState) -> Literal["nadam", "nadamw", "adam", "adamw"]:
     """Return which function of optax goes on from the state."""
-    decays = state.config.weight_decay and state.config.decoupled_weight_decay
+    decays = state.weight_decay and state.config.decoupled_weight_decay
     if is_adam(state.config):
         return "adamw" if decays else "adam"
     return "nadamw" if decays else "nadam"
@@ -63,15 +73,23 @@ def function_name(state: OptimizerState) -> Literal["nadam", "nadamw", "adam", "
 
 def config(state: OptimizerState) -> dict[str, Any]:
     """Return the arguments of the function that `function_name` names; optax's defaults are 1e-8
-    for eps, and 1e-4 for weight_decay.
+    for eps, and 1e-4 for weight_decay. `mask` is among them if tensors do not decay.
     """
+    arguments, still = _config(state), set(undecayed(state))
+    if function_name(state).endswith("w") and still:
+        arguments["mask"] = state.layout.unflatten([name not in still for name in state.names])
+    return arguments
+
+
+def _config(state: OptimizerState) -> dict[str, Any]:
+    """Return the arguments that are plain numbers."""
     ours = state.config
     return {
         "learning_rate": state.rate,
         "b1": ours.beta_1,
         "b2": ours.beta_2,
         "eps": ours.epsilon,
-        **({"weight_decay": ours.weight_decay} if function_name(state).endswith("w") else {}),
+        **({"weight_decay": state.weight_decay} if function_name(state).endswith("w") else {}),
     }
 
 
@@ -110,7 +128,14 @@ def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
 def write(state: OptimizerState, job: Conversion) -> None:
     """Write the optimizer's state beside the parameters."""
     _compare(state, job)
-    find_outside(job, state, f"optax.{function_name(state)}")
+    name = function_name(state)
+    find_outside(job, state, f"optax.{name}")
+    still = undecayed(state) if name.endswith("w") else []
+    if still:
+        job.notes.append(
+            f"weight_decay: takes nothing from {few(still)}; give optax.{name} a mask with False "
+            "for these, which distnadam.interop.optax.config returns"
+        )
     job.settle()
     arrays = {
         f"{theirs}/{state.names[i]}": getattr(state, ours)[i]
@@ -118,7 +143,7 @@ def write(state: OptimizerState, job: Conversion) -> None:
         for i in state.positions(job.order)
     }
     arrays["count"] = np.array(state.clock.iterations, np.int32)
-    about = {"kind": "optax", "function": function_name(state), "config": config(state)}
+    about = {"kind": "optax", "function": name, "config": _config(state), "undecayed": still}
     write_npz(job.path, arrays, {**about, "layout": state.layout.to_dict()})
 
 
@@ -152,6 +177,10 @@ def read(job: Conversion) -> OptimizerState:
         if "layout" in about
         else layout_of(where, slots["params"])
     )
+    names = [tensor.path for tensor in layout.tensors]
+    still = set(names_in(where, about, "undecayed"))
+    own = {name: {"weight_decay": 0.0} if name in still else {} for name in names}
+    given["groups"] = made_groups(job, own)
     settings = make_config(where, {"epsilon": 1e-8, "formula": _FORMULAS[function], **given})
     return with_own_product(make_state(where, layout, settings, (arrays["count"], 1.0), slots))
 
@@ -162,15 +191,27 @@ def _compare(state: OptimizerState, job: Conversion) -> None:
     find_formula(job, state, _FORMULAS[name], what)
     find_product(job, state, what)
     find_count(job, state, 2**31 - 1, "optax's int32 count")
+    but = f", with a mask that leaves out {few(undecayed(state))}" if undecayed(state) else ""
     find_absent(
         job,
         state,
         what,
         decoupled=None,
-        coupled=f"put optax.add_decayed_weights({state.config.weight_decay:g}) before it in a "
-        "chain, after clipping",
+        coupled=f"put optax.add_decayed_weights({state.weight_decay:g}) before it in a "
+        f"chain, after clipping{but}",
         maximize="put optax.scale(-1) first in a chain with it",
     )
+    find_one_for_all(
+        job,
+        state,
+        what,
+        scale="put optax.masked(optax.scale(their quotient), mask) behind it in a chain",
+    )
+    if state.frozen:
+        job.differences.append(
+            f"frozen: {few(state.frozen)} here, and {what} steps every tensor: put "
+            "optax.masked(optax.set_to_zero(), mask) last in a chain with it"
+        )
 
 
 def _ours(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,9 @@ It is named tensors with two moments each, one clock and one config. This module
 checkpoints, no framework; what cannot be a state is refused here, naming the file and the tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from distnadam.checkpoint.shard_file import read_shard, write_shard
 from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError, ConfigError, StructureError
+from distnadam.groups import groups_of
 from distnadam.hyperparameters import NadamConfig
-from distnadam.nadam.step_scalars import Clock
+from distnadam.nadam.step_scalars import Clock, each_setting
 from distnadam.schedules import rate_at
 from distnadam.tensors.arrays import NAME_OF, STATE_ARRAYS, Array, Flat, empty_flat, own_errors
 from distnadam.tensors.layout import Layout
@@ -61,14 +63,46 @@ class OptimizerState:
         """The learning rate of the next step."""
         return rate_at(self.config.lr, self.clock.iterations)
 
+    @cached_property
+    def groups(self) -> list[int]:
+        """The index of each tensor's group, or -1."""
+        return groups_of(self.config.groups, self.names)
+
+    @cached_property
+    def frozen(self) -> list[str]:
+        """The paths of the tensors that no step changes."""
+        return frozen_by(self.config, self.names)
+
+    @cached_property
+    def settings(self) -> list[tuple[float, NadamConfig]]:
+        """The learning rate of the next step and the other settings of each tensor."""
+        found = list(each_setting(self.rate, self.clock, self.config))
+        return [found[number + 1] for number in self.groups]
+
+    @cached_property
+    def weight_decay(self) -> float:
+        """The weight decay of the tensors that are trained and decay; where groups differ, that of
+        the optimizer if it is among theirs.
+        """
+        found = {self.settings[i][1].weight_decay for i in self.trained(None)}
+        base = self.config.weight_decay
+        return base if base and base in found else max(found, default=0.0)
+
     def positions(self, order: Sequence[str] | None) -> list[int]:
         """Return each tensor's index in the layout, in another framework's order; None: the order
         in which `build` was given them.
 
         Raises:
-            StructureError: `order` does not name every tensor once.
+            StructureError: `order` does not name every tensor once; frozen ones may be left out.
         """
-        return self.layout.given_order if order is None else positions(self.names, order)
+        if order is None:
+            return self.layout.given_order
+        return positions(self.names, order, optional=self.frozen)
+
+    def trained(self, order: Sequence[str] | None) -> list[int]:
+        """Return `positions` without the frozen tensors."""
+        frozen = set(self.frozen)
+        return [i for i in self.positions(order) if self.names[i] not in frozen]
 
     def save(self, root: DirectoryLike) -> str:
         """Write a checkpoint of one shard under `root`, and return its directory."""
@@ -124,7 +158,7 @@ def make_state(
         clock: the steps applied and the product of the momentum coefficients, numbers or 0-d
             arrays, not yet checked.
         slots: "params", "m" and "v", each a mapping of path to array; "m" and "v" may both be left
-            out (all zero).
+            out (all zero), and hold nothing of frozen tensors.
 
     Raises:
         CheckpointError: naming the tensor, the expected and the given.
@@ -142,7 +176,14 @@ def make_state(
             f"{where}: m_schedule: expected a product of momentum coefficients, in [0, 1], got "
             f"{m_schedule!r}"
         )
-    checked = [_slot(where, layout, slot, slots.get(slot)) for slot in STATE_ARRAYS]
+    try:
+        frozen = frozen_by(config, [tensor.path for tensor in layout.tensors])
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    checked = [
+        _slot(where, layout, slot, slots.get(slot), () if slot == "params" else frozen)
+        for slot in STATE_ARRAYS
+    ]
     return OptimizerState(layout, config, Clock(int(iterations), m_schedule), *checked)
 
 
@@ -156,6 +197,16 @@ def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:
         return NadamConfig.from_dict({"lr": 0.002, **values})
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: its hyper-parameters are refused: {error}") from error
+
+
+def frozen_by(config: NadamConfig, names: Sequence[str]) -> list[str]:
+    """Return the names of the tensors that the config's groups freeze.
+
+    Raises:
+        ConfigError: a group has no tensor.
+    """
+    found = zip(names, groups_of(config.groups, names), strict=True)
+    return [name for name, i in found if i >= 0 and not config.groups[i].trainable]
 
 
 def layout_of(where: str, params: Mapping[str, Any]) -> Layout:
@@ -196,8 +247,12 @@ def read_layout(where: str, data: Any) -> Layout:
         ) from error
 
 
-def positions(names: Sequence[str], order: Sequence[str] | None) -> list[int]:
+def positions(
+    names: Sequence[str], order: Sequence[str] | None, *, optional: Collection[str] = ()
+) -> list[int]:
     """Return the index in `names` of each name of `order`; None: the order of `names`.
+
+    Those of `optional` that `order` lacks follow it.
 
     Raises:
         StructureError: `order` does not hold each name once.
@@ -205,6 +260,7 @@ def positions(names: Sequence[str], order: Sequence[str] | None) -> list[int]:
     if order is None:
         return list(range(len(names)))
     index = {name: i for i, name in enumerate(names)}
+    order = [*order, *(name for name in optional if name not in order)]
     wrong = [name for name in order if name not in index] or sorted(set(names) - set(order))
     if wrong or len(order) != len(names):
         instead = f", not {wrong[0]!r}" if wrong else ""
@@ -215,11 +271,21 @@ def positions(names: Sequence[str], order: Sequence[str] | None) -> list[int]:
     return [index[name] for name in order]
 
 
-def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None) -> list[Array]:
+def _slot(
+    where: str,
+    layout: Layout,
+    slot: str,
+    given: Mapping[str, Any] | None,
+    optional: Collection[str],
+) -> list[Array]:
     views = layout.views({space: np.zeros(size, space) for space, size in layout.sizes.items()})
     if given is None:
         return views
-    missing = [tensor.path for tensor in layout.tensors if tensor.path not in given]
+    missing = [
+        tensor.path
+        for tensor in layout.tensors
+        if tensor.path not in given and tensor.path not in optional
+    ]
     extra = sorted(set(given) - {tensor.path for tensor in layout.tensors})
     if missing or extra:
         problem = (
@@ -231,6 +297,8 @@ def _slot(where: str, layout: Layout, slot: str, given: Mapping[str, Any] | None
             f"{where}: {slot}: {problem}; expected {len(layout.tensors)} tensors, got {len(given)}"
         )
     for tensor, view in zip(layout.tensors, views, strict=True):
+        if tensor.path not in given:
+            continue
         what = f"{where}: {slot} of {tensor.path!r}"
         array = read_array(what, given[tensor.path])
         if array.shape != tensor.shape:

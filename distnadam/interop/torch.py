@@ -1,8 +1,13 @@
 """torch.optim.NAdam, Adam and AdamW, which are our formulas "nadam" and "adam".
 
 `momentum_decay` is schedule_decay, and AdamW is Adam with `decoupled_weight_decay`, which NAdam has
-too. NAdam also computes "nadam_optax", with a momentum_decay of `NO_SCHEDULE`. We lack `amsgrad`,
-and groups of parameters with different settings.
+too. NAdam also computes "nadam_optax", with a momentum_decay of `NO_SCHEDULE`. We lack `amsgrad`.
+
+Parameter groups are our groups: first the tensors in none, then each group's, with `lr`, `eps` and
+`weight_decay`; what else differs between them is refused. An import has the settings of most
+tensors as the optimizer's, and groups for the others. Frozen tensors are in the model and in no
+parameter group, as torch's users have it who give an optimizer only what requires gradients; a
+file's description names them, and where there is none, `groups` in `config` must.
 
 They have a clock per tensor: `step` is our iterations and NAdam's `mu_product` our m_schedule, in
 float32; an import requires them to be equal in all tensors.
@@ -13,6 +18,7 @@ matches by position: both are in the order given to `build`, or in the one asked
 state_dict is of shows in its groups: `momentum_decay` is NAdam's, `amsgrad` Adam's and AdamW's.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +34,14 @@ from distnadam.interop.formulas import (
     find_outside,
     is_adam,
     with_own_product,
+)
+from distnadam.interop.groups import (
+    Own,
+    base_and_own,
+    few,
+    frozen_in,
+    made_groups,
+    note_frozen,
 )
 from distnadam.interop.npz import about_from, about_text, expect_kind, write_whole
 from distnadam.interop.optimizer_state import (
@@ -50,7 +64,7 @@ def class_name(state: OptimizerState) -> Literal["NAdam", "Adam", "AdamW"]:
     """Return which class of torch.optim goes on from the state."""
     if not is_adam(state.config):
         return "NAdam"
-    return "AdamW" if state.config.weight_decay and state.config.decoupled_weight_decay else "Adam"
+    return "AdamW" if state.weight_decay and state.config.decoupled_weight_decay else "Adam"
 
 
 def state_dict(
@@ -58,6 +72,9 @@ def state_dict(
 ) -> dict[str, Any]:
     """Return a state_dict for the class of torch.optim that `class_name` names, whose
     `load_state_dict` matches by position.
+
+    It has a parameter group for the tensors in no group of ours, then one for each of ours; frozen
+    tensors are in none.
 
     Args:
         state: a loaded checkpoint.
@@ -74,16 +91,20 @@ def state_dict(
     job = Conversion(Path(f"torch.optim.{class_name(state)}"), lossy=lossy)
     _compare(state, job)
     job.settle()
-    at = state.positions(order)
+    at = sorted(state.trained(order), key=lambda i: state.groups[i])
     optimizer = getattr(torch.optim, class_name(state))([torch.zeros(())], **_arguments(state))
-    names = [state.names[i] for i in at]
-    group = optimizer.state_dict()["param_groups"][0] | {
-        "decoupled_weight_decay": state.config.decoupled_weight_decay,
-        "params": list(range(len(at))),
-        "param_names": names,
+    common = optimizer.state_dict()["param_groups"][0] | {
+        "decoupled_weight_decay": state.config.decoupled_weight_decay
     }
+    groups: list[dict[str, Any]] = []
+    for _, each in itertools.groupby(enumerate(at), key=lambda pair: state.groups[pair[1]]):
+        numbers, tensors = zip(*each, strict=True)
+        rate, own = state.settings[tensors[0]]
+        values = {"lr": rate, "eps": own.epsilon, "weight_decay": own.weight_decay}
+        names = [state.names[i] for i in tensors]
+        groups.append({**common, **values, "params": list(numbers), "param_names": names})
     if state.clock.iterations == 0:
-        return {"state": {}, "param_groups": [group]}
+        return {"state": {}, "param_groups": groups}
     slots = {
         number: {
             **_clock(state),
@@ -91,7 +112,7 @@ def state_dict(
         }
         for number, i in enumerate(at)
     }
-    return {"state": slots, "param_groups": [group]}
+    return {"state": slots, "param_groups": groups}
 
 
 def write(state: OptimizerState, job: Conversion) -> None:
@@ -105,9 +126,15 @@ def write(state: OptimizerState, job: Conversion) -> None:
             f"{_LARGEST_STEP}"
         )
     job.settle()
-    model = {state.names[i]: _tensor(state.params[i]) for i in state.positions(job.order)}
-    about = about_text({"kind": "torch", "layout": state.layout.to_dict()})
     optimizer = state_dict(state, job.order, lossy=job.lossy)
+    if len(optimizer["param_groups"]) > 1:
+        shown = "; ".join(few(each["param_names"]) for each in optimizer["param_groups"])
+        job.notes.append(
+            f"groups: give {what} its parameters in {len(optimizer['param_groups'])} groups, in "
+            f"this order: {shown}"
+        )
+    model = {state.names[i]: _tensor(state.params[i]) for i in state.positions(job.order)}
+    about = about_text({"kind": "torch", "layout": state.layout.to_dict(), "frozen": state.frozen})
     content = {"model": model, "optimizer": optimizer, "about": about}
     write_whole(job.path, lambda temporary: torch.save(content, temporary))
 
@@ -129,7 +156,7 @@ def read(job: Conversion) -> OptimizerState:
         )
     about = about_from(where, content["about"]) if isinstance(content.get("about"), str) else {}
     expect_kind(job.path, about, "torch")
-    model, (settings, state, names) = content["model"], _optimizer(job, content["optimizer"])
+    model, (common, each, state, names) = content["model"], _optimizer(job, content["optimizer"])
     if not isinstance(model, dict) or not all(isinstance(t, torch.Tensor) for t in model.values()):
         raise CheckpointError(
             f"{where}: model: expected a dict of tensors by name, got {type(model).__name__}"
@@ -147,10 +174,20 @@ def read(job: Conversion) -> OptimizerState:
             f"{where}: the optimizer has {len(state)} tensors, named {names[:3]} and on; the model "
             f"lacks {missing[:3]}"
         )
-    params = {name: model[name] for name in names}
+    still = frozen_in(job, about, list(model))
+    params = {name: model[name] for name in dict.fromkeys((*names, *still))}
     layout = read_layout(where, about["layout"]) if "layout" in about else layout_of(where, params)
-    config = make_config(where, _settings(job, settings))
-    clock, slots = _slots(where, names, state, config)
+    settings = _settings(job, common, dict(zip(names, each, strict=True)), still)
+    left = [name for name in model if name not in params]
+    if left:
+        job.notes.append(
+            f"model: {few(left)}: in no group of the optimizer, and left out; what is frozen comes "
+            "along with groups in config, such as [{'pattern': '**', 'trainable': False}] of its "
+            "path"
+        )
+    config = make_config(where, settings)
+    stepped = {n: s for n, s in zip(names, state, strict=True) if n not in still}
+    clock, slots = _slots(where, list(stepped), list(stepped.values()), config)
     loaded = make_state(where, layout, config, clock, {"params": params, **slots})
     return with_own_product(loaded)
 
@@ -159,6 +196,7 @@ def _compare(state: OptimizerState, job: Conversion) -> None:
     what = f"torch.optim.{class_name(state)}"
     theirs: Literal["adam", "nadam"] = "adam" if is_adam(state.config) else "nadam"
     find_formula(job, state, theirs, what, decay=_momentum_decay(state))
+    note_frozen(job, state, f"set requires_grad to False, and give {what} the others alone")
 
 
 def _momentum_decay(state: OptimizerState) -> float:
@@ -186,8 +224,12 @@ def _clock(state: OptimizerState) -> dict[str, Any]:
     return step | {"mu_product": torch.tensor(clock.m_schedule, dtype=torch.float64)}
 
 
-def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], list[str] | None]:
-    """Return the settings of a state_dict's groups, and its tensors' states and names."""
+def _optimizer(
+    job: Conversion, given: Any
+) -> tuple[dict[str, Any], list[Own], list[Any], list[str] | None]:
+    """Return the settings that a state_dict's groups have in common; and its tensors' other
+    settings, states and names.
+    """
     where = f"{job.path}: optimizer"
     try:
         groups, states = given["param_groups"], given["state"]
@@ -196,6 +238,11 @@ def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], 
         named = [name for group in groups for name in group.get("param_names", ())]
         ordered = [states.get(number, {}) for number in numbers]
         numbered = set(states) <= set(numbers) and all(isinstance(state, dict) for state in ordered)
+        own = [
+            {name: each[name] for name in _SPELLING.values()}
+            for each, group in zip(settings, groups, strict=True)
+            for _ in group["params"]
+        ]
         first = settings[0]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(
@@ -204,7 +251,8 @@ def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], 
         ) from error
     if not numbered:
         raise CheckpointError(f"{where}: its state is not that of the parameters in its groups")
-    for name in dict.fromkeys(name for group in settings for name in group):
+    common = dict.fromkeys(name for group in settings for name in group if name not in own[0])
+    for name in common:
         values = list(dict.fromkeys(str(s.get(name)) for s in settings))
         if len(values) > 1:
             raise ConversionError(
@@ -212,7 +260,7 @@ def _optimizer(job: Conversion, given: Any) -> tuple[dict[str, Any], list[Any], 
                 "has one for all tensors"
             )
     names = list(job.order) if job.order is not None else named or None
-    return first, ordered, names
+    return {name: first[name] for name in common if name in first}, own, ordered, names
 
 
 def _of_group(group: Any) -> dict[str, Any]:
@@ -221,27 +269,53 @@ def _of_group(group: Any) -> dict[str, Any]:
     if not is_nadam and "amsgrad" not in group:
         raise KeyError("momentum_decay (of NAdam) or amsgrad (of Adam and AdamW)")
     beta_1, beta_2 = group["betas"]
-    values = {ours: group[theirs] for theirs, ours in _SPELLING.items()}
+    values = {ours: _plain(group[theirs]) for theirs, ours in _SPELLING.items()}
     values |= {"formula": "nadam" if is_nadam else "adam", "beta_1": beta_1, "beta_2": beta_2}
     if is_nadam:
         values["schedule_decay"] = group["momentum_decay"]
     return values | {name: group[name] for name in _FLAGS if name in group}
 
 
-def _settings(job: Conversion, given: dict[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
+    """Return the number in an array, as torch's learning rate may be one."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _settings(
+    job: Conversion, common: dict[str, Any], own: dict[str, Own], frozen: list[str]
+) -> dict[str, Any]:
     """Return the settings of a file and of `config`; add a difference for AMSGrad.
+
+    Args:
+        job: the import.
+        common: what all parameter groups have.
+        own: by tensor, what its group has.
+        frozen: the tensors that are frozen.
 
     Raises:
         ConversionError: the file is of an earlier torch, and does not say whether it is of Adam or
             of AdamW, whose weight decay differs.
     """
-    values = {**given, **job.config}
+    trained = {
+        name: {**each, **{key: job.config[key] for key in each if key in job.config}}
+        for name, each in own.items()
+        if name not in frozen
+    }
+    base, others = base_and_own(trained)
+    others |= {name: {"trainable": False} for name in frozen}
+    decay = next((each["weight_decay"] for each in trained.values() if each["weight_decay"]), 0.0)
+    values = {**common, **base, **job.config, "groups": made_groups(job, others)}
+    if any("lr" in each for each in others.values()):
+        job.notes.append(
+            f"learning rate: {base['lr']!r}, and groups with rates of their own, which stay what "
+            "they are when the optimizer's is set"
+        )
     if values.pop("amsgrad", False):
         job.differences.append("amsgrad: True there, and distnadam has no AMSGrad")
     if "decoupled_weight_decay" not in values:
-        if values["formula"] == "adam" and values["weight_decay"]:
+        if values["formula"] == "adam" and decay:
             raise ConversionError(
-                f"{job.path}: optimizer: weight_decay: {values['weight_decay']!r} there, and an "
+                f"{job.path}: optimizer: weight_decay: {decay!r} there, and an "
                 "earlier torch's state_dict does not say whether it is Adam's or AdamW's; give "
                 "decoupled_weight_decay in config, False for Adam and True for AdamW"
             )
@@ -262,7 +336,8 @@ def _slots(
         if lacking:
             raise CheckpointError(
                 f"{where}: optimizer: {name!r}: expected {', '.join(needed[:-1])} and "
-                f"{needed[-1]}; {lacking[0]} is missing"
+                f"{needed[-1]}; {lacking[0]} is missing. If it is frozen, say so by groups in "
+                "config"
             )
     for key in clock:
         values = [read_array(f"{where}: {key}", state[key]) for state in states]

@@ -78,7 +78,7 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
         ahead = power_of_step(beta_1, 1.0, t + 1) if formula == "nadam_optax" else product
     correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
     numbers: list[float] = []
-    for rate, setting in _settings(lr, clock, config) if config.groups else ((lr, config),):
+    for rate, setting in each_setting(lr, clock, config) if config.groups else ((lr, config),):
         decay, limit = setting.weight_decay, setting.clipvalue
         numbers += (
             NONE if is_adam else rate * (1.0 - mu) / (1.0 - product) * correction,
@@ -93,7 +93,9 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
     return StepScalars(lr=lr, coefficients=tuple(numbers), after=Clock(t, product))
 
 
-def _settings(lr: float, clock: Clock, config: NadamConfig) -> Iterator[tuple[float, NadamConfig]]:
+def each_setting(
+    lr: float, clock: Clock, config: NadamConfig
+) -> Iterator[tuple[float, NadamConfig]]:
     """Yield the rate and the settings of tensors in no group, then of each group's."""
     yield lr, config
     for group, settings in zip(config.groups, config.group_settings, strict=True):

@@ -16,6 +16,7 @@ from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.client.building import restored_settings
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError, ConfigError, RayLost
+from distnadam.groups import changed_groups, in_words
 from distnadam.hyperparameters import NadamConfig
 from distnadam.schedules import Rate
 from distnadam.tensors.layout import Layout
@@ -197,13 +198,21 @@ def _check_unchanged(
     changed = [
         f"{key}={given[key]!r} (the run has {saved[key]!r})"
         for key in given
-        if key != "lr" and given[key] != saved[key]
+        if key not in ("lr", "groups") and given[key] != saved[key]
+    ]
+    changed += [
+        f"{name}: {_or_none(ours)} (the run has {_or_none(before)})"
+        for name, (before, ours) in changed_groups(saved["groups"], given["groups"]).items()
     ]
     if changed:
         raise ConfigError(
             f"optimizer: {', '.join(changed)}: the run of {directory} cannot change this, only its "
             "learning rate; leave it as it was, or start another run in another directory"
         )
+
+
+def _or_none(group: Any) -> str:
+    return "none" if group is None else in_words(group)
 
 
 def _shown(rate: Any) -> str:

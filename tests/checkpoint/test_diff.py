@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam import DistNadam
+from distnadam import DistNadam, Group
 from distnadam.checkpoint.diff import compare
 from distnadam.errors import CheckpointError
 from tests import models
@@ -109,3 +109,20 @@ def test_a_flipped_bit_is_refused_and_not_compared(tmp_path: Path) -> None:
     victim.write_bytes(data)
     with pytest.raises(CheckpointError, match="do not have their checksum"):
         compare(path, saved(tmp_path / "b", models.params()))
+
+
+def test_groups_that_differ_are_named_one_by_one(tmp_path: Path) -> None:
+    still, rest = Group("dense/**", trainable=False), Group("half", lr_scale=0.5)
+    both = [
+        saved(tmp_path / "a", models.params(), groups=[still, rest]),
+        saved(tmp_path / "b", models.params(), groups=[still, Group("half", lr_scale=0.25)]),
+        saved(tmp_path / "c", models.params(), groups=[rest, still]),
+        saved(tmp_path / "d", models.params(), groups=[still]),
+    ]
+    half = {"pattern": "half", "lr_scale": 0.5}
+    assert compare(both[0], both[1]).settings == {
+        "config.groups['half']": (half, {"pattern": "half", "lr_scale": 0.25})
+    }
+    assert compare(both[0], both[3]).settings == {"config.groups['half']": (half, None)}
+    order = [still.to_dict(), half]
+    assert compare(both[0], both[2]).settings == {"config.groups": (order, order[::-1])}

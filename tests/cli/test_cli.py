@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -10,14 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from distnadam import DistNadam, Group
 from distnadam.checkpoint import store
 from distnadam.cli import main
 from distnadam.cli.group import plain_console
 from distnadam.cli.running import render
 from distnadam.client.status import ShardStatus, Status
+from distnadam.schedules import Polynomial
 from distnadam.training.metrics_file import read_metrics
 from tests.test_exports import BLOCKER
 
@@ -473,3 +477,23 @@ def test_a_task_file_named_as_a_package_is_refused_by_name(tmp_path: Path, name:
     done = call("train", f"{path}:T", "--local")
     assert done.exit_code == 2
     assert f"{name!r} cannot be one of yours: rename it" in done.output
+
+
+def test_inspect_and_diff_show_groups_as_they_are_written(tmp_path: Path) -> None:
+    still = Group("enc/**", trainable=False)
+    params = {"enc": {"w": np.ones(3, np.float32)}, "head": np.ones(2, np.float32)}
+    paths = []
+    for number, rate in enumerate((0.5, Polynomial(0.25, 9))):
+        groups = [still, Group("head", lr=rate)]
+        with DistNadam(groups=groups, backend="local").build(params) as optimizer:
+            paths.append(optimizer.save(tmp_path / str(number)))
+    shown = call("inspect", paths[0]).stdout
+    assert "Group('enc/**', trainable=False)" in shown
+    assert re.search(r"enc/w .* enc/\*\*", shown)
+    described = json.loads(call("inspect", paths[0], "--json").output)
+    assert [t["group"] for t in described["tensors"]] == ["enc/**", "head"]
+    done = call("diff", *paths)
+    assert done.stdout.startswith(
+        "config.groups['head']: Group('head', lr=0.5) in the first, Group('head', lr=Polynomial("
+    )
+    assert "{" not in done.stdout

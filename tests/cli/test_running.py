@@ -94,6 +94,7 @@ def test_status_shows_steps_shards_workers_standbys_and_the_last_checkpoint(
         f"operated: step {step}",
         "0.0 steps/s",
         "lr 0.002",
+        "optimizer: nadam",
         "standbys",
         "0 rounds",
         "the next step waits for the push of rank",

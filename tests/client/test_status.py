@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distnadam import DistNadam
-from distnadam.client.status import ShardStatus, Status, _hosts, awaited
+from distnadam import DistNadam, Group
+from distnadam.client.status import RunningOptimizer, ShardStatus, Status, _hosts, awaited
 from distnadam.protocol.messages import Describe, Description
 
 GRADIENTS = {"w": np.ones(5000, np.float32)}
@@ -104,3 +104,25 @@ def test_a_shard_says_how_long_ago_it_computed() -> None:
         optimizer.apply_gradients(GRADIENTS)
         assert described().idle_s < later
         assert described().traffic == {}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "nadam"),
+        (
+            {"formula": "adam", "weight_decay": 0.125, "decoupled_weight_decay": False},
+            "adam, weight decay 0.125 (coupled)",
+        ),
+        (
+            {"maximize": True, "groups": [Group("w", trainable=False), Group("b", lr=0.5)]},
+            "nadam, maximize, groups 'w' (frozen), 'b'",
+        ),
+    ],
+)
+def test_a_status_says_what_steps(config: dict[str, Any], words: str) -> None:
+    params = {**GRADIENTS, "b": np.ones(3, np.float32)}
+    with DistNadam(**config, backend="local").build(params) as optimizer:
+        backend: Any = optimizer.shards.backend
+        described = backend.transport.hosts[0].send(Describe(spec=True)).result()
+        assert RunningOptimizer(backend, described.spec).status().method == words

@@ -69,10 +69,10 @@ def test_groups_of_one_setting_are_one(tmp_path: Path) -> None:
     assert compare(
         before, Path(import_checkpoint(file, tmp_path / "b", source_format="torch").path)
     ).same
-    changed(file, lambda c: c["optimizer"]["param_groups"][1].update(lr=0.5))
+    changed(file, lambda c: c["optimizer"]["param_groups"][1].update(momentum_decay=0.5))
     with pytest.raises(
         ConversionError,
-        match=r"lr: its parameter groups have 0\.002 and 0\.5, and distnadam has one",
+        match=r"schedule_decay: its parameter groups have 0\.004 and 0\.5, and distnadam has one",
     ):
         import_checkpoint(file, tmp_path / "c", source_format="torch")
 
