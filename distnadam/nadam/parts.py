@@ -1,6 +1,7 @@
 """The parts of a shard's range of one space: which elements step alike, and which step at all."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from distnadam.groups import groups_of
@@ -23,6 +24,8 @@ class Parts:
         self.groups: Sequence[int] | None = None
         if config.groups:
             self.groups = groups_of(config.groups, [tensor.path for tensor in layout.tensors])
+        alike = [replace(group, pattern="**", clipnorm=None) for group in config.groups]
+        self._settings = [0, *(alike.index(group) + 1 for group in alike)]
         begin, end = bounds
         self.by_tensor = [
             Part(s.begin - begin, s.end - begin, self._setting(s.tensor), s.tensor)
@@ -34,7 +37,7 @@ class Parts:
         self.frozen = [(low, high) for low, high in list(pairwise(ends))[::2] if low < high]
 
     def _setting(self, tensor: int) -> int:
-        return 0 if self.groups is None else self.groups[tensor] + 1
+        return 0 if self.groups is None else self._settings[self.groups[tensor] + 1]
 
 
 def _joined(parts: Sequence[Part]) -> Iterator[Part]:
