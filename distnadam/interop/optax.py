@@ -21,6 +21,7 @@ from distnadam.hyperparameters import Formula
 from distnadam.interop.formulas import (
     Conversion,
     find_absent,
+    find_average,
     find_count,
     find_formula,
     find_outside,
@@ -162,6 +163,7 @@ def _compare(state: OptimizerState, job: Conversion) -> None:
     find_formula(job, state, _FORMULAS[name], what)
     find_product(job, state, what)
     find_count(job, state, 2**31 - 1, "optax's int32 count")
+    find_average(job, state, what)
     find_absent(
         job,
         state,

@@ -37,6 +37,7 @@ class OptimizerState:
             dtype (float32 or float64).
         m: the first moments, likewise.
         v: the second moments, likewise.
+        ema: the average of the parameters, likewise; None if `config` keeps none.
     """
 
     layout: Layout
@@ -45,6 +46,7 @@ class OptimizerState:
     params: Sequence[Array]
     m: Sequence[Array]
     v: Sequence[Array]
+    ema: Sequence[Array] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -74,7 +76,8 @@ class OptimizerState:
         """Write a checkpoint of one shard under `root`, and return its directory."""
         check_layout(self.layout)
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
-        arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in STATE_ARRAYS}
+        slots = self.config.state_arrays
+        arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in slots}
         position = Position(clock=self.clock, round=self.clock.iterations)
         manifest = Manifest.of(Settings(config=self.config), self.layout, position, data={})
         with store.new_checkpoint(root, manifest) as checkpoint:
@@ -104,7 +107,7 @@ def load_checkpoint(path: DirectoryLike) -> OptimizerState:
         layout,
         NadamConfig.from_dict(manifest.config),
         clock,
-        *(layout.views(flat[slot]) for slot in STATE_ARRAYS),
+        **{slot: layout.views(arrays) for slot, arrays in flat.items()},
     )
 
 
@@ -123,8 +126,8 @@ def make_state(
         config: the hyper-parameters.
         clock: the steps applied and the product of the momentum coefficients, numbers or 0-d
             arrays, not yet checked.
-        slots: "params", "m" and "v", each a mapping of path to array; "m" and "v" may both be left
-            out (all zero).
+        slots: "params", "m", "v" and "ema", each a mapping of path to array; "m" and "v" may both
+            be left out (all zero), and so may "ema" (the parameters).
 
     Raises:
         CheckpointError: naming the tensor, the expected and the given.
@@ -142,8 +145,12 @@ def make_state(
             f"{where}: m_schedule: expected a product of momentum coefficients, in [0, 1], got "
             f"{m_schedule!r}"
         )
-    checked = [_slot(where, layout, slot, slots.get(slot)) for slot in STATE_ARRAYS]
-    return OptimizerState(layout, config, Clock(int(iterations), m_schedule), *checked)
+    checked = {slot: _slot(where, layout, slot, slots.get(slot)) for slot in STATE_ARRAYS}
+    if config.use_ema:
+        has_average = "ema" in slots
+        average = _slot(where, layout, "ema", slots["ema"]) if has_average else checked["params"]
+        checked["ema"] = average
+    return OptimizerState(layout, config, Clock(int(iterations), m_schedule), **checked)
 
 
 def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:

@@ -24,6 +24,7 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.interop.formulas import (
     NO_SCHEDULE,
     Conversion,
+    find_average,
     find_formula,
     find_outside,
     is_adam,
@@ -159,6 +160,7 @@ def _compare(state: OptimizerState, job: Conversion) -> None:
     what = f"torch.optim.{class_name(state)}"
     theirs: Literal["adam", "nadam"] = "adam" if is_adam(state.config) else "nadam"
     find_formula(job, state, theirs, what, decay=_momentum_decay(state))
+    find_average(job, state, what)
 
 
 def _momentum_decay(state: OptimizerState) -> float:
