@@ -449,6 +449,7 @@ def test_a_member_that_is_replaced_while_its_group_waits_changes_no_bit(
         replicas=0,
         gone={"rejoin_timeout_s": 1e6},
         clip={},
+        formula={},
         pull_dtype=None,
         objects=False,
         hosts=2,
