@@ -33,6 +33,7 @@ class Run:
         replicas: standbys of each shard, 0 or 1.
         shard_nodes: number of nodes that hold shards.
         workers_per_node: number of ranks on one node.
+        ema: whether the shards keep an average of the parameters.
     """
 
     parameters: int
@@ -41,6 +42,12 @@ class Run:
     replicas: int
     shard_nodes: int
     workers_per_node: int
+    ema: bool = False
+
+    @property
+    def average(self) -> int:
+        """The bytes of a parameter's average."""
+        return 4 * self.ema
 
     @property
     def share(self) -> float:
@@ -94,12 +101,13 @@ def _shards(run: Run) -> tuple[float, float, int]:
     params = run.parameters
     # gradients in and parameters out for each worker, where TCP cannot be had; a state that moves
     by_objects = run.share * 8 * params * run.workers
-    objects = by_objects + run.share * 12 * params
+    objects = by_objects + run.share * (12 + run.average) * params
     by_tcp = run.share * params * between_hosts(run.workers)
     # both buffers of parameters, which all shards of a node share
     arena = 8 * params
-    # moments; a save in the background; a standby with the rounds it has yet to apply
-    state = run.share * params * (8 + 12 + 20 * run.replicas)
+    # moments; a save in the background; a standby with the rounds it has yet to apply; the average
+    # is in each of these
+    state = run.share * params * (8 + 12 + 20 * run.replicas + run.average * (2 + run.replicas))
     processes = math.ceil(run.shards * (1 + run.replicas) * run.share) + 1  # and the supervisor
     # what goes to and comes from other nodes takes the one memory or the other
     return objects, arena + state + max(0, by_tcp - by_objects), processes * PROCESS
@@ -172,6 +180,9 @@ def main() -> None:
         choices=(0, 1),
         default=0,
         help="standbys of each shard  [default: 0]",
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="the shards keep an average of the parameters (use_ema)"
     )
     run = Run(**vars(parser.parse_args()))
     if run.workers_per_node > run.workers:

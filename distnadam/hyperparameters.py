@@ -14,6 +14,7 @@ from distnadam.checks import check_count, check_flag, fields_of, set_number
 from distnadam.errors import ConfigError
 from distnadam.groups import Group
 from distnadam.schedules import Rate, kept, rate_at, rate_from, rate_to_dict
+from distnadam.tensors.arrays import STATE_ARRAYS
 
 DEFAULT_EPSILON = 1e-7
 DEFAULT_SCHEDULE_DECAY = 0.004
@@ -50,6 +51,10 @@ class NadamConfig:
             step; else `weight_decay` of it is added to the mean gradient, once that is clipped.
         maximize: whether the mean gradient is negated, before it is clipped.
         groups: tensors with settings of their own; the first group that matches one holds.
+        use_ema: whether an exponential moving average of the parameters is kept.
+        ema_momentum: the weight of the average so far in the next one, in [0, 1].
+        ema_overwrite_frequency: after how many steps the parameters become the average, again and
+            again; None: never.
 
     Raises:
         ConfigError: a value is out of its range, or has no meaning beside the others, or a
@@ -71,6 +76,9 @@ class NadamConfig:
     decoupled_weight_decay: bool = True
     maximize: bool = False
     groups: Sequence[Group] = ()
+    use_ema: bool = False
+    ema_momentum: float = 0.99
+    ema_overwrite_frequency: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.lr):
@@ -79,10 +87,11 @@ class NadamConfig:
         object.__setattr__(self, "lr", kept(self.lr))
         for name in ("epsilon", "schedule_decay", "weight_decay"):
             set_number(self, name)
-        for name in ("decoupled_weight_decay", "maximize"):
+        for name in ("decoupled_weight_decay", "maximize", "use_ema"):
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         self._check_formula()
         self._check_groups()
+        self._check_ema()
         for name in ("beta_1", "beta_2"):
             if not 0.0 <= set_number(self, name) < 1.0:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
@@ -121,6 +130,18 @@ class NadamConfig:
                 f"global_clipnorm={self.global_clipnorm!r} and the clipnorm of {clipping!r} cannot "
                 "both be set: give one of them"
             )
+
+    def _check_ema(self) -> None:
+        if set_number(self, "ema_momentum") > 1.0:
+            raise ConfigError(f"ema_momentum must be in [0, 1], got {self.ema_momentum!r}")
+        if (count := self.ema_overwrite_frequency) is not None:
+            checked = check_count("ema_overwrite_frequency", count, least=1)
+            object.__setattr__(self, "ema_overwrite_frequency", checked)
+
+    @cached_property
+    def state_arrays(self) -> tuple[str, ...]:
+        """The names of the arrays that make up the state, in the order of a checkpoint's files."""
+        return (*STATE_ARRAYS, "ema") if self.use_ema else STATE_ARRAYS
 
     @cached_property
     def group_settings(self) -> tuple["NadamConfig", ...]:

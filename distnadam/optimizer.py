@@ -1,6 +1,6 @@
 """`DistNadam`: the Keras-style face of the shards. It checks and delegates. No maths, no Ray."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, overload
 
 from distnadam.backends import factory
@@ -14,11 +14,10 @@ from distnadam.checks import check_count
 from distnadam.client.autodiff import gradients_of
 from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
-from distnadam.client.fixed_attributes import FixedAttributes
+from distnadam.client.held_state import HeldState
 from distnadam.client.in_flight_push import refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
-from distnadam.client.user_state import from_weights, params_from, to_weights
 from distnadam.config import BackendName, Options, Settings
 from distnadam.groups import Group
 from distnadam.hyperparameters import Formula, PullDtype
@@ -30,7 +29,7 @@ from distnadam.worker import Ticket, Worker
 Data = Mapping[str, Any]
 
 
-class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
+class DistNadam(HeldState, set_once={"saves", "restored_data"}):
     """Nadam of TensorFlow 1.13's `tf.keras.optimizers`, with its state sharded over processes.
 
     "Nadam" is several formulas. The default is the reference's; torch.optim.NAdam is the same one
@@ -55,6 +54,10 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         maximize: step along the gradient, not against it.
         groups: tensors with settings of their own, as ``[Group("**/bias", weight_decay=0.0)]``; the
             first whose pattern matches a tensor's path holds for it.
+        use_ema: keep an exponential moving average of the parameters: see `get_ema_params`.
+        ema_momentum: the weight of the average so far in the next one, in [0, 1].
+        ema_overwrite_frequency: after every that many steps the parameters become the average,
+            which workers see as they do a step; None: never.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
         replicas: standbys per shard, 0 or 1; they take over at the same round (Ray only).
@@ -86,6 +89,9 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
         groups: Sequence[Group] = (),
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
@@ -190,44 +196,6 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
     def lr(self, value: Rate) -> None:
         self._life.set_rate(value)
 
-    def get_params(self) -> Any:
-        """Return a copy of the parameters in the structure given to `build`, each in its own dtype.
-
-        They are never rounded to `pull_dtype`. A tensor of shape () is a NumPy scalar.
-
-        Raises:
-            Rewound: a shard died and all went back to round `error.step` since this handle last
-                looked; every method that reads, writes or steps the whole raises it once.
-        """
-        return self.shards.layout.tree(self.shards.read(("params",))[1]["params"])
-
-    def set_params(self, params: Any) -> None:
-        """Replace the parameters; moments and clock stay. Open pushes are refused (StaleEpoch).
-
-        Raises:
-            StructureError: naming the tensor that does not fit; nothing was changed.
-        """
-        shards = self._life.shards_to_change()
-        finite = self.options.check_gradients
-        shards.fill({"params": params_from(shards.layout, params, finite=finite)})
-
-    def get_weights(self) -> list[Array]:
-        """Return Keras's ``[iterations, m_schedule, *ms, *vs]``: 0-d int64, 0-d float64, arrays."""
-        clock, state = self.shards.read(("m", "v"))
-        return to_weights(self.shards.layout, clock, state["m"], state["v"])
-
-    def set_weights(self, weights: Iterable[Any]) -> None:
-        """Load what `get_weights` returned, here or in Keras (whose m_schedule is float32).
-
-        Open pushes are refused with StaleEpoch. `Options(check_gradients=False)` lets NaN in.
-
-        Raises:
-            StructureError: (a ValueError) naming the expected and given length, or index and shape.
-        """
-        shards = self._life.shards_to_change()
-        clock, m, v = from_weights(shards.layout, weights, finite=self.options.check_gradients)
-        shards.fill({"m": m, "v": v}, clock)
-
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, the learning rate as it is now, for `from_config`."""
         return self._life.settings.with_lr(self.lr).to_config()
@@ -320,10 +288,10 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
         Args:
             path: a directory on a disk that all nodes with shards share, or a URL (s3://bucket/run).
-            wait: False copies the state into memory kept for it (12 bytes per float32 element),
-                returns a handle (`result()`, `done()`) and writes behind the training. The next
-                save waits for it; its error is raised by `result()`, else by the next call that
-                changes or saves the state, or by `close()`.
+            wait: False copies the state into memory kept for it (12 bytes per float32 element, 16
+                with `use_ema`), returns a handle (`result()`, `done()`) and writes behind the
+                training. The next save waits for it; its error is raised by `result()`, else by the
+                next call that changes or saves the state, or by `close()`.
             data: what to keep beside the state, as it is now, such as a position in the data or
                 ``rng.bit_generator.state``; `restored_data` gives it back, equal. A dict of None,
                 numbers, str, bytes, list, tuple, dict, and NumPy arrays and scalars.

@@ -8,6 +8,7 @@ A_FEW: list[dict[str, Any]] = [
     {},
     {"formula": "adam", "weight_decay": 0.1},
     {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
+    {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 2},
 ]
 """Where each example costs much."""
 _FORMULAS = st.one_of(
@@ -29,6 +30,13 @@ _CLIPS = st.one_of(
     st.fixed_dictionaries({"clipnorm": st.sampled_from([0.1, 0.7])}),
     st.fixed_dictionaries({"global_clipnorm": st.just(1.5), "clipvalue": st.just(0.01)}),
 )
+_AVERAGES = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries(
+        {"use_ema": st.just(True), "ema_momentum": st.sampled_from([0.0, 0.9])},
+        optional={"ema_overwrite_frequency": st.just(2)},
+    ),
+)
 _NUMBERS = st.fixed_dictionaries(
     {},
     optional={
@@ -45,5 +53,5 @@ def configurations() -> st.SearchStrategy[dict[str, Any]]:
 
     Epsilon is never 0: beside gradients of 0 the step is 0/0 then, whose sign no law fixes.
     """
-    parts = st.tuples(_FORMULAS, _DECAYS, _CLIPS, _NUMBERS)
+    parts = st.tuples(_FORMULAS, _DECAYS, _CLIPS, _NUMBERS, _AVERAGES)
     return parts.map(lambda found: {k: v for part in found for k, v in part.items()})

@@ -64,10 +64,13 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def bits(optimizer: DistNadam) -> list[bytes]:
-    """Return the bits of all that the optimizer holds: params, iterations, m_schedule, ms, vs."""
-    return [
-        np.asarray(x).tobytes() for x in (*leaves(optimizer.get_params()), *optimizer.get_weights())
-    ]
+    """Return the bits of all that the optimizer holds: params, their average where one is kept,
+    iterations, m_schedule, ms, vs.
+    """
+    params = leaves(optimizer.get_params())
+    if optimizer.get_config()["use_ema"]:
+        params += leaves(optimizer.get_ema_params())
+    return [np.asarray(x).tobytes() for x in (*params, *optimizer.get_weights())]
 
 
 def run_drifting(optimizer: DistNadam, begin: int, end: int, *, num_workers: int = 2) -> None:

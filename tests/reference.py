@@ -25,7 +25,6 @@ from distnadam.protocol.messages import (
 from distnadam.protocol.supervisor_messages import Reconfigure, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import DIRECT
-from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -42,6 +41,7 @@ class State:
     v: Array
     clock: Clock
     skipped: int
+    ema: Array | None = None
 
 
 class OneProcess:
@@ -63,7 +63,8 @@ class OneProcess:
     ) -> None:
         self._layout, self._config, self._gradient = layout, config, gradient
         zeros = np.zeros_like(initial)
-        self._known: dict[History, State] = {(): State(initial, zeros, zeros, Clock(), 0)}
+        average = initial if config.use_ema else None
+        self._known: dict[History, State] = {(): State(initial, zeros, zeros, Clock(), 0, average)}
 
     def after(self, history: History) -> State:
         """Return the state that these rounds lead to."""
@@ -97,7 +98,8 @@ class OneProcess:
             rejection=None,
             ledger={"runs": [], "newest": []},
         )
-        arrays = {name: {"float32": getattr(before, name)} for name in STATE_ARRAYS}
+        names = self._config.state_arrays
+        arrays = {name: {"float32": getattr(before, name)} for name in names}
         outside = ranks == (DIRECT,)
         host.take_over(
             control_state, arrays, Reconfigure(epoch=1, schedule=((1, (0,) if outside else ranks),))

@@ -140,7 +140,7 @@ class LocalTransport(ShardTransport):
     def make_host(self, spec: ShardSpec) -> ShardHost:
         """Return a new host, whose parameter buffers are views of `memory`."""
         first, second = (cut_flat(buffer, spec.ranges) for buffer in self.memory.written)
-        with memory_for(f"shard {spec.index}: its state of {shard_bytes(spec.ranges)} bytes"):
+        with memory_for(f"shard {spec.index}: its state of {shard_bytes(spec)} bytes"):
             return ShardHost(
                 spec,
                 buffers=(first, second),

@@ -15,7 +15,7 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import read_shard, verify_files
 from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.groups import changed_groups
-from distnadam.tensors.arrays import STATE_ARRAYS, Array, own_errors
+from distnadam.tensors.arrays import Array, own_errors
 from distnadam.tensors.layout import Layout, TensorSpec
 
 _BATCH = 1 << 22
@@ -28,7 +28,7 @@ class TensorDiff:
 
     Args:
         path: the tensor's.
-        array: "params", "m" or "v".
+        array: "params", "m", "v" or "ema".
         count: elements whose bits differ.
         elements: elements in all.
         max_abs: the largest absolute difference; None if it is not finite.
@@ -102,7 +102,8 @@ def compare(a: DirectoryLike, b: DirectoryLike) -> CheckpointDiff:
         differences += [
             d
             for path, name in left
-            if (d := _values(path, name, left[path, name], right[path, name])) is not None
+            if (path, name) in right  # else one keeps an average, which the settings say
+            and (d := _values(path, name, left[path, name], right[path, name])) is not None
         ]
     return CheckpointDiff(
         paths=(str(found[0][0]), str(found[1][0])),
@@ -186,7 +187,7 @@ def _read(
             tensor.shape
         )
 
-    return {(tensor.path, name): cut(tensor, name) for tensor in tensors for name in STATE_ARRAYS}
+    return {(tensor.path, name): cut(tensor, name) for tensor in tensors for name in state}
 
 
 def _values(path: str, array: str, a: Array, b: Array) -> TensorDiff | None:

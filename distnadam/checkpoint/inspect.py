@@ -14,7 +14,6 @@ from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.errors import CheckpointError, ConfigError
 from distnadam.groups import Group, groups_of
-from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 
 VERIFIED, UNREAD, REFUSED = "verified", "not read", "refused"
@@ -68,12 +67,12 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
         "files": files,
         "sizes": {
             "elements": layout.num_elements,
-            "state_bytes": layout.state_bytes,
+            "state_bytes": layout.array_bytes * len(manifest.state_arrays),
             "file_bytes": sum(record.size for record in manifest.files),
             "manifest_bytes": sizes.get(store.MANIFEST, 0),
         },
         "checksums": _summary([f["checksums"] for f in files], read),
-        "arrays": list(STATE_ARRAYS),
+        "arrays": list(manifest.state_arrays),
     }
 
 

@@ -22,6 +22,7 @@ from distnadam.errors import CheckpointError, DistNadamError
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.shard.ledger import Ledger
+from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout, Ranges
 
 _T = TypeVar("_T")
@@ -49,12 +50,14 @@ class FileRecord:
         size: in bytes.
         ranges: the half-open range that it holds in each dtype space.
         checksums: the xxh3_64 of each `CHUNK_BYTES` of it.
+        arrays: the names of what it holds of each space, in order.
     """
 
     name: str
     size: int
     ranges: Ranges
     checksums: tuple[int, ...]
+    arrays: tuple[str, ...] = STATE_ARRAYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,11 @@ class Manifest:
         )
 
     @property
+    def state_arrays(self) -> tuple[str, ...]:
+        """The names of the arrays that every file holds."""
+        return self.files[0].arrays
+
+    @property
     def user_data(self) -> dict[str, Any]:
         """The caller's data, equal to what was saved."""
         return data_from(self.data)
@@ -140,6 +148,9 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the manifest file's bytes."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        body["config"] = _without_later(self.config)
+        if self.run:
+            body["run"] = {**self.run, "given": _without_later(self.run["given"])}
         body["files"] = [
             [
                 f.name,
@@ -247,16 +258,16 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
                 f"{where}: field {name!r} has the value {str(body[name])[:80]!r}, which it "
                 "cannot have"
             )
-    files = tuple(_file(record, body["save_id"], where) for record in body["files"])
+    arrays = _parse("config", _config, body["config"], where).state_arrays
+    files = tuple(_file(record, body["save_id"], arrays, where) for record in body["files"])
     if len({f.name for f in files}) < len(files):
         raise CheckpointError(f"{where}: names a file twice")
     layout = _parse("layout", _layout, body["layout"], where)
-    _parse("config", _config, body["config"], where)
     _parse("options", options_from, body["options"], where)
     _parse("data", data_from, body["data"], where)
     _parse("run", _check_run, body["run"], where)
     _parse("ledger", Ledger.from_dict, body["ledger"], where)
-    if max(layout.sizes.values(), default=0) * 12 > sum(f.size for f in files):
+    if max(layout.sizes.values(), default=0) * 4 * len(arrays) > sum(f.size for f in files):
         raise CheckpointError(
             f"{where}: its files, of {sum(f.size for f in files)} bytes, cannot hold its layout"
         )
@@ -301,6 +312,14 @@ def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**NadamConfig().to_dict(), **config}
 
 
+def _without_later(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the settings of the average that have their defaults, which readers
+    of an earlier version refuse.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(NadamConfig) if "ema" in f.name}
+    return {k: v for k, v in config.items() if k not in defaults or v != defaults[k]}
+
+
 def _check_run(run: Mapping[str, Any]) -> None:
     """Raise ValueError, or what `NadamConfig` does, for what no run of `fit` says of itself."""
     if not run:
@@ -332,7 +351,7 @@ def _parse(field: str, parse: Callable[[Any], _T], value: Any, where: str) -> _T
         ) from error
 
 
-def _file(record: Any, save_id: str, where: str) -> FileRecord:
+def _file(record: Any, save_id: str, arrays: tuple[str, ...], where: str) -> FileRecord:
     prefix = f"{where}: file record {str(record)[:80]!r}"
     if not isinstance(record, list) or len(record) != 4:
         raise CheckpointError(f"{prefix}: expected name, size, ranges and checksums")
@@ -360,6 +379,7 @@ def _file(record: Any, save_id: str, where: str) -> FileRecord:
         size=size,
         ranges={space: (begin, end) for space, (begin, end) in ranges.items()},
         checksums=tuple(np.frombuffer(checksums, "<u8").tolist()),
+        arrays=arrays,
     )
 
 

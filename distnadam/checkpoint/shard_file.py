@@ -21,14 +21,14 @@ from distnadam.checkpoint.manifest import CHUNK_BYTES, FileRecord, Manifest
 from distnadam.checkpoint.storage.base import Directory, ReadInto
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.errors import CheckpointError
-from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, empty_flat
+from distnadam.tensors.arrays import Array, Flat, empty_flat
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges, sizes_of
 from distnadam.threads import in_background
 
 _T = TypeVar("_T")
 State = dict[str, Flat]
-"""A shard's arrays: "params", "m" and "v", each a 1-D array per dtype space."""
+"""A shard's arrays by name, each a 1-D array per dtype space."""
 _SAFETENSORS_DTYPE = {"float32": "F32", "float64": "F64"}
 _READERS = 4
 """The most threads that read at once."""
@@ -66,15 +66,17 @@ class _ReadJob:
         return min(self.chunks.stop * CHUNK_BYTES, self.record.size)
 
 
-def header_of(ranges: Ranges) -> bytes:
-    """Return a file's safetensors length and JSON header, padded with spaces to 64 bytes."""
+def header_of(ranges: Ranges, arrays: Collection[str]) -> bytes:
+    """Return the safetensors length and JSON header of a file of these arrays, padded with spaces
+    to 64 bytes.
+    """
     entries: dict[str, object] = {
         "__metadata__": {
             f"range.{space}": f"{begin}:{end}" for space, (begin, end) in ranges.items()
         }
     }
     offset = 0
-    for name, space, count in _tensors(ranges):
+    for name, space, count in _tensors(ranges, arrays):
         size = count * np.dtype(space).itemsize
         entries[f"{name}.{space}"] = {
             "dtype": _SAFETENSORS_DTYPE[space],
@@ -94,14 +96,14 @@ def write_shard(directory: DirectoryLike, name: str, *, ranges: Ranges, state: S
         directory: the checkpoint's.
         name: the file's, as `store.shard_file_name` makes it.
         ranges: the shard's half-open range in each dtype space.
-        state: the shard's arrays, 1-D and contiguous, of these ranges.
+        state: the shard's arrays, 1-D and contiguous, of these ranges, in the order of the file.
 
     Raises:
         CheckpointError: naming the file and the system's reason; no partial file is left.
     """
     parts = [
-        memoryview(header_of(ranges)),
-        *(state[array][space].view(np.uint8).data for array, space, _ in _tensors(ranges)),
+        memoryview(header_of(ranges, state)),
+        *(state[array][space].view(np.uint8).data for array, space, _ in _tensors(ranges, state)),
     ]
     checksums: list[int] = []
 
@@ -123,7 +125,11 @@ def write_shard(directory: DirectoryLike, name: str, *, ranges: Ranges, state: S
 
     open_directory(directory).write(name, pieces)
     return FileRecord(
-        name=name, size=sum(map(len, parts)), ranges=dict(ranges), checksums=tuple(checksums)
+        name=name,
+        size=sum(map(len, parts)),
+        ranges=dict(ranges),
+        checksums=tuple(checksums),
+        arrays=tuple(state),
     )
 
 
@@ -136,7 +142,7 @@ def read_shard(
 ) -> State:
     """Return new arrays of `ranges`, filled by `fill_shard`."""
     sizes = sizes_of(ranges)
-    state = {array: empty_flat(sizes) for array in STATE_ARRAYS}
+    state = {array: empty_flat(sizes) for array in manifest.state_arrays}
     fill_shard(directory, manifest, ranges=ranges, state=state, leftovers=leftovers)
     return state
 
@@ -157,7 +163,8 @@ def fill_shard(
         directory: the checkpoint's.
         manifest: the checkpoint's.
         ranges: the new shard's; they need not follow the old ones.
-        state: arrays of these ranges; their contents are undefined after an error.
+        state: arrays of these ranges, of those that were saved; their contents are undefined after
+            an error.
         leftovers: indices of files of which this reader verifies every chunk besides.
 
     Raises:
@@ -166,8 +173,8 @@ def fill_shard(
     wanted: dict[int, list[Target]] = {index: [] for index in leftovers}
     for copy in copy_plan([record.ranges for record in manifest.files], ranges):
         old, first = manifest.files[copy.source].ranges, ranges[copy.space][0]
-        offsets = _offsets(old)
-        for array in STATE_ARRAYS:
+        offsets = _offsets(manifest.files[copy.source])
+        for array in state:
             target = state[array][copy.space][copy.begin - first : copy.end - first]
             offset = (
                 offsets[array, copy.space] + (copy.begin - old[copy.space][0]) * target.itemsize
@@ -200,8 +207,9 @@ def verify_files(directory: DirectoryLike, manifest: Manifest) -> None:
 
 def check_file_record(directory: Directory, record: FileRecord) -> None:
     """Raise CheckpointError if a file's size in the manifest does not follow from its ranges."""
-    needed = len(header_of(record.ranges)) + sum(
-        count * np.dtype(space).itemsize for _, space, count in _tensors(record.ranges)
+    needed = len(header_of(record.ranges, record.arrays)) + sum(
+        count * np.dtype(space).itemsize
+        for _, space, count in _tensors(record.ranges, record.arrays)
     )
     if record.size != needed:
         raise CheckpointError(
@@ -210,16 +218,16 @@ def check_file_record(directory: Directory, record: FileRecord) -> None:
         )
 
 
-def _tensors(ranges: Ranges) -> Iterator[tuple[str, str, int]]:
+def _tensors(ranges: Ranges, arrays: Collection[str]) -> Iterator[tuple[str, str, int]]:
     """Yield (array, space, elements) in the order of the file."""
     for space, (begin, end) in sorted(ranges.items()):
-        for array in STATE_ARRAYS:
+        for array in arrays:
             yield array, space, end - begin
 
 
-def _offsets(ranges: Ranges) -> dict[tuple[str, str], int]:
-    offsets, offset = {}, len(header_of(ranges))
-    for array, space, count in _tensors(ranges):
+def _offsets(record: FileRecord) -> dict[tuple[str, str], int]:
+    offsets, offset = {}, len(header_of(record.ranges, record.arrays))
+    for array, space, count in _tensors(record.ranges, record.arrays):
         offsets[array, space] = offset
         offset += count * np.dtype(space).itemsize
     return offsets
@@ -330,6 +338,6 @@ def _verify(pieces: list[memoryview], job: _ReadJob) -> None:
             room -= len(piece)
         if digest.intdigest() != record.checksums[number]:
             raise CheckpointError(f"{path}: bytes [{begin}, {end}) do not have their checksum")
-    header = header_of(record.ranges)
+    header = header_of(record.ranges, record.arrays)
     if job.begin == 0 and bytes(pieces[0][: len(header)]) != header:
         raise CheckpointError(f"{path}: its header is not that of its ranges")

@@ -184,7 +184,7 @@ class ShardGroup:
         """Return the clock and copies of the whole model's arrays at one round.
 
         Args:
-            what: names of arrays: "params", "m", "v".
+            what: names of arrays, of `NadamConfig.state_arrays`.
         """
         return self._said_if_long(f"reading {', '.join(what)}", lambda: self._read(what))
 
@@ -201,7 +201,7 @@ class ShardGroup:
         """Replace whole arrays, and the clock if given, on every shard, between two rounds.
 
         Args:
-            state: by name: "params", "m", "v".
+            state: by name, of `NadamConfig.state_arrays`.
             clock: None keeps the present one.
         """
 

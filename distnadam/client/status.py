@@ -183,7 +183,7 @@ class RunningOptimizer:
                 shards.append(ShardStatus(index, host, "dead", standby=standbys.get(index)))
             else:
                 answers.append(seen)
-                size = shard_bytes(seen.spec.ranges) if seen.spec is not None else None
+                size = shard_bytes(seen.spec) if seen.spec is not None else None
                 lag = None if seen.replicated is None else seen.round - seen.replicated
                 shards.append(
                     ShardStatus(

@@ -80,23 +80,24 @@ def from_weights(layout: Layout, weights: Any, *, finite: bool = True) -> tuple[
 
 
 @own_errors()
-def params_from(layout: Layout, params: Any, *, finite: bool = True) -> Flat:
+def params_from(layout: Layout, params: Any, *, what: str = "params", finite: bool = True) -> Flat:
     """Return a tree of parameters as flat arrays.
 
     Args:
         layout: the model's.
         params: in the structure given to `build`.
+        what: begins every message.
         finite: whether NaN and infinity are refused.
 
     Raises:
         StructureError: naming the tensor that does not fit the layout, or is not finite.
     """
-    flat = layout.flat(params, what="params")
+    flat = layout.flat(params, what=what)
     for tensor, view in zip(layout.tensors, layout.views(flat), strict=True):
         wrong = ~np.isfinite(view)
         if finite and wrong.any():
             raise StructureError(
-                f"params: {tensor.path!r}: expected finite values, got NaN or infinity: "
+                f"{what}: {tensor.path!r}: expected finite values, got NaN or infinity: "
                 f"{first_of(view, wrong)}"
             )
     return flat

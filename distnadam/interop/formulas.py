@@ -186,6 +186,24 @@ def find_absent(
         )
 
 
+def find_average(job: Conversion, state: OptimizerState, what: str) -> None:
+    """Add a note on the average of the parameters, which the framework `what` does not keep, and a
+    difference if the parameters become it now and then.
+    """
+    config = state.config
+    if not config.use_ema:
+        return
+    job.notes.append(
+        f"use_ema: the average of the parameters does not carry over, {what} keeps none; "
+        "get_ema_params() of the restored checkpoint returns it"
+    )
+    if config.ema_overwrite_frequency is not None:
+        job.differences.append(
+            f"ema_overwrite_frequency: {config.ema_overwrite_frequency} here, and {what} never "
+            "overwrites the parameters with their average"
+        )
+
+
 def find_outside(
     job: Conversion, state: OptimizerState, what: str, *, clips: tuple[str, ...] = ()
 ) -> None:

@@ -3,8 +3,9 @@
 The reference's Nadam is our formula "nadam", and "nadam_optax" with a schedule_decay of
 `NO_SCHEDULE`. Keras 3's is "nadam" with schedule_decay = 1, which it does not store; its
 `_u_product` is our m_schedule. Keras 3's Adam and AdamW are "adam_keras", and store no product. Its
-`weight_decay` is decoupled in all three. All have one clock, so the whole state carries over. No
-list holds the parameters, so a file stores them beside it. Keras is not imported.
+`weight_decay` is decoupled in all three, and its `use_ema` is ours. All have one clock, so the
+whole state carries over. No list holds the parameters, so a file stores them beside it. Keras is
+not imported.
 
 Frozen tensors are among the parameters and not in the list, as Keras leaves out what is not
 trainable; a file's description names them, and where there is none, `groups` in `config` must. Of
@@ -29,6 +30,7 @@ from distnadam.interop.formulas import (
     NO_SCHEDULE,
     Conversion,
     find_absent,
+    find_average,
     find_count,
     find_formula,
     find_outside,
@@ -56,10 +58,10 @@ from distnadam.interop.optimizer_state import (
 from distnadam.tensors.arrays import Array
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+_AVERAGE = ("use_ema", "ema_momentum", "ema_overwrite_frequency")
 _LACKING = {
     "amsgrad": (False, "distnadam has no AMSGrad"),
     "exclude_from_weight_decay": (None, USE_GROUPS),
-    "use_ema": (False, "distnadam keeps no average of the parameters"),
     "gradient_accumulation_steps": (1, "distnadam steps at every gradient"),
     "loss_scale_factor": (1, "distnadam does not divide gradients"),
 }
@@ -69,8 +71,6 @@ _WITHOUT_EFFECT = {
     "name",
     "jit_compile",
     "is_legacy_optimizer",
-    "ema_momentum",
-    "ema_overwrite_frequency",
 }
 """Settings of Keras that do not change a step."""
 _ADD_DECAY = "add weight_decay times the variable to its gradient before each step"
@@ -112,7 +112,7 @@ def variables(
     """Return the values to assign, one by one, to a built Keras 3 optimizer's `variables`.
 
     They are ``[iteration, learning_rate, m_0, v_0, m_1, v_1, ...]``, and `u_product` at the end
-    for Nadam.
+    for Nadam; with `use_ema` the averages come before the slots.
 
     Args:
         state: a loaded checkpoint.
@@ -125,7 +125,10 @@ def variables(
     job = Conversion(Path(f"keras.optimizers.{class_of_keras_3(state)}"), lossy=lossy)
     _compare_with_keras_3(state, job)
     job.settle()
-    slots = [array for i in state.trained(order) for array in (state.m[i], state.v[i])]
+    at = state.trained(order)
+    slots = [array for i in at for array in (state.m[i], state.v[i])]
+    if state.ema is not None:
+        slots = [*(state.ema[i] for i in at), *slots]
     clock = [np.array(state.clock.iterations, np.int32), np.array(state.rate, np.float32)]
     if is_adam(state.config):
         return [*clock, *slots]
@@ -144,7 +147,8 @@ def config_of_keras_3(state: OptimizerState) -> dict[str, Any]:
     ours = state.config
     decays = state.weight_decay and ours.decoupled_weight_decay
     decay = {"weight_decay": state.weight_decay} if decays else {}
-    return {"learning_rate": state.rate, **_common(state), **decay}
+    average = {name: getattr(ours, name) for name in _AVERAGE} if ours.use_ema else {}
+    return {"learning_rate": state.rate, **_common(state), **decay, **average}
 
 
 def write(state: OptimizerState, job: Conversion) -> None:
@@ -207,15 +211,18 @@ def read_keras_3(job: Conversion) -> OptimizerState:
         given = given[: len(given) - count]  # the largest second moments, which come last
     if formula == "nadam":
         settings.setdefault("schedule_decay", 1.0)
-    first = len(given) - 2 * count - is_nadam
+    averages = count if (file if "config" in about else settings).get("use_ema") else 0
+    first = len(given) - 2 * count - averages - is_nadam
     if first not in (1, 2):
         raise CheckpointError(
-            f"{job.path}: expected iteration, learning_rate, {2 * count} slots"
+            f"{job.path}: expected iteration, learning_rate, {2 * count + averages} slots"
             f"{' and u_product' if is_nadam else ''}, got {len(given)} arrays; formula is "
             f"{formula!r}, give another as config if it is not"
         )
-    end = first + 2 * count
-    slots = {"m": given[first:end:2], "v": given[first + 1 : end : 2]}
+    begin, end = first + averages, first + averages + 2 * count
+    slots = {"m": given[begin:end:2], "v": given[begin + 1 : end : 2]}
+    if averages:
+        slots["ema"] = given[first:begin]
     if first == 2 and "lr" not in job.config and "learning_rate" not in job.config:
         variable = given[1]
         if not ("lr" in file and _rounds_to(file["lr"], variable)):
@@ -233,6 +240,7 @@ def _compare_with_reference(state: OptimizerState, job: Conversion) -> None:
         )
     decay = ours.schedule_decay if ours.has_momentum_schedule else NO_SCHEDULE
     find_formula(job, state, "nadam", what, decay=decay)
+    find_average(job, state, what)
     find_absent(
         job,
         state,

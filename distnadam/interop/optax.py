@@ -23,6 +23,7 @@ from distnadam.hyperparameters import Formula
 from distnadam.interop.formulas import (
     Conversion,
     find_absent,
+    find_average,
     find_count,
     find_formula,
     find_outside,
@@ -192,6 +193,7 @@ def _compare(state: OptimizerState, job: Conversion) -> None:
     find_product(job, state, what)
     find_count(job, state, 2**31 - 1, "optax's int32 count")
     but = f", with a mask that leaves out {few(undecayed(state))}" if undecayed(state) else ""
+    find_average(job, state, what)
     find_absent(
         job,
         state,

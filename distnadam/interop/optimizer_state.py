@@ -39,6 +39,7 @@ class OptimizerState:
             dtype (float32 or float64).
         m: the first moments, likewise.
         v: the second moments, likewise.
+        ema: the average of the parameters, likewise; None if `config` keeps none.
     """
 
     layout: Layout
@@ -47,6 +48,7 @@ class OptimizerState:
     params: Sequence[Array]
     m: Sequence[Array]
     v: Sequence[Array]
+    ema: Sequence[Array] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -108,7 +110,8 @@ class OptimizerState:
         """Write a checkpoint of one shard under `root`, and return its directory."""
         check_layout(self.layout)
         ranges = {space: (0, size) for space, size in self.layout.sizes.items()}
-        arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in STATE_ARRAYS}
+        slots = self.config.state_arrays
+        arrays = {slot: _flat(self.layout, getattr(self, slot)) for slot in slots}
         position = Position(clock=self.clock, round=self.clock.iterations)
         manifest = Manifest.of(Settings(config=self.config), self.layout, position, data={})
         with store.new_checkpoint(root, manifest) as checkpoint:
@@ -138,7 +141,7 @@ def load_checkpoint(path: DirectoryLike) -> OptimizerState:
         layout,
         NadamConfig.from_dict(manifest.config),
         clock,
-        *(layout.views(flat[slot]) for slot in STATE_ARRAYS),
+        **{slot: layout.views(arrays) for slot, arrays in flat.items()},
     )
 
 
@@ -157,8 +160,9 @@ def make_state(
         config: the hyper-parameters.
         clock: the steps applied and the product of the momentum coefficients, numbers or 0-d
             arrays, not yet checked.
-        slots: "params", "m" and "v", each a mapping of path to array; "m" and "v" may both be left
-            out (all zero), and hold nothing of frozen tensors.
+        slots: "params", "m", "v" and "ema", each a mapping of path to array; "m" and "v" may both
+            be left out (all zero), and so may "ema" (the parameters); but for "params", they may
+            hold nothing of frozen tensors.
 
     Raises:
         CheckpointError: naming the tensor, the expected and the given.
@@ -180,11 +184,15 @@ def make_state(
         frozen = frozen_by(config, [tensor.path for tensor in layout.tensors])
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    checked = [
-        _slot(where, layout, slot, slots.get(slot), () if slot == "params" else frozen)
+    checked = {
+        slot: _slot(where, layout, slot, slots.get(slot), () if slot == "params" else frozen)
         for slot in STATE_ARRAYS
-    ]
-    return OptimizerState(layout, config, Clock(int(iterations), m_schedule), *checked)
+    }
+    if config.use_ema:
+        average = dict(slots.get("ema", slots["params"]))
+        average |= {path: slots["params"][path] for path in frozen if path not in average}
+        checked["ema"] = _slot(where, layout, "ema", average, ())
+    return OptimizerState(layout, config, Clock(int(iterations), m_schedule), **checked)
 
 
 def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:

@@ -1,9 +1,10 @@
 """safetensors and npz files of our own state, exact, and of parameters alone.
 
-With slots: ``params/<path>`` (master copies), ``m/<path>``, ``v/<path>``, and a description with
-config and layout (in safetensors the metadata key `about`). The clock is in the description of a
-safetensors file, and in arrays of an npz file. Parameters alone: ``<path>``, each in its own dtype,
-as other tools expect them; imported, they start at step 0 with moments of zero.
+With slots: ``params/<path>`` (master copies), ``m/<path>``, ``v/<path>``, with `use_ema`
+``ema/<path>``, and a description with config and layout (in safetensors the metadata key `about`).
+The clock is in the description of a safetensors file, and in arrays of an npz file. Parameters
+alone: ``<path>``, each in its own dtype, as other tools expect them; imported, they start at step 0
+with moments of zero.
 """
 
 from pathlib import Path
@@ -116,7 +117,7 @@ def read_safetensors(job: Conversion) -> OptimizerState:
 def _with_slots(state: OptimizerState) -> dict[str, Array]:
     return {
         f"{slot}/{name}": array
-        for slot in STATE_ARRAYS
+        for slot in state.config.state_arrays
         for name, array in zip(state.names, getattr(state, slot), strict=True)
     }
 
@@ -137,13 +138,15 @@ def _state(
 ) -> OptimizerState:
     path = job.path
     if about.get("kind") == "state":
-        slots = {slot: group(arrays, slot) for slot in STATE_ARRAYS}
+        given = settings_of(str(path), about)
+        names = (*STATE_ARRAYS, "ema") if given.get("use_ema") is True else STATE_ARRAYS
+        slots = {slot: group(arrays, slot) for slot in names}
         others = len(arrays) - sum(map(len, slots.values()))
         if others:
             raise CheckpointError(
-                f"{path}: expected entries under {', '.join(STATE_ARRAYS)}, got {others} others"
+                f"{path}: expected entries under {', '.join(names)}, got {others} others"
             )
-        settings = make_config(str(path), {**settings_of(str(path), about), **job.config})
+        settings = make_config(str(path), {**given, **job.config})
         return make_state(
             str(path), read_layout(str(path), about.get("layout")), settings, clock, slots
         )

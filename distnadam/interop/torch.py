@@ -30,6 +30,7 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.interop.formulas import (
     NO_SCHEDULE,
     Conversion,
+    find_average,
     find_formula,
     find_outside,
     is_adam,
@@ -197,6 +198,7 @@ def _compare(state: OptimizerState, job: Conversion) -> None:
     theirs: Literal["adam", "nadam"] = "adam" if is_adam(state.config) else "nadam"
     find_formula(job, state, theirs, what, decay=_momentum_decay(state))
     note_frozen(job, state, f"set requires_grad to False, and give {what} the others alone")
+    find_average(job, state, what)
 
 
 def _momentum_decay(state: OptimizerState) -> float:

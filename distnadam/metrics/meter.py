@@ -145,13 +145,15 @@ class Meter:
             yield from source()
 
 
-def shard_bytes(ranges: Ranges) -> int:
-    """Return the memory of a shard's state in bytes: two buffers of parameters, m and v.
+def shard_bytes(spec: ShardSpec) -> int:
+    """Return the memory of a shard's state in bytes: its arrays, of the parameters two buffers.
 
     It is as much where workers see bfloat16: a float32 master, and two buffers of half its bytes.
     """
+    arrays = 1 + len(spec.config.state_arrays)
     return sum(
-        4 * (end - begin) * np.dtype(space).itemsize for space, (begin, end) in ranges.items()
+        arrays * (end - begin) * np.dtype(space).itemsize
+        for space, (begin, end) in spec.ranges.items()
     )
 
 
@@ -161,7 +163,7 @@ def shard_samples(spec: ShardSpec, now: Description) -> Iterator[Sample]:
         moved = sum(each[place] for each in now.traffic.values())
         yield "distnadam_bytes_total", {"transport": "tcp", "direction": direction}, moved
     yield "distnadam_queue_depth", {}, len(set(now.members) - set(now.waiting_for))
-    yield "distnadam_shard_bytes", {"shard": str(spec.index)}, shard_bytes(spec.ranges)
+    yield "distnadam_shard_bytes", {"shard": str(spec.index)}, shard_bytes(spec)
     if spec.index == 0:
         yield "distnadam_iterations", {}, now.iterations
     if spec.replicas:

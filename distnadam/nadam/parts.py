@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 from distnadam.groups import groups_of
 from distnadam.hyperparameters import NadamConfig
@@ -17,7 +16,6 @@ class Parts:
         groups: the index of each tensor's group, or -1; None if there are no groups.
         together: the fewest parts that step alike where one scale is that of all.
         by_tensor: a part of each tensor, whose scale is the tensor's index.
-        frozen: the stretches [first, last) that no step changes.
     """
 
     def __init__(self, config: NadamConfig, layout: Layout, space: str, bounds: Range) -> None:
@@ -33,8 +31,6 @@ class Parts:
             if s.tensor not in layout.frozen
         ]
         self.together = list(_joined(self.by_tensor))
-        ends = [0, *(bound for p in self.together for bound in (p.begin, p.end)), end - begin]
-        self.frozen = [(low, high) for low, high in list(pairwise(ends))[::2] if low < high]
 
     def _setting(self, tensor: int) -> int:
         return 0 if self.groups is None else self._settings[self.groups[tensor] + 1]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distnadam.hyperparameters import NadamConfig
+from distnadam.nadam.averaging import Averaging, averaging_of
 from distnadam.reproducible_math import power_of_step
 from distnadam.schedules import rate_at
 
@@ -40,6 +41,7 @@ class StepScalars:
             from them (or `NONE`), their weight in the gradient (or `NONE`), and the largest
             magnitude of an element of the mean gradient (or `NONE`).
         after: the clock after the step.
+        averaging: what becomes of the average of the parameters; None if none is kept.
 
     The second moment's correction ``r = 1 / sqrt(1 - beta_2**t)`` is folded into the first three
     coefficients, which are c_g / r, c_m / r and epsilon / r, so that a kernel computes ``p -=
@@ -51,6 +53,7 @@ class StepScalars:
     lr: float
     coefficients: tuple[float, ...]
     after: Clock
+    averaging: Averaging | None = None
 
 
 def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
@@ -90,7 +93,12 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
             decay if decay and not config.decoupled_weight_decay else NONE,
             NONE if limit is None else limit,
         )
-    return StepScalars(lr=lr, coefficients=tuple(numbers), after=Clock(t, product))
+    return StepScalars(
+        lr=lr,
+        coefficients=tuple(numbers),
+        after=Clock(t, product),
+        averaging=averaging_of(config, t) if config.use_ema else None,
+    )
 
 
 def each_setting(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import KernelError
+from distnadam.nadam.averaging import update_average
 from distnadam.nadam.mean import BLOCK_BYTES, Grouping
 from distnadam.nadam.step_scalars import NONE, StepScalars
 from distnadam.tensors.arrays import Array
@@ -36,6 +37,7 @@ class Slots:
         v: the second moment, updated in place.
         out: where the new parameters go; None for `p` itself.
         rounded: where the new parameters go a second time, rounded to bfloat16; None for nowhere.
+        ema: the average of the parameters, updated in place by the new ones; None if none is kept.
     """
 
     p: Array
@@ -43,6 +45,7 @@ class Slots:
     v: Array
     out: Array | None = None
     rounded: Array | None = None
+    ema: Array | None = None
 
     @cached_property
     def written(self) -> Array:
@@ -141,13 +144,13 @@ class Stepper(ABC):
         """Average the gradients and step the parts of `share`; the bits do not depend on the number
         of threads.
         """
+        work = self._step_share if step.slots.ema is None else self._step_and_average
         if self._pool is None or len(shares) == 1:
             for parts in shares:
-                self._step_share(0, parts, step)
+                work(0, parts, step)
         else:
             steps = [
-                self._pool.submit(self._step_share, thread, parts, step)
-                for thread, parts in enumerate(shares)
+                self._pool.submit(work, thread, parts, step) for thread, parts in enumerate(shares)
             ]
             wait(steps)  # what fails in one of them is raised once none reads the gradients
             for each in steps:
@@ -157,6 +160,14 @@ class Stepper(ABC):
         """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown()
+
+    def _step_and_average(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
+        self._step_share(thread, parts, step)
+        slots, how = step.slots, step.scalars.averaging
+        assert slots.ema is not None
+        assert how is not None
+        for part in parts:
+            update_average(how, slots.ema, slots.written, slots.rounded, part.begin, part.end)
 
     @abstractmethod
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:

@@ -232,10 +232,10 @@ class Paused:
 
 @dataclass(frozen=True)
 class Read:
-    """Gets arrays of the held shard: any of "params", "m", "v"."""
+    """Gets arrays of the held shard by name; without names, all of them."""
 
     token: str
-    what: tuple[str, ...]
+    what: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@ into them. It knows no messages' order and no callers.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,16 +23,17 @@ class ShardFiles:
 
     Args:
         ranges: the shard's.
+        arrays: the names of what its state is made of.
 
     Attributes:
         directory: the directory of checkpoints last written to or read from; None before.
         snapshots: the background saves, whose copy of the arrays is to be waited for.
     """
 
-    def __init__(self, ranges: Ranges) -> None:
+    def __init__(self, ranges: Ranges, arrays: Sequence[str]) -> None:
         self.directory: str | None = None
         self._ranges = ranges
-        self.snapshots = SnapshotWriter(ranges)
+        self.snapshots = SnapshotWriter(ranges, arrays)
         self._lock = threading.Lock()
         self._num_saving = 0
 
@@ -96,14 +97,15 @@ class ShardFiles:
             state.load({"params": load.params or {}})
             return new(round=0, skipped=0, clock=Clock(), ledger={"runs": [], "newest": []})
         manifest = Manifest.from_bytes(load.manifest, shown(load.directory))
+        saved = manifest.state_arrays
         fill_shard(
             load.directory,
             manifest,
             ranges=self._ranges,
-            state=state.reset(),
+            state={name: flat for name, flat in state.reset().items() if name in saved},
             leftovers=load.leftovers,
         )
-        state.round()
+        state.settle(begin_average="ema" not in saved)
         self.directory = above(load.directory)
         return new(
             round=manifest.round,

@@ -42,7 +42,7 @@ from distnadam.runtime.shard_kernel import ShardKernel
 from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.machine import Shard
 from distnadam.shard.phases import AT_REST
-from distnadam.shard.state import ShardState
+from distnadam.shard.state import ShardState, frozen_in
 from distnadam.tensors.arrays import Flat, memory_for
 from distnadam.threads import renew_after_fork
 
@@ -83,14 +83,21 @@ class ShardHost:
         on_notice: Callable[[Notice], None] = lambda notice: None,
         can_send: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.shard = Shard(spec, ShardState.empty(spec.ranges, buffers, spec.layout.pull_dtypes))
+        state = ShardState.empty(
+            spec.ranges,
+            buffers,
+            spec.layout.pull_dtypes,
+            arrays=spec.config.state_arrays,
+            frozen=frozen_in(spec.layout, spec.ranges),
+        )
+        self.shard = Shard(spec, state)
         self.gradients_of: GradientsOf = lambda rank, incarnation, dtypes: None
         self.connect_standby: ConnectStandby | None = None
         self.traffic_of: Callable[[], Mapping[str, tuple[int, int]]] = dict
         self._spec = spec
         self._run_work = run_work
-        self._kernel = ShardKernel(spec, self.shard.state, threads)
-        self.files = ShardFiles(spec.ranges)
+        self._kernel = ShardKernel(spec, state, threads)
+        self.files = ShardFiles(spec.ranges, spec.config.state_arrays)
         standby_lost = Notice(StandbyLost(shard=spec.index))
         self._replicator = Replicator(spec.index, lambda: on_notice(standby_lost))
         self._outbox = Outbox(

@@ -39,7 +39,8 @@ class ShardKernel:
             for now, following in (state.buffers, state.buffers[::-1])
         ]
         self._in_place = [
-            {s: Slots(now[s], state.m[s], state.v[s]) for s in spec.ranges} for now in state.buffers
+            {s: Slots(now[s], state.m[s], state.v[s], ema=_average(state, s)) for s in spec.ranges}
+            for now in state.buffers
         ]
         self._parts = {
             space: Parts(spec.config, spec.layout, space, bounds)
@@ -52,7 +53,7 @@ class ShardKernel:
                 {space: parts.by_tensor for space, parts in self._parts.items()},
             )
         )
-        self._frozen = any(parts.frozen for parts in self._parts.values())
+        self._frozen = any(state.frozen.values())
         self._frozen_written = -1  # the count of writes whose frozen tensors are in both buffers
         self._signs = (-1.0,) if spec.config.maximize else UNSCALED  # of the mean gradient
 
@@ -116,8 +117,8 @@ class ShardKernel:
         """Have the frozen tensors in the spare buffer too, once after they were written."""
         if self._frozen_written == state.written:
             return
-        for space, parts in self._parts.items():
-            for first, last in parts.frozen:
+        for space, stretches in state.frozen.items():
+            for first, last in stretches:
                 np.copyto(state.spare[space][first:last], state.seen[space][first:last])
         self._frozen_written = state.written
 
@@ -125,6 +126,11 @@ class ShardKernel:
 def _slots(state: ShardState, space: str, now: Flat, following: Flat) -> Slots:
     """Return what a step of a space reads and writes, from one buffer to the other."""
     m, v, master = state.m[space], state.v[space], state.masters.get(space)
+    ema = _average(state, space)
     if master is None:
-        return Slots(now[space], m, v, following[space])
-    return Slots(master, m, v, None, following[space])
+        return Slots(now[space], m, v, following[space], ema=ema)
+    return Slots(master, m, v, None, following[space], ema)
+
+
+def _average(state: ShardState, space: str) -> Array | None:
+    return None if state.ema is None else state.ema[space]

@@ -4,7 +4,7 @@ file, by a thread of its own.
 Whoever is about to change the arrays waits for the copy's end, so the snapshot is of one round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from threading import Event
@@ -15,7 +15,7 @@ import numpy as np
 from distnadam.checkpoint.manifest import FileRecord
 from distnadam.checkpoint.shard_file import State
 from distnadam.errors import ShardLost
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat
+from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 from distnadam.threads import in_background, renew_after_fork
 
@@ -25,13 +25,15 @@ class SnapshotWriter:
 
     Args:
         ranges: the shard's.
+        arrays: the names of what its state is made of.
 
     Attributes:
         copied: set while the arrays may be changed; to wait for.
     """
 
-    def __init__(self, ranges: Ranges) -> None:
+    def __init__(self, ranges: Ranges, arrays: Sequence[str]) -> None:
         self._ranges = ranges
+        self._arrays = arrays
         self.memory: State = {}
         self._written: dict[str, Future[FileRecord]] = {}
         self.copied = Event()
@@ -49,7 +51,7 @@ class SnapshotWriter:
         if not self.memory:
             self.memory = {
                 name: {s: np.full(end - begin, 1, s) for s, (begin, end) in self._ranges.items()}
-                for name in STATE_ARRAYS
+                for name in self._arrays
             }
 
     def snapshot(
@@ -63,7 +65,7 @@ class SnapshotWriter:
 
         def take() -> FileRecord:
             try:
-                for array in STATE_ARRAYS:
+                for array in self._arrays:
                     for space, values in arrays[array].items():
                         np.copyto(self.memory[array][space], values)
             finally:

@@ -55,7 +55,7 @@ class Standby:
         self._lock = threading.RLock()
 
     def take_arrays(self, arrays: dict[str, Flat]) -> None:
-        """Take a copy of the primary's "params", "m" and "v", to be stepped in place."""
+        """Take a copy of the primary's arrays by name, to be stepped in place."""
         with self._lock:
             self._arrays = arrays
             self._control_state = None  # until `begin` says which round they are of
@@ -134,7 +134,7 @@ class Standby:
 
     @property
     def arrays(self) -> dict[str, Flat]:
-        """The standby's "params", "m" and "v"; empty if it has none."""
+        """The standby's arrays by name; empty if it has none."""
         return self._arrays
 
     @property
@@ -177,8 +177,9 @@ class Standby:
             )
         for space, stepper in self._steppers.items():
             p, m, v = (self._arrays[name][space] for name in STATE_ARRAYS)
+            ema = self._arrays["ema"][space] if self._spec.config.use_ema else None
             step = RangeStep(
-                slots=Slots(p, m, v),
+                slots=Slots(p, m, v, ema=ema),
                 gradients=[mean[space]],
                 grouping=in_order(1),
                 scalars=scalars,

@@ -217,7 +217,7 @@ class Shard:
     def _read(self, message: msg.Read, caller: Any) -> list[Effect]:
         self.require_hold(message.token)
         arrays = self.state.arrays()
-        return [Answer(caller, {name: arrays[name] for name in message.what})]
+        return [Answer(caller, {name: arrays[name] for name in message.what or arrays})]
 
     def _write(self, message: msg.Write, caller: Any) -> list[Effect]:
         self.require_hold(message.token)

@@ -1,13 +1,15 @@
-"""A shard's arrays: two buffers of parameters that alternate, and the two moments; and the master
-of what the buffers hold rounded. Pure; knows ranges, not rounds.
+"""A shard's arrays: two buffers of parameters that alternate, the two moments, and where it is kept
+the average of the parameters; and the master of what the buffers hold rounded. Pure; knows ranges,
+not rounds.
 """
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from distnadam.tensors.arrays import Dtypes, Flat, round_into, zeros_flat
-from distnadam.tensors.layout import Ranges, sizes_of
+from distnadam.tensors.arrays import STATE_ARRAYS, Dtypes, Flat, round_into, zeros_flat
+from distnadam.tensors.layout import Layout, Range, Ranges, sizes_of
 
 
 @dataclass
@@ -24,6 +26,9 @@ class ShardState:
         m: the first moments.
         v: the second moments.
         masters: the parameters of the spaces that workers see rounded.
+        ema: the average of the parameters; None if none is kept.
+        frozen: by space, the stretches [first, last) that no step changes; their average is what
+            they are.
         active: the index of the current buffer.
         written: how often arrays were replaced other than by a step.
     """
@@ -32,6 +37,8 @@ class ShardState:
     m: Flat
     v: Flat
     masters: Flat = field(default_factory=dict)
+    ema: Flat | None = None
+    frozen: Mapping[str, Sequence[Range]] = field(default_factory=dict)
     active: int = field(default=0, init=False)
     written: int = field(default=0, init=False)
 
@@ -41,6 +48,9 @@ class ShardState:
         ranges: Ranges,
         buffers: tuple[Flat, Flat] | None = None,
         dtypes: Dtypes | None = None,
+        *,
+        arrays: Collection[str] = STATE_ARRAYS,
+        frozen: Mapping[str, Sequence[Range]] | None = None,
     ) -> "ShardState":
         """Return zeroed state.
 
@@ -48,12 +58,21 @@ class ShardState:
             ranges: the shard's.
             buffers: the parameter buffers where the process shares them; None for new ones.
             dtypes: in which workers see the parameters of each space; None for the spaces' own.
+            arrays: the names of what is kept, as `NadamConfig.state_arrays` has them.
+            frozen: what `frozen_in` says of the ranges; None for nothing.
         """
         sizes = sizes_of(ranges)
         if buffers is None:
             buffers = zeros_flat(sizes, dtypes), zeros_flat(sizes, dtypes)
         rounded = {space: n for space, n in sizes.items() if dtypes and dtypes[space] != space}
-        return cls(buffers, zeros_flat(sizes), zeros_flat(sizes), zeros_flat(rounded))
+        return cls(
+            buffers,
+            zeros_flat(sizes),
+            zeros_flat(sizes),
+            zeros_flat(rounded),
+            zeros_flat(sizes) if "ema" in arrays else None,
+            frozen or {},
+        )
 
     @property
     def params(self) -> Flat:
@@ -76,31 +95,41 @@ class ShardState:
 
     def arrays(self) -> dict[str, Flat]:
         """Return the present arrays by name."""
-        return {"params": self.params, "m": self.m, "v": self.v}
+        found = {"params": self.params, "m": self.m, "v": self.v}
+        return found if self.ema is None else found | {"ema": self.ema}
 
     def reset(self) -> dict[str, Flat]:
-        """Return the arrays by name, to be filled in place before `round`; workers see
+        """Return the arrays by name, to be filled in place before `settle`; workers see
         `buffers[0]` from now on.
         """
         self.active = 0
         self.written += 1
         return self.arrays()
 
-    def round(self) -> None:
-        """Have workers see in the current buffer what the masters are now."""
+    def settle(self, *, begin_average: bool) -> None:
+        """Have what follows from the parameters follow them, once these were filled: what workers
+        see rounded, and the average, of what is frozen only unless it is to begin.
+        """
         for space, master in self.masters.items():
             round_into(self.seen[space], master)
+        self._settle_average(begin=begin_average)
+
+    def _settle_average(self, *, begin: bool) -> None:
+        params = self.params
+        for space, average in (self.ema or {}).items():
+            for first, last in [(0, average.size)] if begin else self.frozen.get(space, ()):
+                np.copyto(average[first:last], params[space][first:last])
 
     def load(self, arrays: dict[str, Flat], active: int = 0) -> None:
-        """Take whole arrays by name, those not given being zero; workers see `buffers[active]` from
-        now on.
+        """Take whole arrays by name, moments that are not given being zero, and an average that is
+        not the parameters; workers see `buffers[active]` from now on.
         """
         self.active = active
         self.written += 1
         for name, target in self.arrays().items():
             for space, values in target.items():
                 np.copyto(values, arrays[name][space] if name in arrays else 0)
-        self.round()
+        self.settle(begin_average="ema" not in arrays)
 
     def write(self, state: dict[str, Flat]) -> None:
         """Replace whole arrays by name; workers that see the present parameters keep them."""
@@ -111,4 +140,21 @@ class ShardState:
                 np.copyto(target[space], values)
         if "params" in state:
             self.swap()
-            self.round()
+            self.settle(begin_average=False)
+        elif "ema" in state:
+            self._settle_average(begin=False)
+
+
+def frozen_in(layout: Layout, ranges: Ranges) -> dict[str, list[Range]]:
+    """Return by space the stretches [first, last) of a shard's ranges that no step changes, counted
+    from where the range begins.
+    """
+    return {
+        space: [
+            (segment.begin - begin, segment.end - begin)
+            for segment in layout.segments(space, begin, end)
+            if segment.tensor in layout.frozen
+        ]
+        for space, (begin, end) in ranges.items()
+        if layout.frozen
+    }

@@ -12,7 +12,7 @@ from typing import Any
 
 from distnadam.protocol.messages import Read, ShardSpec
 from distnadam.protocol.supervisor_messages import Load, Reconfigure, ShardControlState
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat, memory_for
+from distnadam.tensors.arrays import Flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import copy_plan
 from distnadam.tensors.layout import Ranges, sizes_of
 
@@ -97,7 +97,7 @@ class ShardProcesses(ABC):
         """
         read = self.ask(
             dict(enumerate(move.old)),
-            {index: Read(move.token, STATE_ARRAYS) for index in range(len(move.old))},
+            {index: Read(move.token) for index in range(len(move.old))},
             MOVE_S,
         )
         errors = [answer for answer in read.values() if isinstance(answer, Exception)]
@@ -117,12 +117,12 @@ def _cut(
     read: Mapping[int, Mapping[str, Flat]], cuts: Sequence[Ranges], ranges: Ranges
 ) -> dict[str, Flat]:
     """Return the arrays of some ranges, copied from what shards of other ranges hold."""
-    state = {name: empty_flat(sizes_of(ranges)) for name in STATE_ARRAYS}
+    state = {name: empty_flat(sizes_of(ranges)) for name in read[0]}
     for copy in copy_plan(cuts, ranges):
         there, here = cuts[copy.source][copy.space][0], ranges[copy.space][0]
-        for name in STATE_ARRAYS:
+        for name, flat in state.items():
             source = read[copy.source][name][copy.space][copy.begin - there : copy.end - there]
-            state[name][copy.space][copy.begin - here : copy.end - here] = source
+            flat[copy.space][copy.begin - here : copy.end - here] = source
     return state
 
 

@@ -26,7 +26,9 @@ have.
 """
 SPACES = ("float32", "float64")
 STATE_ARRAYS = ("params", "m", "v")
-"""The arrays of an optimizer's state, each one flat array per space: parameters, both moments."""
+"""The arrays of every optimizer's state, each one flat array per space: parameters, both moments.
+`NadamConfig.state_arrays` says which one has.
+"""
 HALF = frozenset({"float16", "bfloat16"})
 """Half precisions, in which gradients may come for the float32 space."""
 

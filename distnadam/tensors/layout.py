@@ -155,9 +155,9 @@ class Layout:
         return sum(self.sizes.values())
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of the parameters' master copies and both slots."""
-        return sum(3 * n * np.dtype(space).itemsize for space, n in self.sizes.items())
+    def array_bytes(self) -> int:
+        """Bytes of the parameters' master copies, or of another array of the state."""
+        return sum(n * np.dtype(space).itemsize for space, n in self.sizes.items())
 
     @cached_property
     def given_order(self) -> list[int]:

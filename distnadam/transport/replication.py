@@ -9,7 +9,7 @@ once the standby has acknowledged the last.
 import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from threading import Event
 from typing import Any
@@ -22,7 +22,7 @@ from distnadam.errors import LaneError
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.frames import frame_of
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
+from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.shared_memory import Arena
 
@@ -58,7 +58,7 @@ class ShmReplicationStream(ReplicationStream):
 
     Args:
         address: where the standby listens.
-        arrays: the primary's "params", "m" and "v", of which the standby gets a copy.
+        arrays: the primary's, by name, of which the standby gets a copy.
         decided: the round they are of.
         timeout_s: seconds after which a standby that has not acknowledged a round is given up.
     """
@@ -67,9 +67,9 @@ class ShmReplicationStream(ReplicationStream):
         self, address: Address, arrays: Mapping[str, Flat], decided: int, timeout_s: float
     ) -> None:
         sizes = {space: values.size for space, values in arrays["params"].items()}
-        copy, shared = Arena.create(sizes, copies=3), Arena.create(sizes)
-        for flat, name in zip(copy.flats, STATE_ARRAYS, strict=True):
-            for space, values in arrays[name].items():
+        copy, shared = Arena.create(sizes, copies=len(arrays)), Arena.create(sizes)
+        for flat, array in zip(copy.flats, arrays.values(), strict=True):
+            for space, values in array.items():
                 np.copyto(flat[space], values)
         self.mean = shared.flats[0]
         self._memory = shared
@@ -117,17 +117,20 @@ class StandbyReceiver:
 
     Args:
         sizes: elements of the shard's ranges per space.
-        begin: called with the arrays "params", "m" and "v" once they are there.
+        arrays: the names of what the state is made of.
+        begin: called with the arrays by name once they are there.
         apply: called with each record and the round's mean gradient.
     """
 
     def __init__(
         self,
         sizes: Mapping[str, int],
+        arrays: Sequence[str],
         begin: Callable[[dict[str, Flat]], None],
         apply: Callable[[Record, Flat], None],
     ) -> None:
         self._sizes = sizes
+        self._arrays = arrays
         self._begin = begin
         self._apply = apply
         self._mean: Flat = empty_flat({})
@@ -152,11 +155,11 @@ class StandbyReceiver:
             return {}, []  # a watcher, which only waits for the end of this process
         if len(fds) != 2:
             raise LaneError(f"expected two arenas, got {len(fds)}")
-        copy = Arena.attach(fds.pop(0), self._sizes, copies=3, writable=True)
+        copy = Arena.attach(fds.pop(0), self._sizes, copies=len(self._arrays), writable=True)
         self._mean = Arena.attach(fds.pop(0), self._sizes).flats[0]
         self._primary = connection
         self.ended.clear()
-        self._begin(dict(zip(STATE_ARRAYS, copy.flats, strict=True)))
+        self._begin(dict(zip(self._arrays, copy.flats, strict=True)))
         return {}, []
 
     def _take(self, connection: Connection, frame: bytes) -> None:

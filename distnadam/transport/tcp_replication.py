@@ -14,7 +14,7 @@ gap.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from distnadam.errors import LaneError
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.frames import HEADER
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
+from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.replication import ReplicationStream
 from distnadam.transport.tcp_connection import (
     HANDSHAKE_S,
@@ -57,7 +57,7 @@ class TcpReplicationStream(ReplicationStream):
     Args:
         shard: the shard's index.
         endpoint: where the standby listens.
-        arrays: the primary's "params", "m" and "v", of which the standby gets a copy.
+        arrays: the primary's, by name, of which the standby gets a copy.
         decided: the round they are of.
         timeout_s: seconds without an acknowledgement after which a standby is given up.
 
@@ -221,7 +221,8 @@ class TcpStandbyReceiver(Receiver):
     Args:
         shard: the shard's index.
         sizes: elements of the shard's ranges per space.
-        begin: called with the arrays "params", "m" and "v" once they are there.
+        arrays: the names of what the state is made of.
+        begin: called with the arrays by name once they are there.
         apply: called with each record and the round's mean gradient.
         host: the address to listen at.
         ports: the first and the last port to try; None for any.
@@ -234,6 +235,7 @@ class TcpStandbyReceiver(Receiver):
         self,
         shard: int,
         sizes: dict[str, int],
+        arrays: Sequence[str],
         begin: Callable[[dict[str, Flat]], None],
         apply: Callable[[Record, Flat], None],
         host: str,
@@ -241,6 +243,7 @@ class TcpStandbyReceiver(Receiver):
     ) -> None:
         self._shard = shard
         self._sizes = sizes
+        self._arrays = arrays
         self._begin = begin
         self._apply = apply
         self._primary: TcpConnection | None = None
@@ -270,7 +273,7 @@ class TcpStandbyReceiver(Receiver):
             self._primary.close("the primary has connected anew")
         self._apply(DetachStandby(), {})
         self._primary = connection
-        self._landing = _Landing(self._sizes)
+        self._landing = _Landing(self._sizes, self._arrays)
 
     @override
     def landing(
@@ -315,8 +318,8 @@ class _Expected:
 class _Landing:
     """The memory that one connection's pieces go to, and how many of each have come."""
 
-    def __init__(self, sizes: dict[str, int]) -> None:
-        self.state = {name: empty_flat(sizes) for name in STATE_ARRAYS}
+    def __init__(self, sizes: dict[str, int], arrays: Sequence[str]) -> None:
+        self.state = {name: empty_flat(sizes) for name in arrays}
         self.mean = empty_flat(sizes)
         self.acknowledged = 0
         self._expected = {
@@ -353,7 +356,7 @@ class _Landing:
 
 
 def _state_parts(arrays: Mapping[str, Flat]) -> Parts:
-    return [part for name in STATE_ARRAYS for part in parts_of(arrays[name])]
+    return [part for flat in arrays.values() for part in parts_of(flat)]
 
 
 def _pieces(parts: Parts) -> Iterator[memoryview]:

@@ -163,6 +163,7 @@ def test_a_node_needs_more_for_more_of_everything_and_memory_holds_the_store(
         ("workers", 8),
         ("replicas", 1),
         ("workers_per_node", 4),
+        ("ema", True),
     ):
         assert of(run(**{name: more})).memory >= node.memory
     assert of(run(shard_nodes=8)).memory <= node.memory

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from distnadam import DistNadam
 from distnadam.checkpoint.diff import compare
@@ -43,7 +44,11 @@ def saved(root: Path, *, steps: int = 3, at: int | None = None, **config: Any) -
 
 
 @pytest.mark.parametrize("formula", ["nadam", "nadam_optax", "nadam_algoperf", "adam"])
-@pytest.mark.parametrize("rest", [{**COUPLED, **UPWARD}, DECAYED], ids=["coupled", "decoupled"])
+@pytest.mark.parametrize(
+    "rest",
+    [{**COUPLED, **UPWARD}, DECAYED, {"use_ema": True, "ema_overwrite_frequency": 2}],
+    ids=["coupled", "decoupled", "averaged"],
+)
 @pytest.mark.parametrize("to", ["numpy", "safetensors"])
 def test_our_own_files_hold_every_setting(
     to: Format, rest: dict[str, Any], formula: str, tmp_path: Path
@@ -298,7 +303,6 @@ def test_the_class_of_keras_3_is_seen_in_its_configuration(tmp_path: Path) -> No
     ("given", "message"),
     [
         ({"amsgrad": True}, "amsgrad: True there, and distnadam has no AMSGrad"),
-        ({"use_ema": True}, "use_ema: True there, and distnadam keeps no average"),
         (
             {"exclude_from_weight_decay": ["bias"]},
             r"exclude_from_weight_decay: \['bias'\] there, and distnadam has groups for that",
@@ -314,6 +318,90 @@ def test_a_setting_of_keras_3_that_we_lack_is_refused_by_name(
     with pytest.raises(ConversionError, match=message):
         taken(file, "keras3", **{**ADAM_OF_KERAS_3, **given})
     assert not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize("formula", ["nadam", "adam_keras"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_keras_3_has_the_average_of_the_parameters_too(
+    steps: int, formula: str, tmp_path: Path
+) -> None:
+    rest = {"schedule_decay": 1.0} if formula == "nadam" else {}
+    average = {"use_ema": True, "ema_momentum": 0.75, "ema_overwrite_frequency": 2}
+    before = saved(tmp_path / "a", steps=steps, formula=formula, **rest, **average)
+    state = load_checkpoint(before)
+    listed = keras.variables(state)
+    assert [a.tobytes() for a in listed[2:4]] == [a.tobytes() for a in state.ema or ()]
+    assert average.items() <= keras.config_of_keras_3(state).items()
+    assert export_checkpoint(before, tmp_path / "file", to="keras3").notes == ()
+    back = import_checkpoint(tmp_path / "file", tmp_path / "b", source_format="keras3")
+    found = compare(before, Path(back.path))
+    assert found.tensors == ()
+    assert set(found.settings) <= {"m_schedule"}
+    without = import_checkpoint(
+        tmp_path / "file", tmp_path / "c", source_format="keras3", config={"use_ema": False}
+    )
+    assert load_checkpoint(without.path).ema is None
+    about = without_about(tmp_path / "d", "keras3", formula=formula, **rest, **average)
+    config = {**ADAM_OF_KERAS_3, **average} if formula == "adam_keras" else NADAM_OF_KERAS_3
+    done = import_checkpoint(
+        about, tmp_path / "e", source_format="keras3", config={**config, **average}
+    )
+    assert load_checkpoint(done.path).ema is not None
+
+
+@pytest.mark.parametrize(
+    ("to", "config"),
+    [
+        ("keras", {}),
+        ("torch", {}),
+        ("optax", {"formula": "nadam_optax"}),
+    ],
+)
+def test_where_there_is_no_average_a_note_says_so_and_overwriting_is_refused(
+    to: Format, config: dict[str, Any], tmp_path: Path
+) -> None:
+    if to == "torch":
+        pytest.importorskip("torch")
+    file = tmp_path / "file"
+    kept = saved(tmp_path / "a", use_ema=True, **config)
+    (note,) = export_checkpoint(kept, file, to=to).notes
+    assert "the average of the parameters does not carry over" in note
+    file.unlink()
+    overwriting = saved(tmp_path / "b", use_ema=True, ema_overwrite_frequency=2, **config)
+    with pytest.raises(ConversionError, match="ema_overwrite_frequency: 2 here"):
+        export_checkpoint(overwriting, file, to=to)
+    assert not file.exists()
+
+
+def test_an_import_that_asks_for_an_average_begins_it_with_the_parameters(tmp_path: Path) -> None:
+    export_checkpoint(saved(tmp_path / "a"), tmp_path / "file", to="numpy")
+    done = import_checkpoint(
+        tmp_path / "file", tmp_path / "b", source_format="numpy", config={"use_ema": True}
+    )
+    state = load_checkpoint(done.path)
+    assert [a.tobytes() for a in state.ema or ()] == [a.tobytes() for a in state.params]
+
+
+@pytest.mark.parametrize("file_format", ["numpy", "safetensors"])
+def test_one_of_our_files_that_lacks_an_average_is_refused(
+    file_format: Format, tmp_path: Path
+) -> None:
+    export_checkpoint(saved(tmp_path / "a", use_ema=True), tmp_path / "file", to=file_format)
+    if file_format == "numpy":
+        with np.load(tmp_path / "file") as data:
+            entries = {name: data[name] for name in data if name != "ema/bias"}
+        with open(tmp_path / "file", "wb") as file:
+            np.savez(file, **entries)
+    else:
+        from safetensors.numpy import load_file, save_file
+
+        with safe_open(tmp_path / "file", framework="numpy") as opened:
+            metadata = opened.metadata()
+        entries = load_file(tmp_path / "file")
+        del entries["ema/bias"]
+        save_file(entries, tmp_path / "file", metadata=metadata)
+    with pytest.raises(CheckpointError, match="ema: tensor 'bias' is missing"):
+        import_checkpoint(tmp_path / "file", tmp_path / "b", source_format=file_format)
 
 
 def test_amsgrads_largest_moments_are_left_out_where_asked_for(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from distnadam.errors import (
 from distnadam.hyperparameters import NadamConfig
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import Phase
-from distnadam.tensors.arrays import STATE_ARRAYS, cut_flat
+from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Ticket, Worker
 from tests.configurations import A_FEW
 from tests.reference import OneProcess, State, history_of, state_of
@@ -407,7 +407,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             )
 
     def same_bits(self, got: State, expected: State, process: Process) -> None:
-        for name in STATE_ARRAYS:
+        for name in self.config.state_arrays:
             cut = cut_flat({"float32": getattr(expected, name)}, process.spec.ranges)["float32"]
             assert getattr(got, name).tobytes() == cut.tobytes(), (
                 f"{name} of shard {process.spec.index}"
@@ -449,6 +449,7 @@ def test_a_member_that_is_replaced_while_its_group_waits_changes_no_bit(
         replicas=0,
         gone={"rejoin_timeout_s": 1e6},
         clip={},
+        formula={},
         pull_dtype=None,
         objects=False,
         hosts=2,

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam import DistNadam
+from distnadam import DistNadam, Options
+from distnadam.hyperparameters import NadamConfig
 from distnadam.metrics.meter import BOUNDS_S, Meter, Seconds, Traffic, shard_bytes, shard_samples
 from distnadam.metrics.table import METRICS
-from distnadam.protocol.messages import Describe
+from distnadam.protocol.messages import Describe, ShardSpec
 from distnadam.tensors.arrays import dtypes_of
+from distnadam.tensors.layout import Layout
 
 
 def test_a_duration_counts_in_the_first_bucket_whose_bound_it_does_not_exceed() -> None:
@@ -92,10 +94,22 @@ def test_every_sample_is_in_the_table_with_its_tags() -> None:
         assert METRICS[name].kind != "histogram"
 
 
+@pytest.mark.parametrize(("use_ema", "arrays"), [(False, 4), (True, 5)])
 @pytest.mark.parametrize(
-    ("ranges", "size"), [({"float32": (5, 10), "float64": (0, 2)}, 4 * (5 * 4 + 2 * 8)), ({}, 0)]
+    ("ranges", "size"), [({"float32": (5, 10), "float64": (0, 2)}, 5 * 4 + 2 * 8), ({}, 0)]
 )
-def test_a_shards_state_is_two_buffers_of_parameters_and_both_moments(
-    ranges: dict[str, tuple[int, int]], size: int
+def test_a_shards_state_is_two_buffers_of_parameters_both_moments_and_the_average(
+    ranges: dict[str, tuple[int, int]], size: int, use_ema: bool, arrays: int
 ) -> None:
-    assert shard_bytes(ranges) == size
+    spec = ShardSpec(
+        index=0,
+        num_shards=1,
+        num_workers=1,
+        replicas=0,
+        name=None,
+        config=NadamConfig(use_ema=use_ema),
+        options=Options(),
+        layout=Layout.of({"w": np.ones(9, np.float32)}),
+        ranges=ranges,
+    )
+    assert shard_bytes(spec) == arrays * size

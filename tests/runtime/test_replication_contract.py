@@ -20,7 +20,6 @@ from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import ReplicatedRound, ShardControlState
 from distnadam.runtime.standby import Standby
-from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout, sizes_of
 from distnadam.transport.replication import ReplicationStream, ShmReplicationStream, StandbyReceiver
 from distnadam.transport.tcp_replication import TcpReplicationStream, TcpStandbyReceiver
@@ -28,7 +27,7 @@ from tests.simulation.stream import InProcessStream
 
 SIZE = 1000
 LAYOUT = Layout.of({"w": np.ones(SIZE, np.float32)})
-CONFIG = NadamConfig()
+CONFIG = NadamConfig(use_ema=True, ema_overwrite_frequency=2)
 SPEC = ShardSpec(
     index=0,
     num_shards=1,
@@ -42,7 +41,7 @@ SPEC = ShardSpec(
 )
 STATE = {
     name: {"float32": np.full(SIZE, value, np.float32)}
-    for name, value in zip(STATE_ARRAYS, (1.0, 0.5, 0.25), strict=True)
+    for name, value in zip(CONFIG.state_arrays, (1.0, 0.5, 0.25, 0.75), strict=True)
 }
 PATIENCE_S = 30.0
 
@@ -172,13 +171,21 @@ class TcpEnd(ProcessEnd):
 
 
 def receive_by_shared_memory(standby: Standby) -> Any:
-    receiver = StandbyReceiver(sizes_of(SPEC.ranges), standby.take_arrays, standby.apply)
+    receiver = StandbyReceiver(
+        sizes_of(SPEC.ranges), SPEC.config.state_arrays, standby.take_arrays, standby.apply
+    )
     return receiver.address
 
 
 def receive_by_tcp(standby: Standby) -> Any:
     receiver = TcpStandbyReceiver(
-        0, sizes_of(SPEC.ranges), standby.take_arrays, standby.apply, "127.0.0.1", None
+        0,
+        sizes_of(SPEC.ranges),
+        SPEC.config.state_arrays,
+        standby.take_arrays,
+        standby.apply,
+        "127.0.0.1",
+        None,
     )
     return receiver.endpoint
 

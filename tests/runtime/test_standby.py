@@ -103,8 +103,10 @@ def do_round(
 
 
 def same(one: State, other: State) -> bool:
+    averages = [None if state.ema is None else state.ema.tobytes() for state in (one, other)]
     return (
         all(getattr(one, x).tobytes() == getattr(other, x).tobytes() for x in STATE_ARRAYS)
+        and averages[0] == averages[1]
         and one.clock == other.clock
     )
 

@@ -19,7 +19,7 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedJoin,
     ReplicatedRound,
 )
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 from distnadam.transport.connection import Address
 from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
 
@@ -55,7 +55,7 @@ class RecordingStandby:
         self.came: list[tuple[Record, float]] = []
         self.hang = threading.Event()
         self.hang.set()
-        self.receiver = StandbyReceiver(SIZES, self.begun.update, self._apply)
+        self.receiver = StandbyReceiver(SIZES, STATE_ARRAYS, self.begun.update, self._apply)
 
     def _apply(self, record: Record, mean: Flat) -> None:
         self.hang.wait()

@@ -128,7 +128,9 @@ class Far:
         self.hang.set()
         self.decided = 0
         sizes = sizes_of(self.spec.ranges)
-        self.receiver = TcpStandbyReceiver(0, sizes, self._begin, self._apply, "127.0.0.1", None)
+        self.receiver = TcpStandbyReceiver(
+            0, sizes, STATE_ARRAYS, self._begin, self._apply, "127.0.0.1", None
+        )
         self.arrays = arrays_of(self.spec, 1)
 
     def _begin(self, arrays: dict[str, Flat]) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from distnadam.errors import LaneError
 from distnadam.protocol.supervisor_messages import Record, ReplicatedRound, ShardControlState
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat, empty_flat
+from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.transport.replication import ReplicationStream
 
 PIECE_ELEMENTS = 1 << 24
@@ -31,7 +31,7 @@ class ObjectReplicationStream(ReplicationStream):
         standby: its actor.
         control_state: the primary's, at the round of the arrays.
         config: the primary's NadamConfig.
-        arrays: the primary's "params", "m" and "v", which are copied.
+        arrays: the primary's, by name, which are copied.
         timeout_s: seconds after which a standby that has not answered a call is given up.
 
     Raises:
@@ -52,10 +52,10 @@ class ObjectReplicationStream(ReplicationStream):
         self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
         self._id = time.time_ns()  # later than any earlier stream's, another primary's included
         self._numbers = itertools.count()
-        for name in STATE_ARRAYS:
+        for name, flat in arrays.items():
             for space in self._spaces:
-                for begin in range(0, max(1, arrays[name][space].size), PIECE_ELEMENTS):
-                    piece = arrays[name][space][begin : begin + PIECE_ELEMENTS]
+                for begin in range(0, max(1, flat[space].size), PIECE_ELEMENTS):
+                    piece = flat[space][begin : begin + PIECE_ELEMENTS]
                     self._call(standby.fill, name, space, begin, piece)
         self._call(standby.begin_by_calls, control_state, config)
         self.reached = control_state.round

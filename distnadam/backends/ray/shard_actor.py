@@ -41,7 +41,7 @@ from distnadam.runtime.standby import Standby
 from distnadam.shard.effects import Notice
 from distnadam.supervision.discovery import DiscoveredProcess
 from distnadam.supervision.process_manager import ShardProcess
-from distnadam.tensors.arrays import STATE_ARRAYS, Array, Flat, cut_flat, empty_flat, memory_for
+from distnadam.tensors.arrays import Array, Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
 from distnadam.tensors.layout import sizes_of
 from distnadam.transport.connection import Address
@@ -97,7 +97,7 @@ class ShardActor:
         """
         if self._host is None and self._standby is None:
             with memory_for(
-                f"shard {self._spec.index}: its state of {shard_bytes(self._spec.ranges)} bytes"
+                f"shard {self._spec.index}: its state of {shard_bytes(self._spec)} bytes"
             ):
                 self._open(neighbour, standby=standby)
         return self._address
@@ -106,7 +106,12 @@ class ShardActor:
         if standby:
             self._standby = Standby(self._spec, self._threads)
             sizes = sizes_of(self._spec.ranges)
-            self._receiver = StandbyReceiver(sizes, self._standby.take_arrays, self._standby.apply)
+            self._receiver = StandbyReceiver(
+                sizes,
+                self._spec.config.state_arrays,
+                self._standby.take_arrays,
+                self._standby.apply,
+            )
             self._address = dataclasses.replace(self._address, socket=self._receiver.address)
             if neighbour is not None:
                 self._share_memory(neighbour)
@@ -145,6 +150,7 @@ class ShardActor:
             self._far_receiver = TcpStandbyReceiver(
                 self._spec.index,
                 sizes_of(self._spec.ranges),
+                self._spec.config.state_arrays,
                 self._standby.take_arrays,
                 self._standby.apply,
                 ray.util.get_node_ip_address(),
@@ -177,22 +183,21 @@ class ShardActor:
         return await asyncio.wrap_future(self._host.send(message))
 
     async def part(self, token: str, copy: Copy) -> list[Any]:
-        """Return some elements of the paused shard's "params", "m" and "v"."""
+        """Return some elements of each of the paused shard's arrays, in order."""
         assert self._host is not None
         begin = self._spec.ranges[copy.space][0]
-        arrays = await asyncio.wrap_future(self._host.send(Read(token, STATE_ARRAYS)))
-        return [
-            arrays[name][copy.space][copy.begin - begin : copy.end - begin] for name in STATE_ARRAYS
-        ]
+        names = self._spec.config.state_arrays
+        arrays = await asyncio.wrap_future(self._host.send(Read(token, names)))
+        return [arrays[name][copy.space][copy.begin - begin : copy.end - begin] for name in names]
 
     async def install(self, order: Load, plan: Sequence[Copy], *parts: Any) -> Any:
         """Load a state assembled from other shards' parts, which `plan` places."""
         sizes = sizes_of(self._spec.ranges)
-        state = {name: empty_flat(sizes) for name in STATE_ARRAYS}
+        state = {name: empty_flat(sizes) for name in self._spec.config.state_arrays}
         for copy, part in zip(plan, parts, strict=True):
             first = self._spec.ranges[copy.space][0]
-            for name, values in zip(STATE_ARRAYS, part, strict=True):
-                state[name][copy.space][copy.begin - first : copy.end - first] = values
+            for flat, values in zip(state.values(), part, strict=True):
+                flat[copy.space][copy.begin - first : copy.end - first] = values
         return await self.send(dataclasses.replace(order, state=state))
 
     async def control_state(self) -> ShardControlState:
@@ -219,7 +224,7 @@ class ShardActor:
             apply = self._standby.apply
             await asyncio.wrap_future(self._executor.submit(apply, DetachStandby(), {}))
             sizes = sizes_of(self._spec.ranges)
-            self._landing = {array: empty_flat(sizes) for array in STATE_ARRAYS}
+            self._landing = {name: empty_flat(sizes) for name in self._spec.config.state_arrays}
         self._landing[name][space][begin : begin + values.size] = values
         self._stream.done(number)
 

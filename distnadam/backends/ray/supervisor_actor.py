@@ -197,7 +197,7 @@ class SupervisorActor:
         await asyncio.to_thread(self._supervisor.close)
 
     def _samples(self) -> Iterator[Sample]:
-        sizes = [shard_bytes(spec.ranges) for spec in list(self._supervisor.cluster.specs)]
+        sizes = [shard_bytes(spec) for spec in list(self._supervisor.cluster.specs)]
         yield "distnadam_recoveries_total", {}, sum(self._supervisor.recoveries.values())
         yield "distnadam_shard_imbalance", {}, max(sizes) * len(sizes) / max(1, sum(sizes))
 

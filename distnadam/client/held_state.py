@@ -1,0 +1,101 @@
+"""What an optimizer holds, as its user reads and replaces it between two rounds: the parameters,
+their average, Keras's list of weights.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from distnadam.client.fixed_attributes import FixedAttributes
+from distnadam.client.lifecycle import Lifecycle
+from distnadam.client.user_state import from_weights, params_from, to_weights
+from distnadam.errors import ConfigError
+from distnadam.tensors.arrays import Array
+
+
+class HeldState(FixedAttributes):
+    """The methods of an optimizer that read and replace its arrays, of all shards at one round."""
+
+    _life: Lifecycle
+
+    def get_params(self) -> Any:
+        """Return a copy of the parameters in the structure given to `build`, each in its own dtype.
+
+        They are never rounded to `pull_dtype`. A tensor of shape () is a NumPy scalar.
+
+        Raises:
+            Rewound: a shard died and all went back to round `error.step` since this handle last
+                looked; every method that reads, writes or steps the whole raises it once.
+        """
+        return self._read_tree("params")
+
+    def set_params(self, params: Any) -> None:
+        """Replace the parameters; moments, clock and average stay. Open pushes are refused
+        (StaleEpoch).
+
+        Raises:
+            StructureError: naming the tensor that does not fit; nothing was changed.
+        """
+        self._write_tree("params", params, "params")
+
+    def get_ema_params(self) -> Any:
+        """Return a copy of the average of the parameters that `use_ema` keeps, as `get_params` does
+        of the parameters.
+
+        It is the parameters themselves until the first step, and becomes those that this leads to;
+        each later step makes it ``ema_momentum * average + (1 - ema_momentum) * parameters``. A
+        round without a step leaves it, and so do `set_params` and `set_weights`. The average of a
+        tensor that its group keeps as it is is that tensor.
+
+        Raises:
+            ConfigError: no average is kept.
+        """
+        self._require_ema()
+        return self._read_tree("ema")
+
+    def set_ema_params(self, average: Any) -> None:
+        """Replace the average of the parameters, as `set_params` replaces these;
+        ``set_ema_params(get_params())`` begins it again.
+
+        Raises:
+            ConfigError: no average is kept.
+            StructureError: naming the tensor that does not fit; nothing was changed.
+        """
+        self._require_ema()
+        self._write_tree("ema", average, "average")
+
+    def get_weights(self) -> list[Array]:
+        """Return Keras's ``[iterations, m_schedule, *ms, *vs]``: 0-d int64, 0-d float64, arrays."""
+        shards = self._life.shards
+        clock, state = shards.read(("m", "v"))
+        return to_weights(shards.layout, clock, state["m"], state["v"])
+
+    def set_weights(self, weights: Iterable[Any]) -> None:
+        """Load what `get_weights` returned, here or in Keras (whose m_schedule is float32).
+
+        Open pushes are refused with StaleEpoch. `Options(check_gradients=False)` lets NaN in.
+
+        Raises:
+            StructureError: (a ValueError) naming the expected and given length, or index and shape.
+        """
+        shards = self._life.shards_to_change()
+        clock, m, v = from_weights(shards.layout, weights, finite=self._takes_only_finite)
+        shards.fill({"m": m, "v": v}, clock)
+
+    @property
+    def _takes_only_finite(self) -> bool:
+        return self._life.settings.options.check_gradients
+
+    def _require_ema(self) -> None:
+        if not self._life.settings.config.use_ema:
+            raise ConfigError(
+                "this optimizer keeps no average of its parameters: make it with use_ema=True"
+            )
+
+    def _read_tree(self, name: str) -> Any:
+        shards = self._life.shards
+        return shards.layout.tree(shards.read((name,))[1][name])
+
+    def _write_tree(self, name: str, tree: Any, what: str) -> None:
+        shards = self._life.shards_to_change()
+        finite = self._takes_only_finite
+        shards.fill({name: params_from(shards.layout, tree, what=what, finite=finite)})
