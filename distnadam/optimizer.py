@@ -15,7 +15,7 @@ from distnadam.client.autodiff import gradients_of
 from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
 from distnadam.client.fixed_attributes import FixedAttributes
-from distnadam.client.in_flight_push import refusal_of
+from distnadam.client.in_flight_push import REFUSED, refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.user_state import from_weights, params_from, to_weights
@@ -178,7 +178,7 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
 
     @property
     def skipped(self) -> int:
-        """Rounds that ended with no step, because a gradient was not finite."""
+        """Rounds that ended with no step, for a gradient that was not finite, or a rank's vote."""
         return self.shards.describe().skipped if self._life.is_built else 0
 
     @property
@@ -261,8 +261,10 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
         self._own_worker = self._own_worker or self.worker(0)
         return self._own_worker.push(self.shards.layout.unflatten(gradients))
 
-    def apply_gradients(self, gradients: Any) -> int:
+    def apply_gradients(self, gradients: Any, *, found_inf: bool = False) -> int:
         """Apply one step from an already averaged gradient tree; return how many steps are applied.
+
+        With `found_inf` (they overflowed) the round is skipped, and `gradients` may be None.
 
         Raises:
             StructureError: naming the tensor's path, the expected and the given.
@@ -271,8 +273,8 @@ class DistNadam(FixedAttributes, set_once={"saves", "restored_data"}):
             Rewound: a shard died and all went back to round `error.step`; compute again.
             In each case nothing of this gradient was applied.
         """
-        decided = self._life.shards_to_change().step(gradients)
-        if decided.outcome == "refused":
+        decided = self._life.shards_to_change().step(gradients, found_inf=found_inf)
+        if decided.outcome in REFUSED:
             raise refusal_of(decided)
         return decided.iterations
 
