@@ -87,12 +87,16 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     ...     applied = worker.push({"w": ones}).result()
     ...     worker.push_tensor("w", ones)  # each as the backward pass yields it
     ...     applied = worker.push().result()
+    ...     worker.accumulate({"w": ones})  # a micro-batch
+    ...     worker.discard()
+    ...     skipped = worker.push(found_inf=True)  # its scaled gradients overflowed
+    ...     applied = skipped.result()
     ...     worker.gradients()["w"][:] = 1.0  # no copy
     ...     same = worker.step()["w"] is worker.parameters()["w"]
     ...     rank, rounds = worker.rank, worker.round
     ...     worker.close()
-    >>> stepped.tolist(), applied, same, rank, rounds
-    ([0.9978..., 0.9978...], 3, True, 0, 4)
+    >>> stepped.tolist(), applied, skipped.found_inf, same, rank, rounds
+    ([0.9978..., 0.9978...], 3, True, True, 0, 5)
     """
 
     def __init__(self, shards: ShardGroup, rank: int) -> None:
