@@ -247,7 +247,7 @@ def _check_micro_batches(task: Task, label: str, accumulate: int) -> None:
         return
     try:
         signature = inspect.signature(task.batch)
-    except ValueError:  # of what is not written in Python; its call will tell
+    except (TypeError, ValueError):  # of what is not written in Python; its call will tell
         return
     try:
         signature.bind(0, 0, 1, micro_batch=0)
