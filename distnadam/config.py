@@ -36,7 +36,7 @@ class Options:
     Args:
         on_nonfinite: "raise" refuses a round with a non-finite gradient and raises
             `NonFiniteGradient` at every worker; "skip" leaves the parameters as they are, counts
-            the round as skipped and continues.
+            the round as skipped and continues. A rank's `found_inf` skips the round with either.
         check_gradients: check every gradient for finiteness before it is pushed, as `on_nonfinite`
             needs. False saves one read of it and lets NaN and infinity into parameters and moments.
         transport: "auto" moves gradients and parameters through shared memory between processes of

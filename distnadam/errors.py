@@ -17,6 +17,7 @@
     │   ├── LatePush                      its round is over and did not count it
     │   ├── RoundMismatch                 its round has not begun
     │   ├── IllegalMessage                it is not legal in the shard's present phase
+    │   ├── RanksDisagree                 ranks pushed a round with different settings
     │   └── PushesPending                 a direct step while workers' pushes are pending
     ├── ClusterError                      the processes or nodes cannot do what is asked
     │   ├── InsufficientResources         the cluster lacks CPUs, memory or labels
@@ -144,6 +145,15 @@ class RoundMismatch(ProtocolError):
 
 class IllegalMessage(ProtocolError):
     """The message is not legal in the shard's present phase, or while others act on it."""
+
+
+class RanksDisagree(ProtocolError):
+    """Ranks pushed for one round what must be equal on all, such as the count of micro-batches, and
+    it differs.
+
+    Raised to every worker of the round, with the same message, which names each rank's; no shard
+    has applied it, and the next round may be pushed.
+    """
 
 
 class PushesPending(ProtocolError):

@@ -15,7 +15,7 @@ from distnadam.client.autodiff import gradients_of
 from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
 from distnadam.client.held_state import HeldState
-from distnadam.client.in_flight_push import refusal_of
+from distnadam.client.in_flight_push import REFUSED, refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import BackendName, Options, Settings
@@ -184,7 +184,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
 
     @property
     def skipped(self) -> int:
-        """Rounds that ended with no step, because a gradient was not finite."""
+        """Rounds that ended with no step, for a gradient that was not finite, or a rank's vote."""
         return self.shards.describe().skipped if self._life.is_built else 0
 
     @property
@@ -229,8 +229,10 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         self._own_worker = self._own_worker or self.worker(0)
         return self._own_worker.push(self.shards.layout.unflatten(gradients))
 
-    def apply_gradients(self, gradients: Any) -> int:
+    def apply_gradients(self, gradients: Any, *, found_inf: bool = False) -> int:
         """Apply one step from an already averaged gradient tree; return how many steps are applied.
+
+        With `found_inf` (they overflowed) the round is skipped, and `gradients` may be None.
 
         Raises:
             StructureError: naming the tensor's path, the expected and the given.
@@ -239,8 +241,8 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
             Rewound: a shard died and all went back to round `error.step`; compute again.
             In each case nothing of this gradient was applied.
         """
-        decided = self._life.shards_to_change().step(gradients)
-        if decided.outcome == "refused":
+        decided = self._life.shards_to_change().step(gradients, found_inf=found_inf)
+        if decided.outcome in REFUSED:
             raise refusal_of(decided)
         return decided.iterations
 

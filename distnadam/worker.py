@@ -14,8 +14,10 @@ from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.parameter_view import ParameterView
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.worker_session import WorkerSession
-from distnadam.errors import ConfigError, DistNadamError, LifecycleError, NotOpen
+from distnadam.errors import ConfigError, DistNadamError, LifecycleError, NotOpen, StaleEpoch
 from distnadam.metrics.meter import Traffic
+from distnadam.protocol.messages import RoundResult
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat
 
 
@@ -30,8 +32,16 @@ class Ticket:
         state = "decided" if self._push.ended is not None else "under way"
         return f"<Ticket: push of rank {self._session.rank} for round {self._push.round}, {state}>"
 
+    @property
+    def found_inf(self) -> bool:
+        """Whether its round was skipped since a rank voted so; False until `result` knows."""
+        ended = self._push.ended
+        return isinstance(ended, RoundResult) and ended.outcome == "voted"
+
     def result(self, timeout_s: float | None = None) -> int:
         """Return the number of steps applied once the round is decided.
+
+        A round that was skipped has applied none; `found_inf` says whether a rank's vote was why.
 
         Args:
             timeout_s: seconds to wait; None means `Options.step_timeout_s`.
@@ -39,6 +49,8 @@ class Ticket:
         Raises:
             NonFiniteGradient: a worker's gradient was not finite and the round was refused; no
                 shard has moved.
+            RanksDisagree: the ranks pushed means of different numbers of micro-batches, and the
+                round was refused; no shard has moved.
             StaleEpoch: the state was replaced meanwhile; pull and compute again.
             Rewound: (a StaleEpoch) a shard died and all went back to round `error.step`; pull and
                 compute again from there.
@@ -75,12 +87,16 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     ...     applied = worker.push({"w": ones}).result()
     ...     worker.push_tensor("w", ones)  # each as the backward pass yields it
     ...     applied = worker.push().result()
+    ...     worker.accumulate({"w": ones})  # a micro-batch
+    ...     worker.discard()
+    ...     skipped = worker.push(found_inf=True)  # its scaled gradients overflowed
+    ...     applied = skipped.result()
     ...     worker.gradients()["w"][:] = 1.0  # no copy
     ...     same = worker.step()["w"] is worker.parameters()["w"]
     ...     rank, rounds = worker.rank, worker.round
     ...     worker.close()
-    >>> stepped.tolist(), applied, same, rank, rounds
-    ([0.9978..., 0.9978...], 3, True, 0, 4)
+    >>> stepped.tolist(), applied, skipped.found_inf, same, rank, rounds
+    ([0.9978..., 0.9978...], 3, True, True, 0, 5)
     """
 
     def __init__(self, shards: ShardGroup, rank: int) -> None:
@@ -93,6 +109,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self._meter = shards.backend.meter
         self._traffic = Traffic({}, {})
         self._traffic_of: tuple[object, object] = (None, None)
+        self._accumulated_at = (0, 0)  # epoch and round
 
     @cached_property
     def _buffer(self) -> GradientBuffer:
@@ -133,6 +150,14 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self.session.sync()
         return self.session.round
 
+    @property
+    def found_inf(self) -> bool:
+        """Whether the last round that this worker saw the end of was skipped since a rank voted so.
+
+        All ranks see the same, so their loss scales stay equal.
+        """
+        return self.session.outcome == "voted"
+
     def pull(self) -> Any:
         """Return the present parameters in the structure given to `build`, each in its own dtype,
         or in the optimizer's `pull_dtype`.
@@ -150,7 +175,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             self._count_traffic().pulled += 1
         return self._view.tree(self.session.channel.parameters, self.session.buffer)
 
-    def push(self, gradients: Any = None) -> Ticket:
+    def push(self, gradients: Any = None, *, found_inf: bool = False) -> Ticket:
         """Send this rank's gradients for the next round; the ticket's `result` waits for it.
 
         They count once, even if a Ctrl-C or a timeout interrupts this call or `result`: the
@@ -160,33 +185,74 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             gradients: a tree like the one given to `build`, of floating-point arrays of the same
                 shapes; they may be reused at once. If all of them come in one half precision, half
                 the bytes are moved, and summed in float32. None: what was written into the views of
-                `gradients()`, or given tensor by tensor to `push_tensor`.
+                `gradients()`, or given tensor by tensor to `push_tensor`, or the mean of what
+                `accumulate` has summed.
+            found_inf: whether this rank's loss-scaled gradients overflowed. If one rank says so,
+                all skip the round, whatever `Options.on_nonfinite` and other ranks' gradients say.
+                This rank's are not looked at, and may be None; what came for the round otherwise is
+                dropped.
 
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's, or was not pushed;
                 nothing was sent.
-            LifecycleError: there is nothing to send.
+            LifecycleError: there is nothing to send, or micro-batches were accumulated, and a
+                whole gradient is given.
+            StaleEpoch: the shards do not stand where micro-batches were accumulated; they were
+                dropped, and nothing was sent.
         """
         with self._shield:
-            return Ticket(self.session, self._push(gradients, want_parameters=False))
+            push = self._push(gradients, want_parameters=False, found_inf=found_inf)
+            return Ticket(self.session, push)
 
-    def step(self, gradients: Any = None) -> Any:
+    def step(self, gradients: Any = None, *, found_inf: bool = False) -> Any:
         """Push this rank's gradients, wait for the round's step, and return the new parameters.
 
         Args:
             gradients: as `push` takes them.
+            found_inf: as `push` takes it.
 
         Raises:
-            StructureError, LifecycleError: as `push`. NonFiniteGradient, StaleEpoch, Rewound,
-            StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
+            StructureError, LifecycleError: as `push`. NonFiniteGradient, RanksDisagree, StaleEpoch,
+            Rewound, StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
         """
         began = perf_counter()
         with self._shield:
-            self.session.wait_for(self._push(gradients, want_parameters=True))
+            self.session.wait_for(self._push(gradients, want_parameters=True, found_inf=found_inf))
             if self._meter is not None:
                 self._meter.step.add(perf_counter() - began)
                 self._traffic.pulled += 1
             return self._view.tree(self.session.channel.parameters, self.session.buffer)
+
+    def accumulate(self, gradients: Any) -> None:
+        """Add a micro-batch's gradients to this worker's sum for the next round.
+
+        `push()` or `step()` without an argument divides the sum by the number of micro-batches,
+        once, checks that the mean is finite, and sends it. All ranks of a round must accumulate
+        equally many; else the round is refused for all (`RanksDisagree`), and the next may be
+        pushed. The sum is in float32, in float64 for float64 parameters, whatever comes. It lies in
+        this worker alone: a rank that is started again computes all its micro-batches again.
+
+        Args:
+            gradients: as `push` takes them; they may be reused at once.
+
+        Raises:
+            StructureError: a tensor's path, shape or dtype is not the model's; nothing was added.
+            LifecycleError: tensors were pushed for the round, or `gradients()` has given views of
+                the memory that the sum lies in.
+            StaleEpoch: the shards do not stand any more where the sum was begun; it was dropped.
+                Pull, and compute all micro-batches of the round again.
+        """
+        self._settle()
+        with self._shield:
+            self.session.sync()
+            self._require_place()
+            self._buffer.accumulate(gradients)
+            self._accumulated_at = (self.session.epoch, self.session.round)
+
+    def discard(self) -> None:
+        """Drop the micro-batches that were accumulated since the last push."""
+        self._require_open()
+        self._buffer.discard()
 
     def push_tensor(self, path: str, gradient: Any) -> None:
         """Copy one tensor's gradient, as the backward pass yields it.
@@ -201,6 +267,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
 
         Raises:
             StructureError: no such tensor, given twice, or of another shape or kind of dtype.
+            LifecycleError: micro-batches were accumulated for the round.
         """
         self._settle()
         tensor = self._buffer.write(path, gradient)
@@ -219,6 +286,10 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         Args:
             dtype: None for float32 (float64 if the parameter is), or "float16" or "bfloat16" for
                 half the bytes.
+
+        Raises:
+            LifecycleError: micro-batches were accumulated for the round, or tensors were pushed in
+                float32 and half precision is asked for.
         """
         self._settle()
         views = self._buffer.views(dtype)
@@ -244,19 +315,50 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             with suppress(DistNadamError):  # the optimizer is gone already
                 self.session.leave()
 
-    def _push(self, gradients: Any, *, want_parameters: bool) -> InFlightPush:
+    def _push(self, gradients: Any, *, want_parameters: bool, found_inf: bool) -> InFlightPush:
         if self._closed or self.session.in_flight is not None:
             self._settle()
         began = perf_counter()
-        buffer = self._buffer
-        rejection = buffer.finish() if gradients is None else buffer.fill(gradients)
+        buffer, settings = self._buffer, ORDINARY
+        if found_inf:
+            rejection: str | None = buffer.overflowed()
+            settings = RoundSettings(found_inf=True)
+        elif gradients is not None:
+            rejection = buffer.fill(gradients)
+        else:
+            if buffer.micro_steps:
+                self.session.sync()
+                self._require_place()
+            if buffer.micro_steps > 1:
+                settings = RoundSettings(micro_steps=buffer.micro_steps)
+            rejection = buffer.finish()
         push = self.session.push(
-            buffer.parts, rejection, want_parameters=want_parameters, is_ahead=gradients is None
+            buffer.parts,
+            rejection,
+            want_parameters=want_parameters,
+            settings=settings,
+            is_ahead=gradients is None and not found_inf,
         )
         if self._meter is not None:
             self._meter.push.add(perf_counter() - began)
             self._count_traffic().pushed += 1
         return push
+
+    def _require_place(self) -> None:
+        """Drop a sum of micro-batches of another place than where the shards stand, and raise
+        StaleEpoch.
+        """
+        session, count = self.session, self._buffer.micro_steps
+        if count and self._accumulated_at != (session.epoch, session.round):
+            epoch, number = self._accumulated_at
+            self._buffer.discard()
+            raise StaleEpoch(
+                f"worker {self.rank}: {count} micro-batches were accumulated after round {number} "
+                f"in epoch {epoch}, and the shards stand at round {session.round} in epoch "
+                f"{session.epoch}; they were dropped: pull, and compute them again",
+                session.epoch,
+                session.round,
+            )
 
     def _settle(self) -> None:
         """Wait for the push in flight, if any."""

@@ -22,6 +22,7 @@ from distnadam.protocol.messages import (
     StepNorms,
     TotalNorms,
 )
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.supervisor_messages import Reconfigure, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import DIRECT
@@ -52,6 +53,7 @@ class OneProcess:
         config: the hyper-parameters.
         initial: the first parameters.
         gradient: what each worker pushes, given the parameters as workers see them.
+        settings: what else each worker says of a round.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class OneProcess:
         config: NadamConfig,
         initial: Array,
         gradient: Callable[[int, int, int, Array], Array | None],
+        settings: Callable[[int, int, int], RoundSettings] = lambda *_: ORDINARY,
     ) -> None:
         self._layout, self._config, self._gradient = layout, config, gradient
+        self._settings = settings
         zeros = np.zeros_like(initial)
         average = initial if config.use_ema else None
         self._known: dict[History, State] = {(): State(initial, zeros, zeros, Clock(), 0, average)}
@@ -111,6 +115,9 @@ class OneProcess:
             seen = before.params.astype(self._layout.pull_dtypes["float32"])
             gradient = self._gradient(number, rank, incarnation, seen)
             flat = None if gradient is None else {"float32": gradient}
+            settings = self._settings(number, rank, incarnation)
+            if settings.found_inf:
+                flat = None
             rejection = "not finite" if flat is None else None
             answer = host.send(
                 Step(token="", incarnation=1, round=number, gradients=flat, rejection=rejection)
@@ -122,6 +129,7 @@ class OneProcess:
                     round=number,
                     gradients=flat,
                     rejection=rejection,
+                    settings=settings,
                 )
             )
         measured = answer.result(0)

@@ -218,7 +218,7 @@ def test_frozen_tensors_stay_and_the_others_step_as_without_them(
 
 
 @pytest.mark.parametrize("leaf", [None, "nan"])
-@pytest.mark.parametrize("how", ["apply_gradients", "step", "views", "push_tensor"])
+@pytest.mark.parametrize("how", ["apply_gradients", "step", "views", "push_tensor", "accumulate"])
 def test_a_frozen_tensors_gradient_is_not_looked_at(leaf: Any, how: str) -> None:
     tree = gradients(0)
     bad = {key: np.full_like(value, np.nan) for key, value in tree["a"].items()}
@@ -231,6 +231,10 @@ def test_a_frozen_tensors_gradient_is_not_looked_at(leaf: Any, how: str) -> None
             optimizer.apply_gradients(given)
         elif how == "step":
             worker.step(given)
+        elif how == "accumulate":
+            worker.accumulate(given)
+            worker.accumulate(given)
+            worker.step()
         elif how == "views":
             views = worker.gradients()
             views["large"][...] = 1

@@ -1,4 +1,4 @@
-"""The rest of a long wait for shards' answers: whoever waits long says for whom, once."""
+"""Shards' answers that are not as usual: what comes late, and what differs between shards."""
 
 import time
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from typing import Any
 
 from distnadam import waiting
 from distnadam.backends.base import Pending
+from distnadam.errors import ShardsDisagree
+from distnadam.protocol.messages import RoundResult
 
 
 def late_answers(
@@ -29,3 +31,12 @@ def late_answers(
     deadline = time.monotonic() + left_s
     waiting.say_waiting(who, whom(), timeout_s)
     return pending.result(max(0.0, deadline - time.monotonic()))
+
+
+def shards_disagree(first: RoundResult, index: int, other: RoundResult) -> ShardsDisagree:
+    """Return the error for a shard that stands elsewhere than shard 0, at the same time."""
+    return ShardsDisagree(
+        f"shard 0 {first.outcome} round {first.round} with lr={first.lr!r}, shard {index} "
+        f"{other.outcome} round {other.round} with lr={other.lr!r}; a learning-rate function must "
+        "give every shard the same rate for the same step"
+    )

@@ -26,6 +26,7 @@ from distnadam.protocol.messages import (
     Step,
     StepNorms,
 )
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.ledger import DIRECT, Ledger
 from distnadam.shield import await_unlocked
 from distnadam.tensors.arrays import Flat, empty_flat
@@ -43,7 +44,7 @@ _OWN_BITS, _COUNT_BITS = 40, 22
 @dataclass
 class DirectStep:
     """One direct step: its incarnation, which no other has, its round, and its norms once they are
-    known.
+    known; `settings` go with it.
 
     `incarnation` is 0 before it was sent, and `round` also after a shard has refused it.
     """
@@ -51,6 +52,7 @@ class DirectStep:
     incarnation: int = 0
     round: int = 0
     square_sums: Any = None
+    settings: RoundSettings = ORDINARY
 
     def is_counted(self, paused: Paused) -> bool:
         """Whether a shard that stands there counts it; the others can get it only from here."""
@@ -91,6 +93,7 @@ class DirectStep:
             rejection=rejection,
             in_place=in_place,
             epoch=epoch,
+            settings=self.settings,
         )
 
 
@@ -164,7 +167,7 @@ class DirectSteps:
     def _hold(self, step: DirectStep, gradients: Any) -> RoundResult:
         with self._shards.boundary(step) as at:
             step.choose_round(at.held)
-            rejection, parts = self._take(gradients)
+            rejection, parts = self._take(step, gradients)
             step.incarnation = step.incarnation or next(self._numbers)
             # while the shards are held: a child forked meanwhile refuses to go on from them
             with self._shards.backend.transport.unseen() as in_place:
@@ -183,7 +186,7 @@ class DirectSteps:
         is_new = step.round == 0
         if is_new:
             step.round = last.round + 1
-        rejection, parts = self._take(gradients)
+        rejection, parts = self._take(step, gradients)
         step.incarnation = step.incarnation or next(self._numbers)
         message = step.message(None, parts[0], rejection, epoch=last.epoch)
         try:
@@ -214,6 +217,8 @@ class DirectSteps:
             why = f"the norm of the mean gradient of round {step.round} overflows"
         is_skip = self._shards.options.on_nonfinite == "skip"
         outcome: Outcome = "applied" if why is None else "skipped" if is_skip else "refused"
+        if step.settings.found_inf:
+            outcome = "voted"
         return replace(decided, outcome=outcome, rejection=why)
 
     def _give_norms(
@@ -233,7 +238,7 @@ class DirectSteps:
         norms = StepNorms(token, step.square_sums)
         return {**answers, **self._shards.ask(dict.fromkeys(measured, norms), who=DIRECT_CALL)}
 
-    def _take(self, gradients: Any) -> tuple[str | None, list[Flat]]:
+    def _take(self, step: DirectStep, gradients: Any) -> tuple[str | None, list[Flat]]:
         """Return why a gradient tree cannot be used, or None, and each shard's part of it: in this
         handle's buffer, or where it lies if the shards read this process's memory.
         """
@@ -243,6 +248,8 @@ class DirectSteps:
             self._buffer = GradientBuffer(
                 shards.layout, DIRECT_CALL, memory, check=shards.options.check_gradients
             )
+        if step.settings.found_inf:
+            return self._buffer.overflowed(), self._buffer.parts(shards.ranges)
         if (written := shards.backend.transport.written_here) is not None:
             return self._buffer.lend(gradients, shards.ranges, written)
         return self._buffer.fill(gradients), self._buffer.parts(shards.ranges)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from distnadam.client.micro_batches import add_micro_batch, divide
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
@@ -75,6 +76,9 @@ class GradientBuffer:
         who: begins each error's sentence, such as "worker 1".
         memory: one flat array per space.
         check: whether gradients are checked to be finite.
+
+    Attributes:
+        micro_steps: of how many micro-batches the memory holds the sum.
     """
 
     def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
@@ -88,6 +92,7 @@ class GradientBuffer:
         self._dtypes: list[np.dtype[Any]] = []
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._written: set[int] = set()
+        self.micro_steps = 0
         self._view_dtypes: dict[str, str] | None = None
         self._narrow = [
             i
@@ -110,7 +115,10 @@ class GradientBuffer:
 
         Raises:
             StructureError: a tensor's path, shape or dtype is not the model's.
+            LifecycleError: micro-batches were accumulated.
         """
+        if self.micro_steps:
+            raise self._mixed("a whole gradient was given")
         leaves = self._layout.leaves(gradients, what=self._what, optional=self._layout.frozen)
         dtypes = [leaf.dtype for leaf in leaves]
         if dtypes != self._dtypes:
@@ -189,6 +197,34 @@ class GradientBuffer:
             for each in ranges
         ]
 
+    def accumulate(self, gradients: Any) -> None:
+        """Add a micro-batch's gradients, as `fill` takes them; `finish` divides the sum.
+
+        Raises:
+            StructureError: a tensor's path, shape or dtype is not the model's.
+            LifecycleError: the round is written otherwise.
+        """
+        if self._written or self.has_views:
+            what = "tensors were pushed for it" if self._written else "gradients() has given views"
+            raise LifecycleError(
+                f"{self._who}: accumulate needs the memory of a round for itself, and {what}"
+            )
+        leaves = self._layout.leaves(gradients, what=self._what, optional=self._layout.frozen)
+        if not self.micro_steps:
+            self._select({})
+        add_micro_batch(self._layout, self.flat, leaves, is_first=not self.micro_steps)
+        self.micro_steps += 1
+
+    def discard(self) -> None:
+        """Forget the micro-batches."""
+        self.micro_steps = 0
+
+    def overflowed(self) -> str:
+        """Forget what came for the round, which overflowed; return why it cannot be used."""
+        self.discard()
+        self._written.clear()
+        return f"{self._who}: its gradients overflowed (found_inf)"
+
     @property
     def has_views(self) -> bool:
         """Whether somebody may write into the memory at any time."""
@@ -203,7 +239,10 @@ class GradientBuffer:
         Raises:
             StructureError: the model has no such tensor, it is frozen, it came twice, or its shape
                 or dtype is not the model's.
+            LifecycleError: micro-batches were accumulated.
         """
+        if self.micro_steps:
+            raise self._mixed("a tensor was pushed")
         if path not in self._index:
             raise StructureError(
                 f"{self._who}: {path!r} is not a tensor of the model; expected one of "
@@ -229,6 +268,8 @@ class GradientBuffer:
             raise ConfigError(
                 f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}"
             )
+        if self.micro_steps:
+            raise self._mixed("views were asked for")
         if dtype in HALF and self._written:
             raise LifecycleError(
                 f"{self._who}: tensors that were pushed for this round lie in the memory in "
@@ -258,17 +299,29 @@ class GradientBuffer:
                 )
             self._written.clear()
             return self._rejection
-        if self._view_dtypes is None:
+        if self.micro_steps:
+            divide(self.flat, self._looked_at, self.micro_steps)
+            self.micro_steps = 0
+        elif self._view_dtypes is None:
             raise LifecycleError(
                 f"{self._who}: give gradients, or write them into the views of gradients(), or "
-                "push_tensor each"
+                "push_tensor each, or accumulate micro-batches"
             )
-        self._select(self._view_dtypes)
+        else:
+            self._select(self._view_dtypes)
         self._rejection = None
         with own_errors():
             for space, values in self.flat.items():
                 self._check_written(space, 0, values.size)
         return self._rejection
+
+    def _mixed(self, what: str) -> LifecycleError:
+        """Return the refusal of gradients that come otherwise than the round's first."""
+        return LifecycleError(
+            f"{self._who}: {what}, and micro-batches were accumulated for this round "
+            f"({self.micro_steps}): push() or step() without gradients sends their mean, discard() "
+            "drops them"
+        )
 
     def parts(self, ranges: list[Ranges]) -> list[Flat]:
         """Return views of each shard's ranges, in the dtypes that the gradients now lie in."""

@@ -6,8 +6,9 @@ from enum import Enum
 from typing import Any
 
 from distnadam.backends.base import Pending
-from distnadam.errors import DistNadamError, NonFiniteGradient
-from distnadam.protocol.messages import RoundResult
+from distnadam.errors import DistNadamError, NonFiniteGradient, RanksDisagree
+from distnadam.protocol.messages import Outcome, RoundResult
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 
@@ -37,6 +38,7 @@ class InFlightPush:
             they stay as they are until the round is decided.
         rejection: why they cannot be used, or None.
         want_parameters: whether the answers are to bring the new parameters.
+        settings: what else the rank says of the round.
         slices: by shard, how many `PushSlice`s of it were sent before it; none once it was sent.
 
     Attributes:
@@ -51,6 +53,7 @@ class InFlightPush:
     parts: Callable[[list[Ranges]], Sequence[Flat]]
     rejection: str | None
     want_parameters: bool
+    settings: RoundSettings = ORDINARY
     slices: Mapping[int, int] = field(default_factory=dict)
     pending: Pending | None = None
     square_sums: Any = None
@@ -66,8 +69,11 @@ class InFlightPush:
         return PushState.SENT if self.square_sums is None else PushState.MEASURED
 
 
-def refusal_of(result: RoundResult) -> NonFiniteGradient:
+REFUSED: frozenset[Outcome] = frozenset({"refused", "disagreed"})
+"""The ends of a round that its pushes get as an error."""
+
+
+def refusal_of(result: RoundResult) -> NonFiniteGradient | RanksDisagree:
     """Return the error for a round that was refused."""
-    return NonFiniteGradient(
-        f"round {result.round} was refused, no shard has moved: {result.rejection}"
-    )
+    kind = RanksDisagree if result.outcome == "disagreed" else NonFiniteGradient
+    return kind(f"round {result.round} was refused, no shard has moved: {result.rejection}")

@@ -43,6 +43,7 @@ from distnadam.protocol.messages import (
     Write,
     describe_replacement,
 )
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.supervisor_messages import Load, Order
 from distnadam.schedules import Rate
 from distnadam.supervision.pause import all_paused, lagging
@@ -233,14 +234,14 @@ class ShardGroup:
 
         self._said_if_long("setting the learning rate", write)
 
-    def step(self, gradients: Any) -> RoundResult:
-        """Apply one step from an already averaged gradient tree.
+    def step(self, gradients: Any, *, found_inf: bool = False) -> RoundResult:
+        """Apply one step from an already averaged gradient tree, or skip it for `found_inf`.
 
         Raises:
             PushesPending: workers' pushes wait.
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
-        step = DirectStep()
+        step = DirectStep(settings=RoundSettings(found_inf=True) if found_inf else ORDINARY)
         return self.recovering(lambda: self._direct.apply(step, gradients))
 
     def reshard(self, num_shards: int) -> None:

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from distnadam.backends.base import Pending, WorkerChannel
-from distnadam.client.answers import late_answers
-from distnadam.client.in_flight_push import InFlightPush, refusal_of
+from distnadam.client.answers import late_answers, shards_disagree
+from distnadam.client.in_flight_push import REFUSED, InFlightPush, refusal_of
 from distnadam.client.push_ahead import PushAhead
 from distnadam.client.rank_claim import RankClaim
 from distnadam.client.rewind_guard import RewindGuard
@@ -23,12 +23,12 @@ from distnadam.errors import (
     Reconfigured,
     Rewound,
     ShardLost,
-    ShardsDisagree,
     StepTimeout,
     WorkerLost,
 )
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
 from distnadam.waiting import REPORT_WAIT_S
@@ -55,6 +55,7 @@ class WorkerSession:
         self.round = 0
         self.buffer = 0
         self.lr = 0.0  # of the last step
+        self.outcome = "applied"  # of the last round
         self.in_sync = False
         self.is_readable = False
         self.in_flight: InFlightPush | None = None
@@ -119,6 +120,7 @@ class WorkerSession:
         rejection: str | None,
         *,
         want_parameters: bool,
+        settings: RoundSettings = ORDINARY,
         is_ahead: bool = False,
     ) -> InFlightPush:
         """Send every shard its part of a push for the next round, without waiting.
@@ -127,7 +129,7 @@ class WorkerSession:
         """
         if not self.in_sync:
             self.sync()
-        push = InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters)
+        push = InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters, settings)
         if self.ahead.written:
             push.slices = self.ahead.take_counts(is_pushed=is_ahead)
         self.in_flight = push  # before it is sent: a Ctrl-C may leave it half sent
@@ -156,7 +158,7 @@ class WorkerSession:
                         result = self._wait(push)
                     except (WorkerLost, ConfigError, IllegalMessage) as error:
                         result = self._wait_as_successor(push, error)
-                    push.ended = refusal_of(result) if result.outcome == "refused" else result
+                    push.ended = refusal_of(result) if result.outcome in REFUSED else result
                 except StepTimeout:
                     raise
                 except DistNadamError as error:
@@ -273,6 +275,7 @@ class WorkerSession:
                     rejection=push.rejection,
                     want_parameters=push.want_parameters and channel.parameters is None,
                     slices=push.slices.get(index, 0),
+                    settings=push.settings,
                 )
                 for index, part in enumerate(push.parts(self.ranges))
             }
@@ -345,12 +348,7 @@ class WorkerSession:
                 first.lr,
                 first.buffer,
             ):
-                raise ShardsDisagree(
-                    f"shard 0 {first.outcome} round {first.round} with lr={first.lr!r}, shard "
-                    f"{index} {other.outcome} round {other.round}"
-                    f" with lr={other.lr!r}; a learning-rate function must give every shard the "
-                    "same rate for the same step"
-                )
+                raise shards_disagree(first, index, other)
         rewound = max(answer.rewound for answer in answers.values())
         if rewound != self._rewinds.known:
             self._shards.rewinds.acknowledge(rewound)
@@ -363,6 +361,7 @@ class WorkerSession:
         self.round = first.round
         self.buffer = first.buffer
         self.lr = first.lr
+        self.outcome = first.outcome
         self.in_sync = True
         self.is_readable = self._channel_version is not None
         return first

@@ -7,7 +7,7 @@ the frame, and a push says only in which dtypes.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgpack
@@ -31,6 +31,7 @@ from distnadam.protocol.messages import (
     WorkerDied,
 )
 from distnadam.protocol.ordinary_frames import GradientsOf
+from distnadam.protocol.round_settings import RoundSettings, packed, unpacked
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
@@ -67,22 +68,29 @@ def unpack(frame: bytes, gradients_of: GradientsOf | None = None) -> tuple[int, 
 def _push(gradients_of: GradientsOf | None, *fields: Any) -> Push:
     if gradients_of is None:
         raise LaneError("a push came where none is expected")
-    epoch, rank, incarnation, number, dtypes, rejection, slices = fields
+    epoch, rank, incarnation, number, dtypes, rejection, slices, given = fields
     place = _whole(epoch=epoch, rank=rank, incarnation=incarnation, round=number, slices=slices)
-    _check_push(dtypes, rejection)
+    settings = _check_push(dtypes, rejection, given)
     return Push(
         **place,
         gradients=None if dtypes is None else gradients_of(dtypes),
         rejection=rejection,
+        settings=settings,
     )
 
 
-def _check_push(dtypes: Any, rejection: Any) -> None:
-    """Raise TypeError for a push of nothing, or of what a shard would fail on."""
+def _check_push(dtypes: Any, rejection: Any, given: Any) -> RoundSettings:
+    """Return the settings of a push; raise TypeError for one of nothing, or of what a shard would
+    fail on.
+    """
     if not isinstance(rejection, str | None):
         raise TypeError(f"a rejection is {rejection!r:.50}")
     if not isinstance(dtypes, dict | None) or (dtypes is None and rejection is None):
         raise TypeError(f"dtypes are {dtypes!r:.50}")
+    settings = unpacked(given)
+    if settings.found_inf and rejection is None:
+        raise TypeError("a push with found_inf has no rejection")
+    return settings
 
 
 def _slice(_: GradientsOf | None, *fields: Any) -> PushSlice:
@@ -108,11 +116,14 @@ def _group(
         raise LaneError("a group's push came where none is expected")
     place = _whole(epoch=epoch, round=number)
     members = {}
-    for rank, incarnation, dtypes, rejection in notes:
+    for rank, incarnation, dtypes, rejection, given in notes:
         _whole(rank=rank, incarnation=incarnation)
-        _check_push(dtypes, rejection)
         members[rank] = PushNote(
-            incarnation=incarnation, round=number, dtypes=dtypes, rejection=rejection
+            incarnation=incarnation,
+            round=number,
+            dtypes=dtypes,
+            rejection=rejection,
+            settings=_check_push(dtypes, rejection, given),
         )
     rejected = any(note.rejection is not None for note in members.values())
     if not isinstance(spaces, list) or not members or not (spaces or rejected):
@@ -174,10 +185,10 @@ def _whole(**numbers: Any) -> dict[str, Any]:
     return numbers
 
 
-def _members_of(group: GroupPush) -> list[tuple[Any, ...]]:
+def _packed_notes(notes: Mapping[int, PushNote]) -> list[tuple[Any, ...]]:
     return [
-        (rank, note.incarnation, note.dtypes, note.rejection)
-        for rank, note in group.members.items()
+        (rank, note.incarnation, note.dtypes, note.rejection, packed(note.settings))
+        for rank, note in notes.items()
     ]
 
 
@@ -191,6 +202,7 @@ _FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
         push.note.dtypes,
         push.rejection,
         push.slices,
+        packed(push.settings),
     ),
     PushSlice: lambda part: (
         "slice",
@@ -206,7 +218,7 @@ _FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
         "group",
         group.epoch,
         group.round,
-        _members_of(group),
+        _packed_notes(group.members),
         list(group.gradients or ()),
     ),
     RoundResult: lambda result: (
@@ -267,10 +279,7 @@ def pack_record(record: Record) -> bytes:
         body = ("let go",)
     else:
         clock = (record.clock.iterations, record.clock.m_schedule)
-        counted = [
-            (rank, note.incarnation, note.dtypes, note.rejection)
-            for rank, note in record.counted.items()
-        ]
+        counted = _packed_notes(record.counted)
         outcome = (record.outcome, record.rejection, counted, record.lr, record.active)
         body = ("round", record.round, record.skipped, *outcome, *clock)
     return frame_of(msgpack.packb(body))
@@ -293,8 +302,14 @@ def unpack_record(frame: bytes) -> Record:
             return DetachStandby()
         number, skipped, outcome, rejection, notes, lr, active, iterations, m_schedule = fields
         counted = {
-            rank: PushNote(incarnation=incarnation, round=number, dtypes=dtypes, rejection=why)
-            for rank, incarnation, dtypes, why in notes
+            rank: PushNote(
+                incarnation=incarnation,
+                round=number,
+                dtypes=dtypes,
+                rejection=why,
+                settings=unpacked(given),
+            )
+            for rank, incarnation, dtypes, why, given in notes
         }
         return ReplicatedRound(
             round=number,

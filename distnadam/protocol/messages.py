@@ -16,6 +16,7 @@ from distnadam.protocol.pushes import GroupPush as GroupPush
 from distnadam.protocol.pushes import Push as Push
 from distnadam.protocol.pushes import PushNote as PushNote
 from distnadam.protocol.pushes import PushSlice as PushSlice
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.shard_status import Describe as Describe
 from distnadam.protocol.shard_status import Description as Description
 from distnadam.protocol.shard_status import ShardSpec as ShardSpec
@@ -59,7 +60,11 @@ class Saved:
 FileMessage = Reserve | Save | Collect
 
 
-Outcome = Literal["applied", "skipped", "refused"]
+Outcome = Literal["applied", "skipped", "refused", "voted", "disagreed"]
+"""How a round ended. Only an applied one had a step. A gradient that is not finite has a round
+skipped or refused, as `Options.on_nonfinite` says; a rank's `found_inf` has it skipped by a vote;
+ranks whose settings differ have it refused, as ones that disagreed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +286,7 @@ class Step:
     rejection: str | None = None
     in_place: bool = False
     epoch: int = 0
+    settings: RoundSettings = ORDINARY
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""The two messages of every ordinary round as fixed binary frames: a push of gradients, and the end
-of its round.
+"""The two messages of every ordinary round as fixed binary frames: a push of gradients and nothing
+else, and the end of its round.
 
 A body begins with its kind, a number with which no msgpack list begins.
 """
@@ -12,6 +12,7 @@ from typing import Any, get_args
 from distnadam.errors import LaneError
 from distnadam.protocol.frames import HEADER
 from distnadam.protocol.messages import Outcome, Push, RoundResult
+from distnadam.protocol.round_settings import ORDINARY
 from distnadam.tensors.arrays import HALF, NAME_OF, SPACES, Flat
 
 GradientsOf = Callable[[dict[str, str]], Flat]
@@ -49,8 +50,8 @@ def pack(number: int, message: Any) -> bytes | None:
 
 
 def _pack_push(number: int, push: Push) -> bytes | None:
-    """Return the fixed record of a push of gradients; None if it is none."""
-    if push.rejection is not None or push.gradients is None:
+    """Return the fixed record of a push of gradients; None if it is none, or has settings."""
+    if push.rejection is not None or push.gradients is None or push.settings is not ORDINARY:
         return None
     names = tuple([(space, NAME_OF.get(a.dtype, "")) for space, a in push.gradients.items()])
     if (dtypes := _PUSHED_INDEX.get(names)) is None:

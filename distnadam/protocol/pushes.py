@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import NAME_OF, Flat
 
 
@@ -14,12 +15,14 @@ class PushNote:
         round: the round that it is for.
         dtypes: by space, the dtype of the gradients in the worker's memory; None if rejected.
         rejection: why it has no gradients, if so.
+        settings: what else its rank says of the round.
     """
 
     incarnation: int
     round: int
     dtypes: dict[str, str] | None
     rejection: str | None = None
+    settings: RoundSettings = ORDINARY
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class CompletePush:
 
 @dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step
 class Push:
-    """One rank's gradients for one round, or the rejection that says why they are not finite.
+    """One rank's gradients for one round, or the rejection that says why there are none.
 
     `gradients` are this shard's ranges in the spaces' dtypes or in half precision; None beside a
     rejection. They are not copied: the sender must not change them until the push is answered.
-    `slices` is the number of its `PushSlice`s that were sent before it.
+    `slices` is the number of its `PushSlice`s that were sent before it, `settings` what else the
+    rank says of the round.
     """
 
     epoch: int
@@ -52,6 +56,7 @@ class Push:
     rejection: str | None = None
     want_parameters: bool = False
     slices: int = 0
+    settings: RoundSettings = ORDINARY
 
     @property
     def note(self) -> PushNote:
@@ -66,6 +71,7 @@ class Push:
             round=self.round,
             dtypes=dtypes,
             rejection=self.rejection,
+            settings=self.settings,
         )
 
 

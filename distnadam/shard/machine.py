@@ -15,11 +15,11 @@ Phases (`phases.NEXT` has every change, and is checked at each):
     COLLECTING -- all pushed --> STEPPING -- stepped --> COLLECTING: the round is decided
     COLLECTING -- clipping needs norms --> MEASURING --> AWAITING_NORMS -- they came --> STEPPING
 
-A rejected gradient, or a norm that overflows, ends the round without a step. Between rounds the
-shard may stand still for one client, which may read and write its state. A `Load` waits until
-nothing is computed and drops the round; a copy to a standby waits for COLLECTING and keeps it.
-While either goes on the shard is LOADING; a load that failed leaves it EMPTY. BROKEN is final: work
-failed half-way, or other shards hold these ranges.
+A rejected gradient, a norm that overflows, a rank's vote, or settings in which ranks differ, end
+the round without a step. Between rounds the shard may stand still for one client, which may read
+and write its state. A `Load` waits until nothing is computed and drops the round; a copy to a
+standby waits for COLLECTING and keeps it. While either goes on the shard is LOADING; a load that
+failed leaves it EMPTY. BROKEN is final: work failed half-way, or other shards hold these ranges.
 
 The parts know nothing of phases:
 
@@ -51,6 +51,7 @@ from distnadam.shard.phases import AT_REST, LEGAL, NEXT, Phase
 from distnadam.shard.progress import Progress
 from distnadam.shard.rounds import Rounds
 from distnadam.shard.state import ShardState
+from distnadam.shard.verdict import not_finite, verdict_of
 
 
 class Shard:
@@ -299,15 +300,16 @@ class Shard:
         if self._phase is Phase.COLLECTING and (
             current.pushes.keys() >= set(self.members.needed(number)) or DIRECT in current.pushes
         ):
-            if current.is_rejected and (rejection := current.rejection) is not None:
-                return self._reject(rejection)
+            on_nonfinite = self.spec.options.on_nonfinite
+            if not current.is_ordinary and (end := verdict_of(current.pushes, on_nonfinite)):
+                return self._decide(*end)
             current.is_closed = True
             clips = self.config.clips_by_norm
             self._enter(Phase.MEASURING if clips else Phase.STEPPING)
             return [Compute(Work.MEASURE if clips else Work.STEP)]
         if self._phase is Phase.AWAITING_NORMS and current.square_sums is not None:
-            if (rejection := current.overflow(self.spec.layout)) is not None:
-                return self._reject(rejection)
+            if (why := current.overflow(self.spec.layout)) is not None:
+                return self._decide(*not_finite(why, self.spec.options.on_nonfinite))
             self._enter(Phase.STEPPING)
             return [Compute(Work.STEP)]
         return []
@@ -318,10 +320,6 @@ class Shard:
         if self.rounds.current.is_direct and self.exclusive_hold.holder is None:
             self._begin_round_again()  # its caller holds it no more, or never did
         return [*answers, *self._answer_due()]
-
-    def _reject(self, rejection: str) -> list[Effect]:
-        is_skip = self.spec.options.on_nonfinite == "skip"
-        return self._decide("skipped" if is_skip else "refused", rejection)
 
     def _decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         effects = self.rounds.decide(outcome, rejection)

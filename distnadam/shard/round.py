@@ -17,6 +17,7 @@ from distnadam.errors import (
 )
 from distnadam.nadam.mean import Grouping
 from distnadam.protocol.messages import GroupPush, PartialNorms, Push, PushNote
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.effects import Answer, Effect
 from distnadam.shard.ledger import DIRECT
 from distnadam.tensors.arrays import Array, Flat
@@ -58,6 +59,11 @@ class Member:
         return self.note.rejection
 
     @property
+    def settings(self) -> RoundSettings:
+        """What else the rank says of the round."""
+        return self.note.settings
+
+    @property
     def gradients(self) -> Flat | None:
         """The whole group's sum."""
         return self.group.gradients
@@ -79,7 +85,8 @@ class Round:
         completed: ranks whose push counts whoever joins later, since another shard has counted it.
         waiting: who gets the result.
         is_closed: whether the round has all its pushes.
-        is_rejected: whether a push was entered that rejects the round; it may be superseded since.
+        is_ordinary: whether no push was entered that is rejected, or has settings; it may be
+            superseded since.
         partial_norms: this shard's sums of squares once measured, where clipping needs norms.
         square_sums: the whole model's, once a worker has sent them.
         refusal: why the round was begun again, if its step could not begin.
@@ -93,7 +100,7 @@ class Round:
     completed: set[int] = field(default_factory=set)
     waiting: list[Waiter] = field(default_factory=list)
     is_closed: bool = False
-    is_rejected: bool = False
+    is_ordinary: bool = True
     partial_norms: PartialNorms | None = None
     square_sums: Array | None = None
     refusal: DistNadamError | None = None
@@ -122,13 +129,6 @@ class Round:
                 gradients.append(push.gradients)
                 sizes[rank // sum_group] += 1
         return gradients, Grouping(tuple(sizes.values()), len(ranks))
-
-    @property
-    def rejection(self) -> str | None:
-        """Why no step may be applied, as the pushes say in rank order; None if one may."""
-        pushes = (self.pushes[rank] for rank in sorted(self.pushes))
-        rejections = [push.rejection for push in pushes if push.rejection is not None]
-        return "; ".join(rejections) if rejections else None
 
     def overflow(self, layout: Layout) -> str | None:
         """Return a rejection that names the tensor whose norm is not finite; None if all are."""
@@ -172,7 +172,8 @@ class Round:
             for rank, note in group.members.items():
                 self.pushes[rank] = Member(rank, group)
                 self.superseded.pop(rank, None)
-                self.is_rejected = self.is_rejected or note.rejection is not None
+                if note.rejection is not None or note.settings is not ORDINARY:
+                    self.is_ordinary = False
         if self.is_closed and self.partial_norms is not None:
             return [Answer(waiter.caller, self.partial_norms)]
         self.waiting.append(waiter)
@@ -304,7 +305,8 @@ class Round:
         again = self._set_aside(held.group) if isinstance(held, Member) else []
         self.pushes[push.rank] = push
         self.superseded.pop(push.rank, None)
-        self.is_rejected = self.is_rejected or push.rejection is not None
+        if push.rejection is not None or push.settings is not ORDINARY:
+            self.is_ordinary = False
         old = [w for w in self.waiting if w.rank == push.rank and w.incarnation < push.incarnation]
         if not old:
             return again

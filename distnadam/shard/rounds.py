@@ -128,6 +128,7 @@ class Rounds:
             round=note.round,
             gradients=message.gradients,
             rejection=note.rejection,
+            settings=note.settings,
         )
         newest = progress.members.ledger.newest_of_all()
         return [*self.current.complete(push, newest), Answer(caller, None)]
@@ -172,6 +173,7 @@ class Rounds:
             round=message.round,
             gradients=message.gradients,
             rejection=message.rejection,
+            settings=message.settings,
         )
         self.current.in_place = message.in_place and not progress.state.masters
         return [*dropped, *self.current.add(push, Waiter(caller, DIRECT, push.incarnation))]

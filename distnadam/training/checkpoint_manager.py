@@ -26,12 +26,15 @@ class RetentionPolicy:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many steps a run has, when it saves and evaluates, and what it keeps."""
+    """How many steps a run has and of how many micro-batches each is, when it saves and evaluates,
+    and what it keeps.
+    """
 
     steps: int
     save_every: int | None
     evaluate_every: int | None
     keep: RetentionPolicy
+    accumulate: int = 1
 
     def boundary_after(self, step: int) -> int:
         """Return the next step at which something is due."""

@@ -1,5 +1,6 @@
 """`fit`: checks its arguments, chooses directories, takes their locks, and runs a `TrainingRun`."""
 
+import inspect
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -46,6 +47,7 @@ def fit(
     keep_every_s: float | None = None,
     resume: Literal["auto", "must", "never"] = "auto",
     evaluate_every: int | None = None,
+    accumulate: int = 1,
     callbacks: Sequence[Callback] = (),
     stop_grace_s: float = GRACE_S,
     verbose: bool | Literal["auto"] = "auto",
@@ -80,6 +82,9 @@ def fit(
         resume: "auto" continues from the newest valid checkpoint in the `checkpoint_dir` that was
             given, if there is one, "must" requires one, "never" refuses a directory that holds one.
         evaluate_every: steps between evaluations; None evaluates only at the end.
+        accumulate: micro-batches in each step of a rank, whose gradients' mean it pushes. With more
+            than 1 the task's `batch` must take `micro_batch`, see `Task`; the loss of a step is the
+            mean over them.
         callbacks: receive the events of the run. One that raises ends it, as Ctrl-C does.
         stop_grace_s: seconds that a SIGTERM leaves for the running steps and a checkpoint; then the
             process ends anyway.
@@ -136,6 +141,7 @@ def fit(
             every=_every("keep_every", keep_every),
             every_s=keep_every_s,
         ),
+        accumulate=check_count("accumulate", accumulate),
     )
     _check_seconds("stop_grace_s", stop_grace_s)
     if keep_every_s is not None:
@@ -154,6 +160,7 @@ def fit(
             )
     seed = check_count("seed", seed, least=0)
     label = task_name(task)
+    _check_micro_batches(task, label, plan.accumulate)
     if checkpoint_dir is None and resume == "must":
         raise ConfigError('resume="must" needs checkpoint_dir: a new run has no checkpoint')
     given = None if checkpoint_dir is None else open_directory(checkpoint_dir, "checkpoint_dir")
@@ -232,6 +239,23 @@ def _checked_settings(optimizer: DistNadam | None, topology: dict[str, Any]) -> 
     settings.config.to_dict()  # refuses a function that no checkpoint can hold
     check_can_start(settings)
     return settings
+
+
+def _check_micro_batches(task: Task, label: str, accumulate: int) -> None:
+    """Raise ConfigError unless the task has batches as small as they are asked for."""
+    if accumulate == 1:
+        return
+    try:
+        signature = inspect.signature(task.batch)
+    except (TypeError, ValueError):  # of what is not written in Python; its call will tell
+        return
+    try:
+        signature.bind(0, 0, 1, micro_batch=0)
+    except TypeError as error:
+        raise ConfigError(
+            f"accumulate={accumulate}: task {label!r} must take each micro-batch's number, as in "
+            f"batch(step, rank, world_size, micro_batch=0); it has batch{signature}"
+        ) from error
 
 
 def _is_built(optimizer: DistNadam) -> bool:

@@ -4,7 +4,7 @@ It runs in a thread or in a Ray actor and does not know which.
 """
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -30,13 +30,17 @@ class RankLoop:
         worker: the rank's.
         world_size: how many ranks there are.
         first: the round that the task's own state is of.
+        accumulate: of how many micro-batches each step is.
     """
 
-    def __init__(self, task: Task, worker: Worker, world_size: int, first: int) -> None:
+    def __init__(
+        self, task: Task, worker: Worker, world_size: int, first: int, accumulate: int = 1
+    ) -> None:
         self._task = task
         self._worker = worker
         self._world_size = world_size
         self._state_round = first
+        self._accumulate = accumulate
         self._seen: dict[int, RankStep] = {}
 
     def run(self, end: int) -> dict[int, RankStep]:
@@ -54,16 +58,15 @@ class RankLoop:
         while (step := self._worker.round) < end:
             self._check_state(step)
             location = f"worker {self._worker.rank}, step {step}"
-            with task_errors(location):
-                batch = self._task.batch(step, self._worker.rank, self._world_size)
-                self._state_round = step + 1  # from here on, whatever becomes of the step
-                loss, gradients = self._task.loss_and_gradients(params, batch)
-                self._seen[step] = RankStep(float(loss), None)
             try:
-                params = self._worker.step(gradients)
-                self._seen[step] = RankStep(float(loss), self._worker.session.lr)
-            except StructureError as error:
-                raise TrainingError(f"{location}: {error}") from error
+                if self._accumulate == 1:
+                    loss, gradients = self._loss_and_gradients(step, params, location)
+                else:
+                    loss, gradients = self._accumulated(step, params, location), None
+                self._seen[step] = RankStep(loss, None)
+                with _structure_errors(location):
+                    params = self._worker.step(gradients)
+                self._seen[step] = RankStep(loss, self._worker.session.lr)
             except (StaleEpoch, LatePush):
                 params = self._pull()
         seen, self._seen = self._seen, {}
@@ -81,6 +84,28 @@ class RankLoop:
         with task_errors(f"worker {self._worker.rank}, state"):
             return state_of(self._task)
 
+    def _accumulated(self, step: int, params: Any, location: str) -> float:
+        """Have the worker sum a step's micro-batches, all of them; return their mean loss."""
+        self._worker.discard()  # what the task's code left when it raised
+        losses = []
+        for number in range(self._accumulate):
+            where = f"{location}, micro-batch {number}"
+            loss, gradients = self._loss_and_gradients(step, params, where, micro_batch=number)
+            losses.append(loss)
+            with _structure_errors(where):
+                self._worker.accumulate(gradients)
+        return sum(losses) / len(losses)
+
+    def _loss_and_gradients(
+        self, step: int, params: Any, location: str, **which: int
+    ) -> tuple[float, Any]:
+        batch_of: Callable[..., Any] = self._task.batch
+        with task_errors(location):
+            batch = batch_of(step, self._worker.rank, self._world_size, **which)
+            self._state_round = step + 1  # from here on, whatever becomes of the step
+            loss, gradients = self._task.loss_and_gradients(params, batch)
+            return float(loss), gradients
+
     def _check_state(self, round: int) -> None:
         if self._state_round != round and isinstance(self._task, StatefulTask):
             raise Unrecoverable(
@@ -93,6 +118,15 @@ class RankLoop:
         while True:
             with suppress(StaleEpoch):
                 return self._worker.pull()
+
+
+@contextmanager
+def _structure_errors(location: str) -> Iterator[None]:
+    """Say where gradients came that are not the model's."""
+    try:
+        yield
+    except StructureError as error:
+        raise TrainingError(f"{location}: {error}") from error
 
 
 @contextmanager

@@ -200,6 +200,7 @@ class TrainingRun:
                 optimizer=optimizer,
                 world_size=num_workers,
                 first=first,
+                accumulate=self.plan.accumulate,
             )
             group = optimizer.team(make, self.as_begun)
             ranks = RankRunner(
@@ -391,5 +392,6 @@ def _rank_loop(
     optimizer: DistNadam,
     world_size: int,
     first: int,
+    accumulate: int,
 ) -> RankLoop:
-    return RankLoop(task, optimizer.worker(rank), world_size, first)
+    return RankLoop(task, optimizer.worker(rank), world_size, first, accumulate)

@@ -45,7 +45,11 @@ class Task(Protocol):
         """Return the initial parameters: any nesting of dict, list and tuple of arrays."""
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
-        """Return a rank's batch of a step, from 0; equal arguments must give equal batches."""
+        """Return a rank's batch of a step, from 0; equal arguments must give equal batches.
+
+        For `fit(..., accumulate=k)` with k above 1 it takes one argument more, by name:
+        `micro_batch`, from 0 to k - 1.
+        """
 
     def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
         """Return the loss and its gradients, in the structure of the read-only `params`.

@@ -37,12 +37,14 @@ from distnadam.errors import (
     IllegalMessage,
     LatePush,
     PushesPending,
+    RanksDisagree,
     StaleEpoch,
     StepTimeout,
     SupersededWorker,
     WorkerLost,
 )
 from distnadam.hyperparameters import NadamConfig
+from distnadam.protocol.round_settings import RoundSettings
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import cut_flat
@@ -75,7 +77,10 @@ BETWEEN_HOSTS = (
 )
 """What must befall connections between hosts in these examples."""
 SEEN: Counter[str] = Counter()
-EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost)
+ROUNDS_ENDED = ("voted", "ranks disagreed", "the mean of micro-batches was applied")
+"""How rounds must have ended too."""
+MUST_BEFALL = BETWEEN_HOSTS + ROUNDS_ENDED
+EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost, RanksDisagree)
 
 
 def gradient(number: int, rank: int, incarnation: int, params: Any, attempt: int = 0) -> Any:
@@ -89,6 +94,14 @@ def gradient(number: int, rank: int, incarnation: int, params: Any, attempt: int
         .astype(np.float32)
     )
     return noise + np.float32(0.1) * params.astype(np.float32)
+
+
+def settings_of(number: int, rank: int, incarnation: int) -> RoundSettings:
+    """What a worker says of a round: now and then a vote, or another count than the others'."""
+    drawn = (5 * number + 11 * rank + 3 * incarnation) % 23
+    if rank == DIRECT or drawn == 0:
+        return RoundSettings(found_inf=rank != DIRECT)
+    return RoundSettings(micro_steps=1 + (number + (drawn == 1)) % 2)
 
 
 class FaultsAgainstOneProcess(RuleBasedStateMachine):
@@ -146,7 +159,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.attempts: Counter[tuple[int, int, int]] = (
             Counter()
         )  # pushes of a (round, rank, incarnation) that were dropped for certain
-        self.model = OneProcess(self.layout, config, INITIAL, self.given)
+        self.model = OneProcess(self.layout, config, INITIAL, self.given, settings_of)
         self.workers: dict[int, Worker] = {}
         self.tickets: dict[int, Ticket] = {}
         self.pushed: dict[int, tuple[int, int, int]] = {}
@@ -213,10 +226,17 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         try:
             params = worker.pull()["w"]
             given = self.given(worker.round + 1, rank, worker.session.incarnation, params)
+            if given is None:
+                given = np.full(SIZE, np.nan, np.float32)
             self.pushed[rank] = (worker.round + 1, rank, worker.session.incarnation)
-            self.tickets[rank] = worker.push(
-                {"w": np.full(SIZE, np.nan, np.float32) if given is None else given}
-            )
+            says = settings_of(*self.pushed[rank])
+            if says.micro_steps == 1:
+                self.tickets[rank] = worker.push({"w": given}, found_inf=says.found_inf)
+                return
+            worker.discard()
+            for _ in range(says.micro_steps):  # whose mean is exact
+                worker.accumulate({"w": given})
+            self.tickets[rank] = worker.push()
         except SupersededWorker:
             del self.workers[rank]
         except EXPECTED:
@@ -229,15 +249,34 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             return
         try:
             ticket.result()
+            self.see_end(rank, ticket)
         except StepTimeout:
             return
         except SupersededWorker:
             del self.workers[rank]
         except WorkerLost:
             self.attempts[self.pushed[rank]] += 1
+        except RanksDisagree:
+            SEEN["ranks disagreed"] += 1
         except EXPECTED:
             pass
         del self.tickets[rank]
+
+    def see_end(self, rank: int, ticket: Ticket) -> None:
+        """A worker that is told of its round's end knows whether it was a vote, as all others."""
+        number, _, _ = self.pushed[rank]
+        for process in self.world.shards:
+            if not process.alive or process.host is None:
+                continue
+            progress = process.host.shard.progress
+            if progress.round == self.workers[rank].session.round == number:
+                counted = history_of(progress.members.ledger.to_dict(), number)[-1]
+                says = [settings_of(number, *who) for who in counted]
+                assert ticket.found_inf == any(each.found_inf for each in says)
+                assert ticket.found_inf == self.workers[rank].found_inf
+                SEEN["voted"] += ticket.found_inf
+                if progress.outcome == "applied" and says[0].micro_steps > 1:
+                    SEEN["the mean of micro-batches was applied"] += 1
 
     @rule()
     def advance(self) -> None:
@@ -432,9 +471,9 @@ def test_faults_change_no_bit_and_count_every_push_once(examples: int) -> None:
                 suppress_health_check=list(HealthCheck),
             ),
         )
-        if all(SEEN[what] for what in BETWEEN_HOSTS):
+        if all(SEEN[what] for what in MUST_BEFALL):
             return
-    pytest.fail(f"nothing of {[what for what in BETWEEN_HOSTS if not SEEN[what]]} befell them")
+    pytest.fail(f"nothing of {[what for what in MUST_BEFALL if not SEEN[what]]} befell them")
 
 
 @pytest.mark.parametrize("struck", [0, 1])

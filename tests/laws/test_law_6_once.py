@@ -35,6 +35,7 @@ from distnadam.protocol.messages import (
     Step,
     Write,
 )
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout
@@ -111,8 +112,13 @@ class OnceAgainstAModel(RuleBasedStateMachine):
         old=st.sampled_from([0, 0, 0, 0, 1, 2]),
         stale=st.sampled_from([False] * 7 + [True]),
         seed=st.integers(0, 9),
+        settings=st.sampled_from(
+            [ORDINARY] * 7 + [RoundSettings(found_inf=True), RoundSettings(micro_steps=2)]
+        ),
     )
-    def push(self, rank: int, back: int, old: int, stale: bool, seed: int) -> None:
+    def push(
+        self, rank: int, back: int, old: int, stale: bool, seed: int, settings: RoundSettings
+    ) -> None:
         incarnation, decided, epoch = (
             self.newest[rank] - old,
             self.round + 1 - back,
@@ -123,7 +129,9 @@ class OnceAgainstAModel(RuleBasedStateMachine):
             rank=rank,
             incarnation=incarnation,
             round=decided,
-            gradients={"float32": values(seed)},
+            gradients=None if settings.found_inf else {"float32": values(seed)},
+            rejection="it overflowed" if settings.found_inf else None,
+            settings=settings,
         )
         before = state_of(self.host)
         answer = self.host.send(message)
@@ -160,10 +168,18 @@ class OnceAgainstAModel(RuleBasedStateMachine):
             (rank, push.incarnation, self.round) for rank, push in self.pending.items()
         }
         self.rounds.append([push for _, push in sorted(self.pending.items())])
-        assert all(
-            isinstance(f.result(0), RoundResult) and f.result(0).round == self.round
-            for _, f in self.waiting
+        settings = [push.settings for push in self.pending.values()]
+        outcome = (
+            "voted"
+            if any(each.found_inf for each in settings)
+            else "applied"
+            if len({each.micro_steps for each in settings}) == 1
+            else "disagreed"
         )
+        for _, answer in self.waiting:
+            ended = answer.result(0)
+            assert isinstance(ended, RoundResult)
+            assert (ended.round, ended.outcome) == (self.round, outcome)
         self.pending, self.waiting = {}, []
 
     @rule()
@@ -195,6 +211,8 @@ class OnceAgainstAModel(RuleBasedStateMachine):
                         incarnation=1,
                         round=decided,
                         gradients=push.gradients,
+                        rejection=push.rejection,
+                        settings=push.settings,
                     )
                 )
             answer.result(0)

@@ -2,8 +2,9 @@
 nonsense is refused.
 """
 
+import pickle
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import msgpack
 import numpy as np
@@ -13,12 +14,16 @@ from hypothesis import strategies as st
 
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
-from distnadam.protocol.codec import pack, unpack
+from distnadam.nadam.step_scalars import Clock
+from distnadam.protocol import ordinary_frames
+from distnadam.protocol.codec import pack, pack_record, unpack, unpack_record
 from distnadam.protocol.frames import Frames
 from distnadam.protocol.messages import (
+    CompletePush,
     Describe,
     GroupPush,
     Leave,
+    Outcome,
     PartialNorms,
     Pull,
     Push,
@@ -27,9 +32,14 @@ from distnadam.protocol.messages import (
     TotalNorms,
     WorkerDied,
 )
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
+from distnadam.protocol.supervisor_messages import ReplicatedRound
 from distnadam.tensors.arrays import dtype_of
 
 GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
+SETTINGS = st.builds(
+    RoundSettings, found_inf=st.booleans(), micro_steps=st.just(1) | st.integers(1, 1 << 40)
+)
 MESSAGES: list[Any] = [
     Push(
         epoch=1,
@@ -80,8 +90,18 @@ def test_a_groups_push_says_whose_it_is_and_its_sum_is_never_narrower_than_the_s
         return GRADIENTS
 
     members = {
-        rank: PushNote(incarnation=rank, round=4, dtypes={"float32": "bfloat16"}, rejection=why)
-        for rank, why in ((2, None), (3, "it is NaN"))
+        rank: PushNote(
+            incarnation=rank,
+            round=4,
+            dtypes={"float32": "bfloat16"},
+            rejection=why,
+            settings=settings,
+        )
+        for rank, why, settings in (
+            (2, None, ORDINARY),
+            (3, "it is NaN", RoundSettings(micro_steps=3)),
+            (4, "it overflowed", RoundSettings(found_inf=True)),
+        )
     }
     for gradients in (GRADIENTS, None):
         group = GroupPush(epoch=1, round=4, members=members, gradients=gradients)
@@ -91,6 +111,59 @@ def test_a_groups_push_says_whose_it_is_and_its_sum_is_never_narrower_than_the_s
     assert asked == [{"float32": "float32", "float64": "float64"}]
     with pytest.raises(LaneError, match="a group's push came where none is expected"):
         unpack(pack(1, group)[4:])
+
+
+@given(settings=SETTINGS, rank=st.integers(0, 9), has_gradients=st.booleans())
+def test_a_push_comes_back_with_its_settings_wherever_it_goes(
+    settings: RoundSettings, rank: int, has_gradients: bool
+) -> None:
+    is_whole = has_gradients and not settings.found_inf
+    push = Push(
+        epoch=1,
+        rank=rank,
+        incarnation=3,
+        round=4,
+        gradients=GRADIENTS if is_whole else None,
+        rejection=None if is_whole else "why",
+        settings=settings,
+    )
+    assert unpack(pack(7, push)[4:], lambda dtypes: GRADIENTS) == (7, push)
+    assert push.note.settings == settings
+    members = {rank: push.note}
+    group = GroupPush(epoch=1, round=4, members=members, gradients=push.gradients)
+    assert unpack(pack(7, group)[4:], lambda dtypes: GRADIENTS)[1].members == members
+    record = ReplicatedRound(
+        round=4,
+        skipped=1,
+        outcome="voted" if settings.found_inf else "disagreed",
+        rejection="why",
+        counted=members,
+        lr=0.5,
+        active=1,
+        clock=Clock(),
+    )
+    assert unpack_record(pack_record(record)[4:]) == record
+    completed = CompletePush(rank, push.note)
+    assert pickle.loads(pickle.dumps(completed)) == completed
+    ordinary = pickle.loads(pickle.dumps(settings)) is ORDINARY
+    assert ordinary == (settings == ORDINARY)
+
+
+def test_only_a_push_of_gradients_and_nothing_else_has_a_fixed_frame() -> None:
+    push = Push(**PLACE, gradients={"float32": np.zeros(3, np.float32)})
+    assert ordinary_frames.pack(3, push) is not None
+    for settings in (RoundSettings(found_inf=True), RoundSettings(micro_steps=2)):
+        assert ordinary_frames.pack(3, replace(push, settings=settings)) is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], [False], [0, 1], [False, True], [False, 0], [False, 1, 1], [None, 1], {"a": 1}]
+)
+def test_settings_that_are_none_are_refused(wrong: Any) -> None:
+    *fields, given = msgpack.unpackb(pack(7, TO_A_SHARD[0])[4:])
+    assert given is None
+    with pytest.raises(LaneError, match="is no message"):
+        unpack(msgpack.packb([*fields, wrong]), lambda dtypes: GRADIENTS)
 
 
 def test_sums_and_norms_come_back_to_the_bit() -> None:
@@ -172,7 +245,7 @@ def test_an_ordinary_push_and_its_rounds_end_come_back(
     assert number == 1 << 40
     assert got == replace(push, gradients=GRADIENTS)
     assert asked == [dtypes] and list(asked[0]) == list(dtypes)
-    for outcome in ("applied", "skipped", "refused"):
+    for outcome in get_args(Outcome):
         result = RoundResult(
             epoch=1 << 40,
             round=7,
@@ -231,7 +304,7 @@ def test_a_message_to_a_shard_with_a_field_of_another_type_is_refused(
 
 
 @pytest.mark.parametrize("value", [b"1", 1.5, [1]], ids=repr)
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_a_groups_push_with_a_field_of_a_rank_of_another_type_is_refused(
     index: int, value: Any
 ) -> None:
@@ -242,7 +315,7 @@ def test_a_groups_push_with_a_field_of_a_rank_of_another_type_is_refused(
         unpack(body, lambda dtypes: GRADIENTS)
 
 
-@pytest.mark.parametrize(("notes", "spaces"), [([], ["float32"]), ([[0, 1, {}, None]], [])])
+@pytest.mark.parametrize(("notes", "spaces"), [([], ["float32"]), ([[0, 1, {}, None, None]], [])])
 def test_a_groups_push_of_nobody_or_of_nothing_is_refused(notes: Any, spaces: Any) -> None:
     with pytest.raises(LaneError, match="is no message"):
         unpack(msgpack.packb([7, "group", 1, 2, notes, spaces]), lambda dtypes: GRADIENTS)
@@ -250,9 +323,10 @@ def test_a_groups_push_of_nobody_or_of_nothing_is_refused(notes: Any, spaces: An
 
 def test_a_push_has_gradients_or_says_why_not() -> None:
     """A kernel that got none would read beyond its arrays."""
-    push = pack(7, Push(**PLACE, gradients=None, rejection=None))[4:]
-    with pytest.raises(LaneError, match="is no message"):
-        unpack(push, lambda dtypes: {})
+    for settings in (ORDINARY, RoundSettings(found_inf=True)):
+        push = pack(7, Push(**PLACE, gradients=None, rejection=None, settings=settings))[4:]
+        with pytest.raises(LaneError, match="is no message"):
+            unpack(push, lambda dtypes: {})
 
 
 def test_a_length_that_cannot_be_and_a_message_that_does_not_travel_are_refused() -> None:

@@ -2,6 +2,7 @@
 never steps in.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from distnadam.protocol.messages import (
     TotalNorms,
     Write,
 )
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.supervisor_messages import (
     AttachStandby,
     Load,
@@ -74,6 +76,7 @@ def do_round(
     epoch: int = 1,
     workers: int = 2,
     finite: bool = True,
+    settings: RoundSettings = ORDINARY,
 ) -> None:
     rng = np.random.default_rng(seed)
     for rank in range(workers):
@@ -88,6 +91,7 @@ def do_round(
                 round=number,
                 gradients=gradient,
                 rejection=None if finite else "NaN",
+                settings=settings if rank == 0 else replace(settings, found_inf=False),
             )
         )
     if isinstance(measured := answer.result(0), PartialNorms):
@@ -114,24 +118,40 @@ def same(one: State, other: State) -> bool:
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
 @settings(max_examples=15, deadline=None)
 @given(
-    finite=st.lists(st.booleans(), min_size=1, max_size=6),
+    rounds=st.lists(
+        st.tuples(
+            st.booleans(),
+            st.sampled_from(
+                [ORDINARY, RoundSettings(micro_steps=2), RoundSettings(found_inf=True)]
+            ),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
     workers=st.integers(1, 3),
     config=configurations(),
 )
 def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_would_have(
-    kernel: str, finite: list[bool], workers: int, config: dict[str, Any]
+    kernel: str,
+    rounds: list[tuple[bool, RoundSettings]],
+    workers: int,
+    config: dict[str, Any],
 ) -> None:
     primary, standby, _ = pair(kernel, workers, **config)
-    for number, good in enumerate(finite, 1):
-        do_round(primary, number, number, workers=workers, finite=good)
+    for number, (good, says) in enumerate(rounds, 1):
+        finite = good and not says.found_inf
+        do_round(primary, number, number, workers=workers, finite=finite, settings=says)
+        is_vote = primary.shard.progress.outcome == "voted"
+        assert is_vote == says.found_inf
         assert standby.reached == number
     promoted, control_state = standby.promote(
         Reconfigure(epoch=2, schedule=((1, tuple(range(workers))),)), ShardHost
     )
     assert same(state_of(promoted), state_of(primary))
     assert control_state.ledger == primary.shard.members.ledger.to_dict()
-    assert promoted.shard.progress.counted == primary.shard.progress.counted
-    number = len(finite) + 1
+    for name in ("counted", "outcome", "rejection", "skipped"):
+        assert getattr(promoted.shard.progress, name) == getattr(primary.shard.progress, name)
+    number = len(rounds) + 1
     do_round(primary, number, 99, workers=workers)
     do_round(promoted, number, 99, epoch=2, workers=workers)
     assert same(state_of(promoted), state_of(primary))

@@ -26,7 +26,9 @@ from distnadam.errors import (
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.effects import Answer, Compute, Work
+from distnadam.shard.ledger import DIRECT
 from distnadam.shard.machine import Shard
 from distnadam.shard.phases import LEGAL, NEXT, Phase
 from distnadam.shard.state import ShardState
@@ -55,9 +57,15 @@ def new_shard(**config: Any) -> Shard:
     )
 
 
-def push(rank: int, decided: int = 1, rejection: str | None = None) -> msg.Push:
+def push(rank: int, decided: int = 1, rejection: str | None = None, **settings: Any) -> msg.Push:
     return msg.Push(
-        epoch=0, rank=rank, incarnation=1, round=decided, gradients=GRADIENTS, rejection=rejection
+        epoch=0,
+        rank=rank,
+        incarnation=1,
+        round=decided,
+        gradients=GRADIENTS,
+        rejection=rejection,
+        settings=RoundSettings(**settings) if settings else ORDINARY,
     )
 
 
@@ -282,6 +290,61 @@ def test_a_complaint_ends_the_round_with_no_step_and_names_every_culprit(
         1,
         0,
     )
+
+
+@pytest.mark.parametrize("config", [{}, {"clipnorm": 1.0}])
+@pytest.mark.parametrize(
+    ("pushes", "outcome", "why"),
+    [
+        ([push(1, rejection="one", found_inf=True), push(0)], "voted", "one"),
+        (
+            [push(1, micro_steps=3), push(0, micro_steps=4)],
+            "disagreed",
+            "micro_steps must be equal on all ranks: rank 0 has 4, rank 1 has 3",
+        ),
+    ],
+)
+def test_a_vote_and_counts_that_differ_end_the_round_for_all_and_the_next_is_stepped(
+    pushes: list[msg.Push], outcome: str, why: str, config: dict[str, Any]
+) -> None:
+    for order in (pushes, pushes[::-1]):
+        shard = new_shard(**config)
+        for rank in (0, 1):
+            shard.receive(msg.Join(rank=rank), None)
+        assert replies(shard.receive(order[0], "first")) == []
+        effects = shard.receive(order[1], "last")
+        assert [(reply.outcome, reply.rejection) for reply in replies(effects)] == [
+            (outcome, why)
+        ] * 2
+        assert not any(isinstance(effect, Compute) for effect in effects)
+        progress = shard.progress
+        assert (progress.round, progress.skipped, progress.clock.iterations) == (1, 1, 0)
+        assert progress.counted == {each.rank: each.note for each in pushes}
+        record = progress.control_state()
+        assert (record.outcome, record.counted) == (outcome, progress.counted)
+        again = shard.receive(order[0], "again")
+        assert [(a.caller, a.reply.outcome) for a in again if isinstance(a, Answer)] == [
+            ("again", outcome)
+        ]
+        shard.receive(push(0, 2, micro_steps=2), "next")
+        work = Work.MEASURE if config else Work.STEP
+        assert shard.receive(push(1, 2, micro_steps=2), "next") == [Compute(work)]
+
+
+def test_a_step_from_outside_that_overflowed_is_skipped() -> None:
+    shard = new_shard()
+    shard.receive(msg.Pause("me"), "hold")
+    step = msg.Step(
+        token="me",
+        incarnation=1,
+        round=1,
+        gradients=None,
+        rejection="overflowed",
+        settings=RoundSettings(found_inf=True),
+    )
+    (reply,) = replies(shard.receive(step, "step"))
+    assert (reply.outcome, reply.rejection, reply.iterations) == ("voted", "overflowed", 0)
+    assert shard.progress.counted[DIRECT].settings.found_inf
 
 
 @pytest.mark.parametrize("phase", [Phase.MEASURING, Phase.AWAITING_NORMS])

@@ -30,6 +30,7 @@ from distnadam.protocol.messages import (
     ShardSpec,
 )
 from distnadam.protocol.orphaned_push import orphaned_pushes
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.supervisor_messages import AbandonRank, Load, Reconfigure
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.epochs import Epochs
@@ -106,14 +107,21 @@ def shard(**memory: Any) -> ShardHost:
 
 
 def push(
-    rank: int, incarnation: int = 1, value: float = 1.0, epoch: int = 0, number: int = 1
+    rank: int,
+    incarnation: int = 1,
+    value: float = 1.0,
+    epoch: int = 0,
+    number: int = 1,
+    settings: RoundSettings = ORDINARY,
 ) -> Push:
     return Push(
         epoch=epoch,
         rank=rank,
         incarnation=incarnation,
         round=number,
-        gradients={"float32": np.full(4, value, np.float32)},
+        gradients=None if settings.found_inf else {"float32": np.full(4, value, np.float32)},
+        rejection="it overflowed" if settings.found_inf else None,
+        settings=settings,
     )
 
 
@@ -143,6 +151,34 @@ def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_bo
         lacking.send(
             CompletePush(0, PushNote(incarnation=1, round=1, dtypes={"float32": "float32"}))
         ).result(0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "outcome"),
+    [(RoundSettings(micro_steps=2), "applied"), (RoundSettings(found_inf=True), "voted")],
+)
+def test_a_push_is_completed_with_what_its_rank_said_of_the_round(
+    settings: RoundSettings, outcome: str
+) -> None:
+    first, second = shard(), shard()
+    second.gradients_of = lambda rank, incarnation, dtypes: {"float32": np.full(4, 7.0, np.float32)}
+    others = RoundSettings(micro_steps=2)
+    first.send(push(1, settings=others))
+    decided = first.send(push(0, value=7.0, settings=settings)).result(0)
+    waits = second.send(push(1, settings=others))
+    joined = {
+        i: host.send(Join(rank=0, incarnation=2)).result(0)
+        for i, host in enumerate((first, second))
+    }
+    adopts = orphaned_pushes(0, joined)
+    assert [message.note.settings for message in adopts.values()] == [settings]
+    second.send(adopts[1]).result(0)
+    completed = waits.result(0)
+    for result in (decided, completed):
+        assert (result.round, result.outcome) == (1, outcome)
+    assert decided.rejection == completed.rejection
+    assert moment(first) == moment(second)
+    assert first.shard.progress.counted == second.shard.progress.counted
 
 
 def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:

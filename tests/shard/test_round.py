@@ -1,5 +1,6 @@
 """One round: which pushes count when workers are replaced, and what its callers get."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -8,14 +9,21 @@ import pytest
 from distnadam.errors import IllegalMessage, LatePush, SupersededWorker
 from distnadam.nadam.mean import Grouping
 from distnadam.protocol.messages import PartialNorms, Push
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.effects import Answer, Effect
 from distnadam.shard.round import Round, Waiter
+from distnadam.shard.verdict import verdict_of
 from distnadam.tensors.layout import Layout
 
 NORMS = PartialNorms(1, ((0, np.array([3.0])),))
 
 
-def push(rank: int, incarnation: int = 1, rejection: str | None = None) -> Push:
+def push(
+    rank: int,
+    incarnation: int = 1,
+    rejection: str | None = None,
+    settings: RoundSettings = ORDINARY,
+) -> Push:
     gradients = None if rejection else {"float32": np.full(2, rank, np.float32)}
     return Push(
         epoch=0,
@@ -24,6 +32,7 @@ def push(rank: int, incarnation: int = 1, rejection: str | None = None) -> Push:
         round=1,
         gradients=gradients,
         rejection=rejection,
+        settings=settings,
     )
 
 
@@ -51,10 +60,65 @@ def errors(effects: list[Effect]) -> dict[Any, type]:
 def test_gradients_and_rejections_are_in_the_order_of_ranks() -> None:
     made = round_of(2, 0)
     assert values_of(made) == [0, 2]
-    assert made.rejection is None
+    assert made.is_ordinary and verdict_of(made.pushes, "raise") is None
     made.add(push(3, rejection="three"), waiter(3))
     made.add(push(1, rejection="one"), waiter(1))
-    assert made.rejection == "one; three"
+    assert not made.is_ordinary
+    assert verdict_of(made.pushes, "raise") == ("refused", "one; three")
+    assert verdict_of(made.pushes, "skip") == ("skipped", "one; three")
+
+
+VOTE, TWO = RoundSettings(found_inf=True), RoundSettings(micro_steps=2)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("pushes", "verdict"),
+    [
+        ([push(0), push(1, settings=RoundSettings())], None),
+        ([push(0, settings=TWO), push(1, settings=TWO)], None),
+        (
+            [push(0, settings=TWO), push(1), push(2, settings=TWO)],
+            (
+                "disagreed",
+                "micro_steps must be equal on all ranks: rank 0 has 2, rank 1 has 1, rank 2 has 2",
+            ),
+        ),
+        (
+            [push(0, rejection="NaN"), push(1, settings=TWO)],
+            ("disagreed", "micro_steps must be equal on all ranks: rank 0 has 1, rank 1 has 2"),
+        ),
+        (
+            [
+                push(0, rejection="NaN"),
+                push(1, rejection="one", settings=VOTE),
+                push(2, settings=TWO),
+                push(3, rejection="three", settings=VOTE),
+            ],
+            ("voted", "one; three"),
+        ),
+        ([push(1, settings=VOTE), push(0)], ("voted", "rank 1: found_inf")),
+    ],
+)
+def test_a_vote_is_above_ranks_that_disagree_and_that_above_a_gradient_that_is_not_finite(
+    pushes: list[Push], verdict: Any, on_nonfinite: Any
+) -> None:
+    """Whatever the order in which they come, to the letter."""
+    for order in itertools.permutations(pushes):
+        made = Round(0)
+        for each in order:
+            made.add(each, waiter(each.rank))
+        assert verdict_of(made.pushes, on_nonfinite) == verdict
+        assert verdict is None or not made.is_ordinary
+
+
+def test_the_settings_of_a_dead_workers_push_go_with_what_completes_it() -> None:
+    vote = push(0, rejection="zero", settings=VOTE)
+    assert vote.note.settings is VOTE
+    made = round_of(1)
+    made.complete(vote, {0: 2})
+    assert not made.is_ordinary
+    assert verdict_of(made.pushes, "raise") == ("voted", "zero")
 
 
 @pytest.mark.parametrize(

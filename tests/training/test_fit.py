@@ -82,6 +82,64 @@ def train(directory: Path, steps: int = 20, task: Any = None, **how: Any) -> Any
     )
 
 
+class InMicroBatches(Quadratic):
+    """A batch may come in `parts`, whose mean it is; one of them raises once, the second time."""
+
+    def __init__(self, parts: int, fails_at: tuple[int, int, int] | None = None) -> None:
+        super().__init__()
+        self.parts, self.fails = parts, fails_at
+
+    def batch(self, step: int, rank: int, world_size: int, micro_batch: int | None = None) -> Any:
+        each = np.random.default_rng([self.seed, step, rank, world_size]).integers(
+            -8, 9, (self.parts, 3000)
+        )
+        if micro_batch is None:
+            return each.sum(0, dtype=np.float32)
+        if self.fails == (step, rank, micro_batch):
+            self.fails = None
+            raise ZeroDivisionError("the batch is bad")
+        return self.parts * each[micro_batch].astype(np.float32)
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        return float(batch.sum()), {"w": batch}  # of which sums and means are exact
+
+
+@pytest.mark.on_ray
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_train_as_the_batch_that_they_are_parts_of(
+    tmp_path: Path, parts: int, backend: str
+) -> None:
+    whole = train(tmp_path / "whole", 6, InMicroBatches(parts))
+    task = InMicroBatches(parts, fails_at=(3, 1, 1))
+    history = train(tmp_path / "parts", 6, task, accumulate=parts, backend=backend)
+    assert history.recoveries == 1, "what the rank had summed when its task raised is not in it"
+    assert history.losses == whole.losses
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_task_that_takes_no_micro_batches_is_refused_before_anything_begins(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"accumulate=2: task 'quadratic' must take each micro-batch's number, as in "
+        r"batch\(step, rank, world_size, micro_batch=0\); it has batch\(step",
+    ):
+        train(tmp_path / "run", accumulate=2)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="accumulate"):
+        train(tmp_path / "run", accumulate=0)
+
+
+def test_micro_batches_of_another_shape_are_named_with_their_place(tmp_path: Path) -> None:
+    class Wrong(InMicroBatches):
+        def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+            return 0.0, {"w": batch[:-1]}
+
+    with pytest.raises(TrainingError, match=r"worker [01], step 0, micro-batch 0: .*'w'"):
+        train(tmp_path, 2, Wrong(2), accumulate=2)
+
+
 def test_a_run_leaves_its_record_metrics_plot_and_checkpoints(tmp_path: Path) -> None:
     # earlier tests may have dropped optimizers without closing them
     before = set(threading.enumerate())

@@ -12,6 +12,7 @@ import pytest
 from distnadam.errors import SupersededWorker
 from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import GroupPush, Push, RoundResult
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.transport import far_shard
 from tests.eventually import eventually
@@ -112,6 +113,42 @@ def test_a_groups_gradients_cross_the_cable_once_with_the_bits_of_calls(dtype: A
     right = stepped_here(3, dtype, sum_group=2)
     assert all(same(w.parameters(a), right) for w, a in zip(workers, answers, strict=True))
     assert host.carried == []
+    host.close()
+    shards.close()
+
+
+@pytest.mark.parametrize(
+    ("says", "outcome", "why"),
+    [
+        ((RoundSettings(micro_steps=2), RoundSettings(micro_steps=2)), "applied", None),
+        (
+            (RoundSettings(micro_steps=2), ORDINARY),
+            "disagreed",
+            "micro_steps must be equal on all ranks: rank 0 has 2, rank 1 has 1",
+        ),
+        ((ORDINARY, RoundSettings(found_inf=True)), "voted", "rank 1 overflowed"),
+    ],
+)
+def test_what_a_groups_ranks_say_of_a_round_goes_with_its_sum(
+    says: tuple[RoundSettings, ...], outcome: str, why: str | None
+) -> None:
+    shards = Shards(IN_PAIRS)
+    host = Host(shards)
+    workers = [host.worker(0), host.worker(1)]
+    numbers = []
+    for worker, each in zip(workers, says, strict=True):
+        pushes = worker.pushes(1, gradients(0, worker.rank))
+        for push in pushes.values():
+            push.settings = each
+            if each.found_inf:
+                push.gradients, push.rejection = None, "rank 1 overflowed"
+        numbers.append(worker.client.post(pushes))
+    for worker, number in zip(workers, numbers, strict=True):
+        for answer in worker.collect(number).values():
+            assert (answer.round, answer.outcome, answer.rejection) == (1, outcome, why)
+    for shard in shards.all:
+        counted = shard.host.shard.progress.counted
+        assert [counted[rank].settings for rank in (0, 1)] == list(says)
     host.close()
     shards.close()
 

@@ -1,0 +1,52 @@
+"""What a rank says of a round beside its gradients. Plain data.
+
+One record goes with a push wherever it goes: in its note, so that a dead worker's push is completed
+with it, in its group's, and in what a standby follows. `shard/verdict.py` compares those of all
+ranks once they are in.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSettings:
+    """One rank's settings of one round.
+
+    Attributes:
+        found_inf: whether the rank's loss-scaled gradients overflowed: a vote to skip the round. A
+            push with it has a rejection, and no gradients.
+        micro_steps: of how many micro-batches the gradients are the mean.
+    """
+
+    found_inf: bool = False
+    micro_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self.found_inf) is not bool:
+            raise TypeError(f"found_inf is {self.found_inf!r:.50}")
+        if type(self.micro_steps) is not int or self.micro_steps < 1:
+            raise TypeError(f"micro_steps is {self.micro_steps!r:.50}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unpacked, (packed(self),)  # so that ordinary ones stay that very object
+
+
+ORDINARY = RoundSettings()
+"""Those of nearly every push, always by this very object where a push comes from this package."""
+
+_NAMES = tuple(field.name for field in fields(RoundSettings))
+
+
+def packed(settings: RoundSettings) -> list[Any] | None:
+    """Return settings as plain data for a frame; None if they are ordinary."""
+    return None if settings == ORDINARY else [getattr(settings, name) for name in _NAMES]
+
+
+def unpacked(values: Any) -> RoundSettings:
+    """Return the settings that `packed` described; raise TypeError for what are none."""
+    if values is None:
+        return ORDINARY
+    if not isinstance(values, list) or len(values) != len(_NAMES):
+        raise TypeError(f"settings are {values!r:.50}")
+    return RoundSettings(**dict(zip(_NAMES, values, strict=True)))

@@ -1,0 +1,59 @@
+"""Whether a round may be stepped, as what its pushes say beside their gradients decides. Pure.
+
+The one place where ranks' settings are compared: once all pushes are in and in rank order, so that
+neither the verdict nor its text depends on which came first.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+from distnadam.protocol.messages import Outcome
+from distnadam.protocol.round_settings import RoundSettings
+
+Verdict = tuple[Outcome, str]
+"""How a round ends without a step, and why."""
+
+_MUST_AGREE = ("micro_steps",)
+"""The settings that all ranks of a round must have alike."""
+
+
+class Judged(Protocol):
+    """A push, as far as it is judged."""
+
+    @property
+    def settings(self) -> RoundSettings:
+        """What its rank says of the round."""
+
+    @property
+    def rejection(self) -> str | None:
+        """Why its gradients cannot be used, if so."""
+
+
+def verdict_of(
+    pushes: Mapping[int, Judged], on_nonfinite: Literal["raise", "skip"]
+) -> Verdict | None:
+    """Return how a round with all its pushes ends without a step; None if it is to be stepped.
+
+    A vote of one rank (`found_inf`) skips it, whatever else the pushes say; settings that differ
+    refuse it before any gradient is judged.
+    """
+    ranks = sorted(pushes)
+    voted = [rank for rank in ranks if pushes[rank].settings.found_inf]
+    if voted:
+        return "voted", _joined(pushes, voted)
+    for name in _MUST_AGREE:
+        given = [getattr(pushes[rank].settings, name) for rank in ranks]
+        if any(value != given[0] for value in given):
+            each = ", ".join(f"rank {r} has {v!r}" for r, v in zip(ranks, given, strict=True))
+            return "disagreed", f"{name} must be equal on all ranks: {each}"
+    rejected = [rank for rank in ranks if pushes[rank].rejection is not None]
+    return not_finite(_joined(pushes, rejected), on_nonfinite) if rejected else None
+
+
+def not_finite(why: str, on_nonfinite: Literal["raise", "skip"]) -> Verdict:
+    """Return how a round ends whose gradients are not finite."""
+    return "skipped" if on_nonfinite == "skip" else "refused", why
+
+
+def _joined(pushes: Mapping[int, Judged], ranks: Sequence[int]) -> str:
+    return "; ".join(pushes[rank].rejection or f"rank {rank}: found_inf" for rank in ranks)
