@@ -24,6 +24,7 @@ from distnadam.protocol.supervisor_messages import Load
 from distnadam.runtime.shard_files import ShardFiles
 from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat
+from tests.eventually import eventually
 from tests.models import bits, gradients, leaves, params, run
 
 MOMENTUM = 0.9
@@ -247,18 +248,16 @@ def test_checkpoints_reshards_and_restores_carry_it(
             assert bits(optimizer) == undisturbed(6)
 
 
-@pytest.mark.on_ray("ray")
-def test_a_shard_that_dies_takes_no_average_with_it(backend: str, tmp_path: Path) -> None:
-    """With a standby on Ray, that takes over; locally nothing dies."""
-    replicas = {"replicas": 1} if backend == "ray" else {}
-    with DistNadam(backend=backend, num_shards=2, num_workers=2, **replicas, **CONFIG).build(
+@pytest.mark.slow
+def test_a_standby_that_takes_over_has_it(ray_cluster: None) -> None:
+    import ray
+
+    with DistNadam(backend="ray", num_shards=2, num_workers=2, replicas=1, **CONFIG).build(
         params()
     ) as optimizer:
         run(optimizer, 0, 3)
-        if backend == "ray":
-            import ray
-
-            ray.kill(optimizer.shards.backend.actors[0])  # type: ignore[attr-defined]
+        eventually(lambda: optimizer.shards.describe().replicated == 3)
+        ray.kill(optimizer.shards.backend.actors[0])  # type: ignore[attr-defined]
         run(optimizer, 3, 6)
         assert bits(optimizer) == undisturbed(6)
 

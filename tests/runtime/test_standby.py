@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distnadam.config import Options
 from distnadam.errors import IllegalMessage
+from distnadam.groups import Group
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.protocol.messages import (
@@ -32,7 +33,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
-from distnadam.tensors.arrays import STATE_ARRAYS
+from distnadam.tensors.arrays import BFLOAT16, STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 from tests.configurations import configurations
 from tests.reference import State, state_of
@@ -44,7 +45,7 @@ INITIAL = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
 
 
 def pair(
-    kernel: str = "numpy", workers: int = 2, **config: Any
+    kernel: str = "numpy", workers: int = 2, layout: Layout = LAYOUT, **config: Any
 ) -> tuple[ShardHost, Standby, ShardSpec]:
     options = Options(kernel=kernel, on_nonfinite="skip" if workers == 2 else "raise")  # type: ignore[arg-type]
     spec = ShardSpec(
@@ -55,8 +56,8 @@ def pair(
         name=None,
         config=NadamConfig(**config),
         options=options,
-        layout=LAYOUT,
-        ranges=LAYOUT.cuts(1)[0],
+        layout=layout,
+        ranges=layout.cuts(1)[0],
     )
     standby = Standby(spec)
     primary = ShardHost(spec)
@@ -154,6 +155,33 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
     number = len(rounds) + 1
     do_round(primary, number, 99, workers=workers)
     do_round(promoted, number, 99, epoch=2, workers=workers)
+    assert same(state_of(promoted), state_of(primary))
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+@pytest.mark.parametrize("every", [None, 2])
+def test_its_average_of_rounded_and_of_frozen_parameters_has_the_primarys_bits(
+    kernel: str, every: int | None
+) -> None:
+    groups = [Group("b", trainable=False)]
+    average = {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": every}
+    layout = LAYOUT.for_workers("bfloat16", [1])
+    primary, standby, _ = pair(
+        kernel, layout=layout, groups=groups, pull_dtype="bfloat16", **average
+    )
+    frozen = slice(SIZE - 7, SIZE)
+    for number in range(1, 6):
+        do_round(primary, number, number, finite=number != 3)
+        ours, theirs = (
+            flat["ema"]["float32"] for flat in (primary.shard.state.arrays(), standby.arrays)
+        )
+        assert ours.tobytes() == theirs.tobytes()
+        assert ours[frozen].tobytes() == INITIAL["float32"][frozen].tobytes()
+        overwritten = every is not None and primary.shard.progress.clock.iterations % every == 0
+        params = primary.shard.state.params["float32"]
+        assert (params.tobytes() == ours.tobytes()) == (overwritten or number == 1)
+        assert primary.shard.state.seen["float32"].tobytes() == params.astype(BFLOAT16).tobytes()
+    promoted, _ = standby.promote(Reconfigure(epoch=2, schedule=((1, (0, 1)),)), ShardHost)
     assert same(state_of(promoted), state_of(primary))
 
 
