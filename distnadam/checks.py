@@ -11,6 +11,7 @@ from typing import Any
 from distnadam.errors import ConfigError
 
 _MOST_PORT = 65535
+_NUMPY_BOOLS = {("numpy", "bool"), ("numpy", "bool_")}
 
 
 def check_count(name: str, value: object, *, least: int = 1) -> int:
@@ -62,10 +63,13 @@ def check_as(kind: type, name: str, value: Any) -> Any:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Return True or False; raise ConfigError, naming the argument, for anything else."""
-    if not isinstance(value, bool):
+    """Return True or False, NumPy's too; raise ConfigError, naming the argument, for anything
+    else.
+    """
+    kind = type(value)
+    if kind is not bool and (kind.__module__, kind.__name__) not in _NUMPY_BOOLS:
         raise ConfigError(f"{name} must be True or False, got {value!r}")
-    return value
+    return bool(value)
 
 
 def set_number(record: object, name: str) -> float:

@@ -1,8 +1,8 @@
 """Groups of tensors with settings of their own: what a group is, and which tensors are in it.
 
 A group names its tensors by a pattern over their paths. A path's segments are what slashes and dots
-separate; `module` and `_orig_mod`, which torch's wrappers put before the names of what they wrap,
-are none.
+separate. Of a name with dots, as torch's are, `_orig_mod` and a first `module` are none: wrappers
+put them there.
 """
 
 import dataclasses
@@ -16,9 +16,8 @@ from distnadam.checks import check_flag, set_number
 from distnadam.errors import ConfigError
 from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
 
-_WRAPPERS = {"module", "_orig_mod"}
-_NEAR = 3
-"""Paths that are shown of those near a pattern that matches none."""
+_NEAR, _LOOKED_AT = 3, 2000
+"""Paths that are shown of those near a pattern that matches none, and looked at for that."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Group:
         weight_decay: as the optimizer's.
         clipnorm: as the optimizer's, which must not clip by `global_clipnorm` then.
         clipvalue: as the optimizer's.
-        trainable: False keeps the tensors as they are. Their gradients are not looked at, and may
-            be None.
+        trainable: False keeps the tensors as they are. Their gradients may be of any value, and
+            None.
 
     Raises:
         ConfigError: naming the group's pattern, the setting and its value.
@@ -58,6 +57,10 @@ class Group:
         if not isinstance(self.pattern, str) or not segments(self.pattern):
             raise ConfigError(
                 f"groups: a group's pattern must be a path such as '**/bias', got {self.pattern!r}"
+            )
+        if mixed := [s for s in segments(self.pattern) if "**" in s and s != "**"]:
+            raise ConfigError(
+                f"group {self.pattern!r}: ** stands for whole segments, got {mixed[0]!r}"
             )
         try:
             self._check()
@@ -176,8 +179,16 @@ def _arguments(values: Mapping[str, Any]) -> list[str]:
 
 
 def segments(path: str) -> list[str]:
-    """Return what slashes and dots separate in a path or a pattern, without torch's wrappers."""
-    return [s for s in re.split(r"[/.]", path) if s and s not in _WRAPPERS]
+    """Return the segments of a path, or of a pattern."""
+    found: list[str] = []
+    for name in path.split("/"):
+        parts = [part for part in name.split(".") if part]
+        if len(parts) > 1:
+            parts = [part for part in parts if part != "_orig_mod"]
+            while len(parts) > 1 and parts[0] == "module":
+                parts = parts[1:]
+        found += parts
+    return found
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -200,8 +211,8 @@ def _refusal(
     if matched:
         earlier = groups[found[matched[0]]].pattern
         return (
-            f"group {pattern!r} matches {paths[matched[0]]!r}, which group {earlier!r} before it "
-            "takes, and no other tensor: put the narrower pattern first"
+            f"group {pattern!r} matches only tensors that groups before it take, as "
+            f"{paths[matched[0]]!r}, which is in group {earlier!r}: put the narrower pattern first"
         )
-    near = difflib.get_close_matches(pattern, paths, _NEAR, cutoff=0.0)
+    near = difflib.get_close_matches(pattern, paths[:_LOOKED_AT], _NEAR, cutoff=0.0)
     return f"group {pattern!r} matches no tensor; near it are {', '.join(map(repr, near))}"

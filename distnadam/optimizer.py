@@ -100,9 +100,9 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         options: Options | None = None,
         **unknown: Any,
     ) -> None:
-        given = locals() | unknown  # before it binds a name of its own
+        given = dict(locals())  # before it binds a name of its own
         del given["self"], given["unknown"]
-        self._life = Lifecycle(Settings.of(**given))
+        self._life = Lifecycle(Settings.of(**given, **unknown))
         self.saves = self._life.saves
         self._own_worker: Worker | None = None
         self.restored_data: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a checkpoint can hold of a user's own: data, options, the names of tensors.
+"""What a checkpoint can hold of a user's own: data, options, hyper-parameters, names of tensors.
 
 Whatever it cannot hold is refused when it is given, before a byte is written.
 """
@@ -10,10 +10,16 @@ import msgpack
 
 from distnadam.config import Options
 from distnadam.errors import ConfigError, StructureError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.places import has_secret
 from distnadam.plain_data import PlainData
 from distnadam.tensors.layout import Layout
 
+_LATER = {
+    *("formula", "weight_decay", "decoupled_weight_decay", "maximize", "groups"),
+    *("use_ema", "ema_momentum", "ema_overwrite_frequency"),
+}
+"""Settings that the first readers of this format do not know."""
 _PLAIN = PlainData()
 _MOST_LAYOUT = (24 << 20, 1_400_000)
 _MOST_DATA = (24 << 20, 400_000)
@@ -82,3 +88,26 @@ def _count_objects(plain: Any) -> int:
     if isinstance(plain, dict):
         return 1 + len(plain) + sum(map(_count_objects, plain.values()))
     return 1 + sum(map(_count_objects, plain)) if isinstance(plain, list) else 1
+
+
+def config_from(config: Mapping[str, Any]) -> NadamConfig:
+    """Return the config without its schedule, whose class need not be imported to inspect one."""
+    without = {"lr": 0.0} if isinstance(config["lr"], Mapping) else {}
+    groups = [
+        {**group, "lr": 0.0} if isinstance(group.get("lr"), Mapping) else group
+        for group in config.get("groups", ())
+    ]
+    return NadamConfig.from_dict({**config, **without, "groups": groups})
+
+
+def whole_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the defaults of what one of an earlier version lacks."""
+    return {**NadamConfig().to_dict(), **config}
+
+
+def without_later(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the later settings that have their defaults, which readers of an
+    earlier version refuse.
+    """
+    defaults = NadamConfig().to_dict()
+    return {k: v for k, v in config.items() if k not in _LATER or v != defaults[k]}

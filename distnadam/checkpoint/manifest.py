@@ -15,7 +15,14 @@ import msgpack
 import numpy as np
 import xxhash
 
-from distnadam.checkpoint.contents import data_from, options_from, packed_options
+from distnadam.checkpoint.contents import (
+    config_from,
+    data_from,
+    options_from,
+    packed_options,
+    whole_config,
+    without_later,
+)
 from distnadam.checkpoint.msgpack_guard import check_msgpack
 from distnadam.config import Options, Settings
 from distnadam.errors import CheckpointError, DistNadamError
@@ -148,9 +155,9 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the manifest file's bytes."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        body["config"] = _without_later(self.config)
+        body["config"] = without_later(self.config)
         if self.run:
-            body["run"] = {**self.run, "given": _without_later(self.run["given"])}
+            body["run"] = {**self.run, "given": without_later(self.run["given"])}
         body["files"] = [
             [
                 f.name,
@@ -258,7 +265,7 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
                 f"{where}: field {name!r} has the value {str(body[name])[:80]!r}, which it "
                 "cannot have"
             )
-    arrays = _parse("config", _config, body["config"], where).state_arrays
+    arrays = _parse("config", config_from, body["config"], where).state_arrays
     files = tuple(_file(record, body["save_id"], arrays, where) for record in body["files"])
     if len({f.name for f in files}) < len(files):
         raise CheckpointError(f"{where}: names a file twice")
@@ -272,8 +279,8 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
             f"{where}: its files, of {sum(f.size for f in files)} bytes, cannot hold its layout"
         )
     _check_coverage(layout, files, where)
-    run = body["run"] and {**body["run"], "given": _whole(body["run"]["given"])}
-    return Manifest(**{**body, "config": _whole(body["config"]), "run": run, "files": files})
+    run = body["run"] and {**body["run"], "given": whole_config(body["run"]["given"])}
+    return Manifest(**{**body, "config": whole_config(body["config"]), "run": run, "files": files})
 
 
 def _check_coverage(layout: Layout, files: tuple[FileRecord, ...], where: str) -> None:
@@ -297,29 +304,6 @@ def _check_coverage(layout: Layout, files: tuple[FileRecord, ...], where: str) -
         )
 
 
-def _config(config: Mapping[str, Any]) -> NadamConfig:
-    """Return the config without its schedule, whose class need not be imported to inspect one."""
-    without = {"lr": 0.0} if isinstance(config["lr"], Mapping) else {}
-    groups = [
-        {**group, "lr": 0.0} if isinstance(group.get("lr"), Mapping) else group
-        for group in config.get("groups", ())
-    ]
-    return NadamConfig.from_dict({**config, **without, "groups": groups})
-
-
-def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the defaults of what one of an earlier version lacks."""
-    return {**NadamConfig().to_dict(), **config}
-
-
-def _without_later(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the settings of the average that have their defaults, which readers
-    of an earlier version refuse.
-    """
-    defaults = {f.name: f.default for f in dataclasses.fields(NadamConfig) if "ema" in f.name}
-    return {k: v for k, v in config.items() if k not in defaults or v != defaults[k]}
-
-
 def _check_run(run: Mapping[str, Any]) -> None:
     """Raise ValueError, or what `NadamConfig` does, for what no run of `fit` says of itself."""
     if not run:
@@ -330,7 +314,7 @@ def _check_run(run: Mapping[str, Any]) -> None:
         map(_natural, (run["seed"], run["num_workers"]))
     ):
         raise ValueError("expected a name and two whole numbers")
-    _config(run["given"])
+    config_from(run["given"])
 
 
 def _parse(field: str, parse: Callable[[Any], _T], value: Any, where: str) -> _T:

@@ -11,7 +11,6 @@ import click
 from distnadam import schedules
 from distnadam.checks import fields_of
 from distnadam.errors import ConfigError
-from distnadam.hyperparameters import NadamConfig
 from distnadam.optimizer import DistNadam
 from distnadam.schedules import Rate, Schedule, Warmup, rate_at
 from distnadam.training.resuming import config_given_before
@@ -243,14 +242,12 @@ def optimizer_asked_for(
     before = None if where is None else config_given_before(where, rate)
     if before is None:
         return _OPTIMIZERS[asked or "nadam"](**given, **others)
-    if asked in (None, _name(before)):
-        return DistNadam(**(fields_of(before) | given), **others)
-    # another one: its own defaults differ from what the run has
-    return _OPTIMIZERS[asked](**({"lr": before.lr} | given), **others)
-
-
-def _name(config: NadamConfig) -> str:
-    """Return which optimizer has these hyper-parameters, as `--optimizer` says it."""
-    decay = "w" if config.weight_decay > 0.0 else ""
-    is_ours = config.decoupled_weight_decay or not decay
-    return f"{config.formula}{decay}" if is_ours else f"{config.formula} with L2"
+    settings = fields_of(before) | given
+    if asked is not None:
+        theirs = _OPTIMIZERS[asked]().get_config()
+        settings["formula"] = theirs["formula"]
+        if before.formula != theirs["formula"]:
+            settings["schedule_decay"] = theirs["schedule_decay"]
+        if "weight_decay" not in given and asked.endswith("w") != (before.weight_decay > 0.0):
+            settings["weight_decay"] = theirs["weight_decay"]
+    return DistNadam(**settings, **others)

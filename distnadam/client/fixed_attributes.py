@@ -52,11 +52,9 @@ def _refusal(owner: str, name: str, *, is_known: bool) -> str:
     if setting == "lr":
         remedy = "set lr, of the optimizer: optimizer.lr = ..."
     elif setting in _FIXED:
-        remedy = f"it is fixed when the optimizer is made: DistNadam({setting}=...)"
+        remedy = f"it is fixed when the optimizer is made: {owner}({setting}=...)"
     elif setting in _OPTIONS:
-        remedy = (
-            f"it is fixed when the optimizer is made: DistNadam(options=Options({setting}=...))"
-        )
+        remedy = f"it is fixed when the optimizer is made: {owner}(options=Options({setting}=...))"
     elif is_known:
         remedy = "it is given by the state, which set_params and set_weights replace"
     else:

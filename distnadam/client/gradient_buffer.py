@@ -4,8 +4,10 @@ No shards, no Ray.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -105,6 +107,7 @@ class GradientBuffer:
             if t.end - t.begin >= BLOCK and i not in layout.frozen
         ]
         self._looked_at = _stretches_of(layout)
+        self._trained = sum(b - a for each in self._looked_at.values() for a, b in each)
         self._runs = _runs_of(layout)
         self._rejection: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
@@ -169,7 +172,7 @@ class GradientBuffer:
             and leaf.flags.aligned
             and not any(np.may_share_memory(leaf, memory) for memory in apart_from)
         }
-        if 2 * sum(map(np.size, lent.values())) < self._layout.num_elements:
+        if 2 * sum(map(np.size, lent.values())) < self._trained:
             return self.fill(self._layout.unflatten(leaves)), self.parts(ranges)
         self._select({})
         self._rejection = None
@@ -361,10 +364,12 @@ class GradientBuffer:
 
     def _check_written(self, space: str, begin: int, end: int) -> None:
         """Check elements [begin, end) of the memory of a space, but those of frozen tensors."""
-        for first, last in self._looked_at[space]:
-            low, high = max(begin, first), min(end, last)
-            if low < high:
-                self._check_finite(space, self.flat[space][low:high], low)
+        stretches = self._looked_at[space]
+        number = bisect_right(stretches, begin, key=itemgetter(1))
+        while number < len(stretches) and (low := max(begin, stretches[number][0])) < end:
+            high = min(end, stretches[number][1])
+            self._check_finite(space, self.flat[space][low:high], low)
+            number += 1
 
     def _check_finite(self, space: str, values: Array, begin: int) -> None:
         """Record the first of the space's elements from `begin` on that is not finite, or whose

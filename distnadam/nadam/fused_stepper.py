@@ -6,7 +6,6 @@ Gradients of half precision are widened before, piece by piece.
 import ctypes
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from operator import call, is_not
 from typing import Any, NamedTuple
 
@@ -26,8 +25,8 @@ _APART = 48
 
 
 _MOST_CALLS = 8
-"""Calls of the loop that are kept for later steps; without clipping by norm or a standby a thread
-has two, or three once it has stepped in place.
+"""Calls of the loop that are kept for later steps: a thread has two, or three once it has stepped
+in place, twice as many where it clips by norm, and a standby's every step is new.
 """
 
 
@@ -60,32 +59,39 @@ class FusedStepper(Stepper):
             memory.look_at(step.gradients, sizes)
         kept = 0 if step.keep is None else step.keep.ctypes.data
         coefficients, scales = step.scalars.coefficients, step.scales
-        if len(memory.coefficients) != len(coefficients) or len(memory.scales) != len(scales):
+        if len(memory.coefficients) != len(coefficients) or len(memory.scales) < len(scales):
             memory.make_room(len(coefficients), len(scales))
-        memory.coefficients[:], memory.scales[:] = coefficients, scales
+        memory.coefficients[:], memory.scales[: len(scales)] = coefficients, scales
         memory.count.value = step.grouping.count
         if memory.is_direct:
             known_call = memory.calls.get((id(slots), id(parts), kept))
             self._loop(*(known_call or memory.call(slots, parts, kept)).arguments)
             return
-        for part in parts:
-            for begin, end in self._stretches(part, step.gradients):
-                with own_errors():
-                    wide = [g[begin:end].astype(self._dtype, copy=False) for g in step.gradients]
-                before = begin * self._dtype.itemsize  # the loop counts from the range's first
-                addresses = [g.ctypes.data - before for g in wide]
-                piece = [replace(part, begin=begin, end=end)]
-                self._loop(*memory.arguments_of(slots, piece, addresses, kept))
+        for begin, end, pieces in memory.windows(parts, step.gradients):
+            with own_errors():
+                wide = [g[begin:end].astype(self._dtype, copy=False) for g in step.gradients]
+            before = begin * self._dtype.itemsize  # the loop counts from the range's first
+            addresses = [g.ctypes.data - before for g in wide]
+            self._loop(*memory.arguments_of(slots, pieces, addresses, kept))
 
-    def _stretches(
-        self, part: Part, gradients: Sequence[Array | Pieces]
-    ) -> Sequence[tuple[int, int]]:
-        """Return the stretches of a part that the loop takes at a time: each lies in one array of
-        every gradient, and is short where one must be widened.
-        """
-        bounds = [bound for g in gradients if isinstance(g, Pieces) for bound in g.bounds]
-        has_half = any(gradient.dtype != self._dtype for gradient in gradients)
-        return stretches(part.begin, part.end, WIDENED if has_half else part.end, bounds)
+
+class _Bounds(NamedTuple):
+    """Parts as the loop takes them: its numbers in memory, how many parts, where the last ends."""
+
+    numbers: Any
+    parts: int
+    end: int
+
+
+def _bounds(parts: Sequence[Part], begin: int, end: int) -> _Bounds:
+    """Return what lies in [begin, end) of parts in order."""
+    found = [
+        number
+        for part in parts
+        for number in (max(begin, part.begin), min(end, part.end), part.setting, part.scale)
+    ]
+    last = min(end, parts[-1].end) if parts else 0
+    return _Bounds((ctypes.c_ssize_t * len(found))(*found), len(parts), last)
 
 
 class _Memory:
@@ -111,6 +117,7 @@ class _Memory:
         self.is_direct = True  # the loop reads the gradients themselves, each in one array
         self.sizes: Any = ()
         self.calls: dict[tuple[int, int, int], _Call] = {}
+        self._windows: tuple[Sequence[Part], list[tuple[int, int, _Bounds]]] = ([], [])
 
     def look_at(self, gradients: Sequence[Array | Pieces], sizes: Sequence[int]) -> None:
         """Learn where a step's gradients lie, and put the groups' sizes into memory."""
@@ -123,6 +130,7 @@ class _Memory:
         self.group_sizes = sizes
         self.sizes = (ctypes.c_ssize_t * len(sizes))(*sizes)
         self.calls = {}
+        self._windows = ([], [])
 
     def make_room(self, coefficients: int, scales: int) -> None:
         """Have memory for as many coefficients and scales."""
@@ -132,36 +140,58 @@ class _Memory:
 
     def call(self, slots: Slots, parts: Sequence[Part], kept: int) -> "_Call":
         """Return the call for parts whose gradients the loop reads where they lie, and keep it."""
-        found = _Call(slots, parts, self.arguments_of(slots, parts, self.addresses, kept))
+        bounds = _bounds(parts, 0, parts[-1].end if parts else 0)
+        found = _Call(slots, parts, self.arguments_of(slots, bounds, self.addresses, kept))
         if len(self.calls) >= _MOST_CALLS:
             self.calls = {}
         self.calls[id(slots), id(parts), kept] = found
         return found
 
+    def windows(
+        self, parts: Sequence[Part], gradients: Sequence[Array | Pieces]
+    ) -> Sequence[tuple[int, int, _Bounds]]:
+        """Return the stretches of parts in order that the loop takes at a time, and what of the
+        parts lies in each: a stretch lies in one array of every gradient, and is short where one
+        must be widened.
+        """
+        if self._windows[0] is parts or not parts:
+            return self._windows[1] if parts else []
+        begin, end = parts[0].begin, parts[-1].end
+        borders = [border for g in gradients if isinstance(g, Pieces) for border in g.bounds]
+        has_half = any(gradient.dtype != self._dtype for gradient in gradients)
+        found, first = [], 0
+        for low, high in stretches(begin, end, WIDENED if has_half else end - begin, borders):
+            last = first
+            while last < len(parts) and parts[last].begin < high:
+                last += 1
+            if first < last:
+                found.append((low, high, _bounds(parts[first:last], low, high)))
+            first = last - 1 if first < last and parts[last - 1].end > high else last
+        self._windows = parts, found
+        return found
+
     def arguments_of(
-        self, slots: Slots, parts: Sequence[Part], gradients: Sequence[int], kept: int
+        self, slots: Slots, bounds: _Bounds, gradients: Sequence[int], kept: int
     ) -> tuple[Any, ...]:
         """Return the loop's arguments.
 
         Args:
             slots: the range's arrays.
-            parts: what is stepped of it.
+            bounds: what is stepped of it.
             gradients: where the range's first element would lie in each gradient.
             kept: where the range's mean gradient is kept; 0 for nowhere.
         """
-        size = max((part.end for part in parts), default=0)
-        numbers = [n for p in parts for n in (p.begin, p.end, p.setting, p.scale)]
         return (
-            size,
+            bounds.end,
             len(gradients),
             len(self.sizes),
-            len(parts),
-            size if kept else 0,
+            bounds.parts,
+            bounds.end if kept else 0,
             self.mean,
             (ctypes.c_size_t * len(gradients))(*gradients),
             self.sizes,
             *slots.addresses,
-            (ctypes.c_ssize_t * len(numbers))(*numbers),
+            bounds.numbers,
             self.coefficients,
             ctypes.addressof(self.count),
             self.scales,

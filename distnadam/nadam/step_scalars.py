@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from distnadam.errors import ConfigError
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.averaging import Averaging, averaging_of
 from distnadam.reproducible_math import power_of_step
@@ -104,12 +105,18 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
 def each_setting(
     lr: float, clock: Clock, config: NadamConfig
 ) -> Iterator[tuple[float, NadamConfig]]:
-    """Yield the rate and the settings of tensors in no group, then of each group's."""
+    """Yield the rate and the settings of tensors in no group, then of each group's.
+
+    Raises:
+        ConfigError: naming the group whose rate is not finite or is negative.
+    """
     yield lr, config
     for group, settings in zip(config.groups, config.group_settings, strict=True):
-        own = group.lr
-        rate = lr * group.lr_scale if own is None else rate_at(own, clock.iterations)
-        yield rate, settings
+        own = lr * group.lr_scale if group.lr is None else group.lr
+        try:
+            yield rate_at(own, clock.iterations), settings
+        except ConfigError as error:
+            raise ConfigError(f"group {group.pattern!r}: {error}") from error
 
 
 def prepare(clock: Clock, config: NadamConfig) -> None:

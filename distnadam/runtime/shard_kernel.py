@@ -111,7 +111,9 @@ class ShardKernel:
         scales = clip_scales(config, square_sums, groups)
         if config.maximize:
             scales = [-1.0 if isnan(scale) else -scale for scale in scales]
-        return scales if any(scale != scales[0] for scale in scales[1:]) else scales[:1]
+        first = scales[0]
+        is_common = all(scale == first or (isnan(scale) and isnan(first)) for scale in scales)
+        return scales[:1] if is_common else scales
 
     def _copy_frozen(self, state: ShardState) -> None:
         """Have the frozen tensors in the spare buffer too, once after they were written."""

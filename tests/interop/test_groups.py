@@ -194,7 +194,7 @@ def test_groups_that_config_gives_come_first_and_hold() -> None:
     [
         ({"w*": ZERO, "wide": {}}, "wide"),
         ({"x": {}, "module.x": ZERO}, "x"),
-        ({"x": ZERO, "_orig_mod/x": {"weight_decay": 0.5}}, "_orig_mod/x"),
+        ({"x": ZERO, "_orig_mod.x": {"weight_decay": 0.5}}, "_orig_mod.x"),
         ({"a.b": ZERO, "a/b": {}}, "a/b"),
     ],
 )
