@@ -373,3 +373,16 @@ def test_a_checkpoint_of_the_default_formula_has_nothing_that_earlier_readers_re
     assert "pull_dtype" in body["config"]
     assert not {"formula", "groups", "weight_decay", "use_ema"} & set(body["config"])
     assert manifest.config["formula"] == "nadam"
+
+
+def test_gradients_of_a_loss_may_lack_those_of_frozen_tensors() -> None:
+    tree = {"a": np.ones(3, np.float32), "b": np.ones(2, np.float32)}
+    given = {"a": None, "b": np.full(2, 0.5, np.float32)}
+    frozen = [Group("a", trainable=False)]
+    with DistNadam(backend="local", groups=frozen).build(tree) as optimizer:
+        found = optimizer.get_gradients(lambda params: (0.0, given), tree)
+        assert [x.tolist() for x in found] == [[0.0] * 3, [0.5] * 2]
+        assert optimizer.get_updates(lambda params: (0.0, given), tree).result() == 1
+        now = optimizer.get_params()
+        assert now["a"].tolist() == [1.0] * 3
+        assert (now["b"] < 1).all()

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from distnadam.errors import GradientError, StructureError
 from distnadam.tensors.arrays import NAME_OF, Array
 from distnadam.tensors.layout import Layout
@@ -22,6 +24,8 @@ def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
             tensor computed from `params`, which are then torch tensors.
         params: a tree as given to `build`.
         layout: the model's layout, which names the parameters.
+
+    A frozen tensor needs no gradient, and has zeros where it has none.
 
     Raises:
         GradientError: (a ValueError) naming the parameter whose gradient cannot be computed.
@@ -42,8 +46,10 @@ def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
             " expected a callable of the parameters or a torch loss tensor"
         )
     return [
-        _checked(tensor.path, tensor.shape, leaf)
-        for tensor, leaf in zip(layout.tensors, found, strict=True)
+        np.zeros(tensor.shape, tensor.space)
+        if leaf is None and index in layout.frozen
+        else _checked(tensor.path, tensor.shape, leaf)
+        for index, (tensor, leaf) in enumerate(zip(layout.tensors, found, strict=True))
     ]
 
 
@@ -68,8 +74,11 @@ def _checked(path: str, shape: tuple[int, ...], leaf: Any) -> Array:
 def _from_torch(loss: Any, leaves: list[Any], layout: Layout) -> list[Any]:
     import torch
 
-    for tensor, leaf in zip(layout.tensors, leaves, strict=True):
-        if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
+    wanted = []
+    for index, (tensor, leaf) in enumerate(zip(layout.tensors, leaves, strict=True)):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            wanted.append(index)
+        elif index not in layout.frozen:
             raise GradientError(
                 f"parameter {tensor.path!r}: expected a torch tensor that requires a gradient, got "
                 f"{_kind(leaf)}"
@@ -80,11 +89,13 @@ def _from_torch(loss: Any, leaves: list[Any], layout: Layout) -> list[Any]:
             "parameter"
         )
     try:
-        return list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        found = torch.autograd.grad(loss, [leaves[index] for index in wanted], allow_unused=True)
     except RuntimeError as error:
         raise GradientError(
             f"{_first(layout)}: torch cannot differentiate the loss: {error}"
         ) from error
+    by_index = dict(zip(wanted, found, strict=True))
+    return [by_index.get(index) for index in range(len(leaves))]
 
 
 def _from_jax(loss: Callable[[Any], Any], params: Any, layout: Layout) -> list[Any]:

@@ -90,8 +90,8 @@ class RangeStep:
         grouping: how they are averaged.
         scalars: the step's.
         scales: factors of the mean gradient, chosen by each part; NaN is none.
-        keep: where the mean gradient, scaled and clipped, is left for a standby; None leaves it
-            nowhere.
+        keep: where the mean gradient, scaled and clipped, is left for a standby, but where no part
+            lies; None leaves it nowhere.
     """
 
     slots: Slots

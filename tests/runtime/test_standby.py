@@ -233,3 +233,33 @@ def test_arrays_without_their_place_in_time_are_no_state() -> None:
     _, standby, _ = pair()
     standby.take_arrays(dict.fromkeys(STATE_ARRAYS, INITIAL))
     assert standby.reached is None
+
+
+GROUPS = [Group("b", weight_decay=0.5, lr_scale=3.0, clipvalue=0.1)]
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+def test_it_steps_each_tensor_by_its_groups_settings(kernel: str) -> None:
+    primary, standby, _ = pair(kernel, weight_decay=0.1, groups=GROUPS)
+    for number in range(1, 4):
+        do_round(primary, number, number)
+    promoted, _ = standby.promote(Reconfigure(epoch=2, schedule=((1, (0, 1)),)), ShardHost)
+    assert same(state_of(promoted), state_of(primary))
+    alone, _, _ = pair(kernel, weight_decay=0.1)
+    for number in range(1, 4):
+        do_round(alone, number, number)
+    assert not same(state_of(alone), state_of(primary)), "the groups' settings matter"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_frozen_tensors_of_a_state_that_is_loaded_anew_are_in_both_buffers(number: int) -> None:
+    still = Group("b", trainable=False)
+    layout = LAYOUT.for_workers(None, [1])
+    host, _, _ = pair(workers=1, layout=layout, groups=[still])
+    do_round(host, 1, 1, workers=1)
+    loaded = {"float32": INITIAL["float32"] + 1}
+    host.send(Load(epoch=2, params=loaded)).result(0)
+    for step in range(1, number + 1):
+        do_round(host, step, step, epoch=2, workers=1)
+        frozen = host.shard.state.seen["float32"][SIZE - 7 :]
+        assert frozen.tobytes() == loaded["float32"][SIZE - 7 :].tobytes()
