@@ -35,6 +35,10 @@ SOON = {
 """How the head finds out soon that a host is gone: after some 3 s, where Ray's own choice is up to
 a minute.
 """
+_MISSED_S = 6.0
+"""After how many seconds the head has missed a node for certain: another at the same ports before
+that, it may take for dead.
+"""
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where systemd looks for programs for a unit that says nothing of it."""
 _STORE_BYTES = 400 * 2**20
@@ -165,9 +169,15 @@ class Cluster:
             self._nodes.pop(host.number).communicate()
             self.hosts.remove(host)
             self.struck.discard(host)
-        for host in self.hosts:
-            if host in self.struck or self.ended(host):  # Ray's head may have given one up
-                self.restart(host)
+        struck = [  # Ray's head may have given one up
+            host for host in self.hosts if host in self.struck or self.ended(host)
+        ]
+        for host in struck:
+            host.kill()
+        if struck:
+            time.sleep(_MISSED_S)
+        for host in struck:
+            self.restart(host)
         return True
 
     def ended(self, host: Host) -> bool:
