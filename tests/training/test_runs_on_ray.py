@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,14 +36,24 @@ def no_settings_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="module")
+def end_by_themselves() -> Iterator[set[int]]:
+    """Processes that must have ended once the module's other tests have: Ray notices a killed
+    driver after a minute.
+    """
+    processes: set[int] = set()
+    yield processes
+    wait_until_gone(processes)
+
+
 def test_a_run_killed_half_way_and_resumed_ends_with_the_bits_of_a_local_one(
-    tmp_path: Path,
+    tmp_path: Path, end_by_themselves: set[int]
 ) -> None:
     whole = call(*TRAIN, "--steps", 150, "--save-every", 20, "--checkpoint-dir", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     process = start(*ON_RAY, "--checkpoint-dir", tmp_path / "killed", cwd=tmp_path)
     wait_for(tmp_path / "killed", "step_00000060/manifest.msgpack", process)
-    below = children(process.pid)
+    end_by_themselves |= children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     resumed = subprocess.run(
@@ -58,7 +69,6 @@ def test_a_run_killed_half_way_and_resumed_ends_with_the_bits_of_a_local_one(
     assert read_metrics(tmp_path / "killed" / "metrics.csv") == read_metrics(
         tmp_path / "whole" / "metrics.csv"
     )
-    wait_until_gone(below)  # Ray notices the killed driver after a minute
 
 
 def test_ctrl_c_saves_reports_it_and_leaves_no_process(tmp_path: Path) -> None:
