@@ -18,13 +18,14 @@ from distnadam.client.held_state import HeldState
 from distnadam.client.in_flight_push import REFUSED, refusal_of
 from distnadam.client.lifecycle import Lifecycle
 from distnadam.client.shard_group import ShardGroup
+from distnadam.client.ticket import Ticket
 from distnadam.config import BackendName, Options, Settings
 from distnadam.groups import Group
 from distnadam.hyperparameters import Formula, PullDtype
 from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
-from distnadam.worker import Ticket, Worker
+from distnadam.worker import Worker
 
 Data = Mapping[str, Any]
 

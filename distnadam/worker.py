@@ -13,56 +13,12 @@ from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.parameter_view import ParameterView
 from distnadam.client.shard_group import ShardGroup
+from distnadam.client.ticket import Ticket
 from distnadam.client.worker_session import WorkerSession
-from distnadam.errors import ConfigError, DistNadamError, LifecycleError, NotOpen, StaleEpoch
+from distnadam.errors import DistNadamError, LifecycleError, NotOpen, StaleEpoch
 from distnadam.metrics.meter import Traffic
-from distnadam.protocol.messages import RoundResult
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat
-
-
-class Ticket:
-    """A push on its way; `result` waits until its round is decided."""
-
-    def __init__(self, session: WorkerSession, push: InFlightPush) -> None:
-        self._session = session
-        self._push = push
-
-    def __repr__(self) -> str:
-        state = "decided" if self._push.ended is not None else "under way"
-        return f"<Ticket: push of rank {self._session.rank} for round {self._push.round}, {state}>"
-
-    @property
-    def found_inf(self) -> bool:
-        """Whether its round was skipped since a rank voted so; False until `result` knows."""
-        ended = self._push.ended
-        return isinstance(ended, RoundResult) and ended.outcome == "voted"
-
-    def result(self, timeout_s: float | None = None) -> int:
-        """Return the number of steps applied once the round is decided.
-
-        A round that was skipped has applied none; `found_inf` says whether a rank's vote was why.
-
-        Args:
-            timeout_s: seconds to wait; None means `Options.step_timeout_s`.
-
-        Raises:
-            NonFiniteGradient: a worker's gradient was not finite and the round was refused; no
-                shard has moved.
-            RanksDisagree: the ranks pushed means of different numbers of micro-batches, and the
-                round was refused; no shard has moved.
-            StaleEpoch: the state was replaced meanwhile; pull and compute again.
-            Rewound: (a StaleEpoch) a shard died and all went back to round `error.step`; pull and
-                compute again from there.
-            StepTimeout: the other workers did not push, or a shard did not answer, in time; the
-                message names them. May be called again.
-            WorkerLost: another rank's worker died before it pushed, and nobody took it over; this
-                push counts nowhere, and another gradient may be pushed for the round.
-            Unrecoverable: a shard died, and the settings allow no recovery.
-        """
-        if timeout_s is not None and not 0.0 <= timeout_s < float("inf"):
-            raise ConfigError(f"timeout_s must be a finite number of at least 0, got {timeout_s!r}")
-        return self._session.wait_for(self._push, timeout_s).iterations
 
 
 class Worker(FixedAttributes, set_once={"rank", "session"}):
@@ -154,7 +110,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def found_inf(self) -> bool:
         """Whether the last round that this worker saw the end of was skipped since a rank voted so.
 
-        All ranks see the same, so their loss scales stay equal.
+        All ranks that saw that round's end see the same, so their loss scales stay equal.
         """
         return self.session.outcome == "voted"
 
@@ -239,8 +195,10 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             StructureError: a tensor's path, shape or dtype is not the model's; nothing was added.
             LifecycleError: tensors were pushed for the round, or `gradients()` has given views of
                 the memory that the sum lies in.
-            StaleEpoch: the shards do not stand any more where the sum was begun; it was dropped.
-                Pull, and compute all micro-batches of the round again.
+            StaleEpoch: the shards do not stand any more where the sum was begun, or were cut anew;
+                it was dropped. Pull, and compute all micro-batches of the round again.
+            NonFiniteGradient, RanksDisagree, StepTimeout, WorkerLost, Unrecoverable: of this
+                worker's push in flight, as `Ticket.result`; nothing was added.
         """
         self._settle()
         with self._shield:

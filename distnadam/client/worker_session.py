@@ -158,7 +158,9 @@ class WorkerSession:
                         result = self._wait(push)
                     except (WorkerLost, ConfigError, IllegalMessage) as error:
                         result = self._wait_as_successor(push, error)
-                    push.ended = refusal_of(result) if result.outcome in REFUSED else result
+                    # the answer may tell of a later round, once that is decided too
+                    is_refused = result.outcome in REFUSED and result.round == push.round
+                    push.ended = refusal_of(result) if is_refused else result
                 except StepTimeout:
                     raise
                 except DistNadamError as error:
@@ -172,8 +174,7 @@ class WorkerSession:
         return push.ended
 
     def _wait_within(self, push: InFlightPush, timeout_s: float) -> RoundResult:
-        usual = self._timeout_s
-        self._timeout_s = timeout_s
+        usual, self._timeout_s = self._timeout_s, timeout_s
         try:
             return self.wait_for(push)
         finally:

@@ -1,6 +1,7 @@
 """Gradient accumulation: sums in the worker, one division, and ranks that count alike."""
 
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import ml_dtypes
@@ -255,3 +256,50 @@ def test_a_rank_that_is_taken_over_begins_its_sum_anew() -> None:
             assert [ticket.result() for ticket in tickets] == [1, 1]
             ends.append(bits(optimizer))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("then", ["push", "accumulate"])
+def test_a_sum_is_not_pushed_where_the_shards_stand_elsewhere_though_the_worker_has_looked(
+    then: str,
+) -> None:
+    with small() as optimizer:
+        worker = optimizer.worker(0)
+        for change in (
+            lambda: optimizer.set_params({"w": np.zeros(3, np.float32)}),
+            lambda: optimizer.apply_gradients(ONES),
+        ):
+            worker.pull()
+            worker.accumulate(ONES)
+            change()
+            worker.pull()
+            before = bits(optimizer)
+            with pytest.raises(StaleEpoch, match="1 micro-batches were accumulated after round"):
+                worker.push() if then == "push" else worker.accumulate(ONES)
+            assert bits(optimizer) == before
+
+
+def test_a_push_in_flight_is_decided_before_a_micro_batch_takes_its_memory() -> None:
+    with small(num_workers=2) as optimizer:
+        one, other = (optimizer.worker(rank) for rank in range(2))
+        ticket = one.push(ONES)
+        waits = Thread(target=one.accumulate, args=({"w": np.full(3, 9, np.float32)},))
+        waits.start()
+        other.push(ONES).result()
+        waits.join()
+        assert ticket.result() == 1
+        found = optimizer.get_params()["w"]
+    with small() as alone:
+        alone.apply_gradients(ONES)
+        assert alone.get_params()["w"].tobytes() == found.tobytes()
+
+
+def test_a_sum_after_a_push_in_half_precision_is_in_float32() -> None:
+    with small() as optimizer, small() as other:
+        worker = optimizer.worker(0)
+        worker.push({"w": np.ones(3, np.float16)}).result()
+        for value in (2048.0, 1.0):
+            worker.accumulate({"w": np.full(3, value, np.float32)})
+        worker.push().result()
+        other.apply_gradients(ONES)
+        other.apply_gradients({"w": np.full(3, 1024.5, np.float32)})
+        assert bits(optimizer) == bits(other)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distnadam import DistNadam, Options
-from distnadam.errors import LifecycleError
+from distnadam.errors import LifecycleError, NonFiniteGradient, StepTimeout
 from tests.models import bits, gradients, params
 
 NAN = {"w": np.full(3, np.nan, np.float32)}
@@ -104,3 +104,34 @@ def test_a_step_from_outside_takes_a_vote(
         for step in range(2):
             optimizer.apply_gradients(gradients(step, 0))
         assert bits(optimizer) == got
+
+
+@pytest.mark.parametrize("voted", [True, False])
+def test_a_push_seen_to_its_end_after_later_rounds_does_not_tell_of_theirs(voted: bool) -> None:
+    ones = {"w": np.ones(3, np.float32)}
+    with DistNadam(backend="local", num_workers=2, num_shards=2).build(ones) as optimizer:
+        one, other = (optimizer.worker(rank) for rank in range(2))
+        ticket = one.push(ones, found_inf=voted)
+        with pytest.raises(StepTimeout):
+            ticket.result(0.0)
+        other.push(ones).result()
+        assert other.found_inf == voted
+        if voted:
+            optimizer.apply_gradients(ones)
+        else:
+            optimizer.apply_gradients(None, found_inf=True)
+        ticket.result()
+        assert ticket.found_inf == voted
+
+
+def test_a_push_whose_round_was_applied_is_not_refused_with_a_later_one() -> None:
+    ones = {"w": np.ones(3, np.float32)}
+    with DistNadam(backend="local", num_workers=2, num_shards=2).build(ones) as optimizer:
+        one, other = (optimizer.worker(rank) for rank in range(2))
+        ticket = one.push(ones)
+        with pytest.raises(StepTimeout):
+            ticket.result(0.0)
+        other.push(ones).result()
+        with pytest.raises(NonFiniteGradient):
+            optimizer.apply_gradients({"w": np.full(3, np.nan, np.float32)})
+        assert ticket.result() == 1

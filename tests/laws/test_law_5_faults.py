@@ -31,6 +31,7 @@ from hypothesis.stateful import (
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
+from distnadam.client.ticket import Ticket
 from distnadam.config import Options, Settings, Topology
 from distnadam.errors import (
     ClusterError,
@@ -48,7 +49,7 @@ from distnadam.protocol.round_settings import RoundSettings
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import Phase
 from distnadam.tensors.arrays import cut_flat
-from distnadam.worker import Ticket, Worker
+from distnadam.worker import Worker
 from tests.configurations import A_FEW
 from tests.reference import OneProcess, State, history_of, state_of
 from tests.simulation.backend import WorldBackend, begin_world
