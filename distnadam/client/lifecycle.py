@@ -163,6 +163,8 @@ class Lifecycle:
 
     def set_config(self, values: Mapping[str, Any]) -> None:
         """Change hyper-parameters, on every shard if there are any."""
+        if not values:
+            return
         if self._refusal is not None:
             raise LifecycleError(self._refusal)
         if self._leader is not None:

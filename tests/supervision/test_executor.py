@@ -1,14 +1,17 @@
 """Decisions that cannot be executed as they were meant leave shards that go on, or go back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from typing_extensions import override
 
+from distnadam.checkpoint.storage.local import LocalDirectory
+from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import Options
+from distnadam.config import Options, Settings, Topology
 from distnadam.errors import (
     ClusterError,
     OutOfMemory,
@@ -293,3 +296,22 @@ def test_a_reshard_of_a_state_that_was_replaced_says_so() -> None:
     with pytest.raises(Rewound, match="went back"):
         reshard(scene)
     assert scene.holders() == [None, None]
+
+
+def test_a_successor_that_knows_nothing_goes_back_to_the_checkpoints_hyper_parameters(
+    tmp_path: Path,
+) -> None:
+    scene = Scene()
+    scene.group.step(GRADIENT)
+    scene.group.set_config({"lr": 0.5, "clipnorm": 1.0})
+    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
+    saved = Saved(settings=made, data={})
+    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), saved)
+    scene.world.replace_supervisor()
+    for shard in list(scene.world.shards):
+        shard.kill()
+    scene.world.look()
+    at = scene.group.describe_all()
+    assert [(answer.round, answer.config) for answer in at] == [
+        (1, NadamConfig(lr=0.5, clipnorm=1.0))
+    ] * 2
