@@ -20,6 +20,7 @@ Its state can be read, replaced, cut into other shards, and saved:
 >>> optimizer.get_params()["w"].tolist()
 [1.0, 1.0, 1.0]
 >>> optimizer.lr = 0.2
+>>> optimizer.set_config(beta_2=0.99, clipnorm=1.0)
 >>> optimizer.reshard(2)
 >>> optimizer.save("checkpoints", data={"position": 7}).endswith("step_00000001")
 True

@@ -6,7 +6,7 @@ I/O and no arrays here.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from distnadam.checks import (
 from distnadam.errors import ConfigError
 from distnadam.hyperparameters import DEFAULT_EPSILON, NadamConfig
 from distnadam.places import place, shown
-from distnadam.schedules import Rate, Schedule, rate_from, rate_to_dict
+from distnadam.schedules import Schedule, rate_from, rate_to_dict
 
 BackendName = Literal["auto", "local", "ray"]
 """Where shards run: in this process, on Ray, or where it suits."""
@@ -265,9 +265,9 @@ class Settings:
             topology=Topology(**topology),
         )
 
-    def with_lr(self, lr: Rate) -> "Settings":
-        """Return these settings with another learning rate."""
-        return dataclasses.replace(self, config=self.config.with_lr(lr))
+    def with_config(self, config: NadamConfig) -> "Settings":
+        """Return these settings with other hyper-parameters."""
+        return dataclasses.replace(self, config=config)
 
     def with_run(self, run: Mapping[str, Any]) -> "Settings":
         """Return these settings for a run of `fit`."""
@@ -295,6 +295,80 @@ class Settings:
         }
 
 
+CHANGEABLE = (
+    "lr",
+    "beta_1",
+    "beta_2",
+    "epsilon",
+    "schedule_decay",
+    "weight_decay",
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "ema_momentum",
+    "groups",
+)
+"""The hyper-parameters that may change between two steps."""
+
+
+def changed_config(config: NadamConfig, values: Mapping[str, Any]) -> NadamConfig:
+    """Return hyper-parameters with other values of those that may change between two steps.
+
+    Raises:
+        ConfigError: naming the setting and its value, and why it cannot be that, or cannot change.
+
+    >>> changed_config(NadamConfig(), {"maximize": True})
+    Traceback (most recent call last):
+    distnadam.errors.ConfigError: maximize=True cannot be changed: it is part of the formula
+    """
+    for name in values.keys() - set(CHANGEABLE):
+        raise ConfigError(f"{name}={values[name]!r} cannot be changed: {_why_fixed(name)}")
+    changes = dict(values)
+    if "lr" in changes:
+        changes["lr"] = rate_from(changes["lr"])
+    if "epsilon" in changes and changes["epsilon"] is None:
+        changes["epsilon"] = DEFAULT_EPSILON
+    changed = dataclasses.replace(config, **changes)
+    before, after = (
+        [(group.pattern, group.trainable) for group in each.groups] for each in (config, changed)
+    )
+    if before != after:
+        raise ConfigError(
+            f"groups: only values can be changed, not which tensors they are of or whether they "
+            f"are trainable: expected {_shown(before)}, got {_shown(after)}"
+        )
+    return changed
+
+
+def _why_fixed(name: str) -> str:
+    if name in _FIXED:
+        return _FIXED[name]
+    if name == "options" or name in {f.name for f in dataclasses.fields(Options)}:
+        return "options are given when the optimizer is made or restored"
+    hint = _HINTS.get(name, "")
+    return f"there is no such setting{hint}; those that can be are {', '.join(CHANGEABLE)}"
+
+
+def _shown(groups: Iterable[tuple[str, bool]]) -> str:
+    words = [f"{name!r}{'' if trainable else ' (frozen)'}" for name, trainable in groups]
+    return ", ".join(words) or "none"
+
+
+_FIXED = {
+    "formula": "the moments and their clock were computed by it",
+    "maximize": "it is part of the formula",
+    "decoupled_weight_decay": "it is part of the formula",
+    "sum_group": "workers and relays sum by it",
+    "pull_dtype": "shards keep masters, and workers memory, by it",
+    "use_ema": "shards keep the average's memory by it",
+    "ema_overwrite_frequency": "it is counted from the first step",
+    "num_shards": "reshard(num_shards) cuts the state anew",
+    "num_workers": "the ranks are given when the optimizer is made or restored",
+    "replicas": "standbys are asked for when the optimizer is made or restored",
+    "backend": "it is where the shards run; save, and restore elsewhere",
+    "name": "others find the optimizer by it",
+}
+"""Why the other settings stay as they are."""
 _HINTS = {
     "learning_rate": "; did you mean lr?",
     "amsgrad": ": the largest second moment so far would be another slot",

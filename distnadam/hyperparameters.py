@@ -185,10 +185,6 @@ class NadamConfig:
         )
         return ", ".join([self.formula, *decay, *sign, *([f"groups {named}"] if named else [])])
 
-    def with_lr(self, lr: Rate) -> "NadamConfig":
-        """Return this config with another learning rate."""
-        return dataclasses.replace(self, lr=lr)
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for `from_dict`; raise ConfigError if `lr` is a plain function."""
         groups = [group.to_dict() for group in self.groups]

@@ -22,7 +22,7 @@ from distnadam.client.ticket import Ticket
 from distnadam.config import BackendName, Options, Settings
 from distnadam.groups import Group
 from distnadam.hyperparameters import Formula, PullDtype
-from distnadam.schedules import Rate
+from distnadam.schedules import Rate, kept
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
 from distnadam.worker import Worker
@@ -191,15 +191,33 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
     @property
     def lr(self) -> Rate:
         """The learning rate, a float or a schedule; set, it holds from the next step on."""
-        return self._life.rate
+        return kept(self._life.config.lr)
 
     @lr.setter
     def lr(self, value: Rate) -> None:
-        self._life.set_rate(value)
+        self._life.set_config({"lr": value})
+
+    def set_config(self, **values: Any) -> None:
+        """Change hyper-parameters from the next step on, on all shards between the same two steps.
+
+        What is not given stays as it is. With the formula "nadam" each step's own beta_1 enters the
+        product of its momentum; constant momentum, and beta_2, are powers of the present value.
+
+        Args:
+            values: any of lr, beta_1, beta_2, epsilon, schedule_decay, weight_decay, clipnorm,
+                clipvalue, global_clipnorm (None: no clipping), ema_momentum, and `groups` with the
+                same patterns in the same order and the same `trainable`.
+
+        Raises:
+            ConfigError: naming a setting that is out of its range, or cannot be changed, and why;
+                nothing was changed.
+            LifecycleError: `fit` steps this optimizer, and this is no place to change it.
+        """
+        self._life.set_config(values)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments, the learning rate as it is now, for `from_config`."""
-        return self._life.settings.with_lr(self.lr).to_config()
+        """Return the constructor's arguments, with the values of now, for `from_config`."""
+        return self._life.settings.with_config(self._life.config).to_config()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "DistNadam":
@@ -358,7 +376,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         return optimizer
 
     def follow(self, leader: "DistNadam | None", refusal: str | None = None) -> None:
-        """Have `lr` be the leader's, and not be set where there is a `refusal`; for `fit`."""
+        """Have the leader's hyper-parameters, which a `refusal` keeps as they are; for `fit`."""
         self._life.follow(None if leader is None else leader._life, refusal)
 
 

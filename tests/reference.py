@@ -64,19 +64,36 @@ class OneProcess:
         gradient: Callable[[int, int, int, Array], Array | None],
         settings: Callable[[int, int, int], RoundSettings] = lambda *_: ORDINARY,
     ) -> None:
-        self._layout, self._config, self._gradient = layout, config, gradient
+        self._layout, self._gradient = layout, gradient
         self._settings = settings
         zeros = np.zeros_like(initial)
         average = initial if config.use_ema else None
-        self._known: dict[History, State] = {(): State(initial, zeros, zeros, Clock(), 0, average)}
+        first = State(initial, zeros, zeros, Clock(), 0, average)
+        self._known: dict[tuple[History, tuple[int, ...]], State] = {((), ()): first}
+        self.configs = [config]
 
-    def after(self, history: History) -> State:
-        """Return the state that these rounds lead to."""
-        if history not in self._known:
-            self._known[history] = self._next(self.after(history[:-1]), len(history), history[-1])
-        return self._known[history]
+    def after(self, history: History, configs: tuple[int, ...] = ()) -> State:
+        """Return the state that these rounds lead to.
 
-    def _next(self, before: State, number: int, counted: tuple[tuple[int, int], ...]) -> State:
+        Args:
+            history: the rounds.
+            configs: for the first so many of them, which of `configs` each was stepped with; the
+                others with the first.
+        """
+        if (history, configs) not in self._known:
+            which = configs[-1] if len(configs) == len(history) else 0
+            before = self.after(history[:-1], configs[: len(history) - 1])
+            after = self._next(before, len(history), history[-1], self.configs[which])
+            self._known[history, configs] = after
+        return self._known[history, configs]
+
+    def _next(
+        self,
+        before: State,
+        number: int,
+        counted: tuple[tuple[int, int], ...],
+        config: NadamConfig,
+    ) -> State:
         ranks = tuple(rank for rank, _ in counted)
         options = Options(on_nonfinite="skip", kernel="numpy")
         spec = ShardSpec(
@@ -85,7 +102,7 @@ class OneProcess:
             num_workers=max(0, *ranks) + 1,
             replicas=0,
             name=None,
-            config=self._config,
+            config=config,
             options=options,
             layout=self._layout,
             ranges=self._layout.cuts(1)[0],
@@ -102,7 +119,7 @@ class OneProcess:
             rejection=None,
             ledger={"runs": [], "newest": []},
         )
-        names = self._config.state_arrays
+        names = config.state_arrays
         arrays = {name: {"float32": getattr(before, name)} for name in names}
         outside = ranks == (DIRECT,)
         host.take_over(

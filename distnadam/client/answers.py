@@ -2,12 +2,16 @@
 
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from distnadam import waiting
 from distnadam.backends.base import Pending
 from distnadam.errors import ShardsDisagree
 from distnadam.protocol.messages import RoundResult
+
+place_of = attrgetter("round", "outcome", "lr", "buffer", "revision")
+"""Returns what of a `RoundResult` must be the same on all shards."""
 
 
 def late_answers(
@@ -35,6 +39,12 @@ def late_answers(
 
 def shards_disagree(first: RoundResult, index: int, other: RoundResult) -> ShardsDisagree:
     """Return the error for a shard that stands elsewhere than shard 0, at the same time."""
+    if first.revision != other.revision:
+        return ShardsDisagree(
+            f"shard 0 {first.outcome} round {first.round} with configuration {first.revision}, "
+            f"shard {index} {other.outcome} round {other.round} with configuration "
+            f"{other.revision}: a change reached some shards only; go back to a checkpoint"
+        )
     return ShardsDisagree(
         f"shard 0 {first.outcome} round {first.round} with lr={first.lr!r}, shard {index} "
         f"{other.outcome} round {other.round} with lr={other.lr!r}; a learning-rate function must "

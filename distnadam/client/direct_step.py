@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distnadam.backends.base import Backend
+from distnadam.client.answers import shards_disagree
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.config import Options
 from distnadam.errors import IllegalMessage, PushesPending, RoundMismatch, StepTimeout
@@ -208,6 +209,9 @@ class DirectSteps:
             self._shards.backend.transport.await_work()  # it may read what was lent
             raise
         decided: RoundResult = answers[0]
+        for index, other in answers.items():
+            if (other.lr, other.revision) != (decided.lr, decided.revision):
+                raise shards_disagree(decided, index, other)
         self._last = None if is_measured else decided
         if decided.round == step.round:
             return decided

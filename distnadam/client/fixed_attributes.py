@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from distnadam.config import Options, Topology
+from distnadam.config import CHANGEABLE, Options, Topology
 from distnadam.errors import NoSuchSetting
 from distnadam.hyperparameters import NadamConfig
 
@@ -51,6 +51,8 @@ def _refusal(owner: str, name: str, *, is_known: bool) -> str:
     setting = _ALSO_CALLED.get(name, name)
     if setting == "lr":
         remedy = "set lr, of the optimizer: optimizer.lr = ..."
+    elif setting in CHANGEABLE:
+        remedy = f"call set_config, of the optimizer: optimizer.set_config({setting}=...)"
     elif setting in _FIXED:
         remedy = f"it is fixed when the optimizer is made: {owner}({setting}=...)"
     elif setting in _OPTIONS:

@@ -12,9 +12,9 @@ from distnadam.checks import check_count
 from distnadam.client.building import start_shards
 from distnadam.client.checkpointing import CheckpointWriter
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import Settings
+from distnadam.config import Settings, changed_config
 from distnadam.errors import ConfigError, LifecycleError, NotOpen
-from distnadam.schedules import Rate, kept, rate_from
+from distnadam.hyperparameters import NadamConfig
 from distnadam.tensors.layout import Layout
 
 
@@ -39,11 +39,11 @@ class Lifecycle:
         self._settings = self._settings.with_run(run)
 
     def follow(self, leader: "Lifecycle | None", refusal: str | None) -> None:
-        """Have the rate be another one's.
+        """Have the hyper-parameters be another one's.
 
         Args:
             leader: the optimizer that a run of `fit` steps; None: none any more.
-            refusal: why the rate cannot be set at this moment; None: it can.
+            refusal: why they cannot be set at this moment; None: they can.
         """
         self._leader = leader
         self._refusal = refusal
@@ -155,22 +155,26 @@ class Lifecycle:
         self.start(layout, lambda shards: shards.restore(directory, manifest))
 
     @property
-    def rate(self) -> Rate:
-        """The present learning rate; a schedule is a copy."""
+    def config(self) -> NadamConfig:
+        """The present hyper-parameters."""
         if self._leader is not None:
-            return self._leader.rate
-        return kept(self.shards.describe().lr if self.is_built else self._settings.config.lr)
+            return self._leader.config
+        return self.shards.describe().config if self.is_built else self._settings.config
 
-    def set_rate(self, lr: Rate) -> None:
-        """Replace the learning rate, on every shard if there are any."""
-        settings = self._settings.with_lr(rate_from(lr))
+    def set_config(self, values: Mapping[str, Any]) -> None:
+        """Change hyper-parameters, on every shard if there are any."""
+        if not values:
+            return
         if self._refusal is not None:
             raise LifecycleError(self._refusal)
         if self._leader is not None:
-            self._leader.set_rate(lr)
+            self._leader.set_config(values)
+            config = self._leader.config
         elif self.is_built:
-            self.shards_to_change().set_rate(settings.config.lr)
-        self._settings = settings
+            config = self.shards_to_change().set_config(values)
+        else:
+            config = changed_config(self._settings.config, values)
+        self._settings = self._settings.with_config(config)
 
     def close(self) -> None:
         """Finish the save in flight and raise its error; end the shards that were started here."""

@@ -21,7 +21,7 @@ from distnadam.client.direct_step import DIRECT_CALL, DirectStep, DirectSteps
 from distnadam.client.retry import Retry
 from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_reports import ShardReports
-from distnadam.config import Options
+from distnadam.config import Options, changed_config
 from distnadam.errors import (
     DistNadamError,
     Rewound,
@@ -29,9 +29,11 @@ from distnadam.errors import (
     ShardUnavailable,
     StepTimeout,
 )
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.places import above
 from distnadam.protocol.messages import (
+    CatchUp,
     Describe,
     Description,
     Message,
@@ -39,13 +41,12 @@ from distnadam.protocol.messages import (
     Read,
     Resume,
     RoundResult,
-    SetRate,
+    SetConfig,
     Write,
     describe_replacement,
 )
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.supervisor_messages import Load, Order
-from distnadam.schedules import Rate
 from distnadam.supervision.pause import all_paused, lagging
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -179,7 +180,15 @@ class ShardGroup:
                 if index not in caught_up
                 for rank in answer.pending
             }
-            yield Boundary(token, replace(newest, pending=tuple(sorted(pending))))
+            yield Boundary(
+                token,
+                replace(
+                    newest,
+                    pending=tuple(sorted(pending)),
+                    revision=max(answer.revision for answer in held.values()),
+                    awaits_norms=any(answer.awaits_norms for answer in held.values()),
+                ),
+            )
 
     def read(self, what: tuple[str, ...]) -> tuple[Clock, dict[str, Flat]]:
         """Return the clock and copies of the whole model's arrays at one round.
@@ -223,16 +232,25 @@ class ShardGroup:
 
         self._said_if_long(f"writing {', '.join(state)}", write)
 
-    def set_rate(self, lr: Rate) -> None:
-        """Replace the learning rate from the next step on."""
+    def set_config(self, values: Mapping[str, Any]) -> NadamConfig:
+        """Change hyper-parameters from the next step on; return them all.
 
-        def write() -> None:
+        Raises:
+            ConfigError: a value cannot be, or cannot be changed; nothing was changed.
+        """
+
+        def write() -> NadamConfig:
             with self.boundary() as at:
-                what = describe_replacement("the learning rate", at.held.round)
+                held = at.held
+                config = changed_config(held.config, values)
+                if held.awaits_norms and config.clips_by_norm != held.config.clips_by_norm:
+                    self.ask(self.for_all(CatchUp(at.token, held.round + 1)))
+                what = describe_replacement("the configuration", held.round)
                 self.backend.supervisor.state_replaced(what)
-                self.ask(self.for_all(SetRate(at.token, lr)))
+                self.ask(self.for_all(SetConfig(at.token, config, held.revision + 1)))
+                return config
 
-        self._said_if_long("setting the learning rate", write)
+        return self._said_if_long(f"setting {', '.join(values)}", write)
 
     def step(self, gradients: Any, *, found_inf: bool = False) -> RoundResult:
         """Apply one step from an already averaged gradient tree, or skip it for `found_inf`.

@@ -136,7 +136,7 @@ class RunningOptimizer:
             step=first.iterations,
             round=first.round,
             skipped=first.skipped,
-            lr=rate_at(first.lr, first.iterations),
+            lr=rate_at(first.config.lr, first.iterations),
             steps_per_s=None
             if earlier is None
             else (first.iterations - earlier.step) / (now - earlier.at),
@@ -144,7 +144,7 @@ class RunningOptimizer:
             workers={rank: _worker(rank, first) for rank in range(spec.num_workers)},
             replicas=spec.replicas,
             checkpoint=_newest(self._saves_to(answers)),
-            method=spec.config.in_words(),
+            method=first.config.in_words(),
             awaited=awaited(shards),
             hosts=_hosts(moved, earlier, now),
             moved=moved,

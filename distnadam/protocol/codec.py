@@ -133,7 +133,7 @@ def _group(
 
 
 def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
-    epoch, number, iterations, outcome, rejection, lr, buffer, rewound = fields
+    epoch, number, iterations, outcome, rejection, lr, buffer, rewound, revision = fields
     return RoundResult(
         epoch=epoch,
         round=number,
@@ -144,6 +144,7 @@ def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
         buffer=buffer,
         parameters=None,
         rewound=rewound,
+        revision=revision,
     )
 
 
@@ -231,6 +232,7 @@ _FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
         result.lr,
         result.buffer,
         result.rewound,
+        result.revision,
     ),
     TotalNorms: lambda norms: (
         "norms",

@@ -2,7 +2,7 @@
 
 Workers send Join, Push, TotalNorms, Pull and Leave; a worker's broken connection counts as
 WorkerDied. A client that acts on the optimizer as a whole pauses every shard after the same round
-(Pause, CatchUp), reads or changes it (Read, Write, SetRate, Step, Save), and resumes it (Resume).
+(Pause, CatchUp), reads or changes it (Read, Write, SetConfig, Step, Save), and resumes it (Resume).
 Arrays are the shard's own ranges. Pushes are in `pushes`, with the slice that only a relay takes, a
 shard's status in `shard_status`, the supervisor's orders in `supervisor_messages`.
 """
@@ -10,6 +10,7 @@ shard's status in `shard_status`, the supervisor's orders in `supervisor_message
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.pushes import CompletePush as CompletePush
 from distnadam.protocol.pushes import GroupPush as GroupPush
@@ -20,7 +21,6 @@ from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.shard_status import Describe as Describe
 from distnadam.protocol.shard_status import Description as Description
 from distnadam.protocol.shard_status import ShardSpec as ShardSpec
-from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Array, Flat
 
 
@@ -173,6 +173,7 @@ class RoundResult:
         buffer: which of the two parameter buffers is current.
         parameters: the shard's ranges, if asked for.
         rewound: the epoch in which all shards last rewound.
+        revision: of the hyper-parameters of the last applied step, equal on all shards.
     """
 
     epoch: int
@@ -184,6 +185,7 @@ class RoundResult:
     buffer: int
     parameters: Flat | None = None
     rewound: int = 0
+    revision: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,20 +221,24 @@ class Paused:
         round: the last decided round.
         clock: the clock after it.
         skipped: rounds skipped so far.
-        lr: the learning rate, or its schedule, that the next step uses.
+        config: the hyper-parameters that the next step uses.
+        revision: how often they were replaced.
         pending: the ranks whose pushes for the next round wait.
         ledger: the pushes counted so far (`Ledger.to_dict`).
         rewound: the epoch in which all shards last rewound.
+        awaits_norms: whether the next round was measured already, and waits for norms.
     """
 
     epoch: int
     round: int
     clock: Clock
     skipped: int
-    lr: Rate
+    config: NadamConfig
+    revision: int
     pending: tuple[int, ...]
     ledger: dict[str, Any] = field(default_factory=dict)
     rewound: int = 0
+    awaits_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,16 +262,21 @@ class Write:
 
 
 def describe_replacement(what: str, round: int) -> str:
-    """Return the sentence for what `Write` or `SetRate` replaced after a round."""
+    """Return the sentence for what `Write` or `SetConfig` replaced after a round."""
     return f"{what} was replaced after round {round}"
 
 
 @dataclass(frozen=True)
-class SetRate:
-    """Replaces the learning rate of the held shard from the next step on."""
+class SetConfig:
+    """Replaces the hyper-parameters of the held shard from the next step on.
+
+    `revision` is later than any before. Clipping by norm is not switched on or off while a round
+    waits for norms.
+    """
 
     token: str
-    lr: Rate
+    config: NadamConfig
+    revision: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +311,7 @@ class StepNorms:
 _Worker = Join | CompletePush | Push | GroupPush | TotalNorms | Pull | Leave | WorkerDied
 
 
-_Holder = Pause | CatchUp | Resume | Read | Write | SetRate | Step | StepNorms
+_Holder = Pause | CatchUp | Resume | Read | Write | SetConfig | Step | StepNorms
 
 
 Message = _Worker | _Holder | FileMessage | Describe

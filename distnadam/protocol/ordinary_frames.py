@@ -34,11 +34,11 @@ _PUSHED_DTYPES = tuple(
 _PUSHED_INDEX = {tuple(dtypes.items()): i for i, dtypes in enumerate(_PUSHED_DTYPES)}
 
 _DECIDED_KIND = 2
-_DECIDED = struct.Struct("<IBQqqqBdBq")
+_DECIDED = struct.Struct("<IBQqqqBdBqq")
 """The body's length, the kind, the frame's number, epoch, round, iterations, the index in
-`_OUTCOMES`, the learning rate, the buffer, and the epoch of the last rewind.
+`_OUTCOMES`, the learning rate, the buffer, the epoch of the last rewind, and the revision.
 """
-_DECIDED_BODY = struct.Struct("<BQqqqBdBq")
+_DECIDED_BODY = struct.Struct("<BQqqqBdBqq")
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
@@ -89,11 +89,13 @@ def _pack_decided(number: int, result: RoundResult) -> bytes | None:
         result.lr,
         result.buffer,
         result.rewound,
+        result.revision,
     )
 
 
 def _unpack_decided(frame: bytes, _: GradientsOf | None) -> tuple[int, RoundResult]:
-    _, number, epoch, turn, iterations, outcome, lr, buffer, rewound = _DECIDED_BODY.unpack(frame)
+    _, number, epoch, turn, iterations, outcome, lr, *last = _DECIDED_BODY.unpack(frame)
+    buffer, rewound, revision = last
     return number, RoundResult(
         epoch=epoch,
         round=turn,
@@ -103,6 +105,7 @@ def _unpack_decided(frame: bytes, _: GradientsOf | None) -> tuple[int, RoundResu
         lr=lr,
         buffer=buffer,
         rewound=rewound,
+        revision=revision,
     )
 
 

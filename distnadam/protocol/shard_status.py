@@ -6,7 +6,6 @@ from typing import Any
 
 from distnadam.config import Options
 from distnadam.hyperparameters import NadamConfig
-from distnadam.schedules import Rate
 from distnadam.tensors.layout import Layout, Ranges
 
 Owners = dict[int, tuple[int, str]]
@@ -66,7 +65,8 @@ class Description:
         left: the ranks whose worker left.
         dead: the ranks whose worker died.
         members: the ranks that the next round needs.
-        lr: the learning rate, or its schedule.
+        config: the hyper-parameters.
+        revision: how often they were replaced since the shards began or went back.
         spec: the shard's spec, if asked for.
         phase: the phase, in words.
         holder: the token of the caller that holds the shard, if any.
@@ -94,7 +94,8 @@ class Description:
     left: tuple[int, ...]
     dead: tuple[int, ...]
     members: tuple[int, ...]
-    lr: Rate
+    config: NadamConfig
+    revision: int
     spec: ShardSpec | None = None
     phase: str = ""
     holder: str | None = None

@@ -7,10 +7,10 @@ for what is being computed.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Outcome, PushNote
 from distnadam.protocol.shard_status import Owners
-from distnadam.schedules import Rate
 from distnadam.tensors.arrays import Flat
 
 Reason = Literal["replaced", "rewound", "reconfigured"]
@@ -24,11 +24,17 @@ same members.
 
 @dataclass(frozen=True, kw_only=True)
 class Reconfigure:
-    """Begins an epoch with this membership and these newest incarnations; the round goes on."""
+    """Begins an epoch with this membership and these newest incarnations; the round goes on.
+
+    A standby that takes over by it takes the hyper-parameters too, if they are of a later
+    `revision` than its own.
+    """
 
     epoch: int
     schedule: MembershipHistory
     newest: dict[int, int] = field(default_factory=dict)
+    config: NadamConfig | None = None
+    revision: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,7 @@ class Load:
         newest: the newest incarnation of each rank, as far as it is known.
         live_owners: the ranks that a living worker holds, as far as they are known.
         highest_round: the latest round ever decided.
-        lr: the learning rate from now on; None leaves the shard's.
+        config: the hyper-parameters from now on; None leaves the shard's.
     """
 
     epoch: int
@@ -63,7 +69,7 @@ class Load:
     newest: dict[int, int] = field(default_factory=dict)
     live_owners: Owners = field(default_factory=dict)
     highest_round: int = 0
-    lr: Rate | None = None
+    config: NadamConfig | None = None
 
     @property
     def reason(self) -> Reason:
@@ -108,6 +114,8 @@ class ShardControlState:
     counted: dict[int, PushNote] = field(default_factory=dict)
     live_owners: Owners = field(default_factory=dict)
     highest_round: int = 0
+    revision: int = 0
+    applied_revision: int = 0
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step

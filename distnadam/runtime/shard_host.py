@@ -141,6 +141,9 @@ class ShardHost:
         """
         self.shard.state.load(arrays, control_state.active)
         self.shard.progress.take_over(control_state, reconfigure)
+        if reconfigure.config is not None and reconfigure.revision > control_state.revision:
+            self.shard.config = reconfigure.config  # its primary died before it was told
+            self.shard.progress.take_revision(reconfigure.revision)
 
     def attach_meter(self, meter: Meter) -> None:
         """Count the rounds applied in a meter, and have it sample the shard's status."""

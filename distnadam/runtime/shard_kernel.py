@@ -42,9 +42,17 @@ class ShardKernel:
             {s: Slots(now[s], state.m[s], state.v[s], ema=_average(state, s)) for s in spec.ranges}
             for now in state.buffers
         ]
+        self._arrange(spec.config)
+        self._frozen = any(state.frozen.values())
+        self._frozen_written = -1  # the count of writes whose frozen tensors are in both buffers
+        self._signs = (-1.0,) if spec.config.maximize else UNSCALED  # of the mean gradient
+
+    def _arrange(self, config: NadamConfig) -> None:
+        """Cut the ranges into parts that step alike, and deal them out to the threads."""
+        self._config = config
         self._parts = {
-            space: Parts(spec.config, spec.layout, space, bounds)
-            for space, bounds in spec.ranges.items()
+            space: Parts(config, self._spec.layout, space, bounds)
+            for space, bounds in self._spec.ranges.items()
         }
         self._together, self._by_tensor = (
             {space: self._steppers[space].share(each) for space, each in parts.items()}
@@ -53,9 +61,6 @@ class ShardKernel:
                 {space: parts.by_tensor for space, parts in self._parts.items()},
             )
         )
-        self._frozen = any(state.frozen.values())
-        self._frozen_written = -1  # the count of writes whose frozen tensors are in both buffers
-        self._signs = (-1.0,) if spec.config.maximize else UNSCALED  # of the mean gradient
 
     def close(self) -> None:
         """Stop the kernels' threads."""
@@ -83,6 +88,8 @@ class ShardKernel:
             ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
         """
         current, config = shard.rounds.current, shard.config
+        if config is not self._config:
+            self._arrange(config)  # groups that were alike may not be so any more
         gradients, grouping = current.summands(config.sum_group)
         square_sums = current.square_sums
         scales = self._signs if square_sums is None else self._scales(config, square_sums)

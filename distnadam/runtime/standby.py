@@ -15,7 +15,7 @@ from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import in_order
 from distnadam.nadam.parts import Parts
 from distnadam.nadam.step_scalars import step_scalars
-from distnadam.nadam.stepper import RangeStep, Slots
+from distnadam.nadam.stepper import RangeStep, Shares, Slots
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
@@ -43,12 +43,7 @@ class Standby:
         self._steppers = {
             space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
         }
-        self._shares = {
-            space: self._steppers[space].share(
-                Parts(spec.config, spec.layout, space, bounds).together
-            )
-            for space, bounds in spec.ranges.items()
-        }
+        self._shares: dict[str, Shares] = {}
         self._arrays: dict[str, Flat] = {}
         self._control_state: ShardControlState | None = None
         self._ledger = Ledger()
@@ -67,7 +62,11 @@ class Standby:
                 raise IllegalMessage(
                     f"standby of shard {self._spec.index}: was detached before it had its state"
                 )
-            self._spec = dataclasses.replace(self._spec, config=config)
+            self._spec = spec = dataclasses.replace(self._spec, config=config)
+            self._shares = {
+                space: stepper.share(Parts(config, spec.layout, space, spec.ranges[space]).together)
+                for space, stepper in self._steppers.items()
+            }
             self._control_state = control_state
             self._ledger = Ledger.from_dict(control_state.ledger)
 
@@ -159,6 +158,7 @@ class Standby:
             raise IllegalMessage(f"{who}: expected round {now.round + 1}, got round {record.round}")
         if record.outcome == "applied":
             self._step(now, record, mean, who)
+            now = dataclasses.replace(now, applied_revision=now.revision)
         for rank, note in record.counted.items():
             self._ledger.admit(rank, note.incarnation)
             self._ledger.count(rank, note.incarnation, record.round)

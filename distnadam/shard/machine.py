@@ -85,7 +85,7 @@ class Shard:
             msg.Resume: self._resume,
             msg.Read: self._read,
             msg.Write: self._write,
-            msg.SetRate: self._set_rate,
+            msg.SetConfig: self._set_config,
             msg.Saved: self._saved,
             msg.Step: self._step,
             msg.StepNorms: self._step_norms,
@@ -134,8 +134,8 @@ class Shard:
             clock, lr = result
             if not self.rounds.current.in_place:
                 self.state.swap()
-            self.progress.clock = clock
-            self.progress.lr = lr
+            progress = self.progress
+            progress.clock, progress.lr, progress.applied_revision = clock, lr, progress.revision
             effects = self._decide("applied", None)
         return effects + self._advance()
 
@@ -159,8 +159,8 @@ class Shard:
     def describe(self, *, with_spec: bool = False) -> Description:
         """Return the answer to `Describe`, but for what only the host knows."""
         return replace(
-            self.progress.description(pushed=self.rounds.current.pushes, lr=self.config.lr),
-            spec=self.spec if with_spec else None,
+            self.progress.description(pushed=self.rounds.current.pushes, config=self.config),
+            spec=replace(self.spec, config=self.config) if with_spec else None,
             phase=self._phase.value,
             holder=self.exclusive_hold.holder,
             busy=self._phase is Phase.LOADING,
@@ -212,8 +212,7 @@ class Shard:
         if was_held and self.rounds.current.is_direct and self._phase in AT_REST:
             self._begin_round_again()  # its caller did not wait for the step's end
         error = IllegalMessage(f"{self._who}: the hold was given up")
-        answers = [Answer(waiting, error) for waiting in withdrawn]
-        return [*answers, Answer(caller, None), *self._answer_due()]
+        return [*(Answer(w, error) for w in withdrawn), Answer(caller, None), *self._answer_due()]
 
     def _read(self, message: msg.Read, caller: Any) -> list[Effect]:
         self.require_hold(message.token)
@@ -229,10 +228,13 @@ class Shard:
         error = self.progress.next_epoch("replaced", message.epoch, self._who)
         return [Replicate(orders.DetachStandby()), *self._drop_round(error), Answer(caller, None)]
 
-    def _set_rate(self, message: msg.SetRate, caller: Any) -> list[Effect]:
+    def _set_config(self, message: msg.SetConfig, caller: Any) -> list[Effect]:
         self.require_hold(message.token)
-        self.config = self.config.with_lr(message.lr)
-        self.progress.change("the learning rate")
+        switches = message.config.clips_by_norm != self.config.clips_by_norm
+        if switches and self._phase is Phase.AWAITING_NORMS:
+            raise IllegalMessage(f"{self._who}: clipping is switched while a round awaits norms")
+        self.config = message.config
+        self.progress.take_revision(message.revision)
         return [Replicate(orders.DetachStandby()), Answer(caller, None)]
 
     def _saved(self, message: msg.Saved, caller: Any) -> list[Effect]:
@@ -324,8 +326,7 @@ class Shard:
     def _decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         effects = self.rounds.decide(outcome, rejection)
         self._enter(Phase.COLLECTING)
-        hold = self.exclusive_hold
-        if self.rounds.pulls or hold.queue or hold.advances:
+        if self.rounds.pulls or self.exclusive_hold.queue or self.exclusive_hold.advances:
             effects += self._answer_due()
         return effects
 
@@ -351,8 +352,10 @@ class Shard:
         effects += [Answer(caller, None) for caller in self.exclusive_hold.arrived(decided)]
         if self._phase in AT_REST:
             pending = tuple(sorted(self.rounds.current.pushes))
+            awaits_norms = self._phase is Phase.AWAITING_NORMS
             for caller in self.exclusive_hold.admit(decided):
-                effects.append(Answer(caller, self.progress.paused(self.config.lr, pending)))
+                paused = self.progress.paused(self.config, pending, awaits_norms=awaits_norms)
+                effects.append(Answer(caller, paused))
         return effects
 
     # Loading and copying
@@ -384,8 +387,7 @@ class Shard:
         if isinstance(order, orders.Load):
             if not isinstance(result, orders.ShardControlState):
                 return [*self._become_empty(result), answer]
-            if order.lr is not None:
-                self.config = self.config.with_lr(order.lr)
+            self.config = order.config or self.config
         self._enter(Phase.COLLECTING)
         return [answer, *self._drop_abandoned_round(), *self._answer_due()]
 

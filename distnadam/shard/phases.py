@@ -59,7 +59,7 @@ _ALWAYS = frozenset(
         orders.Retire,
     }
 )
-_AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetRate, msg.Step, msg.StepNorms}
+_AT_REST = _ALWAYS | {msg.Read, msg.Write, msg.SetConfig, msg.Step, msg.StepNorms}
 LEGAL: dict[Phase, frozenset[type]] = {
     Phase.COLLECTING: _AT_REST,
     Phase.MEASURING: _ALWAYS,

@@ -7,6 +7,7 @@ knows nothing.
 from collections.abc import Collection, Mapping
 
 from distnadam.errors import StaleEpoch
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
     Outcome,
@@ -23,7 +24,6 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedRound,
     ShardControlState,
 )
-from distnadam.schedules import Rate
 from distnadam.shard.epochs import Epochs
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Membership
@@ -43,6 +43,8 @@ class Progress:
         highest_round: the latest round ever decided, also before a rewind.
         skipped: rounds that applied no step.
         lr: the learning rate of the last applied step.
+        revision: how often the hyper-parameters were replaced.
+        applied_revision: theirs, of the last applied step.
         outcome: how the last round ended.
         rejection: why it applied no step, if so.
         counted: by rank, its last push that counted.
@@ -59,6 +61,8 @@ class Progress:
         self.highest_round = 0
         self.skipped = 0
         self.lr = 0.0
+        self.revision = 0
+        self.applied_revision = 0
         self.outcome: Outcome = "applied"
         self.rejection: str | None = None
         self.counted: dict[int, PushNote] = {}
@@ -106,6 +110,11 @@ class Progress:
         self.changed = describe_replacement(what, self.round)
         self.num_changes += 1
 
+    def take_revision(self, revision: int) -> None:
+        """Record that the hyper-parameters are of this revision from here on."""
+        self.revision = revision
+        self.change("the configuration")
+
     def saved(self, num_changes: int) -> None:
         """Record that the state as of this many changes is saved."""
         if num_changes == self.num_changes:
@@ -129,6 +138,8 @@ class Progress:
             counted=dict(self.counted),
             live_owners=self.members.live_owners,
             highest_round=self.highest_round,
+            revision=self.revision,
+            applied_revision=self.applied_revision,
         )
 
     def restore(self, record: ShardControlState) -> None:
@@ -138,6 +149,8 @@ class Progress:
         self.highest_round = max(self.highest_round, record.highest_round, record.round)
         self.skipped = record.skipped
         self.lr = record.lr
+        self.revision = record.revision
+        self.applied_revision = record.applied_revision
         self.outcome = record.outcome
         self.rejection = record.rejection
         self.counted = dict(record.counted)
@@ -181,9 +194,10 @@ class Progress:
             buffer=self.state.active,
             parameters=self.state.seen if want_parameters else None,
             rewound=self.epochs.rewound,
+            revision=self.applied_revision,
         )
 
-    def description(self, *, pushed: Collection[int], lr: Rate) -> Description:
+    def description(self, *, pushed: Collection[int], config: NadamConfig) -> Description:
         """Return the answer to `Describe`, but for what only the machine or its host knows."""
         members = self.members
         needed = self.next_members()
@@ -196,7 +210,8 @@ class Progress:
             skipped=self.skipped,
             stepped=members.ledger.last(DIRECT),
             changed=self.changed,
-            lr=lr,
+            config=config,
+            revision=self.revision,
             members=needed,
             waiting_for=tuple(rank for rank in needed if rank not in pushed),
             left=tuple(sorted(members.left)),
@@ -207,15 +222,19 @@ class Progress:
             schedule=members.schedule,
         )
 
-    def paused(self, lr: Rate, pending: tuple[int, ...]) -> Paused:
+    def paused(
+        self, config: NadamConfig, pending: tuple[int, ...], *, awaits_norms: bool
+    ) -> Paused:
         """Return the answer to `Pause`."""
         return Paused(
             epoch=self.epochs.now,
             round=self.round,
             clock=self.clock,
             skipped=self.skipped,
-            lr=lr,
+            config=config,
+            revision=self.revision,
             pending=pending,
             ledger=self.members.ledger.to_dict(),
             rewound=self.epochs.rewound,
+            awaits_norms=awaits_norms,
         )

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distnadam.errors import ShardLost, StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.shard_status import Describe, Description, Owners, ShardSpec
 from distnadam.protocol.supervisor_messages import MembershipHistory
-from distnadam.schedules import Rate
 from distnadam.shard.phases import Phase
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 
@@ -70,7 +70,8 @@ class ClusterState:
         self.live_owners: Owners = {}
         self.dead_ranks: dict[int, DeadWorker] = {}
         self.highest_round = 0
-        self.lr: Rate | None = None
+        self.config: NadamConfig | None = None
+        self.revision = 0
         self.cannot_complete = False
         self.epoch = 0
         self.schedule: MembershipHistory = ()
@@ -126,6 +127,8 @@ class ClusterState:
         described = [answer for answer in answers.values() if isinstance(answer, Description)]
         if not described:
             return
+        newest = max(described, key=lambda answer: answer.revision)
+        self.config, self.revision = newest.config, newest.revision
         self.live_owners = owners(described)
         for rank, (incarnation, _) in self.live_owners.items():
             if rank in self.dead_ranks and incarnation > self.dead_ranks[rank].incarnation:
@@ -143,7 +146,6 @@ class ClusterState:
             # no sign of life: finishing a dead worker gives the next incarnation away
             self.newest[rank] = max(self.newest.get(rank, 0), incarnation)
         self.highest_round = max(self.highest_round, seen.highest_round)
-        self.lr = seen.lr
 
     def next_epoch(self) -> int:
         """Return an epoch later than any before.

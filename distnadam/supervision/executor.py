@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
@@ -89,6 +88,7 @@ class DecisionExecutor:
     def _promote(self, decision: policy.Promote, seen: policy.Observation) -> None:
         cluster = self._cluster
         epoch, schedule = cluster.next_epoch(), cluster.schedule
+        alive = cluster.alive()  # of the dead, what was seen last may be of before a rewind
         for index in decision.shards:
             log.warning(
                 "shard %d, round %d: its process died; its standby takes over",
@@ -96,7 +96,13 @@ class DecisionExecutor:
                 cluster.highest_round,
             )
             standby = cluster.standbys.pop(index)
-            reconfigure = Reconfigure(epoch=epoch, schedule=schedule, newest=dict(cluster.newest))
+            reconfigure = Reconfigure(
+                epoch=epoch,
+                schedule=schedule,
+                newest=dict(cluster.newest),
+                config=cluster.config if alive else None,
+                revision=cluster.revision,
+            )
             try:
                 cluster.shards[index] = cluster.processes.promote(
                     standby, reconfigure, near=list(cluster.alive().values())
@@ -134,7 +140,7 @@ class DecisionExecutor:
                 self._fence_process(standby)  # it must not step in for the new shard
         for index in decision.shards:
             near = list(cluster.alive().values())
-            spec = self._spec_of_now(index)
+            spec = cluster.specs[index]
             process = cluster.processes.start(spec, standby=False, near=near)
             cluster.shards[index] = process
             cluster.processes.watch(process)
@@ -146,6 +152,7 @@ class DecisionExecutor:
                 newest=dict(cluster.newest),
                 live_owners=dict(cluster.live_owners),
                 highest_round=cluster.highest_round,
+                config=cluster.config,
             )
             epoch += 1
             answers = cluster.ask(self._restore_points.loads(point, cluster.specs, load), _LOAD_S)
@@ -162,11 +169,6 @@ class DecisionExecutor:
                 log.warning("passing over %s: %s", point, errors[0])
         where = shown(self._restore_points.directory or "")
         self._publish(f"{decision.why}, and no checkpoint under {where} can be loaded")
-
-    def _spec_of_now(self, index: int) -> ShardSpec:
-        """Return the spec of a shard with the last known learning rate of the living ones."""
-        spec, lr = self._cluster.specs[index], self._cluster.lr
-        return spec if lr is None else replace(spec, config=spec.config.with_lr(lr))
 
     def reshard(self, cuts: Sequence[Ranges]) -> None:
         """Have new shards of these ranges take the state over; the present ones go on if it fails.

@@ -47,7 +47,7 @@ class Observer:
     def look(self) -> policy.Observation:
         """Ask every shard for its status and return what is to be decided on."""
         cluster, now = self._cluster, self._cluster.clock()
-        answers = cluster.describe()
+        answers = self._describe()
         shards = [
             self._observe(process, answers.get(index))
             for index, process in enumerate(cluster.shards)
@@ -82,6 +82,18 @@ class Observer:
             highest_round=cluster.highest_round,
         )
 
+    def _describe(self) -> dict[int, Any]:
+        """Ask all shards, again as long as hyper-parameters are being replaced meanwhile: one may
+        have answered before, another after.
+        """
+        before: dict[int, int] | None = None
+        while True:
+            answers = self._cluster.describe()
+            now = {i: a.revision for i, a in answers.items() if isinstance(a, Description)}
+            if len(set(now.values())) < 2 or now == before:
+                return answers
+            before = now
+
     def _observe(self, process: ShardProcess, answer: Any) -> policy.ShardObservation:
         cluster = self._cluster
         standby = cluster.standbys.get(process.index)
@@ -99,6 +111,7 @@ class Observer:
                 filling=filling,
                 stale=stale,
                 changed=answer.changed,
+                revision=answer.revision,
             )
         if process not in cluster.dead:
             # it refuses to say where it stands, or whether its standby follows: start no other

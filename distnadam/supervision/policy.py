@@ -26,6 +26,7 @@ class ShardObservation:
         filling: whether that process is being started or filled.
         stale: whether that process must not take over any more.
         changed: what was replaced from outside since it was loaded or saved, as far as it knows.
+        revision: how often its hyper-parameters were replaced.
     """
 
     alive: bool
@@ -39,6 +40,7 @@ class ShardObservation:
     filling: bool = False
     stale: bool = False
     changed: str | None = None
+    revision: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,11 +290,18 @@ def _torn(seen: Observation) -> list[Decision] | None:
     newest = max(shard.epoch for shard in seen.shards)
     behind = tuple(index for index, shard in enumerate(seen.shards) if shard.epoch < newest)
     if not behind:
-        return None
+        latest = max(shard.revision for shard in seen.shards)
+        behind = tuple(i for i, shard in enumerate(seen.shards) if shard.revision < latest)
+        return _undo(seen, behind, "the configuration") if behind else None
     if any(shard.epoch == 0 for shard in seen.shards):
         return _rewind(seen, (), "a shard that was started again has no state yet", seen.changed)
     if all(shard.reason == "reconfigured" for shard in seen.shards if shard.epoch == newest):
         return [Complete(behind, newest)]
+    return _undo(seen, behind, "the state")
+
+
+def _undo(seen: Observation, behind: tuple[int, ...], what: str) -> list[Decision]:
+    """Go back to before a replacement that these shards missed, once nobody completes it."""
     if seen.held:
         return []  # on its way
     before = next(
@@ -300,8 +309,7 @@ def _torn(seen: Observation) -> list[Decision] | None:
         None,
     )
     why = (
-        f"shard {', '.join(map(str, behind))} missed a replacement of the state that others "
-        "have taken"
+        f"shard {', '.join(map(str, behind))} missed a replacement of {what} that others have taken"
     )
     return _rewind(seen, (), why, before)
 

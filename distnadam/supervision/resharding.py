@@ -139,7 +139,7 @@ class _Handover:
                 new=self._new,
                 old_cuts=[spec.ranges for spec in what.specs],
                 new_cuts=what.cuts,
-                load=Load(epoch=self._epoch, newest=dict(what.newest), lr=held[0].lr),
+                load=Load(epoch=self._epoch, newest=dict(what.newest), config=held[0].config),
             )
             for failure in self._processes.move(move):
                 raise failure

@@ -5,12 +5,15 @@ to `build`; and what was replaced from outside since, which going back would los
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from distnadam.checkpoint import store
+from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.shard_file import leftover_readers
 from distnadam.checkpoint.storage.base import Directory
-from distnadam.errors import CheckpointError
+from distnadam.errors import CheckpointError, ConfigError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import Load
 from distnadam.tensors.arrays import Flat, cut_flat
@@ -90,24 +93,39 @@ class RestorePoints:
         Args:
             point: what to go back to.
             specs: the shards', in order.
-            load: what all of them are sent, to be completed by the state.
+            load: what all of them are sent, to be completed by the state; with the hyper-parameters
+                that were seen last, which are the point's where a checkpoint says the same: their
+                schedules may be of classes that this process cannot import.
         """
         if point.directory is None:
             params = point.params or {}
             return {
-                index: replace(load, params=cut_flat(params, spec.ranges))
+                index: replace(load, params=cut_flat(params, spec.ranges), config=spec.config)
                 for index, spec in enumerate(specs)
             }
         try:
             manifest = store.load(point.directory)
             store.check_files(point.directory, manifest)
+            config = _config_of(manifest, load.config, str(point))
         except CheckpointError as error:
             log.warning("passing over %s", error)
             return {}
         raw, leftovers = manifest.to_bytes(), leftover_readers(manifest, len(specs))
         return {
             index: replace(
-                load, directory=point.directory.place, manifest=raw, leftovers=tuple(left)
+                load,
+                directory=point.directory.place,
+                manifest=raw,
+                leftovers=tuple(left),
+                config=config,
             )
             for index, left in enumerate(leftovers)
         }
+
+
+def _config_of(manifest: Manifest, seen: NadamConfig | None, where: str) -> NadamConfig:
+    """Return a checkpoint's hyper-parameters: the object given, if it is the same."""
+    with suppress(ConfigError):  # of a plain function, which no checkpoint holds
+        if seen is not None and seen.to_dict() == manifest.config:
+            return seen
+    return manifest.nadam_config(where)

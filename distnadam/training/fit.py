@@ -65,9 +65,10 @@ def fit(
         replicas: standbys per shard, 0 or 1.
         optimizer: a `DistNadam`, not built, whose hyper-parameters and options are used; None means
             the defaults, or those of the run that is resumed. A resumed run takes over a learning
-            rate that it was not given before, and the options; other hyper-parameters cannot
-            change. While it runs, `optimizer.lr` is the run's, and may be set in `on_begin` and
-            `on_evaluate` of a callback.
+            rate that it was not given before, and the options; other hyper-parameters must be given
+            as before, and stay what they were changed to in the run. While it runs, `optimizer.lr`
+            and `get_config` are the run's; `on_begin` and `on_evaluate` of a callback may set `lr`
+            and call `set_config`.
         backend: "auto", "local" or "ray", as for `DistNadam`; "auto" is the optimizer's, if given.
         seed: passed to `Task.init`.
         checkpoint_dir: the directory for checkpoints, metrics.csv and loss.png; None means

@@ -14,7 +14,7 @@ from distnadam.checkpoint.shard_file import verify_files
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.client.building import restored_settings
-from distnadam.config import Settings
+from distnadam.config import CHANGEABLE, Settings
 from distnadam.errors import CheckpointError, ConfigError, RayLost
 from distnadam.groups import changed_groups, in_words
 from distnadam.hyperparameters import NadamConfig
@@ -153,8 +153,8 @@ def settings_of_resumed(found: Found, request: Request, say: Callable[[str], Non
     """Return the settings that a run goes on with, which are the checkpoint's unless others are
     given.
 
-    A learning rate that is not the one that the run was given before is set. One that is leaves the
-    run's as it is: a callback, or somebody else, may have changed it since.
+    A learning rate that is not the one that the run was given before is set. What is given as
+    before leaves the run's as it is: a callback, or somebody else, may have changed it since.
 
     Raises:
         ConfigError: a hyper-parameter is given that a run cannot change.
@@ -172,7 +172,7 @@ def settings_of_resumed(found: Found, request: Request, say: Callable[[str], Non
     if not request.is_given:
         run["given"] = before
     else:
-        _check_unchanged(directory, saved, run["given"])
+        _check_unchanged(directory, {**saved, **before}, run["given"])
         if run["given"]["lr"] != before["lr"]:
             rate = request.settings.config.lr
             say(f"the learning rate is {_shown(run['given']['lr'])} from here on, as given")
@@ -181,6 +181,12 @@ def settings_of_resumed(found: Found, request: Request, say: Callable[[str], Non
                 f"the learning rate stays {_shown(saved['lr'])}, which it was changed to in the "
                 f"run; it began with {_shown(before['lr'])}"
             )
+        for name in CHANGEABLE[1:]:
+            if saved[name] != before.get(name, saved[name]):
+                say(
+                    f"{name} stays {in_words(saved[name])}, which it was changed to in the run; it "
+                    f"began with {in_words(before[name])}"
+                )
     topology = request.settings.topology
     settings = restored_settings(
         directory,
@@ -192,17 +198,23 @@ def settings_of_resumed(found: Found, request: Request, say: Callable[[str], Non
 
 
 def _check_unchanged(
-    directory: Directory, saved: Mapping[str, Any], given: Mapping[str, Any]
+    directory: Directory, before: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError for settings that only a new run can have."""
+    """Raise ConfigError for settings that only a new run can have.
+
+    Args:
+        directory: the run's checkpoint.
+        before: what the run was given before.
+        given: what it is given now.
+    """
     changed = [
-        f"{key}={given[key]!r} (the run has {saved[key]!r})"
+        f"{key}={given[key]!r} (the run has {before[key]!r})"
         for key in given
-        if key not in ("lr", "groups") and given[key] != saved[key]
+        if key not in ("lr", "groups") and given[key] != before[key]
     ]
     changed += [
-        f"{name}: {_or_none(ours)} (the run has {_or_none(before)})"
-        for name, (before, ours) in changed_groups(saved["groups"], given["groups"]).items()
+        f"{name}: {_or_none(ours)} (the run has {_or_none(theirs)})"
+        for name, (theirs, ours) in changed_groups(before["groups"], given["groups"]).items()
     ]
     if changed:
         raise ConfigError(

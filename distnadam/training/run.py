@@ -52,8 +52,9 @@ from distnadam.training.termination import STATUS, Termination
 SEGMENT_S = 0.3
 """The duration in seconds that segments are lengthened or shortened to."""
 _NOT_NOW = (
-    "optimizer.lr cannot be set here, as steps run behind callbacks and the step from which it "
-    "would hold depends on the time: set it in on_begin or on_evaluate, or give a schedule"
+    "optimizer.lr cannot be set here, and set_config not called, as steps run behind callbacks and "
+    "the step from which it would hold depends on the time: do it in on_begin or on_evaluate, or "
+    "give a schedule"
 )
 
 
@@ -67,7 +68,7 @@ class TrainingRun:
             the task, and a worker that is started later gets what the first got.
         params: what `init` returned.
         request: what is asked for.
-        template: the optimizer that was given, if any; its `lr` is the run's meanwhile.
+        template: the optimizer that was given, if any; its settings are the run's meanwhile.
         root: the local directory for metrics and plot.
         lock: held on the directory of checkpoints.
         plan: steps, and when to save and evaluate.
@@ -190,7 +191,7 @@ class TrainingRun:
                 optimizer.reserve()
             self.termination.arm()  # Ray may have taken the signal since
             first = optimizer.round
-            with self._rate_may_be_set(optimizer):
+            with self._settings_may_change(optimizer):
                 self.callbacks.on_begin(first, self.plan.steps)
             if optimizer.backend_name != "local":
                 self.callbacks.on_phase(f"starting {num_workers} workers")
@@ -338,7 +339,7 @@ class TrainingRun:
 
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:
         metrics = self._metrics(optimizer, step)
-        with self._rate_may_be_set(optimizer):
+        with self._settings_may_change(optimizer):
             self.callbacks.on_evaluate(step, metrics)
 
     def _metrics(self, optimizer: DistNadam, step: int) -> dict[str, float]:
@@ -364,13 +365,13 @@ class TrainingRun:
         return optimizer
 
     def _follow(self, optimizer: DistNadam | None, refusal: str | None = _NOT_NOW) -> None:
-        """Have the `lr` of the optimizer that was given be the run's, and set it there or not."""
+        """Have the optimizer that was given show the run's settings, and change them or not."""
         if self.template is not None:
             self.template.follow(optimizer, refusal)
 
     @contextmanager
-    def _rate_may_be_set(self, optimizer: DistNadam) -> Iterator[None]:
-        """Let callbacks set the learning rate: nothing is pending, the step is a certain one."""
+    def _settings_may_change(self, optimizer: DistNadam) -> Iterator[None]:
+        """Let callbacks set hyper-parameters: nothing is pending, the step is a certain one."""
         self._follow(optimizer, None)
         try:
             yield

@@ -20,8 +20,9 @@ PARAMS = {"w": np.ones(3, np.float32)}
     ("name", "remedy"),
     [
         ("learning_rate", r"set lr, of the optimizer: optimizer.lr"),
-        ("clipnorm", r"fixed when the optimizer is made: DistNadam\(clipnorm="),
-        ("beta_1", r"DistNadam\(beta_1="),
+        ("clipnorm", r"call set_config, of the optimizer: optimizer.set_config\(clipnorm="),
+        ("betas", r"optimizer.set_config\(beta_1="),
+        ("formula", r"fixed when the optimizer is made: DistNadam\(formula="),
         ("num_shards", r"DistNadam\(num_shards="),
         ("step_timeout_s", r"DistNadam\(options=Options\(step_timeout_s="),
         ("options", r"DistNadam\(options="),

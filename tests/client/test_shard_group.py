@@ -121,10 +121,10 @@ def test_a_handle_raises_a_rewind_once_and_takes_its_knowledge_along() -> None:
         ("reshard to 2 shards", lambda group: group.reshard(2)),
         ("reading params, m", lambda group: group.read(("params", "m"))),
         ("writing m", lambda group: group.fill({"m": {"float32": W}})),
-        ("setting the learning rate", lambda group: group.set_rate(0.5)),
+        ("setting lr", lambda group: group.set_config({"lr": 0.5})),
         ("apply_gradients", lambda group: group.step({"w": W})),
     ],
-    ids=["reshard", "read", "fill", "set_rate", "step"],
+    ids=["reshard", "read", "fill", "set_config", "step"],
 )
 def test_a_call_that_waits_long_says_that_the_shards_are_held(
     what: str,

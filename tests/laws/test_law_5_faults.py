@@ -137,7 +137,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         per_host: int,
         sum_group: int,
     ) -> None:
+        self.drawn = {name: value for name, value in locals().items() if name != "self"}
         self.root = Path(tempfile.mkdtemp())
+        self.begin()
         config = NadamConfig(
             clipvalue=0.5, pull_dtype=pull_dtype, sum_group=sum_group, **clip, **formula
         )
@@ -167,6 +169,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         self.epochs: dict[Process, int] = {}
         for rank in range(RANKS):
             self.join(rank)
+
+    def begin(self) -> None:
+        """Forget what is of another example."""
 
     def teardown(self) -> None:
         """Whatever happened, once it stops the run goes on: nobody waits for ever."""
@@ -423,7 +428,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                         shard.members.needed(number),
                     )
                 if shard.phase is not Phase.STEPPING:
-                    self.same_bits(state_of(process.host), self.model.after(history), process)
+                    expected = self.expected(history, shard.epochs.rewound)
+                    self.same_bits(state_of(process.host), expected, process)
                 if shard.epochs.now:
                     histories.setdefault(shard.epochs.now, []).append(history)
         for process in self.world.standbys.values():
@@ -434,17 +440,19 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             ):
                 arrays = {name: flat["float32"] for name, flat in process.standby.arrays.items()}
                 state = State(**arrays, clock=now.clock, skipped=now.skipped)
-                self.same_bits(
-                    state,
-                    self.model.after(history_of(now.ledger, now.round)),
-                    process,
-                )
+                rewound = max(number for number, reason in now.history if reason == "rewound")
+                expected = self.expected(history_of(now.ledger, now.round), rewound)
+                self.same_bits(state, expected, process)
         for same_epoch in histories.values():
             first = min(same_epoch, key=len)
             assert all(
                 history[: len(first)] == first and len(history) <= len(first) + 1
                 for history in same_epoch
             )
+
+    def expected(self, history: Any, rewound: int) -> State:
+        """Return the state that these rounds lead to, the last ones since that rewind."""
+        return self.model.after(history)
 
     def same_bits(self, got: State, expected: State, process: Process) -> None:
         for name in self.config.state_arrays:

@@ -20,6 +20,8 @@ from distnadam.protocol.messages import (
     PartialNorms,
     Pause,
     Push,
+    Resume,
+    SetConfig,
     ShardSpec,
     TotalNorms,
     Write,
@@ -263,3 +265,26 @@ def test_frozen_tensors_of_a_state_that_is_loaded_anew_are_in_both_buffers(numbe
         do_round(host, step, step, epoch=2, workers=1)
         frozen = host.shard.state.seen["float32"][SIZE - 7 :]
         assert frozen.tobytes() == loaded["float32"][SIZE - 7 :].tobytes()
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+def test_a_standby_filled_after_a_change_follows_it_and_takes_over_with_it(kernel: str) -> None:
+    groups = [Group("a", lr_scale=0.5), Group("b", lr_scale=0.5)]  # alike, and so one part
+    primary, standby, _ = pair(kernel, groups=groups)
+    do_round(primary, 1, 1)
+    changed = NadamConfig(beta_1=0.5, groups=[groups[0], Group("b", lr_scale=2.0)])
+    primary.send(Pause("me")).result(0)
+    primary.send(SetConfig("me", changed, 1)).result(0)
+    assert standby.control_state is None, "its primary goes on without it"
+    primary.send(Resume("me")).result(0)
+    primary.send(AttachStandby("there")).result(0)
+    for number in (2, 3):
+        do_round(primary, number, number)
+        assert standby.arrays["params"]["float32"].tobytes() == state_of(primary).params.tobytes()
+    before = state_of(primary)
+    promoted, now = standby.promote(Reconfigure(epoch=9, schedule=((1, (0, 1)),)), ShardHost)
+    assert (promoted.shard.config, now.revision, now.applied_revision) == (changed, 1, 1)
+    assert promoted.shard.progress.changed == "the configuration was replaced after round 1"
+    for host in (primary, promoted):
+        host.send(Reconfigure(epoch=10, schedule=((1, (0, 1)),))).result(0)
+    assert state_of(promoted).params.tobytes() == before.params.tobytes()

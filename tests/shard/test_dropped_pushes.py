@@ -161,7 +161,7 @@ def test_every_worker_hears_why_no_step_can_be_made_and_another_gradient_counts_
     assert [str(error) for error in scene.wait_for(*tickets)] == [
         "lr at step 0: the schedule raised RuntimeError: no rate"
     ] * 2
-    scene.controller().set_rate(0.001)
+    scene.controller().set_config({"lr": 0.001})
     assert scene.wait_for(scene.push(0, 5.0), scene.push(1, 3.0)) == [1, 1]
     scene.require_mean_of(5.0, 3.0)
 
@@ -173,7 +173,7 @@ def test_norms_of_a_dropped_round_clip_no_step_from_outside() -> None:
     scene = Scene(lr=no_rate, global_clipnorm=0.5)
     tickets = [scene.push(0, 1.0), scene.push(1, 1.0)]
     assert isinstance(scene.wait_for(tickets[0])[0], ConfigError)
-    scene.controller().set_rate(0.001)
+    scene.controller().set_config({"lr": 0.001})
     process = scene.world.shards[0]
     process.send(Pause("outside")).result(0)
     gradients = cut_flat({"float32": np.full(SIZE, 100.0, np.float32)}, process.spec.ranges)

@@ -134,7 +134,7 @@ EXAMPLES: list[Any] = [
     msg.Resume("you"),
     msg.Read("me", ("m",)),
     msg.Write(token="me", state={}),
-    msg.SetRate("me", 0.1),
+    msg.SetConfig("me", NadamConfig(lr=0.1), 1),
     msg.Step(token="me", incarnation=1, round=1, gradients=GRADIENTS),
     msg.StepNorms("me", np.array([3.0])),
     msg.Saved(0),
@@ -411,7 +411,7 @@ def test_only_the_holder_reads_and_writes() -> None:
     for message in (
         msg.Read("you", ("m",)),
         msg.Write(token="you", state={}),
-        msg.SetRate("you", 0.1),
+        msg.SetConfig("you", NadamConfig(), 1),
         msg.Step(token="you", incarnation=1, round=1, gradients=GRADIENTS),
         msg.CatchUp("you", 1),
     ):
@@ -421,13 +421,14 @@ def test_only_the_holder_reads_and_writes() -> None:
             shard.receive(message, None)
 
 
-def test_a_pause_answers_with_the_rate_that_the_next_step_uses() -> None:
+def test_a_pause_answers_with_the_hyper_parameters_that_the_next_step_uses() -> None:
     shard = new_shard()
     (first,) = replies(shard.receive(msg.Pause("a"), "a"))
-    shard.receive(msg.SetRate("a", 0.25), "rate")
+    shard.receive(msg.SetConfig("a", NadamConfig(lr=0.25), 7), "config")
     shard.receive(msg.Resume("a"), "resume")
     (second,) = replies(shard.receive(msg.Pause("b"), "b"))
-    assert (first.lr, second.lr) == (NadamConfig().lr, 0.25)
+    assert (first.config, first.revision) == (NadamConfig(), 0)
+    assert (second.config, second.revision) == (NadamConfig(lr=0.25), 7)
 
 
 def test_a_write_refuses_the_pushes_that_wait_and_raises_the_epoch() -> None:

@@ -48,7 +48,8 @@ def seen(**how: Any) -> Description:
         "members": (0, 1),
         "holder": None,
         "busy": False,
-        "lr": 0.1,
+        "config": NadamConfig(),
+        "revision": 0,
     }
     return Description(**(plain | how))
 

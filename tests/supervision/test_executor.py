@@ -1,17 +1,27 @@
 """Decisions that cannot be executed as they were meant leave shards that go on, or go back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from typing_extensions import override
 
+from distnadam.checkpoint.storage.local import LocalDirectory
+from distnadam.client.checkpointing import CheckpointWriter, Saved
 from distnadam.client.shard_group import ShardGroup
-from distnadam.config import Options
-from distnadam.errors import ClusterError, OutOfMemory, Rewound, ShardLost, StepTimeout
+from distnadam.config import Options, Settings, Topology
+from distnadam.errors import (
+    ClusterError,
+    OutOfMemory,
+    Rewound,
+    ShardLost,
+    ShardsDisagree,
+    StepTimeout,
+)
 from distnadam.hyperparameters import NadamConfig
-from distnadam.protocol.messages import Describe, Pause, ShardSpec
+from distnadam.protocol.messages import Describe, Pause, Resume, SetConfig, ShardSpec
 from distnadam.protocol.supervisor_messages import Reconfigure
 from distnadam.supervision.observer import TOKEN
 from distnadam.supervision.process_manager import Move, ShardProcess
@@ -32,12 +42,18 @@ class Failing(WorldProcesses):
     described = 0
     bugs = 0
     pause_error: Exception | None = None
+    on_described: Callable[[], None] | None = None
 
     @override
     def ask(
         self, targets: Mapping[int, ShardProcess], messages: Mapping[int, Any], timeout_s: float
     ) -> dict[int, Any]:
-        self.described += any(isinstance(message, Describe) for message in messages.values())
+        answers = super().ask(targets, messages, timeout_s) if self.on_described else None
+        is_look = any(isinstance(message, Describe) for message in messages.values())
+        self.described += is_look
+        if answers is not None and self.on_described is not None and is_look:
+            self.on_described()
+            return answers
         if self.pause_error and any(isinstance(each, Pause) for each in messages.values()):
             return dict.fromkeys(messages, self.pause_error)
         return super().ask(targets, messages, timeout_s)
@@ -88,9 +104,12 @@ class Scene:
             self.processes.watch(process)
         self.group = ShardGroup(WorldBackend(self.world), layout, num_shards, OPTIONS)
 
-    def set_rate(self, shard: Process, lr: float) -> None:
-        """Give one shard a rate, as one that was loaded or saved with it has."""
-        shard.host.shard.config = shard.host.shard.config.with_lr(lr)
+    def change(self, shard: Process, config: NadamConfig, revision: int) -> None:
+        """Change one shard's hyper-parameters only."""
+        token = f"change {shard.number}"
+        shard.send(Pause(token)).result(0)
+        shard.send(SetConfig(token, config, revision)).result(0)
+        shard.send(Resume(token)).result(0)
 
     def holders(self) -> list[str | None]:
         return [answer.holder for answer in self.group.describe_all()]
@@ -166,26 +185,63 @@ def test_where_a_standby_cannot_take_over_all_go_back() -> None:
     assert scene.world.supervisor.recoveries["rewound"] == 1
 
 
-def test_a_rewind_leaves_survivors_their_rate_and_gives_new_shards_one_of_them() -> None:
+def test_a_change_that_reached_some_shards_only_is_undone_with_all_that_followed() -> None:
     scene = Scene(num_shards=3)
-    for shard, lr in zip(scene.world.shards, (0.5, 0.25, 0.125), strict=True):
-        scene.set_rate(shard, lr)
-    scene.world.look()
-    scene.world.shards[2].kill()
+    scene.group.step(GRADIENT)
+    scene.change(scene.world.shards[1], NadamConfig(lr=0.5), 1)
+    with pytest.raises(ShardsDisagree, match="a change reached some shards only"):
+        scene.group.step(GRADIENT)
     scene.world.look()
     assert scene.world.supervisor.recoveries["rewound"] == 1
-    assert [answer.lr for answer in scene.group.describe_all()] == [0.5, 0.25, 0.25]
+    at = scene.group.describe_all()
+    assert [(answer.round, answer.config, answer.revision) for answer in at] == [
+        (0, NadamConfig(), 0)
+    ] * 3
 
 
-def test_a_rewind_without_survivors_has_the_last_known_rate() -> None:
-    scene = Scene()
-    for shard in scene.world.shards:
-        scene.set_rate(shard, 0.25)
+def test_a_standby_that_takes_over_completes_a_change_that_its_primary_missed() -> None:
+    scene = Scene(num_shards=3, replicas=1)
+    scene.group.step(GRADIENT)
     scene.world.look()
+    changed = NadamConfig(lr=0.5)
+    scene.change(scene.world.shards[1], changed, 1)
+    scene.change(scene.world.shards[2], changed, 1)
+    scene.world.shards[0].kill()
+    scene.world.look()
+    assert scene.world.supervisor.shard_recoveries == 1
+    at = scene.group.describe_all()
+    assert [(answer.round, answer.config, answer.revision) for answer in at] == [
+        (1, changed, 1)
+    ] * 3
+    assert at[0].changed == "the configuration was replaced after round 1"
+    assert scene.group.step(GRADIENT).lr == 0.5
+
+
+def test_a_standby_keeps_a_change_that_the_supervisor_has_not_seen() -> None:
+    scene = Scene(replicas=1)
+    scene.group.set_config({"lr": 0.5})
+    scene.world.look()  # its standbys are filled anew
+    scene.world.supervisor.cluster.config = NadamConfig()
     for shard in list(scene.world.shards):
         shard.kill()
     scene.world.look()
-    assert [answer.lr for answer in scene.group.describe_all()] == [0.25, 0.25]
+    at = scene.group.describe_all()
+    assert [(answer.config.lr, answer.revision) for answer in at] == [(0.5, 1)] * 2
+
+
+def test_a_change_between_two_answers_of_a_look_is_not_taken_for_half_done() -> None:
+    scene = Scene()
+    first, second = scene.world.shards
+    scene.change(first, NadamConfig(lr=0.5), 1)
+
+    def changes() -> None:
+        scene.processes.on_described = None
+        scene.change(second, NadamConfig(lr=0.5), 1)
+
+    scene.processes.on_described = changes
+    scene.world.look()
+    assert scene.world.supervisor.recoveries["rewound"] == 0
+    assert [answer.revision for answer in scene.group.describe_all()] == [1, 1]
 
 
 def test_a_successor_releases_what_its_predecessor_paused() -> None:
@@ -240,3 +296,22 @@ def test_a_reshard_of_a_state_that_was_replaced_says_so() -> None:
     with pytest.raises(Rewound, match="went back"):
         reshard(scene)
     assert scene.holders() == [None, None]
+
+
+def test_a_successor_that_knows_nothing_goes_back_to_the_checkpoints_hyper_parameters(
+    tmp_path: Path,
+) -> None:
+    scene = Scene()
+    scene.group.step(GRADIENT)
+    scene.group.set_config({"lr": 0.5, "clipnorm": 1.0})
+    made = Settings(config=NadamConfig(), options=OPTIONS, topology=Topology(num_shards=2))
+    saved = Saved(settings=made, data={})
+    CheckpointWriter().save(scene.group, LocalDirectory(tmp_path), saved)
+    scene.world.replace_supervisor()
+    for shard in list(scene.world.shards):
+        shard.kill()
+    scene.world.look()
+    at = scene.group.describe_all()
+    assert [(answer.round, answer.config) for answer in at] == [
+        (1, NadamConfig(lr=0.5, clipnorm=1.0))
+    ] * 2

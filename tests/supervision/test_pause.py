@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from distnadam.errors import StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import CatchUp, Pause, Paused, Resume
 from distnadam.supervision.pause import all_paused, lagging
@@ -34,7 +35,8 @@ class Shards:
             round=self.rounds[index],
             clock=Clock(),
             skipped=0,
-            lr=0.1,
+            config=NadamConfig(),
+            revision=0,
             pending=(),
         )
 

@@ -116,6 +116,24 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         [Fail],
     ),
     (
+        "a change of the configuration on its way",
+        Observation(shards=[alive(revision=2), alive(revision=1)], held=True),
+        WAITS,
+        [],
+    ),
+    (
+        "a change of the configuration half done",
+        Observation(shards=[alive(revision=1, changed="this"), alive(revision=0)], changed="this"),
+        WAITS,
+        [Rewind],
+    ),
+    (
+        "a change of the configuration half done after one that was whole",
+        Observation(shards=[alive(revision=2), alive(revision=1, changed="before")]),
+        WAITS,
+        [Fail],
+    ),
+    (
         "a load half done",
         Observation(shards=[alive(epoch=2, reason="rewound"), alive()]),
         WAITS,
@@ -355,6 +373,7 @@ SHARD = st.builds(
     round=st.integers(0, 4),
     standby=st.none() | st.integers(0, 4),
     changed=st.none() | st.just("changed"),
+    revision=st.integers(0, 2),
 )
 SEEN = st.builds(
     Observation,
@@ -396,7 +415,7 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
         if isinstance(decision, Rewind):
             assert seen.source and decision.shards == gone and fenced
             assert seen.changed is None or (
-                not gone and len({shard.epoch for shard in seen.shards}) > 1
+                not gone and len({(shard.epoch, shard.revision) for shard in seen.shards}) > 1
             )
         if isinstance(decision, Depart):
             left = seen.members - set(decision.ranks)

@@ -86,8 +86,9 @@ def test_the_newest_checkpoint_comes_first_and_a_damaged_one_is_passed_over(
     newest, older, initial = points.candidates()
     assert [str(newest), str(older)] == [second, first]
     assert initial.params is not None
-    loads = points.loads(newest, SPECS, Load(epoch=3, lr=0.5))
-    assert [(load.directory, load.lr) for load in loads.values()] == [(second, 0.5)] * 2
+    loads = points.loads(newest, SPECS, Load(epoch=3, config=NadamConfig(lr=0.5)))
+    saved = SPECS[0].config
+    assert [(load.directory, load.config) for load in loads.values()] == [(second, saved)] * 2
     (Path(second) / "manifest.msgpack").write_bytes(b"damaged")
     assert points.loads(newest, SPECS, Load(epoch=3)) == {}
     assert len(points.loads(older, SPECS, Load(epoch=3))) == 2

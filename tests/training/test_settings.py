@@ -171,6 +171,35 @@ def test_a_rate_that_a_callback_changed_stays_when_the_same_script_resumes(tmp_p
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
+def test_what_a_callback_changed_stays_when_the_same_script_resumes(tmp_path: Path) -> None:
+    class Changes(Callback):
+        def __init__(self, optimizer: DistNadam) -> None:
+            self.optimizer = optimizer
+
+        def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+            if step == 4:
+                self.optimizer.set_config(beta_1=0.5, clipnorm=0.1)
+                assert self.optimizer.get_config()["beta_1"] == 0.5
+
+    def script(steps: int, directory: Path, **given: Any) -> list[str]:
+        optimizer = DistNadam(**given)
+        listener = Listener()
+        callbacks = [Changes(optimizer), listener]
+        train(directory, steps, evaluate_every=2, optimizer=optimizer, callbacks=callbacks)
+        return listener.messages
+
+    script(10, tmp_path / "whole")
+    script(6, tmp_path / "parts")
+    said = script(10, tmp_path / "parts")
+    assert (
+        "beta_1 stays 0.5, which it was changed to in the run; it began with 0.9" in said
+        and "clipnorm stays 0.1, which it was changed to in the run; it began with None" in said
+    )
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    with pytest.raises(ConfigError, match=r"beta_1=0\.5 \(the run has 0\.9\): the run of"):
+        script(12, tmp_path / "parts", beta_1=0.5)
+
+
 @pytest.mark.parametrize("event", ["on_step", "on_save"])
 def test_a_rate_set_where_the_step_depends_on_the_time_is_refused(
     tmp_path: Path, event: str
