@@ -212,6 +212,8 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
             ConfigError: naming a setting that is out of its range, or cannot be changed, and why;
                 nothing was changed.
             LifecycleError: `fit` steps this optimizer, and this is no place to change it.
+            StepTimeout: the shards could not be held between two rounds; where clipping by norm is
+                begun or ended, a round whose norms are summed already is awaited.
         """
         self._life.set_config(values)
 

@@ -14,7 +14,7 @@ from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-from distnadam.errors import ClusterError, IllegalMessage
+from distnadam.errors import ClusterError, IllegalMessage, ShardLost
 from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import SetConfig
 from distnadam.runtime.shard_kernel import ShardKernel
@@ -39,6 +39,7 @@ MUST_BEFALL = (
     "a change amid which a shard died before it was told",
     "a change amid which a shard died when it was told",
     "an error, as a standby is filled anew after a change",
+    "a change that a standby completed",
     "a promotion after a change",
     "a rewind after a change",
 )
@@ -73,8 +74,15 @@ class ChangesAmidFaults(FaultsAgainstOneProcess):
         self.counts: dict[str, int] = {}
         self.has_changed = False
 
-    @rule(values=st.sampled_from(CHANGES), struck=st.none() | SHARD, before=st.booleans())
-    def change(self, values: dict[str, Any], struck: int | None, before: bool) -> None:
+    @rule(
+        values=st.sampled_from(CHANGES),
+        struck=st.none() | SHARD,
+        before=st.booleans(),
+        gives_up=st.booleans(),
+    )
+    def change(
+        self, values: dict[str, Any], struck: int | None, before: bool, gives_up: bool
+    ) -> None:
         self.world.rested()
         self.world.faults.clear()
         for process in self.world.shards:
@@ -84,12 +92,17 @@ class ChangesAmidFaults(FaultsAgainstOneProcess):
         followed = [self.world.standbys.get(index) for index in range(len(shards))]
         if struck is not None and all(each and each.alive for each in followed):
             self.strike(shards[struck % len(shards)], before=before)
-        with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage):
+        revision, is_done = max(self.revisions()), False
+        with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage, ShardLost):
             awaited = any(p.host and p.host.shard.rounds.current.is_closed for p in shards)
-            self.controller().set_config(values)
+            controller = self.controller()
+            if gives_up:
+                controller.retry.run = lambda work: work()  # type: ignore[method-assign]
+            controller.set_config(values)
             SEEN["a change"] += 1
             SEEN["a change while norms were awaited"] += awaited
-            self.has_changed = True
+            is_done = True
+        self.has_changed = True
         for process in shards:
             vars(process).pop("send", None)
         self.world.look()
@@ -98,10 +111,16 @@ class ChangesAmidFaults(FaultsAgainstOneProcess):
             assert "and the configuration was replaced after round" in failed
             SEEN["an error, as a standby is filled anew after a change"] += 1
         else:
+            SEEN["a change that a standby completed"] += (
+                not is_done and min(self.revisions()) > revision
+            )
             self.save()
         if supervisor.restore_points.changed is not None:
             shutil.rmtree(self.root)
             self.start(**self.drawn)  # shards cannot be paused now, and a death would be an error
+
+    def revisions(self) -> list[int]:
+        return [p.host.shard.progress.revision if p.host else 0 for p in self.world.shards]
 
     def strike(self, process: Process, *, before: bool) -> None:
         """Have a shard die before it is told of a change, or as soon as it is."""
