@@ -90,7 +90,7 @@ class Manifest:
         iterations: steps applied.
         m_schedule: product of the momentum coefficients so far.
         round: protocol rounds decided, skipped ones included.
-        skipped: rounds that were skipped.
+        skipped: those of them that ended with no step.
         ledger: `Ledger.to_dict()`.
         run: `Settings.run`: the task and seed of a run of `fit`, and what it was given.
         data: what `contents.packed_data` returned of the caller's own; `user_data` gives it back.

@@ -41,10 +41,11 @@ class HeldState(FixedAttributes):
         """Return a copy of the average of the parameters that `use_ema` keeps, as `get_params` does
         of the parameters.
 
-        It is the parameters themselves until the first step, and becomes those that this leads to;
-        each later step makes it ``ema_momentum * average + (1 - ema_momentum) * parameters``. A
-        round without a step leaves it, and so do `set_params` and `set_weights`. The average of a
-        tensor that its group keeps as it is is that tensor.
+        It is the parameters given to `build` until the first step, and becomes those that this
+        leads to; each later step makes it
+        ``ema_momentum * average + (1 - ema_momentum) * parameters``. A round without a step leaves
+        it, and so do `set_params` and `set_weights`. The average of a tensor that its group keeps
+        as it is is that tensor.
 
         Raises:
             ConfigError: no average is kept.
@@ -54,7 +55,8 @@ class HeldState(FixedAttributes):
 
     def set_ema_params(self, average: Any) -> None:
         """Replace the average of the parameters, as `set_params` replaces these;
-        ``set_ema_params(get_params())`` begins it again.
+        ``set_ema_params(get_params())`` begins it again, in the parameters' own dtypes. The first
+        step makes it anew, whatever was set before.
 
         Raises:
             ConfigError: no average is kept.
