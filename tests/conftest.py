@@ -75,12 +75,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the cases on Ray that `on_ray` does not name their tier.
 
-    Coverage is not measured while Hypothesis tries hundreds of examples: that takes as long again,
-    and other tests pass there.
+    Coverage is not measured in the laws, and while Hypothesis tries hundreds of examples: that
+    takes as long again, and other tests pass there.
     """
     for item in items:
         is_property = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-        if is_property or "examples" in getattr(getattr(item, "callspec", None), "params", ()):
+        if (
+            "tests/laws/" in item.nodeid
+            or is_property
+            or "examples" in getattr(getattr(item, "callspec", None), "params", ())
+        ):
             item.add_marker(pytest.mark.no_cover)
         if (chosen := item.get_closest_marker("on_ray")) is not None:
             case = item.callspec.id

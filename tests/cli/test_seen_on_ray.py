@@ -63,7 +63,7 @@ def training(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_trains_is_seen_and_is_reached_by_the_command_that_it_prints(
     training: subprocess.Popen[str], tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_hosts_train_to_the_bits_of_one_process_over_both_transports(
     assert digest(tmp_path / "hosts") == train_in_one_process(tmp_path / "alone", task | THREE)
 
 
+@pytest.mark.nightly
 def test_hosts_with_certificates_train_to_the_same_bits(
     hosts_with_certificates: Cluster, tmp_path: Path
 ) -> None:

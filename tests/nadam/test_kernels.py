@@ -261,7 +261,7 @@ def test_the_second_process_finds_the_loop_compiled_and_needs_no_compiler(tmp_pa
     assert [load_fused(tmp_path) for _ in range(2)] == ["True\n", "False\n"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_damaged_code_is_compiled_again(tmp_path: Path) -> None:
     load_fused(tmp_path)
     (kept,) = tmp_path.iterdir()

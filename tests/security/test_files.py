@@ -87,7 +87,7 @@ with DistNadam(num_shards=2, backend="ray").build({"w": np.ones(3, np.float32)})
 
 @as_root
 @pytest.mark.slow
-@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("private", [pytest.param(True, marks=pytest.mark.nightly), False])
 def test_rays_own_directory_is_open_to_other_users_unless_it_lies_in_a_private_one(
     private: bool, tmp_path: Path
 ) -> None:

@@ -113,10 +113,8 @@ assert ends[0] == ends[1] and len(ends[0]) == 2
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "victim", [pytest.param("raylet", marks=pytest.mark.nightly), "gcs_server"]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
 def test_fit_says_what_is_saved_and_goes_on_from_there_when_called_again(
     tmp_path: Path, victim: str
 ) -> None:

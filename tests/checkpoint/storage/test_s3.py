@@ -87,6 +87,7 @@ def save_and_restore_on_ray(bucket: str) -> None:
             assert bits(again) == expected
 
 
+@pytest.mark.nightly
 def test_shards_on_ray_write_and_read_there(bucket: str) -> None:
     # in a process with a Ray of its own: workers of one that runs already do not know the server
     done = subprocess.run(
