@@ -67,6 +67,7 @@ class Description:
         members: the ranks that the next round needs.
         config: the hyper-parameters.
         revision: how often they were replaced since the shards began or went back.
+        applied_revision: that of the last applied step.
         spec: the shard's spec, if asked for.
         phase: the phase, in words.
         holder: the token of the caller that holds the shard, if any.
@@ -96,6 +97,7 @@ class Description:
     members: tuple[int, ...]
     config: NadamConfig
     revision: int
+    applied_revision: int
     spec: ShardSpec | None = None
     phase: str = ""
     holder: str | None = None

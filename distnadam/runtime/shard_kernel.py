@@ -88,7 +88,7 @@ class ShardKernel:
             ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
         """
         current, config = shard.rounds.current, shard.config
-        if config is not self._config:
+        if config.groups != self._config.groups:
             self._arrange(config)  # groups that were alike may not be so any more
         gradients, grouping = current.summands(config.sum_group)
         square_sums = current.square_sums

@@ -1,14 +1,11 @@
 """The state machine of one shard: messages in, effects out. No socket, file, clock, thread or Ray.
 
-Theory of operation
-===================
-
-Rule 1: everything that affects the machine's state lives in this folder, and it is changed by
-messages only. The host calls, one at a time and under one lock, `receive` with a message of a
-worker, a client or the supervisor, and `computed`, `refused` or `broke` when work that the machine
-asked for has ended. Each returns effects, which the host carries out in order. Callers are opaque:
-an `Answer` names the one that gets it. A message that is refused raises and changes nothing; one
-that is repeated, because its answer was lost, is answered again and counts once.
+Everything that affects the machine's state lives in this folder, and it is changed by messages
+only. The host calls, one at a time and under one lock, `receive` with a message of a worker, a
+client or the supervisor, and `computed`, `refused` or `broke` when work that the machine asked for
+has ended. Each returns effects, which the host carries out in order; an `Answer` names its caller.
+A message that is refused changes nothing; one that is repeated, as its answer was lost, counts
+once.
 
 Phases (`phases.NEXT` has every change, and is checked at each):
 
@@ -18,17 +15,14 @@ Phases (`phases.NEXT` has every change, and is checked at each):
 A rejected gradient, a norm that overflows, a rank's vote, or settings in which ranks differ, end
 the round without a step. Between rounds the shard may stand still for one client, which may read
 and write its state. A `Load` waits until nothing is computed and drops the round; a copy to a
-standby waits for COLLECTING and keeps it. While either goes on the shard is LOADING; a load that
-failed leaves it EMPTY. BROKEN is final: work failed half-way, or other shards hold these ranges.
+standby waits for COLLECTING and keeps it. Meanwhile it is LOADING; a load that failed leaves it
+EMPTY. BROKEN is final: work failed half-way, or other shards hold these ranges.
 
-The parts know nothing of phases:
-
-- `Rounds`: the `Round` in progress with its pushes, and the callers that wait for its end;
-- `Progress`: the rounds decided so far, with `Membership` (who pushes) and `Epochs` (which messages
-  are out of date); a standby has the same;
-- `ExclusiveHold`: who holds the shard, and how far its rounds may go meanwhile;
-- `LoadQueue`: the orders to load, or to copy to a standby;
-- `ShardState`: the arrays.
+The parts know nothing of phases: `Rounds`, the `Round` in progress with its pushes and the callers
+that wait for its end; `Progress`, the rounds decided so far, with `Membership` (who pushes) and
+`Epochs` (which messages are out of date), as a standby has them; `ExclusiveHold`, who holds the
+shard, and how far its rounds may go meanwhile; `LoadQueue`, the orders to load, or to copy to a
+standby; `ShardState`, the arrays.
 """
 
 from collections.abc import Callable
@@ -39,6 +33,7 @@ from typing import Any
 import distnadam.protocol.messages as msg
 import distnadam.protocol.supervisor_messages as orders
 from distnadam.errors import DistNadamError, IllegalMessage, Reconfigured, ShardLost
+from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.shard_status import Description, ShardSpec
 from distnadam.protocol.supervisor_events import RankDied, RankJoined, RankLeft
 from distnadam.shard.effects import Answer, Compute, Effect, Notice, Replicate, Work
@@ -64,8 +59,7 @@ class Shard:
         self.members = Membership(spec.index, spec.num_workers)
         self.epochs = Epochs()
         self.progress = Progress(self.members, self.epochs, state)
-        num_tensors = len(spec.layout.tensors)
-        self.rounds = Rounds(spec.index, self.progress, spec.config.sum_group, num_tensors)
+        self.rounds = Rounds(spec, self.progress)
         self.exclusive_hold = ExclusiveHold()
         self.loads = LoadQueue(spec.index, self.progress)
         self._who = f"shard {spec.index}"
@@ -233,9 +227,7 @@ class Shard:
         switches = message.config.clips_by_norm != self.config.clips_by_norm
         if switches and self._phase is Phase.AWAITING_NORMS:
             raise IllegalMessage(f"{self._who}: clipping is switched while a round awaits norms")
-        self.config = message.config
-        self.progress.take_revision(message.revision)
-        return [Replicate(orders.DetachStandby()), Answer(caller, None)]
+        return [*self._take_config(message.config, message.revision), Answer(caller, None)]
 
     def _saved(self, message: msg.Saved, caller: Any) -> list[Effect]:
         self.progress.saved(message.num_changes)
@@ -269,7 +261,15 @@ class Shard:
         if order.epoch <= self.epochs.now:
             return [Answer(caller, self.epochs.now)]
         self.progress.reconfigure(order)
-        return [*self.rounds.keep_members(), Replicate(order), Answer(caller, self.epochs.now)]
+        keep, answer = self.rounds.keep_members(), Answer(caller, self.epochs.now)
+        if order.config is None or order.revision <= self.progress.revision:
+            return [*keep, Replicate(order), answer]
+        return [*keep, *self._take_config(order.config, order.revision), answer]
+
+    def _take_config(self, config: NadamConfig, revision: int) -> list[Effect]:
+        self.config = config
+        self.progress.take_revision(revision)
+        return [Replicate(orders.DetachStandby())]
 
     def _abandon_rank(self, order: orders.AbandonRank, caller: Any) -> list[Effect]:
         if self.members.taken_over(order.rank, order.incarnation):

@@ -212,6 +212,7 @@ class Progress:
             changed=self.changed,
             config=config,
             revision=self.revision,
+            applied_revision=self.applied_revision,
             members=needed,
             waiting_for=tuple(rank for rank in needed if rank not in pushed),
             left=tuple(sorted(members.left)),

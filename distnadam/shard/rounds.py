@@ -14,6 +14,7 @@ from distnadam.errors import (
     Reconfigured,
     RoundMismatch,
 )
+from distnadam.protocol.shard_status import ShardSpec
 from distnadam.shard.effects import Answer, Effect, Replicate
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Numbered
@@ -31,12 +32,12 @@ class Rounds:
         pulls: who waits for a round to be decided, and what each asked.
     """
 
-    def __init__(self, shard: int, progress: Progress, sum_group: int, num_tensors: int) -> None:
+    def __init__(self, spec: ShardSpec, progress: Progress) -> None:
         self.progress = progress
-        self._sum_group = sum_group
-        self._num_tensors = num_tensors
-        self.current = Round(shard)
-        self._shard = shard
+        self._sum_group = spec.config.sum_group
+        self._num_tensors = len(spec.layout.tensors)
+        self.current = Round(spec.index)
+        self._shard = spec.index
         self.pulls: list[tuple[Any, msg.Pull]] = []
 
     # Messages

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from distnadam.errors import DistNadamError, IllegalMessage, ShardLost, StepTimeout
+from distnadam.hyperparameters import NadamConfig
 from distnadam.places import shown
 from distnadam.protocol.messages import Description, Join, Joined, Resume, WorkerDied
 from distnadam.protocol.orphaned_push import orphaned_pushes
@@ -118,13 +119,24 @@ class DecisionExecutor:
         newest = next(shard for shard in seen.shards if shard.epoch == decision.epoch)
         self._reconfigure(decision.epoch, newest.schedule)
 
+    def _complete_config(self, decision: policy.CompleteConfig, seen: policy.Observation) -> None:
+        shards = ", ".join(map(str, decision.shards))
+        log.warning("shard %s missed a replacement of the configuration, and gets it", shards)
+        self._reconfigure(self._cluster.next_epoch(), self._cluster.schedule, self._cluster.config)
+
     def _release_hold(self, decision: policy.ReleaseHold, seen: policy.Observation) -> None:
         log.warning("the shards were held by %s, which is gone; they go on", decision.token)
         self._cluster.ask_all(Resume(decision.token))
 
-    def _reconfigure(self, epoch: int, schedule: MembershipHistory) -> None:
-        newest = dict(self._cluster.newest)
-        self._cluster.ask_all(Reconfigure(epoch=epoch, schedule=schedule, newest=newest))
+    def _reconfigure(
+        self, epoch: int, schedule: MembershipHistory, config: NadamConfig | None = None
+    ) -> None:
+        cluster = self._cluster
+        newest, revision = dict(cluster.newest), cluster.revision
+        order = Reconfigure(
+            epoch=epoch, schedule=schedule, newest=newest, config=config, revision=revision
+        )
+        cluster.ask_all(order)
         self._publish(None)
 
     def _rewind(self, decision: policy.Rewind, seen: policy.Observation) -> None:
@@ -369,6 +381,7 @@ _EXECUTE: dict[type, Callable[[DecisionExecutor, Any, policy.Observation], None]
     policy.Promote: DecisionExecutor._promote,
     policy.Rewind: DecisionExecutor._rewind,
     policy.Complete: DecisionExecutor._complete,
+    policy.CompleteConfig: DecisionExecutor._complete_config,
     policy.ReleaseHold: DecisionExecutor._release_hold,
     policy.ReportWorkersDied: DecisionExecutor._report_workers_died,
     policy.FinishDeadWorkers: DecisionExecutor._finish_dead_workers,

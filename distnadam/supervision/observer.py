@@ -112,6 +112,7 @@ class Observer:
                 stale=stale,
                 changed=answer.changed,
                 revision=answer.revision,
+                applied_revision=answer.applied_revision,
             )
         if process not in cluster.dead:
             # it refuses to say where it stands, or whether its standby follows: start no other
@@ -140,8 +141,11 @@ class Observer:
         )
         if token is None and self._is_partial(described):
             return None
-        if token is None or any(answer.busy for answer in described):
+        if token is None:
             self._holder = None
+            return None
+        if any(answer.busy for answer in described):
+            self._holder = (token, now)  # it handles files: no seconds count
             return None
         if self._holder is None or self._holder[0] != token:
             self._holder = (token, now)

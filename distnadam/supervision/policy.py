@@ -27,6 +27,7 @@ class ShardObservation:
         stale: whether that process must not take over any more.
         changed: what was replaced from outside since it was loaded or saved, as far as it knows.
         revision: how often its hyper-parameters were replaced.
+        applied_revision: that of its last applied step.
     """
 
     alive: bool
@@ -41,6 +42,7 @@ class ShardObservation:
     stale: bool = False
     changed: str | None = None
     revision: int = 0
+    applied_revision: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,13 @@ class Complete:
 
 
 @dataclass(frozen=True)
+class CompleteConfig:
+    """Bring the newest hyper-parameters to the shards that missed them."""
+
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ReleaseHold:
     """Have the shards go on that are held by this token."""
 
@@ -204,6 +213,7 @@ Decision = (
     | Promote
     | Rewind
     | Complete
+    | CompleteConfig
     | ReleaseHold
     | ReportWorkersDied
     | FinishDeadWorkers
@@ -284,15 +294,21 @@ def _standbys(seen: Observation, rules: Rules) -> list[Decision]:
 def _torn(seen: Observation) -> list[Decision] | None:
     """What to do about a change that reached some shards only; None if there is no such change.
 
-    A Reconfigure is sent to the others; anything else was half done and is undone. While its author
-    may yet complete it, nothing is decided that would make shards look equal.
+    A Reconfigure, and hyper-parameters by which no shard has stepped, are sent to the others;
+    anything else was half done and is undone. While its author may yet complete it, nothing is
+    decided that would make shards look equal.
     """
     newest = max(shard.epoch for shard in seen.shards)
     behind = tuple(index for index, shard in enumerate(seen.shards) if shard.epoch < newest)
     if not behind:
         latest = max(shard.revision for shard in seen.shards)
         behind = tuple(i for i, shard in enumerate(seen.shards) if shard.revision < latest)
-        return _undo(seen, behind, "the configuration") if behind else None
+        if not behind:
+            return None
+        stepped = any(shard.applied_revision == latest for shard in seen.shards)
+        if stepped or len({shard.round for shard in seen.shards}) > 1:
+            return _undo(seen, behind, "the configuration")
+        return [] if seen.held else [CompleteConfig(behind)]
     if any(shard.epoch == 0 for shard in seen.shards):
         return _rewind(seen, (), "a shard that was started again has no state yet", seen.changed)
     if all(shard.reason == "reconfigured" for shard in seen.shards if shard.epoch == newest):

@@ -172,7 +172,7 @@ def settings_of_resumed(found: Found, request: Request, say: Callable[[str], Non
     if not request.is_given:
         run["given"] = before
     else:
-        _check_unchanged(directory, {**saved, **before}, run["given"])
+        _check_unchanged(directory, {**saved, **before}, saved, run["given"])
         if run["given"]["lr"] != before["lr"]:
             rate = request.settings.config.lr
             say(f"the learning rate is {_shown(run['given']['lr'])} from here on, as given")
@@ -198,24 +198,30 @@ def settings_of_resumed(found: Found, request: Request, say: Callable[[str], Non
 
 
 def _check_unchanged(
-    directory: Directory, before: Mapping[str, Any], given: Mapping[str, Any]
+    directory: Directory,
+    before: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> None:
     """Raise ConfigError for settings that only a new run can have.
 
     Args:
         directory: the run's checkpoint.
         before: what the run was given before.
+        saved: what it was changed to since.
         given: what it is given now.
     """
+    differs = {key for key in given if given[key] not in (before[key], saved[key])}
     changed = [
         f"{key}={given[key]!r} (the run has {before[key]!r})"
         for key in given
-        if key not in ("lr", "groups") and given[key] != before[key]
+        if key in differs - {"lr", "groups"}
     ]
-    changed += [
-        f"{name}: {_or_none(ours)} (the run has {_or_none(theirs)})"
-        for name, (theirs, ours) in changed_groups(before["groups"], given["groups"]).items()
-    ]
+    if "groups" in differs:
+        changed += [
+            f"{name}: {_or_none(ours)} (the run has {_or_none(theirs)})"
+            for name, (theirs, ours) in changed_groups(before["groups"], given["groups"]).items()
+        ]
     if changed:
         raise ConfigError(
             f"optimizer: {', '.join(changed)}: the run of {directory} cannot change this, only its "

@@ -50,6 +50,7 @@ def seen(**how: Any) -> Description:
         "busy": False,
         "config": NadamConfig(),
         "revision": 0,
+        "applied_revision": 0,
     }
     return Description(**(plain | how))
 

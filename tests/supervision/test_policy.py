@@ -10,6 +10,7 @@ from distnadam.supervision.policy import (
     AbandonRanks,
     Admit,
     Complete,
+    CompleteConfig,
     Depart,
     DropStandbys,
     Fail,
@@ -122,14 +123,31 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         [],
     ),
     (
-        "a change of the configuration half done",
+        "a change of the configuration half done, by which no shard has stepped",
         Observation(shards=[alive(revision=1, changed="this"), alive(revision=0)], changed="this"),
+        WAITS,
+        [CompleteConfig],
+    ),
+    (
+        "a change of the configuration that some shards have stepped by",
+        Observation(
+            shards=[alive(revision=1, applied_revision=1, changed="this"), alive(revision=0)],
+            changed="this",
+        ),
         WAITS,
         [Rewind],
     ),
     (
-        "a change of the configuration half done after one that was whole",
-        Observation(shards=[alive(revision=2), alive(revision=1, changed="before")]),
+        "a change of the configuration amid a round that some shards have stepped",
+        Observation(shards=[alive(6, revision=1), alive(5, revision=0)]),
+        WAITS,
+        [Rewind],
+    ),
+    (
+        "a change of the configuration that was stepped by, after one that was whole",
+        Observation(
+            shards=[alive(revision=2, applied_revision=2), alive(revision=1, changed="before")]
+        ),
         WAITS,
         [Fail],
     ),
@@ -374,6 +392,7 @@ SHARD = st.builds(
     standby=st.none() | st.integers(0, 4),
     changed=st.none() | st.just("changed"),
     revision=st.integers(0, 2),
+    applied_revision=st.integers(0, 2),
 )
 SEEN = st.builds(
     Observation,
@@ -417,6 +436,11 @@ def test_whatever_is_seen_nothing_is_decided_that_loses_a_bit(
             assert seen.changed is None or (
                 not gone and len({(shard.epoch, shard.revision) for shard in seen.shards}) > 1
             )
+        if isinstance(decision, CompleteConfig):
+            latest = max(shard.revision for shard in seen.shards)
+            assert not gone and not seen.held
+            assert len({(shard.epoch, shard.round) for shard in seen.shards}) == 1
+            assert all(shard.applied_revision != latest for shard in seen.shards)
         if isinstance(decision, Depart):
             left = seen.members - set(decision.ranks)
             assert rules.min_workers is not None and len(left) >= rules.min_workers

@@ -196,8 +196,9 @@ def test_what_a_callback_changed_stays_when_the_same_script_resumes(tmp_path: Pa
         and "clipnorm stays 0.1, which it was changed to in the run; it began with None" in said
     )
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
-    with pytest.raises(ConfigError, match=r"beta_1=0\.5 \(the run has 0\.9\): the run of"):
-        script(12, tmp_path / "parts", beta_1=0.5)
+    with pytest.raises(ConfigError, match=r"beta_1=0\.3 \(the run has 0\.9\): the run of"):
+        script(12, tmp_path / "parts", beta_1=0.3)
+    script(12, tmp_path / "parts", beta_1=0.5)  # as the optimizer says that callbacks had changed
 
 
 @pytest.mark.parametrize("event", ["on_step", "on_save"])
