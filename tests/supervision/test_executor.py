@@ -1,6 +1,7 @@
 """Decisions that cannot be executed as they were meant leave shards that go on, or go back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distnadam.errors import (
     Rewound,
     ShardLost,
     ShardsDisagree,
+    ShardUnavailable,
     StepTimeout,
 )
 from distnadam.hyperparameters import NadamConfig
@@ -315,3 +317,30 @@ def test_a_successor_that_knows_nothing_goes_back_to_the_checkpoints_hyper_param
     assert [(answer.round, answer.config) for answer in at] == [
         (1, NadamConfig(lr=0.5, clipnorm=1.0))
     ] * 2
+
+
+@pytest.mark.parametrize("error", [ShardLost("its connection ended"), ShardUnavailable("busy")])
+def test_a_change_whose_message_one_shard_lost_is_completed_and_costs_no_round(
+    error: Exception,
+) -> None:
+    scene = Scene()
+    for _ in range(2):
+        scene.group.step(GRADIENT)
+    shard = scene.world.shards[1]
+    lost: list[Exception] = [error]
+
+    def send(message: Any) -> Future[Any]:
+        if isinstance(message, SetConfig) and lost:
+            future: Future[Any] = Future()
+            future.set_exception(lost.pop())
+            return future
+        return Process.send(shard, message)
+
+    shard.send = send  # type: ignore[method-assign]
+    assert scene.group.set_config({"lr": 0.5}).lr == 0.5
+    scene.world.look()
+    answers = list(scene.group.describe_all())
+    assert [(each.round, each.config.lr) for each in answers] == [(2, 0.5)] * 2
+    assert len({each.revision for each in answers}) == 1
+    assert scene.world.supervisor.recoveries["rewound"] == 0
+    assert scene.group.step(GRADIENT).round == 3

@@ -185,3 +185,17 @@ def test_a_shard_that_refuses_to_describe_itself_gets_no_further_standby(
     observation = seen.look()
     assert all(shard.alive for shard in observation.shards)
     assert decide(observation, replicated) == []
+
+
+def test_a_hold_counts_while_files_are_handled_and_its_seconds_begin_behind_that(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen.cluster.ask({0: Pause("somebody"), 1: Pause("somebody")})
+    files = seen.world.shards[0].host.files
+    monkeypatch.setattr(type(files), "is_saving", property(lambda self: self is files))
+    for _ in range(3):
+        busy = seen.look(after_s=20.0)
+        assert (busy.held, busy.expired_hold) == (True, None)
+    monkeypatch.undo()
+    assert seen.look(after_s=9.0).held
+    assert seen.look(after_s=2.0).expired_hold == "somebody"
