@@ -35,10 +35,6 @@ SOON = {
 """How the head finds out soon that a host is gone: after some 3 s, where Ray's own choice is up to
 a minute.
 """
-_MISSED_S = 6.0
-"""After how many seconds the head has missed a node for certain: another at the same ports before
-that, it may take for dead.
-"""
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where systemd looks for programs for a unit that says nothing of it."""
 _STORE_BYTES = 400 * 2**20
@@ -157,28 +153,21 @@ class Cluster:
         self._begin(host)
         self._await(host)
 
-    def restore(self) -> bool:
-        """Start struck hosts again, and end those that joined later, for another test.
+    def is_whole(self) -> bool:
+        """End the hosts that joined later, and return whether the cluster is as it was, for another
+        test.
 
-        Return whether the cluster is as it was: a test that failed may have left programs.
+        It is not where a test that failed has left programs, nor where a host was struck: of one
+        that is back at the same ports before Ray's head has missed it, the head takes the new node
+        for dead, now and then.
         """
-        if any(program.runs for program in self._programs):
-            return False
         for host in self.hosts[self._first :]:
             host.kill()
             self._nodes.pop(host.number).communicate()
             self.hosts.remove(host)
             self.struck.discard(host)
-        struck = [  # Ray's head may have given one up
-            host for host in self.hosts if host in self.struck or self.ended(host)
-        ]
-        for host in struck:
-            host.kill()
-        if struck:
-            time.sleep(_MISSED_S)
-        for host in struck:
-            self.restart(host)
-        return True
+        is_left = any(program.runs for program in self._programs)
+        return not (is_left or self.struck or any(map(self.ended, self.hosts)))
 
     def ended(self, host: Host) -> bool:
         """Return whether a host's node has ended."""

@@ -36,7 +36,7 @@ def cluster_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 
     def cluster(resources: list[dict[str, float]], *, certified: bool = False, **how: Any) -> Any:
         kind = repr((resources, certified, how))
-        if kind not in up or not up[kind].restore():
+        if kind not in up or not up[kind].is_whole():
             close()
             directory = tmp_path_factory.mktemp("hosts")
             env = certificates(directory) if certified else {}

@@ -12,9 +12,7 @@ from tests.hosts.program import Program
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-# a cluster of its own: where a host was cut off and is back at the same ports before Ray's head has
-# missed it, the head takes the new node for dead, and nobody on it can join
-RESOURCES = [ALL_ON_ANY[0], *[each | {"elastic": 1} for each in ALL_ON_ANY[1:]]]
+RESOURCES = ALL_ON_ANY
 STEPS = 100
 
 
