@@ -188,10 +188,14 @@ def _halted(scene: Scene, title: str, seconds: tuple[float, float]) -> float:
 
 
 def _strangers(scene: Scene, how: str) -> float:
-    targets = [
-        (host.address, port) for host in scene.cluster.hosts for port in host.listening(*PORTS)
-    ]
-    assert targets, "no shard listens for other hosts"
+    def listening() -> list[tuple[str, int]]:
+        return [(h.address, port) for h in scene.cluster.hosts for port in h.listening(*PORTS)]
+
+    targets, deadline = listening(), time.monotonic() + 30.0
+    while not targets:  # a shard that has replaced another listens once a relay asks for it
+        assert time.monotonic() < deadline, "no shard listens for other hosts"
+        time.sleep(0.05)
+        targets = listening()
     about = {"targets": targets, "how": how, "each": 100}
     program = scene.cluster.python(scene.host, "-m", "tests.hosts.strangers", json.dumps(about))
     left = program.first("left")["left"]
