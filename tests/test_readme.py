@@ -1,5 +1,5 @@
-"""Every Python block of the README runs as it stands, in an empty directory: in this process, under
-`nohup` with its input closed, and as a container runs it.
+"""Every Python block of the README and the guides runs as it stands, in an empty directory: in this
+process, under `nohup` with its input closed, and as a container runs it.
 """
 
 import os
@@ -14,17 +14,20 @@ import pytest
 from tests.security.strangers import NOBODY, as_root
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- ray -->\n)?```python\n(.*?)```", re.DOTALL)
-ON_RAY = "4"
+PAGES = ("README.md", "distnadam/GUIDE.md", "distnadam/training/TRAINING.md")
+BLOCK = re.compile(r"(?:<!-- (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
+"""A block, and what it needs: Ray, or a framework's package."""
+ON_RAY = "README-0"
 """The block that stands for all on Ray in `make test`, and where each starts a Ray of its own."""
 BLOCKS = [
     pytest.param(
-        bool(ray),
+        needs,
         code,
-        id=str(number),
-        marks=[pytest.mark.slow] if ray and str(number) != ON_RAY else [],
+        id=(name := f"{Path(page).stem}-{number}"),
+        marks=[pytest.mark.slow] if needs and name != ON_RAY else [],
     )
-    for number, (ray, code) in enumerate(BLOCK.findall((ROOT / "README.md").read_text()))
+    for page in PAGES
+    for number, (needs, code) in enumerate(BLOCK.findall((ROOT / page).read_text()))
 ]
 ELSEWHERE = [
     pytest.param(block.values[1], id=block.id)
@@ -33,22 +36,28 @@ ELSEWHERE = [
 ]
 
 
-@pytest.mark.parametrize(("needs_ray", "code"), BLOCKS)
-def test_a_block_of_the_readme_runs(
-    needs_ray: bool,
+@pytest.mark.parametrize(("needs", "code"), BLOCKS)
+def test_a_block_of_a_page_runs(
+    needs: str,
     code: str,
     request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if needs_ray:
+    if needs == "ray":
         request.getfixturevalue("ray_cluster")
+    elif needs:
+        pytest.importorskip(needs)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, "page", "exec"), {"__name__": "page"})
 
 
-def test_the_readme_has_a_block_for_every_use() -> None:
-    assert len(BLOCKS) == 9
+def test_every_page_has_blocks() -> None:
+    assert {str(block.id).split("-")[0] for block in BLOCKS} == {Path(page).stem for page in PAGES}
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def in_container(run: Path) -> list[str]:
@@ -106,3 +115,9 @@ def test_a_block_runs_in_a_container(code: str, tmp_path: Path) -> None:
     (tmp_path / "block.py").write_text(code)
     command = [*begin, sys.executable, "block.py"]
     assert "Traceback" not in run(command, tmp_path, Path("/nonexistent"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
