@@ -32,6 +32,7 @@ ORDER = """
     worker
     optimizer
     variants
+    frontends
     training
     cli
     __main__ __init__
