@@ -22,6 +22,7 @@ from distnadam.client.ticket import Ticket
 from distnadam.config import BackendName, Options, Settings
 from distnadam.groups import Group
 from distnadam.hyperparameters import Formula, PullDtype
+from distnadam.nadam.step_overrides import Betas, Rates
 from distnadam.schedules import Rate, kept
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
@@ -250,10 +251,18 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         self._own_worker = self._own_worker or self.worker(0)
         return self._own_worker.push(self.shards.layout.unflatten(gradients))
 
-    def apply_gradients(self, gradients: Any, *, found_inf: bool = False) -> int:
+    def apply_gradients(
+        self,
+        gradients: Any,
+        *,
+        found_inf: bool = False,
+        lr: Rates | None = None,
+        betas: Betas | None = None,
+    ) -> int:
         """Apply one step from an already averaged gradient tree; return how many steps are applied.
 
-        With `found_inf` (they overflowed) the round is skipped, and `gradients` may be None.
+        With `found_inf` (they overflowed) the round is skipped, and `gradients` may be None. `lr`
+        and `betas` are of this step alone, as `Worker.push` takes them.
 
         Raises:
             StructureError: naming the tensor's path, the expected and the given.
@@ -262,7 +271,8 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
             Rewound: a shard died and all went back to round `error.step`; compute again.
             In each case nothing of this gradient was applied.
         """
-        decided = self._life.shards_to_change().step(gradients, found_inf=found_inf)
+        shards = self._life.shards_to_change()
+        decided = shards.step(gradients, found_inf=found_inf, lr=lr, betas=betas)
         if decided.outcome in REFUSED:
             raise refusal_of(decided)
         return decided.iterations

@@ -38,6 +38,8 @@ def power_of_step(base: float, rate: float, step: int) -> float:
     """
     if base == 0.0 or rate == 0.0 or base == 1.0:
         return float(base ** (rate * step))
+    if rate == 1.0:  # a few squares, which cost as little for a base that was never here before
+        return float(_CONTEXT.power(Decimal(base), step))
     higher, last = divmod(step, _DIGITS)
     return float(_CONTEXT.multiply(_factor(base, rate, last), _higher_factors(base, rate, higher)))
 

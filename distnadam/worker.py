@@ -4,6 +4,7 @@ It checks and copies trees, and counts what it moves. No maths, no Ray.
 """
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from time import perf_counter
 from typing import Any, Self
@@ -13,10 +14,12 @@ from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.parameter_view import ParameterView
 from distnadam.client.shard_group import ShardGroup
+from distnadam.client.step_settings import StepSettings, settings_of
 from distnadam.client.ticket import Ticket
+from distnadam.client.worker_meter import WorkerMeter
 from distnadam.client.worker_session import WorkerSession
 from distnadam.errors import DistNadamError, LifecycleError, NotOpen, StaleEpoch
-from distnadam.metrics.meter import Traffic
+from distnadam.nadam.step_overrides import Betas, Rates
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat
 
@@ -47,12 +50,14 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     ...     worker.discard()
     ...     skipped = worker.push(found_inf=True)  # its scaled gradients overflowed
     ...     applied = skipped.result()
+    ...     warm = worker.step({"w": ones}, lr=1e-4, betas=(0.85, 0.99))  # of this step alone
+    ...     used = worker.settings.lr[None], worker.settings.betas, worker.settings.iterations
     ...     worker.gradients()["w"][:] = 1.0  # no copy
     ...     same = worker.step()["w"] is worker.parameters()["w"]
     ...     rank, rounds = worker.rank, worker.round
     ...     worker.close()
-    >>> stepped.tolist(), applied, skipped.found_inf, same, rank, rounds
-    ([0.9978..., 0.9978...], 3, True, True, 0, 5)
+    >>> stepped.tolist(), applied, skipped.found_inf, used, same, rank, rounds
+    ([0.9978..., 0.9978...], 3, True, (0.0001, (0.85, 0.99), 4), True, 0, 6)
     """
 
     def __init__(self, shards: ShardGroup, rank: int) -> None:
@@ -62,9 +67,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self._closed = False
         self._view = ParameterView(shards.layout)
         self._shield = shards.backend.shield
-        self._meter = shards.backend.meter
-        self._traffic = Traffic({}, {})
-        self._traffic_of: tuple[object, object] = (None, None)
+        meter = shards.backend.meter
+        self._meter = None if meter is None else WorkerMeter(meter, shards.layout)
         self._accumulated_at = (0, 0)  # epoch and round
 
     @cached_property
@@ -127,11 +131,25 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         began = perf_counter()
         self.session.pull(want_parameters=True)
         if self._meter is not None:
-            self._meter.pull.add(perf_counter() - began)
-            self._count_traffic().pulled += 1
+            self._meter.pulled(perf_counter() - began, self.session.channel, self._buffer)
         return self._view.tree(self.session.channel.parameters, self.session.buffer)
 
-    def push(self, gradients: Any = None, *, found_inf: bool = False) -> Ticket:
+    @property
+    def settings(self) -> StepSettings:
+        """The learning rates and betas of the last applied step, and the round that is decided, so
+        that the scheduler of a worker that takes a rank over catches up; never waits for a round.
+        """
+        self._require_open()
+        return settings_of(self._shards.describe())
+
+    def push(
+        self,
+        gradients: Any = None,
+        *,
+        found_inf: bool = False,
+        lr: Rates | None = None,
+        betas: Betas | None = None,
+    ) -> Ticket:
         """Send this rank's gradients for the next round; the ticket's `result` waits for it.
 
         They count once, even if a Ctrl-C or a timeout interrupts this call or `result`: the
@@ -147,8 +165,16 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 all skip the round, whatever `Options.on_nonfinite` and other ranks' gradients say.
                 This rank's are not looked at, and may be None; what came for the round otherwise is
                 dropped.
+            lr: the learning rate of this step alone: of tensors in no group, by which groups with
+                an `lr_scale` go too; or ``{pattern: rate}`` by group, with None for tensors in no
+                group. What is not given is as the optimizer has it.
+            betas: (beta_1, beta_2) of this step alone.
+                All ranks of a round must give the same of both, to the bit; else it is refused for
+                all (`RanksDisagree`), and the next may be pushed.
 
         Raises:
+            ConfigError: a learning rate or a beta is out of its range, or there is no such group;
+                nothing was sent.
             StructureError: a tensor's path, shape or dtype is not the model's, or was not pushed;
                 nothing was sent.
             LifecycleError: there is nothing to send, or micro-batches were accumulated, and a
@@ -157,26 +183,39 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 dropped, and nothing was sent.
         """
         with self._shield:
-            push = self._push(gradients, want_parameters=False, found_inf=found_inf)
+            given = found_inf or lr is not None or betas is not None
+            settings = self._settings(found_inf, lr, betas) if given else ORDINARY
+            push = self._push(gradients, settings, want_parameters=False)
             return Ticket(self.session, push)
 
-    def step(self, gradients: Any = None, *, found_inf: bool = False) -> Any:
+    def step(
+        self,
+        gradients: Any = None,
+        *,
+        found_inf: bool = False,
+        lr: Rates | None = None,
+        betas: Betas | None = None,
+    ) -> Any:
         """Push this rank's gradients, wait for the round's step, and return the new parameters.
 
         Args:
             gradients: as `push` takes them.
             found_inf: as `push` takes it.
+            lr: as `push` takes it.
+            betas: as `push` takes them.
 
         Raises:
-            StructureError, LifecycleError: as `push`. NonFiniteGradient, RanksDisagree, StaleEpoch,
-            Rewound, StepTimeout, WorkerLost, Unrecoverable: as `Ticket.result`.
+            ConfigError, StructureError, LifecycleError: as `push`. NonFiniteGradient,
+            RanksDisagree, StaleEpoch, Rewound, StepTimeout, WorkerLost, Unrecoverable: as
+            `Ticket.result`.
         """
         began = perf_counter()
         with self._shield:
-            self.session.wait_for(self._push(gradients, want_parameters=True, found_inf=found_inf))
+            given = found_inf or lr is not None or betas is not None
+            settings = self._settings(found_inf, lr, betas) if given else ORDINARY
+            self.session.wait_for(self._push(gradients, settings, want_parameters=True))
             if self._meter is not None:
-                self._meter.step.add(perf_counter() - began)
-                self._traffic.pulled += 1
+                self._meter.stepped(perf_counter() - began)
             return self._view.tree(self.session.channel.parameters, self.session.buffer)
 
     def accumulate(self, gradients: Any) -> None:
@@ -273,14 +312,19 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             with suppress(DistNadamError):  # the optimizer is gone already
                 self.session.leave()
 
-    def _push(self, gradients: Any, *, want_parameters: bool, found_inf: bool) -> InFlightPush:
+    def _settings(self, found_inf: bool, lr: Rates | None, betas: Betas | None) -> RoundSettings:
+        overrides = self._shards.overrides(lr, betas)
+        return RoundSettings(found_inf=bool(found_inf), overrides=overrides)
+
+    def _push(
+        self, gradients: Any, settings: RoundSettings, *, want_parameters: bool
+    ) -> InFlightPush:
         if self._closed or self.session.in_flight is not None:
             self._settle()
         began = perf_counter()
-        buffer, settings = self._buffer, ORDINARY
-        if found_inf:
+        buffer = self._buffer
+        if settings.found_inf:
             rejection: str | None = buffer.overflowed()
-            settings = RoundSettings(found_inf=True)
         elif gradients is not None:
             rejection = buffer.fill(gradients)
         else:
@@ -288,18 +332,17 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 self.session.sync()
                 self._require_place()
             if buffer.micro_steps > 1:
-                settings = RoundSettings(micro_steps=buffer.micro_steps)
+                settings = replace(settings, micro_steps=buffer.micro_steps)
             rejection = buffer.finish()
         push = self.session.push(
             buffer.parts,
             rejection,
             want_parameters=want_parameters,
             settings=settings,
-            is_ahead=gradients is None and not found_inf,
+            is_ahead=gradients is None and not settings.found_inf,
         )
         if self._meter is not None:
-            self._meter.push.add(perf_counter() - began)
-            self._count_traffic().pushed += 1
+            self._meter.pushed(perf_counter() - began, self.session.channel, self._buffer)
         return push
 
     def _require_place(self) -> None:
@@ -323,26 +366,6 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         self._require_open()
         if self.session.in_flight is not None:
             self.session.wait_for(self.session.in_flight)
-
-    def _count_traffic(self) -> Traffic:
-        """Return the counters of pushes and pulls by the present routes."""
-        routes, flat = self.session.channel.routes, self._buffer.flat
-        if self._traffic_of[0] is not routes or self._traffic_of[1] is not flat:
-            self._traffic_of = (routes, flat)
-            self._traffic = (
-                Traffic({}, {})
-                if routes is None
-                else Traffic.of(
-                    routes.ranges,
-                    routes.shared,
-                    routes.objects,
-                    flat,
-                    self._shards.layout.pull_dtypes,
-                )
-            )
-            assert self._meter is not None
-            self._meter.traffic.append(self._traffic)
-        return self._traffic
 
     def _receive(self, shard: int, parameters: Flat) -> None:
         """Copy the parameters that one shard's answer brought."""

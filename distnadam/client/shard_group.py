@@ -30,6 +30,7 @@ from distnadam.errors import (
     StepTimeout,
 )
 from distnadam.hyperparameters import NadamConfig
+from distnadam.nadam.step_overrides import Betas, Rates, packed_overrides
 from distnadam.nadam.step_scalars import Clock
 from distnadam.places import above
 from distnadam.protocol.messages import (
@@ -98,6 +99,7 @@ class ShardGroup:
         self.reports = ShardReports(backend.transport)
         self.retry = Retry(backend.transport, options.step_timeout_s, poll_s)
         self._cuts = {num_shards: layout.cuts(num_shards)}
+        self._patterns: list[str] | None = None  # of the groups, which never change
         self._direct = DirectSteps(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -252,14 +254,42 @@ class ShardGroup:
 
         return self._said_if_long(f"setting {', '.join(values)}", write)
 
-    def step(self, gradients: Any, *, found_inf: bool = False) -> RoundResult:
-        """Apply one step from an already averaged gradient tree, or skip it for `found_inf`.
+    def overrides(self, lr: Rates | None, betas: Betas | None) -> bytes:
+        """Return learning rates and betas of one step alone as a push has them.
 
         Raises:
+            ConfigError: one is out of its range, or there is no such group.
+        """
+        if isinstance(lr, Mapping) and self._patterns is None:
+            self._patterns = [group.pattern for group in self.describe().config.groups]
+        return packed_overrides(lr, betas, self._patterns)
+
+    def step(
+        self,
+        gradients: Any,
+        *,
+        found_inf: bool = False,
+        lr: Rates | None = None,
+        betas: Betas | None = None,
+    ) -> RoundResult:
+        """Apply one step from an already averaged gradient tree, or skip it for `found_inf`.
+
+        Args:
+            gradients: the tree.
+            found_inf: whether they overflowed.
+            lr: of this step alone, as `Worker.push` takes it.
+            betas: of this step alone.
+
+        Raises:
+            ConfigError: as `overrides`.
             PushesPending: workers' pushes wait.
             Rewound: a shard died and all went back; nothing of this gradient is left.
         """
-        step = DirectStep(settings=RoundSettings(found_inf=True) if found_inf else ORDINARY)
+        settings = ORDINARY
+        if found_inf or lr is not None or betas is not None:
+            overrides = self.overrides(lr, betas)
+            settings = RoundSettings(found_inf=bool(found_inf), overrides=overrides)
+        step = DirectStep(settings=settings)
         return self.recovering(lambda: self._direct.apply(step, gradients))
 
     def reshard(self, num_shards: int) -> None:

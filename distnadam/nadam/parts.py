@@ -12,17 +12,34 @@ from distnadam.tensors.layout import Layout, Range
 class Parts:
     """The parts of elements [begin, end) of a space, with offsets from `begin`.
 
+    Args:
+        config: the hyper-parameters.
+        layout: the model's.
+        space: the space.
+        bounds: begin and end.
+        by_group: whether groups step by themselves even if their settings are alike.
+
     Attributes:
         groups: the index of each tensor's group, or -1; None if there are no groups.
         together: the fewest parts that step alike where one scale is that of all.
         by_tensor: a part of each tensor, whose scale is the tensor's index.
     """
 
-    def __init__(self, config: NadamConfig, layout: Layout, space: str, bounds: Range) -> None:
+    def __init__(
+        self,
+        config: NadamConfig,
+        layout: Layout,
+        space: str,
+        bounds: Range,
+        *,
+        by_group: bool = False,
+    ) -> None:
         self.groups: Sequence[int] | None = None
         if config.groups:
             self.groups = groups_of(config.groups, [tensor.path for tensor in layout.tensors])
-        alike = [replace(group, pattern="**", clipnorm=None) for group in config.groups]
+        alike = list(config.groups)
+        if not by_group:
+            alike = [replace(group, pattern="**", clipnorm=None) for group in alike]
         self._settings = [0, *(alike.index(group) + 1 for group in alike)]
         begin, end = bounds
         self.by_tensor = [

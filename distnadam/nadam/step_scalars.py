@@ -5,12 +5,13 @@ computes the same bits (`exact`).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distnadam.errors import ConfigError
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.averaging import Averaging, averaging_of
+from distnadam.nadam.step_overrides import NOT_SET, unpacked_overrides
 from distnadam.reproducible_math import power_of_step
 from distnadam.schedules import rate_at
 
@@ -57,8 +58,9 @@ class StepScalars:
     averaging: Averaging | None = None
 
 
-def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
-    """Return the scalars of the step that follows `clock`.
+def step_scalars(clock: Clock, config: NadamConfig, overrides: bytes = b"") -> StepScalars:
+    """Return the scalars of the step that follows `clock`, with the learning rates and betas that
+    are of this step alone (`step_overrides`).
 
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (2016), with the schedule of
     tf.keras.optimizers.Nadam (TensorFlow 1.13); Kingma and Ba, "Adam" (2014); Loshchilov and
@@ -67,8 +69,13 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
     Raises:
         ConfigError: the learning-rate schedule gave a rate that is not finite or is negative.
     """
-    t, beta_1 = clock.iterations + 1, config.beta_1
-    lr = rate_at(config.lr, clock.iterations) if callable(config.lr) else config.lr
+    t = clock.iterations + 1
+    given = unpacked_overrides(overrides) if overrides else [NOT_SET]
+    lr, beta_1, beta_2 = given[0]
+    if math.isnan(lr):
+        lr = rate_at(config.lr, clock.iterations) if callable(config.lr) else config.lr
+    beta_1 = config.beta_1 if math.isnan(beta_1) else beta_1
+    beta_2 = config.beta_2 if math.isnan(beta_2) else beta_2
     formula = config.formula
     is_adam = formula in ("adam", "adam_keras")
     if formula == "nadam":
@@ -80,16 +87,19 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
         mu = mu_next = beta_1
         product = power_of_step(beta_1, 1.0, t)
         ahead = power_of_step(beta_1, 1.0, t + 1) if formula == "nadam_optax" else product
-    correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
+    correction = math.sqrt(1.0 - power_of_step(beta_2, 1.0, t))
     numbers: list[float] = []
-    for rate, setting in each_setting(lr, clock, config) if config.groups else ((lr, config),):
+    settings: Iterable[tuple[float, NadamConfig]] = ((lr, config),)
+    if config.groups:
+        settings = each_setting(lr, clock, config, [each[0] for each in given[1:]])
+    for rate, setting in settings:
         decay, limit = setting.weight_decay, setting.clipvalue
         numbers += (
             NONE if is_adam else rate * (1.0 - mu) / (1.0 - product) * correction,
             (rate if is_adam else rate * mu_next) / (1.0 - ahead) * correction,
             setting.epsilon * (1.0 if formula == "adam_keras" else correction),
             1.0 - beta_1,
-            1.0 - config.beta_2,
+            1.0 - beta_2,
             rate * decay if decay and config.decoupled_weight_decay else NONE,
             decay if decay and not config.decoupled_weight_decay else NONE,
             NONE if limit is None else limit,
@@ -103,15 +113,21 @@ def step_scalars(clock: Clock, config: NadamConfig) -> StepScalars:
 
 
 def each_setting(
-    lr: float, clock: Clock, config: NadamConfig
+    lr: float, clock: Clock, config: NadamConfig, own_rates: Sequence[float] = ()
 ) -> Iterator[tuple[float, NadamConfig]]:
-    """Yield the rate and the settings of tensors in no group, then of each group's.
+    """Yield the rate and the settings of tensors in no group, then of each group's; `own_rates` are
+    those of the first groups for this step alone, NaN where there is none.
 
     Raises:
         ConfigError: naming the group whose rate is not finite or is negative.
     """
     yield lr, config
-    for group, settings in zip(config.groups, config.group_settings, strict=True):
+    for number, (group, settings) in enumerate(
+        zip(config.groups, config.group_settings, strict=True)
+    ):
+        if number < len(own_rates) and not math.isnan(own_rates[number]):
+            yield own_rates[number], settings
+            continue
         own = lr * group.lr_scale if group.lr is None else group.lr
         try:
             yield rate_at(own, clock.iterations), settings

@@ -1,5 +1,5 @@
 """The two messages of every ordinary round as fixed binary frames: a push of gradients and nothing
-else, and the end of its round.
+else but learning rates and betas of its own, and the end of its round.
 
 A body begins with its kind, a number with which no msgpack list begins.
 """
@@ -12,7 +12,7 @@ from typing import Any, get_args
 from distnadam.errors import LaneError
 from distnadam.protocol.frames import HEADER
 from distnadam.protocol.messages import Outcome, Push, RoundResult
-from distnadam.protocol.round_settings import ORDINARY
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import HALF, NAME_OF, SPACES, Flat
 
 GradientsOf = Callable[[dict[str, str]], Flat]
@@ -25,6 +25,8 @@ _PUSH = struct.Struct("<IBQqiqqIB")
 index in `_PUSHED_DTYPES`.
 """
 _PUSH_BODY = struct.Struct("<BQqiqqIB")
+_OVERRIDING_KIND = 3
+"""Of the same record with overrides behind it."""
 _PUSHED_DTYPES = tuple(
     dict(zip(spaces, dtypes, strict=True))
     for spaces in (SPACES, SPACES[:1], SPACES[1:])
@@ -50,14 +52,32 @@ def pack(number: int, message: Any) -> bytes | None:
 
 
 def _pack_push(number: int, push: Push) -> bytes | None:
-    """Return the fixed record of a push of gradients; None if it is none, or has settings."""
-    if push.rejection is not None or push.gradients is None or push.settings is not ORDINARY:
+    """Return the fixed record of a push of gradients; None if it is none, or has settings beside
+    overrides.
+    """
+    if push.rejection is not None or push.gradients is None:
         return None
+    settings, kind = push.settings, _PUSH_KIND
+    if settings is not ORDINARY:
+        if not settings.only_overrides:
+            return None
+        kind = _OVERRIDING_KIND
     names = tuple([(space, NAME_OF.get(a.dtype, "")) for space, a in push.gradients.items()])
     if (dtypes := _PUSHED_INDEX.get(names)) is None:
         return None
     place = push.epoch, push.rank, push.incarnation, push.round
-    return _PUSH.pack(_PUSH.size - HEADER.size, _PUSH_KIND, number, *place, push.slices, dtypes)
+    size = _PUSH.size - HEADER.size + len(settings.overrides)
+    record = _PUSH.pack(size, kind, number, *place, push.slices, dtypes)
+    return record + settings.overrides if settings.overrides else record
+
+
+def _unpack_overriding(frame: bytes, gradients_of: GradientsOf | None) -> tuple[int, Push]:
+    overrides = frame[_PUSH_BODY.size :]
+    number, push = _unpack_push(frame[: _PUSH_BODY.size], gradients_of)
+    if not overrides:
+        raise ValueError("a push has no overrides where there should be some")
+    push.settings = RoundSettings(overrides=overrides)
+    return number, push
 
 
 def _unpack_push(frame: bytes, gradients_of: GradientsOf | None) -> tuple[int, Push]:
@@ -111,6 +131,7 @@ def _unpack_decided(frame: bytes, _: GradientsOf | None) -> tuple[int, RoundResu
 
 UNPACK: dict[int, Callable[[bytes, GradientsOf | None], tuple[int, Any]]] = {
     _PUSH_KIND: _unpack_push,
+    _OVERRIDING_KIND: _unpack_overriding,
     _DECIDED_KIND: _unpack_decided,
 }
 """By a body's kind, what gives its number and message."""

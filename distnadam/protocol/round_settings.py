@@ -8,6 +8,8 @@ ranks once they are in.
 from dataclasses import dataclass, fields
 from typing import Any
 
+from distnadam.nadam.step_overrides import check_overrides
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSettings:
@@ -17,16 +19,25 @@ class RoundSettings:
         found_inf: whether the rank's loss-scaled gradients overflowed: a vote to skip the round. A
             push with it has a rejection, and no gradients.
         micro_steps: of how many micro-batches the gradients are the mean.
+        overrides: the learning rates and betas of this step alone (`nadam.step_overrides`).
     """
 
     found_inf: bool = False
     micro_steps: int = 1
+    overrides: bytes = b""
 
     def __post_init__(self) -> None:
         if type(self.found_inf) is not bool:
             raise TypeError(f"found_inf is {self.found_inf!r:.50}")
         if type(self.micro_steps) is not int or self.micro_steps < 1:
             raise TypeError(f"micro_steps is {self.micro_steps!r:.50}")
+        if self.overrides != b"":
+            check_overrides(self.overrides)
+
+    @property
+    def only_overrides(self) -> bool:
+        """Whether there are overrides, and all else is as of an ordinary push."""
+        return self.overrides != b"" and not self.found_inf and self.micro_steps == 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return unpacked, (packed(self),)  # so that ordinary ones stay that very object

@@ -68,6 +68,7 @@ class Description:
         config: the hyper-parameters.
         revision: how often they were replaced since the shards began or went back.
         applied_revision: that of the last applied step.
+        overrides: the learning rates and betas that were of the last applied step alone.
         spec: the shard's spec, if asked for.
         phase: the phase, in words.
         holder: the token of the caller that holds the shard, if any.
@@ -98,6 +99,7 @@ class Description:
     config: NadamConfig
     revision: int
     applied_revision: int
+    overrides: bytes = b""
     spec: ShardSpec | None = None
     phase: str = ""
     holder: str | None = None

@@ -116,6 +116,7 @@ class ShardControlState:
     highest_round: int = 0
     revision: int = 0
     applied_revision: int = 0
+    overrides: bytes = b""
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step

@@ -12,6 +12,7 @@ from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import Scratch
 from distnadam.nadam.norms import clip_scales, square_sums
 from distnadam.nadam.parts import Parts
+from distnadam.nadam.step_overrides import sets_groups
 from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.nadam.stepper import UNSCALED, RangeStep, Slots
 from distnadam.protocol.messages import PartialNorms, ShardSpec
@@ -42,6 +43,7 @@ class ShardKernel:
             {s: Slots(now[s], state.m[s], state.v[s], ema=_average(state, s)) for s in spec.ranges}
             for now in state.buffers
         ]
+        self._is_by_group = False  # whether a group ever had a rate of one step alone
         self._arrange(spec.config)
         self._frozen = any(state.frozen.values())
         self._frozen_written = -1  # the count of writes whose frozen tensors are in both buffers
@@ -51,7 +53,7 @@ class ShardKernel:
         """Cut the ranges into parts that step alike, and deal them out to the threads."""
         self._config = config
         self._parts = {
-            space: Parts(config, self._spec.layout, space, bounds)
+            space: Parts(config, self._spec.layout, space, bounds, by_group=self._is_by_group)
             for space, bounds in self._spec.ranges.items()
         }
         self._together, self._by_tensor = (
@@ -88,13 +90,16 @@ class ShardKernel:
             ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
         """
         current, config = shard.rounds.current, shard.config
-        if config.groups != self._config.groups:
+        overrides = current.overrides
+        by_group = bool(overrides) and sets_groups(overrides) and not self._is_by_group
+        if by_group or config.groups != self._config.groups:
+            self._is_by_group |= by_group
             self._arrange(config)  # groups that were alike may not be so any more
         gradients, grouping = current.summands(config.sum_group)
         square_sums = current.square_sums
         scales = self._signs if square_sums is None else self._scales(config, square_sums)
         parts = self._by_tensor if len(scales) > 1 else self._together
-        scalars = step_scalars(shard.progress.clock, config)
+        scalars = step_scalars(shard.progress.clock, config, overrides)
         active = shard.state.active
         for space, slots in (self._in_place if current.in_place else self._slots)[active].items():
             step = RangeStep(

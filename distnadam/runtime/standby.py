@@ -14,6 +14,7 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import in_order
 from distnadam.nadam.parts import Parts
+from distnadam.nadam.step_overrides import sets_groups
 from distnadam.nadam.step_scalars import step_scalars
 from distnadam.nadam.stepper import RangeStep, Shares, Slots
 from distnadam.protocol.messages import ShardSpec
@@ -44,6 +45,7 @@ class Standby:
             space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
         }
         self._shares: dict[str, Shares] = {}
+        self._is_by_group = False  # whether a group ever had a rate of one step alone
         self._arrays: dict[str, Flat] = {}
         self._control_state: ShardControlState | None = None
         self._ledger = Ledger()
@@ -62,13 +64,21 @@ class Standby:
                 raise IllegalMessage(
                     f"standby of shard {self._spec.index}: was detached before it had its state"
                 )
-            self._spec = spec = dataclasses.replace(self._spec, config=config)
-            self._shares = {
-                space: stepper.share(Parts(config, spec.layout, space, spec.ranges[space]).together)
-                for space, stepper in self._steppers.items()
-            }
+            self._spec = dataclasses.replace(self._spec, config=config)
+            self._arrange()
             self._control_state = control_state
             self._ledger = Ledger.from_dict(control_state.ledger)
+
+    def _arrange(self) -> None:
+        spec, by_group = self._spec, self._is_by_group
+        self._shares = {
+            space: stepper.share(
+                Parts(
+                    spec.config, spec.layout, space, spec.ranges[space], by_group=by_group
+                ).together
+            )
+            for space, stepper in self._steppers.items()
+        }
 
     def apply(self, record: Record, mean: Flat) -> None:
         """Follow the primary by one record; `mean` is the round's mean gradient, scaled and
@@ -158,7 +168,8 @@ class Standby:
             raise IllegalMessage(f"{who}: expected round {now.round + 1}, got round {record.round}")
         if record.outcome == "applied":
             self._step(now, record, mean, who)
-            now = dataclasses.replace(now, applied_revision=now.revision)
+            overrides = _overrides_of(record)
+            now = dataclasses.replace(now, applied_revision=now.revision, overrides=overrides)
         for rank, note in record.counted.items():
             self._ledger.admit(rank, note.incarnation)
             self._ledger.count(rank, note.incarnation, record.round)
@@ -169,7 +180,11 @@ class Standby:
         return dataclasses.replace(now, counted={**now.counted, **record.counted}, **changes)
 
     def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:
-        scalars = step_scalars(now.clock, self._spec.config)
+        overrides = _overrides_of(record)
+        if sets_groups(overrides) and not self._is_by_group:
+            self._is_by_group = True
+            self._arrange()
+        scalars = step_scalars(now.clock, self._spec.config, overrides)
         if scalars.lr != record.lr:
             raise ShardsDisagree(
                 f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has "
@@ -185,3 +200,8 @@ class Standby:
                 scalars=scalars,
             )
             stepper.step(step, self._shares[space])
+
+
+def _overrides_of(record: ReplicatedRound) -> bytes:
+    """Return the learning rates and betas of an applied round alone, equal in all its pushes."""
+    return next((note.settings.overrides for note in record.counted.values()), b"")

@@ -125,11 +125,11 @@ class Shard:
         elif work is Work.MEASURE:
             effects = self._measured(result)
         else:
-            clock, lr = result
-            if not self.rounds.current.in_place:
-                self.state.swap()
             progress = self.progress
-            progress.clock, progress.lr, progress.applied_revision = clock, lr, progress.revision
+            if not (current := self.rounds.current).in_place:
+                self.state.swap()
+            progress.clock, progress.lr = result
+            progress.applied_revision, progress.overrides = progress.revision, current.overrides
             effects = self._decide("applied", None)
         return effects + self._advance()
 
@@ -272,9 +272,8 @@ class Shard:
         return [Replicate(orders.DetachStandby())]
 
     def _abandon_rank(self, order: orders.AbandonRank, caller: Any) -> list[Effect]:
-        if self.members.taken_over(order.rank, order.incarnation):
-            return [Answer(caller, None)]
-        self.members.given_up.add(order.rank)
+        if not self.members.taken_over(order.rank, order.incarnation):
+            self.members.given_up.add(order.rank)
         return [Answer(caller, None)]
 
     def _retire(self, order: orders.Retire, caller: Any) -> list[Effect]:
@@ -303,8 +302,10 @@ class Shard:
             current.pushes.keys() >= set(self.members.needed(number)) or DIRECT in current.pushes
         ):
             on_nonfinite = self.spec.options.on_nonfinite
-            if not current.is_ordinary and (end := verdict_of(current.pushes, on_nonfinite)):
-                return self._decide(*end)
+            if not current.is_ordinary:
+                if end := verdict_of(current.pushes, on_nonfinite):
+                    return self._decide(*end)
+                current.overrides = next(iter(current.pushes.values())).settings.overrides
             current.is_closed = True
             clips = self.config.clips_by_norm
             self._enter(Phase.MEASURING if clips else Phase.STEPPING)
@@ -382,8 +383,7 @@ class Shard:
         return [*effects, Compute(Work.LOAD_OR_COPY)]
 
     def _end_order(self, result: Any) -> list[Effect]:
-        order = self.loads.first
-        answer = self.loads.end(result)
+        order, answer = self.loads.first, self.loads.end(result)
         if isinstance(order, orders.Load):
             if not isinstance(result, orders.ShardControlState):
                 return [*self._become_empty(result), answer]

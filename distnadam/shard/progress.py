@@ -45,6 +45,7 @@ class Progress:
         lr: the learning rate of the last applied step.
         revision: how often the hyper-parameters were replaced.
         applied_revision: theirs, of the last applied step.
+        overrides: the learning rates and betas that were of the last applied step alone.
         outcome: how the last round ended.
         rejection: why it applied no step, if so.
         counted: by rank, its last push that counted.
@@ -63,6 +64,7 @@ class Progress:
         self.lr = 0.0
         self.revision = 0
         self.applied_revision = 0
+        self.overrides = b""
         self.outcome: Outcome = "applied"
         self.rejection: str | None = None
         self.counted: dict[int, PushNote] = {}
@@ -140,6 +142,7 @@ class Progress:
             highest_round=self.highest_round,
             revision=self.revision,
             applied_revision=self.applied_revision,
+            overrides=self.overrides,
         )
 
     def restore(self, record: ShardControlState) -> None:
@@ -151,6 +154,7 @@ class Progress:
         self.lr = record.lr
         self.revision = record.revision
         self.applied_revision = record.applied_revision
+        self.overrides = record.overrides
         self.outcome = record.outcome
         self.rejection = record.rejection
         self.counted = dict(record.counted)
@@ -213,6 +217,7 @@ class Progress:
             config=config,
             revision=self.revision,
             applied_revision=self.applied_revision,
+            overrides=self.overrides,
             members=needed,
             waiting_for=tuple(rank for rank in needed if rank not in pushed),
             left=tuple(sorted(members.left)),

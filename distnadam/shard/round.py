@@ -87,6 +87,7 @@ class Round:
         is_closed: whether the round has all its pushes.
         is_ordinary: whether no push was entered that is rejected, or has settings; it may be
             superseded since.
+        overrides: the learning rates and betas of its step alone, once all ranks have the same.
         partial_norms: this shard's sums of squares once measured, where clipping needs norms.
         square_sums: the whole model's, once a worker has sent them.
         refusal: why the round was begun again, if its step could not begin.
@@ -101,6 +102,7 @@ class Round:
     waiting: list[Waiter] = field(default_factory=list)
     is_closed: bool = False
     is_ordinary: bool = True
+    overrides: bytes = b""
     partial_norms: PartialNorms | None = None
     square_sums: Array | None = None
     refusal: DistNadamError | None = None

@@ -4,17 +4,21 @@ The one place where ranks' settings are compared: once all pushes are in and in 
 neither the verdict nor its text depends on which came first.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
+from distnadam.nadam.step_overrides import overrides_in_words
 from distnadam.protocol.messages import Outcome
 from distnadam.protocol.round_settings import RoundSettings
 
 Verdict = tuple[Outcome, str]
 """How a round ends without a step, and why."""
 
-_MUST_AGREE = ("micro_steps",)
-"""The settings that all ranks of a round must have alike."""
+_MUST_AGREE: dict[str, Callable[[Any], str]] = {
+    "micro_steps": repr,
+    "overrides": overrides_in_words,
+}
+"""The settings that all ranks of a round must have alike, and how their values are said."""
 
 
 class Judged(Protocol):
@@ -41,10 +45,10 @@ def verdict_of(
     voted = [rank for rank in ranks if pushes[rank].settings.found_inf]
     if voted:
         return "voted", _joined(pushes, voted)
-    for name in _MUST_AGREE:
+    for name, said in _MUST_AGREE.items():
         given = [getattr(pushes[rank].settings, name) for rank in ranks]
         if any(value != given[0] for value in given):
-            each = ", ".join(f"rank {r} has {v!r}" for r, v in zip(ranks, given, strict=True))
+            each = ", ".join(f"rank {r} has {said(v)}" for r, v in zip(ranks, given, strict=True))
             return "disagreed", f"{name} must be equal on all ranks: {each}"
     rejected = [rank for rank in ranks if pushes[rank].rejection is not None]
     return not_finite(_joined(pushes, rejected), on_nonfinite) if rejected else None

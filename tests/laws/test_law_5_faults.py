@@ -45,6 +45,7 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.hyperparameters import NadamConfig
+from distnadam.nadam.step_overrides import packed_overrides, unpacked_overrides
 from distnadam.protocol.round_settings import RoundSettings
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import Phase
@@ -78,7 +79,12 @@ BETWEEN_HOSTS = (
 )
 """What must befall connections between hosts in these examples."""
 SEEN: Counter[str] = Counter()
-ROUNDS_ENDED = ("voted", "ranks disagreed", "the mean of micro-batches was applied")
+ROUNDS_ENDED = (
+    "voted",
+    "ranks disagreed",
+    "the mean of micro-batches was applied",
+    "rates of one step were applied",
+)
 """How rounds must have ended too."""
 MUST_BEFALL = BETWEEN_HOSTS + ROUNDS_ENDED
 EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost, RanksDisagree)
@@ -102,7 +108,21 @@ def settings_of(number: int, rank: int, incarnation: int) -> RoundSettings:
     drawn = (5 * number + 11 * rank + 3 * incarnation) % 23
     if rank == DIRECT or drawn == 0:
         return RoundSettings(found_inf=rank != DIRECT)
-    return RoundSettings(micro_steps=1 + (number + (drawn == 1)) % 2)
+    return RoundSettings(
+        micro_steps=1 + (number + (drawn == 1)) % 2,
+        overrides=packed_overrides(**rates_of(number, differs=drawn == 2), patterns=None),
+    )
+
+
+def rates_of(number: int, *, differs: bool) -> dict[str, Any]:
+    """What a worker says of a round's learning rate and betas: for some rounds, now and then
+    something else than the others.
+    """
+    changes = number % 3 == 0 or differs
+    return {
+        "lr": 0.01 * (1 + number % 4) if changes else None,
+        "betas": (0.6, 0.99) if number % 2 and changes else None,
+    }
 
 
 class FaultsAgainstOneProcess(RuleBasedStateMachine):
@@ -236,13 +256,18 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 given = np.full(SIZE, np.nan, np.float32)
             self.pushed[rank] = (worker.round + 1, rank, worker.session.incarnation)
             says = settings_of(*self.pushed[rank])
+            lr, *betas = next(iter(unpacked_overrides(says.overrides)), (np.nan,) * 3)
+            rates: dict[str, Any] = {
+                "lr": None if np.isnan(lr) else lr,
+                "betas": None if np.isnan(betas).any() else betas,
+            }
             if says.micro_steps == 1:
-                self.tickets[rank] = worker.push({"w": given}, found_inf=says.found_inf)
+                self.tickets[rank] = worker.push({"w": given}, found_inf=says.found_inf, **rates)
                 return
             worker.discard()
             for _ in range(says.micro_steps):  # whose mean is exact
                 worker.accumulate({"w": given})
-            self.tickets[rank] = worker.push()
+            self.tickets[rank] = worker.push(**rates)
         except SupersededWorker:
             del self.workers[rank]
         except EXPECTED:
@@ -281,8 +306,10 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 assert ticket.found_inf == any(each.found_inf for each in says)
                 assert ticket.found_inf == self.workers[rank].found_inf
                 SEEN["voted"] += ticket.found_inf
-                if progress.outcome == "applied" and says[0].micro_steps > 1:
-                    SEEN["the mean of micro-batches was applied"] += 1
+                if progress.outcome == "applied":
+                    SEEN["the mean of micro-batches was applied"] += says[0].micro_steps > 1
+                    SEEN["rates of one step were applied"] += bool(says[0].overrides)
+                    assert progress.overrides == says[0].overrides
 
     @rule()
     def advance(self) -> None:

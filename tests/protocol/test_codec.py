@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
+from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol import ordinary_frames
 from distnadam.protocol.codec import pack, pack_record, unpack, unpack_record
@@ -37,8 +38,19 @@ from distnadam.protocol.supervisor_messages import ReplicatedRound
 from distnadam.tensors.arrays import dtype_of
 
 GRADIENTS = {"float32": np.ones(3, np.float16), "float64": np.ones(2)}
+RATES = st.dictionaries(st.sampled_from([None, "a", "b"]), st.floats(0.0, 9.0), min_size=1)
+BETA = st.floats(0.0, 1.0, exclude_max=True)
+OVERRIDES = st.builds(
+    packed_overrides,
+    st.none() | st.floats(0.0, 9.0) | RATES,
+    st.none() | st.tuples(BETA, BETA),
+    st.just(["a", "b"]),
+)
 SETTINGS = st.builds(
-    RoundSettings, found_inf=st.booleans(), micro_steps=st.just(1) | st.integers(1, 1 << 40)
+    RoundSettings,
+    found_inf=st.booleans(),
+    micro_steps=st.just(1) | st.integers(1, 1 << 40),
+    overrides=OVERRIDES,
 )
 MESSAGES: list[Any] = [
     Push(
@@ -149,15 +161,28 @@ def test_a_push_comes_back_with_its_settings_wherever_it_goes(
     assert ordinary == (settings == ORDINARY)
 
 
-def test_only_a_push_of_gradients_and_nothing_else_has_a_fixed_frame() -> None:
+def test_only_a_push_of_gradients_and_overrides_has_a_fixed_frame() -> None:
     push = Push(**PLACE, gradients={"float32": np.zeros(3, np.float32)})
     assert ordinary_frames.pack(3, push) is not None
+    rate = RoundSettings(overrides=packed_overrides(0.5, (0.8, 0.9), None))
+    frame = ordinary_frames.pack(3, replace(push, settings=rate))
+    assert frame is not None
+    for wrong in (frame[4:-1], frame[4:-24], frame[4:-8] + np.float64(1.0).tobytes()):
+        with pytest.raises(LaneError, match="is no message"):
+            unpack(wrong, lambda dtypes: GRADIENTS)
     for settings in (RoundSettings(found_inf=True), RoundSettings(micro_steps=2)):
         assert ordinary_frames.pack(3, replace(push, settings=settings)) is None
 
 
 @pytest.mark.parametrize(
-    "wrong", [[], [False], [0, 1], [False, True], [False, 0], [False, 1, 1], [None, 1], {"a": 1}]
+    "wrong",
+    [
+        *([], [False], [0, 1, b""], [False, True, b""], [False, 0, b""], [None, 1, b""], {"a": 1}),
+        *([False, 1, 1], [False, 1, "x" * 24], [False, 1, b"x"], [False, 1, b"\xff" * 23]),
+        [False, 1, np.array([-1.0, 0.5, 0.5]).tobytes()],
+        [False, 1, np.array([np.inf, 0.5, 0.5]).tobytes()],
+        [False, 1, np.array([0.1, 0.5, 1.0]).tobytes()],
+    ],
 )
 def test_settings_that_are_none_are_refused(wrong: Any) -> None:
     *fields, given = msgpack.unpackb(pack(7, TO_A_SHARD[0])[4:])
@@ -199,14 +224,14 @@ def test_frames_are_whole_however_the_bytes_are_cut(cuts: list[int], seed: int) 
     assert got == [frame[4:] for frame in frames]
 
 
-@given(st.binary(max_size=60).filter(lambda body: body[:1] not in (b"\1", b"\2")))
+@given(st.binary(max_size=60).filter(lambda body: body[:1] not in (b"\1", b"\2", b"\3")))
 def test_a_frame_that_is_no_message_is_refused(body: bytes) -> None:
     with pytest.raises(LaneError, match="is no message"):
         unpack(body)
 
 
 @given(
-    kind=st.sampled_from([1, 2]),
+    kind=st.sampled_from([1, 2, 3]),
     tail=st.binary(max_size=80),
     gradients_of=st.sampled_from([None, lambda dtypes: GRADIENTS]),
 )
@@ -217,7 +242,7 @@ def test_bytes_behind_the_number_of_a_fixed_frame_are_a_message_or_refused(
         _, message = unpack(bytes([kind]) + tail, gradients_of)
     except LaneError:
         return
-    assert isinstance(message, Push if kind == 1 else RoundResult)
+    assert isinstance(message, RoundResult if kind == 2 else Push)
 
 
 @pytest.mark.parametrize(

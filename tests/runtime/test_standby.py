@@ -15,6 +15,7 @@ from distnadam.errors import IllegalMessage
 from distnadam.groups import Group
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.norms import tensor_square_sums
+from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.protocol.messages import (
     Join,
     PartialNorms,
@@ -71,6 +72,9 @@ def pair(
     return primary, standby, spec
 
 
+RATES = RoundSettings(overrides=packed_overrides({None: 0.3, "b": 0.1}, (0.7, 0.95), ["a", "b"]))
+
+
 def do_round(
     host: ShardHost,
     number: int,
@@ -125,7 +129,7 @@ def same(one: State, other: State) -> bool:
         st.tuples(
             st.booleans(),
             st.sampled_from(
-                [ORDINARY, RoundSettings(micro_steps=2), RoundSettings(found_inf=True)]
+                [ORDINARY, RoundSettings(micro_steps=2), RoundSettings(found_inf=True), RATES]
             ),
         ),
         min_size=1,
@@ -152,7 +156,7 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
     )
     assert same(state_of(promoted), state_of(primary))
     assert control_state.ledger == primary.shard.members.ledger.to_dict()
-    for name in ("counted", "outcome", "rejection", "skipped"):
+    for name in ("counted", "outcome", "rejection", "skipped", "overrides"):
         assert getattr(promoted.shard.progress, name) == getattr(primary.shard.progress, name)
     number = len(rounds) + 1
     do_round(primary, number, 99, workers=workers)

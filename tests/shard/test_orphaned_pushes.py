@@ -18,6 +18,7 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.hyperparameters import NadamConfig
+from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.protocol.messages import (
     CompletePush,
     Describe,
@@ -153,16 +154,22 @@ def test_a_push_on_one_of_two_shards_is_completed_from_memory_or_withdrawn_on_bo
         ).result(0)
 
 
+RATE = packed_overrides(0.5, (0.9, 0.9), None)
+
+
 @pytest.mark.parametrize(
     ("settings", "outcome"),
-    [(RoundSettings(micro_steps=2), "applied"), (RoundSettings(found_inf=True), "voted")],
+    [
+        (RoundSettings(micro_steps=2, overrides=RATE), "applied"),
+        (RoundSettings(found_inf=True), "voted"),
+    ],
 )
 def test_a_push_is_completed_with_what_its_rank_said_of_the_round(
     settings: RoundSettings, outcome: str
 ) -> None:
     first, second = shard(), shard()
     second.gradients_of = lambda rank, incarnation, dtypes: {"float32": np.full(4, 7.0, np.float32)}
-    others = RoundSettings(micro_steps=2)
+    others = RoundSettings(micro_steps=2, overrides=RATE)
     first.send(push(1, settings=others))
     decided = first.send(push(0, value=7.0, settings=settings)).result(0)
     waits = second.send(push(1, settings=others))
@@ -179,6 +186,8 @@ def test_a_push_is_completed_with_what_its_rank_said_of_the_round(
     assert decided.rejection == completed.rejection
     assert moment(first) == moment(second)
     assert first.shard.progress.counted == second.shard.progress.counted
+    assert first.shard.progress.lr == second.shard.progress.lr
+    assert (first.shard.progress.lr == 0.5) == (outcome == "applied")
 
 
 def test_a_successors_push_never_replaces_one_that_was_adopted() -> None:

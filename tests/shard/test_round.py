@@ -1,6 +1,8 @@
 """One round: which pushes count when workers are replaced, and what its callers get."""
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from distnadam.errors import IllegalMessage, LatePush, SupersededWorker
 from distnadam.nadam.mean import Grouping
+from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.protocol.messages import PartialNorms, Push
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.effects import Answer, Effect
@@ -69,6 +72,10 @@ def test_gradients_and_rejections_are_in_the_order_of_ranks() -> None:
 
 
 VOTE, TWO = RoundSettings(found_inf=True), RoundSettings(micro_steps=2)
+RATE = RoundSettings(overrides=packed_overrides(0.1, (0.5, 0.9), None))
+NEXT_RATE = RoundSettings(
+    overrides=packed_overrides({"b": math.nextafter(0.1, 1), None: 0.1}, (0.5, 0.9), ["a", "b"])
+)
 
 
 @pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
@@ -77,6 +84,18 @@ VOTE, TWO = RoundSettings(found_inf=True), RoundSettings(micro_steps=2)
     [
         ([push(0), push(1, settings=RoundSettings())], None),
         ([push(0, settings=TWO), push(1, settings=TWO)], None),
+        ([push(0, settings=RATE), push(1, settings=replace(RATE))], None),
+        (
+            [push(0, settings=NEXT_RATE), push(1, settings=RATE), push(2, rejection="NaN")],
+            (
+                "disagreed",
+                (
+                    "overrides must be equal on all ranks: "
+                    "rank 0 has lr=0.1, beta_1=0.5, beta_2=0.9; group 1: lr=0.10000000000000002, "
+                    "rank 1 has lr=0.1, beta_1=0.5, beta_2=0.9, rank 2 has none"
+                ),
+            ),
+        ),
         (
             [push(0, settings=TWO), push(1), push(2, settings=TWO)],
             (

@@ -11,6 +11,7 @@ import pytest
 
 from distnadam.errors import SupersededWorker
 from distnadam.hyperparameters import NadamConfig
+from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.protocol.messages import GroupPush, Push, RoundResult
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat, cut_flat
@@ -117,6 +118,9 @@ def test_a_groups_gradients_cross_the_cable_once_with_the_bits_of_calls(dtype: A
     shards.close()
 
 
+RATE = RoundSettings(overrides=packed_overrides(0.5, None, None))
+
+
 @pytest.mark.parametrize(
     ("says", "outcome", "why"),
     [
@@ -127,6 +131,12 @@ def test_a_groups_gradients_cross_the_cable_once_with_the_bits_of_calls(dtype: A
             "micro_steps must be equal on all ranks: rank 0 has 2, rank 1 has 1",
         ),
         ((ORDINARY, RoundSettings(found_inf=True)), "voted", "rank 1 overflowed"),
+        ((RATE, RATE), "applied", None),
+        (
+            (RATE, ORDINARY),
+            "disagreed",
+            "overrides must be equal on all ranks: rank 0 has lr=0.5, rank 1 has none",
+        ),
     ],
 )
 def test_what_a_groups_ranks_say_of_a_round_goes_with_its_sum(
