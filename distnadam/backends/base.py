@@ -109,6 +109,10 @@ class WorkerGroup(ABC):
         """Wait up to `timeout_s` for a call to end; return (rank, value or error) of each ended."""
 
     @abstractmethod
+    def hosts(self) -> dict[int, str]:
+        """Return where each member runs, in words, as far as it is known."""
+
+    @abstractmethod
     def end(self, rank: int) -> None:
         """Make certain that a member's process, if it has one, is gone, and drop its call."""
 

@@ -51,6 +51,10 @@ class LocalWorkerGroup(WorkerGroup):
         return [(self._calls.pop(future), future.exception() or future.result()) for future in done]
 
     @override
+    def hosts(self) -> dict[int, str]:
+        return dict.fromkeys(self._members, "this process")
+
+    @override
     def end(self, rank: int) -> None:
         self._calls = {future: r for future, r in self._calls.items() if r != rank}
 

@@ -6,13 +6,14 @@ No Ray.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from distnadam.backends.base import Backend
 from distnadam.backends.factory import connect
 from distnadam.checkpoint import store
-from distnadam.errors import CheckpointError, NotRunning, ShardLost
+from distnadam.client.shard_group import ShardGroup
+from distnadam.errors import CheckpointError, DistNadamError, NotRunning, ShardLost
 from distnadam.metrics.meter import shard_bytes
 from distnadam.places import shown
 from distnadam.protocol.messages import Describe
@@ -38,6 +39,8 @@ class ShardStatus:
         lag: the rounds that the standby is behind, if known.
         waits_for: the ranks whose push the next round lacks.
         idle_s: seconds since it last computed.
+        stepped_s: seconds in which its process has computed steps, so far.
+        load: the share of the time since the last look in which it computed steps, if known.
     """
 
     index: int
@@ -49,6 +52,8 @@ class ShardStatus:
     lag: int | None = None
     waits_for: tuple[int, ...] = ()
     idle_s: float | None = None
+    stepped_s: float | None = None
+    load: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,10 @@ Moved = Mapping[tuple[int, str, str], int]
 class Status:
     """The status of an optimizer.
 
-    `method` says by which formula tensors step, with weight decay and groups; `awaited` what the
-    next step waits for, and `transport` how gradients and parameters move between which processes.
+    `recoveries` is how often a standby took over, or all shards went back, and `is_rewound` whether
+    the latter was the last change. `method` says by which formula tensors step, with weight decay
+    and groups; `awaited` what the next step waits for, and `transport` how gradients and parameters
+    move between which processes.
     `moved` is what `hosts` follows from, and `at` the time by this process's monotonic clock, both
     for the next look.
     """
@@ -92,6 +99,8 @@ class Status:
     awaited: str = ""
     transport: str = ""
     hosts: tuple[HostStatus, ...] = ()
+    recoveries: int = 0
+    is_rewound: bool = False
     moved: Moved = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +132,16 @@ class RunningOptimizer:
         """
         return cls(*connect(name))
 
+    @classmethod
+    def of(cls, shards: ShardGroup) -> "RunningOptimizer":
+        """Return the one of these shards.
+
+        Raises:
+            ShardLost, TimeoutError: shard 0 does not answer.
+        """
+        answer = shards.backend.transport.post({0: Describe(spec=True)}).result(ANSWER_S)
+        return cls(shards.backend, answer[0].spec)
+
     def status(self, earlier: Status | None = None) -> Status:
         """Return its status, with the steps per second since an earlier one.
 
@@ -131,6 +150,11 @@ class RunningOptimizer:
         """
         answers, shards, moved = self._ask()
         spec, first, now = self._spec, min(answers, key=lambda seen: seen.round), time.monotonic()
+        if earlier is not None:
+            shards = _with_loads(shards, earlier, now)
+        recoveries = 0
+        with suppress(DistNadamError):  # the supervisor may be what died
+            recoveries = self._backend.supervisor.shard_recoveries()
         return Status(
             name=spec.name,
             step=first.iterations,
@@ -149,6 +173,8 @@ class RunningOptimizer:
             hosts=_hosts(moved, earlier, now),
             moved=moved,
             transport=carriers(spec.options.transport, spec.options.port_range),
+            recoveries=recoveries,
+            is_rewound=any(seen.epoch_reason == "rewound" for seen in answers),
             at=now,
         )
 
@@ -196,6 +222,7 @@ class RunningOptimizer:
                         lag,
                         seen.waiting_for,
                         seen.idle_s,
+                        seen.stepped_s,
                     )
                 )
                 here = host.split()[0]
@@ -205,6 +232,18 @@ class RunningOptimizer:
         if not answers:
             raise NotRunning(f"no shard of {self._spec.name!r} answers")
         return answers, shards, moved
+
+
+def _with_loads(shards: list[ShardStatus], earlier: Status, now: float) -> list[ShardStatus]:
+    """Return the shards with their load since an earlier look, where it is of the same process."""
+    before = {shard.index: shard.stepped_s for shard in earlier.shards}
+    found = []
+    for shard in shards:
+        then, load = before.get(shard.index), None
+        if then is not None and shard.stepped_s is not None and shard.stepped_s >= then:
+            load = min(1.0, (shard.stepped_s - then) / max(now - earlier.at, 1e-9))
+        found.append(replace(shard, load=load))
+    return found
 
 
 def awaited(shards: Sequence[ShardStatus]) -> str:

@@ -56,6 +56,7 @@ class WorkerSession:
         self.buffer = 0
         self.lr = 0.0  # of the last step
         self.outcome = "applied"  # of the last round
+        self.pushed_at = 0.0  # by `time.perf_counter`, when the last push began to be sent
         self.in_sync = False
         self.is_readable = False
         self.in_flight: InFlightPush | None = None
@@ -133,6 +134,7 @@ class WorkerSession:
         if self.ahead.written:
             push.slices = self.ahead.take_counts(is_pushed=is_ahead)
         self.in_flight = push  # before it is sent: a Ctrl-C may leave it half sent
+        self.pushed_at = time.perf_counter()
         try:
             self._send(push)
         except (ShardLost, Reconfigured):

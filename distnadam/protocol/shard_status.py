@@ -85,6 +85,7 @@ class Description:
         highest_round: the latest round ever decided, also before a rewind.
         stepped: the last round that was a step from outside.
         idle_s: seconds since the shard last computed a step, norms or a load.
+        stepped_s: seconds in which its process has computed steps, so far.
         traffic: by another host's address, the bytes sent there and received from there by TCP.
     """
 
@@ -116,4 +117,5 @@ class Description:
     highest_round: int = 0
     stepped: int = 0
     idle_s: float = 0.0
+    stepped_s: float = 0.0
     traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)

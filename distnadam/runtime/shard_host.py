@@ -111,6 +111,7 @@ class ShardHost:
         self._is_closed = False
         self._idle_since = perf_counter()
         self._meter: Meter | None = None
+        self._stepped_s = 0.0
         self._refusal = LifecycleError(f"shard {spec.index}: the optimizer was closed")
         renew_after_fork(self)
 
@@ -274,8 +275,10 @@ class ShardHost:
         replicator = self._replicator
         keep = None if replicator.stream is None else replicator.memory_for_mean()
         result = self._kernel.step(self.shard, keep)
+        seconds = perf_counter() - began
+        self._stepped_s += seconds
         if self._meter is not None:
-            self._meter.apply.add(perf_counter() - began)
+            self._meter.apply.add(seconds)
         return result
 
     def _load_or_copy(self) -> Any:
@@ -334,6 +337,7 @@ class ShardHost:
             replicated=replicated,
             saved=self.files.directory,
             idle_s=perf_counter() - self._idle_since,
+            stepped_s=self._stepped_s,
             traffic=self.traffic_of(),
         )
 

@@ -1,7 +1,7 @@
 """The callbacks of `fit`: the interface, and a list of them.
 
-They observe a run. One that raises ends it; in `on_begin` and `on_evaluate` the learning rate of
-the optimizer that was given to `fit` may be set. Nothing else that they do changes the run.
+They observe a run, may stop it, and in `on_begin` and `on_evaluate` may set its learning rate and
+other hyper-parameters. One that raises ends it. Ready-made ones are in `distnadam.callbacks`.
 """
 
 import traceback
@@ -11,7 +11,9 @@ from typing import Any
 
 from typing_extensions import override
 
+from distnadam.client.status import Status
 from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
+from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import StepRecord
 
 
@@ -20,7 +22,12 @@ class Callback:
 
     A callback runs in the process and thread that called `fit`. `step` counts the steps done, so it
     is 1 after the first.
+
+    Attributes:
+        run: the run, from before its first event: its optimizer, and `run.stop(reason)`.
     """
+
+    run: RunHandle
 
     def on_begin(self, step: int, steps: int) -> None:
         """Training begins, or begins again, after `step` of `steps` steps."""
@@ -40,6 +47,15 @@ class Callback:
     def on_save(self, step: int, path: Path | str) -> None:
         """A checkpoint is complete; `path` is a string if it is a URL."""
 
+    def on_recovery(self, step: int, who: str, text: str) -> None:
+        """Something died or failed at `step`, and the run goes on: `who`, such as "worker 1".
+
+        `on_message` says the same to the user, but for shards whose standby took over.
+        """
+
+    def on_status(self, status: Status, workers: Mapping[int, str]) -> None:
+        """Where all shards stand, every second or more; `workers` are the hosts of ranks."""
+
     def on_message(self, text: str) -> None:
         """Something happened that the user should know, such as a recovery."""
 
@@ -58,16 +74,36 @@ class CallbackList(Callback):
 
     Args:
         callbacks: what to call.
+        run: what they see of the run.
 
     Attributes:
         failure: the first error that a callback raised, with the callback's name; None if none did.
         interrupted: whether Ctrl-C came in a callback; a second one raises.
     """
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, callbacks: Sequence[Callback], run: RunHandle | None = None) -> None:
         self._callbacks = list(callbacks)
+        if run is not None:
+            self.run = run
+            for callback in callbacks:
+                callback.run = run
         self.failure: TrainingError | None = None
         self.interrupted = False
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether a callback raised, was interrupted, or stopped the run."""
+        return self.failure is not None or self.interrupted or self.run.stopped is not None
+
+    def outcome(self, *, terminated: bool, interrupted: bool) -> str:
+        """Return how a run that ended in order did so, as `History.outcome` says it."""
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        if terminated:
+            return "terminated"
+        if interrupted or self.interrupted:
+            return "interrupted"
+        return "finished" if self.run.stopped is None else f"stopped: {self.run.stopped}"
 
     @override
     def on_begin(self, step: int, steps: int) -> None:
@@ -88,6 +124,14 @@ class CallbackList(Callback):
     @override
     def on_save(self, step: int, path: Path | str) -> None:
         self._pass_on("on_save", step, path)
+
+    @override
+    def on_recovery(self, step: int, who: str, text: str) -> None:
+        self._pass_on("on_recovery", step, who, text)
+
+    @override
+    def on_status(self, status: Status, workers: Mapping[int, str]) -> None:
+        self._pass_on("on_status", status, workers)
 
     @override
     def on_message(self, text: str) -> None:

@@ -12,7 +12,7 @@ from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.checks import check_count
 from distnadam.client.building import check_can_start
-from distnadam.config import BackendName, Settings
+from distnadam.config import BackendName, Options, Settings
 from distnadam.copies import copied
 from distnadam.errors import ConfigError, NotOpen
 from distnadam.optimizer import DistNadam
@@ -25,6 +25,8 @@ from distnadam.training.progress import ProgressDisplay, console
 from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
 from distnadam.training.run_directory import claim_run_directory, directory_beside
+from distnadam.training.run_handle import RunHandle
+from distnadam.training.run_record import NAME, RunRecord
 from distnadam.training.task import Task, task_name
 from distnadam.training.task_state import TaskState
 from distnadam.training.termination import GRACE_S, Termination
@@ -179,8 +181,17 @@ def fit(
     history = History(root, root / "metrics.csv")
     screen = console(verbose)
     display = [ProgressDisplay(screen, history)] if screen is not None else []
+    record = RunRecord(
+        root / NAME,
+        history,
+        _configuration(settings, plan, seed=seed, resume=resume),
+        f"{type(task).__module__}:{type(task).__qualname__}",
+    )
     listeners = CallbackList(
-        [MetricsFile(history.metrics_path), Recorder(history), *display, *callbacks]
+        [MetricsFile(history.metrics_path), Recorder(history), record, *display, *callbacks],
+        RunHandle(
+            directory=root, task=label, steps=plan.steps, num_workers=settings.topology.num_workers
+        ),
     )
     with (
         Termination(stop_grace_s) as termination,
@@ -240,6 +251,20 @@ def _checked_settings(optimizer: DistNadam | None, topology: dict[str, Any]) -> 
     settings.config.to_dict()  # refuses a function that no checkpoint can hold
     check_can_start(settings)
     return settings
+
+
+def _configuration(settings: Settings, plan: Plan, **others: Any) -> dict[str, Any]:
+    """Return what a run is made with, as plain data: options only where they are not defaults."""
+    config, defaults = settings.to_config(), Options().to_dict()
+    config["options"] = {k: v for k, v in config["options"].items() if v != defaults[k]}
+    return {
+        "steps": plan.steps,
+        "save_every": plan.save_every,
+        "evaluate_every": plan.evaluate_every,
+        "accumulate": plan.accumulate,
+        **others,
+        **config,
+    }
 
 
 def _check_micro_batches(task: Task, label: str, accumulate: int) -> None:

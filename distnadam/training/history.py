@@ -7,7 +7,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from distnadam.training.callbacks import Callback
-from distnadam.training.steps import StepRecord
+from distnadam.training.steps import Phases, StepRecord
 
 
 @dataclass(repr=False)
@@ -30,6 +30,9 @@ class History:
         step_seconds: those in which steps ran: without the start, evaluation and saving.
         recoveries: how often a rank, or the whole run, had to be started again, a standby took over
             or all shards went back.
+        phases: where the time of each of these steps went.
+        outcome: how the call ended: "finished", "stopped: ..." by a callback, "interrupted",
+            "terminated", or "failed: ..."; "running" before.
     """
 
     checkpoint_dir: Path
@@ -45,6 +48,8 @@ class History:
     seconds: float = 0.0
     step_seconds: float = 0.0
     recoveries: int = 0
+    phases: list[Phases] = field(default_factory=list)
+    outcome: str = "running"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -83,7 +88,13 @@ class Recorder(Callback):
         # steps after the one at which a run begins again are trained again
         kept = sum(done <= step for done in self._history.steps)
         history = self._history
-        for column in (history.steps, history.losses, history.learning_rates, history.ranks):
+        for column in (
+            history.steps,
+            history.losses,
+            history.learning_rates,
+            history.ranks,
+            history.phases,
+        ):
             del column[kept:]
         self._history.evaluations[:] = [
             entry for entry in self._history.evaluations if entry[0] <= step
@@ -95,6 +106,7 @@ class Recorder(Callback):
         self._history.losses.append(record.loss)
         self._history.learning_rates.append(record.lr)
         self._history.ranks.append(record.ranks)
+        self._history.phases.append(record.phases)
 
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
@@ -12,17 +14,20 @@ from typing_extensions import override
 
 from distnadam.errors import TrainingError
 from distnadam.training.callbacks import Callback
-from distnadam.training.steps import StepRecord, in_words
+from distnadam.training.steps import Phases, StepRecord, in_words
 
-COLUMNS = ("step", "metric", "value", "lr", "seconds", "ranks")
+COLUMNS = ("step", "metric", "value", "lr", "seconds", "ranks", *Phases._fields)
+_LENGTHS = (3, 6, len(COLUMNS))
+"""Of rows; older files have fewer columns."""
 
 
 class MetricsFile(Callback):
     """Writes the losses and metrics as CSV rows of `COLUMNS`.
 
     `lr` is the learning rate of the step, `seconds` the time trained so far, and `ranks` those
-    whose mean a loss is, such as "0-3"; metrics of an evaluation have no rate and no ranks. Rows
-    after the step at which a run begins are dropped first, so a resumed run leaves one record.
+    whose mean a loss is, such as "0-3"; then come the seconds of its `Phases`. Metrics of an
+    evaluation have neither. Rows after the step at which a run begins are dropped first, so a
+    resumed run leaves one record.
 
     Args:
         path: the file; its directory must exist.
@@ -32,6 +37,8 @@ class MetricsFile(Callback):
         self._path = path
         self._file: TextIO | None = None
         self._began: float | None = None
+        self._ranks: tuple[int, ...] = ()
+        self._ranks_in_words = ""
 
     @override
     def on_begin(self, step: int, steps: int) -> None:
@@ -51,13 +58,21 @@ class MetricsFile(Callback):
 
     @override
     def on_record(self, record: StepRecord) -> None:
-        ranks = in_words(record.ranks)
-        self._write(record.step, "loss", record.loss, record.lr, self._elapsed(), ranks)
+        if self._file is None:
+            return
+        if record.ranks != self._ranks:
+            self._ranks, self._ranks_in_words = record.ranks, in_words(record.ranks)
+        seconds = ",".join([f"{each:.7f}" for each in record.phases])
+        with self._write_errors():
+            self._file.write(
+                f"{record.step},loss,{record.loss!r},{record.lr!r},{self._elapsed()},"
+                f"{self._ranks_in_words},{seconds}\r\n"
+            )
 
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
         for metric, value in metrics.items():
-            self._write(step, metric, float(value), "", self._elapsed(), "")
+            self._write(step, metric, float(value), "", self._elapsed(), *[""] * 6)
 
     @override
     def on_end(self) -> None:
@@ -89,6 +104,38 @@ def read_metrics(path: Path) -> list[tuple[int, str, float]]:
     return [(int(row[0]), row[1], float(row[2])) for row in _rows(path)]
 
 
+@dataclass(frozen=True)
+class StepTimes:
+    """Columns of the steps of a run, each with one item a step.
+
+    Attributes:
+        steps: counted from 1.
+        losses: NaN where nobody reported one.
+        rates: learning rates.
+        seconds: the time trained when the step was reported, which many are at once.
+        phases: seconds of each; NaN where they are not known.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    phases: list[Phases] = field(default_factory=list)
+
+
+def read_steps(path: Path) -> StepTimes:
+    """Return all that a metrics file says of steps, without incomplete rows."""
+    found = StepTimes()
+    for row in _rows(path):
+        if row[1] == "loss" and not (row[3] == "" and row[4]):  # else an evaluation's
+            found.steps.append(int(row[0]))
+            found.losses.append(float(row[2]))
+            found.rates.append(_number(row[3]))
+            found.seconds.append(_number(row[4]))
+            found.phases.append(Phases(*map(_number, row[6:11])))
+    return found
+
+
 def evaluation_at(path: Path, step: int) -> dict[str, float]:
     """Return the metrics of the evaluation after a step; {} if the file has none."""
     if not path.is_file():
@@ -105,9 +152,16 @@ def _rows(path: Path) -> list[list[str]]:
         for row in csv.reader(file):
             with contextlib.suppress(ValueError, IndexError):
                 float(row[2]), int(row[0])
-                if len(row) in (3, len(COLUMNS)):
+                if len(row) in _LENGTHS:
                     rows.append(row + [""] * (len(COLUMNS) - len(row)))
     return rows
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _seconds(row: list[str]) -> float:

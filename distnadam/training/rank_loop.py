@@ -6,6 +6,7 @@ It runs in a thread or in a Ray actor and does not know which.
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from time import perf_counter
 from typing import Any
 
 from distnadam.errors import (
@@ -16,8 +17,10 @@ from distnadam.errors import (
     TrainingError,
     Unrecoverable,
 )
+from distnadam.optimizer import DistNadam
 from distnadam.training.steps import RankStep
 from distnadam.training.task import Task
+from distnadam.training.task_code import TaskCode
 from distnadam.training.task_state import StatefulTask, state_of
 from distnadam.worker import Worker
 
@@ -58,15 +61,20 @@ class RankLoop:
         while (step := self._worker.round) < end:
             self._check_state(step)
             location = f"worker {self._worker.rank}, step {step}"
+            began = perf_counter()
             try:
                 if self._accumulate == 1:
                     loss, gradients = self._loss_and_gradients(step, params, location)
                 else:
                     loss, gradients = self._accumulated(step, params, location), None
                 self._seen[step] = RankStep(loss, None)
+                computed = perf_counter()
                 with _structure_errors(location):
                     params = self._worker.step(gradients)
-                self._seen[step] = RankStep(loss, self._worker.session.lr)
+                ended, session = perf_counter(), self._worker.session
+                pushed = min(max(computed, session.pushed_at), ended)
+                times = computed - began, pushed - computed, ended - pushed
+                self._seen[step] = RankStep(loss, session.lr, *times)
             except (StaleEpoch, LatePush):
                 params = self._pull()
         seen, self._seen = self._seen, {}
@@ -118,6 +126,20 @@ class RankLoop:
         while True:
             with suppress(StaleEpoch):
                 return self._worker.pull()
+
+
+def make_rank_loop(
+    rank: int,
+    task: Task,
+    *,
+    code: TaskCode | None,
+    optimizer: DistNadam,
+    world_size: int,
+    first: int,
+    accumulate: int,
+) -> RankLoop:
+    """Return the loop of a rank, in its process; `code` was unpickled before the task."""
+    return RankLoop(task, optimizer.worker(rank), world_size, first, accumulate)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class RankRunner:
         num_ranks: how many ranks there are.
         optimizer: the optimizer that they step.
         retries: counts the recoveries.
-        on_message: receives a sentence for the user about each recovery.
+        on_recovery: receives who recovered, and a sentence for the user about it.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class RankRunner:
         *,
         optimizer: DistNadam,
         retries: RetryBudget,
-        on_message: Callable[[str], None],
+        on_recovery: Callable[[str, str], None],
     ) -> None:
         self._group = group
         self._num_ranks = num_ranks
         self._optimizer = optimizer
         self._retries = retries
-        self._on_message = on_message
+        self._on_recovery = on_recovery
         self.segments = 0  # begun so far
         self._running: dict[int, int] = {}  # the end of its segment, by rank
         self._ended: dict[int, int] = {}  # the last incarnation that is known to be gone, by rank
@@ -176,14 +176,15 @@ class RankRunner:
             self._start(rank, self._running[rank])
         elif isinstance(error, TrainingError) or not isinstance(error, DistNadamError):
             self._retries.count(self._optimizer.round, error, rank)
-            self._on_message(f"{error}; trying again")
+            self._on_recovery(f"worker {rank}", f"{error}; trying again")
             self._start(rank, self._running[rank])
         else:
             raise error
 
     def _replace(self, rank: int, error: Exception) -> None:
         self._retries.count(self._optimizer.round, error, rank)
-        self._on_message(restart_sentence(rank, self._optimizer.round, error))
+        sentence = restart_sentence(rank, self._optimizer.round, error)
+        self._on_recovery(f"worker {rank}", sentence)
         self._group.end(rank)
         # a death is often reported twice, by the backend and by the shards, which may be late: the
         # second report must not end the successor

@@ -7,7 +7,7 @@ all shards are lost, or a task's own state, the run starts again from its newest
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,13 +28,12 @@ from distnadam.errors import (
     Unrecoverable,
 )
 from distnadam.optimizer import DistNadam
-from distnadam.shield import shield
 from distnadam.training.callbacks import CallbackList
 from distnadam.training.checkpoint_manager import CheckpointManager, Plan
 from distnadam.training.history import History
 from distnadam.training.metrics_file import evaluation_at
 from distnadam.training.plot import plot_loss
-from distnadam.training.rank_loop import RankLoop, task_errors
+from distnadam.training.rank_loop import make_rank_loop, task_errors
 from distnadam.training.rank_runner import RankRunner, RetryBudget
 from distnadam.training.resuming import (
     Found,
@@ -44,10 +43,12 @@ from distnadam.training.resuming import (
     settings_of_resumed,
     with_what_is_saved,
 )
-from distnadam.training.steps import RankStep, StepRecord, in_words
+from distnadam.training.step_reports import SeenSteps, incomplete, report_steps
+from distnadam.training.steps import in_words
 from distnadam.training.task import Task
 from distnadam.training.task_code import TaskCode
 from distnadam.training.termination import STATUS, Termination
+from distnadam.training.watch import Watch
 
 SEGMENT_S = 0.3
 """The duration in seconds that segments are lengthened or shortened to."""
@@ -112,8 +113,14 @@ class TrainingRun:
         try:
             while not self._attempt():
                 self.request = replace(self.request, resume="auto")
-        except RayLost as error:
-            raise with_what_is_saved(error, self.lock.directory) from error
+            self.history.outcome = self.callbacks.outcome(
+                terminated=self.termination.requested, interrupted=self._interrupted
+            )
+        except BaseException as error:
+            self.history.outcome = f"failed: {type(error).__name__}: {error}"
+            if isinstance(error, RayLost):
+                raise with_what_is_saved(error, self.lock.directory) from error
+            raise
         finally:
             self.history.seconds = time.monotonic() - began
             self.history.recoveries = self._retries.total + self._shard_recoveries
@@ -149,7 +156,7 @@ class TrainingRun:
         except (ShardLost, Unrecoverable, Rewound) as error:
             if not (state.is_kept and self._retries.total > recoveries):  # a rank's is counted
                 self._retries.count(self._reached, error)
-            self.callbacks.on_message(f"{error}; beginning again from the newest checkpoint")
+            self._recovered("run", f"{error}; beginning again from the newest checkpoint")
             return False
         finally:
             self._follow(None)
@@ -196,7 +203,7 @@ class TrainingRun:
             if optimizer.backend_name != "local":
                 self.callbacks.on_phase(f"starting {num_workers} workers")
             make = partial(
-                _rank_loop,
+                make_rank_loop,
                 code=self._code,  # unpickled before the task, which needs it
                 optimizer=optimizer,
                 world_size=num_workers,
@@ -209,10 +216,11 @@ class TrainingRun:
                 num_workers,
                 optimizer=optimizer,
                 retries=self._retries,
-                on_message=self.callbacks.on_message,
+                on_recovery=self._recovered,
             )
+            watch = Watch(optimizer.shards, group, self.callbacks)
             try:
-                self._train(optimizer, ranks, checkpoints, first)
+                self._train(optimizer, ranks, checkpoints, watch, first)
             except KeyboardInterrupt:
                 if self._interrupted:
                     raise
@@ -229,7 +237,12 @@ class TrainingRun:
                 group.close()
 
     def _train(
-        self, optimizer: DistNadam, ranks: RankRunner, checkpoints: CheckpointManager, step: int
+        self,
+        optimizer: DistNadam,
+        ranks: RankRunner,
+        checkpoints: CheckpointManager,
+        watch: Watch,
+        step: int,
     ) -> None:
         """Run segments of about `SEGMENT_S` from `step` to the plan's end, or until Ctrl-C."""
         plan, length = self.plan, 1
@@ -237,17 +250,18 @@ class TrainingRun:
         skipped = step > 0 and plan.due(plan.evaluate_every, step)
         if skipped and not evaluation_at(self.history.metrics_path, step):
             self._at_boundary(ranks, checkpoints, step, [partial(self._evaluate, optimizer)])
-        while step < plan.steps and not self._interrupted:
-            if self._must_stop:
-                self._interrupted = True
-                break
+        watch.look(step)
+        while step < plan.steps and not self._ends_early:
             end = min(step + length, plan.boundary_after(step))
             began, recoveries = time.monotonic(), self._retries.total
             seen = self._run_segment(ranks, end)
             seconds = max(time.monotonic() - began, 1e-6)
-            self._report(seen, step, end, seconds)
+            watch.look(end)
+            report_steps(
+                self.callbacks, self.history, seen, range(step, end), seconds, watch.apply_s
+            )
             if self._retries.total > recoveries:
-                self._report_missing(seen, step, end)
+                self._report_missing(seen, range(step, end))
             length = max(1, min(2 * length, int(SEGMENT_S * (end - step) / seconds)))
             step = self._reached = end
             due: list[Callable[[int], None]] = []
@@ -256,16 +270,21 @@ class TrainingRun:
             if plan.due(plan.save_every, step) and not self._interrupted:
                 due.append(partial(self._save, checkpoints, optimizer, wait=step == plan.steps))
             self._at_boundary(ranks, checkpoints, step, due)
-        if self._interrupted:
+        if step < plan.steps or self._interrupted:
             save = partial(self._save, checkpoints, optimizer, wait=True)
             self._at_boundary(ranks, checkpoints, step, [save])
-            self.callbacks.on_message(f"saved step {step} of {plan.steps}")
+            stopped = self.callbacks.run.stopped
+            why = "" if stopped is None else f": {stopped}"
+            self.callbacks.on_message(f"saved step {step} of {plan.steps}{why}")
 
     @property
-    def _must_stop(self) -> bool:
-        """Whether something other than a Ctrl-C during the steps ends the run before its end."""
-        callbacks = self.callbacks
-        return self.termination.requested or callbacks.interrupted or callbacks.failure is not None
+    def _ends_early(self) -> bool:
+        """Whether Ctrl-C, SIGTERM or a callback ends the run after the running steps."""
+        return self._interrupted or self.termination.requested or self.callbacks.ends_run
+
+    def _recovered(self, who: str, text: str) -> None:
+        self.callbacks.on_recovery(self._reached, who, text)
+        self.callbacks.on_message(text)
 
     def _at_boundary(
         self,
@@ -285,7 +304,7 @@ class TrainingRun:
                 self._run_segment(ranks, step)
         checkpoints.poll()
 
-    def _run_segment(self, ranks: RankRunner, end: int) -> dict[int, dict[int, RankStep]]:
+    def _run_segment(self, ranks: RankRunner, end: int) -> SeenSteps:
         """Train until round `end` and return what each rank saw of each step.
 
         The first Ctrl-C lets the segment end and stops the run after it; a second one raises.
@@ -304,23 +323,9 @@ class TrainingRun:
             )
             return ranks.finish()
 
-    def _report(
-        self, seen: Mapping[int, Mapping[int, RankStep]], begin: int, end: int, seconds: float
-    ) -> None:
-        """Report the steps from `begin` to `end`; others were reported before shards went back."""
-        for step in range(begin, end):
-            record = StepRecord.of(step + 1, seen.get(step, {}))
-            self.history.step_seconds += seconds / (end - begin)
-            with shield:  # no row is lost to a Ctrl-C
-                self.callbacks.on_record(record)
-            self.callbacks.on_step(record.step, record.loss)
-
-    def _report_missing(
-        self, seen: Mapping[int, Mapping[int, RankStep]], begin: int, end: int
-    ) -> None:
+    def _report_missing(self, seen: SeenSteps, steps: range) -> None:
         """Say which losses are not the mean over all ranks, after a recovery."""
-        everyone = self.request.settings.topology.num_workers
-        missing = [step + 1 for step in range(begin, end) if len(seen.get(step, {})) < everyone]
+        missing = incomplete(seen, steps, self.request.settings.topology.num_workers)
         if missing:
             self.callbacks.on_message(
                 f"steps {in_words(missing)}: the loss is the mean over the ranks that metrics.csv "
@@ -365,7 +370,12 @@ class TrainingRun:
         return optimizer
 
     def _follow(self, optimizer: DistNadam | None, refusal: str | None = _NOT_NOW) -> None:
-        """Have the optimizer that was given show the run's settings, and change them or not."""
+        """Have the optimizer that was given show the run's settings, and change them or not; and
+        callbacks see the run's.
+        """
+        self.callbacks.run.follow(optimizer)
+        if optimizer is not None:
+            optimizer.follow(None, refusal)
         if self.template is not None:
             self.template.follow(optimizer, refusal)
 
@@ -383,16 +393,3 @@ class TrainingRun:
             self.history.plot_path = plot_loss(self.history.metrics_path, self.root / "loss.png")
         except (TrainingError, OSError, MemoryError) as error:  # of a run that is done
             self.callbacks.on_message(f"no plot: {error}")
-
-
-def _rank_loop(
-    rank: int,
-    task: Task,
-    *,
-    code: TaskCode | None,
-    optimizer: DistNadam,
-    world_size: int,
-    first: int,
-    accumulate: int,
-) -> RankLoop:
-    return RankLoop(task, optimizer.worker(rank), world_size, first, accumulate)

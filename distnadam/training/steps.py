@@ -1,51 +1,108 @@
-"""What is known of each step of a run: its loss, its learning rate, and whose loss that is."""
+"""What is known of each step of a run: its loss, its learning rate, whose loss that is, and where
+its time went.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class RankStep:
+class RankStep(NamedTuple):
     """What one rank saw of one step.
 
-    Args:
+    Attributes:
         loss: the rank's own.
         lr: the learning rate that the step was applied with; None if the rank did not see its end.
+        compute_s: seconds of its batch, loss and gradients.
+        push_s: seconds in which the gradients were written where the shards read them.
+        flight_s: seconds from there until the new parameters could be read.
     """
 
     loss: float
     lr: float | None
+    compute_s: float = math.nan
+    push_s: float = math.nan
+    flight_s: float = math.nan
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
+class Phases(NamedTuple):
+    """Where the time of a step went, in seconds, each the mean over the ranks; NaN if not known.
+
+    They add up to the step. No two clocks are compared: after its push each rank waits, the last
+    one only for the shards, so that a rank's excess over the shortest of these waits is what it
+    waited for others.
+
+    Attributes:
+        compute: for the batch, the loss and its gradients.
+        push: writing the gradients where the shards read them.
+        wait: waiting for other ranks.
+        apply: the shards' step: the slowest shard's mean over the steps since it was last asked.
+        pull: the rest until the new parameters can be read: messages, and bytes between hosts.
+    """
+
+    compute: float
+    push: float
+    wait: float
+    apply: float
+    pull: float
+
+    @property
+    def total(self) -> float:
+        """The step's seconds."""
+        return sum(self)
+
+
+UNKNOWN = Phases(*[math.nan] * 5)
+"""Of a step whose end no rank has reported."""
+
+
+class StepRecord(NamedTuple):
     """One step of a run.
 
-    Args:
+    Attributes:
         step: counted from 1.
         loss: the mean over `ranks`; NaN if there are none.
         lr: the learning rate that it was applied with; NaN if nobody saw it.
         ranks: the ranks whose loss is known: all, unless the process of one died before it could
             report what it had pushed, or the run goes on without one.
+        phases: where its time went.
     """
 
     step: int
     loss: float
     lr: float
     ranks: tuple[int, ...]
+    phases: Phases = UNKNOWN
 
     @classmethod
-    def of(cls, step: int, seen: Mapping[int, RankStep]) -> "StepRecord":
-        """Return the record of a step from what each rank saw of it."""
+    def of(cls, step: int, seen: Mapping[int, RankStep], apply_s: float = 0.0) -> "StepRecord":
+        """Return the record of a step from what each rank saw of it.
+
+        Args:
+            step: counted from 1.
+            seen: by rank.
+            apply_s: seconds of the shards' step.
+        """
         ranks = tuple(sorted(seen))
-        rates = [each.lr for each in seen.values() if each.lr is not None]
-        return cls(
-            step=step,
-            loss=sum(seen[rank].loss for rank in ranks) / len(ranks) if ranks else math.nan,
-            lr=rates[0] if rates else math.nan,
-            ranks=ranks,
-        )
+        count, lr, shortest = 0, math.nan, math.inf
+        loss = compute = push = flight = 0.0
+        for rank in ranks:  # in one pass: this is done for every step of a run
+            its_loss, its_lr, its_compute, its_push, its_flight = seen[rank]
+            loss += its_loss
+            if its_lr is not None:
+                if not count:
+                    lr = its_lr
+                count += 1
+                compute += its_compute
+                push += its_push
+                flight += its_flight
+                shortest = min(shortest, its_flight)
+        if not count:
+            return cls(step, loss / len(ranks) if ranks else math.nan, lr, ranks)
+        apply_s = min(apply_s, shortest)
+        wait = flight / count - shortest
+        phases = Phases(compute / count, push / count, wait, apply_s, shortest - apply_s)
+        return cls(step, loss / len(ranks), lr, ranks, phases)
 
 
 def in_words(numbers: Iterable[int]) -> str:

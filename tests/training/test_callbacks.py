@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from distnadam.client.status import ShardStatus, Status
 from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.history import History, Recorder
@@ -18,12 +19,27 @@ from distnadam.training.metrics_file import MetricsFile, evaluation_at, read_met
 from distnadam.training.progress import ProgressDisplay
 from distnadam.training.steps import RankStep, StepRecord
 
+STATUS = Status(
+    name=None,
+    step=4,
+    round=4,
+    skipped=0,
+    lr=0.1,
+    steps_per_s=None,
+    shards=(ShardStatus(0, "this process", "waiting"),),
+    workers={0: "computing"},
+    replicas=0,
+    checkpoint=None,
+    at=0.0,
+)
 EVENTS: list[tuple[str, tuple[Any, ...]]] = [
     ("on_begin", (3, 9)),
     ("on_record", (StepRecord(step=4, loss=0.5, lr=0.1, ranks=(0, 1)),)),
     ("on_step", (4, 0.5)),
     ("on_evaluate", (4, {"accuracy": 0.9})),
     ("on_save", (4, Path("step_00000004"))),
+    ("on_recovery", (4, "worker 1", "worker 1: its process died")),
+    ("on_status", (STATUS, {0: "this process"})),
     ("on_message", ("resuming",)),
     ("on_phase", ("starting Ray",)),
     ("on_end", ()),
@@ -55,6 +71,12 @@ class Recording(Callback):
 
     def on_save(self, step: int, path: Path | str) -> None:
         self.events.append((self.name, "on_save", (step, path)))
+
+    def on_recovery(self, step: int, who: str, text: str) -> None:
+        self.events.append((self.name, "on_recovery", (step, who, text)))
+
+    def on_status(self, status: Status, workers: Mapping[int, str]) -> None:
+        self.events.append((self.name, "on_status", (status, workers)))
 
     def on_message(self, text: str) -> None:
         self.events.append((self.name, "on_message", (text,)))

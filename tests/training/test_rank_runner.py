@@ -114,7 +114,7 @@ def test_a_ctrl_c_while_rank_0_is_asked_for_its_state_leaves_no_answer_behind(be
         )
         group.before = before
         ranks = RankRunner(
-            group, 2, optimizer=optimizer, retries=RetryBudget(), on_message=lambda _: None
+            group, 2, optimizer=optimizer, retries=RetryBudget(), on_recovery=lambda *_: None
         )
         for end in (2, 4):
             ranks.begin(end)
@@ -142,7 +142,11 @@ def test_a_step_that_a_rank_died_with_is_known_by_the_others(doomed: set[int]) -
         )
         group.doomed = set(doomed)
         ranks = RankRunner(
-            group, 2, optimizer=optimizer, retries=RetryBudget(), on_message=messages.append
+            group,
+            2,
+            optimizer=optimizer,
+            retries=RetryBudget(),
+            on_recovery=lambda _, text: messages.append(text),
         )
         seen = []
         for end in (3, 5):

@@ -6,12 +6,11 @@ at close. Messages go by `RayShardTransport`, arrays by `RayWorkerChannel`.
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import ray
 from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 from typing_extensions import override
@@ -23,7 +22,12 @@ from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.names import end_optimizer, named
-from distnadam.backends.ray.nodes import await_start, check_versions, node_facts
+from distnadam.backends.ray.nodes import (
+    await_start,
+    check_versions,
+    node_facts,
+    nodes_in_words,
+)
 from distnadam.backends.ray.placement import check_fits
 from distnadam.backends.ray.session import OwnedRay, connect_or_start
 from distnadam.backends.ray.shard_transport import RayShardTransport
@@ -178,12 +182,12 @@ class RayBackend(Backend):
 
     @override
     def hosts(self) -> list[str]:
-        return _in_words([address.node for address in self.addresses])
+        return nodes_in_words([address.node for address in self.addresses])
 
     @override
     def standbys(self) -> dict[int, str]:
         nodes = self.supervisor.standby_nodes()
-        return dict(zip(nodes, _in_words(nodes.values()), strict=True))
+        return dict(zip(nodes, nodes_in_words(nodes.values()), strict=True))
 
     @override
     def worker_group(
@@ -214,10 +218,3 @@ class RayBackend(Backend):
 def _made(make: Callable[..., Any], given: bytes, rank: int) -> Any:
     """Return a rank's object, in its process, made of copies of what was given."""
     return make(rank, *cloudpickle.loads(given))
-
-
-@while_ray_lives()
-def _in_words(nodes: Iterable[str]) -> list[str]:
-    """Return the address of each of Ray's nodes, with the beginning of Ray's id for it."""
-    addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
-    return [f"{addresses.get(node, 'a node that is gone')} ({node[:8]})" for node in nodes]

@@ -5,14 +5,14 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from distnadam.backends.ray.calls import Callee, is_lost, translate
-from distnadam.backends.ray.joined import require_ray
+from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
 from distnadam.errors import InsufficientResources, ShardLost, VersionMismatch
@@ -110,3 +110,10 @@ def start_error(error: RayError) -> Exception:
     if isinstance(error, RayActorError) and not isinstance(error, RayTaskError):
         return ShardLost(f"a shard did not start: {text}")  # the cause is below the first line
     return translate(error, Callee(who="a shard that was starting"))
+
+
+@while_ray_lives()
+def nodes_in_words(nodes: Iterable[str]) -> list[str]:
+    """Return the address of each of Ray's nodes, with the beginning of Ray's id for it."""
+    addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
+    return [f"{addresses.get(node, 'a node that is gone')} ({node[:8]})" for node in nodes]

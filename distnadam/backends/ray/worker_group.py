@@ -16,6 +16,7 @@ from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import kill_on, make_member
 from distnadam.backends.ray.calls import Callee, ignore_results, translate
 from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
+from distnadam.backends.ray.nodes import nodes_in_words
 from distnadam.backends.ray.output import where_reports_are
 from distnadam.backends.ray.placement import RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
@@ -50,6 +51,7 @@ class RayWorkerGroup(WorkerGroup):
         self._actors: dict[int, Any] = {}
         self._places: dict[Any, Any] = {}
         self._starting: dict[int, float] = {}  # when each was asked for
+        self._hosts: dict[int, str] = {}  # of those that are known to have started
         self._calls: dict[Any, int] = {}
         for rank in range(size):
             self.start(rank)
@@ -73,7 +75,26 @@ class RayWorkerGroup(WorkerGroup):
 
     @override
     @while_ray_lives()
+    def hosts(self) -> dict[int, str]:
+        refs = {
+            rank: self._places[actor]
+            for rank, actor in self._actors.items()
+            if rank not in self._hosts
+        }
+        if refs:
+            started = set(ray.wait(list(refs.values()), num_returns=len(refs), timeout=0)[0])
+            nodes: dict[int, str] = {}
+            for rank, ref in refs.items():
+                if ref in started:
+                    with contextlib.suppress(RayError):  # it never started
+                        nodes[rank] = ray.get(ref).node
+            self._hosts |= dict(zip(nodes, nodes_in_words(nodes.values()), strict=True))
+        return dict(self._hosts)
+
+    @override
+    @while_ray_lives()
     def end(self, rank: int) -> None:
+        self._hosts.pop(rank, None)
         self._end([self._actors[rank]])
         self._forget([ref for ref, called in self._calls.items() if called == rank])
 
