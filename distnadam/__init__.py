@@ -87,7 +87,7 @@ _HOMES = {
 }
 _MODULES = (
     *("checkpoint", "config", "errors", "groups", "hyperparameters", "interop", "metrics"),
-    *("optimizer", "schedules", "training", "variants", "worker"),
+    *("optimizer", "schedules", "torch", "training", "variants", "worker"),
 )
 """Public modules that `import distnadam` makes available, each at its first use."""
 

@@ -33,6 +33,7 @@ ORDER = """
     optimizer
     variants
     frontends
+    torch
     training
     cli
     __main__ __init__

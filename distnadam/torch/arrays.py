@@ -1,0 +1,47 @@
+"""NumPy's memory as torch's tensors and back, without a copy. Nothing of optimizers."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from distnadam.tensors.arrays import BFLOAT16, Array
+from distnadam.tensors.leaves import as_numpy
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integers in which a number of that many bytes is compared bit by bit."""
+
+
+class _Memory:
+    """An array's memory, also where NumPy says that it is read-only, of which torch would warn."""
+
+    def __init__(self, array: Array) -> None:
+        interface = dict(array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+        self._array = array  # keeps the memory
+
+
+def as_torch(array: Any) -> torch.Tensor:
+    """Return a tensor over an array's memory, which must not be written if the array's must not; a
+    NumPy scalar's is its own.
+    """
+    if not isinstance(array, np.ndarray):
+        array = np.array(array)
+    is_bfloat16 = array.dtype == BFLOAT16
+    if is_bfloat16:
+        array = array.view(np.int16)
+    if not array.flags.writeable:
+        array = np.asarray(_Memory(array))
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+def as_array(tensor: torch.Tensor) -> Array:
+    """Return a tensor's numbers, without a copy where its memory allows."""
+    return as_numpy(tensor.detach())
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view of a tensor as integers."""
+    return tensor.detach().view(BITS[tensor.element_size()])

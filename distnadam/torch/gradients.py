@@ -1,0 +1,149 @@
+"""A model's gradients, and where they lie for the shards: each has a slot in the worker's memory.
+
+A hook copies a gradient into its slot once the backward pass has it, while it is in the cache, and
+makes the slot the tensor's `.grad`. From then on whoever changes `.grad` changes what is sent:
+another backward pass, `unscale_`, clipping, a write through `.data`. What `.grad` is at `step` is
+what counts: another tensor is copied, None is no gradient. A gradient that requires a gradient
+itself (`create_graph`) stays as it is, and is copied at `step`.
+
+A slot is overwritten at the next step. Whoever kept the gradient has it as torch leaves it: the
+tensor that was kept gets memory of its own first.
+"""
+
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from distnadam.errors import GradientError
+from distnadam.torch.arrays import as_torch
+
+
+class Gradients:
+    """The gradients of tensors, and their slots once there are some.
+
+    Args:
+        names: one for each tensor.
+        tensors: the model's, each once.
+    """
+
+    def __init__(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+        self._names = list(names)
+        self._tensors = list(tensors)
+        self._arrays: list[Any] = []
+        self._slots: list[torch.Tensor] = []
+        self._storages: list[Any] = []
+        self._is_hooked = False
+        self._handles: list[Any] = [None] * len(self._tensors)
+
+    def open(self, tree: dict[str, Any], *, in_place: bool) -> None:
+        """Have slots from now on.
+
+        Args:
+            tree: the worker's views, by name.
+            in_place: whether hooks move gradients there during the backward pass.
+        """
+        self._arrays = [tree[name] for name in self._names]
+        self._slots = [as_torch(array) for array in self._arrays]
+        self._storages = [slot.untyped_storage() for slot in self._slots]
+        self._is_hooked = in_place
+        if in_place:
+            for index in range(len(self._tensors)):
+                self._hook(index)
+
+    def close(self) -> None:
+        """Remove the hooks; gradients stay where they are."""
+        for handle in filter(None, self._handles):
+            handle.remove()
+
+    def gather(self) -> list[int]:
+        """Have each gradient in its slot, to be pushed from there; return the tensors without one.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            GradientError: a view of an earlier gradient is kept.
+        """
+        absent = []
+        for index, tensor in enumerate(self._tensors):
+            gradient = tensor.grad
+            if gradient is self._slots[index]:
+                continue
+            if gradient is None:
+                absent.append(index)
+                continue
+            if gradient.layout != torch.strided:
+                raise _sparse(self._names[index])
+            self._free(index)
+            self._slots[index].copy_(gradient.detach())
+            if self._is_hooked and self._handles[index] is None:
+                self._hook(index)  # it was frozen before
+        return absent
+
+    def _hook(self, index: int) -> None:
+        """Have a tensor's gradients moved during the backward pass, where a slot can be `.grad`."""
+        tensor, own = self._tensors[index], weakref.ref(self)
+        dtype, device = self._slots[index].dtype, self._slots[index].device
+        if not (tensor.requires_grad and tensor.is_leaf):
+            return
+        if (dtype, device) != (tensor.dtype, tensor.device):
+            return
+
+        def move(tensor: torch.Tensor) -> None:
+            gradients = own()
+            if gradients is not None:
+                gradients._move(index, tensor)
+
+        self._handles[index] = tensor.register_post_accumulate_grad_hook(move)
+
+    def _move(self, index: int, tensor: torch.Tensor) -> None:
+        """Move a gradient that the backward pass has made into its slot."""
+        gradient = tensor.grad
+        if gradient is None or gradient is self._slots[index]:
+            return
+        if gradient.requires_grad or gradient.layout != torch.strided:
+            return
+        try:
+            self._free(index)
+        except GradientError:  # it is raised by `step`, unless they are gone by then
+            return
+        slot = self._slots[index]
+        slot.copy_(gradient)
+        tensor.grad = slot
+
+    def _free(self, index: int) -> None:
+        """Have a slot that may be overwritten.
+
+        Raises:
+            GradientError: somebody keeps a view of it, which cannot get memory of its own.
+        """
+        if _uses(self._storages[index]) > _SLOT_ALONE:
+            raise GradientError(
+                f"a view of an earlier gradient of {self._names[index]!r} is kept (by .view(), "
+                ".detach() or .numpy()), and its memory is used again: keep a .clone()"
+            )
+        if sys.getrefcount(self._slots[index]) > _LISTED_ALONE:  # this very tensor is kept
+            kept = self._slots[index]
+            kept.set_(kept.clone())
+            self._slots[index] = as_torch(self._arrays[index])
+            self._storages[index] = self._slots[index].untyped_storage()
+
+
+def _sparse(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"distnadam does not support sparse gradients, and that of {name!r} is one: give its "
+        ".to_dense()"
+    )
+
+
+def _uses(storage: Any) -> int:
+    """Return how many tensors, and Python's own object, have a storage."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+_SLOT_ALONE = 2
+_LISTED = [torch.empty(())]
+_LISTED_ALONE = sys.getrefcount(_LISTED[0])
+"""The references of a tensor that one list has and nobody else."""

@@ -1,0 +1,163 @@
+"""The shards' moments and clocks as torch's state of each parameter, and back. No shards.
+
+torch.optim.NAdam keeps `step`, `mu_product`, `exp_avg` and `exp_avg_sq` of each parameter; Adam
+and AdamW have no `mu_product`. It is float64 here, as the shards have it; torch rounds it to the
+parameter's dtype where its class loads it.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from distnadam.errors import StructureError
+from distnadam.nadam.step_scalars import Clock
+from distnadam.reproducible_math import power_of_step
+from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.layout import Layout
+from distnadam.torch.arrays import as_array, as_torch
+
+State = dict[torch.Tensor, dict[str, Any]]
+MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+_EXACT = 2**24
+"""Steps that float32 counts."""
+
+
+def new_state(tensors: Sequence[torch.Tensor], *, has_product: bool) -> State:
+    """Return the state before the first step."""
+    state: State = defaultdict(dict)
+    for tensor in tensors:
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        state[tensor] = {
+            **_clock(0, 1.0, has_product=has_product),
+            **{name: torch.zeros(tensor.shape, dtype=wide) for name in MOMENTS.values()},
+        }
+    return state
+
+
+def state_of(
+    layout: Layout,
+    clock: Clock,
+    moments: Mapping[str, Flat],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    has_product: bool,
+) -> State:
+    """Return the state of what the shards hold.
+
+    Args:
+        layout: the model's, whose paths are the names of the tensors.
+        clock: the optimizer's.
+        moments: "m" and "v", which the state takes over.
+        tensors: the model's by name.
+        has_product: whether the formula has a momentum schedule.
+    """
+    state: State = defaultdict(dict)
+    views = {name: layout.views(moments[slot]) for slot, name in MOMENTS.items()}
+    for index, spec in enumerate(layout.tensors):
+        steps, product = clock.iterations, clock.m_schedule
+        state[tensors[spec.path]] = {
+            **_clock(steps, product, has_product=has_product),
+            **{name: as_torch(views[name][index]) for name in MOMENTS.values()},
+        }
+    return state
+
+
+def _clock(steps: int, product: float, *, has_product: bool) -> dict[str, torch.Tensor]:
+    wide = torch.float32 if steps <= _EXACT else torch.float64
+    clock = {"step": torch.tensor(float(steps), dtype=wide)}
+    if has_product:
+        clock["mu_product"] = torch.tensor(product, dtype=torch.float64)
+    return clock
+
+
+def same(one: State, other: State) -> bool:
+    """Whether two states are equal to the bit, of the same tensors."""
+    return one.keys() == other.keys() and all(
+        one[key].keys() == other[key].keys()
+        and all(_equal(one[key][name], other[key][name]) for name in one[key])
+        for key in one
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        pair = [each.detach().to("cpu", torch.float64) for each in (one, other)]
+        return one.shape == other.shape and bool(torch.equal(*pair))
+    return float(one) == float(other)
+
+
+def check_state(
+    state: Mapping[torch.Tensor, Mapping[str, Any]], names: Mapping[torch.Tensor, str]
+) -> None:
+    """Raise StructureError for a state that the tensors cannot have, naming the tensor, what was
+    expected and what was given.
+    """
+    for tensor, each in state.items():
+        if tensor not in names:
+            continue
+        who = f"of {names[tensor]!r}"
+        if "max_exp_avg_sq" in each:
+            raise StructureError(
+                f"load_state_dict: max_exp_avg_sq {who}: it is amsgrad's, which is not supported"
+            )
+        for name in MOMENTS.values():
+            if name in each:
+                _check_moment(f"load_state_dict: {name} {who}", name, each[name], tensor.shape)
+        steps, product = float(each.get("step", 0.0)), float(each.get("mu_product", 1.0))
+        if not 0 <= steps < 2**53 or steps != int(steps):
+            raise StructureError(
+                f"load_state_dict: step {who}: expected a whole number of at least 0, got {steps!r}"
+            )
+        if not 0.0 <= product <= 1.0:
+            raise StructureError(
+                f"load_state_dict: mu_product {who}: expected a number in [0, 1], got {product!r}"
+            )
+
+
+def _check_moment(what: str, name: str, given: Any, shape: Sequence[int]) -> None:
+    array = as_array(given) if isinstance(given, torch.Tensor) else np.asarray(given)
+    if array.shape != tuple(shape):
+        raise StructureError(f"{what}: expected shape {tuple(shape)}, got shape {array.shape}")
+    wide = array.astype(np.float64)
+    if not np.isfinite(wide).all() or (name == "exp_avg_sq" and (wide < 0).any()):
+        must = "finite and at least 0" if name == "exp_avg_sq" else "finite"
+        raise StructureError(f"{what}: expected numbers that are {must}")
+
+
+def flat_of(
+    layout: Layout,
+    state: Mapping[torch.Tensor, Mapping[str, Any]],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    beta_1: float | None,
+) -> tuple[Clock, dict[str, Flat]]:
+    """Return the clock and the moments of a checked state; a tensor that it lacks is before its
+    first step.
+
+    Args:
+        layout: the model's.
+        state: torch's.
+        tensors: the model's by name.
+        beta_1: the constant momentum, whose power the product is; None: the state has it.
+
+    Raises:
+        StructureError: tensors have different clocks.
+    """
+    moments = {slot: empty_flat(layout.sizes) for slot in MOMENTS}
+    for slot, name in MOMENTS.items():
+        for spec, view in zip(layout.tensors, layout.views(moments[slot]), strict=True):
+            given = state.get(tensors[spec.path], {}).get(name, 0.0)
+            view[...] = as_array(given) if isinstance(given, torch.Tensor) else given
+    clocks = []
+    for spec in layout.tensors:
+        each = state.get(tensors[spec.path], {})
+        steps, product = int(float(each.get("step", 0.0))), float(each.get("mu_product", 1.0))
+        if beta_1 is not None:
+            product = power_of_step(beta_1, 1.0, steps) if steps else 1.0
+        clocks.append((steps, product))
+    if len(set(clocks)) > 1:
+        raise StructureError(f"load_state_dict: tensors have different clocks: {clocks[:4]}")
+    return Clock(*clocks[0]), moments
