@@ -26,7 +26,7 @@ ORDER = """
     protocol
     shard transport metrics
     checkpoint
-    runtime supervision interop
+    runtime supervision interop planning
     backends
     client
     worker

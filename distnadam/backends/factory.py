@@ -11,8 +11,9 @@ from typing import Literal
 from distnadam.backends.base import Backend
 from distnadam.config import BackendName
 from distnadam.errors import ClusterError
+from distnadam.planning.measuring import HostSpeed
 from distnadam.protocol.messages import ShardSpec
-from distnadam.transport.link import Links
+from distnadam.transport.link import Link, Links
 
 
 def resolve(asked: BackendName, *, several: bool) -> Literal["local", "ray"]:
@@ -117,6 +118,19 @@ def examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> Li
     from distnadam.backends.ray.links import examine
 
     return examine(ports, measured)
+
+
+def measure_hosts(ports: tuple[int, int] | None) -> tuple[list[HostSpeed], list[Link]]:
+    """Measure all nodes of a Ray cluster at once; see `backends.ray.links.measure_hosts`.
+
+    Raises:
+        ClusterError: Ray is not installed, there is none to join, or a node did not answer.
+    """
+    if not _is_installed():
+        raise ClusterError("measuring hosts needs the package ray: pip install ray")
+    from distnadam.backends.ray.links import measure_hosts
+
+    return measure_hosts(ports)
 
 
 def _is_installed() -> bool:

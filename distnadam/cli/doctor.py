@@ -13,6 +13,7 @@ from rich.table import Table
 
 from distnadam.backends import factory
 from distnadam.checks import check_ports
+from distnadam.cli.constants import measure_constants
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
 from distnadam.cli.running import joined
 from distnadam.errors import KernelError
@@ -130,6 +131,11 @@ def _transport() -> str:
     help="Measure the way from here to each HOST of the cluster, by default to all others.",
 )
 @click.option(
+    "--save",
+    metavar="FILE",
+    help="With --measure: measure all nodes at once too, and write what `plan --constants` reads.",
+)
+@click.option(
     "--port-range",
     type=(int, int),
     metavar="FIRST LAST",
@@ -141,6 +147,7 @@ def doctor(
     address: str | None,
     *,
     measure: bool,
+    save: str | None,
     port_range: tuple[int, int] | None,
     as_json: bool,
 ) -> None:
@@ -151,12 +158,16 @@ def doctor(
     """
     if hosts and not measure:
         raise click.UsageError("HOST is for --measure")
+    if save is not None and not measure:
+        raise click.UsageError("--save is for --measure")
     found = diagnose()
     if measure or address is not None:
         with exit_on_error():
             ports = None if port_range is None else check_ports(port_range)
             with joined(address):
                 found.links = factory.examine(ports, hosts if measure else None)
+                if save is not None:
+                    measure_constants(ports).save(save)
         found.problems += found.links.problems
     if as_json:
         echo_json(found.to_dict())

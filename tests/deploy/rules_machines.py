@@ -11,7 +11,8 @@ from typing import Any
 
 import jsonschema
 
-from deploy import sizes
+from distnadam.planning import memory
+from distnadam.planning.topology import Topology
 from tests.deploy import shell
 from tests.deploy.clusters import quantity
 from tests.deploy.rules_exposure import COMPOSE, DOCKERFILE, ours
@@ -113,11 +114,11 @@ def prometheus_finds_the_nodes(tree: Tree) -> Iterator[str]:
 
 
 def compose_sizes_follow(tree: Tree) -> Iterator[str]:
-    """The services' /dev/shm, store and memory follow from sizes.py and their comment."""
-    said = re.search(r"# deploy/sizes\.py (--parameters .*)", tree.texts[COMPOSE])
+    """The services' /dev/shm, store and memory follow from the plan and their comment."""
+    said = re.search(r"# distnadam plan (--parameters .*)", tree.texts[COMPOSE])
     values = dict(re.findall(r"--([\w-]+) (\S+)", said[1])) if said else {}
-    run = sizes.Run(**{key.replace("-", "_"): int(float(value)) for key, value in values.items()})
-    node = sizes.shared_node(run)
+    run = Topology(**{key.replace("-", "_"): int(float(value)) for key, value in values.items()})
+    node = memory.shared_node(run)
     for name, service in ours(tree).items():
         store = re.search(r"--object-store-memory=(\d+)", service["command"])
         has = (
@@ -127,7 +128,7 @@ def compose_sizes_follow(tree: Tree) -> Iterator[str]:
         if has != (node.store, node.shm, node.memory):
             yield (
                 f"{COMPOSE}: {name} has store, /dev/shm and memory {has}, {node} is what "
-                "sizes.py says"
+                "the plan says"
             )
 
 

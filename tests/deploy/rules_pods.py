@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import click
 
-from deploy import sizes
+from distnadam.planning import memory
+from distnadam.planning.topology import Topology
 from tests.deploy import shell
 from tests.deploy.clusters import FOLDERS, Cluster, clusters, pods, quantity, rendered
 from tests.deploy.commands import entry_point
@@ -236,41 +237,42 @@ def one_cluster_twice(tree: Tree) -> Iterator[str]:
 
 
 def sizes_follow(tree: Tree) -> Iterator[str]:
-    """/dev/shm, object store and memory follow from deploy/sizes.py and the manifest's comment."""
+    """/dev/shm, object store and memory follow from the plan and the manifest's comment."""
     jobs = {
         cluster.folder: cluster for cluster in clusters(tree) if cluster.holder["kind"] == "RayJob"
     }
     for cluster in clusters(tree):
         run = run_of(jobs.get(cluster.folder, jobs["deploy/kubernetes/base"]), cluster)
         wanted = {
-            "head": sizes.head_node(run),
-            "shards": sizes.shard_node(run),
-            "workers": sizes.worker_node(run),
+            "head": memory.head_node(run),
+            "shards": memory.shard_node(run),
+            "workers": memory.worker_node(run),
         }
         for group in cluster.groups:
-            node, memory = (
+            node, limit = (
                 wanted[group.name],
                 quantity(group.container["resources"]["limits"]["memory"]),
             )
-            has = (int(group.params.get("object-store-memory", "0")), int(group.shm), int(memory))
+            has = (int(group.params.get("object-store-memory", "0")), int(group.shm), int(limit))
             if has != (node.store, node.shm, node.memory):
                 yield (
                     f"{cluster.name}, {group.name}: store, /dev/shm and memory are {has}, "
-                    f"{node} is what sizes.py says"
+                    f"{node} is what the plan says"
                 )
 
 
-def run_of(job: Cluster, cluster: Cluster) -> sizes.Run:
+def run_of(job: Cluster, cluster: Cluster) -> Topology:
     """Return the run that a cluster is made for."""
     options, groups = asked(job), {group.name: group.spec for group in cluster.workers}
     annotations = cluster.holder["metadata"]["annotations"]
-    return sizes.Run(
+    workers, each = int(str(options["num_workers"])), _workers_per_node(job)
+    return Topology(
         parameters=int(float(annotations["distnadam/parameters"])),
-        workers=int(str(options["num_workers"])),
+        hosts=-(-workers // each),
+        workers_per_host=each,
         shards=int(str(options["num_shards"])),
         replicas=int(str(options["replicas"])),
-        shard_nodes=groups["shards"]["minReplicas"],
-        workers_per_node=_workers_per_node(job),
+        shard_hosts=groups["shards"]["minReplicas"],
     )
 
 

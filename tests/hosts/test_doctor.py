@@ -1,9 +1,11 @@
 """What `doctor` says of the ways between hosts: their speed, and ports that are closed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distnadam.planning.constants import Constants
 from tests.hosts.cluster import ONE_EACH, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -20,12 +22,15 @@ def doctor(hosts: Cluster, *args: str) -> Any:
     return found
 
 
-def test_doctor_measures_the_way_to_a_host_and_names_ports_that_are_closed(hosts: Cluster) -> None:
+def test_doctor_measures_the_way_to_a_host_and_names_ports_that_are_closed(
+    hosts: Cluster, tmp_path: Path
+) -> None:
     first, second, third = hosts.hosts
     for host in hosts.hosts:
         host.shape(BITS_PER_S)
     try:
-        found = doctor(hosts, "--measure", second.address)
+        saved = str(tmp_path / "constants.json")
+        found = doctor(hosts, "--measure", "--save", saved, second.address)
     finally:
         for host in hosts.hosts:
             host.unshape()
@@ -39,6 +44,9 @@ def test_doctor_measures_the_way_to_a_host_and_names_ports_that_are_closed(hosts
         bits_per_s = 8 * measured["link"][f"{direction}_bytes_per_s"]
         assert 0.5 * BITS_PER_S < bits_per_s < 1.5 * BITS_PER_S
     assert measured["link"]["round_trip_s"] < 0.1
+    constants = Constants.load(saved)  # of all hosts at once, over their cables
+    assert 0.1 * BITS_PER_S < 8 * constants.link_bytes_per_s < 1.5 * BITS_PER_S
+    assert constants.turn_s < 1.0
     assert measured["way"]["carrier"] == "TCP"
     third.close_port(PORT)
     try:

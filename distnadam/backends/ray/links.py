@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import ray
@@ -18,8 +19,10 @@ from distnadam.backends.ray.joined import while_ray_lives
 from distnadam.backends.ray.nodes import start_error
 from distnadam.backends.ray.session import connect_or_start
 from distnadam.errors import ClusterError, ConfigError, LaneError
+from distnadam.planning.measuring import HostSpeed, measure_host
 from distnadam.transport.far_shard import REMEDY
 from distnadam.transport.link import (
+    Link,
     Links,
     LinkServer,
     Measured,
@@ -34,6 +37,7 @@ from distnadam.transport.tcp_connection import Endpoint
 _START_S = 60.0
 _REACH_S = 60.0
 _MEASURE_S = 20.0
+_TIMES = 3
 _MOST_TRIES = 32
 """Connections that one process tries at a time; behind a firewall each takes seconds."""
 
@@ -77,6 +81,20 @@ class Probe:
             unshared=why_not_shared(),
         )
 
+    def speed(self) -> HostSpeed:
+        """Measure this node, while the others measure theirs."""
+        return measure_host()
+
+    def link(self, endpoint: Endpoint) -> Link:
+        """Measure the way to another node, while the others measure theirs: the best of several,
+        as congestion control needs some time to find a cable's speed.
+
+        Raises:
+            LaneError: it cannot be reached, or did not answer in time.
+        """
+        found = [measure(endpoint, _MEASURE_S) for _ in range(_TIMES)]
+        return max(found, key=lambda link: min(link.sent_bytes_per_s, link.received_bytes_per_s))
+
     def reach(self, endpoints: Mapping[str, Endpoint]) -> dict[str, str | None]:
         """Return why each node's endpoint cannot be reached from here, or None if it can."""
         with ThreadPoolExecutor(_MOST_TRIES) as several:
@@ -90,6 +108,48 @@ def _why_not(endpoint: Endpoint) -> str | None:
     except LaneError as error:
         return str(error)
     return None
+
+
+def measure_hosts(ports: tuple[int, int] | None) -> tuple[list[HostSpeed], list[Link]]:
+    """Measure all nodes of this process's Ray, or of RAY_ADDRESS, at once: each what it can do
+    alone, then each its way to the next one. The ways are none where there is one node.
+
+    Args:
+        ports: `Options.port_range`.
+
+    Raises:
+        NotRunning, ClusterError: there is no Ray, it cannot be joined, or a node did not answer.
+    """
+    connect_or_start(None, start=False)
+    return _measure_hosts(ports)
+
+
+@while_ray_lives()
+def _measure_hosts(ports: tuple[int, int] | None) -> tuple[list[HostSpeed], list[Link]]:
+    nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+    with _probes(nodes, ports) as probes:
+        found = _all({n: p.listen.remote() for n, p in probes.items()}, nodes)
+        speeds = _all({n: p.speed.remote() for n, p in probes.items()}, nodes)
+        refused = [one.refusal for one in found.values() if one.refusal is not None]
+        if len(nodes) == 1 or refused:
+            return list(speeds.values()), []
+        order = [*found, next(iter(found))]
+        ways = {
+            node: probes[node].link.remote(found[other].endpoint) for node, other in pairwise(order)
+        }
+        return list(speeds.values()), list(_all(ways, nodes).values())
+
+
+def _all(calls: Mapping[str, Any], nodes: Mapping[str, str]) -> dict[str, Any]:
+    """Return all answers, by node.
+
+    Raises:
+        ClusterError: a node did not answer, or what it was asked failed there.
+    """
+    answers, errors = _outcomes(calls, _TIMES * _MEASURE_S)
+    for node, error in errors.items():
+        raise ClusterError(f"node {nodes[node]}: {error}") from error
+    return answers
 
 
 def examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> Links:

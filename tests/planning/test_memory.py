@@ -1,4 +1,4 @@
-"""The formulas of deploy/sizes.py cover what the code reserves, and such stores spill nothing."""
+"""The formulas of `planning/memory.py` cover what the code reserves; such stores spill nothing."""
 
 import importlib.util
 import json
@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from deploy import sizes
+from distnadam.cli import main
+from distnadam.planning import memory
+from distnadam.planning.topology import Topology
 from distnadam.shard.state import ShardState
 from distnadam.tensors.layout import Layout, sizes_of
 from distnadam.transport.shared_memory import arena_bytes
@@ -26,15 +29,17 @@ import ray
 from ray._private.internal_api import node_stats
 from ray.cluster_utils import Cluster
 from distnadam import DistNadam, Options
-from deploy import sizes
+from distnadam.cli import main
+from distnadam.planning import memory
+from distnadam.planning.topology import Topology
 
 P, W = 10_000_000, 2
-run = sizes.Run(parameters=P, workers=W, shards=2, replicas=1, shard_nodes=2, workers_per_node=W)
-nodes = {"shards": sizes.shard_node(run), "workers": sizes.worker_node(run)}
-stores = {role: node.store - sizes.STORE_SPARE for role, node in nodes.items()}
+run = Topology(parameters=P, workers_per_host=W, shards=2, replicas=1, shard_hosts=2)
+nodes = {"shards": memory.shard_node(run), "workers": memory.worker_node(run)}
+stores = {role: node.store - memory.STORE_SPARE for role, node in nodes.items()}
 head = {
     "num_cpus": 0,
-    "object_store_memory": sizes.head_node(run).store,
+    "object_store_memory": memory.head_node(run).store,
     "include_dashboard": False,
 }
 cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -129,7 +134,7 @@ def test_what_a_shard_keeps_for_other_hosts_is_within_the_bytes_that_the_formula
         held = sizes_of(shard.spec.ranges)
         size = held["float32"] + 2 * held["float64"]  # in float32 parameters
         kept = shard.server._landing.num_bytes + shard.server._copies.num_bytes
-        assert 4 * 3 * size <= kept <= sizes.between_hosts(len(workers)) * size
+        assert 4 * 3 * size <= kept <= memory.between_hosts(len(workers)) * size
         whole += size
     for worker in workers:
         worker.client.close()
@@ -138,87 +143,42 @@ def test_what_a_shard_keeps_for_other_hosts_is_within_the_bytes_that_the_formula
     assert whole == LAYOUT.sizes["float32"] + 2 * LAYOUT.sizes["float64"]
 
 
-def run(**changes: int) -> sizes.Run:
+def run(**changes: int) -> Topology:
     asked = {
         "parameters": 10**9,
-        "workers": 4,
+        "hosts": 2,
+        "workers_per_host": 2,
         "shards": 4,
         "replicas": 1,
-        "shard_nodes": 3,
-        "workers_per_node": 2,
+        "shard_hosts": 3,
     }
-    return sizes.Run(**(asked | changes))
+    return Topology(**(asked | changes))
 
 
 @pytest.mark.parametrize(
-    "of", [sizes.shard_node, sizes.worker_node, sizes.shared_node, sizes.head_node]
+    "of", [memory.shard_node, memory.worker_node, memory.shared_node, memory.head_node]
 )
 def test_a_node_needs_more_for_more_of_everything_and_memory_holds_the_store(
-    of: Callable[[sizes.Run], sizes.Node],
+    of: Callable[[Topology], memory.Node],
 ) -> None:
     node = of(run())
     assert node.store < node.shm < node.memory
     for name, more in (
         ("parameters", 2 * 10**9),
-        ("workers", 8),
+        ("hosts", 4),
         ("replicas", 1),
-        ("workers_per_node", 4),
+        ("workers_per_host", 4),
         ("ema", True),
     ):
         assert of(run(**{name: more})).memory >= node.memory
-    assert of(run(shard_nodes=8)).memory <= node.memory
+    assert of(run(shard_hosts=8)).memory <= node.memory
 
 
-def test_the_table_in_the_readme_is_what_the_script_prints() -> None:
+def test_the_table_in_the_readme_is_what_the_command_prints() -> None:
     text = (ROOT / "deploy" / "README.md").read_text()
-    found = re.search(r"    python3 deploy/sizes\.py (--parameters .*)\n\n((?:    .*\n)+)", text)
+    found = re.search(r"    distnadam plan (--parameters .*)\n\n((?:    .*\n)+)", text)
     assert found is not None
-    done = subprocess.run(
-        [sys.executable, ROOT / "deploy/sizes.py", *found[1].split()],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert [line.strip() for line in found[2].splitlines()] == [
-        line.strip() for line in done.stdout.splitlines()
-    ]
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (
-            "--parameters 1e9 --workers -3",
-            "argument --workers: expected a whole number of at least 1, got '-3'",
-        ),
-        (
-            "--parameters 1e9 --shards 0",
-            "argument --shards: expected a whole number of at least 1, got '0'",
-        ),
-        (
-            "--parameters 1e9 --shard-nodes two",
-            "argument --shard-nodes: expected a whole number of at least 1, got 'two'",
-        ),
-        (
-            "--parameters 1e9 --workers 2 --workers-per-node 3",
-            "argument --workers-per-node: 3 on one node are more than the 2 workers",
-        ),
-        ("--parameters 1e9 --replicas 2", "argument --replicas: invalid choice: "),
-        (
-            "--parameters much",
-            "argument --parameters: expected a whole number of at least 1, such as 1e9, got 'much'",
-        ),
-        ("--parameters -1e9", "argument --parameters: expected"),
-        ("--parameters 0.5", "such as 1e9, got '0.5'"),
-        ("--parameters inf", "such as 1e9, got 'inf'"),
-        ("--workers 2", "the following arguments are required: --parameters"),
-    ],
-)
-def test_sizes_of_what_cannot_be_are_refused_in_so_many_words(
-    asked: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["sizes.py", *asked.split()])
-    with pytest.raises(SystemExit) as ended:
-        sizes.main()
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    done = CliRunner().invoke(main, ["plan", *found[1].split()])
+    assert done.exit_code == 0, done.output
+    printed = {tuple(re.findall(r"[^│┃\s]+", line)) for line in done.output.splitlines()}
+    assert {tuple(line.split()) for line in found[2].splitlines()} <= printed
