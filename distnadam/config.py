@@ -44,8 +44,8 @@ class Options:
             always uses Ray objects.
         port_range: the first and the last TCP port at which shards listen for the relays of other
             hosts, and standbys for their primaries there, one port each. None means any port.
-        kernel: "auto" steps with the compiled loop if numba is installed (the extra `fused`), else
-            with NumPy; "fused" and "numpy" require one of them. The bits are the same.
+        kernel: "auto" steps with the compiled loop if llvmlite is installed (the extra `fused`),
+            else with NumPy; "fused" and "numpy" require one of them. The bits are the same.
         threads: threads that step one shard. None means every CPU of this process in local mode,
             and on Ray the whole CPUs of `shard_cpus`, at least 1.
         shard_cpus: CPUs that each shard's actor requests of Ray; with 0 any number of shards starts

@@ -84,7 +84,7 @@ PURE_IMPORTS = {
 EXCEPTIONS = {
     "nadam": {"threading", "concurrent"},
     "nadam/fused": {"pathlib"},
-    "nadam/fused_loop": {"numba", "llvmlite"},
+    "nadam/fused_loop": {"llvmlite"},
     "nadam/object_code": {"llvmlite", "pathlib"},
     "protocol/codec": {"msgpack"},
 }

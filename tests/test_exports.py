@@ -30,6 +30,7 @@ NOT_IN_A_SHARD = (
     "rich",
     "fsspec",
     "numba",
+    "llvmlite",
     "sklearn",
 )
 BLOCKER = """

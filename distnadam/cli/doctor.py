@@ -22,7 +22,7 @@ from distnadam.transport.link import Links
 from distnadam.transport.shared_memory import available_bytes, why_not_shared
 from distnadam.versions import CORE_PACKAGES, installed_version
 
-_OPTIONAL_PACKAGES = ("torch", "jax", "numba", "scikit-learn", "matplotlib")
+_OPTIONAL_PACKAGES = ("torch", "jax", "llvmlite", "scikit-learn", "matplotlib")
 _SMALL_SHM_BYTES = 1 << 30
 
 
@@ -101,7 +101,7 @@ def _kernel() -> str:
         make_stepper("fused", "float32").close()
     except (KernelError, MemoryError) as error:
         return f"NumPy, in blocks: {error}"
-    return "fused (numba is installed)"
+    return "fused (llvmlite is installed)"
 
 
 def _transport() -> str:

@@ -1,7 +1,7 @@
 """The step as one compiled loop, a block at a time while it is in the innermost cache: its machine
 code, which an earlier process has compiled and kept on disk.
 
-numba is imported only where nothing is kept yet.
+The compiler, llvmlite, is imported only where nothing is kept yet.
 """
 
 import threading

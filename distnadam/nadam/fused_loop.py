@@ -1,257 +1,309 @@
-"""The fused step in numba's Python, and its compilation to machine code for this machine's CPU.
+"""The fused step in LLVM's instructions, and its compilation for this machine's CPU.
 
-The only module that imports numba, and only a process that finds no compiled loop on disk imports
-this one (`fused` loads it): the compiler costs a second of CPU and 100 MB. Bit for bit what
-`NumPyStepper` computes: the same operations in the same order, no contraction to fused
-multiply-add, no reordering, denormals kept.
+Imported only by a process that finds no compiled loop on disk (`fused` loads it). Bit for bit what
+`NumPyStepper` computes: the same operations in the same order, which LLVM neither contracts nor
+reorders, since none is marked as fast; denormals kept. All of the step happens in one pass, a line
+of the cache at a time: it takes the time of its bytes, of which roots and divisions need half.
 """
 
-import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import binding as llvm
-from numba import types
-from numba.extending import intrinsic
+from llvmlite import ir
 
-from distnadam.errors import KernelError
-from distnadam.nadam.fused_abi import BLOCK, ENTRY, PART
+from distnadam.nadam.fused_abi import ARGUMENTS, CONSTANTS, ENTRY, PART
 from distnadam.nadam.object_code import host_machine
 from distnadam.nadam.step_scalars import PER_SETTING
 
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(_context: Any, _address: Any, like: Any) -> Any:
-    """Make a pointer to the dtype of `like`, an array or a type, of an address, so that one
-    compilation serves any number of gradients.
-    """
-    kind = types.CPointer(like.dtype)
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.uintp, like), generate
-
-
-@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _add(total: Any, address: int, like: Any, begin: int, end: int) -> None:
-    """Add elements [begin, end) of the gradient at an address to `total`."""
-    other = numba.carray(_pointer(address, like), like.size)[begin:end]
-    for i in range(end - begin):
-        total[i] = total[i] + other[i]
-
-
-@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _sum_group(
-    total: Any, addresses: Any, first: int, last: int, like: Any, begin: int, end: int
-) -> None:
-    """Leave the sum of the gradients [first, last) in `total`."""
-    g = numba.carray(_pointer(addresses[first], like), like.size)[begin:end]
-    for i in range(end - begin):
-        total[i] = g[i]
-    for rank in range(first + 1, last):
-        _add(total, addresses[rank], like, begin, end)
-
-
-@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _gradient(
-    addresses: Any,
-    sizes: Any,
-    like: Any,
-    begin: int,
-    end: int,
-    count: Any,
-    scale: Any,
-    limit: Any,
-    mean_address: int,
-    spare: Any,
-) -> Any:
-    """Return the address of elements [begin, end) of the mean, scaled and clipped; a scale or limit
-    that is NaN is none.
-
-    Addresses, since an array that is one of two needs numba's reference counts.
-    """
-    n = end - begin
-    mean = numba.carray(_pointer(mean_address, like), n)
-    found = types.uintp(addresses[0] + types.uintp(begin * like.itemsize))
-    if count != 1:
-        last = sizes[0]
-        _sum_group(mean, addresses, 0, last, like, begin, end)
-        for group in range(1, sizes.size):
-            first = last
-            last = first + sizes[group]
-            if last == first + 1:
-                _add(mean, addresses[first], like, begin, end)
-            else:
-                _sum_group(spare, addresses, first, last, like, begin, end)
-                for i in range(n):
-                    mean[i] = mean[i] + spare[i]
-        for i in range(n):
-            mean[i] = mean[i] / count
-        found = mean_address
-    if scale == scale:
-        g = numba.carray(_pointer(found, like), n)
-        for i in range(n):
-            mean[i] = g[i] * scale
-        found = mean_address
-    if limit == limit:
-        g = numba.carray(_pointer(found, like), n)
-        for i in range(n):
-            x = g[i] if g[i] > -limit else -limit
-            mean[i] = x if x < limit else limit
-        found = mean_address
-    return found
-
-
-@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _round(new: Any, n: int, address: int) -> None:
-    """Write float32 values rounded to bfloat16 to an address, with the bits of `round_into`."""
-    bits = numba.carray(_pointer(new.ctypes.data, np.uint32), n)
-    rounded = numba.carray(_pointer(address, np.uint16), n)
-    for i in range(n):
-        x = bits[i]
-        high = x >> 16
-        quiet = (high & 0x8000) | 0x7FC0
-        rounded[i] = quiet if (x & 0x7FFFFFFF) > 0x7F800000 else (x + 0x7FFF + (high & 1)) >> 16
-
-
-@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _copy(kept: Any, address: int) -> None:
-    """Copy the mean gradient at an address."""
-    g = numba.carray(_pointer(address, kept), kept.size)
-    for i in range(kept.size):
-        kept[i] = g[i]
-
-
-@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _add_l2(mean: int, gradient: int, p: Any, factor: Any) -> None:
-    """Leave the gradient and `factor` times the parameters at the address `mean`."""
-    g, total = numba.carray(_pointer(gradient, p), p.size), numba.carray(_pointer(mean, p), p.size)
-    for i in range(p.size):
-        total[i] = g[i] + p[i] * factor
-
-
-@numba.njit(error_model="numpy", forceinline=True)  # type: ignore[untyped-decorator]
-def _update(
-    p: Any, m: Any, v: Any, g: Any, new: Any, numbers: Any, has_gradient: bool, decays: bool
-) -> None:
-    """Step the moments of one block, and leave its new parameters in `new`; the flags are
-    constants of each call, so that a loop is made of each.
-    """
-    gradient, momentum, epsilon = numbers[0], numbers[1], numbers[2]
-    k_1, k_2, decay = numbers[3], numbers[4], numbers[5]
-    for i in range(p.size):
-        moment = m[i] + (g[i] - m[i]) * k_1
-        square = v[i] + (g[i] * g[i] - v[i]) * k_2
-        m[i] = moment
-        v[i] = square
-        along = g[i] * gradient + moment * momentum if has_gradient else moment * momentum
-        less = along / (np.sqrt(square) + epsilon)
-        new[i] = p[i] - (p[i] * decay + less if decays else less)
-
-
-def _step(
-    size: int,
-    workers: int,
-    groups: int,
-    parts: int,
-    kept: int,
-    mean: int,
-    gradients: Any,
-    group_sizes: Any,
-    parameters: Any,
-    first_moments: Any,
-    second_moments: Any,
-    new_parameters: Any,
-    bounds: Any,
-    coefficients: Any,
-    counted: Any,
-    scales: Any,
-    scratch: Any,
-    kept_mean: Any,
-    rounded: int,
-) -> None:
-    """Step the parts of a range of `size` elements; the arguments are C's: numbers, the address of
-    the mean's block, then pointers.
-    """
-    p_all, m_all = numba.carray(parameters, size), numba.carray(first_moments, size)
-    v_all, out_all = numba.carray(second_moments, size), numba.carray(new_parameters, size)
-    addresses, keep = numba.carray(gradients, workers), numba.carray(kept_mean, kept)
-    sizes = numba.carray(group_sizes, groups)
-    new = numba.carray(scratch, BLOCK)
-    for part in range(parts):
-        first, last = bounds[PART * part], bounds[PART * part + 1]
-        setting, scale = bounds[PART * part + 2], scales[bounds[PART * part + 3]]
-        numbers = numba.carray(coefficients, PER_SETTING * (setting + 1))[PER_SETTING * setting :]
-        has_gradient, decays = numbers[0] == numbers[0], numbers[5] == numbers[5]
-        has_l2 = numbers[6] == numbers[6]
-        for begin in range(first, last, BLOCK):
-            end = min(begin + BLOCK, last)
-            found = _gradient(
-                addresses, sizes, p_all, begin, end, counted[0], scale, numbers[7], mean, new
-            )
-            if keep.size > 0:
-                _copy(keep[begin:end], found)
-            p, m = p_all[begin:end], m_all[begin:end]
-            v, out = v_all[begin:end], out_all[begin:end]
-            if has_l2:
-                _add_l2(mean, found, p, numbers[6])
-                found = mean
-            g = numba.carray(_pointer(found, p_all), end - begin)
-            if has_gradient:
-                if decays:
-                    _update(p, m, v, g, new, numbers, True, True)
-                else:
-                    _update(p, m, v, g, new, numbers, True, False)
-            elif decays:
-                _update(p, m, v, g, new, numbers, False, True)
-            else:
-                _update(p, m, v, g, new, numbers, False, False)
-            for i in range(
-                end - begin
-            ):  # apart, for where `out` is `p` the loop above would not be vectorised
-                out[i] = new[i]
-            if rounded != 0 and new.itemsize == 4:
-                _round(new, end - begin, types.uintp(rounded + types.uintp(2 * begin)))
+_LINE = 64
+"""Bytes of a vector; of a line of the cache, on most machines."""
+_AHEAD = 2048
+"""Bytes between what is read and what is fetched meanwhile: the processor's own fetching ends with
+each page of memory.
+"""
+_INDEX, _WORD, _POINTER = ir.IntType(64), ir.IntType(32), ir.PointerType()
 
 
 def compile_loop(dtype: str) -> bytes:
     """Return the step for a dtype as an object file that defines the function `ENTRY`."""
-    element = types.CPointer(getattr(types, dtype))
-    signature = types.void(
-        *(types.intp,) * 5,
-        types.uintp,
-        types.CPointer(types.uintp),
-        types.CPointer(types.intp),
-        *(element,) * 4,
-        types.CPointer(types.intp),
-        *(element,) * 5,
-        types.uintp,
-    )
-    callback = numba.cfunc(signature, error_model="numpy")(_step)
-    module = llvm.parse_assembly(callback.inspect_llvm())
-    name = callback.native_name.removeprefix("cfunc.")
-    for function in module.functions:  # numba's wrappers and helpers stay out of the object file
-        if function.name != name and not function.is_declaration:
-            function.linkage = "available_externally"
-    entry = module.get_function(name)
-    _refuse_helpers(str(entry))
-    entry.name = ENTRY
+    module = llvm.parse_assembly(str(_Step(dtype).module))
+    module.verify()
     code: bytes = host_machine().emit_object(module)
     return code
 
 
-def _refuse_helpers(function: str) -> None:
-    """Raise KernelError where a compiled function calls what only a process with numba has."""
-    called = re.findall(r'call [^@\n]*@(?:"([^"]+)"|([\w.$]+))', function)
-    foreign = {
-        name
-        for name in (quoted or plain for quoted, plain in called)
-        if not re.fullmatch(r"llvm\..*|sqrtf?", name)
-    }
-    if foreign:
-        raise KernelError(
-            f"the fused kernel cannot be compiled with numba {numba.__version__}: its code calls "
-            f"{', '.join(sorted(foreign))}; use kernel='numpy', or another version of numba"
+class _Number:
+    """An element, or a vector of elements, with Python's operators."""
+
+    def __init__(self, code: Any, value: Any) -> None:
+        self.code = code
+        self.value = value
+
+    def __add__(self, other: "_Number") -> "_Number":
+        return _Number(self.code, self.code.fadd(self.value, other.value))
+
+    def __sub__(self, other: "_Number") -> "_Number":
+        return _Number(self.code, self.code.fsub(self.value, other.value))
+
+    def __mul__(self, other: "_Number") -> "_Number":
+        return _Number(self.code, self.code.fmul(self.value, other.value))
+
+    def __truediv__(self, other: "_Number") -> "_Number":
+        return _Number(self.code, self.code.fdiv(self.value, other.value))
+
+    def root(self) -> "_Number":
+        """Return the square root, correctly rounded."""
+        kind, module = self.value.type, self.code.module
+        name = (
+            kind.intrinsic_name
+            if not isinstance(kind, ir.VectorType)
+            else (f"v{kind.count}{kind.element.intrinsic_name}")
         )
+        root = module.globals.get(f"llvm.sqrt.{name}") or ir.Function(
+            module, ir.FunctionType(kind, [kind]), f"llvm.sqrt.{name}"
+        )
+        return _Number(self.code, self.code.call(root, [self.value]))
+
+    def if_it_is(self, order: str, other: "_Number") -> "_Number":
+        """Return this number where it is "<" or ">" than the other, else the other."""
+        it_is = self.code.fcmp_ordered(order, self.value, other.value)
+        return _Number(self.code, self.code.select(it_is, self.value, other.value))
+
+
+class _Setting(NamedTuple):
+    """A part's coefficients, as in `StepScalars`, then its scale; each may be NaN, for none."""
+
+    gradient: Any
+    momentum: Any
+    epsilon: Any
+    k_1: Any
+    k_2: Any
+    decay: Any
+    l2: Any
+    limit: Any
+    scale: Any
+
+
+class _Step:
+    """Writes the instructions for one dtype into `module`.
+
+    What a step lacks is skipped by branches, which the processor foresees, since they go the same
+    way for all elements of a part.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        self._element = ir.FloatType() if dtype == "float32" else ir.DoubleType()
+        self._size = np.dtype(dtype).itemsize
+        self._lanes = _LINE // self._size
+        self.module = ir.Module()
+        kinds = [_INDEX if kind is ARGUMENTS[0] else _POINTER for kind in ARGUMENTS]
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), kinds), ENTRY)
+        self._groups, parts, streams, *addresses = function.args
+        self._gradients, self._group_sizes, *addresses = addresses
+        self._p, self._m, self._v, self._out, self._bounds, *addresses = addresses
+        self._coefficients, count, self._scales, self._kept, self._rounded, constants = addresses
+        self._code = code = ir.IRBuilder(function.append_basic_block())
+        self._streams = code.icmp_signed("!=", streams, _INDEX(0))
+        self._keeps, self._rounds = (
+            code.icmp_unsigned("!=", code.ptrtoint(address, _INDEX), _INDEX(0))
+            for address in (self._kept, self._rounded)
+        )
+        self._count = self._load(self._element, count, _INDEX(0))
+        self._divides = code.fcmp_ordered("ord", self._count, self._count)
+        self._constants = [self._load(_WORD, constants, _INDEX(k)) for k in range(len(CONSTANTS))]
+        self._loop(_INDEX(0), parts, self._part)
+        with code.if_then(self._streams):
+            code.fence("seq_cst")  # who is told of the step sees what went past the caches
+        code.ret_void()
+
+    def _part(self, part: Any) -> Sequence[Any]:
+        """Step a part: lines of the written parameters, and what lies before and behind them."""
+        code = self._code
+        at = code.mul(part, _INDEX(PART))
+        begin, end, setting, scale = (
+            self._load(_INDEX, self._bounds, code.add(at, _INDEX(k))) for k in range(PART)
+        )
+        at = code.mul(setting, _INDEX(PER_SETTING))
+        coefficients = [
+            self._load(self._element, self._coefficients, code.add(at, _INDEX(k)))
+            for k in range(PER_SETTING)
+        ]
+        factor = self._load(self._element, self._scales, scale)
+        numbers = _Setting._make([*coefficients, factor])
+        has = _Setting(*(code.fcmp_ordered("ord", number, number) for number in numbers))
+        address = code.ptrtoint(self._at(self._out, begin, self._element), _INDEX)
+        to_line = code.and_(code.sub(_INDEX(0), address), _INDEX(_LINE - 1))
+        first = code.add(begin, code.udiv(to_line, _INDEX(self._size)))
+        first = code.select(code.icmp_signed("<", first, end), first, end)
+        last = code.add(first, code.and_(code.sub(end, first), _INDEX(-self._lanes)))
+        for low, high, lanes in ((begin, first, 1), (first, last, self._lanes), (last, end, 1)):
+            self._elements(low, high, lanes, numbers, has)
+        return ()
+
+    def _elements(self, begin: Any, end: Any, lanes: int, numbers: Any, has: _Setting) -> None:
+        """Step elements [begin, end), so many at a time."""
+        code, kind = self._code, _vector(self._element, lanes)
+        numbers = _Setting(*(_Number(code, self._spread(n, lanes)) for n in numbers))
+        count = _Number(code, self._spread(self._count, lanes))
+        least = _Number(code, kind(None)) - numbers.limit
+
+        def step(i: Any) -> Sequence[Any]:
+            def read(array: Any) -> _Number:
+                if lanes > 1:
+                    self._fetch(self._at(array, i, self._element))
+                return _Number(code, self._load(kind, array, i))
+
+            def write(number: _Number, array: Any) -> None:
+                code.store(number.value, self._at(array, i, self._element), align=self._size)
+
+            g = self._sum(read)
+            g = self._where(self._divides, g, lambda: g / count)
+            g = self._where(has.scale, g, lambda: g * numbers.scale)
+            g = self._where(
+                has.limit, g, lambda: g.if_it_is(">", least).if_it_is("<", numbers.limit)
+            )
+            with code.if_then(self._keeps):
+                write(g, self._kept)
+            p, m, v = read(self._p), read(self._m), read(self._v)
+            g = self._where(has.l2, g, lambda: g + p * numbers.l2)
+            moment = m + (g - m) * numbers.k_1
+            square = v + (g * g - v) * numbers.k_2
+            write(moment, self._m)
+            write(square, self._v)
+            along = moment * numbers.momentum
+            along = self._where(has.gradient, along, lambda: g * numbers.gradient + along)
+            less = along / (square.root() + numbers.epsilon)
+            less = self._where(has.decay, less, lambda: p * numbers.decay + less)
+            new = p - less
+            if lanes == 1:
+                write(new, self._out)
+            else:
+                self._write_line(new.value, self._at(self._out, i, self._element))
+            if self._element == ir.FloatType():
+                with code.if_then(self._rounds):
+                    self._write_rounded(new.value, i, lanes)
+            return ()
+
+        self._loop(begin, end, step, by=lanes)
+
+    def _sum(self, read: Callable[[Any], _Number]) -> _Number:
+        """Return the sum of the groups' sums, each in order."""
+        code = self._code
+
+        def gradient(rank: Any) -> _Number:
+            return read(self._load(_POINTER, self._gradients, rank))
+
+        def add_gradient(rank: Any, total: Any) -> Sequence[Any]:
+            return [(_Number(code, total) + gradient(rank)).value]
+
+        def sum_of(group: Any, first: Any) -> tuple[_Number, Any]:
+            """Return a group's sum, and the first gradient of the next group."""
+            end = code.add(first, self._load(_INDEX, self._group_sizes, group))
+            begun = [gradient(first).value]
+            (total,) = self._loop(code.add(first, _INDEX(1)), end, add_gradient, begun)
+            return _Number(code, total), end
+
+        def add_group(group: Any, total: Any, first: Any) -> Sequence[Any]:
+            more, end = sum_of(group, first)
+            return [(_Number(code, total) + more).value, end]
+
+        total, end = sum_of(_INDEX(0), _INDEX(0))
+        found, _ = self._loop(_INDEX(1), self._groups, add_group, [total.value, end])
+        return _Number(code, found)
+
+    def _write_line(self, value: Any, address: Any) -> None:
+        """Store a vector at the beginning of a line, past the caches if the step says so."""
+        code = self._code
+        with code.if_else(self._streams) as (past, into):
+            with past:
+                store = code.store(value, address, align=_LINE)
+                store.set_metadata("nontemporal", self.module.add_metadata([_WORD(1)]))
+            with into:
+                code.store(value, address, align=_LINE)
+
+    def _write_rounded(self, new: Any, i: Any, lanes: int) -> None:
+        """Store float32 values rounded to bfloat16, with the bits of `round_into`."""
+        code, word, half = self._code, _vector(_WORD, lanes), _vector(ir.IntType(16), lanes)
+        one, below_half, sign, quiet = (self._spread(k, lanes) for k in self._constants)
+        x = code.bitcast(new, word)
+        high = code.lshr(x, ir.Constant(word, 16 if lanes == 1 else [16] * lanes))
+        carried = code.add(code.add(x, below_half), code.and_(high, one))
+        nearest = code.lshr(carried, ir.Constant(word, 16 if lanes == 1 else [16] * lanes))
+        nan = code.or_(code.and_(high, sign), quiet)
+        found = code.select(code.fcmp_unordered("uno", new, new), nan, nearest)
+        address = self._at(self._rounded, i, ir.IntType(16))
+        code.store(code.trunc(found, half), address, align=2)
+
+    def _where(self, flag: Any, number: _Number, change: Callable[[], _Number]) -> _Number:
+        """Return the changed number if the flag is set, else the number."""
+        code = self._code
+        before = code.block
+        with code.if_then(flag):
+            changed = change().value
+            inside = code.block
+        found = code.phi(changed.type)
+        found.add_incoming(number.value, before)
+        found.add_incoming(changed, inside)
+        return _Number(code, found)
+
+    def _loop(
+        self,
+        begin: Any,
+        end: Any,
+        body: Callable[..., Sequence[Any]],
+        carried: Sequence[Any] = (),
+        by: int = 1,
+    ) -> Sequence[Any]:
+        """Write `body(i, *carried)` for each i, which returns what the next turn gets in place of
+        `carried`; return what the last has left.
+        """
+        code = self._code
+        before = code.block
+        head, inside, behind = (code.append_basic_block() for _ in range(3))
+        code.branch(head)
+        code.position_at_end(head)
+        values = [code.phi(value.type) for value in (begin, *carried)]
+        code.cbranch(code.icmp_signed("<", values[0], end), inside, behind)
+        code.position_at_end(inside)
+        next_values = [*body(*values)]
+        next_values.insert(0, code.add(values[0], _INDEX(by)))
+        for value, first, following in zip(values, (begin, *carried), next_values, strict=True):
+            value.add_incoming(first, before)
+            value.add_incoming(following, code.block)
+        code.branch(head)
+        code.position_at_end(behind)
+        return values[1:]
+
+    def _spread(self, value: Any, lanes: int) -> Any:
+        """Return a vector of one value; the value itself for one lane."""
+        if lanes == 1:
+            return value
+        first = self._code.insert_element(
+            ir.Constant(_vector(value.type, lanes), ir.Undefined), value, _WORD(0)
+        )
+        return self._code.shuffle_vector(first, first, _vector(_WORD, lanes)(None))
+
+    def _at(self, array: Any, i: Any, element: Any) -> Any:
+        """Return the address of element i of an array."""
+        return self._code.gep(array, [i], source_etype=element)
+
+    def _load(self, kind: Any, array: Any, i: Any) -> Any:
+        """Load element i of an array, or a vector that begins there."""
+        element = kind.element if isinstance(kind, ir.VectorType) else kind
+        align = {_INDEX: 8, _POINTER: 8, _WORD: 4}.get(element, self._size)
+        return self._code.load(self._at(array, i, element), typ=kind, align=align)
+
+    def _fetch(self, address: Any) -> None:
+        """Have the line `_AHEAD` of an address fetched into the cache; it need not be mapped."""
+        code = self._code
+        fetch = self.module.declare_intrinsic(
+            "llvm.prefetch", [_POINTER], ir.FunctionType(ir.VoidType(), [_POINTER, *[_WORD] * 3])
+        )
+        ahead = code.gep(address, [_INDEX(_AHEAD)], source_etype=ir.IntType(8))
+        code.call(fetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
+
+
+def _vector(element: Any, lanes: int) -> Any:
+    return element if lanes == 1 else ir.VectorType(element, lanes)

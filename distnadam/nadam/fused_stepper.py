@@ -13,17 +13,18 @@ import numpy as np
 from typing_extensions import override
 
 from distnadam.nadam.fused import load_loop
-from distnadam.nadam.fused_abi import BLOCK
+from distnadam.nadam.fused_abi import CONSTANTS
+from distnadam.nadam.step_scalars import NONE
 from distnadam.nadam.stepper import Part, RangeStep, Slots, Stepper, check_denormals
 from distnadam.tensors.arrays import Array, own_errors
 from distnadam.tensors.pieces import Pieces, stretches
 
 WIDENED = 65536
 """Elements of half precision that are widened at a time before the loop takes them."""
-_APART = 48
-"""Elements between the scratch arrays, so that they do not fall into the same sets of the cache."""
-
-
+STREAMED_BYTES = 16 * 1024 * 1024
+"""Bytes of a parameter array from which on new parameters, written into another, are stored past
+the caches, where they would displace what is still needed.
+"""
 _MOST_CALLS = 8
 """Calls of the loop that are kept for later steps: a thread has two, or three once it has stepped
 in place, twice as many where it clips by norm, and a standby's every step is new.
@@ -39,7 +40,7 @@ class _Call(NamedTuple):
 
 
 class FusedStepper(Stepper):
-    """The step as one compiled loop; needs llvmlite, and numba where no loop is compiled yet."""
+    """The step as one compiled loop; needs llvmlite where no loop is compiled yet."""
 
     def __init__(self, dtype: Any, threads: int = 1) -> None:
         self._loop = load_loop(np.dtype(dtype).name)  # before the threads begin: it may raise
@@ -62,7 +63,7 @@ class FusedStepper(Stepper):
         if len(memory.coefficients) != len(coefficients) or len(memory.scales) < len(scales):
             memory.make_room(len(coefficients), len(scales))
         memory.coefficients[:], memory.scales[: len(scales)] = coefficients, scales
-        memory.count.value = step.grouping.count
+        memory.count.value = NONE if step.grouping.count == 1 else step.grouping.count
         if memory.is_direct:
             known_call = memory.calls.get((id(slots), id(parts), kept))
             self._loop(*(known_call or memory.call(slots, parts, kept)).arguments)
@@ -76,11 +77,10 @@ class FusedStepper(Stepper):
 
 
 class _Bounds(NamedTuple):
-    """Parts as the loop takes them: its numbers in memory, how many parts, where the last ends."""
+    """Parts as the loop takes them: its numbers in memory, and how many parts."""
 
     numbers: Any
     parts: int
-    end: int
 
 
 def _bounds(parts: Sequence[Part], begin: int, end: int) -> _Bounds:
@@ -90,12 +90,11 @@ def _bounds(parts: Sequence[Part], begin: int, end: int) -> _Bounds:
         for part in parts
         for number in (max(begin, part.begin), min(end, part.end), part.setting, part.scale)
     ]
-    last = min(end, parts[-1].end) if parts else 0
-    return _Bounds((ctypes.c_ssize_t * len(found))(*found), len(parts), last)
+    return _Bounds((ctypes.c_ssize_t * len(found))(*found), len(parts))
 
 
 class _Memory:
-    """One thread's working memory: two blocks, and the numbers that the loop reads, by address.
+    """One thread's working memory: the numbers that the loop reads, by address.
 
     What depends on the gradients' arrays is kept for as long as the same arrays come, and so are
     the last `calls`, by the identities of their slots and part and where the mean is kept.
@@ -104,9 +103,6 @@ class _Memory:
     def __init__(self, dtype: Any) -> None:
         number = np.ctypeslib.as_ctypes_type(dtype)
         self._dtype = np.dtype(dtype)
-        self._blocks = np.empty(2 * BLOCK + _APART, dtype)
-        self.mean = self._blocks.ctypes.data
-        self.new = self._blocks[-BLOCK:].ctypes.data
         self._number = number
         self.count = number()
         self.coefficients: Any = ()
@@ -181,13 +177,11 @@ class _Memory:
             gradients: where the range's first element would lie in each gradient.
             kept: where the range's mean gradient is kept; 0 for nowhere.
         """
+        streams = slots.out is not None and slots.out.nbytes >= STREAMED_BYTES
         return (
-            bounds.end,
-            len(gradients),
             len(self.sizes),
             bounds.parts,
-            bounds.end if kept else 0,
-            self.mean,
+            streams,
             (ctypes.c_size_t * len(gradients))(*gradients),
             self.sizes,
             *slots.addresses,
@@ -195,7 +189,7 @@ class _Memory:
             self.coefficients,
             ctypes.addressof(self.count),
             self.scales,
-            self.new,
             kept or None,
             None if slots.rounded is None else slots.rounded.ctypes.data,
+            CONSTANTS,
         )

@@ -1,4 +1,4 @@
-"""Which kernel steps: the compiled loop where numba is installed and compiles it, else NumPy.
+"""Which kernel steps: the compiled loop where llvmlite is installed and compiles it, else NumPy.
 
 Both compute the same bits, so that shards may differ in this.
 """
@@ -18,7 +18,7 @@ KernelName = Literal["auto", "numpy", "fused"]
 
 
 def make_stepper(kernel: KernelName, dtype: Any, threads: int = 1) -> Stepper:
-    """Return a stepper; "auto" is the fused one where numba is installed and can compile it.
+    """Return a stepper; "auto" is the fused one where llvmlite is installed and can compile it.
 
     Raises:
         KernelError: the kernel is "fused", which cannot be compiled or loaded here.
@@ -54,8 +54,8 @@ def _warn_once(why: str) -> None:
 
 
 def fused_installed() -> bool:
-    """Whether numba can be imported here."""
+    """Whether llvmlite, its compiler, can be imported here."""
     try:
-        return importlib.util.find_spec("numba") is not None
+        return importlib.util.find_spec("llvmlite") is not None
     except ImportError:  # its import is blocked
         return False

@@ -1,56 +1,122 @@
-"""Machine code kept on disk: loading a function from an object file with LLVM's linker alone.
+"""Machine code kept on disk: running a function out of an object file.
 
 Knows where compiled loops are kept, when one may be used again (same source, compiler, CPU and
-dtype, undamaged), and how to call it. Knows nothing of what it computes, and imports no compiler.
+dtype, undamaged), and how to call it. Knows nothing of what it computes. LLVM comes into memory, 50
+MB of it, only where code is compiled or has to be linked.
 """
 
 import ctypes
 import hashlib
+import mmap
 import os
 import secrets
+import struct
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llvmlite import binding as llvm
-
-from distnadam.errors import KernelError
+import numpy as np
 
 _SUM_BYTES = 32
+_EXECUTABLE = 4
+"""ELF's flag of a section with instructions."""
+_RELOCATIONS = (4, 9)
+"""ELF's types of sections that say what a linker changes in another."""
+_OF_THE_PROCESSOR = (
+    "vendor_id",
+    "cpu family",
+    "model",
+    "model name",
+    "stepping",
+    "flags",
+    "Features",
+    "CPU implementer",
+    "CPU architecture",
+    "CPU variant",
+    "CPU part",
+    "isa",
+    "uarch",
+)
+"""The lines of Linux's /proc/cpuinfo that tell one processor from another."""
 
 
 class LoadedCode:
-    """A function out of an object file, callable as long as this object lives.
+    """The function of an object file that has one, callable as long as this object lives, without
+    the interpreter's lock.
 
     Args:
         code: the object file; it must be of this machine's CPU.
-        name: of the function.
-        argument_types: of the function, of ctypes. Numba's own convention puts two pointers
-            before them, for a returned value and for an exception.
+        name: of the function, which returns nothing.
+        argument_types: of the function, of ctypes.
     """
 
     def __init__(self, code: bytes, name: str, argument_types: tuple[Any, ...]) -> None:
-        machine = host_machine()
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *argument_types)
-        self._function = kind(self._engine.get_function_address(name))
-        self._result = ctypes.create_string_buffer(16)
-        self._place = ctypes.addressof(self._result)
+        instructions = _alone(code)
+        mapped = None if instructions is None else _mapped(instructions)
+        if mapped is None:
+            self._memory, address = _linked(code, name)
+        else:
+            self._memory, address = mapped, np.frombuffer(mapped, np.uint8).ctypes.data
+        self._function = ctypes.CFUNCTYPE(None, *argument_types)(address)
 
     def __call__(self, *args: Any) -> None:
-        """Call the function, without the interpreter's lock; raise KernelError if it fails."""
-        status = self._function(self._place, self._place, *args)
-        if status != 0:
-            raise KernelError(
-                f"the compiled loop returned status {status}, expected 0; use kernel='numpy'"
-            )
+        """Call the function."""
+        self._function(*args)
+
+
+def _alone(code: bytes) -> bytes | None:
+    """Return the instructions of an object file, if they run as they are wherever they lie: in
+    64-bit ELF, in one section that no linker must change.
+
+    Source: System V Application Binary Interface, chapter 4 (Object Files).
+    """
+    if code[:6] != b"\x7fELF\x02\x01":
+        return None
+    (table,) = struct.unpack_from("<Q", code, 0x28)
+    length, number = struct.unpack_from("<HH", code, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", code, table + k * length) for k in range(number)]
+    found = [(k, s[4], s[5]) for k, s in enumerate(sections) if s[2] & _EXECUTABLE and s[5]]
+    if len(found) != 1 or any(s[1] in _RELOCATIONS and s[7] == found[0][0] for s in sections):
+        return None
+    _, begin, size = found[0]
+    return code[begin : begin + size]
+
+
+def _mapped(instructions: bytes) -> mmap.mmap | None:
+    """Return memory with instructions that can be run and not be written; None if the system does
+    not give such.
+    """
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        file = os.memfd_create("distnadam-code")
+    except OSError:
+        return None
+    try:
+        os.write(file, instructions)
+        how = mmap.PROT_READ | mmap.PROT_EXEC
+        return mmap.mmap(file, len(instructions), mmap.MAP_PRIVATE, how)
+    except OSError:  # the system has a rule against it
+        return None
+    finally:
+        os.close(file)
+
+
+def _linked(code: bytes, name: str) -> tuple[Any, int]:
+    """Return the memory into which LLVM has linked an object file, and the function's address."""
+    from llvmlite import binding as llvm
+
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine, engine.get_function_address(name)
 
 
 def host_machine() -> Any:
     """Return LLVM's description of this machine, to make code for it."""
+    from llvmlite import binding as llvm
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
@@ -86,11 +152,11 @@ def cached_code(sources: Sequence[Path], dtype: str, compile_code: Callable[[], 
 def code_dirs(source: Path) -> list[Path]:
     """Return where compiled code may be kept, best first; the first that can be written is used.
 
-    These are NUMBA_CACHE_DIR if it is set, __pycache__ beside the source, and the user's own cache
-    directory if the user has one.
+    These are DISTNADAM_CACHE_DIR if it is set, __pycache__ beside the source, and the user's own
+    cache directory if the user has one.
     """
     found = [source.parent / "__pycache__"]
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+    if chosen := os.environ.get("DISTNADAM_CACHE_DIR"):
         found.insert(0, Path(chosen))
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if os.path.isabs(cache):  # the user may have no home
@@ -99,22 +165,28 @@ def code_dirs(source: Path) -> list[Path]:
 
 
 def _key(sources: Sequence[Path], dtype: str) -> str:
-    settings = sorted(
-        f"{name}={value}"
-        for name, value in os.environ.items()
-        if name.startswith("NUMBA_") and name != "NUMBA_CACHE_DIR"
-    )
     parts = (
         *(source.read_text() for source in (*sources, Path(__file__))),
-        version("numba"),
         version("llvmlite"),
-        llvm.get_process_triple(),
-        llvm.get_host_cpu_name(),
-        llvm.get_host_cpu_features().flatten(),
+        *_processor(),
         dtype,
-        *settings,
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> Sequence[str]:
+    """Return what code that was compiled for this machine's processor depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kinds = {line for line in lines if line.partition(":")[0].strip() in _OF_THE_PROCESSOR}
+    if kinds:
+        return os.uname().machine, *sorted(kinds)
+    from llvmlite import binding as llvm
+
+    features = llvm.get_host_cpu_features().flatten()
+    return llvm.get_process_triple(), llvm.get_host_cpu_name(), features
 
 
 def _can_write(directory: Path) -> bool:

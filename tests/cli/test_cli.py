@@ -394,9 +394,9 @@ def test_doctor_says_what_is_here_and_what_is_wrong(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     found = json.loads(call("doctor", "--json").output)
     assert found["versions"]["numpy"]
-    assert found["kernel"].startswith("fused (numba is installed)")
+    assert found["kernel"].startswith("fused (llvmlite is installed)")
     assert found["transport"].startswith("shared memory between processes of one Ray node")
-    with monkeypatch.context() as context:  # numba is there and cannot be used
+    with monkeypatch.context() as context:  # llvmlite is there and cannot be used
         context.setitem(sys.modules, "distnadam.nadam.fused_stepper", None)
         found = json.loads(call("doctor", "--json").output)
         assert found["kernel"].startswith("NumPy, in blocks: the fused kernel cannot be compiled")

@@ -15,6 +15,7 @@ import pytest
 from distnadam import DistNadam
 from distnadam.checkpoint import store
 from distnadam.errors import CheckpointError
+from distnadam.nadam.object_code import code_dirs
 from tests.cli.test_cli import call
 from tests.test_architecture import MODULES, PACKAGE, source_of
 
@@ -169,10 +170,9 @@ def test_saving_and_restoring_looks_up_no_class_of_a_pickle(saved: Path, tmp_pat
 def test_compiled_code_lies_beside_the_package_or_in_the_users_own_directory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    object_code = pytest.importorskip("distnadam.nadam.object_code", reason="needs numba")
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("DISTNADAM_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    beside, own = object_code.code_dirs(PACKAGE / "nadam" / "fused_loop.py")
+    beside, own = code_dirs(PACKAGE / "nadam" / "fused_loop.py")
     assert beside == PACKAGE / "nadam" / "__pycache__"
     assert own.is_relative_to(Path.home())
 
@@ -188,8 +188,7 @@ print(len(code_dirs(Path("/package/loop.py"))))
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes a user that does not exist")
 def test_a_user_without_a_home_has_no_directory_for_compiled_code() -> None:
-    pytest.importorskip("distnadam.nadam.object_code", reason="needs numba")
-    without = ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
+    without = ("HOME", "XDG_CACHE_HOME", "DISTNADAM_CACHE_DIR")
     env = {name: value for name, value in os.environ.items() if name not in without}
     done = subprocess.run(
         [sys.executable, "-c", HOMELESS], env=env, capture_output=True, text=True, timeout=60
