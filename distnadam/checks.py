@@ -10,6 +10,8 @@ from typing import Any
 
 from distnadam.errors import ConfigError
 
+BETAS = ("beta_1", "beta_2")
+"""The names of the decays of the moments, of an optimizer or a group."""
 _MOST_PORT = 65535
 _NUMPY_BOOLS = {("numpy", "bool"), ("numpy", "bool_")}
 
@@ -79,6 +81,12 @@ def set_number(record: object, name: str) -> float:
     number: float = check_as(float, name, getattr(record, name))
     object.__setattr__(record, name, number)
     return number
+
+
+def check_beta(record: object, name: str) -> None:
+    """Check that a field of a frozen record is the decay of a moment, and store it as a float."""
+    if not 0.0 <= set_number(record, name) < 1.0:
+        raise ConfigError(f"{name} must be in [0, 1), got {getattr(record, name)!r}")
 
 
 def fields_of(record: Any) -> dict[str, Any]:

@@ -362,6 +362,7 @@ _FIXED = {
     "pull_dtype": "shards keep masters, and workers memory, by it",
     "use_ema": "shards keep the average's memory by it",
     "ema_overwrite_frequency": "it is counted from the first step",
+    "clocks": "the tensors' steps were counted by it",
     "num_shards": "reshard(num_shards) cuts the state anew",
     "num_workers": "the ranks are given when the optimizer is made or restored",
     "replicas": "standbys are asked for when the optimizer is made or restored",

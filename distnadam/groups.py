@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from distnadam.checks import check_flag, set_number
+from distnadam.checks import BETAS, check_beta, check_flag, set_number
 from distnadam.errors import ConfigError
 from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
 
@@ -29,6 +29,9 @@ class Group:
             number of segments, also none; nothing else is special.
         lr_scale: factor of the optimizer's learning rate; not together with `lr`.
         lr: a learning rate of its own, a number or a `Schedule`.
+        beta_1: as the optimizer's; with one of its own the group has a product of the momentum
+            coefficients of its own.
+        beta_2: as the optimizer's.
         epsilon: as the optimizer's.
         weight_decay: as the optimizer's.
         clipnorm: as the optimizer's, which must not clip by `global_clipnorm` then.
@@ -47,6 +50,8 @@ class Group:
     _: KW_ONLY
     lr_scale: float = 1.0
     lr: Rate | None = None
+    beta_1: float | None = None
+    beta_2: float | None = None
     epsilon: float | None = None
     weight_decay: float | None = None
     clipnorm: float | None = None
@@ -69,6 +74,9 @@ class Group:
 
     def _check(self) -> None:
         set_number(self, "lr_scale")
+        for name in BETAS:
+            if getattr(self, name) is not None:
+                check_beta(self, name)
         for name in ("epsilon", "weight_decay", "clipnorm", "clipvalue"):
             if getattr(self, name) is not None:
                 set_number(self, name)

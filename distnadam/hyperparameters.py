@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from distnadam.checks import check_count, check_flag, fields_of, set_number
+from distnadam.checks import BETAS, check_beta, check_count, check_flag, fields_of, set_number
 from distnadam.errors import ConfigError
 from distnadam.groups import Group
 from distnadam.schedules import Rate, kept, rate_at, rate_from, rate_to_dict
@@ -21,6 +21,9 @@ DEFAULT_SCHEDULE_DECAY = 0.004
 
 PullDtype = Literal["bfloat16"]
 """A dtype to which parameters are rounded for workers."""
+Clocks = Literal["one", "tensor"]
+"""Whose steps are counted, and momentum coefficients multiplied: all tensors' together, or each's.
+"""
 Formula = Literal["nadam", "nadam_optax", "nadam_algoperf", "adam", "adam_keras"]
 """What is computed from the moments: Nadam with the momentum schedule of TensorFlow 1.13, torch and
 Keras 3; with the constant momentum of optax, or as AlgoPerf publishes it; Adam as torch and optax
@@ -55,6 +58,8 @@ class NadamConfig:
         ema_momentum: the weight of the average so far in the next one, in [0, 1].
         ema_overwrite_frequency: after how many steps the parameters become the average, again and
             again; None: never.
+        clocks: "one" for all tensors, which all step at every step; or one of each "tensor", which
+            steps where it has a gradient.
 
     Raises:
         ConfigError: a value is out of its range, or has no meaning beside the others, or a
@@ -79,6 +84,7 @@ class NadamConfig:
     use_ema: bool = False
     ema_momentum: float = 0.99
     ema_overwrite_frequency: int | None = None
+    clocks: Clocks = "one"
 
     def __post_init__(self) -> None:
         if not callable(self.lr):
@@ -92,9 +98,10 @@ class NadamConfig:
         self._check_formula()
         self._check_groups()
         self._check_ema()
-        for name in ("beta_1", "beta_2"):
-            if not 0.0 <= set_number(self, name) < 1.0:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        for name in BETAS:
+            check_beta(self, name)
+        if not isinstance(self.clocks, str) or self.clocks not in get_args(Clocks):
+            raise ConfigError(f"clocks must be 'one' or 'tensor', got {self.clocks!r}")
         for name in ("clipnorm", "clipvalue", "global_clipnorm"):
             if getattr(self, name) is not None:
                 set_number(self, name)
@@ -152,11 +159,18 @@ class NadamConfig:
                 groups=(),
                 **{
                     name: value
-                    for name in ("epsilon", "weight_decay", "clipnorm", "clipvalue")
+                    for name in (*BETAS, "epsilon", "weight_decay", "clipnorm", "clipvalue")
                     if (value := getattr(group, name)) is not None
                 },
             )
             for group in self.groups
+        )
+
+    @cached_property
+    def tells_clocks_apart(self) -> bool:
+        """Whether tensors may have other clocks than the optimizer's."""
+        return self.clocks == "tensor" or (
+            self.has_momentum_schedule and any(group.beta_1 is not None for group in self.groups)
         )
 
     @cached_property

@@ -21,7 +21,7 @@ from distnadam.client.shard_group import ShardGroup
 from distnadam.client.ticket import Ticket
 from distnadam.config import BackendName, Options, Settings
 from distnadam.groups import Group
-from distnadam.hyperparameters import Formula, PullDtype
+from distnadam.hyperparameters import Clocks, Formula, PullDtype
 from distnadam.nadam.step_overrides import Betas, Rates
 from distnadam.schedules import Rate, kept
 from distnadam.tensors.arrays import Array
@@ -54,12 +54,12 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         weight_decay: what each step takes from a parameter: ``lr * weight_decay`` of it before the
             step if `decoupled_weight_decay`, else `weight_decay` of it by way of its gradient (L2).
         maximize: step along the gradient, not against it.
-        groups: tensors with settings of their own, as ``[Group("**/bias", weight_decay=0.0)]``; the
-            first whose pattern matches a tensor's path holds for it.
+        groups: tensors with settings of their own; the first `Group` that matches a path holds.
         use_ema: keep an exponential moving average of the parameters: see `get_ema_params`.
         ema_momentum: the weight of the average so far in the next one, in [0, 1].
-        ema_overwrite_frequency: after every that many steps the parameters become the average,
-            which workers see as they do a step; None: never.
+        ema_overwrite_frequency: after how many steps the parameters become the average; None never.
+        clocks: "one" for all tensors, which all step at every step; or "tensor": one whose gradient
+            is None on all ranks keeps its parameters, moments, average and clock.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
         replicas: standbys per shard, 0 or 1; they take over at the same round (Ray only).
@@ -94,6 +94,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         use_ema: bool = False,
         ema_momentum: float = 0.99,
         ema_overwrite_frequency: int | None = None,
+        clocks: Clocks = "one",
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,

@@ -158,7 +158,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         Args:
             gradients: a tree like the one given to `build`, of floating-point arrays of the same
                 shapes; they may be reused at once. If all of them come in one half precision, half
-                the bytes are moved, and summed in float32. None: what was written into the views of
+                the bytes are moved, and summed in float32. With ``clocks="tensor"`` any of them
+                may be None. For the whole tree None means what was written into the views of
                 `gradients()`, or given tensor by tensor to `push_tensor`, or the mean of what
                 `accumulate` has summed.
             found_inf: whether this rank's loss-scaled gradients overflowed. If one rank says so,
@@ -254,7 +255,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def push_tensor(self, path: str, gradient: Any) -> None:
         """Copy one tensor's gradient, as the backward pass yields it.
 
-        Once all have come, `push()` or `step()` without an argument sends them. To shards of other
+        Once all have come, `push()` or `step()` without an argument sends them; with
+        ``clocks="tensor"`` those that have not come are None. To shards of other
         hosts pieces of a MiB or more leave while the rest is computed, unless `sum_group` is above
         1, where only a group's sum crosses, or `gradients()` has given views of them.
 
@@ -323,6 +325,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             self._settle()
         began = perf_counter()
         buffer = self._buffer
+        micro_steps = max(1, buffer.micro_steps)
         if settings.found_inf:
             rejection: str | None = buffer.overflowed()
         elif gradients is not None:
@@ -331,9 +334,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             if buffer.micro_steps:
                 self.session.sync()
                 self._require_place()
-            if buffer.micro_steps > 1:
-                settings = replace(settings, micro_steps=buffer.micro_steps)
             rejection = buffer.finish()
+        if (micro_steps > 1 or buffer.absent) and not settings.found_inf:
+            settings = replace(settings, micro_steps=micro_steps, absent=buffer.absent)
         push = self.session.push(
             buffer.parts,
             rejection,

@@ -17,10 +17,11 @@ from distnadam.tensors.layout import Layout
 
 _LATER = {
     *("formula", "weight_decay", "decoupled_weight_decay", "maximize", "groups"),
-    *("use_ema", "ema_momentum", "ema_overwrite_frequency"),
+    *("use_ema", "ema_momentum", "ema_overwrite_frequency", "clocks"),
 }
 """Settings that the first readers of this format do not know."""
 _PLAIN = PlainData()
+_MOST_AXES = 64
 _MOST_LAYOUT = (24 << 20, 1_400_000)
 _MOST_DATA = (24 << 20, 400_000)
 """The most bytes and objects of these parts, which together stay below what a reader refuses."""
@@ -111,3 +112,25 @@ def without_later(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     defaults = NadamConfig().to_dict()
     return {k: v for k, v in config.items() if k not in _LATER or v != defaults[k]}
+
+
+def layout_from(data: Any) -> Layout:
+    """Return the layout, after checking each number before anything is computed from it."""
+    for path, shape, dtype, begin, end in data["tensors"]:
+        if not (
+            isinstance(path, str)
+            and isinstance(dtype, str)
+            and isinstance(shape, list)
+            and len(shape) <= _MOST_AXES
+        ):
+            raise ValueError(f"tensor {str(path)[:80]!r} has a shape or dtype that none can have")
+        if not all(map(is_natural, (*shape, begin, end))):
+            raise ValueError(
+                f"tensor {path[:80]!r} has a shape or place that is not of whole numbers"
+            )
+    return Layout.from_dict(data)
+
+
+def is_natural(value: Any) -> bool:
+    """Return whether a value is a whole number from 0 on, of 63 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63

@@ -121,6 +121,10 @@ def _settings(a: Manifest, b: Manifest) -> dict[str, tuple[Any, Any]]:
             name: getattr(manifest, name)
             for name in ("iterations", "m_schedule", "round", "skipped")
         }
+        if manifest.clocks:
+            paths = (path for path, *_ in manifest.layout["tensors"])
+            at = manifest.clock
+            clock |= {f"clock[{p!r}]": list(at.of_tensor(i)) for i, p in enumerate(paths)}
         # groups are compared one by one; "given" is what was asked for, and `config` what is
         apart = (("config", "groups"), ("run", "given"))
         return clock | {

@@ -35,6 +35,7 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
         group_of = groups_of(groups, [t.path for t in layout.tensors])
     except ConfigError:  # a group without a tensor: `restore` says which
         group_of = [-1] * len(layout.tensors)
+    clock = manifest.clock
     directory = open_directory(path)
     sizes = directory.files()
     files = [
@@ -55,6 +56,7 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
         "tensors": [
             {
                 "path": t.path,
+                "steps": clock.of_tensor(index).steps,
                 "shape": list(t.shape),
                 "dtype": t.dtype,
                 "space": t.space,
@@ -62,7 +64,7 @@ def describe(path: DirectoryLike, manifest: Manifest, *, read: bool = True) -> d
                 "end": t.end,
                 "group": None if number < 0 else groups[number].pattern,
             }
-            for t, number in zip(layout.tensors, group_of, strict=True)
+            for index, (t, number) in enumerate(zip(layout.tensors, group_of, strict=True))
         ],
         "files": files,
         "sizes": {

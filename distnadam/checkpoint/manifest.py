@@ -18,6 +18,8 @@ import xxhash
 from distnadam.checkpoint.contents import (
     config_from,
     data_from,
+    is_natural,
+    layout_from,
     options_from,
     packed_options,
     whole_config,
@@ -27,17 +29,17 @@ from distnadam.checkpoint.msgpack_guard import check_msgpack
 from distnadam.config import Options, Settings
 from distnadam.errors import CheckpointError, DistNadamError
 from distnadam.hyperparameters import NadamConfig
-from distnadam.nadam.step_scalars import Clock
+from distnadam.nadam.step_scalars import Clock, TensorClocks
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.arrays import STATE_ARRAYS
 from distnadam.tensors.layout import Layout, Ranges
 
 _T = TypeVar("_T")
-FORMAT_VERSION = 1
+FORMAT_VERSION, WITH_CLOCKS = 1, 2
+"""The format's version, and that of checkpoints whose tensors have clocks of their own."""
 MAGIC = "distnadam checkpoint"
 CHUNK_BYTES = 1 << 20
 """Size of the pieces of a file that have one checksum each."""
-_MOST_AXES = 64
 _MOST_PROCESSES = 1 << 16
 SHARD_FILE = re.compile(r"shard-\d{5}-of-\d{5}-([0-9a-f]{16})\.safetensors")
 """The names that `shard_file_name` makes; the group is the save's id."""
@@ -96,6 +98,7 @@ class Manifest:
         data: what `contents.packed_data` returned of the caller's own; `user_data` gives it back.
         files: the shards' files, by index.
         saved_at: seconds since 1970.
+        clocks: `TensorClocks.to_dict()`; {} where all tensors have one.
     """
 
     save_id: str
@@ -112,6 +115,7 @@ class Manifest:
     run: dict[str, Any] = field(default_factory=dict)
     files: tuple[FileRecord, ...] = ()
     saved_at: float = 0.0
+    clocks: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -130,6 +134,7 @@ class Manifest:
             layout=layout.to_dict(),
             iterations=position.clock.iterations,
             m_schedule=position.clock.m_schedule,
+            clocks=tensors.to_dict() if (tensors := position.clock.tensors) else {},
             round=position.round,
             skipped=position.skipped,
             ledger=position.ledger,
@@ -141,6 +146,12 @@ class Manifest:
     def state_arrays(self) -> tuple[str, ...]:
         """The names of the arrays that every file holds."""
         return self.files[0].arrays
+
+    @property
+    def clock(self) -> Clock:
+        """How far the optimizer and its tensors are."""
+        tensors = TensorClocks.from_dict(self.clocks) if self.clocks else None
+        return Clock(self.iterations, self.m_schedule, tensors)
 
     @property
     def user_data(self) -> dict[str, Any]:
@@ -156,6 +167,8 @@ class Manifest:
         """Return the manifest file's bytes."""
         body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         body["config"] = without_later(self.config)
+        if not self.clocks:
+            del body["clocks"]  # which readers of the first version refuse
         if self.run:
             body["run"] = {**self.run, "given": without_later(self.run["given"])}
         body["files"] = [
@@ -170,7 +183,7 @@ class Manifest:
         packed = msgpack.packb(body)
         envelope = {
             "magic": MAGIC,
-            "version": FORMAT_VERSION,
+            "version": WITH_CLOCKS if self.clocks else FORMAT_VERSION,
             "checksum": xxhash.xxh3_128_hexdigest(packed),
             "body": packed,
         }
@@ -194,16 +207,17 @@ class Manifest:
         envelope = _unpack(raw, where)
         if envelope.get("magic") != MAGIC:
             raise CheckpointError(f"{where}: is not a manifest of a distnadam checkpoint")
-        if envelope.get("version") != FORMAT_VERSION:
+        version = envelope.get("version")
+        if type(version) is not int or version not in (FORMAT_VERSION, WITH_CLOCKS):
             raise CheckpointError(
-                f"{where}: format version {envelope.get('version')!r}, expected {FORMAT_VERSION}"
+                f"{where}: format version {version!r}, expected {FORMAT_VERSION} or {WITH_CLOCKS}"
             )
         body = envelope.get("body")
         if not isinstance(body, bytes) or xxhash.xxh3_128_hexdigest(body) != envelope.get(
             "checksum"
         ):
             raise CheckpointError(f"{where}: its checksum does not match its contents")
-        return _checked(_unpack(body, where), where)
+        return _checked(_unpack(body, where), version, where)
 
 
 def _unpack(raw: bytes, where: str) -> dict[str, Any]:
@@ -219,14 +233,10 @@ def _unpack(raw: bytes, where: str) -> dict[str, Any]:
     return data
 
 
-def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
 def _sane(topology: Mapping[str, Any]) -> bool:
     """Return whether a topology's numbers are small enough to start a run of that size."""
     counts = [topology[key] for key in ("num_shards", "num_workers", "replicas")]
-    return all(_natural(n) and n <= _MOST_PROCESSES for n in counts) and isinstance(
+    return all(is_natural(n) and n <= _MOST_PROCESSES for n in counts) and isinstance(
         topology["name"], str | None
     )
 
@@ -241,25 +251,27 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         and _sane(v)
     ),
     "layout": lambda v: isinstance(v, dict),
-    "iterations": _natural,
+    "iterations": is_natural,
     "m_schedule": lambda v: isinstance(v, float) and 0.0 <= v <= 1.0,
-    "round": _natural,
-    "skipped": _natural,
+    "round": is_natural,
+    "skipped": is_natural,
     "ledger": lambda v: isinstance(v, dict) and {"runs", "newest"} <= v.keys(),
     "data": lambda v: isinstance(v, dict),
     "run": lambda v: isinstance(v, dict),
     "files": lambda v: isinstance(v, list) and len(v) > 0,
     "saved_at": lambda v: isinstance(v, float) and 0.0 <= v < 1e12,
 }
+_CLOCKS: dict[str, Callable[[Any], bool]] = {"clocks": lambda v: isinstance(v, dict)}
 
 
-def _checked(body: Mapping[str, Any], where: str) -> Manifest:
+def _checked(body: Mapping[str, Any], version: int, where: str) -> Manifest:
     """Return the manifest of a body, after checking each field and that the fields agree."""
-    if set(body) != set(_FIELDS):
+    fields = _FIELDS | (_CLOCKS if version == WITH_CLOCKS else {})
+    if set(body) != set(fields):
         raise CheckpointError(
-            f"{where}: expected the fields {', '.join(_FIELDS)}; got {', '.join(map(str, body))}"
+            f"{where}: expected the fields {', '.join(fields)}; got {', '.join(map(str, body))}"
         )
-    for name, legal in _FIELDS.items():
+    for name, legal in fields.items():
         if not legal(body[name]):
             raise CheckpointError(
                 f"{where}: field {name!r} has the value {str(body[name])[:80]!r}, which it "
@@ -269,7 +281,14 @@ def _checked(body: Mapping[str, Any], where: str) -> Manifest:
     files = tuple(_file(record, body["save_id"], arrays, where) for record in body["files"])
     if len({f.name for f in files}) < len(files):
         raise CheckpointError(f"{where}: names a file twice")
-    layout = _parse("layout", _layout, body["layout"], where)
+    layout = _parse("layout", layout_from, body["layout"], where)
+    if version == WITH_CLOCKS:
+        clocks = _parse("clocks", TensorClocks.from_dict, body["clocks"], where)
+        if len(clocks.index) != len(layout.tensors):
+            raise CheckpointError(
+                f"{where}: its clocks are of {len(clocks.index)} tensors, its layout has "
+                f"{len(layout.tensors)}"
+            )
     _parse("options", options_from, body["options"], where)
     _parse("data", data_from, body["data"], where)
     _parse("run", _check_run, body["run"], where)
@@ -311,7 +330,7 @@ def _check_run(run: Mapping[str, Any]) -> None:
     if run.keys() != {"task", "seed", "num_workers", "given"}:
         raise ValueError(f"expected task, seed, num_workers and given, got {', '.join(run)}")
     if not isinstance(run["task"], str) or not all(
-        map(_natural, (run["seed"], run["num_workers"]))
+        map(is_natural, (run["seed"], run["num_workers"]))
     ):
         raise ValueError("expected a name and two whole numbers")
     config_from(run["given"])
@@ -343,7 +362,7 @@ def _file(record: Any, save_id: str, arrays: tuple[str, ...], where: str) -> Fil
     match = SHARD_FILE.fullmatch(name) if isinstance(name, str) else None
     if match is None or match[1] != save_id:
         raise CheckpointError(f"{prefix}: its name is not one that this save can have written")
-    if not _natural(size) or not isinstance(checksums, bytes):
+    if not is_natural(size) or not isinstance(checksums, bytes):
         raise CheckpointError(f"{prefix}: its size must be a whole number, its checksums bytes")
     if len(checksums) != 8 * -(-size // CHUNK_BYTES):
         raise CheckpointError(
@@ -351,7 +370,7 @@ def _file(record: Any, save_id: str, arrays: tuple[str, ...], where: str) -> Fil
             f"{8 * -(-size // CHUNK_BYTES)}"
         )
     legal = isinstance(ranges, dict) and all(
-        isinstance(r, list) and len(r) == 2 and all(map(_natural, r)) and r[0] <= r[1]
+        isinstance(r, list) and len(r) == 2 and all(map(is_natural, r)) and r[0] <= r[1]
         for r in ranges.values()
     )
     if not legal:
@@ -365,20 +384,3 @@ def _file(record: Any, save_id: str, arrays: tuple[str, ...], where: str) -> Fil
         checksums=tuple(np.frombuffer(checksums, "<u8").tolist()),
         arrays=arrays,
     )
-
-
-def _layout(data: Any) -> Layout:
-    """Return the layout, after checking each number before anything is computed from it."""
-    for path, shape, dtype, begin, end in data["tensors"]:
-        if not (
-            isinstance(path, str)
-            and isinstance(dtype, str)
-            and isinstance(shape, list)
-            and len(shape) <= _MOST_AXES
-        ):
-            raise ValueError(f"tensor {str(path)[:80]!r} has a shape or dtype that none can have")
-        if not all(map(_natural, (*shape, begin, end))):
-            raise ValueError(
-                f"tensor {path[:80]!r} has a shape or place that is not of whole numbers"
-            )
-    return Layout.from_dict(data)

@@ -125,7 +125,9 @@ def _show(found: dict[str, Any]) -> None:
     )
     facts.add_row("checksums", found["checksums"])
     in_groups = bool(found["config"]["groups"])
+    differ = any(t["steps"] != found["iterations"] for t in found["tensors"])
     headings = ["tensor", "shape", "dtype", "elements", *(["group"] if in_groups else [])]
+    headings += ["steps"] if differ else []
     tensors = Table(*headings, title="tensors")
     for t in found["tensors"]:
         tensors.add_row(
@@ -134,6 +136,7 @@ def _show(found: dict[str, Any]) -> None:
             t["dtype"],
             f"{t['space']}[{t['begin']}:{t['end']}]",
             *([Text(t["group"] or "")] if in_groups else []),
+            *([str(t["steps"])] if differ else []),
         )
     files = Table("shard", "bytes", "ranges", "chunks", title="shards")
     problems: list[str] = []

@@ -42,7 +42,7 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
     groups = groups_of(config.groups, [tensor.path for tensor in layout.tensors])
     still = {number for number, group in enumerate(config.groups) if not group.trainable}
     frozen = (index for index, group in enumerate(groups) if group in still)
-    layout = layout.for_workers(config.pull_dtype, frozen)
+    layout = layout.for_workers(config.pull_dtype, frozen, may_lack=config.clocks == "tensor")
     topology = settings.topology
     backend = factory.choose(topology.backend, several=topology.several)
     specs = [

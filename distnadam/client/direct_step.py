@@ -140,6 +140,7 @@ class DirectSteps:
         self._shards = shards
         self._buffer: GradientBuffer | None = None
         self._is_small = shards.layout.num_elements < _SMALL
+        self._num_trained = len(shards.layout.tensors) - len(shards.layout.frozen)
         self.after_fork()
         renew_after_fork(self)
 
@@ -223,6 +224,8 @@ class DirectSteps:
         outcome: Outcome = "applied" if why is None else "skipped" if is_skip else "refused"
         if step.settings.found_inf:
             outcome = "voted"
+        elif why is None and 0 < len(step.settings.absent) == self._num_trained:
+            outcome = "empty"
         return replace(decided, outcome=outcome, rejection=why)
 
     def _give_norms(
@@ -255,5 +258,9 @@ class DirectSteps:
         if step.settings.found_inf:
             return self._buffer.overflowed(), self._buffer.parts(shards.ranges)
         if (written := shards.backend.transport.written_here) is not None:
-            return self._buffer.lend(gradients, shards.ranges, written)
-        return self._buffer.fill(gradients), self._buffer.parts(shards.ranges)
+            taken = self._buffer.lend(gradients, shards.ranges, written)
+        else:
+            taken = self._buffer.fill(gradients), self._buffer.parts(shards.ranges)
+        if self._buffer.absent:
+            step.settings = replace(step.settings, absent=self._buffer.absent)
+        return taken

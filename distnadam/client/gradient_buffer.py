@@ -6,64 +6,17 @@ No shards, no Ray.
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
 
+from distnadam.client.gradient_runs import BLOCK, runs_of, stretches_of
 from distnadam.client.micro_batches import add_micro_batch, divide
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
 from distnadam.tensors.pieces import Pieces
-
-BLOCK = 65536
-"""Elements copied at a time, and checked while they are in the cache."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Tensors [first, last) of a layout, which lie one after the other in elements [begin, end) of
-    a space: small ones, that are copied by one call, or one that is larger than a block.
-    """
-
-    first: int
-    last: int
-    space: str
-    begin: int
-    end: int
-    is_large: bool
-
-
-def _runs_of(layout: Layout) -> list[_Run]:
-    """Return the runs that the tensors of a layout make up, in order, but the frozen ones."""
-    runs: list[_Run] = []
-    for index, tensor in enumerate(layout.tensors):
-        if index in layout.frozen:
-            continue
-        last = runs[-1] if runs and runs[-1].last == index else None
-        if last is not None and last.space == tensor.space and tensor.end - last.begin <= BLOCK:
-            runs[-1] = replace(last, last=index + 1, end=tensor.end)
-        else:
-            bounds = tensor.begin, tensor.end
-            is_large = tensor.end - tensor.begin > BLOCK
-            runs.append(_Run(index, index + 1, tensor.space, *bounds, is_large))
-    return runs
-
-
-def _stretches_of(layout: Layout) -> dict[str, list[tuple[int, int]]]:
-    """Return for each space the stretches of elements that no frozen tensor has."""
-    found: dict[str, list[tuple[int, int]]] = {space: [] for space in layout.sizes}
-    for index, tensor in enumerate(layout.tensors):
-        stretches = found[tensor.space]
-        if index in layout.frozen:
-            continue
-        if stretches and stretches[-1][1] == tensor.begin:
-            stretches[-1] = stretches[-1][0], tensor.end
-        else:
-            stretches.append((tensor.begin, tensor.end))
-    return found
 
 
 class GradientBuffer:
@@ -81,6 +34,7 @@ class GradientBuffer:
 
     Attributes:
         micro_steps: of how many micro-batches the memory holds the sum.
+        absent: the tensors that have no gradient, and zeros in the memory; frozen ones apart.
     """
 
     def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
@@ -91,10 +45,11 @@ class GradientBuffer:
         self._check = check
         self._by_dtypes: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
         # of the leaves of the last tree, while the memory is laid out for it
-        self._dtypes: list[np.dtype[Any]] = []
+        self._dtypes: list[np.dtype[Any] | None] = []
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._written: set[int] = set()
         self.micro_steps = 0
+        self.absent: frozenset[int] = frozenset()
         self._view_dtypes: dict[str, str] | None = None
         self._narrow = [
             i
@@ -106,9 +61,9 @@ class GradientBuffer:
             for i, t in enumerate(layout.tensors)
             if t.end - t.begin >= BLOCK and i not in layout.frozen
         ]
-        self._looked_at = _stretches_of(layout)
+        self._looked_at = stretches_of(layout)
         self._trained = sum(b - a for each in self._looked_at.values() for a, b in each)
-        self._runs = _runs_of(layout)
+        self._runs = runs_of(layout)
         self._rejection: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
         self._select({})
@@ -122,8 +77,10 @@ class GradientBuffer:
         """
         if self.micro_steps:
             raise self._mixed("a whole gradient was given")
-        leaves = self._layout.leaves(gradients, what=self._what, optional=self._layout.frozen)
-        dtypes = [leaf.dtype for leaf in leaves]
+        leaves, self.absent = self._layout.gradients(gradients, what=self._what)
+        dtypes: list[np.dtype[Any] | None] = [leaf.dtype for leaf in leaves]
+        for index in self.absent:
+            dtypes[index] = None  # what lies there of it is zeros of any
         if dtypes != self._dtypes:
             self._select(self._common_half(dtypes))
             self._dtypes = dtypes
@@ -163,7 +120,7 @@ class GradientBuffer:
         """
         if not self._large:
             return self.fill(gradients), self.parts(ranges)
-        leaves = self._layout.leaves(gradients, what=self._what, optional=self._layout.frozen)
+        leaves, absent = self._layout.gradients(gradients, what=self._what)
         lent = {
             index: leaf.reshape(-1)
             for index, tensor in self._large
@@ -173,8 +130,10 @@ class GradientBuffer:
             and not any(np.may_share_memory(leaf, memory) for memory in apart_from)
         }
         if 2 * sum(map(np.size, lent.values())) < self._trained:
-            return self.fill(self._layout.unflatten(leaves)), self.parts(ranges)
+            given = [None if i in absent else leaf for i, leaf in enumerate(leaves)]
+            return self.fill(self._layout.unflatten(given)), self.parts(ranges)
         self._select({})
+        self.absent = absent
         self._rejection = None
         wholes: dict[str, list[Array]] = {space: [] for space in self.flat}
         copied = dict.fromkeys(self.flat, 0)  # where the elements begin that are copied together
@@ -212,9 +171,10 @@ class GradientBuffer:
             raise LifecycleError(
                 f"{self._who}: accumulate needs the memory of a round for itself, and {what}"
             )
-        leaves = self._layout.leaves(gradients, what=self._what, optional=self._layout.frozen)
+        leaves, absent = self._layout.gradients(gradients, what=self._what)
         if not self.micro_steps:
             self._select({})
+        self.absent = self.absent & absent if self.micro_steps else absent
         add_micro_batch(self._layout, self.flat, leaves, is_first=not self.micro_steps)
         self.micro_steps += 1
 
@@ -225,6 +185,7 @@ class GradientBuffer:
     def overflowed(self) -> str:
         """Forget what came for the round, which overflowed; return why it cannot be used."""
         self.discard()
+        self.absent = frozenset()
         self._written.clear()
         return f"{self._who}: its gradients overflowed (found_inf)"
 
@@ -234,7 +195,8 @@ class GradientBuffer:
         return self._view_dtypes is not None
 
     def write(self, path: str, gradient: Any) -> TensorSpec:
-        """Copy one tensor's gradient, as the backward pass yields it; `finish` requires all.
+        """Copy one tensor's gradient, as the backward pass yields it; those that have none by
+        `finish` are absent, where the layout allows it.
 
         Returns:
             Where it lies.
@@ -290,16 +252,15 @@ class GradientBuffer:
             LifecycleError: none was, and nobody has the views.
         """
         if self._written:
-            missing = [
-                tensor.path
-                for index, tensor in enumerate(self._layout.tensors)
-                if index not in self._written and index not in self._layout.frozen
-            ]
-            if missing:
+            missing = set(self._index.values()) - self._written - self._layout.frozen
+            if refused := sorted(missing - self._layout.optional):
                 raise StructureError(
-                    f"{self._who}: gradients: {missing[0]!r} was not pushed for this round "
-                    f"({len(missing)} missing)"
+                    f"{self._who}: gradients: {self._layout.tensors[refused[0]].path!r} was not "
+                    f"pushed for this round ({len(refused)} missing)"
                 )
+            for index in missing:
+                self._views[index][...] = 0
+            self.absent = frozenset(missing)
             self._written.clear()
             return self._rejection
         if self.micro_steps:
@@ -312,6 +273,7 @@ class GradientBuffer:
             )
         else:
             self._select(self._view_dtypes)
+            self.absent = frozenset()
         self._rejection = None
         with own_errors():
             for space, values in self.flat.items():
@@ -346,9 +308,9 @@ class GradientBuffer:
         self.flat = flat
         self._views = views
 
-    def _common_half(self, dtypes: list[np.dtype[Any]]) -> dict[str, str]:
+    def _common_half(self, dtypes: list[np.dtype[Any] | None]) -> dict[str, str]:
         """Return the half precision of the float32 space, if all its gradients came in one."""
-        narrow = {dtypes[index] for index in self._narrow}
+        narrow = {dtype for index in self._narrow if (dtype := dtypes[index]) is not None}
         if len(narrow) != 1:
             return {}
         name = NAME_OF[narrow.pop()]

@@ -66,7 +66,12 @@ class HeldState(FixedAttributes):
         self._write_tree("ema", average, "average")
 
     def get_weights(self) -> list[Array]:
-        """Return Keras's ``[iterations, m_schedule, *ms, *vs]``: 0-d int64, 0-d float64, arrays."""
+        """Return Keras's ``[iterations, m_schedule, *ms, *vs]``: 0-d int64, 0-d float64, arrays.
+
+        Raises:
+            ConfigError: a tensor has another clock than the optimizer's, which the list cannot hold
+                (see `clocks`, and `Group.beta_1`).
+        """
         shards = self._life.shards
         clock, state = shards.read(("m", "v"))
         return to_weights(shards.layout, clock, state["m"], state["v"])

@@ -8,15 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from distnadam.errors import StructureError
-from distnadam.nadam.step_scalars import Clock
+from distnadam.errors import ConfigError, StructureError
+from distnadam.nadam.step_scalars import Clock, TensorClock
 from distnadam.tensors.arrays import NAME_OF, Array, Flat, empty_flat, own_errors
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy, first_of, kind_of, remedy_of
 
 
 def to_weights(layout: Layout, clock: Clock, m: Flat, v: Flat) -> list[Array]:
-    """Return the list: 0-d int64, 0-d float64, then views of the moments in the tensors' shapes."""
+    """Return the list: 0-d int64, 0-d float64, then views of the moments in the tensors' shapes.
+
+    Raises:
+        ConfigError: naming a tensor that has another clock than the optimizer's.
+    """
+    own = TensorClock(clock.iterations, clock.m_schedule)
+    for index, tensor in enumerate(layout.tensors):
+        if index not in layout.frozen and (found := clock.of_tensor(index)) != own:
+            raise ConfigError(
+                f"get_weights: {tensor.path!r} was stepped {found.steps} times, with a product of "
+                f"momentum coefficients of {found.product:.6g}, and the optimizer {own.steps} "
+                f"times, with {own.product:.6g}: Keras's list has one clock for all tensors; save "
+                "a checkpoint"
+            )
     return [
         np.array(clock.iterations, np.int64),
         np.array(clock.m_schedule, np.float64),

@@ -29,7 +29,7 @@ from distnadam.errors import ConversionError
 from distnadam.groups import Group
 from distnadam.hyperparameters import Formula, NadamConfig
 from distnadam.interop.optimizer_state import OptimizerState
-from distnadam.nadam.step_scalars import Clock
+from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.reproducible_math import power_of_step
 from distnadam.schedules import rate_at
 
@@ -98,7 +98,7 @@ def momentum(config: NadamConfig, t: int, decay: float) -> float:
 
 def same_momentum(state: OptimizerState, theirs: float) -> bool:
     """Return whether schedule_decay `theirs` gives our mu_t from the next step on, in float32."""
-    ours, t = schedule_decay(state.config), state.clock.iterations + 1
+    ours, t = schedule_decay(state.config), state.fewest_steps + 1
     return ours == theirs or 0.5 * max(_power(ours, t), _power(theirs, t)) <= _ROUNDING
 
 
@@ -111,7 +111,15 @@ def with_own_product(state: OptimizerState) -> OptimizerState:
     """Return the state with the product that its formula has: beta_1 ** t without a schedule."""
     if state.config.has_momentum_schedule:
         return state
-    return replace(state, clock=unscheduled(state.config, state.clock.iterations))
+    clock = unscheduled(state.config, state.clock.iterations)
+    if (tensors := state.clock.tensors) is not None:
+        own = zip(map(tensors.table.__getitem__, tensors.index), state.settings, strict=True)
+        products = [
+            TensorClock(at.steps, unscheduled(settings, at.steps).m_schedule)
+            for at, (_, settings) in own
+        ]
+        clock = replace(clock, tensors=TensorClocks.of(products))
+    return replace(state, clock=clock)
 
 
 def find_formula(
@@ -132,11 +140,12 @@ def find_formula(
         _find_epsilon(job, state, theirs, what)
         return
     _find_momentum(job, state, decay, what)
-    product = unscheduled(state.config, state.clock.iterations + 1).m_schedule
+    t = state.fewest_steps + 1
+    product = unscheduled(state.config, t).m_schedule
     if state.config.formula == "nadam_algoperf" != theirs and product > _ROUNDING:
         job.differences.append(
             f"look-ahead: formula='nadam_algoperf' divides the momentum by 1 - beta_1 ** step, and "
-            f"{what} by 1 - beta_1 ** (step + 1); beta_1 ** {state.clock.iterations + 1} is "
+            f"{what} by 1 - beta_1 ** (step + 1); beta_1 ** {t} is "
             f"{product:.6g}"
         )
 
@@ -256,7 +265,7 @@ def find_count(job: Conversion, state: OptimizerState, largest: int, what: str) 
 
 def _find_momentum(job: Conversion, state: OptimizerState, theirs: float, what: str) -> None:
     if not same_momentum(state, theirs):
-        t, ours = state.clock.iterations + 1, schedule_decay(state.config)
+        t, ours = state.fewest_steps + 1, schedule_decay(state.config)
         here = "there is none" if math.isinf(ours) else f"schedule_decay is {ours:g}"
         there = "no momentum schedule" if math.isinf(theirs) else f"{theirs:g}, fixed"
         job.differences.append(
@@ -267,7 +276,7 @@ def _find_momentum(job: Conversion, state: OptimizerState, theirs: float, what: 
 
 
 def _find_epsilon(job: Conversion, state: OptimizerState, theirs: Formula, what: str) -> None:
-    t, config = state.clock.iterations + 1, state.config
+    t, config = state.fewest_steps + 1, state.config
     correction = math.sqrt(1.0 - power_of_step(config.beta_2, 1.0, t))
     has_epsilon = any(own.epsilon for _, own in state.settings)
     if config.formula != theirs and has_epsilon and 1.0 - correction > _ROUNDING:

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distnadam.checks import BETAS
 from distnadam.errors import CheckpointError, ConfigError, ConversionError
 from distnadam.groups import Group, groups_of, segments
-from distnadam.interop.formulas import Conversion, clipping_groups
+from distnadam.interop.formulas import Conversion, clipping_groups, with_own_product
 from distnadam.interop.optimizer_state import OptimizerState
+from distnadam.nadam.step_scalars import TensorClock
 
 Own = dict[str, Any]
 """Settings of one tensor that are not those of most, as `Group` takes them; {}: none."""
@@ -42,7 +44,8 @@ def find_one_for_all(
     scale: str | None = None,
     clips: Sequence[str] = (),
 ) -> None:
-    """Add a difference for each setting that groups have, and of which `what` has one for all.
+    """Add a difference for each setting that groups have, and of which `what` has one for all, and
+    for tensors' clocks where they differ.
 
     Args:
         job: receives the differences.
@@ -63,16 +66,19 @@ def find_one_for_all(
                 f"learning rate: {rate:g} of {group!r} here, and {what} has one for all tensors, "
                 f"{state.rate:g}{remedy}"
             )
-        if own.epsilon != state.config.epsilon:
-            job.differences.append(
-                f"epsilon: {own.epsilon:g} of {group!r} here, and {what} has one for all tensors, "
-                f"{state.config.epsilon:g}"
-            )
+        for name in (*BETAS, "epsilon"):
+            here, there = getattr(own, name), getattr(state.config, name)
+            if here != there:
+                job.differences.append(
+                    f"{name}: {here:g} of {group!r} here, and {what} has one for all tensors, "
+                    f"{there:g}"
+                )
         if len(decays) > 1 and own.weight_decay not in (0.0, state.weight_decay):
             job.differences.append(
                 f"weight_decay: {own.weight_decay:g} of {group!r} here, and {what} has one for all "
                 f"tensors that decay, {state.weight_decay:g}"
             )
+    _find_clocks(job, state, what)
     for name in clips:
         for group in clipping_groups(state, name):
             if getattr(group, name) != getattr(state.config, name):
@@ -80,6 +86,20 @@ def find_one_for_all(
                     f"{name}: {getattr(group, name):g} of {group!r} here, and {what} has one for "
                     "all tensors"
                 )
+
+
+def _find_clocks(job: Conversion, state: OptimizerState, what: str) -> None:
+    """Add a difference for tensors that have another clock than the optimizer's."""
+    clock = with_own_product(state).clock
+    whole = TensorClock(clock.iterations, clock.m_schedule)
+    others = [i for i in state.trained(None) if clock.of_tensor(i) != whole]
+    if others:
+        first = clock.of_tensor(others[0])
+        job.differences.append(
+            f"clocks: {few([state.names[i] for i in others])} here after {first.steps} steps, with "
+            f"a product of momentum coefficients of {first.product:.6g}, and {what} has one clock "
+            f"for all tensors, {whole.steps} and {whole.product:.6g}"
+        )
 
 
 def note_frozen(job: Conversion, state: OptimizerState, remedy: str) -> None:

@@ -20,7 +20,7 @@ from distnadam.config import Settings
 from distnadam.errors import CheckpointError, ConfigError, StructureError
 from distnadam.groups import groups_of
 from distnadam.hyperparameters import NadamConfig
-from distnadam.nadam.step_scalars import Clock, each_setting
+from distnadam.nadam.step_scalars import Clock, TensorClocks, each_setting
 from distnadam.schedules import rate_at
 from distnadam.tensors.arrays import NAME_OF, STATE_ARRAYS, Array, Flat, empty_flat, own_errors
 from distnadam.tensors.layout import Layout
@@ -59,6 +59,11 @@ class OptimizerState:
     def half(self) -> list[str]:
         """The paths of the tensors in half precision; their masters and moments are float32."""
         return [tensor.path for tensor in self.layout.tensors if tensor.dtype != tensor.space]
+
+    @property
+    def fewest_steps(self) -> int:
+        """The steps of the trained tensor that has fewest."""
+        return min((self.clock.of_tensor(i).steps for i in self.trained(None)), default=0)
 
     @property
     def rate(self) -> float:
@@ -136,11 +141,10 @@ def load_checkpoint(path: DirectoryLike) -> OptimizerState:
     layout = Layout.from_dict(manifest.layout)
     whole = {space: (0, size) for space, size in layout.sizes.items()}
     flat = read_shard(directory, manifest, ranges=whole, leftovers=range(len(manifest.files)))
-    clock = Clock(manifest.iterations, manifest.m_schedule)
     return OptimizerState(
         layout,
         NadamConfig.from_dict(manifest.config),
-        clock,
+        manifest.clock,
         **{slot: layout.views(arrays) for slot, arrays in flat.items()},
     )
 
@@ -151,6 +155,7 @@ def make_state(
     config: NadamConfig,
     clock: tuple[Any, Any],
     slots: Mapping[str, Mapping[str, Any]],
+    tensors: TensorClocks | None = None,
 ) -> OptimizerState:
     """Return the state of named arrays, every one checked.
 
@@ -163,6 +168,7 @@ def make_state(
         slots: "params", "m", "v" and "ema", each a mapping of path to array; "m" and "v" may both
             be left out (all zero), and so may "ema" (the parameters); but for "params", they may
             hold nothing of frozen tensors.
+        tensors: the clocks of the tensors, in the layout's order, where they have others.
 
     Raises:
         CheckpointError: naming the tensor, the expected and the given.
@@ -180,6 +186,11 @@ def make_state(
             f"{where}: m_schedule: expected a product of momentum coefficients, in [0, 1], got "
             f"{m_schedule!r}"
         )
+    if tensors is not None and len(tensors.index) != len(layout.tensors):
+        raise CheckpointError(
+            f"{where}: clocks: expected those of {len(layout.tensors)} tensors, got those of "
+            f"{len(tensors.index)}"
+        )
     try:
         frozen = frozen_by(config, [tensor.path for tensor in layout.tensors])
     except ConfigError as error:
@@ -192,7 +203,7 @@ def make_state(
         average = dict(slots.get("ema", slots["params"]))
         average |= {path: slots["params"][path] for path in frozen if path not in average}
         checked["ema"] = _slot(where, layout, "ema", average, ())
-    return OptimizerState(layout, config, Clock(int(iterations), m_schedule), **checked)
+    return OptimizerState(layout, config, Clock(int(iterations), m_schedule, tensors), **checked)
 
 
 def make_config(where: str, values: Mapping[str, Any]) -> NadamConfig:

@@ -2,9 +2,9 @@
 
 With slots: ``params/<path>`` (master copies), ``m/<path>``, ``v/<path>``, with `use_ema`
 ``ema/<path>``, and a description with config and layout (in safetensors the metadata key `about`).
-The clock is in the description of a safetensors file, and in arrays of an npz file. Parameters
-alone: ``<path>``, each in its own dtype, as other tools expect them; imported, they start at step 0
-with moments of zero.
+The clock is in the description of a safetensors file, and in arrays of an npz file; those of
+tensors that have their own are in the description. Parameters alone: ``<path>``, each in its own
+dtype, as other tools expect them; imported, they start at step 0 with moments of zero.
 """
 
 from pathlib import Path
@@ -32,6 +32,7 @@ from distnadam.interop.optimizer_state import (
     make_state,
     read_layout,
 )
+from distnadam.nadam.step_scalars import TensorClocks
 from distnadam.tensors.arrays import BFLOAT16, STATE_ARRAYS, Array, dtype_of
 
 
@@ -130,7 +131,21 @@ def _without_slots(state: OptimizerState) -> dict[str, Array]:
 
 
 def _about(state: OptimizerState) -> dict[str, Any]:
-    return {"kind": "state", "config": state.config.to_dict(), "layout": state.layout.to_dict()}
+    tensors = state.clock.tensors
+    return {
+        "kind": "state",
+        "config": state.config.to_dict(),
+        "layout": state.layout.to_dict(),
+        **({} if tensors is None else {"clocks": tensors.to_dict()}),
+    }
+
+
+def _clocks(where: str, given: Any) -> TensorClocks | None:
+    """Return the tensors' clocks that a description has, if it has any."""
+    try:
+        return None if given is None else TensorClocks.from_dict(given)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{where}: its clocks are refused: {error}") from error
 
 
 def _state(
@@ -148,7 +163,12 @@ def _state(
             )
         settings = make_config(str(path), {**given, **job.config})
         return make_state(
-            str(path), read_layout(str(path), about.get("layout")), settings, clock, slots
+            str(path),
+            read_layout(str(path), about.get("layout")),
+            settings,
+            clock,
+            slots,
+            _clocks(str(path), about.get("clocks")),
         )
     expect_kind(path, about, "parameters")
     job.notes.append(

@@ -3,14 +3,15 @@
 `momentum_decay` is schedule_decay, and AdamW is Adam with `decoupled_weight_decay`, which NAdam has
 too. NAdam also computes "nadam_optax", with a momentum_decay of `NO_SCHEDULE`. We lack `amsgrad`.
 
-Parameter groups are our groups: first the tensors in none, then each group's, with `lr`, `eps` and
-`weight_decay`; what else differs between them is refused. An import has the settings of most
-tensors as the optimizer's, and groups for the others. Frozen tensors are in the model and in no
-parameter group, as torch's users have it who give an optimizer only what requires gradients; a
+Parameter groups are our groups: first the tensors in none, then each group's, with `lr`, `betas`,
+`eps` and `weight_decay`; what else differs between them is refused. An import has the settings of
+most tensors as the optimizer's, and groups for the others. Frozen tensors are in the model and in
+no parameter group, as torch's users have it who give an optimizer only what requires gradients; a
 file's description names them, and where there is none, `groups` in `config` must.
 
-They have a clock per tensor: `step` is our iterations and NAdam's `mu_product` our m_schedule, in
-float32; an import requires them to be equal in all tensors.
+They have a clock per tensor, `step` and NAdam's `mu_product`, which are ours with
+``clocks="tensor"``, in float32 (see `torch_clocks`). A tensor that was never stepped has none, and
+no moments: an import takes it as such with ``clocks="tensor"``.
 
 A file is written by torch.save, of ``{"model": {path: tensor}, "optimizer": state_dict, "about":
 JSON}``; a user's file without `about` is accepted too. It is loaded with weights_only=True. Torch
@@ -19,12 +20,13 @@ state_dict is of shows in its groups: `momentum_decay` is NAdam's, `amsgrad` Ada
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from distnadam.checks import BETAS
 from distnadam.errors import CheckpointError, ConversionError
 from distnadam.hyperparameters import NadamConfig
 from distnadam.interop.formulas import (
@@ -50,13 +52,15 @@ from distnadam.interop.optimizer_state import (
     layout_of,
     make_config,
     make_state,
-    read_array,
     read_layout,
 )
+from distnadam.interop.torch_clocks import clock_state, clocks_in
 
 _SLOTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 _LARGEST_STEP = 2**24
 _SPELLING = {"lr": "lr", "eps": "epsilon", "weight_decay": "weight_decay"}
+_OWN = ("lr", *BETAS, "epsilon", "weight_decay")
+"""What a parameter group may have of its own, in our spelling."""
 _FLAGS = ("decoupled_weight_decay", "maximize", "amsgrad")
 _CLASSES = "torch.optim.NAdam, Adam or AdamW"
 
@@ -101,17 +105,22 @@ def state_dict(
     for _, each in itertools.groupby(enumerate(at), key=lambda pair: state.groups[pair[1]]):
         numbers, tensors = zip(*each, strict=True)
         rate, own = state.settings[tensors[0]]
-        values = {"lr": rate, "eps": own.epsilon, "weight_decay": own.weight_decay}
+        values = {
+            "lr": rate,
+            "betas": (own.beta_1, own.beta_2),
+            "eps": own.epsilon,
+            "weight_decay": own.weight_decay,
+        }
         names = [state.names[i] for i in tensors]
         groups.append({**common, **values, "params": list(numbers), "param_names": names})
-    if state.clock.iterations == 0:
-        return {"state": {}, "param_groups": groups}
+    clock = with_own_product(state).clock
     slots = {
         number: {
-            **_clock(state),
+            **clock_state(clock.of_tensor(i), state.config),
             **{name: _tensor(getattr(state, slot)[i]) for slot, name in _SLOTS.items()},
         }
         for number, i in enumerate(at)
+        if clock.of_tensor(i).steps
     }
     return {"state": slots, "param_groups": groups}
 
@@ -135,7 +144,14 @@ def write(state: OptimizerState, job: Conversion) -> None:
             f"this order: {shown}"
         )
     model = {state.names[i]: _tensor(state.params[i]) for i in state.positions(job.order)}
-    about = about_text({"kind": "torch", "layout": state.layout.to_dict(), "frozen": state.frozen})
+    about = about_text(
+        {
+            "kind": "torch",
+            "layout": state.layout.to_dict(),
+            "frozen": state.frozen,
+            **({} if state.config.clocks == "one" else {"clocks": state.config.clocks}),
+        }
+    )
     content = {"model": model, "optimizer": optimizer, "about": about}
     write_whole(job.path, lambda temporary: torch.save(content, temporary))
 
@@ -186,10 +202,12 @@ def read(job: Conversion) -> OptimizerState:
             "along with groups in config, such as [{'pattern': '**', 'trainable': False}] of its "
             "path"
         )
-    config = make_config(where, settings)
+    settings = {**({"clocks": about["clocks"]} if "clocks" in about else {}), **settings}
     stepped = {n: s for n, s in zip(names, state, strict=True) if n not in still}
-    clock, slots = _slots(where, list(stepped), list(stepped.values()), config)
-    loaded = make_state(where, layout, config, clock, {"params": params, **slots})
+    config = make_config(where, settings)
+    slots = _slots(where, stepped, params, config)
+    config, clock, tensors = clocks_in(where, stepped, layout, config, given="clocks" in settings)
+    loaded = make_state(where, layout, config, clock, {"params": params, **slots}, tensors)
     return with_own_product(loaded)
 
 
@@ -218,14 +236,6 @@ def _arguments(state: OptimizerState) -> dict[str, Any]:
     return arguments | ({"momentum_decay": _momentum_decay(state)} if name == "NAdam" else {})
 
 
-def _clock(state: OptimizerState) -> dict[str, Any]:
-    torch, clock = _torch(), with_own_product(state).clock
-    step = {"step": torch.tensor(float(clock.iterations), dtype=torch.float32)}
-    if is_adam(state.config):
-        return step
-    return step | {"mu_product": torch.tensor(clock.m_schedule, dtype=torch.float64)}
-
-
 def _optimizer(
     job: Conversion, given: Any
 ) -> tuple[dict[str, Any], list[Own], list[Any], list[str] | None]:
@@ -241,7 +251,7 @@ def _optimizer(
         ordered = [states.get(number, {}) for number in numbers]
         numbered = set(states) <= set(numbers) and all(isinstance(state, dict) for state in ordered)
         own = [
-            {name: each[name] for name in _SPELLING.values()}
+            {name: each[name] for name in _OWN}
             for each, group in zip(settings, groups, strict=True)
             for _ in group["params"]
         ]
@@ -326,45 +336,31 @@ def _settings(
 
 
 def _slots(
-    where: str, names: list[str], states: list[Any], config: NadamConfig
-) -> tuple[tuple[Any, Any], dict[str, dict[str, Any]]]:
-    """Return the clock, which must be equal in all tensors, and the moments by slot and name."""
-    if not any(states):
-        return (0, 1.0), {}
-    clock = ("step",) if is_adam(config) else ("step", "mu_product")
-    needed = (*clock, *_SLOTS.values())
-    for name, state in zip(names, states, strict=True):
+    where: str, states: Mapping[str, Any], params: Mapping[str, Any], config: NadamConfig
+) -> dict[str, dict[str, Any]]:
+    """Return the moments by slot and name, zeros of what was never stepped.
+
+    Raises:
+        CheckpointError: a tensor lacks one, or its clock.
+    """
+    if not any(states.values()):
+        return {}
+    needed = ("step", *(() if is_adam(config) else ("mu_product",)), *_SLOTS.values())
+    for name, state in states.items():
         lacking = [key for key in needed if key not in state]
-        if lacking:
+        if lacking and (state or config.clocks == "one"):
             raise CheckpointError(
                 f"{where}: optimizer: {name!r}: expected {', '.join(needed[:-1])} and "
                 f"{needed[-1]}; {lacking[0]} is missing. If it is frozen, say so by groups in "
-                "config"
+                "config; if it was never stepped, give clocks='tensor' there"
             )
-    for key in clock:
-        values = [read_array(f"{where}: {key}", state[key]) for state in states]
-        if any(value.shape != () or value.dtype.kind not in "fiu" for value in values):
-            raise CheckpointError(f"{where}: optimizer: {key}: expected one number per tensor")
-        for name, value in zip(names, values, strict=True):
-            if not np.isclose(
-                value, values[0], rtol=1e-5 if key == "mu_product" else 0.0, atol=0.0
-            ):
-                raise ConversionError(
-                    f"{where}: {key} of {name!r} is {value}, of {names[0]!r} {values[0]}: "
-                    "distnadam has one clock for all tensors, which all step at every step"
-                )
-    slots = {
-        slot: {n: s[key] for n, s in zip(names, states, strict=True)}
+    return {
+        slot: {
+            name: state[key] if state else np.zeros(params[name].shape, np.float32)
+            for name, state in states.items()
+        }
         for slot, key in _SLOTS.items()
     }
-    step = read_array(where, states[0]["step"])
-    if is_adam(config):
-        return (step, 1.0), slots
-    best = max(
-        (read_array(where, state["mu_product"]) for state in states),
-        key=lambda value: value.dtype.itemsize,
-    )
-    return (step, best), slots
 
 
 def _tensor(array: Any) -> Any:

@@ -24,11 +24,13 @@ class Averaging:
     overwrites: bool
 
 
-def averaging_of(config: NadamConfig, t: int) -> Averaging:
-    """Return what step t, counted from 1, does to the average."""
+def averaging_of(config: NadamConfig, own: int, t: int) -> Averaging:
+    """Return what step t of the optimizer, which is a tensor's own one, does to its average; both
+    are counted from 1.
+    """
     every = config.ema_overwrite_frequency
     return Averaging(
-        momentum=config.ema_momentum if t > 1 else None,
+        momentum=config.ema_momentum if own > 1 else None,
         overwrites=every is not None and t % every == 0,
     )
 

@@ -165,9 +165,10 @@ class Stepper(ABC):
         self._step_share(thread, parts, step)
         slots, how = step.slots, step.scalars.averaging
         assert slots.ema is not None
-        assert how is not None
         for part in parts:
-            update_average(how, slots.ema, slots.written, slots.rounded, part.begin, part.end)
+            update_average(
+                how[part.setting], slots.ema, slots.written, slots.rounded, part.begin, part.end
+            )
 
     @abstractmethod
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:

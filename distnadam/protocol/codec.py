@@ -15,7 +15,7 @@ import numpy as np
 
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
-from distnadam.nadam.step_scalars import Clock
+from distnadam.nadam.step_scalars import Clock, TensorClocks
 from distnadam.protocol import ordinary_frames
 from distnadam.protocol.frames import frame_of
 from distnadam.protocol.messages import (
@@ -280,7 +280,9 @@ def pack_record(record: Record) -> bytes:
     elif isinstance(record, DetachStandby):
         body = ("let go",)
     else:
-        clock = (record.clock.iterations, record.clock.m_schedule)
+        tensors = record.clock.tensors
+        own = None if tensors is None else tensors.to_dict()
+        clock = (record.clock.iterations, record.clock.m_schedule, own)
         counted = _packed_notes(record.counted)
         outcome = (record.outcome, record.rejection, counted, record.lr, record.active)
         body = ("round", record.round, record.skipped, *outcome, *clock)
@@ -302,7 +304,8 @@ def unpack_record(frame: bytes) -> Record:
             )
         if kind == "let go":
             return DetachStandby()
-        number, skipped, outcome, rejection, notes, lr, active, iterations, m_schedule = fields
+        number, skipped, outcome, rejection, notes, lr, active, *clock = fields
+        iterations, m_schedule, own = clock
         counted = {
             rank: PushNote(
                 incarnation=incarnation,
@@ -321,7 +324,7 @@ def unpack_record(frame: bytes) -> Record:
             counted=counted,
             lr=lr,
             active=active,
-            clock=Clock(iterations, m_schedule),
+            clock=Clock(iterations, m_schedule, own and TensorClocks.from_dict(own)),
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

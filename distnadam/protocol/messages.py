@@ -60,10 +60,11 @@ class Saved:
 FileMessage = Reserve | Save | Collect
 
 
-Outcome = Literal["applied", "skipped", "refused", "voted", "disagreed"]
+Outcome = Literal["applied", "skipped", "refused", "voted", "disagreed", "empty"]
 """How a round ended. Only an applied one had a step. A gradient that is not finite has a round
 skipped or refused, as `Options.on_nonfinite` says; a rank's `found_inf` has it skipped by a vote;
-ranks whose settings differ have it refused, as ones that disagreed.
+ranks whose settings differ have it refused, as ones that disagreed; and it is empty where no rank
+has the gradient of any tensor.
 """
 
 

@@ -5,6 +5,7 @@ with it, in its group's, and in what a standby follows. `shard/verdict.py` compa
 ranks once they are in.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,11 +21,14 @@ class RoundSettings:
             push with it has a rejection, and no gradients.
         micro_steps: of how many micro-batches the gradients are the mean.
         overrides: the learning rates and betas of this step alone (`nadam.step_overrides`).
+        absent: the indices of the tensors that the rank has no gradient of; what it pushes of them
+            is +0.0.
     """
 
     found_inf: bool = False
     micro_steps: int = 1
     overrides: bytes = b""
+    absent: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if type(self.found_inf) is not bool:
@@ -33,11 +37,13 @@ class RoundSettings:
             raise TypeError(f"micro_steps is {self.micro_steps!r:.50}")
         if self.overrides != b"":
             check_overrides(self.overrides)
+        if not all(type(index) is int and index >= 0 for index in self.absent):
+            raise TypeError(f"absent is {self.absent!r:.50}")
 
     @property
     def only_overrides(self) -> bool:
         """Whether there are overrides, and all else is as of an ordinary push."""
-        return self.overrides != b"" and not self.found_inf and self.micro_steps == 1
+        return self == RoundSettings(overrides=self.overrides)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return unpacked, (packed(self),)  # so that ordinary ones stay that very object
@@ -51,7 +57,10 @@ _NAMES = tuple(field.name for field in fields(RoundSettings))
 
 def packed(settings: RoundSettings) -> list[Any] | None:
     """Return settings as plain data for a frame; None if they are ordinary."""
-    return None if settings == ORDINARY else [getattr(settings, name) for name in _NAMES]
+    if settings == ORDINARY:
+        return None
+    values = [getattr(settings, name) for name in _NAMES]
+    return [sorted(value) if isinstance(value, frozenset) else value for value in values]
 
 
 def unpacked(values: Any) -> RoundSettings:
@@ -60,4 +69,11 @@ def unpacked(values: Any) -> RoundSettings:
         return ORDINARY
     if not isinstance(values, list) or len(values) != len(_NAMES):
         raise TypeError(f"settings are {values!r:.50}")
-    return RoundSettings(**dict(zip(_NAMES, values, strict=True)))
+    given = dict(zip(_NAMES, values, strict=True))
+    return RoundSettings(**{**given, "absent": frozenset(given["absent"])})
+
+
+def absent_in(settings: Iterable[RoundSettings]) -> frozenset[int]:
+    """Return the tensors that no rank of a round has a gradient of."""
+    absent = [each.absent for each in settings]
+    return frozenset.intersection(*absent) if absent else frozenset()

@@ -110,7 +110,7 @@ class ShardFiles:
         return new(
             round=manifest.round,
             skipped=manifest.skipped,
-            clock=Clock(manifest.iterations, manifest.m_schedule),
+            clock=manifest.clock,
             ledger=manifest.ledger,
         )
 

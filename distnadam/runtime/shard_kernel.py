@@ -11,13 +11,12 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import Scratch
 from distnadam.nadam.norms import clip_scales, square_sums
-from distnadam.nadam.parts import Parts
-from distnadam.nadam.step_overrides import sets_groups
+from distnadam.nadam.parts import Arrangement, Arranger
 from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.nadam.stepper import UNSCALED, RangeStep, Slots
 from distnadam.protocol.messages import PartialNorms, ShardSpec
 from distnadam.shard.machine import Shard
-from distnadam.shard.state import ShardState
+from distnadam.shard.state import ShardState, stretches_of
 from distnadam.tensors.arrays import Array, Flat
 
 
@@ -43,26 +42,13 @@ class ShardKernel:
             {s: Slots(now[s], state.m[s], state.v[s], ema=_average(state, s)) for s in spec.ranges}
             for now in state.buffers
         ]
-        self._is_by_group = False  # whether a group ever had a rate of one step alone
-        self._arrange(spec.config)
-        self._frozen = any(state.frozen.values())
-        self._frozen_written = -1  # the count of writes whose frozen tensors are in both buffers
+        self._arranger = Arranger(spec.layout, spec.ranges, self._steppers)
+        self._config = spec.config
+        self._ordinary: Arrangement | None = None  # of every round with `_config` that is
+        self._stretches = stretches_of(spec.layout, spec.ranges)
+        self._in_both: frozenset[int] = frozenset()  # the tensors that both buffers hold alike
+        self._in_both_since = -1  # the count of writes then
         self._signs = (-1.0,) if spec.config.maximize else UNSCALED  # of the mean gradient
-
-    def _arrange(self, config: NadamConfig) -> None:
-        """Cut the ranges into parts that step alike, and deal them out to the threads."""
-        self._config = config
-        self._parts = {
-            space: Parts(config, self._spec.layout, space, bounds, by_group=self._is_by_group)
-            for space, bounds in self._spec.ranges.items()
-        }
-        self._together, self._by_tensor = (
-            {space: self._steppers[space].share(each) for space, each in parts.items()}
-            for parts in (
-                {space: parts.together for space, parts in self._parts.items()},
-                {space: parts.by_tensor for space, parts in self._parts.items()},
-            )
-        )
 
     def close(self) -> None:
         """Stop the kernels' threads."""
@@ -73,12 +59,12 @@ class ShardKernel:
         """Sum the squares of the mean gradient, chunk by chunk."""
         gradients, grouping = shard.rounds.current.summands(shard.config.sum_group)
         found = []
-        for space, parts in self._parts.items():
+        for space, parts in self._arrangement(shard).by_tensor.items():
             scratch = Scratch(space)
             slices = [g[space] for g in gradients]
             found += [
                 (part.scale, square_sums(slices, grouping, part.begin, part.end, scratch))
-                for part in parts.by_tensor
+                for part in parts
             ]
         return PartialNorms(shard.progress.round + 1, tuple(found))
 
@@ -90,16 +76,16 @@ class ShardKernel:
             ConfigError: the learning-rate schedule raised, or gave no rate; no array was touched.
         """
         current, config = shard.rounds.current, shard.config
-        overrides = current.overrides
-        by_group = bool(overrides) and sets_groups(overrides) and not self._is_by_group
-        if by_group or config.groups != self._config.groups:
-            self._is_by_group |= by_group
-            self._arrange(config)  # groups that were alike may not be so any more
+        arranged, clock, overrides = self._ordinary, shard.progress.clock, current.overrides
+        is_same = current.is_ordinary and clock.tensors is None and config is self._config
+        if arranged is None or not is_same:
+            arranged = self._arrangement(shard)
         gradients, grouping = current.summands(config.sum_group)
         square_sums = current.square_sums
         scales = self._signs if square_sums is None else self._scales(config, square_sums)
-        parts = self._by_tensor if len(scales) > 1 else self._together
-        scalars = step_scalars(shard.progress.clock, config, overrides)
+        parts = arranged.shares_by_tensor if len(scales) > 1 else arranged.together
+        apart = arranged if arranged.tells_clocks_apart else None
+        scalars = step_scalars(clock, config, overrides, apart)
         active = shard.state.active
         for space, slots in (self._in_place if current.in_place else self._slots)[active].items():
             step = RangeStep(
@@ -111,30 +97,43 @@ class ShardKernel:
                 keep=None if keep is None else keep[space],
             )
             self._steppers[space].step(step, parts[space])
-        if self._frozen and not current.in_place:
-            self._copy_frozen(shard.state)
+        if self._in_both or len(arranged.stepped) < len(self._spec.layout.tensors):
+            self._copy_others(shard.state, arranged.stepped, in_place=current.in_place)
         return scalars.after, scalars.lr
+
+    def _arrangement(self, shard: Shard) -> Arrangement:
+        """Return how the present round is stepped; keep it if all such rounds are."""
+        current, clock = shard.rounds.current, shard.progress.clock
+        found = self._arranger.of(shard.config, clock, current.absent, current.overrides)
+        is_ordinary = not current.absent and not found.tells_clocks_apart
+        self._ordinary, self._config = (found if is_ordinary else None), shard.config
+        return found
 
     def _scales(self, config: NadamConfig, square_sums: Array) -> Sequence[float]:
         """Return the factor of each tensor's mean gradient by the whole model's norms, or one that
         is that of all.
         """
-        groups = next(iter(self._parts.values())).groups
-        scales = clip_scales(config, square_sums, groups)
+        scales = clip_scales(config, square_sums, self._arranger.groups)
         if config.maximize:
             scales = [-1.0 if isnan(scale) else -scale for scale in scales]
         first = scales[0]
         is_common = all(scale == first or (isnan(scale) and isnan(first)) for scale in scales)
         return scales[:1] if is_common else scales
 
-    def _copy_frozen(self, state: ShardState) -> None:
-        """Have the frozen tensors in the spare buffer too, once after they were written."""
-        if self._frozen_written == state.written:
-            return
-        for space, stretches in state.frozen.items():
-            for first, last in stretches:
+    def _copy_others(self, state: ShardState, stepped: frozenset[int], *, in_place: bool) -> None:
+        """Have the tensors that the round has not stepped in the spare buffer too, once after they
+        changed.
+        """
+        others = self._stretches.keys() - stepped
+        if self._in_both_since != state.written:
+            self._in_both, self._in_both_since = frozenset(), state.written
+        if not in_place:
+            for tensor in others - self._in_both:
+                space, first, last = self._stretches[tensor]
                 np.copyto(state.spare[space][first:last], state.seen[space][first:last])
-        self._frozen_written = state.written
+            self._in_both = frozenset(others)
+        else:
+            self._in_both -= stepped
 
 
 def _slots(state: ShardState, space: str, now: Flat, following: Flat) -> Slots:

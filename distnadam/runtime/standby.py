@@ -13,11 +13,11 @@ from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import in_order
-from distnadam.nadam.parts import Parts
-from distnadam.nadam.step_overrides import sets_groups
+from distnadam.nadam.parts import Arranger
 from distnadam.nadam.step_scalars import step_scalars
-from distnadam.nadam.stepper import RangeStep, Shares, Slots
+from distnadam.nadam.stepper import RangeStep, Slots
 from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.round_settings import absent_in
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
@@ -44,8 +44,7 @@ class Standby:
         self._steppers = {
             space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
         }
-        self._shares: dict[str, Shares] = {}
-        self._is_by_group = False  # whether a group ever had a rate of one step alone
+        self._arranger = Arranger(spec.layout, spec.ranges, self._steppers)
         self._arrays: dict[str, Flat] = {}
         self._control_state: ShardControlState | None = None
         self._ledger = Ledger()
@@ -65,20 +64,8 @@ class Standby:
                     f"standby of shard {self._spec.index}: was detached before it had its state"
                 )
             self._spec = dataclasses.replace(self._spec, config=config)
-            self._arrange()
             self._control_state = control_state
             self._ledger = Ledger.from_dict(control_state.ledger)
-
-    def _arrange(self) -> None:
-        spec, by_group = self._spec, self._is_by_group
-        self._shares = {
-            space: stepper.share(
-                Parts(
-                    spec.config, spec.layout, space, spec.ranges[space], by_group=by_group
-                ).together
-            )
-            for space, stepper in self._steppers.items()
-        }
 
     def apply(self, record: Record, mean: Flat) -> None:
         """Follow the primary by one record; `mean` is the round's mean gradient, scaled and
@@ -180,11 +167,11 @@ class Standby:
         return dataclasses.replace(now, counted={**now.counted, **record.counted}, **changes)
 
     def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:
-        overrides = _overrides_of(record)
-        if sets_groups(overrides) and not self._is_by_group:
-            self._is_by_group = True
-            self._arrange()
-        scalars = step_scalars(now.clock, self._spec.config, overrides)
+        config, overrides = self._spec.config, _overrides_of(record)
+        absent = absent_in(note.settings for note in record.counted.values())
+        arranged = self._arranger.of(config, now.clock, absent, overrides)
+        apart = arranged if arranged.tells_clocks_apart else None
+        scalars = step_scalars(now.clock, config, overrides, apart)
         if scalars.lr != record.lr:
             raise ShardsDisagree(
                 f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has "
@@ -199,7 +186,7 @@ class Standby:
                 grouping=in_order(1),
                 scalars=scalars,
             )
-            stepper.step(step, self._shares[space])
+            stepper.step(step, arranged.together[space])
 
 
 def _overrides_of(record: ReplicatedRound) -> bytes:

@@ -12,11 +12,11 @@ Phases (`phases.NEXT` has every change, and is checked at each):
     COLLECTING -- all pushed --> STEPPING -- stepped --> COLLECTING: the round is decided
     COLLECTING -- clipping needs norms --> MEASURING --> AWAITING_NORMS -- they came --> STEPPING
 
-A rejected gradient, a norm that overflows, a rank's vote, or settings in which ranks differ, end
-the round without a step. Between rounds the shard may stand still for one client, which may read
-and write its state. A `Load` waits until nothing is computed and drops the round; a copy to a
-standby waits for COLLECTING and keeps it. Meanwhile it is LOADING; a load that failed leaves it
-EMPTY. BROKEN is final: work failed half-way, or other shards hold these ranges.
+A rejected gradient, a norm that overflows, a rank's vote, settings in which ranks differ, or no
+gradient of any tensor, end the round without a step. Between rounds the shard may stand still for
+one client, which may read and write its state. A `Load` waits until nothing is computed and drops
+the round; a copy to a standby waits for COLLECTING and keeps it. Meanwhile it is LOADING; a load
+that failed leaves it EMPTY. BROKEN is final: work failed half-way, or others hold these ranges.
 
 The parts know nothing of phases: `Rounds`, the `Round` in progress with its pushes and the callers
 that wait for its end; `Progress`, the rounds decided so far, with `Membership` (who pushes) and
@@ -46,7 +46,7 @@ from distnadam.shard.phases import AT_REST, LEGAL, NEXT, Phase
 from distnadam.shard.progress import Progress
 from distnadam.shard.rounds import Rounds
 from distnadam.shard.state import ShardState
-from distnadam.shard.verdict import not_finite, verdict_of
+from distnadam.shard.verdict import not_finite
 
 
 class Shard:
@@ -303,9 +303,9 @@ class Shard:
         ):
             on_nonfinite = self.spec.options.on_nonfinite
             if not current.is_ordinary:
-                if end := verdict_of(current.pushes, on_nonfinite):
+                if end := self.rounds.verdict(on_nonfinite):
                     return self._decide(*end)
-                current.overrides = next(iter(current.pushes.values())).settings.overrides
+                current.take_settings()
             current.is_closed = True
             clips = self.config.clips_by_norm
             self._enter(Phase.MEASURING if clips else Phase.STEPPING)

@@ -17,7 +17,7 @@ from distnadam.errors import (
 )
 from distnadam.nadam.mean import Grouping
 from distnadam.protocol.messages import GroupPush, PartialNorms, Push, PushNote
-from distnadam.protocol.round_settings import ORDINARY, RoundSettings
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings, absent_in
 from distnadam.shard.effects import Answer, Effect
 from distnadam.shard.ledger import DIRECT
 from distnadam.tensors.arrays import Array, Flat
@@ -88,6 +88,7 @@ class Round:
         is_ordinary: whether no push was entered that is rejected, or has settings; it may be
             superseded since.
         overrides: the learning rates and betas of its step alone, once all ranks have the same.
+        absent: the tensors that no rank has a gradient of, once all pushes are in.
         partial_norms: this shard's sums of squares once measured, where clipping needs norms.
         square_sums: the whole model's, once a worker has sent them.
         refusal: why the round was begun again, if its step could not begin.
@@ -103,6 +104,7 @@ class Round:
     is_closed: bool = False
     is_ordinary: bool = True
     overrides: bytes = b""
+    absent: frozenset[int] = frozenset()
     partial_norms: PartialNorms | None = None
     square_sums: Array | None = None
     refusal: DistNadamError | None = None
@@ -112,6 +114,11 @@ class Round:
     def is_direct(self) -> bool:
         """Whether it is a step from outside (`apply_gradients`)."""
         return DIRECT in self.pushes
+
+    def take_settings(self) -> None:
+        """Take what the settings of the pushes, which are all there, say of the step."""
+        given = [push.settings for push in self.pushes.values()]
+        self.overrides, self.absent = given[0].overrides, absent_in(given)
 
     def summands(self, sum_group: int) -> tuple[list[Flat], Grouping]:
         """Return the gradients in rank order, and how they are averaged: rank // sum_group is a

@@ -4,7 +4,7 @@ result. Pure.
 It knows what waits and what was decided; the machine knows the shard's phase.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import distnadam.protocol.messages as msg
 from distnadam.errors import (
@@ -14,12 +14,14 @@ from distnadam.errors import (
     Reconfigured,
     RoundMismatch,
 )
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.shard_status import ShardSpec
 from distnadam.shard.effects import Answer, Effect, Replicate
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Numbered
 from distnadam.shard.progress import Progress
 from distnadam.shard.round import Round, Waiter, group_changed, is_whole
+from distnadam.shard.verdict import Verdict, verdict_of
 from distnadam.tensors.arrays import Array
 
 
@@ -36,6 +38,8 @@ class Rounds:
         self.progress = progress
         self._sum_group = spec.config.sum_group
         self._num_tensors = len(spec.layout.tensors)
+        self._num_trained = len(spec.layout.tensors) - len(spec.layout.frozen)
+        self._may_lack = spec.layout.optional - spec.layout.frozen
         self.current = Round(spec.index)
         self._shard = spec.index
         self.pulls: list[tuple[Any, msg.Pull]] = []
@@ -69,6 +73,8 @@ class Rounds:
     def push(self, push: msg.Push, caller: Any) -> list[Effect]:
         """Add a push to the round in progress; answer at once one that is counted already."""
         progress = self.progress
+        if push.settings is not ORDINARY:
+            self._check_absent(push.settings)
         if push.round <= progress.round and self.is_counted(push.rank, push):
             return [Answer(caller, progress.result(want_parameters=push.want_parameters))]
         progress.members.check_current(push, progress.epochs, progress.round)
@@ -83,6 +89,8 @@ class Rounds:
         """
         progress, who = self.progress, f"shard {self._shard}"
         members = group.members.items()
+        for note in group.members.values():
+            self._check_absent(note.settings)
         if members and all(self.is_counted(rank, note) for rank, note in members):
             return [Answer(caller, progress.result(want_parameters=group.want_parameters))]
         if (refusal := progress.epochs.refusal(group.epoch, who, progress.round)) is not None:
@@ -114,6 +122,7 @@ class Rounds:
     def complete_push(self, message: msg.CompletePush, caller: Any) -> list[Effect]:
         """Have the push of a replaced worker count, since another shard has counted it."""
         rank, note, progress = message.rank, message.note, self.progress
+        self._check_absent(note.settings)
         is_certain = self.current.is_closed and rank in self.current.pushes
         if is_certain or self.is_counted(rank, note):
             return [Answer(caller, None)]
@@ -156,6 +165,8 @@ class Rounds:
     def direct_step(self, message: msg.Step, caller: Any) -> list[Effect]:
         """Take the next round for a step from outside; the pushes that wait for it are late."""
         progress, who = self.progress, f"shard {self._shard}"
+        if message.settings is not ORDINARY:
+            self._check_absent(message.settings)
         if message.round != progress.round + 1:
             raise RoundMismatch(
                 f"{who}: expected a step for round {progress.round + 1}, got one for round "
@@ -185,6 +196,14 @@ class Rounds:
         waiter = Waiter(caller, DIRECT, 0 if pushed is None else pushed.incarnation)
         self.current.add_norms(self._checked(message.square_sums), waiter)
 
+    def _check_absent(self, settings: RoundSettings) -> None:
+        """Raise IllegalMessage if a push lacks the gradient of a tensor that needs one."""
+        if not settings.absent <= self._may_lack:
+            raise IllegalMessage(
+                f"shard {self._shard}: a push without the gradients of tensors "
+                f"{sorted(settings.absent - self._may_lack)[:8]}, which need one"
+            )
+
     def _checked(self, square_sums: Array) -> Array:
         """Return sums of squares; raise IllegalMessage unless there is one for each tensor."""
         if square_sums.shape != (self._num_tensors,):
@@ -195,6 +214,10 @@ class Rounds:
         return square_sums
 
     # The end of a round
+
+    def verdict(self, on_nonfinite: Literal["raise", "skip"]) -> Verdict | None:
+        """Return how the round in progress ends without a step; None if it is to be stepped."""
+        return verdict_of(self.current.pushes, on_nonfinite, self._num_trained)
 
     def decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         """End the round: count its pushes, replicate it, answer its callers, begin the next."""

@@ -145,16 +145,21 @@ class ShardState:
             self._settle_average(begin=False)
 
 
-def frozen_in(layout: Layout, ranges: Ranges) -> dict[str, list[Range]]:
-    """Return by space the stretches [first, last) of a shard's ranges that no step changes, counted
-    from where the range begins.
+def stretches_of(layout: Layout, ranges: Ranges) -> dict[int, tuple[str, int, int]]:
+    """Return for each tensor that lies in a shard's ranges its space, and the stretch [first, last)
+    there that it takes, counted from where the range begins.
     """
     return {
-        space: [
-            (segment.begin - begin, segment.end - begin)
-            for segment in layout.segments(space, begin, end)
-            if segment.tensor in layout.frozen
-        ]
+        segment.tensor: (space, segment.begin - begin, segment.end - begin)
         for space, (begin, end) in ranges.items()
-        if layout.frozen
+        for segment in layout.segments(space, begin, end)
     }
+
+
+def frozen_in(layout: Layout, ranges: Ranges) -> dict[str, list[Range]]:
+    """Return by space the stretches of a shard's ranges that no step changes, in order."""
+    frozen: dict[str, list[Range]] = {space: [] for space in ranges} if layout.frozen else {}
+    for tensor, (space, first, last) in stretches_of(layout, ranges).items():
+        if tensor in layout.frozen:
+            frozen[space].append((first, last))
+    return frozen

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from distnadam.nadam.step_overrides import overrides_in_words
 from distnadam.protocol.messages import Outcome
-from distnadam.protocol.round_settings import RoundSettings
+from distnadam.protocol.round_settings import RoundSettings, absent_in
 
 Verdict = tuple[Outcome, str]
 """How a round ends without a step, and why."""
@@ -34,9 +34,11 @@ class Judged(Protocol):
 
 
 def verdict_of(
-    pushes: Mapping[int, Judged], on_nonfinite: Literal["raise", "skip"]
+    pushes: Mapping[int, Judged], on_nonfinite: Literal["raise", "skip"], num_trained: int
 ) -> Verdict | None:
     """Return how a round with all its pushes ends without a step; None if it is to be stepped.
+
+    `num_trained` is the number of tensors that are not frozen.
 
     A vote of one rank (`found_inf`) skips it, whatever else the pushes say; settings that differ
     refuse it before any gradient is judged.
@@ -51,7 +53,10 @@ def verdict_of(
             each = ", ".join(f"rank {r} has {said(v)}" for r, v in zip(ranks, given, strict=True))
             return "disagreed", f"{name} must be equal on all ranks: {each}"
     rejected = [rank for rank in ranks if pushes[rank].rejection is not None]
-    return not_finite(_joined(pushes, rejected), on_nonfinite) if rejected else None
+    if rejected:
+        return not_finite(_joined(pushes, rejected), on_nonfinite)
+    absent = absent_in(push.settings for push in pushes.values())
+    return ("empty", "no rank has a gradient") if 0 < num_trained == len(absent) else None
 
 
 def not_finite(why: str, on_nonfinite: Literal["raise", "skip"]) -> Verdict:

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -33,8 +33,8 @@ from distnadam.tensors.containers import plain_tree
 from distnadam.tensors.leaves import (
     as_numpy,
     describe_leaf,
-    first_of,
     kind_of,
+    parameter,
     remedy_of,
 )
 from distnadam.tensors.plain_spec import PlainSpec
@@ -87,6 +87,7 @@ class Layout:
     Attributes:
         pull_dtypes: the dtype in which workers see the parameters of each space.
         frozen: the indices of tensors that no step changes.
+        optional: the indices of tensors whose gradient may be None: the frozen ones, or all.
     """
 
     def __init__(
@@ -95,10 +96,13 @@ class Layout:
         skeleton: Any,
         pull_dtype: str | None = None,
         frozen: frozenset[int] = frozenset(),
+        *,
+        may_lack: bool = False,
     ) -> None:
         self.tensors = tuple(tensors)
         self.skeleton = skeleton
         self.frozen = frozen
+        self.optional = frozenset(range(len(self.tensors))) if may_lack else frozen
         self._pull_dtype = pull_dtype
         self._other: tuple[Any, list[int]] = (None, [])  # the last other containers, their order
         ends = [(tensor.space, tensor.end) for tensor in self.tensors]
@@ -123,18 +127,21 @@ class Layout:
             )
         tensors, used = [], dict.fromkeys(SPACES, 0)
         for path, leaf in zip(paths, leaves, strict=True):
-            array = _parameter(path, leaf)
+            array = parameter(path, leaf)
             space = SPACE_OF[array.dtype.name]
             begin, used[space] = used[space], used[space] + array.size
             tensors.append(TensorSpec(path, array.shape, array.dtype.name, begin, used[space]))
         _check_distinct(paths, what="params")
         return cls(tensors, skeleton_of(plain))
 
-    def for_workers(self, pull_dtype: str | None, frozen: Iterable[int] = ()) -> "Layout":
+    def for_workers(
+        self, pull_dtype: str | None, frozen: Iterable[int] = (), *, may_lack: bool = False
+    ) -> "Layout":
         """Return the same layout, whose float32 space workers see in another dtype (None for its
-        own), and of which they give no gradients of the frozen tensors.
+        own), and of which they give no gradients of the frozen tensors, or of any that they lack.
         """
-        return Layout(self.tensors, self.skeleton, pull_dtype, frozenset(frozen))
+        known = self.tensors, self.skeleton
+        return Layout(*known, pull_dtype, frozenset(frozen), may_lack=may_lack)
 
     @cached_property
     def _treespec(self) -> optree.PyTreeSpec:
@@ -167,15 +174,20 @@ class Layout:
         """
         return list(in_given_order(self.skeleton))
 
-    def leaves(
-        self, tree: Any, *, what: str, optional: frozenset[int] = frozenset()
-    ) -> list[Array]:
-        """Return the tree's leaves as arrays, in the layout's order; those at `optional` may be
-        None, which is zeros.
+    def leaves(self, tree: Any, *, what: str) -> list[Array]:
+        """Return the tree's leaves as arrays, in the layout's order.
 
         Raises:
             StructureError: a tensor is missing, unexpected, None, of another shape or no
                 floating-point array; `what` begins the message.
+        """
+        return self.gradients(tree, what=what, optional=frozenset())[0]
+
+    def gradients(
+        self, tree: Any, *, what: str, optional: frozenset[int] | None = None
+    ) -> tuple[list[Array], frozenset[int]]:
+        """Return the leaves of a tree of gradients as `leaves` does, zeros for those at `optional`,
+        the layout's own if not given, that are None; and which of these are not frozen.
         """
         picked = self.plain_spec.pick(tree)
         if (
@@ -184,14 +196,16 @@ class Layout:
             and [leaf.shape for leaf in picked] == self._shapes
             and NAME_OF.keys() >= {leaf.dtype for leaf in picked}
         ):
-            return list(picked)  # nearly every tree
+            return list(picked), frozenset()  # nearly every tree
         leaves = self.leaves_as_given(tree, what=what)
-        return [
-            np.broadcast_to(np.zeros((), self.tensors[index].space), self.tensors[index].shape)
-            if leaf is None and index in optional
-            else self.checked(index, leaf, what=what)
-            for index, leaf in enumerate(leaves)
-        ]
+        may_lack = self.optional if optional is None else optional
+        absent = frozenset(index for index in may_lack if leaves[index] is None)
+        for index, tensor in enumerate(self.tensors):
+            if index in absent:
+                leaves[index] = np.broadcast_to(np.zeros((), tensor.space), tensor.shape)
+            else:
+                leaves[index] = self.checked(index, leaves[index], what=what)
+        return leaves, absent - self.frozen
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
         """Return the tree's leaves in the layout's order, whatever they are.
@@ -306,7 +320,9 @@ class Layout:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Layout, (self.tensors, self.skeleton, self._pull_dtype, self.frozen)
+        may_lack = len(self.optional) == len(self.tensors)
+        make = partial(Layout, may_lack=may_lack)
+        return make, (self.tensors, self.skeleton, self._pull_dtype, self.frozen)
 
     def _order_of_other_containers(self, tree: Any, what: str) -> list[int]:
         """Return each tensor's index among the leaves of a tree of other containers, by path.
@@ -357,31 +373,6 @@ def _check_distinct(paths: Sequence[str], *, what: str) -> None:
     twice = [path for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise StructureError(f"{what}: two tensors have the path {min(twice)!r}; rename a key")
-
-
-def _parameter(path: str, leaf: Any) -> Array:
-    where = repr(path) if path else "the root"
-    if isinstance(leaf, float) and not isinstance(leaf, np.generic):
-        raise StructureError(
-            f"params: {where}: expected an array, got the Python float {leaf!r}; give "
-            f"np.float32({leaf!r})"
-        )
-    try:
-        array = as_numpy(leaf)
-    except StructureError as error:
-        raise StructureError(f"params: {where}: {error}") from error.__cause__
-    if array.dtype.name not in SPACE_OF:
-        raise StructureError(
-            f"params: {where}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} "
-            f"({type(leaf).__name__}){remedy_of(leaf, array.dtype)}"
-        )
-    finite = np.isfinite(array)
-    if not finite.all():
-        raise StructureError(
-            f"params: {where}: expected finite values, got NaN or infinity: "
-            f"{first_of(array, ~finite)}"
-        )
-    return array
 
 
 def _leaf(array: Array) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import StructureError
-from distnadam.tensors.arrays import BFLOAT16, NAME_OF, Array
+from distnadam.tensors.arrays import BFLOAT16, NAME_OF, SPACE_OF, Array
 
 _REMEDIES = (
     (Mapping, "give a dict"),
@@ -177,3 +177,33 @@ def first_of(array: Array, wrong: Array) -> str:
     """Return the first element of an array where `wrong` holds, and its index, for an error."""
     index = tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
     return f"{array[index]} at index {index}"
+
+
+def parameter(path: str, leaf: Any) -> Array:
+    """Return the leaf at a path as a parameter to begin with.
+
+    Raises:
+        StructureError: naming the path, if it is no array of finite numbers of a known dtype.
+    """
+    where = repr(path) if path else "the root"
+    if isinstance(leaf, float) and not isinstance(leaf, np.generic):
+        raise StructureError(
+            f"params: {where}: expected an array, got the Python float {leaf!r}; give "
+            f"np.float32({leaf!r})"
+        )
+    try:
+        array = as_numpy(leaf)
+    except StructureError as error:
+        raise StructureError(f"params: {where}: {error}") from error.__cause__
+    if array.dtype.name not in SPACE_OF:
+        raise StructureError(
+            f"params: {where}: expected dtype {', '.join(SPACE_OF)}, got {array.dtype.name} "
+            f"({type(leaf).__name__}){remedy_of(leaf, array.dtype)}"
+        )
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise StructureError(
+            f"params: {where}: expected finite values, got NaN or infinity: "
+            f"{first_of(array, ~finite)}"
+        )
+    return array

@@ -63,12 +63,12 @@ def errors(effects: list[Effect]) -> dict[Any, type]:
 def test_gradients_and_rejections_are_in_the_order_of_ranks() -> None:
     made = round_of(2, 0)
     assert values_of(made) == [0, 2]
-    assert made.is_ordinary and verdict_of(made.pushes, "raise") is None
+    assert made.is_ordinary and verdict_of(made.pushes, "raise", 8) is None
     made.add(push(3, rejection="three"), waiter(3))
     made.add(push(1, rejection="one"), waiter(1))
     assert not made.is_ordinary
-    assert verdict_of(made.pushes, "raise") == ("refused", "one; three")
-    assert verdict_of(made.pushes, "skip") == ("skipped", "one; three")
+    assert verdict_of(made.pushes, "raise", 8) == ("refused", "one; three")
+    assert verdict_of(made.pushes, "skip", 8) == ("skipped", "one; three")
 
 
 VOTE, TWO = RoundSettings(found_inf=True), RoundSettings(micro_steps=2)
@@ -127,7 +127,7 @@ def test_a_vote_is_above_ranks_that_disagree_and_that_above_a_gradient_that_is_n
         made = Round(0)
         for each in order:
             made.add(each, waiter(each.rank))
-        assert verdict_of(made.pushes, on_nonfinite) == verdict
+        assert verdict_of(made.pushes, on_nonfinite, 8) == verdict
         assert verdict is None or not made.is_ordinary
 
 
@@ -137,7 +137,7 @@ def test_the_settings_of_a_dead_workers_push_go_with_what_completes_it() -> None
     made = round_of(1)
     made.complete(vote, {0: 2})
     assert not made.is_ordinary
-    assert verdict_of(made.pushes, "raise") == ("voted", "zero")
+    assert verdict_of(made.pushes, "raise", 8) == ("voted", "zero")
 
 
 @pytest.mark.parametrize(
