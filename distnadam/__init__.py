@@ -86,8 +86,8 @@ _HOMES = {
     "fit": "distnadam.training.fit",
 }
 _MODULES = (
-    *("checkpoint", "config", "errors", "groups", "hyperparameters", "interop", "metrics"),
-    *("optimizer", "schedules", "torch", "training", "variants", "worker"),
+    *("callbacks", "checkpoint", "config", "errors", "groups", "hyperparameters", "interop"),
+    *("metrics", "optimizer", "schedules", "torch", "training", "variants", "worker"),
 )
 """Public modules that `import distnadam` makes available, each at its first use."""
 

@@ -35,6 +35,7 @@ ORDER = """
     frontends
     torch
     training
+    callbacks
     cli
     __main__ __init__
 """

@@ -190,7 +190,11 @@ def fit(
     listeners = CallbackList(
         [MetricsFile(history.metrics_path), Recorder(history), record, *display, *callbacks],
         RunHandle(
-            directory=root, task=label, steps=plan.steps, num_workers=settings.topology.num_workers
+            directory=root,
+            task=label,
+            steps=plan.steps,
+            num_workers=settings.topology.num_workers,
+            evaluate_every=plan.evaluate_every,
         ),
     )
     with (

@@ -198,6 +198,7 @@ class TrainingRun:
                 optimizer.reserve()
             self.termination.arm()  # Ray may have taken the signal since
             first = optimizer.round
+            self.callbacks.run.follow(optimizer, checkpoints.finish)
             with self._settings_may_change(optimizer):
                 self.callbacks.on_begin(first, self.plan.steps)
             if optimizer.backend_name != "local":
@@ -373,8 +374,9 @@ class TrainingRun:
         """Have the optimizer that was given show the run's settings, and change them or not; and
         callbacks see the run's.
         """
-        self.callbacks.run.follow(optimizer)
-        if optimizer is not None:
+        if optimizer is None:
+            self.callbacks.run.follow(None)
+        else:
             optimizer.follow(None, refusal)
         if self.template is not None:
             self.template.follow(optimizer, refusal)

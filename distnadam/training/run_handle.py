@@ -1,11 +1,16 @@
 """What a callback sees of its run: the optimizer, where the run stands, and how to stop it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from distnadam.checkpoint.storage.resolve import DirectoryLike
 from distnadam.errors import LifecycleError
 from distnadam.optimizer import DistNadam
+
+
+def _nothing() -> None:
+    """Nothing is to be done."""
 
 
 @dataclass(kw_only=True)
@@ -18,6 +23,7 @@ class RunHandle:
         steps: steps in all.
         step: steps done, as far as they were reported.
         num_workers: ranks.
+        evaluate_every: steps between evaluations; None: only after the last.
         stopped: why a callback stopped the run, if one did.
     """
 
@@ -25,9 +31,11 @@ class RunHandle:
     task: str
     steps: int
     num_workers: int
+    evaluate_every: int | None = None
     step: int = 0
     stopped: str | None = None
     _optimizer: DistNadam | None = field(default=None, repr=False)
+    _before_save: Callable[[], None] = field(default=_nothing, repr=False)
 
     @property
     def optimizer(self) -> DistNadam:
@@ -41,9 +49,12 @@ class RunHandle:
             raise LifecycleError("the run has no optimizer yet, or no longer")
         return self._optimizer
 
-    def follow(self, optimizer: DistNadam | None) -> None:
-        """Show another optimizer; for `fit`."""
+    def follow(
+        self, optimizer: DistNadam | None, before_save: Callable[[], None] = _nothing
+    ) -> None:
+        """Show another optimizer, and do something before `save`; for `fit`."""
         self._optimizer = optimizer
+        self._before_save = before_save
 
     def stop(self, reason: str) -> None:
         """End the run after the running steps, with a checkpoint; `fit` returns as at its end."""
@@ -54,4 +65,5 @@ class RunHandle:
 
         It can be restored by `DistNadam.restore`; a run resumes from its own directory only.
         """
+        self._before_save()  # the run's own save in flight is reported as such
         return self.optimizer.save(path)

@@ -1,0 +1,239 @@
+"""Callbacks with Keras's names: what they see, and that they stop, save and set rates."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distnadam import DistNadam
+from distnadam.callbacks import (
+    CSVLogger,
+    EarlyStopping,
+    EpochCallback,
+    LambdaCallback,
+    LearningRateScheduler,
+    ModelCheckpoint,
+    ReduceLROnPlateau,
+    TensorBoard,
+    TerminateOnNaN,
+    WandbMetricsLogger,
+)
+from distnadam.errors import ConfigError, TrainingError
+from distnadam.schedules import Constant
+from tests.training.test_fit import Quadratic, train
+
+
+class Scripted(Quadratic):
+    """Its evaluations give these values of `loss` and their negatives as `accuracy`."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = list(values)
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        value = self.values.pop(0)
+        return {"loss": value, "accuracy": -value}
+
+
+class Seen(EpochCallback):
+    """Keeps every event."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.events.append(("train_begin",))
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.events.append(("train_end", sorted(logs)))
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.events.append(("epoch_begin", epoch))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.events.append(("epoch_end", epoch, logs))
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.events.append(("batch_end", batch, logs["loss"]))
+
+
+def run(path: Path, values: list[float], *callbacks: Any, **how: Any) -> Any:
+    """Train with one evaluation for each value, every two steps."""
+    return train(
+        path,
+        2 * len(values),
+        Scripted(values),
+        evaluate_every=2,
+        callbacks=callbacks,
+        **how,
+    )
+
+
+def test_an_epoch_lies_between_two_evaluations_and_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
+    seen = Seen()
+    history = run(tmp_path, [3.0, 2.0], seen)
+    names = [event[:2] if event[0] != "train_end" else event for event in seen.events]
+    logged = ["learning_rate", "loss", "val_accuracy", "val_loss"]
+    assert names == [
+        ("train_begin",),
+        ("epoch_begin", 0),
+        ("batch_end", 0),
+        ("batch_end", 1),
+        ("epoch_end", 0),
+        ("epoch_begin", 1),
+        ("batch_end", 2),
+        ("batch_end", 3),
+        ("epoch_end", 1),
+        ("train_end", logged),
+    ]
+    logs = seen.events[4][2]
+    assert logs["loss"] == pytest.approx(np.mean(history.losses[:2]))
+    assert (logs["val_loss"], logs["val_accuracy"]) == (3.0, -3.0)
+    assert logs["learning_rate"] == 0.002
+    resumed = Seen()
+    train(tmp_path, 6, Scripted([1.0]), evaluate_every=2, callbacks=[resumed])
+    assert [event[:2] for event in resumed.events][1:5] == [
+        ("epoch_begin", 2),
+        ("batch_end", 4),
+        ("batch_end", 5),
+        ("epoch_end", 2),
+    ]
+
+
+def test_early_stopping_restores_the_parameters_of_the_best_epoch(tmp_path: Path) -> None:
+    kept: dict[int, Any] = {}
+    keep = LambdaCallback(
+        on_epoch_end=lambda epoch, logs: kept.update(
+            {epoch: keep.run.optimizer.get_params()["w"].copy()}
+        )
+    )
+    stop = EarlyStopping(patience=2, restore_best_weights=True)
+    history = run(tmp_path, [3.0, 1.0, 2.0, 2.0, 0.0, 0.0], keep, stop)
+    assert history.outcome == "stopped: EarlyStopping: val_loss has not improved for 2 epochs"
+    assert (stop.best_epoch, stop.stopped_epoch) == (1, 3)
+    assert history.steps[-1] == 8
+    with DistNadam.restore(tmp_path, backend="local") as optimizer:
+        assert optimizer.iterations == 8
+        assert optimizer.get_params()["w"].tobytes() == kept[1].tobytes()
+
+
+def test_the_best_model_is_saved_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    best, each = tmp_path / "best", tmp_path / "each"
+    history = run(
+        tmp_path / "run",
+        [3.0, 1.0, 2.0, 0.5, 0.6],
+        ModelCheckpoint(best, save_best_only=True),
+        ModelCheckpoint(each / "{epoch:02d}-{val_loss:.1f}"),
+        save_every=1,
+    )
+    assert [path.name for path in best.iterdir()] == ["step_00000008"]
+    assert sorted(path.name for path in each.iterdir()) == [
+        "00-3.0",
+        "01-1.0",
+        "02-2.0",
+        "03-0.5",
+        "04-0.6",
+    ]
+    assert [Path(p).name for p in history.checkpoints] == [f"step_{n:08d}" for n in range(1, 11)]
+    with DistNadam.restore(best, backend="local") as optimizer:
+        assert optimizer.iterations == 8
+
+
+def test_rates_are_set_between_epochs(tmp_path: Path) -> None:
+    history = run(
+        tmp_path / "scheduled",
+        [1.0] * 3,
+        LearningRateScheduler(lambda epoch, lr: 0.1 if epoch == 0 else lr / 2),
+    )
+    assert history.learning_rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025]
+    history = run(
+        tmp_path / "plateau",
+        [3.0, 3.0, 3.0, 2.0, 2.0],
+        ReduceLROnPlateau(factor=0.5, patience=2, min_lr=0.0008),
+    )
+    assert history.learning_rates == [0.002] * 6 + [0.001] * 4
+    with pytest.raises(TrainingError, match="lr is the schedule Constant"):
+        run(
+            tmp_path / "both",
+            [1.0],
+            LearningRateScheduler(lambda epoch: 0.1),
+            optimizer=DistNadam(lr=Constant(0.1)),
+        )
+
+
+class Diverging(Quadratic):
+    """Its loss is NaN from step 5 on; its gradients are finite."""
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        loss, gradients = super().loss_and_gradients(params, batch[1])
+        return (math.nan if batch[0] >= 5 else loss), gradients
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        return step, super().batch(step, rank, world_size)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path: Path) -> None:
+    history = train(tmp_path, 10_000, Diverging(), callbacks=[TerminateOnNaN()])
+    assert history.outcome == "stopped: TerminateOnNaN: the loss of step 6 is nan"
+    assert history.steps[-1] < 10_000
+    with pytest.raises(TrainingError, match="TerminateOnNaN: the loss of step 6 is nan"):
+        train(tmp_path / "b", 10_000, Diverging(), callbacks=[TerminateOnNaN(raise_error=True)])
+
+
+def test_rows_of_epochs_are_written_and_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "epochs.csv"
+    run(tmp_path / "a", [3.0, 2.0], CSVLogger(path))
+    run(tmp_path / "b", [1.0], CSVLogger(path, append=True))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "learning_rate", "loss", "val_accuracy", "val_loss"]
+    assert [(row["epoch"], row["val_loss"]) for row in rows] == [
+        ("0", "3.0"),
+        ("1", "2.0"),
+        ("0", "1.0"),
+    ]
+
+
+class Raising(EpochCallback):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if epoch == 1:
+            raise ZeroDivisionError("it is broken")
+
+
+def test_a_callback_that_raises_ends_the_run_by_name_and_what_was_reached_is_saved(
+    tmp_path: Path,
+) -> None:
+    said = r"callback Raising\.on_evaluate, step 4: it raised ZeroDivisionError: it is broken"
+    with pytest.raises(TrainingError, match=said):
+        run(tmp_path, [1.0] * 5, Raising())
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000004"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: EarlyStopping(mode="best"), 'EarlyStopping: mode must be "auto", "min" or "max"'),
+        (lambda: ReduceLROnPlateau(factor=1.0), r"factor must be in \(0, 1\), got 1.0"),
+        (lambda: ModelCheckpoint("x", save_freq=5), r"give fit\(save_every=5\)"),
+        (lambda: ModelCheckpoint("x", save_weights_only=True), "distnadam export"),
+        (lambda: LambdaCallback(on_batch=print), "there is no event on_batch; there are on_epoch"),
+        (lambda: TensorBoard(histogram_freq=1), "histogram_freq=1 is not supported"),
+        (lambda: TensorBoard(update_freq=0), "a number of steps above 0, got 0"),
+        (lambda: WandbMetricsLogger("often"), "got 'often'"),
+    ],
+)
+def test_what_they_cannot_do_is_refused_when_they_are_made(make: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_a_value_that_no_epoch_has_is_named_with_those_it_has(tmp_path: Path) -> None:
+    said = "monitor='f1': an epoch has learning_rate, loss, val_accuracy, val_loss"
+    with pytest.raises(TrainingError, match=said):
+        run(tmp_path / "a", [1.0], EarlyStopping(monitor="f1"))
+    with pytest.raises(TrainingError, match=r"filepath='\{val_f1\}' names 'val_f1'; an epoch has"):
+        run(tmp_path / "b", [1.0], ModelCheckpoint("{val_f1}"))
+    assert run(tmp_path / "c", [1.0], EarlyStopping(monitor="accuracy")).outcome == "finished"
