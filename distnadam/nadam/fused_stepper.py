@@ -21,7 +21,7 @@ from distnadam.tensors.pieces import Pieces, stretches
 
 WIDENED = 65536
 """Elements of half precision that are widened at a time before the loop takes them."""
-STREAMED_BYTES = 16 * 1024 * 1024
+STREAMED_BYTES = 4 * 1024 * 1024
 """Bytes of a parameter array from which on new parameters, written into another, are stored past
 the caches, where they would displace what is still needed.
 """

@@ -56,11 +56,30 @@ class Scratch:
         return Blocks(mean[:length], a[:length], b[:length])
 
 
+class Factor(NamedTuple):
+    """What elements of a block are multiplied by, limited to, or the like.
+
+    Attributes:
+        value: one of all, in their dtype, or one of each.
+        where: which elements have one; True for all.
+    """
+
+    value: Any
+    where: Any = True
+
+    def before(self, values: Array, out: Array) -> Array:
+        """Return the values, such that a change of those that have a factor may go to `out`."""
+        if self.where is not True and values is not out:
+            np.copyto(out, values)
+            return out
+        return values
+
+
 def clipped_mean(
     gradients: Sequence[Array],
     grouping: Grouping,
-    scale: float | None,
-    clipvalue: float | None,
+    scale: Factor | None,
+    limit: Factor | None,
     blocks: Blocks,
 ) -> Array:
     """Return the mean, scaled and clipped; the gradient itself, untouched, where there is nothing
@@ -75,12 +94,12 @@ def clipped_mean(
     if grouping.count > 1:
         g = np.divide(g, out.dtype.type(grouping.count), out=out)
     if scale is not None:
-        g = np.multiply(g, out.dtype.type(scale), out=out)
-    if clipvalue is not None:
-        limit = out.dtype.type(clipvalue)
-        g = np.clip(g, -limit, limit, out=out)
-        if limit == 0:
-            out.fill(0)  # of either sign otherwise, as the machine likes
+        g = np.multiply(scale.before(g, out), scale.value, out=out, where=scale.where)
+    if limit is not None:
+        most, where = limit
+        g = np.clip(limit.before(g, out), -most, most, out=out, where=where)
+        if np.any(none := most == 0):
+            np.copyto(out, 0, where=none)  # of either sign otherwise, as the machine likes
     return g
 
 

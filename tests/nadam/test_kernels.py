@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from functools import lru_cache, reduce
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -155,20 +155,25 @@ def test_a_step_has_the_bits_of_the_plain_formula(
             scales=scales,
         )
         ways = [plain(step, scales[k], settings[k]) for k in range(2)]
+        half = None if rounded is None else rounded.copy()
         held = [x.copy() for x in (slots.p if out is None else slots.written, slots.m, slots.v)]
         before, copies = slots.p.copy(), [g.copy() for g in gradients]
-        cut = int(rng.integers(0, size + 1))
+        borders = np.sort(rng.integers(0, size + 1, int(rng.integers(2, 9)))).tolist()
+        parts = [Part(a, b, k % 2, k % 2) for k, (a, b) in enumerate(pairwise(borders))]
+        parts = [part for part in parts if rng.random() < 0.8]  # what lies between stays
         how = stepper(kernel, dtype, threads)
-        end = int(rng.integers(cut, size + 1))  # what lies behind stays
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused_stepper, "STREAMED_BYTES", 0 if streams else 1 << 40)
-            how.step(step, how.share([Part(0, cut, 0, 0), Part(cut, end, 1, 1)]))
-        p, m, v = (
-            np.concatenate([ways[0][k][:cut], ways[1][k][cut:end], held[k][end:]]) for k in range(3)
-        )
+            how.step(step, how.share(parts))
+        for part in parts:
+            stepped = slice(part.begin, part.end)
+            for array, new in zip(held, ways[part.setting], strict=True):
+                array[stepped] = new[stepped]
+            if rounded is not None:
+                half[stepped] = ways[part.setting][0][stepped].astype(BFLOAT16)
     got = [slots.p if slots.out is None else slots.out, slots.m, slots.v]
-    assert [x.tobytes() for x in got] == [p.tobytes(), m.tobytes(), v.tobytes()]
-    assert rounded is None or rounded[:end].tobytes() == p[:end].astype(BFLOAT16).tobytes()
+    assert [x.tobytes() for x in got] == [x.tobytes() for x in held]
+    assert rounded is None or rounded.tobytes() == half.tobytes()
     assert in_place or slots.p.tobytes() == before.tobytes(), "the old parameters stay"
     assert [g.tobytes() for g in gradients] == [g.tobytes() for g in copies], "the gradients stay"
 
