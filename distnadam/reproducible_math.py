@@ -38,8 +38,6 @@ def power_of_step(base: float, rate: float, step: int) -> float:
     """
     if base == 0.0 or rate == 0.0 or base == 1.0:
         return float(base ** (rate * step))
-    if rate == 1.0:  # a few squares, which cost as little for a base that was never here before
-        return float(_CONTEXT.power(Decimal(base), step))
     higher, last = divmod(step, _DIGITS)
     return float(_CONTEXT.multiply(_factor(base, rate, last), _higher_factors(base, rate, higher)))
 
@@ -77,6 +75,8 @@ def _higher_factors(base: float, rate: float, digits: int) -> Decimal:
 
 @lru_cache(maxsize=1024)
 def _factor(base: float, rate: float, step: int) -> Decimal:
+    if rate == 1.0:  # a few squares, which cost less for a base that was never here before
+        return _CONTEXT.power(Decimal(base), step)
     exponent = _CONTEXT.multiply(Decimal(rate), Decimal(step))
     return _CONTEXT.exp(_CONTEXT.multiply(exponent, _ln(base)))
 

@@ -16,7 +16,6 @@ import numpy as np
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, StaleEpoch
 from distnadam.nadam.step_scalars import Clock, TensorClocks
-from distnadam.protocol import ordinary_frames
 from distnadam.protocol.frames import frame_of
 from distnadam.protocol.messages import (
     GroupPush,
@@ -30,7 +29,7 @@ from distnadam.protocol.messages import (
     TotalNorms,
     WorkerDied,
 )
-from distnadam.protocol.ordinary_frames import GradientsOf
+from distnadam.protocol.ordinary_frames import PACK, UNPACK, GradientsOf
 from distnadam.protocol.round_settings import RoundSettings, packed, unpacked
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
@@ -45,7 +44,8 @@ _SUMS = 1  # the msgpack extension of a float64 array
 
 def pack(number: int, message: Any) -> bytes:
     """Return a frame: the number that pairs question and answer, and the message."""
-    if (frame := ordinary_frames.pack(number, message)) is not None:
+    pack_ordinary = PACK.get(type(message))
+    if pack_ordinary is not None and (frame := pack_ordinary(number, message)) is not None:
         return frame
     kind = DistNadamError if isinstance(message, DistNadamError) else type(message)
     if kind not in _FIELDS:
@@ -57,7 +57,7 @@ def pack(number: int, message: Any) -> bytes:
 def unpack(frame: bytes, gradients_of: GradientsOf | None = None) -> tuple[int, Any]:
     """Return the number and the message of a frame's body; raise LaneError where it is none."""
     try:
-        if (unpack_ordinary := ordinary_frames.UNPACK.get(frame[0])) is not None:
+        if (unpack_ordinary := UNPACK.get(frame[0])) is not None:
             return unpack_ordinary(frame, gradients_of)
         number, kind, *fields = msgpack.unpackb(frame, ext_hook=_unpack_array)
         return number, _MAKE[kind](gradients_of, *fields)

@@ -44,13 +44,6 @@ _DECIDED_BODY = struct.Struct("<BQqqqBdBqq")
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
-def pack(number: int, message: Any) -> bytes | None:
-    """Return the frame of a message; None if it has no fixed one."""
-    if type(message) is Push:
-        return _pack_push(number, message)
-    return _pack_decided(number, message) if type(message) is RoundResult else None
-
-
 def _pack_push(number: int, push: Push) -> bytes | None:
     """Return the fixed record of a push of gradients; None if it is none, or has settings beside
     overrides.
@@ -128,6 +121,12 @@ def _unpack_decided(frame: bytes, _: GradientsOf | None) -> tuple[int, RoundResu
         revision=revision,
     )
 
+
+PACK: dict[type, Callable[[int, Any], bytes | None]] = {
+    Push: _pack_push,
+    RoundResult: _pack_decided,
+}
+"""By a message's type, what gives its frame; None if it has no fixed one."""
 
 UNPACK: dict[int, Callable[[bytes, GradientsOf | None], tuple[int, Any]]] = {
     _PUSH_KIND: _unpack_push,

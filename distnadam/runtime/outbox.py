@@ -60,8 +60,27 @@ class Outbox:
         """Whether no thread changes the machine, or sends what came of it."""
         return not self.lock.locked() and not self._is_sending
 
-    def put(self, run_work: RunWork, change: Callable[..., list[Effect]], *arguments: Any) -> None:
-        """Change the machine under the lock, and queue the effects; `flush` sends them."""
+    def enter(
+        self, run_work: RunWork, change: Callable[..., bool | None], *arguments: Any
+    ) -> bool | None:
+        """Change the machine under the lock by what has no effect but a step, and return whether
+        the caller must begin that; None, and no change, where effects wait that must leave before.
+        """
+        with self.lock:
+            if self._queued or self._sending or self._is_sending:
+                return None
+            is_due = change(*arguments)
+            if is_due and not self._can_send():
+                self._queued.append(_QueuedWork(Work.STEP, run_work, threading.get_ident()))
+                return False
+            return is_due
+
+    def put(self, run_work: RunWork, change: Callable[..., list[Effect]], *arguments: Any) -> bool:
+        """Change the machine under the lock, and queue the effects.
+
+        Return whether the caller must `send` them now; if not, another thread does, or they may not
+        leave.
+        """
         with self.lock:
             for effect in change(*arguments):
                 self._queued.append(
@@ -69,24 +88,29 @@ class Outbox:
                     if isinstance(effect, Compute)
                     else effect
                 )
+            return self._begin()
 
     def flush(self) -> None:
-        """Send all effects that may leave, unless another thread does; begin work after them."""
-        if not (self._queued or self._sending):
-            return
+        """Send all effects that may leave now, unless another thread does."""
         with self.lock:
-            if self._is_sending:
-                return
-            self._is_sending = True
+            begins = self._begin()
+        if begins:
+            self.send()
+
+    def _begin(self) -> bool:
+        """Take what is queued, under the lock; return whether this thread is to send it."""
+        if self._is_sending:
+            return False
+        self._sending.extend(self._queued)
+        self._queued.clear()
+        self._is_sending = bool(self._sending) and self._can_send()
+        return self._is_sending
+
+    def send(self) -> None:
+        """Send effects, where `put` has said so; begin work after them."""
         works: list[tuple[Work, RunWork]] = []  # one at most: the machine asks for one at a time
         try:
-            while True:
-                with self.lock:
-                    self._sending.extend(self._queued)
-                    self._queued.clear()
-                    self._is_sending = bool(self._sending) and self._can_send()
-                    if not self._is_sending:
-                        break
+            while self._is_sending:
                 while self._sending and self._can_send():
                     effect = self._sending.popleft()
                     if isinstance(effect, _QueuedWork):
@@ -94,6 +118,9 @@ class Outbox:
                         works.append((effect.work, effect.run_work if is_own else self._run_work))
                     elif (carry := self.carriers.get(type(effect))) is not None:
                         carry(effect)
+                with self.lock:
+                    self._is_sending = False
+                    self._begin()
         except BaseException:
             self._is_sending = False
             raise

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from distnadam.protocol.messages import (
     Description,
     Message,
     PartialNorms,
+    Push,
     Reserve,
     Save,
     Saved,
@@ -41,6 +43,7 @@ from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
 from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.machine import Shard
+from distnadam.shard.ordinary_push import enter_push
 from distnadam.shard.phases import AT_REST
 from distnadam.shard.state import ShardState, frozen_in
 from distnadam.tensors.arrays import Flat, memory_for
@@ -179,17 +182,24 @@ class ShardHost:
         if self._is_closed:  # asked after that, so that `close` answers whom this does not
             self._answer(Answer(reply, self._refusal))
             return
+        if type(message) is Push:
+            is_due = self._outbox.enter(run_work, enter_push, self.shard, message, reply)
+            if is_due:
+                run_work(partial(self._compute, Work.STEP, run_work))
+            if is_due is not None:
+                return
         if (take := TAKEN_HERE.get(type(message))) is not None:
             take(self, message, reply, run_work)
             return
         try:
             if (prepared := PREPARED.get(type(message))) is not None:
                 message = prepared(self, message)
-            self._outbox.put(run_work, self.shard.receive, message, reply)
+            must_send = self._outbox.put(run_work, self.shard.receive, message, reply)
         except Exception as error:
             self._answer(Answer(reply, error))
         else:
-            self._outbox.flush()
+            if must_send:
+                self._outbox.send()
 
     def resume(self) -> None:
         """Send the effects that could not leave before."""
@@ -259,8 +269,8 @@ class ShardHost:
                 change, outcome = shard.refused, (error,)
             else:
                 change, outcome = shard.broke, (error,)
-        self._outbox.put(run_work, change, *outcome)
-        self._outbox.flush()
+        if self._outbox.put(run_work, change, *outcome):
+            self._outbox.send()
         if failure is not None and not isinstance(failure, Exception):
             raise failure
         if work is Work.STEP:

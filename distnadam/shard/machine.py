@@ -50,7 +50,7 @@ from distnadam.shard.verdict import not_finite
 
 
 class Shard:
-    """The state machine of one shard."""
+    """The state machine of one shard; `phase` is the current one, changed by `enter` alone."""
 
     def __init__(self, spec: ShardSpec, state: ShardState) -> None:
         self.spec = spec
@@ -63,7 +63,7 @@ class Shard:
         self.exclusive_hold = ExclusiveHold()
         self.loads = LoadQueue(spec.index, self.progress)
         self._who = f"shard {spec.index}"
-        self._phase = Phase.COLLECTING
+        self.phase = Phase.COLLECTING
         self._failure: DistNadamError | None = None
         self._handlers: dict[type, Callable[[Any, Any], list[Effect]]] = {
             msg.Join: self._join,
@@ -90,25 +90,21 @@ class Shard:
             orders.AttachStandby: self.loads.add_copy,
         }
 
-    @property
-    def phase(self) -> Phase:
-        """The current phase."""
-        return self._phase
-
-    def _enter(self, phase: Phase) -> None:
-        if phase not in NEXT[self._phase]:
-            raise RuntimeError(f"{self._who}: {phase.name} cannot follow {self._phase.name}")
-        self._phase = phase
+    def enter(self, phase: Phase) -> None:
+        """Change the phase, on behalf of this folder."""
+        if phase not in NEXT[self.phase]:
+            raise RuntimeError(f"{self._who}: {phase.name} cannot follow {self.phase.name}")
+        self.phase = phase
 
     # What the host calls
 
     def receive(self, message: Any, caller: Any) -> list[Effect]:
         """Return a message's effects; raise a ProtocolError if it is refused: nothing changed."""
         kind = type(message)
-        if kind not in LEGAL[self._phase]:
+        if kind not in LEGAL[self.phase]:
             if self._failure is not None:
                 raise copy(self._failure) from self._failure.__cause__
-            what = f"{kind.__name__} is not legal while {self._phase.value}"
+            what = f"{kind.__name__} is not legal while {self.phase.value}"
             raise IllegalMessage(f"{self._who}: {what}")
         effects = self._handlers[kind](message, caller)
         return effects if kind is msg.Saved else effects + self._advance()
@@ -118,7 +114,7 @@ class Shard:
         after it and its learning rate, for LOAD_OR_COPY the `ShardControlState` loaded, the round
         copied, or the error.
         """
-        if self._phase is Phase.BROKEN:
+        if self.phase is Phase.BROKEN:
             return []  # the shard was retired meanwhile
         if work is Work.LOAD_OR_COPY:
             effects = self._end_order(result)
@@ -135,16 +131,16 @@ class Shard:
 
     def refused(self, error: DistNadamError) -> list[Effect]:
         """Take back a step that could not begin: fail the round's callers, and begin it again."""
-        if self._phase is Phase.BROKEN:
+        if self.phase is Phase.BROKEN:
             return []
         self.rounds.current.refusal = error
         return [*self._drop_round(error), *self._answer_due(), *self._advance()]
 
     def broke(self, error: BaseException) -> list[Effect]:
         """Mark the shard broken: fail all callers with `error`, and refuse later messages."""
-        if self._phase is Phase.BROKEN:
+        if self.phase is Phase.BROKEN:
             return []
-        self._enter(Phase.BROKEN)
+        self.enter(Phase.BROKEN)
         self._failure = ShardLost(f"{self._who}: broken by {type(error).__name__}: {error}")
         self._failure.__cause__ = error
         rounds, loads = self.rounds.remove_callers(), self.loads.drain()
@@ -155,16 +151,16 @@ class Shard:
         return replace(
             self.progress.description(pushed=self.rounds.current.pushes, config=self.config),
             spec=replace(self.spec, config=self.config) if with_spec else None,
-            phase=self._phase.value,
+            phase=self.phase.value,
             holder=self.exclusive_hold.holder,
-            busy=self._phase is Phase.LOADING,
+            busy=self.phase is Phase.LOADING,
             retired=isinstance(self._failure, Reconfigured),
         )
 
     # Messages of workers
 
     def _join(self, message: msg.Join, caller: Any) -> list[Effect]:
-        needs_norms = self._phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
+        needs_norms = self.phase in (Phase.MEASURING, Phase.AWAITING_NORMS)
         joined, effects = self.rounds.join(message, needs_norms=needs_norms)
         rank, incarnation = message.rank, joined.incarnation
         owner = None if message.reserve else message.process
@@ -184,7 +180,7 @@ class Shard:
 
     def _worker_died(self, message: msg.WorkerDied, caller: Any) -> list[Effect]:
         rank, incarnation = message.rank, message.incarnation
-        if self._phase is Phase.BROKEN or not self.members.lose(rank, incarnation):
+        if self.phase is Phase.BROKEN or not self.members.lose(rank, incarnation):
             return [Answer(caller, None)]  # a worker that disconnects from a retired shard lives
         record = Replicate(orders.ReplicatedJoin(rank, incarnation))
         return [record, Notice(RankDied(rank=rank, incarnation=incarnation)), Answer(caller, None)]
@@ -203,7 +199,7 @@ class Shard:
     def _resume(self, message: msg.Resume, caller: Any) -> list[Effect]:
         was_held = self.exclusive_hold.holder == message.token
         withdrawn = self.exclusive_hold.release(message.token)
-        if was_held and self.rounds.current.is_direct and self._phase in AT_REST:
+        if was_held and self.rounds.current.is_direct and self.phase in AT_REST:
             self._begin_round_again()  # its caller did not wait for the step's end
         error = IllegalMessage(f"{self._who}: the hold was given up")
         return [*(Answer(w, error) for w in withdrawn), Answer(caller, None), *self._answer_due()]
@@ -225,7 +221,7 @@ class Shard:
     def _set_config(self, message: msg.SetConfig, caller: Any) -> list[Effect]:
         self.require_hold(message.token)
         switches = message.config.clips_by_norm != self.config.clips_by_norm
-        if switches and self._phase is Phase.AWAITING_NORMS:
+        if switches and self.phase is Phase.AWAITING_NORMS:
             raise IllegalMessage(f"{self._who}: clipping is switched while a round awaits norms")
         return [*self._take_config(message.config, message.revision), Answer(caller, None)]
 
@@ -242,7 +238,7 @@ class Shard:
             self.exclusive_hold.require_nobody(self.spec.index)
             self.rounds.require_untouched(message.epoch)
         effects = self.rounds.direct_step(message, caller)
-        self._enter(Phase.COLLECTING)
+        self.enter(Phase.COLLECTING)
         self.exclusive_hold.let_pass(message.round)
         return effects
 
@@ -298,7 +294,7 @@ class Shard:
         if number > self.exclusive_hold.limit:
             return []
         current = self.rounds.current
-        if self._phase is Phase.COLLECTING and (
+        if self.phase is Phase.COLLECTING and (
             current.pushes.keys() >= set(self.members.needed(number)) or DIRECT in current.pushes
         ):
             on_nonfinite = self.spec.options.on_nonfinite
@@ -308,17 +304,17 @@ class Shard:
                 current.take_settings()
             current.is_closed = True
             clips = self.config.clips_by_norm
-            self._enter(Phase.MEASURING if clips else Phase.STEPPING)
+            self.enter(Phase.MEASURING if clips else Phase.STEPPING)
             return [Compute(Work.MEASURE if clips else Work.STEP)]
-        if self._phase is Phase.AWAITING_NORMS and current.square_sums is not None:
+        if self.phase is Phase.AWAITING_NORMS and current.square_sums is not None:
             if (why := current.overflow(self.spec.layout)) is not None:
                 return self._decide(*not_finite(why, self.spec.options.on_nonfinite))
-            self._enter(Phase.STEPPING)
+            self.enter(Phase.STEPPING)
             return [Compute(Work.STEP)]
         return []
 
     def _measured(self, norms: msg.PartialNorms) -> list[Effect]:
-        self._enter(Phase.AWAITING_NORMS)
+        self.enter(Phase.AWAITING_NORMS)
         answers = self.rounds.current.measured(norms)
         if self.rounds.current.is_direct and self.exclusive_hold.holder is None:
             self._begin_round_again()  # its caller holds it no more, or never did
@@ -326,34 +322,34 @@ class Shard:
 
     def _decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         effects = self.rounds.decide(outcome, rejection)
-        self._enter(Phase.COLLECTING)
+        self.enter(Phase.COLLECTING)
         if self.rounds.pulls or self.exclusive_hold.queue or self.exclusive_hold.advances:
             effects += self._answer_due()
         return effects
 
     def _drop_round(self, error: DistNadamError) -> list[Effect]:
         effects = self.rounds.drop(error)
-        self._enter(Phase.COLLECTING)
+        self.enter(Phase.COLLECTING)
         return effects
 
     def _drop_abandoned_round(self) -> list[Effect]:
-        error = self.rounds.abandoned() if self._phase is Phase.COLLECTING else None
+        error = self.rounds.abandoned() if self.phase is Phase.COLLECTING else None
         return [] if error is None else self._drop_round(error)
 
     def _begin_round_again(self) -> None:
         self.rounds.begin_again()
-        self._enter(Phase.COLLECTING)
+        self.enter(Phase.COLLECTING)
 
     def _answer_due(self) -> list[Effect]:
         """Answer the pulls, catch-ups and pauses whose time has come."""
-        if self._phase in (Phase.LOADING, Phase.EMPTY):
+        if self.phase in (Phase.LOADING, Phase.EMPTY):
             return []
         effects = self.rounds.ready_pulls()
         decided = self.progress.round
         effects += [Answer(caller, None) for caller in self.exclusive_hold.arrived(decided)]
-        if self._phase in AT_REST:
+        if self.phase in AT_REST:
             pending = tuple(sorted(self.rounds.current.pushes))
-            awaits_norms = self._phase is Phase.AWAITING_NORMS
+            awaits_norms = self.phase is Phase.AWAITING_NORMS
             for caller in self.exclusive_hold.admit(decided):
                 paused = self.progress.paused(self.config, pending, awaits_norms=awaits_norms)
                 effects.append(Answer(caller, paused))
@@ -364,8 +360,8 @@ class Shard:
     def _may_begin_order(self) -> bool:
         order = self.loads.first
         if isinstance(order, orders.Load):
-            return self._phase in (*AT_REST, Phase.EMPTY)
-        is_free = self._phase is Phase.COLLECTING and self.exclusive_hold.holder is None
+            return self.phase in (*AT_REST, Phase.EMPTY)
+        is_free = self.phase is Phase.COLLECTING and self.exclusive_hold.holder is None
         return order is not None and is_free
 
     def _begin_order(self) -> list[Effect]:
@@ -378,7 +374,7 @@ class Shard:
             callers = [*self.rounds.remove_callers(), *self.exclusive_hold.reset()]
             effects = [Replicate(orders.DetachStandby()), *(Answer(c, error) for c in callers)]
         self.loads.begin()
-        self._enter(Phase.LOADING)
+        self.enter(Phase.LOADING)
         self._failure = None
         return [*effects, Compute(Work.LOAD_OR_COPY)]
 
@@ -388,13 +384,13 @@ class Shard:
             if not isinstance(result, orders.ShardControlState):
                 return [*self._become_empty(result), answer]
             self.config = order.config or self.config
-        self._enter(Phase.COLLECTING)
+        self.enter(Phase.COLLECTING)
         return [answer, *self._drop_abandoned_round(), *self._answer_due()]
 
     def _become_empty(self, cause: Any) -> list[Effect]:
         """Fail all callers but those of further loads: without a state nothing can be served."""
-        self._enter(Phase.EMPTY)
-        self._failure = ShardLost(f"{self._who}: is {self._phase.value}: {cause}")
+        self.enter(Phase.EMPTY)
+        self._failure = ShardLost(f"{self._who}: is {self.phase.value}: {cause}")
         copies = self.loads.remove_copies()
         callers = [*self.rounds.remove_callers(), *copies, *self.exclusive_hold.reset()]
         return [Answer(caller, self._failure) for caller in callers]

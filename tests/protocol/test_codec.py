@@ -16,7 +16,6 @@ from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
 from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.nadam.step_scalars import Clock
-from distnadam.protocol import ordinary_frames
 from distnadam.protocol.codec import pack, pack_record, unpack, unpack_record
 from distnadam.protocol.frames import Frames
 from distnadam.protocol.messages import (
@@ -33,6 +32,7 @@ from distnadam.protocol.messages import (
     TotalNorms,
     WorkerDied,
 )
+from distnadam.protocol.ordinary_frames import PACK
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.protocol.supervisor_messages import ReplicatedRound
 from distnadam.tensors.arrays import dtype_of
@@ -163,15 +163,15 @@ def test_a_push_comes_back_with_its_settings_wherever_it_goes(
 
 def test_only_a_push_of_gradients_and_overrides_has_a_fixed_frame() -> None:
     push = Push(**PLACE, gradients={"float32": np.zeros(3, np.float32)})
-    assert ordinary_frames.pack(3, push) is not None
+    assert PACK[Push](3, push) is not None
     rate = RoundSettings(overrides=packed_overrides(0.5, (0.8, 0.9), None))
-    frame = ordinary_frames.pack(3, replace(push, settings=rate))
+    frame = PACK[Push](3, replace(push, settings=rate))
     assert frame is not None
     for wrong in (frame[4:-1], frame[4:-24], frame[4:-8] + np.float64(1.0).tobytes()):
         with pytest.raises(LaneError, match="is no message"):
             unpack(wrong, lambda dtypes: GRADIENTS)
     for settings in (RoundSettings(found_inf=True), RoundSettings(micro_steps=2)):
-        assert ordinary_frames.pack(3, replace(push, settings=settings)) is None
+        assert PACK[Push](3, replace(push, settings=settings)) is None
 
 
 @pytest.mark.parametrize(

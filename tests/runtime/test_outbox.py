@@ -20,6 +20,7 @@ class Sent:
     def __init__(self) -> None:
         self.log: list[Any] = []
         self.may_send = True
+        self.must_send = False
         self.on_answer: Callable[[Answer], None] = lambda answer: None
         self.box = Outbox(
             {Answer: self._answer, Replicate: self.log.append},
@@ -29,7 +30,15 @@ class Sent:
         )
 
     def put(self, *effects: Effect, run_work: RunWork = run_in_this_thread) -> None:
-        self.box.put(run_work, lambda: list(effects))
+        self.must_send |= self.box.put(run_work, lambda: list(effects))
+
+    def send(self) -> None:
+        """Send what may leave, as who has put it, or as somebody else."""
+        must_send, self.must_send = self.must_send, False
+        if must_send:
+            self.box.send()
+        else:
+            self.box.flush()
 
     def _answer(self, answer: Answer) -> None:
         self.log.append(answer)
@@ -48,7 +57,7 @@ def test_effects_leave_in_the_order_in_which_they_arose_and_work_begins_last() -
     sent = Sent()
     sent.put(RECORD, Compute(Work.STEP), Answer("a", 1))
     sent.put(Answer("b", 2))
-    sent.box.flush()
+    sent.send()
     assert sent.log == [RECORD, Answer("a", 1), Answer("b", 2), (Work.STEP, run_in_this_thread)]
 
 
@@ -61,8 +70,8 @@ def test_the_machine_changes_under_the_lock_and_effects_are_sent_outside_it() ->
         return [Answer("a", None)]
 
     sent.on_answer = lambda answer: held.append(sent.box.lock.locked())
-    sent.box.put(run_in_this_thread, change)
-    sent.box.flush()
+    sent.must_send = sent.box.put(run_in_this_thread, change)
+    sent.send()
     assert held == [True, False]
 
 
@@ -70,11 +79,11 @@ def test_an_effect_that_nobody_carries_is_dropped() -> None:
     sent = Sent()
     del sent.box.carriers[Replicate]
     sent.put(RECORD, Answer("a", 1))
-    sent.box.flush()
+    sent.send()
     assert sent.log == [Answer("a", 1)]
     sent.box.carriers[Replicate] = sent.log.append
     sent.put(RECORD)
-    sent.box.flush()
+    sent.send()
     assert sent.log == [Answer("a", 1), RECORD]
 
 
@@ -86,7 +95,7 @@ def test_a_refused_change_queues_nothing() -> None:
 
     with pytest.raises(ValueError, match="refused"):
         sent.box.put(run_in_this_thread, refuse)
-    sent.box.flush()
+    sent.send()
     assert sent.log == [] and not sent.box.lock.locked()
 
 
@@ -94,11 +103,11 @@ def test_what_may_not_leave_waits_for_the_next_flush() -> None:
     sent = Sent()
     sent.may_send = False
     sent.put(Answer("a", 1))
-    sent.box.flush()
+    sent.send()
     assert sent.log == []
     sent.may_send = True
     sent.put(Answer("b", 2))
-    sent.box.flush()
+    sent.send()
     assert sent.log == [Answer("a", 1), Answer("b", 2)]
 
 
@@ -108,11 +117,11 @@ def test_effects_that_sending_causes_leave_after_those_before_them() -> None:
     def more(answer: Answer) -> None:
         if answer.caller == "a":
             sent.put(Answer("c", 3))
-            sent.box.flush()
+            sent.send()
 
     sent.on_answer = more
     sent.put(Answer("a", 1), Answer("b", 2))
-    sent.box.flush()
+    sent.send()
     assert [answer.caller for answer in sent.log] == ["a", "b", "c"]
 
 
@@ -121,7 +130,7 @@ def test_work_that_another_thread_queued_is_not_run_by_the_sender() -> None:
     other = threading.Thread(target=lambda: sent.put(Compute(Work.STEP)))
     other.start()
     other.join()
-    sent.box.flush()
+    sent.send()
     assert sent.log == [(Work.STEP, _run_elsewhere)]
 
 
@@ -135,6 +144,6 @@ def test_an_effect_that_fails_does_not_stop_those_after_it_for_ever() -> None:
     sent.on_answer = fail
     sent.put(Answer("a", 1), Answer("b", 2))
     with pytest.raises(KeyboardInterrupt):
-        sent.box.flush()
-    sent.box.flush()
+        sent.send()
+    sent.send()
     assert [answer.caller for answer in sent.log] == ["a", "b"]

@@ -1,0 +1,54 @@
+"""The short way of an ordinary push into its round: what `Shard.receive` does with one, in one
+function, where nothing else is to be done. Pure.
+
+It has no state of its own. What is not ordinary is left to `Shard.receive`, which alone says what
+becomes of it; a test drives both with the same messages.
+"""
+
+from typing import Any
+
+from distnadam.protocol.messages import Push
+from distnadam.protocol.round_settings import ORDINARY
+from distnadam.shard.machine import Shard
+from distnadam.shard.phases import Phase
+from distnadam.shard.round import Waiter
+
+
+def enter_push(shard: Shard, push: Push, caller: Any) -> bool | None:
+    """Enter a push in the round in progress, and return whether the shard steps now, as `receive`
+    would; None if the push must go there, and nothing was changed.
+
+    It is ordinary if it is current, the first of its rank, has no rejection and no settings, and
+    the round has none, clips by no norm and nothing else waits for it to be entered.
+    """
+    rounds, progress, members = shard.rounds, shard.progress, shard.members
+    current, rank, number = rounds.current, push.rank, push.round
+    pushes = current.pushes
+    if (
+        shard.phase is not Phase.COLLECTING
+        or number != progress.round + 1
+        or push.epoch != progress.epochs.now
+        or rank not in (needed := members.needed(number))
+        or push.incarnation != members.ledger.newest[rank]
+        or push.rejection is not None
+        or push.settings is not ORDINARY
+        or not current.is_ordinary
+        or rank in pushes
+        or rank in current.superseded
+        or number > shard.exclusive_hold.limit
+        or shard.config.clips_by_norm
+        or shard.loads.entries
+        or members.given_up
+    ):
+        return None
+    for waiter in current.waiting:
+        if waiter.rank == rank:  # of an older worker, which is to be refused
+            return None
+    pushes[rank] = push
+    current.waiting.append(Waiter(caller, rank, push.incarnation, push.want_parameters))
+    for other in needed:
+        if other not in pushes:
+            return False
+    current.is_closed = True
+    shard.enter(Phase.STEPPING)
+    return True
