@@ -87,7 +87,8 @@ _HOMES = {
 }
 _MODULES = (
     *("callbacks", "checkpoint", "config", "errors", "groups", "hyperparameters", "interop"),
-    *("metrics", "optimizer", "schedules", "torch", "training", "variants", "worker"),
+    *("jax", "keras", "metrics", "optimizer", "schedules", "tf_keras", "torch", "training"),
+    *("variants", "worker"),
 )
 """Public modules that `import distnadam` makes available, each at its first use."""
 

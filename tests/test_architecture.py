@@ -33,7 +33,7 @@ ORDER = """
     optimizer
     variants
     frontends
-    torch
+    jax keras tf_keras torch
     training
     callbacks
     cli

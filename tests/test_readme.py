@@ -47,6 +47,7 @@ def test_a_block_of_a_page_runs(
     if needs == "ray":
         request.getfixturevalue("ray_cluster")
     elif needs:
+        os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
         pytest.importorskip(needs)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "page", "exec"), {"__name__": "page"})

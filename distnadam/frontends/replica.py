@@ -1,0 +1,309 @@
+"""One rank's copy of a model, as a framework holds it, and the worker that steps it.
+
+The framework owns its parameters: what it has changed between two steps is taken over. It knows
+named NumPy arrays and one optimizer, no framework.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distnadam.errors import ConfigError, LifecycleError, NotRunning, StructureError
+from distnadam.frontends.ranks import find_place
+from distnadam.groups import Group
+from distnadam.interop import OptimizerState
+from distnadam.optimizer import DistNadam
+from distnadam.tensors.arrays import Array
+from distnadam.worker import Worker
+
+Named = Mapping[str, Array]
+_POLL_S = 0.05
+_replicas: Counter[str] = Counter()
+"""How many replicas this process has made in each run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """What an optimizer holds beside the parameters: its clock, and arrays by tensor.
+
+    Attributes:
+        iterations: steps applied.
+        m_schedule: the product of the momentum coefficients so far.
+        m, v, ema: the moments and the average of the parameters by name; `ema` is {} where none is
+            kept.
+    """
+
+    iterations: int
+    m_schedule: float
+    m: Named
+    v: Named
+    ema: Named
+
+    @classmethod
+    def of(cls, state: OptimizerState) -> "Slots":
+        """Return those of a loaded checkpoint."""
+        by_name = [dict(zip(state.names, s, strict=True)) for s in (state.m, state.v)]
+        ema = {} if state.ema is None else dict(zip(state.names, state.ema, strict=True))
+        iterations, product = state.clock.iterations, state.clock.m_schedule
+        return cls(iterations=iterations, m_schedule=product, m=by_name[0], v=by_name[1], ema=ema)
+
+    @classmethod
+    def zero(cls, params: Named, *, use_ema: bool) -> "Slots":
+        """Return those of an optimizer that has not stepped yet."""
+        still = {name: np.zeros_like(array) for name, array in params.items()}
+        ema = dict(params) if use_ema else {}
+        return cls(iterations=0, m_schedule=1.0, m=still, v=still, ema=ema)
+
+
+class Replica:
+    """One rank's copy of a model.
+
+    Its shards start at the first step: rank 0 makes them, the other ranks connect to them by name.
+
+    Args:
+        arguments: `DistNadam`'s, of plain hyper-parameters and topology, but the number of workers.
+        rank, num_workers: this process's rank and how many there are; None: `find_place` finds it.
+
+    Raises:
+        ConfigError: naming the argument that is out of its range, or the rank; or there are several
+            workers and no name by which they find each other.
+    """
+
+    def __init__(
+        self, arguments: Mapping[str, Any], rank: int | None = None, num_workers: int | None = None
+    ) -> None:
+        place = find_place(rank, num_workers)
+        self.rank, self.num_workers = place.rank, place.num_workers
+        self._arguments = {**arguments, "num_workers": place.num_workers}
+        plan = DistNadam(**self._arguments).get_config()
+        if self.num_workers > 1 and plan["name"] is None:
+            if place.run is None:
+                raise ConfigError(
+                    f"num_workers={self.num_workers} needs a cluster_name, by which the ranks find "
+                    "each other"
+                )
+            _replicas[place.run] += 1  # all ranks make theirs in one order
+            self._arguments["name"] = f"{place.run}-{_replicas[place.run]}"
+        self.use_ema: bool = plan["use_ema"]
+        self._joined: tuple[DistNadam, Worker] | None = None
+        self._slots: Slots | None = None
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there are shards."""
+        return self._joined is not None
+
+    @property
+    def optimizer(self) -> DistNadam:
+        """The cluster's handle; raise LifecycleError before the first step."""
+        return self._running()[0]
+
+    def _running(self) -> tuple[DistNadam, Worker]:
+        if self._joined is None:
+            raise LifecycleError("there are no shards before the first step")
+        return self._joined
+
+    def start(
+        self, params: Named, *, groups: Sequence[Group] = (), lr: float | None = None
+    ) -> None:
+        """Make the shards of a model, or connect to them.
+
+        Args:
+            params: the model, by name.
+            groups: tensors with settings of their own.
+            lr: the learning rate that `get_config` and checkpoints say; None: as it was given.
+
+        Raises:
+            StructureError: this rank's model is not rank 0's.
+            NotRunning: rank 0 has made no shards in `Options.start_timeout_s`, or 120 s.
+        """
+        if self.rank == 0:
+            rate = {} if lr is None else {"lr": lr}
+            optimizer = DistNadam(**self._arguments | rate, groups=groups).build(params)
+        else:
+            optimizer = self._connected()
+        try:
+            worker = optimizer.worker(self.rank)
+            if self.rank == 0:
+                if self._slots is not None:
+                    _fill(optimizer, self._slots)
+                worker.pull()
+            else:
+                _require_same(worker.pull(), params, self.rank)
+        except BaseException:
+            optimizer.close()
+            raise
+        self._joined = optimizer, worker
+        self._slots = None
+
+    def step(
+        self,
+        params: Named,
+        gradients: Mapping[str, Any] | None,
+        *,
+        lr: float | None = None,
+        found_inf: bool = False,
+    ) -> Named:
+        """Push gradients, wait for the round, and return the new parameters.
+
+        Args:
+            params: what the framework holds now; what differs from what the last step returned is
+                taken over first.
+            gradients: by name; they may be reused at once. None with `found_inf`.
+            lr: the learning rate of this step, equal on all ranks; None: the optimizer's.
+            found_inf: see `Worker.push`.
+
+        Returns:
+            Read-only arrays, good until the next call.
+
+        Raises:
+            StructureError: the ranks' parameters differ, or a gradient is none of the model's.
+            And as `Worker.step`.
+        """
+        optimizer, worker = self._running()
+        self._take_over(optimizer, worker, params)
+        stepped: Named = worker.step(gradients, found_inf=found_inf, lr=lr)
+        return stepped
+
+    @property
+    def found_inf(self) -> bool:
+        """Whether the last round was skipped, since a rank's gradients overflowed."""
+        return self._running()[1].found_inf
+
+    def handed_out(self) -> Named:
+        """Return the parameters as the last step returned them."""
+        held: Named = self._running()[1].parameters()
+        return held
+
+    def slots(self, params: Named) -> Slots:
+        """Return copies of what the shards hold; of a model without shards what they would."""
+        if self._joined is None:
+            return self._slots or Slots.zero(params, use_ema=self.use_ema)
+        optimizer = self._joined[0]
+        weights, names = optimizer.get_weights(), _names_of(optimizer)
+        count = len(names)
+        return Slots(
+            iterations=int(weights[0]),
+            m_schedule=float(weights[1]),
+            m=dict(zip(names, weights[2 : 2 + count], strict=True)),
+            v=dict(zip(names, weights[2 + count :], strict=True)),
+            ema=optimizer.get_ema_params() if self.use_ema else {},
+        )
+
+    def load(self, slots: Slots) -> None:
+        """Have the shards hold other slots, from now or from their start on; rank 0's count."""
+        if self._joined is None:
+            self._slots = slots
+        elif self.rank == 0:
+            _fill(self._joined[0], slots)
+            self._joined[1].pull()
+
+    def close(self) -> None:
+        """Leave; end the shards if this rank made them."""
+        if self._joined is not None:
+            optimizer, worker = self._joined
+            worker.close()
+            optimizer.close()
+
+    def _take_over(self, optimizer: DistNadam, worker: Worker, params: Named) -> None:
+        """Have the shards hold what the framework has changed, on all ranks alike."""
+        if _differing(worker.parameters(), params) is None:
+            return
+        if self.rank == 0:
+            optimizer.set_params(dict(params))
+            worker.pull()
+            return
+        until = time.monotonic() + optimizer.options.step_timeout_s
+        while (changed := _differing(worker.pull(), params)) is not None:
+            if time.monotonic() > until:
+                raise StructureError(
+                    f"rank {self.rank}: {changed!r} was changed between two steps, and not so on "
+                    "rank 0: change parameters on all ranks alike"
+                )
+            time.sleep(_POLL_S)
+
+    def _connected(self) -> DistNadam:
+        name, options = self._arguments["name"], DistNadam(**self._arguments).options
+        until = time.monotonic() + (options.start_timeout_s or 120.0)
+        while True:
+            try:
+                return DistNadam.connect(name)
+            except NotRunning:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_POLL_S)
+
+
+def _names_of(optimizer: DistNadam) -> list[str]:
+    return [tensor.path for tensor in optimizer.shards.layout.tensors]
+
+
+def _fill(optimizer: DistNadam, slots: Slots) -> None:
+    names = _names_of(optimizer)
+    for what, named in (("m", slots.m), ("v", slots.v)):
+        if set(named) != set(names):
+            odd = sorted(set(named) ^ set(names))
+            raise StructureError(
+                f"{what}: expected the {len(names)} tensors of this model, got {len(named)}: "
+                f"{', '.join(map(repr, odd[:3]))} in one alone"
+            )
+    ms, vs = ([named[name] for name in names] for named in (slots.m, slots.v))
+    optimizer.set_weights([slots.iterations, slots.m_schedule, *ms, *vs])
+    if slots.ema:
+        optimizer.set_ema_params(slots.ema)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names without stars, which patterns have, each once: repeats get a number.
+
+    >>> distinct(["w", "w", "a/*"])
+    ['w', 'w_1', 'a/_']
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        plain = unused = name.replace("*", "_")
+        count = 0
+        while unused in found:
+            count += 1
+            unused = f"{plain}_{count}"
+        found[unused] = None
+    return list(found)
+
+
+def _differing(held: Named, params: Named) -> str | None:
+    """Return the name of a tensor whose bits differ, or None."""
+    for name, array in params.items():
+        if not same_bits(np.asarray(held[name]), array):
+            return name
+    return None
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Whether two arrays of one shape have the same dtype and bits.
+
+    >>> same_bits(np.array([0.0]), np.array([-0.0])), same_bits(np.array(1.0), np.array(1.0))
+    (False, True)
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    kind = f"u{one.dtype.itemsize}"
+    return bool(np.array_equal(np.asarray(one).view(kind), np.asarray(other).view(kind)))
+
+
+def _require_same(held: Named, params: Named, rank: int) -> None:
+    if list(held) != list(params):
+        odd = sorted(set(held) ^ set(params)) or ["their order"]
+        raise StructureError(
+            f"rank {rank}: this model is not rank 0's: {', '.join(map(repr, odd[:3]))} differ"
+        )
+    name = _differing(held, params)
+    if name is not None:
+        raise StructureError(
+            f"rank {rank}: {name!r} does not begin as on rank 0: initialise the model from one "
+            "seed on all ranks (keras.utils.set_random_seed, torch.manual_seed, jax.random.key), "
+            "or load one file"
+        )

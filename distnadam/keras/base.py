@@ -1,0 +1,360 @@
+"""What all optimizers for Keras 3 share: Keras's part of a step, and the shards'.
+
+Keras unscales, counts, accumulates and constrains; the shards average over ranks, clip, decay and
+step, and keep moments and average.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import keras
+import numpy as np
+from typing_extensions import override
+
+from distnadam.config import BackendName, Options
+from distnadam.errors import ConfigError, StructureError
+from distnadam.frontends.replica import Replica, Slots, distinct
+from distnadam.groups import Group
+from distnadam.hyperparameters import DEFAULT_SCHEDULE_DECAY, Formula
+from distnadam.keras.stored import arrays_of, slots_of
+from distnadam.keras.variables import assign, is_traced, numpy_of
+from distnadam.tensors.arrays import Array
+from distnadam.tensors.leaves import as_numpy
+
+_OURS = ("num_shards", "replicas", "backend", "cluster_name")
+
+
+class DistOptimizer(keras.optimizers.Optimizer):
+    """The shards' side of a Keras optimizer; `DistNadam` and its sisters say which formula.
+
+    Args:
+        learning_rate: a float, a `LearningRateSchedule` (of apply calls, as Keras counts them), or
+            a callable without arguments.
+        beta_1, beta_2, epsilon: as `keras.optimizers.Nadam` and `Adam` have them.
+        weight_decay: decoupled, but of what `exclude_from_weight_decay` excludes; None: none.
+        clipnorm, clipvalue, global_clipnorm: clip the mean gradient of all ranks.
+        use_ema, ema_momentum, ema_overwrite_frequency: the average is kept on the shards; it and
+            its frequency follow steps, not micro-batches.
+        loss_scale_factor: a fixed scale of the loss.
+        gradient_accumulation_steps: micro-batches whose mean each rank pushes.
+        name: Keras's name of this object.
+        num_shards, replicas, backend, options: as `distnadam.DistNadam` has them.
+        num_workers, rank: how many processes train, and which this is; None finds it, from Ray
+            Train, or from the variables that torchrun sets.
+        cluster_name: `distnadam.DistNadam`'s name, by which ranks find each other; None is made
+            from what started them.
+
+    Raises:
+        ConfigError: an argument of ours is out of its range, or Keras has another backend than
+            torch or JAX.
+        ValueError: an argument of Keras's is.
+    """
+
+    _FORMULA: ClassVar[Formula] = "nadam"
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        weight_decay: float | None = None,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        name: str | None = None,
+        *,
+        num_shards: int = 1,
+        num_workers: int | None = None,
+        rank: int | None = None,
+        replicas: int = 0,
+        backend: BackendName = "auto",
+        cluster_name: str | None = None,
+        options: Options | Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        if keras.backend.backend() not in ("torch", "jax"):
+            raise ConfigError(
+                f"KERAS_BACKEND={keras.backend.backend()!r}: expected 'torch' or 'jax'; with "
+                "TensorFlow use distnadam.tf_keras"
+            )
+        super().__init__(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            name=name,
+            **others,
+        )
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+        self.num_shards, self.replicas = num_shards, replicas
+        self.backend, self.cluster_name = backend, cluster_name
+        self.options = Options.of(options)
+        self._names: tuple[str, ...] = ()
+        self._pending: Any = None
+        self._last_iteration = -1
+        self._asked = {"num_workers": num_workers, "rank": rank}
+        self._replica = Replica(self._arguments(), rank, num_workers)
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return `distnadam.DistNadam`'s arguments."""
+        # Keras has them in place of None where they have no effect
+        clips = {n: getattr(self, n) or None for n in ("clipnorm", "clipvalue", "global_clipnorm")}
+        average = ("use_ema", "ema_momentum", "ema_overwrite_frequency")
+        decay = 1.0 if self._FORMULA == "nadam" else DEFAULT_SCHEDULE_DECAY
+        return {
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "formula": self._FORMULA,
+            "schedule_decay": decay,
+            "weight_decay": self.weight_decay or 0.0,
+            **clips,
+            **({name: getattr(self, name) for name in average} if self.use_ema else {}),
+            "num_shards": self.num_shards,
+            "replicas": self.replicas,
+            "backend": self.backend,
+            "name": self.cluster_name,
+            "options": self.options,
+        }
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self._replica.rank
+
+    @property
+    def num_workers(self) -> int:
+        """How many ranks there are."""
+        return self._replica.num_workers
+
+    @property
+    def loss_scale_factor(self) -> float | None:
+        """The fixed scale of the loss.
+
+        Raises:
+            ConfigError: a LossScaleOptimizer takes the scaling over, with several workers.
+        """
+        return self.__dict__.get("_scale")
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, value: float | None) -> None:
+        if value is None and "_replica" in self.__dict__ and self.num_workers > 1:
+            raise ConfigError(
+                f"LossScaleOptimizer skips steps on the rank that overflowed alone, and the other "
+                f"{self.num_workers - 1} would wait for it: give model.compile "
+                "auto_scale_loss=False, and this optimizer a loss_scale_factor, such as 1024.0, "
+                'and options=Options(on_nonfinite="skip"), which skips on all ranks'
+            )
+        self.__dict__["_scale"] = value
+
+    @override
+    def build(self, variables: Sequence[Any]) -> None:
+        """Prepare for the trainable variables of a model; the shards start at the first step."""
+        if self.built:
+            return
+        self.use_ema = False  # of Keras's own: the average is on the shards
+        try:
+            super().build(list(variables))
+        finally:
+            self.use_ema = self._replica.use_ema
+        self._names = tuple(distinct([getattr(v, "path", v.name) for v in self._stepped()]))
+        if self._pending is not None:
+            self._take(self._pending)
+            self._pending = None
+
+    def _stepped(self) -> list[Any]:
+        """Return the variables that the shards hold: all but those that Keras overwrites."""
+        return [
+            v for v in self._trainable_variables if not self._overwrite_variable_with_gradient(v)
+        ]
+
+    @override
+    def _backend_apply_gradients(self, grads: Any, trainable_variables: Any) -> None:
+        given = {id(v): g for v, g in zip(trainable_variables, grads, strict=True)}
+        count = self.gradient_accumulation_steps
+        if not count:
+            self._step(given)
+            return
+        accumulators = [
+            self._accumulated_gradients[self._get_variable_index(v)] for v in trainable_variables
+        ]
+        sums = [given[id(v)] + s for v, s in zip(trainable_variables, accumulators, strict=True)]
+        is_last = (self._iterations + 1) % count == 0
+        means = {id(v): s / count for v, s in zip(trainable_variables, sums, strict=True)}
+        if is_traced(is_last):
+            self._step(means, where=is_last)
+        elif bool(is_last):
+            self._step(means)
+        for accumulator, total in zip(accumulators, sums, strict=True):
+            accumulator.assign(keras.ops.where(is_last, keras.ops.zeros_like(total), total))
+
+    def _step(self, given: Mapping[int, Any], where: Any = None) -> None:
+        """Step by gradients by variable; traced by JAX, only `where` that is true at run time."""
+        variables = self._stepped()
+        values = [v.value for v in variables]
+        gradients = [given.get(id(v)) for v in variables]
+        rate, count = keras.ops.convert_to_tensor(self.learning_rate), self._iterations.value
+        if any(map(is_traced, [*values, *gradients, rate, count])):
+            from distnadam.keras.traced import stepped
+
+            new = stepped(self._on_host, count, rate, values, gradients, where)
+            for variable, value in zip(variables, new, strict=True):
+                variable.assign(value)
+            return
+        new = self._on_host(count, rate, values, gradients)
+        for variable, array in zip(variables, new, strict=True):
+            assign(variable, array)
+
+    def _on_host(
+        self, count: Any, rate: Any, values: Sequence[Any], gradients: Sequence[Any]
+    ) -> list[Array]:
+        """Push this rank's gradients, and return the new parameters, which the shards overwrite."""
+        iteration, lr = int(as_numpy(count)), float(as_numpy(rate))
+        if iteration <= self._last_iteration:
+            raise StructureError(
+                f"{self.name}: the update of apply call {self._last_iteration + 1} was computed "
+                "and thrown away, and the shards have stepped: apply each update once, in order; "
+                "to sum micro-batches use gradient_accumulation_steps"
+            )
+        params = dict(zip(self._names, map(as_numpy, values), strict=True))
+        if not self._replica.is_started:
+            self._replica.start(params, groups=self._groups(), lr=lr)
+        pushed = dict(zip(self._names, gradients, strict=True))
+        stepped = self._replica.step(params, pushed, lr=lr)
+        self._last_iteration = iteration
+        return [np.asarray(stepped[name]) for name in self._names]
+
+    def _groups(self) -> list[Group]:
+        if not self.weight_decay:
+            return []
+        pairs = zip(self._names, self._stepped(), strict=True)
+        return [Group(n, weight_decay=0.0) for n, v in pairs if not self._use_weight_decay(v)]
+
+    @override
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Have the variables be their average, if one is kept, as Keras does after `fit`."""
+        if self.use_ema and self._replica.is_started:
+            self._settle()
+            ema = self._replica.optimizer.get_ema_params()
+            wanted = {id(v) for v in var_list}
+            for name, variable in zip(self._names, self._stepped(), strict=True):
+                if id(variable) in wanted:
+                    assign(variable, np.asarray(ema[name], as_numpy(variable.value).dtype))
+
+    @property
+    def cluster(self) -> Any:
+        """The `distnadam.DistNadam` whose shards hold the state; there is one from the first step
+        on.
+        """
+        self._settle()
+        return self._replica.optimizer
+
+    def close(self) -> None:
+        """Leave the cluster, and end it if this rank made it."""
+        self._settle()
+        self._replica.close()
+
+    def slots(self) -> Slots:
+        """Return copies of what the shards hold beside the parameters, by `names`."""
+        self._settle()
+        variables = self._stepped()
+        zero = {
+            n: np.zeros(v.shape, np.float32) for n, v in zip(self._names, variables, strict=True)
+        }
+        if self._replica.is_started or not self.use_ema:
+            return self._replica.slots(zero)
+        return self._replica.slots(dict(zip(self._names, map(numpy_of, variables), strict=True)))
+
+    def load_slots(self, slots: Slots) -> None:
+        """Have the shards go on from other slots."""
+        self._replica.load(slots)
+        count = slots.iterations * (self.gradient_accumulation_steps or 1)
+        self._iterations.assign(count)
+        self._last_iteration = count - 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names on the shards, in the order of the variables they stand for."""
+        return self._names
+
+    @property
+    def stepped_variables(self) -> list[Any]:
+        """The variables that the shards step, in the order of `names`."""
+        return self._stepped()
+
+    @override
+    def save_own_variables(self, store: Any) -> None:
+        """Store what keras.optimizers' class of this formula would, with the shards' moments."""
+        own = [numpy_of(v) for v in self.variables]
+        if self.built:
+            scalars = len(own) - len(self._accumulators())
+            listed = arrays_of(self.slots(), self._names, has_product=self._FORMULA == "nadam")
+            count = self.gradient_accumulation_steps or 1
+            own[0] = np.array(listed.iterations * count + int(own[0]) % count, own[0].dtype)
+            own = [*own[:scalars], *listed.ema, *own[scalars:], *listed.slots]
+        for index, array in enumerate(own):
+            store[str(index)] = array
+
+    @override
+    def load_own_variables(self, store: Any) -> None:
+        """Take what `save_own_variables` stored, here or in Keras's class of this formula.
+
+        Raises:
+            StructureError: it is of another model, or of other settings.
+        """
+        arrays = [np.array(store[str(index)]) for index in range(len(store.keys()))]
+        if self.built:
+            self._take(arrays)
+        elif len(arrays) == len(self.variables):  # it was not built either
+            for variable, array in zip(self.variables, arrays, strict=True):
+                variable.assign(array)
+        else:
+            self._pending = np.empty(len(arrays), object)  # Keras looks into lists
+            self._pending[:] = arrays
+
+    def _accumulators(self) -> list[Any]:
+        return list(self._accumulated_gradients) if self.gradient_accumulation_steps else []
+
+    def _take(self, arrays: Sequence[Array]) -> None:
+        own, sums = self.variables, self._accumulators()
+        scalars = len(own) - len(sums)
+        shapes = [tuple(v.shape) for v in self._stepped()]
+        rest, slots = slots_of(
+            arrays,
+            dict(zip(self._names, shapes, strict=True)),
+            scalars=scalars,
+            sums=len(sums),
+            has_product=self._FORMULA == "nadam",
+            use_ema=self.use_ema,
+            per_step=self.gradient_accumulation_steps or 1,
+        )
+        self._replica.load(slots)
+        for variable, array in zip(own, rest, strict=True):
+            variable.assign(array)
+        self._last_iteration = int(rest[0]) - 1
+
+    def _settle(self) -> None:
+        """Wait for steps that JAX has been told of and has not taken."""
+        if keras.backend.backend() == "jax":
+            sys.modules["jax"].effects_barrier()
+
+    @override
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        ours = {name: getattr(self, name) for name in _OURS} | dict(self._asked)
+        ours["options"] = self.options.to_dict()
+        formula = {"beta_1": self.beta_1, "beta_2": self.beta_2, "epsilon": self.epsilon}
+        return {**super().get_config(), **formula, **ours}
