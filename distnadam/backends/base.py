@@ -8,7 +8,7 @@ what watches over them. Nothing here knows a protocol, a process or Ray.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distnadam.config import Options
@@ -77,6 +77,20 @@ class WorkerChannel(ABC):
         Raises:
             ShardLost: a connection has ended since `reconnect`.
         """
+
+    def post_push(self, push: Push, parts: Sequence[Flat], slices: Mapping[int, int]) -> Pending:
+        """Send every shard a push with its part of the gradients, unless they are rejected, and how
+        many slices it was sent ahead of it; as `post` does.
+        """
+        rejected = push.rejection is not None
+        return self.post(
+            {
+                index: replace(
+                    push, gradients=None if rejected else part, slices=slices.get(index, 0)
+                )
+                for index, part in enumerate(parts)
+            }
+        )
 
     def send_ahead(self, shard: int, part: PushSlice) -> bool:
         """Send a part of a push before the push; return whether its number counts in that.

@@ -5,7 +5,7 @@ none. No Ray here.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,6 +210,14 @@ class RayWorkerChannel(WorkerChannel):
         return RayChannelPending(messages, self._shm, self._transport, self.relayed)
 
     @override
+    def post_push(self, push: Push, parts: Sequence[Flat], slices: Mapping[int, int]) -> Pending:
+        shm = self._shm
+        if shm is None or not shm.complete or slices or push.rejection is not None:
+            return super().post_push(push, parts, slices)
+        self._transport.require_open()
+        return ShmPending(shm, shm.post_push(push, parts), len(parts), self._transport)
+
+    @override
     def send_ahead(self, shard: int, part: PushSlice) -> bool:
         if self._shm is None or shard not in self.relayed or shard not in self._shm:
             return False
@@ -220,6 +228,35 @@ class RayWorkerChannel(WorkerChannel):
     def close(self) -> None:
         if self._shm is not None:
             self._shm.close()
+
+
+class ShmPending(Pending):
+    """Answers over shared memory.
+
+    Args:
+        shm: reaches the shards of this node, and the relay.
+        number: of what was sent.
+        count: how many shards were sent it.
+        transport: knows whether an answer can still come.
+    """
+
+    def __init__(self, shm: ShmClient, number: int, count: int, transport: ShardTransport) -> None:
+        self._shm = shm
+        self._number = number
+        self._count = count
+        self._transport = transport
+
+    @override
+    def result(self, timeout_s: float) -> dict[int, Any]:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            look_at = time.monotonic() + _LOOK_EVERY_S
+            try:
+                return self._shm.collect(self._number, self._count, min(look_at, deadline))
+            except TimeoutError:
+                if look_at >= deadline:
+                    raise
+                self._transport.require_open()
 
 
 class RayChannelPending(Pending):
@@ -248,13 +285,14 @@ class RayChannelPending(Pending):
             if i in relayed or (i in shm and not isinstance(m, Pull))
         }
         rest = {i: m for i, m in messages.items() if i not in self._near}
-        self._number = shm.post(self._near) if self._near else 0
+        number = shm.post(self._near) if self._near else 0
+        self._shared = ShmPending(shm, number, len(self._near), transport)
         self._objects = transport.post(rest) if rest else None
 
     @override
     def result(self, timeout_s: float) -> dict[int, Any]:
         deadline = time.monotonic() + timeout_s
-        answers: dict[int, Any] = self._await(deadline) if self._near else {}
+        answers: dict[int, Any] = self._shared.result(timeout_s) if self._near else {}
         if self._objects is not None:
             answers = {i: self._with_parameters(i, answer) for i, answer in answers.items()}
             answers |= self._objects.result(max(0.0, deadline - time.monotonic()))
@@ -264,13 +302,3 @@ class RayChannelPending(Pending):
         if not (self._messages[shard].want_parameters and isinstance(answer, RoundResult)):
             return answer
         return replace(answer, parameters=self._shm.parameters_of(shard, answer))
-
-    def _await(self, deadline: float) -> dict[int, Any]:
-        while True:
-            look_at = time.monotonic() + _LOOK_EVERY_S
-            try:
-                return self._shm.collect(self._number, len(self._near), min(look_at, deadline))
-            except TimeoutError:
-                if look_at >= deadline:
-                    raise
-                self._transport.require_open()
