@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from distnadam.backends.base import Backend
-from distnadam.config import BackendName
+from distnadam.config import BackendName, Options
 from distnadam.errors import ClusterError
 from distnadam.planning.measuring import HostSpeed
 from distnadam.protocol.messages import ShardSpec
@@ -26,9 +26,7 @@ def resolve(asked: BackendName, *, several: bool) -> Literal["local", "ray"]:
     """
     if asked != "auto":
         return asked
-    ray = sys.modules.get("ray")
-    running = (ray is not None and ray.is_initialized()) or bool(os.environ.get("RAY_ADDRESS"))
-    return "ray" if running or (several and _is_installed()) else "local"
+    return "ray" if can_join() or (several and _is_installed()) else "local"
 
 
 def start_in_words(asked: BackendName, *, several: bool) -> str | None:
@@ -105,6 +103,27 @@ def stop(name: str) -> None:
     from distnadam.backends.ray.backend import RayBackend
 
     RayBackend.stop(name)
+
+
+def can_join() -> bool:
+    """Whether this process is on a Ray, or knows the address of one."""
+    ray = sys.modules.get("ray")
+    return (ray is not None and ray.is_initialized()) or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def keep_ray(options: Options) -> None:
+    """Have a Ray in this process until it ends: that which it is on or knows of, or a new one."""
+    _require_token()
+    from distnadam.backends.ray.session import keep_ray
+
+    keep_ray(options)
+
+
+def how_to_join() -> dict[str, str]:
+    """Return the variables with which another process joins the Ray that this one is on."""
+    from distnadam.backends.ray.session import how_to_join
+
+    return how_to_join()
 
 
 def examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> Links:

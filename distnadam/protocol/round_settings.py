@@ -23,18 +23,23 @@ class RoundSettings:
         overrides: the learning rates and betas of this step alone (`nadam.step_overrides`).
         absent: the indices of the tensors that the rank has no gradient of; what it pushes of them
             is +0.0.
+        statement: what the rank says in a round that is for this alone, with a rejection and no
+            gradients; all ranks must say the same, and no step follows (`client/statement.py`).
     """
 
     found_inf: bool = False
     micro_steps: int = 1
     overrides: bytes = b""
     absent: frozenset[int] = frozenset()
+    statement: str = ""
 
     def __post_init__(self) -> None:
         if type(self.found_inf) is not bool:
             raise TypeError(f"found_inf is {self.found_inf!r:.50}")
         if type(self.micro_steps) is not int or self.micro_steps < 1:
             raise TypeError(f"micro_steps is {self.micro_steps!r:.50}")
+        if type(self.statement) is not str:
+            raise TypeError(f"statement is {self.statement!r:.50}")
         if self.overrides != b"":
             check_overrides(self.overrides)
         if not all(type(index) is int and index >= 0 for index in self.absent):
@@ -43,7 +48,7 @@ class RoundSettings:
     @property
     def only_overrides(self) -> bool:
         """Whether there are overrides, and all else is as of an ordinary push."""
-        return self == RoundSettings(overrides=self.overrides)
+        return self.overrides != b"" and self == RoundSettings(overrides=self.overrides)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return unpacked, (packed(self),)  # so that ordinary ones stay that very object

@@ -40,10 +40,15 @@ def verdict_of(
 
     `num_trained` is the number of tensors that are not frozen.
 
-    A vote of one rank (`found_inf`) skips it, whatever else the pushes say; settings that differ
-    refuse it before any gradient is judged.
+    A statement must be that of all ranks. A vote of one rank (`found_inf`) skips the round,
+    whatever else the pushes say; settings that differ refuse it before any gradient is judged.
     """
     ranks = sorted(pushes)
+    statements = [pushes[rank].settings.statement for rank in ranks]
+    if any(what != statements[0] for what in statements):
+        pairs = zip(ranks, statements, strict=True)
+        each = ", ".join(f"rank {rank} changed {what or 'nothing'}" for rank, what in pairs)
+        return "disagreed", f"all ranks must change the same between two steps: {each}"
     voted = [rank for rank in ranks if pushes[rank].settings.found_inf]
     if voted:
         return "voted", _joined(pushes, voted)
@@ -52,6 +57,8 @@ def verdict_of(
         if any(value != given[0] for value in given):
             each = ", ".join(f"rank {r} has {said(v)}" for r, v in zip(ranks, given, strict=True))
             return "disagreed", f"{name} must be equal on all ranks: {each}"
+    if statements[0]:
+        return "voted", f"all ranks have changed {statements[0]}"
     rejected = [rank for rank in ranks if pushes[rank].rejection is not None]
     if rejected:
         return not_finite(_joined(pushes, rejected), on_nonfinite)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from distnadam.tensors.arrays import BFLOAT16, Array
 from distnadam.tensors.leaves import as_numpy
@@ -45,3 +46,13 @@ def as_array(tensor: torch.Tensor) -> Array:
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a view of a tensor as integers."""
     return tensor.detach().view(BITS[tensor.element_size()])
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """Return a digest of a tensor's bits in a few letters."""
+    return digest_bytes(np.ascontiguousarray(as_array(tensor)).tobytes())
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return a digest of bytes in a few letters."""
+    return xxhash.xxh3_64_hexdigest(data)[:8]

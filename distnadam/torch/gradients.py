@@ -58,8 +58,11 @@ class Gradients:
         for handle in filter(None, self._handles):
             handle.remove()
 
-    def gather(self) -> list[int]:
-        """Have each gradient in its slot, to be pushed from there; return the tensors without one.
+    def gather(self) -> dict[str, Any] | None:
+        """Have each gradient in its slot, to be pushed from there.
+
+        Returns:
+            The slots by name, None for a tensor without a gradient; None if each has one.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -79,7 +82,13 @@ class Gradients:
             self._slots[index].copy_(gradient.detach())
             if self._is_hooked and self._handles[index] is None:
                 self._hook(index)  # it was frozen before
-        return absent
+        if not absent:
+            return None
+        missing = set(absent)
+        return {
+            name: None if index in missing else self._arrays[index]
+            for index, name in enumerate(self._names)
+        }
 
     def _hook(self, index: int) -> None:
         """Have a tensor's gradients moved during the backward pass, where a slot can be `.grad`."""

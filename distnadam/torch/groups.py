@@ -6,6 +6,7 @@ groups, and change from step to step.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from distnadam.errors import ConfigError
@@ -65,11 +66,11 @@ class Settings:
 
     Attributes:
         lr: learning rates, as a worker's `step` takes them.
-        betas: as a worker's `step` takes them.
-        decay: epsilon and weight decay of each group.
+        betas: those of the group that has the optimizer's settings, as `step` takes them.
+        own: what each group has beside them.
 
     Raises:
-        ConfigError: a group asks for another formula, or betas differ between groups.
+        ConfigError: a group asks for another formula.
     """
 
     def __init__(
@@ -82,18 +83,12 @@ class Settings:
         self._groups, self._names = groups, names
         self._base = base_of(groups)
         self.betas = _betas_of(groups[self._base])
-        for index, group in enumerate(groups):
-            if (given := _betas_of(group)) != self.betas:
-                raise ConfigError(
-                    f"parameter group {index}: betas={given!r}, and another group has "
-                    f"{self.betas!r}: all groups must have the same"
-                )
         rates = [float(group["lr"]) for group in groups]
         self.lr: Rates = rates[0]
         if len(groups) > 1:
             self.lr = {None: rates[self._base]}
             self.lr |= {name: rates[index] for index, name in self._others()}
-        self.decay = [(float(group["eps"]), float(group["weight_decay"])) for group in groups]
+        self.own = [_Own.of(group, self.betas) for group in groups]
 
     def _others(self) -> list[tuple[int, str]]:
         """Return the group and the name of each tensor that is a `Group`."""
@@ -107,12 +102,50 @@ class Settings:
 
     def config(self) -> dict[str, Any]:
         """Return what `set_config` takes: all but rates and betas, which go with a step."""
-        epsilon, weight_decay = self.decay[self._base]
-        own = [
-            Group(name, epsilon=self.decay[index][0], weight_decay=self.decay[index][1])
+        base = self.own[self._base]
+        groups = [
+            Group(
+                name,
+                beta_1=self.own[index].beta_1,
+                beta_2=self.own[index].beta_2,
+                epsilon=self.own[index].eps,
+                weight_decay=self.own[index].weight_decay,
+            )
             for index, name in self._others()
         ]
-        return {"epsilon": epsilon, "weight_decay": weight_decay, "groups": own}
+        return {"epsilon": base.eps, "weight_decay": base.weight_decay, "groups": groups}
+
+    def plain_config(self) -> dict[str, Any]:
+        """Return `config` as `get_config` has it."""
+        config = self.config()
+        return config | {"groups": [group.to_dict() for group in config["groups"]]}
+
+    def in_words(self) -> str:
+        """Return what `config` has, for the other ranks."""
+        return "; ".join(f"group {number}: {own}" for number, own in enumerate(self.own))
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What a group has beside its rate: betas where they are not the optimizer's."""
+
+    eps: float
+    weight_decay: float
+    beta_1: float | None
+    beta_2: float | None
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], betas: tuple[float, float]) -> "_Own":
+        own = _betas_of(group)
+        return cls(
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            *((None, None) if own == betas else own),
+        )
+
+    def __str__(self) -> str:
+        betas = "" if self.beta_1 is None else f", betas=({self.beta_1!r}, {self.beta_2!r})"
+        return f"eps={self.eps!r}, weight_decay={self.weight_decay!r}{betas}"
 
 
 def _betas_of(group: Mapping[str, Any]) -> tuple[float, float]:

@@ -4,18 +4,26 @@ and the shards, and the state as it was last looked at.
 It is one object, however many wrappers share the optimizer's attributes, as Lightning's does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distnadam.errors import StructureError
+from distnadam.errors import RanksDisagree
 from distnadam.torch.gradients import Gradients
 from distnadam.torch.groups import Settings
 from distnadam.torch.parameters import Parameters
 from distnadam.torch.shards import Shards
-from distnadam.torch.state_dict import State, check_state, flat_of, new_state, same, state_of
+from distnadam.torch.state_dict import (
+    State,
+    check_state,
+    digest,
+    flat_of,
+    new_state,
+    same,
+    state_of,
+)
 
 HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -69,9 +77,12 @@ class Held:
         if self._state is None:
             if self.shards.is_built:
                 clock, moments = self.shards.read()
-                layout = self.shards.optimizer.shards.layout
                 self._state = state_of(
-                    layout, clock, moments, self._by_name(), has_product=self.has_product
+                    self.shards.layout,
+                    clock,
+                    moments,
+                    self._by_name(),
+                    has_product=self.has_product,
                 )
             else:
                 self._state = new_state(self._tensors, has_product=self.has_product)
@@ -114,55 +125,73 @@ class Held:
         """
         if self._running is None:
             self._running = self._build(settings)
-        else:
-            self._take_over(self._running.parameters, settings)
         parameters, gradients = self._running.parameters, self._running.gradients
-        absent = gradients.gather()
+        self._take_over(parameters, settings)
+        given = gradients.gather()
         vote, self.vote = self.vote, False
-        if absent and not vote:
-            self._refuse_absent(absent)
-        self.shards.configure(settings)
-        tree = self.shards.step(settings, found_inf=vote)
+        stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
         self.overflowed = self.shards.worker.found_inf
-        parameters.take(tree)
+        parameters.take(stepped)
         self._state = None
 
-    def _refuse_absent(self, absent: Sequence[int]) -> None:
-        raise StructureError(
-            f"{self._names[absent[0]]!r} has no gradient (None; {len(absent)} have none): leave "
-            "what does not train out of the optimizer"
-        )
+    def rejoin(self, settings: Settings) -> None:
+        """Have the parameters of a training that this rank takes part in again."""
+        parameters = Parameters(self._names, self._tensors)
+        if self.shards.rejoin(parameters.as_tree(), settings):
+            self._running = self._open(parameters)
+            parameters.take(self.shards.pull())
+            self._state = None
 
     def _build(self, settings: Settings) -> "_Running":
-        running = _Running(
-            Parameters(self._names, self._tensors), Gradients(self._names, self._tensors)
-        )
-        self.shards.build(running.parameters.as_tree(), settings)
-        dtypes = {tensor.dtype for tensor in self._tensors} - {torch.float64}
-        half = HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
-        running.gradients.open(self.shards.gradients(half), in_place=True)
-        if self._is_edited:
-            self._upload(None, settings)
-        running.parameters.hand_out(self.shards.pull())
+        parameters = Parameters(self._names, self._tensors)
+        self.shards.build(parameters.as_tree(), settings)
+        running = self._open(parameters)
+        parameters.hand_out(self.shards.pull())
         return running
 
-    def _take_over(self, parameters: Parameters, settings: Settings) -> None:
-        """Give the shards what was changed here since the last step."""
-        changed = parameters.changed()
-        if changed or self._is_edited:
-            self._upload(parameters.as_tree() if changed else None, settings)
-            parameters.hand_out(self.shards.pull())
+    def _open(self, parameters: Parameters) -> "_Running":
+        gradients = Gradients(self._names, self._tensors)
+        dtypes = {tensor.dtype for tensor in self._tensors} - {torch.float64}
+        half = HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
+        gradients.open(self.shards.gradients(half), in_place=True)
+        return _Running(parameters, gradients)
 
-    def _upload(self, params: Mapping[str, Any] | None, settings: Settings) -> None:
-        if not self._is_edited:
-            self.shards.replace(params)
+    def _take_over(self, parameters: Parameters, settings: Settings) -> None:
+        """Give the shards what was changed here since the last step, if all ranks have changed the
+        same.
+        """
+        changed, is_edited = parameters.changed(), self._is_edited
+        if not (changed or is_edited or self.shards.differ(settings)):
             return
-        state, layout = self.state(), self.shards.optimizer.shards.layout
-        beta_1 = None if self.has_product else settings.betas[0]
-        check_state(state, self.names)
-        clock, moments = flat_of(layout, state, self._by_name(), beta_1=beta_1)
-        self.shards.replace(params, clock, moments)
+        words, state_of = [], None
+        if changed:
+            words.append(parameters.in_words(changed))
+        if self.shards.differ(settings):
+            words.append(settings.in_words())
+        if is_edited:
+            beta_1 = None if self.has_product else settings.betas[0]
+            state = self.state()
+            check_state(state, self.names)
+            state_of = flat_of(self.shards.layout, state, self._by_name(), beta_1=beta_1)
+            words.append(f"the state ({digest(state, self._tensors)})")
+        params = parameters.as_tree() if changed else None
+        try:
+            self.shards.replace("; ".join(words), settings, params, state_of)
+        except RanksDisagree as error:
+            if self.shards.worker.session.round == 1:
+                error.add_note(
+                    "before the first step all ranks must have the same parameters: seed all alike "
+                    "(torch.manual_seed) before the model is made, or load the same state_dict"
+                )
+            raise
         self._is_replaced = False
+        parameters.hand_out(self.shards.pull())
+
+    def drop(self) -> None:
+        """Take the hooks away, and leave without waiting for anybody."""
+        if self._running is not None:
+            self._running.gradients.close()
+        self.shards.leave()
 
     def close(self) -> None:
         """Take the hooks away, and end the shards if this process made them."""

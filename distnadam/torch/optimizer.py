@@ -68,6 +68,10 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         }
         self._open(defaults)
         super().__init__(params, defaults)
+        self._held.rejoin(self._settings())
+
+    def _settings(self) -> Settings:
+        return Settings(self.param_groups, self._held.names, self.defaults)
 
     def _open(self, defaults: Mapping[str, Any]) -> None:
         """Have shards, not yet built, as `_made` says."""
@@ -77,7 +81,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         fixed = {_TORCH_NAMES[key]: defaults[key] for key in _TORCH_NAMES if key in defaults}
         held = Held(Shards(self._formula, fixed, place, topology, options))
         self._held = held
-        weakref.finalize(self, held.close)
+        weakref.finalize(self, held.drop).atexit = False  # the shards close themselves then
 
     # -- torch's own methods
 
@@ -119,11 +123,10 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 loss = closure()
         held = self._held
         self._refuse_foreign_scaler()
-        if held.shards.place.num_workers == 1 and not held.vote and not held.has_gradients():
+        if not held.shards.several and not held.vote and not held.has_gradients():
             return loss
-        settings = Settings(self.param_groups, held.names, self.defaults)
         with torch.no_grad():
-            held.step(settings)
+            held.step(self._settings())
         return loss
 
     @_outside_graphs
@@ -231,7 +234,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         """Whether torch's own GradScaler calls `step` also where it found infinity; so that it can
         be refused.
         """
-        return self._held.shards.place.num_workers > 1
+        return self._held.shards.several
 
     def _refuse_foreign_scaler(self) -> None:
         given = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
@@ -242,8 +245,9 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
             )
 
     def close(self) -> None:
-        """End the shards if this process made them; it is called when the optimizer is collected,
-        and when the process ends.
+        """Leave, and end the shards if this process made them, once the other ranks have left.
+
+        When the optimizer is collected it leaves, and when the process ends it is closed.
         """
         self._held.close()
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from distnadam.torch.arrays import as_torch, bits_of
+from distnadam.torch.arrays import as_torch, bits_of, digest_bytes, digest_of
+
+_SHOWN = 4
 
 
 class Parameters:
@@ -49,6 +51,15 @@ class Parameters:
             for index, (own, handed) in enumerate(zip(self._own, self._handed, strict=True))
             if not equal(own, handed)
         ]
+
+    def in_words(self, changed: Sequence[int]) -> str:
+        """Return changed tensors by name, each with a digest of its bits, for the other ranks."""
+        each = [f"{self.names[i]!r} ({digest_of(self.tensors[i])})" for i in changed]
+        shown = ", ".join(each[:_SHOWN])
+        if len(each) <= _SHOWN:
+            return shown
+        rest = digest_bytes("".join(each[_SHOWN:]).encode())
+        return f"{shown} and {len(each) - _SHOWN} more ({rest})"
 
     def take(self, tree: dict[str, Any]) -> None:
         """Write the shards' parameters into the tensors, in place.

@@ -1,18 +1,33 @@
 """The shards of one torch optimizer: made at its first step, pushed to and read from. What torch
 means is elsewhere: here are trees by name.
+
+Rank 0 makes them and ends them. What ranks change outside of a step they agree on first; rank 0
+then gives it to the shards, while the others wait to see it.
 """
 
+import atexit
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from distnadam.client.statement import state
+from distnadam.client.user_state import params_from
 from distnadam.config import Options, Topology
+from distnadam.errors import ConfigError, DistNadamError, StepTimeout, StructureError
+from distnadam.frontends import meeting
 from distnadam.frontends.ranks import Place
 from distnadam.hyperparameters import Formula
 from distnadam.nadam.step_scalars import Clock
 from distnadam.optimizer import DistNadam
 from distnadam.tensors.arrays import Flat
+from distnadam.tensors.layout import Layout
 from distnadam.torch.groups import Settings
 from distnadam.worker import Worker
+
+_POLL_S = 0.02
+_OTHERS_END_S = 60.0
+"""Seconds that rank 0 waits at its end for the others to end too."""
 
 
 class Shards:
@@ -24,6 +39,9 @@ class Shards:
         place: this process's rank.
         topology: num_shards, replicas, backend and name.
         options: rare settings.
+
+    Raises:
+        ConfigError: they are out of their range, or several ranks cannot find each other by them.
     """
 
     def __init__(
@@ -32,16 +50,29 @@ class Shards:
         fixed: Mapping[str, Any],
         place: Place,
         topology: Mapping[str, Any],
-        options: Options | None,
+        options: Options,
     ) -> None:
         self.formula = formula
         self.place = place
         self._fixed = fixed
-        self._topology = Topology(num_workers=place.num_workers, **topology).to_dict()
+        self._topology = Topology(num_workers=place.num_workers, **topology)
+        if self.several and self._topology.backend == "local":
+            raise ConfigError(
+                f"backend='local' is this process alone, and there are {place.num_workers} ranks: "
+                "leave backend out"
+            )
+        self._is_named = self._topology.name is not None
+        self._name = meeting.name_for(place, self._topology.name)
         self._options = options
         self._optimizer: DistNadam | None = None
         self._worker: Worker | None = None
-        self._decay: Any = None
+        self._own: Any = None
+        self._is_closed = False
+
+    @property
+    def several(self) -> bool:
+        """Whether other ranks push too."""
+        return self.place.num_workers > 1
 
     @property
     def is_built(self) -> bool:
@@ -60,21 +91,83 @@ class Shards:
         assert self._worker is not None
         return self._worker
 
+    @property
+    def layout(self) -> Layout:
+        """The model's."""
+        return self.optimizer.shards.layout
+
     def build(self, params: Mapping[str, Any], settings: Settings) -> None:
-        """Start the shards with these parameters, by name, and what the groups have."""
+        """Start the shards with these parameters, by name, or attach to those of rank 0.
+
+        Raises:
+            ConfigError, StructureError: rank 0's have another formula, or other tensors.
+            StepTimeout: rank 0 does not build them.
+        """
+        if self.place.rank:
+            assert self._name is not None
+            found = meeting.attach(self.place, self._name, self._options.step_timeout_s)
+            self._join(found, params, settings)
+            return
         beta_1, beta_2 = settings.betas
+        topology = self._topology.to_dict() | {"name": self._name}
+        meeting.prepare(self.place, self._options)
         optimizer = DistNadam(
             formula=self.formula,
+            clocks="tensor",
             beta_1=beta_1,
             beta_2=beta_2,
             options=self._options,
             **self._fixed,
-            **self._topology,
+            **topology,
             **settings.config(),
         )
         self._optimizer = optimizer.build(dict(params))
-        self._decay = settings.decay
-        self._worker = optimizer.worker(self.place.rank)
+        self._own = settings.own
+        self._worker = optimizer.worker(0)
+        atexit.register(self.close)  # before Ray shuts itself down, which it does later
+        if self.several and self._name is not None:
+            meeting.announce(self.place, self._name)
+
+    def rejoin(self, params: Mapping[str, Any], settings: Settings) -> bool:
+        """Take this rank over where the ranks of a name that was given train already; return
+        whether they do.
+        """
+        if not (self.several and self._is_named and self._name is not None):
+            return False
+        found = meeting.running(self._name)
+        if found is None or found.round == 0:
+            return False
+        self._join(found, params, settings)
+        return True
+
+    def _join(self, found: DistNadam, params: Mapping[str, Any], settings: Settings) -> None:
+        config, own = (
+            found.get_config(),
+            {"formula": self.formula, "clocks": "tensor", **self._fixed},
+        )
+        for key, value in own.items():
+            if config[key] != value:
+                raise ConfigError(
+                    f"rank {self.place.rank}: {key}={value!r}, and rank 0 has {config[key]!r}"
+                )
+        if config["num_workers"] != self.place.num_workers:
+            raise ConfigError(
+                f"rank {self.place.rank}: num_workers={self.place.num_workers!r}, and {self._name} "
+                f"has {config['num_workers']!r}"
+            )
+        theirs = {t.path: (t.shape, t.dtype) for t in found.shards.layout.tensors}
+        ours = {t.path: (t.shape, t.dtype) for t in Layout.of(dict(params)).tensors}
+        for path in {**theirs, **ours}:
+            if theirs.get(path) != ours.get(path):
+                raise StructureError(
+                    f"rank {self.place.rank}: {path!r} is {ours.get(path, 'not there')}, and rank "
+                    f"0's is {theirs.get(path, 'not there')}"
+                )
+        self._optimizer = found
+        same = all(config[key] == value for key, value in settings.plain_config().items())
+        self._own = settings.own if same else None
+        self._worker = found.worker(self.place.rank)
+        atexit.register(self.close)  # before Ray shuts itself down, which it does later
 
     def gradients(self, dtype: str | None) -> dict[str, Any]:
         """Return the views that gradients are written into, by name."""
@@ -86,16 +179,14 @@ class Shards:
         parameters: dict[str, Any] = self.worker.pull()
         return parameters
 
-    def configure(self, settings: Settings) -> None:
-        """Have what the groups have of their own from the next step on."""
-        if settings.decay != self._decay:
-            self.optimizer.set_config(**settings.config())
-            self._decay = settings.decay
-
-    def step(self, settings: Settings, *, found_inf: bool = False) -> dict[str, Any]:
-        """Push what lies in the views, and return the parameters after the round."""
+    def step(
+        self, settings: Settings, gradients: Any = None, *, found_inf: bool = False
+    ) -> dict[str, Any]:
+        """Push gradients by name, or what lies in the views, and return the parameters after the
+        round.
+        """
         parameters: dict[str, Any] = self.worker.step(
-            found_inf=found_inf, lr=settings.lr, betas=settings.betas
+            gradients, found_inf=found_inf, lr=settings.lr, betas=settings.betas
         )
         return parameters
 
@@ -103,21 +194,99 @@ class Shards:
         """Return the clock and copies of the moments at one round."""
         return self.optimizer.shards.read(("m", "v"))
 
+    def differ(self, settings: Settings) -> bool:
+        """Whether the shards have other epsilons or weight decays."""
+        return bool(settings.own != self._own)
+
     def replace(
         self,
+        what: str,
+        settings: Settings,
         params: Mapping[str, Any] | None,
-        clock: Clock | None = None,
-        moments: Mapping[str, Flat] | None = None,
+        state_of: tuple[Clock, Mapping[str, Flat]] | None,
     ) -> None:
-        """Replace parameters, moments and clock, each where it is given, between two rounds."""
+        """Have all ranks agree on a change, and give it to the shards.
+
+        Args:
+            what: names all of it, with digests of the bits.
+            settings: what the groups have.
+            params: the parameters by name; None: as they are.
+            state_of: the clock and the moments; None: as they are.
+
+        Raises:
+            RanksDisagree: ranks have changed different things; nothing was changed.
+        """
+        clock, moments = state_of if state_of is not None else (None, {})
+        arrays = dict(moments)
         if params is not None:
-            self.optimizer.set_params(dict(params))
-        if moments is not None:
-            self.optimizer.shards.fill(moments, clock)
+            arrays["params"] = params_from(self.layout, dict(params))
+        epoch = 0
+        if self.several:
+            state(self.worker.session, what)
+            epoch = self.worker.session.epoch
+        if self.place.rank:
+            self._await(settings, epoch if arrays else None)
+        else:
+            if self.differ(settings):
+                self.optimizer.set_config(**settings.config())
+            if arrays:
+                self.optimizer.shards.fill(arrays, clock)
+        self._own = settings.own
+
+    def _await(self, settings: Settings, epoch: int | None) -> None:
+        """Wait until rank 0 has made a change.
+
+        Args:
+            settings: what the groups have after it.
+            epoch: the one before it; None if no arrays are replaced.
+        """
+        began = time.monotonic()
+        expected = settings.plain_config()
+        while True:
+            now = self.optimizer.shards.describe()
+            config = self.optimizer.get_config()
+            is_set = all(config[key] == value for key, value in expected.items())
+            if is_set and (epoch is None or now.epoch > epoch):
+                return
+            if time.monotonic() - began > self._options.step_timeout_s:
+                raise StepTimeout(
+                    f"rank {self.place.rank}: rank 0 has not made the change that all ranks agreed "
+                    f"on in {self._options.step_timeout_s:g} s"
+                )
+            time.sleep(_POLL_S)
+
+    def leave(self) -> None:
+        """Leave the rounds; what rank 0 has made ends once the others have left, or with the
+        process.
+        """
+        if self.is_built and not self._is_closed:
+            self.worker.close()
+            if not self.several or self._others_have_left():
+                self.close()
 
     def close(self) -> None:
-        """End the shards if this process made them."""
-        if self._worker is not None:
-            self._worker.close()
-        if self._optimizer is not None:
-            self._optimizer.close()
+        """Leave, and end the shards if this is rank 0, once the other ranks have left."""
+        if self._is_closed or not self.is_built:
+            return
+        self._is_closed = True
+        atexit.unregister(self.close)
+        self.worker.close()
+        if self.several and not self.place.rank and self._name is not None:
+            meeting.withdraw(self.place, self._name)
+            deadline = time.monotonic() + _OTHERS_END_S
+            while not self._others_have_left() and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            with suppress(DistNadamError):  # they are gone already
+                DistNadam.stop(self._name)
+        self.optimizer.close()
+
+    def _others_have_left(self) -> bool:
+        """Whether no other rank needs the shards: none is there, or one pushes on without this one,
+        which it does in vain.
+        """
+        try:
+            now = self.optimizer.shards.describe()
+        except DistNadamError:  # they are gone already
+            return True
+        present = set(now.newest) - {*now.left, *now.dead, self.place.rank}
+        return self.place.rank > 0 or not present or bool(present - set(now.waiting_for))

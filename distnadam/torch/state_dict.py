@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from distnadam.errors import StructureError
-from distnadam.nadam.step_scalars import Clock
+from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.reproducible_math import power_of_step
 from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout
-from distnadam.torch.arrays import as_array, as_torch
+from distnadam.torch.arrays import as_array, as_torch, digest_bytes, digest_of
 
 State = dict[torch.Tensor, dict[str, Any]]
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -57,7 +57,7 @@ def state_of(
     state: State = defaultdict(dict)
     views = {name: layout.views(moments[slot]) for slot, name in MOMENTS.items()}
     for index, spec in enumerate(layout.tensors):
-        steps, product = clock.iterations, clock.m_schedule
+        steps, product = clock.of_tensor(index)
         state[tensors[spec.path]] = {
             **_clock(steps, product, has_product=has_product),
             **{name: as_torch(views[name][index]) for name in MOMENTS.values()},
@@ -80,6 +80,12 @@ def same(one: State, other: State) -> bool:
         and all(_equal(one[key][name], other[key][name]) for name in one[key])
         for key in one
     )
+
+
+def digest(state: State, tensors: Sequence[torch.Tensor]) -> str:
+    """Return a digest of the state's bits, in a few letters."""
+    each = (digest_of(state[tensor][name]) for tensor in tensors for name in sorted(state[tensor]))
+    return digest_bytes("".join(each).encode())
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -142,9 +148,6 @@ def flat_of(
         state: torch's.
         tensors: the model's by name.
         beta_1: the constant momentum, whose power the product is; None: the state has it.
-
-    Raises:
-        StructureError: tensors have different clocks.
     """
     moments = {slot: empty_flat(layout.sizes) for slot in MOMENTS}
     for slot, name in MOMENTS.items():
@@ -157,7 +160,6 @@ def flat_of(
         steps, product = int(float(each.get("step", 0.0))), float(each.get("mu_product", 1.0))
         if beta_1 is not None:
             product = power_of_step(beta_1, 1.0, steps) if steps else 1.0
-        clocks.append((steps, product))
-    if len(set(clocks)) > 1:
-        raise StructureError(f"load_state_dict: tensors have different clocks: {clocks[:4]}")
-    return Clock(*clocks[0]), moments
+        clocks.append(TensorClock(steps, product))
+    apart = TensorClocks.of(clocks) if len(set(clocks)) > 1 else None
+    return Clock(*max(clocks), apart), moments

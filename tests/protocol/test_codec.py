@@ -113,6 +113,7 @@ def test_a_groups_push_says_whose_it_is_and_its_sum_is_never_narrower_than_the_s
             (2, None, ORDINARY),
             (3, "it is NaN", RoundSettings(micro_steps=3)),
             (4, "it overflowed", RoundSettings(found_inf=True)),
+            (5, "it says", RoundSettings(statement="'w' (12ab)")),
         )
     }
     for gradients in (GRADIENTS, None):

@@ -71,6 +71,7 @@ def test_gradients_and_rejections_are_in_the_order_of_ranks() -> None:
     assert verdict_of(made.pushes, "skip", 8) == ("skipped", "one; three")
 
 
+SAYS = RoundSettings(statement="'w' (12ab)")
 VOTE, TWO = RoundSettings(found_inf=True), RoundSettings(micro_steps=2)
 RATE = RoundSettings(overrides=packed_overrides(0.1, (0.5, 0.9), None))
 NEXT_RATE = RoundSettings(
@@ -117,6 +118,20 @@ NEXT_RATE = RoundSettings(
             ("voted", "one; three"),
         ),
         ([push(1, settings=VOTE), push(0)], ("voted", "rank 1: found_inf")),
+        (
+            [push(0, rejection="zero", settings=SAYS), push(1, rejection="one", settings=SAYS)],
+            ("voted", "all ranks have changed 'w' (12ab)"),
+        ),
+        (
+            [push(0, settings=VOTE), push(1, rejection="one", settings=SAYS), push(2)],
+            (
+                "disagreed",
+                (
+                    "all ranks must change the same between two steps: rank 0 changed nothing, "
+                    "rank 1 changed 'w' (12ab), rank 2 changed nothing"
+                ),
+            ),
+        ),
     ],
 )
 def test_a_vote_is_above_ranks_that_disagree_and_that_above_a_gradient_that_is_not_finite(

@@ -314,6 +314,60 @@ def test_infinity_is_refused_and_changes_nothing() -> None:
     train(model, optimizer, batches(1))
 
 
+def test_a_layer_without_a_gradient_stands_still_as_in_torch() -> None:
+    """Frozen at first and later not, not used in one step, and never used."""
+
+    def run(model: Any, optimizer: Any) -> list[Any]:
+        unused = model.unused.weight.detach().clone()
+        model[0].requires_grad_(False)
+        for step, batch in enumerate(batches(14)):
+            if step == 4:
+                model[0].requires_grad_(True)
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            if step == 8:
+                loss = model[2].bias.square().sum()
+            loss.backward()
+            optimizer.step()
+        assert torch.equal(unused, model.unused.weight)
+        return [float(optimizer.state[p].get("step", 0)) for p in model.parameters()]
+
+    one, other = make(), make()
+    for model in (one, other):
+        model.register_module("unused", torch.nn.Identity())
+        model.unused = torch.nn.Linear(2, 2)
+        model.forward = torch.nn.Sequential(*list(model)[:3]).forward
+    with torch.no_grad():
+        for p, q in zip(one.unused.parameters(), other.unused.parameters(), strict=True):
+            p.copy_(q)
+    settings = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+    first = run(one, ours.DistNadam(one.named_parameters(), **settings))
+    second = run(other, torch.optim.NAdam(other.parameters(), **settings))
+    assert distance(one, other) < CLOSE
+    assert first == second == [9.0, 9.0, 13.0, 14.0, 0.0, 0.0]
+
+
+def test_groups_have_betas_of_their_own() -> None:
+    def made(model: Any, cls: Any) -> Any:
+        groups = groups_of(model)
+        groups[0]["betas"] = (0.5, 0.9)
+        return cls(groups, betas=(0.8, 0.99))
+
+    one, other = make(), make()
+    a, b = made(one, ours.DistNadam), made(other, torch.optim.NAdam)
+    for model, optimizer in ((one, a), (other, b)):
+        train(model, optimizer, batches(6))
+        optimizer.param_groups[1]["betas"] = (0.6, 0.95)
+        train(model, optimizer, batches(6, 2))
+    assert distance(one, other) < CLOSE
+    third = make()
+    c = made(third, ours.DistNadam)
+    c.load_state_dict(a.state_dict())
+    third.load_state_dict(one.state_dict())
+    train(one, a, batches(4, 3)), train(third, c, batches(4, 3))
+    assert bits(one) == bits(third)
+
+
 # -- whose parameters win
 
 

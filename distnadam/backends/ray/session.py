@@ -4,6 +4,7 @@ A Ray that cannot be joined is refused in one sentence and within seconds: Ray i
 minutes, and may end the process.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -115,6 +116,21 @@ class OwnedRay:
         if self._token_file is not None:
             with contextlib.suppress(OSError):
                 os.remove(self._token_file)
+
+
+def keep_ray(options: Options) -> None:
+    """Have a Ray in this process that does not end with the optimizer that starts it, but with the
+    process.
+    """
+    owned = connect_or_start(options)
+    if owned is not None:
+        atexit.register(owned.shut_down)
+
+
+def how_to_join() -> dict[str, str]:
+    """Return the variables with which another process of this user joins the Ray of this one."""
+    variables = {name: os.environ[name] for name in _TOKEN_VARIABLES if name in os.environ}
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, **variables}
 
 
 def shut_down_ray() -> None:

@@ -1,0 +1,134 @@
+"""How the ranks of a script come to have one optimizer: rank 0 builds it under a name, the others
+attach to that name. Imports no framework and no Ray.
+
+Where Ray runs already (`RAY_ADDRESS`, an actor, a train function of Ray Train) the name is enough.
+Else rank 0 starts a Ray, and leaves for the others of its host how they join it, in a file that
+only their user can read.
+"""
+
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+from distnadam.backends import factory
+from distnadam.config import Options
+from distnadam.errors import ClusterError, ConfigError, NotRunning, StepTimeout
+from distnadam.frontends.ranks import Place
+from distnadam.optimizer import DistNadam
+from distnadam.waiting import said_if_long
+
+_T = TypeVar("_T")
+_POLL_S = 0.1
+_made = count()
+
+
+def name_for(place: Place, name: str | None) -> str | None:
+    """Return the name by which the ranks find each other; None where there is one rank and none is
+    asked for. All ranks make their optimizers in the same order.
+
+    Raises:
+        ConfigError: nothing says what all ranks of this run call it.
+    """
+    if name is not None or place.num_workers == 1:
+        return name
+    if place.run is None:
+        raise ConfigError(
+            f"num_workers={place.num_workers!r} needs name: the ranks find each other by it"
+        )
+    return f"{place.run}-{next(_made)}"
+
+
+def prepare(place: Place, options: Options) -> None:
+    """Have a Ray, before rank 0 builds; other optimizers of this process are on it too."""
+    if place.num_workers > 1:
+        factory.keep_ray(options)
+
+
+def announce(place: Place, name: str) -> None:
+    """Say to the other ranks of this host how they join the Ray that has the optimizer."""
+    if not place.is_one_host or place.run is None:
+        return
+    path = _directory() / name
+    temporary = path.with_name(f"{name}.{os.getpid()}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(factory.how_to_join(), file)
+    os.replace(temporary, path)
+
+
+def withdraw(place: Place, name: str) -> None:
+    """Remove what `announce` left."""
+    if place.is_one_host and place.run is not None:
+        with suppress(OSError, ClusterError):
+            (_directory() / name).unlink()
+
+
+def attach(place: Place, name: str, timeout_s: float) -> DistNadam:
+    """Return the optimizer that rank 0 builds, once it is there.
+
+    Raises:
+        StepTimeout: it is not there in time.
+        ClusterError: there is no way to rank 0's Ray.
+    """
+    if not factory.can_join():
+        if not place.is_one_host or place.run is None:
+            raise ClusterError(
+                f"rank {place.rank} has no Ray to find {name!r} on: start one (ray start --head), "
+                "and set RAY_ADDRESS to its address for all ranks"
+            )
+        path = _directory() / name
+        os.environ.update(_await(lambda: _read(path), name, place, timeout_s))
+    return _await(lambda: _running(name), name, place, timeout_s)
+
+
+def running(name: str) -> DistNadam | None:
+    """Return the optimizer of a name if it runs where this process can find it."""
+    return _running(name) if factory.can_join() else None
+
+
+def _running(name: str) -> DistNadam | None:
+    try:
+        return DistNadam.connect(name)
+    except NotRunning:
+        return None
+
+
+def _await(look: Callable[[], _T | None], name: str, place: Place, timeout_s: float) -> _T:
+    began = time.monotonic()
+    with said_if_long(f"rank {place.rank}", lambda: f"rank 0 to build {name!r}", timeout_s):
+        while (found := look()) is None:
+            if time.monotonic() - began > timeout_s:
+                raise StepTimeout(
+                    f"rank {place.rank}: rank 0 has not built {name!r} in {timeout_s:g} s, which "
+                    "it does at its first step"
+                )
+            time.sleep(_POLL_S)
+    return found
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    try:
+        found: dict[str, str] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def _directory() -> Path:
+    """Return the directory of this user's announcements, which nobody else can write or read.
+
+    Raises:
+        ClusterError: somebody else has made it.
+    """
+    path = Path(tempfile.gettempdir()) / f"distnadam-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ClusterError(f"{path} must be a directory that only this user can use")
+    return path

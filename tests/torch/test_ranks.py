@@ -1,0 +1,100 @@
+"""Several ranks: each a process of torchrun, an actor of one's own, or a worker of Ray Train."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+torch = pytest.importorskip("torch")
+
+from tests.torch.models import batches, loss_of, make  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks saw in `ranks_script.py`."""
+    directory = tmp_path_factory.mktemp("torchrun")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [str(ROOT / "tests/torch/ranks_script.py"), str(directory)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token"}
+    environment |= {"RAY_AUTH_TOKEN": "t" * 64}
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node=2", *script],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def reference() -> Iterator[list[Any]]:
+    """The parameters of the script's first part in one process, after 5, 8 and 10 steps."""
+    model = make()
+    optimizer = torch.optim.NAdam(
+        model.parameters(), lr=0.01, weight_decay=0.01, decoupled_weight_decay=True
+    )
+
+    def train(count: int, seed: int) -> None:
+        every = batches(2 * count, seed)
+        for pair in zip(every[::2], every[1::2], strict=True):
+            optimizer.zero_grad()
+            (sum(loss_of(model, batch) for batch in pair) / 2).backward()
+            optimizer.step()
+
+    train(5, 1)
+    yield list(model.parameters())
+    model.load_state_dict(make(5).state_dict())
+    model[0].weight.data.clamp_(-0.1, 0.1)
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+    train(3, 2)
+    yield list(model.parameters())
+    for each in optimizer.state.values():
+        each["exp_avg"].mul_(0.5)
+    train(2, 4)
+    yield list(model.parameters())
+
+
+def test_ranks_step_as_one_process_that_has_both_batches_whatever_all_change_alike(
+    torchrun: list[dict[str, Any]],
+) -> None:
+    one, other = torchrun
+    for when, params in zip(("after 5", "after 8", "after 10"), reference(), strict=True):
+        assert one[when] == other[when]
+        for got, expected in zip(one[when], params, strict=True):
+            values = torch.frombuffer(bytearray.fromhex(got), dtype=torch.float32)
+            assert torch.allclose(values, expected.detach().flatten(), atol=5e-6)
+    assert one["steps"] == [8.0] * 4
+
+
+def test_what_one_rank_changes_alone_is_refused_by_name_on_all(
+    torchrun: list[dict[str, Any]],
+) -> None:
+    one, other = torchrun
+    for name, said in (
+        ("one changed", "rank 0 changed nothing, rank 1 changed '2.bias' ("),
+        ("one's rate", "rank 0 has lr=0.01, beta_1=0.9, beta_2=0.999, rank 1 has lr=1.01"),
+        ("unseeded", "rank 0 changed nothing, rank 1 changed '0.weight' ("),
+    ):
+        assert one[name] == other[name] and said in one[name]
+        assert one[name].startswith("RanksDisagree: ")
+
+
+def test_the_loss_scale_of_all_ranks_follows_the_overflow_of_one(
+    torchrun: list[dict[str, Any]],
+) -> None:
+    one, other = torchrun
+    assert one["scales"] == other["scales"] == [64.0, 32.0, 32.0, 64.0, 32.0, 32.0]
+    assert one["scaled"] == other["scaled"]
+    assert one["torch's scaler"] == other["torch's scaler"]
+    assert "use distnadam.torch.GradScaler" in one["torch's scaler"]
