@@ -36,6 +36,7 @@ ORDER = """
     jax keras tf_keras torch
     training
     callbacks
+    report
     cli
     __main__ __init__
 """

@@ -127,13 +127,18 @@ def read_steps(path: Path) -> StepTimes:
     """Return all that a metrics file says of steps, without incomplete rows."""
     found = StepTimes()
     for row in _rows(path):
-        if row[1] == "loss" and not (row[3] == "" and row[4]):  # else an evaluation's
+        if _is_step(row):
             found.steps.append(int(row[0]))
             found.losses.append(float(row[2]))
             found.rates.append(_number(row[3]))
             found.seconds.append(_number(row[4]))
             found.phases.append(Phases(*map(_number, row[6:11])))
     return found
+
+
+def read_evaluations(path: Path) -> list[tuple[int, str, float]]:
+    """Return the rows (step, metric, value) of evaluations."""
+    return [(int(row[0]), row[1], float(row[2])) for row in _rows(path) if not _is_step(row)]
 
 
 def evaluation_at(path: Path, step: int) -> dict[str, float]:
@@ -155,6 +160,11 @@ def _rows(path: Path) -> list[list[str]]:
                 if len(row) in _LENGTHS:
                     rows.append(row + [""] * (len(COLUMNS) - len(row)))
     return rows
+
+
+def _is_step(row: list[str]) -> bool:
+    """Whether a row is a step's; one of an evaluation has no rate, and a time in newer files."""
+    return row[1] == "loss" and (row[3] != "" or row[4] == "")
 
 
 def _number(text: str) -> float:

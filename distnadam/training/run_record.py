@@ -59,6 +59,7 @@ class RunRecord(Callback):
         self._step = 0
         self._hosts: Any = None
         self._hosts_written = -math.inf
+        self._latest: tuple[Status, Mapping[int, str]] | None = None
 
     @override
     def on_begin(self, step: int, steps: int) -> None:
@@ -94,10 +95,13 @@ class RunRecord(Callback):
             ],
             dict(workers),
         )
-        now = time.monotonic()
+        now, self._latest = time.monotonic(), (status, workers)
         if hosts == self._hosts and now - self._hosts_written < _LOADS_EVERY_S:
             return
         self._hosts, self._hosts_written = hosts, now
+        self._write_hosts(status, workers)
+
+    def _write_hosts(self, status: Status, workers: Mapping[int, str]) -> None:
         self._write(
             "hosts",
             step=status.step,
@@ -130,6 +134,8 @@ class RunRecord(Callback):
 
     @override
     def on_end(self) -> None:
+        if self._latest is not None:
+            self._write_hosts(*self._latest)  # for its loads
         self._write("end", step=self._step, outcome=self._history.outcome)
         if self._file is not None:
             with suppress(OSError):

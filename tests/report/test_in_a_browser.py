@@ -1,0 +1,102 @@
+"""The page in a real browser: no error in its console, curves, runs to hide, narrow and dark."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distnadam import DistNadam
+from distnadam.report.data import read_run
+from tests.training.test_fit import Quadratic, train
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class FailsOnce(Quadratic):
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        if step == 30 and rank == 1 and not hasattr(self, "failed"):
+            self.failed = True
+            raise ZeroDivisionError("</script> the <b>batch</b> is bad")
+        return super().batch(step, rank, world_size)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    with playwright.sync_playwright() as running:
+        launched = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    from distnadam.report.page import page
+
+    root = tmp_path_factory.mktemp("runs")
+    train(root / "plain", 60, save_every=20, evaluate_every=20)
+    optimizer = DistNadam(lr=0.01)
+    train(root / "failing", 60, FailsOnce(), optimizer=optimizer, evaluate_every=20)
+    path = root / "report.html"
+    path.write_text(page([read_run(root / "plain"), read_run(root / "failing")]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_it_reads_well_at_this_width_in_this_scheme(
+    width: int, scheme: Any, browser: Any, page_path: Path
+) -> None:
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+    )
+    tab, said = context.new_page(), list[str]()
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda sent: said.append(sent.url) if "http" in sent.url[:5] else None)
+    tab.goto(page_path.as_uri())
+    tab.wait_for_selector("#loss .main-svg")
+
+    def curves(plot: str = "#loss") -> int:
+        return int(tab.locator(f"{plot} .scatterlayer .trace").count())
+
+    def contrast() -> float:
+        """Of the text's colour with the card's, as WCAG defines it."""
+        return float(
+            tab.evaluate("""() => {
+            const rgb = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((c) => c / 255)
+                .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+            const weights = [0.2126, 0.7152, 0.0722];
+            const light = (text) => rgb(text).reduce((sum, c, i) => sum + c * weights[i], 0);
+            const style = getComputedStyle(document.querySelector("main section:nth-of-type(2)"));
+            const both = [style.color, style.backgroundColor].map(light).sort((a, b) => b - a);
+            return (both[0] + 0.05) / (both[1] + 0.05);
+        }""")
+        )
+
+    assert curves() == 5, "two runs, each raw and smoothed, and a recovery"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert contrast() > 7
+    assert "ZeroDivisionError: </script> the <b>batch</b> is bad" in tab.inner_text("#recoveries")
+    assert "verified" in tab.inner_text("#checkpoints")
+    differing = tab.inner_text("#configuration")
+    assert "lr" in differing
+    assert "beta_1" not in differing
+    tab.locator("#differs").uncheck()
+    assert "beta_1" in tab.inner_text("#configuration")
+    tab.locator("#runs input").nth(1).uncheck()
+    assert curves() == 2, "one run"
+    assert "ZeroDivisionError" not in tab.inner_text("#recoveries")
+    assert tab.locator("#overview .card").count() == 1
+    tab.locator("#raw").uncheck()
+    assert curves() == 1
+    tab.locator("#log-y").uncheck()
+    assert tab.evaluate("document.getElementById('loss').layout.yaxis.type") == "linear"
+    assert said == []
+    context.close()
