@@ -12,6 +12,7 @@ from typing import Any, Self
 from distnadam.client.fixed_attributes import FixedAttributes
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
+from distnadam.client.ordinary_step import step_at_once
 from distnadam.client.parameter_view import ParameterView
 from distnadam.client.shard_group import ShardGroup
 from distnadam.client.step_settings import StepSettings, settings_of
@@ -210,14 +211,22 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             RanksDisagree, StaleEpoch, Rewound, StepTimeout, WorkerLost, Unrecoverable: as
             `Ticket.result`.
         """
-        began = perf_counter()
+        session, began = self.session, perf_counter()
         with self._shield:
             given = found_inf or lr is not None or betas is not None
             settings = self._settings(found_inf, lr, betas) if given else ORDINARY
-            self.session.wait_for(self._push(gradients, settings, want_parameters=True))
+            if self._meter is None and session.in_sync and not session.ahead.written:
+                settings, rejection = self._ready(gradients, settings)
+                place = session.epoch, session.round + 1
+                push = InFlightPush(*place, self._buffer.parts, rejection, True, settings)
+                step_at_once(session, push)
+            else:
+                push = self._push(gradients, settings, want_parameters=True)
+            if push.ended is None:
+                session.wait_for(push)
             if self._meter is not None:
                 self._meter.stepped(perf_counter() - began)
-            return self._view.tree(self.session.channel.parameters, self.session.buffer)
+            return self._view.tree(session.channel.parameters, session.buffer)
 
     def accumulate(self, gradients: Any) -> None:
         """Add a micro-batch's gradients to this worker's sum for the next round.
@@ -321,24 +330,10 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def _push(
         self, gradients: Any, settings: RoundSettings, *, want_parameters: bool
     ) -> InFlightPush:
-        if self._closed or self.session.in_flight is not None:
-            self._settle()
         began = perf_counter()
-        buffer = self._buffer
-        micro_steps = max(1, buffer.micro_steps)
-        if settings.found_inf:
-            rejection: str | None = buffer.overflowed()
-        elif gradients is not None:
-            rejection = buffer.fill(gradients)
-        else:
-            if buffer.micro_steps:
-                self.session.sync()
-                self._require_place()
-            rejection = buffer.finish()
-        if (micro_steps > 1 or buffer.absent) and not settings.found_inf:
-            settings = replace(settings, micro_steps=micro_steps, absent=buffer.absent)
+        settings, rejection = self._ready(gradients, settings)
         push = self.session.push(
-            buffer.parts,
+            self._buffer.parts,
             rejection,
             want_parameters=want_parameters,
             settings=settings,
@@ -347,6 +342,27 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         if self._meter is not None:
             self._meter.pushed(perf_counter() - began, self.session.channel, self._buffer)
         return push
+
+    def _ready(self, gradients: Any, settings: RoundSettings) -> tuple[RoundSettings, str | None]:
+        """Have the round's gradients in the buffer, once no push is in flight; return what is said
+        with them, and why they cannot be used, or None.
+        """
+        if self._closed or self.session.in_flight is not None:
+            self._settle()
+        buffer = self._buffer
+        micro_steps = max(1, buffer.micro_steps)
+        if settings.found_inf:
+            return settings, buffer.overflowed()
+        if gradients is not None:
+            rejection = buffer.fill(gradients)
+        else:
+            if buffer.micro_steps:
+                self.session.sync()
+                self._require_place()
+            rejection = buffer.finish()
+        if micro_steps > 1 or buffer.absent:
+            settings = replace(settings, micro_steps=micro_steps, absent=buffer.absent)
+        return settings, rejection
 
     def _require_place(self) -> None:
         """Drop a sum of micro-batches of another place than where the shards stand, and raise

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from distnadam import DistNadam, Options, Worker
 from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import LifecycleError, ShardsDisagree, StepTimeout
 from distnadam.hyperparameters import NadamConfig
+from distnadam.runtime.shard_host import ShardHost
 from tests.models import bits, gradients, params, run
 from tests.simulation.backend import WorldBackend, begin_world
 
@@ -77,29 +79,46 @@ def test_a_learning_rate_that_differs_between_shards_is_noticed() -> None:
         worker.step(gradients(0, 0))
 
 
+@pytest.mark.parametrize("way", ["step_at_once", "post"])
 @pytest.mark.parametrize("moment", ["before", "between", "waiting"])
-def test_a_step_that_was_interrupted_counts_once_on_every_shard(moment: str) -> None:
+def test_a_step_that_was_interrupted_counts_once_on_every_shard(
+    moment: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start, trees = (
         {"w": np.ones(100, np.float32)},
         [{"w": np.full(100, number, np.float32)} for number in range(1, 4)],
     )
+    reached = {"before": 0, "between": 1, "waiting": 2}[moment]
     with (
         DistNadam(num_shards=2, backend="local").build(start) as optimizer,
         optimizer.worker(0) as worker,
     ):
         worker.step(trees[0])
-        link = worker.session.channel
-        post = link.post
+        link, post = worker.session.channel, worker.session.channel.post
+        at_once, calls = ShardHost.step_at_once, itertools.count()
 
-        def interrupted(messages: Any) -> Any:
-            link.post = post  # type: ignore[method-assign]
-            reached = {"before": [], "between": [0], "waiting": [0, 1]}[moment]
-            post({shard: messages[shard] for shard in reached})
+        def post_and_interrupt(messages: Any) -> Any:
+            post({shard: messages[shard] for shard in range(reached)})
             raise KeyboardInterrupt
 
-        link.post = interrupted  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
-            worker.step(trees[1])
+        def step_and_interrupt(host: ShardHost, message: Any) -> Any:
+            number = next(calls)
+            if reached == number:
+                raise KeyboardInterrupt
+            stepped = at_once(host, message)
+            if reached == number + 1 == 2:
+                raise KeyboardInterrupt
+            return stepped
+
+        with monkeypatch.context() as patch:
+            if way == "post":
+                patch.setattr(link, "post", post_and_interrupt)
+                call: Callable[[Any], Any] = worker.push
+            else:
+                patch.setattr(ShardHost, "step_at_once", step_and_interrupt)
+                call = worker.step
+            with pytest.raises(KeyboardInterrupt):
+                call(trees[1])
         worker.step(trees[2])
         ends = bits(optimizer)
     with DistNadam(backend="local").build(start) as optimizer:

@@ -11,9 +11,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from typing_extensions import override
+
 from distnadam.config import Options
 from distnadam.metrics.meter import Meter
-from distnadam.protocol.messages import Message, Pull, Push, PushSlice, ShardSpec, TotalNorms
+from distnadam.protocol.messages import (
+    Message,
+    Pull,
+    Push,
+    PushSlice,
+    RoundResult,
+    ShardSpec,
+    TotalNorms,
+)
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -31,6 +41,17 @@ class Pending(ABC):
             ShardLost: a shard died.
             TimeoutError: not all answered in time; may be called again.
         """
+
+
+class Refused(Pending):
+    """The answer of a shard that raised at once."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    @override
+    def result(self, timeout_s: float) -> dict[int, Any]:
+        raise self._error
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +112,16 @@ class WorkerChannel(ABC):
                 for index, part in enumerate(parts)
             }
         )
+
+    def step_at_once(
+        self, epoch: int, rank: int, incarnation: int, round: int, parts: Sequence[Flat]
+    ) -> RoundResult | None:
+        """Send every shard a push that completes an ordinary round, and return that round's end.
+
+        None if some shard did not end the round in this call: the push must be posted then, and
+        counts once. Raises what a shard's step raises.
+        """
+        return None
 
     def send_ahead(self, shard: int, part: PushSlice) -> bool:
         """Send a part of a push before the push; return whether its number counts in that.

@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
 
@@ -24,18 +21,22 @@ from distnadam.backends.base import (
     WorkerChannel,
     WorkerGroup,
 )
+from distnadam.backends.local_channel import LocalPending, LocalWorkerChannel
 from distnadam.backends.local_worker_group import LocalWorkerGroup
 from distnadam.config import Options
-from distnadam.errors import Reconfigured, StepTimeout, Unrecoverable
+from distnadam.errors import StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
-from distnadam.protocol.messages import Message, Pull, Push, RoundResult, ShardSpec, TotalNorms
+from distnadam.protocol.messages import (
+    Message,
+    ShardSpec,
+)
 from distnadam.protocol.supervisor_messages import Order, ShardControlState
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.phases import Phase
-from distnadam.shield import await_unlocked, get_or_interrupt, raise_interrupt, shield
+from distnadam.shield import await_unlocked, raise_interrupt, shield
 from distnadam.supervision.process_manager import ShardProcess, ShardProcesses
 from distnadam.supervision.resharding import Resharding, reshard
-from distnadam.tensors.arrays import Array, Flat, cut_flat, empty_flat, memory_for
+from distnadam.tensors.arrays import Array, Flat, cut_flat, memory_for
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.threads import renew_after_fork
 from distnadam.transport.parameter_memory import ParameterMemory
@@ -44,85 +45,6 @@ _LOOK_S = 0.001
 """Seconds between two looks whether a shard still reads what was lent to it."""
 _SLICE_S = 0.1
 """Seconds between two looks for a Ctrl-C, in a wait for several shards."""
-
-
-def _copied(answer: Any) -> Any:
-    """Return an answer with the parameters as they are now, if it brings them."""
-    if isinstance(answer, RoundResult) and answer.parameters is not None:
-        return replace(answer, parameters={s: p.copy() for s, p in answer.parameters.items()})
-    return answer
-
-
-class LocalPending(Pending):
-    """The answers of hosts of this process to messages, which get there when it is made."""
-
-    def __init__(
-        self, transport: "LocalTransport", messages: Mapping[int, Message | Order]
-    ) -> None:
-        hosts = transport.hosts
-        if any(index >= len(hosts) for index in messages):
-            raise Reconfigured(f"there are {len(hosts)} shards now; look again")
-        self._count = len(messages)
-        self._answers: dict[int, Any] = {}
-        self._arrived: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        arrived, memory = self._arrived.put, transport.memory
-        keep = _copied if memory.read is None else None
-        try:
-            memory.inside.add(self)
-            if memory.forks != memory.settled:
-                memory.settle(self)
-            for index, message in messages.items():
-                hosts[index].deliver(
-                    message, partial(lambda i, a: arrived((i, keep(a) if keep else a)), index)
-                )
-        finally:
-            memory.inside.discard(self)
-
-    @override
-    def result(self, timeout_s: float) -> dict[int, Any]:
-        deadline = time.monotonic() + timeout_s
-        while len(self._answers) < self._count:
-            try:
-                if self._arrived.empty():
-                    index, answer = get_or_interrupt(self._arrived, deadline - time.monotonic())
-                else:
-                    index, answer = self._arrived.get_nowait()
-            except Empty:
-                raise TimeoutError from None
-            if isinstance(answer, BaseException):
-                raise answer
-            self._answers[index] = answer
-        return self._answers
-
-
-class LocalWorkerChannel(WorkerChannel):
-    """This process's memory: shards read gradients where the worker wrote them, and the worker
-    reads the shards' parameters, in pages that it cannot write.
-    """
-
-    def __init__(self, transport: "LocalTransport", layout: Layout) -> None:
-        self._transport = transport
-        self._gradients = empty_flat(layout.sizes)
-        self.parameters = transport.memory.read
-
-    @property
-    @override
-    def gradients(self) -> Flat:
-        return self._gradients
-
-    @override
-    def post(
-        self, messages: Mapping[int, Push] | Mapping[int, TotalNorms] | Mapping[int, Pull]
-    ) -> Pending:
-        return LocalPending(self._transport, messages)
-
-    @override
-    def reconnect(self, ranges: list[Ranges], incarnation: int) -> None:
-        """Do nothing: the memory is the same wherever it is cut."""
-
-    @override
-    def close(self) -> None:
-        """Do nothing: the garbage collector frees the memory."""
 
 
 class LocalTransport(ShardTransport):

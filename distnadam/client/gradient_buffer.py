@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from distnadam.client.gradient_runs import BLOCK, runs_of, stretches_of
+from distnadam.client.gradient_runs import BLOCK, Run, runs_of, stretches_of
 from distnadam.client.micro_batches import add_micro_batch, divide
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
@@ -43,7 +43,10 @@ class GradientBuffer:
         self._what = f"{who}: gradients"
         self._memory = memory
         self._check = check
-        self._by_dtypes: dict[tuple[str, ...], tuple[Flat, list[Array]]] = {}
+        # flat arrays, a view of each tensor's, and of each run's
+        self._by_dtypes: dict[
+            tuple[str, ...], tuple[Flat, list[Array], list[tuple[Run, Array]]]
+        ] = {}
         # of the leaves of the last tree, while the memory is laid out for it
         self._dtypes: list[np.dtype[Any] | None] = []
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
@@ -87,18 +90,18 @@ class GradientBuffer:
         self._written.clear()
         self._rejection = None
         with own_errors():
-            for run in self._runs:
+            for run, values in self._targets:
                 if run.is_large:
                     self._copy(self._layout.tensors[run.first], leaves[run.first])
                     continue
-                values = self.flat[run.space][run.begin : run.end]
                 if run.last == run.first + 1 or self.has_views:  # of which the leaves may be
                     for index in range(run.first, run.last):
                         np.copyto(self._views[index], leaves[index], casting="same_kind")
                 else:
                     given = leaves[run.first : run.last]
                     np.concatenate(given, axis=None, out=values, casting="same_kind")
-                self._check_finite(run.space, values, run.begin)
+                if not (self._is_whole and math.isfinite(values.dot(values))):
+                    self._check_finite(run.space, values, run.begin)
         return self._rejection
 
     def lend(
@@ -303,10 +306,10 @@ class GradientBuffer:
                 s: m.view(dtype_of(name))[: m.size]
                 for (s, m), name in zip(self._memory.items(), key, strict=True)
             }
-            self._by_dtypes[key] = flat, self._layout.views(flat)
-        flat, views = self._by_dtypes[key]
-        self.flat = flat
-        self._views = views
+            targets = [(run, flat[run.space][run.begin : run.end]) for run in self._runs]
+            self._by_dtypes[key] = flat, self._layout.views(flat), targets
+        self.flat, self._views, self._targets = self._by_dtypes[key]
+        self._is_whole = all(space == name for space, name in zip(self._memory, key, strict=True))
 
     def _common_half(self, dtypes: list[np.dtype[Any] | None]) -> dict[str, str]:
         """Return the half precision of the float32 space, if all its gradients came in one."""

@@ -66,7 +66,7 @@ class WorkerSession:
         self._timeout_s = shards.options.step_timeout_s
         self._channel_version: int | None = None
         self.ranges: list[Ranges] = []  # that the channel leads to
-        self._rewinds = RewindGuard(f"worker {rank}: ")
+        self.rewinds = RewindGuard(f"worker {rank}: ")
         self.ahead = PushAhead(self)
         with shards.backend.shield:
             self._claim = RankClaim(shards, rank)
@@ -128,8 +128,7 @@ class WorkerSession:
 
         The arguments are those of `InFlightPush`, and whether what `ahead` has sent is of it.
         """
-        if not self.in_sync:
-            self.sync()
+        self.sync()
         push = InFlightPush(self.epoch, self.round + 1, parts, rejection, want_parameters, settings)
         if self.ahead.written:
             push.slices = self.ahead.take_counts(is_pushed=is_ahead)
@@ -211,8 +210,7 @@ class WorkerSession:
                 if len(epochs) == 1:  # it counted long ago, and rounds went on without this rank
                     return self.pull(want_parameters=push.want_parameters)
                 push.pending = None  # shards were replaced or went back between the answers
-                problem = "the shards did not agree on an epoch"
-                self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
+                self._pause(began, "the shards did not agree on an epoch")
             except (ShardLost, Reconfigured) as error:
                 self._follow(push, error, began)
             except Rewound as error:
@@ -230,8 +228,7 @@ class WorkerSession:
             push.epoch = max(known, error.epoch)
             if error.epoch <= known:
                 # other shards do not know of it yet, or the round goes without this rank
-                problem = f"round {push.round} was not decided: {error}"
-                self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
+                self._pause(began, f"round {push.round} was not decided: {error}")
         self._shards.retry.recover(error, self._transport.version)
         self._claim.rejoin()
         self._reconnect()
@@ -258,8 +255,7 @@ class WorkerSession:
             epoch = max(answer.epoch for answer in answers.values())
             if any(answer.epoch != epoch for answer in answers.values()):
                 at_least = 0  # rounds of two epochs cannot be compared
-                problem = "the shards did not agree on an epoch"
-                self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
+                self._pause(began, "the shards did not agree on an epoch")
             elif self._is_elsewhere():
                 continue
             elif all(answer.round == at_least for answer in answers.values()):
@@ -318,6 +314,9 @@ class WorkerSession:
             "them; all must go back"
         )
 
+    def _pause(self, began: float, problem: str) -> None:
+        self._shards.retry.pause(began, f"worker {self.rank}: {problem}")
+
     def _is_elsewhere(self) -> bool:
         """Whether this process knows of a newer place of the shards than the channel leads to."""
         return self._channel_version not in (None, self._transport.version)
@@ -347,25 +346,29 @@ class WorkerSession:
             if other is not first and place_of(other) != place_of(first):
                 raise shards_disagree(first, index, other)
         rewound = max([answer.rewound for answer in answers.values()])
-        if rewound != self._rewinds.known:
+        if rewound != self.rewinds.known:
             self._shards.rewinds.acknowledge(rewound)
             self.in_sync = False
-            self._rewinds.check(rewound, epoch=first.epoch, round=first.round)
+            self.rewinds.check(rewound, epoch=first.epoch, round=first.round)
         for index, answer in answers.items():
             if answer.parameters is not None:
                 self._receive(index, answer.parameters)
-        self.epoch = first.epoch
-        self.round = first.round
-        self.buffer = first.buffer
-        self.lr = first.lr
-        self.outcome = first.outcome
-        self.in_sync = True
+        self.stand(first)
         self.is_readable = self._channel_version is not None
         return first
 
+    def stand(self, result: RoundResult) -> None:
+        """Stand where a round ended on all shards."""
+        self.epoch = result.epoch
+        self.round = result.round
+        self.buffer = result.buffer
+        self.lr = result.lr
+        self.outcome = result.outcome
+        self.in_sync = True
+
     def _acknowledge(self, epoch: int) -> None:
         """Record that this worker's user, who is the handle's too, gets a `Rewound` of an epoch."""
-        self._rewinds.acknowledge(epoch)
+        self.rewinds.acknowledge(epoch)
         self._shards.rewinds.acknowledge(epoch)
 
     def _ask_all(self, message: Pull) -> dict[int, RoundResult]:

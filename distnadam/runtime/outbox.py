@@ -60,6 +60,11 @@ class Outbox:
         """Whether no thread changes the machine, or sends what came of it."""
         return not self.lock.locked() and not self._is_sending
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits to be sent, and nothing is on its way; asked under the lock."""
+        return not (self._queued or self._sending or self._is_sending)
+
     def enter(
         self, run_work: RunWork, change: Callable[..., bool | None], *arguments: Any
     ) -> bool | None:
@@ -67,7 +72,7 @@ class Outbox:
         the caller must begin that; None, and no change, where effects wait that must leave before.
         """
         with self.lock:
-            if self._queued or self._sending or self._is_sending:
+            if not self.is_empty:
                 return None
             is_due = change(*arguments)
             if is_due and not self._can_send():
@@ -82,13 +87,17 @@ class Outbox:
         leave.
         """
         with self.lock:
-            for effect in change(*arguments):
-                self._queued.append(
-                    _QueuedWork(effect.work, run_work, threading.get_ident())
-                    if isinstance(effect, Compute)
-                    else effect
-                )
-            return self._begin()
+            return self.queue(run_work, change(*arguments))
+
+    def queue(self, run_work: RunWork, effects: list[Effect]) -> bool:
+        """Queue the effects of a change of the machine, under that lock; return as `put`."""
+        for effect in effects:
+            self._queued.append(
+                _QueuedWork(effect.work, run_work, threading.get_ident())
+                if isinstance(effect, Compute)
+                else effect
+            )
+        return self._begin()
 
     def flush(self) -> None:
         """Send all effects that may leave now, unless another thread does."""

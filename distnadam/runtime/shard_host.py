@@ -23,9 +23,11 @@ from distnadam.protocol.messages import (
     PartialNorms,
     Push,
     Reserve,
+    RoundResult,
     Save,
     Saved,
     ShardSpec,
+    Step,
     Write,
 )
 from distnadam.protocol.supervisor_events import StandbyLost
@@ -41,6 +43,7 @@ from distnadam.runtime.outbox import Outbox
 from distnadam.runtime.replicator import ConnectStandby, Replicator
 from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
+from distnadam.shard import ordinary
 from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
 from distnadam.shard.machine import Shard
 from distnadam.shard.ordinary_push import enter_push
@@ -201,6 +204,28 @@ class ShardHost:
             if must_send:
                 self._outbox.send()
 
+    def step_at_once(self, message: Push | Step) -> RoundResult | None:
+        """Take what an ordinary round still lacks, and step it in this thread, or raise what that
+        raises; None, with nothing changed, if the round is another: then `deliver` is to be called.
+        """
+        shard, outbox = self.shard, self._outbox
+        with self.lock:
+            if self._is_closed or not outbox.is_empty or not ordinary.close(shard, message):
+                return None
+        try:
+            clock, lr = self._step()
+        except BaseException as error:
+            self._fail(Work.STEP, error, self._run_work)
+            raise
+        self._idle_since = perf_counter()
+        with self.lock:
+            effects = ordinary.end(shard, clock, lr)
+            result = shard.progress.result(want_parameters=False)
+            must_send = outbox.queue(self._run_work, effects)
+        if must_send:
+            outbox.send()
+        return result
+
     def resume(self) -> None:
         """Send the effects that could not leave before."""
         self._outbox.flush()
@@ -255,32 +280,32 @@ class ShardHost:
     # Work
 
     def _compute(self, work: Work, run_work: RunWork) -> None:
-        shard = self.shard
-        failure: BaseException | None = None
-        change: Callable[..., list[Effect]]
-        outcome: tuple[Any, ...]
         try:
-            change, outcome = shard.computed, (work, _WORK[work](self))
-            self._idle_since = perf_counter()
+            result = _WORK[work](self)
         except BaseException as error:
-            failure = error
-            if work is Work.STEP and isinstance(error, ConfigError):
-                # the learning-rate function raised, before any array was touched
-                change, outcome = shard.refused, (error,)
-            else:
-                change, outcome = shard.broke, (error,)
-        if self._outbox.put(run_work, change, *outcome):
-            self._outbox.send()
-        if failure is not None and not isinstance(failure, Exception):
-            raise failure
+            self._fail(work, error, run_work)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._idle_since = perf_counter()
+            if self._outbox.put(run_work, self.shard.computed, work, result):
+                self._outbox.send()
         if work is Work.STEP:
-            prepare(shard.progress.clock, shard.config)
+            prepare(self.shard.progress.clock, self.shard.config)
+
+    def _fail(self, work: Work, error: BaseException, run_work: RunWork) -> None:
+        # a learning-rate function raises before any array is touched
+        is_refusal = work is Work.STEP and isinstance(error, ConfigError)
+        change = self.shard.refused if is_refusal else self.shard.broke
+        if self._outbox.put(run_work, change, error):
+            self._outbox.send()
 
     def _measure(self) -> PartialNorms:
         return self._kernel.measure(self.shard)
 
     def _step(self) -> tuple[Clock, float]:
-        self.files.snapshots.copied.wait()
+        if not (copied := self.files.snapshots.copied).is_set():
+            copied.wait()
         began = perf_counter()
         replicator = self._replicator
         keep = None if replicator.stream is None else replicator.memory_for_mean()

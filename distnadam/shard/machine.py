@@ -121,11 +121,8 @@ class Shard:
         elif work is Work.MEASURE:
             effects = self._measured(result)
         else:
-            progress = self.progress
-            if not (current := self.rounds.current).in_place:
-                self.state.swap()
-            progress.clock, progress.lr = result
-            progress.applied_revision, progress.overrides = progress.revision, current.overrides
+            clock, lr = result
+            self.progress.take_step(clock, lr, self.rounds.current)
             effects = self._decide("applied", None)
         return effects + self._advance()
 

@@ -17,6 +17,24 @@ from distnadam.shard.round import Waiter
 def enter_push(shard: Shard, push: Push, caller: Any) -> bool | None:
     """Enter a push in the round in progress, and return whether the shard steps now, as `receive`
     would; None if the push must go there, and nothing was changed.
+    """
+    needed = members_if_ordinary(shard, push)
+    if needed is None:
+        return None
+    current = shard.rounds.current
+    pushes = current.pushes
+    pushes[push.rank] = push
+    current.waiting.append(Waiter(caller, push.rank, push.incarnation, push.want_parameters))
+    for other in needed:
+        if other not in pushes:
+            return False
+    current.is_closed = True
+    shard.enter(Phase.STEPPING)
+    return True
+
+
+def members_if_ordinary(shard: Shard, push: Push) -> tuple[int, ...] | None:
+    """Return the ranks that the round of an ordinary push needs; None if the push is another.
 
     It is ordinary if it is current, the first of its rank, has no rejection and no settings, and
     the round has none, clips by no norm and nothing else waits for it to be entered.
@@ -44,11 +62,4 @@ def enter_push(shard: Shard, push: Push, caller: Any) -> bool | None:
     for waiter in current.waiting:
         if waiter.rank == rank:  # of an older worker, which is to be refused
             return None
-    pushes[rank] = push
-    current.waiting.append(Waiter(caller, rank, push.incarnation, push.want_parameters))
-    for other in needed:
-        if other not in pushes:
-            return False
-    current.is_closed = True
-    shard.enter(Phase.STEPPING)
-    return True
+    return needed

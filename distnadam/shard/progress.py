@@ -27,7 +27,7 @@ from distnadam.protocol.supervisor_messages import (
 from distnadam.shard.epochs import Epochs
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Membership
-from distnadam.shard.round import Pushed
+from distnadam.shard.round import Pushed, Round
 from distnadam.shard.state import ShardState
 
 
@@ -71,10 +71,17 @@ class Progress:
         self.changed: str | None = None
         self.num_changes = 0
 
+    def take_step(self, clock: Clock, lr: float, stepped: Round) -> None:
+        """Take the arrays, the clock and the learning rate of a round's step."""
+        if not stepped.in_place:
+            self.state.swap()
+        self.clock, self.lr = clock, lr
+        self.applied_revision, self.overrides = self.revision, stepped.overrides
+
     def decide(
         self, outcome: Outcome, rejection: str | None, pushes: Mapping[int, Pushed]
-    ) -> ReplicatedRound:
-        """Count the pushes of the next round, which ends so, and return its record."""
+    ) -> dict[int, PushNote]:
+        """Count the pushes of the next round, which ends so, and return them by rank."""
         self.round += 1
         self.highest_round = max(self.highest_round, self.round)
         self.skipped += outcome != "applied"
@@ -84,12 +91,16 @@ class Progress:
         for rank, note in notes.items():
             self.members.ledger.count(rank, note.incarnation, self.round)
         self.counted |= notes
+        return notes
+
+    def record(self, counted: dict[int, PushNote]) -> ReplicatedRound:
+        """Return the record of the last round, in which these pushes were counted."""
         return ReplicatedRound(
             round=self.round,
             skipped=self.skipped,
-            outcome=outcome,
-            rejection=rejection,
-            counted=notes,
+            outcome=self.outcome,
+            rejection=self.rejection,
+            counted=counted,
             lr=self.lr,
             active=self.state.active,
             clock=self.clock,

@@ -69,6 +69,7 @@ class Member:
         return self.group.gradients
 
 
+_ALONE = Grouping((1,), 1)
 Pushed = Push | Member
 """What counts for a rank: its own push, or its part of its group's."""
 
@@ -124,6 +125,10 @@ class Round:
         """Return the gradients in rank order, and how they are averaged: rank // sum_group is a
         rank's group, and ranks that are absent belong to none.
         """
+        if len(self.pushes) == 1:
+            (alone,) = self.pushes.values()
+            if isinstance(alone, Push) and alone.gradients is not None:
+                return [alone.gradients], _ALONE
         ranks = sorted(self.pushes)
         gradients: list[Flat] = []
         if sum_group == 1:  # all one after the other
@@ -165,7 +170,7 @@ class Round:
             held.incarnation < push.incarnation and push.rank not in self.completed
         )
         if not self.is_closed and is_newer:
-            effects = self._enter(push)
+            effects = self.enter(push)
         self.waiting.append(waiter)
         return effects
 
@@ -236,7 +241,7 @@ class Round:
         if is_here and isinstance(held, Member):
             self.completed.update(held.group.members)
         self.completed.add(rank)
-        return [] if is_here else [*self._enter(push), *self._ask_again()]
+        return [] if is_here else [*self.enter(push), *self._ask_again()]
 
     def committed(self, rank: int) -> PushNote | None:
         """Return the note of a rank's push that counts whoever joins; None if there is none."""
@@ -308,7 +313,7 @@ class Round:
             self.pushes[rank] = Member(rank, kept.group)
             self.superseded.pop(rank, None)
 
-    def _enter(self, push: Push) -> list[Effect]:
+    def enter(self, push: Push) -> list[Effect]:
         """Enter a push; refuse those who wait for the push of an older worker of its rank."""
         held = self.pushes.get(push.rank)
         again = self._set_aside(held.group) if isinstance(held, Member) else []

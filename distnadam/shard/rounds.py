@@ -178,6 +178,13 @@ class Rounds:
                 "next"
             )
         )
+        push = self.enter_direct(message)
+        self.current.waiting.append(Waiter(caller, DIRECT, push.incarnation))
+        return dropped
+
+    def enter_direct(self, message: msg.Step) -> msg.Push:
+        """Enter a step from outside in the round in progress, which is empty; return its push."""
+        progress = self.progress
         push = msg.Push(
             epoch=progress.epochs.now,
             rank=DIRECT,
@@ -188,7 +195,8 @@ class Rounds:
             settings=message.settings,
         )
         self.current.in_place = message.in_place and not progress.state.masters
-        return [*dropped, *self.current.add(push, Waiter(caller, DIRECT, push.incarnation))]
+        self.current.enter(push)
+        return push
 
     def direct_norms(self, message: msg.StepNorms, caller: Any) -> None:
         """Give the step from outside the whole model's sums of squares."""
@@ -222,12 +230,12 @@ class Rounds:
     def decide(self, outcome: msg.Outcome, rejection: str | None) -> list[Effect]:
         """End the round: count its pushes, replicate it, answer its callers, begin the next."""
         ended, progress = self.current, self.progress
-        self.current = Round(self._shard)
-        effects: list[Effect] = [Replicate(progress.decide(outcome, rejection, ended.pushes))]
+        counted = self.count(outcome, rejection)
+        effects: list[Effect] = [Replicate(progress.record(counted))]
         results: dict[bool, msg.RoundResult] = {}  # by whether it brings parameters
         for waiter in ended.waiting:
-            counted = ended.pushes.get(waiter.rank)
-            if counted is None or counted.incarnation != waiter.incarnation:
+            held = ended.pushes.get(waiter.rank)
+            if held is None or held.incarnation != waiter.incarnation:
                 effects.append(Answer(waiter.caller, ended.late_push(waiter, progress.round)))
                 continue
             wanted = waiter.want_parameters
@@ -235,6 +243,12 @@ class Rounds:
                 results[wanted] = progress.result(want_parameters=wanted)
             effects.append(Answer(waiter.caller, results[wanted]))
         return effects
+
+    def count(self, outcome: msg.Outcome, rejection: str | None) -> dict[int, msg.PushNote]:
+        """End the round: count its pushes, and begin the next; return what was counted."""
+        ended = self.current
+        self.current = Round(self._shard)
+        return self.progress.decide(outcome, rejection, ended.pushes)
 
     def keep_members(self) -> list[Effect]:
         """Forget the pushes that the next members cannot be completed with."""

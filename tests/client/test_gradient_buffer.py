@@ -9,7 +9,8 @@ from hypothesis import given as given_by
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from distnadam.client.gradient_buffer import BLOCK, GradientBuffer
+from distnadam.client.gradient_buffer import GradientBuffer
+from distnadam.client.gradient_runs import BLOCK
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.tensors.arrays import dtype_of, empty_flat
 from distnadam.tensors.layout import Layout

@@ -12,7 +12,8 @@ import pytest
 
 from distnadam import DistNadam, Options
 from distnadam.backends.base import Pending
-from distnadam.client.gradient_buffer import BLOCK, GradientBuffer
+from distnadam.client.gradient_buffer import GradientBuffer
+from distnadam.client.gradient_runs import BLOCK
 from distnadam.errors import NonFiniteGradient
 from distnadam.protocol.messages import Step
 from distnadam.tensors.arrays import empty_flat
