@@ -286,7 +286,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def gradients(self, dtype: str | None = None) -> Any:
         """Return writable views of this worker's gradients, in the structure given to `build`.
 
-        `push()` or `step()` without an argument sends what they hold. Shards of the same machine
+        `push()` or `step()` without an argument sends what they hold; so does a tree of them, in
+        which some may be None with ``clocks="tensor"``. Shards of the same machine
         read that memory, so nothing is copied. Write to them only between a call that ended a
         round (`step`, `pull`, `Ticket.result`) and the next push; they stay valid for the worker's
         life.

@@ -4,11 +4,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from distnadam import Group
+
 A_FEW: list[dict[str, Any]] = [
     {},
     {"formula": "adam", "weight_decay": 0.1},
     {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
     {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 2},
+    {"clocks": "tensor", "groups": [Group("a", beta_1=0.5, weight_decay=0.1)], "use_ema": True},
 ]
 """Where each example costs much."""
 _FORMULAS = st.one_of(
@@ -48,10 +51,30 @@ _NUMBERS = st.fixed_dictionaries(
 )
 
 
-def configurations() -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy of hyper-parameters that may stand together.
+def configurations(*patterns: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy of hyper-parameters that may stand together; groups of these patterns have
+    betas of their own.
 
     Epsilon is never 0: beside gradients of 0 the step is 0/0 then, whose sign no law fixes.
     """
-    parts = st.tuples(_FORMULAS, _DECAYS, _CLIPS, _NUMBERS, _AVERAGES)
+    some = st.lists(
+        st.sampled_from(patterns or ("**",)), max_size=2 if patterns else 0, unique=True
+    )
+    betas = st.fixed_dictionaries(
+        {},
+        optional={
+            "beta_1": st.sampled_from([0.0, 0.8, 0.9]),
+            "beta_2": st.sampled_from([0.9, 0.99]),
+            "lr_scale": st.just(0.5),
+        },
+    )
+    grouped = st.tuples(some, betas, betas).map(
+        lambda drawn: {
+            "groups": [
+                Group(p, **own).to_dict() for p, own in zip(drawn[0], drawn[1:], strict=False)
+            ]
+        }
+    )
+    clocks = st.sampled_from([{}, {"clocks": "tensor"}])
+    parts = st.tuples(_FORMULAS, _DECAYS, _CLIPS, _NUMBERS, _AVERAGES, grouped, clocks)
     return parts.map(lambda found: {k: v for part in found for k, v in part.items()})

@@ -43,6 +43,23 @@ def gradients(step: int, rank: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def lacking(tree: Any, step: int, rank: int) -> Any:
+    """Return gradients without some of the tensors: one that all ranks lack, and some that this one
+    does; never all.
+    """
+    found, drawn = leaves(tree), np.random.default_rng([9, step, rank]).random(16)
+    for index in range(1, len(found)):
+        if index == 1 + step % 4 or drawn[index] < 0.3:
+            found[index] = None
+    return optree.tree_unflatten(optree.tree_structure(tree), found)
+
+
+def given(optimizer: DistNadam, step: int, rank: int) -> Any:
+    """Return one rank's gradients of a step, some of which it lacks where tensors have clocks."""
+    tree = gradients(step, rank)
+    return lacking(tree, step, rank) if optimizer.get_config()["clocks"] == "tensor" else tree
+
+
 def drifting(step: int, rank: int, seen: Any) -> dict[str, Any]:
     """Return one rank's gradients of a step that depend on the parameters that it sees."""
     tree = gradients(step, rank)
@@ -64,13 +81,15 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def bits(optimizer: DistNadam) -> list[bytes]:
-    """Return the bits of all that the optimizer holds: params, their average where one is kept,
-    iterations, m_schedule, ms, vs.
+    """Return the bits of all that the optimizer holds: its clocks, the params, their average where
+    one is kept, ms, vs.
     """
     params = leaves(optimizer.get_params())
     if optimizer.get_config()["use_ema"]:
         params += leaves(optimizer.get_ema_params())
-    return [np.asarray(x).tobytes() for x in (*params, *optimizer.get_weights())]
+    clock, state = optimizer.shards.read(("m", "v"))
+    moments = [view for flat in state.values() for view in optimizer.shards.layout.views(flat)]
+    return [repr(clock).encode(), *(np.asarray(x).tobytes() for x in (*params, *moments))]
 
 
 def run_drifting(optimizer: DistNadam, begin: int, end: int, *, num_workers: int = 2) -> None:
@@ -99,7 +118,7 @@ def run(
     if order is not None:
         workers = [optimizer.worker(rank) for rank in range(num_workers)]
         for step in range(begin, end):
-            tickets = [workers[rank].push(gradients(step, rank)) for rank in order(step)]
+            tickets = [workers[rank].push(given(optimizer, step, rank)) for rank in order(step)]
             for ticket in tickets:
                 ticket.result()
         return
@@ -109,7 +128,7 @@ def run(
         try:
             with optimizer.worker(rank) as worker:
                 for step in range(begin, end):
-                    worker.step(gradients(step, rank))
+                    worker.step(given(optimizer, step, rank))
         except BaseException as error:
             failures.append(error)
 

@@ -96,7 +96,8 @@ class GradientBuffer:
                     continue
                 if run.last == run.first + 1 or self.has_views:  # of which the leaves may be
                     for index in range(run.first, run.last):
-                        np.copyto(self._views[index], leaves[index], casting="same_kind")
+                        if leaves[index] is not self._views[index]:
+                            np.copyto(self._views[index], leaves[index], casting="same_kind")
                 else:
                     given = leaves[run.first : run.last]
                     np.concatenate(given, axis=None, out=values, casting="same_kind")
@@ -322,9 +323,11 @@ class GradientBuffer:
     def _copy(self, tensor: TensorSpec, leaf: Array) -> None:
         """Copy a tensor and check it, block by block."""
         source, target = leaf.reshape(-1), self.flat[tensor.space][tensor.begin : tensor.end]
+        is_there = source.dtype == target.dtype and source.ctypes.data == target.ctypes.data
         for begin in range(0, source.size, BLOCK):
             piece = slice(begin, begin + BLOCK)
-            np.copyto(target[piece], source[piece], casting="same_kind")
+            if not is_there:  # as one of the views is
+                np.copyto(target[piece], source[piece], casting="same_kind")
             self._check_finite(tensor.space, target[piece], tensor.begin + begin)
 
     def _check_written(self, space: str, begin: int, end: int) -> None:

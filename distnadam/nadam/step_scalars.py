@@ -66,11 +66,11 @@ class TensorClocks:
                 raise ValueError(f"a clock is {steps!r:.50}, {product!r:.50}")
             if not 0.0 <= product <= 1.0:
                 raise ValueError(f"a product of momentum coefficients is {product!r}")
-        if not all(type(place) is int for place in data["index"]):
-            raise ValueError("an index is no list of whole numbers")
         table = tuple(TensorClock(steps, product) for steps, product in data["table"])
         clocks = cls(table, tuple(data["index"]))
-        if clocks != cls.of(table[place] for place in clocks.index if place >= 0):
+        if not all(type(place) is int and 0 <= place < len(table) for place in clocks.index):
+            raise ValueError(f"an index is no list of places in a table of {len(table)}")
+        if clocks != cls.of(map(table.__getitem__, clocks.index)):
             raise ValueError("its index and its table contradict each other")
         return clocks
 

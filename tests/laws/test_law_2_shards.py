@@ -51,7 +51,7 @@ def test_local_bits_do_not_depend_on_the_number_of_shards(
 
 @settings(max_examples=40)
 @given(
-    config=configurations(),
+    config=configurations("dense/*", "half", "layers/0"),
     num_shards=st.integers(2, 9),
     kernel=st.sampled_from(["numpy", "fused"]),
     threads=st.integers(1, 3),

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import tempfile
 from collections import Counter, deque
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -58,6 +58,8 @@ from tests.simulation.world import Process
 
 RANKS = 3
 SIZE = 3000
+CUT = 1100
+"""Where the first of the model's two tensors ends."""
 INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)
 RANK, SHARD = st.integers(0, RANKS - 1), st.integers(0, 2)
 OUTSIDE = np.random.default_rng(99).standard_normal(SIZE).astype(np.float32)
@@ -84,6 +86,9 @@ ROUNDS_ENDED = (
     "ranks disagreed",
     "the mean of micro-batches was applied",
     "rates of one step were applied",
+    "a tensor that some ranks lacked was stepped",
+    "a tensor that all ranks lacked was not",
+    "no rank had a gradient",
 )
 """How rounds must have ended too."""
 MUST_BEFALL = BETWEEN_HOSTS + ROUNDS_ENDED
@@ -103,15 +108,34 @@ def gradient(number: int, rank: int, incarnation: int, params: Any, attempt: int
     return noise + np.float32(0.1) * params.astype(np.float32)
 
 
-def settings_of(number: int, rank: int, incarnation: int) -> RoundSettings:
-    """What a worker says of a round: now and then a vote, or another count than the others'."""
+def settings_of(
+    number: int, rank: int, incarnation: int, *, may_lack: bool = False
+) -> RoundSettings:
+    """What a worker says of a round: now and then a vote, or another count than the others', or
+    that it lacks gradients, if it may.
+    """
     drawn = (5 * number + 11 * rank + 3 * incarnation) % 23
     if rank == DIRECT or drawn == 0:
         return RoundSettings(found_inf=rank != DIRECT)
     return RoundSettings(
         micro_steps=1 + (number + (drawn == 1)) % 2,
         overrides=packed_overrides(**rates_of(number, differs=drawn == 2), patterns=None),
+        absent=absent_of(number, drawn) if may_lack else frozenset(),
     )
+
+
+def absent_of(number: int, drawn: int) -> frozenset[int]:
+    """The tensors that a worker has no gradient of: for some rounds all workers lack some."""
+    if number % 7 == 5:
+        return frozenset({0, 1})
+    both = {number % 2} if number % 3 == 1 else set()
+    return frozenset(both | ({drawn % 2} if drawn % 3 == 0 else set()))
+
+
+def tree_of(flat: Any, absent: frozenset[int] = frozenset()) -> dict[str, Any]:
+    """The model's tree of flat values, None where they are absent."""
+    values = {"a": flat[:CUT], "w": flat[CUT:]}
+    return {name: None if i in absent else x for i, (name, x) in enumerate(values.items())}
 
 
 def rates_of(number: int, *, differs: bool) -> dict[str, Any]:
@@ -177,12 +201,14 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             objects=objects,
             hosts=hosts,
             per_host=per_host,
+            cut=CUT,
         )
         self.world.seen = SEEN
         self.attempts: Counter[tuple[int, int, int]] = (
             Counter()
         )  # pushes of a (round, rank, incarnation) that were dropped for certain
-        self.model = OneProcess(self.layout, config, INITIAL, self.given, settings_of)
+        self.settings = partial(settings_of, may_lack=config.clocks == "tensor")
+        self.model = OneProcess(self.layout, config, INITIAL, self.given, self.settings)
         self.workers: dict[int, Worker] = {}
         self.tickets: dict[int, Ticket] = {}
         self.pushed: dict[int, tuple[int, int, int]] = {}
@@ -228,8 +254,18 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
     def given(self, number: int, rank: int, incarnation: int, params: Any) -> Any:
-        """Return what a worker pushes: another gradient after each push that did not count."""
-        return gradient(number, rank, incarnation, params, self.attempts[number, rank, incarnation])
+        """Return what a worker pushes: another gradient after each push that did not count; zeros
+        where it has none.
+        """
+        absent = self.settings(number, rank, incarnation).absent
+        if len(absent) == 2:
+            return np.zeros(SIZE, np.float32)
+        tried = self.attempts[number, rank, incarnation]
+        found = gradient(number, rank, incarnation, params, tried)
+        if found is not None:
+            for index in absent:
+                found[self.layout.tensors[index].begin : self.layout.tensors[index].end] = 0
+        return found
 
     # What workers do
 
@@ -250,23 +286,25 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         if (worker := self.workers.get(rank)) is None or rank in self.tickets:
             return
         try:
-            params = worker.pull()["w"]
+            seen = worker.pull()
+            params = np.concatenate([seen["a"], seen["w"]])
             given = self.given(worker.round + 1, rank, worker.session.incarnation, params)
             if given is None:
                 given = np.full(SIZE, np.nan, np.float32)
             self.pushed[rank] = (worker.round + 1, rank, worker.session.incarnation)
-            says = settings_of(*self.pushed[rank])
+            says = self.settings(*self.pushed[rank])
+            tree = tree_of(given, says.absent)
             lr, *betas = next(iter(unpacked_overrides(says.overrides)), (np.nan,) * 3)
             rates: dict[str, Any] = {
                 "lr": None if np.isnan(lr) else lr,
                 "betas": None if np.isnan(betas).any() else betas,
             }
             if says.micro_steps == 1:
-                self.tickets[rank] = worker.push({"w": given}, found_inf=says.found_inf, **rates)
+                self.tickets[rank] = worker.push(tree, found_inf=says.found_inf, **rates)
                 return
             worker.discard()
             for _ in range(says.micro_steps):  # whose mean is exact
-                worker.accumulate({"w": given})
+                worker.accumulate(tree)
             self.tickets[rank] = worker.push(**rates)
         except SupersededWorker:
             del self.workers[rank]
@@ -302,13 +340,20 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             progress = process.host.shard.progress
             if progress.round == self.workers[rank].session.round == number:
                 counted = history_of(progress.members.ledger.to_dict(), number)[-1]
-                says = [settings_of(number, *who) for who in counted]
+                says = [self.settings(number, *who) for who in counted]
                 assert ticket.found_inf == any(each.found_inf for each in says)
                 assert ticket.found_inf == self.workers[rank].found_inf
                 SEEN["voted"] += ticket.found_inf
+                SEEN["no rank had a gradient"] += progress.outcome == "empty"
                 if progress.outcome == "applied":
                     SEEN["the mean of micro-batches was applied"] += says[0].micro_steps > 1
                     SEEN["rates of one step were applied"] += bool(says[0].overrides)
+                    lacking = [each.absent for each in says]
+                    on_all = frozenset.intersection(*lacking)
+                    SEEN["a tensor that all ranks lacked was not"] += bool(on_all)
+                    SEEN["a tensor that some ranks lacked was stepped"] += (
+                        frozenset.union(*lacking) > on_all
+                    )
                     assert progress.overrides == says[0].overrides
 
     @rule()
@@ -341,7 +386,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     def step_from_outside(self) -> None:
         self.world.rested()
         with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage, PushesPending):
-            self.outsider.step({"w": OUTSIDE})
+            self.outsider.step(tree_of(OUTSIDE))
 
     @cached_property
     def outsider(self) -> ShardGroup:

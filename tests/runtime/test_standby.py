@@ -84,12 +84,18 @@ def do_round(
     workers: int = 2,
     finite: bool = True,
     settings: RoundSettings = ORDINARY,
+    absent: tuple[frozenset[int], ...] = (),
 ) -> None:
     rng = np.random.default_rng(seed)
     for rank in range(workers):
         gradient = (
             {"float32": (10 * rng.standard_normal(SIZE)).astype(np.float32)} if finite else None
         )
+        says = settings if rank == 0 else replace(settings, found_inf=False)
+        if absent and gradient is not None:
+            says = replace(says, absent=absent[rank])
+            for index in absent[rank]:
+                gradient["float32"][LAYOUT.tensors[index].begin : LAYOUT.tensors[index].end] = 0
         answer = host.send(
             Push(
                 epoch=epoch,
@@ -98,7 +104,7 @@ def do_round(
                 round=number,
                 gradients=gradient,
                 rejection=None if finite else "NaN",
-                settings=settings if rank == 0 else replace(settings, found_inf=False),
+                settings=says,
             )
         )
     if isinstance(measured := answer.result(0), PartialNorms):
@@ -131,23 +137,34 @@ def same(one: State, other: State) -> bool:
             st.sampled_from(
                 [ORDINARY, RoundSettings(micro_steps=2), RoundSettings(found_inf=True), RATES]
             ),
+            st.tuples(*[st.frozensets(st.integers(0, 1))] * 3),
         ),
         min_size=1,
         max_size=6,
     ),
     workers=st.integers(1, 3),
-    config=configurations(),
+    config=configurations("a", "b"),
 )
 def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_would_have(
     kernel: str,
-    rounds: list[tuple[bool, RoundSettings]],
+    rounds: list[tuple[bool, RoundSettings, tuple[frozenset[int], ...]]],
     workers: int,
     config: dict[str, Any],
 ) -> None:
-    primary, standby, _ = pair(kernel, workers, **config)
-    for number, (good, says) in enumerate(rounds, 1):
+    has_clocks = "clocks" in config
+    layout = LAYOUT.for_workers(None, may_lack=has_clocks)
+    primary, standby, _ = pair(kernel, workers, layout, **config)
+    for number, (good, says, absent) in enumerate(rounds, 1):
         finite = good and not says.found_inf
-        do_round(primary, number, number, workers=workers, finite=finite, settings=says)
+        do_round(
+            primary,
+            number,
+            number,
+            workers=workers,
+            finite=finite,
+            settings=says,
+            absent=absent if has_clocks else (),
+        )
         is_vote = primary.shard.progress.outcome == "voted"
         assert is_vote == says.found_inf
         assert standby.reached == number

@@ -241,9 +241,14 @@ def begin_world(
     objects: bool = False,
     hosts: int = 1,
     per_host: int = 1,
+    cut: int = 0,
 ) -> tuple[World, Layout]:
-    """Return a world whose shards hold one tensor `w` of float32."""
-    layout = Layout.of({"w": initial}).for_workers(config.pull_dtype)
+    """Return a world whose shards hold one tensor `w` of float32, or the first `cut` elements as
+    another, `a`.
+    """
+    tree = {"a": initial[:cut], "w": initial[cut:]} if cut else {"w": initial}
+    may_lack = config.clocks == "tensor"
+    layout = Layout.of(tree).for_workers(config.pull_dtype, may_lack=may_lack)
     cuts = layout.cuts(num_shards)
     specs = [
         ShardSpec(
