@@ -54,7 +54,8 @@ def _pack_push(number: int, push: Push) -> bytes | None:
     if settings is not ORDINARY:
         if not settings.only_overrides:
             return None
-        kind = _OVERRIDING_KIND
+        if settings.overrides:  # not only another object that says the same as `ORDINARY`
+            kind = _OVERRIDING_KIND
     names = tuple([(space, NAME_OF.get(a.dtype, "")) for space, a in push.gradients.items()])
     if (dtypes := _PUSHED_INDEX.get(names)) is None:
         return None
