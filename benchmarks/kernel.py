@@ -1,7 +1,8 @@
 """One Nadam step over float32 elements: ours beside the memory floor, plain NumPy and torch.
 
 The floor is a compiled loop that moves the same 28 bytes per element (four arrays read, three
-written) and adds once per array. All contenders are interleaved in one run.
+written) and adds once per array; that of two buffers writes into a fifth array, as a shard does.
+All contenders are interleaved in one run.
 """
 
 import statistics
@@ -25,6 +26,7 @@ Contenders = dict[tuple[str, int], Step]
 """One step of each contender, by name and number of threads."""
 PEERS = {
     "over_floor": "memory floor",
+    "over_floor_of_two": "memory floor, two buffers",
     "over_torch_foreach": "torch NAdam, foreach",
     "over_torch_fused_adam": "torch Adam, fused",
 }
@@ -88,11 +90,21 @@ def add_floor(contenders: Contenders, arrays: Arrays) -> None:
             m[i] += x
             v[i] += x
 
-    one, several = numba.njit(move), numba.njit(parallel=True)(move)
+    def move_over(p, m, v, g, out):  # type: ignore[no-untyped-def]
+        for i in numba.prange(p.size):
+            x = g[i]
+            out[i] = p[i] + x
+            m[i] += x
+            v[i] += x
+
     # arrays of its own, since it would make v negative, and ours slow with NaN
-    own = [np.ones_like(arrays.p) for _ in range(4)]
-    contenders["memory floor", 1] = lambda: one(*own)
-    contenders["memory floor", 2] = lambda: several(*own)
+    own = [np.ones_like(arrays.p) for _ in range(5)]
+    for name, loop, of in (
+        ("memory floor", move, own[:4]),
+        ("memory floor, two buffers", move_over, own),
+    ):
+        contenders[name, 1] = partial(numba.njit(loop), *of)
+        contenders[name, 2] = partial(numba.njit(parallel=True)(loop), *of)
     numba.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
 
 

@@ -63,7 +63,10 @@ def _step_block(
 ) -> None:
     slots = step.slots
     c_g, c_m, epsilon, k_1, k_2, decay, l2, limit, scale = factors
-    assert c_m and epsilon and k_1 and k_2
+    assert c_m is not None
+    assert epsilon is not None
+    assert k_1 is not None
+    assert k_2 is not None
     p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
     blocks = mean, a, b = scratch.blocks(end - begin)
     gradients = [x[begin:end] for x in step.gradients]

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distnadam import DistNadam
+from distnadam import DistNadam, Options
 from distnadam.errors import OutOfMemory
+from distnadam.nadam.fused import load_loop
 from tests.models import bits
 
 START = {"w": np.linspace(-1, 1, 2**24, dtype=np.float32)}
@@ -79,6 +80,19 @@ def test_a_model_that_a_process_cannot_hold_is_refused_and_another_optimizer_goe
         r"shard [01]: its state of \d+ bytes: Unable to allocate 128. MiB", result["error"]
     ), result
     assert result["iterations"] == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere LLVM links the code")
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_shards_process_has_no_compiler_in_memory_once_the_step_is_compiled() -> None:
+    load_loop("float32")
+    small, options = {"w": np.ones(1000, np.float32)}, Options(kernel="fused")
+    with DistNadam(backend="ray", options=options).build(small) as optimizer:
+        optimizer.apply_gradients(small)
+        maps = Path(f"/proc/{optimizer.shards.backend.addresses[0].pid}/maps").read_text()
+    mapped = {Path(line.split(maxsplit=5)[-1]).name for line in maps.splitlines()}
+    assert [name for name in mapped if re.search("llvm|numba", name)] == []
+    assert any("distnadam-code" in name for name in mapped), "the step, kept by this process"
 
 
 @pytest.mark.slow
