@@ -264,10 +264,10 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def push_tensor(self, path: str, gradient: Any) -> None:
         """Copy one tensor's gradient, as the backward pass yields it.
 
-        Once all have come, `push()` or `step()` without an argument sends them; with
-        ``clocks="tensor"`` those that have not come are None. To shards of other
-        hosts pieces of a MiB or more leave while the rest is computed, unless `sum_group` is above
-        1, where only a group's sum crosses, or `gradients()` has given views of them.
+        Once all have come, `push()` or `step()` without an argument sends them; with clocks of
+        tensors what has not come is None. To shards of other hosts pieces of a MiB or more leave
+        while the rest is computed, unless `sum_group` is above 1, where only a group's sum crosses,
+        or `gradients()` has given views of them.
 
         Args:
             path: the tensor's place in the tree given to `build`, such as ``"layers/0/kernel"``.
@@ -286,11 +286,10 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def gradients(self, dtype: str | None = None) -> Any:
         """Return writable views of this worker's gradients, in the structure given to `build`.
 
-        `push()` or `step()` without an argument sends what they hold; so does a tree of them, in
-        which some may be None with ``clocks="tensor"``. Shards of the same machine
-        read that memory, so nothing is copied. Write to them only between a call that ended a
-        round (`step`, `pull`, `Ticket.result`) and the next push; they stay valid for the worker's
-        life.
+        `push()` or `step()` without an argument sends what they hold; with a tree of them, in which
+        some may be None, too. Shards of the same machine read that memory, so nothing is copied.
+        Write to them only between a call that ended a round (`step`, `pull`, `Ticket.result`) and
+        the next push; they stay valid for the worker's life.
 
         Args:
             dtype: None for float32 (float64 if the parameter is), or "float16" or "bfloat16" for
