@@ -28,7 +28,8 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
     """Nadam as `tf_keras.optimizers.legacy.Nadam`, and TensorFlow 1.13's, compute it.
 
     A gradient that is a `tf.IndexedSlices` counts as the dense one that it stands for, as in
-    TensorFlow 1.13. Parameters that are changed between two steps are taken over.
+    TensorFlow 1.13. A variable that has no gradient on any rank stands still, its clock too.
+    Parameters that are changed between two steps are taken over.
 
     Args:
         learning_rate: a float, a `LearningRateSchedule`, or a callable without arguments.
@@ -83,7 +84,7 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
         self._asked = {"num_workers": num_workers, "rank": rank, "cluster_name": cluster_name}
         clips = ("clipnorm", "clipvalue", "global_clipnorm")
         settings = {clip: getattr(self, clip) for clip in clips} | {"name": cluster_name}
-        settings |= {"formula": self._FORMULA}
+        settings |= {"formula": self._FORMULA, "clocks": "tensor"}
         self._replica = Replica(self._arguments | settings, rank, num_workers)
         self._stepped: list[Any] = []
         self._names: list[str] = []
@@ -151,6 +152,12 @@ class DistNadam(tf_keras.optimizers.legacy.Optimizer):
         if not self._stepped:
             return [np.array(self.iterations.numpy())]
         slots = self._replica.slots(self._params())
+        for tensor, found in slots.clocks.items():
+            if found.steps != slots.iterations:
+                raise ConfigError(
+                    f"get_weights: {tensor!r} was stepped {found.steps} times, and the optimizer "
+                    f"{slots.iterations} times: the list has one clock; save a checkpoint"
+                )
         clock = [np.array(slots.iterations, np.int64), np.array(slots.m_schedule, np.float64)]
         listed = [np.array(each[name]) for each in (slots.m, slots.v) for name in self._names]
         return [*clock[: 1 + self._has_product], *listed]

@@ -30,6 +30,7 @@ from distnadam.training.fit import fit
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
 from distnadam.training.task import Task
+from distnadam.training.tasks import BUILT_IN, built_in
 
 _PASSED_TO_FIT = (
     "num_workers",
@@ -145,7 +146,8 @@ _NOT_REPEATED = ("resume", "quiet", "as_json")
 @JSON
 @click.pass_context
 def train(context: click.Context, /, task: str, **options: Any) -> None:
-    """Train TASK: "digits", or a class or object of your own as MODULE:NAME or FILE.py:NAME.
+    """Train TASK: digits, digits-torch or charlm, or a class or object of your own as MODULE:NAME
+    or FILE.py:NAME.
 
     If the Ray that it started dies, the run goes on in a new one; if one at RAY_ADDRESS dies, the
     exit status is 75: give the command again, once that Ray is back.
@@ -234,13 +236,13 @@ def _anew_if_ray_dies(run: Run | None) -> Iterator[None]:
 
 def load_task(name: str) -> Task:
     """Return the task that a command line names; raise UsageError if there is none."""
-    if name == "digits":
-        from distnadam.training.tasks.digits import Digits
-
-        return Digits()
+    if name in BUILT_IN:
+        return built_in(name)
     module_name, _, attribute = name.rpartition(":")
     if not module_name:
-        raise click.UsageError(f"no task named {name!r}: give digits, MODULE:NAME or FILE.py:NAME")
+        raise click.UsageError(
+            f"no task named {name!r}: give {', '.join(BUILT_IN)}, MODULE:NAME or FILE.py:NAME"
+        )
     found: Any = getattr(_module(module_name), attribute, None)
     task = found() if isinstance(found, type) else found
     if not isinstance(task, Task):

@@ -7,7 +7,7 @@ named NumPy arrays and one optimizer, no framework.
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from distnadam.errors import ConfigError, LifecycleError, NotRunning, StructureE
 from distnadam.frontends.ranks import find_place
 from distnadam.groups import Group
 from distnadam.interop import OptimizerState
+from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.optimizer import DistNadam
 from distnadam.tensors.arrays import Array
 from distnadam.worker import Worker
@@ -35,6 +36,7 @@ class Slots:
         m_schedule: the product of the momentum coefficients so far.
         m, v, ema: the moments and the average of the parameters by name; `ema` is {} where none is
             kept.
+        clocks: how far each tensor is, by name; {} where all are where the optimizer is.
     """
 
     iterations: int
@@ -42,14 +44,29 @@ class Slots:
     m: Named
     v: Named
     ema: Named
+    clocks: Mapping[str, TensorClock] = field(default_factory=dict)
 
     @classmethod
     def of(cls, state: OptimizerState) -> "Slots":
         """Return those of a loaded checkpoint."""
-        by_name = [dict(zip(state.names, s, strict=True)) for s in (state.m, state.v)]
+        m, v = (dict(zip(state.names, slot, strict=True)) for slot in (state.m, state.v))
         ema = {} if state.ema is None else dict(zip(state.names, state.ema, strict=True))
-        iterations, product = state.clock.iterations, state.clock.m_schedule
-        return cls(iterations=iterations, m_schedule=product, m=by_name[0], v=by_name[1], ema=ema)
+        return cls.at(state.clock, m, v, ema)
+
+    @classmethod
+    def at(cls, clock: Clock, m: Named, v: Named, ema: Named) -> "Slots":
+        """Return those of moments in a layout's order, and its clock."""
+        clocks = {name: clock.of_tensor(index) for index, name in enumerate(m)}
+        if set(clocks.values()) == {TensorClock(clock.iterations, clock.m_schedule)}:
+            clocks = {}
+        return cls(
+            iterations=clock.iterations,
+            m_schedule=clock.m_schedule,
+            m=m,
+            v=v,
+            ema=ema,
+            clocks=clocks,
+        )
 
     @classmethod
     def zero(cls, params: Named, *, use_ema: bool) -> "Slots":
@@ -57,6 +74,14 @@ class Slots:
         still = {name: np.zeros_like(array) for name, array in params.items()}
         ema = dict(params) if use_ema else {}
         return cls(iterations=0, m_schedule=1.0, m=still, v=still, ema=ema)
+
+    def renamed(self, names: Mapping[str, str]) -> "Slots":
+        """Return the same of tensors that are called otherwise."""
+        kept: dict[str, Any] = {
+            what: {names[name]: value for name, value in getattr(self, what).items()}
+            for what in ("m", "v", "ema", "clocks")
+        }
+        return replace(self, **kept)
 
 
 class Replica:
@@ -184,15 +209,10 @@ class Replica:
         if self._joined is None:
             return self._slots or Slots.zero(params, use_ema=self.use_ema)
         optimizer = self._joined[0]
-        weights, names = optimizer.get_weights(), _names_of(optimizer)
-        count = len(names)
-        return Slots(
-            iterations=int(weights[0]),
-            m_schedule=float(weights[1]),
-            m=dict(zip(names, weights[2 : 2 + count], strict=True)),
-            v=dict(zip(names, weights[2 + count :], strict=True)),
-            ema=optimizer.get_ema_params() if self.use_ema else {},
-        )
+        layout = optimizer.shards.layout
+        clock, flat = optimizer.shards.read(("m", "v"))
+        m, v = (dict(zip(_names_of(optimizer), layout.views(flat[s]), strict=True)) for s in "mv")
+        return Slots.at(clock, m, v, optimizer.get_ema_params() if self.use_ema else {})
 
     def load(self, slots: Slots) -> None:
         """Have the shards hold other slots, from now or from their start on; rank 0's count."""
@@ -253,6 +273,11 @@ def _fill(optimizer: DistNadam, slots: Slots) -> None:
             )
     ms, vs = ([named[name] for name in names] for named in (slots.m, slots.v))
     optimizer.set_weights([slots.iterations, slots.m_schedule, *ms, *vs])
+    if slots.clocks:
+        shards = optimizer.shards
+        own = TensorClock(slots.iterations, slots.m_schedule)
+        clocks = TensorClocks.of(slots.clocks.get(name, own) for name in names)
+        shards.fill(shards.read(("m", "v"))[1], Clock(*own, clocks))
     if slots.ema:
         optimizer.set_ema_params(slots.ema)
 

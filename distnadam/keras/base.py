@@ -28,6 +28,8 @@ _OURS = ("num_shards", "replicas", "backend", "cluster_name")
 class DistOptimizer(keras.optimizers.Optimizer):
     """The shards' side of a Keras optimizer; `DistNadam` and its sisters say which formula.
 
+    A variable that has no gradient on any rank stands still, its clock too, which in Keras goes on.
+
     Args:
         learning_rate: a float, a `LearningRateSchedule` (of apply calls, as Keras counts them), or
             a callable without arguments.
@@ -119,6 +121,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
             "formula": self._FORMULA,
+            "clocks": "tensor",
             "schedule_decay": decay,
             "weight_decay": self.weight_decay or 0.0,
             **clips,
@@ -304,7 +307,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
             listed = arrays_of(self.slots(), self._names, has_product=self._FORMULA == "nadam")
             count = self.gradient_accumulation_steps or 1
             own[0] = np.array(listed.iterations * count + int(own[0]) % count, own[0].dtype)
-            own = [*own[:scalars], *listed.ema, *own[scalars:], *listed.slots]
+            own = [*own[:scalars], *listed.ema, *own[scalars:], *listed.slots, *listed.clocks]
         for index, array in enumerate(own):
             store[str(index)] = array
 

@@ -96,14 +96,7 @@ def restore(model: Any, path: DirectoryLike) -> None:
             f"{path}: expected {len(others)} variables that are not trained, got {len(kept)}"
         )
     renamed = {state.names[i]: name for i, name in zip(order, optimizer.names, strict=True)}
-    loaded = Slots.of(state)
-    m, v, ema = (
-        {renamed[name]: array for name, array in named.items()}
-        for named in (loaded.m, loaded.v, loaded.ema)
-    )
-    product = loaded.m_schedule
-    slots = Slots(iterations=loaded.iterations, m_schedule=product, m=m, v=v, ema=ema)
-    optimizer.load_slots(slots)
+    optimizer.load_slots(Slots.of(state).renamed(renamed))
     for i, variable in zip(order, variables, strict=True):
         variable.assign(state.params[i])
     for index, array in kept.items():

@@ -2,7 +2,8 @@
 
 It is iteration, learning rate if it is a number, averages, sums of micro-batches, then the first
 and the second moment of each variable, and for Nadam the product of the momentum coefficients. The
-product is in float64 here, and Keras's float32 is taken too.
+product is in float64 here, and Keras's float32 is taken too. Where variables had no gradient in
+some steps, their counts and products follow, of which Keras has none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from distnadam.errors import StructureError
 from distnadam.frontends.replica import Slots
+from distnadam.nadam.step_scalars import TensorClock
 from distnadam.tensors.arrays import Array
 
 
@@ -22,6 +24,7 @@ class Listed:
     iterations: int
     ema: list[Array]
     slots: list[Array]
+    clocks: list[Array]
 
 
 def arrays_of(slots: Slots, names: Sequence[str], *, has_product: bool) -> Listed:
@@ -29,7 +32,10 @@ def arrays_of(slots: Slots, names: Sequence[str], *, has_product: bool) -> Liste
     pairs = [np.asarray(each[name]) for name in names for each in (slots.m, slots.v)]
     product = [np.array(slots.m_schedule, np.float64)] if has_product else []
     ema = [np.asarray(slots.ema[name]) for name in names] if slots.ema else []
-    return Listed(slots.iterations, ema, [*pairs, *product])
+    clocks = [slots.clocks[name] for name in names] if slots.clocks else []
+    counts = [np.array([clock.steps for clock in clocks], np.int64)]
+    products = [np.array([clock.product for clock in clocks], np.float64)]
+    return Listed(slots.iterations, ema, [*pairs, *product], [*counts, *products] if clocks else [])
 
 
 def slots_of(
@@ -59,6 +65,11 @@ def slots_of(
     count = len(shapes)
     averages = count if use_ema else 0
     expected = scalars + averages + sums + 2 * count + has_product
+    clocks: dict[str, TensorClock] = {}
+    if len(arrays) == expected + 2 and arrays[-1].shape == arrays[-2].shape == (count,):
+        told = zip(shapes, arrays[-2].tolist(), arrays[-1].tolist(), strict=True)
+        clocks = {name: TensorClock(steps, product) for name, steps, product in told}
+        arrays = arrays[:-2]
     if len(arrays) != expected:
         raise StructureError(
             f"optimizer: expected {expected} arrays for {count} variables, got {len(arrays)}: it "
@@ -84,6 +95,7 @@ def slots_of(
         m=m,
         v=v,
         ema=ema,
+        clocks=clocks,
     )
     own = [*arrays[:scalars], *arrays[scalars + averages : first]]
     return own, slots

@@ -276,6 +276,40 @@ def test_what_is_wrong_is_refused_by_name() -> None:
     assert int(optimizer.iterations.numpy()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_variable_without_a_gradient_stands_still_and_a_file_keeps_its_clock() -> None:
+    def stepped(optimizer: Any, held: list[Any], steps: range) -> None:
+        for step in steps:
+            gradients = [keras.ops.ones(2) * (1.0 + step), keras.ops.ones(3) if step % 2 else None]
+            optimizer.apply_gradients(zip(gradients, held, strict=True))
+
+    def made() -> list[Any]:
+        return [keras.Variable(np.ones(n, np.float32), name=f"v{n}") for n in (2, 3)]
+
+    one, first = ours.DistNadam(learning_rate=0.1, num_shards=2, backend="local"), made()
+    stepped(one, first, range(1))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(first[1].value), np.ones(3))
+    stepped(one, first, range(1, 5))
+    store: dict[str, Any] = {}
+    one.save_own_variables(store)
+    other, second = ours.DistNadam(learning_rate=0.1), made()
+    other.build(second)
+    other.load_own_variables(store)
+    for variable, value in zip(second, first, strict=True):
+        variable.assign(value.value)
+    assert [clock.steps for clock in other.slots().clocks.values()] == [5, 2]
+    for optimizer, held in ((one, first), (other, second)):
+        stepped(optimizer, held, range(5, 8))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (a.value, b.value)))
+    alone, third = keras.optimizers.Nadam(learning_rate=0.1), made()[1:]
+    for _ in range(4):
+        alone.apply_gradients([(keras.ops.ones(3), third[0])])
+    np.testing.assert_allclose(
+        *map(keras.ops.convert_to_numpy, (first[1].value, third[0].value)), rtol=1e-5
+    )
+
+
 def test_an_update_that_is_computed_and_thrown_away_is_refused() -> None:
     held = keras.Variable(np.ones(3, np.float32))
     optimizer = ours.DistNadam()
