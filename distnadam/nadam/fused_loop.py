@@ -26,11 +26,13 @@ each page of memory.
 _INDEX, _WORD, _POINTER = ir.IntType(64), ir.IntType(32), ir.PointerType()
 
 
-def compile_loop(dtype: str) -> bytes:
-    """Return the step for a dtype as an object file that defines the function `ENTRY`."""
+def compile_loop(dtype: str, cpu: str | None = None) -> bytes:
+    """Return the step for a dtype as an object file that defines the function `ENTRY`, for this
+    machine's CPU or another one that LLVM knows by name.
+    """
     module = llvm.parse_assembly(str(_Step(dtype).module))
     module.verify()
-    code: bytes = host_machine().emit_object(module)
+    code: bytes = host_machine(cpu).emit_object(module)
     return code
 
 

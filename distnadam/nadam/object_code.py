@@ -113,16 +113,16 @@ def _linked(code: bytes, name: str) -> tuple[Any, int]:
     return engine, engine.get_function_address(name)
 
 
-def host_machine() -> Any:
-    """Return LLVM's description of this machine, to make code for it."""
+def host_machine(cpu: str | None = None) -> Any:
+    """Return LLVM's description of this machine, to make code for it; with another CPU if named."""
     from llvmlite import binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
     return target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
+        cpu=llvm.get_host_cpu_name() if cpu is None else cpu,
+        features=llvm.get_host_cpu_features().flatten() if cpu is None else "",
         opt=3,
         reloc="static" if target.name.startswith("x86") else "default",
         codemodel="jitdefault",

@@ -23,6 +23,8 @@ from llvmlite import binding as llvm
 
 from distnadam.errors import KernelError
 from distnadam.nadam import fused_stepper
+from distnadam.nadam.fused_abi import ARGUMENTS, ENTRY
+from distnadam.nadam.fused_loop import compile_loop
 from distnadam.nadam.kernels import KernelName, make_stepper
 from distnadam.nadam.mean import BLOCK_BYTES, Grouping, Scratch, in_order
 from distnadam.nadam.norms import square_sums
@@ -92,14 +94,28 @@ SETTINGS = st.builds(
 )
 
 
+CPUS = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
+"""Kinds of processors, with vectors of 16, 32 and 64 bytes, and what they have."""
+KERNELS = [
+    "numpy",
+    "fused",
+    *(cpu for cpu, feature in CPUS.items() if llvm.get_host_cpu_features().get(feature)),
+]
+"""The kernels, and the fused one as it is compiled for other processors that this one can be."""
+
+
 @lru_cache
-def stepper(kernel: KernelName, dtype: str, threads: int) -> Stepper:
-    return make_stepper(kernel, dtype, threads)
+def stepper(kernel: Any, dtype: str, threads: int) -> Stepper:
+    if kernel not in CPUS:
+        return make_stepper(kernel, dtype, threads)
+    fused = fused_stepper.FusedStepper(dtype, threads)
+    fused._loop = LoadedCode(compile_loop(dtype, kernel), ENTRY, ARGUMENTS)
+    return fused
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kernel=st.sampled_from(["numpy", "fused"]),
+    kernel=st.sampled_from(KERNELS),
     dtype=st.sampled_from(DTYPES),
     size=st.one_of(st.integers(1, 5000), st.integers(-3, 3).map(lambda d: d + 10**9)),
     groups=st.lists(st.integers(1, 4), min_size=1, max_size=5),
@@ -113,7 +129,7 @@ def stepper(kernel: KernelName, dtype: str, threads: int) -> Stepper:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_a_step_has_the_bits_of_the_plain_formula(
-    kernel: KernelName,
+    kernel: str,
     dtype: str,
     size: int,
     groups: list[int],
@@ -188,9 +204,9 @@ def nearest_even(values: Any) -> Any:
     return np.copysign(np.where(np.isnan(values), np.nan, found), values).astype(BFLOAT16)
 
 
-@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_rounded_parameters_are_the_nearest_even_ones_over_the_whole_range(
-    kernel: KernelName,
+    kernel: str,
 ) -> None:
     """Every bfloat16 that there is, and what lies around and half-way to the next."""
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
