@@ -60,6 +60,7 @@ PURE = (
     "nadam",
     "protocol",
     "shard",
+    "supervision/decisions",
     "supervision/policy",
 )
 """Folders and modules that compute, and do nothing else: no socket, file, clock, thread or Ray."""

@@ -157,6 +157,10 @@ class WorkerGroup(ABC):
     def hosts(self) -> dict[int, str]:
         """Return where each member runs, in words, as far as it is known."""
 
+    def to_leave(self) -> frozenset[int]:
+        """Return the ranks whose host is to be left, if there is another to go to."""
+        return frozenset()
+
     @abstractmethod
     def end(self, rank: int) -> None:
         """Make certain that a member's process, if it has one, is gone, and drop its call."""
@@ -292,6 +296,37 @@ class SupervisorClient(ABC):
         Raises:
             ClusterError: the new shards could not be started or filled; the former ones are kept.
         """
+
+
+class Hosts(ABC):
+    """The hosts of a cluster, as somebody who takes one away sees them."""
+
+    @abstractmethod
+    def cordon(self, host: str) -> str:
+        """Have all processes leave a host, and none go there; return the host's id.
+
+        Args:
+            host: its address, name, or the beginning of its id.
+
+        Raises:
+            ConfigError: there is no such host, or the cluster ends with it.
+        """
+
+    @abstractmethod
+    def uncordon(self, host: str) -> None:
+        """Let processes go to a host again.
+
+        Raises:
+            ConfigError: there is no such host.
+        """
+
+    @abstractmethod
+    def processes_on(self, host: str) -> list[str]:
+        """Return what is still to leave a host, given by its id, in words, such as "shard 1"."""
+
+    @abstractmethod
+    def announce(self, why: str, left_s: float) -> None:
+        """Announce to all that runs there that this process's host is gone in `left_s` seconds."""
 
 
 class Backend(ABC):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from distnadam.backends.base import Backend
+from distnadam.backends.base import Backend, Hosts
 from distnadam.config import BackendName, Options
 from distnadam.errors import ClusterError
 from distnadam.planning.measuring import HostSpeed
@@ -150,6 +150,19 @@ def measure_hosts(ports: tuple[int, int] | None) -> tuple[list[HostSpeed], list[
     from distnadam.backends.ray.links import measure_hosts
 
     return measure_hosts(ports)
+
+
+def hosts() -> Hosts:
+    """Return the hosts of this process's Ray, or of RAY_ADDRESS.
+
+    Raises:
+        NotRunning, ClusterError: there is none, or it cannot be joined.
+    """
+    if not _is_installed():
+        raise ClusterError("the hosts of a cluster need the package ray: pip install ray")
+    from distnadam.backends.ray.cordon import RayHosts
+
+    return RayHosts()
 
 
 def _is_installed() -> bool:

@@ -4,7 +4,26 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 75 Ray itself died: give the co
 Ctrl-C, 143 SIGTERM.
 """
 
-from distnadam.cli import checkpoints, doctor, interop, planning, report, running, training
+from distnadam.cli import (
+    checkpoints,
+    doctor,
+    draining,
+    interop,
+    planning,
+    report,
+    running,
+    training,
+)
 from distnadam.cli.group import main
 
-__all__ = ["checkpoints", "doctor", "interop", "main", "planning", "report", "running", "training"]
+__all__ = [
+    "checkpoints",
+    "doctor",
+    "draining",
+    "interop",
+    "main",
+    "planning",
+    "report",
+    "running",
+    "training",
+]

@@ -3,7 +3,6 @@ left to the next look.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
@@ -17,26 +16,26 @@ from distnadam.protocol.orphaned_push import orphaned_pushes
 from distnadam.protocol.shard_status import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
-    AttachStandby,
     Load,
     MembershipHistory,
     Reconfigure,
 )
 from distnadam.shard.phases import Phase
-from distnadam.supervision import policy
+from distnadam.supervision import decisions
 from distnadam.supervision.cluster_state import ClusterState
 from distnadam.supervision.events import StandbyFilled, StandbyStarted
 from distnadam.supervision.observer import TOKEN
 from distnadam.supervision.pause import all_paused
+from distnadam.supervision.policy import Observation
 from distnadam.supervision.process_manager import ShardProcess
 from distnadam.supervision.resharding import Resharding, ask_all_or_raise, reshard
 from distnadam.supervision.restore_points import RestorePoints
+from distnadam.supervision.standby_starter import StandbyStarter
 from distnadam.tensors.layout import Ranges
 
 log = logging.getLogger("distnadam")
 
 _LOAD_S = 3600.0
-_START_AGAIN_S = 1.0
 _PAUSE_S = 5.0
 
 
@@ -62,22 +61,23 @@ class DecisionExecutor:
         self._cluster = cluster
         self._restore_points = restore_points
         self._publish = publish
-        self._report = report
+        self._starter = StandbyStarter(cluster, report)
+        self._leaving: set[int] = set()
         self._beside = beside
-        self.counts = {"promoted": 0, "rewound": 0, "departed": 0, "rejoined": 0}
+        self.counts = {"promoted": 0, "moved": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
-    def execute(self, decision: policy.Decision, seen: policy.Observation) -> None:
+    def execute(self, decision: decisions.Decision, seen: Observation) -> None:
         """Execute what was decided on an observation."""
         log.info("supervisor: %s", decision)
         _EXECUTE[type(decision)](self, decision, seen)
 
-    def _fail(self, decision: policy.Fail, seen: policy.Observation) -> None:
+    def _fail(self, decision: decisions.Fail, seen: Observation) -> None:
         log.error("supervisor: %s", decision.why)
         self._publish(decision.why)
 
     # Shards
 
-    def _fence(self, decision: policy.Fence, seen: policy.Observation) -> None:
+    def _fence(self, decision: decisions.Fence, seen: Observation) -> None:
         for index in decision.shards:
             self._fence_process(self._cluster.shards[index])
 
@@ -86,16 +86,31 @@ class DecisionExecutor:
             self._cluster.processes.fence(process)
             self._cluster.fenced.add(process)
 
-    def _promote(self, decision: policy.Promote, seen: policy.Observation) -> None:
+    def _hand_over(self, decision: decisions.HandOver, seen: Observation) -> None:
+        with self._between_rounds() as paused:
+            if not paused:
+                return
+            for index in decision.shards:
+                process = self._cluster.shards[index]
+                self._cluster.process_died(process)
+                self._fence_process(process)
+                self._leaving.add(index)
+
+    def _promote(self, decision: decisions.Promote, seen: Observation) -> None:
         cluster = self._cluster
         epoch, schedule = cluster.next_epoch(), cluster.schedule
         alive = cluster.alive()  # of the dead, what was seen last may be of before a rewind
         for index in decision.shards:
-            log.warning(
-                "shard %d, round %d: its process died; its standby takes over",
+            moves = index in self._leaving
+            self._leaving.discard(index)
+            log.log(
+                logging.INFO if moves else logging.WARNING,
+                "shard %d, round %d: its process %s; its standby takes over",
                 index,
                 cluster.highest_round,
+                "leaves its host" if moves else "died",
             )
+            self.counts["moved" if moves else "promoted"] += 1
             standby = cluster.standbys.pop(index)
             reconfigure = Reconfigure(
                 epoch=epoch,
@@ -112,19 +127,18 @@ class DecisionExecutor:
                 log.warning("the standby of shard %d cannot take over: %s", index, error)
                 self._fence_process(standby)
                 return
-        self.counts["promoted"] += len(decision.shards)
         self._reconfigure(epoch, schedule)
 
-    def _complete(self, decision: policy.Complete, seen: policy.Observation) -> None:
+    def _complete(self, decision: decisions.Complete, seen: Observation) -> None:
         newest = next(shard for shard in seen.shards if shard.epoch == decision.epoch)
         self._reconfigure(decision.epoch, newest.schedule)
 
-    def _complete_config(self, decision: policy.CompleteConfig, seen: policy.Observation) -> None:
+    def _complete_config(self, decision: decisions.CompleteConfig, seen: Observation) -> None:
         shards = ", ".join(map(str, decision.shards))
         log.warning("shard %s missed a replacement of the configuration, and gets it", shards)
         self._reconfigure(self._cluster.next_epoch(), self._cluster.schedule, self._cluster.config)
 
-    def _release_hold(self, decision: policy.ReleaseHold, seen: policy.Observation) -> None:
+    def _release_hold(self, decision: decisions.ReleaseHold, seen: Observation) -> None:
         log.warning("the shards were held by %s, which is gone; they go on", decision.token)
         self._cluster.ask_all(Resume(decision.token))
 
@@ -139,7 +153,7 @@ class DecisionExecutor:
         cluster.ask_all(order)
         self._publish(None)
 
-    def _rewind(self, decision: policy.Rewind, seen: policy.Observation) -> None:
+    def _rewind(self, decision: decisions.Rewind, seen: Observation) -> None:
         """Start dead shards again; have all load the newest restore point that all can read."""
         cluster = self._cluster
         log.warning(
@@ -223,13 +237,13 @@ class DecisionExecutor:
     # Ranks
 
     def _report_workers_died(
-        self, decision: policy.ReportWorkersDied, seen: policy.Observation
+        self, decision: decisions.ReportWorkersDied, seen: Observation
     ) -> None:
         for rank, incarnation in decision.workers:
             self._cluster.ask_all(WorkerDied(rank, incarnation))
 
     def _finish_dead_workers(
-        self, decision: policy.FinishDeadWorkers, seen: policy.Observation
+        self, decision: decisions.FinishDeadWorkers, seen: Observation
     ) -> None:
         for rank in decision.ranks:
             self._finish_dead_worker(rank)
@@ -261,7 +275,7 @@ class DecisionExecutor:
             cluster.worker_finished(rank)
         return not any(isinstance(answer, Exception) for answer in adopted)
 
-    def _depart(self, decision: policy.Depart, seen: policy.Observation) -> None:
+    def _depart(self, decision: decisions.Depart, seen: Observation) -> None:
         ranks = decision.ranks
         log.warning("ranks %s leave; the others go on", ", ".join(map(str, ranks)))
         with self._between_rounds() as paused:
@@ -269,13 +283,13 @@ class DecisionExecutor:
                 self._set_members(tuple(sorted(seen.members - set(ranks))))
                 self.counts["departed"] += len(ranks)
 
-    def _admit(self, decision: policy.Admit, seen: policy.Observation) -> None:
+    def _admit(self, decision: decisions.Admit, seen: Observation) -> None:
         log.info("ranks %s join", ", ".join(map(str, decision.ranks)))
         with self._between_rounds() as paused:
             if paused:
                 self._set_members(tuple(sorted(seen.members | set(decision.ranks))))
 
-    def _abandon_ranks(self, decision: policy.AbandonRanks, seen: policy.Observation) -> None:
+    def _abandon_ranks(self, decision: decisions.AbandonRanks, seen: Observation) -> None:
         lost = self._cluster.lost_ranks
         for rank in sorted(lost.keys() & set(decision.ranks)):
             self._cluster.ask_all(AbandonRank(rank, lost[rank]))
@@ -321,75 +335,45 @@ class DecisionExecutor:
 
     # Standbys
 
-    def _drop_standbys(self, decision: policy.DropStandbys, seen: policy.Observation) -> None:
+    def _drop_standbys(self, decision: decisions.DropStandbys, seen: Observation) -> None:
         standbys = self._cluster.standbys
         dropped = [standbys.pop(index) for index in decision.shards if index in standbys]
         self._cluster.processes.terminate(*dropped)
 
-    def _start_standbys(self, decision: policy.StartStandbys, seen: policy.Observation) -> None:
+    def _start_standbys(self, decision: decisions.StartStandbys, seen: Observation) -> None:
         cluster = self._cluster
         for index in decision.shards:
             cluster.filling.add(index)
             near = list(cluster.alive().values())
-            self._beside.submit(self._start_standby, cluster.specs[index], near)
+            self._beside.submit(self._starter.start, cluster.specs[index], near)
 
-    def _fill_standbys(self, decision: policy.FillStandbys, seen: policy.Observation) -> None:
+    def _fill_standbys(self, decision: decisions.FillStandbys, seen: Observation) -> None:
         cluster = self._cluster
         for index in decision.shards:
             cluster.filling.add(index)
             self._beside.submit(
-                self._fill_standby,
+                self._starter.fill,
                 cluster.layout_generation,
                 cluster.shards[index],
                 cluster.standbys[index],
             )
 
-    def _start_standby(self, spec: ShardSpec, near: list[ShardProcess]) -> None:
-        process = None
-        try:
-            process = self._cluster.processes.start(spec, standby=True, near=near)
-        except Exception as error:  # unreported, the shard would count as filling for ever
-            log.warning(
-                "no standby for shard %d can be started: %s",
-                spec.index,
-                error,
-                exc_info=not isinstance(error, DistNadamError),
-            )
-            time.sleep(_START_AGAIN_S)
-        self._report(
-            StandbyStarted(
-                layout_generation=spec.layout_generation, index=spec.index, process=process
-            )
-        )
 
-    def _fill_standby(
-        self, layout_generation: int, primary: ShardProcess, standby: ShardProcess
-    ) -> None:
-        index = primary.index
-        answers = self._cluster.processes.ask(
-            {index: primary}, {index: AttachStandby(standby)}, _LOAD_S
-        )
-        answer = answers.get(index)
-        error = answer if isinstance(answer, Exception) else None
-        self._report(
-            StandbyFilled(layout_generation=layout_generation, standby=standby, error=error)
-        )
-
-
-_EXECUTE: dict[type, Callable[[DecisionExecutor, Any, policy.Observation], None]] = {
-    policy.Fence: DecisionExecutor._fence,
-    policy.Promote: DecisionExecutor._promote,
-    policy.Rewind: DecisionExecutor._rewind,
-    policy.Complete: DecisionExecutor._complete,
-    policy.CompleteConfig: DecisionExecutor._complete_config,
-    policy.ReleaseHold: DecisionExecutor._release_hold,
-    policy.ReportWorkersDied: DecisionExecutor._report_workers_died,
-    policy.FinishDeadWorkers: DecisionExecutor._finish_dead_workers,
-    policy.DropStandbys: DecisionExecutor._drop_standbys,
-    policy.StartStandbys: DecisionExecutor._start_standbys,
-    policy.FillStandbys: DecisionExecutor._fill_standbys,
-    policy.Depart: DecisionExecutor._depart,
-    policy.Admit: DecisionExecutor._admit,
-    policy.AbandonRanks: DecisionExecutor._abandon_ranks,
-    policy.Fail: DecisionExecutor._fail,
+_EXECUTE: dict[type, Callable[[DecisionExecutor, Any, Observation], None]] = {
+    decisions.Fence: DecisionExecutor._fence,
+    decisions.Promote: DecisionExecutor._promote,
+    decisions.Rewind: DecisionExecutor._rewind,
+    decisions.Complete: DecisionExecutor._complete,
+    decisions.CompleteConfig: DecisionExecutor._complete_config,
+    decisions.ReleaseHold: DecisionExecutor._release_hold,
+    decisions.ReportWorkersDied: DecisionExecutor._report_workers_died,
+    decisions.FinishDeadWorkers: DecisionExecutor._finish_dead_workers,
+    decisions.DropStandbys: DecisionExecutor._drop_standbys,
+    decisions.StartStandbys: DecisionExecutor._start_standbys,
+    decisions.FillStandbys: DecisionExecutor._fill_standbys,
+    decisions.HandOver: DecisionExecutor._hand_over,
+    decisions.Depart: DecisionExecutor._depart,
+    decisions.Admit: DecisionExecutor._admit,
+    decisions.AbandonRanks: DecisionExecutor._abandon_ranks,
+    decisions.Fail: DecisionExecutor._fail,
 }

@@ -113,6 +113,9 @@ class Observer:
                 changed=answer.changed,
                 revision=answer.revision,
                 applied_revision=answer.applied_revision,
+                leaves=cluster.processes.is_to_leave(process),
+                busy=answer.busy,
+                standby_leaves=standby is not None and cluster.processes.is_to_leave(standby),
             )
         if process not in cluster.dead:
             # it refuses to say where it stands, or whether its standby follows: start no other

@@ -9,6 +9,26 @@ gives the same decisions, so a successor decides as the dead supervisor would ha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from distnadam.supervision.decisions import (
+    AbandonRanks,
+    Admit,
+    Complete,
+    CompleteConfig,
+    Decision,
+    Depart,
+    DropStandbys,
+    Fail,
+    Fence,
+    FillStandbys,
+    FinishDeadWorkers,
+    HandOver,
+    Promote,
+    ReleaseHold,
+    ReportWorkersDied,
+    Rewind,
+    StartStandbys,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardObservation:
@@ -28,6 +48,9 @@ class ShardObservation:
         changed: what was replaced from outside since it was loaded or saved, as far as it knows.
         revision: how often its hyper-parameters were replaced.
         applied_revision: that of its last applied step.
+        leaves: whether its host is to be left.
+        busy: whether it handles files.
+        standby_leaves: whether its standby's host is to be left.
     """
 
     alive: bool
@@ -43,6 +66,9 @@ class ShardObservation:
     changed: str | None = None
     revision: int = 0
     applied_revision: int = 0
+    leaves: bool = False
+    busy: bool = False
+    standby_leaves: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,135 +124,6 @@ class Rules:
     replicas: int = 0
 
 
-@dataclass(frozen=True)
-class Fence:
-    """Make certain that these dead shards are gone, then look again.
-
-    Only then is it known how far their standbys are: all that they sent has arrived.
-    """
-
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Promote:
-    """Make the standbys of these shards primaries."""
-
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Rewind:
-    """Have all shards go back together; start these again first."""
-
-    shards: tuple[int, ...]
-    why: str
-
-
-@dataclass(frozen=True)
-class Complete:
-    """Send the latest Reconfigure to the shards that missed it."""
-
-    shards: tuple[int, ...]
-    epoch: int
-
-
-@dataclass(frozen=True)
-class CompleteConfig:
-    """Bring the newest hyper-parameters to the shards that missed them."""
-
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ReleaseHold:
-    """Have the shards go on that are held by this token."""
-
-    token: str
-
-
-@dataclass(frozen=True)
-class ReportWorkersDied:
-    """Report to the shards that these ranks' workers, of these incarnations, died."""
-
-    workers: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class FinishDeadWorkers:
-    """Refuse these ranks' dead workers everywhere, and complete their last pushes or none."""
-
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DropStandbys:
-    """End the standbys of these shards, which are stale."""
-
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StartStandbys:
-    """Start a standby's process for each of these shards."""
-
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FillStandbys:
-    """Have these shards copy their state to their standbys, which follow them from then on."""
-
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Depart:
-    """Leave these ranks out of every round that nobody has begun."""
-
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Admit:
-    """Make these ranks members from a boundary on."""
-
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class AbandonRanks:
-    """Fail those who wait for these ranks with WorkerLost."""
-
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Fail:
-    """Give up: fail every client with this reason."""
-
-    why: str
-
-
-Decision = (
-    Fence
-    | Promote
-    | Rewind
-    | Complete
-    | CompleteConfig
-    | ReleaseHold
-    | ReportWorkersDied
-    | FinishDeadWorkers
-    | DropStandbys
-    | StartStandbys
-    | FillStandbys
-    | Depart
-    | Admit
-    | AbandonRanks
-    | Fail
-)
-
-
 def decide(seen: Observation, rules: Rules) -> list[Decision]:
     """Return what to do now, most urgent first; an empty list if nothing.
 
@@ -243,7 +140,8 @@ def decide(seen: Observation, rules: Rules) -> list[Decision]:
     if seen.cannot_complete:
         why = "some shards have applied a round that the others cannot complete"
         return first + _rewind(seen, (), why, seen.changed)
-    return first + _ranks(seen, rules) + _standbys(seen, rules)
+    decisions = first + _ranks(seen, rules) + _standbys(seen, rules)
+    return decisions or _leaving(seen)
 
 
 def _shards_died(seen: Observation, gone: tuple[int, ...]) -> list[Decision]:
@@ -277,18 +175,40 @@ def _unblock(seen: Observation) -> list[Decision]:
 
 
 def _standbys(seen: Observation, rules: Rules) -> list[Decision]:
-    """What gives every shard a standby that follows it; a stale one is dropped before."""
-    if not rules.replicas:
-        return []
+    """What gives every shard a standby that follows it; a stale one is dropped before.
+
+    A shard that is to leave its host has one for the time being, whatever the rules say.
+    """
+    steady = [
+        (index, shard, rules.replicas or shard.leaves)
+        for index, shard in enumerate(seen.shards)
+        if not shard.filling and not shard.stale
+    ]
+    drop = tuple(
+        index
+        for index, shard, wanted in steady
+        if shard.has_standby and (shard.standby_leaves or not wanted)
+    )
     idle = [
         (index, shard)
-        for index, shard in enumerate(seen.shards)
-        if shard.standby is None and not shard.filling and not shard.stale
+        for index, shard, wanted in steady
+        if wanted and shard.standby is None and index not in drop
     ]
     start = tuple(index for index, shard in idle if not shard.has_standby)
     fill = tuple(index for index, shard in idle if shard.has_standby)
-    decisions: list[Decision] = [StartStandbys(start)] if start else []
+    decisions: list[Decision] = [DropStandbys(drop)] if drop else []
+    decisions += [StartStandbys(start)] if start else []
     return [*decisions, FillStandbys(fill)] if fill else decisions
+
+
+def _leaving(seen: Observation) -> list[Decision]:
+    """What moves shards off hosts that are to be left, while nobody acts on all shards."""
+    ready = tuple(
+        index
+        for index, shard in enumerate(seen.shards)
+        if shard.leaves and not shard.busy and shard.standby is not None and not shard.filling
+    )
+    return [HandOver(ready)] if ready and not seen.held else []
 
 
 def _torn(seen: Observation) -> list[Decision] | None:

@@ -151,6 +151,10 @@ class ProcessManager(ShardProcesses):
     def watch(self, process: ShardProcess) -> None:
         """Report `ProcessDied` to the supervisor as soon as this process ends."""
 
+    def is_to_leave(self, process: ShardProcess) -> bool:
+        """Whether a process is on a host that is to be left, and there is another to go to."""
+        return False
+
     def is_leader(self) -> bool:
         """Whether the supervisor may decide now.
 

@@ -80,6 +80,7 @@ class RankRunner:
         optimizer: the optimizer that they step.
         retries: counts the recoveries.
         on_recovery: receives who recovered, and a sentence for the user about it.
+        stateful: whether a rank cannot be started anew without its task's own state.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class RankRunner:
         optimizer: DistNadam,
         retries: RetryBudget,
         on_recovery: Callable[[str, str], None],
+        stateful: bool,
     ) -> None:
+        self._stateful = stateful
         self._group = group
         self._num_ranks = num_ranks
         self._optimizer = optimizer
@@ -124,6 +127,29 @@ class RankRunner:
             with shield:  # a result that was taken is dealt with before a Ctrl-C
                 self._look()
         return self._seen
+
+    def to_leave(self) -> frozenset[int]:
+        """Return the ranks whose host is to be left."""
+        return self._group.to_leave()
+
+    def move(self, ranks: frozenset[int]) -> None:
+        """Start ranks anew, on other hosts, between two segments.
+
+        Raises:
+            Unrecoverable: they have a state of their own, which a checkpoint holds.
+        """
+        if not ranks:
+            return
+        listed = ", ".join(map(str, sorted(ranks)))
+        if self._stateful:
+            raise Unrecoverable(f"rank {listed}: the host is to be left")
+        with shield:
+            self._on_recovery(f"rank {listed}", f"rank {listed}: moves, the host is to be left")
+            newest = self._optimizer.shards.describe().newest
+            for rank in sorted(ranks):
+                self._group.end(rank)
+                self._group.start(rank)
+                self._ended[rank] = newest.get(rank, 0)
 
     def state(self) -> Any:
         """Return the task's own state in rank 0, between two segments.

@@ -218,6 +218,7 @@ class TrainingRun:
                 optimizer=optimizer,
                 retries=self._retries,
                 on_recovery=self._recovered,
+                stateful=self.request.state.is_kept,
             )
             watch = Watch(optimizer.shards, group, self.callbacks)
             try:
@@ -268,9 +269,13 @@ class TrainingRun:
             due: list[Callable[[int], None]] = []
             if plan.due(plan.evaluate_every, step) and not self._interrupted:
                 due.append(partial(self._evaluate, optimizer))
-            if plan.due(plan.save_every, step) and not self._interrupted:
-                due.append(partial(self._save, checkpoints, optimizer, wait=step == plan.steps))
+            must = bool(moving := ranks.to_leave()) and self.request.state.is_kept
+            if must or (plan.due(plan.save_every, step) and not self._interrupted):
+                wait = must or step == plan.steps
+                due.append(partial(self._save, checkpoints, optimizer, wait=wait))
             self._at_boundary(ranks, checkpoints, step, due)
+            if step < plan.steps:
+                ranks.move(moving)
         if step < plan.steps or self._interrupted:
             save = partial(self._save, checkpoints, optimizer, wait=True)
             self._at_boundary(ranks, checkpoints, step, [save])

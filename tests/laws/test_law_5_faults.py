@@ -64,7 +64,7 @@ INITIAL = np.linspace(-1, 1, SIZE, dtype=np.float32)
 RANK, SHARD = st.integers(0, RANKS - 1), st.integers(0, 2)
 OUTSIDE = np.random.default_rng(99).standard_normal(SIZE).astype(np.float32)
 FAULTS = ("lose", "half", "lose answer", "repeat", "delay", "delay answer")
-BETWEEN_HOSTS = (
+BEFALLS = (
     "ended",
     "ended under several ranks",
     "half sent",
@@ -78,8 +78,9 @@ BETWEEN_HOSTS = (
     "a standby's connection ended, the round lost",
     "a standby's connection ended, the round arrived",
     "pushed as one",
+    "a shard left its host",
 )
-"""What must befall connections between hosts in these examples."""
+"""What must befall processes, and connections between hosts, in these examples."""
 SEEN: Counter[str] = Counter()
 ROUNDS_ENDED = (
     "voted",
@@ -91,7 +92,7 @@ ROUNDS_ENDED = (
     "no rank had a gradient",
 )
 """How rounds must have ended too."""
-MUST_BEFALL = BETWEEN_HOSTS + ROUNDS_ENDED
+MUST_BEFALL = BEFALLS + ROUNDS_ENDED
 EXPECTED = (StepTimeout, StaleEpoch, LatePush, SupersededWorker, WorkerLost, RanksDisagree)
 
 
@@ -417,6 +418,17 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     def kill_standby(self, index: int) -> None:
         if (standby := self.world.standbys.get(index)) is not None:
             standby.kill()
+
+    @rule(index=SHARD, standby=st.booleans(), stays=st.booleans())
+    def leave(self, index: int, standby: bool, stays: bool) -> None:
+        """Have a shard's host be left, its standby's too; sometimes it may stay after all."""
+        self.world.rested()
+        left = [self.world.shards[index % len(self.world.shards)]]
+        left += [process for process in self.world.standbys.values() if standby]
+        self.world.to_leave.update(left)
+        self.world.look()
+        if stays:
+            self.world.to_leave.difference_update(left)
 
     @rule(rank=RANK)
     def kill_worker(self, rank: int) -> None:

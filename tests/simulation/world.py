@@ -216,7 +216,13 @@ class WorldProcesses(ProcessManager):
     @override
     def fence(self, process: ShardProcess) -> None:
         if process.handle is not None and process.handle.alive:
+            if process.handle in self._world.to_leave and process.handle.host is not None:
+                self._world.note("a shard left its host")
             process.handle.kill()
+
+    @override
+    def is_to_leave(self, process: ShardProcess) -> bool:
+        return process.handle in self._world.to_leave
 
     @override
     def terminate(self, *processes: ShardProcess) -> None:
@@ -288,7 +294,8 @@ class World:
 
     With several `hosts`, ranks, `per_host` together, and processes are spread over them in turn,
     and a rank reaches the shards of other hosts by its host's connections (`Connection`), whose
-    faults have the same names, in groups. `seen` counts what befell.
+    faults have the same names, in groups. `seen` counts what befell. `to_leave` are processes whose
+    hosts are to be left.
     """
 
     def __init__(
@@ -309,6 +316,7 @@ class World:
         self.seen: Counter[str] = Counter()
         self.all_processes: list[ShardProcess] = []
         self.memories: dict[tuple[int, int], Flat] = {}
+        self.to_leave: set[Process] = set()
         self.faults: deque[str] = deque()
         self.late: list[Callable[[], None]] = []
         self._waits = 0

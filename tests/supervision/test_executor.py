@@ -282,7 +282,7 @@ def test_a_reshard_while_a_shard_is_missing_asks_to_try_again() -> None:
 def test_a_standby_whose_start_fails_by_a_bug_is_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("distnadam.supervision.executor._START_AGAIN_S", 0.0)
+    monkeypatch.setattr("distnadam.supervision.standby_starter._START_AGAIN_S", 0.0)
     scene = Scene(replicas=1)
     scene.processes.bugs = 1
     scene.world.shards[1].kill()  # its standby takes over, and needs another

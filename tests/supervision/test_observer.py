@@ -14,8 +14,9 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.messages import Describe, Pause, Resume, ShardSpec
 from distnadam.protocol.supervisor_messages import AttachStandby, Load
 from distnadam.supervision.cluster_state import ClusterState
+from distnadam.supervision.decisions import StartStandbys
 from distnadam.supervision.observer import TOKEN, Observer
-from distnadam.supervision.policy import Observation, Rules, StartStandbys, decide
+from distnadam.supervision.policy import Observation, Rules, decide
 from distnadam.supervision.restore_points import RestorePoints
 from distnadam.tensors.arrays import cut_flat
 from distnadam.tensors.layout import Layout

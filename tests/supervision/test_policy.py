@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distnadam.supervision.policy import (
+from distnadam.supervision.decisions import (
     AbandonRanks,
     Admit,
     Complete,
@@ -17,16 +17,14 @@ from distnadam.supervision.policy import (
     Fence,
     FillStandbys,
     FinishDeadWorkers,
-    Observation,
+    HandOver,
     Promote,
     ReleaseHold,
     ReportWorkersDied,
     Rewind,
-    Rules,
-    ShardObservation,
     StartStandbys,
-    decide,
 )
+from distnadam.supervision.policy import Observation, Rules, ShardObservation, decide
 
 WAITS = Rules(rejoin_timeout_s=30.0)
 GOES_ON = Rules(rejoin_timeout_s=30.0, min_workers=2)
@@ -49,7 +47,77 @@ def followed(number: int = 5) -> ShardObservation:
 
 
 HELD_BY_THE_DEAD: dict[str, Any] = {"expired_hold": "token"}
+LEAVES: dict[str, Any] = {"leaves": True}
 TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
+    (
+        "a host is to be left, without a standby",
+        Observation(shards=[alive(**LEAVES), alive()]),
+        WAITS,
+        [StartStandbys],
+    ),
+    (
+        "the standby of a shard that leaves is there, and empty",
+        Observation(shards=[alive(**LEAVES, has_standby=True), alive()]),
+        WAITS,
+        [FillStandbys],
+    ),
+    (
+        "the standby of a shard that leaves is being filled",
+        Observation(shards=[alive(**LEAVES, has_standby=True, filling=True), alive()]),
+        WAITS,
+        [],
+    ),
+    (
+        "the standby of a shard that leaves follows",
+        Observation(shards=[alive(**LEAVES, standby=5, has_standby=True), alive()]),
+        WAITS,
+        [HandOver],
+    ),
+    (
+        "it writes files",
+        Observation(shards=[alive(**LEAVES, standby=5, has_standby=True, busy=True), alive()]),
+        WAITS,
+        [],
+    ),
+    (
+        "somebody acts on all shards",
+        Observation(shards=[alive(**LEAVES, standby=5, has_standby=True), alive()], held=True),
+        WAITS,
+        [],
+    ),
+    (
+        "a rank wants to join first",
+        Observation(
+            shards=[alive(**LEAVES, standby=5, has_standby=True), alive()],
+            asking=frozenset({1}),
+            members=frozenset({0}),
+        ),
+        WAITS,
+        [Admit],
+    ),
+    (
+        "the host is not to be left any more, and no standby was asked for",
+        Observation(shards=[alive(standby=5, has_standby=True), alive()]),
+        WAITS,
+        [DropStandbys],
+    ),
+    (
+        "a standby's host is to be left",
+        Observation(shards=[alive(standby=5, has_standby=True, standby_leaves=True), followed()]),
+        REPLICATED,
+        [DropStandbys],
+    ),
+    (
+        "a shard and its standby are to leave",
+        Observation(
+            shards=[
+                alive(**LEAVES, standby=5, has_standby=True, standby_leaves=True),
+                followed(),
+            ]
+        ),
+        REPLICATED,
+        [DropStandbys],
+    ),
     ("all is well", Observation(shards=[alive(), alive()]), WAITS, []),
     ("shards within a round", Observation(shards=[alive(5), alive(6)]), WAITS, []),
     ("a standby at the same round", Observation(shards=[dead(5), alive(5)]), WAITS, [Promote]),

@@ -5,7 +5,7 @@ restarts no actor but a named optimizer's supervisor.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -137,7 +137,7 @@ def make_member(
     rank: int,
     options: Options,
     place: int,
-    unreachable: Collection[str],
+    avoid: Avoid,
 ) -> Any:
     """Return a new actor for one rank of a team.
 
@@ -146,14 +146,14 @@ def make_member(
         rank: the rank.
         options: say what it asks of Ray.
         place: among the nodes in turn, for one that asks for no resource.
-        unreachable: nodes to avoid.
+        avoid: nodes that it is not to go to.
     """
     wanted = Placement(
         index=0,
         ask={"CPU": options.worker_cpus},
         selector=options.worker_label_selector,
         first=place,
-        avoid=Avoid(unreachable=unreachable),
+        avoid=avoid,
     )
     asked = placement_options(wanted, ray.nodes())
     return (

@@ -3,10 +3,9 @@
 A process on each node listens as a shard would, tries the others as a worker would, and ends.
 """
 
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,9 +15,9 @@ from ray.exceptions import RayError
 
 from distnadam.backends.ray.actors import make_probe
 from distnadam.backends.ray.joined import while_ray_lives
-from distnadam.backends.ray.nodes import start_error
+from distnadam.backends.ray.nodes import node_named, start_error
 from distnadam.backends.ray.session import connect_or_start
-from distnadam.errors import ClusterError, ConfigError, LaneError
+from distnadam.errors import ClusterError, LaneError
 from distnadam.planning.measuring import HostSpeed, measure_host
 from distnadam.transport.far_shard import REMEDY
 from distnadam.transport.link import (
@@ -176,7 +175,7 @@ def _examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> L
     if measured is not None and not measured:
         chosen = [node for node in words if node != here]
     else:
-        chosen = [_named(host, nodes, here) for host in measured or ()]
+        chosen = [node_named(host, nodes, besides=here) for host in measured or ()]
     with _probes(words, ports) as probes:
         found, silent = _outcomes({n: p.listen.remote() for n, p in probes.items()}, _START_S)
         ends = {node: one.endpoint for node, one in found.items() if one.endpoint is not None}
@@ -237,29 +236,6 @@ def _unreachable(ways: Sequence[Way], ports: Mapping[str, int]) -> Iterator[str]
                 f"{', '.join(refused)} cannot reach {receiver} at port {port} "
                 f"({next(iter(refused.values()))}); {REMEDY}"
             )
-
-
-def _named(host: str, nodes: Sequence[Mapping[str, Any]], here: str) -> str:
-    """Return the id of the node of that address, name or beginning of an id.
-
-    Where several nodes are on one host, one that is not this process's.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    names = {host}
-    with suppress(OSError):
-        names.add(socket.gethostbyname(host))
-    keys = ("NodeManagerAddress", "NodeManagerHostname", "NodeName")
-    found = [
-        str(node["NodeID"])
-        for node in nodes
-        if names & {node.get(key) for key in keys} or str(node["NodeID"]).startswith(host)
-    ]
-    if not found:
-        known = ", ".join(sorted(node["NodeManagerAddress"] for node in nodes))
-        raise ConfigError(f"{host}: is no node of this cluster; those that are: {known}")
-    return next((node for node in found if node != here), found[0])
 
 
 @contextmanager

@@ -4,8 +4,10 @@ import logging
 import os
 import platform
 import re
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -15,7 +17,7 @@ from distnadam.backends.ray.calls import Callee, is_lost, translate
 from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
-from distnadam.errors import InsufficientResources, ShardLost, VersionMismatch
+from distnadam.errors import ConfigError, InsufficientResources, ShardLost, VersionMismatch
 from distnadam.versions import CORE_PACKAGES, installed_version
 
 log = logging.getLogger("distnadam")
@@ -117,3 +119,26 @@ def nodes_in_words(nodes: Iterable[str]) -> list[str]:
     """Return the address of each of Ray's nodes, with the beginning of Ray's id for it."""
     addresses = {entry["NodeID"]: entry["NodeManagerAddress"] for entry in ray.nodes()}
     return [f"{addresses.get(node, 'a node that is gone')} ({node[:8]})" for node in nodes]
+
+
+def node_named(host: str, nodes: Sequence[Mapping[str, Any]], *, besides: str = "") -> str:
+    """Return the id of the node of that address, name or beginning of an id.
+
+    Where several nodes are on one host, one that is not `besides`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = {host}
+    with suppress(OSError):
+        names.add(socket.gethostbyname(host))
+    keys = ("NodeManagerAddress", "NodeManagerHostname", "NodeName")
+    found = [
+        str(node["NodeID"])
+        for node in nodes
+        if names & {node.get(key) for key in keys} or str(node["NodeID"]).startswith(host)
+    ]
+    if not found:
+        known = ", ".join(sorted(node["NodeManagerAddress"] for node in nodes))
+        raise ConfigError(f"{host}: is no node of this cluster; those that are: {known}")
+    return next((node for node in found if node != besides), found[0])

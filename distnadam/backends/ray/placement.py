@@ -94,10 +94,12 @@ class Avoid:
     Args:
         unreachable: nodes to avoid whenever another node qualifies.
         apart_from: nodes to avoid whenever any other node, even an unreachable one, qualifies.
+        cordoned: nodes to avoid in any case.
     """
 
     unreachable: Collection[str] = ()
     apart_from: Collection[str] = ()
+    cordoned: Collection[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +130,16 @@ def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> 
     What asks for a resource is left to Ray, which knows what is free and lets an autoscaler know
     what is not.
     """
-    selector, apart_from = wanted.selector, sorted(wanted.avoid.apart_from)
-    avoided = sorted({*wanted.avoid.unreachable, *apart_from})
+    selector, avoid = wanted.selector, wanted.avoid
+    apart_from = sorted({*avoid.apart_from, *avoid.cordoned})
+    avoided = sorted({*avoid.unreachable, *apart_from})
     choices = [dict(selector)]
     if _NODE not in selector:
-        unlike = dict.fromkeys(f"!in({', '.join(some)})" for some in (avoided, apart_from) if some)
-        choices = [*({**selector, _NODE: each} for each in unlike), *choices]
+        # the last choice of all is the least that an actor must have
+        kept_off = (avoided, apart_from, sorted(avoid.cordoned))
+        unlike = dict.fromkeys(f"!in({', '.join(some)})" for some in kept_off if some)
+        choices = [{**selector, _NODE: each} for each in unlike]
+        choices += [] if avoid.cordoned else [dict(selector)]
         free = sorted(
             str(node["NodeID"])
             for node in _suitable(nodes, selector)
@@ -147,6 +153,23 @@ def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> 
         "fallback_strategy": [{"label_selector": choice} for choice in choices[1:]],
     }
     return options | ({"scheduling_strategy": "SPREAD"} if wanted.spread else {})
+
+
+def suitable(
+    nodes: Sequence[Mapping[str, Any]],
+    selector: Mapping[str, str],
+    ask: Mapping[str, float],
+    avoid: Avoid,
+) -> list[Mapping[str, Any]]:
+    """Return the living nodes that have the labels, and the resources if they were empty, without
+    those that are cordoned.
+    """
+    wanted = _positive(ask)
+    return [
+        node
+        for node in _suitable(nodes, selector)
+        if node["NodeID"] not in avoid.cordoned and _room(node["Resources"], wanted, 1)
+    ]
 
 
 def _positive(ask: Mapping[str, float]) -> dict[str, float]:

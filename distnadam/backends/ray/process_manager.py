@@ -16,6 +16,7 @@ from distnadam.backends.ray.calls import (
     retry_in_background,
     retry_until_answered,
 )
+from distnadam.backends.ray.cordon import Cordon
 from distnadam.backends.ray.fencing import Fencing
 from distnadam.backends.ray.placement import Avoid
 from distnadam.backends.ray.processes import kill_actor, process_start_time
@@ -61,6 +62,7 @@ class RayProcessManager(ProcessManager):
         factory: makes actors, and ends processes of other nodes.
         on_death: called with a watched process that ended.
         lease_s: seconds for which a shard's lease is valid.
+        cordon: which nodes are to be left.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class RayProcessManager(ProcessManager):
         factory: ActorFactory,
         on_death: Callable[[ShardProcess], None],
         lease_s: float,
+        cordon: Cordon,
     ) -> None:
+        self._cordon = cordon
         self._supervisor = supervisor
         self._run = run
         self._factory = factory
@@ -92,7 +96,11 @@ class RayProcessManager(ProcessManager):
             apart_from: nodes to avoid whenever any other node qualifies.
         """
         label = registry.label_of(spec, standby=standby)
-        avoid = Avoid(unreachable=self.fencing.unreachable.now, apart_from=apart_from)
+        avoid = Avoid(
+            unreachable=self.fencing.unreachable.now,
+            apart_from=apart_from,
+            cordoned=self._cordon.nodes,
+        )
         actor = self._factory.make_shard(spec, self._supervisor, label, avoid)
         self.fencing.admit(actor)
         return actor
@@ -134,6 +142,10 @@ class RayProcessManager(ProcessManager):
     @override
     def fence(self, process: ShardProcess) -> None:
         self.fencing.fence(process)
+
+    @override
+    def is_to_leave(self, process: ShardProcess) -> bool:
+        return process.handle is not None and process.address.node in self._cordon.to_leave()
 
     @override
     def is_leader(self) -> bool:

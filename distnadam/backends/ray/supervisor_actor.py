@@ -12,9 +12,11 @@ import ray
 
 from distnadam.backends.ray.address import ProcessAddress
 from distnadam.backends.ray.calls import retry_all_until_answered
+from distnadam.backends.ray.cordon import Cordon
 from distnadam.backends.ray.lease import lease_s
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.nodes import node_facts
+from distnadam.backends.ray.placement import shard_ask
 from distnadam.backends.ray.process_manager import OPEN_S, ActorFactory, RayProcessManager
 from distnadam.backends.ray.relays import RelayProcess, Relays
 from distnadam.metrics.meter import Sample, shard_bytes
@@ -56,7 +58,12 @@ class SupervisorActor:
         context = ray.get_runtime_context()
         lasts_s = lease_s(specs[0].options.shard_timeout_s)
         self._processes = RayProcessManager(
-            context.current_actor, specs[0].run_id, factory, self._died, lasts_s
+            context.current_actor,
+            specs[0].run_id,
+            factory,
+            self._died,
+            lasts_s,
+            Cordon(shard_ask(specs[0].options), specs[0].options.label_selector),
         )
         self._relays = Relays(
             partial(factory.make_relay, specs[0].name, specs[0].run_id),

@@ -15,10 +15,11 @@ from distnadam.backends.base import WorkerGroup
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import kill_on, make_member
 from distnadam.backends.ray.calls import Callee, ignore_results, translate
+from distnadam.backends.ray.cordon import Cordon
 from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
 from distnadam.backends.ray.nodes import nodes_in_words
 from distnadam.backends.ray.output import where_reports_are
-from distnadam.backends.ray.placement import RecentlyUnreachable
+from distnadam.backends.ray.placement import Avoid, RecentlyUnreachable
 from distnadam.backends.ray.processes import kill_actor
 from distnadam.config import Options
 from distnadam.errors import ClusterError, VersionMismatch, WorkerLost
@@ -48,6 +49,7 @@ class RayWorkerGroup(WorkerGroup):
         self._together = together
         self._first_node = secrets.randbelow(2**16)  # groups begin on different nodes
         self._unreachable = RecentlyUnreachable()
+        self._cordon = Cordon({"CPU": options.worker_cpus}, options.worker_label_selector)
         self._actors: dict[int, Any] = {}
         self._places: dict[Any, Any] = {}
         self._starting: dict[int, float] = {}  # when each was asked for
@@ -93,6 +95,12 @@ class RayWorkerGroup(WorkerGroup):
 
     @override
     @while_ray_lives()
+    def to_leave(self) -> frozenset[int]:
+        left = self._cordon.to_leave()
+        return frozenset(rank for rank in self._actors if left and self._node_of(rank) in left)
+
+    @override
+    @while_ray_lives()
     def end(self, rank: int) -> None:
         self._hosts.pop(rank, None)
         self._end([self._actors[rank]])
@@ -113,7 +121,19 @@ class RayWorkerGroup(WorkerGroup):
 
     def _make_member(self, rank: int) -> Any:
         place = self._first_node + rank // self._together
-        return make_member(self._make, rank, self._options, place, self._unreachable.now)
+        avoid = Avoid(unreachable=self._unreachable.now, cordoned=self._cordon.nodes)
+        return make_member(self._make, rank, self._options, place, avoid)
+
+    def _node_of(self, rank: int) -> str | None:
+        """Return a member's node; None as long as it starts."""
+        place = self._places[self._actors[rank]]
+        if not ray.wait([place], timeout=0)[0]:
+            return None
+        try:
+            node: str = ray.get(place).node
+        except RayError:  # it died
+            return None
+        return node
 
     def _report_waiting(self) -> None:
         """Log once which workers have long had no process, and what they ask for."""
