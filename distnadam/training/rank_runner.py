@@ -91,7 +91,7 @@ class RankRunner:
         optimizer: DistNadam,
         retries: RetryBudget,
         on_recovery: Callable[[str, str], None],
-        stateful: bool,
+        stateful: bool = False,
     ) -> None:
         self._stateful = stateful
         self._group = group

@@ -173,12 +173,7 @@ class TrainingRun:
             self.history.evaluations.append((step, metrics))
             return
         with DistNadam.restore(
-            directory,
-            num_shards=1,
-            num_workers=1,
-            replicas=0,
-            backend="local",
-            options=Options(),
+            directory, num_shards=1, num_workers=1, replicas=0, backend="local", options=Options()
         ) as optimizer:
             self.callbacks.on_evaluate(step, self._metrics(optimizer, step))
 
