@@ -127,8 +127,14 @@ def many_tensors() -> list[dict[str, Any]]:
     return rows
 
 
+LACKING = "half absent"
+"""The clocks of tensors of which half have no gradient."""
+
+
 def settings() -> list[dict[str, Any]]:
-    """Return the step with weight decay, other formulas and groups beside the step without."""
+    """Return the step with weight decay, other formulas, groups and clocks beside the step without;
+    once half of the elements have no gradient.
+    """
     bias, rest = Group("*/bias", weight_decay=0.0), Group("*/kernel", lr_scale=0.5)
     kinds: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -136,6 +142,9 @@ def settings() -> list[dict[str, Any]]:
         "L2": {"weight_decay": 0.01, "decoupled_weight_decay": False},
         "Adam": {"formula": "adam"},
         "two groups": {"weight_decay": 0.01, "groups": [bias, rest]},
+        "betas of a group": {"groups": [Group("*/bias", beta_1=0.8, beta_2=0.99)]},
+        "clocks of tensors": {"clocks": "tensor"},
+        LACKING: {"clocks": "tensor"},
     }
     rows = []
     for number, size, count in ((2, 5 * 10**6, 30), (200, 50, 1000)):
@@ -148,8 +157,13 @@ def settings() -> list[dict[str, Any]]:
             kind: DistNadam(backend="local", options=Options(threads=1), **given).build(tree)
             for kind, given in kinds.items()
         }
+        few = {name: {**each, "bias": None} for name, each in tree.items()}
         found = timed(
-            {kind: partial(each.apply_gradients, tree) for kind, each in made.items()}, count
+            {
+                kind: partial(each.apply_gradients, few if kind == LACKING else tree)
+                for kind, each in made.items()
+            },
+            count,
         )
         for each in made.values():
             each.close()

@@ -42,7 +42,7 @@ class RoundSettings:
             raise TypeError(f"statement is {self.statement!r:.50}")
         if self.overrides != b"":
             check_overrides(self.overrides)
-        if not all(type(index) is int and index >= 0 for index in self.absent):
+        if self.absent and (set(map(type, self.absent)) != {int} or min(self.absent) < 0):
             raise TypeError(f"absent is {self.absent!r:.50}")
 
     @property

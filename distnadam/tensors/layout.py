@@ -190,22 +190,30 @@ class Layout:
         the layout's own if not given, that are None; and which of these are not frozen.
         """
         picked = self.plain_spec.pick(tree)
+        may_lack = self.optional if optional is None else optional
+        absent: frozenset[int] = frozenset()
+        if picked is not None and may_lack:
+            absent = may_lack.intersection([i for i, leaf in enumerate(picked) if leaf is None])
+            if absent:
+                picked = [self._zeros[i] if i in absent else leaf for i, leaf in enumerate(picked)]
         if (
             picked is not None
             and set(map(type, picked)) == {np.ndarray}
             and [leaf.shape for leaf in picked] == self._shapes
             and NAME_OF.keys() >= {leaf.dtype for leaf in picked}
         ):
-            return list(picked), frozenset()  # nearly every tree
+            return list(picked), absent - self.frozen  # nearly every tree
         leaves = self.leaves_as_given(tree, what=what)
-        may_lack = self.optional if optional is None else optional
         absent = frozenset(index for index in may_lack if leaves[index] is None)
-        for index, tensor in enumerate(self.tensors):
-            if index in absent:
-                leaves[index] = np.broadcast_to(np.zeros((), tensor.space), tensor.shape)
-            else:
-                leaves[index] = self.checked(index, leaves[index], what=what)
-        return leaves, absent - self.frozen
+        return [
+            self._zeros[index] if index in absent else self.checked(index, leaf, what=what)
+            for index, leaf in enumerate(leaves)
+        ], absent - self.frozen
+
+    @cached_property
+    def _zeros(self) -> list[Array]:
+        """What stands for gradients that are absent, of no memory of its own."""
+        return [np.broadcast_to(np.zeros((), t.space), t.shape) for t in self.tensors]
 
     def leaves_as_given(self, tree: Any, *, what: str) -> list[Any]:
         """Return the tree's leaves in the layout's order, whatever they are.
