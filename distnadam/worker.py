@@ -3,6 +3,7 @@
 It checks and copies trees, and counts what it moves. No maths, no Ray.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from distnadam.client.worker_session import WorkerSession
 from distnadam.errors import DistNadamError, LifecycleError, NotOpen, StaleEpoch
 from distnadam.nadam.step_overrides import Betas, Rates
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import Array, Flat
 
 
 class Worker(FixedAttributes, set_once={"rank", "session"}):
@@ -216,10 +217,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             given = found_inf or lr is not None or betas is not None
             settings = self._settings(found_inf, lr, betas) if given else ORDINARY
             if self._meter is None and session.in_sync and not session.ahead.written:
-                settings, rejection = self._ready(gradients, settings)
-                place = session.epoch, session.round + 1
-                push = InFlightPush(*place, self._buffer.parts, rejection, True, settings)
-                step_at_once(session, push)
+                settings, rejection = self._ready(gradients, settings, session.channel.written_here)
+                push = step_at_once(session, self._buffer, rejection, settings)
             else:
                 push = self._push(gradients, settings, want_parameters=True)
             if push.ended is None:
@@ -311,7 +310,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         do not change until the next round but one is applied, so a round's own gradient can still
         be computed from them after it was pushed.
         """
-        if not (self.session.in_sync and self.session.is_readable) or self._lacks_parameters:
+        session, is_known = self.session, self.session.in_sync and self.session.is_readable
+        if not (is_known and (session.channel.parameters is not None or self._view.has_own)):
             return self.pull()
         self._require_open()
         return self._view.tree(self.session.channel.parameters, self.session.buffer)
@@ -343,9 +343,11 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             self._meter.pushed(perf_counter() - began, self.session.channel, self._buffer)
         return push
 
-    def _ready(self, gradients: Any, settings: RoundSettings) -> tuple[RoundSettings, str | None]:
-        """Have the round's gradients in the buffer, once no push is in flight; return what is said
-        with them, and why they cannot be used, or None.
+    def _ready(
+        self, gradients: Any, settings: RoundSettings, written: Sequence[Array] | None = None
+    ) -> tuple[RoundSettings, str | None]:
+        """Have the round's gradients in the buffer, or borrow them if what a step has `written` is
+        known, once no push is in flight; return what is said with them, and why not to use them.
         """
         if self._closed or self.session.in_flight is not None:
             self._settle()
@@ -354,7 +356,7 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         if settings.found_inf:
             return settings, buffer.overflowed()
         if gradients is not None:
-            rejection = buffer.fill(gradients)
+            rejection = buffer.borrow(gradients, written) if written else buffer.fill(gradients)
         else:
             if buffer.micro_steps:
                 self.session.sync()
@@ -389,11 +391,6 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def _receive(self, shard: int, parameters: Flat) -> None:
         """Copy the parameters that one shard's answer brought."""
         self._view.fill(self._shards.ranges[shard], parameters)
-
-    @property
-    def _lacks_parameters(self) -> bool:
-        """Whether answers must bring the parameters, and none has yet."""
-        return self.session.channel.parameters is None and not self._view.has_own
 
     def _require_open(self) -> None:
         if self._closed:

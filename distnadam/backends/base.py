@@ -75,12 +75,14 @@ class WorkerChannel(ABC):
     `parameters` are both buffers of the whole model's parameters if the worker shares them with
     every shard; if None, answers carry the parameters. `relayed` are the shards whose parameters
     are in that memory only once an answer has come by this channel. `routes` is a new object
-    whenever a shard is reached in another way; None if bytes never move.
+    whenever a shard is reached in another way; None if bytes never move. `written_here` is as of
+    `ShardTransport`: if not None, `step_at_once` takes gradients from anywhere, apart from that.
     """
 
     parameters: tuple[Flat, Flat] | None = None
     relayed: frozenset[int] = frozenset()
     routes: Routes | None = None
+    written_here: Sequence[Array] | None = None
 
     @property
     @abstractmethod

@@ -92,6 +92,7 @@ class LocalWorkerChannel(WorkerChannel):
         self._shards = shards
         self._gradients = empty_flat(layout.sizes)
         self.parameters = shards.memory.read
+        self.written_here = [x for flat in self.parameters or () for x in flat.values()]
 
     @property
     @override

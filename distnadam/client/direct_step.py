@@ -139,7 +139,10 @@ class DirectSteps:
     def __init__(self, shards: Stepped) -> None:
         self._shards = shards
         self._buffer: GradientBuffer | None = None
-        self._is_small = shards.layout.num_elements < _SMALL
+        # to be sent again, where the shard refuses a step that does not hold it
+        self._is_cheap = (
+            shards.layout.num_elements < _SMALL or shards.backend.transport.written_here is not None
+        )
         self._num_trained = len(shards.layout.tensors) - len(shards.layout.frozen)
         self.after_fork()
         renew_after_fork(self)
@@ -153,8 +156,8 @@ class DirectSteps:
     def apply(self, step: DirectStep, gradients: Any) -> RoundResult:
         """Have all shards take a step from a gradient tree; the same one again completes it.
 
-        An only shard with a small model that stands where the last step has left it, and does not
-        clip by norm, is not held for it.
+        An only shard, of a small model or of this process, that stands where the last step has left
+        it, and does not clip by norm, is not held for it.
 
         Raises:
             PushesPending: workers' pushes wait.
@@ -164,7 +167,11 @@ class DirectSteps:
         if not await_unlocked(self._lock.locked, timeout_s):
             raise StepTimeout(f"{DIRECT_CALL}: another step was not done in {timeout_s:g} s")
         with self._lock:
-            return self._follow(step, gradients) or self._hold(step, gradients)
+            try:
+                return self._follow(step, gradients) or self._hold(step, gradients)
+            finally:
+                if self._buffer is not None:
+                    self._buffer.release()
 
     def _hold(self, step: DirectStep, gradients: Any) -> RoundResult:
         with self._shards.boundary(step) as at:
@@ -182,7 +189,7 @@ class DirectSteps:
     def _follow(self, step: DirectStep, gradients: Any) -> RoundResult | None:
         """Step an only shard without a hold; None if it is not to be stepped so, or refuses."""
         last = self._last
-        if last is None or not self._is_small or len(self._shards.ranges) > 1:
+        if last is None or not self._is_cheap or len(self._shards.ranges) > 1:
             return None
         self._last = None
         is_new = step.round == 0
@@ -190,9 +197,12 @@ class DirectSteps:
             step.round = last.round + 1
         rejection, parts = self._take(step, gradients)
         step.incarnation = step.incarnation or next(self._numbers)
-        message = step.message(None, parts[0], rejection, epoch=last.epoch)
         try:
-            return self._apply(step, None, {0: message})
+            with self._shards.backend.transport.unseen() as in_place:
+                message = step.message(
+                    None, parts[0], rejection, in_place=in_place, epoch=last.epoch
+                )
+                return self._apply(step, None, {0: message})
         except (IllegalMessage, RoundMismatch):  # somebody else acts too
             if is_new:  # no shard has taken it, so it may be of any round
                 step.round = 0
@@ -257,10 +267,10 @@ class DirectSteps:
             )
         if step.settings.found_inf:
             return self._buffer.overflowed(), self._buffer.parts(shards.ranges)
-        if (written := shards.backend.transport.written_here) is not None:
-            taken = self._buffer.lend(gradients, shards.ranges, written)
+        if (written := shards.backend.transport.written_here) is None:
+            rejection = self._buffer.fill(gradients)
         else:
-            taken = self._buffer.fill(gradients), self._buffer.parts(shards.ranges)
+            rejection = self._buffer.borrow(gradients, written)
         if self._buffer.absent:
             step.settings = replace(step.settings, absent=self._buffer.absent)
-        return taken
+        return rejection, self._buffer.parts(shards.ranges)

@@ -33,6 +33,7 @@ class GradientBuffer:
         check: whether gradients are checked to be finite.
 
     Attributes:
+        is_lent: whether it has borrowed gradients.
         micro_steps: of how many micro-batches the memory holds the sum.
         absent: the tensors that have no gradient, and zeros in the memory; frozen ones apart.
     """
@@ -51,6 +52,9 @@ class GradientBuffer:
         self._dtypes: list[np.dtype[Any] | None] = []
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._written: set[int] = set()
+        self._lent: dict[int, Array] = {}  # by tensor, while they are borrowed
+        self._pieces: dict[str, Pieces] = {}
+        self.is_lent = False
         self.micro_steps = 0
         self.absent: frozenset[int] = frozenset()
         self._view_dtypes: dict[str, str] | None = None
@@ -80,6 +84,8 @@ class GradientBuffer:
         """
         if self.micro_steps:
             raise self._mixed("a whole gradient was given")
+        if self.is_lent:
+            self.release()
         leaves, self.absent = self._layout.gradients(gradients, what=self._what)
         dtypes: list[np.dtype[Any] | None] = [leaf.dtype for leaf in leaves]
         for index in self.absent:
@@ -105,39 +111,37 @@ class GradientBuffer:
                     self._check_finite(run.space, values, run.begin)
         return self._rejection
 
-    def lend(
-        self, gradients: Any, ranges: list[Ranges], apart_from: Sequence[Array]
-    ) -> tuple[str | None, list[Flat]]:
-        """Check a tree of gradients; return why they cannot be used, or None, and each shard's.
+    def borrow(self, gradients: Any, apart_from: Sequence[Array]) -> str | None:
+        """Check a tree of gradients; return why they cannot be used, or None.
 
-        Large tensors that are contiguous and of their space's dtype are read where they lie if they
-        are most of the model, so they must stay as they are until the round is decided; all others
-        are copied.
+        Large tensors that are contiguous and of their space's dtype stay where they lie, if they
+        are most of the model; all others are copied. So they must stay as they are until `keep`
+        copies them, or `release` says that no shard reads them any more.
 
         Args:
             gradients: as `fill` takes them.
-            ranges: what each shard holds.
             apart_from: memory that a step writes; what may overlap it is copied.
 
         Raises:
-            StructureError: a tensor's path, shape or dtype is not the model's.
+            StructureError, LifecycleError: as `fill`.
         """
-        if not self._large:
-            return self.fill(gradients), self.parts(ranges)
+        if not self._large or self.has_views or self.micro_steps:
+            return self.fill(gradients)
         leaves, absent = self._layout.gradients(gradients, what=self._what)
         lent = {
             index: leaf.reshape(-1)
             for index, tensor in self._large
-            if (leaf := leaves[index]).dtype == dtype_of(tensor.space)
+            if (leaf := leaves[index]).dtype == tensor.space
             and leaf.flags.c_contiguous
             and leaf.flags.aligned
             and not any(np.may_share_memory(leaf, memory) for memory in apart_from)
         }
         if 2 * sum(map(np.size, lent.values())) < self._trained:
             given = [None if i in absent else leaf for i, leaf in enumerate(leaves)]
-            return self.fill(self._layout.unflatten(given)), self.parts(ranges)
+            return self.fill(self._layout.unflatten(given))
         self._select({})
         self.absent = absent
+        self._written.clear()
         self._rejection = None
         wholes: dict[str, list[Array]] = {space: [] for space in self.flat}
         copied = dict.fromkeys(self.flat, 0)  # where the elements begin that are copied together
@@ -156,12 +160,19 @@ class GradientBuffer:
             for space, arrays in wholes.items():
                 arrays.append(self.flat[space][copied[space] :])
                 self._check_written(space, copied[space], self._layout.sizes[space])
-        pieces = {space: Pieces(arrays) for space, arrays in wholes.items()}
-        return self._rejection, [
-            # read by slices alone, as an array is
-            {s: cast(Array, pieces[s].cut(begin, end)) for s, (begin, end) in each.items()}
-            for each in ranges
-        ]
+        self._lent, self.is_lent = lent, True
+        self._pieces = {space: Pieces(arrays) for space, arrays in wholes.items()}
+        return self._rejection
+
+    def keep(self) -> None:
+        """Copy what was borrowed, which its owner may change from now on."""
+        for index, leaf in self._lent.items():
+            np.copyto(self._views[index].reshape(-1), leaf)
+        self.release()
+
+    def release(self) -> None:
+        """Forget what was borrowed."""
+        self._lent, self._pieces, self.is_lent = {}, {}, False
 
     def accumulate(self, gradients: Any) -> None:
         """Add a micro-batch's gradients, as `fill` takes them; `finish` divides the sum.
@@ -293,7 +304,15 @@ class GradientBuffer:
         )
 
     def parts(self, ranges: list[Ranges]) -> list[Flat]:
-        """Return views of each shard's ranges, in the dtypes that the gradients now lie in."""
+        """Return each shard's ranges, in the dtypes that the gradients now lie in: views, or what
+        is read by slices alone, as an array is.
+        """
+        if self.is_lent:
+            cut = {space: pieces.cut for space, pieces in self._pieces.items()}
+            return [
+                {s: cast(Array, cut[s](begin, end)) for s, (begin, end) in each.items()}
+                for each in ranges
+            ]
         if self._parts is None or self._parts[0] is not self.flat or self._parts[1] is not ranges:
             self._parts = (self.flat, ranges, [cut_flat(self.flat, each) for each in ranges])
         return self._parts[2]

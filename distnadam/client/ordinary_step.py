@@ -3,28 +3,41 @@ is sent and waited for.
 """
 
 from distnadam.backends.base import Refused
+from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.worker_session import WorkerSession
-from distnadam.protocol.round_settings import ORDINARY
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 
 
-def step_at_once(session: WorkerSession, push: InFlightPush) -> None:
-    """Send a push, and see its round through, if that is ordinary and lacks it alone; else leave it
-    to be waited for, which sends it, perhaps again: it counts once.
+def step_at_once(
+    session: WorkerSession,
+    buffer: GradientBuffer,
+    rejection: str | None,
+    settings: RoundSettings,
+) -> InFlightPush:
+    """Push what a buffer has for the next round, and return the push: it has ended if the round is
+    ordinary and lacked it alone; else it is to be waited for, which sends it, perhaps again, and it
+    counts once.
+
+    What the buffer has borrowed is copied if the push goes on, since its owner may change it then.
     """
+    place = session.epoch, session.round + 1
+    push = InFlightPush(*place, buffer.parts, rejection, True, settings)
     session.in_flight = push  # before it is sent: what is raised may leave it half sent
-    if push.rejection is not None or push.settings is not ORDINARY:
-        return
-    channel, number = session.channel, push.round
     try:
-        ended = channel.step_at_once(
-            push.epoch, session.rank, session.incarnation, number, push.parts(session.ranges)
+        if push.rejection is not None or push.settings is not ORDINARY:
+            return push
+        ended = session.channel.step_at_once(
+            push.epoch, session.rank, session.incarnation, push.round, push.parts(session.ranges)
         )
+        if ended is not None and ended.rewound == session.rewinds.known:
+            session.stand(ended)
+            session.is_readable = True
+            session.in_flight = None
+            push.ended = ended
     except Exception as error:
         push.pending = Refused(error)
-        return
-    if ended is not None and ended.rewound == session.rewinds.known:
-        session.stand(ended)
-        session.is_readable = True
-        session.in_flight = None
-        push.ended = ended
+    finally:
+        if buffer.is_lent:
+            (buffer.keep if push.ended is None else buffer.release)()
+    return push

@@ -44,7 +44,7 @@ from distnadam.runtime.replicator import ConnectStandby, Replicator
 from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
 from distnadam.shard import ordinary
-from distnadam.shard.effects import Answer, Effect, Notice, Replicate, Work
+from distnadam.shard.effects import Answer, Notice, Replicate, Work
 from distnadam.shard.machine import Shard
 from distnadam.shard.ordinary_push import enter_push
 from distnadam.shard.phases import AT_REST
