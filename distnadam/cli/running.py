@@ -17,6 +17,8 @@ from distnadam.client.status import RunningOptimizer, Status
 from distnadam.errors import ConfigError
 from distnadam.optimizer import DistNadam
 from distnadam.places import shown
+from distnadam.training import panel
+from distnadam.training.run_seen import RunSeen
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _RATE_S = 1.0
@@ -37,7 +39,7 @@ def on_running(command: _F) -> _F:
 
 @main.command()
 @on_running
-@click.option("--watch", is_flag=True, help="Repeat until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Show the panel of `train`, until Ctrl-C.")
 @click.option(
     "--every",
     default=2.0,
@@ -64,8 +66,9 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
             plain_console().print(render(next(reports)))
         else:
             with Live(console=plain_console(soft_wrap=False), auto_refresh=False) as live:
+                seen = RunSeen(name)
                 for report in reports:
-                    live.update(render(report), refresh=True)
+                    live.update(panel.render(seen.view(report)), refresh=True)
 
 
 @main.command()

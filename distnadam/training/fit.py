@@ -21,7 +21,7 @@ from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile
-from distnadam.training.progress import ProgressDisplay, console
+from distnadam.training.progress import Verbose, check_verbose, display_of
 from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
 from distnadam.training.run_directory import claim_run_directory, directory_beside
@@ -52,7 +52,7 @@ def fit(
     accumulate: int = 1,
     callbacks: Sequence[Callback] = (),
     stop_grace_s: float = GRACE_S,
-    verbose: bool | Literal["auto"] = "auto",
+    verbose: Verbose = "auto",
 ) -> History:
     """Train a task with data-parallel workers, and return the record of the run.
 
@@ -91,7 +91,8 @@ def fit(
         callbacks: receive the events of the run. One that raises ends it, as Ctrl-C does.
         stop_grace_s: seconds that a SIGTERM leaves for the running steps and a checkpoint; then the
             process ends anyway.
-        verbose: whether to show progress on standard error; "auto" means True.
+        verbose: 0 shows nothing; 1 shows on standard error a live panel, or, where that is no
+            terminal, a line every few seconds; 2 a line for each evaluation. "auto" means 1.
 
     Returns:
         Losses, metrics, checkpoints and recoveries of this call.
@@ -162,6 +163,7 @@ def fit(
                 f"callbacks must be Callbacks (of distnadam.training.callbacks), got {callback!r}"
             )
     seed = check_count("seed", seed, least=0)
+    check_verbose(verbose)
     label = task_name(task)
     _check_micro_batches(task, label, plan.accumulate)
     if checkpoint_dir is None and resume == "must":
@@ -179,8 +181,6 @@ def fit(
     else:
         root, where = directory_beside(checkpoints, label, resumes=resume != "never")
     history = History(root, root / "metrics.csv")
-    screen = console(verbose)
-    display = [ProgressDisplay(screen, history)] if screen is not None else []
     record = RunRecord(
         root / NAME,
         history,
@@ -188,7 +188,13 @@ def fit(
         f"{type(task).__module__}:{type(task).__qualname__}",
     )
     listeners = CallbackList(
-        [MetricsFile(history.metrics_path), Recorder(history), record, *display, *callbacks],
+        [
+            MetricsFile(history.metrics_path),
+            Recorder(history),
+            record,
+            *display_of(verbose, history),
+            *callbacks,
+        ],
         RunHandle(
             directory=root,
             task=label,

@@ -1,128 +1,158 @@
-"""The progress of a run on the terminal, or as lines in a log."""
+"""The progress of a run: a live panel on a terminal, or lines in a log."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.status import Status
+from rich.live import Live
 from typing_extensions import override
 
+from distnadam.client.status import Status
+from distnadam.errors import ConfigError
 from distnadam.training.callbacks import Callback
 from distnadam.training.history import History
+from distnadam.training.panel import RunView, duration, render, step_line
+from distnadam.training.steps import StepRecord
 
+Verbose = bool | int | Literal["auto"]
 _PLAIN_EVERY_S = 5.0
 """Seconds between two plain lines of progress."""
+_REFRESH_PER_S = 1
+"""How often the panel is drawn, which takes some milliseconds."""
 
 
 class ProgressDisplay(Callback):
-    """Shows loss, steps per second and time left: as a bar on a terminal, else as plain lines.
+    """Shows a run: a live panel on a terminal, else a line every few seconds.
 
     Args:
         console: where to print.
         history: the run's record, which is brought up to date before.
+        is_brief: whether to print a line for each evaluation, and nothing else.
     """
 
-    def __init__(self, console: Console, history: History) -> None:
+    def __init__(self, console: Console, history: History, *, is_brief: bool = False) -> None:
         self._console = console
         self._history = history
-        self._spinner: Status | None = None
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._is_brief = is_brief
+        self._is_live = console.is_terminal and not is_brief
+        self._view = RunView(history.checkpoint_dir.name)
+        self._live: Live | None = None
         self._printed = time.monotonic()
-        self._steps = 0
 
     @override
     def on_phase(self, text: str) -> None:
-        if not self._console.is_terminal:
-            self._print(text)
-        elif self._bar is not None:
-            self._bar.update(self._task, description=text)
+        self._view.phase, self._view.since = text, time.monotonic()
+        if self._is_live:
+            self._show()
         else:
-            self._stop()
-            self._spinner = self._console.status(text)
-            self._spinner.start()
+            self._print(text)
 
     @override
     def on_begin(self, step: int, steps: int) -> None:
-        self._stop()
-        self._steps = steps
+        self._view.step, self._view.steps, self._view.phase = step, steps, None
         self._printed = time.monotonic()
-        if self._console.is_terminal and step < steps:
-            columns = [
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("{task.fields[rate]} steps/s"),
-            ]
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                *columns,
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(
-                "training", total=steps, completed=step, loss="-", rate="-"
-            )
-            self._bar.start()
+        if self._is_live and step < steps:
+            self._show()
+
+    @override
+    def on_record(self, record: StepRecord) -> None:
+        self._view.phase = None
+        self._view.take(record)
 
     @override
     def on_step(self, step: int, loss: float) -> None:
-        now, rate = time.monotonic(), self._history.steps_per_s
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                description="training",
-                completed=step,
-                loss=f"{loss:.4f}",
-                rate=f"{rate:.1f}",
-            )
-        elif now - self._printed >= _PLAIN_EVERY_S or step == self._steps:
+        now, rate, steps = time.monotonic(), self._history.steps_per_s, self._view.steps
+        self._view.steps_per_s = rate
+        if self._live is not None or self._is_brief:
+            return
+        if now - self._printed >= _PLAIN_EVERY_S or step == steps:
             self._printed = now
-            left = f"  {(self._steps - step) / rate:.0f} s left" if rate > 0 else ""
-            self._print(f"step {step}/{self._steps}  loss {loss:.4f}  {rate:.1f} steps/s{left}")
+            words = [f"loss {loss:.4f}", f"{rate:.1f} steps/s"]
+            if rate > 0 and steps:
+                words.append(f"{duration((steps - step) / rate)} left")
+            self._print(step_line(step, steps, words))
 
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
-        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self._print(f"step {step}: {text}", highlight=False, markup=False)
+        self._view.metrics, self._view.evaluated = dict(metrics), step
+        words = [f"{name} {value:.4f}" for name, value in metrics.items()]
+        if self._is_brief:
+            loss, rate = self._view.loss, self._history.steps_per_s
+            words = [f"loss {loss:.4f}", *words, f"{rate:.1f} steps/s"]
+            self._print(step_line(step, self._view.steps, words))
+        else:
+            self._print(f"step {step}: {'  '.join(words)}")
+
+    @override
+    def on_recovery(self, step: int, who: str, text: str) -> None:
+        self._view.recoveries += 1
+        self._view.last_recovery = f"{who}, step {step}"
+
+    @override
+    def on_status(self, status: Status, workers: Mapping[int, str]) -> None:
+        self._view.status, self._view.workers = status, workers
+
+    @override
+    def on_save(self, step: int, path: Path | str) -> None:
+        self._view.saved = (step, time.monotonic())
 
     @override
     def on_message(self, text: str) -> None:
-        self._print(text, highlight=False, markup=False, soft_wrap=True)
+        self._print(text, soft_wrap=True)
 
     @override
     def on_end(self) -> None:
-        self._stop()
+        live, self._live = self._live, None
+        self._view.phase = None
+        if live is not None:
+            with contextlib.suppress(OSError, ValueError):
+                live.stop()
 
-    def _stop(self) -> None:
-        """End what moves on the terminal."""
-        with contextlib.suppress(OSError):
-            if self._spinner is not None:
-                self._spinner.stop()
-            if self._bar is not None:
-                self._bar.stop()
-        self._spinner = self._bar = None
+    def _show(self) -> None:
+        if self._live is None:
+            with contextlib.suppress(OSError, ValueError):
+                self._live = Live(
+                    get_renderable=lambda: render(self._view),
+                    console=self._console,
+                    refresh_per_second=_REFRESH_PER_S,
+                )
+                self._live.start(refresh=True)
 
     def _print(self, text: str, **how: Any) -> None:
-        """Print a line; a log that cannot be written ends no run."""
+        """Print a line, above the panel; a log that cannot be written ends no run."""
         with contextlib.suppress(OSError, ValueError):
-            self._console.print(text, **how)
+            self._console.print(text, highlight=False, markup=False, **how)
 
 
-def console(verbose: bool | str) -> Console | None:
-    """Return a console on standard error, or None if `verbose` is False."""
-    if verbose is False or sys.stderr is None:
+def display_of(verbose: Verbose, history: History) -> list[Callback]:
+    """Return what shows a run on standard error, if anything.
+
+    Args:
+        verbose: 0 or False shows nothing, 1, True or "auto" a panel on a terminal and lines
+            elsewhere, 2 a line for each evaluation.
+        history: the run's.
+
+    Raises:
+        ConfigError: `verbose` is something else.
+    """
+    check_verbose(verbose)
+    screen = console(verbose)
+    return [] if screen is None else [ProgressDisplay(screen, history, is_brief=verbose == 2)]
+
+
+def check_verbose(verbose: Any) -> None:
+    """Raise ConfigError unless it is one of Keras's values, or "auto"."""
+    if verbose not in (0, 1, 2, "auto"):
+        raise ConfigError(f'verbose must be 0, 1, 2 or "auto", got {verbose!r}')
+
+
+def console(verbose: Verbose) -> Console | None:
+    """Return a console on standard error, or None if nothing is to be shown."""
+    if verbose == 0 or sys.stderr is None:
         return None
     # no markup, so that paths and names with brackets and colons are shown as they are
     return Console(file=sys.stderr, markup=False, emoji=False)

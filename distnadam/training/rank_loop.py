@@ -45,6 +45,7 @@ class RankLoop:
         self._state_round = first
         self._accumulate = accumulate
         self._seen: dict[int, RankStep] = {}
+        self._samples = 0  # in a step's batches, as the first one shows
 
     def run(self, end: int) -> dict[int, RankStep]:
         """Train from the shards' present round to round `end` and return what each step was.
@@ -74,7 +75,7 @@ class RankLoop:
                 ended, session = perf_counter(), self._worker.session
                 pushed = min(max(computed, session.pushed_at), ended)
                 times = computed - began, pushed - computed, ended - pushed
-                self._seen[step] = RankStep(loss, session.lr, *times)
+                self._seen[step] = RankStep(loss, session.lr, *times, self._samples)
             except (StaleEpoch, LatePush):
                 params = self._pull()
         seen, self._seen = self._seen, {}
@@ -111,6 +112,8 @@ class RankLoop:
         with task_errors(location):
             batch = batch_of(step, self._worker.rank, self._world_size, **which)
             self._state_round = step + 1  # from here on, whatever becomes of the step
+            if not self._samples:
+                self._samples = samples_in(batch) * self._accumulate
             loss, gradients = self._task.loss_and_gradients(params, batch)
             return float(loss), gradients
 
@@ -140,6 +143,18 @@ def make_rank_loop(
 ) -> RankLoop:
     """Return the loop of a rank, in its process; `code` was unpickled before the task."""
     return RankLoop(task, optimizer.worker(rank), world_size, first, accumulate)
+
+
+def samples_in(batch: Any) -> int:
+    """Return the length of the first array of a batch: its samples, where that is its form; else 0.
+
+    >>> samples_in({"images": np.zeros((32, 8)), "labels": np.zeros(32)}), samples_in(7)
+    (32, 0)
+    """
+    while isinstance(batch, (dict, list, tuple)) and batch:
+        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    shape = getattr(batch, "shape", None)
+    return int(shape[0]) if isinstance(shape, tuple) and shape else 0
 
 
 @contextmanager

@@ -16,6 +16,7 @@ class RankStep(NamedTuple):
         compute_s: seconds of its batch, loss and gradients.
         push_s: seconds in which the gradients were written where the shards read them.
         flight_s: seconds from there until the new parameters could be read.
+        samples: in its batch, as far as that shows it; 0 if not known.
     """
 
     loss: float
@@ -23,6 +24,7 @@ class RankStep(NamedTuple):
     compute_s: float = math.nan
     push_s: float = math.nan
     flight_s: float = math.nan
+    samples: int = 0
 
 
 class Phases(NamedTuple):
@@ -66,6 +68,7 @@ class StepRecord(NamedTuple):
         ranks: the ranks whose loss is known: all, unless the process of one died before it could
             report what it had pushed, or the run goes on without one.
         phases: where its time went.
+        samples: in the batches of all ranks, as far as it is known.
     """
 
     step: int
@@ -73,6 +76,7 @@ class StepRecord(NamedTuple):
     lr: float
     ranks: tuple[int, ...]
     phases: Phases = UNKNOWN
+    samples: int = 0
 
     @classmethod
     def of(cls, step: int, seen: Mapping[int, RankStep], apply_s: float = 0.0) -> "StepRecord":
@@ -84,11 +88,12 @@ class StepRecord(NamedTuple):
             apply_s: seconds of the shards' step.
         """
         ranks = tuple(sorted(seen))
-        count, lr, shortest = 0, math.nan, math.inf
+        count, samples, lr, shortest = 0, 0, math.nan, math.inf
         loss = compute = push = flight = 0.0
         for rank in ranks:  # in one pass: this is done for every step of a run
-            its_loss, its_lr, its_compute, its_push, its_flight = seen[rank]
+            its_loss, its_lr, its_compute, its_push, its_flight, its_samples = seen[rank]
             loss += its_loss
+            samples += its_samples
             if its_lr is not None:
                 if not count:
                     lr = its_lr
@@ -102,7 +107,7 @@ class StepRecord(NamedTuple):
         apply_s = min(apply_s, shortest)
         wait = flight / count - shortest
         phases = Phases(compute / count, push / count, wait, apply_s, shortest - apply_s)
-        return cls(step, loss / len(ranks), lr, ranks, phases)
+        return cls(step, loss / len(ranks), lr, ranks, phases, samples)
 
 
 def in_words(numbers: Iterable[int]) -> str:

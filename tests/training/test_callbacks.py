@@ -4,6 +4,7 @@ import csv
 import inspect
 import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from distnadam import fit
 from distnadam.client.status import ShardStatus, Status
-from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
+from distnadam.errors import ConfigError, RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile, evaluation_at, read_metrics
+from distnadam.training.panel import Trend
 from distnadam.training.progress import ProgressDisplay
-from distnadam.training.steps import RankStep, StepRecord
+from distnadam.training.steps import Phases, RankStep, StepRecord
+from distnadam.training.tasks.digits import Digits
 
 STATUS = Status(
     name=None,
@@ -249,13 +253,55 @@ def test_a_terminal_shows_what_begins_and_then_the_bar() -> None:
     display.on_phase("starting Ray and 2 shards")
     display.on_begin(0, 2)
     display.on_phase("starting 2 workers")
-    recorder.on_record(record(1, 0.75))
+    phases = Phases(0.002, 0.0, 0.001, 0.0005, 0.0005)
+    first = StepRecord(step=1, loss=0.75, lr=0.1, ranks=(0, 1), phases=phases, samples=64)
+    recorder.on_record(first)
+    display.on_record(first)
     history.step_seconds = 0.1
     display.on_step(1, 0.75)
+    display.on_status(STATUS, {0: "10.0.0.1 (ab12)"})
+    display.on_recovery(1, "worker 1", "it died")
+    display.on_save(1, "step_00000001")
+    display.on_message("it is [saved]")
     display.on_end()
     shown = output.getvalue()
-    for word in ("starting Ray and 2 shards", "1/2", "loss 0.7500", "10.0 steps/s", "training"):
-        assert word in shown
+    assert "starting Ray and 2 shards" in shown
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.rpartition("it is [saved]")[2])
+    for word in (
+        *("1/2", "0 s left", "0.7500", "10.0 steps/s", "640 samples/s", "4.00 ms", "wait 1.00"),
+        *("0 10.0.0.1 (ab12)", "1 recovered", "worker 1, step 1", "step 1, 0 s ago"),
+    ):
+        assert word in last, word
+
+
+def test_a_line_for_each_evaluation_is_all_that_a_brief_log_has(tmp_path: Path) -> None:
+    output = io.StringIO()
+    history = History(Path("run"), Path("run/metrics.csv"))
+    display = ProgressDisplay(Console(file=output, width=120), history, is_brief=True)
+    display.on_begin(0, 9)
+    for step in range(1, 10):
+        display.on_record(record(step, 0.5))
+        display.on_step(step, 0.5)
+    display.on_evaluate(9, {"accuracy": 0.9})
+    display.on_end()
+    assert output.getvalue() == "step 9/9  loss 0.5000  accuracy 0.9000  0.0 steps/s\n"
+
+
+@pytest.mark.parametrize("verbose", [3, -1, "loud", None])
+def test_a_verbosity_that_there_is_not_is_refused(verbose: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='verbose must be 0, 1, 2 or "auto"'):
+        fit(Digits(), steps=1, verbose=verbose, checkpoint_dir=tmp_path / "run", backend="local")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trend_is_a_few_bars_however_long_the_run() -> None:
+    trend = Trend(1.0 / step for step in range(1, 100_001))
+    bars = trend.sparkline()
+    assert 2 <= len(bars) <= 64
+    assert (bars[0], bars[-1]) == ("█", "▁")
+    assert list(bars) == sorted(bars, reverse=True)
+    assert Trend([1.0, 1.0]).sparkline() == "▁▁"
+    assert Trend([math.nan, 1.0]).sparkline() == ""
 
 
 def test_a_log_says_what_begins() -> None:
