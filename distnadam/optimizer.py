@@ -11,7 +11,7 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
 from distnadam.checks import check_count
-from distnadam.client.autodiff import gradients_of
+from distnadam.client.autodiff import gradients_found, gradients_of
 from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
 from distnadam.client.held_state import HeldState
@@ -248,7 +248,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
             LifecycleError: there are several workers, each of which must push for itself.
         """
         self._life.require_one_worker()
-        gradients = gradients_of(loss, params, self.shards.layout)
+        gradients = gradients_found(loss, params, self.shards.layout)
         self._own_worker = self._own_worker or self.worker(0)
         return self._own_worker.push(self.shards.layout.unflatten(gradients))
 

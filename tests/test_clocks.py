@@ -19,6 +19,7 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.errors import (
     CheckpointError,
     ConfigError,
+    GradientError,
     IllegalMessage,
     NonFiniteGradient,
     StructureError,
@@ -106,6 +107,7 @@ def test_a_tensor_steps_as_if_alone_in_the_rounds_that_have_a_gradient_of_it(
                 assert clock == TensorClock(*map(float, alone.get_weights()[:2]))
 
 
+@pytest.mark.on_ray("ray")
 def test_what_some_ranks_lack_counts_as_zeros_there(backend: str) -> None:
     lacks = [("a",), ("a", "b"), ("a", "b", "c")]  # by rank; the last has no gradient at all
     with (
@@ -127,6 +129,7 @@ def test_what_some_ranks_lack_counts_as_zeros_there(backend: str) -> None:
         assert clocks_of(optimizer)[0] == TensorClock(0, 1.0)
 
 
+@pytest.mark.on_ray(slow=["ray"])
 def test_a_round_that_no_rank_has_a_gradient_for_has_no_step_and_hangs_nobody(backend: str) -> None:
     none: dict[str, None] = dict.fromkeys(NAMES)
     with DistNadam(
@@ -193,6 +196,19 @@ def test_tensors_that_were_not_pushed_and_micro_batches_without_them_have_no_gra
         wide = half["a"].astype(np.float32)
         expected.apply_gradients({"a": wide, "b": gradients(5)["b"], "c": None})
         assert bits(optimizer) == bits(expected)
+
+
+def test_a_loss_may_lack_gradients() -> None:
+    with (
+        DistNadam(clocks="tensor", backend="local").build(params()) as optimizer,
+        DistNadam(clocks="tensor", backend="local").build(params()) as expected,
+    ):
+        given = gradients(0, lacked=("a",))
+        assert optimizer.get_updates(lambda params: (0.0, given), params()).result() == 1
+        expected.apply_gradients(given)
+        assert bits(optimizer) == bits(expected)
+        with pytest.raises(GradientError, match="'a': the loss gave no gradient for it"):
+            optimizer.get_gradients(lambda params: (0.0, given), params())
 
 
 def test_rates_follow_applied_rounds_and_a_global_norm_leaves_out_what_is_absent() -> None:

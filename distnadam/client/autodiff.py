@@ -17,6 +17,7 @@ from distnadam.tensors.leaves import as_numpy, describe_leaf
 
 def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
     """Return the gradient of `loss` for each tensor of `params`, in the layout's order, unclipped.
+    A frozen tensor needs none, and has zeros where it has none.
 
     Args:
         loss: a callable of the parameter tree, on NumPy arrays, that returns ``(loss, gradients)``;
@@ -25,14 +26,30 @@ def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
         params: a tree as given to `build`.
         layout: the model's layout, which names the parameters.
 
-    A frozen tensor needs no gradient, and has zeros where it has none.
-
     Raises:
         GradientError: (a ValueError) naming the parameter whose gradient cannot be computed.
     """
+    found = gradients_found(loss, params, layout, optional=layout.frozen)
+    return [
+        np.zeros(tensor.shape, tensor.space) if leaf is None else leaf
+        for tensor, leaf in zip(layout.tensors, found, strict=True)
+    ]
+
+
+def gradients_found(
+    loss: Any, params: Any, layout: Layout, *, optional: frozenset[int] | None = None
+) -> list[Array | None]:
+    """Return what `gradients_of` does, None for those at `optional`, the layout's own if not given,
+    that have no gradient.
+
+    Raises:
+        GradientError: naming the parameter whose gradient cannot be computed.
+    """
+    optional = layout.optional if optional is None else optional
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(loss, torch.Tensor):
-        found = _from_torch(loss, layout.leaves_as_given(params, what="params"), layout)
+        leaves = layout.leaves_as_given(params, what="params")
+        found = _from_torch(loss, leaves, layout, optional)
     elif callable(loss):
         given = layout.unflatten(layout.leaves(params, what="params"))
         value = loss(given)
@@ -46,9 +63,7 @@ def gradients_of(loss: Any, params: Any, layout: Layout) -> list[Array]:
             " expected a callable of the parameters or a torch loss tensor"
         )
     return [
-        np.zeros(tensor.shape, tensor.space)
-        if leaf is None and index in layout.frozen
-        else _checked(tensor.path, tensor.shape, leaf)
+        None if leaf is None and index in optional else _checked(tensor.path, tensor.shape, leaf)
         for index, (tensor, leaf) in enumerate(zip(layout.tensors, found, strict=True))
     ]
 
@@ -71,14 +86,16 @@ def _checked(path: str, shape: tuple[int, ...], leaf: Any) -> Array:
     return array
 
 
-def _from_torch(loss: Any, leaves: list[Any], layout: Layout) -> list[Any]:
+def _from_torch(
+    loss: Any, leaves: list[Any], layout: Layout, optional: frozenset[int]
+) -> list[Any]:
     import torch
 
     wanted = []
     for index, (tensor, leaf) in enumerate(zip(layout.tensors, leaves, strict=True)):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             wanted.append(index)
-        elif index not in layout.frozen:
+        elif index not in optional:
             raise GradientError(
                 f"parameter {tensor.path!r}: expected a torch tensor that requires a gradient, got "
                 f"{_kind(leaf)}"

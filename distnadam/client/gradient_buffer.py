@@ -49,7 +49,7 @@ class GradientBuffer:
             tuple[str, ...], tuple[Flat, list[Array], list[tuple[Run, Array]]]
         ] = {}
         # of the leaves of the last tree, while the memory is laid out for it
-        self._dtypes: list[np.dtype[Any] | None] = []
+        self._found: tuple[list[np.dtype[Any]], frozenset[int]] = ([], frozenset())
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
         self._written: set[int] = set()
         self._lent: dict[int, Array] = {}  # by tensor, while they are borrowed
@@ -87,12 +87,10 @@ class GradientBuffer:
         if self.is_lent:
             self.release()
         leaves, self.absent = self._layout.gradients(gradients, what=self._what)
-        dtypes: list[np.dtype[Any] | None] = [leaf.dtype for leaf in leaves]
-        for index in self.absent:
-            dtypes[index] = None  # what lies there of it is zeros of any
-        if dtypes != self._dtypes:
-            self._select(self._common_half(dtypes))
-            self._dtypes = dtypes
+        found = [leaf.dtype for leaf in leaves], self.absent
+        if found != self._found:
+            self._select(self._common_half(*found))
+            self._found = found
         self._written.clear()
         self._rejection = None
         with own_errors():
@@ -319,7 +317,7 @@ class GradientBuffer:
 
     def _select(self, halves: Mapping[str, str]) -> None:
         """Read the memory in these dtypes from now on."""
-        self._dtypes = []
+        self._found = ([], frozenset())
         key = tuple(halves.get(space, space) for space in self._memory)
         if key not in self._by_dtypes:
             flat = {
@@ -331,9 +329,9 @@ class GradientBuffer:
         self.flat, self._views, self._targets = self._by_dtypes[key]
         self._is_whole = all(space == name for space, name in zip(self._memory, key, strict=True))
 
-    def _common_half(self, dtypes: list[np.dtype[Any] | None]) -> dict[str, str]:
+    def _common_half(self, dtypes: list[np.dtype[Any]], absent: frozenset[int]) -> dict[str, str]:
         """Return the half precision of the float32 space, if all its gradients came in one."""
-        narrow = {dtype for index in self._narrow if (dtype := dtypes[index]) is not None}
+        narrow = {dtypes[index] for index in self._narrow if index not in absent}
         if len(narrow) != 1:
             return {}
         name = NAME_OF[narrow.pop()]

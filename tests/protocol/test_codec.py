@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from distnadam import errors
 from distnadam.errors import DistNadamError, LaneError, LatePush
 from distnadam.nadam.step_overrides import packed_overrides
-from distnadam.nadam.step_scalars import Clock
+from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.protocol.codec import pack, pack_record, unpack, unpack_record
 from distnadam.protocol.frames import Frames
 from distnadam.protocol.messages import (
@@ -51,6 +51,7 @@ SETTINGS = st.builds(
     found_inf=st.booleans(),
     micro_steps=st.just(1) | st.integers(1, 1 << 40),
     overrides=OVERRIDES,
+    absent=st.frozensets(st.integers(0, 1 << 40)),
 )
 MESSAGES: list[Any] = [
     Push(
@@ -114,6 +115,7 @@ def test_a_groups_push_says_whose_it_is_and_its_sum_is_never_narrower_than_the_s
             (3, "it is NaN", RoundSettings(micro_steps=3)),
             (4, "it overflowed", RoundSettings(found_inf=True)),
             (5, "it says", RoundSettings(statement="'w' (12ab)")),
+            (6, None, RoundSettings(absent=frozenset({300, 2}))),
         )
     }
     for gradients in (GRADIENTS, None):
@@ -153,7 +155,7 @@ def test_a_push_comes_back_with_its_settings_wherever_it_goes(
         counted=members,
         lr=0.5,
         active=1,
-        clock=Clock(),
+        clock=Clock(7, 0.5, TensorClocks.of([TensorClock(3, 0.25), TensorClock()])),
     )
     assert unpack_record(pack_record(record)[4:]) == record
     completed = CompletePush(rank, push.note)
@@ -171,25 +173,36 @@ def test_only_a_push_of_gradients_and_overrides_has_a_fixed_frame() -> None:
     for wrong in (frame[4:-1], frame[4:-24], frame[4:-8] + np.float64(1.0).tobytes()):
         with pytest.raises(LaneError, match="is no message"):
             unpack(wrong, lambda dtypes: GRADIENTS)
-    for settings in (RoundSettings(found_inf=True), RoundSettings(micro_steps=2)):
+    lacks = RoundSettings(absent=frozenset({0}))
+    for settings in (RoundSettings(found_inf=True), RoundSettings(micro_steps=2), lacks):
         assert PACK[Push](3, replace(push, settings=settings)) is None
 
 
+AS_ORDINARY = [False, 1, b"", [], ""]
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("index", "value"),
     [
-        *([], [False], [0, 1, b""], [False, True, b""], [False, 0, b""], [None, 1, b""], {"a": 1}),
-        *([False, 1, 1], [False, 1, "x" * 24], [False, 1, b"x"], [False, 1, b"\xff" * 23]),
-        [False, 1, np.array([-1.0, 0.5, 0.5]).tobytes()],
-        [False, 1, np.array([np.inf, 0.5, 0.5]).tobytes()],
-        [False, 1, np.array([0.1, 0.5, 1.0]).tobytes()],
+        *((0, value) for value in (0, None)),
+        *((1, value) for value in (True, 0, 1.5)),
+        *((2, value) for value in (1, "x" * 24, b"x", b"\xff" * 23)),
+        (2, np.array([-1.0, 0.5, 0.5]).tobytes()),
+        (2, np.array([np.inf, 0.5, 0.5]).tobytes()),
+        (2, np.array([0.1, 0.5, 1.0]).tobytes()),
+        *((3, value) for value in (1, None, [-1], [True], [0.5], ["a"], [[1]])),
+        *((4, value) for value in (1, b"")),
     ],
 )
-def test_settings_that_are_none_are_refused(wrong: Any) -> None:
+def test_settings_that_are_none_are_refused(index: int, value: Any) -> None:
     *fields, given = msgpack.unpackb(pack(7, TO_A_SHARD[0])[4:])
     assert given is None
-    with pytest.raises(LaneError, match="is no message"):
-        unpack(msgpack.packb([*fields, wrong]), lambda dtypes: GRADIENTS)
+    ordinary = msgpack.packb([*fields, AS_ORDINARY])
+    assert unpack(ordinary, lambda dtypes: GRADIENTS)[1].settings == ORDINARY
+    wrong = [*AS_ORDINARY[:index], value, *AS_ORDINARY[index + 1 :]]
+    for each in (wrong, AS_ORDINARY[:-1], [], {"a": 1}):
+        with pytest.raises(LaneError, match="is no message"):
+            unpack(msgpack.packb([*fields, each]), lambda dtypes: GRADIENTS)
 
 
 def test_sums_and_norms_come_back_to_the_bit() -> None:

@@ -73,6 +73,12 @@ def test_gradients_and_rejections_are_in_the_order_of_ranks() -> None:
 
 SAYS = RoundSettings(statement="'w' (12ab)")
 VOTE, TWO = RoundSettings(found_inf=True), RoundSettings(micro_steps=2)
+
+
+def lacking(*tensors: int) -> RoundSettings:
+    return RoundSettings(absent=frozenset(tensors))
+
+
 RATE = RoundSettings(overrides=packed_overrides(0.1, (0.5, 0.9), None))
 NEXT_RATE = RoundSettings(
     overrides=packed_overrides({"b": math.nextafter(0.1, 1), None: 0.1}, (0.5, 0.9), ["a", "b"])
@@ -118,6 +124,15 @@ NEXT_RATE = RoundSettings(
             ("voted", "one; three"),
         ),
         ([push(1, settings=VOTE), push(0)], ("voted", "rank 1: found_inf")),
+        ([push(0, settings=lacking(*range(8))), push(1, settings=lacking(*range(7)))], None),
+        (
+            [push(0, settings=lacking(*range(8))), push(1, settings=lacking(*range(8)))],
+            ("empty", "no rank has a gradient"),
+        ),
+        (
+            [push(0, settings=lacking(*range(8))), push(1, settings=VOTE)],
+            ("voted", "rank 1: found_inf"),
+        ),
         (
             [push(0, rejection="zero", settings=SAYS), push(1, rejection="one", settings=SAYS)],
             ("voted", "all ranks have changed 'w' (12ab)"),
@@ -144,6 +159,17 @@ def test_a_vote_is_above_ranks_that_disagree_and_that_above_a_gradient_that_is_n
             made.add(each, waiter(each.rank))
         assert verdict_of(made.pushes, on_nonfinite, 8) == verdict
         assert verdict is None or not made.is_ordinary
+
+
+def test_a_round_steps_what_some_rank_has_a_gradient_of() -> None:
+    made = round_of(0)
+    made.add(push(1, settings=lacking(1, 2)), waiter(1))
+    made.take_settings()
+    assert made.absent == frozenset()
+    made.superseded[0] = made.pushes.pop(0)
+    made.add(push(0, settings=lacking(2, 3)), waiter(0))
+    made.take_settings()
+    assert made.absent == {2}
 
 
 def test_the_settings_of_a_dead_workers_push_go_with_what_completes_it() -> None:

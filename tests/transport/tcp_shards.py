@@ -50,7 +50,7 @@ class Shard:
             name=None,
             config=config,
             options=Options(),
-            layout=LAYOUT.for_workers(config.pull_dtype),
+            layout=LAYOUT.for_workers(config.pull_dtype, may_lack=config.clocks == "tensor"),
             ranges=CUTS[index],
         )
         self.host = ShardHost(self.spec)

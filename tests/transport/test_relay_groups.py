@@ -4,6 +4,7 @@ no bit changes and nobody waits for ever.
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -119,6 +120,7 @@ def test_a_groups_gradients_cross_the_cable_once_with_the_bits_of_calls(dtype: A
 
 
 RATE = RoundSettings(overrides=packed_overrides(0.5, None, None))
+LACKS = RoundSettings(absent=frozenset({1}))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ RATE = RoundSettings(overrides=packed_overrides(0.5, None, None))
         ),
         ((ORDINARY, RoundSettings(found_inf=True)), "voted", "rank 1 overflowed"),
         ((RATE, RATE), "applied", None),
+        ((LACKS, ORDINARY), "applied", None),
         (
             (RATE, ORDINARY),
             "disagreed",
@@ -142,7 +145,7 @@ RATE = RoundSettings(overrides=packed_overrides(0.5, None, None))
 def test_what_a_groups_ranks_say_of_a_round_goes_with_its_sum(
     says: tuple[RoundSettings, ...], outcome: str, why: str | None
 ) -> None:
-    shards = Shards(IN_PAIRS)
+    shards = Shards(replace(IN_PAIRS, clocks="tensor"))
     host = Host(shards)
     workers = [host.worker(0), host.worker(1)]
     numbers = []
