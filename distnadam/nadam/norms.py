@@ -3,6 +3,7 @@ one factor per tensor. Sums are added in the grid's order, whichever shard has t
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.mean import Grouping, Scratch, clipped_mean
 from distnadam.nadam.step_scalars import NONE
 from distnadam.tensors.arrays import Array, own_errors
-from distnadam.tensors.layout import CHUNK
+from distnadam.tensors.layout import CHUNK, Range
 
 
 @own_errors()
@@ -28,46 +29,60 @@ def tensor_square_sums(
             chunks.setdefault(tensor, []).append(sums)
     totals = np.zeros(num_tensors, np.float64)
     for tensor, pieces in chunks.items():
-        totals[tensor] = running_sum(np.concatenate(pieces))
+        totals[tensor] = running_sum(pieces[0] if len(pieces) == 1 else np.concatenate(pieces))
     return totals
 
 
 @own_errors()
 def running_sum(values: Array) -> float:
     """Return the sum of float64 values added one after another, in their order."""
-    return float(np.cumsum(values)[-1]) if values.size else 0.0
+    if values.size < 2:
+        return float(values[0]) if values.size else 0.0
+    return float(np.cumsum(values)[-1])
 
 
 @own_errors()
 def square_sums(
-    gradients: Sequence[Array], grouping: Grouping, begin: int, end: int, scratch: Scratch
-) -> Array:
-    """Return the sum of squares of the mean gradient for each `CHUNK` of elements [begin, end),
-    float64.
+    gradients: Sequence[Array], grouping: Grouping, stretches: Sequence[Range], scratch: Scratch
+) -> list[Array]:
+    """Return for each stretch [begin, end) of elements the sums of squares of the mean gradient,
+    one for each `CHUNK` of its elements, float64.
 
     Inside a chunk the upper half is added onto the lower until one value is left, a short chunk
-    being filled with zeros: one written order, whatever the machine. `begin` must lie on its
-    tensor's chunk grid.
+    being filled with zeros: one written order, whatever the machine. A stretch must begin on its
+    tensor's chunk grid. Chunks are summed together, for many stretches are short.
     """
-    sums = np.empty(-(-(end - begin) // CHUNK), np.float64)
-    rows = scratch.block // CHUNK
-    squares = np.empty((rows, CHUNK), np.float64)
-    for row in range(0, len(sums), rows):
-        low = begin + row * CHUNK
-        high = min(low + rows * CHUNK, end)
-        used = squares[: -(-(high - low) // CHUNK)]
-        flat = used.reshape(-1)
-        flat[: high - low] = clipped_mean(
-            [x[low:high] for x in gradients], grouping, None, None, scratch.blocks(high - low)
-        )
-        flat[high - low :] = 0.0
-        np.multiply(used, used, out=used)
-        width = CHUNK
-        while width > 1:
-            width //= 2
-            np.add(used[:, :width], used[:, width : 2 * width], out=used[:, :width])
-        sums[row : row + len(used)] = used[:, 0]
-    return sums
+    bounds = [0, *accumulate(-(-(end - begin) // CHUNK) for begin, end in stretches)]
+    sums = np.empty(bounds[-1], np.float64)
+    rows = min(scratch.block // CHUNK, len(sums))
+    values = np.empty((rows, CHUNK), np.float64)
+    flat = values.reshape(-1)
+    done = used = 0
+    for begin, end in stretches:
+        low = begin
+        while low < end:
+            high = min(low + (rows - used) * CHUNK, end)
+            first, used = used * CHUNK, used - (low - high) // CHUNK
+            between = first + high - low
+            flat[first:between] = clipped_mean(
+                [x[low:high] for x in gradients], grouping, None, None, scratch.blocks(high - low)
+            )
+            flat[between : used * CHUNK] = 0.0
+            low = high
+            if used == rows or done + used == len(sums):
+                sums[done : done + used] = _sums_of_squares(values[:used])
+                done, used = done + used, 0
+    return [sums[begin:end] for begin, end in pairwise(bounds)]
+
+
+def _sums_of_squares(values: Array) -> Array:
+    """Return each row's sum of squares, which overwrite the values."""
+    np.multiply(values, values, out=values)
+    width = CHUNK
+    while width > 1:
+        width //= 2
+        np.add(values[:, :width], values[:, width : 2 * width], out=values[:, :width])
+    return values[:, 0]
 
 
 @own_errors()

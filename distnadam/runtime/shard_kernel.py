@@ -58,14 +58,13 @@ class ShardKernel:
     def measure(self, shard: Shard) -> PartialNorms:
         """Sum the squares of the mean gradient, chunk by chunk."""
         gradients, grouping = shard.rounds.current.summands(shard.config.sum_group)
-        found = []
+        found: list[tuple[int, Array]] = []
         for space, parts in self._arrangement(shard).by_tensor.items():
             scratch = Scratch(space)
             slices = [g[space] for g in gradients]
-            found += [
-                (part.scale, square_sums(slices, grouping, part.begin, part.end, scratch))
-                for part in parts
-            ]
+            stretches = [(part.begin, part.end) for part in parts]
+            sums = square_sums(slices, grouping, stretches, scratch)
+            found += zip((part.scale for part in parts), sums, strict=True)
         return PartialNorms(shard.progress.round + 1, tuple(found))
 
     def step(self, shard: Shard, keep: Flat | None) -> tuple[Clock, float]:

@@ -35,7 +35,7 @@ from distnadam.versions import CORE_PACKAGES, installed_version
 
 NAME = "events.jsonl"
 _LOADS_EVERY_S = 10.0
-_RECORDED_PACKAGES = (*CORE_PACKAGES, "numba", "torch", "jax", "keras")
+_RECORDED_PACKAGES = (*CORE_PACKAGES, "llvmlite", "torch", "jax", "keras")
 
 
 class RunRecord(Callback):

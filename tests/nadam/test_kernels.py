@@ -238,12 +238,10 @@ def test_square_sums_do_not_depend_on_where_the_range_is_cut(
     size = 1024 * chunks - tail
     gradients = [rng.standard_normal(size).astype(dtype) for _ in range(workers)]
     grouping = in_order(workers)
-    whole = square_sums(gradients, grouping, 0, size, Scratch(dtype))
-    cut = 1024 * int(rng.integers(0, chunks))
-    pieces = [
-        square_sums(gradients, grouping, begin, end, Scratch(dtype))
-        for begin, end in ((0, cut), (cut, size))
-    ]
+    (whole,) = square_sums(gradients, grouping, [(0, size)], Scratch(dtype))
+    cuts = [0, *np.unique(1024 * rng.integers(0, chunks, 5)).tolist(), size]
+    pieces = square_sums(gradients, grouping, list(pairwise(cuts)), Scratch(dtype))
+    assert [len(piece) for piece in pieces] == [-(-(b - a) // 1024) for a, b in pairwise(cuts)]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()
     mean = (
         sum(gradients[1:], gradients[0]) / np.dtype(dtype).type(workers)
