@@ -29,7 +29,13 @@ from distnadam.protocol.messages import (
     TotalNorms,
     WorkerDied,
 )
-from distnadam.protocol.ordinary_frames import PACK, UNPACK, GradientsOf
+from distnadam.protocol.ordinary_frames import (
+    PACK,
+    UNPACK,
+    GradientsOf,
+    pack_round,
+    unpack_round,
+)
 from distnadam.protocol.round_settings import RoundSettings, packed, unpacked
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
@@ -279,6 +285,8 @@ def pack_record(record: Record) -> bytes:
         body = ("reign", record.epoch, record.schedule, record.newest)
     elif isinstance(record, DetachStandby):
         body = ("let go",)
+    elif (frame := pack_round(record)) is not None:
+        return frame
     else:
         tensors = record.clock.tensors
         own = None if tensors is None else tensors.to_dict()
@@ -292,6 +300,8 @@ def pack_record(record: Record) -> bytes:
 def unpack_record(frame: bytes) -> Record:
     """Return the record of a frame's body; raise LaneError where it is none."""
     try:
+        if (ordinary := unpack_round(frame)) is not None:
+            return ordinary
         kind, *fields = msgpack.unpackb(frame, strict_map_key=False)
         if kind == "join":
             return ReplicatedJoin(*fields)
@@ -326,5 +336,5 @@ def unpack_record(frame: bytes) -> Record:
             active=active,
             clock=Clock(iterations, m_schedule, own and TensorClocks.from_dict(own)),
         )
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

@@ -1,5 +1,5 @@
-"""The two messages of every ordinary round as fixed binary frames: a push of gradients and nothing
-else but learning rates and betas of its own, and the end of its round.
+"""What every ordinary round sends, as fixed binary frames: a push of gradients and nothing else but
+learning rates and betas of its own, the end of its round, and the round's record for a standby.
 
 A body begins with its kind, a number with which no msgpack list begins.
 """
@@ -10,9 +10,11 @@ from itertools import product
 from typing import Any, get_args
 
 from distnadam.errors import LaneError
+from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.frames import HEADER
-from distnadam.protocol.messages import Outcome, Push, RoundResult
+from distnadam.protocol.messages import Outcome, Push, PushNote, RoundResult
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
+from distnadam.protocol.supervisor_messages import ReplicatedRound
 from distnadam.tensors.arrays import HALF, NAME_OF, SPACES, Flat
 
 GradientsOf = Callable[[dict[str, str]], Flat]
@@ -33,7 +35,9 @@ _PUSHED_DTYPES = tuple(
     for dtypes in product(*(sorted(HALF | {s}) if s == "float32" else (s,) for s in spaces))
 )
 """The dtypes in which gradients may lie, by space."""
-_PUSHED_INDEX = {tuple(dtypes.items()): i for i, dtypes in enumerate(_PUSHED_DTYPES)}
+_PUSHED_INDEX: dict[Any, int] = {
+    tuple(dtypes.items()): i for i, dtypes in enumerate(_PUSHED_DTYPES)
+}
 
 _DECIDED_KIND = 2
 _DECIDED = struct.Struct("<IBQqqqBdBqq")
@@ -41,6 +45,14 @@ _DECIDED = struct.Struct("<IBQqqqBdBqq")
 `_OUTCOMES`, the learning rate, the buffer, the epoch of the last rewind, and the revision.
 """
 _DECIDED_BODY = struct.Struct("<BQqqqBdBqq")
+_ROUND_KIND = 4
+_ROUND = struct.Struct("<IBqqdBqd")
+"""The body's length, the kind, the round, rounds skipped, the learning rate, the buffer, iterations
+and the product of the momentum coefficients; `_COUNTED` for each rank follows.
+"""
+_ROUND_BODY = struct.Struct("<BqqdBqd")
+_COUNTED = struct.Struct("<iqB")
+"""A rank, its incarnation, and the index in `_PUSHED_DTYPES`."""
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
@@ -128,6 +140,55 @@ PACK: dict[type, Callable[[int, Any], bytes | None]] = {
     RoundResult: _pack_decided,
 }
 """By a message's type, what gives its frame; None if it has no fixed one."""
+
+
+def pack_round(record: ReplicatedRound) -> bytes | None:
+    """Return the fixed record of an applied round of ordinary pushes; None if it is none."""
+    if record.outcome != "applied" or record.clock.tensors is not None:
+        return None
+    counted = b""
+    for rank, note in record.counted.items():
+        names = None if note.dtypes is None else tuple(note.dtypes.items())
+        dtypes = _PUSHED_INDEX.get(names)
+        if dtypes is None or note.rejection is not None or note.settings is not ORDINARY:
+            return None
+        counted += _COUNTED.pack(rank, note.incarnation, dtypes)
+    clock = record.clock
+    return (
+        _ROUND.pack(
+            _ROUND.size - HEADER.size + len(counted),
+            _ROUND_KIND,
+            record.round,
+            record.skipped,
+            record.lr,
+            record.active,
+            clock.iterations,
+            clock.m_schedule,
+        )
+        + counted
+    )
+
+
+def unpack_round(frame: bytes) -> ReplicatedRound | None:
+    """Return the round of a body that `pack_round` made; None for another."""
+    if frame[0] != _ROUND_KIND:
+        return None
+    fixed = frame[: _ROUND_BODY.size]
+    _, number, skipped, lr, active, iterations, m_schedule = _ROUND_BODY.unpack(fixed)
+    return ReplicatedRound(
+        round=number,
+        skipped=skipped,
+        outcome="applied",
+        rejection=None,
+        counted={
+            rank: PushNote(incarnation=incarnation, round=number, dtypes=_PUSHED_DTYPES[dtypes])
+            for rank, incarnation, dtypes in _COUNTED.iter_unpack(frame[_ROUND_BODY.size :])
+        },
+        lr=lr,
+        active=active,
+        clock=Clock(iterations, m_schedule),
+    )
+
 
 UNPACK: dict[int, Callable[[bytes, GradientsOf | None], tuple[int, Any]]] = {
     _PUSH_KIND: _unpack_push,

@@ -14,9 +14,9 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import in_order
 from distnadam.nadam.parts import Arranger
-from distnadam.nadam.step_scalars import step_scalars
+from distnadam.nadam.step_scalars import Clock, step_scalars
 from distnadam.nadam.stepper import RangeStep, Slots
-from distnadam.protocol.messages import ShardSpec
+from distnadam.protocol.messages import PushNote, ShardSpec
 from distnadam.protocol.round_settings import absent_in
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
@@ -28,7 +28,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.ledger import Ledger
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat
+from distnadam.tensors.arrays import Flat
 
 
 class Standby:
@@ -46,7 +46,11 @@ class Standby:
         }
         self._arranger = Arranger(spec.layout, spec.ranges, self._steppers)
         self._arrays: dict[str, Flat] = {}
-        self._control_state: ShardControlState | None = None
+        self._slots: dict[str, Slots] = {}
+        self._control_state: ShardControlState | None = None  # but for the rounds followed since
+        self._followed: ReplicatedRound | None = None  # the last of them
+        self._applied: ReplicatedRound | None = None  # the last of them that stepped
+        self._counted: dict[int, PushNote] = {}
         self._ledger = Ledger()
         self._lock = threading.RLock()
 
@@ -64,7 +68,16 @@ class Standby:
                     f"standby of shard {self._spec.index}: was detached before it had its state"
                 )
             self._spec = dataclasses.replace(self._spec, config=config)
-            self._control_state = control_state
+            self._slots = {
+                space: Slots(
+                    p=self._arrays["params"][space],
+                    m=self._arrays["m"][space],
+                    v=self._arrays["v"][space],
+                    ema=self._arrays["ema"][space] if config.use_ema else None,
+                )
+                for space in self._steppers
+            }
+            self._stand_at(control_state)
             self._ledger = Ledger.from_dict(control_state.ledger)
 
     def apply(self, record: Record, mean: Flat) -> None:
@@ -81,9 +94,16 @@ class Standby:
         """
         with self._lock:
             now = self._control_state
+            if isinstance(record, ReplicatedRound) and now is not None:
+                self._control_state = None  # unless it can be followed
+                self._follow(now, record, mean)
+                self._control_state = now
+                return
+            now = self._present
             self._control_state = None
             if isinstance(record, DetachStandby):
                 self._arrays = {}
+                self._slots = {}
             elif now is None:
                 raise IllegalMessage(
                     f"standby of shard {self._spec.index}: has no state, got {record}"
@@ -93,7 +113,7 @@ class Standby:
                 here = {rank: held for rank, held in now.live_owners.items() if rank != record.rank}
                 if record.process is not None:
                     here[record.rank] = record.incarnation, record.process
-                self._control_state = dataclasses.replace(now, live_owners=here)
+                self._stand_at(dataclasses.replace(now, live_owners=here))
             elif isinstance(record, Reconfigure):
                 self._ledger.admit_all(record.newest)
                 history = (
@@ -101,14 +121,14 @@ class Standby:
                     if record.epoch > now.epoch
                     else now.history
                 )
-                self._control_state = dataclasses.replace(
-                    now,
-                    epoch=max(now.epoch, record.epoch),
-                    schedule=record.schedule,
-                    history=history,
+                self._stand_at(
+                    dataclasses.replace(
+                        now,
+                        epoch=max(now.epoch, record.epoch),
+                        schedule=record.schedule,
+                        history=history,
+                    )
                 )
-            else:
-                self._control_state = self._follow(now, record, mean)
 
     def promote(
         self, reconfigure: Reconfigure, make_host: Callable[[ShardSpec], ShardHost]
@@ -125,6 +145,7 @@ class Standby:
             for stepper in self._steppers.values():
                 stepper.close()
             self._arrays = {}
+            self._slots = {}
             self._control_state = None
             return host, control_state
 
@@ -137,51 +158,66 @@ class Standby:
     def control_state(self) -> ShardControlState | None:
         """Where the standby stands; None if it has no state that could take over."""
         with self._lock:
-            if self._control_state is None:
-                return None
-            return dataclasses.replace(self._control_state, ledger=self._ledger.to_dict())
+            now = self._present
+            return None if now is None else dataclasses.replace(now, ledger=self._ledger.to_dict())
 
     @property
     def reached(self) -> int | None:
         """The round it has followed its primary to, None before it was filled."""
         with self._lock:
-            return self._control_state.round if self._control_state is not None else None
+            now, followed = self._control_state, self._followed
+            return None if now is None else now.round if followed is None else followed.round
 
-    def _follow(
-        self, now: ShardControlState, record: ReplicatedRound, mean: Flat
-    ) -> ShardControlState:
-        who = f"standby of shard {self._spec.index}"
-        if record.round != now.round + 1:
-            raise IllegalMessage(f"{who}: expected round {now.round + 1}, got round {record.round}")
-        if record.outcome == "applied":
-            self._step(now, record, mean, who)
-            overrides = _overrides_of(record)
+    def _stand_at(self, control_state: ShardControlState) -> None:
+        self._control_state = control_state
+        self._followed = self._applied = None
+        self._counted = {}
+
+    @property
+    def _present(self) -> ShardControlState | None:
+        """The control state with the rounds followed since, but for the ledger."""
+        now, followed, applied = self._control_state, self._followed, self._applied
+        if now is None or followed is None:
+            return now
+        if applied is not None:
+            overrides = _overrides_of(applied)
             now = dataclasses.replace(now, applied_revision=now.revision, overrides=overrides)
+        changes = {
+            name: getattr(followed, name)
+            for name in ("round", "skipped", "outcome", "rejection", "lr", "active", "clock")
+        }
+        return dataclasses.replace(now, counted={**now.counted, **self._counted}, **changes)
+
+    def _follow(self, now: ShardControlState, record: ReplicatedRound, mean: Flat) -> None:
+        who = f"standby of shard {self._spec.index}"
+        stands_at = now if self._followed is None else self._followed
+        if record.round != stands_at.round + 1:
+            raise IllegalMessage(
+                f"{who}: expected round {stands_at.round + 1}, got round {record.round}"
+            )
+        if record.outcome == "applied":
+            self._step(stands_at.clock, record, mean, who)
+            self._applied = record
         for rank, note in record.counted.items():
             self._ledger.admit(rank, note.incarnation)
             self._ledger.count(rank, note.incarnation, record.round)
-        changes = {
-            name: getattr(record, name)
-            for name in ("round", "skipped", "outcome", "rejection", "lr", "active", "clock")
-        }
-        return dataclasses.replace(now, counted={**now.counted, **record.counted}, **changes)
+        self._counted.update(record.counted)
+        self._followed = record
 
-    def _step(self, now: ShardControlState, record: ReplicatedRound, mean: Flat, who: str) -> None:
+    def _step(self, clock: Clock, record: ReplicatedRound, mean: Flat, who: str) -> None:
         config, overrides = self._spec.config, _overrides_of(record)
         absent = absent_in(note.settings for note in record.counted.values())
-        arranged = self._arranger.of(config, now.clock, absent, overrides)
+        arranged = self._arranger.of(config, clock, absent, overrides)
         apart = arranged if arranged.tells_clocks_apart else None
-        scalars = step_scalars(now.clock, config, overrides, apart)
+        scalars = step_scalars(clock, config, overrides, apart)
         if scalars.lr != record.lr:
             raise ShardsDisagree(
                 f"{who}: lr={scalars.lr!r} at round {record.round}, its primary has "
                 f"lr={record.lr!r}"
             )
         for space, stepper in self._steppers.items():
-            p, m, v = (self._arrays[name][space] for name in STATE_ARRAYS)
-            ema = self._arrays["ema"][space] if self._spec.config.use_ema else None
             step = RangeStep(
-                slots=Slots(p, m, v, ema=ema),
+                slots=self._slots[space],
                 gradients=[mean[space]],
                 grouping=in_order(1),
                 scalars=scalars,

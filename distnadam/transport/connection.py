@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class Address:
 class Connection:
     """One end of a connection: sends and receives whole frames, and never waits for the peer.
 
+    `is_broken` says whether something was sent to a peer that had closed.
+
     Args:
         sock: a connected socket, which this object owns.
         on_blocked: called if a frame did not fit into the socket; `flush` then sends the rest.
@@ -70,6 +73,7 @@ class Connection:
         self._unsent = bytearray()
         self._lock = threading.Lock()
         self.greeting: dict[str, Any] | None = None
+        self.is_broken = False
         sock.setblocking(False)
         keep_from_children(sock)
 
@@ -89,6 +93,7 @@ class Connection:
                 except BlockingIOError:
                     pass
                 except OSError:
+                    self.is_broken = True
                     return True
                 if not frame:
                     return True
@@ -106,6 +111,7 @@ class Connection:
                 except BlockingIOError:
                     return False
                 except OSError:
+                    self.is_broken = True
                     self._unsent.clear()
             return True
 
@@ -179,6 +185,7 @@ class ConnectionServer:
             closes the connection.
         on_end: called with the connection once its peer is gone.
         loop: the running event loop in whose thread this is done; None for a thread of its own.
+        rest_s: seconds for which its own thread rests after what has come, so that frames gather.
 
     Raises:
         LaneError: the system has no socket, descriptor or thread for it.
@@ -192,7 +199,9 @@ class ConnectionServer:
         on_frame: Callable[[Connection, bytes], None],
         on_end: Callable[[Connection], None],
         loop: "asyncio.AbstractEventLoop | None" = None,
+        rest_s: float = 0.0,
     ) -> None:
+        self._rest_s = rest_s
         self._on_greeting = on_greeting
         self._on_frame = on_frame
         self._on_end = on_end
@@ -241,6 +250,8 @@ class ConnectionServer:
         use_batch_scheduling()
         while not self._closed.is_set():
             self._attend_ready(None)
+            if self._rest_s:
+                time.sleep(self._rest_s)
 
     def _attend_ready(self, timeout_s: float | None) -> None:
         """Take what has come, after waiting for it so long; end if that was asked."""

@@ -2,11 +2,14 @@
 in memory that both map, and a record of what to do with it over a socket.
 
 A record counts as delivered once it is in the standby's socket: what a process wrote before it died
-can still be read there, and the mean stays in the memory. The primary writes the next mean only
-once the standby has acknowledged the last.
+can still be read there, and the mean stays in the memory. The primary writes over a mean only once
+the standby has acknowledged its round. Unless they are large, means have several places in turn, so
+that the next can be written while the standby steps by the last; of a small shard it takes several
+rounds at a time.
 """
 
 import select
+import struct
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +17,6 @@ from contextlib import suppress
 from threading import Event
 from typing import Any
 
-import msgpack
 import numpy as np
 from typing_extensions import override
 
@@ -22,9 +24,27 @@ from distnadam.errors import LaneError
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.frames import frame_of
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
-from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.arrays import Flat
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.shared_memory import Arena
+
+_ROUND = struct.Struct("<q")
+"""An acknowledgement: the round that was followed."""
+_MOST_PLACES = 16
+_MOST_BYTES = 1 << 20
+_TWO_MOST_BYTES = 1 << 25
+"""Of a shard's means that may wait for its standby: of many, and of two."""
+_REST_S = 0.001
+"""Seconds in which a standby lets rounds of a small shard gather, which it then takes together: to
+be woken for each costs both sides as much as the step.
+"""
+
+
+def _places_of(sizes: Mapping[str, int]) -> int:
+    """Return in how many places the means of ranges of these sizes lie in turn."""
+    size = sum(np.dtype(space).itemsize * count for space, count in sizes.items())
+    many = min(_MOST_PLACES, _MOST_BYTES // max(1, size))
+    return many if many > 2 else 2 if 2 * size <= _TWO_MOST_BYTES else 1
 
 
 class ReplicationStream(ABC):
@@ -67,13 +87,14 @@ class ShmReplicationStream(ReplicationStream):
         self, address: Address, arrays: Mapping[str, Flat], decided: int, timeout_s: float
     ) -> None:
         sizes = {space: values.size for space, values in arrays["params"].items()}
-        copy, shared = Arena.create(sizes, copies=len(arrays)), Arena.create(sizes)
+        copy = Arena.create(sizes, copies=len(arrays))
+        shared = Arena.create(sizes, copies=_places_of(sizes))
         for flat, array in zip(copy.flats, arrays.values(), strict=True):
             for space, values in array.items():
                 np.copyto(flat[space], values)
-        self.mean = shared.flats[0]
-        self._memory = shared
+        self._means = shared.flats
         self.reached = decided
+        self.mean = self._means[(decided + 1) % len(self._means)]
         self._acknowledged = decided
         self._timeout_s = timeout_s
         self._connection, _, _ = connect(address, {"decided": decided}, [copy.fd, shared.fd])
@@ -82,16 +103,20 @@ class ShmReplicationStream(ReplicationStream):
 
     @override
     def ready(self) -> bool:
+        needed = self.reached + 1 - len(self._means)  # the round of the mean that is overwritten
+        if self._acknowledged >= needed:
+            return True
         deadline = time.monotonic() + self._timeout_s
-        while self._acknowledged < self.reached:
-            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                return False
+        while True:
             frames = self._connection.receive()
             if frames is None:
                 return False
-            for frame in frames:
-                self._acknowledged = max(self._acknowledged, int(msgpack.unpackb(frame)))
-        return True
+            if frames:
+                self._acknowledged = max(self._acknowledged, *_ROUND.unpack(frames[-1]))
+            if self._acknowledged >= needed:
+                return True
+            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return False
 
     @override
     def send(self, record: Record) -> bool:
@@ -99,15 +124,13 @@ class ShmReplicationStream(ReplicationStream):
             return False  # it does not read
         if isinstance(record, ReplicatedRound):
             self.reached = record.round
-        return not self._peer_closed()
+            self.mean = self._means[(record.round + 1) % len(self._means)]
+        return not self._connection.is_broken
 
     @override
     def close(self) -> None:
         self._connection.send(pack_record(DetachStandby()))
         self._connection.close()
-
-    def _peer_closed(self) -> bool:
-        return any(event & (select.POLLHUP | select.POLLERR) for _, event in self._poll.poll(0))
 
 
 class StandbyReceiver:
@@ -133,11 +156,14 @@ class StandbyReceiver:
         self._arrays = arrays
         self._begin = begin
         self._apply = apply
-        self._mean: Flat = empty_flat({})
+        self._means: Sequence[Flat] = ()
         self._primary: Connection | None = None
         self.ended = Event()
         self.ended.set()
-        self._server = ConnectionServer(self._greet, self._take, self._end)
+        places = _places_of(sizes)
+        self._acknowledges_each = max(1, places // 4)
+        rest_s = _REST_S if places > 2 else 0.0
+        self._server = ConnectionServer(self._greet, self._take, self._end, rest_s=rest_s)
 
     @property
     def address(self) -> Address:
@@ -156,7 +182,8 @@ class StandbyReceiver:
         if len(fds) != 2:
             raise LaneError(f"expected two arenas, got {len(fds)}")
         copy = Arena.attach(fds.pop(0), self._sizes, copies=len(self._arrays), writable=True)
-        self._mean = Arena.attach(fds.pop(0), self._sizes).flats[0]
+        places = _places_of(self._sizes)
+        self._means = Arena.attach(fds.pop(0), self._sizes, copies=places).flats
         self._primary = connection
         self.ended.clear()
         self._begin(dict(zip(self._arrays, copy.flats, strict=True)))
@@ -164,13 +191,14 @@ class StandbyReceiver:
 
     def _take(self, connection: Connection, frame: bytes) -> None:
         record = unpack_record(frame)
+        number = record.round if isinstance(record, ReplicatedRound) else 0
         try:
-            self._apply(record, self._mean)
+            self._apply(record, self._means[number % len(self._means)])
         except Exception as error:
             raise LaneError(f"{record} could not be followed: {error}") from error
-        if isinstance(record, ReplicatedRound):
+        if number and number % self._acknowledges_each == 0:
             with suppress(OSError):
-                connection.send(frame_of(msgpack.packb(record.round)))
+                connection.send(frame_of(_ROUND.pack(number)))
 
     def _end(self, connection: Connection) -> None:
         if connection is self._primary:

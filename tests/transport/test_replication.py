@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from distnadam.protocol.supervisor_messages import (
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 from distnadam.transport.connection import Address
 from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
+from tests.eventually import eventually
 
+HALF = {"float32": "bfloat16"}
 SIZES = {"float32": 1000}
 ARRAYS = {
     name: {"float32": np.full(1000, value, np.float32)}
@@ -75,16 +78,18 @@ def standby() -> Any:
 def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(
     standby: RecordingStandby,
 ) -> None:
-    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 4, 10.0)
+    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 19, 10.0)
     assert {name: flat["float32"].tobytes() for name, flat in standby.begun.items()} == {
         name: flat["float32"].tobytes() for name, flat in ARRAYS.items()
     }
-    for number in (5, 6, 7):
+    numbers = range(20, 75)  # more than there are places for means
+    for number in numbers:
         assert stream.ready()
         stream.mean["float32"][:] = number
         assert stream.send(decided(number))
-    assert stream.ready() and stream.reached == 7
-    assert standby.came == [(decided(number), float(number)) for number in (5, 6, 7)]
+    assert stream.reached == numbers[-1]
+    eventually(lambda: len(standby.came) == len(numbers))
+    assert standby.came == [(decided(number), float(number)) for number in numbers]
     stream.close()
     assert standby.receiver.ended.wait(10)
     assert standby.came[-1][0] == DetachStandby(), (
@@ -125,15 +130,19 @@ def test_all_that_a_killed_primary_announced_is_there_and_nothing_else(
 def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(
     standby: RecordingStandby,
 ) -> None:
-    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 0, 0.05)
+    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 19, 0.05)
     standby.hang.clear()
-    stream.mean["float32"][:] = 1
-    assert stream.send(decided(1))
-    assert not stream.ready()
+    number = 19
+    while stream.ready():
+        number += 1
+        stream.mean["float32"][:] = number
+        assert stream.send(decided(number))
+    assert number > 20
     stream.close()
     standby.hang.set()
     assert standby.receiver.ended.wait(10)
-    assert [record for record, _ in standby.came] == [decided(1), DetachStandby()], (
+    assert standby.came[:-1] == [(decided(n), float(n)) for n in range(20, number + 1)]
+    assert standby.came[-1][0] == DetachStandby(), (
         "when it goes on it learns that it is out of date"
     )
 
@@ -142,9 +151,9 @@ def test_a_record_that_cannot_be_applied_ends_the_connection(
     standby: RecordingStandby,
 ) -> None:
     stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 12, 10.0)
-    stream.send(decided(13))
-    assert not stream.ready()
+    assert stream.send(decided(13))
     assert standby.receiver.ended.wait(10)
+    assert not stream.send(decided(14))
     stream.close()
 
 
@@ -152,6 +161,10 @@ def test_a_record_that_cannot_be_applied_ends_the_connection(
     "record",
     [
         decided(3),
+        replace(decided(3), counted={}),
+        replace(decided(3), counted={2: PushNote(incarnation=7, round=3, dtypes=HALF)}),
+        replace(decided(3), counted={2: PushNote(incarnation=7, round=3, dtypes={})}),
+        replace(decided(3), outcome="skipped", rejection="NaN"),
         ReplicatedJoin(1, 5),
         Reconfigure(epoch=4, schedule=((1, (0, 1)), (9, (0,))), newest={0: 3}),
         DetachStandby(),
