@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
-from distnadam import DistNadam, Options
+from distnadam import DistNadam, Group, Options
 from distnadam.backends.ray.backend import RayBackend
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
@@ -35,6 +35,8 @@ from tests.models import params
 STEP_TIMEOUT_S = 12.0
 SHARD_TIMEOUT_S = 6.0
 REJOIN_TIMEOUT_S = 1.0
+GROUPS = [Group("dense/*", beta_1=0.5, beta_2=0.9)]
+"""Where tensors have clocks."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Case:
     transport: str = "auto"
     nodes: int = 1
     elastic: bool = False
+    clocks: Literal["one", "tensor"] = "one"
 
     def __str__(self) -> str:
         said = [f"num_shards={self.num_shards}", f"replicas={self.replicas}"]
@@ -58,6 +61,7 @@ class Case:
             name for name in ("clipnorm", "named", "checkpoints", "elastic") if getattr(self, name)
         ]
         said += [f"nodes={self.nodes}"] if self.nodes > 1 else []
+        said += ["clocks"] if self.clocks == "tensor" else []
         return " ".join([*said, *(["objects"] if self.transport == "objects" else [])])
 
     def optimizer(self, directory: Path, name: str | None) -> DistNadam:
@@ -74,6 +78,8 @@ class Case:
             "num_shards": self.num_shards,
             "replicas": self.replicas,
             "clipnorm": self.clipnorm,
+            "clocks": self.clocks,
+            "groups": GROUPS if self.clocks == "tensor" else (),
             "name": name,
             "options": options,
         }
@@ -285,16 +291,20 @@ def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNad
     """Return a local optimizer after so many rounds without a fault, of those members; the caller
     closes it.
     """
-    optimizer = DistNadam(num_workers=WORKERS, backend="local", clipnorm=case.clipnorm).build(
-        params()
-    )
+    optimizer = DistNadam(
+        num_workers=WORKERS,
+        backend="local",
+        clipnorm=case.clipnorm,
+        clocks=case.clocks,
+        groups=GROUPS if case.clocks == "tensor" else (),
+    ).build(params())
     workers = [optimizer.worker(rank) for rank in range(WORKERS)]
     optimizer.shards.ask({0: Reconfigure(epoch=2, schedule=schedule)})
     for step in range(rounds):
         present = [workers[rank] for rank in members_of(schedule, step + 1)]
         trees = [worker.pull() for worker in present]
         for ticket in [
-            worker.push(gradients_at(tree, step, worker.rank))
+            worker.push(gradients_at(tree, step, worker.rank, clocks=case.clocks))
             for worker, tree in zip(present, trees, strict=True)
         ]:
             ticket.result()

@@ -27,7 +27,7 @@ from distnadam.errors import (
     SupersededWorker,
     WorkerLost,
 )
-from tests.models import gradients, leaves, params
+from tests.models import gradients, lacking, leaves, params
 
 Result = TypeVar("Result")
 WORKERS = 2
@@ -35,9 +35,9 @@ PATIENCE_S = 120.0
 """Seconds without a step after which a run counts as hung."""
 
 
-def gradients_at(tree: Any, step: int, rank: int) -> Any:
+def gradients_at(tree: Any, step: int, rank: int, *, clocks: str) -> Any:
     """The gradients of one rank at one step and these parameters, so that stale or torn parameters
-    show in the bits.
+    show in the bits; without some where tensors have clocks.
     """
     flat = iter(
         [
@@ -45,7 +45,8 @@ def gradients_at(tree: Any, step: int, rank: int) -> Any:
             for g, p in zip(_both(step, rank), leaves(tree), strict=True)
         ]
     )
-    return _like(params(), flat)
+    whole = _like(params(), flat)
+    return lacking(whole, step, rank) if clocks == "tensor" else whole
 
 
 def _both(step: int, rank: int) -> list[Any]:
@@ -112,6 +113,7 @@ class Trainer:
         self._rank, self._board, self._rng = rank, Progress(board), np.random.default_rng()
         self._end = 2**62
         self._doom: tuple[tuple[int, ...], int] | None = None
+        self._clocks = optimizer.get_config()["clocks"]
         self._worker = optimizer.worker(rank)
 
     def about(self) -> tuple[int, str]:
@@ -135,7 +137,8 @@ class Trainer:
                 tree = self._worker.pull()
                 while (step := self._worker.round) < self._end:
                     self._board.stand(self._rank, step)
-                    began, grads = time.monotonic(), gradients_at(tree, step, self._rank)
+                    began = time.monotonic()
+                    grads = gradients_at(tree, step, self._rank, clocks=self._clocks)
                     self._obey_doom()
                     tree = self._worker.step(grads)
                     self._board.step(self._rank, self._worker.round, began)

@@ -52,6 +52,9 @@ def test_a_restored_run_ends_with_the_undisturbed_bits(
     check()
 
 
+MOVED: dict[str, Any] = {"clipnorm": 0.5, "clocks": "tensor"}
+
+
 @cache
 def undisturbed_of_rounded(steps: int) -> tuple[bytes, ...]:
     with DistNadam(num_workers=2, backend="local", pull_dtype="bfloat16").build(
@@ -101,9 +104,7 @@ def test_any_sequence_of_saves_restores_and_reshards_keeps_the_undisturbed_bits(
     @settings(max_examples=examples)
     def check(moves: list[tuple[str, int]]) -> None:
         root = tmp_path_factory.mktemp("run")
-        optimizer = DistNadam(num_shards=3, num_workers=2, backend="local", clipnorm=0.5).build(
-            params()
-        )
+        optimizer = DistNadam(num_shards=3, num_workers=2, backend="local", **MOVED).build(params())
         optimizer.save(root)
         newest = 0
         try:
@@ -128,7 +129,7 @@ def test_any_sequence_of_saves_restores_and_reshards_keeps_the_undisturbed_bits(
 
 @cache
 def _undisturbed_at(steps: int) -> tuple[bytes, ...]:
-    return tuple(undisturbed(steps, clipnorm=0.5))
+    return tuple(undisturbed(steps, **MOVED))
 
 
 @pytest.mark.slow

@@ -92,3 +92,40 @@ def test_a_group_that_a_resumed_run_cannot_change_is_named(
         train(tmp_path, 3, groups=groups)
     assert str(caught.value).startswith(f"optimizer: {message}: the run of ")
     assert train(tmp_path, 3).steps == [3]
+
+
+class Thawing(Headed):
+    """The body has gradients from the fourth batch of a rank on."""
+
+    def batch(self, step: int, rank: int, world_size: int, micro_batch: int = 0) -> Any:
+        return step, super().batch(step, rank, world_size)
+
+    def loss_and_gradients(self, params: Any, batch: Any) -> tuple[float, Any]:
+        step, noise = batch
+        loss, tree = super().loss_and_gradients(params, noise)
+        if step >= 3:
+            tree["body"] = {"w": np.ones(9, np.float32), "b": None}
+        return loss, tree
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_task_may_have_no_gradient_of_a_tensor_and_a_resumed_run_ends_alike(
+    accumulate: int, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"backend": "local", "num_workers": 2, "verbose": False}
+    optimizer = DistNadam(lr=0.1, clocks="tensor")
+    ends = []
+    for directory, steps in (("whole", 6), ("parts", 2), ("parts", 6)):
+        history = fit(
+            Thawing(),
+            steps=steps,
+            checkpoint_dir=tmp_path / directory,
+            optimizer=optimizer,
+            accumulate=accumulate,
+            **how,
+        )
+        ends.append(history.metrics)
+    assert ends[0] == ends[2]
+    assert ends[1]["body"] == 18.0 > ends[2]["body"]
+    manifest = store.load(tmp_path / "parts" / "step_00000006")
+    assert [manifest.clock.of_tensor(index).steps for index in range(4)] == [0, 3, 6, 6]
