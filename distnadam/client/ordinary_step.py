@@ -2,6 +2,8 @@
 is sent and waited for.
 """
 
+from time import perf_counter
+
 from distnadam.backends.base import Refused
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
@@ -27,6 +29,7 @@ def step_at_once(
     try:
         if push.rejection is not None or push.settings is not ORDINARY:
             return push
+        session.pushed_at = perf_counter()
         ended = session.channel.step_at_once(
             push.epoch, session.rank, session.incarnation, push.round, push.parts(session.ranges)
         )

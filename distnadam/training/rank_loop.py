@@ -70,8 +70,10 @@ class RankLoop:
                     loss, gradients = self._accumulated(step, params, location), None
                 self._seen[step] = RankStep(loss, None)
                 computed = perf_counter()
-                with _structure_errors(location):
+                try:
                     params = self._worker.step(gradients)
+                except StructureError as error:
+                    raise _gradients_of_another_model(location, error) from error
                 ended, session = perf_counter(), self._worker.session
                 pushed = min(max(computed, session.pushed_at), ended)
                 times = computed - began, pushed - computed, ended - pushed
@@ -101,21 +103,27 @@ class RankLoop:
             where = f"{location}, micro-batch {number}"
             loss, gradients = self._loss_and_gradients(step, params, where, micro_batch=number)
             losses.append(loss)
-            with _structure_errors(where):
+            try:
                 self._worker.accumulate(gradients)
+            except StructureError as error:
+                raise _gradients_of_another_model(where, error) from error
         return sum(losses) / len(losses)
 
     def _loss_and_gradients(
         self, step: int, params: Any, location: str, **which: int
     ) -> tuple[float, Any]:
         batch_of: Callable[..., Any] = self._task.batch
-        with task_errors(location):
+        try:  # not by `task_errors`, which costs as much as a small step's rest
             batch = batch_of(step, self._worker.rank, self._world_size, **which)
             self._state_round = step + 1  # from here on, whatever becomes of the step
             if not self._samples:
                 self._samples = samples_in(batch) * self._accumulate
             loss, gradients = self._task.loss_and_gradients(params, batch)
             return float(loss), gradients
+        except DistNadamError:
+            raise
+        except Exception as error:
+            raise _of_the_task(location, error) from error
 
     def _check_state(self, round: int) -> None:
         if self._state_round != round and isinstance(self._task, StatefulTask):
@@ -157,13 +165,8 @@ def samples_in(batch: Any) -> int:
     return int(shape[0]) if isinstance(shape, tuple) and shape else 0
 
 
-@contextmanager
-def _structure_errors(location: str) -> Iterator[None]:
-    """Say where gradients came that are not the model's."""
-    try:
-        yield
-    except StructureError as error:
-        raise TrainingError(f"{location}: {error}") from error
+def _gradients_of_another_model(location: str, error: StructureError) -> TrainingError:
+    return TrainingError(f"{location}: {error}")
 
 
 @contextmanager
@@ -177,7 +180,11 @@ def task_errors(location: str) -> Iterator[None]:
     except DistNadamError:
         raise
     except Exception as error:
-        wrapped = TrainingError(f"{location}: the task raised {type(error).__name__}: {error}")
-        # a note, as the cause is lost on the way from another process
-        wrapped.add_note(traceback.format_exc())
-        raise wrapped from error
+        raise _of_the_task(location, error) from error
+
+
+def _of_the_task(location: str, error: Exception) -> TrainingError:
+    wrapped = TrainingError(f"{location}: the task raised {type(error).__name__}: {error}")
+    # a note, as the cause is lost on the way from another process
+    wrapped.add_note(traceback.format_exc())
+    return wrapped
