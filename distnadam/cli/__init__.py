@@ -6,6 +6,7 @@ Ctrl-C, 143 SIGTERM.
 
 from distnadam.cli import (
     checkpoints,
+    completion,
     doctor,
     draining,
     interop,
@@ -18,6 +19,7 @@ from distnadam.cli.group import main
 
 __all__ = [
     "checkpoints",
+    "completion",
     "doctor",
     "draining",
     "interop",

@@ -18,8 +18,36 @@ from distnadam.errors import DistNadamError, RayLost
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
+_COMMANDS = {
+    "Training": ("train", "plot", "report", "plan", "doctor"),
+    "A running optimizer": ("status", "save", "reshard", "stop"),
+    "Hosts": ("drain", "uncordon", "notice"),
+    "Checkpoints": ("inspect", "verify", "diff", "export", "import"),
+}
+"""The commands by purpose, as `--help` lists them; others are last."""
+
+
+def _order(name: str) -> int:
+    """Return the place of a command in the help; those that are in no section are last."""
+    names = [each for names in _COMMANDS.values() for each in names]
+    return names.index(name) if name in names else len(names)
+
+
 class Commands(click.Group):
     """The commands, on whatever standard output is: of any encoding, full, or closed."""
+
+    @override
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        listed = {name: title for title, names in _COMMANDS.items() for name in names}
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in _COMMANDS}
+        for name in sorted(self.list_commands(ctx), key=_order):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                row = (name, command.get_short_help_str(formatter.width - 20))
+                rows.setdefault(listed.get(name, "Other"), []).append(row)
+        for title, found in rows.items():
+            with formatter.section(title):
+                formatter.write_dl(found)
 
     @override
     def main(self, *args: Any, **extra: Any) -> Any:

@@ -1,17 +1,17 @@
 """The commands `train`, which runs `fit` on a task, and `plot`, which draws its loss."""
 
 import contextlib
-import importlib.util
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from typing_extensions import override
 
+from distnadam.cli import run_file
 from distnadam.cli.group import JSON, Sectioned, echo_json, exit_on_error, main
 from distnadam.cli.optimizer_options import (
     OPTIMIZER_OPTIONS,
@@ -22,15 +22,17 @@ from distnadam.cli.optimizer_options import (
 )
 from distnadam.cli.placement_options import placement
 from distnadam.cli.restarting import Run, in_child, saved
-from distnadam.config import Options
+from distnadam.cli.run_file import RunFile
+from distnadam.cli.task_names import load_task
+from distnadam.config import BackendName, Options, Settings
 from distnadam.errors import RayLost
+from distnadam.optimizer import DistNadam
 from distnadam.places import local_path, shown
 from distnadam.training.callbacks import Callback
 from distnadam.training.fit import fit
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
-from distnadam.training.task import Task
-from distnadam.training.tasks import BUILT_IN, built_in
+from distnadam.training.preflight import Preflight, preflight
 
 _PASSED_TO_FIT = (
     "num_workers",
@@ -48,8 +50,9 @@ _PASSED_TO_FIT = (
 _SECTIONS = {
     "Run": (
         *("num_workers", "num_shards", "replicas", "name", "steps", "seed", "local"),
-        *("evaluate_every", "stop_grace_s"),
+        *("evaluate_every", "stop_grace_s", "dry_run"),
     ),
+    "What is shown": ("dashboard", "quiet", "as_json"),
     "Optimizer, by default that of the run that is resumed": OPTIMIZER_OPTIONS,
     "Checkpoints": ("checkpoint_dir", "save_every", "keep", "resume"),
     "Placement": (
@@ -63,7 +66,7 @@ _MEANS = {
     "seconds": " (with start, evaluation and saving)",
 }
 """What is said of a line of the summary."""
-_NOT_REPEATED = ("resume", "quiet", "as_json")
+_NOT_REPEATED = ("resume", "quiet", "as_json", "dry_run")
 """Options that the command to resume a run does not need."""
 
 
@@ -142,17 +145,36 @@ _NOT_REPEATED = ("resume", "quiet", "as_json")
     help="After SIGTERM, save within so long.  [default: 25]",
 )
 @placement
+@click.option(
+    "--dashboard",
+    is_flag=False,
+    flag_value="0",
+    metavar="[[HOST:]PORT]",
+    help="Serve the page of `report` while the run goes on, to this host unless HOST says "
+    "otherwise, at PORT, or at a free one.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Only try the task, the directory and the start of shards and workers, and print the "
+    "plan.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @JSON
 @click.pass_context
 def train(context: click.Context, /, task: str, **options: Any) -> None:
     """Train TASK: digits, digits-torch or charlm, or a class or object of your own as MODULE:NAME
-    or FILE.py:NAME.
+    or FILE.py:NAME; or RUN/run.toml, which a run writes in its directory: it has the task and the
+    options, and makes a new run of them.
 
     If the Ray that it started dies, the run goes on in a new one; if one at RAY_ADDRESS dies, the
     exit status is 75: give the command again, once that Ray is back.
     """
     with exit_on_error():
+        if task.endswith(".toml"):
+            run_file.read(Path(local_path(task, "TASK")), context)
+            task, options = context.params["task"], {**context.params}
+            del options["task"]
         rate = asked_rate(options)
     run = in_child() if context.obj and _starts_ray(options) else None
     if run is not None and run.goes_on_in is not None:
@@ -168,29 +190,38 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
         # Ray prints to standard output, where only the summary belongs
         contextlib.redirect_stdout(sys.stderr),
     ):
-        history = fit(
-            load_task(task),
-            optimizer=optimizer_asked_for(
-                options,
-                rate,
-                name=options["name"],
-                options=Options(
-                    shard_cpus=options["shard_cpus"],
-                    worker_cpus=options["worker_cpus"],
-                    label_selector=options["shard_label"],
-                    worker_label_selector=options["worker_label"],
-                    start_timeout_s=options["start_timeout"],
-                    port_range=options["port_range"],
-                ),
-            ),
-            backend="local" if options["local"] else "ray",
-            callbacks=[reached],
-            verbose=not options["quiet"],
-            **{name: options[name] for name in _PASSED_TO_FIT},
-            **(
-                {} if options["stop_grace_s"] is None else {"stop_grace_s": options["stop_grace_s"]}
+        optimizer = optimizer_asked_for(
+            options,
+            rate,
+            name=options["name"],
+            options=Options(
+                shard_cpus=options["shard_cpus"],
+                worker_cpus=options["worker_cpus"],
+                label_selector=options["shard_label"],
+                worker_label_selector=options["worker_label"],
+                start_timeout_s=options["start_timeout"],
+                port_range=options["port_range"],
             ),
         )
+        backend: Literal["local", "ray"] = "local" if options["local"] else "ray"
+        if options["dry_run"]:
+            tried = _tried(task, optimizer, backend, options)
+        else:
+            history = fit(
+                load_task(task),
+                optimizer=optimizer,
+                backend=backend,
+                callbacks=[reached, RunFile(context, _SECTIONS), *_dashboard(options["dashboard"])],
+                verbose=not options["quiet"],
+                **{name: options[name] for name in _PASSED_TO_FIT},
+                **(
+                    {}
+                    if options["stop_grace_s"] is None
+                    else {"stop_grace_s": options["stop_grace_s"]}
+                ),
+            )
+    if options["dry_run"]:
+        sys.exit(_print_plan(tried, as_json=options["as_json"]))
     summary = _summary(history)
     if options["as_json"]:
         echo_json(summary)
@@ -212,11 +243,47 @@ def plot(run: str, *, output: str | None) -> None:
         click.echo(plot_loss(directory / "metrics.csv", picture))
 
 
+def _dashboard(asked: str | None) -> list[Callback]:
+    """Return what serves the page on the run, if that is asked for."""
+    if asked is None:
+        return []
+    from distnadam.report.dashboard import Dashboard, address_of
+
+    host, port = address_of(asked)
+    return [Dashboard(host, port, lambda url: click.echo(f"dashboard: {url}", err=True))]
+
+
+def _tried(
+    task: str, optimizer: DistNadam, backend: BackendName, options: Mapping[str, Any]
+) -> Preflight:
+    """Return the plan of a run and what is wrong with it."""
+    topology = ("num_workers", "num_shards", "replicas")
+    config = optimizer.get_config() | {name: options[name] for name in topology}
+    return preflight(
+        load_task(task),
+        Settings.of(**(config | {"backend": backend})),
+        is_given=True,
+        **{name: options[name] for name in ("steps", "seed", "checkpoint_dir", "keep", "resume")},
+    )
+
+
+def _print_plan(found: Preflight, *, as_json: bool) -> int:
+    """Print what was found, and return the exit status."""
+    if as_json:
+        echo_json({"plan": dict(found.plan), "problems": found.problems})
+    else:
+        for name, value in found.plan:
+            click.echo(f"{name:<12} {value}")
+    for problem in found.problems:
+        click.echo(f"problem: {problem}", err=True)
+    return 1 if found.problems else 0
+
+
 def _starts_ray(options: Mapping[str, Any]) -> bool:
     """Whether the run would have a Ray of its own."""
     ray = sys.modules.get("ray")
     joined = ray is not None and ray.is_initialized()
-    return not (options["local"] or os.environ.get("RAY_ADDRESS") or joined)
+    return not (options["local"] or options["dry_run"] or os.environ.get("RAY_ADDRESS") or joined)
 
 
 @contextlib.contextmanager
@@ -232,59 +299,6 @@ def _anew_if_ray_dies(run: Run | None) -> Iterator[None]:
         if run is not None:
             run.end(error)
         raise RayLost(saved(error)) from error
-
-
-def load_task(name: str) -> Task:
-    """Return the task that a command line names; raise UsageError if there is none."""
-    if name in BUILT_IN:
-        return built_in(name)
-    module_name, _, attribute = name.rpartition(":")
-    if not module_name:
-        raise click.UsageError(
-            f"no task named {name!r}: give {', '.join(BUILT_IN)}, MODULE:NAME or FILE.py:NAME"
-        )
-    found: Any = getattr(_module(module_name), attribute, None)
-    task = found() if isinstance(found, type) else found
-    if not isinstance(task, Task):
-        raise click.UsageError(
-            f"{name}: expected a class or object with init, batch, loss_and_gradients and "
-            f"evaluate, got {found!r}"
-        )
-    return task
-
-
-def _module(name: str) -> Any:
-    """Import the module of a task by its name or path; raise UsageError if that fails."""
-    if not name.endswith(".py"):
-        directory, module = Path.cwd(), name
-    else:
-        path = Path(name).absolute()
-        if not path.is_file():
-            raise click.UsageError(f"{path}: there is no such file")
-        directory, module = path.parent, path.stem
-        if not module.isidentifier() or not _is_free(module, path):
-            raise click.UsageError(
-                f"{path}: workers import it by its name, and {module!r} cannot be one of yours: "
-                "rename it"
-            )
-    # workers get this path too, so they can import the module by its name
-    sys.path.insert(0, str(directory))
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from error
-
-
-def _is_free(module: str, path: Path) -> bool:
-    """Whether a file would be imported by its name, and not a package of that name."""
-    if module in sys.stdlib_module_names or module == "__main__":
-        return False
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return False
-    origin = None if spec is None else spec.origin
-    return spec is None or (origin is not None and Path(origin).resolve() == path.resolve())
 
 
 class _Reached(Callback):

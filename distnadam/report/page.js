@@ -262,11 +262,18 @@ byId("differs").addEventListener("change", drawTables);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 drawRuns();
 drawAll();
-if (dataUrl) {
-  setInterval(async () => {
-    try {
-      const answer = await fetch(dataUrl, { cache: "no-store" });
-      if (answer.ok) { runs = (await answer.json()).runs; drawAll(); }
-    } catch (error) { byId("summary").textContent = "The run has ended, or cannot be reached; this is what it said last."; }
-  }, 2000);
+async function follow() {
+  let everySeconds = 2;
+  try {
+    const answer = await fetch(dataUrl, { cache: "no-store" });
+    if (answer.ok) {
+      const found = await answer.json();
+      ({ runs, every_s: everySeconds } = found);
+      drawAll();
+    }
+  } catch (error) {
+    byId("summary").textContent = "The run has ended, or cannot be reached; this is what it said last.";
+  }
+  setTimeout(follow, 1000 * everySeconds);
 }
+if (dataUrl) setTimeout(follow, 1000);

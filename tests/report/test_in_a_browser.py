@@ -100,3 +100,33 @@ def test_it_reads_well_at_this_width_in_this_scheme(
     assert tab.evaluate("document.getElementById('loss').layout.yaxis.type") == "linear"
     assert said == []
     context.close()
+
+
+def test_the_dashboard_draws_a_run_while_it_goes_on(browser: Any, tmp_path: Path) -> None:
+    from distnadam.report.dashboard import Dashboard
+
+    class Looking(Quadratic):
+        """Opens the dashboard at the first evaluation, and looks again at the last."""
+
+        tab: Any = None
+        said: list[str] = []  # noqa: RUF012
+        reached: list[str] = []  # noqa: RUF012
+
+        def evaluate(self, params: Any) -> dict[str, float]:
+            if Looking.tab is None:
+                Looking.tab = browser.new_page()
+                Looking.tab.on("console", lambda message: self.said.append(message.text))
+                Looking.tab.on("pageerror", lambda error: self.said.append(str(error)))
+                Looking.tab.goto(dashboard.url)
+                Looking.tab.wait_for_selector("#loss .main-svg")
+            else:
+                Looking.tab.locator("#overview .card", has_text="40 of 40").wait_for()
+            self.reached.append(Looking.tab.inner_text("#overview .card"))
+            return super().evaluate(params)
+
+    dashboard = Dashboard()
+    train(tmp_path / "run", 40, Looking(), evaluate_every=20, callbacks=[dashboard])
+    assert "20 of 40" in Looking.reached[0]
+    assert Looking.said == []
+    Looking.tab.locator("#summary", has_text="The run has ended").wait_for()
+    Looking.tab.close()

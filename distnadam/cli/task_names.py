@@ -1,0 +1,64 @@
+"""Finds the task that a command line names."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distnadam.training.task import Task
+from distnadam.training.tasks import BUILT_IN, built_in
+
+
+def load_task(name: str) -> Task:
+    """Return the task that a command line names; raise UsageError if there is none."""
+    if name in BUILT_IN:
+        return built_in(name)
+    module_name, _, attribute = name.rpartition(":")
+    if not module_name:
+        raise click.UsageError(
+            f"no task named {name!r}: give {', '.join(BUILT_IN)}, MODULE:NAME or FILE.py:NAME"
+        )
+    found: Any = getattr(_module(module_name), attribute, None)
+    task = found() if isinstance(found, type) else found
+    if not isinstance(task, Task):
+        raise click.UsageError(
+            f"{name}: expected a class or object with init, batch, loss_and_gradients and "
+            f"evaluate, got {found!r}"
+        )
+    return task
+
+
+def _module(name: str) -> Any:
+    """Import the module of a task by its name or path; raise UsageError if that fails."""
+    if not name.endswith(".py"):
+        directory, module = Path.cwd(), name
+    else:
+        path = Path(name).absolute()
+        if not path.is_file():
+            raise click.UsageError(f"{path}: there is no such file")
+        directory, module = path.parent, path.stem
+        if not module.isidentifier() or not _is_free(module, path):
+            raise click.UsageError(
+                f"{path}: workers import it by its name, and {module!r} cannot be one of yours: "
+                "rename it"
+            )
+    # workers get this path too, so they can import the module by its name
+    sys.path.insert(0, str(directory))
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+
+
+def _is_free(module: str, path: Path) -> bool:
+    """Whether a file would be imported by its name, and not a package of that name."""
+    if module in sys.stdlib_module_names or module == "__main__":
+        return False
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    origin = None if spec is None else spec.origin
+    return spec is None or (origin is not None and Path(origin).resolve() == path.resolve())

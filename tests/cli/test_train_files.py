@@ -1,0 +1,211 @@
+"""`train` from a run's own file, `--dry-run`, and the completion of shells."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from distnadam import DistNadam
+from distnadam.cli import main
+
+TASK = """
+import os, threading
+import numpy as np
+
+class Line:
+    def init(self, seed):
+        return {"w": np.zeros(4, np.float32)}
+    def batch(self, step, rank, world_size):
+        return np.random.default_rng([step, rank, world_size]).standard_normal(4).astype("f4")
+    def loss_and_gradients(self, params, batch):
+        error = params["w"] - batch
+        return float(error @ error), {"w": 2 * error}
+    def evaluate(self, params):
+        return {"w": float(params["w"].sum())}
+
+class Restless(Line):
+    def batch(self, step, rank, world_size):
+        return np.frombuffer(os.urandom(16), np.uint8)[:4].astype("f4")
+
+class Dropping(Line):
+    def loss_and_gradients(self, params, batch):
+        loss, gradients = super().loss_and_gradients(params, batch)
+        return loss, {"w": gradients["w"] * np.frombuffer(os.urandom(4), np.uint8)}
+
+class Locked(Line):
+    def init(self, seed):
+        self.lock = threading.Lock()
+        return super().init(seed)
+
+class Misshapen(Line):
+    def loss_and_gradients(self, params, batch):
+        return 0.5, {"v": batch}
+
+class Broken(Line):
+    def batch(self, step, rank, world_size):
+        return self.data[step]
+"""
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "mine.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of another test
+    return CliRunner()
+
+
+def call(runner: Any, *args: str) -> Any:
+    return runner.invoke(main, list(args))
+
+
+def bits(directory: Path) -> bytes:
+    with DistNadam.restore(directory, backend="local") as optimizer:
+        return bytes(optimizer.get_params()["w"].tobytes())
+
+
+def test_a_run_is_run_again_from_its_file_with_the_same_bits(runner: Any, tmp_path: Path) -> None:
+    options = ["--local", "--steps", "12", "--workers", "3", "--lr", "0.1", "--seed", "2"]
+    more = ["--weight-decay", "0.5", "--save-every", "5", "--worker-label", "zone=a b"]
+    begun = call(runner, "train", "mine.py:Line", *options, *more, "--checkpoint-dir", "first")
+    assert begun.exit_code == 0, begun.output
+    text = (tmp_path / "first" / "run.toml").read_text()
+    for line in ("lr = 0.1", "workers = 3", "local = true", 'worker-label = ["zone=a b"]'):
+        assert line in text.splitlines()
+    assert "checkpoint-dir" not in text, "else it would go on with the first run"
+    again = call(runner, "train", "first/run.toml", "--checkpoint-dir", "second", "--quiet")
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "second" / "run.toml").read_text() == text
+    assert bits(tmp_path / "first") == bits(tmp_path / "second")
+    other = call(runner, "train", "first/run.toml", "--checkpoint-dir", "third", "--steps", "4")
+    assert other.exit_code == 0
+    assert [path.name for path in (tmp_path / "third").glob("step_*")] == ["step_00000004"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps = 3", 'needs task = "..."'),
+        ("task = 'digits'\nsteps = 'many'", "steps = 'many': .* not a valid integer"),
+        ("task = 'digits'\n[run]\nepochs = 3", "there is no option 'epochs'; known are workers"),
+        ("task = ", "is no TOML"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_by_name(
+    text: str, said: str, runner: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    result = call(runner, "train", "run.toml")
+    assert result.exit_code == 1
+    assert re.search(f"run.toml: {said}", result.output), result.output
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing_behind(runner: Any, tmp_path: Path) -> None:
+    result = call(runner, "train", "mine.py:Line", "--local", "--dry-run", "--steps", "7")
+    assert result.exit_code == 0, result.output
+    for word in ("parameters   4 in 1 tensors", "steps        7", "local: this process"):
+        assert word in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("Restless", "gives another batch when it is asked again"),
+        ("Dropping", "gives other gradients for the same parameters and batch"),
+        ("Locked", "cannot be copied|cannot pickle"),
+        ("Misshapen", "the gradients"),
+        ("Broken", r"raised AttributeError: .* \(mine.py, line 36\)"),
+    ],
+)
+def test_a_dry_run_finds_what_is_wrong_with_a_task(task: str, said: str, runner: Any) -> None:
+    result = call(runner, "train", f"mine.py:{task}", "--local", "--dry-run")
+    assert result.exit_code == 1, result.output
+    (problem,) = [line for line in result.output.splitlines() if line.startswith("problem: ")]
+    assert re.search(said, problem), problem
+
+
+def test_a_dry_run_finds_a_full_disk_and_a_directory_that_is_none(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    args = ["train", "mine.py:Line", "--local", "--dry-run", "--checkpoint-dir"]
+    result = call(runner, *args, "file/run")
+    assert "file: is no directory: give another checkpoint_dir" in result.output
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    result = call(runner, *args, "run")
+    assert result.exit_code == 1
+    assert "100 B are free, and the checkpoints that are kept take 144 B" in result.output
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_that_a_ray_cannot_be_reached(
+    runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-m", "distnadam", "train", "mine.py:Line", "--dry-run"]
+    ended = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "problem: " in ended.stderr
+    assert "127.0.0.1:1" in ended.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_can_read_its_completion(shell: str, runner: Any, tmp_path: Path) -> None:
+    result = call(runner, "completion", shell)
+    assert result.exit_code == 0
+    assert "_DISTNADAM_COMPLETE" in result.output
+    script = tmp_path / f"completion.{shell}"
+    script.write_text(result.output)
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
+    subprocess.run([shell, "-n", str(script)], check=True)
+
+
+def test_shellcheck_has_nothing_against_the_completion_of_bash(runner: Any, tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("there is no shellcheck")
+    script = tmp_path / "completion.bash"
+    script.write_text(call(runner, "completion", "bash").output)
+    ended = subprocess.run(
+        ["shellcheck", "--shell=bash", str(script)], capture_output=True, text=True, check=False
+    )
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("distnadam rep", "report"), ("distnadam completion z", "zsh"), ("distnadam ver", "verify")],
+)
+def test_bash_completes_a_line(line: str, expected: str, runner: Any, tmp_path: Path) -> None:
+    script = call(runner, "completion", "bash").output
+    words = line.split()
+    command = tmp_path / "distnadam"
+    program = "from distnadam.cli import main; main(prog_name='distnadam')"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}"\n')
+    command.chmod(0o755)
+    asked = (
+        f"{script}\ncompopt() {{ :; }}\nCOMP_WORDS=({line})\nCOMP_CWORD={len(words) - 1}\n"
+        f'_distnadam_completion {command}\necho "${{COMPREPLY[@]}}"\n'
+    )
+    ended = subprocess.run(
+        ["bash", "-c", asked], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    assert ended.stdout.split() == [expected], ended.stderr
+
+
+def test_commands_are_listed_by_purpose(runner: Any) -> None:
+    shown = call(runner, "--help").output
+    for title in ("Training:", "A running optimizer:", "Hosts:", "Checkpoints:"):
+        assert title in shown
+    assert shown.index("train") < shown.index("status") < shown.index("inspect")
