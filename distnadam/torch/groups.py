@@ -63,11 +63,12 @@ class Settings:
         groups: torch's.
         names: of the tensors.
         defaults: torch's; all groups have the formula of these.
+        clip: the largest norm of the mean gradient over all tensors; None does not clip.
 
     Attributes:
         lr: learning rates, as a worker's `step` takes them.
         betas: those of the group that has the optimizer's settings, as `step` takes them.
-        own: what each group has beside them.
+        own: what each group has beside them, and the clip.
 
     Raises:
         ConfigError: a group asks for another formula.
@@ -78,9 +79,11 @@ class Settings:
         groups: Sequence[Mapping[str, Any]],
         names: Mapping[Any, str],
         defaults: Mapping[str, Any],
+        clip: float | None = None,
     ) -> None:
         check_formula(groups, defaults)
-        self._groups, self._names = groups, names
+        self.clip = clip
+        self._given, self._names = groups, names
         self._base = base_of(groups)
         self.betas = _betas_of(groups[self._base])
         rates = [float(group["lr"]) for group in groups]
@@ -88,13 +91,14 @@ class Settings:
         if len(groups) > 1:
             self.lr = {None: rates[self._base]}
             self.lr |= {name: rates[index] for index, name in self._others()}
-        self.own = [_Own.of(group, self.betas) for group in groups]
+        self.groups = [_Own.of(group, self.betas) for group in groups]
+        self.own = self.groups, clip
 
     def _others(self) -> list[tuple[int, str]]:
         """Return the group and the name of each tensor that is a `Group`."""
         found = [
             (index, self._names[tensor])
-            for index, group in enumerate(self._groups)
+            for index, group in enumerate(self._given)
             if index != self._base
             for tensor in group["params"]
         ]
@@ -102,18 +106,23 @@ class Settings:
 
     def config(self) -> dict[str, Any]:
         """Return what `set_config` takes: all but rates and betas, which go with a step."""
-        base = self.own[self._base]
+        base, each = self.groups[self._base], self.groups
         groups = [
             Group(
                 name,
-                beta_1=self.own[index].beta_1,
-                beta_2=self.own[index].beta_2,
-                epsilon=self.own[index].eps,
-                weight_decay=self.own[index].weight_decay,
+                beta_1=each[index].beta_1,
+                beta_2=each[index].beta_2,
+                epsilon=each[index].eps,
+                weight_decay=each[index].weight_decay,
             )
             for index, name in self._others()
         ]
-        return {"epsilon": base.eps, "weight_decay": base.weight_decay, "groups": groups}
+        return {
+            "epsilon": base.eps,
+            "weight_decay": base.weight_decay,
+            "groups": groups,
+            "global_clipnorm": self.clip,
+        }
 
     def plain_config(self) -> dict[str, Any]:
         """Return `config` as `get_config` has it."""
@@ -122,7 +131,8 @@ class Settings:
 
     def in_words(self) -> str:
         """Return what `config` has, for the other ranks."""
-        return "; ".join(f"group {number}: {own}" for number, own in enumerate(self.own))
+        words = [f"group {number}: {own}" for number, own in enumerate(self.groups)]
+        return "; ".join([*words, f"clip_grad_norm_({self.clip!r})"])
 
 
 @dataclass(frozen=True)

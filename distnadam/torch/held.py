@@ -4,6 +4,7 @@ and the shards, and the state as it was last looked at.
 It is one object, however many wrappers share the optimizer's attributes, as Lightning's does.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from distnadam.errors import RanksDisagree
+from distnadam.torch.ddp import find_wrapper, require_no_all_reduce
 from distnadam.torch.gradients import Gradients
 from distnadam.torch.groups import Settings
 from distnadam.torch.parameters import Parameters
@@ -37,6 +39,8 @@ class Held:
     Attributes:
         names: of the tensors.
         vote: whether this rank's gradients for the coming round overflowed.
+        clip: the largest norm of the mean gradient of the coming round; None does not clip.
+        norm: what the step fills with the norm where it clips.
         overflowed: whether the last round was skipped by a vote.
     """
 
@@ -44,6 +48,8 @@ class Held:
         self.shards = shards
         self.vote = False
         self.overflowed = False
+        self.clip: float | None = None
+        self.norm = torch.full((), math.nan)
         self.names: dict[torch.Tensor, str] = {}
         self._names: list[str] = []
         self._tensors: list[torch.Tensor] = []
@@ -131,6 +137,10 @@ class Held:
         vote, self.vote = self.vote, False
         stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
         self.overflowed = self.shards.worker.found_inf
+        if settings.clip is not None:
+            norm = getattr(self.shards.worker, "gradient_norm", None)
+            self.norm.fill_(math.nan if norm is None else norm)
+        self.clip = None
         parameters.take(stepped)
         self._state = None
 
@@ -138,22 +148,34 @@ class Held:
         """Have the parameters of a training that this rank takes part in again."""
         parameters = Parameters(self._names, self._tensors)
         if self.shards.rejoin(parameters.as_tree(), settings):
-            self._running = self._open(parameters)
+            self._running = self._open(parameters, in_place=self._may_move_gradients())
             parameters.take(self.shards.pull())
             self._state = None
 
     def _build(self, settings: Settings) -> "_Running":
-        parameters = Parameters(self._names, self._tensors)
+        parameters, in_place = Parameters(self._names, self._tensors), self._may_move_gradients()
         self.shards.build(parameters.as_tree(), settings)
-        running = self._open(parameters)
+        running = self._open(parameters, in_place=in_place)
         parameters.hand_out(self.shards.pull())
         return running
 
-    def _open(self, parameters: Parameters) -> "_Running":
+    def _may_move_gradients(self) -> bool:
+        """Whether hooks may; not those of a DDP that has them as views of its buckets.
+
+        Raises:
+            LifecycleError: a DDP averages them too.
+        """
+        wrapper = find_wrapper(self._tensors) if self.shards.several else None
+        if wrapper is None:
+            return True
+        require_no_all_reduce(wrapper)
+        return not wrapper.gradient_as_bucket_view
+
+    def _open(self, parameters: Parameters, *, in_place: bool) -> "_Running":
         gradients = Gradients(self._names, self._tensors)
         dtypes = {tensor.dtype for tensor in self._tensors} - {torch.float64}
         half = HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
-        gradients.open(self.shards.gradients(half), in_place=True)
+        gradients.open(self.shards.gradients(half), in_place=in_place)
         return _Running(parameters, gradients)
 
     def _take_over(self, parameters: Parameters, settings: Settings) -> None:

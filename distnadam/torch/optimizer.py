@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from distnadam.checks import check_as
 from distnadam.config import BackendName, Options
 from distnadam.errors import LifecycleError
 from distnadam.frontends.ranks import find_place
@@ -71,7 +72,8 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._held.rejoin(self._settings())
 
     def _settings(self) -> Settings:
-        return Settings(self.param_groups, self._held.names, self.defaults)
+        held = self._held
+        return Settings(self.param_groups, held.names, self.defaults, held.clip)
 
     def _open(self, defaults: Mapping[str, Any]) -> None:
         """Have shards, not yet built, as `_made` says."""
@@ -216,7 +218,26 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 found.setdefault(tensor, given[index] if given else f"param{len(found)}")
         self._held.name(list(found.values()), list(found))
 
-    # -- loss scales
+    # -- clipping and loss scales
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Have the coming step clip the mean gradient of all ranks, as a script with DDP does.
+
+        torch.nn.utils.clip_grad_norm_ clips this rank's own gradients, before the mean. All ranks
+        must call it alike, and before each step that clips.
+
+        Args:
+            max_norm: the largest norm over all tensors.
+
+        Returns:
+            The norm of the mean gradient, float32 of shape (), which the step fills in.
+
+        Raises:
+            ConfigError: it is no finite number of at least 0.
+        """
+        self._held.clip = check_as(float, "max_norm", max_norm)
+        self._held.norm = torch.full((), torch.nan)
+        return self._held.norm
 
     @property
     def overflowed(self) -> bool:

@@ -66,7 +66,7 @@ class Shards:
         self._options = options
         self._optimizer: DistNadam | None = None
         self._worker: Worker | None = None
-        self._own: Any = None
+        self._own: Any = None  # what the settings of the groups are on the shards
         self._is_closed = False
 
     @property
@@ -164,7 +164,7 @@ class Shards:
                     f"0's is {theirs.get(path, 'not there')}"
                 )
         self._optimizer = found
-        same = all(config[key] == value for key, value in settings.plain_config().items())
+        same = all(config.get(key) == value for key, value in settings.plain_config().items())
         self._own = settings.own if same else None
         self._worker = found.worker(self.place.rank)
         atexit.register(self.close)  # before Ray shuts itself down, which it does later
@@ -245,7 +245,7 @@ class Shards:
         while True:
             now = self.optimizer.shards.describe()
             config = self.optimizer.get_config()
-            is_set = all(config[key] == value for key, value in expected.items())
+            is_set = all(config.get(key) == value for key, value in expected.items())
             if is_set and (epoch is None or now.epoch > epoch):
                 return
             if time.monotonic() - began > self._options.step_timeout_s:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
 import distnadam
-from tests.torch.models import batches, bits, loss_of, make
+from tests.torch.models import batches, bits, distance, loss_of, make
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 ours = distnadam.torch
@@ -97,9 +98,60 @@ def scaled(seen: dict[str, Any]) -> None:
     optimizer.zero_grad()
 
 
+def absent(seen: dict[str, Any]) -> None:
+    """Have gradients on one rank alone, and on none."""
+    model = make()
+    optimizer = ours.DistNadam(model.named_parameters())
+    for batch in mine(3, 1):
+        if RANK == 0:
+            loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.step()
+    seen["absent"] = [b.hex() for b in bits(model)]
+    seen["absent steps"] = [float(s["step"]) for s in optimizer.state.values()]
+
+
+def beside_ddp(seen: dict[str, Any]) -> None:
+    """Clip the mean of all ranks, as a script with DDP does; and be wrapped in DDP as well."""
+    torch.distributed.init_process_group("gloo")
+    one, other = make(), make()
+    wrapped = torch.nn.parallel.DistributedDataParallel(other)
+    a = ours.DistNadam(one.named_parameters(), lr=0.01)
+    b = torch.optim.NAdam(wrapped.parameters(), lr=0.01)
+    norms: list[list[float]] = [[], []]
+    for step, batch in enumerate(mine(8, 1)):
+        for number, (model, optimizer) in enumerate(((one, a), (wrapped, b))):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            if step != 5:
+                norm = (
+                    a.clip_grad_norm_(0.05)
+                    if number == 0
+                    else torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+                )
+            optimizer.step()
+            norms[number].append(norm.item())
+    seen["clipped"] = distance(one, other)
+    seen["norms"] = norms
+    inner = make()
+    twice = torch.nn.parallel.DistributedDataParallel(inner, gradient_as_bucket_view=True)
+    c = ours.DistNadam(twice.named_parameters(), lr=0.01)
+    seen["wrapped"] = refused(lambda: train(twice, c, 1))
+    c.zero_grad()
+    inner = make()
+    once = torch.nn.parallel.DistributedDataParallel(inner, gradient_as_bucket_view=True)
+    once.register_comm_hook(None, noop_hook)
+    d, plain = ours.DistNadam(once.named_parameters(), lr=0.01), make()
+    train(once, d, 6)
+    train(plain, ours.DistNadam(plain.named_parameters(), lr=0.01), 6)
+    seen["no all-reduce"] = bits(inner) == bits(plain)
+    torch.distributed.destroy_process_group()
+
+
 def main(directory: Path) -> None:
     seen: dict[str, Any] = {}
-    for part in (ordinary, unseeded, scaled):
+    for part in (ordinary, unseeded, scaled, absent, beside_ddp):
         part(seen)
         print(RANK, part.__name__, flush=True)
     (directory / f"{RANK}.json").write_text(json.dumps(seen))

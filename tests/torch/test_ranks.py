@@ -13,7 +13,8 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 torch = pytest.importorskip("torch")
 
-from tests.torch.models import batches, loss_of, make  # noqa: E402
+import distnadam  # noqa: E402
+from tests.torch.models import batches, bits, loss_of, make  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,3 +99,113 @@ def test_the_loss_scale_of_all_ranks_follows_the_overflow_of_one(
     assert one["scaled"] == other["scaled"]
     assert one["torch's scaler"] == other["torch's scaler"]
     assert "use distnadam.torch.GradScaler" in one["torch's scaler"]
+
+
+def test_a_rank_without_a_gradient_counts_as_zeros_and_hangs_nobody(
+    torchrun: list[dict[str, Any]],
+) -> None:
+    one, other = torchrun
+    assert one["absent"] == other["absent"]
+    assert one["absent steps"] == other["absent steps"] == [3.0] * 4
+
+
+def test_clipping_is_of_the_mean_of_all_ranks_as_with_ddp(torchrun: list[dict[str, Any]]) -> None:
+    for seen in torchrun:
+        assert seen["clipped"] < 5e-6
+
+
+def test_a_model_in_ddp_is_refused_unless_its_all_reduce_is_off(
+    torchrun: list[dict[str, Any]],
+) -> None:
+    for seen in torchrun:
+        assert "LifecycleError: the model is wrapped in DistributedDataParallel" in seen["wrapped"]
+        assert seen["no all-reduce"] is True
+
+
+class Member:
+    """A rank in an actor of one's own: the same two lines, and its rank."""
+
+    def __init__(self, rank: int, name: str) -> None:
+        import distnadam
+
+        self.rank = rank
+        self.model = make()
+        self.optimizer = distnadam.torch.DistNadam(
+            self.model.named_parameters(), lr=0.01, rank=rank, num_workers=2, name=name
+        )
+
+    def train(self, begin: int, end: int) -> list[bytes]:
+        for batch in batches(2 * end, 1)[2 * begin + self.rank :: 2]:
+            self.optimizer.zero_grad()
+            loss_of(self.model, batch).backward()
+            self.optimizer.step()
+        return bits(self.model)
+
+    def close(self) -> None:
+        self.optimizer.close()
+
+
+def test_actors_of_one_s_own_train_and_one_that_was_killed_comes_back(ray_cluster: None) -> None:
+    import ray
+
+    make_member = ray.remote(num_cpus=0, max_restarts=0)(Member).remote
+    members = [make_member(rank, "torch-actors") for rank in range(2)]
+    one, other = ray.get([m.train.remote(0, 3) for m in members], timeout=200)
+    assert one == other
+    ray.kill(members[1])
+    members[1] = make_member(1, "torch-actors")
+    one, other = ray.get([m.train.remote(3, 6) for m in members], timeout=200)
+    assert one == other
+    model = make()
+    optimizer = torch.optim.NAdam(model.parameters(), lr=0.01)
+    every = batches(12, 1)
+    for pair in zip(every[::2], every[1::2], strict=True):
+        optimizer.zero_grad()
+        (sum(loss_of(model, batch) for batch in pair) / 2).backward()
+        optimizer.step()
+    for got, expected in zip(one, model.parameters(), strict=True):
+        values = torch.frombuffer(bytearray(got), dtype=torch.float32)
+        assert torch.allclose(values, expected.detach().flatten(), atol=5e-6)
+    ray.get([m.close.remote() for m in members], timeout=100)
+    with pytest.raises(distnadam.errors.NotRunning):
+        distnadam.DistNadam.connect("torch-actors")
+
+
+def loop_of_ray_train(config: dict[str, Any]) -> None:
+    import ray.train
+
+    import distnadam
+
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    model = make()
+    optimizer = distnadam.torch.DistNadam(model.named_parameters(), lr=0.01)
+    for batch in batches(size * 4, 1)[rank::size]:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    Path(config["to"], f"{rank}").write_bytes(b"".join(bits(model)))
+
+
+def test_the_same_two_lines_train_in_ray_train(ray_cluster: None, tmp_path: Path) -> None:
+    pytest.importorskip("ray.train")
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(
+        loop_of_ray_train,
+        train_loop_config={"to": str(tmp_path)},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.01}),
+        run_config=RunConfig(name="two lines", storage_path=str(tmp_path / "runs")),
+    ).fit()
+    one, other = ((tmp_path / f"{rank}").read_bytes() for rank in range(2))
+    model = make()
+    optimizer = torch.optim.NAdam(model.parameters(), lr=0.01)
+    every = batches(8, 1)
+    for pair in zip(every[::2], every[1::2], strict=True):
+        optimizer.zero_grad()
+        (sum(loss_of(model, batch) for batch in pair) / 2).backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert one == other
+    assert torch.allclose(torch.frombuffer(bytearray(one), dtype=torch.float32), expected, atol=5e-6)
