@@ -1,5 +1,5 @@
-"""A model that torch's DistributedDataParallel wraps as well: gradients would be averaged twice, once
-by its all-reduce for nothing. Its all-reduce can be switched off, else it is refused.
+"""A model that torch's DistributedDataParallel wraps as well: gradients would be averaged twice,
+once by its all-reduce for nothing. Its all-reduce can be switched off, else it is refused.
 """
 
 import gc

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
-from distnadam.torch.optimizer import BaseOptimizer
+from distnadam.torch.base import BaseOptimizer
 
 
 class GradScaler(torch.amp.GradScaler):  # type: ignore[misc]

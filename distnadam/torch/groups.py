@@ -13,8 +13,12 @@ from distnadam.errors import ConfigError
 from distnadam.groups import Group
 from distnadam.nadam.step_overrides import Rates
 
-_FORMULA = ("momentum_decay", "decoupled_weight_decay", "maximize")
-"""What all groups of an optimizer have alike."""
+_FORMULA = {
+    "momentum_decay": "schedule_decay",
+    "decoupled_weight_decay": "decoupled_weight_decay",
+    "maximize": "maximize",
+}
+"""What all groups of an optimizer have alike: torch's names, and ours."""
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -40,20 +44,37 @@ def base_of(groups: Sequence[Mapping[str, Any]]) -> int:
     return max(range(len(groups)), key=lambda index: (len(groups[index]["params"]), -index))
 
 
-def check_formula(groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]) -> None:
-    """Raise ConfigError if a group asks for another formula than the optimizer has."""
+def formula_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of the formula by our names, which all groups must have alike.
+
+    Raises:
+        ConfigError: a group has another, or one that is not supported.
+    """
+    first = groups[0] if groups else {}
     for index, group in enumerate(groups):
         for name in _FORMULA:
-            if name in defaults and group.get(name, defaults[name]) != defaults[name]:
+            if group.get(name) != first.get(name):
                 raise ConfigError(
-                    f"parameter group {index}: {name}={group[name]!r}, and the optimizer was made "
-                    f"with {defaults[name]!r}: it is part of the formula, which all groups share"
+                    f"parameter group {index}: {name}={group.get(name)!r}, and group 0 has "
+                    f"{first.get(name)!r}: it is part of the formula, which all groups share"
                 )
         for name in ("amsgrad", "differentiable", "capturable"):
             if group.get(name):
                 raise ConfigError(
                     f"parameter group {index}: {name}={group[name]!r} is not supported"
                 )
+    return {ours: first[name] for name, ours in _FORMULA.items() if name in first}
+
+
+def check_formula(groups: Sequence[Mapping[str, Any]], expected: Mapping[str, Any]) -> None:
+    """Raise ConfigError if groups have another formula than the shards were built with."""
+    found = formula_of(groups)
+    for name, ours in _FORMULA.items():
+        if ours in expected and found.get(ours, expected[ours]) != expected[ours]:
+            raise ConfigError(
+                f"{name}={found[ours]!r}, and the shards were built with {expected[ours]!r}: it is "
+                "part of the formula, which cannot change"
+            )
 
 
 class Settings:
@@ -62,26 +83,25 @@ class Settings:
     Args:
         groups: torch's.
         names: of the tensors.
-        defaults: torch's; all groups have the formula of these.
         clip: the largest norm of the mean gradient over all tensors; None does not clip.
 
     Attributes:
+        formula: the settings of the formula, by our names.
         lr: learning rates, as a worker's `step` takes them.
         betas: those of the group that has the optimizer's settings, as `step` takes them.
         own: what each group has beside them, and the clip.
 
     Raises:
-        ConfigError: a group asks for another formula.
+        ConfigError: groups have different formulas.
     """
 
     def __init__(
         self,
         groups: Sequence[Mapping[str, Any]],
         names: Mapping[Any, str],
-        defaults: Mapping[str, Any],
         clip: float | None = None,
     ) -> None:
-        check_formula(groups, defaults)
+        self.formula = formula_of(groups)
         self.clip = clip
         self._given, self._names = groups, names
         self._base = base_of(groups)

@@ -5,6 +5,7 @@ It is one object, however many wrappers share the optimizer's attributes, as Lig
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ class Held:
         self._tensors: list[torch.Tensor] = []
         self._running: _Running | None = None
         self._state: State | None = None
+        self._others: dict[Any, Any] = {}
         self._versions: list[tuple[Any, int]] = []
         self._is_replaced = False  # the state, by one that the shards do not have
 
@@ -74,7 +76,7 @@ class Held:
         self._tensors = list(tensors)
         self.names = dict(zip(tensors, names, strict=True))
         if not self._is_replaced:
-            self._state = None
+            self._forget_state()
 
     # -- the state
 
@@ -93,18 +95,31 @@ class Held:
             else:
                 self._state = new_state(self._tensors, has_product=self.has_product)
             self._versions = _versions(self._state)
+            self._state |= self._others
+            self._others = {}
         return self._state
+
+    def _forget_state(self) -> None:
+        """Have the state read anew, but for what users keep in it that is of no tensor."""
+        if self._state is not None:
+            self._others = {k: v for k, v in self._state.items() if k not in self.names}
+        self._state = None
 
     def replace_state(self, state: State) -> None:
         """Have another state from the next step on, unless it is the present one to the bit."""
         full = new_state(self._tensors, has_product=self.has_product)
+        others = {k: v for k, v in state.items() if k not in self.names}
         for tensor, each in state.items():
             if tensor in full:
                 full[tensor] |= {k: _as_tensor(v) for k, v in each.items() if k in full[tensor]}
-        if same(full, self.state()):
+        now = self.state()
+        if all(same(full[tensor], now[tensor]) for tensor in full):
+            now |= others
             return
-        self._state = {tensor: {k: v.clone() for k, v in e.items()} for tensor, e in full.items()}
+        self._state = defaultdict(dict)
+        self._state |= {t: {k: v.clone() for k, v in each.items()} for t, each in full.items()}
         self._versions = _versions(self._state)
+        self._state |= others
         self._is_replaced = True
 
     @property
@@ -142,7 +157,7 @@ class Held:
             self.norm.fill_(math.nan if norm is None else norm)
         self.clip = None
         parameters.take(stepped)
-        self._state = None
+        self._forget_state()
 
     def rejoin(self, settings: Settings) -> None:
         """Have the parameters of a training that this rank takes part in again."""
@@ -150,7 +165,7 @@ class Held:
         if self.shards.rejoin(parameters.as_tree(), settings):
             self._running = self._open(parameters, in_place=self._may_move_gradients())
             parameters.take(self.shards.pull())
-            self._state = None
+            self._forget_state()
 
     def _build(self, settings: Settings) -> "_Running":
         parameters, in_place = Parameters(self._names, self._tensors), self._may_move_gradients()
@@ -236,4 +251,10 @@ def _as_tensor(value: Any) -> torch.Tensor:
 
 def _versions(state: State) -> list[tuple[Any, int]]:
     """Return which tensors a state has, and how often each was changed in place."""
-    return [(id(value), value._version) for each in state.values() for value in each.values()]
+    return [
+        (id(value), value._version)
+        for tensor, each in state.items()
+        if isinstance(tensor, torch.Tensor)
+        for value in each.values()
+        if isinstance(value, torch.Tensor)
+    ]

@@ -33,9 +33,11 @@ _OTHERS_END_S = 60.0
 class Shards:
     """The optimizer and this process's worker, once they are there.
 
+    Attributes:
+        fixed: the settings of the formula, once the shards are built with them.
+
     Args:
         formula: what is computed.
-        fixed: the settings of the formula, which do not change.
         place: this process's rank.
         topology: num_shards, replicas, backend and name.
         options: rare settings.
@@ -47,14 +49,12 @@ class Shards:
     def __init__(
         self,
         formula: Formula,
-        fixed: Mapping[str, Any],
         place: Place,
         topology: Mapping[str, Any],
         options: Options,
     ) -> None:
         self.formula = formula
         self.place = place
-        self._fixed = fixed
         self._topology = Topology(num_workers=place.num_workers, **topology)
         if self.several and self._topology.backend == "local":
             raise ConfigError(
@@ -66,6 +66,7 @@ class Shards:
         self._options = options
         self._optimizer: DistNadam | None = None
         self._worker: Worker | None = None
+        self.fixed: dict[str, Any] = {}
         self._own: Any = None  # what the settings of the groups are on the shards
         self._is_closed = False
 
@@ -110,6 +111,7 @@ class Shards:
             return
         beta_1, beta_2 = settings.betas
         topology = self._topology.to_dict() | {"name": self._name}
+        self.fixed = settings.formula
         meeting.prepare(self.place, self._options)
         optimizer = DistNadam(
             formula=self.formula,
@@ -117,7 +119,7 @@ class Shards:
             beta_1=beta_1,
             beta_2=beta_2,
             options=self._options,
-            **self._fixed,
+            **settings.formula,
             **topology,
             **settings.config(),
         )
@@ -143,7 +145,7 @@ class Shards:
     def _join(self, found: DistNadam, params: Mapping[str, Any], settings: Settings) -> None:
         config, own = (
             found.get_config(),
-            {"formula": self.formula, "clocks": "tensor", **self._fixed},
+            {"formula": self.formula, "clocks": "tensor", **settings.formula},
         )
         for key, value in own.items():
             if config[key] != value:
@@ -164,6 +166,7 @@ class Shards:
                     f"0's is {theirs.get(path, 'not there')}"
                 )
         self._optimizer = found
+        self.fixed = settings.formula
         same = all(config.get(key) == value for key, value in settings.plain_config().items())
         self._own = settings.own if same else None
         self._worker = found.worker(self.place.rank)

@@ -19,7 +19,7 @@ from distnadam.tensors.arrays import Flat, empty_flat
 from distnadam.tensors.layout import Layout
 from distnadam.torch.arrays import as_array, as_torch, digest_bytes, digest_of
 
-State = dict[torch.Tensor, dict[str, Any]]
+State = dict[Any, dict[str, Any]]
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 _EXACT = 2**24
 """Steps that float32 counts."""
@@ -73,13 +73,9 @@ def _clock(steps: int, product: float, *, has_product: bool) -> dict[str, torch.
     return clock
 
 
-def same(one: State, other: State) -> bool:
-    """Whether two states are equal to the bit, of the same tensors."""
-    return one.keys() == other.keys() and all(
-        one[key].keys() == other[key].keys()
-        and all(_equal(one[key][name], other[key][name]) for name in one[key])
-        for key in one
-    )
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two states of a tensor are equal."""
+    return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
 
 
 def digest(state: State, tensors: Sequence[torch.Tensor]) -> str:
@@ -103,7 +99,7 @@ def check_state(
     """
     for tensor, each in state.items():
         if tensor not in names:
-            continue
+            continue  # it is of no tensor, but somebody's own
         who = f"of {names[tensor]!r}"
         if "max_exp_avg_sq" in each:
             raise StructureError(

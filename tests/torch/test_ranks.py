@@ -187,6 +187,7 @@ def loop_of_ray_train(config: dict[str, Any]) -> None:
     Path(config["to"], f"{rank}").write_bytes(b"".join(bits(model)))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own imports
 def test_the_same_two_lines_train_in_ray_train(ray_cluster: None, tmp_path: Path) -> None:
     pytest.importorskip("ray.train")
     from ray.train import RunConfig, ScalingConfig
@@ -208,4 +209,6 @@ def test_the_same_two_lines_train_in_ray_train(ray_cluster: None, tmp_path: Path
         optimizer.step()
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert one == other
-    assert torch.allclose(torch.frombuffer(bytearray(one), dtype=torch.float32), expected, atol=5e-6)
+    assert torch.allclose(
+        torch.frombuffer(bytearray(one), dtype=torch.float32), expected, atol=5e-6
+    )
