@@ -56,6 +56,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distnadam.config import Options
     from distnadam.groups import Group
+    from distnadam.loss_scale import LossScale
     from distnadam.optimizer import DistNadam
     from distnadam.training.fit import fit
     from distnadam.training.task import Task
@@ -68,6 +69,7 @@ __all__ = [
     "DistNadam",
     "DistNadamW",
     "Group",
+    "LossScale",
     "Options",
     "Task",
     "Worker",
@@ -80,6 +82,7 @@ _HOMES = {
     "DistNadamW": "distnadam.variants",
     "DistNadam": "distnadam.optimizer",
     "Group": "distnadam.groups",
+    "LossScale": "distnadam.loss_scale",
     "Options": "distnadam.config",
     "Task": "distnadam.training.task",
     "Worker": "distnadam.worker",
@@ -87,8 +90,8 @@ _HOMES = {
 }
 _MODULES = (
     *("callbacks", "checkpoint", "config", "errors", "groups", "hyperparameters", "interop"),
-    *("jax", "keras", "metrics", "optimizer", "schedules", "tf_keras", "torch", "training"),
-    *("variants", "worker"),
+    *("jax", "keras", "loss_scale", "metrics", "optimizer", "schedules", "tf_keras", "torch"),
+    *("training", "variants", "worker"),
 )
 """Public modules that `import distnadam` makes available, each at its first use."""
 

@@ -239,6 +239,11 @@ class Settings:
         least, workers = self.options.min_workers, self.topology.num_workers
         if least is not None and least > workers:
             raise ConfigError(f"min_workers must be at most num_workers={workers}, got {least}")
+        if self.config.loss_scale is not None and not self.options.check_gradients:
+            raise ConfigError(
+                "loss_scale needs Options(check_gradients=True): it follows whether gradients are "
+                "finite"
+            )
 
     @classmethod
     def of(cls, *, options: Options | Mapping[str, Any] | None, **arguments: Any) -> "Settings":
@@ -288,9 +293,11 @@ class Settings:
         lr = self.config.lr
         plain = lr if callable(lr) and not isinstance(lr, Schedule) else rate_to_dict(lr)
         groups = [group.to_dict() for group in self.config.groups]
+        scale = self.config.loss_scale
         return self.to_arguments() | {
             "lr": plain,
             "groups": groups,
+            **({} if scale is None else {"loss_scale": scale.to_dict()}),
             "options": self.options.to_dict(),
         }
 
@@ -360,6 +367,7 @@ _FIXED = {
     "decoupled_weight_decay": "it is part of the formula",
     "sum_group": "workers and relays sum by it",
     "pull_dtype": "shards keep masters, and workers memory, by it",
+    "loss_scale": "its scale follows from the rounds so far",
     "use_ema": "shards keep the average's memory by it",
     "ema_overwrite_frequency": "it is counted from the first step",
     "clocks": "the tensors' steps were counted by it",

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from distnadam.checks import BETAS, check_beta, check_count, check_flag, fields_of, set_number
 from distnadam.errors import ConfigError
 from distnadam.groups import Group
+from distnadam.loss_scale import LossScale
 from distnadam.schedules import Rate, kept, rate_at, rate_from, rate_to_dict
 from distnadam.tensors.arrays import STATE_ARRAYS
 
@@ -60,6 +61,7 @@ class NadamConfig:
             again; None: never.
         clocks: "one" for all tensors, which all step at every step; or one of each "tensor", which
             steps where it has a gradient.
+        loss_scale: the dynamic scale of workers' losses; None: they are not scaled.
 
     Raises:
         ConfigError: a value is out of its range, or has no meaning beside the others, or a
@@ -85,6 +87,7 @@ class NadamConfig:
     ema_momentum: float = 0.99
     ema_overwrite_frequency: int | None = None
     clocks: Clocks = "one"
+    loss_scale: LossScale | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.lr):
@@ -97,7 +100,7 @@ class NadamConfig:
             object.__setattr__(self, name, check_flag(name, getattr(self, name)))
         self._check_formula()
         self._check_groups()
-        self._check_ema()
+        self._check_average_and_scale()
         for name in BETAS:
             check_beta(self, name)
         if not isinstance(self.clocks, str) or self.clocks not in get_args(Clocks):
@@ -138,7 +141,9 @@ class NadamConfig:
                 "both be set: give one of them"
             )
 
-    def _check_ema(self) -> None:
+    def _check_average_and_scale(self) -> None:
+        if self.loss_scale is not None:
+            object.__setattr__(self, "loss_scale", LossScale.of(self.loss_scale))
         if set_number(self, "ema_momentum") > 1.0:
             raise ConfigError(f"ema_momentum must be in [0, 1], got {self.ema_momentum!r}")
         if (count := self.ema_overwrite_frequency) is not None:
@@ -202,7 +207,9 @@ class NadamConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for `from_dict`; raise ConfigError if `lr` is a plain function."""
         groups = [group.to_dict() for group in self.groups]
-        return {**fields_of(self), "lr": rate_to_dict(self.lr), "groups": groups}
+        scale = None if self.loss_scale is None else self.loss_scale.to_dict()
+        special = {"lr": rate_to_dict(self.lr), "groups": groups, "loss_scale": scale}
+        return {**fields_of(self), **special}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "NadamConfig":

@@ -22,6 +22,7 @@ from distnadam.client.ticket import Ticket
 from distnadam.config import BackendName, Options, Settings
 from distnadam.groups import Group
 from distnadam.hyperparameters import Clocks, Formula, PullDtype
+from distnadam.loss_scale import LossScale
 from distnadam.nadam.step_overrides import Betas, Rates
 from distnadam.schedules import Rate, kept
 from distnadam.tensors.arrays import Array
@@ -60,6 +61,8 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         ema_overwrite_frequency: after how many steps the parameters become the average; None never.
         clocks: "one" for all tensors, which all step at every step; or "tensor": one whose gradient
             is None on all ranks keeps its parameters, moments, average and clock.
+        loss_scale: a `LossScale`: the shards keep a scale for workers' losses, and take gradients
+            of scaled ones; None: they take them as they are.
         num_shards: shards that the state is cut into; the result does not depend on it.
         num_workers: ranks whose gradients are averaged at each step.
         replicas: standbys per shard, 0 or 1; they take over at the same round (Ray only).
@@ -95,6 +98,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         ema_momentum: float = 0.99,
         ema_overwrite_frequency: int | None = None,
         clocks: Clocks = "one",
+        loss_scale: LossScale | None = None,
         num_shards: int = 1,
         num_workers: int = 1,
         replicas: int = 0,
@@ -174,21 +178,6 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
     def options(self) -> Options:
         """The rare settings it was made with."""
         return self._life.settings.options
-
-    @property
-    def iterations(self) -> int:
-        """Steps applied so far."""
-        return self.shards.describe().iterations if self._life.is_built else 0
-
-    @property
-    def round(self) -> int:
-        """Rounds decided so far: applied, skipped or refused; batches follow it."""
-        return self.shards.describe().round if self._life.is_built else 0
-
-    @property
-    def skipped(self) -> int:
-        """Rounds that ended with no step, for a gradient that was not finite, or a rank's vote."""
-        return self.shards.describe().skipped if self._life.is_built else 0
 
     @property
     def lr(self) -> Rate:

@@ -10,13 +10,12 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any, Self
 
-from distnadam.client.fixed_attributes import FixedAttributes
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.ordinary_step import step_at_once
 from distnadam.client.parameter_view import ParameterView
+from distnadam.client.seen_rounds import SeenRounds
 from distnadam.client.shard_group import ShardGroup
-from distnadam.client.step_settings import StepSettings, settings_of
 from distnadam.client.ticket import Ticket
 from distnadam.client.worker_meter import WorkerMeter
 from distnadam.client.worker_session import WorkerSession
@@ -26,7 +25,7 @@ from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Array, Flat
 
 
-class Worker(FixedAttributes, set_once={"rank", "session"}):
+class Worker(SeenRounds, set_once={"rank", "session"}):
     """One rank of a data-parallel run; made by `DistNadam.worker`, used by one thread at a time.
 
     What `pull` and `step` return is read-only, owned by the worker, and valid until its next call;
@@ -102,24 +101,6 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    @property
-    def round(self) -> int:
-        """Rounds decided when this worker last looked; its next push is for the one after.
-
-        Batches follow it.
-        """
-        self._require_open()
-        self.session.sync()
-        return self.session.round
-
-    @property
-    def found_inf(self) -> bool:
-        """Whether the last round that this worker saw the end of was skipped since a rank voted so.
-
-        All ranks that saw that round's end see the same, so their loss scales stay equal.
-        """
-        return self.session.outcome == "voted"
-
     def pull(self) -> Any:
         """Return the present parameters in the structure given to `build`, each in its own dtype,
         or in the optimizer's `pull_dtype`.
@@ -135,14 +116,6 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         if self._meter is not None:
             self._meter.pulled(perf_counter() - began, self.session.channel, self._buffer)
         return self._view.tree(self.session.channel.parameters, self.session.buffer)
-
-    @property
-    def settings(self) -> StepSettings:
-        """The learning rates and betas of the last applied step, and the round that is decided, so
-        that the scheduler of a worker that takes a rank over catches up; never waits for a round.
-        """
-        self._require_open()
-        return settings_of(self._shards.describe())
 
     def push(
         self,
@@ -277,6 +250,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             LifecycleError: micro-batches were accumulated for the round.
         """
         self._settle()
+        if self.session.loss_scale is None:
+            self.session.sync()
+        self._buffer.loss_scale = self.session.loss_scale or 0.0
         tensor = self._buffer.write(path, gradient)
         if not self._buffer.has_views:  # through which it may be changed until the push
             with self._shield:
@@ -299,6 +275,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
                 float32 and half precision is asked for.
         """
         self._settle()
+        if dtype is not None and self.session.loss_scale is None:
+            self.session.sync()
+        self._buffer.loss_scale = self.session.loss_scale or 0.0
         views = self._buffer.views(dtype)
         self.session.ahead.forget()
         return views
@@ -355,6 +334,9 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
         micro_steps = max(1, buffer.micro_steps)
         if settings.found_inf:
             return settings, buffer.overflowed()
+        if self.session.loss_scale is None:
+            self.session.sync()
+        buffer.loss_scale = self.session.loss_scale or 0.0
         if gradients is not None:
             rejection = buffer.borrow(gradients, written) if written else buffer.fill(gradients)
         else:
@@ -364,6 +346,8 @@ class Worker(FixedAttributes, set_once={"rank", "session"}):
             rejection = buffer.finish()
         if micro_steps > 1 or buffer.absent:
             settings = replace(settings, micro_steps=micro_steps, absent=buffer.absent)
+        if rejection is not None and buffer.loss_scale:
+            settings = replace(settings, found_inf=True)
         return settings, rejection
 
     def _require_place(self) -> None:

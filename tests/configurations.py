@@ -4,7 +4,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from distnadam import Group
+from distnadam import Group, LossScale
 
 A_FEW: list[dict[str, Any]] = [
     {},
@@ -12,6 +12,7 @@ A_FEW: list[dict[str, Any]] = [
     {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
     {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": 2},
     {"clocks": "tensor", "groups": [Group("a", beta_1=0.5, weight_decay=0.1)], "use_ema": True},
+    {"loss_scale": LossScale(init_scale=4.0, growth_interval=2)},
 ]
 """Where each example costs much."""
 _FORMULAS = st.one_of(

@@ -10,6 +10,7 @@ import numpy as np
 
 from distnadam.config import Options
 from distnadam.hyperparameters import NadamConfig
+from distnadam.loss_scale import ScaleState
 from distnadam.nadam.norms import tensor_square_sums
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
@@ -43,6 +44,7 @@ class State:
     clock: Clock
     skipped: int
     ema: Array | None = None
+    loss_scale: ScaleState | None = None
 
 
 class OneProcess:
@@ -68,7 +70,8 @@ class OneProcess:
         self._settings = settings
         zeros = np.zeros_like(initial)
         average = initial if config.use_ema else None
-        first = State(initial, zeros, zeros, Clock(), 0, average)
+        scale = None if config.loss_scale is None else config.loss_scale.first
+        first = State(initial, zeros, zeros, Clock(), 0, average, scale)
         self._known: dict[tuple[History, tuple[int, ...]], State] = {((), ()): first}
         self.configs = [config]
 
@@ -113,6 +116,7 @@ class OneProcess:
             round=number - 1,
             skipped=before.skipped,
             clock=before.clock,
+            loss_scale=before.loss_scale,
             lr=0.0,
             active=0,
             outcome="applied",
@@ -133,6 +137,8 @@ class OneProcess:
             gradient = self._gradient(number, rank, incarnation, seen)
             flat = None if gradient is None else {"float32": gradient}
             settings = self._settings(number, rank, incarnation)
+            if flat is None and config.loss_scale is not None:
+                settings = replace(settings, found_inf=True)
             if settings.found_inf:
                 flat = None
             rejection = "not finite" if flat is None else None
@@ -166,7 +172,8 @@ def state_of(host: ShardHost) -> State:
     """Copy a host's state, whatever it is doing."""
     shard = host.shard
     arrays = {name: flat["float32"].copy() for name, flat in shard.state.arrays().items()}
-    return State(**arrays, clock=replace(shard.progress.clock), skipped=shard.progress.skipped)
+    now = shard.progress
+    return State(**arrays, clock=replace(now.clock), skipped=now.skipped, loss_scale=now.loss_scale)
 
 
 def history_of(ledger: dict[str, Any], decided: int) -> History:

@@ -19,7 +19,7 @@ ORDER = """
     tensors
     plain_data copies
     schedules
-    groups
+    groups loss_scale
     hyperparameters
     config
     nadam
@@ -55,6 +55,7 @@ PURE = (
     "schedules",
     "tensors",
     "groups",
+    "loss_scale",
     "hyperparameters",
     "config",
     "nadam",

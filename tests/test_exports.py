@@ -57,6 +57,7 @@ def test_the_public_names_are_sorted_there_and_described() -> None:
         "DistNadam",
         "DistNadamW",
         "Group",
+        "LossScale",
         "Options",
         "Task",
         "Worker",

@@ -17,7 +17,7 @@ from distnadam.tensors.layout import Layout
 
 _LATER = {
     *("formula", "weight_decay", "decoupled_weight_decay", "maximize", "groups"),
-    *("use_ema", "ema_momentum", "ema_overwrite_frequency", "clocks"),
+    *("use_ema", "ema_momentum", "ema_overwrite_frequency", "clocks", "loss_scale"),
 }
 """Settings that the first readers of this format do not know."""
 _PLAIN = PlainData()

@@ -29,6 +29,7 @@ from distnadam.checkpoint.msgpack_guard import check_msgpack
 from distnadam.config import Options, Settings
 from distnadam.errors import CheckpointError, DistNadamError
 from distnadam.hyperparameters import NadamConfig
+from distnadam.loss_scale import ScaleState, is_scale_state
 from distnadam.nadam.step_scalars import Clock, TensorClocks
 from distnadam.shard.ledger import Ledger
 from distnadam.tensors.arrays import STATE_ARRAYS
@@ -77,6 +78,7 @@ class Position:
     round: int
     skipped: int = 0
     ledger: dict[str, Any] = field(default_factory=lambda: Ledger().to_dict())
+    loss_scale: ScaleState | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class Manifest:
         files: the shards' files, by index.
         saved_at: seconds since 1970.
         clocks: `TensorClocks.to_dict()`; {} where all tensors have one.
+        loss_scale: `ScaleState` of the next round as a list; None, and in no file, where none is.
     """
 
     save_id: str
@@ -116,6 +119,7 @@ class Manifest:
     files: tuple[FileRecord, ...] = ()
     saved_at: float = 0.0
     clocks: dict[str, Any] = field(default_factory=dict)
+    loss_scale: list[Any] | None = None
 
     @classmethod
     def of(
@@ -140,7 +144,13 @@ class Manifest:
             ledger=position.ledger,
             data=dict(data),
             run=dict(settings.run),
+            loss_scale=None if position.loss_scale is None else list(position.loss_scale),
         )
+
+    @property
+    def scale_state(self) -> ScaleState | None:
+        """The state of the loss scale; None if none is kept."""
+        return None if self.loss_scale is None else ScaleState(*self.loss_scale)
 
     @property
     def state_arrays(self) -> tuple[str, ...]:
@@ -169,6 +179,8 @@ class Manifest:
         body["config"] = without_later(self.config)
         if not self.clocks:
             del body["clocks"]  # which readers of the first version refuse
+        if self.loss_scale is None:
+            del body["loss_scale"]
         if self.run:
             body["run"] = {**self.run, "given": without_later(self.run["given"])}
         body["files"] = [
@@ -260,19 +272,21 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "run": lambda v: isinstance(v, dict),
     "files": lambda v: isinstance(v, list) and len(v) > 0,
     "saved_at": lambda v: isinstance(v, float) and 0.0 <= v < 1e12,
+    "loss_scale": is_scale_state,
 }
 _CLOCKS: dict[str, Callable[[Any], bool]] = {"clocks": lambda v: isinstance(v, dict)}
+_OPTIONAL = {"loss_scale"}
 
 
 def _checked(body: Mapping[str, Any], version: int, where: str) -> Manifest:
     """Return the manifest of a body, after checking each field and that the fields agree."""
     fields = _FIELDS | (_CLOCKS if version == WITH_CLOCKS else {})
-    if set(body) != set(fields):
+    if not set(fields) - _OPTIONAL <= set(body) <= set(fields):
         raise CheckpointError(
             f"{where}: expected the fields {', '.join(fields)}; got {', '.join(map(str, body))}"
         )
     for name, legal in fields.items():
-        if not legal(body[name]):
+        if name in body and not legal(body[name]):
             raise CheckpointError(
                 f"{where}: field {name!r} has the value {str(body[name])[:80]!r}, which it "
                 "cannot have"

@@ -164,7 +164,9 @@ def render(status: Status) -> RenderableType:
     for host in status.hosts:
         rates = (host.sent_bytes_per_s, host.received_bytes_per_s)
         hosts.add_row(host.host, *("" if rate is None else f"{rate / 1e6:.1f}" for rate in rates))
-    head = f"{status.name}: step {status.step}{rate}, lr {status.lr:g}{skipped}"
+    norm = "" if status.gradient_norm is None else f", gradient norm {status.gradient_norm:.4g}"
+    scale = "" if status.loss_scale is None else f", loss scale {status.loss_scale:g}"
+    head = f"{status.name}: step {status.step}{rate}, lr {status.lr:g}{norm}{scale}{skipped}"
     return Group(
         head,
         shards,

@@ -237,7 +237,11 @@ def _snapshot(shards: ShardGroup, root: Directory, saved: Saved) -> _Snapshot:
 def _manifest(shards: ShardGroup, held: Paused, saved: Saved) -> Manifest:
     """Return the manifest of the paused round, with its own hyper-parameters."""
     position = Position(
-        clock=held.clock, round=held.round, skipped=held.skipped, ledger=held.ledger
+        clock=held.clock,
+        round=held.round,
+        skipped=held.skipped,
+        ledger=held.ledger,
+        loss_scale=held.loss_scale,
     )
     return Manifest.of(saved.settings.with_config(held.config), shards.layout, position, saved.data)
 

@@ -45,7 +45,8 @@ _OWN_BITS, _COUNT_BITS = 40, 22
 @dataclass
 class DirectStep:
     """One direct step: its incarnation, which no other has, its round, and its norms once they are
-    known; `settings` go with it.
+    known; `settings` go with it. `loss_scale` is that of the round that it was first meant for, by
+    which its gradients are divided; None before that, and 0 for none.
 
     `incarnation` is 0 before it was sent, and `round` also after a shard has refused it.
     """
@@ -54,6 +55,7 @@ class DirectStep:
     round: int = 0
     square_sums: Any = None
     settings: RoundSettings = ORDINARY
+    loss_scale: float | None = None
 
     def is_counted(self, paused: Paused) -> bool:
         """Whether a shard that stands there counts it; the others can get it only from here."""
@@ -176,6 +178,8 @@ class DirectSteps:
     def _hold(self, step: DirectStep, gradients: Any) -> RoundResult:
         with self._shards.boundary(step) as at:
             step.choose_round(at.held)
+            if step.loss_scale is None:
+                step.loss_scale = at.held.loss_scale.scale if at.held.loss_scale else 0.0
             rejection, parts = self._take(step, gradients)
             step.incarnation = step.incarnation or next(self._numbers)
             # while the shards are held: a child forked meanwhile refuses to go on from them
@@ -192,9 +196,10 @@ class DirectSteps:
         if last is None or not self._is_cheap or len(self._shards.ranges) > 1:
             return None
         self._last = None
-        is_new = step.round == 0
+        is_new, settings = step.round == 0, step.settings
         if is_new:
             step.round = last.round + 1
+            step.loss_scale = last.loss_scale
         rejection, parts = self._take(step, gradients)
         step.incarnation = step.incarnation or next(self._numbers)
         try:
@@ -205,7 +210,7 @@ class DirectSteps:
                 return self._apply(step, None, {0: message})
         except (IllegalMessage, RoundMismatch):  # somebody else acts too
             if is_new:  # no shard has taken it, so it may be of any round
-                step.round = 0
+                step.round, step.loss_scale, step.settings = 0, None, settings
             return None
 
     def _apply(
@@ -267,10 +272,13 @@ class DirectSteps:
             )
         if step.settings.found_inf:
             return self._buffer.overflowed(), self._buffer.parts(shards.ranges)
+        self._buffer.loss_scale = step.loss_scale or 0.0
         if (written := shards.backend.transport.written_here) is None:
             rejection = self._buffer.fill(gradients)
         else:
             rejection = self._buffer.borrow(gradients, written)
         if self._buffer.absent:
             step.settings = replace(step.settings, absent=self._buffer.absent)
+        if rejection is not None and step.loss_scale:
+            step.settings = replace(step.settings, found_inf=True)
         return rejection, self._buffer.parts(shards.ranges)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from distnadam.client.gradient_runs import BLOCK, Run, runs_of, stretches_of
-from distnadam.client.micro_batches import add_micro_batch, divide
+from distnadam.client.micro_batches import add_micro_batch, divide, unscale
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
@@ -34,6 +34,7 @@ class GradientBuffer:
 
     Attributes:
         is_lent: whether it has borrowed gradients.
+        loss_scale: what gradients are divided by before they are judged; 0: by nothing.
         micro_steps: of how many micro-batches the memory holds the sum.
         absent: the tensors that have no gradient, and zeros in the memory; frozen ones apart.
     """
@@ -57,6 +58,7 @@ class GradientBuffer:
         self.is_lent = False
         self.micro_steps = 0
         self.absent: frozenset[int] = frozenset()
+        self.loss_scale = 0.0
         self._view_dtypes: dict[str, str] | None = None
         self._narrow = [
             i
@@ -82,10 +84,8 @@ class GradientBuffer:
             StructureError: a tensor's path, shape or dtype is not the model's.
             LifecycleError: micro-batches were accumulated.
         """
-        if self.micro_steps:
-            raise self._mixed("a whole gradient was given")
-        if self.is_lent:
-            self.release()
+        if self.micro_steps or self.is_lent:
+            self._forget_last()
         leaves, self.absent = self._layout.gradients(gradients, what=self._what)
         found = [leaf.dtype for leaf in leaves], self.absent
         if found != self._found:
@@ -105,8 +105,9 @@ class GradientBuffer:
                 else:
                     given = leaves[run.first : run.last]
                     np.concatenate(given, axis=None, out=values, casting="same_kind")
-                if not (self._is_whole and math.isfinite(values.dot(values))):
-                    self._check_finite(run.space, values, run.begin)
+                is_judged = self._is_whole and not self.loss_scale
+                if not (is_judged and math.isfinite(values.dot(values))):
+                    self._judge(run.space, values, run.begin)
         return self._rejection
 
     def borrow(self, gradients: Any, apart_from: Sequence[Array]) -> str | None:
@@ -123,7 +124,7 @@ class GradientBuffer:
         Raises:
             StructureError, LifecycleError: as `fill`.
         """
-        if not self._large or self.has_views or self.micro_steps:
+        if not self._large or self.has_views or self.micro_steps or self.loss_scale:
             return self.fill(gradients)
         leaves, absent = self._layout.gradients(gradients, what=self._what)
         lent = {
@@ -151,13 +152,13 @@ class GradientBuffer:
                     continue
                 begin = copied[tensor.space]
                 between = self.flat[tensor.space][begin : tensor.begin]
-                self._check_written(tensor.space, begin, tensor.begin)
-                self._check_finite(tensor.space, lent[index], tensor.begin)
+                self._judge_written(tensor.space, begin, tensor.begin)
+                self._judge(tensor.space, lent[index], tensor.begin)
                 wholes[tensor.space] += [between, lent[index]]
                 copied[tensor.space] = tensor.end
             for space, arrays in wholes.items():
                 arrays.append(self.flat[space][copied[space] :])
-                self._check_written(space, copied[space], self._layout.sizes[space])
+                self._judge_written(space, copied[space], self._layout.sizes[space])
         self._lent, self.is_lent = lent, True
         self._pieces = {space: Pieces(arrays) for space, arrays in wholes.items()}
         return self._rejection
@@ -166,6 +167,11 @@ class GradientBuffer:
         """Copy what was borrowed, which its owner may change from now on."""
         for index, leaf in self._lent.items():
             np.copyto(self._views[index].reshape(-1), leaf)
+        self.release()
+
+    def _forget_last(self) -> None:
+        if self.micro_steps:
+            raise self._mixed("a whole gradient was given")
         self.release()
 
     def release(self) -> None:
@@ -246,6 +252,11 @@ class GradientBuffer:
             raise ConfigError(
                 f"gradients: dtype must be None, 'float32', 'float16' or 'bfloat16', got {dtype!r}"
             )
+        if dtype in HALF and self.loss_scale:
+            raise ConfigError(
+                f"gradients: views in {dtype} cannot hold what is divided by a loss scale; push "
+                f"trees in {dtype}, or write views in float32"
+            )
         if self.micro_steps:
             raise self._mixed("views were asked for")
         if dtype in HALF and self._written:
@@ -290,7 +301,7 @@ class GradientBuffer:
         self._rejection = None
         with own_errors():
             for space, values in self.flat.items():
-                self._check_written(space, 0, values.size)
+                self._judge_written(space, 0, values.size)
         return self._rejection
 
     def _mixed(self, what: str) -> LifecycleError:
@@ -330,9 +341,9 @@ class GradientBuffer:
         self._is_whole = all(space == name for space, name in zip(self._memory, key, strict=True))
 
     def _common_half(self, dtypes: list[np.dtype[Any]], absent: frozenset[int]) -> dict[str, str]:
-        """Return the half precision of the float32 space, if all its gradients came in one."""
+        """Return the half precision of the float32 space, if all its gradients came in and stay."""
         narrow = {dtypes[index] for index in self._narrow if index not in absent}
-        if len(narrow) != 1:
+        if len(narrow) != 1 or self.loss_scale:
             return {}
         name = NAME_OF[narrow.pop()]
         return {"float32": name} if name in HALF else {}
@@ -345,24 +356,26 @@ class GradientBuffer:
             piece = slice(begin, begin + BLOCK)
             if not is_there:  # as one of the views is
                 np.copyto(target[piece], source[piece], casting="same_kind")
-            self._check_finite(tensor.space, target[piece], tensor.begin + begin)
+            self._judge(tensor.space, target[piece], tensor.begin + begin)
 
-    def _check_written(self, space: str, begin: int, end: int) -> None:
+    def _judge_written(self, space: str, begin: int, end: int) -> None:
         """Check elements [begin, end) of the memory of a space, but those of frozen tensors."""
         stretches = self._looked_at[space]
         number = bisect_right(stretches, begin, key=itemgetter(1))
         while number < len(stretches) and (low := max(begin, stretches[number][0])) < end:
             high = min(end, stretches[number][1])
-            self._check_finite(space, self.flat[space][low:high], low)
+            self._judge(space, self.flat[space][low:high], low)
             number += 1
 
-    def _check_finite(self, space: str, values: Array, begin: int) -> None:
-        """Record the first of the space's elements from `begin` on that is not finite, or whose
-        square overflows.
+    def _judge(self, space: str, values: Array, begin: int) -> None:
+        """Divide the space's elements from `begin` on by the loss scale, if any, and record the
+        first that is not finite, or whose square overflows.
 
         A block's dot product with itself is finite only if every element and square is; only a
         block that fails this is searched. The caller has overflows and NaN ignored.
         """
+        if self.loss_scale:
+            unscale(values, self.loss_scale)
         if self._rejection is not None or not self._check:
             return
         for low in range(0, values.size, BLOCK):

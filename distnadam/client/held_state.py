@@ -17,6 +17,26 @@ class HeldState(FixedAttributes):
 
     _life: Lifecycle
 
+    @property
+    def iterations(self) -> int:
+        """Steps applied so far."""
+        return self._life.shards.describe().iterations if self._life.is_built else 0
+
+    @property
+    def round(self) -> int:
+        """Rounds decided so far: applied, skipped or refused; batches follow it."""
+        return self._life.shards.describe().round if self._life.is_built else 0
+
+    @property
+    def skipped(self) -> int:
+        """Rounds that ended with no step, for a gradient that was not finite, or a rank's vote."""
+        return self._life.shards.describe().skipped if self._life.is_built else 0
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are to be multiplied by for the next round; 1 if `loss_scale` is None."""
+        return (self._life.shards.describe().loss_scale if self._life.is_built else 0.0) or 1.0
+
     def get_params(self) -> Any:
         """Return a copy of the parameters in the structure given to `build`, each in its own dtype.
 

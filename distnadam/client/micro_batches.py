@@ -37,3 +37,10 @@ def divide(flat: Flat, stretches: Mapping[str, Sequence[tuple[int, int]]], count
             for first, last in stretches[space]:
                 part = values[first:last]
                 np.divide(part, values.dtype.type(count), out=part)
+
+
+def unscale(values: Array, loss_scale: float) -> None:
+    """Multiply gradients by the reciprocal of a loss scale, rounded to their dtype, as torch's
+    GradScaler does; the caller has overflows and NaN ignored.
+    """
+    np.multiply(values, values.dtype.type(1.0 / loss_scale), out=values)

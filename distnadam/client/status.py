@@ -16,7 +16,7 @@ from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import CheckpointError, DistNadamError, NotRunning, ShardLost
 from distnadam.metrics.meter import shard_bytes
 from distnadam.places import shown
-from distnadam.protocol.messages import Describe
+from distnadam.protocol.messages import NO_NORM, Describe
 from distnadam.protocol.shard_status import Description, ShardSpec
 from distnadam.schedules import rate_at
 from distnadam.transport.link import carriers
@@ -79,7 +79,8 @@ class Status:
     `recoveries` is how often a standby took over, or all shards went back, and `is_rewound` whether
     the latter was the last change. `method` says by which formula tensors step, with weight decay
     and groups; `awaited` what the next step waits for, and `transport` how gradients and parameters
-    move between which processes.
+    move between which processes. `gradient_norm` is the last round's, where clipping needs it, and
+    `loss_scale` the next one's.
     `moved` is what `hosts` follows from, and `at` the time by this process's monotonic clock, both
     for the next look.
     """
@@ -102,6 +103,8 @@ class Status:
     recoveries: int = 0
     is_rewound: bool = False
     moved: Moved = field(default_factory=dict)
+    gradient_norm: float | None = None
+    loss_scale: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
@@ -161,6 +164,8 @@ class RunningOptimizer:
             round=first.round,
             skipped=first.skipped,
             lr=rate_at(first.config.lr, first.iterations),
+            gradient_norm=None if first.gradient_norm == NO_NORM else first.gradient_norm,
+            loss_scale=first.loss_scale or None,
             steps_per_s=None
             if earlier is None
             else (first.iterations - earlier.step) / (now - earlier.at),

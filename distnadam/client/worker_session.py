@@ -27,7 +27,7 @@ from distnadam.errors import (
     WorkerLost,
 )
 from distnadam.nadam.norms import tensor_square_sums
-from distnadam.protocol.messages import PartialNorms, Pull, Push, RoundResult, TotalNorms
+from distnadam.protocol.messages import NO_NORM, PartialNorms, Pull, Push, RoundResult, TotalNorms
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Ranges
@@ -51,20 +51,19 @@ class WorkerSession:
 
     def __init__(self, shards: ShardGroup, rank: int, receive: Callable[[int, Flat], None]) -> None:
         self.rank = rank
-        self.epoch = 0
-        self.round = 0
-        self.buffer = 0
+        self.epoch = self.round = self.buffer = 0
         self.lr = 0.0  # of the last step
         self.outcome = "applied"  # of the last round
         self.pushed_at = 0.0  # by `time.perf_counter`, when the last push began to be sent
-        self.in_sync = False
-        self.is_readable = False
+        self.loss_scale: float | None = None  # of the next round; 0 if there is none
+        self.gradient_norm = NO_NORM  # of the last round
+        self.in_sync = self.is_readable = False
         self.in_flight: InFlightPush | None = None
         self._shards = shards
         self._receive = receive
         self._transport = shards.backend.transport
-        self._timeout_s = shards.options.step_timeout_s
         self._channel_version: int | None = None
+        self._timeout_s = shards.options.step_timeout_s
         self.ranges: list[Ranges] = []  # that the channel leads to
         self.rewinds = RewindGuard(f"worker {rank}: ")
         self.ahead = PushAhead(self)
@@ -364,6 +363,8 @@ class WorkerSession:
         self.buffer = result.buffer
         self.lr = result.lr
         self.outcome = result.outcome
+        self.loss_scale = result.loss_scale
+        self.gradient_norm = result.gradient_norm
         self.in_sync = True
 
     def _acknowledge(self, epoch: int) -> None:

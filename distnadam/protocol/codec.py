@@ -139,7 +139,8 @@ def _group(
 
 
 def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
-    epoch, number, iterations, outcome, rejection, lr, buffer, rewound, revision = fields
+    epoch, number, iterations, outcome, rejection, lr, *rest = fields
+    buffer, rewound, revision, loss_scale, gradient_norm = rest
     return RoundResult(
         epoch=epoch,
         round=number,
@@ -151,6 +152,8 @@ def _decided(_: GradientsOf | None, *fields: Any) -> RoundResult:
         parameters=None,
         rewound=rewound,
         revision=revision,
+        loss_scale=loss_scale,
+        gradient_norm=gradient_norm,
     )
 
 
@@ -239,6 +242,8 @@ _FIELDS: dict[type, Callable[[Any], tuple[Any, ...]]] = {
         result.buffer,
         result.rewound,
         result.revision,
+        result.loss_scale,
+        result.gradient_norm,
     ),
     TotalNorms: lambda norms: (
         "norms",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distnadam.hyperparameters import NadamConfig
+from distnadam.loss_scale import ScaleState
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.pushes import CompletePush as CompletePush
 from distnadam.protocol.pushes import GroupPush as GroupPush
@@ -58,6 +59,9 @@ class Saved:
 
 
 FileMessage = Reserve | Save | Collect
+
+
+NO_NORM = -1.0
 
 
 Outcome = Literal["applied", "skipped", "refused", "voted", "disagreed", "empty"]
@@ -175,6 +179,9 @@ class RoundResult:
         parameters: the shard's ranges, if asked for.
         rewound: the epoch in which all shards last rewound.
         revision: of the hyper-parameters of the last applied step, equal on all shards.
+        loss_scale: of the next round; 0 if none is kept.
+        gradient_norm: the norm of the mean gradient of the last round over all tensors, before it
+            was clipped; `NO_NORM` where the shards had no norms of that round.
     """
 
     epoch: int
@@ -187,6 +194,8 @@ class RoundResult:
     parameters: Flat | None = None
     rewound: int = 0
     revision: int = 0
+    loss_scale: float = 0.0
+    gradient_norm: float = NO_NORM
 
 
 @dataclass(frozen=True)
@@ -228,6 +237,7 @@ class Paused:
         ledger: the pushes counted so far (`Ledger.to_dict`).
         rewound: the epoch in which all shards last rewound.
         awaits_norms: whether the next round was measured already, and waits for norms.
+        loss_scale: the state of the scale of the next round; None if none is kept.
     """
 
     epoch: int
@@ -240,6 +250,7 @@ class Paused:
     ledger: dict[str, Any] = field(default_factory=dict)
     rewound: int = 0
     awaits_norms: bool = False
+    loss_scale: ScaleState | None = None
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,12 @@ _PUSHED_INDEX: dict[Any, int] = {
 }
 
 _DECIDED_KIND = 2
-_DECIDED = struct.Struct("<IBQqqqBdBqq")
+_DECIDED = struct.Struct("<IBQqqqBdBqqdd")
 """The body's length, the kind, the frame's number, epoch, round, iterations, the index in
-`_OUTCOMES`, the learning rate, the buffer, the epoch of the last rewind, and the revision.
+`_OUTCOMES`, the learning rate, the buffer, the epoch of the last rewind, the revision, the loss
+scale, and the norm of the gradient.
 """
-_DECIDED_BODY = struct.Struct("<BQqqqBdBqq")
+_DECIDED_BODY = struct.Struct("<BQqqqBdBqqdd")
 _ROUND_KIND = 4
 _ROUND = struct.Struct("<IBqqdBqd")
 """The body's length, the kind, the round, rounds skipped, the learning rate, the buffer, iterations
@@ -116,12 +117,14 @@ def _pack_decided(number: int, result: RoundResult) -> bytes | None:
         result.buffer,
         result.rewound,
         result.revision,
+        result.loss_scale,
+        result.gradient_norm,
     )
 
 
 def _unpack_decided(frame: bytes, _: GradientsOf | None) -> tuple[int, RoundResult]:
     _, number, epoch, turn, iterations, outcome, lr, *last = _DECIDED_BODY.unpack(frame)
-    buffer, rewound, revision = last
+    buffer, rewound, revision, loss_scale, gradient_norm = last
     return number, RoundResult(
         epoch=epoch,
         round=turn,
@@ -132,6 +135,8 @@ def _unpack_decided(frame: bytes, _: GradientsOf | None) -> tuple[int, RoundResu
         buffer=buffer,
         rewound=rewound,
         revision=revision,
+        loss_scale=loss_scale,
+        gradient_norm=gradient_norm,
     )
 
 

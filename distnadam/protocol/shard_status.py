@@ -68,6 +68,8 @@ class Description:
         config: the hyper-parameters.
         revision: how often they were replaced since the shards began or went back.
         applied_revision: that of the last applied step.
+        loss_scale: as of a `RoundResult`.
+        gradient_norm: as of a `RoundResult`.
         overrides: the learning rates and betas that were of the last applied step alone.
         spec: the shard's spec, if asked for.
         phase: the phase, in words.
@@ -101,6 +103,8 @@ class Description:
     revision: int
     applied_revision: int
     overrides: bytes = b""
+    loss_scale: float = 0.0
+    gradient_norm: float = -1.0
     spec: ShardSpec | None = None
     phase: str = ""
     holder: str | None = None

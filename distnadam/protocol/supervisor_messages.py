@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distnadam.hyperparameters import NadamConfig
+from distnadam.loss_scale import ScaleState
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import Outcome, PushNote
 from distnadam.protocol.shard_status import Owners
@@ -117,6 +118,7 @@ class ShardControlState:
     revision: int = 0
     applied_revision: int = 0
     overrides: bytes = b""
+    loss_scale: ScaleState | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen, which costs a microsecond a step

@@ -112,6 +112,7 @@ class ShardFiles:
             skipped=manifest.skipped,
             clock=manifest.clock,
             ledger=manifest.ledger,
+            loss_scale=manifest.scale_state,
         )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.hyperparameters import NadamConfig
+from distnadam.loss_scale import ScaleState
 from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import in_order
 from distnadam.nadam.parts import Arranger
@@ -51,6 +52,7 @@ class Standby:
         self._followed: ReplicatedRound | None = None  # the last of them
         self._applied: ReplicatedRound | None = None  # the last of them that stepped
         self._counted: dict[int, PushNote] = {}
+        self._scale: ScaleState | None = None
         self._ledger = Ledger()
         self._lock = threading.RLock()
 
@@ -172,6 +174,7 @@ class Standby:
         self._control_state = control_state
         self._followed = self._applied = None
         self._counted = {}
+        self._scale = control_state.loss_scale
 
     @property
     def _present(self) -> ShardControlState | None:
@@ -182,6 +185,7 @@ class Standby:
         if applied is not None:
             overrides = _overrides_of(applied)
             now = dataclasses.replace(now, applied_revision=now.revision, overrides=overrides)
+        now = dataclasses.replace(now, loss_scale=self._scale)
         changes = {
             name: getattr(followed, name)
             for name in ("round", "skipped", "outcome", "rejection", "lr", "active", "clock")
@@ -198,6 +202,9 @@ class Standby:
         if record.outcome == "applied":
             self._step(stands_at.clock, record, mean, who)
             self._applied = record
+        scaling = self._spec.config.loss_scale
+        if scaling is not None:
+            self._scale = scaling.after(self._scale or scaling.first, record.outcome)
         for rank, note in record.counted.items():
             self._ledger.admit(rank, note.incarnation)
             self._ledger.count(rank, note.incarnation, record.round)

@@ -58,7 +58,7 @@ class Shard:
         self.state = state
         self.members = Membership(spec.index, spec.num_workers)
         self.epochs = Epochs()
-        self.progress = Progress(self.members, self.epochs, state)
+        self.progress = Progress(self.members, self.epochs, state, spec.config.loss_scale)
         self.rounds = Rounds(spec, self.progress)
         self.exclusive_hold = ExclusiveHold()
         self.loads = LoadQueue(spec.index, self.progress)

@@ -4,12 +4,16 @@ It is what a standby has beside the arrays, as `ShardControlState`; of the round
 knows nothing.
 """
 
+import math
 from collections.abc import Collection, Mapping
 
 from distnadam.errors import StaleEpoch
 from distnadam.hyperparameters import NadamConfig
+from distnadam.loss_scale import LossScale
+from distnadam.nadam.norms import running_sum
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.messages import (
+    NO_NORM,
     Outcome,
     Paused,
     PushNote,
@@ -29,6 +33,7 @@ from distnadam.shard.ledger import DIRECT
 from distnadam.shard.membership import Membership
 from distnadam.shard.round import Pushed, Round
 from distnadam.shard.state import ShardState
+from distnadam.tensors.arrays import Array
 
 
 class Progress:
@@ -46,6 +51,8 @@ class Progress:
         revision: how often the hyper-parameters were replaced.
         applied_revision: theirs, of the last applied step.
         overrides: the learning rates and betas that were of the last applied step alone.
+        loss_scale: the state of the scale of the next round's losses; None if none is kept.
+        gradient_norm: of the last round's mean gradient, unclipped; `NO_NORM` if it was not needed.
         outcome: how the last round ended.
         rejection: why it applied no step, if so.
         counted: by rank, its last push that counted.
@@ -53,7 +60,16 @@ class Progress:
         num_changes: how often it was replaced, so that a save knows whether it has the last one.
     """
 
-    def __init__(self, members: Membership, epochs: Epochs, state: ShardState) -> None:
+    def __init__(
+        self,
+        members: Membership,
+        epochs: Epochs,
+        state: ShardState,
+        scaling: LossScale | None = None,
+    ) -> None:
+        self._scaling = scaling
+        self.loss_scale = None if scaling is None else scaling.first
+        self.gradient_norm = NO_NORM
         self.members = members
         self.epochs = epochs
         self.state = state
@@ -79,9 +95,21 @@ class Progress:
         self.applied_revision, self.overrides = self.revision, stepped.overrides
 
     def decide(
-        self, outcome: Outcome, rejection: str | None, pushes: Mapping[int, Pushed]
+        self,
+        outcome: Outcome,
+        rejection: str | None,
+        pushes: Mapping[int, Pushed],
+        square_sums: Array | None = None,
     ) -> dict[int, PushNote]:
-        """Count the pushes of the next round, which ends so, and return them by rank."""
+        """Count the pushes of the next round, which ends so, and return them by rank.
+
+        `square_sums` are its tensors', where clipping needed them.
+        """
+        self.gradient_norm = NO_NORM
+        if square_sums is not None:
+            self.gradient_norm = math.sqrt(running_sum(square_sums))
+        if self.loss_scale is not None and self._scaling is not None:
+            self.loss_scale = self._scaling.after(self.loss_scale, outcome)
         self.round += 1
         self.highest_round = max(self.highest_round, self.round)
         self.skipped += outcome != "applied"
@@ -154,6 +182,7 @@ class Progress:
             revision=self.revision,
             applied_revision=self.applied_revision,
             overrides=self.overrides,
+            loss_scale=self.loss_scale,
         )
 
     def restore(self, record: ShardControlState) -> None:
@@ -166,6 +195,9 @@ class Progress:
         self.revision = record.revision
         self.applied_revision = record.applied_revision
         self.overrides = record.overrides
+        self.gradient_norm = NO_NORM
+        if self._scaling is not None:
+            self.loss_scale = record.loss_scale or self._scaling.first
         self.outcome = record.outcome
         self.rejection = record.rejection
         self.counted = dict(record.counted)
@@ -210,6 +242,8 @@ class Progress:
             parameters=self.state.seen if want_parameters else None,
             rewound=self.epochs.rewound,
             revision=self.applied_revision,
+            loss_scale=0.0 if self.loss_scale is None else self.loss_scale.scale,
+            gradient_norm=self.gradient_norm,
         )
 
     def description(self, *, pushed: Collection[int], config: NadamConfig) -> Description:
@@ -229,6 +263,8 @@ class Progress:
             revision=self.revision,
             applied_revision=self.applied_revision,
             overrides=self.overrides,
+            loss_scale=0.0 if self.loss_scale is None else self.loss_scale.scale,
+            gradient_norm=self.gradient_norm,
             members=needed,
             waiting_for=tuple(rank for rank in needed if rank not in pushed),
             left=tuple(sorted(members.left)),
@@ -254,4 +290,5 @@ class Progress:
             ledger=self.members.ledger.to_dict(),
             rewound=self.epochs.rewound,
             awaits_norms=awaits_norms,
+            loss_scale=self.loss_scale,
         )

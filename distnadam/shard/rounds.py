@@ -248,7 +248,7 @@ class Rounds:
         """End the round: count its pushes, and begin the next; return what was counted."""
         ended = self.current
         self.current = Round(self._shard)
-        return self.progress.decide(outcome, rejection, ended.pushes)
+        return self.progress.decide(outcome, rejection, ended.pushes, ended.square_sums)
 
     def keep_members(self) -> list[Effect]:
         """Forget the pushes that the next members cannot be completed with."""

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +165,7 @@ def fit(
     seed = check_count("seed", seed, least=0)
     check_verbose(verbose)
     label = task_name(task)
-    _check_micro_batches(task, label, plan.accumulate)
+    _check_methods(task, label, plan.accumulate, scaled=settings.config.loss_scale is not None)
     if checkpoint_dir is None and resume == "must":
         raise ConfigError('resume="must" needs checkpoint_dir: a new run has no checkpoint')
     given = None if checkpoint_dir is None else open_directory(checkpoint_dir, "checkpoint_dir")
@@ -277,20 +277,35 @@ def _configuration(settings: Settings, plan: Plan, **others: Any) -> dict[str, A
     }
 
 
-def _check_micro_batches(task: Task, label: str, accumulate: int) -> None:
-    """Raise ConfigError unless the task has batches as small as they are asked for."""
-    if accumulate == 1:
-        return
+def _check_methods(task: Task, label: str, accumulate: int, *, scaled: bool) -> None:
+    """Raise ConfigError unless a task's methods take what they are given beside the usual."""
+    if accumulate > 1:
+        takes = "each micro-batch's number, as in batch(step, rank, world_size, micro_batch=0)"
+        asked = f"accumulate={accumulate}"
+        _check_takes(label, task.batch, (0, 0, 1), "micro_batch", asked, takes)
+    if scaled:
+        takes = "the scale, as in loss_and_gradients(params, batch, loss_scale=1.0)"
+        _check_takes(label, task.loss_and_gradients, (0, 0), "loss_scale", "loss_scale", takes)
+
+
+def _check_takes(
+    label: str,
+    method: Callable[..., Any],
+    given: tuple[Any, ...],
+    name: str,
+    asked: str,
+    takes: str,
+) -> None:
+    """Raise ConfigError unless a task's method takes an argument that `asked` needs, by name."""
     try:
-        signature = inspect.signature(task.batch)
+        signature = inspect.signature(method)
     except (TypeError, ValueError):  # of what is not written in Python; its call will tell
         return
     try:
-        signature.bind(0, 0, 1, micro_batch=0)
+        signature.bind(*given, **{name: 0})
     except TypeError as error:
         raise ConfigError(
-            f"accumulate={accumulate}: task {label!r} must take each micro-batch's number, as in "
-            f"batch(step, rank, world_size, micro_batch=0); it has batch{signature}"
+            f"{asked}: task {label!r} must take {takes}; it has {method.__name__}{signature}"
         ) from error
 
 

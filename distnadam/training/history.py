@@ -21,6 +21,8 @@ class History:
         steps: the steps done by this call, from 1; those of a resumed run begin later.
         losses: the mean loss of each of these steps over its `ranks`; NaN if there are none.
         learning_rates: the learning rate of each of these steps.
+        gradient_norms: the norm of the mean gradient of each of these steps before it was clipped;
+            NaN where clipping did not need it.
         ranks: whose losses each mean is of: all ranks, unless the process of one died before it
             could report, or the run went on without one.
         evaluations: (step, metrics) of each evaluation.
@@ -41,6 +43,7 @@ class History:
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     ranks: list[tuple[int, ...]] = field(default_factory=list)
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     checkpoints: list[Path | str] = field(default_factory=list)
@@ -92,6 +95,7 @@ class Recorder(Callback):
             history.steps,
             history.losses,
             history.learning_rates,
+            history.gradient_norms,
             history.ranks,
             history.phases,
         ):
@@ -105,6 +109,7 @@ class Recorder(Callback):
         self._history.steps.append(record.step)
         self._history.losses.append(record.loss)
         self._history.learning_rates.append(record.lr)
+        self._history.gradient_norms.append(record.gradient_norm)
         self._history.ranks.append(record.ranks)
         self._history.phases.append(record.phases)
 

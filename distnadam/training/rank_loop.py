@@ -77,7 +77,8 @@ class RankLoop:
                 ended, session = perf_counter(), self._worker.session
                 pushed = min(max(computed, session.pushed_at), ended)
                 times = computed - began, pushed - computed, ended - pushed
-                self._seen[step] = RankStep(loss, session.lr, *times, self._samples)
+                norm = self._worker.gradient_norm
+                self._seen[step] = RankStep(loss, session.lr, *times, self._samples, norm)
             except (StaleEpoch, LatePush):
                 params = self._pull()
         seen, self._seen = self._seen, {}
@@ -118,7 +119,9 @@ class RankLoop:
             self._state_round = step + 1  # from here on, whatever becomes of the step
             if not self._samples:
                 self._samples = samples_in(batch) * self._accumulate
-            loss, gradients = self._task.loss_and_gradients(params, batch)
+            compute: Callable[..., tuple[float, Any]] = self._task.loss_and_gradients
+            scale = {"loss_scale": self._worker.loss_scale} if self._worker.is_scaled else {}
+            loss, gradients = compute(params, batch, **scale)
             return float(loss), gradients
         except DistNadamError:
             raise

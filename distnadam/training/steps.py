@@ -17,6 +17,7 @@ class RankStep(NamedTuple):
         push_s: seconds in which the gradients were written where the shards read them.
         flight_s: seconds from there until the new parameters could be read.
         samples: in its batch, as far as that shows it; 0 if not known.
+        gradient_norm: the norm of the mean gradient; None if clipping did not need it.
     """
 
     loss: float
@@ -25,6 +26,7 @@ class RankStep(NamedTuple):
     push_s: float = math.nan
     flight_s: float = math.nan
     samples: int = 0
+    gradient_norm: float | None = None
 
 
 class Phases(NamedTuple):
@@ -65,6 +67,8 @@ class StepRecord(NamedTuple):
         step: counted from 1.
         loss: the mean over `ranks`; NaN if there are none.
         lr: the learning rate that it was applied with; NaN if nobody saw it.
+        gradient_norm: the norm of the mean gradient before it was clipped; NaN if clipping did not
+            need it, or nobody saw it.
         ranks: the ranks whose loss is known: all, unless the process of one died before it could
             report what it had pushed, or the run goes on without one.
         phases: where its time went.
@@ -77,6 +81,7 @@ class StepRecord(NamedTuple):
     ranks: tuple[int, ...]
     phases: Phases = UNKNOWN
     samples: int = 0
+    gradient_norm: float = math.nan
 
     @classmethod
     def of(cls, step: int, seen: Mapping[int, RankStep], apply_s: float = 0.0) -> "StepRecord":
@@ -88,10 +93,10 @@ class StepRecord(NamedTuple):
             apply_s: seconds of the shards' step.
         """
         ranks = tuple(sorted(seen))
-        count, samples, lr, shortest = 0, 0, math.nan, math.inf
+        count, samples, lr, shortest, norm = 0, 0, math.nan, math.inf, math.nan
         loss = compute = push = flight = 0.0
         for rank in ranks:  # in one pass: this is done for every step of a run
-            its_loss, its_lr, its_compute, its_push, its_flight, its_samples = seen[rank]
+            its_loss, its_lr, its_compute, its_push, its_flight, its_samples, its_norm = seen[rank]
             loss += its_loss
             samples += its_samples
             if its_lr is not None:
@@ -102,12 +107,14 @@ class StepRecord(NamedTuple):
                 push += its_push
                 flight += its_flight
                 shortest = min(shortest, its_flight)
+            if its_norm is not None:
+                norm = its_norm
         if not count:
             return cls(step, loss / len(ranks) if ranks else math.nan, lr, ranks)
         apply_s = min(apply_s, shortest)
         wait = flight / count - shortest
         phases = Phases(compute / count, push / count, wait, apply_s, shortest - apply_s)
-        return cls(step, loss / len(ranks), lr, ranks, phases, samples)
+        return cls(step, loss / len(ranks), lr, ranks, phases, samples, norm)
 
 
 def in_words(numbers: Iterable[int]) -> str:

@@ -55,6 +55,9 @@ class Task(Protocol):
         """Return the loss and its gradients, in the structure of the read-only `params`.
 
         These are what a worker sees: rounded, if the optimizer has a `pull_dtype`.
+
+        For an optimizer with a `loss_scale` it takes one argument more, by name, `loss_scale`:
+        the gradients are those of the loss multiplied by it, and the loss is as it is.
         """
 
     def evaluate(self, params: Any) -> Mapping[str, float]:

@@ -90,6 +90,7 @@ ROUNDS_ENDED = (
     "a tensor that some ranks lacked was stepped",
     "a tensor that all ranks lacked was not",
     "no rank had a gradient",
+    "the loss scale has changed",
 )
 """How rounds must have ended too."""
 MUST_BEFALL = BEFALLS + ROUNDS_ENDED
@@ -292,6 +293,7 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             given = self.given(worker.round + 1, rank, worker.session.incarnation, params)
             if given is None:
                 given = np.full(SIZE, np.nan, np.float32)
+            given = given * np.float32(worker.loss_scale)  # a power of two, which changes no bit
             self.pushed[rank] = (worker.round + 1, rank, worker.session.incarnation)
             says = self.settings(*self.pushed[rank])
             tree = tree_of(given, says.absent)
@@ -342,7 +344,10 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
             if progress.round == self.workers[rank].session.round == number:
                 counted = history_of(progress.members.ledger.to_dict(), number)[-1]
                 says = [self.settings(number, *who) for who in counted]
-                assert ticket.found_inf == any(each.found_inf for each in says)
+                voted = any(each.found_inf for each in says)
+                if self.config.loss_scale is not None:
+                    voted |= any(gradient(number, *who, INITIAL) is None for who in counted)
+                assert ticket.found_inf == voted
                 assert ticket.found_inf == self.workers[rank].found_inf
                 SEEN["voted"] += ticket.found_inf
                 SEEN["no rank had a gradient"] += progress.outcome == "empty"
@@ -386,6 +391,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
     @rule()
     def step_from_outside(self) -> None:
         self.world.rested()
+        if self.config.loss_scale is not None:
+            return  # its caller does not know by which it would have to be multiplied
         with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage, PushesPending):
             self.outsider.step(tree_of(OUTSIDE))
 
@@ -523,7 +530,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 and (now := process.standby.control_state) is not None
             ):
                 arrays = {name: flat["float32"] for name, flat in process.standby.arrays.items()}
-                state = State(**arrays, clock=now.clock, skipped=now.skipped)
+                state = State(
+                    **arrays, clock=now.clock, skipped=now.skipped, loss_scale=now.loss_scale
+                )
                 rewound = max(number for number, reason in now.history if reason == "rewound")
                 expected = self.expected(history_of(now.ledger, now.round), rewound)
                 self.same_bits(state, expected, process)
@@ -545,6 +554,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                 f"{name} of shard {process.spec.index}"
             )
         assert (got.clock, got.skipped) == (expected.clock, expected.skipped)
+        assert got.loss_scale == expected.loss_scale
+        if self.config.loss_scale is not None and got.loss_scale != self.config.loss_scale.first:
+            SEEN["the loss scale has changed"] += 1
 
 
 @pytest.mark.parametrize("examples", [40, pytest.param(80, marks=pytest.mark.nightly)])

@@ -294,6 +294,8 @@ def test_an_ordinary_push_and_its_rounds_end_come_back(
             lr=0.1 + 0.2,
             buffer=1,
             rewound=2,
+            loss_scale=1024.0,
+            gradient_norm=0.1 + 0.2,
         )
         assert unpack(pack(3, result)[4:]) == (3, result)
 
