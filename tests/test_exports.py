@@ -23,6 +23,15 @@ NEVER_IMPORTED = (
     "tf_keras",
     "optax",
 )
+NOT_WITH_THE_OPTIMIZER = (
+    "distnadam.training",
+    "distnadam.interop",
+    "distnadam.cli",
+    "rich",
+    "click",
+    "fsspec",
+    "multiprocessing",
+)
 NOT_IN_A_SHARD = (
     "distnadam.optimizer",
     "distnadam.training",
@@ -81,6 +90,24 @@ def test_no_public_name_imports_ray_or_a_framework(tmp_path: Path) -> None:
     run(
         f"from distnadam import *; import sys; assert DistNadam and fit; "
         f"assert not set({NEVER_IMPORTED!r}) & set(sys.modules)",
+        tmp_path,
+    )
+
+
+def test_importing_the_package_imports_no_module_of_it_and_not_numpy(tmp_path: Path) -> None:
+    run(
+        "import sys, distnadam; found = set(sys.modules) - {'distnadam'}; "
+        "assert not [name for name in found if name.split('.')[0] in ('distnadam', 'numpy')]",
+        tmp_path,
+    )
+
+
+def test_what_the_optimizer_imports_has_no_training_loop_and_no_command_line(
+    tmp_path: Path,
+) -> None:
+    run(
+        "from distnadam import DistNadam; import sys; "
+        f"assert not set({NOT_WITH_THE_OPTIMIZER!r}) & set(sys.modules)",
         tmp_path,
     )
 
