@@ -22,6 +22,7 @@ def built(backend: str, num_shards: int, sum_group: int = 1) -> DistNadam:
         sum_group=sum_group,
         backend=backend,
         global_clipnorm=0.9,
+        clocks="tensor",
     ).build(params())
 
 
