@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from distnadam.checks import check_as
+from distnadam.checks import check_as, check_flag
 from distnadam.config import BackendName, Options
 from distnadam.errors import LifecycleError
 from distnadam.frontends.ranks import find_place
@@ -34,6 +34,10 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         rank, num_workers: this process's rank and how many there are; found by themselves under
             torchrun and in Ray Train, and given in actors of one's own.
         num_shards, replicas, backend, name, options: as of `distnadam.DistNadam`.
+        overlap: send each gradient while the backward pass goes on, as it yields them. It promises
+            that nobody changes a gradient after that: no second backward pass, no unscaling or
+            clipping by torch's functions; what is seen to be changed is refused. `clip_grad_norm_`
+            of the optimizer may be called.
     """
 
     _formula: ClassVar[Formula]
@@ -50,6 +54,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         backend: BackendName = "auto",
         name: str | None = None,
         options: Options | None = None,
+        overlap: bool = False,
     ) -> None:
         check_values(defaults)
         self._made: dict[str, Any] = {
@@ -60,6 +65,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
             "backend": backend,
             "name": name,
             "options": options,
+            "overlap": check_flag("overlap", overlap),
         }
         self._open()
         super().__init__(params, defaults)
@@ -73,9 +79,9 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def _open(self) -> None:
         """Have shards, not yet built, as `_made` says."""
         topology = dict(self._made)
-        options = Options.of(topology.pop("options"))
+        options, overlap = Options.of(topology.pop("options")), topology.pop("overlap")
         place = find_place(topology.pop("rank"), topology.pop("num_workers"))
-        held = Held(Shards(self._formula, place, topology, options))
+        held = Held(Shards(self._formula, place, topology, options), overlap=overlap)
         self._held = held
         weakref.finalize(self, held.drop).atexit = False  # the shards close themselves then
 
@@ -259,6 +265,34 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 "torch's own GradScaler has a scale of each rank, and they would part: use "
                 "distnadam.torch.GradScaler, which follows the vote of all ranks"
             )
+
+    def save(self, path: str, *, module: torch.nn.Module | None = None) -> str:
+        """Write the shards' checkpoint, of the round of now, and return its directory; by one rank.
+
+        Args:
+            path: a directory that all shards share, or a URL.
+            module: its buffers are kept too, as this rank has them, such as the running means of
+                BatchNorm.
+
+        Raises:
+            LifecycleError: there is nothing to save before the first step.
+            CheckpointError: naming the file that could not be written.
+        """
+        buffers = {} if module is None else dict(module.named_buffers())
+        return self._held.save(path, self.param_groups, buffers)
+
+    def load(self, path: str, *, module: torch.nn.Module | None = None) -> None:
+        """Take parameters, state, the groups' settings and a module's buffers from a checkpoint
+        that `save` wrote, for the next step on; on all ranks.
+
+        Raises:
+            CheckpointError: naming the file that was refused, and why; nothing was changed.
+            StructureError: naming a tensor or a buffer that does not fit; the same.
+        """
+        buffers = {} if module is None else dict(module.named_buffers())
+        groups = self._held.load(path, len(self.param_groups), buffers)
+        for group, values in zip(self.param_groups, groups, strict=True):
+            group.update(values)
 
     def close(self) -> None:
         """Leave, and end the shards if this process made them, once the other ranks have left.

@@ -6,19 +6,21 @@ another backward pass, `unscale_`, clipping, a write through `.data`. What `.gra
 what counts: another tensor is copied, None is no gradient. A gradient that requires a gradient
 itself (`create_graph`) stays as it is, and is copied at `step`.
 
+With `overlap` a hook sends a gradient on its way instead, and `.grad` stays torch's own.
+
 A slot is overwritten at the next step. Whoever kept the gradient has it as torch leaves it: the
 tensor that was kept gets memory of its own first.
 """
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from distnadam.errors import GradientError
-from distnadam.torch.arrays import as_torch
+from distnadam.torch.arrays import as_array, as_torch
 
 
 class Gradients:
@@ -37,6 +39,7 @@ class Gradients:
         self._storages: list[Any] = []
         self._is_hooked = False
         self._handles: list[Any] = [None] * len(self._tensors)
+        self._sent: list[tuple[torch.Tensor, int] | None] = []
 
     def open(self, tree: dict[str, Any], *, in_place: bool) -> None:
         """Have slots from now on.
@@ -52,6 +55,56 @@ class Gradients:
         if in_place:
             for index in range(len(self._tensors)):
                 self._hook(index)
+
+    def send(self, push: Callable[[str, Any], None]) -> None:
+        """Have hooks push each gradient once the backward pass has it, in the order in which it
+        comes; whoever changes it after that is refused at `gather_sent`.
+
+        Args:
+            push: takes a tensor's name and its gradient.
+        """
+        own = weakref.ref(self)
+        self._sent = [None] * len(self._tensors)
+
+        def hook(index: int) -> Callable[[torch.Tensor], None]:
+            def sent(tensor: torch.Tensor) -> None:
+                gradients = own()
+                if gradients is None or tensor.grad is None:
+                    return
+                if gradients._sent[index] is not None:
+                    raise GradientError(
+                        f"{gradients._names[index]!r}: a second backward pass before the step, and "
+                        "overlap=True has sent the gradient of the first: leave overlap out"
+                    )
+                push(gradients._names[index], as_array(tensor.grad))
+                gradients._sent[index] = (tensor.grad, tensor.grad._version)
+
+            return sent
+
+        for index, tensor in enumerate(self._tensors):
+            if tensor.requires_grad and tensor.is_leaf:
+                self._handles[index] = tensor.register_post_accumulate_grad_hook(hook(index))
+
+    def gather_sent(self, push: Callable[[str, Any], None]) -> bool:
+        """Push the gradients that no hook has sent; return whether there are any at all.
+
+        Raises:
+            GradientError: one was changed after it was sent.
+        """
+        sent, self._sent = self._sent, [None] * len(self._tensors)
+        found = False
+        for index, (tensor, known) in enumerate(zip(self._tensors, sent, strict=True)):
+            if known is not None:
+                if tensor.grad is not known[0] or known[0]._version != known[1]:
+                    raise GradientError(
+                        f"the gradient of {self._names[index]!r} was changed after it was sent, "
+                        "which overlap=True promises not to do: leave overlap out"
+                    )
+                found = True
+            elif tensor.grad is not None:
+                push(self._names[index], as_array(tensor.grad))
+                found = True
+        return found
 
     def close(self) -> None:
         """Remove the hooks; gradients stay where they are."""

@@ -6,13 +6,15 @@ It is one object, however many wrappers share the optimizer's attributes, as Lig
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distnadam.errors import RanksDisagree
+from distnadam.errors import LifecycleError, RanksDisagree
+from distnadam.torch.arrays import as_torch
+from distnadam.torch.checkpoints import beside, check_beside, read_checkpoint
 from distnadam.torch.ddp import find_wrapper, require_no_all_reduce
 from distnadam.torch.gradients import Gradients
 from distnadam.torch.groups import Settings
@@ -36,6 +38,7 @@ class Held:
 
     Args:
         shards: not yet built.
+        overlap: whether gradients are sent as the backward pass yields them.
 
     Attributes:
         names: of the tensors.
@@ -45,8 +48,9 @@ class Held:
         overflowed: whether the last round was skipped by a vote.
     """
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, *, overlap: bool = False) -> None:
         self.shards = shards
+        self._overlap = overlap
         self.vote = False
         self.overflowed = False
         self.clip: float | None = None
@@ -148,7 +152,7 @@ class Held:
             self._running = self._build(settings)
         parameters, gradients = self._running.parameters, self._running.gradients
         self._take_over(parameters, settings)
-        given = gradients.gather()
+        given = self._sent(gradients) if self._overlap else gradients.gather()
         vote, self.vote = self.vote, False
         stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
         self.overflowed = self.shards.worker.found_inf
@@ -158,6 +162,11 @@ class Held:
         self.clip = None
         parameters.take(stepped)
         self._forget_state()
+
+    def _sent(self, gradients: Gradients) -> dict[str, Any] | None:
+        """Send what the backward pass has not; return what to push where it has sent nothing."""
+        push = self.shards.worker.push_tensor
+        return None if gradients.gather_sent(push) else dict.fromkeys(self._names)
 
     def rejoin(self, settings: Settings) -> None:
         """Have the parameters of a training that this rank takes part in again."""
@@ -190,7 +199,10 @@ class Held:
         gradients = Gradients(self._names, self._tensors)
         dtypes = {tensor.dtype for tensor in self._tensors} - {torch.float64}
         half = HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
-        gradients.open(self.shards.gradients(half), in_place=in_place)
+        if self._overlap:
+            gradients.send(self.shards.worker.push_tensor)
+        else:
+            gradients.open(self.shards.gradients(half), in_place=in_place)
         return _Running(parameters, gradients)
 
     def _take_over(self, parameters: Parameters, settings: Settings) -> None:
@@ -223,6 +235,30 @@ class Held:
             raise
         self._is_replaced = False
         parameters.hand_out(self.shards.pull())
+
+    # -- checkpoints
+
+    def save(
+        self, path: str, groups: Sequence[Mapping[str, Any]], buffers: Mapping[str, torch.Tensor]
+    ) -> str:
+        """Write the shards' checkpoint with the groups' settings and buffers beside it."""
+        if not self.shards.is_built:
+            raise LifecycleError("save: there is nothing to save before the first step")
+        return self.shards.optimizer.save(path, data=beside(groups, buffers))
+
+    def load(
+        self, path: str, num_groups: int, buffers: Mapping[str, torch.Tensor]
+    ) -> list[dict[str, Any]]:
+        """Take parameters, state and buffers from a checkpoint; return the groups' settings."""
+        loaded = read_checkpoint(path, self._by_name(), has_product=self.has_product)
+        groups, kept = check_beside(loaded.beside, num_groups, buffers)
+        with torch.no_grad():
+            for name, tensor in self._by_name().items():
+                tensor.copy_(as_torch(loaded.params[name]))
+            for name, buffer in buffers.items():
+                buffer.copy_(as_torch(kept[name]))
+        self.replace_state(loaded.state)
+        return groups
 
     def drop(self) -> None:
         """Take the hooks away, and leave without waiting for anybody."""

@@ -15,7 +15,7 @@ import torch
 from distnadam.errors import StructureError
 from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.reproducible_math import power_of_step
-from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.tensors.arrays import Array, Flat, empty_flat
 from distnadam.tensors.layout import Layout
 from distnadam.torch.arrays import as_array, as_torch, digest_bytes, digest_of
 
@@ -54,13 +54,27 @@ def state_of(
         tensors: the model's by name.
         has_product: whether the formula has a momentum schedule.
     """
+    names = [spec.path for spec in layout.tensors]
+    m, v = (layout.views(moments[slot]) for slot in MOMENTS)
+    return state_from(names, clock, m, v, tensors, has_product=has_product)
+
+
+def state_from(
+    names: Sequence[str],
+    clock: Clock,
+    m: Sequence[Array],
+    v: Sequence[Array],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    has_product: bool,
+) -> State:
+    """Return the state of moments in the order of `names`; as `state_of`."""
     state: State = defaultdict(dict)
-    views = {name: layout.views(moments[slot]) for slot, name in MOMENTS.items()}
-    for index, spec in enumerate(layout.tensors):
+    for index, (name, *moments) in enumerate(zip(names, m, v, strict=True)):
         steps, product = clock.of_tensor(index)
-        state[tensors[spec.path]] = {
+        state[tensors[name]] = {
             **_clock(steps, product, has_product=has_product),
-            **{name: as_torch(views[name][index]) for name in MOMENTS.values()},
+            **dict(zip(MOMENTS.values(), map(as_torch, moments), strict=True)),
         }
     return state
 

@@ -1,0 +1,133 @@
+"""Gradients that leave during the backward pass, checkpoints with buffers, compiled models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+torch = pytest.importorskip("torch")
+
+import distnadam  # noqa: E402
+from distnadam.errors import (  # noqa: E402
+    CheckpointError,
+    GradientError,
+    LifecycleError,
+    StructureError,
+)
+from tests.torch.models import batches, bits, distance, loss_of, make, train  # noqa: E402
+
+ours = distnadam.torch
+CLOSE = 5e-6
+
+
+class WithNorm(torch.nn.Module):  # type: ignore[misc, name-defined]
+    def __init__(self, seed: int = 0, width: int = 6) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(width)
+        self.body = make(seed)
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self.norm(x))
+
+
+def test_gradients_that_leave_in_the_backward_pass_step_to_the_same_bits() -> None:
+    one, other = make(), make()
+    a = ours.DistNadam(one.named_parameters(), overlap=True)
+    b = ours.DistNadam(other.named_parameters())
+    for model, optimizer in ((one, a), (other, b)):
+        train(model, optimizer, batches(4))
+        model[0].weight.requires_grad_(False)
+        optimizer.clip_grad_norm_(0.05)
+        train(model, optimizer, batches(3, 2))
+        model[0].weight.requires_grad_(True)
+        with torch.no_grad():
+            model[2].bias.add_(0.5)
+        train(model, optimizer, batches(3, 3))
+        optimizer.step()
+    assert bits(one) == bits(other)
+
+
+def test_a_gradient_that_is_changed_after_it_left_is_refused() -> None:
+    model = make()
+    optimizer = ours.DistNadam(model.named_parameters(), overlap=True)
+    train(model, optimizer, batches(2))
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(GradientError, match="a second backward pass before the step"):
+        loss_of(model, batches(1)[0]).backward()
+
+
+def test_clipping_by_torch_after_gradients_left_is_refused() -> None:
+    model = make()
+    optimizer = ours.DistNadam(model.named_parameters(), overlap=True)
+    train(model, optimizer, batches(2))
+    loss_of(model, batches(1)[0]).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(GradientError, match="was changed after it was sent"):
+        optimizer.step()
+
+
+def test_a_checkpoint_has_the_buffers_and_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    one = WithNorm()
+    a = ours.DistNadamW(one.named_parameters(), num_shards=2, backend="local")
+    with pytest.raises(LifecycleError, match="nothing to save before the first step"):
+        a.save(str(tmp_path))
+    schedule = torch.optim.lr_scheduler.StepLR(a, 2, 0.5)
+    train(one, a, batches(5), schedule)
+    where = a.save(str(tmp_path), module=one)
+    other = WithNorm(7)
+    b = ours.DistNadamW(other.named_parameters())
+    b.load(where, module=other)
+    assert b.param_groups[0]["lr"] == a.param_groups[0]["lr"] == 5e-4
+    assert torch.equal(one.norm.running_mean, other.norm.running_mean)
+    assert int(other.norm.num_batches_tracked) == 5
+    train(one, a, batches(4, 2)), train(other, b, batches(4, 2))
+    assert bits(one) == bits(other)
+    one.eval(), other.eval()
+    assert torch.equal(one(batches(1)[0]), other(batches(1)[0]))
+    assert distnadam.DistNadam.restore(where, backend="local", num_shards=1).iterations == 5
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    one = WithNorm()
+    a = ours.DistNadam(one.named_parameters())
+    train(one, a, batches(2))
+    where = a.save(str(tmp_path / "with"), module=one)
+    plain = ours.DistNadam(make().named_parameters())
+    with pytest.raises(StructureError, match=r"'body\.0\.bias' is \(16,\) in the checkpoint"):
+        plain.load(where)
+    other = WithNorm(3)
+    b = ours.DistNadam([{"params": [p]} for p in other.named_parameters()])
+    before = bits(other)
+    with pytest.raises(CheckpointError, match="has 1 parameter groups, and the optimizer 6"):
+        b.load(where, module=other)
+    without = a.save(str(tmp_path / "without"))
+    c = ours.DistNadam(other.named_parameters())
+    with pytest.raises(StructureError, match=r"buffer 'norm\.running_mean' is not there in the"):
+        c.load(without, module=other)
+    assert bits(other) == before
+
+
+def test_a_compiled_model_is_stepped_as_the_model_itself() -> None:
+    one, other = make(), make()
+    compiled = torch.compile(one, backend="eager")
+    a = ours.DistNadam(compiled.named_parameters())
+    for batch in batches(5):
+        loss_of(compiled, batch).backward()
+        a.step()
+        a.zero_grad()
+    train(other, torch.optim.NAdam(other.parameters()), batches(5))
+    assert distance(one, other) < CLOSE
+    assert [n for n in a.param_groups[0]["param_names"]][0] == "_orig_mod.0.weight"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_model_on_a_gpu_ends_where_it_ends_on_a_cpu() -> None:
+    one, other = make().cuda(), make()
+    a = ours.DistNadam(one.named_parameters())
+    for batch in batches(10):
+        loss_of(one, batch.cuda()).backward()
+        a.step()
+        a.zero_grad()
+    train(other, torch.optim.NAdam(other.parameters()), batches(10))
+    assert distance(one.cpu(), other) < 1e-4
