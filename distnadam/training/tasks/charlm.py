@@ -78,9 +78,17 @@ class CharLM:
         pieces: Array = self.train[begins[:, None] + np.arange(_LENGTH + 1)]
         return pieces
 
+    def loss_of(self, module: Any, pieces: Array) -> Any:
+        """Return the mean cross-entropy of each next character, in nats."""
+        torch = import_torch(self.name)
+        numbers = torch.from_numpy(pieces)
+        states, _ = module["recurrent"](module["embedding"](numbers[:, :-1]))
+        guesses = module["head"](states).flatten(0, 1)
+        return torch.nn.functional.cross_entropy(guesses, numbers[:, 1:].flatten())
+
     def loss_and_gradients(self, params: Any, batch: Array) -> tuple[float, Any]:
         """Return the mean cross-entropy of the batch, in nats, and its gradients."""
-        return loss_and_gradients_of(self.module, params, lambda module: self._loss(module, batch))
+        return loss_and_gradients_of(self.module, params, lambda m: self.loss_of(m, batch))
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """Return the bits per character of pieces that are spread over the held-out tenth."""
@@ -89,15 +97,8 @@ class CharLM:
         begins = np.linspace(0, len(self.test) - _LENGTH - 1, _EVALUATED).astype(np.int64)
         with torch.no_grad():
             pieces = self.test[begins[:, None] + np.arange(_LENGTH + 1)]
-            nats = self._loss(self.module, pieces).item()
+            nats = self.loss_of(self.module, pieces).item()
         return {"bits_per_character": nats / math.log(2.0)}
-
-    def _loss(self, module: Any, pieces: Array) -> Any:
-        torch = import_torch(self.name)
-        numbers = torch.from_numpy(pieces)
-        states, _ = module["recurrent"](module["embedding"](numbers[:, :-1]))
-        guesses = module["head"](states).flatten(0, 1)
-        return torch.nn.functional.cross_entropy(guesses, numbers[:, 1:].flatten())
 
 
 def text_of_topics() -> str | None:

@@ -52,20 +52,16 @@ class DigitsTorch(Digits):
             )
         return parameters_of(self.module)
 
-    @override
-    def loss_and_gradients(self, params: Any, batch: tuple[Array, Array]) -> tuple[float, Any]:
-        """Return the mean cross-entropy of the batch, a tenth of each label being spread over all,
-        and its gradients.
-        """
+    def loss_of(self, module: Any, batch: tuple[Array, Array]) -> Any:
+        """Return the mean cross-entropy of a batch, a tenth of each label being spread over all."""
         torch = import_torch(self.name)
         images, labels = map(torch.from_numpy, batch)
-        return loss_and_gradients_of(
-            self.module,
-            params,
-            lambda module: torch.nn.functional.cross_entropy(
-                module(images), labels, label_smoothing=0.1
-            ),
-        )
+        return torch.nn.functional.cross_entropy(module(images), labels, label_smoothing=0.1)
+
+    @override
+    def loss_and_gradients(self, params: Any, batch: tuple[Array, Array]) -> tuple[float, Any]:
+        """Return the loss of the batch and its gradients."""
+        return loss_and_gradients_of(self.module, params, lambda m: self.loss_of(m, batch))
 
     @override
     def evaluate(self, params: Any) -> dict[str, float]:

@@ -1,0 +1,151 @@
+"""Convergence beside the peers: the built-in torch tasks, the same seeds and batches of two ranks,
+by distnadam on Ray, by torch's NAdam and AdamW in one process, and by DDP with NAdam in two.
+
+    .venv-bench/bin/python -m benchmarks.convergence
+
+A final loss is the mean of a run's last 50 steps. Seconds are those of the steps, from the first.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+TASKS = ("digits-torch", "charlm")
+CONTENDERS = {
+    "distnadam": "distnadam, 2 workers",
+    "nadam": "torch NAdam, 1 process",
+    "adamw": "torch AdamW, 1 process",
+    "ddp": "DDP + NAdam, 2 processes",
+}
+LAST = 50
+Run = dict[str, Any]
+
+
+def run(contender: str, task: str, seed: int, steps: int) -> Run:
+    given = [contender, task, "--seed", str(seed), "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.contenders.converge", *given]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(given)} failed:\n{done.stderr[-3000:]}")
+    found: Run = json.loads(done.stdout.splitlines()[-1])
+    return found | {"contender": contender, "task": task, "seed": seed}
+
+
+def final(found: Run) -> float:
+    return statistics.fmean(found["losses"][-LAST:])
+
+
+def smoothed(losses: list[float]) -> Any:
+    """The mean of the last 25 losses at each step, of fewer at the first."""
+    sums = np.cumsum(np.concatenate([[0.0], losses]))
+    ends = np.arange(1, len(losses) + 1)
+    begins = np.maximum(0, ends - 25)
+    return (sums[ends] - sums[begins]) / (ends - begins)
+
+
+def seconds_to(found: Run, target: float) -> float:
+    """Seconds until the smoothed loss was first at most `target`; NaN if never."""
+    reached = np.flatnonzero(smoothed(found["losses"]) <= target)
+    return float(found["seconds"][reached[0]]) if len(reached) else float("nan")
+
+
+def summary(runs: list[Run], task: str) -> list[dict[str, Any]]:
+    """Return a row for each contender: finals, distance from torch's NAdam, and time to
+    the loss that all reach.
+    """
+    of = {c: [r for r in runs if r["task"] == task and r["contender"] == c] for c in CONTENDERS}
+    of = {contender: found for contender, found in of.items() if found}
+    target = max(min(smoothed(r["losses"])) for found in of.values() for r in found)
+    rows = []
+    for contender, found in of.items():
+        finals = [final(r) for r in found]
+        metric = next(iter(found[0]["metrics"]))
+        row = {
+            "task": task,
+            "contender": CONTENDERS[contender],
+            "final": statistics.fmean(finals),
+            "least": min(finals),
+            "most": max(finals),
+            "metric": metric,
+            "value": statistics.fmean(r["metrics"][metric] for r in found),
+            "target": target,
+            "seconds": statistics.median(seconds_to(r, target) for r in found),
+        }
+        rows.append(row)
+    return rows
+
+
+def report(rows: list[dict[str, Any]], console: Console) -> None:
+    title = f"{rows[0]['task']}: loss of the last {LAST} steps, {rows[0]['metric']}"
+    table = Table("", "final", "seeds", rows[0]["metric"], "s to the loss", title=title)
+    for row in rows:
+        spread = f"{row['least']:.4f} to {row['most']:.4f}"
+        value, seconds = f"{row['value']:.4f}", f"{row['seconds']:.1f}"
+        table.add_row(row["contender"], f"{row['final']:.4f}", spread, value, seconds)
+    console.print(table)
+    by_name = {row["contender"]: row for row in rows}
+    ours, theirs = by_name.get(CONTENDERS["distnadam"]), by_name.get(CONTENDERS["nadam"])
+    if ours and theirs:
+        apart, spread = abs(ours["final"] - theirs["final"]), theirs["most"] - theirs["least"]
+        word = "within" if apart <= spread else "BEYOND"
+        console.print(
+            f"distnadam's mean final is {apart:.5f} from torch NAdam's, {word} the {spread:.5f} "
+            f"between its seeds; the loss that all reach is {ours['target']:.4f}"
+        )
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Draw each contender's smoothed loss over the steps, and over the seconds."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for row, task in zip(axes, TASKS, strict=True):
+        for contender, name in CONTENDERS.items():
+            found = [r for r in runs if r["task"] == task and r["contender"] == contender]
+            for number, each in enumerate(found):
+                line = smoothed(each["losses"])
+                label = name if number == 0 else None
+                color = f"C{list(CONTENDERS).index(contender)}"
+                row[0].semilogy(line, label=label, color=color, linewidth=1, alpha=0.7)
+                row[1].semilogy(each["seconds"], line, color=color, linewidth=1, alpha=0.7)
+        row[0].set(title=task, xlabel="step", ylabel="loss")
+        row[1].set(title=task, xlabel="seconds")
+        row[0].legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    args = parser.parse_args()
+    runs = [
+        run(contender, task, seed, args.steps)
+        for task in args.tasks
+        for seed in range(args.seeds)
+        for contender in args.contenders  # in turn, so that slow periods affect all
+    ]
+    rows = {task: summary(runs, task) for task in args.tasks}
+    for task in args.tasks:
+        report(rows[task], Console(width=110))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "convergence.json").write_text(json.dumps({"summary": rows, "runs": runs}))
+    draw(runs, args.out / "convergence.png")
+    print(f"written: {args.out / 'convergence.json'}, {args.out / 'convergence.png'}")
+
+
+if __name__ == "__main__":
+    main()
