@@ -30,6 +30,7 @@ class DistNadamW(DistOptimizer):
         *arguments: Any,
         **others: Any,
     ) -> None:
+        _require_decay(type(self).__name__, weight_decay)
         super().__init__(learning_rate, beta_1, beta_2, epsilon, weight_decay, *arguments, **others)
 
 
@@ -73,6 +74,13 @@ class DistAdamW(DistAdam):
         *arguments: Any,
         **others: Any,
     ) -> None:
+        _require_decay(type(self).__name__, weight_decay)
         super().__init__(
             learning_rate, beta_1, beta_2, epsilon, amsgrad, weight_decay, *arguments, **others
         )
+
+
+def _require_decay(name: str, weight_decay: float | None) -> None:
+    """Refuse None, as Keras's AdamW does; the class without W decays nothing."""
+    if weight_decay is None:
+        raise ConfigError(f"weight_decay must be a float in {name}, got None; use {name[:-1]}")

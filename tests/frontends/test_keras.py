@@ -140,6 +140,9 @@ def test_every_class_has_keras_defaults_and_its_order_of_arguments() -> None:
         np.testing.assert_allclose(stepped(mine), stepped(theirs), rtol=1e-6)
     with pytest.raises(ConfigError, match="amsgrad"):
         ours.DistAdam(amsgrad=True)
+    for kind in (ours.DistAdamW, ours.DistNadamW):
+        with pytest.raises(ConfigError, match="weight_decay must be a float"):
+            kind(weight_decay=None)
 
 
 def test_a_schedule_a_changed_rate_and_excluded_variables_act_as_in_keras() -> None:
