@@ -16,7 +16,7 @@ from distnadam.client.micro_batches import add_micro_batch, divide, unscale
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
-from distnadam.tensors.pieces import Pieces
+from distnadam.tensors.pieces import Pieces, concatenate
 
 
 class GradientBuffer:
@@ -103,8 +103,7 @@ class GradientBuffer:
                         if leaves[index] is not self._views[index]:
                             np.copyto(self._views[index], leaves[index], casting="same_kind")
                 else:
-                    given = leaves[run.first : run.last]
-                    np.concatenate(given, axis=None, out=values, casting="same_kind")
+                    concatenate(leaves[run.first : run.last], values)
                 is_judged = self._is_whole and not self.loss_scale
                 if not (is_judged and math.isfinite(values.dot(values))):
                     self._judge(run.space, values, run.begin)

@@ -31,6 +31,7 @@ from distnadam.tensors.arrays import (
 )
 from distnadam.tensors.containers import plain_tree
 from distnadam.tensors.leaves import (
+    are_plain,
     as_numpy,
     describe_leaf,
     kind_of,
@@ -196,12 +197,7 @@ class Layout:
             absent = may_lack.intersection([i for i, leaf in enumerate(picked) if leaf is None])
             if absent:
                 picked = [self._zeros[i] if i in absent else leaf for i, leaf in enumerate(picked)]
-        if (
-            picked is not None
-            and set(map(type, picked)) == {np.ndarray}
-            and [leaf.shape for leaf in picked] == self._shapes
-            and NAME_OF.keys() >= {leaf.dtype for leaf in picked}
-        ):
+        if picked is not None and are_plain(picked, self._shapes):
             return list(picked), absent - self.frozen  # nearly every tree
         leaves = self.leaves_as_given(tree, what=what)
         absent = frozenset(index for index in may_lack if leaves[index] is None)

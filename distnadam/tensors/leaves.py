@@ -6,7 +6,8 @@ An array may be more than its numbers (a mask that hides some, an axis that is p
 """
 
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter, eq
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,24 @@ _REMEDIES = (
     (Iterable, "give a list, tuple or dict of arrays"),
 )
 _DENSE = {"toarray": ".toarray()", "todense": ".todense()", "to_dense": ".to_dense()"}
+
+
+_shape_of, _dtype_of = attrgetter("shape"), attrgetter("dtype")
+_AT_A_TIME = 512
+"""Leaves that are looked at in one way after the other while they are in the cache."""
+
+
+def are_plain(leaves: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether leaves are NumPy's own arrays of these shapes, of dtypes that a tensor may have."""
+    for first in range(0, len(leaves), _AT_A_TIME):
+        some = leaves[first : first + _AT_A_TIME]
+        if not (
+            set(map(type, some)) == {np.ndarray}
+            and all(map(eq, map(_shape_of, some), shapes[first : first + _AT_A_TIME]))
+            and NAME_OF.keys() >= set(map(_dtype_of, some))
+        ):
+            return False
+    return True
 
 
 def as_numpy(leaf: Any) -> Array:

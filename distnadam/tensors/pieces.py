@@ -3,10 +3,16 @@
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
+from operator import attrgetter
+from typing import cast
 
 import numpy as np
 
 from distnadam.tensors.arrays import Array
+
+_dtype_of = attrgetter("dtype")
+_MANY = 64
+"""Arrays from which on it is worth asking whether all are alike."""
 
 
 class Pieces:
@@ -53,3 +59,19 @@ def stretches(begin: int, end: int, most: int, bounds: Iterable[int]) -> list[tu
         for start, high in pairwise([begin, *inner, end])
         for low in range(start, high, max(1, most))
     ]
+
+
+def concatenate(arrays: Sequence[Array], out: Array) -> None:
+    """Write the elements of arrays, of floating-point dtypes, one after the other into a 1-D one.
+
+    Many small ones of its own dtype go as bytes, which takes a third of the time.
+    """
+    if len(arrays) >= _MANY and set(map(_dtype_of, arrays)) == {out.dtype}:
+        try:
+            joined = b"".join(cast("Iterable[bytes]", arrays))  # of their buffers
+        except TypeError:  # one is not contiguous
+            pass
+        else:
+            out[:] = np.frombuffer(joined, out.dtype)
+            return
+    np.concatenate(arrays, axis=None, out=out, casting="same_kind")

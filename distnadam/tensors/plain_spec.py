@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
+MANY = 256
+"""Children from which on looking at their keys in order is worth it."""
+
 
 class PlainSpec:
     """One container of a skeleton and those in it, or a single leaf.
@@ -38,14 +41,18 @@ class PlainSpec:
             return [tree]
         if type(tree) is not self._kind or len(tree) != self._count:
             return None
-        try:
-            children: Sequence[Any] = (
-                [tree[key] for key in self._keys]
-                if self._children is None
-                else self._children(tree)
-            )
-        except KeyError:
-            return None
+        children: Sequence[Any]
+        if self._count >= MANY and self._kind is dict and list(tree) == self._keys:
+            children = list(tree.values())  # in order, so no key is looked up
+        else:
+            try:
+                children = (
+                    [tree[key] for key in self._keys]
+                    if self._children is None
+                    else self._children(tree)
+                )
+            except KeyError:
+                return None
         if not self._inner:
             return children
         leaves: list[Any] = []
