@@ -328,7 +328,7 @@ def changed_config(config: NadamConfig, values: Mapping[str, Any]) -> NadamConfi
     Traceback (most recent call last):
     distnadam.errors.ConfigError: maximize=True cannot be changed: it is part of the formula
     """
-    for name in values.keys() - set(CHANGEABLE):
+    for name in sorted(values.keys() - set(CHANGEABLE)):
         raise ConfigError(f"{name}={values[name]!r} cannot be changed: {_why_fixed(name)}")
     changes = dict(values)
     if "lr" in changes:

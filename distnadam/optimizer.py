@@ -23,7 +23,7 @@ from distnadam.config import BackendName, Options, Settings
 from distnadam.groups import Group
 from distnadam.hyperparameters import Clocks, Formula, PullDtype
 from distnadam.loss_scale import LossScale
-from distnadam.nadam.step_overrides import Betas, Rates
+from distnadam.nadam.step_overrides import Betas, BetasByGroup, Rates
 from distnadam.schedules import Rate, kept
 from distnadam.tensors.arrays import Array
 from distnadam.tensors.layout import Layout
@@ -247,7 +247,7 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         *,
         found_inf: bool = False,
         lr: Rates | None = None,
-        betas: Betas | None = None,
+        betas: Betas | BetasByGroup | None = None,
     ) -> int:
         """Apply one step from an already averaged gradient tree; return how many steps are applied.
 

@@ -20,7 +20,7 @@ from distnadam.client.ticket import Ticket
 from distnadam.client.worker_meter import WorkerMeter
 from distnadam.client.worker_session import WorkerSession
 from distnadam.errors import DistNadamError, LifecycleError, NotOpen, StaleEpoch
-from distnadam.nadam.step_overrides import Betas, Rates
+from distnadam.nadam.step_overrides import Betas, BetasByGroup, Rates
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.tensors.arrays import Array, Flat
 
@@ -123,7 +123,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
         *,
         found_inf: bool = False,
         lr: Rates | None = None,
-        betas: Betas | None = None,
+        betas: Betas | BetasByGroup | None = None,
     ) -> Ticket:
         """Send this rank's gradients for the next round; the ticket's `result` waits for it.
 
@@ -144,7 +144,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
             lr: the learning rate of this step alone: of tensors in no group, by which groups with
                 an `lr_scale` go too; or ``{pattern: rate}`` by group, with None for tensors in no
                 group. What is not given is as the optimizer has it.
-            betas: (beta_1, beta_2) of this step alone.
+            betas: (beta_1, beta_2) of this step alone; or ``{pattern: betas}`` by group.
                 All ranks of a round must give the same of both, to the bit; else it is refused for
                 all (`RanksDisagree`), and the next may be pushed.
 
@@ -170,7 +170,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
         *,
         found_inf: bool = False,
         lr: Rates | None = None,
-        betas: Betas | None = None,
+        betas: Betas | BetasByGroup | None = None,
     ) -> Any:
         """Push this rank's gradients, wait for the round's step, and return the new parameters.
 
@@ -302,7 +302,9 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
             with suppress(DistNadamError):  # the optimizer is gone already
                 self.session.leave()
 
-    def _settings(self, found_inf: bool, lr: Rates | None, betas: Betas | None) -> RoundSettings:
+    def _settings(
+        self, found_inf: bool, lr: Rates | None, betas: Betas | BetasByGroup | None
+    ) -> RoundSettings:
         overrides = self._shards.overrides(lr, betas)
         return RoundSettings(found_inf=bool(found_inf), overrides=overrides)
 

@@ -341,10 +341,10 @@ def _check_run(run: Mapping[str, Any]) -> None:
     """Raise ValueError, or what `NadamConfig` does, for what no run of `fit` says of itself."""
     if not run:
         return
-    if run.keys() != {"task", "seed", "num_workers", "given"}:
+    if run.keys() - {"accumulate"} != {"task", "seed", "num_workers", "given"}:
         raise ValueError(f"expected task, seed, num_workers and given, got {', '.join(run)}")
     if not isinstance(run["task"], str) or not all(
-        map(is_natural, (run["seed"], run["num_workers"]))
+        map(is_natural, (run["seed"], run["num_workers"], run.get("accumulate", 1)))
     ):
         raise ValueError("expected a name and two whole numbers")
     config_from(run["given"])

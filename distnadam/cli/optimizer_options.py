@@ -37,7 +37,12 @@ _HYPERPARAMETERS = (
     *("weight_decay", "beta_1", "beta_2", "epsilon"),
     *("clipnorm", "clipvalue", "global_clipnorm"),
 )
-OPTIMIZER_OPTIONS = ("optimizer", "lr", "lr_schedule", "warmup_steps", *_HYPERPARAMETERS)
+_AVERAGE = {"ema": "ema_momentum", "ema_overwrite_every": "ema_overwrite_frequency"}
+"""The options of the average of the parameters, and the settings that they are."""
+OPTIMIZER_OPTIONS = (
+    *("optimizer", "lr", "lr_schedule", "warmup_steps"),
+    *(*_HYPERPARAMETERS, *_AVERAGE),
+)
 """Names of all options here."""
 
 
@@ -191,6 +196,19 @@ _OPTIONS = [
         type=float,
         help="Largest norm of the gradient over all tensors.  [default: any]",
     ),
+    click.option(
+        "--ema",
+        type=float,
+        metavar="MOMENTUM",
+        help="Keep an average of the parameters, in which the one so far has this weight, such as "
+        "0.99.  [default: none]",
+    ),
+    click.option(
+        "--ema-overwrite-every",
+        type=click.IntRange(1),
+        metavar="STEPS",
+        help="Steps after which the parameters become that average.  [default: never]",
+    ),
 ]
 
 
@@ -238,6 +256,8 @@ def optimizer_asked_for(
     given = {name: options[name] for name in _HYPERPARAMETERS if options[name] is not None}
     if rate is not None:
         given["lr"] = rate
+    average = {ours: options[name] for name, ours in _AVERAGE.items() if options[name] is not None}
+    given |= average | ({"use_ema": True} if average else {})
     asked, where = options["optimizer"], options["checkpoint_dir"]
     before = None if where is None else config_given_before(where, rate)
     if before is None:

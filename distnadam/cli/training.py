@@ -44,13 +44,14 @@ _PASSED_TO_FIT = (
     "save_every",
     "keep",
     "evaluate_every",
+    "accumulate",
     "resume",
 )
 """Options that are arguments of `fit`, under the same names."""
 _SECTIONS = {
     "Run": (
         *("num_workers", "num_shards", "replicas", "name", "steps", "seed", "local"),
-        *("evaluate_every", "stop_grace_s", "dry_run"),
+        *("accumulate", "evaluate_every", "stop_grace_s", "dry_run"),
     ),
     "What is shown": ("dashboard", "quiet", "as_json"),
     "Optimizer, by default that of the run that is resumed": OPTIMIZER_OPTIONS,
@@ -128,6 +129,13 @@ _NOT_REPEATED = ("resume", "quiet", "as_json", "dry_run")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between checkpoints.")
 @click.option(
     "--keep", default=3, show_default=True, type=click.IntRange(1), help="Checkpoints to keep."
+)
+@click.option(
+    "--accumulate",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Micro-batches in each step of a worker; TASK's batch must take micro_batch.",
 )
 @click.option("--evaluate-every", type=click.IntRange(1), help="Steps between evaluations.")
 @click.option(

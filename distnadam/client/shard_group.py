@@ -23,6 +23,7 @@ from distnadam.client.rewind_guard import RewindGuard
 from distnadam.client.shard_reports import ShardReports
 from distnadam.config import Options, changed_config
 from distnadam.errors import (
+    ConfigError,
     DistNadamError,
     Rewound,
     ShardLost,
@@ -30,7 +31,7 @@ from distnadam.errors import (
     StepTimeout,
 )
 from distnadam.hyperparameters import NadamConfig
-from distnadam.nadam.step_overrides import Betas, Rates, packed_overrides
+from distnadam.nadam.step_overrides import Betas, BetasByGroup, Rates, packed_overrides
 from distnadam.nadam.step_scalars import Clock
 from distnadam.places import above
 from distnadam.protocol.messages import (
@@ -99,7 +100,8 @@ class ShardGroup:
         self.reports = ShardReports(backend.transport)
         self.retry = Retry(backend.transport, options.step_timeout_s, poll_s)
         self._cuts = {num_shards: layout.cuts(num_shards)}
-        self._patterns: list[str] | None = None  # of the groups, which never change
+        # whose groups' patterns never change, nor whether they have betas of their own
+        self._config_at_first: NadamConfig | None = None
         self._direct = DirectSteps(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -254,15 +256,24 @@ class ShardGroup:
 
         return self._said_if_long(f"setting {', '.join(values)}", write)
 
-    def overrides(self, lr: Rates | None, betas: Betas | None) -> bytes:
+    def overrides(self, lr: Rates | None, betas: Betas | BetasByGroup | None) -> bytes:
         """Return learning rates and betas of one step alone as a push has them.
 
         Raises:
             ConfigError: one is out of its range, or there is no such group.
         """
-        if isinstance(lr, Mapping) and self._patterns is None:
-            self._patterns = [group.pattern for group in self.describe().config.groups]
-        return packed_overrides(lr, betas, self._patterns)
+        patterns = None
+        if isinstance(betas, Mapping) or isinstance(lr, Mapping):
+            config = self._config_at_first = self._config_at_first or self.describe().config
+            patterns = [group.pattern for group in config.groups]
+            given = betas if isinstance(betas, Mapping) and config.has_momentum_schedule else {}
+            for group in config.groups:
+                if group.pattern in given and group.beta_1 is None:
+                    raise ConfigError(
+                        f"betas: group {group.pattern!r} shares the optimizer's product of the "
+                        "momentum: give it a beta_1 of its own, in Group(beta_1=...)"
+                    )
+        return packed_overrides(lr, betas, patterns)
 
     def step(
         self,
@@ -270,7 +281,7 @@ class ShardGroup:
         *,
         found_inf: bool = False,
         lr: Rates | None = None,
-        betas: Betas | None = None,
+        betas: Betas | BetasByGroup | None = None,
     ) -> RoundResult:
         """Apply one step from an already averaged gradient tree, or skip it for `found_inf`.
 

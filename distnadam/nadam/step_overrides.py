@@ -8,6 +8,7 @@ NaN where the optimizer's own hold.
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distnadam.checks import check_as
 from distnadam.errors import ConfigError
@@ -21,40 +22,43 @@ NOT_SET = (math.nan, math.nan, math.nan)
 Rates = float | Mapping[str | None, float]
 """A learning rate; or several, by the pattern of their group, None being tensors in no group."""
 Betas = tuple[float, float]
+BetasByGroup = Mapping[str | None, Betas]
 
 
 def packed_overrides(
-    lr: Rates | None, betas: Betas | None, patterns: Sequence[str] | None
+    lr: Rates | None, betas: Betas | BetasByGroup | None, patterns: Sequence[str] | None
 ) -> bytes:
     """Return the bytes of overrides; none where all are None.
 
     Args:
         lr: one number for tensors in no group, which a group's `lr_scale` scales; or some by group.
-        betas: beta_1 and beta_2.
-        patterns: those of the groups, in order; None if they are not known, as for one number.
+        betas: beta_1 and beta_2 of all that have none of their own; or some by group.
+        patterns: those of the groups, in order; None if they are not known, as for single ones.
 
     Raises:
         ConfigError: naming the value that is out of its range, or the group that there is not.
     """
     if lr is None and betas is None:
         return b""
-    beta_1, beta_2 = (math.nan, math.nan) if betas is None else _checked_betas(betas)
-    if not isinstance(lr, Mapping):
-        return _ONE.pack(math.nan if lr is None else _checked_lr("lr", lr), beta_1, beta_2)
-    rates = dict(lr)
-    own = rates.pop(None, None)
-    found = [(math.nan if own is None else _checked_lr("lr", own), beta_1, beta_2)]
-    for pattern in patterns or ():
-        rate = rates.pop(pattern, None)
-        name = f"lr of group {pattern!r}"
-        found.append(NOT_SET if rate is None else (_checked_lr(name, rate), *NOT_SET[1:]))
-    if rates:
-        raise ConfigError(
-            f"lr: there is no group {next(iter(rates))!r}; expected patterns of groups, which are "
-            f"{list(patterns or ())}, or None for tensors in no group"
-        )
-    while found and all(map(math.isnan, found[-1])):
+    rates: dict[Any, Any] = dict(lr) if isinstance(lr, Mapping) else {None: lr}
+    pairs: dict[Any, Any] = dict(betas) if isinstance(betas, Mapping) else {None: betas}
+    found = []
+    for pattern in (None, *(patterns or ())):
+        rate, pair = rates.pop(pattern, None), pairs.pop(pattern, None)
+        whose = "" if pattern is None else f" of group {pattern!r}"
+        one = NOT_SET[0] if rate is None else _checked_lr(f"lr{whose}", rate)
+        two = NOT_SET[1:] if pair is None else _checked_betas(whose, pair)
+        found.append((one, *two))
+    for name, rest in (("lr", rates), ("betas", pairs)):
+        if rest:
+            raise ConfigError(
+                f"{name}: there is no group {next(iter(rest))!r}; expected patterns of groups, "
+                f"which are {list(patterns or ())}, or None for tensors in no group"
+            )
+    while len(found) > 1 and all(map(math.isnan, found[-1])):
         found.pop()
+    if len(found) == 1 and all(map(math.isnan, found[0])):
+        return b""
     return b"".join(_ONE.pack(*each) for each in found)
 
 
@@ -101,11 +105,12 @@ def _checked_lr(name: str, lr: object) -> float:
     return number + 0.0  # no -0.0, whose bits are others
 
 
-def _checked_betas(betas: object) -> Betas:
+def _checked_betas(whose: str, betas: object) -> Betas:
     if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
-        raise ConfigError(f"betas must be (beta_1, beta_2), got {betas!r}")
-    beta_1, beta_2 = (check_as(float, f"beta_{i}", beta) for i, beta in enumerate(betas, 1))
-    for name, beta in (("beta_1", beta_1), ("beta_2", beta_2)):
+        raise ConfigError(f"betas{whose} must be (beta_1, beta_2), got {betas!r}")
+    names = f"beta_1{whose}", f"beta_2{whose}"
+    beta_1, beta_2 = (check_as(float, name, b) for name, b in zip(names, betas, strict=True))
+    for name, beta in zip(names, (beta_1, beta_2), strict=True):
         if not beta < 1.0:
             raise ConfigError(f"{name} must be in [0, 1), got {beta!r}")
     return beta_1 + 0.0, beta_2 + 0.0

@@ -222,6 +222,7 @@ def fit(
                 state=state,
                 is_given=optimizer is not None,
                 resume=resume,
+                accumulate=plan.accumulate,
             ),
             template=optimizer,
             root=root,

@@ -39,6 +39,7 @@ class Request:
         is_given: whether an optimizer was given, so that its settings are asked for; else they are
             defaults, for a new run only.
         resume: as `fit` takes it.
+        accumulate: micro-batches of each step.
     """
 
     label: str
@@ -48,15 +49,18 @@ class Request:
     state: TaskState
     is_given: bool
     resume: str
+    accumulate: int = 1
 
     @property
     def run(self) -> dict[str, Any]:
         """What every checkpoint of the run says of it."""
+        parts = {"accumulate": self.accumulate} if self.accumulate > 1 else {}
         return {
             "task": self.label,
             "seed": self.seed,
             "num_workers": self.settings.topology.num_workers,
             "given": self.settings.config.to_dict(),
+            **parts,
         }
 
 
@@ -166,6 +170,11 @@ def settings_of_resumed(found: Found, request: Request, say: Callable[[str], Non
             f"the run had {manifest.run.get('num_workers')} workers and goes on with "
             f"{run['num_workers']}: batches are dealt differently from here on, so it will not end "
             "with the bits that it would have"
+        )
+    if (count := manifest.run.get("accumulate", 1)) != request.accumulate:
+        raise ConfigError(
+            f"accumulate={request.accumulate}: the run of {directory} has {count}, and its batches "
+            "would be others; leave it as it was, or start another run in another directory"
         )
     before = manifest.run.get("given", saved)
     rate = None

@@ -77,6 +77,16 @@ def test_hyperparameters_that_are_given_are_the_runs_and_stay_so(tmp_path: Path)
         assert config_of(tmp_path) == begun
 
 
+def test_an_average_and_micro_batches_are_the_runs(tmp_path: Path) -> None:
+    asked = ["--ema", 0.5, "--ema-overwrite-every", 3]
+    assert train(tmp_path, 1, *asked).exit_code == 0
+    expected = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3}
+    assert expected.items() <= config_of(tmp_path).items()
+    assert train(tmp_path, 2).exit_code == 0
+    done = train(tmp_path, 3, "--accumulate", 2)
+    assert (done.exit_code, "accumulate=2: task 'digits' must take" in done.stderr) == (1, True)
+
+
 def test_a_global_clipnorm_is_the_runs(tmp_path: Path) -> None:
     assert train(tmp_path, 1, "--global-clipnorm", 2).exit_code == 0
     assert config_of(tmp_path)["global_clipnorm"] == 2.0

@@ -10,7 +10,7 @@ import pytest
 
 from distnadam import DistNadam, Group, Options
 from distnadam.errors import ConfigError, RanksDisagree
-from tests.models import bits, gradients, params
+from tests.models import bits, gradients, leaves, params
 
 GROUPS = [Group("**/bias", lr_scale=0.5), Group("layers/**", lr=0.01), Group("half", clipvalue=0.1)]
 STEPS = 5
@@ -83,6 +83,43 @@ def test_both_kernels_step_so(kernel: Any, num_shards: int, reference: list[byte
     ).build(params()) as optimizer:
         stepped(optimizer, 0, STEPS)
         assert bits(optimizer) == reference
+
+
+@pytest.mark.parametrize("formula", ["adam", "nadam"])
+def test_betas_by_group_are_those_of_groups_that_have_them(formula: Any) -> None:
+    found = []
+    for own in (False, True):
+        groups = [Group("**/bias", beta_1=0.5), Group("layers/**", beta_1=0.8)]
+        with DistNadam(backend="local", num_shards=2, formula=formula, groups=groups).build(
+            params()
+        ) as optimizer:
+            for step in range(3):
+                one, other = (0.6 - 0.1 * step, 0.9), (0.7, 0.95 - 0.01 * step)
+                if own:
+                    changed = [
+                        Group("**/bias", beta_1=one[0], beta_2=one[1]),
+                        Group("layers/**", beta_1=other[0], beta_2=other[1]),
+                    ]
+                    optimizer.set_config(groups=changed)
+                    optimizer.apply_gradients(gradients(step, 0))
+                else:
+                    betas = {"**/bias": one, "layers/**": other}
+                    optimizer.apply_gradients(gradients(step, 0), betas=betas)
+            found.append([leaf.tobytes() for leaf in leaves(optimizer.get_params())])
+    assert found[0] == found[1]
+
+
+def test_betas_of_groups_that_share_a_product_are_refused_by_name() -> None:
+    with DistNadam(backend="local", groups=GROUPS).build(params()) as optimizer:
+        with pytest.raises(ConfigError, match="group 'half' shares the optimizer's product"):
+            optimizer.apply_gradients(gradients(0, 0), betas={"half": (0.5, 0.9)})
+        optimizer.apply_gradients(gradients(0, 0), betas={None: (0.5, 0.9)})
+        assert optimizer.iterations == 1
+    with (
+        DistNadam(backend="local", formula="adam", groups=GROUPS).build(params()) as optimizer,
+        pytest.raises(ConfigError, match="betas: there is no group 'x'"),
+    ):
+        optimizer.apply_gradients(gradients(0, 0), betas={"x": (0.5, 0.9)})
 
 
 def test_a_step_from_outside_takes_them_too() -> None:

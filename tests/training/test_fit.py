@@ -117,6 +117,14 @@ def test_micro_batches_train_as_the_batch_that_they_are_parts_of(
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_as_many_micro_batches_as_it_began_with(tmp_path: Path) -> None:
+    train(tmp_path, 2, InMicroBatches(2), accumulate=2)
+    for other in (1, 4):
+        with pytest.raises(ConfigError, match=f"accumulate={other}: the run of .* has 2, and its"):
+            train(tmp_path, 4, InMicroBatches(2), accumulate=other)
+    assert train(tmp_path, 4, InMicroBatches(2), accumulate=2).steps == [3, 4]
+
+
 def test_a_task_that_takes_no_micro_batches_is_refused_before_anything_begins(
     tmp_path: Path,
 ) -> None:
