@@ -25,6 +25,7 @@ from distnadam.errors import ArenaError, LaneError
 from distnadam.protocol.frames import HEADER, Frames, frame_of
 from distnadam.threads import start
 from distnadam.transport.forked_sockets import keep_from_children
+from distnadam.transport.spinning import spin
 
 if TYPE_CHECKING:
     import asyncio
@@ -186,6 +187,7 @@ class ConnectionServer:
         on_end: called with the connection once its peer is gone.
         loop: the running event loop in whose thread this is done; None for a thread of its own.
         rest_s: seconds for which its own thread rests after what has come, so that frames gather.
+        spins: whether its own thread spins for a little before it sleeps.
 
     Raises:
         LaneError: the system has no socket, descriptor or thread for it.
@@ -200,8 +202,11 @@ class ConnectionServer:
         on_end: Callable[[Connection], None],
         loop: "asyncio.AbstractEventLoop | None" = None,
         rest_s: float = 0.0,
+        *,
+        spins: bool = False,
     ) -> None:
         self._rest_s = rest_s
+        self._spins = spins
         self._on_greeting = on_greeting
         self._on_frame = on_frame
         self._on_end = on_end
@@ -255,7 +260,8 @@ class ConnectionServer:
 
     def _attend_ready(self, timeout_s: float | None) -> None:
         """Take what has come, after waiting for it so long; end if that was asked."""
-        for fd, events in self._poll.poll(timeout_s):
+        poll = self._poll.poll
+        for fd, events in (self._spins and spin(poll)) or poll(timeout_s):
             if fd == self._stop:
                 self._close_all()
                 self._closed.set()

@@ -19,6 +19,7 @@ from distnadam.tensors.arrays import Dtypes, Flat, cut_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address, Connection, connect, use_batch_scheduling
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.spinning import has_free_cores, spin
 
 _LONGEST_S = 86400.0
 """Seconds of one poll, whose milliseconds must fit 31 bits."""
@@ -63,6 +64,7 @@ class ShmClient:
             raise LaneError(f"no descriptor to wait for shards: {error}") from error
         self._number = 0
         self._thread = 0
+        self._spins = False
         self._last: tuple[bytes, tuple[int, Any]] = b"", (0, None)
         self._parts: Sequence[Flat] = ()
         self._alike: list[tuple[Flat, list[int]]] = []
@@ -109,7 +111,8 @@ class ShmClient:
         """
         self.drop(shard)
         greeting = {"rank": self._rank, "incarnation": self._incarnation}
-        connection, _, fds = connect(address, greeting, [self._arena.fd])
+        connection, answer, fds = connect(address, greeting, [self._arena.fd])
+        self._spins = has_free_cores(answer["processes"])
         try:
             known = self._parameters is not None and os.path.samestat(
                 os.fstat(self._parameters.fd), os.fstat(fds[0])
@@ -205,7 +208,8 @@ class ShmClient:
         """
         answers = self._answers.get(number, {})
         while len(answers) < count:
-            events = self._poll.poll(min(max(0.0, deadline - time.monotonic()), _LONGEST_S))
+            left_s = min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
+            events = (self._spins and spin(self._poll.poll)) or self._poll.poll(left_s)
             if not events and time.monotonic() >= deadline:
                 raise TimeoutError
             for fd, event in events:

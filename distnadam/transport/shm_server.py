@@ -14,6 +14,7 @@ from distnadam.tensors.arrays import Flat, cut_flat, dtype_of
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.spinning import has_free_cores, processes_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -60,7 +61,9 @@ class ShmServer:
         self._workers: dict[Connection, _WorkerEnd] = {}
         # by rank; kept after a worker's end, for a push that is counted later
         self._newest: dict[int, _WorkerEnd] = {}
-        self._server = ConnectionServer(self._greet, self._take, self._end, loop)
+        self._processes = processes_of(spec)
+        spins = loop is None and has_free_cores(self._processes)
+        self._server = ConnectionServer(self._greet, self._take, self._end, loop, spins=spins)
 
     @property
     def address(self) -> Address:
@@ -104,7 +107,7 @@ class ShmServer:
             )
             self._workers[connection] = worker
             self._newest[worker.rank] = worker
-        return {}, [self._parameters.fd]
+        return {"processes": self._processes}, [self._parameters.fd]
 
     def _take(self, connection: Connection, frame: bytes) -> None:
         worker = self._workers[connection]
