@@ -29,6 +29,7 @@ from tests.chaos.trainers import (
     Process,
     Progress,
     gradients_at,
+    said_at,
 )
 from tests.models import params
 
@@ -304,7 +305,10 @@ def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNad
         present = [workers[rank] for rank in members_of(schedule, step + 1)]
         trees = [worker.pull() for worker in present]
         for ticket in [
-            worker.push(gradients_at(tree, step, worker.rank, clocks=case.clocks))
+            worker.push(
+                gradients_at(tree, step, worker.rank, clocks=case.clocks),
+                **said_at(step, worker.rank),
+            )
             for worker, tree in zip(present, trees, strict=True)
         ]:
             ticket.result()
