@@ -107,9 +107,10 @@ def report(rows: list[dict[str, Any]], console: Console) -> None:
 
 def draw(runs: list[Run], path: Path) -> None:
     """Draw each contender's smoothed loss over the steps, and over the seconds."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for row, task in zip(axes, TASKS, strict=True):
+    tasks = list(dict.fromkeys(r["task"] for r in runs))
+    figure = Figure(figsize=(12, 4 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), 2, squeeze=False)
+    for row, task in zip(axes, tasks, strict=True):
         for contender, name in CONTENDERS.items():
             found = [r for r in runs if r["task"] == task and r["contender"] == contender]
             for number, each in enumerate(found):

@@ -19,7 +19,13 @@ from typing import TypeVar
 
 from distnadam.backends import factory
 from distnadam.config import Options
-from distnadam.errors import ClusterError, ConfigError, NotRunning, StepTimeout
+from distnadam.errors import (
+    ClusterError,
+    ConfigError,
+    DistNadamError,
+    NotRunning,
+    StepTimeout,
+)
 from distnadam.frontends.ranks import Place
 from distnadam.optimizer import DistNadam
 from distnadam.waiting import said_if_long
@@ -85,6 +91,18 @@ def attach(place: Place, name: str, timeout_s: float) -> DistNadam:
         path = _directory() / name
         os.environ.update(_await(lambda: _read(path), name, place, timeout_s))
     return _await(lambda: _running(name), name, place, timeout_s)
+
+
+def others_have_left(optimizer: DistNadam, rank: int) -> bool:
+    """Whether no other rank needs rank 0's shards: none is there, or one pushes on without it,
+    which it does in vain.
+    """
+    try:
+        now = optimizer.shards.describe()
+    except DistNadamError:  # they are gone already
+        return True
+    present = set(now.newest) - {*now.left, *now.dead, rank}
+    return rank > 0 or not present or bool(present - set(now.waiting_for))
 
 
 def running(name: str) -> DistNadam | None:

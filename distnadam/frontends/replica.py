@@ -4,15 +4,18 @@ The framework owns its parameters: what it has changed between two steps is take
 named NumPy arrays and one optimizer, no framework.
 """
 
+import atexit
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from distnadam.errors import ConfigError, LifecycleError, NotRunning, StructureError
+from distnadam.config import Options
+from distnadam.errors import ConfigError, DistNadamError, LifecycleError, StructureError
+from distnadam.frontends import meeting
 from distnadam.frontends.ranks import find_place
 from distnadam.groups import Group
 from distnadam.interop import OptimizerState
@@ -23,8 +26,7 @@ from distnadam.worker import Worker
 
 Named = Mapping[str, Array]
 _POLL_S = 0.05
-_replicas: Counter[str] = Counter()
-"""How many replicas this process has made in each run."""
+_OTHERS_END_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Slots:
 class Replica:
     """One rank's copy of a model.
 
-    Its shards start at the first step: rank 0 makes them, the other ranks connect to them by name.
+    Its shards start at the first step: rank 0 makes them, the other ranks attach to them.
 
     Args:
         arguments: `DistNadam`'s, of plain hyper-parameters and topology, but the number of workers.
@@ -101,21 +103,22 @@ class Replica:
     def __init__(
         self, arguments: Mapping[str, Any], rank: int | None = None, num_workers: int | None = None
     ) -> None:
-        place = find_place(rank, num_workers)
+        self._place = place = find_place(rank, num_workers)
         self.rank, self.num_workers = place.rank, place.num_workers
         self._arguments = {**arguments, "num_workers": place.num_workers}
         plan = DistNadam(**self._arguments).get_config()
-        if self.num_workers > 1 and plan["name"] is None:
-            if place.run is None:
-                raise ConfigError(
-                    f"num_workers={self.num_workers} needs a cluster_name, by which the ranks find "
-                    "each other"
-                )
-            _replicas[place.run] += 1  # all ranks make theirs in one order
-            self._arguments["name"] = f"{place.run}-{_replicas[place.run]}"
+        if place.num_workers > 1 and plan["name"] is None and place.run is None:
+            raise ConfigError(
+                f"num_workers={self.num_workers} needs a name of the cluster (cluster_name; in JAX "
+                "name), by which the ranks find each other"
+            )
+        self._name = meeting.name_for(place, plan["name"])
+        self._arguments["name"] = self._name
+        self._options = Options.of(plan["options"])
         self.use_ema: bool = plan["use_ema"]
         self._joined: tuple[DistNadam, Worker] | None = None
         self._slots: Slots | None = None
+        self._is_closed = False
 
     @property
     def is_started(self) -> bool:
@@ -144,13 +147,15 @@ class Replica:
 
         Raises:
             StructureError: this rank's model is not rank 0's.
-            NotRunning: rank 0 has made no shards in `Options.start_timeout_s`, or 120 s.
+            StepTimeout: rank 0 does not make the shards.
         """
         if self.rank == 0:
             rate = {} if lr is None else {"lr": lr}
+            meeting.prepare(self._place, self._options)
             optimizer = DistNadam(**self._arguments | rate, groups=groups).build(params)
         else:
-            optimizer = self._connected()
+            assert self._name is not None
+            optimizer = meeting.attach(self._place, self._name, self._options.step_timeout_s)
         try:
             worker = optimizer.worker(self.rank)
             if self.rank == 0:
@@ -163,6 +168,10 @@ class Replica:
             optimizer.close()
             raise
         self._joined = optimizer, worker
+        if self._name is not None:
+            atexit.register(self.close)  # before Ray shuts itself down, which it does later
+            if self.rank == 0:
+                meeting.announce(self._place, self._name)
         self._slots = None
 
     def step(
@@ -223,11 +232,21 @@ class Replica:
             self._joined[1].pull()
 
     def close(self) -> None:
-        """Leave; end the shards if this rank made them."""
-        if self._joined is not None:
-            optimizer, worker = self._joined
-            worker.close()
-            optimizer.close()
+        """Leave; rank 0 ends the shards that it made, once the others have left."""
+        if self._joined is None or self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self.close)
+        optimizer, worker = self._joined
+        worker.close()
+        if self.rank == 0 and self._name is not None:
+            meeting.withdraw(self._place, self._name)
+            until = time.monotonic() + _OTHERS_END_S
+            while not meeting.others_have_left(optimizer, 0) and time.monotonic() < until:
+                time.sleep(_POLL_S)
+            with suppress(DistNadamError):  # they are gone already
+                DistNadam.stop(self._name)
+        optimizer.close()
 
     def _take_over(self, optimizer: DistNadam, worker: Worker, params: Named) -> None:
         """Have the shards hold what the framework has changed, on all ranks alike."""
@@ -245,17 +264,6 @@ class Replica:
                     "rank 0: change parameters on all ranks alike"
                 )
             time.sleep(_POLL_S)
-
-    def _connected(self) -> DistNadam:
-        name, options = self._arguments["name"], DistNadam(**self._arguments).options
-        until = time.monotonic() + (options.start_timeout_s or 120.0)
-        while True:
-            try:
-                return DistNadam.connect(name)
-            except NotRunning:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(_POLL_S)
 
 
 def _names_of(optimizer: DistNadam) -> list[str]:

@@ -266,7 +266,7 @@ def test_what_is_wrong_is_refused_by_name() -> None:
         ours.DistNadam(beta_1=1.5)
     with pytest.raises(ValueError, match="Only one of"):
         ours.DistNadam(clipnorm=1.0, clipvalue=1.0)
-    with pytest.raises(ConfigError, match="needs a cluster_name"):
+    with pytest.raises(ConfigError, match="needs a name of the cluster"):
         ours.DistNadam(num_workers=2, rank=1)
     held = keras.Variable(np.ones(3, np.float32))
     optimizer = ours.DistNadam()

@@ -1,0 +1,69 @@
+"""What each rank does that a launcher starts: trains a model, by JAX or by Keras on torch, and
+writes what it saw to the directory that it is given.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """This rank's batch of a step."""
+    rng = np.random.default_rng([step, RANK])
+    x = rng.standard_normal((16, 4)).astype(np.float32)
+    return x, x.sum(1, keepdims=True)
+
+
+def by_jax(seen: dict[str, Any]) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import distnadam
+
+    gradient = jax.jit(jax.grad(lambda p, x, y: ((x @ p["w"] + p["b"] - y) ** 2).mean()))
+    params: Any = {"w": jnp.zeros((4, 1)), "b": jnp.zeros(1)}
+    optimizer = distnadam.jax.DistNadam(0.1, num_shards=2)
+    for step in range(5):
+        params = optimizer.step(params, gradient(params, *batch(step)))
+    params = params | {"b": params["b"] + 1.0}  # as all ranks do
+    for step in range(5, 8):
+        params = optimizer.step(params, gradient(params, *batch(step)))
+    seen["params"] = [np.asarray(params[name]).tolist() for name in "wb"]
+    other: Any = {"w": jnp.full(3, float(RANK))}
+    try:
+        hasty = distnadam.Options(step_timeout_s=8.0)
+        distnadam.jax.DistNadam(0.1, options=hasty).step(other, other)
+    except distnadam.errors.StructureError as error:
+        seen["other"] = str(error)
+    except distnadam.errors.DistNadamError as error:
+        seen["other"] = type(error).__name__
+
+
+def by_keras(seen: dict[str, Any]) -> None:
+    import keras
+
+    import distnadam
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    optimizer = distnadam.keras.DistNadam(
+        0.1, use_ema=True, options=distnadam.Options(on_nonfinite="skip")
+    )
+    model.compile(optimizer=optimizer, loss="mse")
+    for step in range(8):
+        x, y = batch(step)
+        model.train_on_batch(x * (np.inf if (step, RANK) == (3, 1) else 1.0), y)
+    seen["iterations"] = optimizer.cluster.iterations
+    seen["params"] = [array.tolist() for array in model.get_weights()]
+
+
+if __name__ == "__main__":
+    found: dict[str, Any] = {}
+    {"jax": by_jax, "keras": by_keras}[sys.argv[1]](found)
+    (Path(sys.argv[2]) / f"{RANK}.json").write_text(json.dumps(found))
