@@ -157,7 +157,7 @@ class Held:
         stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
         self.overflowed = self.shards.worker.found_inf
         if settings.clip is not None:
-            norm = getattr(self.shards.worker, "gradient_norm", None)
+            norm = self.shards.worker.gradient_norm
             self.norm.fill_(math.nan if norm is None else norm)
         self.clip = None
         parameters.take(stepped)

@@ -48,6 +48,21 @@ def test_gradients_that_leave_in_the_backward_pass_step_to_the_same_bits() -> No
     assert bits(one) == bits(other)
 
 
+def test_clipping_gives_the_norm_that_torch_s_function_gives_once_it_has_stepped() -> None:
+    one, other = make(), make()
+    a, b = ours.DistNadam(one.parameters()), torch.optim.NAdam(other.parameters())
+    for step, batch in enumerate(batches(8)):
+        loss_of(one, batch).backward(), loss_of(other, batch).backward()
+        if step != 4:
+            norm = a.clip_grad_norm_(0.05)
+            assert norm.isnan()
+            expected = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+        a.step(), b.step()
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
+        a.zero_grad(), b.zero_grad()
+    assert distance(one, other) < CLOSE
+
+
 def test_a_gradient_that_is_changed_after_it_left_is_refused() -> None:
     model = make()
     optimizer = ours.DistNadam(model.named_parameters(), overlap=True)
@@ -118,7 +133,7 @@ def test_a_compiled_model_is_stepped_as_the_model_itself() -> None:
         a.zero_grad()
     train(other, torch.optim.NAdam(other.parameters()), batches(5))
     assert distance(one, other) < CLOSE
-    assert [n for n in a.param_groups[0]["param_names"]][0] == "_orig_mod.0.weight"
+    assert a.param_groups[0]["param_names"][0] == "_orig_mod.0.weight"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -112,6 +112,7 @@ def test_a_rank_without_a_gradient_counts_as_zeros_and_hangs_nobody(
 def test_clipping_is_of_the_mean_of_all_ranks_as_with_ddp(torchrun: list[dict[str, Any]]) -> None:
     for seen in torchrun:
         assert seen["clipped"] < 5e-6
+        assert seen["norms"][0] == pytest.approx(seen["norms"][1], rel=1e-4)
 
 
 def test_a_model_in_ddp_is_refused_unless_its_all_reduce_is_off(
