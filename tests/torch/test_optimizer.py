@@ -390,6 +390,32 @@ def test_what_is_written_into_the_parameters_between_steps_is_taken_over() -> No
     assert distance(one, other) < CLOSE
 
 
+def test_a_model_that_is_converted_after_the_first_step_is_refused() -> None:
+    model = make()
+    optimizer = ours.DistNadam(model.named_parameters())
+    train(model, optimizer, batches(2))
+    model.half()
+    model[0].weight.grad = torch.zeros(16, 6, dtype=torch.float16)
+    with pytest.raises(StructureError, match=r"'0\.weight' has 192 bytes of torch\.float16 now"):
+        optimizer.step()
+    model.float()
+    model[2].bias.data = torch.zeros(3)
+    model[0].weight.grad = torch.zeros(16, 6)
+    with pytest.raises(StructureError, match=r"'2\.bias' has 12 bytes of torch\.float32 now"):
+        optimizer.step()
+
+
+def test_a_write_in_place_between_backward_passes_is_seen_by_autograd() -> None:
+    model = make()
+    optimizer = ours.DistNadam(model.named_parameters())
+    train(model, optimizer, batches(2))
+    loss = loss_of(model, batches(1)[0])
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_parameters_that_were_loaded_before_the_first_step_are_where_it_begins() -> None:
     one, other = make(), make(3)
     a = ours.DistNadam(one.parameters())
