@@ -1,5 +1,6 @@
 """A wait spins only where there are more cores than processes, by affinity and by quota."""
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -72,8 +73,12 @@ def test_where_there_are_no_control_groups_nothing_limits(tmp_path: Path) -> Non
     assert quota(tmp_path / "none") == math.inf
 
 
-def test_spinning_asks_without_waiting_until_something_comes_or_it_gives_up() -> None:
+def test_spinning_asks_without_waiting_until_something_comes_or_it_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[float] = []
+    clock = itertools.count(0.0, 15e-6)
+    monkeypatch.setattr(spinning, "perf_counter", lambda: next(clock))
 
     def poll(timeout_s: float) -> list[Any]:
         asked.append(timeout_s)
@@ -81,4 +86,6 @@ def test_spinning_asks_without_waiting_until_something_comes_or_it_gives_up() ->
 
     assert spin(poll) == ["event"]
     assert asked == [0, 0, 0]
-    assert spin(lambda _: []) == []
+    asked = [0.0] * 3  # nothing comes any more
+    assert spin(poll) == []
+    assert 3 < len(asked) - 3 < 6
