@@ -21,6 +21,7 @@ from distnadam.training.callbacks import Callback, CallbackList
 from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile
+from distnadam.training.preflight import check_disk
 from distnadam.training.progress import Verbose, check_verbose, display_of
 from distnadam.training.resuming import Request
 from distnadam.training.run import TrainingRun
@@ -104,7 +105,7 @@ def fit(
             row of one rank, or of the run, brought no new step; the message names the rank and the
             step. Or a callback raised, which the message names; a checkpoint was saved.
         CheckpointError: the checkpoint to resume from is refused, or is of another task, seed or
-            model, or one cannot be written.
+            model, or one cannot be written, or the disk has no room for one.
         CheckpointBusy: another run writes to `checkpoint_dir`.
         RayLost: Ray itself died; the message says what is saved. Call `fit` again, in a new
             process, with the error's `checkpoint_dir`.
@@ -172,6 +173,9 @@ def fit(
     params = task.init(seed)
     layout = Layout.of(params)
     as_begun, state = copied(task, f"task {label!r}"), TaskState(task)
+    if given is None or isinstance(given, LocalDirectory):
+        where_to = Path.cwd() if given is None else given.path
+        check_disk(where_to, layout.array_bytes * len(settings.config.state_arrays))
     # all has been checked that can be: from here on there are directories
     checkpoints = given or open_directory(claim_run_directory(label))
     # beside checkpoints at a URL, metrics and plot still need a local directory

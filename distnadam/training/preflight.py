@@ -22,20 +22,22 @@ from distnadam.backends.base import WorkerGroup
 from distnadam.backends.factory import resolve
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import open_directory
-from distnadam.config import Settings
+from distnadam.config import Options, Settings
 from distnadam.copies import copied
-from distnadam.errors import DistNadamError, StructureError
+from distnadam.errors import CheckpointError, ClusterError, DistNadamError, StructureError
 from distnadam.optimizer import DistNadam
 from distnadam.places import place
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy
 from distnadam.training.rank_loop import make_rank_loop, samples_in
 from distnadam.training.resuming import Request, find_checkpoint
+from distnadam.training.steps import in_words
 from distnadam.training.task import Task, task_name
 from distnadam.training.task_code import TaskCode
 from distnadam.training.task_state import TaskState
 
-_START_S = 180.0
+_START_S = 60.0
+"""Seconds in which workers begin, where `Options.start_timeout_s` does not say."""
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _try_directory(
 ) -> None:
     directory = open_directory(checkpoint_dir or place("runs", "the run's directory"))
     if isinstance(directory, LocalDirectory):
-        _try_disk(directory.path, needed)
+        check_disk(directory.path, needed)
     if checkpoint_dir is None:
         found.plan.append(("directory", f"runs/{request.label}-TIME, a new one"))
         return
@@ -178,16 +180,19 @@ def _try_directory(
     found.plan.append(("begins at", "step 0" if checkpoint is None else f"{checkpoint[0]}"))
 
 
-def _try_disk(path: Path, needed: int) -> None:
+def check_disk(path: Path, needed: int) -> None:
+    """Raise CheckpointError unless a directory can be made, written, and has so many bytes free."""
     there = path
     while not there.exists():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written" if there.is_dir() else "is no directory"
-        raise StructureError(f"{there}: {what}: give another checkpoint_dir, or change its owner")
+        why = "you may not write there" if there.is_dir() else "it is no directory"
+        raise CheckpointError(
+            f"{there}: cannot be made or written: {why}; give another checkpoint_dir"
+        )
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise StructureError(
+        raise CheckpointError(
             f"{there}: {_size(free)} are free, and the checkpoints that are kept take "
             f"{_size(needed)}: free some, keep fewer, or give another checkpoint_dir"
         )
@@ -210,20 +215,33 @@ def _try_start(found: Preflight, task: Task, settings: Settings, params: Any) ->
             group = optimizer.team(make, task)
             for rank in range(topology.num_workers):
                 group.call(rank, "run", 0)  # no step: it only begins
-            deadline, waited_for = time.monotonic() + _START_S, topology.num_workers
-            while waited_for and time.monotonic() < deadline:
-                for _, result in group.results(0.2):
-                    waited_for -= 1
-                    if isinstance(result, Exception):
-                        raise result
-            if waited_for:
-                raise StructureError(f"{waited_for} workers have not begun in {_START_S:g} s")
+            _await_workers(group, topology.num_workers, settings.options)
             hosts = sorted({*optimizer.shards.backend.hosts(), *group.hosts().values()})
             found.plan.append(("hosts", ", ".join(hosts)))
         finally:
             optimizer.close()
             if group is not None:
                 group.close()
+
+
+def _await_workers(group: WorkerGroup, size: int, options: Options) -> None:
+    """Wait until all workers have begun; raise what one of them raised, or ClusterError."""
+    patience_s = options.start_timeout_s or _START_S
+    deadline, waited_for = time.monotonic() + patience_s, set(range(size))
+    while waited_for and time.monotonic() < deadline:
+        for rank, result in group.results(0.2):
+            waited_for.discard(rank)
+            if isinstance(result, Exception):
+                raise result
+    if waited_for:
+        asked = f"CPU {options.worker_cpus:g}"
+        if options.worker_label_selector:
+            asked += f" and the labels {dict(options.worker_label_selector)}"
+        raise ClusterError(
+            f"workers {in_words(sorted(waited_for))} have not begun in {patience_s:g} s: each asks "
+            f"Ray for {asked}; ask for less, have fewer workers, or add nodes (`ray status` says "
+            "what is free)"
+        )
 
 
 def _size(count: float) -> str:

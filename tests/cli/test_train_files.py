@@ -138,7 +138,7 @@ def test_a_dry_run_finds_a_full_disk_and_a_directory_that_is_none(
     (tmp_path / "file").write_text("")
     args = ["train", "mine.py:Line", "--local", "--dry-run", "--checkpoint-dir"]
     result = call(runner, *args, "file/run")
-    assert "file: is no directory: give another checkpoint_dir" in result.output
+    assert "file: cannot be made or written: it is no directory" in result.output
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     result = call(runner, *args, "run")
