@@ -8,10 +8,10 @@ import torch
 
 from distnadam.checks import check_as, check_flag
 from distnadam.config import BackendName, Options
-from distnadam.errors import LifecycleError
+from distnadam.errors import ConfigError, LifecycleError
 from distnadam.frontends.ranks import find_place
 from distnadam.hyperparameters import Formula
-from distnadam.torch.groups import Settings, check_formula, check_values, formula_of
+from distnadam.torch.groups import Settings, check_formula, check_names, check_values, formula_of
 from distnadam.torch.held import Held
 from distnadam.torch.shards import Shards
 from distnadam.torch.state_dict import State, check_state
@@ -145,7 +145,11 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 "requires_grad=False, whose clock stands still"
             )
         super().add_param_group(param_group)
-        self._name_tensors()
+        try:
+            self._name_tensors()
+        except ConfigError:
+            self.param_groups.pop()
+            raise
 
     @_outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,6 +221,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
             given = group.get("param_names")
             for index, tensor in enumerate(group["params"]):
                 found.setdefault(tensor, given[index] if given else f"param{len(found)}")
+        check_names(list(found.values()))
         self._held.name(list(found.values()), list(found))
 
     # -- clipping and loss scales

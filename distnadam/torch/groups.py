@@ -37,6 +37,19 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"Invalid {name} value: {values[name]}")
 
 
+def check_names(names: Sequence[Any]) -> None:
+    """Raise ConfigError unless each tensor has a name of its own that can be a pattern."""
+    known = set()
+    for name in names:
+        if not isinstance(name, str) or not name.strip("./") or "*" in name:
+            raise ConfigError(
+                f"a parameter's name must be a str such as 'layer.weight', without *, got {name!r}"
+            )
+        if name in known:
+            raise ConfigError(f"two parameters are called {name!r}: give each a name of its own")
+        known.add(name)
+
+
 def base_of(groups: Sequence[Mapping[str, Any]]) -> int:
     """Return which group has the optimizer's own settings: the first of those with the most
     tensors.

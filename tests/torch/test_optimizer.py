@@ -638,6 +638,25 @@ def test_a_setting_out_of_its_range_is_refused(settings: dict[str, Any], said: s
         ours.DistNadam(make().parameters(), **settings)
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("w", "w"), "two parameters are called 'w'"),
+        (("w", "layer*"), r"a parameter's name must be a str such as .* got 'layer\*'"),
+        (("", "w"), "a parameter's name must be a str"),
+        ((1, "w"), "a parameter's name must be a str"),
+    ],
+)
+def test_a_name_that_is_no_tensor_s_own_is_refused(names: Any, said: str) -> None:
+    first, second = make()[0].parameters()
+    with pytest.raises(ConfigError, match=said):
+        ours.DistNadam([(names[0], first), (names[1], second)])
+    optimizer = ours.DistNadam([("other", make()[2].weight)])
+    with pytest.raises(ConfigError, match=said):
+        optimizer.add_param_group({"params": [(names[0], first), (names[1], second)]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_an_optimizer_that_is_dropped_takes_its_hooks_and_shards_with_it() -> None:
     model = make()
     optimizer = ours.DistNadam(model.parameters())
