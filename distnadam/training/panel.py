@@ -25,8 +25,10 @@ _COLOURS = {
     "pull": "magenta",
 }
 _BAR_WIDTH = 16
-_KEEP = 0.98
-"""Of the mean of phases, at each step."""
+_KEEP = 0.8
+"""Of the mean of phases, at each step that is looked at."""
+_LOOK_EVERY = 8
+"""Steps between two whose phases are looked at, so that a panel costs little in a fast run."""
 _MOST_SHARDS = 8
 _MOST_WORKERS = 16
 
@@ -115,7 +117,7 @@ class RunView:
         if record.samples:
             self.samples = record.samples
         now, mean = record.phases, self.phases
-        if math.isfinite(now.compute):
+        if (mean is None or record.step % _LOOK_EVERY == 0) and math.isfinite(now.compute):
             if mean is None:
                 self.phases = now
             else:

@@ -15,6 +15,8 @@ from distnadam.training.callbacks import Callback
 
 _SHARE = 500
 _AT_MOST_EVERY_S = 0.2
+_FEW_ROUNDS = 20
+"""Whose mean says little: the first steps are slow. Until a look is of more, the next is soon."""
 
 
 class Watch:
@@ -37,11 +39,12 @@ class Watch:
         self._running: RunningOptimizer | None = None
         self._seen: Status | None = None
         self._next = 0.0
+        self._rounds = 0  # between the last two looks
 
     def look(self, step: int) -> None:
         """Look, if it is time for it, between two segments; a shard that is silent is no error."""
         began = time.monotonic()
-        if began < self._next and self.apply_s > 0.0:
+        if began < self._next and self._rounds >= _FEW_ROUNDS:
             return
         with suppress(DistNadamError, TimeoutError):
             self._running = self._running or RunningOptimizer.of(self._shards)
@@ -61,6 +64,7 @@ class Watch:
                 ]
                 # a process that is new since then has a count of its own
                 self.apply_s = max([0.0, *spent]) / rounds
+                self._rounds = rounds
             if status.recoveries > before.recoveries:
                 what = "all shards went back" if status.is_rewound else "a standby took over"
                 self._callbacks.on_recovery(step, "shards", what)
