@@ -1,5 +1,6 @@
 """Gradients that leave during the backward pass, checkpoints with buffers, compiled models."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,22 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     with pytest.raises(StructureError, match=r"buffer 'norm\.running_mean' is not there in the"):
         c.load(without, module=other)
     assert bits(other) == before
+
+
+def test_torch_s_distributed_checkpoint_reads_and_sets_the_state_without_a_step() -> None:
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    one, other = make(), make(4)
+    a, b = ours.DistNadam(one.parameters()), ours.DistNadam(other.parameters())
+    before = bits(one)
+    assert dcp.get_optimizer_state_dict(one, a)["state"]["0.weight"]["step"] == 0
+    assert bits(one) == before
+    train(one, a, batches(3))
+    model, optimizer = copy.deepcopy(dcp.get_state_dict(one, a))
+    train(one, a, batches(3, 2))
+    dcp.set_state_dict(other, b, model_state_dict=model, optim_state_dict=optimizer)
+    train(other, b, batches(3, 2))
+    assert bits(one) == bits(other)
 
 
 def test_a_compiled_model_is_stepped_as_the_model_itself() -> None:

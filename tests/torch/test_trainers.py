@@ -180,6 +180,7 @@ assert distance(model.module, plain) < 5e-6, distance(model.module, plain)
 """
 
 
+@pytest.mark.nightly
 def test_accelerate_trains_two_ranks_with_ddp_s_all_reduce_off(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     (tmp_path / "script.py").write_text(TWO_RANKS)
