@@ -334,6 +334,10 @@ class DistOptimizer(keras.optimizers.Optimizer):
     def _take(self, arrays: Sequence[Array]) -> None:
         own, sums = self.variables, self._accumulators()
         scalars = len(own) - len(sums)
+        if len(arrays) == scalars:  # it was saved before it was built: there is nothing else
+            for variable, array in zip(own, arrays, strict=False):
+                variable.assign(array)
+            return
         shapes = [tuple(v.shape) for v in self._stepped()]
         rest, slots = slots_of(
             arrays,
