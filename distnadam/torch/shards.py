@@ -6,6 +6,7 @@ then gives it to the shards, while the others wait to see it.
 """
 
 import atexit
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -69,6 +70,7 @@ class Shards:
         self.fixed: dict[str, Any] = {}
         self._own: Any = None  # what the settings of the groups are on the shards
         self._is_closed = False
+        self._process = os.getpid()
 
     @property
     def several(self) -> bool:
@@ -262,14 +264,14 @@ class Shards:
         """Leave the rounds; what rank 0 has made ends once the others have left, or with the
         process.
         """
-        if self.is_built and not self._is_closed:
+        if self._may_close:
             self.worker.close()
             if not self.several or self._others_have_left():
                 self.close()
 
     def close(self) -> None:
         """Leave, and end the shards if this is rank 0, once the other ranks have left."""
-        if self._is_closed or not self.is_built:
+        if not self._may_close:
             return
         self._is_closed = True
         atexit.unregister(self.close)
@@ -282,6 +284,13 @@ class Shards:
             with suppress(DistNadamError):  # they are gone already
                 DistNadam.stop(self._name)
         self.optimizer.close()
+
+    @property
+    def _may_close(self) -> bool:
+        """Whether there is something to close, in the process that has made it: a forked child,
+        such as a data loader's, holds a copy.
+        """
+        return self.is_built and not self._is_closed and self._process == os.getpid()
 
     def _others_have_left(self) -> bool:
         """Whether no other rank needs the shards: none is there, or one pushes on without this one,

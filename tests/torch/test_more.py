@@ -1,6 +1,7 @@
 """Gradients that leave during the backward pass, checkpoints with buffers, compiled models."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,27 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     with pytest.raises(StructureError, match=r"buffer 'norm\.running_mean' is not there in the"):
         c.load(without, module=other)
     assert bits(other) == before
+
+
+def test_a_forked_child_that_ends_leaves_its_parent_s_optimizer_alone() -> None:
+    model = make()
+    optimizer = ours.DistNadam(model.named_parameters())
+    train(model, optimizer, batches(2))
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            optimizer.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    train(model, optimizer, batches(2))
+    data = torch.utils.data.DataLoader(
+        batches(4), batch_size=None, num_workers=1, multiprocessing_context="fork"
+    )
+    train(model, optimizer, data)
+    assert {int(s["step"]) for s in optimizer.state.values()} == {8}
 
 
 def test_torch_s_distributed_checkpoint_reads_and_sets_the_state_without_a_step() -> None:
