@@ -61,11 +61,11 @@ def announce(place: Place, name: str) -> None:
     """Say to the other ranks of this host how they join the Ray that has the optimizer."""
     if not place.is_one_host or place.run is None:
         return
-    path = _directory() / name
-    temporary = path.with_name(f"{name}.{os.getpid()}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    directory = _directory()
+    descriptor, temporary = tempfile.mkstemp(dir=directory)  # which only this user can read
+    with open(descriptor, "w") as file:
         json.dump(factory.how_to_join(), file)
-    os.replace(temporary, path)
+    os.replace(temporary, directory / name)
 
 
 def withdraw(place: Place, name: str) -> None:

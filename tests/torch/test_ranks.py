@@ -188,6 +188,7 @@ def loop_of_ray_train(config: dict[str, Any]) -> None:
     Path(config["to"], f"{rank}").write_bytes(b"".join(bits(model)))
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own imports
 def test_the_same_two_lines_train_in_ray_train(ray_cluster: None, tmp_path: Path) -> None:
     pytest.importorskip("ray.train")

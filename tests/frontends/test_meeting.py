@@ -1,0 +1,62 @@
+"""Ranks of a host find the Ray of rank 0 by a file that only their user can read."""
+
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from distnadam.backends import factory
+from distnadam.errors import ClusterError, ConfigError, StepTimeout
+from distnadam.frontends import meeting
+from distnadam.frontends.ranks import Place
+
+HERE = Place(rank=1, num_workers=2, run="run-1")
+WAY = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_TOKEN": "secret"}
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(factory, "how_to_join", lambda: WAY)
+    monkeypatch.setattr(factory, "can_join", lambda: False)
+    return tmp_path
+
+
+def test_a_name_is_of_the_run_and_of_the_order_in_which_optimizers_are_made() -> None:
+    assert meeting.name_for(Place(), None) is None
+    assert meeting.name_for(HERE, "mine") == "mine"
+    first, second = (meeting.name_for(HERE, None) for _ in range(2))
+    assert first is not None and second is not None
+    assert first != second and first.startswith("run-1-") and second.startswith("run-1-")
+    with pytest.raises(ConfigError, match="num_workers=2 needs name: the ranks find each other"):
+        meeting.name_for(Place(rank=1, num_workers=2), None)
+
+
+def test_what_rank_0_announces_only_its_user_can_read(temporary: Path) -> None:
+    meeting.announce(HERE, "run-1-0")
+    (directory,) = temporary.iterdir()
+    (file,) = directory.iterdir()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert meeting._read(file) == WAY
+    meeting.withdraw(HERE, "run-1-0")
+    meeting.withdraw(HERE, "run-1-0")
+    assert list(directory.iterdir()) == []
+
+
+def test_a_directory_that_others_can_use_is_refused(temporary: Path) -> None:
+    meeting._directory().chmod(0o755)
+    with pytest.raises(ClusterError, match="must be a directory that only this user can use"):
+        meeting.announce(HERE, "run-1-0")
+
+
+def test_a_rank_waits_for_rank_0_as_long_as_a_step_may_take() -> None:
+    with pytest.raises(StepTimeout, match=r"rank 1: rank 0 has not built 'run-1-0' in 0\.2 s"):
+        meeting.attach(HERE, "run-1-0", 0.2)
+
+
+def test_ranks_of_several_hosts_need_the_address_of_a_ray() -> None:
+    apart = Place(rank=1, num_workers=2, run="run-1", is_one_host=False)
+    with pytest.raises(ClusterError, match="set RAY_ADDRESS to its address for all ranks"):
+        meeting.attach(apart, "run-1-0", 0.2)
