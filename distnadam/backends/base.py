@@ -24,6 +24,7 @@ from distnadam.protocol.messages import (
     ShardSpec,
     TotalNorms,
 )
+from distnadam.protocol.round_settings import RoundSettings
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout, Ranges
@@ -116,7 +117,13 @@ class WorkerChannel(ABC):
         )
 
     def step_at_once(
-        self, epoch: int, rank: int, incarnation: int, round: int, parts: Sequence[Flat]
+        self,
+        epoch: int,
+        rank: int,
+        incarnation: int,
+        round: int,
+        parts: Sequence[Flat],
+        settings: RoundSettings,
     ) -> RoundResult | None:
         """Send every shard a push that completes an ordinary round, and return that round's end.
 

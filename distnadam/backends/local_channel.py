@@ -12,6 +12,7 @@ from typing_extensions import override
 from distnadam.backends.base import Pending, WorkerChannel
 from distnadam.errors import Reconfigured
 from distnadam.protocol.messages import Message, Pull, Push, RoundResult, Step, TotalNorms
+from distnadam.protocol.round_settings import RoundSettings
 from distnadam.protocol.supervisor_messages import Order
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shield import get_or_interrupt
@@ -107,7 +108,13 @@ class LocalWorkerChannel(WorkerChannel):
 
     @override
     def step_at_once(
-        self, epoch: int, rank: int, incarnation: int, round: int, parts: Sequence[Flat]
+        self,
+        epoch: int,
+        rank: int,
+        incarnation: int,
+        round: int,
+        parts: Sequence[Flat],
+        settings: RoundSettings,
     ) -> RoundResult | None:
         hosts, memory = self._shards.hosts, self._shards.memory
         if memory.read is None or len(hosts) != len(parts):
@@ -125,6 +132,7 @@ class LocalWorkerChannel(WorkerChannel):
                         incarnation=incarnation,
                         round=round,
                         gradients=part,
+                        settings=settings,
                     )
                 )
                 if found is None or found.round != round or found != (first or found):

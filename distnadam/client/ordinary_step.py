@@ -27,11 +27,16 @@ def step_at_once(
     push = InFlightPush(*place, buffer.parts, rejection, True, settings)
     session.in_flight = push  # before it is sent: what is raised may leave it half sent
     try:
-        if push.rejection is not None or push.settings is not ORDINARY:
+        if push.rejection is not None or not (settings is ORDINARY or settings.only_overrides):
             return push
         session.pushed_at = perf_counter()
         ended = session.channel.step_at_once(
-            push.epoch, session.rank, session.incarnation, push.round, push.parts(session.ranges)
+            push.epoch,
+            session.rank,
+            session.incarnation,
+            push.round,
+            push.parts(session.ranges),
+            push.settings,
         )
         if ended is not None and ended.rewound == session.rewinds.known:
             session.stand(ended)

@@ -48,7 +48,9 @@ class RoundSettings:
     @property
     def only_overrides(self) -> bool:
         """Whether there are overrides, and all else is as of an ordinary push."""
-        return self.overrides != b"" and self == RoundSettings(overrides=self.overrides)
+        return self.overrides != b"" and not (
+            self.found_inf or self.micro_steps != 1 or self.absent or self.statement
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return unpacked, (packed(self),)  # so that ordinary ones stay that very object

@@ -10,7 +10,7 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.round_settings import ORDINARY
 from distnadam.shard.effects import Effect, Work
 from distnadam.shard.machine import Shard
-from distnadam.shard.ordinary_push import members_if_ordinary
+from distnadam.shard.ordinary_push import enter_alone, members_if_ordinary
 from distnadam.shard.phases import Phase
 
 
@@ -31,15 +31,16 @@ def close(shard: Shard, message: msg.Push | msg.Step) -> bool:
             return False
         if len(pushes) + 1 != len(needed) or (pushes and not pushes.keys() <= set(needed)):
             return False
-        pushes[message.rank] = message
+        enter_alone(current, message)
+    current.overrides = message.settings.overrides  # those of all
     current.is_closed = True
     shard.enter(Phase.STEPPING)
     return True
 
 
 def _is_ordinary(shard: Shard, step: msg.Step) -> bool:
-    """Whether a step from outside is current, holds no shard, and has no norms or settings, and
-    nobody else acts.
+    """Whether a step from outside is current, holds no shard, and has no norms, and no settings
+    but overrides, and nobody else acts.
     """
     current, hold = shard.rounds.current, shard.exclusive_hold
     return not (
@@ -48,7 +49,7 @@ def _is_ordinary(shard: Shard, step: msg.Step) -> bool:
         or step.round != shard.progress.round + 1
         or step.epoch != shard.epochs.now
         or step.rejection is not None
-        or step.settings is not ORDINARY
+        or not (step.settings is ORDINARY or step.settings.only_overrides)
         or current.pushes
         or current.waiting
         or hold.holder is not None

@@ -8,10 +8,10 @@ becomes of it; a test drives both with the same messages.
 from typing import Any
 
 from distnadam.protocol.messages import Push
-from distnadam.protocol.round_settings import ORDINARY
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.machine import Shard
 from distnadam.shard.phases import Phase
-from distnadam.shard.round import Waiter
+from distnadam.shard.round import Round, Waiter
 
 
 def enter_push(shard: Shard, push: Push, caller: Any) -> bool | None:
@@ -23,11 +23,12 @@ def enter_push(shard: Shard, push: Push, caller: Any) -> bool | None:
         return None
     current = shard.rounds.current
     pushes = current.pushes
-    pushes[push.rank] = push
+    enter_alone(current, push)
     current.waiting.append(Waiter(caller, push.rank, push.incarnation, push.want_parameters))
     for other in needed:
         if other not in pushes:
             return False
+    current.overrides = push.settings.overrides  # those of all
     current.is_closed = True
     shard.enter(Phase.STEPPING)
     return True
@@ -36,8 +37,9 @@ def enter_push(shard: Shard, push: Push, caller: Any) -> bool | None:
 def members_if_ordinary(shard: Shard, push: Push) -> tuple[int, ...] | None:
     """Return the ranks that the round of an ordinary push needs; None if the push is another.
 
-    It is ordinary if it is current, the first of its rank, has no rejection and no settings, and
-    the round has none, clips by no norm and nothing else waits for it to be entered.
+    It is ordinary if it is current, the first of its rank, has no rejection and at most learning
+    rates and betas for settings, which all pushes of the round so far have to the bit, and the
+    round clips by no norm and nothing else waits for it to be entered.
     """
     rounds, progress, members = shard.rounds, shard.progress, shard.members
     current, rank, number = rounds.current, push.rank, push.round
@@ -49,17 +51,32 @@ def members_if_ordinary(shard: Shard, push: Push) -> tuple[int, ...] | None:
         or rank not in (needed := members.needed(number))
         or push.incarnation != members.ledger.newest[rank]
         or push.rejection is not None
-        or push.settings is not ORDINARY
-        or not current.is_ordinary
         or rank in pushes
         or rank in current.superseded
         or number > shard.exclusive_hold.limit
         or shard.config.clips_by_norm
         or shard.loads.entries
         or members.given_up
+        or not _are_alike(current, push.settings)
     ):
         return None
     for waiter in current.waiting:
         if waiter.rank == rank:  # of an older worker, which is to be refused
             return None
     return needed
+
+
+def _are_alike(current: Round, settings: RoundSettings) -> bool:
+    """Whether settings are those of every push of a round so far, and at most overrides."""
+    if settings is ORDINARY:
+        return current.is_ordinary
+    return settings.only_overrides and all(
+        push.settings == settings and push.rejection is None for push in current.pushes.values()
+    )
+
+
+def enter_alone(current: Round, push: Push) -> None:
+    """Enter a push in a round in which nobody waits for another of its rank."""
+    current.pushes[push.rank] = push
+    if push.settings is not ORDINARY:
+        current.is_ordinary = False

@@ -15,8 +15,9 @@ from distnadam.config import Options
 from distnadam.errors import ConfigError, KernelError
 from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam import stepper
+from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.protocol.messages import ShardSpec
-from distnadam.protocol.round_settings import RoundSettings
+from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.shard.phases import Phase
 from distnadam.tensors.layout import Layout
@@ -88,12 +89,21 @@ def gradients(seed: int) -> Any:
     return {space: rng.standard_normal(n).astype(space) for space, n in LAYOUT.sizes.items()}
 
 
+def rated(which: int) -> RoundSettings:
+    """Learning rates and betas of one step alone; with 2, and something else."""
+    rates = packed_overrides(0.1 + which % 2, (0.5, 0.75), None)
+    return RoundSettings(overrides=rates, micro_steps=1 + which // 2)
+
+
 Acts = st.lists(
     st.one_of(
         st.tuples(st.just("push"), st.integers(0, 1), st.sampled_from([0, 0, 0, 0, 0, -1, 1])),
         st.tuples(st.just("all"), st.integers(0, 1), st.just(0)),
         st.tuples(st.just("rejected"), st.integers(0, 1), st.just(0)),
         st.tuples(st.just("voted"), st.integers(0, 1), st.just(0)),
+        st.tuples(st.just("rated"), st.integers(0, 1), st.integers(0, 2)),
+        st.tuples(st.just("all rated"), st.integers(0, 1), st.sampled_from([0, 0, 1, 2])),
+        st.tuples(st.just("rated step"), st.integers(0, 1), st.integers(0, 2)),
         st.tuples(st.just("stale"), st.integers(0, 1), st.just(0)),
         st.tuples(st.just("step"), st.sampled_from([0, 0, 1]), st.booleans()),
         st.tuples(st.just("join"), st.integers(0, 1), st.just(0)),
@@ -156,6 +166,12 @@ def messages_of(driven: Driven, act: tuple[str, int, int], seed: int) -> list[An
         "all": lambda: [push(which), push(1 - which)],
         "rejected": lambda: [push(which, gradients=None, rejection="not finite")],
         "voted": lambda: [push(which, settings=RoundSettings(found_inf=True))],
+        "rated": lambda: [push(which, settings=rated(by))],
+        "all rated": lambda: [
+            push(which, settings=rated(0)),
+            push(1 - which, settings=rated(by)),
+        ],
+        "rated step": lambda: [dataclasses.replace(step(), epoch=epoch, settings=rated(by))],
         "stale": lambda: [push(which, epoch=epoch - 1)],
         "step": lambda: [step()],
         "join": lambda: [msg.Join(rank=which, process="p")],
@@ -192,6 +208,19 @@ def test_the_last_push_of_a_round_steps_at_once_and_the_first_waits_for_it() -> 
     result = driven.give(ordinary(driven, 0))
     assert (driven.taken, result.round, result.outcome) == (1, 1, "applied")
     assert result in list(driven.answers.values())[-2:-1]  # what the first gets too
+
+
+def test_rates_of_one_step_are_taken_at_once_where_all_ranks_have_the_same_bits() -> None:
+    driven = Driven(at_once=True)
+    for number in (0, 1):
+        driven.give(ordinary(driven, 1, settings=rated(number)))
+        result = driven.give(ordinary(driven, 0, settings=rated(number)))
+        assert (driven.taken, result.lr) == (number + 1, 0.1 + number)
+        assert driven.host.shard.progress.overrides == rated(number).overrides
+    for mine, other in ((rated(0), rated(1)), (rated(0), ORDINARY), (ORDINARY, rated(0))):
+        driven.give(ordinary(driven, 1, settings=other))
+        result = driven.give(ordinary(driven, 0, settings=mine))
+        assert (driven.taken, result.outcome) == (2, "disagreed")
 
 
 UNUSUAL: dict[str, Any] = {

@@ -16,6 +16,7 @@ import distnadam.protocol.supervisor_messages as orders
 from distnadam.config import Options
 from distnadam.errors import DistNadamError
 from distnadam.hyperparameters import NadamConfig
+from distnadam.nadam.step_overrides import packed_overrides
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.effects import Compute, Work
@@ -29,6 +30,14 @@ RANKS = 3
 LAYOUT = Layout.of({"w": np.ones(3, np.float32)})
 GRADIENTS = {"float32": np.ones(3, np.float32)}
 Deliver = Callable[[Shard, Any, Any], Any]
+
+
+RATES = [packed_overrides(0.1, betas, None) for betas in ((0.5, 0.75), (0.5, 0.75), (0.75, 0.5))]
+RATED: list[dict[str, Any]] = [
+    *({"settings": RoundSettings(overrides=rates)} for rates in RATES),
+    {"settings": RoundSettings(overrides=RATES[0]), "rejection": "NaN"},
+    {"settings": RoundSettings(overrides=RATES[0], absent=frozenset({0}))},
+]
 
 
 def new_shard(**config: Any) -> Shard:
@@ -110,7 +119,7 @@ def pushes(draw: st.DrawFn) -> Callable[[Shard], Any]:
     which = draw(st.sampled_from(["round", "epoch", "incarnation"]))
     changes: dict[str, Any] = draw(
         st.sampled_from(
-            [{}] * 6 + [{"rejection": "NaN"}, {"settings": RoundSettings(micro_steps=2)}]
+            [{}] * 6 + [{"rejection": "NaN"}, {"settings": RoundSettings(micro_steps=2)}] + RATED
         )
     )
 
@@ -205,6 +214,18 @@ def test_a_round_of_all_ranks_goes_the_short_way() -> None:
         assert [waiter.caller for waiter in shard.rounds.current.waiting] == [2, 0, 1]
         end_work(shard, None, None)
         assert shard.progress.round == number
+
+
+def test_rates_of_one_step_go_the_short_way_where_all_ranks_have_them() -> None:
+    shard = new_shard()
+    rates: dict[str, Any] = RATED[0]
+    entered = [enter_push(shard, push(shard, rank, **rates), rank) for rank in (2, 0, 1)]
+    assert (entered, shard.rounds.current.overrides) == ([False, False, True], RATES[0])
+    end_work(shard, None, None)
+    assert shard.progress.overrides == RATES[0]
+    assert enter_push(shard, push(shard, 0, **rates), 0) is False
+    for changes in ({}, *RATED[2:]):
+        assert enter_push(shard, push(shard, 1, **changes), 1) is None
 
 
 @pytest.mark.parametrize(
