@@ -10,7 +10,7 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.round_settings import ORDINARY
 from distnadam.shard.effects import Effect, Work
 from distnadam.shard.machine import Shard
-from distnadam.shard.ordinary_push import enter_alone, members_if_ordinary
+from distnadam.shard.ordinary_push import members_if_ordinary
 from distnadam.shard.phases import Phase
 
 
@@ -31,7 +31,9 @@ def close(shard: Shard, message: msg.Push | msg.Step) -> bool:
             return False
         if len(pushes) + 1 != len(needed) or (pushes and not pushes.keys() <= set(needed)):
             return False
-        enter_alone(current, message)
+        pushes[message.rank] = message
+        if message.settings is not ORDINARY:
+            current.is_ordinary = False
     current.overrides = message.settings.overrides  # those of all
     current.is_closed = True
     shard.enter(Phase.STEPPING)

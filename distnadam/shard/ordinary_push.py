@@ -23,7 +23,9 @@ def enter_push(shard: Shard, push: Push, caller: Any) -> bool | None:
         return None
     current = shard.rounds.current
     pushes = current.pushes
-    enter_alone(current, push)
+    pushes[push.rank] = push
+    if push.settings is not ORDINARY:
+        current.is_ordinary = False
     current.waiting.append(Waiter(caller, push.rank, push.incarnation, push.want_parameters))
     for other in needed:
         if other not in pushes:
@@ -57,7 +59,9 @@ def members_if_ordinary(shard: Shard, push: Push) -> tuple[int, ...] | None:
         or shard.config.clips_by_norm
         or shard.loads.entries
         or members.given_up
-        or not _are_alike(current, push.settings)
+        or not (
+            current.is_ordinary if push.settings is ORDINARY else _are_alike(current, push.settings)
+        )
     ):
         return None
     for waiter in current.waiting:
@@ -67,16 +71,7 @@ def members_if_ordinary(shard: Shard, push: Push) -> tuple[int, ...] | None:
 
 
 def _are_alike(current: Round, settings: RoundSettings) -> bool:
-    """Whether settings are those of every push of a round so far, and at most overrides."""
-    if settings is ORDINARY:
-        return current.is_ordinary
+    """Whether settings are overrides alone, and those of every push of a round so far."""
     return settings.only_overrides and all(
         push.settings == settings and push.rejection is None for push in current.pushes.values()
     )
-
-
-def enter_alone(current: Round, push: Push) -> None:
-    """Enter a push in a round in which nobody waits for another of its rank."""
-    current.pushes[push.rank] = push
-    if push.settings is not ORDINARY:
-        current.is_ordinary = False
