@@ -43,6 +43,7 @@ from distnadam.protocol.supervisor_messages import (
     Record,
     ReplicatedJoin,
     ReplicatedRound,
+    ReplicatedSave,
 )
 
 _SUMS = 1  # the msgpack extension of a float64 array
@@ -288,6 +289,8 @@ def pack_record(record: Record) -> bytes:
         body = ("join", record.rank, record.incarnation, record.process)
     elif isinstance(record, Reconfigure):
         body = ("reign", record.epoch, record.schedule, record.newest)
+    elif isinstance(record, ReplicatedSave):
+        body = ("saved",)
     elif isinstance(record, DetachStandby):
         body = ("let go",)
     elif (frame := pack_round(record)) is not None:
@@ -317,6 +320,8 @@ def unpack_record(frame: bytes) -> Record:
                 schedule=tuple((first, tuple(ranks)) for first, ranks in schedule),
                 newest=newest,
             )
+        if kind == "saved":
+            return ReplicatedSave()
         if kind == "let go":
             return DetachStandby()
         number, skipped, outcome, rejection, notes, lr, active, *clock = fields

@@ -149,6 +149,11 @@ class ReplicatedJoin:
 
 
 @dataclass(frozen=True)
+class ReplicatedSave:
+    """The state is saved as it was last replaced from outside: going back would not lose that."""
+
+
+@dataclass(frozen=True)
 class Retire:
     """Other shards hold these ranges from this epoch on; all further messages are refused."""
 
@@ -168,7 +173,7 @@ class DetachStandby:
     """The primary goes on without this standby, which must never replace it."""
 
 
-Record = ReplicatedRound | ReplicatedJoin | Reconfigure | DetachStandby
+Record = ReplicatedRound | ReplicatedJoin | ReplicatedSave | Reconfigure | DetachStandby
 
 
 Order = Reconfigure | Load | AttachStandby | AbandonRank | Retire

@@ -99,6 +99,14 @@ class Outbox:
             )
         return self._begin()
 
+    def queue_alone(self, effects: list[Effect]) -> bool:
+        """Queue effects, as `queue`, which are to be sent only if nothing of others waits: else
+        whoever sends that sends them too.
+        """
+        is_alone = self.is_empty
+        self._queued.extend(effects)
+        return is_alone and self._begin()
+
     def flush(self) -> None:
         """Send all effects that may leave now, unless another thread does."""
         with self.lock:

@@ -270,7 +270,9 @@ class ShardHost:
 
         def on_written(saved: Saved) -> None:
             with self.lock:
-                self.shard.receive(saved, None)  # has no effects
+                must_send = self._outbox.queue_alone(self.shard.receive(saved, None))
+            if must_send:
+                self._outbox.send()
 
         run_work(lambda: self._answer(Answer(reply, self._attempt(save))))
 
@@ -337,12 +339,9 @@ class ShardHost:
         with self.lock:  # no standby was sent what came meanwhile
             self._replicator.attach(stream)
             self._outbox.carriers[Replicate] = self._replicator.replicate
-            reconfigure = Reconfigure(
-                epoch=shard.epochs.now,
-                schedule=shard.members.schedule,
-                newest=shard.members.ledger.newest_of_all(),
-            )
-        stream.send(reconfigure)
+            missed = shard.progress.missed_by_copy()
+        for record in missed:
+            stream.send(record)
         return shard.progress.round
 
     def _attempt(self, work: Callable[[], Any]) -> Any:

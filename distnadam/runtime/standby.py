@@ -25,6 +25,7 @@ from distnadam.protocol.supervisor_messages import (
     Record,
     ReplicatedJoin,
     ReplicatedRound,
+    ReplicatedSave,
     ShardControlState,
 )
 from distnadam.runtime.shard_host import ShardHost
@@ -116,6 +117,8 @@ class Standby:
                 if record.process is not None:
                     here[record.rank] = record.incarnation, record.process
                 self._stand_at(dataclasses.replace(now, live_owners=here))
+            elif isinstance(record, ReplicatedSave):
+                self._stand_at(dataclasses.replace(now, changed=None))
             elif isinstance(record, Reconfigure):
                 self._ledger.admit_all(record.newest)
                 history = (

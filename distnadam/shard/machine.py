@@ -223,8 +223,9 @@ class Shard:
         return [*self._take_config(message.config, message.revision), Answer(caller, None)]
 
     def _saved(self, message: msg.Saved, caller: Any) -> list[Effect]:
-        self.progress.saved(message.num_changes)
-        return []
+        if not self.progress.saved(message.num_changes):
+            return []
+        return [Replicate(orders.ReplicatedSave())]
 
     def _step(self, message: msg.Step, caller: Any) -> list[Effect]:
         if message.token is not None:

@@ -25,7 +25,9 @@ from distnadam.protocol.supervisor_messages import (
     Load,
     Reason,
     Reconfigure,
+    Record,
     ReplicatedRound,
+    ReplicatedSave,
     ShardControlState,
 )
 from distnadam.shard.epochs import Epochs
@@ -156,10 +158,20 @@ class Progress:
         self.revision = revision
         self.change("the configuration")
 
-    def saved(self, num_changes: int) -> None:
-        """Record that the state as of this many changes is saved."""
+    def saved(self, num_changes: int) -> bool:
+        """Record that the state as of this many changes is saved; return whether that is all."""
         if num_changes == self.num_changes:
             self.changed = None
+        return self.changed is None
+
+    def missed_by_copy(self) -> list[Record]:
+        """Return what may have come since a standby's copy of the control state was taken."""
+        reconfigure = Reconfigure(
+            epoch=self.epochs.now,
+            schedule=self.members.schedule,
+            newest=self.members.ledger.newest_of_all(),
+        )
+        return [reconfigure, ReplicatedSave()] if self.changed is None else [reconfigure]
 
     def control_state(self) -> ShardControlState:
         """Return all of this, but for the arrays, as a record."""

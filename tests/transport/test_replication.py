@@ -19,6 +19,7 @@ from distnadam.protocol.supervisor_messages import (
     Record,
     ReplicatedJoin,
     ReplicatedRound,
+    ReplicatedSave,
 )
 from distnadam.tensors.arrays import STATE_ARRAYS, Flat
 from distnadam.transport.connection import Address
@@ -166,6 +167,7 @@ def test_a_record_that_cannot_be_applied_ends_the_connection(
         replace(decided(3), counted={2: PushNote(incarnation=7, round=3, dtypes={})}),
         replace(decided(3), outcome="skipped", rejection="NaN"),
         ReplicatedJoin(1, 5),
+        ReplicatedSave(),
         Reconfigure(epoch=4, schedule=((1, (0, 1)), (9, (0,))), newest={0: 3}),
         DetachStandby(),
     ],
