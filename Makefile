@@ -7,6 +7,7 @@ BENCH_ARGS ?=
 RAY_VERSIONS ?= 2.54.1 2.60.0
 N ?= 200
 SEED ?= 0
+HOURS ?= 1
 # Processes that run tests side by side, each with a Ray of its own: one more than cores, since a
 # test often waits for processes that start; no more than 8.
 JOBS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
@@ -24,7 +25,7 @@ AGAIN := -m pytest --last-failed --last-failed-no-failures none
 COVERAGE_OPTIONS := $(if $(COV),--cov --cov-report=term:skip-covered)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-again slow slow-again nightly test-ray-versions coverage lint format types wheel chaos bench clean
+.PHONY: help train test test-again slow slow-again nightly test-ray-versions coverage lint format types wheel chaos soak bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +82,9 @@ wheel: $(VENV)/installed ## build the wheel, and try it in an environment of its
 
 chaos: $(VENV)/installed ## kill processes N=200 times, and compare every bit; SEED=0
 	$(BIN)/python -m tests.chaos.run --faults $(N) --seed $(SEED)
+
+soak: $(VENV)/installed ## train on three hosts for HOURS=1 amid faults, saves, reshards and drains (needs root)
+	$(BIN)/python -m tests.hosts.soak --hours $(HOURS) --seed $(SEED)
 
 bench: $(BENCH)/installed ## measure beside peers; BENCH_ARGS="..."
 	$(BENCH)/bin/python -m benchmarks $(BENCH_ARGS)

@@ -20,7 +20,7 @@ import numpy as np
 from distnadam.checkpoint import store
 from tests.hosts.cluster import ALL_ON_ANY, Cluster
 from tests.hosts.faults import FAULTS, PORTS, SHARD_TIMEOUT_S, Fault, Rng, Scene
-from tests.hosts.network import why_not
+from tests.hosts.network import Host, why_not
 from tests.hosts.program import Program
 from tests.hosts.tasks import digest
 from tests.hosts.train import train_in_one_process
@@ -31,6 +31,12 @@ SIZES = ({"size": 20_000, "steps": 1400}, {"size": 1_000_000, "steps": 400})
 """The training goes on for longer than the faults of a run last, on a fast machine too, where it
 takes PAUSE_S a step while a process that nobody needs stands still.
 """
+OPTIONS = {
+    "shard_resources": {"shard": 1},
+    "worker_cpus": 0.5,
+    "shard_timeout_s": SHARD_TIMEOUT_S,
+    "port_range": PORTS,
+}
 _AT_ONCE_S = 0.05
 
 
@@ -86,13 +92,6 @@ def _run(
     faults: list[Fault], number: int, cluster: Cluster, directory: Path, rng: Rng, report: Report
 ) -> None:
     replicas = number % 2
-    options = {
-        "shard_resources": {"shard": 1},
-        "worker_cpus": 0.5,
-        "shard_timeout_s": SHARD_TIMEOUT_S,
-        "port_range": PORTS,
-        "checkpoint_dir": str(directory / "hosts"),
-    }
     about: dict[str, Any] = {
         **SIZES[number // 2 % 2],
         "pause_s": PAUSE_S,
@@ -103,7 +102,7 @@ def _run(
         "replicas": replicas,
         "save_every": 50,
         "directory": str(directory / "hosts"),
-        "options": options,
+        "options": OPTIONS | {"checkpoint_dir": str(directory / "hosts")},
     }
     about |= {
         "clipnorm": 0.5 if rng.random() < 0.3 else None,
@@ -116,19 +115,7 @@ def _run(
         program.first("step", lambda step, reached=reached: step >= reached)
         if replicas:
             program.first("standbys", lambda count: count == about["num_shards"])
-        for host in cluster.hosts[1:]:
-            if cluster.ended(host):  # Ray's head took a fault that was to pass for its death
-                cluster.restart(host)
-        time.sleep(rng.uniform(0, 0.3))
-        host = cluster.hosts[int(rng.integers(0 if fault.head_too else 1, len(cluster.hosts)))]
-        scene = Scene(
-            cluster=cluster,
-            host=host,
-            go_on=partial(_next_step, program, time.time()),
-            rng=rng,
-            model_bytes=4 * about["size"],
-        )
-        seconds = fault.strike(scene)
+        seconds, host = strike(fault, program, cluster, rng, about["size"])
         report.seconds.setdefault((fault.name, replicas), []).append(seconds)
         print(f"  {fault.name}, {host.address}: {seconds:.1f} s", flush=True)
     program.first("done")
@@ -136,19 +123,44 @@ def _run(
     about |= {"name": None, "replicas": 0, "pause_s": 0.0}
     if digest(directory / "hosts") != train_in_one_process(directory / "alone", about):
         report.differences.append(f"DIFFERENT bits in run {number}")
-    _, manifest, _ = store.find(str(directory / "hosts"))
-    counted = Counter(
-        (rank, each)
-        for rank, _, first, last in manifest.ledger["runs"]
-        for each in range(first, last + 1)
+    if (lost := miscounted(directory / "hosts", steps)) is not None:
+        report.differences.append(f"DIFFERENT in run {number}: {lost}")
+
+
+def strike(
+    fault: Fault, program: Program, cluster: Cluster, rng: Rng, size: int
+) -> tuple[float, Host]:
+    """Strike a host, chosen at random, while a program trains so many parameters; return the
+    seconds to the next step, and the host.
+    """
+    for host in cluster.hosts[1:]:
+        if cluster.ended(host):  # Ray's head took a fault that was to pass for its death
+            cluster.restart(host)
+    time.sleep(rng.uniform(0, 0.3))
+    host = cluster.hosts[int(rng.integers(0 if fault.head_too else 1, len(cluster.hosts)))]
+    scene = Scene(
+        cluster=cluster,
+        host=host,
+        go_on=partial(next_step, program, time.time()),
+        rng=rng,
+        model_bytes=4 * size,
     )
-    if counted != Counter((rank, each) for rank in range(WORKERS) for each in range(1, steps + 1)):
-        report.differences.append(
-            f"DIFFERENT: a push is lost or counted twice in run {number}: {manifest.ledger['runs']}"
-        )
+    return fault.strike(scene), host
 
 
-def _next_step(program: Program, moment: float) -> float:
+def miscounted(directory: Path, steps: int) -> str | None:
+    """Return what is wrong if a push of these steps is lost or counted twice."""
+    _, manifest, _ = store.find(str(directory))
+    runs = manifest.ledger["runs"]
+    counted = Counter(
+        (rank, each) for rank, _, first, last in runs for each in range(first, last + 1)
+    )
+    if counted == Counter((rank, each) for rank in range(WORKERS) for each in range(1, steps + 1)):
+        return None
+    return f"a push is lost or counted twice: {runs}"
+
+
+def next_step(program: Program, moment: float) -> float:
     """Wait until `fit` reports a step that began after a moment; return the seconds since.
 
     It reports several steps at once, at a segment's end: the first ones after the moment may be

@@ -62,11 +62,14 @@ def _title(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind: its name, the strike, and whether the head's host may get it."""
+    """A kind: its name, the strike, whether the head's host may get it, and whether every process
+    lives on.
+    """
 
     name: str
     strike: Callable[[Scene], float]
     head_too: bool = False
+    spares: bool = False
 
 
 # Hosts and their links
@@ -212,32 +215,50 @@ HOSTS = (
     Fault("host killed", partial(_for_good, how="kill")),
     Fault("host not heard", partial(_for_good, how="silence")),
     Fault("host not hearing", partial(_for_good, how="deafen")),
-    Fault("host cut off for a moment", partial(_for_a_moment, how="cut"), head_too=True),
-    Fault("host not heard for a moment", partial(_for_a_moment, how="silence"), head_too=True),
-    Fault("host not hearing for a moment", partial(_for_a_moment, how="deafen"), head_too=True),
-    Fault("link up and down", _again_and_again, head_too=True),
+    Fault(
+        "host cut off for a moment", partial(_for_a_moment, how="cut"), head_too=True, spares=True
+    ),
+    Fault(
+        "host not heard for a moment",
+        partial(_for_a_moment, how="silence"),
+        head_too=True,
+        spares=True,
+    ),
+    Fault(
+        "host not hearing for a moment",
+        partial(_for_a_moment, how="deafen"),
+        head_too=True,
+        spares=True,
+    ),
+    Fault("link up and down", _again_and_again, head_too=True, spares=True),
 )
 """Those of a host or its link as a whole."""
 
 FAULTS = (
     *HOSTS,
-    Fault("link slow", _slow, head_too=True),
-    Fault("packets lost and late", _lossy, head_too=True),
-    Fault("connections reset", _reset, head_too=True),
-    Fault("push half sent, connection reset", partial(_half_sent, then=_reset_now)),
+    Fault("link slow", _slow, head_too=True, spares=True),
+    Fault("packets lost and late", _lossy, head_too=True, spares=True),
+    Fault("connections reset", _reset, head_too=True, spares=True),
+    Fault("push half sent, connection reset", partial(_half_sent, then=_reset_now), spares=True),
     Fault("push half sent, host cut off", partial(_half_sent, then=_cut_now)),
     Fault("push half sent, worker killed", partial(_half_sent, then=partial(_kill, title=WORKER))),
     Fault("push half sent, shard killed", partial(_half_sent, then=partial(_kill, title=SHARD))),
     Fault("push half sent, relay killed", partial(_half_sent, then=partial(_kill, title=RELAY))),
     Fault("worker killed", partial(_killed, title=WORKER), head_too=True),
     Fault("shard killed", partial(_killed, title=SHARD), head_too=True),
-    Fault("worker halted", partial(_halted, title=WORKER, seconds=_LITTLE), head_too=True),
-    Fault("shard halted", partial(_halted, title=SHARD, seconds=_LITTLE), head_too=True),
+    Fault(
+        "worker halted", partial(_halted, title=WORKER, seconds=_LITTLE), head_too=True, spares=True
+    ),
+    Fault(
+        "shard halted", partial(_halted, title=SHARD, seconds=_LITTLE), head_too=True, spares=True
+    ),
     Fault("shard halted too long", partial(_halted, title=SHARD, seconds=_MUCH), head_too=True),
     Fault("relay killed", partial(_killed, title=RELAY), head_too=True),
-    Fault("relay halted", partial(_halted, title=RELAY, seconds=_LITTLE), head_too=True),
+    Fault(
+        "relay halted", partial(_halted, title=RELAY, seconds=_LITTLE), head_too=True, spares=True
+    ),
     Fault("relay halted too long", partial(_halted, title=RELAY, seconds=_MUCH), head_too=True),
-    Fault("strangers flood the ports", partial(_strangers, how="silence")),
-    Fault("strangers hold half a frame", partial(_strangers, how="half")),
-    Fault("strangers send garbage", partial(_strangers, how="garbage")),
+    Fault("strangers flood the ports", partial(_strangers, how="silence"), spares=True),
+    Fault("strangers hold half a frame", partial(_strangers, how="half"), spares=True),
+    Fault("strangers send garbage", partial(_strangers, how="garbage"), spares=True),
 )

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,33 @@ class Say(Callback):
 
     def on_message(self, text: str) -> None:
         say(message=text)
+
+
+class Retune(Callback):
+    """Changes rates at every evaluation, as the number of steps says.
+
+    Args:
+        every: steps between evaluations; one at the end of a run changes nothing.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:
+        turn = step // self._every
+        if step == turn * self._every:
+            self.run.optimizer.set_config(lr=0.002 / (1 + turn % 5), beta_1=0.9 - 0.05 * (turn % 3))
+
+
+class StopAt(Callback):
+    """Ends the run once a file exists."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+
+    def on_step(self, step: int, loss: float) -> None:
+        if self._path.exists():
+            self.run.stop("its time is over")
 
 
 def _running() -> ShardGroup:
@@ -102,16 +130,24 @@ def main(about: dict[str, Any]) -> None:
     )
     how = {
         key: about[key]
-        for key in ("num_workers", "num_shards", "replicas", "save_every", "backend")
+        for key in (
+            *("num_workers", "num_shards", "replicas", "save_every", "keep", "evaluate_every"),
+            "backend",
+        )
         if key in about
     }
+    callbacks: list[Callback] = [Say()]
+    if "evaluate_every" in about:
+        callbacks.append(Retune(about["evaluate_every"]))
+    if "ends" in about:
+        callbacks.append(StopAt(about["ends"]))
     fit(
         task,
         steps=about["steps"],
         checkpoint_dir=about["directory"],
         optimizer=optimizer,
         verbose=False,
-        callbacks=[Say()],
+        callbacks=callbacks,
         **how,
     )
     say(done=True)

@@ -1,0 +1,149 @@
+"""What each process of a run takes of its host over time: memory of its own and descriptors.
+
+A process is flat if, of each, the median of the last window of its life is above that of the
+window after its warm-up by no more than a bound. Medians, since a save or a move of the state takes
+more for a moment; after a warm-up, since a process takes what it needs at first bit by bit.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import monotonic, sleep
+from typing import Self
+
+from distnadam.backends.ray.output import PREFIX, ROLES
+from tests.hosts.network import Host
+
+GROWTH_BYTES, GROWTH_DESCRIPTORS = 16 * 2**20, 8
+"""By how much a process may grow and be flat."""
+DRIVER = "Driver"
+_EVERY_S = 2.0
+
+
+@dataclass
+class Life:
+    """The samples of one process: seconds, bytes that are its alone (USS), and descriptors."""
+
+    role: str
+    pid: int
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def growth(self, warm_up_s: float, window_s: float) -> tuple[float, float] | None:
+        """Return by how many bytes and descriptors it grew; None if it lived too briefly."""
+        begin, end = self.samples[0][0] + warm_up_s, self.samples[-1][0]
+        if end < begin + 2 * window_s:
+            return None
+        early = [each for each in self.samples if begin <= each[0] < begin + window_s]
+        late = [each for each in self.samples if each[0] > end - window_s]
+        if not early or not late:
+            return None
+        grown = [median(e[i] for e in late) - median(e[i] for e in early) for i in (1, 2)]
+        return grown[0], grown[1]
+
+
+def role_of(command: str) -> str | None:
+    """Return what a process is, from its command line; None if it is not of the run itself."""
+    words = command.split()
+    if words and words[0] == f"ray::{PREFIX}":
+        return next((word for word in words if word in ROLES), None)
+    # not what enters the host's namespaces and has it as a child
+    return DRIVER if words[1:3] == ["-m", "tests.hosts.train"] else None
+
+
+def flat_or_not(lives: Iterable[Life], warm_up_s: float, window_s: float) -> list[str]:
+    """Return a sentence for each process that is not flat."""
+    found = []
+    for life in lives:
+        grown = life.growth(warm_up_s, window_s)
+        if grown is not None and (grown[0] > GROWTH_BYTES or grown[1] > GROWTH_DESCRIPTORS):
+            found.append(
+                f"NOT FLAT: {life.role.lower()}, process {life.pid}, grew by "
+                f"{grown[0] / 2**20:.1f} MiB and {grown[1]:g} descriptors in "
+                f"{life.samples[-1][0] - life.samples[0][0]:.0f} s"
+            )
+    return found
+
+
+class Watch:
+    """Samples all processes of a run from a thread, until it is closed; a context manager.
+
+    Args:
+        hosts: returns the hosts.
+    """
+
+    def __init__(self, hosts: Callable[[], list[Host]]) -> None:
+        self._hosts = hosts
+        self._lives: dict[tuple[int, str], Life] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    @property
+    def lives(self) -> list[Life]:
+        """Every process so far, dead or alive."""
+        with self._lock:
+            return [Life(each.role, each.pid, list(each.samples)) for each in self._lives.values()]
+
+    def by_role(self) -> str:
+        """Return how many of each role live, and the most that one of them takes."""
+        now, words = monotonic(), []
+        for role in (DRIVER, *ROLES):
+            last = [
+                life.samples[-1]
+                for life in self.lives
+                if life.role == role and life.samples[-1][0] > now - 2 * _EVERY_S
+            ]
+            if last:
+                most = max(size for _, size, _ in last) / 2**20
+                descriptors = max(number for _, _, number in last)
+                words.append(f"{len(last)} {role.lower()} {most:.0f} MiB {descriptors} fd")
+        return ", ".join(words)
+
+    def left(self) -> list[Life]:
+        """Look once, and return the processes that live."""
+        before = monotonic()
+        self._look()
+        return [life for life in self.lives if life.samples[-1][0] >= before]
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._look()
+            self._closed.wait(_EVERY_S)
+
+    def _look(self) -> None:
+        for pid in {pid for host in self._hosts() for pid in host.processes()}:
+            with suppress(OSError, ValueError, IndexError):  # it has ended
+                process = Path(f"/proc/{pid}")
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if (role := role_of(command)) is None:
+                    continue
+                began = (process / "stat").read_text().rpartition(")")[2].split()[19]
+                sample = (monotonic(), _own_bytes(process), len(os.listdir(process / "fd")))
+                with self._lock:
+                    life = self._lives.setdefault((pid, began), Life(role, pid))
+                    life.samples.append(sample)
+
+
+def _own_bytes(process: Path) -> int:
+    lines = (process / "smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def await_none(watch: Watch, patience_s: float) -> list[Life]:
+    """Wait until no process of the run lives; return those that still do after the patience."""
+    deadline = monotonic() + patience_s
+    while (left := watch.left()) and monotonic() < deadline:
+        sleep(0.5)
+    return left
