@@ -5,6 +5,7 @@ at close. Messages go by `RayShardTransport`, arrays by `RayWorkerChannel`.
 """
 
 import logging
+import resource
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NameTaken, NotRunning
 from distnadam.metrics.meter import Meter
+from distnadam.planning import descriptors
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.shard_map import ShardMap
 from distnadam.transport.link import carriers
@@ -142,6 +144,9 @@ class RayBackend(Backend):
         options, name = specs[0].options, specs[0].name
         self._sum_group = specs[0].config.sum_group
         self._attach(None, name, ShardMap(0, ()), options)
+        counts = (specs[0].num_workers, len(specs), replicas)
+        # the limit that Ray raises its own to, and that of a Ray started here
+        descriptors.check("this host", resource.getrlimit(resource.RLIMIT_NOFILE)[1], *counts)
         self._own = connect_or_start(options)
         try:
             with while_ray_lives():
@@ -177,7 +182,11 @@ class RayBackend(Backend):
         self._attach(actor, self._name, ShardMap(0, ()), options)
         await_start([actor], options)
         shards = self.supervisor.start_shards()
-        check_versions(await_start(shards, options), node_facts())
+        facts = await_start(shards, options)
+        check_versions(facts, node_facts())
+        counts = (specs[0].num_workers, len(specs), replicas)
+        for each in facts:
+            descriptors.check(f"node {each['node']}", int(each["descriptors"]), *counts)
         self.transport.shard_map = self.supervisor.open_shards()
 
     @override

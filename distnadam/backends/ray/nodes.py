@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import re
+import resource
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,12 +74,15 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
 
 
 def node_facts() -> dict[str, str]:
-    """Return this process's node, and the versions that the shards' bits or files depend on."""
+    """Return this process's node, its limit of open files, and the versions that the shards' bits
+    or files depend on.
+    """
     node = f"{ray.util.get_node_ip_address()} (id {ray.get_runtime_context().get_node_id()[:12]})"
     facts = {
         "node": node,
         "pid": str(os.getpid()),
         "born": process_start_time(os.getpid()),
+        "descriptors": str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
     for package in CORE_PACKAGES:

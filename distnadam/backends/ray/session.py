@@ -30,7 +30,7 @@ from distnadam.backends.ray.joined import (
 )
 from distnadam.backends.ray.output import drain_output, show_output
 from distnadam.config import Options
-from distnadam.errors import ClusterError, NotRunning
+from distnadam.errors import ClusterError, InsufficientResources, NotRunning
 from distnadam.threads import start as start_thread
 
 log = logging.getLogger("distnadam")
@@ -44,6 +44,8 @@ _LONGEST_TMPDIR = 40
 _NAMESPACE = "distnadam-driver"
 _TOKEN_OF_RAY = os.path.expanduser("~/.ray/auth_token")
 """Where Ray keeps a token that nothing else names."""
+_SHARED_MEMORY = "/dev/shm"
+_ALLOWS_DISK = "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"
 _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -52,6 +54,8 @@ class OwnedRay:
 
     def __init__(self, options: Options | None) -> None:
         self._token_file: str | None = None
+        if options is not None and options.object_store_bytes is not None:
+            _require_room(options.object_store_bytes)
         if not os.environ.keys() & set(_TOKEN_VARIABLES):
             # Ray would make a token by itself, but write it to the home directory
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -205,6 +209,21 @@ def connect_or_start(options: Options | None, *, start: bool = True) -> OwnedRay
 def _first_line(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _require_room(store_bytes: int) -> None:
+    """Raise InsufficientResources if an object store does not fit in /dev/shm: Ray would have it on
+    the disk.
+    """
+    with contextlib.suppress(OSError):
+        room = os.statvfs(_SHARED_MEMORY)
+        free = room.f_bavail * room.f_frsize
+        if store_bytes > free and _ALLOWS_DISK not in os.environ:
+            raise InsufficientResources(
+                f"object_store_bytes={store_bytes}: {_SHARED_MEMORY} has {free} bytes free; ask "
+                f"for less, make it larger (docker run --shm-size), or set {_ALLOWS_DISK}=1 to "
+                "have the store on the disk"
+            )
 
 
 def _remedy() -> str:
