@@ -12,12 +12,16 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 
 log = logging.getLogger("distnadam")
 
 _TIMEOUT_S = 2.0
 _TOKEN_S = 60
 _GCP_S = 30.0
+_LEAST_S = 15.0
+"""Seconds given in any case: Ray ends a node at the deadline, and this host's clock may be fast."""
+_MOST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +54,11 @@ def of_aws(base: str) -> Notice | None:
         return None
     action = json.loads(said)
     ends = datetime.fromisoformat(action["time"])
+    if ends.tzinfo is None:
+        ends = ends.replace(tzinfo=UTC)
     left_s = (ends - datetime.now(UTC)).total_seconds()
-    return Notice(why=f"AWS: {action['action']} at {action['time']}", left_s=max(0.0, left_s))
+    why = f"AWS: {action['action']} at {action['time']}"
+    return Notice(why=why, left_s=max(_LEAST_S, left_s))
 
 
 def of_gcp(base: str) -> Notice | None:
@@ -90,7 +97,7 @@ def await_notice(cloud: str, metadata: str | None, every_s: float) -> Notice:
         try:
             if (notice := ask(metadata or base)) is not None:
                 return notice
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
             log.warning("the metadata service of %s: %s", cloud, error)
         time.sleep(every_s)
 
@@ -100,7 +107,7 @@ def _get(url: str, headers: dict[str, str], method: str = "GET") -> str | None:
     request = urllib.request.Request(url, headers=headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            text: str = answer.read().decode()
+            text: str = answer.read(_MOST_BYTES).decode()
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return None

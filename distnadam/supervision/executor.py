@@ -62,7 +62,7 @@ class DecisionExecutor:
         self._restore_points = restore_points
         self._publish = publish
         self._starter = StandbyStarter(cluster, report)
-        self._leaving: set[int] = set()
+        self._handed_over: set[ShardProcess] = set()
         self._beside = beside
         self.counts = {"promoted": 0, "moved": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
@@ -90,19 +90,33 @@ class DecisionExecutor:
         with self._between_rounds() as paused:
             if not paused:
                 return
-            for index in decision.shards:
+            for index in self._followed(decision.shards):
                 process = self._cluster.shards[index]
                 self._cluster.process_died(process)
                 self._fence_process(process)
-                self._leaving.add(index)
+                self._handed_over.add(process)
+
+    def _followed(self, shards: Sequence[int]) -> list[int]:
+        """Return those of these paused shards that still can go: a standby may have died, or a save
+        begun, since they were observed.
+        """
+        cluster = self._cluster
+        answers = cluster.describe()
+        followed = []
+        for index in shards:
+            standby, answer = cluster.standbys.get(index), answers.get(index)
+            if standby is None or standby in cluster.stale or standby in cluster.dead:
+                continue
+            if isinstance(answer, Description) and answer.replicated is not None:
+                followed += [] if answer.busy else [index]
+        return followed
 
     def _promote(self, decision: decisions.Promote, seen: Observation) -> None:
         cluster = self._cluster
         epoch, schedule = cluster.next_epoch(), cluster.schedule
         alive = cluster.alive()  # of the dead, what was seen last may be of before a rewind
         for index in decision.shards:
-            moves = index in self._leaving
-            self._leaving.discard(index)
+            moves = cluster.shards[index] in self._handed_over
             log.log(
                 logging.INFO if moves else logging.WARNING,
                 "shard %d, round %d: its process %s; its standby takes over",

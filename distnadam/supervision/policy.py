@@ -206,7 +206,12 @@ def _leaving(seen: Observation) -> list[Decision]:
     ready = tuple(
         index
         for index, shard in enumerate(seen.shards)
-        if shard.leaves and not shard.busy and shard.standby is not None and not shard.filling
+        if shard.leaves
+        and not shard.busy
+        and not shard.filling
+        and shard.standby is not None
+        and shard.has_standby  # it may say of one that was just dropped that it follows
+        and not shard.standby_leaves
     )
     return [HandOver(ready)] if ready and not seen.held else []
 

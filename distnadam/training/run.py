@@ -269,7 +269,7 @@ class TrainingRun:
                 wait = must or step == plan.steps
                 due.append(partial(self._save, checkpoints, optimizer, wait=wait))
             self._at_boundary(ranks, checkpoints, step, due)
-            if step < plan.steps:
+            if step < plan.steps and not self._ends_early:
                 ranks.move(moving)
         if step < plan.steps or self._interrupted:
             save = partial(self._save, checkpoints, optimizer, wait=True)

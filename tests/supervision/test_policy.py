@@ -74,6 +74,12 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
         [HandOver],
     ),
     (
+        "the standby of a shard that leaves was dropped, and the shard does not know it yet",
+        Observation(shards=[alive(**LEAVES, standby=5), alive()]),
+        WAITS,
+        [],
+    ),
+    (
         "it writes files",
         Observation(shards=[alive(**LEAVES, standby=5, has_standby=True, busy=True), alive()]),
         WAITS,

@@ -133,6 +133,16 @@ def node_named(host: str, nodes: Sequence[Mapping[str, Any]], *, besides: str = 
     Raises:
         ConfigError: there is none.
     """
+    found = nodes_named(host, nodes)
+    return next((node for node in found if node != besides), found[0])
+
+
+def nodes_named(host: str, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the ids of the nodes of that address, name or beginning of an id.
+
+    Raises:
+        ConfigError: there is none.
+    """
     names = {host}
     with suppress(OSError):
         names.add(socket.gethostbyname(host))
@@ -140,9 +150,10 @@ def node_named(host: str, nodes: Sequence[Mapping[str, Any]], *, besides: str = 
     found = [
         str(node["NodeID"])
         for node in nodes
-        if names & {node.get(key) for key in keys} or str(node["NodeID"]).startswith(host)
+        if names & {node.get(key) for key in keys}
+        or (host and str(node["NodeID"]).startswith(host))
     ]
     if not found:
-        known = ", ".join(sorted(node["NodeManagerAddress"] for node in nodes))
-        raise ConfigError(f"{host}: is no node of this cluster; those that are: {known}")
-    return next((node for node in found if node != besides), found[0])
+        known = ", ".join(sorted({node["NodeManagerAddress"] for node in nodes if node["Alive"]}))
+        raise ConfigError(f"{host!r}: is no node of this cluster; those that are: {known}")
+    return found

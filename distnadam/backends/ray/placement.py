@@ -33,8 +33,8 @@ def check_fits(options: Options, num_shards: int) -> None:
     deadline = time.monotonic() + (options.start_timeout_s or 0.0)
     while True:
         nodes = _suitable(ray.nodes(), options.label_selector)
-        room = sum(_room(node["Resources"], ask, num_shards) for node in nodes)
-        if room >= num_shards:
+        fit = sum(room(node["Resources"], ask, num_shards) for node in nodes)
+        if fit >= num_shards:
             return
         has = {name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ask}
         wanted = (
@@ -45,7 +45,7 @@ def check_fits(options: Options, num_shards: int) -> None:
             or "no resource"
         )
         lacking = (
-            f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {room}"
+            f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {fit}"
         )
         if time.monotonic() >= deadline:
             remedy = (
@@ -164,11 +164,10 @@ def suitable(
     """Return the living nodes that have the labels, and the resources if they were empty, without
     those that are cordoned.
     """
-    wanted = _positive(ask)
     return [
         node
         for node in _suitable(nodes, selector)
-        if node["NodeID"] not in avoid.cordoned and _room(node["Resources"], wanted, 1)
+        if node["NodeID"] not in avoid.cordoned and room(node["Resources"], ask, 1)
     ]
 
 
@@ -194,7 +193,9 @@ def _meets(label: str | None, wanted: str) -> bool:
     return (label in [value.strip() for value in among]) == (plain == wanted)
 
 
-def _room(resources: Mapping[str, float], ask: Mapping[str, float], most: int) -> int:
+def room(resources: Mapping[str, float], ask: Mapping[str, float], most: int) -> int:
+    """Return how many processes that ask for this fit into the resources, at most `most`."""
+    wanted = _positive(ask).items()
     return min(
-        [most, *(int((resources.get(name, 0.0) + 1e-9) // amount) for name, amount in ask.items())]
+        [most, *(int((resources.get(name, 0.0) + 1e-9) // amount) for name, amount in wanted)]
     )

@@ -99,7 +99,7 @@ class RayProcessManager(ProcessManager):
         avoid = Avoid(
             unreachable=self.fencing.unreachable.now,
             apart_from=apart_from,
-            cordoned=self._cordon.nodes,
+            cordoned=self._cordon.to_leave(),  # one that died may have nowhere else to go
         )
         actor = self._factory.make_shard(spec, self._supervisor, label, avoid)
         self.fencing.admit(actor)

@@ -161,13 +161,12 @@ class ShardActor:
     async def introduce(self) -> DiscoveredProcess:
         """Return what a supervisor that takes over must know of this process."""
         process = ShardProcess(self._spec.index, None, self._address)
-        if self._host is None:
+        if self._standby is not None:
             return DiscoveredProcess(
-                process=process,
-                spec=self._spec,
-                standby=True,
-                reached=None if self._standby is None else self._standby.reached,
+                process=process, spec=self._spec, standby=True, reached=self._standby.reached
             )
+        if self._host is None:  # made by a supervisor that died before it was opened
+            return DiscoveredProcess(process=process, spec=self._spec, retired=True)
         description = await self.send(Describe())
         return DiscoveredProcess(
             process=process,

@@ -97,7 +97,9 @@ class RayWorkerGroup(WorkerGroup):
     @while_ray_lives()
     def to_leave(self) -> frozenset[int]:
         left = self._cordon.to_leave()
-        return frozenset(rank for rank in self._actors if left and self._node_of(rank) in left)
+        ranks = frozenset(rank for rank in self._actors if left and self._node_of(rank) in left)
+        # one that ended before there is room for it elsewhere would hold up all others
+        return ranks if ranks and self._cordon.has_room(len(ranks)) else frozenset()
 
     @override
     @while_ray_lives()
@@ -121,7 +123,7 @@ class RayWorkerGroup(WorkerGroup):
 
     def _make_member(self, rank: int) -> Any:
         place = self._first_node + rank // self._together
-        avoid = Avoid(unreachable=self._unreachable.now, cordoned=self._cordon.nodes)
+        avoid = Avoid(unreachable=self._unreachable.now, cordoned=self._cordon.to_leave())
         return make_member(self._make, rank, self._options, place, avoid)
 
     def _node_of(self, rank: int) -> str | None:

@@ -1,0 +1,155 @@
+"""A Ray of three nodes of this machine, of which two are left in every order: shards, standbys and
+ranks move, and nobody goes back.
+
+python -m tests.backends.ray.draining: each case that holds is named in the output, and the first
+that does not ends the process.
+"""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import ray
+from ray._private import state
+from ray.cluster_utils import Cluster
+
+from distnadam import DistNadam, Options
+from distnadam.backends.ray.cordon import RayHosts
+from distnadam.backends.ray.worker_group import RayWorkerGroup
+from distnadam.errors import ConfigError
+from tests.backends.ray.on_two_nodes import PARAMS, STORE, Placed, gradient, right
+from tests.eventually import eventually
+
+OPTIONS = Options(shard_resources={"shard": 1}, shard_timeout_s=5.0)
+
+
+class Stepping:
+    """Steps in a thread, from when it is made until it ends."""
+
+    def __init__(self, optimizer: DistNadam) -> None:
+        self._optimizer = optimizer
+        self._rounds = 0
+        self._error: BaseException | None = None
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._ends.wait(0.01):
+                both = [gradient(self._rounds + 1, rank)["w"] for rank in (0, 1)]
+                self._optimizer.apply_gradients({"w": (both[0] + both[1]) / np.float32(2)})
+                self._rounds += 1
+        except BaseException as error:
+            self._error = error
+
+    def end(self) -> None:
+        """Stop; what was trained is what one process trains, and no shard went back."""
+        self._ends.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._optimizer.get_params()["w"].tobytes() == right(self._rounds)
+
+
+def optimizer(name: str | None = None, replicas: int = 0) -> DistNadam:
+    how = DistNadam(num_shards=2, replicas=replicas, backend="ray", name=name, options=OPTIONS)
+    return how.build(PARAMS)
+
+
+def has_left(hosts: RayHosts, node: str) -> None:
+    eventually(lambda: not hosts.processes_on(node))
+
+
+def both_nodes_are_left_in_turn_with_shards_and_standbys(
+    hosts: RayHosts, first: str, second: str
+) -> None:
+    with optimizer(replicas=1) as one:
+        steps = Stepping(one)
+        hosts.cordon(first)
+        has_left(hosts, first)
+        hosts.cordon(first)
+        hosts.cordon(second)  # nobody has anywhere to go
+        time.sleep(3.0)
+        assert hosts.processes_on(second)
+        hosts.uncordon(first)
+        has_left(hosts, second)
+        steps.end()
+
+
+def a_supervisor_that_is_killed_in_a_hand_over_is_succeeded(
+    hosts: RayHosts, first: str, second: str
+) -> None:
+    with optimizer(name="left") as one:
+        steps = Stepping(one)
+        for node, wait_s in ((first, 1.5), (second, 2.2)):
+            hosts.cordon(node)
+            time.sleep(wait_s)
+            actors = state.actors().values()
+            (supervisor,) = [
+                actor["Pid"]
+                for actor in actors
+                if actor["State"] == "ALIVE" and "left Supervisor" in actor["ActorClassName"]
+            ]
+            os.kill(supervisor, signal.SIGKILL)
+            has_left(hosts, node)
+            hosts.uncordon(node)
+        steps.end()
+
+
+def a_name_of_several_nodes_or_of_none_is_refused(hosts: RayHosts, first: str, second: str) -> None:
+    hosts.cordon(first)
+    hosts.uncordon(first[:12])
+    for host in ("", ray.util.get_node_ip_address(), "nowhere"):
+        try:
+            hosts.cordon(host)
+        except ConfigError as error:
+            assert repr(host) in str(error)
+        else:
+            raise AssertionError(f"{host!r} is no node, or several")
+
+
+def ranks_without_room_elsewhere_stay(hosts: RayHosts, first: str, second: str) -> None:
+    where = Options(worker_cpus=1.0)
+    group = RayWorkerGroup(6, Placed, where)  # all the CPUs that there are
+    nodes: dict[int, str] = {}
+    for rank in range(6):
+        group.call(rank, "node")
+    while len(nodes) < 6:
+        nodes |= dict(group.results(60.0))
+    hosts.cordon(first)
+    time.sleep(1.5)
+    assert first in nodes.values() and group.to_leave() == frozenset()
+    hosts.uncordon(first)
+    group.close()
+
+
+CASES = (
+    both_nodes_are_left_in_turn_with_shards_and_standbys,
+    a_supervisor_that_is_killed_in_a_hand_over_is_succeeded,
+    a_name_of_several_nodes_or_of_none_is_refused,
+    ranks_without_room_elsewhere_stay,
+)
+
+
+def main() -> None:
+    how = {"object_store_memory": STORE}
+    head = {"num_cpus": 2, "include_dashboard": False} | how
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [cluster.add_node(num_cpus=2, resources={"shard": 4}, **how) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False)
+    hosts = RayHosts()
+    first, second = (node.node_id for node in nodes)
+    for case in CASES:
+        case(hosts, first, second)
+        for node in (first, second):
+            hosts.uncordon(node)
+        print(case.__name__, flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
