@@ -28,6 +28,7 @@ from typing_extensions import override
 from distnadam.checkpoint import store
 from distnadam.client.status import Status
 from distnadam.errors import CheckpointError, TrainingError
+from distnadam.places import shown
 from distnadam.training.callbacks import Callback
 from distnadam.training.history import History
 from distnadam.training.steps import StepRecord
@@ -144,7 +145,8 @@ class RunRecord(Callback):
 
     def _write(self, event: str, **what: Any) -> None:
         if self._file is not None:
-            line = json.dumps({"event": event, "time": round(time.time(), 3), **what}, default=str)
+            said = _without_secrets({"event": event, "time": round(time.time(), 3), **what})
+            line = json.dumps(said, default=str)
             with self._errors():
                 self._file.write(line + "\n")
 
@@ -156,6 +158,17 @@ class RunRecord(Callback):
             raise TrainingError(
                 f"{self._path}: cannot be written: {error.strerror or error}"
             ) from error
+
+
+def _without_secrets(value: Any) -> Any:
+    """Return plain data with its texts as people may read them: places may have passwords."""
+    if isinstance(value, str | Path):
+        return shown(str(value))
+    if isinstance(value, Mapping):
+        return {key: _without_secrets(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(each) for each in value]
+    return value
 
 
 def _size(path: Path | str) -> int | None:

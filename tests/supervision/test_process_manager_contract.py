@@ -202,11 +202,13 @@ class ManagerActor:
 
     def __init__(self, leases: Any, run_id: str) -> None:
         from distnadam.backends.ray.actors import kill_on, make_relay, make_shard, start_time_on
+        from distnadam.backends.ray.cordon import Cordon
         from distnadam.backends.ray.process_manager import ActorFactory, RayProcessManager
 
         self._deaths: list[ShardProcess] = []
         factory = ActorFactory(make_shard, make_relay, kill_on, start_time_on)
-        self._manager = RayProcessManager(leases, run_id, factory, self._deaths.append, 1.0)
+        died, cordon = self._deaths.append, Cordon({}, {})
+        self._manager = RayProcessManager(leases, run_id, factory, died, 1.0, cordon)
 
     def call(self, method: str, args: Sequence[Any], how: Mapping[str, Any]) -> Any:
         """Call one of the manager's methods."""

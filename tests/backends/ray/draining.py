@@ -11,6 +11,7 @@ import threading
 import time
 
 import numpy as np
+import pytest
 import ray
 from ray._private import state
 from ray.cluster_utils import Cluster
@@ -103,12 +104,9 @@ def a_name_of_several_nodes_or_of_none_is_refused(hosts: RayHosts, first: str, s
     hosts.cordon(first)
     hosts.uncordon(first[:12])
     for host in ("", ray.util.get_node_ip_address(), "nowhere"):
-        try:
+        with pytest.raises(ConfigError) as refused:
             hosts.cordon(host)
-        except ConfigError as error:
-            assert repr(host) in str(error)
-        else:
-            raise AssertionError(f"{host!r} is no node, or several")
+        assert repr(host) in str(refused.value)
 
 
 def ranks_without_room_elsewhere_stay(hosts: RayHosts, first: str, second: str) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from distnadam.backends.ray.links import _measured, _named, _Node, _unreachable, _way
+from distnadam.backends.ray.links import _measured, _Node, _unreachable, _way
+from distnadam.backends.ray.nodes import node_named
 from distnadam.errors import ConfigError
 from distnadam.transport.link import Way
 from distnadam.transport.tcp_connection import Endpoint
@@ -76,8 +77,20 @@ def test_only_a_way_by_tcp_is_measured(carrier: str) -> None:
 
 
 NODES = [
-    {"NodeID": A, "NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "one", "NodeName": "x"},
-    {"NodeID": B, "NodeManagerAddress": "10.0.0.2", "NodeManagerHostname": "one", "NodeName": "y"},
+    {
+        "NodeID": A,
+        "Alive": True,
+        "NodeManagerAddress": "10.0.0.1",
+        "NodeManagerHostname": "one",
+        "NodeName": "x",
+    },
+    {
+        "NodeID": B,
+        "Alive": True,
+        "NodeManagerAddress": "10.0.0.2",
+        "NodeManagerHostname": "one",
+        "NodeName": "y",
+    },
 ]
 
 
@@ -93,9 +106,9 @@ NODES = [
     ],
 )
 def test_a_host_is_named_by_address_name_or_id(host: str, here: str, found: str) -> None:
-    assert _named(host, NODES, here) == found
+    assert node_named(host, NODES, besides=here) == found
 
 
 def test_a_host_that_is_no_node_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match=r"10.9.9.9: is no node .* are: 10.0.0.1, 10.0.0.2"):
-        _named("10.9.9.9", NODES, A)
+    with pytest.raises(ConfigError, match=r"'10.9.9.9': is no node .* are: 10.0.0.1, 10.0.0.2"):
+        node_named("10.9.9.9", NODES, besides=A)
