@@ -2,7 +2,7 @@
 
 What they are given comes from the wheel; the files themselves are in no wheel. Where
 DISTNADAM_TORCH_TESTS names a checkout's `test` folder, of the tag of the installed torch, they run;
-elsewhere they are skipped, and what they check is in `test_optimizer.py` and `test_like_torchs.py`.
+elsewhere they are skipped, and what they check is in `test_optimizer.py`.
 """
 
 import os

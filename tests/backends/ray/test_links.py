@@ -78,19 +78,13 @@ def test_only_a_way_by_tcp_is_measured(carrier: str) -> None:
 
 NODES = [
     {
-        "NodeID": A,
+        "NodeID": node,
         "Alive": True,
-        "NodeManagerAddress": "10.0.0.1",
+        "NodeManagerAddress": address,
         "NodeManagerHostname": "one",
-        "NodeName": "x",
-    },
-    {
-        "NodeID": B,
-        "Alive": True,
-        "NodeManagerAddress": "10.0.0.2",
-        "NodeManagerHostname": "one",
-        "NodeName": "y",
-    },
+        "NodeName": name,
+    }
+    for node, address, name in ((A, "10.0.0.1", "x"), (B, "10.0.0.2", "y"))
 ]
 
 
