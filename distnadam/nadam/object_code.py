@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 _SUM_BYTES = 32
+_MOST_BYTES = 1 << 20
 _EXECUTABLE = 4
 """ELF's flag of a section with instructions."""
 _RELOCATIONS = (4, 9)
@@ -107,10 +109,26 @@ def _linked(code: bytes, name: str) -> tuple[Any, int]:
     """Return the memory into which LLVM has linked an object file, and the function's address."""
     from llvmlite import binding as llvm
 
+    _require_executable_memory()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine, engine.get_function_address(name)
+
+
+def _require_executable_memory() -> None:
+    """Raise OSError where the system refuses to let written memory be run: LLVM does not look, and
+    the first call would end the process.
+    """
+    if os.name != "posix":
+        return
+    with mmap.mmap(-1, mmap.PAGESIZE) as memory:
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        how = mmap.PROT_READ | mmap.PROT_EXEC
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), how):
+            number = ctypes.get_errno()
+            raise OSError(number, f"memory cannot be made executable: {os.strerror(number)}")
 
 
 def host_machine(cpu: str | None = None) -> Any:
@@ -199,15 +217,25 @@ def _can_write(directory: Path) -> bool:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the code in a file; None if it is missing or damaged, or another user's."""
+    """Return the code in a file; None if it is missing, damaged, kept under another name or no
+    plain file, or if another user owns it or can write it.
+    """
     try:
-        with path.open("rb") as file:
-            is_trusted = os.fstat(file.fileno()).st_uid in (0, os.geteuid())
-            raw = file.read() if is_trusted else b""
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe there is not waited for
+        with os.fdopen(handle, "rb") as file:
+            found = os.fstat(file.fileno())
+            is_trusted = found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o022
+            is_plain = stat.S_ISREG(found.st_mode) and found.st_size <= _MOST_BYTES
+            raw = file.read() if is_trusted and is_plain else b""
     except OSError:
         return None
     code = raw[_SUM_BYTES:]
-    return code if hashlib.sha256(code).digest() == raw[:_SUM_BYTES] else None
+    return code if code and _sum(path, code) == raw[:_SUM_BYTES] else None
+
+
+def _sum(path: Path, code: bytes) -> bytes:
+    """Return what shows that a file is whole, and the one that was kept under this name."""
+    return hashlib.sha256(path.name.encode() + b"\0" + code).digest()
 
 
 def _write(path: Path, code: bytes) -> None:
@@ -220,7 +248,7 @@ def _write(path: Path, code: bytes) -> None:
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
+            file.write(_sum(path, code) + code)
         os.replace(written, path)
     except OSError:
         written.unlink(missing_ok=True)

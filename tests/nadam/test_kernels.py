@@ -3,6 +3,7 @@ blocks, parts and threads.
 """
 
 import ctypes
+import mmap
 import os
 import shutil
 import stat
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from llvmlite import binding as llvm
 
 from distnadam.errors import KernelError
-from distnadam.nadam import fused_stepper
+from distnadam.nadam import fused_stepper, object_code
 from distnadam.nadam.fused_abi import ARGUMENTS, ENTRY
 from distnadam.nadam.fused_loop import compile_loop
 from distnadam.nadam.kernels import KernelName, make_stepper
@@ -461,14 +462,59 @@ def test_code_runs_as_it_is_or_linked_where_it_refers_to_its_own_data(one: str) 
 def test_where_the_system_maps_no_code_it_is_linked(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> Any:
-        raise OSError("refused")
+    anonymous = mmap.mmap
+
+    def refuse(file: int, *rest: Any) -> Any:
+        if file >= 0:
+            raise OSError("refused")
+        return anonymous(file, *rest)
 
     if missing == "memfd_create":
         monkeypatch.delattr(os, missing)
     else:
         monkeypatch.setattr("distnadam.nadam.object_code.mmap.mmap", refuse)
     test_code_runs_as_it_is_or_linked_where_it_refers_to_its_own_data("%one = add i64 0, 1")
+
+
+REFUSED = """
+import ctypes, os, sys
+from distnadam.errors import KernelError
+from distnadam.nadam.kernels import make_stepper
+del os.memfd_create
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE, as systemd's MemoryDenyWriteExecute
+    sys.exit(77)
+assert type(make_stepper("auto", "float32")).__name__ == "NumPyStepper"
+try:
+    make_stepper("fused", "float32")
+except KernelError as error:
+    assert "memory cannot be made executable" in str(error), error
+else:
+    sys.exit(1)
+"""
+
+
+def test_where_no_memory_may_be_made_executable_numpy_steps_and_fused_is_refused() -> None:
+    status = subprocess.run([sys.executable, "-c", REFUSED], timeout=60).returncode
+    if status == 77:
+        pytest.skip("this kernel cannot deny it")
+    assert status == 0
+
+
+@pytest.mark.parametrize("what", ["pipe", "endless", "writable by others", "another's name"])
+def test_a_cached_file_that_cannot_be_trusted_is_not_read(what: str, tmp_path: Path) -> None:
+    path, kept = tmp_path / "code.o", tmp_path / "kept.o"
+    object_code._write(kept, b"some code")
+    assert object_code._read(kept) == b"some code"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "endless":
+        path.symlink_to("/dev/zero")
+    elif what == "writable by others":
+        object_code._write(path, b"some code")
+        path.chmod(0o646)
+    else:
+        kept.rename(path)
+    assert object_code._read(path) is None
 
 
 FLUSH = """
