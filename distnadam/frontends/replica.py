@@ -5,6 +5,7 @@ named NumPy arrays and one optimizer, no framework.
 """
 
 import atexit
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -119,6 +120,7 @@ class Replica:
         self._joined: tuple[DistNadam, Worker] | None = None
         self._slots: Slots | None = None
         self._is_closed = False
+        self._process: int | None = None
 
     @property
     def is_started(self) -> bool:
@@ -169,6 +171,7 @@ class Replica:
             raise
         self._joined = optimizer, worker
         if self._name is not None:
+            self._process = os.getpid()
             atexit.register(self.close)  # before Ray shuts itself down, which it does later
             if self.rank == 0:
                 meeting.announce(self._place, self._name)
@@ -233,7 +236,8 @@ class Replica:
 
     def close(self) -> None:
         """Leave; rank 0 ends the shards that it made, once the others have left."""
-        if self._joined is None or self._is_closed:
+        is_forked = self._process not in (None, os.getpid())  # its end is not the parent's
+        if self._joined is None or self._is_closed or is_forked:
             return
         self._is_closed = True
         atexit.unregister(self.close)
