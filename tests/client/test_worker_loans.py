@@ -147,7 +147,7 @@ def test_an_interrupt_at_any_moment_leaves_whole_steps_and_no_foreign_bytes() ->
             for turn in range(60):
                 tree = gradients(done)
                 try:
-                    signal.setitimer(signal.ITIMER_REAL, 1e-5 * (1 + 7 * turn))
+                    signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + 3 * turn))
                     try:
                         worker.step(tree)
                     finally:
