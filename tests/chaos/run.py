@@ -86,12 +86,12 @@ def cases(rng: np.random.Generator) -> list[Case]:
         Case(2, 1, clipnorm=0.5, named=True, checkpoints=True),
         Case(1, 0),
         Case(3, 0, clipnorm=0.5, checkpoints=True, clocks="tensor"),
-        Case(1, 1, checkpoints=True),
-        Case(2, 0),
+        Case(1, 1, checkpoints=True, scaled=True),
+        Case(2, 0, scaled=True),
         Case(2, 1, transport="objects", clocks="tensor"),
         Case(2, 0, clipnorm=0.5, transport="objects", checkpoints=True),
         Case(2, 0, named=True, checkpoints=True, elastic=True),
-        Case(3, 1, clipnorm=0.5, elastic=True),
+        Case(3, 1, clipnorm=0.5, elastic=True, scaled=True),
     ]
     return [found[i] for i in rng.permutation(len(found))]
 
@@ -131,7 +131,8 @@ def compare(scene: Scene, report: Report) -> None:
     schedule = described(scene.optimizer)[0].schedule
     with undisturbed(scene.case, rounds, schedule) as expected:
         tensors = len(expected.shards.layout.tensors)
-        names = ["clocks", *["params"] * tensors, "moments"]
+        names = ["clocks", *["params"] * tensors, *["average"] * tensors * scene.case.scaled]
+        names += ["moments"]
         pairs = zip(despite_rewinds(lambda: bits(scene.optimizer)), bits(expected), strict=True)
         differ = {
             names[min(i, len(names) - 1)]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import ray
 
-from distnadam import DistNadam, Group, Options
+from distnadam import DistNadam, Group, LossScale, Options
 from distnadam.backends.ray.backend import RayBackend
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
@@ -28,8 +28,7 @@ from tests.chaos.trainers import (
     Crowd,
     Process,
     Progress,
-    gradients_at,
-    said_at,
+    contribute,
 )
 from tests.models import params
 
@@ -38,12 +37,20 @@ SHARD_TIMEOUT_S = 6.0
 REJOIN_TIMEOUT_S = 1.0
 GROUPS = [Group("dense/*", beta_1=0.5, beta_2=0.9)]
 """Where tensors have clocks."""
+SCALED = {
+    "loss_scale": LossScale(init_scale=64.0, growth_interval=20),
+    "use_ema": True,
+    "weight_decay": 0.01,
+    "decoupled_weight_decay": True,
+}
+"""Where gradients are of a scaled loss."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One configuration. `checkpoints`: whether there is a directory to go back to from the
-    beginning, or only `build`'s parameters.
+    beginning, or only `build`'s parameters. `scaled`: with a loss scale, micro-batches, an average
+    and weight decay.
     """
 
     num_shards: int
@@ -55,11 +62,14 @@ class Case:
     nodes: int = 1
     elastic: bool = False
     clocks: Literal["one", "tensor"] = "one"
+    scaled: bool = False
 
     def __str__(self) -> str:
         said = [f"num_shards={self.num_shards}", f"replicas={self.replicas}"]
         said += [
-            name for name in ("clipnorm", "named", "checkpoints", "elastic") if getattr(self, name)
+            name
+            for name in ("clipnorm", "named", "checkpoints", "elastic", "scaled")
+            if getattr(self, name)
         ]
         said += [f"nodes={self.nodes}"] if self.nodes > 1 else []
         said += ["clocks"] if self.clocks == "tensor" else []
@@ -78,13 +88,18 @@ class Case:
         how = {
             "num_shards": self.num_shards,
             "replicas": self.replicas,
-            "clipnorm": self.clipnorm,
-            "clocks": self.clocks,
-            "groups": GROUPS if self.clocks == "tensor" else (),
             "name": name,
             "options": options,
         }
-        return DistNadam(num_workers=WORKERS, backend="ray", **how)  # type: ignore[arg-type]
+        return DistNadam(num_workers=WORKERS, backend="ray", **how, **self.settings)  # type: ignore[arg-type]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is computed, the same with and without faults."""
+        found: dict[str, Any] = {"clipnorm": self.clipnorm, "clocks": self.clocks}
+        if self.clocks == "tensor":
+            found["groups"] = GROUPS
+        return found | (SCALED if self.scaled else {})
 
 
 class Nodes:
@@ -295,20 +310,16 @@ def undisturbed(case: Case, rounds: int, schedule: MembershipHistory) -> DistNad
     optimizer = DistNadam(
         num_workers=WORKERS,
         backend="local",
-        clipnorm=case.clipnorm,
-        clocks=case.clocks,
-        groups=GROUPS if case.clocks == "tensor" else (),
+        **case.settings,
     ).build(params())
+    config = optimizer.get_config()
     workers = [optimizer.worker(rank) for rank in range(WORKERS)]
     optimizer.shards.ask({0: Reconfigure(epoch=2, schedule=schedule)})
     for step in range(rounds):
         present = [workers[rank] for rank in members_of(schedule, step + 1)]
         trees = [worker.pull() for worker in present]
         for ticket in [
-            worker.push(
-                gradients_at(tree, step, worker.rank, clocks=case.clocks),
-                **said_at(step, worker.rank),
-            )
+            worker.push(**contribute(worker, tree, step, config))
             for worker, tree in zip(present, trees, strict=True)
         ]:
             ticket.result()

@@ -10,14 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import optree
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from distnadam import DistNadam
+from distnadam import DistNadam, Worker
+from distnadam.backends.base import WorkerChannel
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.errors import (
     LatePush,
@@ -47,6 +50,26 @@ def gradients_at(tree: Any, step: int, rank: int, *, clocks: str) -> Any:
     )
     whole = _like(params(), flat)
     return lacking(whole, step, rank) if clocks == "tensor" else whole
+
+
+def contribute(worker: Worker, tree: Any, step: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a worker's push or step of these parameters.
+
+    Where there is a loss scale, gradients are of a scaled loss, and every fourth step is the mean
+    of two micro-batches, which the worker has then.
+    """
+    whole = gradients_at(tree, step, worker.rank, clocks=config["clocks"])
+    said = said_at(step, worker.rank)
+    if config.get("loss_scale") is None:
+        return {"gradients": whole, **said}
+    with np.errstate(over="ignore"):  # of half precision, now and then: a vote
+        scaled = optree.tree_map(lambda g: g * np.asarray(worker.loss_scale, g.dtype), whole)
+    if step % 4 != 1:
+        return {"gradients": scaled, **said}
+    worker.discard()
+    for _ in range(2):
+        worker.accumulate(scaled)
+    return said
 
 
 def said_at(step: int, rank: int) -> dict[str, Any]:
@@ -121,7 +144,7 @@ class Trainer:
         self._rank, self._board, self._rng = rank, Progress(board), np.random.default_rng()
         self._end = 2**62
         self._doom: tuple[tuple[int, ...], int] | None = None
-        self._clocks = optimizer.get_config()["clocks"]
+        self._config = optimizer.get_config()
         self._worker = optimizer.worker(rank)
 
     def about(self) -> tuple[int, str]:
@@ -146,9 +169,9 @@ class Trainer:
                 while (step := self._worker.round) < self._end:
                     self._board.stand(self._rank, step)
                     began = time.monotonic()
-                    grads = gradients_at(tree, step, self._rank, clocks=self._clocks)
+                    given = contribute(self._worker, tree, step, self._config)
                     self._obey_doom()
-                    tree = self._worker.step(grads, **said_at(step, self._rank))
+                    tree = self._worker.step(**given)
                     self._board.step(self._rank, self._worker.round, began)
                     time.sleep(self._rng.uniform(0, 0.01))
                 return step
@@ -171,6 +194,7 @@ class Trainer:
             return None
 
         link.post = post_some  # type: ignore[method-assign]
+        link.post_push = partial(WorkerChannel.post_push, link)  # by `post`, shard by shard
 
 
 _trainer = ray.remote(Trainer).options(num_cpus=0, max_concurrency=3, max_restarts=0)
