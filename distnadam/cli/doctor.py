@@ -13,8 +13,8 @@ from rich.table import Table
 
 from distnadam.backends import factory
 from distnadam.checks import check_ports
-from distnadam.cli.constants import measure_constants
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
+from distnadam.cli.measuring import measure_constants
 from distnadam.cli.running import joined
 from distnadam.errors import KernelError
 from distnadam.nadam.kernels import fused_installed, make_stepper

@@ -32,6 +32,9 @@ from distnadam.waiting import said_if_long
 
 _T = TypeVar("_T")
 _POLL_S = 0.1
+_LOOK_S = 0.02
+_OTHERS_END_S = 60.0
+"""Seconds that rank 0 waits at its end for the others to end too."""
 _made = count()
 
 
@@ -103,6 +106,16 @@ def others_have_left(optimizer: DistNadam, rank: int) -> bool:
         return True
     present = set(now.newest) - {*now.left, *now.dead, rank}
     return rank > 0 or not present or bool(present - set(now.waiting_for))
+
+
+def end(place: Place, name: str, optimizer: DistNadam) -> None:
+    """End what rank 0 has made under a name, once no other rank needs it, or after a minute."""
+    withdraw(place, name)
+    deadline = time.monotonic() + _OTHERS_END_S
+    while not others_have_left(optimizer, place.rank) and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    with suppress(DistNadamError):  # it is gone already
+        DistNadam.stop(name)
 
 
 def running(name: str) -> DistNadam | None:

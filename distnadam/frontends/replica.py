@@ -8,14 +8,13 @@ import atexit
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from distnadam.config import Options
-from distnadam.errors import ConfigError, DistNadamError, LifecycleError, StructureError
+from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.frontends import meeting
 from distnadam.frontends.ranks import find_place
 from distnadam.groups import Group
@@ -27,7 +26,6 @@ from distnadam.worker import Worker
 
 Named = Mapping[str, Array]
 _POLL_S = 0.05
-_OTHERS_END_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,12 +242,7 @@ class Replica:
         optimizer, worker = self._joined
         worker.close()
         if self.rank == 0 and self._name is not None:
-            meeting.withdraw(self._place, self._name)
-            until = time.monotonic() + _OTHERS_END_S
-            while not meeting.others_have_left(optimizer, 0) and time.monotonic() < until:
-                time.sleep(_POLL_S)
-            with suppress(DistNadamError):  # they are gone already
-                DistNadam.stop(self._name)
+            meeting.end(self._place, self._name, optimizer)
         optimizer.close()
 
     def _take_over(self, optimizer: DistNadam, worker: Worker, params: Named) -> None:

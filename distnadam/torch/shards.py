@@ -9,13 +9,12 @@ import atexit
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from distnadam.client.statement import state
 from distnadam.client.user_state import params_from
 from distnadam.config import Options, Topology
-from distnadam.errors import ConfigError, DistNadamError, StepTimeout, StructureError
+from distnadam.errors import ConfigError, StepTimeout, StructureError
 from distnadam.frontends import meeting
 from distnadam.frontends.ranks import Place
 from distnadam.hyperparameters import Formula
@@ -27,8 +26,6 @@ from distnadam.torch.groups import Settings
 from distnadam.worker import Worker
 
 _POLL_S = 0.02
-_OTHERS_END_S = 60.0
-"""Seconds that rank 0 waits at its end for the others to end too."""
 
 
 class Shards:
@@ -266,7 +263,7 @@ class Shards:
         """
         if self._may_close:
             self.worker.close()
-            if not self.several or self._others_have_left():
+            if not self.several or meeting.others_have_left(self.optimizer, self.place.rank):
                 self.close()
 
     def close(self) -> None:
@@ -277,12 +274,7 @@ class Shards:
         atexit.unregister(self.close)
         self.worker.close()
         if self.several and not self.place.rank and self._name is not None:
-            meeting.withdraw(self.place, self._name)
-            deadline = time.monotonic() + _OTHERS_END_S
-            while not self._others_have_left() and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
-            with suppress(DistNadamError):  # they are gone already
-                DistNadam.stop(self._name)
+            meeting.end(self.place, self._name, self.optimizer)
         self.optimizer.close()
 
     @property
@@ -291,14 +283,3 @@ class Shards:
         such as a data loader's, holds a copy.
         """
         return self.is_built and not self._is_closed and self._process == os.getpid()
-
-    def _others_have_left(self) -> bool:
-        """Whether no other rank needs the shards: none is there, or one pushes on without this one,
-        which it does in vain.
-        """
-        try:
-            now = self.optimizer.shards.describe()
-        except DistNadamError:  # they are gone already
-            return True
-        present = set(now.newest) - {*now.left, *now.dead, self.place.rank}
-        return self.place.rank > 0 or not present or bool(present - set(now.waiting_for))

@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -174,21 +174,26 @@ def next_step(program: Program, moment: float) -> float:
     return float(since) - moment
 
 
-def main() -> int:
-    """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--faults", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+def on_hosts(played: Callable[[Cluster, Path], Any]) -> int:
+    """Play on hosts made for it, and print the report; return the command's exit status."""
     if (reason := why_not()) is not None:
         raise SystemExit(reason)
     with (
         tempfile.TemporaryDirectory() as directory,
         Cluster(Path(directory), ALL_ON_ANY) as cluster,
     ):
-        report = play(asked.faults, asked.seed, cluster, Path(directory))
+        report = played(cluster, Path(directory))
     print(report)
     return 1 if report.differences else 0
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    return on_hosts(partial(play, asked.faults, asked.seed))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ that there are processes old enough to be seen growing.
 import argparse
 import json
 import shutil
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ import numpy as np
 
 from distnadam import DistNadam
 from distnadam.checkpoint import store
-from tests.hosts.chaos import OPTIONS, WORKERS, miscounted, next_step, strike
-from tests.hosts.cluster import ALL_ON_ANY, Cluster
+from tests.hosts.chaos import OPTIONS, WORKERS, miscounted, next_step, on_hosts, strike
+from tests.hosts.cluster import Cluster
 from tests.hosts.faults import FAULTS, Fault, Rng
-from tests.hosts.network import why_not
 from tests.hosts.program import Program
 from tests.hosts.tasks import Synthetic, digest, digest_of
 from tests.hosts.train import train_in_one_process
@@ -232,15 +231,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    if (reason := why_not()) is not None:
-        raise SystemExit(reason)
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        Cluster(Path(directory), ALL_ON_ANY) as cluster,
-    ):
-        report = play(asked.hours, asked.seed, cluster, Path(directory))
-    print(report)
-    return 1 if report.differences else 0
+    return on_hosts(partial(play, asked.hours, asked.seed))
 
 
 if __name__ == "__main__":
