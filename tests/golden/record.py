@@ -6,7 +6,8 @@ FILE is AlgoPerf's published ``pytorch_nadamw_full_budget.py``, of
 github.com/mlcommons/algorithmic-efficiency, commit 2c90454, in algorithms/baselines/self_tuning.
 Its class NAdamW is taken and nothing else. Each case is 200 steps of float32 on the same gradients,
 from the same parameters (`inputs.npz`); a file per case in libraries/ holds our configuration, the
-library's version and call, and its parameters after every twentieth step.
+library's version and call, and its parameters after every twentieth step; AlgoPerf's has the
+second moments too.
 """
 
 import argparse
@@ -44,8 +45,15 @@ def inputs() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return params, [(np.copysign(LEAST, x) + x).astype(np.float32) for x in drawn]
 
 
-def of_torch(make: Callable[[list[Any]], Any]) -> Callable[[list[np.ndarray]], Step]:
-    """Return what starts a torch optimizer on parameters."""
+def of_torch(
+    make: Callable[[list[Any]], Any], *, moments: bool = False
+) -> Callable[[list[np.ndarray]], Step]:
+    """Return what starts a torch optimizer on parameters.
+
+    Args:
+        make: makes the optimizer of tensors.
+        moments: whether a step returns the second moments after the parameters.
+    """
 
     def start(params: list[np.ndarray]) -> Step:
         tensors = [torch.nn.Parameter(torch.from_numpy(p.copy())) for p in params]
@@ -55,7 +63,10 @@ def of_torch(make: Callable[[list[Any]], Any]) -> Callable[[list[np.ndarray]], S
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = torch.from_numpy(np.array(gradient))
             optimizer.step()
-            return [tensor.detach().numpy().copy() for tensor in tensors]
+            after = [tensor.detach() for tensor in tensors]
+            if moments:
+                after += [optimizer.state[tensor]["exp_avg_sq"] for tensor in tensors]
+            return [tensor.numpy().copy() for tensor in after]
 
         return step
 
@@ -195,7 +206,7 @@ def main() -> None:
             "epsilon": 1e-8,
             "weight_decay": 0.08,
         },
-        of_torch(partial_of(algoperf(args.algoperf), settings)),
+        of_torch(partial_of(algoperf(args.algoperf), settings), moments=True),
     )
     versions = f"torch {torch.__version__}, optax {optax.__version__}, keras {keras.__version__}"
     for name, call, ours, start in (*torch_cases(), *optax_cases(), *keras_cases(), published):
@@ -204,7 +215,9 @@ def main() -> None:
             after = step([g[number] for g in gradients])
             if number + 1 in steps:
                 found.append(after)
-        arrays = {f"params_{i}": np.stack([each[i] for each in found]) for i in range(len(params))}
+        kinds = [f"{kind}_{i}" for kind in ("params", "second") for i in range(len(params))]
+        stacked = (np.stack(rows) for rows in zip(*found, strict=True))
+        arrays = dict(zip(kinds, stacked, strict=False))
         about = {"library": f"{call}; {versions}", "config": json.dumps(ours)}
         np.savez_compressed(HERE / f"{name}.npz", **about, **arrays)
 

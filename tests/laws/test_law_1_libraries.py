@@ -121,6 +121,22 @@ def test_a_trajectory_is_the_librarys_and_the_formulas(case: str) -> None:
         assert optimizer.iterations == steps[-1]
 
 
+def test_the_second_moment_is_algoperfs() -> None:
+    """The first it changes in place and back, so that it says nothing."""
+    config, _, _ = recorded("algoperf_nadamw")
+    start, _, steps = given()
+    with np.load(LIBRARIES / "algoperf_nadamw.npz") as data:
+        theirs = [data[f"second_{i}"] for i in range(TENSORS)]
+    with DistNadam(**config, backend="local").build(start) as optimizer:
+        for step, _ in enumerate(trajectory(optimizer), 1):
+            if step not in steps:
+                continue
+            ours = optimizer.get_weights()[2 + TENSORS :]
+            for v, recorded_v in zip(ours, theirs, strict=True):
+                expected = recorded_v[steps.index(step)]
+                assert np.max(np.abs(v - expected)) <= 6e-6 * np.max(np.abs(expected))
+
+
 @pytest.mark.on_ray("ray-torch_adamw")
 @pytest.mark.parametrize("case", ["torch_adamw", "torch_nadam_weight_decay", "keras_adamw"])
 def test_three_shards_and_two_workers_end_with_the_bits_of_one_process(
