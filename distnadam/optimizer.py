@@ -156,7 +156,12 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
 
     @classmethod
     def connect(cls, name: str) -> "DistNadam":
-        """Attach to a running optimizer from any process of its cluster, or raise NotRunning."""
+        """Attach to a running optimizer from any process of its cluster, once it has parameters.
+
+        Raises:
+            NotRunning: no optimizer of that name runs.
+            StepTimeout: whoever builds it does not give it parameters.
+        """
         return _attach(*running(name))
 
     @classmethod

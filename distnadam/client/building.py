@@ -16,11 +16,12 @@ from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.client.shard_group import ShardGroup
 from distnadam.config import Options, Settings, Topology
-from distnadam.errors import ConfigError
+from distnadam.errors import ConfigError, DistNadamError
 from distnadam.groups import groups_of
 from distnadam.protocol.messages import ShardSpec
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import tied
+from distnadam.waiting import said_if_long
 
 log = logging.getLogger("distnadam")
 
@@ -91,9 +92,37 @@ def warn_of_tied(layout: Layout, params: Any) -> None:
 
 
 def running(name: str) -> tuple[ShardGroup, Settings]:
-    """Return the shards of a running optimizer, and its settings, or raise NotRunning."""
+    """Return the shards of a running optimizer once they have begun, and its settings.
+
+    Raises:
+        NotRunning: there is none.
+        StepTimeout: whoever started the shards does not give them what they begin with.
+    """
     backend, spec = factory.connect(name)
-    return ShardGroup(backend, spec.layout, spec.num_shards, spec.options), settings_of(spec)
+    shards = ShardGroup(backend, spec.layout, spec.num_shards, spec.options)
+    _await_first_state(shards, f"connecting to {name!r}")
+    return shards, settings_of(spec)
+
+
+class _NotBegun(DistNadamError):
+    """A shard has no state yet."""
+
+
+def _await_first_state(shards: ShardGroup, who: str) -> None:
+    """Wait until whoever starts shards has given them a state: until then they answer with zeros,
+    and what is pushed to them is lost.
+    """
+
+    def look() -> None:
+        if any(shard.epoch == 0 for shard in shards.describe_all()):
+            raise _NotBegun
+
+    def whom() -> str:
+        return f"for whoever builds it to give the shards their state: {shards.reports.busy()}"
+
+    with said_if_long(who, whom, shards.options.step_timeout_s):
+        problem = f"{who}: whoever builds it did not give the shards their state"
+        shards.retry.poll(look, problem, until_not=_NotBegun)
 
 
 def settings_of(spec: ShardSpec) -> Settings:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ import numpy as np
 import pytest
 import ray
 
-from distnadam import DistNadam, Options
+from distnadam import DistNadam, Options, waiting
+from distnadam.client.building import start_shards
+from distnadam.client.shard_group import ShardGroup
+from distnadam.config import Settings, Topology
 from distnadam.errors import (
     InsufficientResources,
     LifecycleError,
     NameTaken,
     NotRunning,
+    StepTimeout,
     Unrecoverable,
 )
+from distnadam.tensors.layout import Layout
 from tests.models import bits
 from tests.processes import children, wait_until_gone
 
@@ -89,6 +96,57 @@ def test_a_named_optimizer_is_found_from_another_process_and_its_name_is_taken()
     with pytest.raises(NotRunning, match="no optimizer named 'found'"):
         DistNadam.connect("found")
     wait_until_none_is_left()
+
+
+@pytest.mark.parametrize("how", ["build", "restore"])
+def test_who_connects_before_the_shards_have_their_state_waits_for_it(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came, go_on, give = threading.Event(), threading.Event(), ShardGroup._begin
+
+    def late(group: ShardGroup, *args: Any) -> None:
+        came.set()
+        assert go_on.wait(100)
+        give(group, *args)
+
+    settings: dict[str, Any] = {"num_workers": 2, "backend": "ray", "name": "late"}
+    with DistNadam(num_shards=2).build(START) as saved:
+        saved.save(str(tmp_path))
+    monkeypatch.setattr(ShardGroup, "_begin", late)
+    with ThreadPoolExecutor() as threads:
+        if how == "build":
+            making = threads.submit(DistNadam(num_shards=2, **settings).build, START)
+        else:
+            making = threads.submit(DistNadam.restore, str(tmp_path), **settings)
+        assert came.wait(100)
+        connecting = threads.submit(DistNadam.connect, "late")
+        with pytest.raises(TimeoutError):
+            connecting.result(0.5)
+        go_on.set()
+        with making.result() as optimizer, connecting.result() as other:
+            assert other.get_params()["w"].tobytes() == START["w"].tobytes()
+            workers = [optimizer.worker(0), other.worker(1)]
+            stepped = list(threads.map(lambda worker: worker.step(START)["w"].copy(), workers))
+            assert stepped[0].tobytes() == stepped[1].tobytes()
+            for worker in workers:
+                worker.close()
+
+
+def test_a_wait_for_shards_that_get_no_state_ends_and_says_for_what(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.05)
+    settings = Settings(
+        options=Options(step_timeout_s=1.0), topology=Topology(backend="ray", name="never")
+    )
+    shards = start_shards(settings, Layout.of(START))
+    try:
+        with pytest.raises(StepTimeout, match="connecting to 'never': whoever builds it did not"):
+            DistNadam.connect("never")
+    finally:
+        shards.backend.close(destroy=True)
+    assert "connecting to 'never': has waited" in caplog.text
+    assert "for whoever builds it to give the shards their state: shards 0 are " in caplog.text
 
 
 def test_handles_and_workers_travel_to_tasks_and_actors() -> None:
