@@ -43,6 +43,7 @@ from distnadam.protocol.messages import (
 )
 from distnadam.tensors.arrays import Flat, cut_flat, empty_flat
 from distnadam.tensors.layout import Layout, Ranges
+from tests.processes import wait_until_gone
 from tests.simulation.backend import WorldBackend
 from tests.simulation.world import World
 
@@ -80,7 +81,7 @@ class Case:
     Attributes:
         backend: the client's.
         another: returns another client's backend of the same shards.
-        kill: ends one shard's process.
+        kill: ends one shard's process; it has ended when that returns.
     """
 
     backend: Backend
@@ -145,10 +146,16 @@ def local() -> Iterator[Case]:
 def on_ray(transport: Any) -> Iterator[Case]:
     backend = RayBackend()
     backend.start(specs(Options(transport=transport)), 0)
+
+    def kill(index: int) -> None:
+        process = backend.addresses[index].pid
+        ray.kill(backend.actors[index])  # which does not wait: one that still lives may answer
+        wait_until_gone({process})
+
     yield Case(
         backend=backend,
         another=lambda: copy.copy(backend),  # as a task gets it that was sent the backend
-        kill=lambda index: ray.kill(backend.actors[index]),
+        kill=kill,
     )
     backend.close(destroy=True)
 
