@@ -29,7 +29,11 @@ def check_values(values: Mapping[str, Any]) -> None:
     for name, value in (("learning rate", lr), ("epsilon value", values["eps"])):
         if not value >= 0.0:
             raise ConfigError(f"Invalid {name}: {value}")
+    if len({hasattr(beta, "numel") for beta in betas}) > 1:
+        raise ConfigError("betas must be either both floats or both Tensors")
     for index in (0, 1):
+        if getattr(betas[index], "numel", lambda: 1)() != 1:
+            raise ConfigError(f"Tensor betas[{index}] must be 1-element")
         if not 0.0 <= betas[index] < 1.0:
             raise ConfigError(f"Invalid beta parameter at index {index}: {betas[index]}")
     for name in ("weight_decay", "momentum_decay"):

@@ -623,6 +623,8 @@ def test_a_group_can_be_added_until_the_first_step() -> None:
     [
         ({"lr": -1.0}, r"Invalid learning rate: -1\.0"),
         ({"lr": torch.ones(2)}, "Tensor lr must be 1-element"),
+        ({"betas": (torch.tensor(0.9), torch.ones(2))}, r"Tensor betas\[1\] must be 1-element"),
+        ({"betas": (0.9, torch.tensor(0.99))}, "betas must be either both floats or both Tensors"),
         ({"betas": (1.0, 0.9)}, r"Invalid beta parameter at index 0: 1\.0"),
         ({"betas": (0.9, -1.0)}, r"Invalid beta parameter at index 1: -1\.0"),
         ({"eps": -1e-8}, "Invalid epsilon value: -1e-08"),
