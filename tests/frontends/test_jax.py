@@ -157,7 +157,7 @@ def test_the_example_in_its_docstring_runs() -> None:
 
 
 def test_a_flax_model_trains_with_two_lines_changed() -> None:
-    nn = pytest.importorskip("flax.linen", reason="flax is not among the tests' packages")
+    nn = pytest.importorskip("flax.linen")
     x = jnp.array(np.random.default_rng(1).standard_normal((64, 6)), jnp.float32)
     y = (x[:, 0] > 0).astype(jnp.int32)
     made = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)])
