@@ -152,9 +152,11 @@ class FarShard(Receiver):
         return self._connection is not None
 
     def close(self) -> None:
-        """Hang up on the workers and on the shard; call this from outside the loop's thread."""
+        """Hang up on the workers and on the shard, and release their memory; call this from outside
+        the loop's thread.
+        """
         self.workers.close()
-        self._carrier.shutdown(wait=False)
+        self._carrier.shutdown(wait=False, cancel_futures=True)
         self._thread.run(self._close(), _CLOSE_S)
 
     async def _close(self) -> None:
@@ -166,6 +168,12 @@ class FarShard(Receiver):
             self._task.cancel()
         if self._connection is not None:
             self._connection.close("the relay needs it no more")
+        # objects that refer to each other live on for long, and their memory with them
+        self._asked.clear()
+        self._groups.clear()
+        self._ahead = PushParts(self._ranges_held)
+        self._parameters.clear()
+        self._sums.clear()
 
     # From the workers to the shard
 

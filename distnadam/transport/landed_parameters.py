@@ -72,6 +72,10 @@ class LandedParameters:
         """Take it that the rest of what comes now does not."""
         self._coming = None
 
+    def clear(self) -> None:
+        """Release the memory; nothing comes any more."""
+        self._buffers = ()
+
     def is_overtaken_by(self, answer: RoundResult) -> bool:
         """Whether `put` would write an answer's parameters while others come."""
         return self._is_news(_key(answer)) and self._coming not in (None, _key(answer))

@@ -36,6 +36,10 @@ class LandingMemory:
         """The bytes of all that is kept."""
         return sum(memory.nbytes for kept in self._kept.values() for memory in kept)
 
+    def clear(self) -> None:
+        """Release what is kept."""
+        self._kept.clear()
+
     def lend(self, sizes: Mapping[str, int], dtypes: Mapping[str, np.dtype[Any]]) -> Flat:
         """Return one array per space, of any content.
 

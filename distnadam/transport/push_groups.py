@@ -95,6 +95,10 @@ class PushGroups:
             self._absent |= set(range(first, first + self._sum_group)) - held.keys()
             self._release(number)
 
+    def clear(self) -> None:
+        """Forget what waits; nobody is here any more."""
+        self._held.clear()
+
     def _release(self, number: int) -> None:
         for push, reply in self._held.pop(number, {}).values():
             self._pass(push, reply)

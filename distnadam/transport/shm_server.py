@@ -56,7 +56,7 @@ class ShmServer:
         loop: "asyncio.AbstractEventLoop | None" = None,
     ) -> None:
         self._spec = spec
-        self._parameters = parameters
+        self._parameters: Arena | None = parameters
         self._deliver = deliver
         self._workers: dict[Connection, _WorkerEnd] = {}
         # by rank; kept after a worker's end, for a push that is counted later
@@ -91,12 +91,19 @@ class ShmServer:
         )
 
     def close(self) -> None:
-        """Stop listening and close the connections."""
+        """Stop listening, close the connections, and release all memory, which a reference to this
+        object would keep.
+        """
         self._server.close()
+        self._workers.clear()
+        self._newest.clear()
+        self._parameters = None
 
     def _greet(
         self, connection: Connection, greeting: dict[str, Any], fds: list[int]
     ) -> tuple[dict[str, Any], list[int]]:
+        if self._parameters is None:
+            raise LaneError("it is closed")
         if greeting["rank"] is not None:
             if len(fds) != 1:
                 raise LaneError(f"expected one arena, got {len(fds)}")

@@ -154,6 +154,7 @@ class TcpConnection(asyncio.BufferedProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._outgoing.clear()
+        self._want = 0  # no more of the memory that the rest would have come into
         self._leave_turn()
         self._parser.close()
         host_traffic().end(self._count)

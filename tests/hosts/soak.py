@@ -121,6 +121,9 @@ class _Soak:
         judged = [each for each in lives if each.growth(self._warm_up_s, window_s) is not None]
         self.report.judged = len(judged)
         self.report.differences += flat_or_not(judged, self._warm_up_s, window_s)
+        most = max(life.most_served for life in lives)
+        if most > max(SHARDS):
+            self._differ(f"NOT FLAT: a relay served {most} shards, of {max(SHARDS)}")
         self._compare()
 
     def _disturb(self, program: Program, watch: Watch) -> None:

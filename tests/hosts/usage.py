@@ -2,11 +2,15 @@
 
 A process is flat if, of each, the median of the last window of its life is above that of the
 window after its warm-up by no more than a bound. Medians, since a save or a move of the state takes
-more for a moment; after a warm-up, since a process takes what it needs at first bit by bit.
+more for a moment; after a warm-up, since a process takes what it needs at first bit by bit. What a
+relay needs for the shards that it serves and for their workers is not counted as growth, since it
+changes with their number: instead it may serve no more of them than there are.
 """
 
 import os
+import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,22 +19,34 @@ from statistics import median
 from time import monotonic, sleep
 from typing import Self
 
-from distnadam.backends.ray.output import PREFIX, ROLES
+from distnadam.backends.ray.output import PREFIX, RELAY, ROLES
 from tests.hosts.network import Host
 
-GROWTH_BYTES, GROWTH_DESCRIPTORS = 16 * 2**20, 8
-"""By how much a process may grow and be flat."""
+GROWTH_BYTES, GROWTH_DESCRIPTORS = 16 * 2**20, 12
+"""By how much a process may grow and be flat: a supervisor has up to 9 more for six more shards."""
 DRIVER = "Driver"
+_LISTENS, _CONNECTED = "sockets of shards", "connections of workers"
+_ACCEPTS = "00010000"
+"""Flags of a socket that listens, in /proc/net/unix."""
+_OF_SHARD, _OF_WORKER = 5, 3
+"""What a relay needs for each shard and for each connection of a worker: the sockets themselves,
+what waits for them, TCP's and Ray's to the shard; the worker's memory, which has two.
+"""
 _EVERY_S = 2.0
 
 
 @dataclass
 class Life:
-    """The samples of one process: seconds, bytes that are its alone (USS), and descriptors."""
+    """The samples of one process: seconds, bytes that are its alone (USS), and descriptors.
+
+    `kinds` are its descriptors by kind, at the last of them.
+    """
 
     role: str
     pid: int
     samples: list[tuple[float, int, int]] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
+    most_served: int = 0
 
     def growth(self, warm_up_s: float, window_s: float) -> tuple[float, float] | None:
         """Return by how many bytes and descriptors it grew; None if it lived too briefly."""
@@ -63,7 +79,8 @@ def flat_or_not(lives: Iterable[Life], warm_up_s: float, window_s: float) -> lis
             found.append(
                 f"NOT FLAT: {life.role.lower()}, process {life.pid}, grew by "
                 f"{grown[0] / 2**20:.1f} MiB and {grown[1]:g} descriptors in "
-                f"{life.samples[-1][0] - life.samples[0][0]:.0f} s"
+                f"{life.samples[-1][0] - life.samples[0][0]:.0f} s; at last it has "
+                + ", ".join(f"{number} {kind}" for kind, number in sorted(life.kinds.items()))
             )
     return found
 
@@ -94,7 +111,10 @@ class Watch:
     def lives(self) -> list[Life]:
         """Every process so far, dead or alive."""
         with self._lock:
-            return [Life(each.role, each.pid, list(each.samples)) for each in self._lives.values()]
+            return [
+                Life(each.role, each.pid, list(each.samples), each.kinds, each.most_served)
+                for each in self._lives.values()
+            ]
 
     def by_role(self) -> str:
         """Return how many of each role live, and the most that one of them takes."""
@@ -130,15 +150,43 @@ class Watch:
                 if (role := role_of(command)) is None:
                     continue
                 began = (process / "stat").read_text().rpartition(")")[2].split()[19]
-                sample = (monotonic(), _own_bytes(process), len(os.listdir(process / "fd")))
+                kinds = _descriptors(process)
+                number = kinds.total()
+                if role == RELAY:
+                    number -= _OF_SHARD * kinds[_LISTENS] + _OF_WORKER * kinds[_CONNECTED]
+                sample = (monotonic(), _own_bytes(process), number)
                 with self._lock:
                     life = self._lives.setdefault((pid, began), Life(role, pid))
                     life.samples.append(sample)
+                    life.kinds = kinds
+                    life.most_served = max(life.most_served, kinds[_LISTENS])
 
 
 def _own_bytes(process: Path) -> int:
     lines = (process / "smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def _descriptors(process: Path) -> Counter[str]:
+    """Return how many descriptors of each kind a process has."""
+    sockets = {}
+    for family in ("tcp", "tcp6", "unix"):
+        for line in (process / "net" / family).read_text().splitlines()[1:]:
+            words = line.split()
+            if family != "unix":
+                sockets[words[9]] = family
+            else:
+                is_ours = len(words) > 7 and words[7].startswith("@distnadam-")
+                listens = words[3] == _ACCEPTS
+                sockets[words[6]] = "unix" if not is_ours else _LISTENS if listens else _CONNECTED
+    kinds: Counter[str] = Counter()
+    for name in os.listdir(process / "fd"):
+        with suppress(OSError):  # closed just now
+            target = os.readlink(process / "fd" / name)
+            inode = re.fullmatch(r"socket:\[(\d+)\]", target)
+            kind = re.sub(r"\d+", "N", target)
+            kinds[kind if inode is None else sockets.get(inode[1], "other socket")] += 1
+    return kinds
 
 
 def await_none(watch: Watch, patience_s: float) -> list[Life]:
