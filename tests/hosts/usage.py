@@ -7,8 +7,6 @@ relay needs for the shards that it serves and for their workers is not counted a
 changes with their number: instead it may serve no more of them than there are.
 """
 
-import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,14 +18,12 @@ from time import monotonic, sleep
 from typing import Self
 
 from distnadam.backends.ray.output import PREFIX, RELAY, ROLES
+from tests.descriptors import CONNECTED, LISTENS, descriptors_of
 from tests.hosts.network import Host
 
 GROWTH_BYTES, GROWTH_DESCRIPTORS = 16 * 2**20, 12
 """By how much a process may grow and be flat: a supervisor has up to 9 more for six more shards."""
 DRIVER = "Driver"
-_LISTENS, _CONNECTED = "sockets of shards", "connections of workers"
-_ACCEPTS = "00010000"
-"""Flags of a socket that listens, in /proc/net/unix."""
 _OF_SHARD, _OF_WORKER = 5, 3
 """What a relay needs for each shard and for each connection of a worker: the sockets themselves,
 what waits for them, TCP's and Ray's to the shard; the worker's memory, which has two.
@@ -150,43 +146,21 @@ class Watch:
                 if (role := role_of(command)) is None:
                     continue
                 began = (process / "stat").read_text().rpartition(")")[2].split()[19]
-                kinds = _descriptors(process)
+                kinds = descriptors_of(pid)
                 number = kinds.total()
                 if role == RELAY:
-                    number -= _OF_SHARD * kinds[_LISTENS] + _OF_WORKER * kinds[_CONNECTED]
+                    number -= _OF_SHARD * kinds[LISTENS] + _OF_WORKER * kinds[CONNECTED]
                 sample = (monotonic(), _own_bytes(process), number)
                 with self._lock:
                     life = self._lives.setdefault((pid, began), Life(role, pid))
                     life.samples.append(sample)
                     life.kinds = kinds
-                    life.most_served = max(life.most_served, kinds[_LISTENS])
+                    life.most_served = max(life.most_served, kinds[LISTENS])
 
 
 def _own_bytes(process: Path) -> int:
     lines = (process / "smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-
-
-def _descriptors(process: Path) -> Counter[str]:
-    """Return how many descriptors of each kind a process has."""
-    sockets = {}
-    for family in ("tcp", "tcp6", "unix"):
-        for line in (process / "net" / family).read_text().splitlines()[1:]:
-            words = line.split()
-            if family != "unix":
-                sockets[words[9]] = family
-            else:
-                is_ours = len(words) > 7 and words[7].startswith("@distnadam-")
-                listens = words[3] == _ACCEPTS
-                sockets[words[6]] = "unix" if not is_ours else _LISTENS if listens else _CONNECTED
-    kinds: Counter[str] = Counter()
-    for name in os.listdir(process / "fd"):
-        with suppress(OSError):  # closed just now
-            target = os.readlink(process / "fd" / name)
-            inode = re.fullmatch(r"socket:\[(\d+)\]", target)
-            kind = re.sub(r"\d+", "N", target)
-            kinds[kind if inode is None else sockets.get(inode[1], "other socket")] += 1
-    return kinds
 
 
 def await_none(watch: Watch, patience_s: float) -> list[Life]:

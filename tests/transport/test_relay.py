@@ -1,6 +1,8 @@
 """The relay of a host without shards: real shards behind real sockets, real memory, all in here."""
 
+import gc
 import logging
+import os
 import socket
 import ssl
 import time
@@ -22,6 +24,7 @@ from distnadam.transport.far_shard import FarShard, Reach
 from distnadam.transport.relay import is_arena_of
 from distnadam.transport.shared_memory import Arena
 from tests.certificates import certificates
+from tests.descriptors import MEMORY, descriptors_of
 from tests.eventually import eventually
 from tests.transport.tcp_shards import (
     ANSWER_S,
@@ -362,6 +365,27 @@ def test_the_memory_of_a_neighbour_is_told_from_any_other(shards: Shards, host: 
     address = host.relay.address(0)
     assert is_arena_of(host.arena, address)
     assert not is_arena_of(Arena.create(LAYOUT.sizes, copies=2), address)
+
+
+def test_a_shard_that_is_replaced_leaves_no_memory_behind(shards: Shards) -> None:
+    """Whatever still refers to what stood for it: a garbage collection may be far away."""
+    gc.collect()
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(4):
+            host = Host(shards)
+            workers = [host.worker(0), host.worker(1)]
+            for worker in workers:
+                worker.push(1, gradients(0, worker.rank))
+            host.close()
+            for worker in workers:
+                worker.client.close()
+            del host.arena, host.relay, host, workers, worker  # the last resort refers to the host
+            counts.append(descriptors_of(os.getpid())[MEMORY])
+        assert len(set(counts)) == 1, counts
+    finally:
+        gc.enable()
 
 
 def test_what_is_said_of_a_line_is_not_repeated(

@@ -111,7 +111,8 @@ class RayWorkerChannel(WorkerChannel):
         }
         relayed = self._still_relayed(addresses) | self._relayed(addresses)
         try:
-            self._share_memory(near, {shard: each.socket for shard, each in relayed.items()})
+            if addresses:
+                self._share_memory(near, {shard: each.socket for shard, each in relayed.items()})
         except (ArenaError, LaneError) as error:
             log.warning("worker %d: %s; %s", self._owner.rank, error, REMEDY)
         self._connected = addresses
@@ -129,8 +130,6 @@ class RayWorkerChannel(WorkerChannel):
             f"shards {far} by TCP, " if far else "",
             others or "none",
         )
-        if not shared and self._gradients is None:
-            self._shm = None
         self.parameters = None
         if self._shm is not None and self._shm.complete:
             first, second = self._shm.parameters
@@ -172,7 +171,8 @@ class RayWorkerChannel(WorkerChannel):
             ArenaError, LaneError: one could not be opened.
         """
         sockets = {**near, **relayed}
-        if sockets and self._shm is None and self._gradients is None:
+        # also where none is reached now, as amid a reshard: the gradients stay where they begin
+        if self._shm is None and self._gradients is None:
             self._shm = ShmClient(
                 self._owner.sizes,
                 self._ranges,

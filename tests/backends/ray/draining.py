@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,16 @@ from distnadam import DistNadam, Options
 from distnadam.backends.ray.cordon import RayHosts
 from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.errors import ConfigError
-from tests.backends.ray.on_two_nodes import PARAMS, STORE, Placed, gradient, right
+from tests.backends.ray.on_two_nodes import (
+    PARAMS,
+    STORE,
+    Placed,
+    gradient,
+    relays,
+    right,
+    supervisors,
+)
+from tests.descriptors import MEMORY, descriptors_of
 from tests.eventually import eventually
 
 OPTIONS = Options(shard_resources={"shard": 1}, shard_timeout_s=5.0)
@@ -55,13 +65,16 @@ class Stepping:
         assert self._optimizer.get_params()["w"].tobytes() == right(self._rounds)
 
 
-def optimizer(name: str | None = None, replicas: int = 0) -> DistNadam:
-    how = DistNadam(num_shards=2, replicas=replicas, backend="ray", name=name, options=OPTIONS)
-    return how.build(PARAMS)
+def optimizer(**how: Any) -> DistNadam:
+    return DistNadam(num_shards=2, backend="ray", options=OPTIONS, **how).build(PARAMS)
 
 
 def has_left(hosts: RayHosts, node: str) -> None:
     eventually(lambda: not hosts.processes_on(node))
+
+
+def all_followed(one: DistNadam) -> bool:
+    return all(each.replicated is not None for each in one.shards.describe_all())
 
 
 def both_nodes_are_left_in_turn_with_shards_and_standbys(
@@ -78,6 +91,31 @@ def both_nodes_are_left_in_turn_with_shards_and_standbys(
         hosts.uncordon(first)
         has_left(hosts, second)
         steps.end()
+
+
+def what_lives_through_promotions_and_drains_keeps_nothing_of_them(
+    hosts: RayHosts, first: str, second: str
+) -> None:
+    """The supervisor, this process, and a worker and its relay beside the shards' hosts."""
+    with optimizer(replicas=1, num_workers=1) as one:
+        worker = one.worker(0)
+        counts = []
+        eventually(lambda: all_followed(one))
+        for round in range(1, 4):
+            (killed, *_) = one.shards.backend.addresses
+            os.kill(killed.pid, signal.SIGKILL)
+            worker.step(gradient(round, 0))
+            hosts.cordon(first)
+            has_left(hosts, first)
+            hosts.uncordon(first)
+            worker.step(gradient(round, 0))
+            eventually(lambda: all_followed(one))
+            counts.append([descriptors_of(pid) for pid in (os.getpid(), *relays(), *supervisors())])
+        assert [len(each) for each in counts] == [3] * len(counts)
+        for before, after in zip(counts[0], counts[-1], strict=True):
+            assert after[MEMORY] <= before[MEMORY], (before, after)
+            assert after.total() <= before.total() + 4, (before, after)  # Ray's own vary
+        worker.close()
 
 
 def a_supervisor_that_is_killed_in_a_hand_over_is_succeeded(
@@ -126,6 +164,7 @@ def ranks_without_room_elsewhere_stay(hosts: RayHosts, first: str, second: str) 
 
 CASES = (
     both_nodes_are_left_in_turn_with_shards_and_standbys,
+    what_lives_through_promotions_and_drains_keeps_nothing_of_them,
     a_supervisor_that_is_killed_in_a_hand_over_is_succeeded,
     a_name_of_several_nodes_or_of_none_is_refused,
     ranks_without_room_elsewhere_stay,

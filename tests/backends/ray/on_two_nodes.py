@@ -22,6 +22,7 @@ from distnadam.client import push_ahead
 from distnadam.client.status import RunningOptimizer
 from distnadam.protocol.messages import Describe
 from tests.backends.ray.test_backend import title_of
+from tests.descriptors import CONNECTED, MEMORY, descriptors_of
 from tests.eventually import eventually
 
 SIZE = 50_000
@@ -62,6 +63,9 @@ class Trainer:
     def pull(self) -> bytes:
         read: bytes = self._worker.pull()["w"].tobytes()
         return read
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def close(self) -> None:
         self._worker.close()
@@ -116,11 +120,20 @@ class Two:
 
 def relays() -> list[int]:
     """The relays of this machine that belong to this program's Ray."""
+    return _titled("Relay")
+
+
+def supervisors() -> list[int]:
+    """The supervisors likewise."""
+    return _titled("Supervisor")
+
+
+def _titled(role: str) -> list[int]:
     mine = os.environ["RAY_TMPDIR"]
     return [
         pid
         for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-        if title_of(pid).startswith("ray::distnadam Relay") and mine in _environment(pid)
+        if title_of(pid).startswith(f"ray::distnadam {role}") and mine in _environment(pid)
     ]
 
 
@@ -201,6 +214,22 @@ def tensors_that_leave_before_their_push_count_once_and_also_where_the_relay_is_
     assert ray.get(stepping) == [right(59)] * 2
 
 
+def what_lives_on_keeps_nothing_of_shards_that_are_replaced(two: Two) -> None:
+    """Relay, workers, supervisor and this process: all that live through a reshard."""
+    pids = [os.getpid(), *ray.get([each.pid.remote() for each in two.trainers])]
+    counts = []
+    for turn in range(3):
+        for shards in (1, 2):
+            two.optimizer.reshard(shards)
+            two.step(2 * turn + shards)
+        counts.append([descriptors_of(pid) for pid in (*pids, *relays(), *supervisors())])
+    workers_of_relay = [relay[CONNECTED] for *_, relay, _ in counts]
+    assert workers_of_relay == [2 * 2] * len(counts), "each by each shard, whenever it began"
+    for first, last in zip(counts[0], counts[-1], strict=True):
+        assert last[MEMORY] <= first[MEMORY], (first, last)
+        assert last.total() <= first.total() + 4, (first, last)  # Ray's own vary
+
+
 class Placed:
     def __init__(self, rank: int) -> None:
         self._node = ray.get_runtime_context().get_node_id()
@@ -242,6 +271,7 @@ CASES = {
         a_relay_that_is_killed_or_halted_is_replaced_and_nothing_is_lost,
         a_relay_whose_workers_have_left_ends_and_another_begins_on_demand,
         what_was_replaced_or_resharded_is_read_by_the_next_pull,
+        what_lives_on_keeps_nothing_of_shards_that_are_replaced,
         status_shows_what_goes_between_hosts_and_what_a_step_waits_for,
         ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn,
         the_pushes_of_a_group_go_as_one_and_again_where_their_relay_is_killed,

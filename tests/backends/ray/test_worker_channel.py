@@ -273,6 +273,16 @@ def test_without_a_relay_all_goes_by_the_transport_and_why_is_said_once(
     assert "shards [0, 1] by Ray objects" in caplog.text
 
 
+def test_a_worker_that_begins_while_the_shards_are_replaced_shares_memory_later(far: Far) -> None:
+    far.why = LaneError("shard 0: its process or node died")
+    worker = far.optimizer.worker(0)
+    worker.step(gradient(1))
+    far.why = None
+    far.reshard(1)
+    assert is_right(worker.step(gradient(2)), 1, 2)
+    assert worker.session.channel.relayed == {0}
+
+
 def test_a_relay_that_does_not_answer_at_a_reconnect_is_not_told_that_the_worker_died(
     far: Far,
 ) -> None:
