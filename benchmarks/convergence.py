@@ -1,7 +1,10 @@
 """Convergence beside the peers: the built-in torch tasks, the same seeds and batches of two ranks,
 by distnadam on Ray, by torch's NAdam and AdamW in one process, and by DDP with NAdam in two.
 
-    .venv-bench/bin/python -m benchmarks.convergence
+    .venv-bench/bin/python -m benchmarks.convergence [--hosts]
+
+With `--hosts` there are three ranks, and distnadam and DDP run on three hosts too, with cables of 1
+Gbit/s: network namespaces of this machine, whose cores they share. That needs root.
 
 A final loss is the mean of a run's last 50 steps. Seconds are those of the steps, from the first.
 """
@@ -12,6 +15,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +26,56 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from tests.hosts.cluster import Cluster
+from tests.hosts.network import why_not
+
 TASKS = ("digits-torch", "charlm")
+ON_HOSTS = " on hosts"
 CONTENDERS = {
-    "distnadam": "distnadam, 2 workers",
-    "nadam": "torch NAdam, 1 process",
-    "adamw": "torch AdamW, 1 process",
-    "ddp": "DDP + NAdam, 2 processes",
+    "distnadam": "distnadam, one host",
+    "nadam": "torch NAdam, one process",
+    "adamw": "torch AdamW, one process",
+    "ddp": "DDP + NAdam, one host",
+    "distnadam on hosts": "distnadam, three hosts",
+    "ddp on hosts": "DDP + NAdam, three hosts",
 }
+HOSTS = 3
+BITS_PER_S = 1e9
+PATIENCE_S = 1200.0
 LAST = 50
+PROGRAM = ("-m", "benchmarks.contenders.converge")
 Run = dict[str, Any]
+_ports = count(29600)
 
 
-def run(contender: str, task: str, seed: int, steps: int) -> Run:
-    given = [contender, task, "--seed", str(seed), "--steps", str(steps)]
-    command = [sys.executable, "-m", "benchmarks.contenders.converge", *given]
+def run_on_hosts(cluster: Cluster, contender: str, given: list[str]) -> str:
+    """Return what the program on the first host has printed."""
+    program = (*PROGRAM, contender, *given, "--on-hosts")
+    hosts = cluster.hosts if contender == "ddp" else cluster.hosts[:1]
+    env = {
+        "MASTER_ADDR": hosts[0].address,
+        "MASTER_PORT": str(next(_ports)),
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
+    programs = [cluster.python(host, *program, RANK=str(r), **env) for r, host in enumerate(hosts)]
+    return [each.finish(PATIENCE_S) for each in programs][0]
+
+
+def run(
+    contender: str, task: str, seed: int, steps: int, workers: int, cluster: Cluster | None
+) -> Run:
+    about = {"contender": contender, "task": task, "seed": seed}
+    given = [task, "--seed", str(seed), "--steps", str(steps), "--workers", str(workers)]
+    if contender.endswith(ON_HOSTS):
+        assert cluster is not None
+        printed = run_on_hosts(cluster, contender.removesuffix(ON_HOSTS), given)
+        return about | next(json.loads(li) for li in printed.splitlines() if '"losses"' in li)
+    command = [sys.executable, *PROGRAM, contender, *given]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(f"{' '.join(given)} failed:\n{done.stderr[-3000:]}")
-    found: Run = json.loads(done.stdout.splitlines()[-1])
-    return found | {"contender": contender, "task": task, "seed": seed}
+        sys.exit(f"{contender} {' '.join(given)} failed:\n{done.stderr[-3000:]}")
+    return about | json.loads(done.stdout.splitlines()[-1])
 
 
 def final(found: Run) -> float:
@@ -128,17 +164,30 @@ def draw(runs: list[Run], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS)
+    parser.add_argument("--hosts", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     args = parser.parse_args()
-    runs = [
-        run(contender, task, seed, args.steps)
-        for task in args.tasks
-        for seed in range(args.seeds)
-        for contender in args.contenders  # in turn, so that slow periods affect all
-    ]
+    if args.hosts and (reason := why_not()) is not None:
+        raise SystemExit(reason)
+    able = [name for name in CONTENDERS if args.hosts or not name.endswith(ON_HOSTS)]
+    contenders = [name for name in args.contenders or able if name in able]
+    with ExitStack() as stack:
+        cluster = None
+        if args.hosts:
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            cluster = Cluster(Path(directory), [{"CPU": 1.0, "shard": 1.0}] * HOSTS)
+            stack.enter_context(cluster)
+            for host in cluster.hosts:
+                host.shape(BITS_PER_S)
+        runs = [
+            run(contender, task, seed, args.steps, HOSTS if args.hosts else 2, cluster)
+            for task in args.tasks
+            for seed in range(args.seeds)
+            for contender in contenders  # in turn, so that slow periods affect all
+        ]
     rows = {task: summary(runs, task) for task in args.tasks}
     for task in args.tasks:
         report(rows[task], Console(width=110))

@@ -1,12 +1,15 @@
 """One training of a built-in torch task by one contender: prints its losses, times and metrics.
 
-All take the same batches, of two ranks, and begin with the same parameters.
+All take the same batches, of as many ranks, and begin with the same parameters. On several hosts a
+rank and a shard are on each: `distnadam` runs on the head of a Ray, and `ddp` on every host, each
+with its RANK, and with MASTER_ADDR and MASTER_PORT.
 """
 
 import argparse
 import itertools
 import json
 import os
+import queue
 import socket
 import statistics
 import tempfile
@@ -17,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from distnadam import DistNadam, fit
+from distnadam import DistNadam, Options, fit
 from distnadam.training.callbacks import Callback
 from distnadam.training.steps import StepRecord
 from distnadam.training.tasks import built_in
@@ -44,13 +47,14 @@ class Clock(Callback):
 
 def distnadam(args: argparse.Namespace) -> Result:
     clock = Clock()
+    each = Options(shard_resources={"shard": 1}, worker_cpus=1) if args.on_hosts else Options()
     with tempfile.TemporaryDirectory() as directory:
         history = fit(
             built_in(args.task),
             steps=args.steps,
             num_workers=args.workers,
-            num_shards=2,
-            optimizer=DistNadam(lr=LR, epsilon=1e-8),
+            num_shards=args.workers if args.on_hosts else 2,
+            optimizer=DistNadam(lr=LR, epsilon=1e-8, options=each),
             backend=args.backend,
             seed=args.seed,
             checkpoint_dir=directory,
@@ -110,8 +114,7 @@ def one_process(args: argparse.Namespace) -> Result:
     return loop.result()
 
 
-def ddp_rank(rank: int, args: argparse.Namespace, port: int, results: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def ddp_rank(rank: int, args: argparse.Namespace, results: Any) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=args.workers)
     loop = Loop(args)
     wrapped = torch.nn.parallel.DistributedDataParallel(Whole(loop))
@@ -148,11 +151,16 @@ class Whole(torch.nn.Module):
 
 
 def ddp(args: argparse.Namespace) -> Result:
+    if args.on_hosts:
+        mine: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        rank = int(os.environ["RANK"])
+        ddp_rank(rank, args, mine)
+        return {} if rank else mine.get()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(ddp_rank, args=(args, port, results), nprocs=args.workers)
+    mp.spawn(ddp_rank, args=(args, results), nprocs=args.workers)
     found: Result = results.get()
     return found
 
@@ -167,6 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--on-hosts", action="store_true")
     parser.add_argument("--backend", default="ray", choices=["ray", "local"])
     args = parser.parse_args()
     print(json.dumps(CONTENDERS[args.contender](args)))
