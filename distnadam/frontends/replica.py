@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from distnadam.client.user_state import params_from
 from distnadam.config import Options
 from distnadam.errors import ConfigError, LifecycleError, StructureError
 from distnadam.frontends import meeting
+from distnadam.frontends.masters import with_changed
 from distnadam.frontends.ranks import find_place
 from distnadam.groups import Group
 from distnadam.interop import OptimizerState
@@ -247,18 +249,21 @@ class Replica:
 
     def _take_over(self, optimizer: DistNadam, worker: Worker, params: Named) -> None:
         """Have the shards hold what the framework has changed, on all ranks alike."""
-        if _differing(worker.parameters(), params) is None:
+        changed = _differing(worker.parameters(), params)
+        if not changed:
             return
         if self.rank == 0:
-            optimizer.set_params(dict(params))
+            shards = optimizer.shards
+            whole = params_from(shards.layout, dict(params))
+            shards.fill({"params": with_changed(shards, whole, frozenset(changed))})
             worker.pull()
             return
         until = time.monotonic() + optimizer.options.step_timeout_s
-        while (changed := _differing(worker.pull(), params)) is not None:
+        while changed := _differing(worker.pull(), params):
             if time.monotonic() > until:
                 raise StructureError(
-                    f"rank {self.rank}: {changed!r} was changed between two steps, and not so on "
-                    "rank 0: change parameters on all ranks alike"
+                    f"rank {self.rank}: {changed[0]!r} was changed between two steps, and not so "
+                    "on rank 0: change parameters on all ranks alike"
                 )
             time.sleep(_POLL_S)
 
@@ -304,12 +309,10 @@ def distinct(names: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _differing(held: Named, params: Named) -> str | None:
-    """Return the name of a tensor whose bits differ, or None."""
-    for name, array in params.items():
-        if not same_bits(np.asarray(held[name]), array):
-            return name
-    return None
+def _differing(held: Named, params: Named) -> list[str]:
+    """Return the names of the tensors whose bits differ."""
+    each = params.items()
+    return [name for name, array in each if not same_bits(np.asarray(held[name]), array)]
 
 
 def same_bits(one: Array, other: Array) -> bool:
@@ -330,10 +333,9 @@ def _require_same(held: Named, params: Named, rank: int) -> None:
         raise StructureError(
             f"rank {rank}: this model is not rank 0's: {', '.join(map(repr, odd[:3]))} differ"
         )
-    name = _differing(held, params)
-    if name is not None:
+    if changed := _differing(held, params):
         raise StructureError(
-            f"rank {rank}: {name!r} does not begin as on rank 0: initialise the model from one "
-            "seed on all ranks (keras.utils.set_random_seed, torch.manual_seed, jax.random.key), "
-            "or load one file"
+            f"rank {rank}: {changed[0]!r} does not begin as on rank 0: initialise the model from "
+            "one seed on all ranks (keras.utils.set_random_seed, torch.manual_seed, "
+            "jax.random.key), or load one file"
         )

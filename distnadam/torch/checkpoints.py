@@ -59,7 +59,8 @@ def read_checkpoint(path: str, tensors: Mapping[str, torch.Tensor], *, has_produ
                 f"model's is {ours}"
             )
     names = [spec.path for spec in found.layout.tensors]
-    state = state_from(names, found.clock, found.m, found.v, tensors, has_product=has_product)
+    slots = found.m, found.v, found.params
+    state = state_from(names, found.clock, *slots, tensors, has_product=has_product)
     return Loaded(dict(zip(names, found.params, strict=True)), state, manifest.user_data.get(_KEY))
 
 

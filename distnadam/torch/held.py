@@ -21,16 +21,17 @@ from distnadam.torch.groups import Settings
 from distnadam.torch.parameters import Parameters
 from distnadam.torch.shards import Shards
 from distnadam.torch.state_dict import (
+    HALF,
+    MASTER,
     State,
     check_state,
     digest,
     flat_of,
+    masters_of,
     new_state,
     same,
     state_of,
 )
-
-HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class Held:
@@ -117,6 +118,9 @@ class Held:
             if tensor in full:
                 full[tensor] |= {k: _as_tensor(v) for k, v in each.items() if k in full[tensor]}
         now = self.state()
+        for tensor, each in full.items():  # torch's own classes have no masters
+            if MASTER in each and MASTER not in state.get(tensor, {}):
+                each[MASTER] = now[tensor][MASTER]
         if all(same(full[tensor], now[tensor]) for tensor in full):
             now |= others
             return
@@ -212,7 +216,7 @@ class Held:
         changed, is_edited = parameters.changed(), self._is_edited
         if not (changed or is_edited or self.shards.differ(settings)):
             return
-        words, state_of = [], None
+        words, state_of, exact = [], None, {}
         if changed:
             words.append(parameters.in_words(changed))
         if self.shards.differ(settings):
@@ -223,9 +227,11 @@ class Held:
             check_state(state, self.names)
             state_of = flat_of(self.shards.layout, state, self._by_name(), beta_1=beta_1)
             words.append(f"the state ({digest(state, self._tensors)})")
-        params = parameters.as_tree() if changed else None
+            exact = masters_of(state, self._by_name())
+        params = parameters.as_tree() | exact if changed or exact else None
+        names = frozenset(self._names[index] for index in changed) | exact.keys()
         try:
-            self.shards.replace("; ".join(words), settings, params, state_of)
+            self.shards.replace("; ".join(words), settings, params, names, state_of)
         except RanksDisagree as error:
             if self.shards.worker.session.round == 1:
                 error.add_note(

@@ -16,6 +16,7 @@ from distnadam.client.user_state import params_from
 from distnadam.config import Options, Topology
 from distnadam.errors import ConfigError, StepTimeout, StructureError
 from distnadam.frontends import meeting
+from distnadam.frontends.masters import is_rounded, with_changed
 from distnadam.frontends.ranks import Place
 from distnadam.hyperparameters import Formula
 from distnadam.nadam.step_scalars import Clock
@@ -193,8 +194,11 @@ class Shards:
         return parameters
 
     def read(self) -> tuple[Clock, dict[str, Flat]]:
-        """Return the clock and copies of the moments at one round."""
-        return self.optimizer.shards.read(("m", "v"))
+        """Return the clock and copies of the moments at one round, and of masters that the model
+        has rounded.
+        """
+        masters = ("params",) if is_rounded(self.layout) else ()
+        return self.optimizer.shards.read(("m", "v", *masters))
 
     def differ(self, settings: Settings) -> bool:
         """Whether the shards have other epsilons or weight decays."""
@@ -205,6 +209,7 @@ class Shards:
         what: str,
         settings: Settings,
         params: Mapping[str, Any] | None,
+        changed: frozenset[str],
         state_of: tuple[Clock, Mapping[str, Flat]] | None,
     ) -> None:
         """Have all ranks agree on a change, and give it to the shards.
@@ -213,6 +218,7 @@ class Shards:
             what: names all of it, with digests of the bits.
             settings: what the groups have.
             params: the parameters by name; None: as they are.
+            changed: which of them are others than the shards have.
             state_of: the clock and the moments; None: as they are.
 
         Raises:
@@ -231,6 +237,9 @@ class Shards:
         else:
             if self.differ(settings):
                 self.optimizer.set_config(**settings.config())
+            if params is not None:
+                shards = self.optimizer.shards
+                arrays["params"] = with_changed(shards, arrays["params"], changed)
             if arrays:
                 self.optimizer.shards.fill(arrays, clock)
         self._own = settings.own

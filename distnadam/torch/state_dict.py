@@ -2,7 +2,8 @@
 
 torch.optim.NAdam keeps `step`, `mu_product`, `exp_avg` and `exp_avg_sq` of each parameter; Adam
 and AdamW have no `mu_product`. It is float64 here, as the shards have it; torch rounds it to the
-parameter's dtype where its class loads it.
+parameter's dtype where its class loads it. A parameter in half precision has a `master` too, the
+float32 numbers that it is rounded from.
 """
 
 from collections import defaultdict
@@ -17,10 +18,12 @@ from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.reproducible_math import power_of_step
 from distnadam.tensors.arrays import Array, Flat, empty_flat
 from distnadam.tensors.layout import Layout
-from distnadam.torch.arrays import as_array, as_torch, digest_bytes, digest_of
+from distnadam.torch.arrays import as_array, as_torch, bits_of, digest_bytes, digest_of
 
 State = dict[Any, dict[str, Any]]
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
+MASTER = "master"
+HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EXACT = 2**24
 """Steps that float32 counts."""
 
@@ -34,6 +37,8 @@ def new_state(tensors: Sequence[torch.Tensor], *, has_product: bool) -> State:
             **_clock(0, 1.0, has_product=has_product),
             **{name: torch.zeros(tensor.shape, dtype=wide) for name in MOMENTS.values()},
         }
+        if tensor.dtype in HALF:
+            state[tensor][MASTER] = tensor.detach().to("cpu", wide)
     return state
 
 
@@ -50,13 +55,15 @@ def state_of(
     Args:
         layout: the model's, whose paths are the names of the tensors.
         clock: the optimizer's.
-        moments: "m" and "v", which the state takes over.
+        moments: "m", "v", and "params" where a tensor is in half precision; the state takes them
+            over.
         tensors: the model's by name.
         has_product: whether the formula has a momentum schedule.
     """
     names = [spec.path for spec in layout.tensors]
     m, v = (layout.views(moments[slot]) for slot in MOMENTS)
-    return state_from(names, clock, m, v, tensors, has_product=has_product)
+    params = layout.views(moments["params"]) if "params" in moments else m
+    return state_from(names, clock, m, v, params, tensors, has_product=has_product)
 
 
 def state_from(
@@ -64,11 +71,12 @@ def state_from(
     clock: Clock,
     m: Sequence[Array],
     v: Sequence[Array],
+    params: Sequence[Array],
     tensors: Mapping[str, torch.Tensor],
     *,
     has_product: bool,
 ) -> State:
-    """Return the state of moments in the order of `names`; as `state_of`."""
+    """Return the state of moments and masters in the order of `names`; as `state_of`."""
     state: State = defaultdict(dict)
     for index, (name, *moments) in enumerate(zip(names, m, v, strict=True)):
         steps, product = clock.of_tensor(index)
@@ -76,7 +84,23 @@ def state_from(
             **_clock(steps, product, has_product=has_product),
             **dict(zip(MOMENTS.values(), map(as_torch, moments), strict=True)),
         }
+        if tensors[name].dtype in HALF:
+            state[tensors[name]][MASTER] = as_torch(params[index])
     return state
+
+
+def masters_of(state: State, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the masters of a state by name, of the tensors that are what these round to: one that
+    was changed since has no other master than itself.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        master = state.get(tensor, {}).get(MASTER)
+        if master is not None and tensor.dtype in HALF:
+            held = tensor.detach().to("cpu")
+            if torch.equal(bits_of(held), bits_of(master.to(dtype=tensor.dtype, device="cpu"))):
+                found[name] = master
+    return found
 
 
 def _clock(steps: int, product: float, *, has_product: bool) -> dict[str, torch.Tensor]:
@@ -119,7 +143,7 @@ def check_state(
             raise StructureError(
                 f"load_state_dict: max_exp_avg_sq {who}: it is amsgrad's, which is not supported"
             )
-        for name in MOMENTS.values():
+        for name in (*MOMENTS.values(), MASTER):
             if name in each:
                 _check_moment(f"load_state_dict: {name} {who}", name, each[name], tensor.shape)
         steps, product = float(each.get("step", 0.0)), float(each.get("mu_product", 1.0))

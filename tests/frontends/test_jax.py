@@ -151,6 +151,22 @@ def test_what_cannot_be_right_is_refused_by_name() -> None:
     assert stepped["w"].dtype == jnp.bfloat16
 
 
+def test_what_is_changed_in_half_precision_leaves_the_masters_of_other_tensors() -> None:
+    seen = []
+    for is_halved in (False, True):
+        params = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3, jnp.bfloat16)}
+        optimizer = ours.DistAdam(1e-4)
+        for _ in range(20):
+            params = optimizer.step(params, params)
+            if is_halved:
+                params = params | {"b": params["b"] / 2}
+        shards = optimizer.cluster.shards
+        a, b = shards.layout.views(shards.read(("params",))[1]["params"])
+        seen.append((a.tobytes(), b.tobytes()))
+        assert (a < 1.0).all() and (params["a"] == jnp.bfloat16(a[0])).all()
+    assert seen[0][0] == seen[1][0] and seen[0][1] != seen[1][1]
+
+
 def test_the_example_in_its_docstring_runs() -> None:
     assert doctest.testmod(ours).attempted > 2
     assert doctest.testmod(ours).failed == 0

@@ -174,6 +174,71 @@ def test_a_model_of_another_dtype_has_masters_of_at_least_float32(dtype: Any) ->
     assert next(iter(optimizer.state.values()))["exp_avg"].dtype in (torch.float32, torch.float64)
 
 
+def masters(optimizer: Any) -> list[bytes]:
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return [optimizer.state[tensor]["master"].numpy().tobytes() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_changed_in_a_half_model_leaves_the_masters_of_other_tensors(dtype: Any) -> None:
+    seen = []
+    for is_clamped in (False, True):
+        model = make(dtype=dtype)
+        optimizer = ours.DistNadam(model.named_parameters(), lr=1e-5, num_shards=2, backend="local")
+        for batch in batches(20, dtype=dtype):
+            optimizer.zero_grad()
+            model[:2](batch).square().mean().backward()
+            optimizer.step()
+            if is_clamped:
+                model[2].weight.data.mul_(0.5)
+        seen.append(masters(optimizer))
+    plain, clamped = seen
+    assert plain[:2] == clamped[:2] and plain[2] != clamped[2]
+    assert plain[0] != make(dtype=dtype)[0].weight.detach().float().numpy().tobytes()
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "state_dict", "late", "deepcopy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_model_that_is_saved_goes_on_with_the_same_masters(
+    dtype: Any, how: str, tmp_path: Path
+) -> None:
+    one, other = make(dtype=dtype), make(9, dtype=dtype)
+    a = ours.DistNadam(one.named_parameters(), lr=1e-4, num_shards=2, backend="local")
+    b = ours.DistNadam(other.named_parameters(), lr=1e-4)
+    train(one, a, batches(10, dtype=dtype))
+    if how == "late":
+        train(other, b, batches(3, dtype=dtype))
+    if how == "deepcopy":
+        other, b = copy.deepcopy((one, a))
+    elif how == "state_dict":
+        other.load_state_dict(one.state_dict())
+        b.load_state_dict(a.state_dict())
+    else:
+        b.load(a.save(str(tmp_path)))
+    assert masters(a) == masters(b)
+    for model, optimizer in ((one, a), (other, b)):
+        train(model, optimizer, batches(10, 2, dtype=dtype))
+    assert masters(a) == masters(b)
+
+
+def test_a_state_without_masters_leaves_them_and_another_model_has_its_own() -> None:
+    one, other = make(dtype=torch.bfloat16), make(9, dtype=torch.bfloat16)
+    a = ours.DistNadam(one.named_parameters(), lr=1e-4)
+    b = ours.DistNadam(other.named_parameters(), lr=1e-4)
+    for model, optimizer in ((one, a), (other, b)):
+        train(model, optimizer, batches(10, dtype=torch.bfloat16))
+    before, state = masters(a), a.state_dict()
+    for each in state["state"].values():
+        del each["master"]
+        each["exp_avg"] = each["exp_avg"].bfloat16()
+    a.load_state_dict(state)
+    assert masters(a) == before
+    b.load_state_dict(a.state_dict())  # of the moments alone
+    train(other, b, batches(1, dtype=torch.bfloat16))
+    for p in other.parameters():
+        assert b.state[p]["master"].to(torch.bfloat16).tolist() == p.tolist()
+
+
 def test_a_view_a_strided_and_a_transposed_parameter_are_updated_where_they_lie() -> None:
     storage = torch.ones(4, 6, 2)
     tensors = [storage[..., 0].requires_grad_(), torch.ones(3, 5).T.requires_grad_()]
