@@ -58,7 +58,8 @@ def run_on_hosts(cluster: Cluster, contender: str, given: list[str]) -> str:
         "GLOO_SOCKET_IFNAME": "eth0",
     }
     programs = [cluster.python(host, *program, RANK=str(r), **env) for r, host in enumerate(hosts)]
-    return [each.finish(PATIENCE_S) for each in programs][0]
+    printed = {host: each.finish(PATIENCE_S) for host, each in zip(hosts, programs, strict=True)}
+    return printed[hosts[0]]
 
 
 def run(
