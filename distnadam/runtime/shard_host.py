@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
+from distnadam.places import above
 from distnadam.protocol.delivery import Reply, RunWork, run_in_this_thread
 from distnadam.protocol.messages import (
     Collect,
@@ -143,9 +144,7 @@ class ShardHost:
     def take_over(
         self, control_state: ShardControlState, arrays: dict[str, Flat], reconfigure: Reconfigure
     ) -> None:
-        """Continue from a primary's state, before the first message, under the order that makes
-        this shard the primary.
-        """
+        """Continue from a primary's state, under the order that makes this shard the primary."""
         self.shard.state.load(arrays, control_state.active)
         self.shard.progress.take_over(control_state, reconfigure)
         if reconfigure.config is not None and reconfigure.revision > control_state.revision:
@@ -269,6 +268,8 @@ class ShardHost:
             return self.files.save(message, self.shard.state.arrays(), lambda: on_written(saved))
 
         def on_written(saved: Saved) -> None:
+            if self._spec.options.checkpoint_dir not in (None, above(message.directory)):
+                return  # nobody goes back to what is there
             with self.lock:
                 must_send = self._outbox.queue_alone(self.shard.receive(saved, None))
             if must_send:

@@ -67,9 +67,12 @@ class RestorePoints:
     def checkpoint_saved(self, root: str, generation: int) -> None:
         """Remember that a checkpoint of that generation of the state is complete.
 
-        It holds whatever was replaced before it, and makes the first parameters needless.
+        It holds whatever was replaced before it, and makes the first parameters needless, if it is
+        where checkpoints are looked for.
         """
-        self.directory = self._fixed or root
+        if self._fixed not in (None, root):
+            return
+        self.directory = root
         self.initial = None
         if generation == self.generation:
             self.changed = None

@@ -74,6 +74,10 @@ def test_a_replacement_is_lost_unless_a_checkpoint_of_its_generation_is_saved() 
     assert points.changed == "the learning rate was replaced after round 3"
     assert points.directory == "root", "a directory that the user named stays"
     points.checkpoint_saved("elsewhere", points.generation)
+    assert points.changed is not None, "nobody looks there"
+    points.checkpoint_saved("root", before)
+    assert points.changed is not None
+    points.checkpoint_saved("root", points.generation)
     assert points.changed is None
 
 
