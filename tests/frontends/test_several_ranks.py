@@ -65,9 +65,13 @@ def test_ranks_of_a_jax_script_step_by_the_mean_of_their_gradients(
     assert first["other"] != second["other"]
 
 
-@pytest.mark.nightly
-def test_ranks_of_a_keras_script_stay_equal_where_one_alone_overflows(tmp_path: Path) -> None:
+def test_ranks_of_a_keras_script_in_half_precision_skip_alike_where_one_alone_overflows(
+    tmp_path: Path,
+) -> None:
     pytest.importorskip("keras")
     first, second = launched("keras", tmp_path)
     assert first["params"] == second["params"]
     assert first["iterations"] == second["iterations"] == 7
+    assert first["skipped"] == second["skipped"] == 1
+    assert np.isfinite(first["params"][0]).all()
+    assert "auto_scale_loss=False, and this optimizer a loss_scale_factor" in first["refused"]
