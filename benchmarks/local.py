@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -55,13 +55,16 @@ def optimizer_of(params: dict[str, np.ndarray]) -> DistNadam:
     return DistNadam(backend="local", options=Options(threads=1)).build(params)
 
 
-def torch_step(gradient: np.ndarray) -> Step:
+def torch_step(gradients: Iterable[np.ndarray]) -> Step:
     import torch
 
     torch.set_num_threads(1)
-    parameter = torch.nn.Parameter(torch.zeros(gradient.size))
-    parameter.grad = torch.from_numpy(gradient)
-    return torch.optim.NAdam([parameter], foreach=True).step
+    parameters = []
+    for gradient in gradients:
+        parameter = torch.nn.Parameter(torch.zeros(gradient.size))
+        parameter.grad = torch.from_numpy(gradient)
+        parameters.append(parameter)
+    return torch.optim.NAdam(parameters, foreach=True).step
 
 
 def floor_step(elements: int) -> Step:
@@ -70,20 +73,24 @@ def floor_step(elements: int) -> Step:
     return contenders["memory floor", 1]
 
 
-def steps_by_size(elements: int, count: int) -> list[dict[str, Any]]:
-    """Return a row for each way of one step of a tensor of so many elements, one thread each."""
-    gradient = np.random.default_rng(0).standard_normal(elements, dtype=np.float32)
-    tree, zeros = {"w": gradient}, {"w": np.zeros(elements, np.float32)}
+def steps_by_size(elements: int, count: int, tensors: int) -> list[dict[str, Any]]:
+    """Return a row for each way of one step of so many elements in all, in so many tensors of one
+    size, one thread each.
+    """
+    rng, each = np.random.default_rng(0), elements // tensors
+    tree = {f"{i:02d}": rng.standard_normal(each, dtype=np.float32) for i in range(tensors)}
+    zeros = {path: np.zeros(each, np.float32) for path in tree}
     direct, pushed = optimizer_of(zeros), optimizer_of(zeros)
     worker = pushed.worker(0)
     viewed = optimizer_of(zeros)
     viewer = viewed.worker(0)
-    viewer.gradients()["w"][:] = gradient
+    for path, view in viewer.gradients().items():
+        view[:] = tree[path]
     steps: dict[str, Step] = {
         "apply_gradients": lambda: direct.apply_gradients(tree),
         "worker.step": lambda: worker.step(tree),
         "worker.step, views": viewer.step,
-        TORCH: torch_step(gradient),
+        TORCH: torch_step(tree.values()),
         FLOOR: floor_step(elements),
     }
     found = timed(steps, count)
@@ -93,6 +100,7 @@ def steps_by_size(elements: int, count: int) -> list[dict[str, Any]]:
         {
             "step": name,
             "elements": elements,
+            "tensors": tensors,
             "us": seconds * 1e6,
             "over_floor": seconds / found[FLOOR],
             "torch_over_this": found[TORCH] / seconds,
@@ -248,7 +256,12 @@ def main() -> None:
     console = Console(width=110)
     sizes = {elements: count for elements, count in SIZES.items() if elements <= args.most}
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "step": lambda: [row for size in sizes.items() for row in steps_by_size(*size)],
+        "step": lambda: [
+            row
+            for size in sizes.items()
+            for tensors in (1, 10)
+            for row in steps_by_size(*size, tensors)
+        ],
         "many": many_tensors,
         "settings": settings,
         "import": imports,

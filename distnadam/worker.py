@@ -79,6 +79,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
             f"worker {self.rank}",
             self.session.channel.gradients,
             check=self._shards.options.check_gradients,
+            compiled=self._shards.options.kernel != "numpy",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

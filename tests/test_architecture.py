@@ -89,6 +89,9 @@ EXCEPTIONS = {
     "nadam": {"threading", "concurrent"},
     "nadam/fused": {"pathlib"},
     "nadam/fused_loop": {"llvmlite"},
+    "nadam/gather": {"pathlib"},
+    "nadam/gather_loop": {"llvmlite"},
+    "nadam/instructions": {"llvmlite"},
     "nadam/object_code": {"llvmlite", "pathlib"},
     "protocol/codec": {"msgpack"},
 }
@@ -98,7 +101,7 @@ the files of its code; and what bytes are made with.
 
 RAY_FOLDER = "backends/ray/"
 MOST_LINES = 400
-MOST_FUNCTIONS = 41
+MOST_FUNCTIONS = 40
 """That one step of one worker in local mode may pass; `python -m tests.count_functions` names them.
 """
 

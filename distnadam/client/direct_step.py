@@ -268,7 +268,11 @@ class DirectSteps:
         if self._buffer is None:
             memory = empty_flat(shards.layout.sizes)
             self._buffer = GradientBuffer(
-                shards.layout, DIRECT_CALL, memory, check=shards.options.check_gradients
+                shards.layout,
+                DIRECT_CALL,
+                memory,
+                check=shards.options.check_gradients,
+                compiled=shards.options.kernel != "numpy",
             )
         if step.settings.found_inf:
             return self._buffer.overflowed(), self._buffer.parts(shards.ranges)

@@ -11,12 +11,25 @@ from typing import Any, cast
 
 import numpy as np
 
-from distnadam.client.gradient_runs import BLOCK, Run, runs_of, stretches_of
+from distnadam.client.gradient_runs import (
+    BLOCK,
+    Run,
+    large_in,
+    narrow_in,
+    not_finite,
+    runs_of,
+    stretches_of,
+)
 from distnadam.client.micro_batches import add_micro_batch, divide, unscale
+from distnadam.client.plain_gradients import PlainGradients
 from distnadam.errors import ConfigError, LifecycleError, StructureError
+from distnadam.nadam.parts import NONE_ABSENT
 from distnadam.tensors.arrays import HALF, NAME_OF, Array, Flat, cut_flat, dtype_of, own_errors
 from distnadam.tensors.layout import Layout, Ranges, TensorSpec
 from distnadam.tensors.pieces import Pieces, concatenate
+
+_Views = tuple[Flat, list[Array], list[tuple[Run, Array]]]
+"""Flat arrays, a view of each tensor's, and of each run's."""
 
 
 class GradientBuffer:
@@ -31,6 +44,7 @@ class GradientBuffer:
         who: begins each error's sentence, such as "worker 1".
         memory: one flat array per space.
         check: whether gradients are checked to be finite.
+        compiled: whether they may be copied by compiled code.
 
     Attributes:
         is_lent: whether it has borrowed gradients.
@@ -39,16 +53,15 @@ class GradientBuffer:
         absent: the tensors that have no gradient, and zeros in the memory; frozen ones apart.
     """
 
-    def __init__(self, layout: Layout, who: str, memory: Flat, *, check: bool = True) -> None:
+    def __init__(
+        self, layout: Layout, who: str, memory: Flat, *, check: bool = True, compiled: bool = True
+    ) -> None:
         self._layout = layout
         self._who = who
         self._what = f"{who}: gradients"
         self._memory = memory
         self._check = check
-        # flat arrays, a view of each tensor's, and of each run's
-        self._by_dtypes: dict[
-            tuple[str, ...], tuple[Flat, list[Array], list[tuple[Run, Array]]]
-        ] = {}
+        self._by_dtypes: dict[tuple[str, ...], _Views] = {}
         # of the leaves of the last tree, while the memory is laid out for it
         self._found: tuple[list[np.dtype[Any]], frozenset[int]] = ([], frozenset())
         self._parts: tuple[Flat, list[Ranges], list[Flat]] | None = None
@@ -57,22 +70,14 @@ class GradientBuffer:
         self._pieces: dict[str, Pieces] = {}
         self.is_lent = False
         self.micro_steps = 0
-        self.absent: frozenset[int] = frozenset()
+        self.absent = NONE_ABSENT
         self.loss_scale = 0.0
         self._view_dtypes: dict[str, str] | None = None
-        self._narrow = [
-            i
-            for i, t in enumerate(layout.tensors)
-            if t.space == "float32" and t.begin < t.end and i not in layout.frozen
-        ]
-        self._large = [
-            (i, t)
-            for i, t in enumerate(layout.tensors)
-            if t.end - t.begin >= BLOCK and i not in layout.frozen
-        ]
+        self._narrow, self._large = narrow_in(layout), large_in(layout)
         self._looked_at = stretches_of(layout)
         self._trained = sum(b - a for each in self._looked_at.values() for a, b in each)
         self._runs = runs_of(layout)
+        self._plain = PlainGradients(layout, memory) if compiled else None
         self._rejection: str | None = None
         self._index = {tensor.path: index for index, tensor in enumerate(layout.tensors)}
         self._select({})
@@ -86,6 +91,20 @@ class GradientBuffer:
         """
         if self.micro_steps or self.is_lent:
             self._forget_last()
+        # what `write` and views have brought stays as it is until the tree is known to be right
+        is_alone = not (self._written or self.loss_scale or self.has_views)
+        doubtful = self._plain.copy(gradients) if self._plain and is_alone else None
+        if doubtful is None:
+            return self._fill_any(gradients)
+        if not self._is_whole:
+            self._select({})
+        self.absent, self._rejection = NONE_ABSENT, None
+        for run, values in doubtful:
+            with own_errors():
+                self._judge(run.space, values, run.begin)
+        return self._rejection
+
+    def _fill_any(self, gradients: Any) -> str | None:
         leaves, self.absent = self._layout.gradients(gradients, what=self._what)
         found = [leaf.dtype for leaf in leaves], self.absent
         if found != self._found:
@@ -368,30 +387,10 @@ class GradientBuffer:
 
     def _judge(self, space: str, values: Array, begin: int) -> None:
         """Divide the space's elements from `begin` on by the loss scale, if any, and record the
-        first that is not finite, or whose square overflows.
-
-        A block's dot product with itself is finite only if every element and square is; only a
-        block that fails this is searched. The caller has overflows and NaN ignored.
+        first that is not finite, or whose square overflows; the caller has both ignored.
         """
         if self.loss_scale:
             unscale(values, self.loss_scale)
-        if self._rejection is not None or not self._check:
-            return
-        for low in range(0, values.size, BLOCK):
-            wide = values[low : low + BLOCK].astype(space, copy=False)
-            if not math.isfinite(wide.dot(wide)):
-                bad = ~np.isfinite(np.square(wide))
-                if bad.any():
-                    first = low + int(bad.argmax())
-                    self._rejection = self._describe(space, begin + first, values[first])
-                    return
-
-    def _describe(self, space: str, offset: int, value: Any) -> str:
-        tensor = next(
-            t for t in self._layout.tensors if t.space == space and t.begin <= offset < t.end
-        )
-        where = tuple(int(i) for i in np.unravel_index(offset - tensor.begin, tensor.shape))
-        return (
-            f"{self._who}: gradient {tensor.path!r} is not finite, or its square overflows, "
-            f"at index {where}: {value!r}"
-        )
+        if self._rejection is None and self._check:
+            why = not_finite(self._layout, space, values, begin)
+            self._rejection = why and f"{self._who}: {why}"

@@ -1,8 +1,13 @@
 """Where a model's gradients lie in memory: the stretches that are copied, and looked at, as one."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from distnadam.tensors.layout import Layout
+import numpy as np
+
+from distnadam.tensors.arrays import Array
+from distnadam.tensors.layout import Layout, TensorSpec
 
 BLOCK = 65536
 """Elements copied at a time, and checked while they are in the cache."""
@@ -50,3 +55,47 @@ def stretches_of(layout: Layout) -> dict[str, list[tuple[int, int]]]:
         else:
             stretches.append((tensor.begin, tensor.end))
     return found
+
+
+def narrow_in(layout: Layout) -> list[int]:
+    """Return the tensors of the float32 space that have elements and are not frozen."""
+    return [
+        index
+        for index, tensor in enumerate(layout.tensors)
+        if tensor.space == "float32" and tensor.begin < tensor.end and index not in layout.frozen
+    ]
+
+
+def large_in(layout: Layout) -> list[tuple[int, TensorSpec]]:
+    """Return the tensors of a block or more that are not frozen."""
+    return [
+        (index, tensor)
+        for index, tensor in enumerate(layout.tensors)
+        if tensor.end - tensor.begin >= BLOCK and index not in layout.frozen
+    ]
+
+
+def not_finite(layout: Layout, space: str, values: Array, begin: int) -> str | None:
+    """Return which of a space's elements, from `begin` on, is the first that is not finite, or
+    whose square overflows in the dtype of the space; None if there is none.
+
+    A block's dot product with itself is finite only if every element and square is; only a block
+    that fails this is searched.
+    """
+    for low in range(0, values.size, BLOCK):
+        wide = values[low : low + BLOCK].astype(space, copy=False)
+        if not math.isfinite(wide.dot(wide)):
+            bad = ~np.isfinite(np.square(wide))
+            if bad.any():
+                first = low + int(bad.argmax())
+                return _describe(layout, space, begin + first, values[first])
+    return None
+
+
+def _describe(layout: Layout, space: str, offset: int, value: Any) -> str:
+    tensor = next(t for t in layout.tensors if t.space == space and t.begin <= offset < t.end)
+    where = tuple(int(i) for i in np.unravel_index(offset - tensor.begin, tensor.shape))
+    return (
+        f"gradient {tensor.path!r} is not finite, or its square overflows, at index {where}: "
+        f"{value!r}"
+    )

@@ -22,3 +22,5 @@ runs wherever it is loaded.
 """
 ARGUMENTS = (*(ctypes.c_ssize_t,) * 3, *(ctypes.c_void_p,) * 13)
 """The function's argument types."""
+PROTOTYPE = ctypes.CFUNCTYPE(None, *ARGUMENTS)
+"""The function's type; the interpreter's lock is free while it runs."""

@@ -9,31 +9,31 @@ of the cache at a time: it takes the time of its bytes, of which roots and divis
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from llvmlite import binding as llvm
 from llvmlite import ir
 
 from distnadam.nadam.fused_abi import ARGUMENTS, CONSTANTS, ENTRY, PART
-from distnadam.nadam.object_code import host_machine
+from distnadam.nadam.instructions import (
+    INDEX,
+    LINE,
+    POINTER,
+    WORD,
+    Instructions,
+    machine_code,
+    vector,
+)
 from distnadam.nadam.step_scalars import PER_SETTING
 
-_LINE = 64
-"""Bytes of a vector; of a line of the cache, on most machines."""
 _AHEAD = 2048
 """Bytes between what is read and what is fetched meanwhile: the processor's own fetching ends with
 each page of memory.
 """
-_INDEX, _WORD, _POINTER = ir.IntType(64), ir.IntType(32), ir.PointerType()
 
 
 def compile_loop(dtype: str, cpu: str | None = None) -> bytes:
     """Return the step for a dtype as an object file that defines the function `ENTRY`, for this
     machine's CPU or another one that LLVM knows by name.
     """
-    module = llvm.parse_assembly(str(_Step(dtype).module))
-    module.verify()
-    code: bytes = host_machine(cpu).emit_object(module)
-    return code
+    return machine_code(_Step(dtype), cpu)
 
 
 class _Number:
@@ -88,7 +88,7 @@ class _Setting(NamedTuple):
     scale: Any
 
 
-class _Step:
+class _Step(Instructions):
     """Writes the instructions for one dtype into `module`.
 
     What a step lacks is skipped by branches, which the processor foresees, since they go the same
@@ -96,69 +96,65 @@ class _Step:
     """
 
     def __init__(self, dtype: str) -> None:
-        self._element = ir.FloatType() if dtype == "float32" else ir.DoubleType()
-        self._size = np.dtype(dtype).itemsize
-        self._lanes = _LINE // self._size
-        self.module = ir.Module()
-        kinds = [_INDEX if kind is ARGUMENTS[0] else _POINTER for kind in ARGUMENTS]
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), kinds), ENTRY)
-        self._groups, parts, streams, *addresses = function.args
+        kinds = [INDEX if kind is ARGUMENTS[0] else POINTER for kind in ARGUMENTS]
+        super().__init__(dtype, ENTRY, kinds, ir.VoidType())
+        self._groups, parts, streams, *addresses = self.arguments
         self._gradients, self._group_sizes, *addresses = addresses
         self._p, self._m, self._v, self._out, self._bounds, *addresses = addresses
         self._coefficients, count, self._scales, self._kept, self._rounded, constants = addresses
-        self._code = code = ir.IRBuilder(function.append_basic_block())
-        self._streams = code.icmp_signed("!=", streams, _INDEX(0))
+        code = self.code
+        self._streams = code.icmp_signed("!=", streams, INDEX(0))
         self._keeps, self._rounds = (
-            code.icmp_unsigned("!=", code.ptrtoint(address, _INDEX), _INDEX(0))
+            code.icmp_unsigned("!=", code.ptrtoint(address, INDEX), INDEX(0))
             for address in (self._kept, self._rounded)
         )
-        self._count = self._load(self._element, count, _INDEX(0))
+        self._count = self.load(self.element, count, INDEX(0))
         self._divides = code.fcmp_ordered("ord", self._count, self._count)
-        self._constants = [self._load(_WORD, constants, _INDEX(k)) for k in range(len(CONSTANTS))]
-        self._loop(_INDEX(0), parts, self._part)
+        self._constants = [self.load(WORD, constants, INDEX(k)) for k in range(len(CONSTANTS))]
+        self.loop(INDEX(0), parts, self._part)
         with code.if_then(self._streams):
             code.fence("seq_cst")  # who is told of the step sees what went past the caches
         code.ret_void()
 
     def _part(self, part: Any) -> Sequence[Any]:
         """Step a part: lines of the written parameters, and what lies before and behind them."""
-        code = self._code
-        at = code.mul(part, _INDEX(PART))
+        code = self.code
+        at = code.mul(part, INDEX(PART))
         begin, end, setting, scale = (
-            self._load(_INDEX, self._bounds, code.add(at, _INDEX(k))) for k in range(PART)
+            self.load(INDEX, self._bounds, code.add(at, INDEX(k))) for k in range(PART)
         )
-        at = code.mul(setting, _INDEX(PER_SETTING))
+        at = code.mul(setting, INDEX(PER_SETTING))
         coefficients = [
-            self._load(self._element, self._coefficients, code.add(at, _INDEX(k)))
+            self.load(self.element, self._coefficients, code.add(at, INDEX(k)))
             for k in range(PER_SETTING)
         ]
-        factor = self._load(self._element, self._scales, scale)
+        factor = self.load(self.element, self._scales, scale)
         numbers = _Setting._make([*coefficients, factor])
         has = _Setting(*(code.fcmp_ordered("ord", number, number) for number in numbers))
-        address = code.ptrtoint(self._at(self._out, begin, self._element), _INDEX)
-        to_line = code.and_(code.sub(_INDEX(0), address), _INDEX(_LINE - 1))
-        first = code.add(begin, code.udiv(to_line, _INDEX(self._size)))
+        address = code.ptrtoint(self.at(self._out, begin, self.element), INDEX)
+        to_line = code.and_(code.sub(INDEX(0), address), INDEX(LINE - 1))
+        first = code.add(begin, code.udiv(to_line, INDEX(self.size)))
         first = code.select(code.icmp_signed("<", first, end), first, end)
-        last = code.add(first, code.and_(code.sub(end, first), _INDEX(-self._lanes)))
-        for low, high, lanes in ((begin, first, 1), (first, last, self._lanes), (last, end, 1)):
+        last = code.add(first, code.and_(code.sub(end, first), INDEX(-self.lanes)))
+        for low, high, lanes in ((begin, first, 1), (first, last, self.lanes), (last, end, 1)):
             self._elements(low, high, lanes, numbers, has)
         return ()
 
     def _elements(self, begin: Any, end: Any, lanes: int, numbers: Any, has: _Setting) -> None:
         """Step elements [begin, end), so many at a time."""
-        code, kind = self._code, _vector(self._element, lanes)
-        numbers = _Setting(*(_Number(code, self._spread(n, lanes)) for n in numbers))
-        count = _Number(code, self._spread(self._count, lanes))
+        code, kind = self.code, vector(self.element, lanes)
+        numbers = _Setting(*(_Number(code, self.spread(n, lanes)) for n in numbers))
+        count = _Number(code, self.spread(self._count, lanes))
         least = _Number(code, kind(None)) - numbers.limit
 
         def step(i: Any) -> Sequence[Any]:
             def read(array: Any) -> _Number:
                 if lanes > 1:
-                    self._fetch(self._at(array, i, self._element))
-                return _Number(code, self._load(kind, array, i))
+                    self.fetch(self.at(array, i, self.element), _AHEAD)
+                return _Number(code, self.load(kind, array, i))
 
             def write(number: _Number, array: Any) -> None:
-                code.store(number.value, self._at(array, i, self._element), align=self._size)
+                code.store(number.value, self.at(array, i, self.element), align=self.size)
 
             g = self._sum(read)
             g = self._where(self._divides, g, lambda: g / count)
@@ -182,65 +178,65 @@ class _Step:
             if lanes == 1:
                 write(new, self._out)
             else:
-                self._write_line(new.value, self._at(self._out, i, self._element))
-            if self._element == ir.FloatType():
+                self._write_line(new.value, self.at(self._out, i, self.element))
+            if self.element == ir.FloatType():
                 with code.if_then(self._rounds):
                     self._write_rounded(new.value, i, lanes)
             return ()
 
-        self._loop(begin, end, step, by=lanes)
+        self.loop(begin, end, step, by=lanes)
 
     def _sum(self, read: Callable[[Any], _Number]) -> _Number:
         """Return the sum of the groups' sums, each in order."""
-        code = self._code
+        code = self.code
 
         def gradient(rank: Any) -> _Number:
-            return read(self._load(_POINTER, self._gradients, rank))
+            return read(self.load(POINTER, self._gradients, rank))
 
         def add_gradient(rank: Any, total: Any) -> Sequence[Any]:
             return [(_Number(code, total) + gradient(rank)).value]
 
         def sum_of(group: Any, first: Any) -> tuple[_Number, Any]:
             """Return a group's sum, and the first gradient of the next group."""
-            end = code.add(first, self._load(_INDEX, self._group_sizes, group))
+            end = code.add(first, self.load(INDEX, self._group_sizes, group))
             begun = [gradient(first).value]
-            (total,) = self._loop(code.add(first, _INDEX(1)), end, add_gradient, begun)
+            (total,) = self.loop(code.add(first, INDEX(1)), end, add_gradient, begun)
             return _Number(code, total), end
 
         def add_group(group: Any, total: Any, first: Any) -> Sequence[Any]:
             more, end = sum_of(group, first)
             return [(_Number(code, total) + more).value, end]
 
-        total, end = sum_of(_INDEX(0), _INDEX(0))
-        found, _ = self._loop(_INDEX(1), self._groups, add_group, [total.value, end])
+        total, end = sum_of(INDEX(0), INDEX(0))
+        found, _ = self.loop(INDEX(1), self._groups, add_group, [total.value, end])
         return _Number(code, found)
 
     def _write_line(self, value: Any, address: Any) -> None:
         """Store a vector at the beginning of a line, past the caches if the step says so."""
-        code = self._code
+        code = self.code
         with code.if_else(self._streams) as (past, into):
             with past:
-                store = code.store(value, address, align=_LINE)
-                store.set_metadata("nontemporal", self.module.add_metadata([_WORD(1)]))
+                store = code.store(value, address, align=LINE)
+                store.set_metadata("nontemporal", self.module.add_metadata([WORD(1)]))
             with into:
-                code.store(value, address, align=_LINE)
+                code.store(value, address, align=LINE)
 
     def _write_rounded(self, new: Any, i: Any, lanes: int) -> None:
         """Store float32 values rounded to bfloat16, with the bits of `round_into`."""
-        code, word, half = self._code, _vector(_WORD, lanes), _vector(ir.IntType(16), lanes)
-        one, below_half, sign, quiet = (self._spread(k, lanes) for k in self._constants)
+        code, word, half = self.code, vector(WORD, lanes), vector(ir.IntType(16), lanes)
+        one, below_half, sign, quiet = (self.spread(k, lanes) for k in self._constants)
         x = code.bitcast(new, word)
         high = code.lshr(x, ir.Constant(word, 16 if lanes == 1 else [16] * lanes))
         carried = code.add(code.add(x, below_half), code.and_(high, one))
         nearest = code.lshr(carried, ir.Constant(word, 16 if lanes == 1 else [16] * lanes))
         nan = code.or_(code.and_(high, sign), quiet)
         found = code.select(code.fcmp_unordered("uno", new, new), nan, nearest)
-        address = self._at(self._rounded, i, ir.IntType(16))
+        address = self.at(self._rounded, i, ir.IntType(16))
         code.store(code.trunc(found, half), address, align=2)
 
     def _where(self, flag: Any, number: _Number, change: Callable[[], _Number]) -> _Number:
         """Return the changed number if the flag is set, else the number."""
-        code = self._code
+        code = self.code
         before = code.block
         with code.if_then(flag):
             changed = change().value
@@ -249,63 +245,3 @@ class _Step:
         found.add_incoming(number.value, before)
         found.add_incoming(changed, inside)
         return _Number(code, found)
-
-    def _loop(
-        self,
-        begin: Any,
-        end: Any,
-        body: Callable[..., Sequence[Any]],
-        carried: Sequence[Any] = (),
-        by: int = 1,
-    ) -> Sequence[Any]:
-        """Write `body(i, *carried)` for each i, which returns what the next turn gets in place of
-        `carried`; return what the last has left.
-        """
-        code = self._code
-        before = code.block
-        head, inside, behind = (code.append_basic_block() for _ in range(3))
-        code.branch(head)
-        code.position_at_end(head)
-        values = [code.phi(value.type) for value in (begin, *carried)]
-        code.cbranch(code.icmp_signed("<", values[0], end), inside, behind)
-        code.position_at_end(inside)
-        next_values = [*body(*values)]
-        next_values.insert(0, code.add(values[0], _INDEX(by)))
-        for value, first, following in zip(values, (begin, *carried), next_values, strict=True):
-            value.add_incoming(first, before)
-            value.add_incoming(following, code.block)
-        code.branch(head)
-        code.position_at_end(behind)
-        return values[1:]
-
-    def _spread(self, value: Any, lanes: int) -> Any:
-        """Return a vector of one value; the value itself for one lane."""
-        if lanes == 1:
-            return value
-        first = self._code.insert_element(
-            ir.Constant(_vector(value.type, lanes), ir.Undefined), value, _WORD(0)
-        )
-        return self._code.shuffle_vector(first, first, _vector(_WORD, lanes)(None))
-
-    def _at(self, array: Any, i: Any, element: Any) -> Any:
-        """Return the address of element i of an array."""
-        return self._code.gep(array, [i], source_etype=element)
-
-    def _load(self, kind: Any, array: Any, i: Any) -> Any:
-        """Load element i of an array, or a vector that begins there."""
-        element = kind.element if isinstance(kind, ir.VectorType) else kind
-        align = {_INDEX: 8, _POINTER: 8, _WORD: 4}.get(element, self._size)
-        return self._code.load(self._at(array, i, element), typ=kind, align=align)
-
-    def _fetch(self, address: Any) -> None:
-        """Have the line `_AHEAD` of an address fetched into the cache; it need not be mapped."""
-        code = self._code
-        fetch = self.module.declare_intrinsic(
-            "llvm.prefetch", [_POINTER], ir.FunctionType(ir.VoidType(), [_POINTER, *[_WORD] * 3])
-        )
-        ahead = code.gep(address, [_INDEX(_AHEAD)], source_etype=ir.IntType(8))
-        code.call(fetch, [ahead, _WORD(0), _WORD(3), _WORD(1)])
-
-
-def _vector(element: Any, lanes: int) -> Any:
-    return element if lanes == 1 else ir.VectorType(element, lanes)

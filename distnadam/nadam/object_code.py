@@ -43,28 +43,23 @@ _OF_THE_PROCESSOR = (
 """The lines of Linux's /proc/cpuinfo that tell one processor from another."""
 
 
-class LoadedCode:
-    """The function of an object file that has one, callable as long as this object lives, without
-    the interpreter's lock.
+def loaded_code(code: bytes, name: str, prototype: Callable[[int], Any]) -> Callable[..., Any]:
+    """Return the function of an object file that has one, callable as long as it is referred to.
 
     Args:
         code: the object file; it must be of this machine's CPU.
-        name: of the function, which returns nothing.
-        argument_types: of the function, of ctypes.
+        name: of the function.
+        prototype: its type, of ctypes, which says whether the interpreter's lock is held in it.
     """
-
-    def __init__(self, code: bytes, name: str, argument_types: tuple[Any, ...]) -> None:
-        instructions = _alone(code)
-        mapped = None if instructions is None else _mapped(instructions)
-        if mapped is None:
-            self._memory, address = _linked(code, name)
-        else:
-            self._memory, address = mapped, np.frombuffer(mapped, np.uint8).ctypes.data
-        self._function = ctypes.CFUNCTYPE(None, *argument_types)(address)
-
-    def __call__(self, *args: Any) -> None:
-        """Call the function."""
-        self._function(*args)
+    instructions = _alone(code)
+    mapped = None if instructions is None else _mapped(instructions)
+    if mapped is None:
+        memory, address = _linked(code, name)
+    else:
+        memory, address = mapped, np.frombuffer(mapped, np.uint8).ctypes.data
+    function: Callable[..., Any] = prototype(address)
+    function.memory = memory  # type: ignore[attr-defined]  # where its instructions are
+    return function
 
 
 def _alone(code: bytes) -> bytes | None:

@@ -24,12 +24,12 @@ from llvmlite import binding as llvm
 
 from distnadam.errors import KernelError
 from distnadam.nadam import fused_stepper, object_code
-from distnadam.nadam.fused_abi import ARGUMENTS, ENTRY
+from distnadam.nadam.fused_abi import ENTRY, PROTOTYPE
 from distnadam.nadam.fused_loop import compile_loop
 from distnadam.nadam.kernels import KernelName, make_stepper
 from distnadam.nadam.mean import BLOCK_BYTES, Grouping, Scratch, in_order
 from distnadam.nadam.norms import square_sums
-from distnadam.nadam.object_code import LoadedCode, cached_code, host_machine
+from distnadam.nadam.object_code import cached_code, host_machine, loaded_code
 from distnadam.nadam.step_scalars import NONE, Clock, StepScalars
 from distnadam.nadam.stepper import Part, RangeStep, Slots, Stepper, check_denormals
 from distnadam.tensors.arrays import BFLOAT16
@@ -110,7 +110,7 @@ def stepper(kernel: Any, dtype: str, threads: int) -> Stepper:
     if kernel not in CPUS:
         return make_stepper(kernel, dtype, threads)
     fused = fused_stepper.FusedStepper(dtype, threads)
-    fused._loop = LoadedCode(compile_loop(dtype, kernel), ENTRY, ARGUMENTS)
+    fused._loop = loaded_code(compile_loop(dtype, kernel), ENTRY, PROTOTYPE)
     return fused
 
 
@@ -454,7 +454,7 @@ define void @adding(ptr %number) {{
 def test_code_runs_as_it_is_or_linked_where_it_refers_to_its_own_data(one: str) -> None:
     code = host_machine().emit_object(llvm.parse_assembly(ADDING.format(one=one)))
     number = ctypes.c_int64(41)
-    LoadedCode(code, "adding", (ctypes.c_void_p,))(ctypes.addressof(number))
+    loaded_code(code, "adding", ctypes.CFUNCTYPE(None, ctypes.c_void_p))(ctypes.addressof(number))
     assert number.value == 42
 
 

@@ -1,0 +1,151 @@
+"""Trees that one compiled call looks at and copies: with the result, or the error, that they have
+where NumPy does it.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from distnadam.client.gradient_buffer import GradientBuffer
+from distnadam.client.plain_gradients import PlainGradients
+from distnadam.errors import StructureError
+from distnadam.nadam import gather, gather_abi
+from distnadam.tensors.arrays import empty_flat
+from distnadam.tensors.layout import Layout
+
+SHAPES = [(3,), (), (2, 2), (0,), (1, 5), (67,), (9, 41), (2, 1, 3)]
+
+
+class Masked(np.ndarray):
+    """A subclass, which may be anything."""
+
+
+OTHERS: dict[str, Any] = {
+    "alike": np.ones(3, np.float32),
+    "read-only": np.frombuffer(np.ones(3, np.float32).tobytes(), np.float32),
+    "not contiguous": np.arange(6, dtype=np.float32)[::2],
+    "backwards": np.arange(3, dtype=np.float32)[::-1],
+    "spread": np.broadcast_to(np.float32(2), (3,)),
+    "not aligned": np.frombuffer(bytes(13), np.float32, 3, 1),
+    "wider": np.ones(3, np.float64),
+    "narrower": np.ones(3, np.float16),
+    "bfloat16": np.ones(3, ml_dtypes.bfloat16),
+    "of another byte order": np.ones(3, ">f4"),
+    "of a dtype with metadata": np.ones(3, np.dtype("f4", metadata={"unit": "m"})),
+    "of a subclass": np.ones(3, np.float32).view(Masked),
+    "masked": np.ma.MaskedArray(np.ones(3, np.float32), [False, True, False]),
+    "of another shape": np.ones(4, np.float32),
+    "of more dimensions": np.ones((3, 1), np.float32),
+    "of whole numbers": np.ones(3, np.int32),
+    "objects": np.array([1.0, None, 2.0], object),
+    "a list": [1.0, 2.0, 3.0],
+    "a number": 1.0,
+    "a small object": object(),
+    "nothing": None,
+    "not a number": np.array([1, np.nan, 2], np.float32),
+    "infinite": np.array([1, 2, -np.inf], np.float32),
+    "too large to square": np.array([1e25, 0, 0], np.float32),
+    "large together": np.full(3, 1.5e19, np.float32),
+}
+
+
+def tree_of(dtype: str, number: int = 40) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(number)]
+    return {
+        f"{i:04d}": np.asarray(rng.standard_normal(s).astype(dtype)) for i, s in enumerate(shapes)
+    }
+
+
+def filled(layout: Layout, tree: Any, *, compiled: bool) -> Any:
+    memory = empty_flat(layout.sizes)
+    buffer = GradientBuffer(layout, "worker 7", memory, compiled=compiled)
+    try:
+        rejection = buffer.fill(tree)
+    except StructureError as error:
+        return str(error)
+    return rejection, {space: values.tobytes() for space, values in buffer.flat.items()}
+
+
+@pytest.mark.parametrize("place", [0, 16, 32])
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_compiled_copy_takes_what_numpy_takes_and_refuses_what_is_refused(
+    what: str, place: int
+) -> None:
+    tree = tree_of("float32")
+    layout = Layout.of(tree)
+    tree[f"{place:04d}"] = OTHERS[what]
+    assert filled(layout, tree, compiled=True) == filled(layout, tree, compiled=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("number", [1, 8, 3000])
+def test_plain_trees_are_copied_by_it(dtype: str, number: int) -> None:
+    tree = tree_of(dtype, number)
+    layout = Layout.of(tree)
+    memory = empty_flat(layout.sizes)
+    assert PlainGradients(layout, memory).copy({"other": 1}) is None
+    assert PlainGradients(layout, memory).copy(tree) == []
+    whole = np.concatenate([array.ravel() for array in tree.values()])
+    assert memory[dtype].tobytes() == whole.tobytes()
+
+
+def test_an_array_that_has_changed_since_the_last_step_is_looked_at_again() -> None:
+    tree = {"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float32)}
+    buffer = GradientBuffer(layout := Layout.of(tree), "worker 7", empty_flat(layout.sizes))
+    assert buffer.fill(tree) is None
+    tree["a"].shape = (3, 2)
+    with pytest.raises(StructureError, match=r"'a': expected shape \(2, 3\)"):
+        buffer.fill(tree)
+    tree["a"].shape = (2, 3)
+    tree["b"].resize(100_000, refcheck=False)  # its memory is elsewhere
+    tree["b"].resize(4, refcheck=False)
+    tree["b"][:] = 5
+    assert buffer.fill(tree) is None
+    assert buffer.flat["float32"].tolist() == [1] * 6 + [5] * 4
+
+
+def test_a_tree_that_is_refused_leaves_what_was_pushed_by_tensor() -> None:
+    model = {"a": np.zeros(3, np.float32), "b": np.zeros(4, np.float32)}
+    buffer = GradientBuffer(layout := Layout.of(model), "worker 7", empty_flat(layout.sizes))
+    buffer.write("a", np.full(3, 2, np.float32))
+    with pytest.raises(StructureError, match="'b'"):
+        buffer.fill({"a": np.ones(3, np.float32), "b": np.ones(5, np.float32)})
+    buffer.write("b", np.full(4, 3, np.float32))
+    assert buffer.finish() is None
+    assert buffer.flat["float32"].tolist() == [2] * 3 + [3] * 4
+
+
+ELSEWHERE = {
+    "LIST_SIZE": 0,
+    "LIST_ITEMS": 8,
+    "TYPE": 0,
+    "DATA": 40,
+    "DIMENSIONS": 0,
+    "SHAPE": 16,
+    "DESCR": 48,
+    "FLAGS": 24,
+}
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_where_objects_lie_otherwise_in_memory_nothing_relies_on_it(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gather._are_as_known("float32")
+    monkeypatch.setattr(gather_abi, place, ELSEWHERE[place])
+    assert not gather._are_as_known("float32")
+
+
+def test_without_a_compiler_or_compiled_code_numpy_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise OSError("no memory can be executed here")
+
+    monkeypatch.setattr(gather, "_loaded", {})
+    monkeypatch.setattr(gather, "cached_code", refuse)
+    tree = tree_of("float32")
+    layout = Layout.of(tree)
+    assert PlainGradients(layout, empty_flat(layout.sizes)).copy(tree) is None
+    assert filled(layout, tree, compiled=True) == filled(layout, tree, compiled=False)
