@@ -132,7 +132,7 @@ def _running(name: str) -> DistNadam | None:
 
 def _await(look: Callable[[], _T | None], name: str, place: Place, timeout_s: float) -> _T:
     began = time.monotonic()
-    with said_if_long(f"rank {place.rank}", lambda: f"rank 0 to build {name!r}", timeout_s):
+    with said_if_long(f"rank {place.rank}", lambda: f"for rank 0 to build {name!r}", timeout_s):
         while (found := look()) is None:
             if time.monotonic() - began > timeout_s:
                 raise StepTimeout(

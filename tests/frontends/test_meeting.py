@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from distnadam import waiting
 from distnadam.backends import factory
 from distnadam.errors import ClusterError, ConfigError, StepTimeout
 from distnadam.frontends import meeting
@@ -51,9 +52,13 @@ def test_a_directory_that_others_can_use_is_refused(temporary: Path) -> None:
         meeting.announce(HERE, "run-1-0")
 
 
-def test_a_rank_waits_for_rank_0_as_long_as_a_step_may_take() -> None:
+def test_a_rank_waits_for_rank_0_as_long_as_a_step_may_take(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting, "REPORT_WAIT_S", 0.05)
     with pytest.raises(StepTimeout, match=r"rank 1: rank 0 has not built 'run-1-0' in 0\.2 s"):
         meeting.attach(HERE, "run-1-0", 0.2)
+    assert "rank 1: has waited 0.05 s, for rank 0 to build 'run-1-0'; it waits on" in caplog.text
 
 
 def test_ranks_of_several_hosts_need_the_address_of_a_ray() -> None:
