@@ -205,6 +205,23 @@ class ShardTransport(ABC):
         """Say whether nobody can have a view of the present parameters; nobody gets one inside."""
         return nullcontext(False)
 
+    def share_parameters(self) -> Sequence[Array]:
+        """Have whoever has views of the present parameters write them too, between two rounds: the
+        shards step them where they lie from then on.
+
+        To be called before a worker opens a channel.
+
+        Returns:
+            Their memory; none where shards are in other processes, and it is not so.
+        """
+        return []
+
+    def move_parameters(self) -> None:
+        """Leave shared parameters to whoever has views of them, as they are, and step copies of
+        them; not while a round is in progress.
+        """
+        return
+
     def await_work(self) -> None:
         """Wait until no shard reads what was given to it, if it reads this process's memory.
 

@@ -56,6 +56,7 @@ class LocalTransport(ShardTransport):
         self.memory = ParameterMemory({})
         self._version = 0
         self._has_channels = False
+        self._is_shared = False
         self.after_fork()
         renew_after_fork(self)
 
@@ -63,11 +64,13 @@ class LocalTransport(ShardTransport):
         """Return a new host, whose parameter buffers are views of `memory`."""
         first, second = (cut_flat(buffer, spec.ranges) for buffer in self.memory.written)
         with memory_for(f"shard {spec.index}: its state of {shard_bytes(spec)} bytes"):
-            return ShardHost(
+            host = ShardHost(
                 spec,
                 buffers=(first, second),
                 threads=spec.options.threads or len(os.sched_getaffinity(0)),
             )
+        host.shard.state.in_place = self._is_shared
+        return host
 
     def replace(self, specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
         """Send every later message to these hosts; the parameters stay where they are."""
@@ -99,6 +102,24 @@ class LocalTransport(ShardTransport):
     def unseen(self) -> Iterator[bool]:
         with self._opening:
             yield not self._has_channels
+
+    @override
+    def share_parameters(self) -> Sequence[Array]:
+        states = [host.shard.state for host in self.hosts]
+        with self._opening:
+            if self._has_channels or self.memory.read is None or any(s.masters for s in states):
+                return []
+            self.memory.share(states[0].active)
+            self._is_shared = True
+            for state in states:
+                state.in_place = True
+        return self.written_here
+
+    @override
+    def move_parameters(self) -> None:
+        for host in self.hosts:
+            with host.lock:
+                host.shard.state.move()
 
     @property
     def _writes_in_place(self) -> bool:

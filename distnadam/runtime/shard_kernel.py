@@ -85,8 +85,8 @@ class ShardKernel:
         parts = arranged.shares_by_tensor if len(scales) > 1 else arranged.together
         apart = arranged if arranged.tells_clocks_apart else None
         scalars = step_scalars(clock, config, overrides, apart)
-        active = shard.state.active
-        for space, slots in (self._in_place if current.in_place else self._slots)[active].items():
+        active, in_place = shard.state.active, current.in_place or shard.state.in_place
+        for space, slots in (self._in_place if in_place else self._slots)[active].items():
             step = RangeStep(
                 slots=slots,
                 gradients=[g[space] for g in gradients],
@@ -97,7 +97,7 @@ class ShardKernel:
             )
             self._steppers[space].step(step, parts[space])
         if self._in_both or len(arranged.stepped) < len(self._spec.layout.tensors):
-            self._copy_others(shard.state, arranged.stepped, in_place=current.in_place)
+            self._copy_others(shard.state, arranged.stepped, in_place=in_place)
         return scalars.after, scalars.lr
 
     def _arrangement(self, shard: Shard) -> Arrangement:

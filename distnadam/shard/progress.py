@@ -91,7 +91,7 @@ class Progress:
 
     def take_step(self, clock: Clock, lr: float, stepped: Round) -> None:
         """Take the arrays, the clock and the learning rate of a round's step."""
-        if not stepped.in_place:
+        if not (stepped.in_place or self.state.in_place):
             self.state.swap()
         self.clock, self.lr = clock, lr
         self.applied_revision, self.overrides = self.revision, stepped.overrides

@@ -17,7 +17,7 @@ class ShardState:
     """The arrays of one shard's ranges.
 
     A step reads the current parameters and writes the spare buffer, which then becomes current, or
-    writes them where they are if nobody sees them. In
+    writes them where they are if nobody sees them, or whoever does expects it. In
     a space that workers see rounded, the parameters are the master's, which a step changes in place
     as it does the moments, and the buffers hold them rounded.
 
@@ -29,6 +29,7 @@ class ShardState:
         ema: the average of the parameters; None if none is kept.
         frozen: by space, the stretches [first, last) that no step changes; their average is what
             they are.
+        in_place: whether whoever sees the parameters expects steps and writes where they are.
         active: the index of the current buffer.
         written: how often arrays were replaced other than by a step.
     """
@@ -39,6 +40,7 @@ class ShardState:
     masters: Flat = field(default_factory=dict)
     ema: Flat | None = None
     frozen: Mapping[str, Sequence[Range]] = field(default_factory=dict)
+    in_place: bool = field(default=False, init=False)
     active: int = field(default=0, init=False)
     written: int = field(default=0, init=False)
 
@@ -93,6 +95,13 @@ class ShardState:
         """Make the spare buffer the current one."""
         self.active = 1 - self.active
 
+    def move(self) -> None:
+        """Have the parameters in the spare buffer, and leave the current one as it is."""
+        for space, values in self.spare.items():
+            np.copyto(values, self.seen[space])
+        self.swap()
+        self.written += 1
+
     def arrays(self) -> dict[str, Flat]:
         """Return the present arrays by name."""
         found = {"params": self.params, "m": self.m, "v": self.v}
@@ -100,9 +109,9 @@ class ShardState:
 
     def reset(self) -> dict[str, Flat]:
         """Return the arrays by name, to be filled in place before `settle`; workers see
-        `buffers[0]` from now on.
+        `buffers[0]` from now on, unless they see the parameters change in place.
         """
-        self.active = 0
+        self.active = self.active if self.in_place else 0
         self.written += 1
         return self.arrays()
 
@@ -132,14 +141,18 @@ class ShardState:
         self.settle(begin_average="ema" not in arrays)
 
     def write(self, state: dict[str, Flat]) -> None:
-        """Replace whole arrays by name; workers that see the present parameters keep them."""
+        """Replace whole arrays by name; workers that see the present parameters keep them, unless
+        they see them change in place.
+        """
         self.written += 1
+        following = self.seen if self.in_place else self.spare
         for name, flat in state.items():
-            target = self.spare | self.masters if name == "params" else self.arrays()[name]
+            target = following | self.masters if name == "params" else self.arrays()[name]
             for space, values in flat.items():
                 np.copyto(target[space], values)
         if "params" in state:
-            self.swap()
+            if not self.in_place:
+                self.swap()
             self.settle(begin_average=False)
         elif "ema" in state:
             self._settle_average(begin=False)

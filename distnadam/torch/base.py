@@ -28,6 +28,12 @@ def _outside_graphs(method: _F) -> _F:
 class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """What the optimizers have in common; make one of its subclasses.
 
+    The parameters are the model's own tensors, updated in place. Where this process alone trains,
+    the first step moves each into the shards' memory, if nobody else has the memory that it has
+    (nor ever took `.numpy()` of it), it has the dtype in which it is stepped, float32 or float64,
+    and torch would not align its new place better. All others are compared with what the last step
+    left in them, and copied, which costs as much as the step.
+
     Args:
         params: tensors, (name, tensor) pairs as `named_parameters()` yields them, or groups.
         defaults: torch's settings.

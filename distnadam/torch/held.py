@@ -183,8 +183,10 @@ class Held:
     def _build(self, settings: Settings) -> "_Running":
         parameters, in_place = Parameters(self._names, self._tensors), self._may_move_gradients()
         self.shards.build(parameters.as_tree(), settings)
+        memory = self.shards.share_parameters()
         running = self._open(parameters, in_place=in_place)
         parameters.hand_out(self.shards.pull())
+        parameters.move_in(memory)
         return running
 
     def _may_move_gradients(self) -> bool:
@@ -213,6 +215,9 @@ class Held:
         """Give the shards what was changed here since the last step, if all ranks have changed the
         same.
         """
+        if parameters.have_left():
+            self.shards.move_parameters()
+            parameters.hand_out(self.shards.pull())
         changed, is_edited = parameters.changed(), self._is_edited
         if not (changed or is_edited or self.shards.differ(settings)):
             return

@@ -1,8 +1,9 @@
 """The model's own tensors, and which of them were changed since the shards' last values were
 written into them. No shards.
 
-What a step has left in a tensor is compared bit by bit, since torch counts no write through
-`.data`.
+A tensor may lie in the memory of this process's shards: then it is what they step, and a change of
+it is theirs already. What a step has left in any other is compared bit by bit, since torch counts
+no write through `.data`.
 """
 
 import ctypes
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
 from distnadam.errors import StructureError
+from distnadam.tensors.arrays import Array
 from distnadam.torch.arrays import as_torch, bits_of, digest_bytes, digest_of
 
 _SHOWN = 4
@@ -33,16 +36,60 @@ class Parameters:
         self.tensors = list(tensors)
         self._trees: list[_Handed] = []
         self._handed: _Handed | None = None
-        self._places: list[int] = []
-        self._is_plain = False
+        self._own = [_has_own_memory(tensor) for tensor in tensors]  # before NumPy has looked
+        self._moved: list[torch.Tensor] = []  # those that lie in the shards' memory
+        self._slots: list[torch.Tensor] = []  # where each of them does
+        self._slot_places: list[int] = []
+        self._copied = list(range(len(self.tensors)))  # all others
         self._kinds = [(tensor.dtype, tensor.nbytes) for tensor in tensors]
-        self._sizes = [tensor.nbytes for tensor in tensors]
+        self._places: list[int] = []  # of those
+        self._is_plain = False
 
     def as_tree(self) -> dict[str, torch.Tensor]:
         """Return the tensors by name, as `build` takes them."""
         return {
             name: tensor.detach() for name, tensor in zip(self.names, self.tensors, strict=True)
         }
+
+    def move_in(self, memory: Sequence[Array]) -> None:
+        """Have the tensors that can lie where the shards have handed out their values, and are
+        stepped there; the others are compared and copied.
+
+        Args:
+            memory: that of the parameters, where the shards expect others to write it.
+        """
+        handed, self._copied = self._handed, []
+        assert handed is not None
+        each = zip(self.tensors, handed.arrays, handed.values, strict=True)
+        for index, (tensor, array, slot) in enumerate(each):
+            is_there = any(np.may_share_memory(array, flat) for flat in memory)  # no cast of it
+            if is_there and self._own[index] and _fits(tensor, slot):
+                tensor.data = slot
+                self._moved.append(tensor)
+                self._slots.append(slot)
+                self._slot_places.append(slot.data_ptr())
+            else:
+                self._copied.append(index)
+
+    def have_left(self) -> bool:
+        """Return whether a tensor that lay in the shards' memory was given other memory (by
+        `.data = `, `share_memory_`), and somebody else has either of the two; one that nobody has
+        is moved back.
+        """
+        are_there = list(map(_data_ptr, self._slots)) == self._slot_places  # also in shared memory
+        if are_there and all(map(_is_set_to, self._moved, self._slots)):
+            return False
+        for tensor, slot in zip(self._moved, self._slots, strict=True):
+            if are_there and _is_set_to(tensor, slot):
+                continue
+            is_free = are_there and _num_users(slot) == 1
+            if not (is_free and _has_own_memory(tensor) and _fits(tensor, slot)):
+                self._moved, self._slots, self._slot_places = [], [], []
+                self._copied = list(range(len(self.tensors)))
+                return True
+            slot.copy_(tensor.detach())
+            tensor.data = slot
+        return False
 
     def changed(self) -> list[int]:
         """Return the tensors whose bits are not those that the last `take` has left.
@@ -55,10 +102,14 @@ class Parameters:
             return []
         self._look_at()
         if not self._is_plain:
-            bits = zip(self.tensors, handed.values, strict=True)
-            return [i for i, (t, h) in enumerate(bits) if not torch.equal(bits_of(t), bits_of(h))]
-        compared = zip(self._places, handed.places, self._sizes, strict=True)
-        return [i for i, (one, other, size) in enumerate(compared) if _memcmp(one, other, size)]
+            return [
+                i
+                for i in self._copied
+                if not torch.equal(bits_of(self.tensors[i]), bits_of(handed.values[i]))
+            ]
+        places, kinds = handed.places, self._kinds
+        compared = zip(self._copied, self._places, strict=True)
+        return [i for i, place in compared if _memcmp(place, places[i], kinds[i][1])]
 
     def in_words(self, changed: Sequence[int]) -> str:
         """Return changed tensors by name, each with a digest of its bits, for the other ranks."""
@@ -75,15 +126,20 @@ class Parameters:
         Args:
             tree: by name; the arrays must stay as they are until the next call.
         """
-        handed = self._handed = self._of(tree)
         with torch.no_grad():
-            self._look_at()
-            if not self._is_plain:
-                torch._foreach_copy_(self.tensors, handed.values)
-                return
-            for place, source, size in zip(self._places, handed.places, self._sizes, strict=True):
-                _memmove(place, source, size)
+            if self._copied:
+                self._copy(self._of(tree))
             increment_version(self.tensors)
+
+    def _copy(self, handed: "_Handed") -> None:
+        self._handed = handed
+        self._look_at()
+        if self._is_plain:
+            for i, place in zip(self._copied, self._places, strict=True):
+                _memmove(place, handed.places[i], self._kinds[i][1])
+        else:
+            sources = [handed.values[i] for i in self._copied]
+            torch._foreach_copy_([self.tensors[i] for i in self._copied], sources)
 
     def hand_out(self, tree: dict[str, Any]) -> None:
         """Take the shards' parameters to be what the tensors hold already."""
@@ -105,7 +161,7 @@ class Parameters:
         return handed
 
     def _look_at(self) -> None:
-        """Learn where the tensors lie, which `.data = ` and `module.to` may change.
+        """Learn where the tensors lie that are copied, which `.data = ` and `module.to` may change.
 
         Where each is one stretch of this process's memory, bytes are compared and moved by this
         thread alone: torch would wait for others of its own, which on a host that is busy with
@@ -114,18 +170,20 @@ class Parameters:
         Raises:
             StructureError: one has another shape or dtype now.
         """
-        kinds = [(tensor.dtype, tensor.nbytes) for tensor in self.tensors]
-        if kinds != self._kinds:
-            index = next(i for i, kind in enumerate(kinds) if kind != self._kinds[i])
-            now, before = kinds[index], self._kinds[index]
+        tensors = [self.tensors[i] for i in self._copied]
+        kinds = [(tensor.dtype, tensor.nbytes) for tensor in tensors]
+        expected = [self._kinds[i] for i in self._copied]
+        if kinds != expected:
+            which = next(i for i, kind in enumerate(kinds) if kind != expected[i])
+            now, before, index = kinds[which], expected[which], self._copied[which]
             raise StructureError(
                 f"{self.names[index]!r} has {now[1]} bytes of {now[0]} now, and had {before[1]} of "
                 f"{before[0]} when the shards were built: convert the model before the first step"
             )
-        self._places = [tensor.data_ptr() for tensor in self.tensors]
+        self._places = [tensor.data_ptr() for tensor in tensors]
         self._is_plain = all(
             tensor.is_contiguous() and tensor.is_cpu and (place or not tensor.numel())
-            for tensor, place in zip(self.tensors, self._places, strict=True)
+            for tensor, place in zip(tensors, self._places, strict=True)
         )
 
 
@@ -138,6 +196,42 @@ class _Handed:
     places: list[int]
 
 
+def _has_own_memory(tensor: torch.Tensor) -> bool:
+    """Whether nobody but a tensor has its memory, and would see no more changes if it moved.
+
+    Memory of NumPy's, of a file or of several processes cannot be resized, nor what `.numpy()` was
+    ever taken of.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    storage = tensor.untyped_storage()
+    return (
+        storage.nbytes() == tensor.nbytes > 0
+        and storage.resizable()
+        and not storage.is_shared()
+        and _num_users(tensor) == 1
+    )
+
+
+def _fits(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
+    """Whether a tensor can lie in a slot: it is as aligned as torch's own memory, since the bits of
+    a product of matrices depend on that.
+    """
+    kind = (slot.device, slot.dtype, slot.stride())
+    is_aligned = slot.data_ptr() % _ALIGNED == 0
+    return is_aligned and kind == (tensor.device, tensor.dtype, tensor.stride())
+
+
+def _num_users(tensor: torch.Tensor) -> int:
+    """Return how many tensors have the memory of one, whatever graph or array keeps them."""
+    storage = tensor.untyped_storage()
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count - 1  # the storage of here
+
+
+_data_ptr, _is_set_to = torch.Tensor.data_ptr, torch.Tensor.is_set_to
+_ALIGNED = 64
+"""Bytes to a multiple of which torch aligns memory."""
 _libc = ctypes.CDLL(None)
 _memcmp, _memmove = _libc.memcmp, _libc.memmove
 _memcmp.argtypes = _memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

@@ -8,7 +8,7 @@ then gives it to the shards, while the others wait to see it.
 import atexit
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distnadam.client.statement import state
@@ -21,7 +21,7 @@ from distnadam.frontends.ranks import Place
 from distnadam.hyperparameters import Formula
 from distnadam.nadam.step_scalars import Clock
 from distnadam.optimizer import DistNadam
-from distnadam.tensors.arrays import Flat
+from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout
 from distnadam.torch.groups import Settings
 from distnadam.worker import Worker
@@ -176,6 +176,16 @@ class Shards:
         """Return the views that gradients are written into, by name."""
         views: dict[str, Any] = self.worker.gradients(dtype)
         return views
+
+    def share_parameters(self) -> Sequence[Array]:
+        """Have the parameters be stepped where they lie, and by whoever writes there changed too;
+        return their memory, which is none where shards are in other processes.
+        """
+        return self.optimizer.shards.backend.transport.share_parameters()
+
+    def move_parameters(self) -> None:
+        """Leave that memory as it is, and step copies of the parameters from now on."""
+        self.optimizer.shards.backend.transport.move_parameters()
 
     def pull(self) -> dict[str, Any]:
         """Return the present parameters by name, which are the worker's views."""

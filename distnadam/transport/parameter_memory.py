@@ -1,5 +1,6 @@
 """The two parameter buffers of a model in one process: written through one mapping, read through
-another whose pages cannot be written, not even by a library that ignores NumPy's flags.
+another whose pages cannot be written, not even by a library that ignores NumPy's flags; or, once
+they are shared with such a library, both through one.
 
 It knows flat arrays. No shards, no messages.
 """
@@ -64,8 +65,8 @@ class ParameterMemory:
 
     Attributes:
         written: the two buffers, writable.
-        read: the same two, in pages that cannot be written; None where the system has no such
-            memory, so that parameters are copied to whoever reads them.
+        read: the same two, in pages that cannot be written until `share`; None where the system has
+            no such memory, so that parameters are copied to whoever reads them.
         inside: the tokens of those who may be writing.
         forks: how often this process was forked, or is one that was.
         settled: `forks` when this process last moved.
@@ -115,6 +116,30 @@ class ParameterMemory:
                 self.settled = forks
             self.inside.add(token)
 
+    def share(self, active: int) -> None:
+        """Have whoever reads write too, from now on: in memory that a forked child has a copy of,
+        as of all its parent's, so that nothing moves after a fork.
+
+        Nobody may have arrays of `read` yet.
+
+        Args:
+            active: the buffer whose contents are kept; the other takes no memory until it is
+                written.
+
+        Raises:
+            OutOfMemory: there is none.
+        """
+        _memories.discard(self)
+        kept = {space: values.copy() for space, values in self.written[active].items()}
+        try:
+            _map_at(self._writing, -1, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            raise OutOfMemory(f"the parameters, where others may write them: {error}") from error
+        for space, values in kept.items():
+            self.written[active][space][:] = values
+        self.read, self._reading = self.written, self._writing
+        self.settled = self.forks
+
     def before_fork(self) -> None:
         """Have this process and the child move before they write."""
         self.forks += 1
@@ -149,9 +174,9 @@ class ParameterMemory:
 
 
 def _map_at(place: mmap.mmap, fd: int, protection: int) -> None:
-    """Map a file where `place` is."""
+    """Map a file where `place` is, or, where `fd` is -1, memory of this process's own."""
     address = np.frombuffer(place, np.uint8).ctypes.data
-    flags = mmap.MAP_SHARED | _MAP_FIXED
+    flags = _MAP_FIXED | (mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _libc.mmap(address, len(place), protection, flags, fd, 0) != address:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

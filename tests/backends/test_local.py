@@ -1,12 +1,13 @@
 """Resharding in one process: nothing is lost, and after one that fails the shards work on."""
 
+import ctypes
 import hashlib
 import resource
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -100,3 +101,95 @@ def test_a_learning_rate_that_was_set_survives_a_reshard() -> None:
 
 if __name__ == "__main__":
     print(train(int(sys.argv[1])))
+
+
+class Twins:
+    """Two optimizers that step alike: `shared` has its parameters where others may write them."""
+
+    def __init__(self, clipnorm: float | None) -> None:
+        self._rng = np.random.default_rng(0)
+        self.both = [
+            DistNadam(backend="local", num_shards=2, global_clipnorm=clipnorm).build(
+                self._tree(np.random.default_rng(1))
+            )
+            for _ in range(2)
+        ]
+        self.plain, self.shared = self.both
+        assert self.shared.shards.backend.transport.share_parameters()
+        self.workers = [optimizer.worker(0) for optimizer in self.both]
+
+    def _tree(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        shape = 300, 7
+        wide, narrow = rng.standard_normal(shape), rng.standard_normal(shape)
+        return {"a": wide, "w": narrow.astype(np.float32)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for optimizer in self.both:
+            optimizer.close()
+
+    def pull(self) -> dict[str, np.ndarray]:
+        pulled: list[dict[str, np.ndarray]] = [worker.pull() for worker in self.workers]
+        return pulled[1]
+
+    def step(self, places: Mapping[str, np.ndarray]) -> None:
+        """Step both, and see that the shared parameters are, and lie, as they should."""
+        gradients = self._tree(self._rng)
+        for worker in self.workers:
+            worker.step(gradients)
+        assert bits(self.plain) == bits(self.shared)
+        params = self.plain.get_params()
+        for name, array in self.workers[1].parameters().items():
+            assert array.ctypes.data == places[name].ctypes.data
+            assert np.array_equal(array, params[name])
+
+
+@pytest.mark.parametrize("clipnorm", [None, 1.0])
+def test_parameters_that_are_shared_stay_where_they_lie_whoever_writes_them(
+    clipnorm: float | None,
+) -> None:
+    with Twins(clipnorm) as twins:
+        places = twins.pull()
+        for cut in (2, 3, 1):
+            for optimizer in twins.both:
+                optimizer.reshard(cut)
+            twins.pull()
+            twins.step(places)
+            twins.step(places)
+        twins.plain.set_params({k: v * 0.5 for k, v in twins.plain.get_params().items()})
+        for array in places.values():  # without a word to the shards
+            half = array * 0.5
+            ctypes.memmove(array.ctypes.data, half.ctypes.data, array.nbytes)
+        twins.pull()
+        twins.step(places)
+
+
+@pytest.mark.parametrize("clipnorm", [None, 1.0])
+def test_whoever_has_shared_parameters_keeps_them_once_the_shards_have_moved(
+    clipnorm: float | None,
+) -> None:
+    with Twins(clipnorm) as twins:
+        left = twins.pull()
+        twins.step(left)
+        before = {name: array.copy() for name, array in left.items()}
+        twins.shared.shards.backend.transport.move_parameters()
+        places = twins.pull()
+        assert all(places[name].ctypes.data != left[name].ctypes.data for name in left)
+        for _ in range(3):
+            twins.step(places)
+        for optimizer in twins.both:
+            optimizer.set_params(before)
+        twins.pull()
+        twins.step(places)
+        assert all(np.array_equal(left[name], before[name]) for name in left)
+
+
+def test_parameters_that_somebody_may_see_or_that_are_rounded_are_not_shared() -> None:
+    ones = {"w": np.ones(30, np.float32)}
+    with DistNadam(backend="local").build(ones) as optimizer, optimizer.worker(0) as worker:
+        worker.pull()
+        assert not optimizer.shards.backend.transport.share_parameters()
+    with DistNadam(backend="local", pull_dtype="bfloat16").build(ones) as optimizer:
+        assert not optimizer.shards.backend.transport.share_parameters()

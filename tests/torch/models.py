@@ -29,8 +29,8 @@ def batches(count: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> li
 
 
 def loss_of(model: Callable[..., Any], batch: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = (model(batch) - batch[:, :2].sin()).square().mean()
-    return loss
+    found: torch.Tensor = model(batch)
+    return (found - batch[:, : found.shape[1]].sin()).square().mean()
 
 
 def train(

@@ -170,3 +170,33 @@ def test_a_child_goes_on_from_its_fork_while_the_parent_steps_on() -> None:
         assert bits(optimizer) == bits(undisturbed)
     os.close(told)
     os.close(tell)
+
+
+def test_memory_that_is_shared_is_a_forked_child_s_own_at_once() -> None:
+    memory = ParameterMemory({"float32": 3000, "float64": 5})
+    address = memory.written[1]["float32"].ctypes.data
+    memory.written[1]["float32"][:] = 1.0
+    memory.share(1)
+    assert memory.read is not None
+    seen = memory.read[1]["float32"]
+    assert (seen == 1.0).all()
+    assert seen.ctypes.data == address
+    seen[:] = 2.0
+    assert (memory.written[1]["float32"] == 2.0).all()
+    to_child, to_parent = os.pipe(), os.pipe()
+
+    def child() -> bool:
+        seen[:] = 3.0
+        os.write(to_parent[1], b"x")
+        os.read(to_child[0], 1)  # once the parent has written
+        return bool((seen == 3.0).all())
+
+    pid = in_child(child)
+    os.read(to_parent[0], 1)
+    assert (seen == 2.0).all()
+    seen[:] = 4.0
+    os.write(to_child[1], b"x")
+    assert status_of(pid) == 0
+    assert memory.forks == memory.settled
+    for end in (*to_child, *to_parent):
+        os.close(end)
