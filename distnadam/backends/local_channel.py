@@ -135,7 +135,9 @@ class LocalWorkerChannel(WorkerChannel):
                         settings=settings,
                     )
                 )
-                if found is None or found.round != round or found != (first or found):
+                if found is None or found.round != round:
+                    return None
+                if first is not None and found != first:
                     return None
                 first = found
         finally:

@@ -98,11 +98,8 @@ class GradientBuffer:
             return self._fill_any(gradients)
         if not self._is_whole:
             self._select({})
-        self.absent, self._rejection = NONE_ABSENT, None
-        for run, values in doubtful:
-            with own_errors():
-                self._judge(run.space, values, run.begin)
-        return self._rejection
+        self.absent = NONE_ABSENT
+        return self._search(doubtful) if doubtful else None
 
     def _fill_any(self, gradients: Any) -> str | None:
         leaves, self.absent = self._layout.gradients(gradients, what=self._what)
@@ -316,10 +313,17 @@ class GradientBuffer:
         else:
             self._select(self._view_dtypes)
             self.absent = frozenset()
+        doubtful = None
+        if self._plain and self._is_whole and not self.loss_scale:
+            doubtful = self._plain.look()
+        return self._search(self._targets if doubtful is None else doubtful)
+
+    def _search(self, doubtful: Sequence[tuple[Run, Array]]) -> str | None:
+        """Check what lies in some runs; return why it cannot be used, or None."""
         self._rejection = None
-        with own_errors():
-            for space, values in self.flat.items():
-                self._judge_written(space, 0, values.size)
+        for run, values in doubtful:
+            with own_errors():
+                self._judge(run.space, values, run.begin)
         return self._rejection
 
     def _mixed(self, what: str) -> LifecycleError:

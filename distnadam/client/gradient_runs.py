@@ -11,6 +11,10 @@ from distnadam.tensors.layout import Layout, TensorSpec
 
 BLOCK = 65536
 """Elements copied at a time, and checked while they are in the cache."""
+LENT = 4 * BLOCK
+"""Elements of a tensor from which on it is read where it lies: of fewer the copy costs less than
+what else that takes.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,11 @@ def narrow_in(layout: Layout) -> list[int]:
 
 
 def large_in(layout: Layout) -> list[tuple[int, TensorSpec]]:
-    """Return the tensors of a block or more that are not frozen."""
+    """Return the tensors that may be lent: large ones that are not frozen."""
     return [
         (index, tensor)
         for index, tensor in enumerate(layout.tensors)
-        if tensor.end - tensor.begin >= BLOCK and index not in layout.frozen
+        if tensor.end - tensor.begin >= LENT and index not in layout.frozen
     ]
 
 

@@ -5,12 +5,14 @@ one is: looked at and copied by one compiled call for each run of small tensors.
 from collections.abc import Callable
 from typing import Any
 
-from distnadam.client.gradient_runs import Run, runs_of
+from distnadam.client.gradient_runs import LENT, Run, runs_of
 from distnadam.nadam.gather import gather
-from distnadam.nadam.gather_abi import LARGE, OTHER
+from distnadam.nadam.gather_abi import COPIED, LARGE, OTHER
 from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout
 
+_Copies = list[tuple[Run, Array, Callable[[list[Any]], int]]]
+"""Runs with their memory, and what copies leaves into it."""
 _NONE: list[tuple[Run, Array]] = []
 
 
@@ -24,18 +26,21 @@ class PlainGradients:
 
     def __init__(self, layout: Layout, memory: Flat) -> None:
         self._pick = layout.plain_spec.pick
-        self._runs: list[tuple[Run, Array, Callable[[list[Any]], int]]] = []
+        self._copies: _Copies = []  # from the leaves of a tree
+        self._looks: _Copies = []  # from the memory itself, as one leaf
         self._is_able = False
         runs = runs_of(layout)
         # a call holds the interpreter's lock; and all leaves are to be looked at
-        if layout.frozen or any(run.is_large for run in runs):
+        if layout.frozen or any(run.end - run.begin > LENT for run in runs):
             return
         for run in runs:
             values = memory[run.space][run.begin : run.end]
             shapes = [tensor.shape for tensor in layout.tensors[run.first : run.last]]
-            if (copy := gather(run.first, shapes, values)) is None:
+            copy, look = gather(run.first, shapes, values), gather(0, [values.shape], values)
+            if copy is None or look is None:
                 return
-            self._runs.append((run, values, copy))
+            self._copies.append((run, values, copy))
+            self._looks.append((run, values, look))
         self._is_able = True
 
     def copy(self, tree: Any) -> list[tuple[Run, Array]] | None:
@@ -47,10 +52,16 @@ class PlainGradients:
         if type(leaves) is not list:
             leaves = [*leaves]
         doubtful = _NONE
-        for run, values, copy_run in self._runs:
-            result = copy_run(leaves)
+        for run, values, copy in self._copies:
+            result = copy(leaves)
             if result == OTHER:
                 return None
             if result == LARGE:
                 doubtful = [*doubtful, (run, values)]
         return doubtful
+
+    def look(self) -> list[tuple[Run, Array]] | None:
+        """Return the runs of the memory, as it is, that are to be searched; None if all are."""
+        if not self._is_able:
+            return None
+        return [(run, values) for run, values, look in self._looks if look([values]) != COPIED]

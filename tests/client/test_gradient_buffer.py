@@ -19,9 +19,9 @@ MODEL = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float64)}
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
 
-def make(model: Any = MODEL, *, check: bool = True) -> GradientBuffer:
+def make(model: Any = MODEL, **how: bool) -> GradientBuffer:
     layout = Layout.of(model)
-    return GradientBuffer(layout, "worker 7", empty_flat(layout.sizes), check=check)
+    return GradientBuffer(layout, "worker 7", empty_flat(layout.sizes), **how)
 
 
 def tree(value: float = 1.0) -> dict[str, Any]:
@@ -50,8 +50,9 @@ def test_what_is_not_finite_or_overflows_when_squared_is_named_with_its_place(ba
 
 
 @pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
-def test_a_bad_element_is_found_in_any_block(at: int) -> None:
-    buffer = make({"w": np.zeros(2 * BLOCK + 6, np.float32)})
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bad_element_is_found_in_any_block(compiled: bool, at: int) -> None:
+    buffer = make({"w": np.zeros(2 * BLOCK + 6, np.float32)}, compiled=compiled)
     given = np.ones(2 * BLOCK + 6, np.float32)
     given[at] = np.nan
     assert f"at index ({at},)" in str(buffer.fill({"w": given}))
@@ -107,8 +108,9 @@ def test_tensors_written_one_by_one_must_all_come_and_each_once() -> None:
     assert buffer.finish() is None
 
 
-def test_what_is_written_into_the_views_is_checked_when_it_is_finished() -> None:
-    buffer = make()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_written_into_the_views_is_checked_when_it_is_finished(compiled: bool) -> None:
+    buffer = make(compiled=compiled)
     with pytest.raises(LifecycleError, match="give gradients, or write them into the views"):
         buffer.finish()
     views = buffer.views(None)

@@ -13,7 +13,7 @@ import pytest
 from distnadam import DistNadam, Options
 from distnadam.backends.base import Pending
 from distnadam.client.gradient_buffer import GradientBuffer
-from distnadam.client.gradient_runs import BLOCK
+from distnadam.client.gradient_runs import LENT
 from distnadam.errors import NonFiniteGradient
 from distnadam.protocol.messages import Step
 from distnadam.tensors.arrays import empty_flat
@@ -21,13 +21,13 @@ from distnadam.tensors.layout import Layout
 from tests.models import bits
 
 MODEL = {
-    "a": np.ones(4 * BLOCK + 5000, np.float32),
+    "a": np.ones(LENT + 5000, np.float32),
     "b": np.ones(10, np.float32),
-    "c": np.ones((300, 400), np.float32),
+    "c": np.ones((600, 450), np.float32),
     "d": np.ones((), np.float32),
-    "e": np.ones(BLOCK, np.float32),
+    "e": np.ones(LENT, np.float32),
     "f": np.ones((3, 3), np.float16),
-    "z": np.ones((200, 500)),
+    "z": np.ones((700, 500)),
 }
 
 
@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_named_wherever_it_lies(path: str) -> None:
 
 
 def test_parameters_as_gradients_are_copied_since_a_step_writes_them() -> None:
-    size = 2 * BLOCK
+    size = 2 * LENT
     start = {"w": np.linspace(-1, 1, size, dtype=np.float32)}
 
     def train(copied: bool) -> list[bytes]:
@@ -115,7 +115,7 @@ def test_parameters_as_gradients_are_copied_since_a_step_writes_them() -> None:
 
 
 def test_a_step_that_is_left_undecided_reads_nothing_of_what_its_owner_writes_then() -> None:
-    started, size = threading.Event(), 4 * BLOCK
+    started, size = threading.Event(), LENT
 
     def slowly(step: int) -> float:
         started.set()

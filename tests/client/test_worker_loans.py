@@ -12,11 +12,11 @@ import pytest
 
 from distnadam import DistNadam, Options
 from distnadam.client.gradient_buffer import GradientBuffer
-from distnadam.client.gradient_runs import BLOCK
+from distnadam.client.gradient_runs import LENT
 from distnadam.errors import NonFiniteGradient, StepTimeout
 from tests.models import bits
 
-START = {"a": np.ones(2 * BLOCK + 77, np.float32), "b": np.ones(9, np.float32), "z": np.ones(BLOCK)}
+START = {"a": np.ones(2 * LENT + 77, np.float32), "b": np.ones(9, np.float32), "z": np.ones(LENT)}
 
 
 def gradients(number: int) -> dict[str, Any]:
@@ -80,10 +80,10 @@ def test_gradients_that_are_the_parameters_are_copied() -> None:
 
 def test_what_is_not_finite_is_refused_and_nothing_is_kept() -> None:
     tree = gradients(0)
-    tree["a"][BLOCK + 1] = np.inf
+    tree["a"][LENT + 1] = np.inf
     with DistNadam(backend="local").build(START) as optimizer, optimizer.worker(0) as worker:
         worker.pull()
-        with pytest.raises(NonFiniteGradient, match=rf"'a' .* at index \({BLOCK + 1},\)"):
+        with pytest.raises(NonFiniteGradient, match=rf"'a' .* at index \({LENT + 1},\)"):
             worker.step(tree)
         worker.step(gradients(1))
         assert bits(optimizer) == after([gradients(1)])
