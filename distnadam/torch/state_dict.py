@@ -37,7 +37,7 @@ def new_state(tensors: Sequence[torch.Tensor], *, has_product: bool) -> State:
             **_clock(0, 1.0, has_product=has_product),
             **{name: torch.zeros(tensor.shape, dtype=wide) for name in MOMENTS.values()},
         }
-        if tensor.dtype in HALF:
+        if tensor.dtype in HALF and not tensor.is_meta:
             state[tensor][MASTER] = tensor.detach().to("cpu", wide)
     return state
 

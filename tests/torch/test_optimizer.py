@@ -239,6 +239,13 @@ def test_a_state_without_masters_leaves_them_and_another_model_has_its_own() -> 
         assert b.state[p]["master"].to(torch.bfloat16).tolist() == p.tolist()
 
 
+def test_a_half_model_without_memory_has_a_state() -> None:
+    with torch.device("meta"):
+        model = make(dtype=torch.bfloat16)
+    optimizer = ours.DistNadam(model.named_parameters())
+    assert float(optimizer.state[model[0].weight]["step"]) == 0.0
+
+
 def test_a_view_a_strided_and_a_transposed_parameter_are_updated_where_they_lie() -> None:
     storage = torch.ones(4, 6, 2)
     tensors = [storage[..., 0].requires_grad_(), torch.ones(3, 5).T.requires_grad_()]
