@@ -2,6 +2,7 @@
 parameters are shared. No Ray.
 """
 
+import dataclasses
 import os
 import secrets
 import time
@@ -26,6 +27,7 @@ from distnadam.backends.local_worker_group import LocalWorkerGroup
 from distnadam.config import Options
 from distnadam.errors import StepTimeout, Unrecoverable
 from distnadam.metrics.meter import Meter, shard_bytes
+from distnadam.planning import room
 from distnadam.protocol.messages import (
     Message,
     ShardSpec,
@@ -39,6 +41,7 @@ from distnadam.supervision.resharding import Resharding, reshard
 from distnadam.tensors.arrays import Array, Flat, cut_flat, memory_for
 from distnadam.tensors.layout import Layout, Ranges
 from distnadam.threads import renew_after_fork
+from distnadam.transport.available_memory import available_bytes
 from distnadam.transport.parameter_memory import ParameterMemory
 
 _LOOK_S = 0.001
@@ -222,6 +225,8 @@ class LocalSupervisorClient(SupervisorClient):
             newest={},
             pause_s=specs[0].options.step_timeout_s,
         )
+        # beside the present state, of which each array lives on until all have moved
+        _check_memory(dataclasses.replace(room.state(specs), what="a second copy of the state"))
         reshard(LocalProcesses(transport), what, transport.replace)
 
 
@@ -298,6 +303,7 @@ class LocalBackend(Backend):
     def start(self, specs: Sequence[ShardSpec], replicas: int) -> None:
         """Make the hosts; standbys in this process would die with it, so there are none."""
         layout = specs[0].layout
+        _check_memory(room.buffers(layout), room.state(specs))
         with memory_for("two buffers of the model's parameters"):
             self.transport.memory = ParameterMemory(layout.sizes, layout.pull_dtypes)
         self.transport.specs = list(specs)
@@ -322,3 +328,7 @@ class LocalBackend(Backend):
         if destroy:
             for host in self.transport.hosts:
                 host.close()
+
+
+def _check_memory(*needs: room.Need) -> None:
+    room.check("this process", available_bytes(), needs)

@@ -13,13 +13,17 @@ from rich.table import Table
 
 from distnadam.backends import factory
 from distnadam.checks import check_ports
+from distnadam.cli.counts import COUNT
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
 from distnadam.cli.measuring import measure_constants
 from distnadam.cli.running import joined
-from distnadam.errors import KernelError
+from distnadam.errors import InsufficientResources, KernelError
 from distnadam.nadam.kernels import fused_installed, make_stepper
+from distnadam.planning import room
+from distnadam.planning.topology import Topology
+from distnadam.transport.available_memory import available_bytes
 from distnadam.transport.link import Links
-from distnadam.transport.shared_memory import available_bytes, why_not_shared
+from distnadam.transport.shared_memory import why_not_shared
 from distnadam.versions import CORE_PACKAGES, installed_version
 
 _OPTIONAL_PACKAGES = ("torch", "jax", "llvmlite", "scikit-learn", "matplotlib")
@@ -141,6 +145,11 @@ def _transport() -> str:
     metavar="FIRST LAST",
     help="The ports to try: those of Options(port_range=...).  [default: any]",
 )
+@click.option(
+    "--parameters",
+    type=COUNT,
+    help="Say whether each host has the memory for a shard and a worker of so large a model.",
+)
 @JSON
 def doctor(
     hosts: tuple[str, ...],
@@ -149,6 +158,7 @@ def doctor(
     measure: bool,
     save: str | None,
     port_range: tuple[int, int] | None,
+    parameters: int | None,
     as_json: bool,
 ) -> None:
     """Show what would run here: versions, Ray, shared memory, kernel, transport.
@@ -169,12 +179,25 @@ def doctor(
                 if save is not None:
                     measure_constants(ports).save(save)
         found.problems += found.links.problems
+    if parameters is not None:
+        found.problems += _too_small(found, parameters)
     if as_json:
         echo_json(found.to_dict())
     else:
         _print(found)
     if found.problems:
         sys.exit(1)
+
+
+def _too_small(found: Diagnosis, parameters: int) -> Iterator[str]:
+    """Yield a sentence for each host without the memory for its part of a model."""
+    hosts = {"this host": available_bytes()} if found.links is None else found.links.memory
+    run = Topology(parameters=parameters, hosts=len(hosts))
+    for host, available in hosts.items():
+        try:
+            room.check(host, available, room.of_host(run))
+        except InsufficientResources as error:
+            yield str(error)
 
 
 def _print(found: Diagnosis) -> None:

@@ -1,14 +1,13 @@
 """The command `plan`: what a run needs, how long its steps take, and what bounds them."""
 
 import dataclasses
-import math
 import re
-from contextlib import suppress
 from typing import Any
 
 import click
 from rich.table import Table
 
+from distnadam.cli.counts import COUNT
 from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_console
 from distnadam.planning import memory, peers, traffic
 from distnadam.planning.advice import best
@@ -25,22 +24,6 @@ _NODES = {
     "shards and workers": memory.shared_node,
     "head": memory.head_node,
 }
-
-
-class _Count(click.ParamType[int]):
-    """A whole number of at least 1, which may be written 1e9."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        """Return the number."""
-        number = math.nan
-        with suppress(TypeError, ValueError):
-            number = float(value)
-        if not math.isfinite(number) or number < 1 or number != int(number):
-            expected = "expected a whole number of at least 1, such as 1e9"
-            self.fail(f"{expected}, got {value!r}", param, ctx)
-        return int(number)
 
 
 class _Speed(click.ParamType[float]):
@@ -62,12 +45,12 @@ class _Speed(click.ParamType[float]):
 
 
 @main.command()
-@click.option("--parameters", type=_Count(), required=True, help="Elements of the model, 1e9.")
-@click.option("--hosts", type=_Count(), default=1, help="Hosts that have workers.  [default: 1]")
+@click.option("--parameters", type=COUNT, required=True, help="Elements of the model, 1e9.")
+@click.option("--hosts", type=COUNT, default=1, help="Hosts that have workers.  [default: 1]")
 @click.option(
-    "--workers-per-host", type=_Count(), default=1, help="Ranks on each of them.  [default: 1]"
+    "--workers-per-host", type=COUNT, default=1, help="Ranks on each of them.  [default: 1]"
 )
-@click.option("--shards", type=_Count(), help="Shards in all.  [default: what is best]")
+@click.option("--shards", type=COUNT, help="Shards in all.  [default: what is best]")
 @click.option(
     "--shard-hosts",
     type=click.IntRange(0),
@@ -77,7 +60,7 @@ class _Speed(click.ParamType[float]):
 @click.option(
     "--replicas", type=click.IntRange(0, 1), default=0, help="Standbys of a shard.  [default: 0]"
 )
-@click.option("--sum-group", type=_Count(), help="Ranks summed first.  [default: what is best]")
+@click.option("--sum-group", type=COUNT, help="Ranks summed first.  [default: what is best]")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),

@@ -77,11 +77,14 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """The ways between all nodes, what was measured, and a sentence for each thing wrong."""
+    """The ways between all nodes, what was measured, a sentence for each thing wrong, and the
+    bytes of memory that each node can still give.
+    """
 
     ways: tuple[Way, ...]
     measured: tuple[Measured, ...]
     problems: tuple[str, ...]
+    memory: Mapping[str, int]
 
 
 class LinkServer(Receiver):

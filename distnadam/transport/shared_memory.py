@@ -12,10 +12,8 @@ import mmap
 import os
 import secrets
 import socket
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ import numpy as np
 from distnadam.errors import ArenaError
 from distnadam.tensors.arrays import Dtypes, Flat, dtypes_of
 from distnadam.tensors.layout import Ranges
+from distnadam.transport.available_memory import available_bytes
 
 _PAGE = mmap.PAGESIZE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -215,32 +214,6 @@ def arena_bytes(sizes: Mapping[str, int], copies: int = 1, dtypes: Dtypes | None
     """Return the bytes that an arena of these sizes takes, in the spaces' own dtypes or others."""
     kept = dtypes_of(sizes) if dtypes is None else dtypes
     return copies * sum(_space_bytes(kept[space], n) for space, n in sizes.items())
-
-
-def available_bytes() -> int:
-    """Return the bytes that this process can still get from the machine and its control group."""
-    return min([*_machine_room(), *_cgroup_room()], default=sys.maxsize)
-
-
-def _machine_room() -> list[int]:
-    with suppress(OSError, ValueError, KeyError, IndexError):  # /proc is hidden, or another's
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return [int(fields["MemAvailable"].split()[0]) * 1024]
-    return []
-
-
-def _cgroup_room() -> list[int]:
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        with suppress(OSError, ValueError):  # no such version, or "max"
-            return [max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))]
-    return []
 
 
 def _space_bytes(dtype: np.dtype[Any], n: int) -> int:

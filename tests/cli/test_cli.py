@@ -426,6 +426,19 @@ for args, code, message in NO_RAY:
 """
 
 
+def test_doctor_says_whether_a_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = call("doctor", "--parameters", "1e14")
+    assert done.exit_code == 1
+    assert "this host has " in done.stderr
+    assert (
+        "needs 1907348633 MiB: 762939454 MiB for two buffers of the parameters, "
+        "762939454 MiB for the state of its shards, "
+        "381469727 MiB for the gradients of its workers"
+    ) in done.stderr
+    assert "needs" not in call("doctor", "--parameters", "1000").stderr
+
+
 def test_doctor_without_a_ray_to_examine_is_one_sentence() -> None:
     done = subprocess.run(  # tests of this process may share a Ray
         [sys.executable, "-c", WITHOUT_RAY],

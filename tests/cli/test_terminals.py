@@ -20,7 +20,7 @@ from distnadam.errors import ArenaError
 from distnadam.training.history import History
 from distnadam.training.progress import ProgressDisplay
 from distnadam.training.progress import console as make_console
-from distnadam.transport import shared_memory
+from distnadam.transport import available_memory, shared_memory
 
 TASK = """
 import numpy as np
@@ -125,10 +125,10 @@ def test_no_shared_memory_is_an_arena_error(monkeypatch: pytest.MonkeyPatch, cod
 
 
 def test_what_is_available_is_known_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < shared_memory.available_bytes() < sys.maxsize
+    assert 0 < available_memory.available_bytes() < sys.maxsize
 
     def refuse(*_: object, **__: object) -> str:
         raise PermissionError(errno.EACCES, "hidden")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert shared_memory.available_bytes() == sys.maxsize
+    assert available_memory.available_bytes() == sys.maxsize

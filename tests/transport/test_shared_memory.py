@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from distnadam.errors import ArenaError
-from distnadam.transport.shared_memory import Arena, available_bytes
+from distnadam.transport.available_memory import available_bytes
+from distnadam.transport.shared_memory import Arena
 
 SIZES = {"float32": 5000, "float64": 3}
 

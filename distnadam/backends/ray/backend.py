@@ -7,7 +7,7 @@ at close. Messages go by `RayShardTransport`, arrays by `RayWorkerChannel`.
 import logging
 import resource
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -38,7 +38,7 @@ from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.config import Options
 from distnadam.errors import ClusterError, NameTaken, NotRunning
 from distnadam.metrics.meter import Meter
-from distnadam.planning import descriptors
+from distnadam.planning import descriptors, room
 from distnadam.protocol.messages import ShardSpec
 from distnadam.supervision.shard_map import ShardMap
 from distnadam.transport.link import carriers
@@ -187,6 +187,7 @@ class RayBackend(Backend):
         counts = (specs[0].num_workers, len(specs), replicas)
         for each in facts:
             descriptors.check(f"node {each['node']}", int(each["descriptors"]), *counts)
+        _check_memory(specs, facts)
         self.transport.shard_map = self.supervisor.open_shards()
 
     @override
@@ -222,6 +223,16 @@ class RayBackend(Backend):
         if self._own is not None:
             self._own.shut_down()
             self._own = None
+
+
+def _check_memory(specs: Sequence[ShardSpec], facts: Sequence[Mapping[str, str]]) -> None:
+    """Raise InsufficientResources if a node lacks the memory for the shards that started there."""
+    for node in {each["node"]: None for each in facts}:
+        here = [
+            (spec, each) for spec, each in zip(specs, facts, strict=True) if each["node"] == node
+        ]
+        needs = [room.buffers(specs[0].layout), room.state([spec for spec, _ in here])]
+        room.check(f"node {node}", min(int(each["memory"]) for _, each in here), needs)
 
 
 def _made(make: Callable[..., Any], given: bytes, rank: int) -> Any:

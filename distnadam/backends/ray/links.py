@@ -19,6 +19,7 @@ from distnadam.backends.ray.nodes import node_named, start_error
 from distnadam.backends.ray.session import connect_or_start
 from distnadam.errors import ClusterError, LaneError
 from distnadam.planning.measuring import HostSpeed, measure_host
+from distnadam.transport.available_memory import available_bytes
 from distnadam.transport.far_shard import REMEDY
 from distnadam.transport.link import (
     Link,
@@ -49,6 +50,7 @@ class _Node:
     refusal: str | None
     congestion: str
     unshared: str | None
+    memory: int
 
     @property
     def port(self) -> int:
@@ -78,6 +80,7 @@ class Probe:
             refusal=refusal,
             congestion=congestion_control(),
             unshared=why_not_shared(),
+            memory=available_bytes(),
         )
 
     def speed(self) -> HostSpeed:
@@ -194,7 +197,12 @@ def _examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> L
     problems += [f"{node}: {refusal}; {REMEDY}" for node, refusal in refusals.items()]
     problems += _unreachable(ways, {words[node]: end.port for node, end in ends.items()})
     problems += [f"the way to {m.host}: {m.why_not}" for m in results if m.why_not]
-    return Links(ways=tuple(ways), measured=tuple(results), problems=tuple(problems))
+    return Links(
+        ways=tuple(ways),
+        measured=tuple(results),
+        problems=tuple(problems),
+        memory={words[node]: one.memory for node, one in found.items()},
+    )
 
 
 def _way(

@@ -19,6 +19,7 @@ from distnadam.backends.ray.joined import require_ray, while_ray_lives
 from distnadam.backends.ray.processes import process_start_time
 from distnadam.config import Options
 from distnadam.errors import ConfigError, InsufficientResources, ShardLost, VersionMismatch
+from distnadam.transport.available_memory import available_bytes
 from distnadam.versions import CORE_PACKAGES, installed_version
 
 log = logging.getLogger("distnadam")
@@ -74,8 +75,8 @@ def await_start(actors: Sequence[Any], options: Options) -> list[dict[str, str]]
 
 
 def node_facts() -> dict[str, str]:
-    """Return this process's node, its limit of open files, and the versions that the shards' bits
-    or files depend on.
+    """Return this process's node, its limit of open files, the memory that it can still get, and
+    the versions that the shards' bits or files depend on.
     """
     node = f"{ray.util.get_node_ip_address()} (id {ray.get_runtime_context().get_node_id()[:12]})"
     facts = {
@@ -83,6 +84,7 @@ def node_facts() -> dict[str, str]:
         "pid": str(os.getpid()),
         "born": process_start_time(os.getpid()),
         "descriptors": str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        "memory": str(available_bytes()),
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
     for package in CORE_PACKAGES:

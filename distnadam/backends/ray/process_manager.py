@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,10 +20,12 @@ from distnadam.backends.ray.cordon import Cordon
 from distnadam.backends.ray.fencing import Fencing
 from distnadam.backends.ray.placement import Avoid
 from distnadam.backends.ray.processes import kill_actor, process_start_time
-from distnadam.errors import DistNadamError, ShardLost
+from distnadam.errors import DistNadamError, InsufficientResources, ShardLost
+from distnadam.planning import room
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DescribeStandby,
+    Load,
     Reconfigure,
     ShardControlState,
 )
@@ -83,6 +85,8 @@ class RayProcessManager(ProcessManager):
         self._watch = ProcessWatch()
         self._ended: set[Any] = set()
         self._births: dict[str, Any] = {}
+        # the node of shards that have no state yet, and what that takes
+        self._empty: dict[Any, tuple[str, int]] = {}
         self.fencing = Fencing(run, factory.kill_on, self._ended, lease_s)
 
     def make(
@@ -116,15 +120,21 @@ class RayProcessManager(ProcessManager):
         try:
             address = retry_until_answered(actor.address.remote, timeout_s=OPEN_S)
             neighbour = self._neighbour(address.node, near)
+            promised = sum(size for node, size in self._empty.values() if node == address.node)
             address = retry_until_answered(
-                lambda: actor.open.remote(neighbour, standby=standby), timeout_s=OPEN_S
+                lambda: actor.open.remote(neighbour, standby=standby, promised=promised),
+                timeout_s=OPEN_S,
             )
         except Exception as error:
             kill_actor(actor)
+            if isinstance(error, InsufficientResources):
+                raise
             raise ShardLost(
                 f"shard {spec.index}: no process for it could be started: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+        if not standby:
+            self._empty[actor] = address.node, room.state([spec]).num_bytes
         return ShardProcess(spec.index, actor, address)
 
     @override
@@ -141,6 +151,7 @@ class RayProcessManager(ProcessManager):
 
     @override
     def fence(self, process: ShardProcess) -> None:
+        self._forget([process])
         self.fencing.fence(process)
 
     @override
@@ -153,6 +164,7 @@ class RayProcessManager(ProcessManager):
 
     @override
     def terminate(self, *processes: ShardProcess) -> None:
+        self._forget(processes)
         self.fencing.terminate(*processes)
 
     def discover(self, first: ShardSpec) -> RecoveredTopology:
@@ -247,6 +259,7 @@ class RayProcessManager(ProcessManager):
             for process, ranges in zip(move.new, move.new_cuts, strict=True)
         }
         answers = gather_with_retry(calls, MOVE_S).values()
+        self._forget(move.new)
         return [answer for answer in answers if isinstance(answer, Exception)]
 
     @override
@@ -264,11 +277,18 @@ class RayProcessManager(ProcessManager):
             for index, actor in asked.items()
             if actor is not None
         }
-        return answers | gather_with_retry(
+        answers |= gather_with_retry(
             calls,
             timeout_s,
             lambda: {index for index in calls if asked[index] in self._ended},
         )
+        self._forget(targets[i] for i, each in messages.items() if isinstance(each, Load))
+        return answers
+
+    def _forget(self, processes: Iterable[ShardProcess]) -> None:
+        """Take it that these have their state, or need none any more."""
+        for process in processes:
+            self._empty.pop(process.handle, None)
 
     def _neighbour(self, node: str, near: Sequence[ShardProcess]) -> Address | None:
         return next(

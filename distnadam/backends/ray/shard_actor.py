@@ -25,6 +25,7 @@ from distnadam.backends.ray.object_replication import OrderedStream
 from distnadam.backends.ray.standby_connector import StandbyConnector
 from distnadam.errors import ArenaError, ClusterError, LaneError
 from distnadam.metrics.meter import shard_bytes
+from distnadam.planning import room
 from distnadam.protocol.messages import Describe, Message, Read, ShardSpec
 from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
@@ -44,6 +45,7 @@ from distnadam.supervision.process_manager import ShardProcess
 from distnadam.tensors.arrays import Array, Flat, cut_flat, empty_flat, memory_for
 from distnadam.tensors.copy_plan import Copy
 from distnadam.tensors.layout import sizes_of
+from distnadam.transport.available_memory import available_bytes
 from distnadam.transport.connection import Address
 from distnadam.transport.replication import StandbyReceiver
 from distnadam.transport.shared_memory import Arena
@@ -87,20 +89,34 @@ class ShardActor:
         """Return this process's node, id and package versions."""
         return node_facts()
 
-    async def open(self, neighbour: Address | None, *, standby: bool = False) -> ProcessAddress:
+    async def open(
+        self, neighbour: Address | None, *, standby: bool = False, promised: int = 0
+    ) -> ProcessAddress:
         """Reserve memory, begin to serve or to follow, and return where; idempotent.
 
         Args:
             neighbour: a shard of this node whose parameter memory is to be shared; None for new
                 memory.
             standby: whether to follow a primary.
+            promised: bytes that others of this node, begun before, are still to take.
+
+        Raises:
+            InsufficientResources: the node has not that much memory.
         """
         if self._host is None and self._standby is None:
+            self._check_memory(neighbour, standby=standby, promised=promised)
             with memory_for(
                 f"shard {self._spec.index}: its state of {shard_bytes(self._spec)} bytes"
             ):
                 self._open(neighbour, standby=standby)
         return self._address
+
+    def _check_memory(self, neighbour: Address | None, *, standby: bool, promised: int) -> None:
+        needs = [room.standby(self._spec) if standby else room.state([self._spec])]
+        if neighbour is None and not standby:
+            needs.append(room.buffers(self._spec.layout))
+        where = f"shard {self._spec.index}: node {self._address.node[:12]}"
+        room.check(where, available_bytes() - promised, needs)
 
     def _open(self, neighbour: Address | None, *, standby: bool) -> None:
         if standby:

@@ -14,9 +14,11 @@ from typing_extensions import override
 from distnadam.backends.base import Pending, Routes, ShardTransport, WorkerChannel
 from distnadam.backends.ray.address import ProcessAddress, Relayed
 from distnadam.errors import ArenaError, LaneError, ShardLost
+from distnadam.planning import room
 from distnadam.protocol.messages import Pull, Push, PushSlice, RoundResult, TotalNorms
 from distnadam.tensors.arrays import Dtypes, Flat, empty_flat
 from distnadam.tensors.layout import Ranges
+from distnadam.transport.available_memory import available_bytes
 from distnadam.transport.connection import Address
 from distnadam.transport.shm_channel import ShmClient
 
@@ -169,10 +171,13 @@ class RayWorkerChannel(WorkerChannel):
 
         Raises:
             ArenaError, LaneError: one could not be opened.
+            InsufficientResources: the node lacks the memory for the worker's gradients.
         """
         sockets = {**near, **relayed}
         # also where none is reached now, as amid a reshard: the gradients stay where they begin
         if self._shm is None and self._gradients is None:
+            where = f"worker {self._owner.rank}: node {self._owner.node[:12]}"
+            room.check(where, available_bytes(), [room.gradients(self._owner.sizes)])
             self._shm = ShmClient(
                 self._owner.sizes,
                 self._ranges,

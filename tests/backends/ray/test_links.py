@@ -20,6 +20,7 @@ def node(**how: Any) -> _Node:
         "refusal": None,
         "congestion": "bbr",
         "unshared": None,
+        "memory": 2**30,
     }
     return _Node(**{**plain, **how})
 
