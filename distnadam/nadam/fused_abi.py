@@ -2,7 +2,8 @@
 
 The arguments are the number of groups of gradients and of parts, and whether the new parameters
 bypass the caches; then addresses: the gradients' addresses, the groups' sizes, parameters, both
-moments, where the new parameters go, the parts (four numbers each, `PART`), coefficients
+moments, where the new parameters and both new moments go, the parts (four numbers each, `PART`),
+coefficients
 (`StepScalars.coefficients`), the count that a sum is divided by (NaN for
 none), the scales, where the mean is kept
 (0 for nowhere), where the new parameters go rounded to bfloat16 (0 for nowhere; a float32 loop
@@ -20,7 +21,7 @@ CONSTANTS = (ctypes.c_uint32 * 4)(1, 0x7FFF, 0x8000, 0x7FC0)
 sign and the other bits of a NaN. They are an argument since code that has no constants of its own
 runs wherever it is loaded.
 """
-ARGUMENTS = (*(ctypes.c_ssize_t,) * 3, *(ctypes.c_void_p,) * 13)
+ARGUMENTS = (*(ctypes.c_ssize_t,) * 3, *(ctypes.c_void_p,) * 15)
 """The function's argument types."""
 PROTOTYPE = ctypes.CFUNCTYPE(None, *ARGUMENTS)
 """The function's type; the interpreter's lock is free while it runs."""

@@ -100,7 +100,8 @@ class _Step(Instructions):
         super().__init__(dtype, ENTRY, kinds, ir.VoidType())
         self._groups, parts, streams, *addresses = self.arguments
         self._gradients, self._group_sizes, *addresses = addresses
-        self._p, self._m, self._v, self._out, self._bounds, *addresses = addresses
+        self._p, self._m, self._v, self._out, *addresses = addresses
+        self._m_out, self._v_out, self._bounds, *addresses = addresses
         self._coefficients, count, self._scales, self._kept, self._rounded, constants = addresses
         code = self.code
         self._streams = code.icmp_signed("!=", streams, INDEX(0))
@@ -168,8 +169,8 @@ class _Step(Instructions):
             g = self._where(has.l2, g, lambda: g + p * numbers.l2)
             moment = m + (g - m) * numbers.k_1
             square = v + (g * g - v) * numbers.k_2
-            write(moment, self._m)
-            write(square, self._v)
+            write(moment, self._m_out)
+            write(square, self._v_out)
             along = moment * numbers.momentum
             along = self._where(has.gradient, along, lambda: g * numbers.gradient + along)
             less = along / (square.root() + numbers.epsilon)

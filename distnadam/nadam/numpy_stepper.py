@@ -68,6 +68,7 @@ def _step_block(
     assert k_1 is not None
     assert k_2 is not None
     p, m, v = slots.p[begin:end], slots.m[begin:end], slots.v[begin:end]
+    new_m, new_v = (array[begin:end] for array in slots.moments_out)
     blocks = mean, a, b = scratch.blocks(end - begin)
     gradients = [x[begin:end] for x in step.gradients]
     g = clipped_mean(gradients, step.grouping, scale, limit, blocks)
@@ -78,14 +79,14 @@ def _step_block(
         g = np.add(l2.before(g, mean), a, out=mean, where=l2.where)
     np.subtract(g, m, out=a)
     np.multiply(a, k_1.value, out=a)
-    np.add(m, a, out=m)
+    np.add(m, a, out=new_m)
     np.multiply(g, g, out=b)
     np.subtract(b, v, out=b)
     np.multiply(b, k_2.value, out=b)
-    np.add(v, b, out=v)
-    np.sqrt(v, out=b)
+    np.add(v, b, out=new_v)
+    np.sqrt(new_v, out=b)
     np.add(b, epsilon.value, out=b)
-    np.multiply(m, c_m.value, out=a)
+    np.multiply(new_m, c_m.value, out=a)
     if c_g is not None:
         np.multiply(g, c_g.value, out=mean)
         np.add(mean, a, out=a, where=c_g.where)

@@ -33,11 +33,14 @@ class Slots:
 
     Attributes:
         p: the parameters; a step reads them, and writes them if `out` is None.
-        m: the first moment, updated in place.
-        v: the second moment, updated in place.
+        m: the first moment.
+        v: the second moment.
         out: where the new parameters go; None for `p` itself.
         rounded: where the new parameters go a second time, rounded to bfloat16; None for nowhere.
-        ema: the average of the parameters, updated in place by the new ones; None if none is kept.
+        ema: the average of the parameters, to be updated by the new ones; None if none is kept.
+        m_out: where the new first moment goes; None for `m` itself.
+        v_out: where the new second moment goes; None for `v` itself.
+        ema_out: where the new average goes; None for `ema` itself.
     """
 
     p: Array
@@ -46,6 +49,9 @@ class Slots:
     out: Array | None = None
     rounded: Array | None = None
     ema: Array | None = None
+    m_out: Array | None = None
+    v_out: Array | None = None
+    ema_out: Array | None = None
 
     @cached_property
     def written(self) -> Array:
@@ -53,9 +59,18 @@ class Slots:
         return self.p if self.out is None else self.out
 
     @cached_property
+    def moments_out(self) -> tuple[Array, Array]:
+        """Where the new moments go."""
+        return (
+            self.m if self.m_out is None else self.m_out,
+            self.v if self.v_out is None else self.v_out,
+        )
+
+    @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Where in memory the parameters, both moments and the new parameters begin."""
-        return tuple(array.ctypes.data for array in (self.p, self.m, self.v, self.written))
+        """Where in memory the parameters, both moments, and all three new ones begin."""
+        arrays = self.p, self.m, self.v, self.written, *self.moments_out
+        return tuple(array.ctypes.data for array in arrays)
 
 
 @dataclass(frozen=True)
@@ -164,11 +179,14 @@ class Stepper(ABC):
     def _step_and_average(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:
         self._step_share(thread, parts, step)
         slots, how = step.slots, step.scalars.averaging
+        average = slots.ema if slots.ema_out is None else slots.ema_out
         assert slots.ema is not None
+        assert average is not None
         for part in parts:
-            update_average(
-                how[part.setting], slots.ema, slots.written, slots.rounded, part.begin, part.end
-            )
+            begin, end = part.begin, part.end
+            if average is not slots.ema:
+                np.copyto(average[begin:end], slots.ema[begin:end])
+            update_average(how[part.setting], average, slots.written, slots.rounded, begin, end)
 
     @abstractmethod
     def _step_share(self, thread: int, parts: Sequence[Part], step: RangeStep) -> None:

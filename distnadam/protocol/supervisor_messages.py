@@ -125,7 +125,7 @@ class ShardControlState:
 class ReplicatedRound:
     """One decided round, for the standby.
 
-    Its mean gradient, scaled and clipped, is in memory that both map, or in `gradients`.
+    One that does not map its primary's memory gets the mean gradient too, scaled and clipped.
     """
 
     round: int
@@ -136,7 +136,6 @@ class ReplicatedRound:
     lr: float
     active: int
     clock: Clock
-    gradients: Flat | None = None
 
 
 @dataclass(frozen=True)

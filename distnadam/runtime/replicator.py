@@ -10,13 +10,14 @@ from typing import Any
 from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.supervisor_messages import DetachStandby, ShardControlState
 from distnadam.shard.effects import Replicate
+from distnadam.shard.state import ShardState
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.replication import ReplicationStream
 
 log = logging.getLogger("distnadam")
 
-ConnectStandby = Callable[[Any, ShardControlState, NadamConfig, dict[str, Flat]], ReplicationStream]
-"""From what `AttachStandby` carries, the shard's control state, config and arrays, to a stream."""
+ConnectStandby = Callable[[Any, ShardControlState, NadamConfig, ShardState], ReplicationStream]
+"""From what `AttachStandby` carries, the shard's control state, config and state, to a stream."""
 
 
 class Replicator:
@@ -56,8 +57,8 @@ class Replicator:
             self._lose(stream)
 
     def memory_for_mean(self) -> Flat | None:
-        """Wait until a round's mean gradient may be written for the standby, and return where to;
-        None without a standby that keeps up.
+        """Wait until the standby can take another round, and return where the mean gradient is to
+        be written for it; None if it needs none, or no standby keeps up.
         """
         stream = self.stream
         if stream is None:

@@ -334,9 +334,7 @@ class ShardHost:
         shard = self.shard
         with self.lock:
             control_state = self.control_state
-        stream = self.connect_standby(
-            order.standby, control_state, shard.config, shard.state.arrays()
-        )
+        stream = self.connect_standby(order.standby, control_state, shard.config, shard.state)
         with self.lock:  # no standby was sent what came meanwhile
             self._replicator.attach(stream)
             self._outbox.carriers[Replicate] = self._replicator.replicate

@@ -2,7 +2,7 @@
 files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isnan
 
 import numpy as np
@@ -25,7 +25,7 @@ class ShardKernel:
 
     Args:
         spec: the shard's.
-        state: the shard's, always the same arrays.
+        state: the shard's.
         threads: of its kernel.
     """
 
@@ -34,14 +34,7 @@ class ShardKernel:
         self._steppers = {
             space: make_stepper(spec.options.kernel, space, threads) for space in spec.ranges
         }
-        self._slots = [
-            {s: _slots(state, s, now, following) for s in spec.ranges}
-            for now, following in (state.buffers, state.buffers[::-1])
-        ]
-        self._in_place = [
-            {s: Slots(now[s], state.m[s], state.v[s], ema=_average(state, s)) for s in spec.ranges}
-            for now in state.buffers
-        ]
+        self._take(state)
         self._arranger = Arranger(spec.layout, spec.ranges, self._steppers)
         self._config = spec.config
         self._ordinary: Arrangement | None = None  # of every round with `_config` that is
@@ -49,6 +42,20 @@ class ShardKernel:
         self._in_both: frozenset[int] = frozenset()  # the tensors that both buffers hold alike
         self._in_both_since = -1  # the count of writes then
         self._signs = (-1.0,) if spec.config.maximize else UNSCALED  # of the mean gradient
+
+    def _take(self, state: ShardState) -> None:
+        """Learn where the state lies."""
+        self._copies = state.copies
+        self._slots = [
+            {s: _slots(state, s, active) for s in self._spec.ranges} for active in range(2)
+        ]
+        self._in_place = [
+            {
+                s: Slots(now[s], state.m[s], state.v[s], ema=_average(state, s))
+                for s in self._spec.ranges
+            }
+            for now in state.buffers
+        ]
 
     def close(self) -> None:
         """Stop the kernels' threads."""
@@ -85,6 +92,8 @@ class ShardKernel:
         parts = arranged.shares_by_tensor if len(scales) > 1 else arranged.together
         apart = arranged if arranged.tells_clocks_apart else None
         scalars = step_scalars(clock, config, overrides, apart)
+        if shard.state.copies is not self._copies:
+            self._take(shard.state)
         active, in_place = shard.state.active, current.in_place or shard.state.in_place
         for space, slots in (self._in_place if in_place else self._slots)[active].items():
             step = RangeStep(
@@ -129,19 +138,45 @@ class ShardKernel:
         if not in_place:
             for tensor in others - self._in_both:
                 space, first, last = self._stretches[tensor]
-                np.copyto(state.spare[space][first:last], state.seen[space][first:last])
+                for old, new in _twins(state, space):
+                    np.copyto(new[first:last], old[first:last])
             self._in_both = frozenset(others)
         else:
             self._in_both -= stepped
 
 
-def _slots(state: ShardState, space: str, now: Flat, following: Flat) -> Slots:
+def _slots(state: ShardState, space: str, active: int) -> Slots:
     """Return what a step of a space reads and writes, from one buffer to the other."""
+    now, following = state.buffers[active], state.buffers[1 - active]
+    if state.copies is not None:
+        old, new = state.copies[active], state.copies[1 - active]
+        is_rounded = space in state.masters
+        keeps_average = "ema" in old
+        return Slots(
+            p=old["masters"][space] if is_rounded else now[space],
+            m=old["m"][space],
+            v=old["v"][space],
+            out=new["masters"][space] if is_rounded else following[space],
+            rounded=following[space] if is_rounded else None,
+            ema=old["ema"][space] if keeps_average else None,
+            m_out=new["m"][space],
+            v_out=new["v"][space],
+            ema_out=new["ema"][space] if keeps_average else None,
+        )
     m, v, master = state.m[space], state.v[space], state.masters.get(space)
     ema = _average(state, space)
     if master is None:
         return Slots(now[space], m, v, following[space], ema=ema)
     return Slots(master, m, v, None, following[space], ema)
+
+
+def _twins(state: ShardState, space: str) -> Iterator[tuple[Array, Array]]:
+    """Yield the arrays of a space that a step reads, each with where it writes the new one."""
+    yield state.seen[space], state.spare[space]
+    if state.copies is not None:
+        old, new = state.copies[state.active], state.copies[1 - state.active]
+        for name, flat in old.items():
+            yield flat[space], new[name][space]
 
 
 def _average(state: ShardState, space: str) -> Array | None:

@@ -1,13 +1,13 @@
-"""A shard's standby: a second copy of its state, stepped round by round from the primary's mean
-gradients, that can become the shard.
+"""A shard's standby, which follows it round by round and can become the shard.
 
-Nadam's step is deterministic, so both hold the same bits. It knows neither sockets nor Ray: records
-are brought to it.
+It maps the memory of its primary's state, or has a copy that it steps from the primary's mean
+gradients: Nadam's step is deterministic, so both hold the same bits. It knows neither sockets nor
+Ray: records are brought to it.
 """
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from distnadam.errors import IllegalMessage, ShardsDisagree
 from distnadam.hyperparameters import NadamConfig
@@ -48,6 +48,7 @@ class Standby:
         }
         self._arranger = Arranger(spec.layout, spec.ranges, self._steppers)
         self._arrays: dict[str, Flat] = {}
+        self._states: Sequence[dict[str, Flat]] = ()  # mapped, by the index of the current buffer
         self._slots: dict[str, Slots] = {}
         self._control_state: ShardControlState | None = None  # but for the rounds followed since
         self._followed: ReplicatedRound | None = None  # the last of them
@@ -60,13 +61,21 @@ class Standby:
     def take_arrays(self, arrays: dict[str, Flat]) -> None:
         """Take a copy of the primary's arrays by name, to be stepped in place."""
         with self._lock:
-            self._arrays = arrays
+            self._arrays, self._states = arrays, ()
             self._control_state = None  # until `begin` says which round they are of
+
+    def map_states(self, states: Sequence[dict[str, Flat]]) -> None:
+        """Take the memory that the primary keeps its state in: its arrays by name, by the index of
+        the current buffer, of which the primary writes those that its last record does not name.
+        """
+        with self._lock:
+            self._arrays, self._states = {}, states
+            self._control_state = None
 
     def begin(self, control_state: ShardControlState, config: NadamConfig) -> None:
         """Take the control state that the arrays belong to, and the current hyper-parameters."""
         with self._lock:
-            if not self._arrays:
+            if not (self._arrays or self._states):
                 raise IllegalMessage(
                     f"standby of shard {self._spec.index}: was detached before it had its state"
                 )
@@ -78,14 +87,14 @@ class Standby:
                     v=self._arrays["v"][space],
                     ema=self._arrays["ema"][space] if config.use_ema else None,
                 )
-                for space in self._steppers
+                for space in (self._steppers if self._arrays else ())
             }
             self._stand_at(control_state)
             self._ledger = Ledger.from_dict(control_state.ledger)
 
-    def apply(self, record: Record, mean: Flat) -> None:
+    def apply(self, record: Record, mean: Flat | None) -> None:
         """Follow the primary by one record; `mean` is the round's mean gradient, scaled and
-        clipped.
+        clipped, None where the primary's memory is mapped.
 
         A standby that is detached, or could not follow, has no state any more: its primary goes on
         without it.
@@ -105,8 +114,7 @@ class Standby:
             now = self._present
             self._control_state = None
             if isinstance(record, DetachStandby):
-                self._arrays = {}
-                self._slots = {}
+                self._forget_arrays()
             elif now is None:
                 raise IllegalMessage(
                     f"standby of shard {self._spec.index}: has no state, got {record}"
@@ -143,21 +151,24 @@ class Standby:
         """
         with self._lock:
             control_state = self.control_state
-            if control_state is None or not self._arrays:
+            if control_state is None or not self.arrays:
                 raise IllegalMessage(f"standby of shard {self._spec.index}: has no state yet")
             host = make_host(self._spec)
-            host.take_over(control_state, self._arrays, reconfigure)
+            host.take_over(control_state, self.arrays, reconfigure)
             for stepper in self._steppers.values():
                 stepper.close()
-            self._arrays = {}
-            self._slots = {}
+            self._forget_arrays()
             self._control_state = None
             return host, control_state
 
     @property
     def arrays(self) -> dict[str, Flat]:
         """The standby's arrays by name; empty if it has none."""
-        return self._arrays
+        with self._lock:
+            if not self._states:
+                return self._arrays
+            now = self._present
+            return {} if now is None else self._states[now.active]
 
     @property
     def control_state(self) -> ShardControlState | None:
@@ -172,6 +183,11 @@ class Standby:
         with self._lock:
             now, followed = self._control_state, self._followed
             return None if now is None else now.round if followed is None else followed.round
+
+    def _forget_arrays(self) -> None:
+        self._arrays = {}
+        self._states = ()
+        self._slots = {}
 
     def _stand_at(self, control_state: ShardControlState) -> None:
         self._control_state = control_state
@@ -195,7 +211,7 @@ class Standby:
         }
         return dataclasses.replace(now, counted={**now.counted, **self._counted}, **changes)
 
-    def _follow(self, now: ShardControlState, record: ReplicatedRound, mean: Flat) -> None:
+    def _follow(self, now: ShardControlState, record: ReplicatedRound, mean: Flat | None) -> None:
         who = f"standby of shard {self._spec.index}"
         stands_at = now if self._followed is None else self._followed
         if record.round != stands_at.round + 1:
@@ -203,7 +219,9 @@ class Standby:
                 f"{who}: expected round {stands_at.round + 1}, got round {record.round}"
             )
         if record.outcome == "applied":
-            self._step(stands_at.clock, record, mean, who)
+            if not self._states:
+                assert mean is not None
+                self._step(stands_at.clock, record, mean, who)
             self._applied = record
         scaling = self._spec.config.loss_scale
         if scaling is not None:

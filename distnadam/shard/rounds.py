@@ -194,7 +194,8 @@ class Rounds:
             rejection=message.rejection,
             settings=message.settings,
         )
-        self.current.in_place = message.in_place and not progress.state.masters
+        state = progress.state
+        self.current.in_place = message.in_place and not state.masters and state.copies is None
         self.current.enter(push)
         return push
 

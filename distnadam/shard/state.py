@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from distnadam.tensors.arrays import STATE_ARRAYS, Dtypes, Flat, round_into, zeros_flat
+from distnadam.tensors.arrays import STATE_ARRAYS, Copies, Dtypes, Flat, round_into, zeros_flat
 from distnadam.tensors.layout import Layout, Range, Ranges, sizes_of
 
 
@@ -21,6 +21,9 @@ class ShardState:
     a space that workers see rounded, the parameters are the master's, which a step changes in place
     as it does the moments, and the buffers hold them rounded.
 
+    Once it is kept twice, a step reads all arrays of the current index and writes those of the
+    other, so that whoever maps both finds the last round's whole, whenever this process dies.
+
     Attributes:
         buffers: the two buffers of parameters that workers see.
         m: the first moments.
@@ -29,8 +32,11 @@ class ShardState:
         ema: the average of the parameters; None if none is kept.
         frozen: by space, the stretches [first, last) that no step changes; their average is what
             they are.
-        in_place: whether whoever sees the parameters expects steps and writes where they are.
+        in_place: whether whoever sees the parameters expects steps and writes where they are; not
+            of a state that is kept twice.
         active: the index of the current buffer.
+        copies: by that index, the arrays beside the parameters by name, `masters` among them; None
+            unless the state is kept twice.
         written: how often arrays were replaced other than by a step.
     """
 
@@ -42,6 +48,7 @@ class ShardState:
     frozen: Mapping[str, Sequence[Range]] = field(default_factory=dict)
     in_place: bool = field(default=False, init=False)
     active: int = field(default=0, init=False)
+    copies: Copies | None = field(default=None, init=False)
     written: int = field(default=0, init=False)
 
     @classmethod
@@ -94,6 +101,35 @@ class ShardState:
     def swap(self) -> None:
         """Make the spare buffer the current one."""
         self.active = 1 - self.active
+        if self.copies is not None:
+            self._take(self.copies[self.active])
+
+    def keep_twice(self, copies: Copies) -> None:
+        """Keep all arrays twice, in this memory, from now on.
+
+        Args:
+            copies: for each buffer the arrays by name, to be filled; a space of `masters` that is
+                not rounded is not used.
+        """
+        for twin in copies:
+            for name, flat in self._beside().items():
+                for space, values in flat.items():
+                    np.copyto(twin[name][space], values)
+        self.copies = copies
+        self.written += 1
+        self._take(copies[self.active])
+
+    def _take(self, now: Mapping[str, Flat]) -> None:
+        """Take these of the copies for the present arrays."""
+        self.m, self.v, self.ema = now["m"], now["v"], now.get("ema")
+        self.masters = {space: now["masters"][space] for space in self.masters}
+
+    def _beside(self) -> dict[str, Flat]:
+        """Return the arrays that are kept beside the buffers, by name."""
+        found = {"m": self.m, "v": self.v}
+        if self.ema is not None:
+            found["ema"] = self.ema
+        return found | {"masters": self.masters} if self.masters else found
 
     def move(self) -> None:
         """Have the parameters in the spare buffer, and leave the current one as it is."""
@@ -111,7 +147,8 @@ class ShardState:
         """Return the arrays by name, to be filled in place before `settle`; workers see
         `buffers[0]` from now on, unless they see the parameters change in place.
         """
-        self.active = self.active if self.in_place else 0
+        if self.active != 0 and not self.in_place:
+            self.swap()
         self.written += 1
         return self.arrays()
 
@@ -133,7 +170,8 @@ class ShardState:
         """Take whole arrays by name, moments that are not given being zero, and an average that is
         not the parameters; workers see `buffers[active]` from now on.
         """
-        self.active = active
+        if self.active != active:
+            self.swap()
         self.written += 1
         for name, target in self.arrays().items():
             for space, values in target.items():
@@ -142,9 +180,17 @@ class ShardState:
 
     def write(self, state: dict[str, Flat]) -> None:
         """Replace whole arrays by name; workers that see the present parameters keep them, unless
-        they see them change in place.
+        they see them change in place, and so does who maps a state that is kept twice.
         """
         self.written += 1
+        if self.copies is not None:
+            before = self.arrays()
+            self.swap()
+            for name, target in self.arrays().items():
+                for space, values in (before[name] | state.get(name, {})).items():
+                    np.copyto(target[space], values)
+            self.settle(begin_average=False)
+            return
         following = self.seen if self.in_place else self.spare
         for name, flat in state.items():
             target = following | self.masters if name == "params" else self.arrays()[name]

@@ -16,6 +16,8 @@ from distnadam.errors import OutOfMemory
 Array = NDArray[Any]
 Flat = dict[str, Array]
 """One 1-D array per element space, keyed by the space's dtype name."""
+Copies = tuple[Mapping[str, Flat], Mapping[str, Flat]]
+"""Two copies of arrays, each by name."""
 Dtypes = Mapping[str, np.dtype[Any]]
 """By element space, the dtype in which its elements are kept somewhere."""
 

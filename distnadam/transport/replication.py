@@ -1,65 +1,58 @@
-"""How a primary replicates rounds to a standby of the same machine: the mean gradient of each round
-in memory that both map, and a record of what to do with it over a socket.
+"""How a primary replicates rounds to a standby of the same machine: its state in memory that both
+map, every array twice, and a record of each round over a socket.
 
-A record counts as delivered once it is in the standby's socket: what a process wrote before it died
-can still be read there, and the mean stays in the memory. The primary writes over a mean only once
-the standby has acknowledged its round. Unless they are large, means have several places in turn, so
-that the next can be written while the standby steps by the last; of a small shard it takes several
-rounds at a time.
+A step writes the copy that the last record does not name. A record counts as delivered once it is
+in the standby's socket: what a process wrote before it died can still be read there, and the arrays
+that it names stay whole, since the next step's record names the others. So the standby computes
+nothing, and does not wake for each round.
 """
 
 import select
 import struct
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from threading import Event
 from typing import Any
 
-import numpy as np
 from typing_extensions import override
 
 from distnadam.errors import LaneError
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.frames import frame_of
+from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
 from distnadam.transport.shared_memory import Arena
+from distnadam.transport.state_memory import map_states
 
 _ROUND = struct.Struct("<q")
 """An acknowledgement: the round that was followed."""
-_MOST_PLACES = 16
-_MOST_BYTES = 1 << 20
-_TWO_MOST_BYTES = 1 << 25
-"""Of a shard's means that may wait for its standby: of many, and of two."""
+_MOST_AHEAD = 16
+"""Rounds that the standby has not acknowledged at most, so that its socket never fills."""
 _REST_S = 0.001
-"""Seconds in which a standby lets rounds of a small shard gather, which it then takes together: to
-be woken for each costs both sides as much as the step.
+"""Seconds in which a standby lets rounds gather, which it then takes together: to be woken for each
+costs both sides as much as a small step.
 """
-
-
-def _places_of(sizes: Mapping[str, int]) -> int:
-    """Return in how many places the means of ranges of these sizes lie in turn."""
-    size = sum(np.dtype(space).itemsize * count for space, count in sizes.items())
-    many = min(_MOST_PLACES, _MOST_BYTES // max(1, size))
-    return many if many > 2 else 2 if 2 * size <= _TWO_MOST_BYTES else 1
 
 
 class ReplicationStream(ABC):
     """A primary's way to its standby.
 
-    `mean` is where the coming round's mean gradient is written; `reached` is the last round that
-    the standby has.
+    `mean` is where the coming round's mean gradient is written, None where the standby needs none;
+    `reached` is the last round that the standby has.
     """
 
-    mean: Flat
+    mean: Flat | None = None
     reached: int
 
     @abstractmethod
     def ready(self) -> bool:
-        """Wait until `mean` may be written; return False if the standby died or is too slow."""
+        """Wait until `mean` may be written, and the standby can take one more round; return False
+        if it died or is too slow.
+        """
 
     @abstractmethod
     def send(self, record: Record) -> bool:
@@ -74,36 +67,29 @@ class ReplicationStream(ABC):
 
 
 class ShmReplicationStream(ReplicationStream):
-    """A standby of the same machine: it gets the arrays as memory, then rounds over a socket.
+    """A standby of the same machine: it gets the state as memory, then rounds over a socket.
 
     Args:
         address: where the standby listens.
-        arrays: the primary's, by name, of which the standby gets a copy.
-        decided: the round they are of.
+        state: the arena that the primary's state is kept in twice.
+        parameters: the arena of its parameter buffers.
+        decided: the round that the primary has decided.
         timeout_s: seconds after which a standby that has not acknowledged a round is given up.
     """
 
     def __init__(
-        self, address: Address, arrays: Mapping[str, Flat], decided: int, timeout_s: float
+        self, address: Address, state: Arena, parameters: Arena, decided: int, timeout_s: float
     ) -> None:
-        sizes = {space: values.size for space, values in arrays["params"].items()}
-        copy = Arena.create(sizes, copies=len(arrays))
-        shared = Arena.create(sizes, copies=_places_of(sizes))
-        for flat, array in zip(copy.flats, arrays.values(), strict=True):
-            for space, values in array.items():
-                np.copyto(flat[space], values)
-        self._means = shared.flats
         self.reached = decided
-        self.mean = self._means[(decided + 1) % len(self._means)]
         self._acknowledged = decided
         self._timeout_s = timeout_s
-        self._connection, _, _ = connect(address, {"decided": decided}, [copy.fd, shared.fd])
+        self._connection, _, _ = connect(address, {"decided": decided}, [state.fd, parameters.fd])
         self._poll = select.poll()
         self._poll.register(self._connection.fileno(), select.POLLIN)
 
     @override
     def ready(self) -> bool:
-        needed = self.reached + 1 - len(self._means)  # the round of the mean that is overwritten
+        needed = self.reached + 1 - _MOST_AHEAD
         if self._acknowledged >= needed:
             return True
         deadline = time.monotonic() + self._timeout_s
@@ -124,7 +110,6 @@ class ShmReplicationStream(ReplicationStream):
             return False  # it does not read
         if isinstance(record, ReplicatedRound):
             self.reached = record.round
-            self.mean = self._means[(record.round + 1) % len(self._means)]
         return not self._connection.is_broken
 
     @override
@@ -134,36 +119,29 @@ class ShmReplicationStream(ReplicationStream):
 
 
 class StandbyReceiver:
-    """A standby's end: takes a copy of the arrays, then records, in the thread of its server.
+    """A standby's end: takes the memory of the state, then records, in the thread of its server.
 
     `ended` is set while no primary sends; one that was never filled has nothing to wait for.
 
     Args:
-        sizes: elements of the shard's ranges per space.
-        arrays: the names of what the state is made of.
-        begin: called with the arrays by name once they are there.
-        apply: called with each record and the round's mean gradient.
+        spec: the shard's spec.
+        begin: called with the arrays by name, by the index of the current buffer.
+        apply: called with each record, and no mean gradient.
     """
 
     def __init__(
         self,
-        sizes: Mapping[str, int],
-        arrays: Sequence[str],
-        begin: Callable[[dict[str, Flat]], None],
-        apply: Callable[[Record, Flat], None],
+        spec: ShardSpec,
+        begin: Callable[[tuple[dict[str, Flat], dict[str, Flat]]], None],
+        apply: Callable[[Record, Flat | None], None],
     ) -> None:
-        self._sizes = sizes
-        self._arrays = arrays
+        self._spec = spec
         self._begin = begin
         self._apply = apply
-        self._means: Sequence[Flat] = ()
         self._primary: Connection | None = None
         self.ended = Event()
         self.ended.set()
-        places = _places_of(sizes)
-        self._acknowledges_each = max(1, places // 4)
-        rest_s = _REST_S if places > 2 else 0.0
-        self._server = ConnectionServer(self._greet, self._take, self._end, rest_s=rest_s)
+        self._server = ConnectionServer(self._greet, self._take, self._end, rest_s=_REST_S)
 
     @property
     def address(self) -> Address:
@@ -181,22 +159,21 @@ class StandbyReceiver:
             return {}, []  # a watcher, which only waits for the end of this process
         if len(fds) != 2:
             raise LaneError(f"expected two arenas, got {len(fds)}")
-        copy = Arena.attach(fds.pop(0), self._sizes, copies=len(self._arrays), writable=True)
-        places = _places_of(self._sizes)
-        self._means = Arena.attach(fds.pop(0), self._sizes, copies=places).flats
+        parameters = fds.pop()
+        states = map_states(self._spec, fds.pop(), parameters)
         self._primary = connection
         self.ended.clear()
-        self._begin(dict(zip(self._arrays, copy.flats, strict=True)))
+        self._begin(states)
         return {}, []
 
     def _take(self, connection: Connection, frame: bytes) -> None:
         record = unpack_record(frame)
         number = record.round if isinstance(record, ReplicatedRound) else 0
         try:
-            self._apply(record, self._means[number % len(self._means)])
+            self._apply(record, None)
         except Exception as error:
             raise LaneError(f"{record} could not be followed: {error}") from error
-        if number and number % self._acknowledges_each == 0:
+        if number and number % (_MOST_AHEAD // 4) == 0:
             with suppress(OSError):
                 connection.send(frame_of(_ROUND.pack(number)))
 

@@ -74,7 +74,7 @@ class TcpReplicationStream(ReplicationStream):
         timeout_s: float,
     ) -> None:
         sizes = {space: values.size for space, values in arrays["params"].items()}
-        self.mean = empty_flat(sizes)
+        self.mean = self._mean = empty_flat(sizes)
         self.reached = decided
         self._timeout_s = timeout_s
         self._connection = _AcknowledgedConnection()
@@ -98,7 +98,7 @@ class TcpReplicationStream(ReplicationStream):
     @override
     def send(self, record: Record) -> bool:
         applied = isinstance(record, ReplicatedRound) and record.outcome == "applied"
-        mean = _messages("mean", parts_of(self.mean)) if applied else ()
+        mean = _messages("mean", parts_of(self._mean)) if applied else ()
         self._connection.post([*mean, _record_message(record)])
         if not self._connection.acknowledged(self._timeout_s):
             return False

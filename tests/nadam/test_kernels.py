@@ -156,7 +156,9 @@ def test_a_step_has_the_bits_of_the_plain_formula(
     out = None if in_place else placed(np.zeros(size, dtype))
     rounded = placed(np.zeros(size, BFLOAT16)) if rounds and dtype == "float32" else None
     p, m, v = (placed(numbers(rng, size, dtype)) for _ in range(3))
-    slots = Slots(p, m, np.abs(v, out=v), out, rounded)
+    elsewhere = seed % 2 == 0  # where new moments go too
+    moments_out = [placed(np.zeros(size, dtype)) if elsewhere else None for _ in range(2)]
+    slots = Slots(p, m, np.abs(v, out=v), out, rounded, None, *moments_out)
     gradients = [placed(numbers(rng, size, dtype)) for _ in range(sum(groups))]
     count = sum(groups) + (2 if seed % 3 == 0 else 0)  # a gradient may be a sum already
     with np.errstate(all="ignore"):
@@ -173,8 +175,10 @@ def test_a_step_has_the_bits_of_the_plain_formula(
         )
         ways = [plain(step, scales[k], settings[k]) for k in range(2)]
         half = None if rounded is None else rounded.copy()
-        held = [x.copy() for x in (slots.p if out is None else slots.written, slots.m, slots.v)]
-        before, copies = slots.p.copy(), [g.copy() for g in gradients]
+        got = [slots.written, *slots.moments_out]
+        held = [x.copy() for x in got]
+        kept = [old for old, new in zip((p, m, v), got, strict=True) if new is not old]
+        before, copies = [x.copy() for x in kept], [g.copy() for g in gradients]
         borders = np.sort(rng.integers(0, size + 1, int(rng.integers(2, 9)))).tolist()
         parts = [Part(a, b, k % 2, k % 2) for k, (a, b) in enumerate(pairwise(borders))]
         parts = [part for part in parts if rng.random() < 0.8]  # what lies between stays
@@ -188,10 +192,9 @@ def test_a_step_has_the_bits_of_the_plain_formula(
                 array[stepped] = new[stepped]
             if rounded is not None:
                 half[stepped] = ways[part.setting][0][stepped].astype(BFLOAT16)
-    got = [slots.p if slots.out is None else slots.out, slots.m, slots.v]
     assert [x.tobytes() for x in got] == [x.tobytes() for x in held]
     assert rounded is None or rounded.tobytes() == half.tobytes()
-    assert in_place or slots.p.tobytes() == before.tobytes(), "the old parameters stay"
+    assert [x.tobytes() for x in kept] == [x.tobytes() for x in before], "the old arrays stay"
     assert [g.tobytes() for g in gradients] == [g.tobytes() for g in copies], "the gradients stay"
 
 

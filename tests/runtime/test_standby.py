@@ -40,6 +40,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
+from distnadam.shard.effects import Replicate
 from distnadam.tensors.arrays import BFLOAT16, STATE_ARRAYS
 from distnadam.tensors.layout import Layout
 from tests.configurations import configurations
@@ -52,7 +53,12 @@ INITIAL = {"float32": np.linspace(-1, 1, SIZE, dtype=np.float32)}
 
 
 def pair(
-    kernel: str = "numpy", workers: int = 2, layout: Layout = LAYOUT, **config: Any
+    kernel: str = "numpy",
+    workers: int = 2,
+    layout: Layout = LAYOUT,
+    *,
+    maps: bool = False,
+    **config: Any,
 ) -> tuple[ShardHost, Standby, ShardSpec]:
     options = Options(kernel=kernel, on_nonfinite="skip" if workers == 2 else "raise")  # type: ignore[arg-type]
     spec = ShardSpec(
@@ -68,7 +74,9 @@ def pair(
     )
     standby = Standby(spec)
     primary = ShardHost(spec)
-    primary.connect_standby = lambda where, *told: InProcessStream(standby, *told)
+    primary.connect_standby = lambda where, now, config, state: InProcessStream(
+        standby, now, config, state if maps else state.arrays()
+    )
     primary.send(Load(epoch=1, params=INITIAL)).result(0)
     for rank in range(workers):
         primary.send(Join(rank=rank)).result(0)
@@ -147,17 +155,19 @@ def same(one: State, other: State) -> bool:
         max_size=6,
     ),
     workers=st.integers(1, 3),
+    maps=st.booleans(),
     config=configurations("a", "b"),
 )
 def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_would_have(
     kernel: str,
     rounds: list[tuple[bool, RoundSettings, tuple[frozenset[int], ...]]],
     workers: int,
+    maps: bool,
     config: dict[str, Any],
 ) -> None:
     has_clocks = "clocks" in config
     layout = LAYOUT.for_workers(None, may_lack=has_clocks)
-    primary, standby, _ = pair(kernel, workers, layout, **config)
+    primary, standby, _ = pair(kernel, workers, layout, maps=maps, **config)
     for number, (good, says, absent) in enumerate(rounds, 1):
         finite = good and not says.found_inf
         do_round(
@@ -187,14 +197,15 @@ def test_promoted_after_any_rounds_it_has_the_primarys_bits_and_goes_on_as_it_wo
 
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
 @pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("maps", [False, True])
 def test_its_average_of_rounded_and_of_frozen_parameters_has_the_primarys_bits(
-    kernel: str, every: int | None
+    kernel: str, every: int | None, maps: bool
 ) -> None:
     groups = [Group("b", trainable=False)]
     average = {"use_ema": True, "ema_momentum": 0.9, "ema_overwrite_frequency": every}
     layout = LAYOUT.for_workers("bfloat16", [1])
     primary, standby, _ = pair(
-        kernel, layout=layout, groups=groups, pull_dtype="bfloat16", **average
+        kernel, layout=layout, maps=maps, groups=groups, pull_dtype="bfloat16", **average
     )
     frozen = slice(SIZE - 7, SIZE)
     for number in range(1, 6):
@@ -221,9 +232,10 @@ def test_it_knows_the_membership_and_the_epoch_of_the_last_reign() -> None:
     assert control_state.epoch == 5 and promoted.shard.epochs.now == 6
 
 
+@pytest.mark.parametrize("maps", [False, True])
 @pytest.mark.parametrize("replaced", ["written", "loaded"])
-def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str) -> None:
-    primary, standby, _ = pair()
+def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str, maps: bool) -> None:
+    primary, standby, _ = pair(maps=maps)
     do_round(primary, 1, 1)
     if replaced == "written":
         primary.send(Pause("me")).result(0)
@@ -233,6 +245,34 @@ def test_one_whose_primary_went_on_without_it_never_steps_in(replaced: str) -> N
     assert standby.reached is None
     with pytest.raises(IllegalMessage, match="has no state yet"):
         standby.promote(Reconfigure(epoch=3, schedule=()), ShardHost)
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "fused"])
+@pytest.mark.parametrize("ends", ["steps", "writes", "writes moments"])
+def test_what_it_maps_is_whole_while_its_primary_has_not_announced_more(
+    kernel: str, ends: str
+) -> None:
+    layout, average = LAYOUT.for_workers("bfloat16", [1]), {"use_ema": True}
+    primary, standby, _ = pair(
+        kernel, layout=layout, maps=True, groups=[Group("b", trainable=False)], **average
+    )
+    for number in range(1, 4):
+        do_round(primary, number, number)
+    announced = state_of(primary)
+    primary._outbox.carriers[Replicate] = lambda effect: None  # it dies before it announces more
+    if ends == "steps":
+        do_round(primary, 4, 4)
+    else:
+        primary.send(Pause("me")).result(0)
+        names = ["m", "v"] if ends == "writes moments" else ["params"]
+        write = Write(token="me", state=dict.fromkeys(names, INITIAL))
+        primary.send(write).result(0)
+        assert primary.shard.state.arrays()[names[0]]["float32"].tobytes() == (
+            INITIAL["float32"].tobytes()
+        )
+    assert not same(state_of(primary), announced)
+    promoted, _ = standby.promote(Reconfigure(epoch=9, schedule=((1, (0, 1)),)), ShardHost)
+    assert same(state_of(promoted), announced)
 
 
 def test_a_record_that_is_not_the_next_is_refused_and_the_standby_is_out_of_date() -> None:

@@ -5,6 +5,7 @@ carries.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from typing_extensions import override
 
 from distnadam.errors import ShardLost
@@ -12,8 +13,30 @@ from distnadam.hyperparameters import NadamConfig
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.supervisor_messages import DetachStandby, Record, ReplicatedRound
 from distnadam.runtime.standby import Standby
-from distnadam.tensors.arrays import Flat, empty_flat
+from distnadam.shard.state import ShardState
+from distnadam.tensors.arrays import Flat
 from distnadam.transport.replication import ReplicationStream
+
+
+def kept_twice(state: ShardState) -> tuple[dict[str, Flat], dict[str, Flat]]:
+    """Have a state kept twice, and return its arrays by name, by the index of the buffer."""
+    if state.copies is None:
+        beside = state.arrays() | ({"masters": state.masters} if state.masters else {})
+        del beside["params"]
+        state.keep_twice((_copies(beside), _copies(beside)))
+    assert state.copies is not None
+    first, second = (
+        {"params": seen | beside.pop("masters", {}), **beside}
+        for seen, beside in zip(state.buffers, map(dict, state.copies), strict=True)
+    )
+    return first, second
+
+
+def _copies(arrays: dict[str, Flat]) -> dict[str, Flat]:
+    return {
+        name: {space: values.copy() for space, values in flat.items()}
+        for name, flat in arrays.items()
+    }
 
 
 class InProcessStream(ReplicationStream):
@@ -25,7 +48,7 @@ class InProcessStream(ReplicationStream):
         standby: follows.
         control_state: the primary's.
         config: the primary's.
-        arrays: the primary's, which are copied.
+        state: the primary's arrays, which are copied, or its state, whose memory is mapped.
         alive: whether the standby lives.
     """
 
@@ -34,7 +57,7 @@ class InProcessStream(ReplicationStream):
         standby: Standby,
         control_state: Any,
         config: NadamConfig,
-        arrays: dict[str, Flat],
+        state: dict[str, Flat] | ShardState,
         alive: Callable[[], bool] = lambda: True,
     ) -> None:
         if not alive():
@@ -43,13 +66,11 @@ class InProcessStream(ReplicationStream):
         self._alive = alive
         self.failure: Exception | None = None
         self.sent: list[Record] = []
-        self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
-        standby.take_arrays(
-            {
-                name: {space: values.copy() for space, values in flat.items()}
-                for name, flat in arrays.items()
-            }
-        )
+        if isinstance(state, ShardState):
+            standby.map_states(kept_twice(state))
+        else:
+            self.mean = {space: np.empty_like(values) for space, values in state["params"].items()}
+            standby.take_arrays(_copies(state))
         standby.begin(control_state, config)
         self.reached = control_state.round
 

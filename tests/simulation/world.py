@@ -27,6 +27,7 @@ from distnadam.protocol.supervisor_messages import (
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
 from distnadam.shard.effects import Notice
+from distnadam.shard.state import ShardState
 from distnadam.supervision.events import LookNow, ProcessDied
 from distnadam.supervision.process_manager import ProcessManager, ShardProcess
 from distnadam.supervision.supervisor import Supervisor
@@ -115,9 +116,11 @@ class Process:
         return False
 
     def _attach(
-        self, standby: ShardProcess, control_state: Any, config: Any, arrays: dict[str, Flat]
+        self, standby: ShardProcess, control_state: Any, config: Any, state: ShardState
     ) -> ReplicationStream:
-        stream = _WorldStream(self, standby.handle, control_state, config, arrays)
+        is_near = self.spec.index % 2 == 0  # as one of the same machine, or of another
+        given = state if is_near else state.arrays()
+        stream = _WorldStream(self, standby.handle, control_state, config, given)
         self._follower = standby
         return stream
 
@@ -131,7 +134,7 @@ class _WorldStream(InProcessStream):
         follower: Process,
         control_state: Any,
         config: Any,
-        arrays: dict[str, Flat],
+        state: dict[str, Flat] | ShardState,
     ) -> None:
         if follower.standby is None:
             raise ShardLost("the standby is dead")
@@ -141,7 +144,7 @@ class _WorldStream(InProcessStream):
             follower.standby,
             control_state,
             config,
-            arrays,
+            state,
             lambda: primary.alive and follower.alive and not self._has_ended,
         )
 

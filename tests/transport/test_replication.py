@@ -3,16 +3,19 @@
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distnadam.config import Options
 from distnadam.errors import LaneError
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.codec import pack_record, unpack_record
-from distnadam.protocol.messages import PushNote
+from distnadam.protocol.messages import PushNote, ShardSpec
 from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
@@ -21,17 +24,28 @@ from distnadam.protocol.supervisor_messages import (
     ReplicatedRound,
     ReplicatedSave,
 )
-from distnadam.tensors.arrays import STATE_ARRAYS, Flat
+from distnadam.tensors.arrays import Flat, cut_flat
+from distnadam.tensors.layout import Layout, sizes_of
 from distnadam.transport.connection import Address
 from distnadam.transport.replication import ShmReplicationStream, StandbyReceiver
+from distnadam.transport.shared_memory import Arena
+from distnadam.transport.state_memory import copies_in, reserve_state
 from tests.eventually import eventually
 
 HALF = {"float32": "bfloat16"}
-SIZES = {"float32": 1000}
-ARRAYS = {
-    name: {"float32": np.full(1000, value, np.float32)}
-    for name, value in (("params", 1), ("m", 2), ("v", 3))
-}
+LAYOUT = Layout.of({"a": np.ones(300, np.float32), "b": np.ones(1000, np.float32)})
+SPEC = ShardSpec(
+    index=1,
+    num_shards=2,
+    num_workers=1,
+    replicas=1,
+    name=None,
+    config=NadamConfig(use_ema=True),
+    options=Options(kernel="numpy"),
+    layout=LAYOUT,
+    ranges=LAYOUT.cuts(2)[1],
+)
+SIZE = sizes_of(SPEC.ranges)["float32"]
 
 
 def decided(number: int) -> ReplicatedRound:
@@ -51,21 +65,53 @@ def decided(number: int) -> ReplicatedRound:
     )
 
 
+class Primary:
+    """A primary whose arrays are all of one number after each round."""
+
+    def __init__(self, address: Address, decided: int, timeout_s: float = 10.0) -> None:
+        arena, parameters = reserve_state(SPEC), Arena.create(LAYOUT.sizes, copies=2)
+        self._states = [
+            [cut_flat(seen, SPEC.ranges)["float32"], *(flat["float32"] for flat in beside.values())]
+            for seen, beside in zip(parameters.flats, copies_in(arena, SPEC), strict=True)
+        ]
+        self.write(decided)
+        self.stream = ShmReplicationStream(address, arena, parameters, decided, timeout_s)
+
+    def write(self, number: int, elements: int = SIZE) -> None:
+        """Write the first elements of all arrays of the copy that a round steps into."""
+        for array in self._states[number % 2]:
+            array[:elements] = number
+
+    def step(self, number: int) -> bool:
+        self.write(number)
+        return self.stream.send(decided(number))
+
+
 class RecordingStandby:
-    """A follower, and what came: records, each with the mean that lay in memory then."""
+    """A follower, and which records came."""
 
     def __init__(self) -> None:
-        self.begun: dict[str, Flat] = {}
-        self.came: list[tuple[Record, float]] = []
+        self.states: Sequence[dict[str, Flat]] = ()
+        self.came: list[Record] = []
         self.hang = threading.Event()
         self.hang.set()
-        self.receiver = StandbyReceiver(SIZES, STATE_ARRAYS, self.begun.update, self._apply)
+        self.receiver = StandbyReceiver(SPEC, self._begin, self._apply)
 
-    def _apply(self, record: Record, mean: Flat) -> None:
+    def _begin(self, states: Sequence[dict[str, Flat]]) -> None:
+        self.states = states
+
+    def _apply(self, record: Record, mean: Flat | None) -> None:
+        assert mean is None
         self.hang.wait()
         if isinstance(record, ReplicatedRound) and record.round == 13:
             raise ValueError("it cannot be applied")
-        self.came.append((record, float(mean["float32"][-1])))
+        self.came.append(record)
+
+    def has(self, number: int) -> bool:
+        """Whether the copy of a round has its number everywhere, in each array."""
+        state = self.states[number % 2]
+        assert list(state) == ["params", "m", "v", "ema"]
+        return all(flat["float32"].tolist() == [number] * SIZE for flat in state.values())
 
 
 @pytest.fixture
@@ -76,40 +122,36 @@ def standby() -> Any:
     standby.receiver.close()
 
 
-def test_it_gets_a_copy_of_the_arrays_and_each_rounds_mean_with_its_record(
-    standby: RecordingStandby,
-) -> None:
-    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 19, 10.0)
-    assert {name: flat["float32"].tobytes() for name, flat in standby.begun.items()} == {
-        name: flat["float32"].tobytes() for name, flat in ARRAYS.items()
-    }
-    numbers = range(20, 75)  # more than there are places for means
+def test_it_maps_the_arrays_and_gets_each_rounds_record(standby: RecordingStandby) -> None:
+    primary = Primary(standby.receiver.address, 19)
+    assert standby.has(19)
+    assert not any(flat["float32"].flags.writeable for flat in standby.states[0].values())
+    numbers = range(20, 75)  # more than may be on their way
     for number in numbers:
-        assert stream.ready()
-        stream.mean["float32"][:] = number
-        assert stream.send(decided(number))
-    assert stream.reached == numbers[-1]
+        assert primary.stream.ready()
+        assert primary.step(number)
+        assert standby.has(number)
+    assert primary.stream.reached == numbers[-1]
     eventually(lambda: len(standby.came) == len(numbers))
-    assert standby.came == [(decided(number), float(number)) for number in numbers]
-    stream.close()
+    assert standby.came == [decided(number) for number in numbers]
+    primary.stream.close()
     assert standby.receiver.ended.wait(10)
-    assert standby.came[-1][0] == DetachStandby(), (
+    assert standby.came[-1] == DetachStandby(), (
         "it was detached, which the end of a process does not say"
     )
 
 
 def primary_process(address: Address, rounds: int, unannounced: bool) -> None:
-    """Be a primary that is killed: after so many records, with a mean half written where
+    """Be a primary that is killed: after so many records, with a step half done where
     `unannounced`.
     """
-    stream = ShmReplicationStream(address, ARRAYS, 0, 10.0)
+    primary = Primary(address, 0)
     for number in range(1, rounds + 1):
-        stream.ready()
-        stream.mean["float32"][:] = number
-        stream.send(decided(number))
+        primary.stream.ready()
+        primary.step(number)
     if unannounced:
-        stream.ready()
-        stream.mean["float32"][:500] = -1.0
+        primary.stream.ready()
+        primary.write(rounds + 1, SIZE // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -125,37 +167,45 @@ def test_all_that_a_killed_primary_announced_is_there_and_nothing_else(
         primary_process(standby.receiver.address, rounds, unannounced)
     os.waitpid(child, 0)
     assert standby.receiver.ended.wait(10)
-    assert standby.came == [(decided(number), float(number)) for number in range(1, rounds + 1)]
+    assert standby.came == [decided(number) for number in range(1, rounds + 1)]
+    assert standby.has(rounds)
 
 
-def test_a_follower_that_hangs_is_given_up_before_its_mean_is_overwritten(
+def test_a_follower_that_hangs_is_given_up_before_its_socket_is_full(
     standby: RecordingStandby,
 ) -> None:
-    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 19, 0.05)
+    primary = Primary(standby.receiver.address, 19, 0.05)
     standby.hang.clear()
     number = 19
-    while stream.ready():
+    while primary.stream.ready():
         number += 1
-        stream.mean["float32"][:] = number
-        assert stream.send(decided(number))
+        assert primary.step(number)
     assert number > 20
-    stream.close()
+    primary.stream.close()
     standby.hang.set()
     assert standby.receiver.ended.wait(10)
-    assert standby.came[:-1] == [(decided(n), float(n)) for n in range(20, number + 1)]
-    assert standby.came[-1][0] == DetachStandby(), (
-        "when it goes on it learns that it is out of date"
-    )
+    assert standby.came[:-1] == [decided(n) for n in range(20, number + 1)]
+    assert standby.came[-1] == DetachStandby(), "when it goes on it learns that it is out of date"
 
 
 def test_a_record_that_cannot_be_applied_ends_the_connection(
     standby: RecordingStandby,
 ) -> None:
-    stream = ShmReplicationStream(standby.receiver.address, ARRAYS, 12, 10.0)
-    assert stream.send(decided(13))
+    primary = Primary(standby.receiver.address, 12)
+    assert primary.step(13)
     assert standby.receiver.ended.wait(10)
-    assert not stream.send(decided(14))
-    stream.close()
+    assert not primary.step(14)
+    primary.stream.close()
+
+
+def test_memory_of_another_size_is_refused(standby: RecordingStandby) -> None:
+    parameters = Arena.create({"float32": 5000}, copies=2)
+    with pytest.raises(LaneError, match="expected 16384 bytes of sealed shared memory"):
+        ShmReplicationStream(
+            standby.receiver.address, reserve_state(SPEC), parameters, 0, timeout_s=10.0
+        )
+    assert standby.states == ()
+    assert standby.receiver.ended.is_set()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ class ObjectReplicationStream(ReplicationStream):
         self._standby = standby
         self._timeout_s = timeout_s
         self._spaces = sorted(arrays["params"])
-        self.mean = empty_flat({space: values.size for space, values in arrays["params"].items()})
+        sizes = {space: values.size for space, values in arrays["params"].items()}
+        self.mean = self._mean = empty_flat(sizes)
         self._id = time.time_ns()  # later than any earlier stream's, another primary's included
         self._numbers = itertools.count()
         for name, flat in arrays.items():
@@ -71,7 +72,7 @@ class ObjectReplicationStream(ReplicationStream):
     @override
     def send(self, record: Record) -> bool:
         means = (
-            [self.mean[space] for space in self._spaces]
+            [self._mean[space] for space in self._spaces]
             if isinstance(record, ReplicatedRound) and record.outcome == "applied"
             else []
         )

@@ -120,14 +120,8 @@ class ShardActor:
 
     def _open(self, neighbour: Address | None, *, standby: bool) -> None:
         if standby:
-            self._standby = Standby(self._spec, self._threads)
-            sizes = sizes_of(self._spec.ranges)
-            self._receiver = StandbyReceiver(
-                sizes,
-                self._spec.config.state_arrays,
-                self._standby.take_arrays,
-                self._standby.apply,
-            )
+            self._standby = follower = Standby(self._spec, self._threads)
+            self._receiver = StandbyReceiver(self._spec, follower.map_states, follower.apply)
             self._address = dataclasses.replace(self._address, socket=self._receiver.address)
             if neighbour is not None:
                 self._share_memory(neighbour)
@@ -327,7 +321,7 @@ class ShardActor:
             on_notice=self._notice,
             can_send=lambda: self._lease is not None and self._lease.valid,
         )
-        host.connect_standby = partial(self._connector.connect, self._address.node)
+        host.connect_standby = partial(self._connector.connect, self._address.node, self._arena)
         host.traffic_of = host_traffic().by_host
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)

@@ -14,10 +14,13 @@ from distnadam.backends.ray.object_replication import ObjectReplicationStream
 from distnadam.errors import LaneError
 from distnadam.protocol.messages import ShardSpec
 from distnadam.protocol.supervisor_messages import ShardControlState
+from distnadam.shard.state import ShardState
 from distnadam.supervision.process_manager import ShardProcess
 from distnadam.tensors.arrays import Flat
 from distnadam.transport.far_shard import REMEDY
 from distnadam.transport.replication import ReplicationStream, ShmReplicationStream
+from distnadam.transport.shared_memory import Arena
+from distnadam.transport.state_memory import copies_in, reserve_state
 from distnadam.transport.tcp_connection import Endpoint
 from distnadam.transport.tcp_replication import TcpReplicationStream
 
@@ -42,29 +45,33 @@ class StandbyConnector:
         self._endpoint_of = endpoint_of or _endpoint_of
         self._timeout_s = spec.options.shard_timeout_s
         self._has_warned = False
+        self._memory: Arena | None = None  # that the state is kept in twice
         self.far_standby: ShardProcess | None = None
 
     def connect(
         self,
         node: str,
+        parameters: Arena | None,
         standby: ShardProcess,
         control_state: ShardControlState,
         config: Any,
-        arrays: dict[str, Flat],
+        state: ShardState,
     ) -> ReplicationStream:
-        """Fill a standby; `node` is the primary's.
+        """Fill a standby; `node` is the primary's, and `parameters` the arena of its buffers.
 
         Raises:
             LaneError: it cannot be reached over shared memory.
+            ArenaError: there is not enough of it.
             RayError, DistNadamError: it is dead, or does not answer.
         """
         self.far_standby = None
         stream: ReplicationStream | None
-        if standby.address.node == node and standby.address.socket is not None:
-            stream = ShmReplicationStream(
-                standby.address.socket, arrays, control_state.round, self._timeout_s
-            )
+        socket = standby.address.socket
+        if standby.address.node == node and socket is not None and parameters is not None:
+            memory, decided = self._keep_twice(state), control_state.round
+            stream = ShmReplicationStream(socket, memory, parameters, decided, self._timeout_s)
         else:
+            arrays = state.arrays()
             self.far_standby = standby
             # a quarter: after `timeout_s` this shard itself would count as silent
             patience_s = self._timeout_s / 4
@@ -79,6 +86,14 @@ class StandbyConnector:
             stream.close()
             raise
         return stream
+
+    def _keep_twice(self, state: ShardState) -> Arena:
+        """Have the state kept twice, in memory that this process can give away, and return that."""
+        if self._memory is None:
+            memory = reserve_state(self._spec)
+            state.keep_twice(copies_in(memory, self._spec))
+            self._memory = memory
+        return self._memory
 
     def by_tcp(
         self, standby: ShardProcess, arrays: dict[str, Flat], decided: int, patience_s: float
