@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SIZES = {"1e4": 1000, "1e6": 150, "1e7": 30, "5e7": 12}
+SIZES = {"1e4": 1000, "1e5": 500, "1e6": 150, "1e7": 30, "5e7": 12}
 """Steps that a program makes, by number of elements."""
 
 OURS = {
