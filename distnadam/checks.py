@@ -23,6 +23,23 @@ def check_count(name: str, value: object, *, least: int = 1) -> int:
     return int(value.__index__())
 
 
+def check_shares(value: Any, count: int) -> list[int]:
+    """Return the shares of `count` shards, equal ones for None; raise ConfigError if they cannot be
+    that.
+    """
+    if value is None:
+        return [1] * count
+    try:
+        shares = [check_count("a share", share, least=0) for share in value]
+    except (ConfigError, TypeError):
+        shares = []
+    if len(shares) != count or not any(shares):
+        raise ConfigError(
+            f"shares: expected {count} whole numbers, none below 0 and not all 0, got {value!r}"
+        )
+    return shares
+
+
 def check_ports(value: Any) -> tuple[int, int]:
     """Return the first and the last port; raise ConfigError unless they are ports in order."""
     try:

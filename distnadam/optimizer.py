@@ -10,7 +10,7 @@ from distnadam.checkpoint.contents import packed_data
 from distnadam.checkpoint.manifest import Manifest
 from distnadam.checkpoint.storage.base import Directory
 from distnadam.checkpoint.storage.resolve import DirectoryLike, open_directory
-from distnadam.checks import check_count
+from distnadam.checks import check_count, check_shares
 from distnadam.client.autodiff import gradients_found, gradients_of
 from distnadam.client.building import restored_settings, running, warn_of_tied
 from distnadam.client.checkpointing import Saved, SaveHandle
@@ -289,15 +289,21 @@ class DistNadam(HeldState, set_once={"saves", "restored_data"}):
         """Return `make(rank, *copies of given)` of each rank: a thread if local, else an actor."""
         return self.shards.backend.worker_group(self._life.num_workers, make, self.options, given)
 
-    def reshard(self, num_shards: int) -> None:
-        """Cut the state into another number of shards, between two steps; the bits stay the same.
+    def reshard(self, num_shards: int, *, shares: Sequence[int] | None = None) -> None:
+        """Cut the state into other shards, between two steps; the bits stay the same.
+
+        Args:
+            num_shards: how many there are then.
+            shares: each shard's share of the state, whole numbers of any size, in the order of the
+                shards; None for equal ones. As many shards as there were stay on their hosts.
 
         Raises:
             ClusterError: the new shards cannot be obtained; the present ones go on.
+            ConfigError: the shares are not that many, one is below 0, or all are 0.
         """
-        shards, count = self.shards, check_count("num_shards", num_shards)
+        shards, given = self.shards, check_shares(shares, check_count("num_shards", num_shards))
         self.saves.finish()  # the present shards are writing it
-        shards.reshard(count)
+        shards.reshard(given)
 
     @overload
     def save(

@@ -377,7 +377,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
 
     def _receive(self, shard: int, parameters: Flat) -> None:
         """Copy the parameters that one shard's answer brought."""
-        self._view.fill(self._shards.ranges[shard], parameters)
+        self._view.fill(self.session.ranges[shard], parameters)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -111,7 +111,7 @@ def a_recovery(tmp_path: Path) -> list[tuple[str, str]]:
     ones = np.ones(3000, np.float32)
     options = Options(step_timeout_s=5.0, kernel="numpy")
     world, layout = begin_world(ones, NadamConfig(), options, 2, 1, 1)
-    worker = Worker(ShardGroup(WorldBackend(world), layout, 2, options, poll_s=0.0), 0)
+    worker = Worker(ShardGroup(WorldBackend(world), layout, options, poll_s=0.0), 0)
     worker.step({"w": ones})
     world.look()
     world.shards[0].kill()

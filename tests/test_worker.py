@@ -132,6 +132,6 @@ def test_parameters_are_pulled_though_the_round_was_asked_for_first() -> None:
     world, layout = begin_world(
         np.ones(3000, np.float32), NadamConfig(), options, 2, 1, 0, objects=True
     )
-    worker = Worker(ShardGroup(WorldBackend(world), layout, 2, options, poll_s=0.0), 0)
+    worker = Worker(ShardGroup(WorldBackend(world), layout, options, poll_s=0.0), 0)
     assert worker.round == 0
     assert (worker.parameters()["w"] == 1).all()

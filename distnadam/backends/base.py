@@ -193,6 +193,11 @@ class ShardTransport(ABC):
 
     @property
     @abstractmethod
+    def cuts(self) -> Sequence[Ranges]:
+        """The ranges that each of them holds; the same object until this process learns more."""
+
+    @property
+    @abstractmethod
     def version(self) -> int:
         """A number that grows when this process learns that shards moved or went back."""
 

@@ -56,6 +56,7 @@ class LocalTransport(ShardTransport):
     def __init__(self) -> None:
         self.hosts: list[ShardHost] = []
         self.specs: list[ShardSpec] = []
+        self._cuts: list[Ranges] = []
         self.memory = ParameterMemory({})
         self._version = 0
         self._has_channels = False
@@ -78,6 +79,7 @@ class LocalTransport(ShardTransport):
     def replace(self, specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
         """Send every later message to these hosts; the parameters stay where they are."""
         self.specs = list(specs)
+        self._cuts = [spec.ranges for spec in specs]
         self.hosts = [process.handle for process in shards]
         self._version += 1
 
@@ -85,6 +87,11 @@ class LocalTransport(ShardTransport):
     @override
     def num_shards(self) -> int:
         return len(self.hosts)
+
+    @property
+    @override
+    def cuts(self) -> Sequence[Ranges]:
+        return self._cuts
 
     @property
     @override
@@ -238,7 +245,12 @@ class LocalProcesses(ShardProcesses):
 
     @override
     def start(
-        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+        self,
+        spec: ShardSpec,
+        *,
+        standby: bool,
+        near: Sequence[ShardProcess],
+        beside: ShardProcess | None = None,
     ) -> ShardProcess:
         return ShardProcess(spec.index, self._transport.make_host(spec), None)
 
@@ -306,8 +318,8 @@ class LocalBackend(Backend):
         _check_memory(room.buffers(layout), room.state(specs))
         with memory_for("two buffers of the model's parameters"):
             self.transport.memory = ParameterMemory(layout.sizes, layout.pull_dtypes)
-        self.transport.specs = list(specs)
-        self.transport.hosts = [self.transport.make_host(spec) for spec in specs]
+        hosts = [self.transport.make_host(spec) for spec in specs]
+        self.transport.replace(specs, [ShardProcess(i, host, None) for i, host in enumerate(hosts)])
 
     @override
     def hosts(self) -> list[str]:

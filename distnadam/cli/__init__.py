@@ -12,6 +12,7 @@ from distnadam.cli import (
     interop,
     planning,
     report,
+    resharding,
     running,
     training,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "main",
     "planning",
     "report",
+    "resharding",
     "running",
     "training",
 ]

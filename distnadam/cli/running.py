@@ -1,4 +1,4 @@
-"""The commands on a named optimizer that runs on a Ray cluster: status, save, reshard, stop."""
+"""The commands on a named optimizer that runs on a Ray cluster: status, save, stop."""
 
 import os
 import tempfile
@@ -53,7 +53,7 @@ def status(name: str, address: str | None, *, watch: bool, every: float, as_json
     """Show the running optimizer NAME.
 
     Steps, shards, standbys, workers, what the next step waits for, the bytes per second of each
-    host, and the last checkpoint.
+    host, a host that is slower than the others with what that costs, and the last checkpoint.
     """
     with exit_on_error():
         with joined(address):
@@ -92,19 +92,6 @@ def save(name: str, address: str | None, path: str | None, *, as_json: bool) -> 
         echo_json({"checkpoint": saved})
     else:
         click.echo(saved)
-
-
-@main.command()
-@on_running
-@click.argument("shards", type=click.IntRange(1))
-def reshard(name: str, address: str | None, shards: int) -> None:
-    """Move the state of the running optimizer NAME to SHARDS shards, between two steps."""
-    with exit_on_error():
-        with joined(address):
-            optimizer = DistNadam.connect(name)
-        with optimizer:
-            optimizer.reshard(shards)
-    click.echo(f"{name}: {shards} shard(s)")
 
 
 @main.command()
@@ -173,6 +160,7 @@ def render(status: Status) -> RenderableType:
         *([standbys] if status.replicas else []),
         workers,
         *([hosts] if status.hosts else []),
+        *(host.in_words() for host in status.slow),
         *([f"optimizer: {status.method}"] if status.method else []),
         f"the next step waits for {status.awaited}",
         f"transport: {status.transport}",

@@ -62,7 +62,7 @@ def start_shards(settings: Settings, layout: Layout) -> ShardGroup:
         for index, ranges in enumerate(layout.cuts(topology.num_shards))
     ]
     backend.start(specs, topology.replicas)
-    return ShardGroup(backend, layout, topology.num_shards, settings.options)
+    return ShardGroup(backend, layout, settings.options)
 
 
 def check_can_start(settings: Settings) -> None:
@@ -99,7 +99,7 @@ def running(name: str) -> tuple[ShardGroup, Settings]:
         StepTimeout: whoever started the shards does not give them what they begin with.
     """
     backend, spec = factory.connect(name)
-    shards = ShardGroup(backend, spec.layout, spec.num_shards, spec.options)
+    shards = ShardGroup(backend, spec.layout, spec.options)
     _await_first_state(shards, f"connecting to {name!r}")
     return shards, settings_of(spec)
 

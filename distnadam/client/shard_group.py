@@ -5,7 +5,7 @@ Shard 0 is paused first and the others after it, so that two clients that act at
 and never wait for each other in a ring. No maths, no Ray.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,7 +73,6 @@ class ShardGroup:
     Args:
         backend: the shards' own.
         layout: the model's.
-        num_shards: how many shards there are.
         options: the optimizer's.
         rewound: the epoch of the last rewind that the user knows of; None before the first look.
         poll_s: how long to sleep between two looks at something that is polled for.
@@ -87,7 +86,6 @@ class ShardGroup:
         self,
         backend: Backend,
         layout: Layout,
-        num_shards: int,
         options: Options,
         *,
         rewound: int | None = None,
@@ -99,22 +97,25 @@ class ShardGroup:
         self.rewinds = RewindGuard(known=rewound)
         self.reports = ShardReports(backend.transport)
         self.retry = Retry(backend.transport, options.step_timeout_s, poll_s)
-        self._cuts = {num_shards: layout.cuts(num_shards)}
+        self._seen_cuts: Sequence[Ranges] = ()
+        self._ranges: list[Ranges] = []
         # whose groups' patterns never change, nor whether they have betas of their own
         self._config_at_first: NadamConfig | None = None
         self._direct = DirectSteps(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         make = partial(ShardGroup, rewound=self.rewinds.known)
-        return make, (self.backend, self.layout, len(self.ranges), self.options)
+        return make, (self.backend, self.layout, self.options)
 
     @property
     def ranges(self) -> list[Ranges]:
-        """The ranges that each shard holds, by the number of shards that there are now."""
-        count = self.backend.transport.num_shards
-        if count not in self._cuts:
-            self._cuts[count] = self.layout.cuts(count)
-        return self._cuts[count]
+        """The ranges that each shard holds now; the same object as long as these are."""
+        cuts = self.backend.transport.cuts
+        if cuts is not self._seen_cuts:
+            if list(cuts) != self._ranges:
+                self._ranges = list(cuts)
+            self._seen_cuts = cuts
+        return self._ranges
 
     def describe(self) -> Description:
         """Return where shard 0 stands; never waits for a round."""
@@ -303,18 +304,19 @@ class ShardGroup:
         step = DirectStep(settings=settings)
         return self.recovering(lambda: self._direct.apply(step, gradients))
 
-    def reshard(self, num_shards: int) -> None:
-        """Cut the state into another number of shards between two rounds.
+    def reshard(self, shares: int | Sequence[int]) -> None:
+        """Cut the state anew between two rounds, into shards of these shares, as `Layout.cuts`.
 
         Workers that wait for a round go on with the new shards.
         """
+        cuts = self.layout.cuts(shares)
 
         def move() -> None:
-            self.backend.supervisor.reshard(self.layout.cuts(num_shards))
+            self.backend.supervisor.reshard(cuts)
             self.backend.transport.refresh()
 
-        if num_shards != self.backend.transport.num_shards:
-            self._said_if_long(f"reshard to {num_shards} shards", move)
+        if cuts != self.ranges:
+            self._said_if_long(f"reshard to {len(cuts)} shards", move)
 
     def for_all(self, message: Message) -> dict[int, Message]:
         """Return the same message for every shard."""

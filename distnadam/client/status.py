@@ -12,13 +12,16 @@ from typing import Any
 from distnadam.backends.base import Backend
 from distnadam.backends.factory import connect
 from distnadam.checkpoint import store
+from distnadam.client.paces import ShardWork, paces
 from distnadam.client.shard_group import ShardGroup
 from distnadam.errors import CheckpointError, DistNadamError, NotRunning, ShardLost
 from distnadam.metrics.meter import shard_bytes
 from distnadam.places import shown
+from distnadam.planning.balance import Pace, SlowHost, slow_hosts
 from distnadam.protocol.messages import NO_NORM, Describe
 from distnadam.protocol.shard_status import Description, ShardSpec
 from distnadam.schedules import rate_at
+from distnadam.tensors.layout import sizes_of
 from distnadam.transport.link import carriers
 
 ANSWER_S = 5.0
@@ -81,8 +84,9 @@ class Status:
     and groups; `awaited` what the next step waits for, and `transport` how gradients and parameters
     move between which processes. `gradient_norm` is the last round's, where clipping needs it, and
     `loss_scale` the next one's.
-    `moved` is what `hosts` follows from, and `at` the time by this process's monotonic clock, both
-    for the next look.
+    `paces` is what each host did since the last look, and `slow` the hosts that the others wait
+    for. `moved` and `work` are what they and `hosts` follow from, and `at` the time by this
+    process's monotonic clock, for the next look.
     """
 
     name: str | None
@@ -103,13 +107,16 @@ class Status:
     recoveries: int = 0
     is_rewound: bool = False
     moved: Moved = field(default_factory=dict)
+    work: tuple[ShardWork, ...] = ()
+    paces: tuple[Pace, ...] = ()
+    slow: tuple[SlowHost, ...] = ()
     gradient_norm: float | None = None
     loss_scale: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         fields = asdict(self)
-        return {key: fields[key] for key in fields if key not in ("at", "moved")} | {
+        return {key: fields[key] for key in fields if key not in ("at", "moved", "work")} | {
             "workers": [{"rank": r, "state": s} for r, s in self.workers.items()]
         }
 
@@ -151,10 +158,15 @@ class RunningOptimizer:
         Raises:
             NotRunning: no shard answers.
         """
-        answers, shards, moved = self._ask()
+        answers, shards, moved, work = self._ask()
         spec, first, now = self._spec, min(answers, key=lambda seen: seen.round), time.monotonic()
         if earlier is not None:
             shards = _with_loads(shards, earlier, now)
+        found: tuple[Pace, ...] = ()
+        seconds = 0.0
+        if earlier is not None and first.round > earlier.round:
+            found = paces(earlier.work, work)
+            seconds = (now - earlier.at) / (first.round - earlier.round)
         recoveries = 0
         with suppress(DistNadamError):  # the supervisor may be what died
             recoveries = self._backend.supervisor.shard_recoveries()
@@ -177,6 +189,9 @@ class RunningOptimizer:
             awaited=awaited(shards),
             hosts=_hosts(moved, earlier, now),
             moved=moved,
+            work=work,
+            paces=found,
+            slow=slow_hosts(found, seconds),
             transport=carriers(spec.options.transport, spec.options.port_range),
             recoveries=recoveries,
             is_rewound=any(seen.epoch_reason == "rewound" for seen in answers),
@@ -192,9 +207,11 @@ class RunningOptimizer:
             (seen.saved for seen in answers if seen.saved is not None), None
         )
 
-    def _ask(self) -> tuple[list[Description], list[ShardStatus], Moved]:
+    def _ask(
+        self,
+    ) -> tuple[list[Description], list[ShardStatus], Moved, tuple[ShardWork, ...]]:
         backend, transport = self._backend, self._backend.transport
-        answers, shards = list[Description](), list[ShardStatus]()
+        answers, shards, work = list[Description](), list[ShardStatus](), list[ShardWork]()
         moved: dict[tuple[int, str, str], int] = {}
         transport.refresh()
         asked = {
@@ -231,12 +248,26 @@ class RunningOptimizer:
                     )
                 )
                 here = host.split()[0]
+                work.append(_work(index, here, seen))
                 for there, (sent, received) in seen.traffic.items():
                     moved[index, here, there] = moved.get((index, here, there), 0) + sent
                     moved[index, there, here] = moved.get((index, there, here), 0) + received
         if not answers:
             raise NotRunning(f"no shard of {self._spec.name!r} answers")
-        return answers, shards, moved
+        return answers, shards, moved, tuple(work)
+
+
+def _work(index: int, host: str, seen: Description) -> ShardWork:
+    return ShardWork(
+        index=index,
+        host=host,
+        elements=0 if seen.spec is None else sum(sizes_of(seen.spec.ranges).values()),
+        round=seen.round,
+        stepped_s=seen.stepped_s,
+        sent={there: sent for there, (sent, _) in seen.traffic.items()},
+        received={there: received for there, (_, received) in seen.traffic.items()},
+        links=seen.links,
+    )
 
 
 def _with_loads(shards: list[ShardStatus], earlier: Status, now: float) -> list[ShardStatus]:

@@ -26,6 +26,7 @@ class ShardSpec:
         options: the options.
         layout: the model's tensors.
         ranges: the elements that this shard holds.
+        cuts: what each shard holds; () where that is `layout.cuts(num_shards)`.
         run_id: begins the names of this optimizer's processes in the cluster.
         layout_generation: how often the state was resharded.
         run: `Settings.run`, for whoever saves.
@@ -40,6 +41,7 @@ class ShardSpec:
     options: Options
     layout: Layout
     ranges: Ranges
+    cuts: tuple[Ranges, ...] = ()
     run_id: str = ""
     layout_generation: int = 0
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -89,6 +91,7 @@ class Description:
         idle_s: seconds since the shard last computed a step, norms or a load.
         stepped_s: seconds in which its process has computed steps, so far.
         traffic: by another host's address, the bytes sent there and received from there by TCP.
+        links: likewise, the bytes per second at which the system delivered there last, if known.
     """
 
     epoch: int
@@ -123,3 +126,4 @@ class Description:
     idle_s: float = 0.0
     stepped_s: float = 0.0
     traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    links: Mapping[str, float] = field(default_factory=dict)

@@ -77,7 +77,7 @@ class ShardHost:
         lock: held while the machine is changed.
         gradients_of: finds the gradients of a push that is to be completed.
         connect_standby: returns the stream to a standby; None where there can be none.
-        traffic_of: returns the bytes sent to and received from each other host.
+        traffic_of, links_of: return what a `Description` says of traffic and of links.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class ShardHost:
         self.gradients_of: GradientsOf = lambda rank, incarnation, dtypes: None
         self.connect_standby: ConnectStandby | None = None
         self.traffic_of: Callable[[], Mapping[str, tuple[int, int]]] = dict
+        self.links_of: Callable[[], Mapping[str, float]] = dict
         self._spec = spec
         self._run_work = run_work
         self._kernel = ShardKernel(spec, state, threads)
@@ -372,6 +373,7 @@ class ShardHost:
             idle_s=perf_counter() - self._idle_since,
             stepped_s=self._stepped_s,
             traffic=self.traffic_of(),
+            links=self.links_of(),
         )
 
 

@@ -63,7 +63,7 @@ def recovered_topology(
     layout_generation = _present_generation(discovered, first.layout_generation)
     present = [each for each in discovered if each.spec.layout_generation == layout_generation]
     spec = present[0].spec if present else first
-    cuts = spec.layout.cuts(spec.num_shards)
+    cuts = spec.cuts or spec.layout.cuts(spec.num_shards)
     specs = tuple(replace(spec, index=index, ranges=ranges) for index, ranges in enumerate(cuts))
     primaries = sorted(
         (each for each in present if not each.standby and not each.retired),

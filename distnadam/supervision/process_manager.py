@@ -58,7 +58,12 @@ class ShardProcesses(ABC):
 
     @abstractmethod
     def start(
-        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+        self,
+        spec: ShardSpec,
+        *,
+        standby: bool,
+        near: Sequence[ShardProcess],
+        beside: ShardProcess | None = None,
     ) -> ShardProcess:
         """Start a process for a shard, or for its standby.
 
@@ -66,6 +71,7 @@ class ShardProcesses(ABC):
             spec: the shard's.
             standby: whether it shall follow the shard instead of being it.
             near: the present processes, whose memory it may share.
+            beside: the process whose host it goes to, if there is room and that is not to be left.
 
         Raises:
             ClusterError: no process can be started.

@@ -99,6 +99,7 @@ class _Handover:
                 index=index,
                 num_shards=len(what.cuts),
                 ranges=ranges,
+                cuts=tuple(what.cuts),
                 layout_generation=first.layout_generation + 1,
             )
             for index, ranges in enumerate(what.cuts)
@@ -109,10 +110,15 @@ class _Handover:
         self._published = False
 
     def start_new(self) -> None:
-        """Start the new shards, empty."""
+        """Start the new shards, empty; of as many as there are, each where the old one is, since
+        their cuts may be for what each host can do.
+        """
+        stay = len(self._specs) == len(self.old)
         for spec in self._specs:
             near = [*self.old, *self._new]
-            self._new.append(self._processes.start(spec, standby=False, near=near))
+            beside = self.old[spec.index] if stay else None
+            started = self._processes.start(spec, standby=False, near=near, beside=beside)
+            self._new.append(started)
 
     def move(self) -> None:
         """Pause the old shards and have the new ones load their state.

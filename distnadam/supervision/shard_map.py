@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from distnadam.errors import Unrecoverable
 from distnadam.supervision.process_manager import ShardProcess
+from distnadam.tensors.layout import Ranges
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class ShardMap:
     Args:
         version: a higher one replaces a lower one.
         shards: the processes, in order.
+        cuts: the ranges that each holds.
         failed: why there will be no newer map; None while the optimizer can be recovered.
     """
 
     version: int
     shards: tuple[ShardProcess, ...]
+    cuts: tuple[Ranges, ...] = ()
     failed: str | None = None
 
 
@@ -52,10 +55,13 @@ class ShardMapPublisher:
                 self._waiting.append((than, future))
         return future
 
-    def publish(self, shards: Sequence[ShardProcess], failed: str | None) -> None:
+    def publish(
+        self, shards: Sequence[ShardProcess], cuts: Sequence[Ranges], failed: str | None
+    ) -> None:
         """Publish a newer map, or why there will be none any more."""
         with self._lock:
-            self.now = ShardMap(max(time.time_ns(), self.now.version + 1), tuple(shards), failed)
+            version = max(time.time_ns(), self.now.version + 1)
+            self.now = ShardMap(version, tuple(shards), tuple(cuts), failed)
             ready = [future for than, future in self._waiting if self.now.version > than]
             self._waiting = []
         for future in ready:

@@ -350,7 +350,9 @@ class Supervisor:
                 return
 
     def _publish(self, failed: str | None) -> None:
-        self._publisher.publish(self.cluster.shards, failed)
+        cluster = self.cluster
+        cuts = [spec.ranges for spec in cluster.specs]
+        self._publisher.publish(cluster.shards, cuts, failed)
 
 
 def _answer(future: Future[ShardMap], answer: ShardMap) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
@@ -259,17 +259,20 @@ class Layout:
             [_leaf(v if v.dtype.name == t.dtype else v.astype(dtype_of(t.dtype))) for t, v in views]
         )
 
-    def cuts(self, num_shards: int) -> list[Ranges]:
+    def cuts(self, shares: int | Sequence[int]) -> list[Ranges]:
         """Return each shard's ranges, which cover every space in order.
 
-        They are as equal as the chunk grid allows; some may be empty.
+        Args:
+            shares: the shards' shares of each space, none below 0 and some above, or the number of
+                shards of equal ones. They are met as nearly as the chunk grid allows; ranges may be
+                empty.
         """
-        ranges: list[Ranges] = [{} for _ in range(num_shards)]
+        shares = (1,) * shares if isinstance(shares, int) else shares
+        *before, total = accumulate(shares, initial=0)
+        ranges: list[Ranges] = [{} for _ in shares]
         for space, size in self.sizes.items():
             begins = [t.begin for t in self.tensors if t.space == space]
-            bounds = [_snap(size * i // num_shards, begins, size) for i in range(num_shards)] + [
-                size
-            ]
+            bounds = [*(_snap(size * share // total, begins, size) for share in before), size]
             for shard, (begin, end) in enumerate(pairwise(bounds)):
                 ranges[shard][space] = (begin, end)
         return ranges

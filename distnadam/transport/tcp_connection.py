@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import msgpack
@@ -23,7 +24,7 @@ from typing_extensions import override
 
 from distnadam.errors import LaneError
 from distnadam.tensors.arrays import Flat
-from distnadam.transport.traffic import Count, host_traffic
+from distnadam.transport.traffic import Count, delivery_rate, host_traffic
 from distnadam.transport.turns import Turns
 
 log = logging.getLogger("distnadam")
@@ -271,6 +272,8 @@ class TcpConnection(asyncio.BufferedProtocol):
             raise LaneError(f"expected version {_VERSION} of the protocol, got {content!r:.100}")
         self.is_proven = True
         peer = self._transport.get_extra_info("peername")
+        if (sock := self._transport.get_extra_info("socket")) is not None:
+            self._count.delivery_rate = partial(delivery_rate, sock)
         host_traffic().begin(peer[0] if peer else "a host that is gone", self._count)
         self._receiver.proven(self, content)
 

@@ -186,7 +186,7 @@ def case_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Case]:
     if "ray" in kind:
         request.getfixturevalue("ray_cluster")
     with KINDS[kind]() as case:
-        ShardGroup(case.backend, LAYOUT, 2, Options()).load(PARAMS)
+        ShardGroup(case.backend, LAYOUT, Options()).load(PARAMS)
         yield case
 
 
@@ -252,7 +252,7 @@ def save(case: Case, directory: Path) -> None:
 
 
 def group_of(case: Case) -> ShardGroup:
-    return ShardGroup(case.backend, LAYOUT, case.num_shards, Options())
+    return ShardGroup(case.backend, LAYOUT, Options())
 
 
 # The transport
@@ -515,7 +515,7 @@ def parameters_of(channel: WorkerChannel, answers: dict[int, RoundResult]) -> Fl
 
 def after_steps(count: int) -> bytes:
     with local() as case:
-        group = ShardGroup(case.backend, LAYOUT, 2, Options())
+        group = ShardGroup(case.backend, LAYOUT, Options())
         group.load(PARAMS)
         for _ in range(count):
             group.step({"w": GRADIENT["float32"]})

@@ -55,6 +55,11 @@ def test_reshard_moves_a_running_optimizer_to_more_shards(running: DistNadam) ->
     assert len(run_json("status", "operated")["shards"]) == 3
     assert all(np.array_equal(a, b) for a, b in zip(before, running.get_weights(), strict=True))
     assert call("reshard", "operated", 0).exit_code == 2
+    assert call("reshard", "operated").exit_code == 2
+    assert call("reshard", "operated", 3, "--balance").exit_code == 2
+    assert call("reshard", "operated", 3, "--dry-run").exit_code == 2
+    idle = call("reshard", "operated", "--balance", "--over", 0.1)
+    assert idle.exit_code == 1 and "not every shard decided a round" in idle.stderr
     assert call("reshard", "operated", 2).exit_code == 0
 
 

@@ -59,7 +59,7 @@ class Handle:
     """A handle of a simulated shard, whose next step may befall something."""
 
     def __init__(self, world: Any, layout: Any, options: Options) -> None:
-        self.group = ShardGroup(WorldBackend(world), layout, 1, options, poll_s=0.0)
+        self.group = ShardGroup(WorldBackend(world), layout, options, poll_s=0.0)
         transport = self.group.backend.transport
         self._post, self._recover = transport.post, transport.await_recovery
         transport.post = self._lossy  # type: ignore[method-assign]

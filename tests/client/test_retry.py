@@ -27,6 +27,7 @@ class Transport(ShardTransport):
     """Records what it is asked to do between two attempts."""
 
     num_shards = 1
+    cuts = ()
     version = 3
 
     def __init__(self, *, moves: bool = False) -> None:

@@ -103,7 +103,7 @@ def test_shards_that_do_not_answer_in_time_are_named() -> None:
 def test_a_handle_raises_a_rewind_once_and_takes_its_knowledge_along() -> None:
     options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, kernel="numpy")
     world, layout = begin_world(W, NadamConfig(), options, 2, 1, 0)
-    group = ShardGroup(WorldBackend(world), layout, 2, options, poll_s=0.0)
+    group = ShardGroup(WorldBackend(world), layout, options, poll_s=0.0)
     group.read(("m",))
     world.shards[1].kill()
     with pytest.raises(Rewound, match="to round 0"):
@@ -148,7 +148,7 @@ def test_a_call_that_waits_long_says_that_the_shards_are_held(
 def test_what_each_shard_does_is_said_for_a_call_that_waits() -> None:
     options = Options(step_timeout_s=0.0, shard_timeout_s=1e-9, kernel="numpy")
     world, layout = begin_world(W, NadamConfig(), options, 2, 1, 0)
-    group = ShardGroup(WorldBackend(world), layout, 2, options, poll_s=0.0)
+    group = ShardGroup(WorldBackend(world), layout, options, poll_s=0.0)
     assert group.reports.busy() == "shards 0, 1 are collecting pushes"
     world.shards[1].kill()
     assert group.reports.busy() == (

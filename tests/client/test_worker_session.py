@@ -26,7 +26,7 @@ class Scene:
         self.world: World
         self.world, layout = begin_world(PARAMS, NadamConfig(**config), options, 2, 2, 0)
         self.received: list[int] = []
-        self.group = ShardGroup(WorldBackend(self.world), layout, 2, options, poll_s=0.0)
+        self.group = ShardGroup(WorldBackend(self.world), layout, options, poll_s=0.0)
         self.sessions = [
             WorkerSession(self.group, rank, lambda shard, _: self.received.append(shard))
             for rank in range(2)

@@ -89,6 +89,7 @@ _MOVES = st.one_of(
     st.tuples(st.just("save"), st.booleans()),
     st.tuples(st.just("restore"), st.integers(1, 24)),
     st.tuples(st.just("reshard"), st.integers(1, 24)),
+    st.tuples(st.just("balance"), st.integers(0, 99)),
 )
 
 
@@ -116,6 +117,9 @@ def test_any_sequence_of_saves_restores_and_reshards_keeps_the_undisturbed_bits(
                     newest = optimizer.round
                 elif move == "reshard":
                     optimizer.reshard(how)
+                elif move == "balance":
+                    count = optimizer.shards.backend.transport.num_shards
+                    optimizer.reshard(count, shares=[*range(how, how + count - 1), 1])
                 else:
                     optimizer.close()
                     optimizer = DistNadam.restore(root, num_shards=how, backend="local")

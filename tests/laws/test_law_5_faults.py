@@ -79,6 +79,7 @@ BEFALLS = (
     "a standby's connection ended, the round arrived",
     "pushed as one",
     "a shard left its host",
+    "as many shards were cut anew",
 )
 """What must befall processes, and connections between hosts, in these examples."""
 SEEN: Counter[str] = Counter()
@@ -382,11 +383,13 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         with contextlib.suppress(StepTimeout, StaleEpoch):
             CheckpointWriter().save(self.controller(), LocalDirectory(self.root), saved)
 
-    @rule(num_shards=st.integers(1, 3))
-    def reshard(self, num_shards: int) -> None:
+    @rule(shares=st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(any))
+    def reshard(self, shares: list[int]) -> None:
         self.world.rested()
+        there = len(self.world.shards)
         with contextlib.suppress(*EXPECTED, ClusterError, IllegalMessage):
-            self.controller().reshard(num_shards)
+            self.controller().reshard(shares)
+            SEEN["as many shards were cut anew"] += len(shares) == there
 
     @rule()
     def step_from_outside(self) -> None:
@@ -405,7 +408,6 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         return ShardGroup(
             WorldBackend(self.world),
             self.layout,
-            len(self.world.shards),
             self.options,
             poll_s=0.0,
         )

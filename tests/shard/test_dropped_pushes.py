@@ -47,7 +47,7 @@ class Scene:
         self.workers = [self.worker(rank) for rank in range(2)]
 
     def controller(self) -> ShardGroup:
-        return ShardGroup(WorldBackend(self.world), self.layout, 2, self.options, poll_s=0.0)
+        return ShardGroup(WorldBackend(self.world), self.layout, self.options, poll_s=0.0)
 
     def worker(self, rank: int) -> Worker:
         return Worker(self.controller(), rank)

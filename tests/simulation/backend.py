@@ -98,6 +98,11 @@ class _WorldTransport(ShardTransport):
 
     @property
     @override
+    def cuts(self) -> Sequence[Ranges]:
+        return self.shard_map.cuts
+
+    @property
+    @override
     def version(self) -> int:
         return self.shard_map.version
 
@@ -265,6 +270,6 @@ def begin_world(
         for i, cut in enumerate(cuts)
     ]
     world = World(specs, replicas=replicas, objects=objects, hosts=hosts, per_host=per_host)
-    ShardGroup(WorldBackend(world), layout, num_shards, options).load({"float32": initial})
+    ShardGroup(WorldBackend(world), layout, options).load({"float32": initial})
     world.look()
     return world, layout

@@ -196,7 +196,12 @@ class WorldProcesses(ProcessManager):
 
     @override
     def start(
-        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+        self,
+        spec: ShardSpec,
+        *,
+        standby: bool,
+        near: Sequence[ShardProcess],
+        beside: ShardProcess | None = None,
     ) -> ShardProcess:
         with memory_for(f"shard {spec.index}: its state"):
             process = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)

@@ -62,7 +62,12 @@ class Failing(WorldProcesses):
 
     @override
     def start(
-        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+        self,
+        spec: ShardSpec,
+        *,
+        standby: bool,
+        near: Sequence[ShardProcess],
+        beside: ShardProcess | None = None,
     ) -> ShardProcess:
         if self.bugs:
             self.bugs -= 1
@@ -104,7 +109,7 @@ class Scene:
         self.world.supervisor.cluster.processes = self.processes
         for process in self.world.supervisor.cluster.shards:
             self.processes.watch(process)
-        self.group = ShardGroup(WorldBackend(self.world), layout, num_shards, OPTIONS)
+        self.group = ShardGroup(WorldBackend(self.world), layout, OPTIONS)
 
     def change(self, shard: Process, config: NadamConfig, revision: int) -> None:
         """Change one shard's hyper-parameters only."""

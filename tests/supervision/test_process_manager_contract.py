@@ -146,7 +146,12 @@ class RemoteManager(ProcessManager):
 
     @override
     def start(
-        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+        self,
+        spec: ShardSpec,
+        *,
+        standby: bool,
+        near: Sequence[ShardProcess],
+        beside: ShardProcess | None = None,
     ) -> ShardProcess:
         process: ShardProcess = self._call("start", spec, standby=standby, near=list(near))
         return process

@@ -50,9 +50,7 @@ class Training:
             self.join(rank)
 
     def controller(self) -> ShardGroup:
-        return ShardGroup(
-            WorldBackend(self.world), LAYOUT, len(self.world.shards), self.options, poll_s=0.0
-        )
+        return ShardGroup(WorldBackend(self.world), LAYOUT, self.options, poll_s=0.0)
 
     def join(self, rank: int) -> None:
         """Have a new worker take the rank, once it is admitted."""

@@ -55,10 +55,11 @@ def make_shard(
     supervisor: Any,
     label: str | None,
     avoid: Avoid,
+    on: str | None,
 ) -> Any:
-    """Return a new actor for a shard or its standby, to be opened."""
+    """Return a new actor for a shard or its standby, to be opened; on that node, if it can be."""
     title = _titled(ShardActor, spec.name or "", SHARD, spec.index)
-    return title.options(**_actor_options(spec, label, avoid)).remote(spec, supervisor)
+    return title.options(**_actor_options(spec, label, avoid, on)).remote(spec, supervisor)
 
 
 def make_relay(name: str | None, run: str, node: str) -> Any:
@@ -168,7 +169,9 @@ def _first(spec: ShardSpec) -> int:
     return zlib.crc32(spec.run_id.encode())
 
 
-def _actor_options(spec: ShardSpec, label: str | None, avoid: Avoid) -> dict[str, Any]:
+def _actor_options(
+    spec: ShardSpec, label: str | None, avoid: Avoid, on: str | None
+) -> dict[str, Any]:
     """Return a shard's actor options; one with a label is found by it, and outlives its maker."""
     options = spec.options
     asked: dict[str, Any] = {
@@ -184,6 +187,7 @@ def _actor_options(spec: ShardSpec, label: str | None, avoid: Avoid) -> dict[str
         first=_first(spec),
         spread=options.spread,
         avoid=avoid,
+        on=on,
     )
     asked |= placement_options(wanted, ray.nodes())
     if options.shard_memory_bytes:

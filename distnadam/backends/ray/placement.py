@@ -114,6 +114,7 @@ class Placement:
             any number.
         spread: one on each node in turn; otherwise all on one.
         avoid: nodes that it is not to go to.
+        on: the node to prefer to all others, if it is none of those.
     """
 
     index: int
@@ -122,6 +123,7 @@ class Placement:
     first: int
     spread: bool = True
     avoid: Avoid = field(default_factory=Avoid)
+    on: str | None = None
 
 
 def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -148,6 +150,8 @@ def placement_options(wanted: Placement, nodes: Sequence[Mapping[str, Any]]) -> 
         if free and not _positive(wanted.ask):
             position = (wanted.first + wanted.index * wanted.spread) % len(free)
             choices.insert(0, {**selector, _NODE: free[position]})
+        if wanted.on in free:
+            choices.insert(0, {**selector, _NODE: wanted.on})
     options = {
         "label_selector": choices[0],
         "fallback_strategy": [{"label_selector": choice} for choice in choices[1:]],

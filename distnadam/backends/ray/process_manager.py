@@ -41,7 +41,7 @@ from distnadam.transport.process_watch import ProcessWatch
 class ActorFactory:
     """What needs `ray.remote`, from `actors`, which imports this module."""
 
-    make_shard: Callable[[ShardSpec, Any, str | None, Avoid], Any]
+    make_shard: Callable[[ShardSpec, Any, str | None, Avoid, str | None], Any]
     make_relay: Callable[[str | None, str, str], Any]
     kill_on: registry.KillOn
     start_time_on: Callable[[str, int], Any]
@@ -90,7 +90,12 @@ class RayProcessManager(ProcessManager):
         self.fencing = Fencing(run, factory.kill_on, self._ended, lease_s)
 
     def make(
-        self, spec: ShardSpec, *, standby: bool = False, apart_from: Collection[str] = ()
+        self,
+        spec: ShardSpec,
+        *,
+        standby: bool = False,
+        apart_from: Collection[str] = (),
+        on: str | None = None,
     ) -> Any:
         """Return a new actor, which may not have started yet.
 
@@ -98,6 +103,7 @@ class RayProcessManager(ProcessManager):
             spec: its shard's.
             standby: whether it is to be the standby.
             apart_from: nodes to avoid whenever any other node qualifies.
+            on: the node to prefer, if it is none to avoid.
         """
         label = registry.label_of(spec, standby=standby)
         avoid = Avoid(
@@ -105,18 +111,24 @@ class RayProcessManager(ProcessManager):
             apart_from=apart_from,
             cordoned=self._cordon.to_leave(),  # one that died may have nowhere else to go
         )
-        actor = self._factory.make_shard(spec, self._supervisor, label, avoid)
+        actor = self._factory.make_shard(spec, self._supervisor, label, avoid, on)
         self.fencing.admit(actor)
         return actor
 
     @override
     def start(
-        self, spec: ShardSpec, *, standby: bool, near: Sequence[ShardProcess]
+        self,
+        spec: ShardSpec,
+        *,
+        standby: bool,
+        near: Sequence[ShardProcess],
+        beside: ShardProcess | None = None,
     ) -> ShardProcess:
         primary = [
             process.address.node for process in near if standby and process.index == spec.index
         ]
-        actor = self.make(spec, standby=standby, apart_from=primary)
+        on = None if beside is None else beside.address.node
+        actor = self.make(spec, standby=standby, apart_from=primary, on=on)
         try:
             address = retry_until_answered(actor.address.remote, timeout_s=OPEN_S)
             neighbour = self._neighbour(address.node, near)

@@ -323,6 +323,7 @@ class ShardActor:
         )
         host.connect_standby = partial(self._connector.connect, self._address.node, self._arena)
         host.traffic_of = host_traffic().by_host
+        host.links_of = host_traffic().delivery_rates
         if self._exporter is not None:
             host.attach_meter(self._exporter.meter)
         return host

@@ -1,6 +1,6 @@
 """Messages to the shards of a Ray cluster, by the newest shard map that this process has."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,11 @@ class RayShardTransport(ShardTransport):
     @override
     def num_shards(self) -> int:
         return len(self.shard_map.shards)
+
+    @property
+    @override
+    def cuts(self) -> Sequence[Ranges]:
+        return self.shard_map.cuts
 
     @property
     @override
