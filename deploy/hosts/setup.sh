@@ -1,5 +1,6 @@
 #!/bin/sh
 # Run by cluster.sh as root on each host: a user of its own, a virtual environment, the units, and settings that only that user reads.
+# With "beside" only another environment and units, which nothing uses until switch.sh does.
 set -eu
 umask 022 # the user reads what root makes here, but for the token
 from=$1
@@ -13,11 +14,24 @@ elif [ "$(id -u distnadam)" != "$uid" ]; then
 fi
 
 mkdir -p /opt/distnadam /etc/distnadam
-[ -x /opt/distnadam/venv/bin/python ] || python3 -m venv /opt/distnadam/venv
-pip() { /opt/distnadam/venv/bin/python -m pip install --quiet --constraint "$from/constraints.txt" "$@"; }
+venv=/opt/distnadam/venv
+if [ "${3:-}" = beside ]; then
+    [ -e "$venv" ] || { echo "nothing is installed here" >&2; exit 1; }
+    [ "$(readlink "$venv" || echo venv-1)" = venv-1 ] && venv=/opt/distnadam/venv-2 || venv=/opt/distnadam/venv-1
+    rm -rf "$venv" /opt/distnadam/units-next /opt/distnadam/before
+fi
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+pip() { "$venv/bin/python" -m pip install --quiet --constraint "$from/constraints.txt" "$@"; }
 wheel=$(ls "$from"/*.whl)
 pip "$wheel[digits,fused,metrics,plot,s3]"
 pip --force-reinstall --no-deps "$wheel" # pip takes a wheel of the same version for the one that is there
+
+install -m 0755 "$from/switch.sh" /opt/distnadam/switch.sh
+if [ "${3:-}" = beside ]; then
+    mkdir /opt/distnadam/units-next
+    install -m 0644 "$from"/*.service /opt/distnadam/units-next
+    exit
+fi
 
 settle() { # settle FILE NAME: settings edited here are kept, but for the address of that name, which cluster.sh knows
     if [ -e "/etc/distnadam/$1" ]; then

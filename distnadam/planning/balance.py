@@ -15,8 +15,10 @@ SLOW = 1.5
 """A host is slow if it takes this much longer than the median of the others; nearer ones are taken
 for equal.
 """
-_COUNTS = 0.05
-"""The least part of a step that a slow host is named for, or that another cut must save."""
+_NAMED = 0.01
+"""The least part of a step that a slow host is named for."""
+_PAYS = 0.05
+"""The least part of the slowest host's time that another cut must save."""
 _HALVINGS = 60
 
 
@@ -101,7 +103,7 @@ class Cut:
     @property
     def pays(self) -> bool:
         """Whether the other cut saves enough."""
-        return self.gain > 1 / (1 - _COUNTS)
+        return self.gain > 1 / (1 - _PAYS)
 
 
 def slow_hosts(paces: Sequence[Pace], round_s: float) -> tuple[SlowHost, ...]:
@@ -122,7 +124,7 @@ def slow_hosts(paces: Sequence[Pace], round_s: float) -> tuple[SlowHost, ...]:
                 continue
             costs = _seconds(paces, pace, pace.elements)
             costs -= _seconds(paces, as_others, pace.elements)
-            if costs >= _COUNTS * round_s:
+            if costs >= _NAMED * round_s:
                 found.append(
                     SlowHost(
                         host=pace.host,

@@ -18,6 +18,11 @@ exec sh -c "$*"
 """
 SUDO = """#!/bin/sh
 [ ! -e "$FAILS" ] || exit 1
+[ ! -e "$BROKEN" ] || case "$*" in *"$(cat "$BROKEN")"*) exit 1 ;; esac
+case "$1 $2" in
+"sh /opt/distnadam/switch.sh") exit ;;
+"systemctl is-active") cat "$ACTIVE"; [ "$(cat "$ACTIVE")" = active ] && exit 0 || exit 3 ;;
+esac
 case $1 in
 sh)
     cp -R "$3" "$INSTALLED-$(sed -n 's/^NODE_ADDRESS=//p' "$3/ray.env")"
@@ -45,6 +50,8 @@ class Site:
         self.installed = directory / "installed"
         self.fails = directory / "fails"
         self.uid = directory / "uid"
+        self.active = directory / "active"
+        self.broken = directory / "broken"
         self.remote.mkdir()
         (directory / "local").mkdir()
         (directory / "bin").mkdir()
@@ -61,6 +68,8 @@ class Site:
             "INSTALLED": str(self.installed),
             "FAILS": str(self.fails),
             "UID_GIVEN": str(self.uid),
+            "ACTIVE": str(self.active),
+            "BROKEN": str(self.broken),
         }
         self.env |= {"REMOTE": str(self.remote), "TMPDIR": str(directory / "local")}
 
@@ -157,3 +166,60 @@ def test_add_brings_the_token_of_the_others_to_the_new_host_alone_and_starts_it(
         "10.0.0.4: sudo 'systemctl' 'enable' '--now' 'distnadam-node.service'"
         in site.said.read_text()
     )
+
+
+@pytest.mark.parametrize("active", ["active", "inactive"])
+def test_upgrade_installs_beside_then_stops_switches_and_starts_what_ran(
+    active: str, site: Site
+) -> None:
+    site.active.write_text(active)
+    done = site.cluster("upgrade", "10.0.0.1", "10.0.0.2")
+    assert done.returncode == 0, done.stderr
+    said = [line.replace("'", "").split(" sudo ")[-1] for line in commands(site)]
+    switch = "sh /opt/distnadam/switch.sh next"
+    assert said == [
+        *["receives beside"] * 2,
+        "systemctl is-active distnadam-train.service",
+        *[f"systemctl stop distnadam-{unit}.service" for unit in ("train", "node", "head")],
+        *[switch] * 2,
+        *[f"systemctl start distnadam-{unit}.service" for unit in ("head", "node")],
+        *(["systemctl start distnadam-train.service"] if active == "active" else []),
+    ]
+
+
+def test_an_upgrade_that_cannot_be_installed_stops_nothing(site: Site) -> None:
+    site.fails.touch()
+    done = site.cluster("upgrade", "10.0.0.1", "10.0.0.2")
+    assert done.returncode == 1
+    assert "it cannot be installed on 10.0.0.1" in done.stderr
+    assert "systemctl" not in site.said.read_text()
+    assert site.left() == []
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_an_upgrade_that_does_not_start_goes_back_or_says_where_the_run_is(
+    back: bool, site: Site
+) -> None:
+    site.active.write_text("active")
+    site.broken.write_text("switch.sh next" if back else "switch.sh")
+    done = site.cluster("upgrade", "10.0.0.1", "10.0.0.2")
+    assert done.returncode == 1
+    assert "going back to the version before" in done.stderr
+    last = commands(site)[-1]
+    if back:
+        assert last.endswith("'systemctl' 'start' 'distnadam-train.service'")
+        assert site.said.read_text().count("'back'") == 2
+    else:
+        assert "the run is stopped; its newest checkpoint is in the --checkpoint-dir" in done.stderr
+        assert "start" not in last
+
+
+def commands(site: Site) -> list[str]:
+    """Return what each host was told, the receiving of files as that."""
+    found: list[str] = []
+    for line in site.said.read_text().splitlines():
+        if line.endswith(" beside"):
+            found.append("receives beside")
+        elif "sudo 'sh'" in line or "sudo 'systemctl'" in line:
+            found.append(line.rstrip())
+    return found

@@ -21,7 +21,7 @@ RESOURCES = [{"CPU": 1}, *[{"CPU": 1, "shard": 2}] * 2, {"CPU": 0, "shard": 2}]
 """The last host has no room for a rank; the head, with one, none for a shard."""
 OPTIONS = {"shard_resources": {"shard": 1}, "worker_cpus": 1.0, "shard_timeout_s": 20.0}
 _CGROUPS = Path("/sys/fs/cgroup/cpu")
-_PERIOD_US = 10_000
+_PERIOD_US = 40_000
 _LOOKS = 10
 
 
@@ -136,7 +136,7 @@ def test_a_host_with_part_of_a_cpu_is_named_and_steps_less_once_balanced(
     about, program, shards = begin(hosts, tmp_path, 3_000_000)
     slow = hosts.hosts[-1]
     assert slow.address in shards
-    with part_of_a_cpu(slow, 0.1):
+    with part_of_a_cpu(slow, 0.05):
         named(hosts, slow, "CPU")
         before = held(hosts)
         done = ask(hosts, "reshard", "balanced", "--balance", "--over", "6")

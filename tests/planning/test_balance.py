@@ -81,8 +81,9 @@ def test_a_slow_cable_of_a_host_without_a_worker_is_named_and_its_shard_gets_les
     cut = best_cut(hosts)
     # a third, in its 16 bytes an element at a tenth of the speed
     assert cut.seconds_before["c"] == pytest.approx(1.6, rel=0.01)
-    assert cut.after["c"] == pytest.approx(HOST.elements / 10, rel=0.25)
-    assert cut.gain > 7 and cut.pays
+    assert cut.after["c"] <= HOST.elements / 10
+    # the others, each with half, send half of their gradients and get half of the parameters
+    assert cut.gain == pytest.approx(1.6 / (2 * 4 * 1.5e6 / 1e8), rel=0.05) and cut.pays
     (slow,) = slow_hosts(hosts, round_s=2.0)
     assert (slow.host, slow.what) == ("c", "cable")
     assert slow.costs_s == pytest.approx(1.6 - 0.16, rel=0.01)
