@@ -188,13 +188,13 @@ class ShardTransport(ABC):
 
     @property
     @abstractmethod
-    def num_shards(self) -> int:
-        """The number of shards that this process knows of."""
+    def cuts(self) -> Sequence[Ranges]:
+        """The ranges that each shard holds; the same object until this process learns more."""
 
     @property
-    @abstractmethod
-    def cuts(self) -> Sequence[Ranges]:
-        """The ranges that each of them holds; the same object until this process learns more."""
+    def num_shards(self) -> int:
+        """The number of shards that this process knows of."""
+        return len(self.cuts)
 
     @property
     @abstractmethod
@@ -211,13 +211,10 @@ class ShardTransport(ABC):
         return nullcontext(False)
 
     def share_parameters(self) -> Sequence[Array]:
-        """Have whoever has views of the present parameters write them too, between two rounds: the
-        shards step them where they lie from then on.
+        """Have whoever has views of the present parameters write them too, between two rounds and
+        before a worker opens a channel: shards step them where they lie from then on.
 
-        To be called before a worker opens a channel.
-
-        Returns:
-            Their memory; none where shards are in other processes, and it is not so.
+        Return their memory; none where shards are in other processes, and it is not so.
         """
         return []
 

@@ -85,11 +85,6 @@ class LocalTransport(ShardTransport):
 
     @property
     @override
-    def num_shards(self) -> int:
-        return len(self.hosts)
-
-    @property
-    @override
     def cuts(self) -> Sequence[Ranges]:
         return self._cuts
 

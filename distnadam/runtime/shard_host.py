@@ -55,9 +55,7 @@ from distnadam.threads import renew_after_fork
 
 _T = TypeVar("_T")
 GradientsOf = Callable[[int, int, dict[str, str]], Flat | None]
-"""From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory; None if
-this process does not have it.
-"""
+"""From a rank, an incarnation and dtypes to the shard's ranges in that worker's memory, if here."""
 
 
 class ShardHost:

@@ -26,8 +26,7 @@ from tests.client.conftest import Said
 class Transport(ShardTransport):
     """Records what it is asked to do between two attempts."""
 
-    num_shards = 1
-    cuts = ()
+    cuts = ({},)
     version = 3
 
     def __init__(self, *, moves: bool = False) -> None:

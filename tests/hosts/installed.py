@@ -52,9 +52,10 @@ def wheel(directory: Path, version: str, *, importable: bool = True) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for source in sorted((ROOT / "distnadam").rglob("*")):
             if source.is_file() and "__pycache__" not in source.parts:
-                archive.write(source, source.relative_to(ROOT))
-        if not importable:
-            archive.writestr("distnadam/__init__.py", "raise ImportError('broken')\n")
+                text = source.read_bytes()
+                if not importable and source.parent.name + source.name == "distnadam__init__.py":
+                    text = b"raise ImportError('broken')\n"
+                archive.writestr(str(source.relative_to(ROOT)), text)
         for name, text in texts.items():
             archive.writestr(f"{about}/{name}", text)
         record = "".join(f"{name},,\n" for name in {*archive.namelist(), f"{about}/RECORD"})

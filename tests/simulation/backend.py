@@ -93,11 +93,6 @@ class _WorldTransport(ShardTransport):
 
     @property
     @override
-    def num_shards(self) -> int:
-        return len(self.shard_map.shards)
-
-    @property
-    @override
     def cuts(self) -> Sequence[Ranges]:
         return self.shard_map.cuts
 

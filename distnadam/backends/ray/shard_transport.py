@@ -58,11 +58,6 @@ class RayShardTransport(ShardTransport):
 
     @property
     @override
-    def num_shards(self) -> int:
-        return len(self.shard_map.shards)
-
-    @property
-    @override
     def cuts(self) -> Sequence[Ranges]:
         return self.shard_map.cuts
 
