@@ -350,7 +350,9 @@ class Hosts(ABC):
 
     @abstractmethod
     def processes_on(self, host: str) -> list[str]:
-        """Return what is still to leave a host, given by its id, in words, such as "shard 1"."""
+        """Return what is still to leave a host, given by its id, in words, such as "shard 1"; also
+        others' programs there, which only they can move.
+        """
 
     @abstractmethod
     def announce(self, why: str, left_s: float) -> None:

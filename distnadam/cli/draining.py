@@ -30,8 +30,8 @@ def drain(host: str, address: str | None, *, timeout: float | None) -> None:
     """Have shards, standbys and ranks leave HOST between two rounds, and say when it is empty.
 
     HOST is a node's address, name or id. Nothing goes there again until `uncordon`. The bits of
-    every run stay. Ranks that are processes of your own are yours to move: as long as one is on
-    HOST, so is the relay that serves it.
+    every run stay. Programs that have joined Ray on HOST, and ranks that are processes of your own,
+    are yours to move: they are listed as long as they run, and so is the relay that serves them.
     """
     with exit_on_error(), joined(address):
         hosts = factory.hosts()

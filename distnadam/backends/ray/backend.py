@@ -20,6 +20,7 @@ from distnadam.backends.base import Backend, WorkerGroup
 from distnadam.backends.ray import registry
 from distnadam.backends.ray.actors import make_supervisor
 from distnadam.backends.ray.address import ProcessAddress
+from distnadam.backends.ray.cordon import chosen
 from distnadam.backends.ray.joined import has_ray, require_ray, while_ray_lives
 from distnadam.backends.ray.metrics_exporter import Exporter
 from distnadam.backends.ray.names import end_optimizer, named
@@ -151,7 +152,7 @@ class RayBackend(Backend):
         try:
             with while_ray_lives():
                 Exporter.check(options)
-                check_fits(options, len(specs) * (1 + replicas))
+                check_fits(options, len(specs) * (1 + replicas), chosen)
                 self._start(specs, replicas)
         except BaseException as error:
             self.close(destroy=True)

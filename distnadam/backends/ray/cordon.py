@@ -26,6 +26,8 @@ log = logging.getLogger("distnadam")
 
 _NAMESPACE = f"{NAMESPACE}-cordon"
 _LOOK_EVERY_S = 1.0
+_SHOWN = 60
+"""Characters of a program's command line."""
 STAY = (SUPERVISOR, PROBE)
 """Roles of processes that need not leave: Ray starts a supervisor again elsewhere."""
 _HEAD = "node:__internal_head__"
@@ -66,7 +68,7 @@ class RayHosts(Hosts):
             is_there = actor["State"] != "DEAD" and actor["Address"]["NodeID"] == host
             if is_there and f"{PREFIX} " in title:
                 found.append(title[title.index(PREFIX) + len(PREFIX) + 1 :])
-        return sorted(each for each in found if not each.endswith(STAY))
+        return sorted(each for each in found if not each.endswith(STAY)) + _drivers_on(host)
 
     @override
     def announce(self, why: str, left_s: float) -> None:
@@ -78,6 +80,17 @@ class RayHosts(Hosts):
             raise ClusterError(f"{why}: Ray does not drain this node: {refusal}")
 
 
+def _drivers_on(node: str) -> list[str]:
+    """Return the programs that run on a node and have joined Ray, but for this one."""
+    mine = ray.get_runtime_context().get_job_id()
+    jobs = ray._private.worker.global_worker.gcs_client.get_all_job_info()
+    return [
+        f"the driver {job.driver_pid} ({job.entrypoint[:_SHOWN]})"
+        for number, job in jobs.items()
+        if not job.is_dead and number.hex() != mine and job.driver_address.node_id.hex() == node
+    ]
+
+
 def _only(host: str, found: Sequence[str]) -> str:
     """Return the only node found; of several on one host, one goes away while others may stay."""
     if len(found) > 1:
@@ -86,7 +99,7 @@ def _only(host: str, found: Sequence[str]) -> str:
     return found[0]
 
 
-def _chosen() -> set[str]:
+def chosen() -> set[str]:
     """Return the ids of the nodes that somebody cordoned, or that Ray drains."""
     kept = {key.decode() for key in internal_kv._internal_kv_list("", namespace=_NAMESPACE)}
     return kept | set(state.state.get_draining_nodes())
@@ -115,9 +128,9 @@ class Cordon:
         if now - self._looked >= _LOOK_EVERY_S:
             self._looked = now
             try:
-                self._all = ray.nodes() if (chosen := _chosen()) else []
+                self._all = ray.nodes() if (left := chosen()) else []
                 alive = {node["NodeID"] for node in self._all if node["Alive"]}
-                self._known = frozenset(alive & chosen)
+                self._known = frozenset(alive & left)
             except Exception as error:  # the head does not answer: what is known stays
                 log.debug("the cordon cannot be read: %s", error)
         return self._known

@@ -23,8 +23,15 @@ _REPORT_EVERY_S = 5.0
 _UNREACHABLE_S = 60.0
 
 
-def check_fits(options: Options, num_shards: int) -> None:
+def check_fits(
+    options: Options, num_shards: int, cordoned: Callable[[], Collection[str]] = tuple
+) -> None:
     """Wait up to `start_timeout_s` for nodes that could hold the shards if they were empty.
+
+    Args:
+        options: say what a shard asks for.
+        num_shards: how many there are to be, standbys included.
+        cordoned: returns the nodes that nothing may go to.
 
     Raises:
         InsufficientResources: there are none.
@@ -32,7 +39,8 @@ def check_fits(options: Options, num_shards: int) -> None:
     ask = _positive(shard_ask(options))
     deadline = time.monotonic() + (options.start_timeout_s or 0.0)
     while True:
-        nodes = _suitable(ray.nodes(), options.label_selector)
+        found, closed = _suitable(ray.nodes(), options.label_selector), cordoned()
+        nodes = [node for node in found if node["NodeID"] not in closed]
         fit = sum(room(node["Resources"], ask, num_shards) for node in nodes)
         if fit >= num_shards:
             return
@@ -47,6 +55,8 @@ def check_fits(options: Options, num_shards: int) -> None:
         lacking = (
             f"{num_shards} shards ask {wanted}: {len(nodes)} suitable node(s) have room for {fit}"
         )
+        if left := len(found) - len(nodes):
+            lacking += f", {left} more to be left (`distnadam uncordon` takes a host back)"
         if time.monotonic() >= deadline:
             remedy = (
                 "ask for less in Options, or add nodes (Options(start_timeout_s=...) "

@@ -1,14 +1,19 @@
 """A Ray of three nodes of this machine, of which two are left in every order: shards, standbys and
 ranks move, and nobody goes back.
 
-python -m tests.backends.ray.draining: each case that holds is named in the output, and the first
-that does not ends the process.
+python -m tests.backends.ray.draining [CASE ...]: each case that holds is named in the output, and
+the first that does not ends the process.
 """
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +25,7 @@ from ray.cluster_utils import Cluster
 from distnadam import DistNadam, Options
 from distnadam.backends.ray.cordon import RayHosts
 from distnadam.backends.ray.worker_group import RayWorkerGroup
-from distnadam.errors import ConfigError
+from distnadam.errors import ClusterError, ConfigError, InsufficientResources
 from tests.backends.ray.on_two_nodes import (
     PARAMS,
     STORE,
@@ -138,6 +143,67 @@ def a_supervisor_that_is_killed_in_a_hand_over_is_succeeded(
         steps.end()
 
 
+def what_is_new_goes_to_no_node_that_is_to_be_left(
+    hosts: RayHosts, first: str, second: str
+) -> None:
+    with optimizer() as one:
+        hosts.cordon(first)
+        has_left(hosts, first)
+        hosts.cordon(second)
+        left = r"1 suitable node\(s\) have room for 0, 2 more to be left \(`distnadam uncordon`"
+        with pytest.raises(InsufficientResources, match=left):
+            optimizer()
+        command = [sys.executable, "-m", "distnadam", "drain", second, "--timeout", "2"]
+        late = subprocess.run(
+            [*command, "--address", ray.get_runtime_context().gcs_address],
+            capture_output=True,
+            text=True,
+        )
+        assert late.returncode == 1, late
+        assert "after 2 s there is still Shard 0, Shard 1; it stays cordoned" in late.stderr, late
+        hosts.uncordon(first)
+        with optimizer() as other:
+            assert {each.node for each in other.shards.backend.addresses} == {first}
+        one.apply_gradients(gradient(1, 0))
+
+
+def programs_that_are_there_are_named(hosts: RayHosts, first: str, second: str) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    assert hosts.processes_on(here) == [], "this one asks"
+    address = ray.get_runtime_context().gcs_address
+    code = (
+        f"import ray; ray.init({address!r}, log_to_driver=False); print('in', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        (named,) = hosts.processes_on(here)
+        assert named.startswith(f"the driver {other.pid} ("), named
+        other.communicate("\n")
+    eventually(lambda: hosts.processes_on(here) == [])
+
+
+def saves_and_reshards_amid_hand_overs_lose_nothing(
+    hosts: RayHosts, first: str, second: str
+) -> None:
+    with optimizer() as one, tempfile.TemporaryDirectory() as directory:
+        steps = Stepping(one)
+        done = 0
+        for node, shards in ((first, 3), (second, 1)):
+            hosts.cordon(node)
+            while hosts.processes_on(node):
+                with contextlib.suppress(ClusterError):  # a shard leaves just now: try again
+                    one.save(Path(directory) / f"{shards}")
+                    one.reshard(shards)
+                    done += 1
+            hosts.uncordon(node)
+        assert done and len(one.shards.ranges) <= 3
+        steps.end()
+
+
 def a_name_of_several_nodes_or_of_none_is_refused(hosts: RayHosts, first: str, second: str) -> None:
     hosts.cordon(first)
     hosts.uncordon(first[:12])
@@ -166,6 +232,9 @@ CASES = (
     both_nodes_are_left_in_turn_with_shards_and_standbys,
     what_lives_through_promotions_and_drains_keeps_nothing_of_them,
     a_supervisor_that_is_killed_in_a_hand_over_is_succeeded,
+    what_is_new_goes_to_no_node_that_is_to_be_left,
+    programs_that_are_there_are_named,
+    saves_and_reshards_amid_hand_overs_lose_nothing,
     a_name_of_several_nodes_or_of_none_is_refused,
     ranks_without_room_elsewhere_stay,
 )
@@ -175,11 +244,11 @@ def main() -> None:
     how = {"object_store_memory": STORE}
     head = {"num_cpus": 2, "include_dashboard": False} | how
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(num_cpus=2, resources={"shard": 4}, **how) for _ in range(2)]
+    nodes = [cluster.add_node(num_cpus=2, resources={"shard": 9}, **how) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False)
     hosts = RayHosts()
     first, second = (node.node_id for node in nodes)
-    for case in CASES:
+    for case in [each for each in CASES if not sys.argv[1:] or each.__name__ in sys.argv]:
         case(hosts, first, second)
         for node in (first, second):
             hosts.uncordon(node)
