@@ -86,7 +86,10 @@ class InstalledHosts:
         for name, text in _STANDINS.items():
             (site / name).write_text(f"#!/bin/sh\n{text}\n")
             (site / name).chmod(0o755)
-        self._env = {key: os.environ[key] for key in os.environ if not key.startswith("RAY_")} | {
+        # not this tree's package, which a path would bring in before the one that is installed
+        self._env = {
+            k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON"))
+        } | {
             "SITE": str(site),
             "PATH": f"{site}:{os.environ['PATH']}",
             "PYTHON": str(site / "wheel"),

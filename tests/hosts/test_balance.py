@@ -130,6 +130,7 @@ def test_a_host_with_a_slow_cable_is_named_and_moves_fewer_bytes_once_balanced(
     finish(about, program, tmp_path)
 
 
+@pytest.mark.nightly
 def test_a_host_with_part_of_a_cpu_is_named_and_steps_less_once_balanced(
     hosts: Cluster, tmp_path: Path
 ) -> None:
