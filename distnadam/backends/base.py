@@ -211,10 +211,8 @@ class ShardTransport(ABC):
         return nullcontext(False)
 
     def share_parameters(self) -> Sequence[Array]:
-        """Have whoever has views of the present parameters write them too, between two rounds and
-        before a worker opens a channel: shards step them where they lie from then on.
-
-        Return their memory; none where shards are in other processes, and it is not so.
+        """Have who has views of the parameters write them too, before a worker opens a channel, so
+        that shards step them there; return their memory, none where shards are elsewhere.
         """
         return []
 
