@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from distnadam.client.statement import state
 from distnadam.client.user_state import params_from
 from distnadam.config import Options
-from distnadam.errors import ConfigError, LifecycleError, StructureError
+from distnadam.errors import ConfigError, LifecycleError, StepTimeout, StructureError
 from distnadam.frontends import meeting
-from distnadam.frontends.masters import with_changed
+from distnadam.frontends.changes import digest_bytes, in_words, with_changed
 from distnadam.frontends.ranks import find_place
 from distnadam.groups import Group
 from distnadam.interop import OptimizerState
@@ -198,7 +199,8 @@ class Replica:
             Read-only arrays, good until the next call.
 
         Raises:
-            StructureError: the ranks' parameters differ, or a gradient is none of the model's.
+            RanksDisagree: ranks have changed different things; nothing was changed.
+            StructureError: a gradient is none of the model's.
             And as `Worker.step`.
         """
         optimizer, worker = self._running()
@@ -252,18 +254,26 @@ class Replica:
         changed = _differing(worker.parameters(), params)
         if not changed:
             return
+        shards, epoch = optimizer.shards, 0
+        whole = params_from(shards.layout, dict(params))
+        if self.num_workers > 1:
+            bits = [digest_bytes(np.asarray(params[name]).tobytes()) for name in changed]
+            state(worker.session, in_words(list(zip(changed, bits, strict=True))))
+            epoch = worker.session.epoch
         if self.rank == 0:
-            shards = optimizer.shards
-            whole = params_from(shards.layout, dict(params))
             shards.fill({"params": with_changed(shards, whole, frozenset(changed))})
-            worker.pull()
-            return
+        else:
+            self._await_epoch_after(epoch, optimizer)
+        worker.pull()
+
+    def _await_epoch_after(self, epoch: int, optimizer: DistNadam) -> None:
+        """Wait until rank 0 has made the change that all ranks have agreed on."""
         until = time.monotonic() + optimizer.options.step_timeout_s
-        while changed := _differing(worker.pull(), params):
+        while optimizer.shards.describe().epoch <= epoch:
             if time.monotonic() > until:
-                raise StructureError(
-                    f"rank {self.rank}: {changed[0]!r} was changed between two steps, and not so "
-                    "on rank 0: change parameters on all ranks alike"
+                raise StepTimeout(
+                    f"rank {self.rank}: rank 0 has not made the change that all ranks agreed on in "
+                    f"{optimizer.options.step_timeout_s:g} s"
                 )
             time.sleep(_POLL_S)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
+from distnadam.frontends.changes import digest_bytes
 from distnadam.tensors.arrays import BFLOAT16, Array
 from distnadam.tensors.leaves import as_numpy
 
@@ -51,8 +51,3 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 def digest_of(tensor: torch.Tensor) -> str:
     """Return a digest of a tensor's bits in a few letters."""
     return digest_bytes(np.ascontiguousarray(as_array(tensor)).tobytes())
-
-
-def digest_bytes(data: bytes) -> str:
-    """Return a digest of bytes in a few letters."""
-    return xxhash.xxh3_64_hexdigest(data)[:8]

@@ -17,10 +17,9 @@ import torch
 from torch.autograd.graph import increment_version
 
 from distnadam.errors import StructureError
+from distnadam.frontends.changes import in_words
 from distnadam.tensors.arrays import Array
-from distnadam.torch.arrays import as_torch, bits_of, digest_bytes, digest_of
-
-_SHOWN = 4
+from distnadam.torch.arrays import as_torch, bits_of, digest_of
 
 
 class Parameters:
@@ -113,12 +112,7 @@ class Parameters:
 
     def in_words(self, changed: Sequence[int]) -> str:
         """Return changed tensors by name, each with a digest of its bits, for the other ranks."""
-        each = [f"{self.names[i]!r} ({digest_of(self.tensors[i])})" for i in changed]
-        shown = ", ".join(each[:_SHOWN])
-        if len(each) <= _SHOWN:
-            return shown
-        rest = digest_bytes("".join(each[_SHOWN:]).encode())
-        return f"{shown} and {len(each) - _SHOWN} more ({rest})"
+        return in_words([(self.names[i], digest_of(self.tensors[i])) for i in changed])
 
     def take(self, tree: dict[str, Any]) -> None:
         """Write the shards' parameters into the tensors, in place.

@@ -16,7 +16,7 @@ from distnadam.client.user_state import params_from
 from distnadam.config import Options, Topology
 from distnadam.errors import ConfigError, StepTimeout, StructureError
 from distnadam.frontends import meeting
-from distnadam.frontends.masters import is_rounded, with_changed
+from distnadam.frontends.changes import is_rounded, with_changed
 from distnadam.frontends.ranks import Place
 from distnadam.hyperparameters import Formula
 from distnadam.nadam.step_scalars import Clock

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from distnadam.errors import StructureError
+from distnadam.frontends.changes import digest_bytes
 from distnadam.nadam.step_scalars import Clock, TensorClock, TensorClocks
 from distnadam.reproducible_math import power_of_step
 from distnadam.tensors.arrays import Array, Flat, empty_flat
 from distnadam.tensors.layout import Layout
-from distnadam.torch.arrays import as_array, as_torch, bits_of, digest_bytes, digest_of
+from distnadam.torch.arrays import as_array, as_torch, bits_of, digest_of
 
 State = dict[Any, dict[str, Any]]
 MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}

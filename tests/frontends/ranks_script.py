@@ -35,6 +35,11 @@ def by_jax(seen: dict[str, Any]) -> None:
     for step in range(5, 8):
         params = optimizer.step(params, gradient(params, *batch(step)))
     seen["params"] = [np.asarray(params[name]).tolist() for name in "wb"]
+    try:
+        own = params | {"b": params["b"] + RANK}
+        optimizer.step(own, gradient(own, *batch(8)))
+    except distnadam.errors.RanksDisagree as error:
+        seen["changed alone"] = str(error)
     other: Any = {"w": jnp.full(3, float(RANK))}
     try:
         hasty = distnadam.Options(step_timeout_s=8.0)

@@ -1,10 +1,36 @@
-"""The shards' parameters, where a framework has changed some of what it holds of them."""
+"""What a framework has changed of the parameters that it holds, between two steps."""
+
+from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from distnadam.client.shard_group import ShardGroup
 from distnadam.tensors.arrays import Flat
 from distnadam.tensors.layout import Layout
+
+_SHOWN = 4
+
+
+def in_words(changed: Sequence[tuple[str, str]]) -> str:
+    """Return changed tensors, each a name and a digest of its bits, as a rank says them to the
+    others.
+
+    >>> in_words([("w", "1f"), ("b", "2e")])
+    "'w' (1f), 'b' (2e)"
+    """
+    each = [f"{name!r} ({bits})" for name, bits in changed]
+    shown = ", ".join(each[:_SHOWN])
+    if len(each) <= _SHOWN:
+        return shown
+    return (
+        f"{shown} and {len(each) - _SHOWN} more ({digest_bytes(''.join(each[_SHOWN:]).encode())})"
+    )
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return a digest of bytes in a few letters."""
+    return xxhash.xxh3_64_hexdigest(data)[:8]
 
 
 def is_rounded(layout: Layout) -> bool:
