@@ -239,7 +239,7 @@ def test_what_others_had_before_the_first_step_stays_theirs() -> None:
     model[0].weight = torch.nn.Parameter(torch.from_numpy(array))
     model[2].weight = torch.nn.Parameter(torch.zeros(40, 32)[:16])
     bias = model[2].bias.detach()
-    optimizer = ours.DistNadam(model.named_parameters())
+    optimizer = ours.DistNadam(model.named_parameters(), backend="local")
     train(model, optimizer, batches(3))
     assert lie_there(optimizer) == ["0.bias"]
     assert np.array_equal(array, model[0].weight.detach().numpy())
@@ -250,7 +250,7 @@ def test_what_others_had_before_the_first_step_stays_theirs() -> None:
 def test_what_torch_would_align_and_the_shards_do_not_is_copied(dtype: Any) -> None:
     model = make(dtype=dtype)
     model.scale = torch.nn.Parameter(torch.ones((), dtype=dtype))
-    optimizer = ours.DistNadam(model.named_parameters())
+    optimizer = ours.DistNadam(model.named_parameters(), backend="local")
     data = batches_of_six(4, dtype=dtype)
     for batch in data:
         (loss_of(model, batch) * model.scale).backward()
@@ -289,7 +289,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was() -> None:
 
 def test_copies_of_the_model_are_apart_from_it() -> None:
     model = wide()
-    optimizer = ours.DistNadam(model.named_parameters())
+    optimizer = ours.DistNadam(model.named_parameters(), backend="local")
     train(model, optimizer, batches(2))
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
@@ -308,7 +308,7 @@ def test_copies_of_the_model_are_apart_from_it() -> None:
 
 def test_the_memory_lives_on_with_the_model() -> None:
     model = wide()
-    optimizer = ours.DistNadam(model.named_parameters())
+    optimizer = ours.DistNadam(model.named_parameters(), backend="local")
     train(model, optimizer, batches(2))
     before = bits(model)
     optimizer.close()
@@ -317,7 +317,7 @@ def test_the_memory_lives_on_with_the_model() -> None:
     assert bits(model) == before
     twin = copy.deepcopy(model)
     for each in (model, twin):
-        train(each, ours.DistAdam(each.named_parameters()), batches(3))
+        train(each, ours.DistAdam(each.named_parameters(), backend="local"), batches(3))
     assert bits(model) == bits(twin) != before
 
 
@@ -325,8 +325,8 @@ def test_two_optimizers_of_the_same_tensors_see_each_other_s_steps() -> None:
     models = [wide(), wide()]
     kept = [tensor.detach() for tensor in models[1].parameters()]
     for model in models:
-        one = ours.DistNadam(model.named_parameters())
-        other = ours.DistAdam(model.named_parameters(), lr=1e-2)
+        one = ours.DistNadam(model.named_parameters(), backend="local")
+        other = ours.DistAdam(model.named_parameters(), lr=1e-2, backend="local")
         for batch in batches(6):
             train(model, one, [batch])
             train(model, other, [batch])
