@@ -8,6 +8,9 @@ itself (`create_graph`) stays as it is, and is copied at `step`.
 
 With `overlap` a hook sends a gradient on its way instead, and `.grad` stays torch's own.
 
+On a GPU `.grad` stays torch's own too, and is copied at `step`; with `overlap` it begins to cross
+in the hook, and is pushed once it is there.
+
 A slot is overwritten at the next step. Whoever kept the gradient has it as torch leaves it: the
 tensor that was kept gets memory of its own first.
 """
@@ -21,6 +24,7 @@ import torch
 
 from distnadam.errors import GradientError
 from distnadam.torch.arrays import as_array, as_torch
+from distnadam.torch.device_copies import Landing, PinnedMemory, Slots
 
 
 class Gradients:
@@ -40,28 +44,32 @@ class Gradients:
         self._is_hooked = False
         self._handles: list[Any] = [None] * len(self._tensors)
         self._sent: list[tuple[torch.Tensor, int] | None] = []
+        self._landing = Landing(self._tensors)
+        self._from_device: Slots | None = None
 
-    def open(self, tree: dict[str, Any], *, in_place: bool) -> None:
+    def open(self, tree: dict[str, Any], pinned: PinnedMemory, *, in_place: bool) -> None:
         """Have slots from now on.
 
         Args:
             tree: the worker's views, by name.
+            pinned: what of them is registered with a device's driver.
             in_place: whether hooks move gradients there during the backward pass.
         """
         self._arrays = [tree[name] for name in self._names]
         self._slots = [as_torch(array) for array in self._arrays]
+        self._from_device = Slots(self._arrays, self._slots, pinned)
         self._storages = [slot.untyped_storage() for slot in self._slots]
         self._is_hooked = in_place
         if in_place:
             for index in range(len(self._tensors)):
                 self._hook(index)
 
-    def send(self, push: Callable[[str, Any], None]) -> None:
+    def send(self, push: Callable[[str, Any], None] | None) -> None:
         """Have hooks push each gradient once the backward pass has it, in the order in which it
-        comes; whoever changes it after that is refused at `gather_sent`.
+        comes; whoever changes it after that is refused at `gather_sent` or `gather`.
 
         Args:
-            push: takes a tensor's name and its gradient.
+            push: takes a tensor's name and its gradient; None: it goes from its device to its slot.
         """
         own = weakref.ref(self)
         self._sent = [None] * len(self._tensors)
@@ -71,12 +79,14 @@ class Gradients:
                 gradients = own()
                 if gradients is None or tensor.grad is None:
                     return
+                if push is None and not gradients._can_cross(tensor.grad):
+                    return
                 if gradients._sent[index] is not None:
                     raise GradientError(
                         f"{gradients._names[index]!r}: a second backward pass before the step, and "
                         "overlap=True has sent the gradient of the first: leave overlap out"
                     )
-                push(gradients._names[index], as_array(tensor.grad))
+                gradients._send(index, tensor.grad, push)
                 gradients._sent[index] = (tensor.grad, tensor.grad._version)
 
             return sent
@@ -84,6 +94,25 @@ class Gradients:
         for index, tensor in enumerate(self._tensors):
             if tensor.requires_grad and tensor.is_leaf:
                 self._handles[index] = tensor.register_post_accumulate_grad_hook(hook(index))
+                if tensor.is_cuda and push is not None:
+                    self._landing.reserve(index)
+
+    def _can_cross(self, gradient: torch.Tensor) -> bool:
+        """Whether a gradient is dense and on a GPU."""
+        return bool(gradient.is_cuda and gradient.layout == torch.strided)
+
+    def _send(
+        self, index: int, gradient: torch.Tensor, push: Callable[[str, Any], None] | None
+    ) -> None:
+        """Push a gradient, or have it cross from its device first."""
+        if push is None:
+            assert self._from_device is not None
+            self._from_device.begin(index, gradient.detach())
+        elif self._can_cross(gradient):
+            self._landing.begin(index, gradient)
+            self._landing.push_arrived(lambda i, array: push(self._names[i], array))
+        else:
+            push(self._names[index], as_array(gradient))
 
     def gather_sent(self, push: Callable[[str, Any], None]) -> bool:
         """Push the gradients that no hook has sent; return whether there are any at all.
@@ -91,20 +120,29 @@ class Gradients:
         Raises:
             GradientError: one was changed after it was sent.
         """
-        sent, self._sent = self._sent, [None] * len(self._tensors)
+        sent = self._take_sent()
+        self._landing.drain(lambda i, array: push(self._names[i], array))
         found = False
         for index, (tensor, known) in enumerate(zip(self._tensors, sent, strict=True)):
             if known is not None:
-                if tensor.grad is not known[0] or known[0]._version != known[1]:
-                    raise GradientError(
-                        f"the gradient of {self._names[index]!r} was changed after it was sent, "
-                        "which overlap=True promises not to do: leave overlap out"
-                    )
+                self._require_same(index, known)
                 found = True
             elif tensor.grad is not None:
                 push(self._names[index], as_array(tensor.grad))
                 found = True
         return found
+
+    def _take_sent(self) -> list[tuple[torch.Tensor, int] | None]:
+        """Return what hooks have sent, and have nothing sent."""
+        sent, self._sent = self._sent, [None] * len(self._tensors)
+        return sent
+
+    def _require_same(self, index: int, sent: tuple[torch.Tensor, int]) -> None:
+        if self._tensors[index].grad is not sent[0] or sent[0]._version != sent[1]:
+            raise GradientError(
+                f"the gradient of {self._names[index]!r} was changed after it was sent, "
+                "which overlap=True promises not to do: leave overlap out"
+            )
 
     def close(self) -> None:
         """Remove the hooks; gradients stay where they are."""
@@ -119,11 +157,17 @@ class Gradients:
 
         Raises:
             RuntimeError: a gradient is sparse.
-            GradientError: a view of an earlier gradient is kept.
+            GradientError: a view of an earlier gradient is kept, or one was changed after it was
+                sent.
         """
-        absent = []
+        absent, on_device = [], {}
+        is_sent = bool(self._sent)
+        sent = self._take_sent() if is_sent else [None] * len(self._tensors)
         for index, tensor in enumerate(self._tensors):
             gradient = tensor.grad
+            if (known := sent[index]) is not None:
+                self._require_same(index, known)
+                continue
             if gradient is self._slots[index]:
                 continue
             if gradient is None:
@@ -132,9 +176,15 @@ class Gradients:
             if gradient.layout != torch.strided:
                 raise _sparse(self._names[index])
             self._free(index)
-            self._slots[index].copy_(gradient.detach())
+            if gradient.is_cuda:
+                on_device[index] = gradient.detach()
+            else:
+                self._slots[index].copy_(gradient.detach())
             if self._is_hooked and self._handles[index] is None:
                 self._hook(index)  # it was frozen before
+        if on_device or is_sent:
+            assert self._from_device is not None
+            self._from_device.fill(on_device)
         if not absent:
             return None
         missing = set(absent)
@@ -163,6 +213,8 @@ class Gradients:
         """Move a gradient that the backward pass has made into its slot."""
         gradient = tensor.grad
         if gradient is None or gradient is self._slots[index]:
+            return
+        if gradient.device != self._slots[index].device:  # the model was moved since
             return
         if gradient.requires_grad or gradient.layout != torch.strided:
             return

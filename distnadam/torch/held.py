@@ -16,6 +16,7 @@ from distnadam.errors import LifecycleError, RanksDisagree
 from distnadam.torch.arrays import as_torch
 from distnadam.torch.checkpoints import beside, check_beside, read_checkpoint
 from distnadam.torch.ddp import find_wrapper, require_no_all_reduce
+from distnadam.torch.device_copies import PinnedMemory, device_of
 from distnadam.torch.gradients import Gradients
 from distnadam.torch.groups import Settings
 from distnadam.torch.parameters import Parameters
@@ -60,6 +61,9 @@ class Held:
         self._names: list[str] = []
         self._tensors: list[torch.Tensor] = []
         self._running: _Running | None = None
+        self._pinned = PinnedMemory()
+        self._seen: list[int] = []
+        self._is_pushed = False  # each gradient by itself, as the backward pass yields it
         self._state: State | None = None
         self._others: dict[Any, Any] = {}
         self._versions: list[tuple[Any, int]] = []
@@ -156,7 +160,7 @@ class Held:
             self._running = self._build(settings)
         parameters, gradients = self._running.parameters, self._running.gradients
         self._take_over(parameters, settings)
-        given = self._sent(gradients) if self._overlap else gradients.gather()
+        given = self._sent(gradients) if self._is_pushed else gradients.gather()
         vote, self.vote = self.vote, False
         stepped = self.shards.step(settings, None if vote else given, found_inf=vote)
         self.overflowed = self.shards.worker.found_inf
@@ -164,6 +168,7 @@ class Held:
             norm = self.shards.worker.gradient_norm
             self.norm.fill_(math.nan if norm is None else norm)
         self.clip = None
+        self._pin()
         parameters.take(stepped)
         self._forget_state()
 
@@ -174,19 +179,22 @@ class Held:
 
     def rejoin(self, settings: Settings) -> None:
         """Have the parameters of a training that this rank takes part in again."""
-        parameters = Parameters(self._names, self._tensors)
+        parameters = Parameters(self._names, self._tensors, self._pinned)
         if self.shards.rejoin(parameters.as_tree(), settings):
             self._running = self._open(parameters, in_place=self._may_move_gradients())
             parameters.take(self.shards.pull())
             self._forget_state()
 
     def _build(self, settings: Settings) -> "_Running":
-        parameters, in_place = Parameters(self._names, self._tensors), self._may_move_gradients()
+        parameters = Parameters(self._names, self._tensors, self._pinned)
+        in_place = self._may_move_gradients()
         self.shards.build(parameters.as_tree(), settings)
-        memory = self.shards.share_parameters()
+        is_here = device_of(self._tensors) is None
+        memory = self.shards.share_parameters() if is_here else ()
         running = self._open(parameters, in_place=in_place)
         parameters.hand_out(self.shards.pull())
-        parameters.move_in(memory)
+        if is_here:
+            parameters.move_in(memory)
         return running
 
     def _may_move_gradients(self) -> bool:
@@ -205,11 +213,26 @@ class Held:
         gradients = Gradients(self._names, self._tensors)
         dtypes = {tensor.dtype for tensor in self._tensors} - {torch.float64}
         half = HALF.get(dtypes.pop()) if len(dtypes) == 1 else None
-        if self._overlap:
+        # On a GPU gradients cross to their slots, unless pieces of them then go on to other hosts.
+        is_here = device_of(self._tensors) is None
+        self._is_pushed = self._overlap and (is_here or self.shards.are_far)
+        self._pin()
+        if self._is_pushed:
             gradients.send(self.shards.worker.push_tensor)
         else:
-            gradients.open(self.shards.gradients(half), in_place=in_place)
+            in_place = in_place and not self._overlap
+            gradients.open(self.shards.gradients(half), self._pinned, in_place=in_place)
+            if self._overlap:
+                gradients.send(None)
         return _Running(parameters, gradients)
+
+    def _pin(self) -> None:
+        """Register the memory that is shared with the shards now, if the model is on a GPU."""
+        memory = self.shards.memory(gradients=not self._is_pushed)
+        known = [*map(id, memory)]
+        if known != self._seen and device_of(self._tensors) is not None:
+            self._pinned.hold(memory)
+            self._seen = known
 
     def _take_over(self, parameters: Parameters, settings: Settings) -> None:
         """Give the shards what was changed here since the last step, if all ranks have changed the
@@ -275,12 +298,14 @@ class Held:
         """Take the hooks away, and leave without waiting for anybody."""
         if self._running is not None:
             self._running.gradients.close()
+            self._pinned.close()
         self.shards.leave()
 
     def close(self) -> None:
         """Take the hooks away, and end the shards if this process made them."""
         if self._running is not None:
             self._running.gradients.close()
+            self._pinned.close()
         self.shards.close()
 
 

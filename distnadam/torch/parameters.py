@@ -20,6 +20,7 @@ from distnadam.errors import StructureError
 from distnadam.frontends.changes import in_words
 from distnadam.tensors.arrays import Array
 from distnadam.torch.arrays import as_torch, bits_of, digest_of
+from distnadam.torch.device_copies import HandedOut, PinnedMemory, device_of
 
 
 class Parameters:
@@ -28,11 +29,20 @@ class Parameters:
     Args:
         names: one for each tensor.
         tensors: the model's, each once.
+        pinned: memory that is registered with a device's driver.
     """
 
-    def __init__(self, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        tensors: Sequence[torch.Tensor],
+        pinned: PinnedMemory | None = None,
+    ) -> None:
         self.names = list(names)
         self.tensors = list(tensors)
+        self._pinned = PinnedMemory() if pinned is None else pinned
+        self._device: torch.device | None = None
+        self._on_device: HandedOut | None = None
         self._trees: list[_Handed] = []
         self._handed: _Handed | None = None
         self._own = [_has_own_memory(tensor) for tensor in tensors]  # before NumPy has looked
@@ -96,15 +106,18 @@ class Parameters:
         Raises:
             StructureError: a tensor has another shape or dtype now.
         """
-        handed = self._handed
-        if handed is None:
+        if self._handed is None:
             return []
         self._look_at()
+        if self._on_device is not None:
+            return self._on_device.changed(self.tensors)
+        handed = self._handed
         if not self._is_plain:
+            values = [handed.values[i].to(self.tensors[i].device) for i in self._copied]
             return [
                 i
-                for i in self._copied
-                if not torch.equal(bits_of(self.tensors[i]), bits_of(handed.values[i]))
+                for i, value in zip(self._copied, values, strict=True)
+                if not torch.equal(bits_of(self.tensors[i]), bits_of(value))
             ]
         places, kinds = handed.places, self._kinds
         compared = zip(self._copied, self._places, strict=True)
@@ -122,13 +135,15 @@ class Parameters:
         """
         with torch.no_grad():
             if self._copied:
-                self._copy(self._of(tree))
+                self._copy([tree[name] for name in self.names])
             increment_version(self.tensors)
 
-    def _copy(self, handed: "_Handed") -> None:
-        self._handed = handed
+    def _copy(self, arrays: list[Any]) -> None:
         self._look_at()
-        if self._is_plain:
+        handed = self._handed = self._of(arrays)
+        if self._on_device is not None:
+            self._on_device.take(handed.copies, self.tensors)
+        elif self._is_plain:
             for i, place in zip(self._copied, self._places, strict=True):
                 _memmove(place, handed.places[i], self._kinds[i][1])
         else:
@@ -137,19 +152,33 @@ class Parameters:
 
     def hand_out(self, tree: dict[str, Any]) -> None:
         """Take the shards' parameters to be what the tensors hold already."""
-        self._handed = self._of(tree)
+        self._look_at()
+        self._hand_out([tree[name] for name in self.names])
 
-    def _of(self, tree: dict[str, Any]) -> "_Handed":
-        """Return a tree as tensors in order; a worker alternates between two."""
-        arrays = [tree[name] for name in self.names]
+    def _hand_out(self, arrays: list[Any]) -> None:
+        self._handed = self._of(arrays)
+        if self._on_device is not None:
+            self._on_device.take(self._handed.copies)
+
+    def _of(self, arrays: list[Any]) -> "_Handed":
+        """Return a tree's arrays as tensors in order; a worker alternates between two."""
+        version = self._pinned.version
         for known in self._trees:
-            if all(map(is_, known.arrays, arrays)):
+            if known.version == version and all(map(is_, known.arrays, arrays)):
                 return known
+        if self._device is not None:
+            plain = [np.asarray(array) for array in arrays]
+            if self._on_device is None:
+                self._on_device = HandedOut(self.tensors, plain)
+            copies = self._on_device.copies(plain, self._pinned)
+            handed = _Handed(arrays, [], [], version, copies)
+            self._trees = [*self._trees[-1:], handed]
+            return handed
         values = [
             as_torch(array).to(tensor.device, tensor.dtype)
             for array, tensor in zip(arrays, self.tensors, strict=True)
         ]
-        handed = _Handed(arrays, values, [value.data_ptr() for value in values])
+        handed = _Handed(arrays, values, [value.data_ptr() for value in values], version)
         if all(tensor.device.type == "cpu" for tensor in self.tensors):
             self._trees = [*self._trees[-1:], handed]
         return handed
@@ -174,6 +203,10 @@ class Parameters:
                 f"{self.names[index]!r} has {now[1]} bytes of {now[0]} now, and had {before[1]} of "
                 f"{before[0]} when the shards were built: convert the model before the first step"
             )
+        if (device := device_of(self.tensors)) != self._device:
+            self._device, self._on_device, self._trees = device, None, []
+            if self._handed is not None:
+                self._hand_out(self._handed.arrays)
         self._places = [tensor.data_ptr() for tensor in tensors]
         self._is_plain = all(
             tensor.is_contiguous() and tensor.is_cpu and (place or not tensor.numel())
@@ -183,11 +216,14 @@ class Parameters:
 
 @dataclass(frozen=True)
 class _Handed:
-    """A worker's parameters in order: its arrays, the same as tensors, and where these lie."""
+    """A worker's parameters in order: its arrays, the same as tensors, and where these lie; or
+    what is copied to a device."""
 
     arrays: list[Any]
     values: list[torch.Tensor]
     places: list[int]
+    version: int
+    copies: Sequence[Any] = ()
 
 
 def _has_own_memory(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from distnadam.client.statement import state
 from distnadam.client.user_state import params_from
 from distnadam.config import Options, Topology
@@ -23,6 +25,7 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.optimizer import DistNadam
 from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout
+from distnadam.torch.device_copies import device_of
 from distnadam.torch.groups import Settings
 from distnadam.worker import Worker
 
@@ -97,7 +100,7 @@ class Shards:
         """The model's."""
         return self.optimizer.shards.layout
 
-    def build(self, params: Mapping[str, Any], settings: Settings) -> None:
+    def build(self, params: Mapping[str, torch.Tensor], settings: Settings) -> None:
         """Start the shards with these parameters, by name, or attach to those of rank 0.
 
         Raises:
@@ -119,6 +122,7 @@ class Shards:
             beta_1=beta_1,
             beta_2=beta_2,
             options=self._options,
+            pull_dtype="bfloat16" if _is_bfloat16(params) else None,
             **settings.formula,
             **topology,
             **settings.config(),
@@ -186,6 +190,19 @@ class Shards:
     def move_parameters(self) -> None:
         """Leave that memory as it is, and step copies of the parameters from now on."""
         self.optimizer.shards.backend.transport.move_parameters()
+
+    @property
+    def are_far(self) -> bool:
+        """Whether shards of other hosts get pieces of a gradient before it is pushed."""
+        return bool(self.worker.session.channel.relayed)
+
+    def memory(self, *, gradients: bool) -> list[Array]:
+        """Return both buffers of the parameters if they are shared, and what gradients are pushed
+        from.
+        """
+        channel = self.worker.session.channel
+        flats = (*(channel.parameters or ()), *((channel.gradients,) if gradients else ()))
+        return [array for flat in flats for array in flat.values()]
 
     def pull(self) -> dict[str, Any]:
         """Return the present parameters by name, which are the worker's views."""
@@ -302,3 +319,12 @@ class Shards:
         such as a data loader's, holds a copy.
         """
         return self.is_built and not self._is_closed and self._process == os.getpid()
+
+
+def _is_bfloat16(params: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a model is on a GPU, and all its tensors that workers may see in bfloat16 are of it,
+    so that half the bytes cross, and none is rounded that is not rounded anyway.
+    """
+    tensors = params.values()
+    is_half = {tensor.dtype for tensor in tensors} - {torch.float64} == {torch.bfloat16}
+    return is_half and device_of(list(tensors)) is not None
