@@ -100,8 +100,8 @@ def _text(context: click.Context, sections: Mapping[str, Sequence[str]]) -> str:
     tables: dict[str, list[str]] = {title: [] for title in sections}
     for key, option in _options(context.command).items():
         value = context.params[str(option.name)]
-        if value is None or value in ((), {}, False):
-            continue
+        if value is None or value is False or value in ((), {}):
+            continue  # not 0, which is not every option's default
         title = titles.get(str(option.name), next(iter(sections)))
         tables[title].append(f"{key} = {_toml(value)}")
     parts = [_HEAD + f"task = {_toml(task)}"]

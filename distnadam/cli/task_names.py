@@ -10,6 +10,8 @@ import click
 from distnadam.training.task import Task
 from distnadam.training.tasks import BUILT_IN, built_in
 
+_METHODS = ("init", "batch", "loss_and_gradients", "evaluate")
+
 
 def load_task(name: str) -> Task:
     """Return the task that a command line names; raise UsageError if there is none."""
@@ -23,9 +25,12 @@ def load_task(name: str) -> Task:
     found: Any = getattr(_module(module_name), attribute, None)
     task = found() if isinstance(found, type) else found
     if not isinstance(task, Task):
+        if found is None:
+            raise click.UsageError(f"{name}: there is no {attribute!r} in {module_name}")
+        missing = [each for each in _METHODS if not hasattr(task, each)]
         raise click.UsageError(
-            f"{name}: expected a class or object with init, batch, loss_and_gradients and "
-            f"evaluate, got {found!r}"
+            f"{name}: expected a class or object with {', '.join(_METHODS)}; it has no "
+            f"{', '.join(missing)}"
         )
     return task
 

@@ -53,6 +53,13 @@ class Broken(Line):
 """
 
 
+HALF = """
+class Half:
+    def init(self, seed): ...
+    def batch(self, step, rank, world_size): ...
+"""
+
+
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "mine.py").write_text(TASK)
@@ -147,6 +154,27 @@ def test_a_dry_run_finds_a_full_disk_and_a_directory_that_is_none(
 
 
 @pytest.mark.slow
+def test_a_zero_that_is_no_default_is_in_the_file(runner: Any, tmp_path: Path) -> None:
+    options = ["--local", "--steps", "5", "--optimizer", "adamw", "--weight-decay", "0"]
+    begun = call(runner, "train", "mine.py:Line", *options, "--checkpoint-dir", "first")
+    assert begun.exit_code == 0, begun.output
+    again = call(runner, "train", "first/run.toml", "--checkpoint-dir", "second", "--quiet")
+    assert again.exit_code == 0, again.output
+    configs = []
+    for name in ("first", "second"):
+        with DistNadam.restore(tmp_path / name, backend="local") as optimizer:
+            configs.append(optimizer.get_config())
+    assert configs[0] == configs[1]
+    assert configs[0]["weight_decay"] == 0.0
+
+
+def test_what_a_task_lacks_is_named(runner: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HALF)
+    said = call(runner, "train", "mine.py:Half", "--local").output
+    assert "it has no loss_and_gradients, evaluate" in " ".join(said.split())
+    assert "there is no 'Whole' in mine.py" in call(runner, "train", "mine.py:Whole").output
+
+
 def test_a_dry_run_says_that_a_ray_cannot_be_reached(
     runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
