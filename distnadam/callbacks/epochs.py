@@ -53,11 +53,20 @@ class EpochCallback(Callback):
         """A step is done; `logs` are its loss and learning rate."""
 
     @override
+    def state(self) -> dict[str, Any]:
+        """Return the epoch's losses so far; what overrides this adds to it."""
+        return {"losses": list(self._losses)}
+
+    @override
+    def load_state(self, state: dict[str, Any]) -> None:
+        total, count = state.get("losses", (0.0, 0))
+        self._losses = float(total), int(count)
+
+    @override
     def on_begin(self, step: int, steps: int) -> None:
         if not self._began:
             self._began = True
             self.on_train_begin({})
-        self._losses = (0.0, 0)
         if step < steps:
             self._begin_epoch(step)
 

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from typing_extensions import override
 
@@ -86,6 +87,17 @@ class ReduceLROnPlateau(EpochCallback):
         self._min_lr = min_lr
         self._waited = 0
         self._cools = 0
+
+    @override
+    def state(self) -> dict[str, Any]:
+        own = {"best": self._monitor.best, "waited": self._waited, "cools": self._cools}
+        return super().state() | own
+
+    @override
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._monitor.best = float(state["best"])
+        self._waited, self._cools = int(state["waited"]), int(state["cools"])
 
     @override
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:

@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from distnadam.callbacks.epochs import EpochCallback, Logs, Monitor
 from distnadam.checkpoint import store
-from distnadam.errors import ConfigError, TrainingError
+from distnadam.errors import ConfigError, DistNadamError, TrainingError
+from distnadam.optimizer import DistNadam
 from distnadam.training.callbacks import Callback
 from distnadam.training.steps import StepRecord
 
@@ -50,7 +51,8 @@ class EarlyStopping(EpochCallback):
         mode: "min", "max" or "auto".
         baseline: what must be surpassed for an epoch to count as an improvement.
         restore_best_weights: whether the parameters of the best epoch are set when it stops the
-            run; its last checkpoint has them, with the slots of its last step.
+            run; its last checkpoint has them, with the slots of its last step. Each best epoch is
+            saved in ``best_epoch`` in the run's directory, for a run that resumes.
         start_from_epoch: epochs before this one are not looked at.
 
     Attributes:
@@ -83,11 +85,23 @@ class EarlyStopping(EpochCallback):
         self.best_epoch = 0
 
     @override
+    def state(self) -> dict[str, Any]:
+        own = {"best": self._monitor.best, "waited": self._waited, "best_epoch": self.best_epoch}
+        return super().state() | own
+
+    @override
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._monitor.best = float(state["best"])
+        self._waited, self.best_epoch = int(state["waited"]), int(state["best_epoch"])
+        self._best = None  # at the first need, from what `_keep` has saved
+
+    @override
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if epoch < self._first:
             return
         value = self._monitor.value_in(logs or {})
-        if self._restores and self._best is None:
+        if self._restores and self._best is None and not self._find(epoch):
             self._keep(epoch)  # the first, should none be better than a NaN
         self._waited += 1
         if self._monitor.improves(value):
@@ -102,6 +116,26 @@ class EarlyStopping(EpochCallback):
         self.best_epoch = epoch
         if self._restores:
             self._best = self.run.optimizer.get_params()
+            store.prune(self._place, 1, self.run.save(self._place))
+
+    @property
+    def _place(self) -> Path:
+        """Where a resumed run finds the parameters of the best epoch."""
+        return self.run.directory / "best_epoch"
+
+    def _find(self, epoch: int) -> bool:
+        """Take the best parameters of the run that is resumed; return whether there are any."""
+        if epoch == 0 or self._monitor.best in (-math.inf, math.inf):
+            return False
+        try:
+            with DistNadam.restore(
+                self._place, num_shards=1, num_workers=1, replicas=0, backend="local"
+            ) as found:
+                self._best = found.get_params()
+        except DistNadamError as error:
+            log.warning("EarlyStopping: no parameters of epoch %d: %s", self.best_epoch, error)
+            return False
+        return True
 
     def _stop(self, epoch: int) -> None:
         self.stopped_epoch = epoch
@@ -168,6 +202,15 @@ class ModelCheckpoint(EpochCallback):
         self._monitor = Monitor(monitor, mode, 0.0, self)
         if initial_value_threshold is not None:
             self._monitor.best = initial_value_threshold
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"best": self._monitor.best}
+
+    @override
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._monitor.best = float(state["best"])
 
     @override
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:

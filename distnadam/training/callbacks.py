@@ -5,7 +5,9 @@ other hyper-parameters. One that raises ends it. Ready-made ones are in `distnad
 """
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from distnadam.client.status import Status
 from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
 from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import StepRecord
+
+_KEY = "callbacks"
 
 
 class Callback:
@@ -28,6 +32,17 @@ class Callback:
     """
 
     run: RunHandle
+
+    def state(self) -> dict[str, Any]:
+        """Return what it has to know again to decide in a resumed run as it would have in this one,
+        as data that a checkpoint can hold (`DistNadam.save` says which); {}: nothing.
+        """
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take what `state` has returned: when a run resumes, before `on_begin`, that of the run
+        before; when it goes back to its beginning, that of the beginning.
+        """
 
     def on_begin(self, step: int, steps: int) -> None:
         """Training begins, or begins again, after `step` of `steps` steps."""
@@ -87,8 +102,37 @@ class CallbackList(Callback):
             self.run = run
             for callback in callbacks:
                 callback.run = run
+        self._named = dict(_named(callbacks))
+        self._initial = deepcopy(self._states())
         self.failure: TrainingError | None = None
         self.interrupted = False
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a checkpoint holds of them."""
+        states = {name: state for name, state in self._states().items() if state}
+        return {_KEY: states} if states else {}
+
+    def begin(self, saved: Mapping[str, Any] | None) -> None:
+        """Have each take its state in a checkpoint's data; the one at first if there is none.
+
+        Raises:
+            TrainingError: one does not take what was saved under its name.
+        """
+        states = (saved or {}).get(_KEY, {})
+        for name, callback in self._named.items():
+            state = states.get(name, self._initial[name])
+            try:
+                callback.load_state(deepcopy(state))
+            except Exception as error:
+                raise TrainingError(
+                    f"callback {name}.load_state: it raised {type(error).__name__}: {error}; the "
+                    f"checkpoint has {state!r} for it: resume with the callbacks that it was saved "
+                    "with, or begin anew"
+                ) from error
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        return {name: callback.state() for name, callback in self._named.items()}
 
     @property
     def ends_run(self) -> bool:
@@ -159,6 +203,15 @@ class CallbackList(Callback):
                 self._callbacks = [each for each in self._callbacks if each is not callback]
                 if self.failure is None:
                     self.failure = _failure(callback, event, args, error)
+
+
+def _named(callbacks: Sequence[Callback]) -> Iterator[tuple[str, Callback]]:
+    """Yield callbacks with names for their states: their class's, numbered where it recurs."""
+    count: Counter[str] = Counter()
+    for callback in callbacks:
+        name = type(callback).__name__
+        count[name] += 1
+        yield (name if count[name] == 1 else f"{name} {count[name]}"), callback
 
 
 def _failure(

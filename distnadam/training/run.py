@@ -139,8 +139,10 @@ class TrainingRun:
         """Train to the end; return False if all shards were lost, so that the caller resumes."""
         found = find_checkpoint(self.lock.directory, self.request, self.callbacks.on_message)
         recoveries, state = self._retries.total, self.request.state
+        saved = None if found is None else found[1].user_data
         with task_errors("load_state"):
-            state.begin(None if found is None else found[1].user_data, self.task, self.as_begun)
+            state.begin(saved, self.task, self.as_begun)
+        self.callbacks.begin(saved)
         if found is not None:
             directory = found[0]
             self.history.resumed_from = (
@@ -341,7 +343,8 @@ class TrainingRun:
     def _save(
         self, checkpoints: CheckpointManager, optimizer: DistNadam, step: int, *, wait: bool
     ) -> None:
-        checkpoints.save(optimizer, step, data=self.request.state.data, wait=wait)
+        data = self.request.state.data | self.callbacks.data
+        checkpoints.save(optimizer, step, data=data, wait=wait)
 
     def _evaluate(self, optimizer: DistNadam, step: int) -> None:
         metrics = self._metrics(optimizer, step)

@@ -120,6 +120,78 @@ def test_early_stopping_restores_the_parameters_of_the_best_epoch(tmp_path: Path
         assert optimizer.get_params()["w"].tobytes() == kept[1].tobytes()
 
 
+VALUES = [3.0, 2.0, 2.5, 2.4, 1.9, 2.6, 2.5, 2.4, 2.3, 2.2]
+
+
+def deciding(root: Path, *more: Any) -> list[Any]:
+    """Callbacks that decide by what they saw before."""
+    return [
+        EarlyStopping(patience=4, restore_best_weights=True),
+        EarlyStopping("loss", patience=100),
+        ReduceLROnPlateau(factor=0.5, patience=2),
+        ModelCheckpoint(root / "best" / "{val_loss}", save_best_only=True),
+        *more,
+    ]
+
+
+def decided(root: Path, *, losses: Any) -> list[Any]:
+    with DistNadam.restore(root / "run", backend="local") as optimizer:
+        params = optimizer.get_params()["w"].tolist()
+        assert isinstance(optimizer.lr, float)
+        return [
+            params,
+            optimizer.lr,
+            optimizer.round,
+            sorted(path.name for path in (root / "best").iterdir()),
+            losses.best_epoch,
+            losses._monitor.best,
+        ]
+
+
+@pytest.mark.parametrize("cut", range(1, 18, 2))
+def test_a_resumed_run_decides_as_one_that_was_not_interrupted(tmp_path: Path, cut: int) -> None:
+    found, stops = [], "stopped: EarlyStopping: val_loss has not improved for 4 epochs"
+    for parts in ([VALUES], [VALUES, VALUES]):
+        root, consumed = tmp_path / str(len(parts)), 0
+        for number, values in enumerate(parts):
+            ends = number < len(parts) - 1
+            cutter = LambdaCallback()
+            if ends:
+                cutter.on_train_batch_end = (  # type: ignore[method-assign]
+                    lambda batch, logs, cutter=cutter: batch + 1 >= cut and cutter.run.stop("cut")
+                )
+            callbacks = deciding(root, cutter)
+            history = train(
+                root / "run",
+                2 * len(values),
+                Scripted(values[consumed:]),
+                evaluate_every=2,
+                save_every=1,
+                callbacks=callbacks,
+            )
+            assert history.outcome == ("stopped: cut" if ends else stops)
+            consumed += len(history.evaluations)
+        found.append(decided(root, losses=callbacks[1]))
+    assert found[0] == found[1]
+
+
+def test_a_state_that_a_callback_does_not_take_is_refused_by_its_name(tmp_path: Path) -> None:
+    class Keeps(LambdaCallback):
+        def state(self) -> dict[str, Any]:
+            return {"other": np.arange(3)}
+
+    run(tmp_path, [3.0, 2.0], Keeps())
+
+    class Other(LambdaCallback):
+        def load_state(self, state: dict[str, Any]) -> None:
+            super().load_state({"losses": state["mine"]})
+
+    Other.__name__ = "Keeps"
+    expected = r"callback Keeps\.load_state: it raised KeyError: 'mine'; the checkpoint has"
+    with pytest.raises(TrainingError, match=expected):
+        train(tmp_path, 6, Scripted([1.0]), evaluate_every=2, callbacks=[Other()])
+
+
 def test_the_best_model_is_saved_in_a_directory_of_its_own(tmp_path: Path) -> None:
     best, each = tmp_path / "best", tmp_path / "each"
     history = run(
