@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from distnadam.checkpoint import store
 from tests.hosts.chaos import OPTIONS, WORKERS, miscounted, next_step, on_hosts, strike
 from tests.hosts.cluster import Cluster
 from tests.hosts.faults import FAULTS, Fault, Rng
+from tests.hosts.network import Host
 from tests.hosts.program import Program
 from tests.hosts.tasks import Synthetic, digest, digest_of
 from tests.hosts.train import train_in_one_process
@@ -117,6 +119,9 @@ class _Soak:
                     self._differ(f"LEFT after the run: {', '.join(life.role for life in left)}")
             except AssertionError as error:
                 self._differ(f"FAILED: {error}")
+                self._ends.touch()  # what follows compares a run that has ended
+                with suppress(AssertionError):
+                    program.finish()
         lives, window_s = watch.lives, self._warm_up_s / 2
         judged = [each for each in lives if each.growth(self._warm_up_s, window_s) is not None]
         self.report.judged = len(judged)
@@ -166,11 +171,23 @@ class _Soak:
             self._command("reshard", NAME, int(self._rng.choice(SHARDS)))
         else:
             host = self._cluster.hosts[int(self._rng.integers(1, len(self._cluster.hosts)))]
-            self._command("drain", host.address, "--timeout", 120)
+            self._drain(host)
             seconds = next_step(program, moment)
             self._command("uncordon", host.address)
             return seconds
         return next_step(program, moment)
+
+    def _drain(self, host: Host) -> None:
+        """Drain a host; if it was killed just before, once it is a node again."""
+        deadline = time.monotonic() + _MINUTE_S
+        while True:
+            try:
+                self._command("drain", host.address, "--timeout", 120)
+                return
+            except AssertionError as error:
+                if "is no node" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def _command(self, *command: object) -> None:
         self._cluster.python(self._cluster.hosts[0], "-m", "distnadam", *command).finish()
