@@ -14,6 +14,7 @@ import numpy as np
 from distnadam.client.gradient_runs import (
     BLOCK,
     Run,
+    copied_apart,
     large_in,
     narrow_in,
     not_finite,
@@ -103,12 +104,12 @@ class GradientBuffer:
 
     def _fill_any(self, gradients: Any) -> str | None:
         leaves, self.absent = self._layout.gradients(gradients, what=self._what)
-        found = [leaf.dtype for leaf in leaves], self.absent
-        if found != self._found:
+        if (found := ([leaf.dtype for leaf in leaves], self.absent)) != self._found:
             self._select(self._common_half(*found))
             self._found = found
         self._written.clear()
         self._rejection = None
+        leaves = copied_apart(self._memory, leaves, self._views) if self.has_views else leaves
         with own_errors():
             for run, values in self._targets:
                 if run.is_large:
@@ -120,8 +121,7 @@ class GradientBuffer:
                             np.copyto(self._views[index], leaves[index], casting="same_kind")
                 else:
                     concatenate(leaves[run.first : run.last], values)
-                is_judged = self._is_whole and not self.loss_scale
-                if not (is_judged and math.isfinite(values.dot(values))):
+                if self.loss_scale or not (self._is_whole and math.isfinite(values.dot(values))):
                     self._judge(run.space, values, run.begin)
         return self._rejection
 

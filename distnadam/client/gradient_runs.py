@@ -1,12 +1,13 @@
 """Where a model's gradients lie in memory: the stretches that are copied, and looked at, as one."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from distnadam.tensors.arrays import Array
+from distnadam.tensors.arrays import Array, Flat
 from distnadam.tensors.layout import Layout, TensorSpec
 
 BLOCK = 65536
@@ -77,6 +78,28 @@ def large_in(layout: Layout) -> list[tuple[int, TensorSpec]]:
         for index, tensor in enumerate(layout.tensors)
         if tensor.end - tensor.begin >= LENT and index not in layout.frozen
     ]
+
+
+def copied_apart(memory: Flat, leaves: Sequence[Array], views: Sequence[Array]) -> list[Array]:
+    """Return leaves of which none changes while all are copied, in order, into views of the memory:
+    a copy of each that lies in it, but in another tensor's place or another dtype.
+    """
+    return [
+        leaf
+        if leaf is view
+        or not any(np.may_share_memory(leaf, flat) for flat in memory.values())
+        or _is_same(leaf, view)
+        else leaf.copy()
+        for leaf, view in zip(leaves, views, strict=True)
+    ]
+
+
+def _is_same(one: Array, other: Array) -> bool:
+    return (one.ctypes.data, one.strides, one.dtype) == (
+        other.ctypes.data,
+        other.strides,
+        other.dtype,
+    )
 
 
 def not_finite(layout: Layout, space: str, values: Array, begin: int) -> str | None:

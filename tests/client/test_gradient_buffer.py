@@ -195,3 +195,28 @@ def test_views_of_the_memory_may_be_given_back_in_another_order() -> None:
     expected = [*np.arange(9).reshape(3, 3).T.reshape(-1), *np.arange(4)[::-1]]
     assert buffer.fill({"a": views["a"].T, "b": views["b"][::-1]}) is None
     assert buffer.flat["float32"].tolist() == expected
+
+
+@pytest.mark.parametrize("size", [3, BLOCK + 1])
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_views_in_the_places_of_other_tensors_are_taken_as_they_were(
+    size: int, dtype: str | None, compiled: bool
+) -> None:
+    model = {name: np.zeros(size, np.float32) for name in "abc"}
+    buffer = make(model, compiled=compiled)
+    views = buffer.views(dtype)
+
+    def filled(**tree: Any) -> dict[str, float]:
+        for name, value in zip("abc", (1, 2, 3), strict=True):
+            views[name][:] = value
+        assert buffer.fill(tree) is None
+        parts = buffer.flat["float32"].astype(np.float32).reshape(3, size)
+        assert (parts == parts[:, :1]).all()
+        return dict(zip("abc", parts[:, 0].tolist(), strict=True))
+
+    own = np.full(size, 7, np.float32)
+    assert filled(**views) == {"a": 1, "b": 2, "c": 3}
+    assert filled(a=views["b"], b=views["c"], c=views["a"]) == {"a": 2, "b": 3, "c": 1}
+    assert filled(a=own, b=views["a"], c=views["a"][::-1]) == {"a": 7, "b": 1, "c": 1}
+    assert filled(a=views["a"], b=views["b"], c=own) == {"a": 1, "b": 2, "c": 7}
