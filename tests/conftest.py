@@ -122,6 +122,15 @@ def ray_cluster() -> Iterator[None]:
     shut_down_ray()
 
 
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """Measure no coverage: a handler that raises in its tracer leaves a lock of its held."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
+
+
 @pytest.fixture(scope="module")
 def one_process(request: pytest.FixtureRequest) -> None:
     """Fail where two processes run a module's tests, which share what costs much."""

@@ -4,7 +4,6 @@ The signals are real; `setitimer` sends them at moments spread over each call.
 """
 
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -33,17 +32,14 @@ class Interrupted(Exception):
 
 
 @pytest.fixture(params=[KeyboardInterrupt, Interrupted])
-def interrupt(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
+def interrupt(request: pytest.FixtureRequest, untraced: None) -> Iterator[type[BaseException]]:
     def stop(*_: object) -> None:
         raise request.param
 
-    tracer = sys.gettrace()  # a measurement of coverage, which no handler may interrupt
-    sys.settrace(None)
     before = signal.signal(signal.SIGALRM, stop)
     yield request.param
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-    sys.settrace(tracer)
 
 
 def interrupted(call: Callable[[], object], after_s: float, error: type[BaseException]) -> bool:

@@ -134,6 +134,8 @@ def test_gradients_of_a_step_that_timed_out_are_not_read_any_more() -> None:
         assert bits(optimizer) == ended
 
 
+@pytest.mark.timeout(300, method="thread")  # the alarm is the test's own
+@pytest.mark.usefixtures("untraced")
 def test_an_interrupt_at_any_moment_leaves_whole_steps_and_no_foreign_bytes() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
