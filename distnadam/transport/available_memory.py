@@ -14,11 +14,14 @@ class Hierarchy:
     root: str
     limit: str
     used: str
-    cached: tuple[str, str]
+    cached: tuple[str, ...]
 
 
 _VERSION_2 = Hierarchy(
-    "/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")
+    "/sys/fs/cgroup",
+    "memory.max",
+    "memory.current",
+    ("inactive_file", "active_file", "slab_reclaimable"),
 )
 _VERSION_1 = Hierarchy(
     "/sys/fs/cgroup/memory",
@@ -69,9 +72,11 @@ def groups_of_memory() -> Iterator[tuple[Hierarchy, str]]:
 
 
 def _cached(directory: Path, hierarchy: Hierarchy) -> int:
-    """Return the bytes of files that the system drops when memory is needed."""
-    with suppress(OSError, ValueError, KeyError):
+    """Return the bytes of files, and of what is known of them, that the system drops when memory
+    is needed.
+    """
+    with suppress(OSError, ValueError):
         lines = (directory / "memory.stat").read_text().splitlines()
         fields = dict(line.split(" ", 1) for line in lines)
-        return sum(int(fields[name]) for name in hierarchy.cached)
+        return sum(int(fields.get(name, 0)) for name in hierarchy.cached)
     return 0

@@ -5,7 +5,11 @@ figures, before it takes any.
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+from distnadam.transport import available_memory
 from distnadam.transport.available_memory import available_bytes
 from tests.control_groups import Group, memory_group
 
@@ -69,3 +73,24 @@ def test_a_local_optimizer_or_reshard_that_does_not_fit_is_refused_and_the_rest_
     ) in first
     assert "needs 77 MiB: 77 MiB for a second copy of the state" in second
     assert rest == ["2 2", "3 3"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "stat", "left"),
+    [
+        ("max", "", []),
+        ("1000", "anon 1\ninactive_file 300\nactive_file 100\nslab_reclaimable 200", [700]),
+        ("1000", "anon 1\ninactive_file 300\nactive_file 100", [500]),
+        ("1000", "", [100]),
+        ("800", "", [0]),
+    ],
+)
+def test_what_the_system_drops_for_others_is_left(
+    limit: str, stat: str, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"max": limit, "current": "900", "stat": stat}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    cached = available_memory._VERSION_2.cached
+    hierarchy = available_memory.Hierarchy(str(tmp_path), "memory.max", "memory.current", cached)
+    monkeypatch.setattr(available_memory, "groups_of_memory", lambda: iter([(hierarchy, "")]))
+    assert [*available_memory._group_room()] == left
