@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "distnadam/GUIDE.md", "distnadam/training/TRAINING.md")
 BLOCK = re.compile(r"(?:<!-- (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
 """A block, and what it needs: Ray, or a framework's package."""
-ON_RAY = "README-0"
+_NEEDS = [needs for needs, _ in BLOCK.findall((ROOT / "README.md").read_text())]
+ON_RAY = f"README-{_NEEDS.index('ray')}"
 """The block that stands for all on Ray in `make test`, and where each starts a Ray of its own."""
 BLOCKS = [
     pytest.param(

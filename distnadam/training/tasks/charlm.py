@@ -11,14 +11,9 @@ import random
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from distnadam.training.tasks.torch_module import (
-    Array,
-    import_torch,
-    loss_and_gradients_of,
-    parameters_of,
-    set_parameters,
-)
+from distnadam.training.torch_task import Array, TorchTask, import_torch
 
 KNOWN_TEXTS = {
     "37d06970fc926e60c16dff401e441b84752446a36b6b64516c229fdec77e992c": "Python 3.11.7",
@@ -31,7 +26,7 @@ _LENGTH = 64
 _EVALUATED = 256
 
 
-class CharLM:
+class CharLM(TorchTask):
     """Predict characters with an embedding, one gated recurrent layer and a dense one.
 
     Args:
@@ -45,27 +40,25 @@ class CharLM:
         self.width = width
         self.batch_size = batch_size
 
-    def init(self, seed: int) -> dict[str, Array]:
-        """Read the text and return the module's parameters, by torch's names."""
-        torch = import_torch(self.name)
+    @override
+    def make_module(self) -> Any:
+        """Read the text too."""
         text = text_of_topics() or text_of_grammar()
         letters = sorted(set(text))
         index = {letter: number for number, letter in enumerate(letters)}
         numbers = np.array([index[letter] for letter in text], np.int64)
         held_out = len(numbers) // 10
         self.train, self.test = numbers[:-held_out], numbers[-held_out:]
-        self.seed = seed
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.module = torch.nn.ModuleDict(
-                {
-                    "embedding": torch.nn.Embedding(len(letters), 32),
-                    "recurrent": torch.nn.GRU(32, self.width, batch_first=True),
-                    "head": torch.nn.Linear(self.width, len(letters)),
-                }
-            )
-        return parameters_of(self.module)
+        nn = import_torch(self.name).nn
+        return nn.ModuleDict(
+            {
+                "embedding": nn.Embedding(len(letters), 32),
+                "recurrent": nn.GRU(32, self.width, batch_first=True),
+                "head": nn.Linear(self.width, len(letters)),
+            }
+        )
 
+    @override
     def batch(self, step: int, rank: int, world_size: int) -> Array:
         """Return pieces of the text, (batch_size // world_size, 65), whose characters but the first
         are to be predicted.
@@ -78,27 +71,21 @@ class CharLM:
         pieces: Array = self.train[begins[:, None] + np.arange(_LENGTH + 1)]
         return pieces
 
-    def loss_of(self, module: Any, pieces: Array) -> Any:
+    @override
+    def loss_of(self, module: Any, batch: Array) -> Any:
         """Return the mean cross-entropy of each next character, in nats."""
         torch = import_torch(self.name)
-        numbers = torch.from_numpy(pieces)
+        numbers = torch.from_numpy(batch)
         states, _ = module["recurrent"](module["embedding"](numbers[:, :-1]))
         guesses = module["head"](states).flatten(0, 1)
         return torch.nn.functional.cross_entropy(guesses, numbers[:, 1:].flatten())
 
-    def loss_and_gradients(self, params: Any, batch: Array) -> tuple[float, Any]:
-        """Return the mean cross-entropy of the batch, in nats, and its gradients."""
-        return loss_and_gradients_of(self.module, params, lambda m: self.loss_of(m, batch))
-
-    def evaluate(self, params: Any) -> dict[str, float]:
+    @override
+    def metrics_of(self, module: Any) -> dict[str, float]:
         """Return the bits per character of pieces that are spread over the held-out tenth."""
-        torch = import_torch(self.name)
-        set_parameters(self.module, params)
         begins = np.linspace(0, len(self.test) - _LENGTH - 1, _EVALUATED).astype(np.int64)
-        with torch.no_grad():
-            pieces = self.test[begins[:, None] + np.arange(_LENGTH + 1)]
-            nats = self.loss_of(self.module, pieces).item()
-        return {"bits_per_character": nats / math.log(2.0)}
+        pieces = self.test[begins[:, None] + np.arange(_LENGTH + 1)]
+        return {"bits_per_character": self.loss_of(module, pieces).item() / math.log(2.0)}
 
 
 def text_of_topics() -> str | None:

@@ -8,15 +8,10 @@ from typing import Any
 from typing_extensions import override
 
 from distnadam.training.tasks.digits import Array, Digits
-from distnadam.training.tasks.torch_module import (
-    import_torch,
-    loss_and_gradients_of,
-    parameters_of,
-    set_parameters,
-)
+from distnadam.training.torch_task import TorchTask, import_torch
 
 
-class DigitsTorch(Digits):
+class DigitsTorch(TorchTask):
     """Classify digits with two convolutions and two dense layers.
 
     Args:
@@ -27,31 +22,33 @@ class DigitsTorch(Digits):
     name = "digits-torch"
 
     def __init__(self, channels: int = 16, batch_size: int = 128) -> None:
-        super().__init__(batch_size=batch_size)
         self.channels = channels
+        self._digits = Digits(batch_size=batch_size)
 
     @override
-    def init(self, seed: int) -> dict[str, Array]:
-        """Load the images and return the module's parameters, by torch's names."""
-        torch = import_torch(self.name)
-        super().init(seed)
-        nn, channels = torch.nn, self.channels
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.module = nn.Sequential(
-                nn.Unflatten(1, (1, 8, 8)),
-                nn.Conv2d(1, channels, 3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(channels, 2 * channels, 3, padding=1),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-                nn.Flatten(),
-                nn.Linear(2 * channels * 16, 64),
-                nn.ReLU(),
-                nn.Linear(64, 10),
-            )
-        return parameters_of(self.module)
+    def make_module(self) -> Any:
+        """Load the images too."""
+        self._digits.init(self.seed)
+        nn, channels = import_torch(self.name).nn, self.channels
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(2 * channels * 16, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
 
+    @override
+    def batch(self, step: int, rank: int, world_size: int) -> tuple[Array, Array]:
+        """Return images and labels, as `Digits.batch`."""
+        return self._digits.batch(step, rank, world_size)
+
+    @override
     def loss_of(self, module: Any, batch: tuple[Array, Array]) -> Any:
         """Return the mean cross-entropy of a batch, a tenth of each label being spread over all."""
         torch = import_torch(self.name)
@@ -59,15 +56,7 @@ class DigitsTorch(Digits):
         return torch.nn.functional.cross_entropy(module(images), labels, label_smoothing=0.1)
 
     @override
-    def loss_and_gradients(self, params: Any, batch: tuple[Array, Array]) -> tuple[float, Any]:
-        """Return the loss of the batch and its gradients."""
-        return loss_and_gradients_of(self.module, params, lambda m: self.loss_of(m, batch))
-
-    @override
-    def evaluate(self, params: Any) -> dict[str, float]:
+    def metrics_of(self, module: Any) -> dict[str, float]:
         """Return the accuracy on the held-out fifth."""
-        torch = import_torch(self.name)
-        set_parameters(self.module, params)
-        with torch.no_grad():
-            guesses = self.module(torch.from_numpy(self.test)).argmax(1).numpy()
-        return {"accuracy": float((guesses == self.test_labels).mean())}
+        guesses = module(import_torch(self.name).from_numpy(self._digits.test)).argmax(1).numpy()
+        return {"accuracy": float((guesses == self._digits.test_labels).mean())}
