@@ -7,6 +7,7 @@ no write through `.data`.
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -234,6 +235,8 @@ def _has_own_memory(tensor: torch.Tensor) -> bool:
     """
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
         return False
+    if _storage_references(tensor) > _ALONE:
+        return False
     storage = tensor.untyped_storage()
     return (
         storage.nbytes() == tensor.nbytes > 0
@@ -252,6 +255,12 @@ def _fits(tensor: torch.Tensor, slot: torch.Tensor) -> bool:
     return is_aligned and kind == (tensor.device, tensor.dtype, tensor.stride())
 
 
+def _storage_references(tensor: torch.Tensor) -> int:
+    """Return how many references there are to Python's object of a tensor's storage."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage)
+
+
 def _num_users(tensor: torch.Tensor) -> int:
     """Return how many tensors have the memory of one, whatever graph or array keeps them."""
     storage = tensor.untyped_storage()
@@ -260,6 +269,7 @@ def _num_users(tensor: torch.Tensor) -> int:
 
 
 _data_ptr, _is_set_to = torch.Tensor.data_ptr, torch.Tensor.is_set_to
+_ALONE = _storage_references(torch.empty(1))
 _ALIGNED = 64
 """Bytes to a multiple of which torch aligns memory."""
 _libc = ctypes.CDLL(None)

@@ -246,6 +246,19 @@ def test_what_others_had_before_the_first_step_stays_theirs() -> None:
     assert torch.equal(bias, model[2].bias.detach())
 
 
+@pytest.mark.parametrize("kept", ["untyped_storage", "storage"])
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_a_storage_that_somebody_keeps_stays_the_tensor_s(kept: str) -> None:
+    model = wide()
+    storage = getattr(model[0].weight, kept)()
+    optimizer = ours.DistNadam(model.named_parameters(), backend="local")
+    train(model, optimizer, batches(2))
+    assert lie_there(optimizer) == ["0.bias", "2.weight", "2.bias"]
+    assert storage.data_ptr() == model[0].weight.data_ptr()
+    storage.fill_(0)
+    assert not model[0].weight.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_torch_would_align_and_the_shards_do_not_is_copied(dtype: Any) -> None:
     model = make(dtype=dtype)
