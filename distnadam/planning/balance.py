@@ -6,7 +6,7 @@ other hosts; what other hosts hold, its workers push and receive. So a host's pa
 convex function of the elements that it holds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -115,7 +115,9 @@ def slow_hosts(paces: Sequence[Pace], round_s: float) -> tuple[SlowHost, ...]:
     """
     found = []
     for pace in paces:
-        link, step = _usual_link(paces, pace), _usual_step(paces, pace)
+        others = [each for each in paces if each.host != pace.host]
+        link = _usual(each.link_bytes_per_s for each in others)
+        step = _usual(each.step_s for each in others)
         for what, rate, usual, as_others in (
             ("cable", pace.link_bytes_per_s, link, replace(pace, link_bytes_per_s=link)),
             ("CPU", _inverse(pace.step_s), _inverse(step), replace(pace, step_s=step)),
@@ -245,23 +247,23 @@ def _within(
 def _evened(paces: Sequence[Pace], pace: Pace) -> Pace:
     """Return a host's pace, as the others' where that is near or its own is not known."""
     link, step = pace.link_bytes_per_s, pace.step_s
-    usual_link = median([each.link_bytes_per_s for each in paces if each.link_bytes_per_s] or [0.0])
-    usual_step = median([each.step_s for each in paces if each.step_s] or [0.0])
-    if link is None or 1 / SLOW < link / usual_link < SLOW:
-        link = usual_link or None
-    if step is None or 1 / SLOW < step / (usual_step or step) < SLOW:
+    usual_link = _usual(each.link_bytes_per_s for each in paces)
+    usual_step = _usual(each.step_s for each in paces)
+    if _is_near(link, usual_link):
+        link = usual_link
+    if _is_near(step, usual_step):
         step = usual_step
     return replace(pace, link_bytes_per_s=link, step_s=step)
 
 
-def _usual_link(paces: Sequence[Pace], pace: Pace) -> float | None:
-    others = [each.link_bytes_per_s for each in paces if each.host != pace.host]
-    return median(known) if (known := [each for each in others if each]) else None
+def _usual(values: Iterable[float | None]) -> float | None:
+    """Return the median of what is known; None if nothing is."""
+    return median(known) if (known := [each for each in values if each]) else None
 
 
-def _usual_step(paces: Sequence[Pace], pace: Pace) -> float | None:
-    others = [each.step_s for each in paces if each.host != pace.host]
-    return median(known) if (known := [each for each in others if each]) else None
+def _is_near(value: float | None, usual: float | None) -> bool:
+    """Whether a value is not known, or about the usual one."""
+    return not value or (usual is not None and 1 / SLOW < value / usual < SLOW)
 
 
 def _inverse(value: float | None) -> float | None:

@@ -70,7 +70,7 @@ class TorchTask(ABC):
 
     def init(self, seed: int) -> dict[str, Array]:
         """Make the module, and return its parameters by torch's names."""
-        torch = import_torch(getattr(self, "name", type(self).__name__))
+        torch = self._torch()
         self.seed = seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -90,7 +90,7 @@ class TorchTask(ABC):
 
     def evaluate(self, params: Any) -> dict[str, float]:
         """Return `metrics_of` the module with these parameters."""
-        torch = import_torch(type(self).__name__)
+        torch = self._torch()
         self._set(params)
         was_training = self.module.training
         try:
@@ -98,6 +98,9 @@ class TorchTask(ABC):
                 return self.metrics_of(self.module.eval())
         finally:
             self.module.train(was_training)
+
+    def _torch(self) -> Any:
+        return import_torch(getattr(self, "name", type(self).__name__))
 
     def _set(self, params: Any) -> None:
         for name, parameter in self._parameters():
