@@ -109,7 +109,11 @@ class CallbackList(Callback):
 
     @property
     def data(self) -> dict[str, Any]:
-        """What a checkpoint holds of them."""
+        """What a checkpoint holds of them.
+
+        Raises:
+            TrainingError: one does not return its state.
+        """
         states = {name: state for name, state in self._states().items() if state}
         return {_KEY: states} if states else {}
 
@@ -132,7 +136,7 @@ class CallbackList(Callback):
                 ) from error
 
     def _states(self) -> dict[str, dict[str, Any]]:
-        return {name: callback.state() for name, callback in self._named.items()}
+        return {name: _state_of(name, callback) for name, callback in self._named.items()}
 
     @property
     def ends_run(self) -> bool:
@@ -212,6 +216,18 @@ def _named(callbacks: Sequence[Callback]) -> Iterator[tuple[str, Callback]]:
         name = type(callback).__name__
         count[name] += 1
         yield (name if count[name] == 1 else f"{name} {count[name]}"), callback
+
+
+def _state_of(name: str, callback: Callback) -> dict[str, Any]:
+    try:
+        state = callback.state()
+    except Exception as error:
+        raise TrainingError(
+            f"callback {name}.state: it raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(state, dict):
+        raise TrainingError(f"callback {name}.state: expected a dict, got {state!r}")
+    return state
 
 
 def _failure(

@@ -3,7 +3,7 @@
 It reads checkpoints and starts nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +77,8 @@ def find_checkpoint(
 ) -> Found | None:
     """Return the newest valid checkpoint of the run in a directory; None for a new run.
 
-    Checkpoints of something else, which were saved there by hand, are passed over.
+    Checkpoints of something else, which were saved there by hand, are passed over. Where no save
+    was ever finished, there is none.
 
     Args:
         directory: where the run saves.
@@ -89,9 +90,8 @@ def find_checkpoint(
             as it allows.
     """
     existing = store.step_directories(directory)
-    if not existing:
-        if request.resume == "must":
-            raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
+    if not any(store.MANIFEST in each.files() for each in reversed(existing)):
+        _check_new(directory, existing, request, say)
         return None
     if request.resume == "never":
         raise CheckpointError(
@@ -119,6 +119,18 @@ def find_checkpoint(
         say(f"passed over: {sentence}")
     say(f"resuming from {path}")
     return path, manifest
+
+
+def _check_new(
+    directory: Directory,
+    unfinished: Sequence[Directory],
+    request: Request,
+    say: Callable[[str], None],
+) -> None:
+    if request.resume == "must":
+        raise CheckpointError(f"{directory}: holds no checkpoint to resume from")
+    for each in unfinished:
+        say(f"passed over: {each}: the save was not finished")
 
 
 def _why_foreign(manifest: Manifest, request: Request) -> str | None:

@@ -192,6 +192,23 @@ def test_a_state_that_a_callback_does_not_take_is_refused_by_its_name(tmp_path: 
         train(tmp_path, 6, Scripted([1.0]), evaluate_every=2, callbacks=[Other()])
 
 
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [(None, "expected a dict, got None"), (ValueError("odd"), "it raised ValueError: odd")],
+)
+def test_a_callback_that_does_not_return_its_state_is_named(
+    tmp_path: Path, returned: object, expected: str
+) -> None:
+    class Odd(LambdaCallback):
+        def state(self) -> Any:
+            if isinstance(returned, Exception):
+                raise returned
+            return returned
+
+    with pytest.raises(TrainingError, match=f"callback Odd.state: {expected}"):
+        run(tmp_path, [3.0], Odd())
+
+
 def test_the_best_model_is_saved_in_a_directory_of_its_own(tmp_path: Path) -> None:
     best, each = tmp_path / "best", tmp_path / "each"
     history = run(

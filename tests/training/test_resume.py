@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from distnadam.errors import CheckpointError
 from tests.test_exports import BLOCKER
 from tests.training.test_fit import Quadratic, train
 from tests.training.test_settings import Listener
@@ -38,6 +41,20 @@ def test_a_run_that_is_finished_starts_no_ray_and_says_so(tmp_path: Path) -> Non
     assert again.returncode == 0, again.stderr
     assert again.stdout == f"[] {done.metrics['distance']}\n"
     assert "nothing to do: 5 of 5 steps are done" in again.stderr
+
+
+def test_a_run_that_was_killed_amid_its_first_save_begins_anew_and_says_so(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", 5)
+    killed = tmp_path / "run" / "step_00000003"
+    killed.mkdir(parents=True)
+    (killed / "shard_00000.msgpack").write_bytes(b"half of it")
+    with pytest.raises(CheckpointError, match="holds no checkpoint to resume from"):
+        train(tmp_path / "run", 5, resume="must")
+    listener = Listener()
+    again = train(tmp_path / "run", 5, callbacks=[listener])
+    assert again.resumed_from is None
+    assert again.metrics == whole.metrics
+    assert any("step_00000003: the save was not finished" in said for said in listener.messages)
 
 
 class Interrupted(Quadratic):
