@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distnadam import DistNadam, Options
+from distnadam.extras import how_to_install
 
 ARMS = {"off": False, "off again": False, "on": True}
 
@@ -134,7 +135,7 @@ def main() -> None:
         log_to_driver=False,
     )
     if ray.nodes()[0]["MetricsExportPort"] <= 0:
-        parser.error("Ray's metrics are off here: pip install 'distnadam[metrics]'")
+        parser.error(f"Ray's metrics are off here: {how_to_install('metrics')}")
     table = Table(
         "elements",
         "arm",

@@ -79,8 +79,8 @@ class Options:
             the rank leaves (`min_workers`) or the waiting workers get `WorkerLost`.
         shard_timeout_s: seconds without a sign of life after which a shard counts as dead and is
             replaced.
-        metrics: "auto" exports `distnadam.metrics` if Ray's own metrics are on, which takes Ray's
-            extra (`distnadam[metrics]`); True requires it, False measures nothing.
+        metrics: "auto" exports `distnadam.metrics` if Ray's own metrics are on, which takes the
+            extra `metrics`; True requires it, False measures nothing.
 
     Raises:
         ConfigError: a value is out of its range.

@@ -13,7 +13,7 @@ from tests.count_functions import trace_step
 
 PACKAGE = Path(__file__).parent.parent / "distnadam"
 ORDER = """
-    errors reproducible_math shield versions
+    errors extras reproducible_math shield versions
     threads
     checks places waiting
     tensors

@@ -11,6 +11,7 @@ from typing import Literal
 from distnadam.backends.base import Backend, Hosts
 from distnadam.config import BackendName, Options
 from distnadam.errors import ClusterError
+from distnadam.extras import how_to_install
 from distnadam.planning.measuring import HostSpeed
 from distnadam.protocol.messages import ShardSpec
 from distnadam.transport.link import Link, Links
@@ -53,7 +54,7 @@ def choose(asked: BackendName, *, several: bool) -> Backend:
         return LocalBackend()
     if not _is_installed():
         raise ClusterError(
-            "backend='ray' needs the package ray: pip install ray, or use backend='local'"
+            f"backend='ray' needs the package ray: {how_to_install('ray')}, or use backend='local'"
         )
     _require_token()
     with _imports():
@@ -133,7 +134,9 @@ def examine(ports: tuple[int, int] | None, measured: Sequence[str] | None) -> Li
         ClusterError: Ray is not installed, or there is none to join.
     """
     if not _is_installed():
-        raise ClusterError("the way to another host needs the package ray: pip install ray")
+        raise ClusterError(
+            f"the way to another host needs the package ray: {how_to_install('ray')}"
+        )
     from distnadam.backends.ray.links import examine
 
     return examine(ports, measured)
@@ -146,7 +149,7 @@ def measure_hosts(ports: tuple[int, int] | None) -> tuple[list[HostSpeed], list[
         ClusterError: Ray is not installed, there is none to join, or a node did not answer.
     """
     if not _is_installed():
-        raise ClusterError("measuring hosts needs the package ray: pip install ray")
+        raise ClusterError(f"measuring hosts needs the package ray: {how_to_install('ray')}")
     from distnadam.backends.ray.links import measure_hosts
 
     return measure_hosts(ports)
@@ -159,7 +162,7 @@ def hosts() -> Hosts:
         NotRunning, ClusterError: there is none, or it cannot be joined.
     """
     if not _is_installed():
-        raise ClusterError("the hosts of a cluster need the package ray: pip install ray")
+        raise ClusterError(f"the hosts of a cluster need the package ray: {how_to_install('ray')}")
     from distnadam.backends.ray.cordon import RayHosts
 
     return RayHosts()

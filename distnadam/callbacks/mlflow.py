@@ -6,6 +6,7 @@ from typing_extensions import override
 
 from distnadam.callbacks.epochs import EpochCallback, Logs
 from distnadam.errors import TrainingError
+from distnadam.extras import how_to_install
 
 
 class MlflowCallback(EpochCallback):
@@ -36,8 +37,8 @@ class MlflowCallback(EpochCallback):
             import mlflow
         except ImportError as error:
             raise TrainingError(
-                "MlflowCallback needs the package mlflow: pip install mlflow"
-            ) from (error)
+                f"MlflowCallback needs the package mlflow: {how_to_install('mlflow')}"
+            ) from error
         self._mlflow = mlflow
         active = self._given or mlflow.active_run()
         if active is None:

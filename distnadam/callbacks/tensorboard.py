@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from distnadam.callbacks.epochs import EpochCallback, Logs
 from distnadam.errors import ConfigError, TrainingError
+from distnadam.extras import how_to_install
 from distnadam.training.steps import StepRecord
 
 
@@ -122,6 +123,6 @@ def _event_classes() -> tuple[Any, Any, Any]:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
     except ImportError as error:
         raise TrainingError(
-            "TensorBoard needs the package tensorboard: pip install 'distnadam[tensorboard]'"
+            f"TensorBoard needs the package tensorboard: {how_to_install('tensorboard')}"
         ) from error
     return EventFileWriter, Event, Summary

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from distnadam.callbacks.epochs import EpochCallback, Logs
 from distnadam.errors import ConfigError, TrainingError
+from distnadam.extras import how_to_install
 
 
 class WandbMetricsLogger(EpochCallback):
@@ -40,8 +41,8 @@ class WandbMetricsLogger(EpochCallback):
             import wandb
         except ImportError as error:
             raise TrainingError(
-                "WandbMetricsLogger needs the package wandb: pip install wandb"
-            ) from (error)
+                f"WandbMetricsLogger needs the package wandb: {how_to_install('wandb')}"
+            ) from error
         self._run = wandb.run
         if self._run is None:
             self._run = wandb.init(

@@ -18,6 +18,7 @@ from distnadam.cli.group import JSON, echo_json, exit_on_error, main, plain_cons
 from distnadam.cli.measuring import measure_constants
 from distnadam.cli.running import joined
 from distnadam.errors import InsufficientResources, KernelError
+from distnadam.extras import how_to_install
 from distnadam.nadam.kernels import fused_installed, make_stepper
 from distnadam.planning import room
 from distnadam.planning.topology import Topology
@@ -76,7 +77,9 @@ def diagnose() -> Diagnosis:
         transport=_transport(),
     )
     if versions["ray"] is None:
-        found.problems.append("ray is not installed: only backend='local' works; pip install ray")
+        found.problems.append(
+            f"ray is not installed: only backend='local' works; {how_to_install('ray')}"
+        )
     if shm is None:
         found.problems.append(
             "/dev/shm does not exist: Ray's object store will be on disk; mount a tmpfs there"
@@ -100,7 +103,7 @@ def diagnose() -> Diagnosis:
 
 def _kernel() -> str:
     if not fused_installed():
-        return "NumPy, in blocks (pip install 'distnadam[fused]' for the compiled one)"
+        return f"NumPy, in blocks ({how_to_install('fused')} for the compiled one)"
     try:
         make_stepper("fused", "float32").close()
     except (KernelError, MemoryError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distnadam.errors import GradientError, StructureError
+from distnadam.extras import how_to_install
 from distnadam.tensors.arrays import NAME_OF, Array
 from distnadam.tensors.layout import Layout
 from distnadam.tensors.leaves import as_numpy, describe_leaf
@@ -121,7 +122,7 @@ def _from_jax(loss: Callable[[Any], Any], params: Any, layout: Layout) -> list[A
     except ImportError as error:
         raise GradientError(
             f"{_first(layout)}: the loss returns no gradients, expected (loss, gradients);"
-            " without them JAX is needed: pip install 'distnadam[jax]'"
+            f" without them JAX is needed: {how_to_install('jax')}"
         ) from error
     wide = any(tensor.dtype == "float64" for tensor in layout.tensors)
     try:

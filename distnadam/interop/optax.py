@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distnadam.errors import CheckpointError, ConversionError
+from distnadam.extras import how_to_install
 from distnadam.hyperparameters import Formula
 from distnadam.interop.formulas import (
     Conversion,
@@ -114,7 +115,7 @@ def opt_state(state: OptimizerState, like: Any, *, lossy: bool = False) -> Any:
         import optax
     except ImportError as error:
         raise ConversionError(
-            "optax is not installed, and its states need it: pip install 'distnadam[optax]'"
+            f"optax is not installed, and its states need it: {how_to_install('optax')}"
         ) from error
     trees = {
         theirs: state.layout.unflatten([jnp.asarray(array) for array in getattr(state, ours)])

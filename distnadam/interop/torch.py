@@ -28,6 +28,7 @@ import numpy as np
 
 from distnadam.checks import BETAS
 from distnadam.errors import CheckpointError, ConversionError
+from distnadam.extras import how_to_install
 from distnadam.hyperparameters import NadamConfig
 from distnadam.interop.formulas import (
     NO_SCHEDULE,
@@ -372,6 +373,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise ConversionError(
-            "torch is not installed, and its files need it: pip install 'distnadam[torch]'"
+            f"torch is not installed, and its files need it: {how_to_install('torch')}"
         ) from error
     return torch

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, Literal
 
 from distnadam.errors import KernelError
+from distnadam.extras import how_to_install
 from distnadam.nadam.numpy_stepper import NumPyStepper
 from distnadam.nadam.stepper import Stepper
 
@@ -44,7 +45,7 @@ def _fused(dtype: Any, threads: int) -> Stepper:
     except Exception as error:  # the compiler's are of many classes, and it may not be importable
         raise KernelError(
             "the fused kernel cannot be compiled or loaded: "
-            f"{type(error).__name__}: {error}; use kernel='numpy', or install distnadam[fused]"
+            f"{type(error).__name__}: {error}; use kernel='numpy', or {how_to_install('fused')}"
         ) from error
 
 

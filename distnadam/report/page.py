@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from distnadam.errors import TrainingError
+from distnadam.extras import how_to_install
 from distnadam.report.data import Run
 
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
@@ -26,7 +27,7 @@ def page(runs: Sequence[Run], *, data_url: str | None = None) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise TrainingError("a report needs plotly: pip install 'distnadam[report]'") from error
+        raise TrainingError(f"a report needs plotly: {how_to_install('report')}") from error
     parts = {
         "title": html.escape(", ".join(run["name"] for run in runs)),
         "style": _part("page.css"),

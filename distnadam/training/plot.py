@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distnadam.errors import TrainingError
+from distnadam.extras import how_to_install
 from distnadam.tensors.arrays import own_errors
 from distnadam.training.metrics_file import read_metrics
 
@@ -45,7 +46,7 @@ def plot_loss(metrics_path: Path, plot_path: Path) -> Path:
             draw(figure, series)
             figure.savefig(plot_path, dpi=120)
     except ImportError as error:
-        raise TrainingError("a plot needs matplotlib: pip install 'distnadam[plot]'") from error
+        raise TrainingError(f"a plot needs matplotlib: {how_to_install('plot')}") from error
     except (ValueError, RuntimeError) as error:  # of MPLBACKEND, a matplotlibrc, the suffix
         raise TrainingError(f"{plot_path}: matplotlib cannot draw it: {error}") from error
     return plot_path

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distnadam.errors import TrainingError
+from distnadam.extras import how_to_install
 
 Array = NDArray[Any]
 
@@ -16,9 +17,7 @@ def import_torch(task: str) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise TrainingError(
-            f"the task {task} needs torch: pip install 'distnadam[torch]'"
-        ) from error
+        raise TrainingError(f"the task {task} needs torch: {how_to_install('torch')}") from error
     return torch
 
 

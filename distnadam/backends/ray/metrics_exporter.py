@@ -16,6 +16,7 @@ from ray.util import metrics as ray_metrics
 from distnadam.backends.ray.joined import has_ray
 from distnadam.config import Options
 from distnadam.errors import ClusterError
+from distnadam.extras import how_to_install
 from distnadam.metrics.meter import BOUNDS_S, Meter
 from distnadam.metrics.table import METRICS
 
@@ -57,8 +58,9 @@ class Exporter:
         """Raise ClusterError if metrics are required and Ray's are off on this node."""
         if options.metrics is True and not metrics_are_on():
             raise ClusterError(
-                "Options(metrics=True): Ray's metrics are off on this process's node: pip install "
-                "'distnadam[metrics]' on every node and start Ray again, or use metrics='auto'"
+                "Options(metrics=True): Ray's metrics are off on this process's node: "
+                f"{how_to_install('metrics')} on every node and start Ray again, or use "
+                "metrics='auto'"
             )
 
     def finish(self) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from distnadam.checkpoint.storage.base import Directory, Pieces, ReadInto
 from distnadam.errors import CheckpointError
+from distnadam.extras import how_to_install
 from distnadam.places import below, shown, shown_by_others
 
 _T = TypeVar("_T")
@@ -44,7 +45,7 @@ def open_remote(url: str) -> "RemoteDirectory":
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
-        hint = f": pip install 'distnadam[{_EXTRA_OF[protocol]}]'" if protocol in _EXTRA_OF else ""
+        hint = f": {how_to_install(_EXTRA_OF[protocol])}" if protocol in _EXTRA_OF else ""
         raise CheckpointError(
             f"{shown(url)}: no installed package handles {protocol}://{hint} ({error})"
         ) from error

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distnadam.errors import TrainingError
+from distnadam.extras import how_to_install
 
 Array = NDArray[Any]
 
@@ -97,7 +98,7 @@ def _load() -> tuple[Array, Array]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise TrainingError(
-            "the task digits needs scikit-learn: pip install 'distnadam[digits]'"
+            f"the task digits needs scikit-learn: {how_to_install('digits')}"
         ) from error
     found = load_digits()
     return (found.data / 16.0).astype(np.float32), found.target.astype(np.int64)

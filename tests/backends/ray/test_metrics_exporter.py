@@ -102,7 +102,7 @@ class Scraped:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_METRICS, reason="Ray's Prometheus endpoint needs distnadam[metrics]")
+@pytest.mark.skipif(not HAS_METRICS, reason="Ray's Prometheus endpoint needs the extra metrics")
 def test_a_prometheus_endpoint_shows_what_a_run_did(tmp_path: Path) -> None:
     token = {
         "RAY_AUTH_MODE": "token",
@@ -161,7 +161,7 @@ def test_a_prometheus_endpoint_shows_what_a_run_did(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.skipif(HAS_METRICS, reason="distnadam[metrics] is installed")
+@pytest.mark.skipif(HAS_METRICS, reason="the extra metrics is installed")
 def test_where_ray_has_no_metrics_nothing_is_measured_and_insisting_is_refused(
     ray_cluster: None,
 ) -> None:
@@ -169,6 +169,6 @@ def test_where_ray_has_no_metrics_nothing_is_measured_and_insisting_is_refused(
         assert optimizer.shards.backend.meter is None
     with pytest.raises(
         ClusterError,
-        match=r"Ray's metrics are off on this process's node: pip install 'distnadam\[metrics\]'",
+        match=r"Ray's metrics are off on this process's node: pip install 'ray\[default\]",
     ):
         DistNadam(backend="ray", options=Options(metrics=True)).build({"w": np.ones(3, np.float32)})
