@@ -113,23 +113,26 @@ def many_tensors() -> list[dict[str, Any]]:
     """Return the step of many small tensors beside one of as many elements."""
     rows = []
     for how in ("copying", "views"):
-        seconds = {}
+        optimizers, steps = [], {}
         for number in (1, MANY):
             size = MANY * EACH // number
             tree = {f"{i:05d}": np.full(size, 0.01, np.float32) for i in range(number)}
-            zeros = {path: np.zeros(size, np.float32) for path in tree}
-            with optimizer_of(zeros) as optimizer:
-                worker = optimizer.worker(0)
-                for view in worker.gradients().values() if how == "views" else ():
-                    view[:] = 0.01
-                step = partial(worker.step, *((tree,) if how == "copying" else ()))
-                seconds[number] = timed({how: step}, 30)[how]
+            optimizer = optimizer_of({path: np.zeros(size, np.float32) for path in tree})
+            optimizers.append(optimizer)
+            worker = optimizer.worker(0)
+            for view in worker.gradients().values() if how == "views" else ():
+                view[:] = 0.01
+            given = (tree,) if how == "copying" else ()
+            steps[str(number)] = partial(worker.step, *given)
+        one_s, many_s = timed(steps, 300).values()
+        for optimizer in optimizers:
+            optimizer.close()
         rows.append(
             {
                 "step": how,
-                "one_ms": seconds[1] * 1e3,
-                "many_ms": seconds[MANY] * 1e3,
-                "many_over_one": seconds[MANY] / seconds[1],
+                "one_ms": one_s * 1e3,
+                "many_ms": many_s * 1e3,
+                "many_over_one": many_s / one_s,
             }
         )
     return rows

@@ -9,6 +9,7 @@ import numpy as np
 
 from distnadam.tensors.arrays import Array, Flat, dtype_of, empty_flat, own_errors
 from distnadam.tensors.layout import Layout, Ranges
+from distnadam.tensors.reused_tree import ReusedTree
 
 
 class ParameterView:
@@ -21,7 +22,7 @@ class ParameterView:
         self._own: Flat = {}
         self._shared: tuple[Flat, Flat] | None = None
         self._views: list[list[Array]] = []  # of the own memory, or of each shared buffer
-        self._trees: list[Any] = []
+        self._trees: list[ReusedTree] = []
         self._casts = [
             (index, dtype_of(tensor.dtype))
             for index, tensor in enumerate(layout.tensors)
@@ -55,7 +56,7 @@ class ParameterView:
             self._look_at(shared)
         number = 0 if shared is None else buffer
         if not (self._casts or self._scalars):
-            return self._layout.plain_spec.copied(self._trees[number])  # its owner may change it
+            return self._trees[number].get()
         leaves: list[Any] = list(self._views[number])
         if self._casts:
             with own_errors():
@@ -73,4 +74,5 @@ class ParameterView:
         for view in self._views:
             for array in view:
                 array.flags.writeable = False
-        self._trees = [self._layout.unflatten(view) for view in self._views]
+        spec, unflatten = self._layout.plain_spec, self._layout.unflatten
+        self._trees = [ReusedTree(spec, unflatten(view)) for view in self._views]

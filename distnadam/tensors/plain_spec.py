@@ -65,6 +65,18 @@ class PlainSpec:
                 leaves += found
         return leaves
 
+    @property
+    def has_dicts_alone(self) -> bool:
+        """Whether all containers are dicts, and there is one."""
+        return self._kind is dict and all(each.has_dicts_alone for each in self._inner.values())
+
+    def dicts(self, tree: dict[Any, Any]) -> list[dict[Any, Any]]:
+        """Return the containers of a tree of these, all of them dicts, from the root on."""
+        found = [tree]
+        for key, inner in self._inner.items():
+            found += inner.dicts(tree[key])
+        return found
+
     def copied(self, tree: Any) -> Any:
         """Return a tree of these containers as new ones with the same leaves."""
         if self._kind is dict:
