@@ -1,4 +1,5 @@
-"""One synchronous step, from "gradient ready" to "new parameters read": ours beside its peers.
+"""One synchronous step, from "gradient ready" to "new parameters read": ours beside its peers, and
+beside the time of the bytes of a step with views.
 
 There are 2 workers with one thread each. Every contender is a program of its own (`contenders/`),
 started again in each round, so that slow periods of the machine affect all of them.
@@ -28,6 +29,7 @@ PEERS = {
     "torch ZeroRedundancyOptimizer + NAdam": ["torch_ranks", "--zero"],
     "Ray's documented parameter server": ["ray_server"],
 }
+FLOOR = "memory floor, (8W + 24) bytes a parameter"
 
 
 def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
@@ -36,9 +38,10 @@ def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
     for size in sizes:
         times: dict[str, list[float]] = {}
         for _ in range(rounds):
-            for name, command in (OURS | PEERS).items():
+            for name, command in (OURS | PEERS | {FLOOR: ["floor"]}).items():
                 times.setdefault(name, []).extend(seconds(command, size, SIZES[size]))
         best = min(statistics.median(times[name]) for name in PEERS)
+        floor = statistics.median(times[FLOOR])
         for name, found in times.items():
             median = statistics.median(found)
             rows.append(
@@ -47,6 +50,7 @@ def measure(rounds: int, sizes: list[str]) -> list[dict[str, Any]]:
                     "elements": size,
                     "ms": median * 1e3,
                     "peers_best_over_this": best / median,
+                    "over_floor": median / floor,
                 }
             )
     return rows
@@ -118,10 +122,12 @@ def report(rows: list[dict[str, Any]], console: Console) -> None:
         "elements",
         "ms",
         "peers' best / this",
+        "x memory floor",
         title="one synchronous step, 2 workers, 2 shards, medians",
     )
     for row in rows:
+        figures = row["peers_best_over_this"], row["over_floor"]
         table.add_row(
-            row["step"], row["elements"], f"{row['ms']:.3f}", f"{row['peers_best_over_this']:.2f}"
+            row["step"], row["elements"], f"{row['ms']:.3f}", *(f"{each:.2f}" for each in figures)
         )
     console.print(table)
