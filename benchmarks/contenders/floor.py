@@ -1,7 +1,7 @@
 """The bytes of a step with views alone: (8W + 24) a parameter, for W = 2, by two threads.
 
 Each worker reads its gradient, as whoever checks it does; each shard, half of the model, reads both
-gradients, the parameters and both moments, and writes these three, the parameters into other memory.
+gradients, the parameters and both moments, and writes these three, the parameters elsewhere.
 """
 
 import argparse
