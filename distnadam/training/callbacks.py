@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from distnadam.client.status import Status
 from distnadam.errors import RayLost, Rewound, ShardLost, TrainingError, Unrecoverable
+from distnadam.shield import shield
 from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import StepRecord
 
@@ -46,6 +47,9 @@ class Callback:
 
     def on_begin(self, step: int, steps: int) -> None:
         """Training begins, or begins again, after `step` of `steps` steps."""
+
+    def on_records(self, records: Sequence[StepRecord]) -> None:
+        """A burst of steps is done; then come `on_record` and `on_step` of each."""
 
     def on_step(self, step: int, loss: float) -> None:
         """A step is done; `loss` is the mean over the ranks. Calls come in bursts of steps.
@@ -156,6 +160,29 @@ class CallbackList(Callback):
     @override
     def on_begin(self, step: int, steps: int) -> None:
         self._pass_on("on_begin", step, steps)
+
+    def report(self, records: Sequence[StepRecord]) -> None:
+        """Pass on a burst of steps: whole, then each to those that override the events of one."""
+        with shield:  # no row is lost to a Ctrl-C
+            self.on_records(records)
+        events = [each for each in ("on_record", "on_step") if self._is_heard(each)]
+        for record in records if events else records[-1:]:
+            self.run.step = record.step
+            if "on_record" in events:
+                with shield:
+                    self.on_record(record)
+            if "on_step" in events:
+                self.on_step(record.step, record.loss)
+
+    def _is_heard(self, event: str) -> bool:
+        ours = getattr(Callback, event)
+        return any(
+            getattr(getattr(c, event), "__func__", None) is not ours for c in self._callbacks
+        )
+
+    @override
+    def on_records(self, records: Sequence[StepRecord]) -> None:
+        self._pass_on("on_records", records)
 
     @override
     def on_record(self, record: StepRecord) -> None:

@@ -1,6 +1,6 @@
 """The record of a run, as data, and the callback that fills it in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,13 +105,15 @@ class Recorder(Callback):
         ]
 
     @override
-    def on_record(self, record: StepRecord) -> None:
-        self._history.steps.append(record.step)
-        self._history.losses.append(record.loss)
-        self._history.learning_rates.append(record.lr)
-        self._history.gradient_norms.append(record.gradient_norm)
-        self._history.ranks.append(record.ranks)
-        self._history.phases.append(record.phases)
+    def on_records(self, records: Sequence[StepRecord]) -> None:
+        history = self._history
+        steps, losses, rates, ranks, phases, _, norms = zip(*records, strict=True)
+        history.steps += steps
+        history.losses += losses
+        history.learning_rates += rates
+        history.gradient_norms += norms
+        history.ranks += ranks
+        history.phases += phases
 
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -5,7 +5,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -37,8 +37,6 @@ class MetricsFile(Callback):
         self._path = path
         self._file: TextIO | None = None
         self._began: float | None = None
-        self._ranks: tuple[int, ...] = ()
-        self._ranks_in_words = ""
 
     @override
     def on_begin(self, step: int, steps: int) -> None:
@@ -57,17 +55,20 @@ class MetricsFile(Callback):
             os.replace(new, self._path)
 
     @override
-    def on_record(self, record: StepRecord) -> None:
+    def on_records(self, records: Sequence[StepRecord]) -> None:
         if self._file is None:
             return
-        if record.ranks != self._ranks:
-            self._ranks, self._ranks_in_words = record.ranks, in_words(record.ranks)
-        seconds = ",".join([f"{each:.7f}" for each in record.phases])
-        with self._write_errors():
-            self._file.write(
-                f"{record.step},loss,{record.loss!r},{record.lr!r},{self._elapsed()},"
-                f"{self._ranks_in_words},{seconds}\r\n"
+        rows, elapsed, rate, seen = list[str](), self._elapsed(), math.nan, ""
+        whose: tuple[int, ...] | None = None
+        for step, loss, lr, ranks, (compute, push, wait, apply, pull), _, _ in records:
+            if lr != rate or ranks != whose:  # seldom
+                rate, whose, seen = lr, ranks, f"{lr!r},{elapsed},{in_words(ranks)}"
+            rows.append(
+                f"{step},loss,{loss!r},{seen},{compute:.7f},{push:.7f},{wait:.7f},{apply:.7f},"
+                f"{pull:.7f}\r\n"
             )
+        with self._write_errors():
+            self._file.write("".join(rows))
 
     @override
     def on_evaluate(self, step: int, metrics: Mapping[str, float]) -> None:

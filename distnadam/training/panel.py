@@ -27,8 +27,8 @@ _COLOURS = {
 _BAR_WIDTH = 16
 _KEEP = 0.8
 """Of the mean of phases, at each step that is looked at."""
-_LOOK_EVERY = 8
-"""Steps between two whose phases are looked at, so that a panel costs little in a fast run."""
+_LATE_STEPS = 16
+"""At most, of a burst: those whose phases are looked at; the others weigh next to nothing."""
 _MOST_SHARDS = 8
 _MOST_WORKERS = 16
 
@@ -110,19 +110,25 @@ class RunView:
     last_recovery: str = ""
     saved: tuple[int, float] | None = None
 
-    def take(self, record: StepRecord) -> None:
-        """Take one more step."""
-        self.step, self.loss = record.step, record.loss
-        self.trend.add(record.loss)
-        if record.samples:
-            self.samples = record.samples
-        now, mean = record.phases, self.phases
-        if (mean is None or record.step % _LOOK_EVERY == 0) and math.isfinite(now.compute):
-            if mean is None:
-                self.phases = now
-            else:
-                pairs = zip(mean, now, strict=True)
-                self.phases = Phases(*[_KEEP * a + (1 - _KEEP) * b for a, b in pairs])
+    def take(self, records: Sequence[StepRecord]) -> None:
+        """Take a burst of steps."""
+        for record in records:
+            self.trend.add(record.loss)
+        for record in records[-_LATE_STEPS:]:
+            self._take_phases(record.phases)
+        if records:
+            last = records[-1]
+            self.step, self.loss = last.step, last.loss
+            self.samples = last.samples or self.samples
+
+    def _take_phases(self, now: Phases) -> None:
+        if not math.isfinite(now.compute):
+            return
+        if self.phases is None:
+            self.phases = now
+        else:
+            pairs = zip(self.phases, now, strict=True)
+            self.phases = Phases(*[_KEEP * a + (1 - _KEEP) * b for a, b in pairs])
 
 
 def render(view: RunView) -> RenderableType:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,12 +59,10 @@ class ProgressDisplay(Callback):
             self._show()
 
     @override
-    def on_record(self, record: StepRecord) -> None:
+    def on_records(self, records: Sequence[StepRecord]) -> None:
         self._view.phase = None
-        self._view.take(record)
-
-    @override
-    def on_step(self, step: int, loss: float) -> None:
+        self._view.take(records)
+        step, loss = records[-1].step, records[-1].loss
         now, rate, steps = time.monotonic(), self._history.steps_per_s, self._view.steps
         self._view.steps_per_s = rate
         if self._live is not None or self._is_brief:

@@ -61,26 +61,28 @@ class RankLoop:
         params = self._pull()
         while (step := self._worker.round) < end:
             self._check_state(step)
-            location = f"worker {self._worker.rank}, step {step}"
             began = perf_counter()
             try:
                 if self._accumulate == 1:
-                    loss, gradients = self._loss_and_gradients(step, params, location)
+                    loss, gradients = self._loss_and_gradients(step, params)
                 else:
-                    loss, gradients = self._accumulated(step, params, location), None
-                self._seen[step] = RankStep(loss, None)
+                    loss, gradients = self._accumulated(step, params), None
                 computed = perf_counter()
                 try:
                     params = self._worker.step(gradients)
-                except StructureError as error:
-                    raise _gradients_of_another_model(location, error) from error
-                ended, session = perf_counter(), self._worker.session
-                pushed = min(max(computed, session.pushed_at), ended)
-                times = computed - began, pushed - computed, ended - pushed
-                norm = self._worker.gradient_norm
-                self._seen[step] = RankStep(loss, session.lr, *times, self._samples, norm)
+                except BaseException as error:
+                    self._seen[step] = RankStep(loss, None)
+                    if isinstance(error, StructureError):
+                        raise TrainingError(f"{self._where(step)}: {error}") from error
+                    raise
             except (StaleEpoch, LatePush):
                 params = self._pull()
+                continue
+            ended, session = perf_counter(), self._worker.session
+            pushed = min(max(computed, session.pushed_at), ended)
+            times = computed - began, pushed - computed, ended - pushed
+            norm = self._worker.gradient_norm
+            self._seen[step] = RankStep(loss, session.lr, *times, self._samples, norm)
         seen, self._seen = self._seen, {}
         return seen
 
@@ -96,23 +98,20 @@ class RankLoop:
         with task_errors(f"worker {self._worker.rank}, state"):
             return state_of(self._task)
 
-    def _accumulated(self, step: int, params: Any, location: str) -> float:
+    def _accumulated(self, step: int, params: Any) -> float:
         """Have the worker sum a step's micro-batches, all of them; return their mean loss."""
         self._worker.discard()  # what the task's code left when it raised
         losses = []
         for number in range(self._accumulate):
-            where = f"{location}, micro-batch {number}"
-            loss, gradients = self._loss_and_gradients(step, params, where, micro_batch=number)
+            loss, gradients = self._loss_and_gradients(step, params, micro_batch=number)
             losses.append(loss)
             try:
                 self._worker.accumulate(gradients)
             except StructureError as error:
-                raise _gradients_of_another_model(where, error) from error
+                raise TrainingError(f"{self._where(step, number)}: {error}") from error
         return sum(losses) / len(losses)
 
-    def _loss_and_gradients(
-        self, step: int, params: Any, location: str, **which: int
-    ) -> tuple[float, Any]:
+    def _loss_and_gradients(self, step: int, params: Any, **which: int) -> tuple[float, Any]:
         batch_of: Callable[..., Any] = self._task.batch
         try:  # not by `task_errors`, which costs as much as a small step's rest
             batch = batch_of(step, self._worker.rank, self._world_size, **which)
@@ -120,13 +119,20 @@ class RankLoop:
             if not self._samples:
                 self._samples = samples_in(batch) * self._accumulate
             compute: Callable[..., tuple[float, Any]] = self._task.loss_and_gradients
-            scale = {"loss_scale": self._worker.loss_scale} if self._worker.is_scaled else {}
-            loss, gradients = compute(params, batch, **scale)
+            if scale := self._worker.session.loss_scale:  # known, as the round is
+                loss, gradients = compute(params, batch, loss_scale=scale)
+            else:
+                loss, gradients = compute(params, batch)
             return float(loss), gradients
         except DistNadamError:
             raise
         except Exception as error:
-            raise _of_the_task(location, error) from error
+            raise _of_the_task(self._where(step, **which), error) from error
+
+    def _where(self, step: int, micro_batch: int | None = None) -> str:
+        """Return the place of an error."""
+        part = "" if micro_batch is None else f", micro-batch {micro_batch}"
+        return f"worker {self._worker.rank}, step {step}{part}"
 
     def _check_state(self, round: int) -> None:
         if self._state_round != round and isinstance(self._task, StatefulTask):
@@ -166,10 +172,6 @@ def samples_in(batch: Any) -> int:
         batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
     shape = getattr(batch, "shape", None)
     return int(shape[0]) if isinstance(shape, tuple) and shape else 0
-
-
-def _gradients_of_another_model(location: str, error: StructureError) -> TrainingError:
-    return TrainingError(f"{location}: {error}")
 
 
 @contextmanager

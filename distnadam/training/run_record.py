@@ -18,7 +18,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -84,8 +84,8 @@ class RunRecord(Callback):
         self._write("begin", step=step, steps=steps)
 
     @override
-    def on_record(self, record: StepRecord) -> None:
-        self._step = record.step
+    def on_records(self, records: Sequence[StepRecord]) -> None:
+        self._step = records[-1].step
 
     @override
     def on_status(self, status: Status, workers: Mapping[int, str]) -> None:

@@ -41,8 +41,7 @@ def _read(view: RunView, directory: Path) -> None:
         return
     seen = read_steps(path)
     columns = zip(seen.steps, seen.losses, seen.rates, seen.phases, strict=True)
-    for step, loss, rate, phases in columns:
-        view.take(StepRecord(step, loss, rate, (), phases))
+    view.take([StepRecord(step, loss, rate, (), phases) for step, loss, rate, phases in columns])
     evaluated = read_evaluations(path)
     if evaluated:
         view.evaluated = evaluated[-1][0]

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from distnadam.shield import shield
-from distnadam.training.callbacks import Callback
+from distnadam.training.callbacks import CallbackList
 from distnadam.training.history import History
 from distnadam.training.steps import RankStep, StepRecord
 
@@ -12,7 +11,7 @@ SeenSteps = Mapping[int, Mapping[int, RankStep]]
 
 
 def report_steps(
-    callbacks: Callback,
+    callbacks: CallbackList,
     history: History,
     seen: SeenSteps,
     steps: range,
@@ -29,13 +28,8 @@ def report_steps(
         seconds: of all of them.
         apply_s: of the shards' step, as they measure it.
     """
-    for step in steps:
-        record = StepRecord.of(step + 1, seen.get(step, {}), apply_s)
-        callbacks.run.step = record.step
-        history.step_seconds += seconds / len(steps)
-        with shield:  # no row is lost to a Ctrl-C
-            callbacks.on_record(record)
-        callbacks.on_step(record.step, record.loss)
+    history.step_seconds += seconds
+    callbacks.report([StepRecord.of(step + 1, seen.get(step, {}), apply_s) for step in steps])
 
 
 def incomplete(seen: SeenSteps, steps: range, num_ranks: int) -> list[int]:

@@ -20,6 +20,7 @@ from distnadam.errors import ArenaError
 from distnadam.training.history import History
 from distnadam.training.progress import ProgressDisplay
 from distnadam.training.progress import console as make_console
+from distnadam.training.steps import StepRecord
 from distnadam.transport import available_memory, shared_memory
 
 TASK = """
@@ -108,7 +109,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(monkeypatch: pytest.MonkeyPatc
         display = ProgressDisplay(screen, History(Path("run"), Path("run/metrics.csv")))
         display.on_begin(0, 2)
         display.on_message("saved")
-        display.on_step(2, 0.5)
+        display.on_records([StepRecord(step=2, loss=0.5, lr=0.1, ranks=(0,))])
         display.on_end()
     monkeypatch.setattr(sys, "stderr", None)
     assert make_console(verbose=True) is None

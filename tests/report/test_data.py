@@ -50,7 +50,7 @@ def test_long_curves_keep_their_spikes(tmp_path: Path) -> None:
     for step in range(1, 30_001):
         loss = {777: 50.0, 20_000: math.nan}.get(step, 1.0 / step)
         phases = Phases(1e-3, 0.0, 0.0, 1e-3, 0.0)
-        file.on_record(StepRecord(step=step, loss=loss, lr=0.1, ranks=(0,), phases=phases))
+        file.on_records([StepRecord(step=step, loss=loss, lr=0.1, ranks=(0,), phases=phases)])
     file.on_end()
     run = read_run(tmp_path)
     raw = run["loss"]["raw"]

@@ -5,7 +5,7 @@ import inspect
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from distnadam.training.history import History, Recorder
 from distnadam.training.metrics_file import MetricsFile, evaluation_at, read_metrics
 from distnadam.training.panel import Trend
 from distnadam.training.progress import ProgressDisplay
+from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import Phases, RankStep, StepRecord
 from distnadam.training.tasks.digits import Digits
 
@@ -38,6 +39,7 @@ STATUS = Status(
 )
 EVENTS: list[tuple[str, tuple[Any, ...]]] = [
     ("on_begin", (3, 9)),
+    ("on_records", ([StepRecord(step=4, loss=0.5, lr=0.1, ranks=(0, 1))],)),
     ("on_record", (StepRecord(step=4, loss=0.5, lr=0.1, ranks=(0, 1)),)),
     ("on_step", (4, 0.5)),
     ("on_evaluate", (4, {"accuracy": 0.9})),
@@ -63,6 +65,9 @@ class Recording(Callback):
 
     def on_begin(self, step: int, steps: int) -> None:
         self.events.append((self.name, "on_begin", (step, steps)))
+
+    def on_records(self, records: Sequence[StepRecord]) -> None:
+        self.events.append((self.name, "on_records", (records,)))
 
     def on_record(self, record: StepRecord) -> None:
         self.events.append((self.name, "on_record", (record,)))
@@ -113,7 +118,7 @@ def test_a_metrics_file_keeps_the_rows_up_to_the_step_that_a_run_begins_at(tmp_p
         file = MetricsFile(path)
         file.on_begin(first, 9)
         for step in range(first + 1, first + 4):
-            file.on_record(record(step, float(first)))
+            file.on_records([record(step, float(first))])
         file.on_evaluate(first + 3, {"accuracy": 0.5})
         file.on_end()
     assert read_metrics(path) == [
@@ -136,8 +141,8 @@ def test_progress_without_a_terminal_is_plain_lines() -> None:
     history = History(Path("run"), Path("run/metrics.csv"))
     display = ProgressDisplay(Console(file=output, width=120), history)
     display.on_begin(0, 2)
-    display.on_step(1, 0.75)  # too soon for a line
-    display.on_step(2, 0.5)
+    display.on_records([record(1, 0.75)])  # too soon for a line
+    display.on_records([record(2, 0.5)])
     display.on_evaluate(2, {"accuracy": 0.9})
     display.on_message("saved to [runs]")
     display.on_end()
@@ -151,7 +156,7 @@ def test_a_history_forgets_the_steps_that_are_trained_again() -> None:
     recorder = Recorder(history)
     assert (history.metrics, history.steps_per_s) == ({}, 0.0)
     for step in (1, 2, 3):
-        recorder.on_record(record(step, float(step)))
+        recorder.on_records([record(step, float(step))])
         recorder.on_evaluate(step, {"accuracy": step / 10})
     recorder.on_begin(2, 9)
     assert (history.steps, history.losses) == ([1, 2], [1.0, 2.0])
@@ -205,12 +210,35 @@ def test_a_ctrl_c_in_a_callback_keeps_no_event_from_the_others() -> None:
         callbacks.on_step(2, 0.5)
 
 
+def test_a_burst_comes_whole_and_then_step_by_step(tmp_path: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Noting(Callback):
+        def on_step(self, step: int, loss: float) -> None:
+            seen.append(("step", self.run.step))
+
+    class Whole(Callback):
+        def on_records(self, records: Sequence[StepRecord]) -> None:
+            seen.append(("burst", len(records)))
+
+    run = RunHandle(directory=tmp_path, task="t", steps=9, num_workers=1)
+    CallbackList([Whole()], run).report([record(1, 0.5), record(2, 0.5)])
+    assert (seen, run.step) == ([("burst", 2)], 2)
+    noting = Noting()
+    both = CallbackList([noting, Whole()], run)
+    both.report([record(3, 0.5), record(4, 0.5)])
+    assert seen[1:] == [("burst", 2), ("step", 3), ("step", 4)]
+    noting.on_record = lambda record: seen.append(("record", record.step))  # type: ignore[method-assign]
+    both.report([record(5, 0.5)])
+    assert seen[4:] == [("burst", 1), ("record", 5), ("step", 5)]
+
+
 def test_a_row_says_rate_seconds_and_ranks(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     file = MetricsFile(path)
     file.on_begin(0, 9)
-    file.on_record(StepRecord(step=1, loss=0.5, lr=0.1, ranks=(0, 1, 2, 5)))
-    file.on_record(StepRecord.of(2, {}))
+    file.on_records([StepRecord(step=1, loss=0.5, lr=0.1, ranks=(0, 1, 2, 5))])
+    file.on_records([StepRecord.of(2, {})])
     file.on_evaluate(2, {"accuracy": 0.9})
     file.on_end()
     with path.open() as rows:
@@ -231,7 +259,7 @@ def test_seconds_go_on_where_a_run_goes_on(tmp_path: Path) -> None:
     path.write_text("step,metric,value,lr,seconds,ranks\n1,loss,0.5,0.1,1000.000,0\n")
     file = MetricsFile(path)
     file.on_begin(1, 9)
-    file.on_record(record(2, 0.4))
+    file.on_records([record(2, 0.4)])
     file.on_end()
     assert float(path.read_text().splitlines()[-1].split(",")[4]) >= 1000
 
@@ -254,10 +282,9 @@ def test_a_terminal_shows_what_begins_and_then_the_bar() -> None:
     display.on_phase("starting 2 workers")
     phases = Phases(0.002, 0.0, 0.001, 0.0005, 0.0005)
     first = StepRecord(step=1, loss=0.75, lr=0.1, ranks=(0, 1), phases=phases, samples=64)
-    recorder.on_record(first)
-    display.on_record(first)
     history.step_seconds = 0.1
-    display.on_step(1, 0.75)
+    recorder.on_records([first])
+    display.on_records([first])
     display.on_status(STATUS, {0: "10.0.0.1 (ab12)"})
     display.on_recovery(1, "worker 1", "it died")
     display.on_save(1, "step_00000001")
@@ -279,8 +306,7 @@ def test_a_line_for_each_evaluation_is_all_that_a_brief_log_has(tmp_path: Path) 
     display = ProgressDisplay(Console(file=output, width=120), history, is_brief=True)
     display.on_begin(0, 9)
     for step in range(1, 10):
-        display.on_record(record(step, 0.5))
-        display.on_step(step, 0.5)
+        display.on_records([record(step, 0.5)])
     display.on_evaluate(9, {"accuracy": 0.9})
     display.on_end()
     assert output.getvalue() == "step 9/9  loss 0.5000  accuracy 0.9000  0.0 steps/s\n"
@@ -315,7 +341,7 @@ def test_a_printed_history_is_one_line() -> None:
     assert "no steps" in repr(history)
     recorder = Recorder(history)
     for step in range(1, 1001):
-        recorder.on_record(record(step, 0.5))
+        recorder.on_records([record(step, 0.5)])
     recorder.on_evaluate(1000, {"accuracy": 0.9})
     text = str(history)
     assert len(text) < 200
