@@ -10,6 +10,7 @@ from functools import cached_property
 from time import perf_counter
 from typing import Any, Self
 
+from distnadam.client.given_settings import GivenSettings
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.ordinary_step import step_at_once
@@ -65,6 +66,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
         self.rank = rank
         self.session = WorkerSession(shards, rank, self._receive)
         self._shards = shards
+        self._given = GivenSettings(shards)
         self._closed = False
         self._view = ParameterView(shards.layout)
         self._shield = shards.backend.shield
@@ -161,7 +163,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
         """
         with self._shield:
             given = found_inf or lr is not None or betas is not None
-            settings = self._settings(found_inf, lr, betas) if given else ORDINARY
+            settings = self._given.of(found_inf, lr, betas) if given else ORDINARY
             push = self._push(gradients, settings, want_parameters=False)
             return Ticket(self.session, push)
 
@@ -189,7 +191,7 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
         session, began = self.session, perf_counter()
         with self._shield:
             given = found_inf or lr is not None or betas is not None
-            settings = self._settings(found_inf, lr, betas) if given else ORDINARY
+            settings = self._given.of(found_inf, lr, betas) if given else ORDINARY
             if self._meter is None and session.in_sync and not session.ahead.written:
                 settings, rejection = self._ready(gradients, settings, session.channel.written_here)
                 push = step_at_once(session, self._buffer, rejection, settings)
@@ -302,12 +304,6 @@ class Worker(SeenRounds, set_once={"rank", "session"}):
             self._closed = True
             with suppress(DistNadamError):  # the optimizer is gone already
                 self.session.leave()
-
-    def _settings(
-        self, found_inf: bool, lr: Rates | None, betas: Betas | BetasByGroup | None
-    ) -> RoundSettings:
-        overrides = self._shards.overrides(lr, betas)
-        return RoundSettings(found_inf=bool(found_inf), overrides=overrides)
 
     def _push(
         self, gradients: Any, settings: RoundSettings, *, want_parameters: bool

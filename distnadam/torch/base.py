@@ -11,7 +11,7 @@ from distnadam.config import BackendName, Options
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.frontends.ranks import find_place
 from distnadam.hyperparameters import Formula
-from distnadam.torch.groups import Settings, check_formula, check_names, check_values, formula_of
+from distnadam.torch.groups import check_formula, check_names, check_values, formula_of
 from distnadam.torch.held import Held
 from distnadam.torch.shards import Shards
 from distnadam.torch.state_dict import State, check_state
@@ -75,12 +75,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         }
         self._open()
         super().__init__(params, defaults)
-        self._held.rejoin(self._settings())
-
-    def _settings(self) -> Settings:
-        held = self._held
-        check_formula(self.param_groups, held.shards.fixed)
-        return Settings(self.param_groups, held.names, held.clip)
+        self._held.rejoin(self._held.settings(self.param_groups))
 
     def _open(self) -> None:
         """Have shards, not yet built, as `_made` says."""
@@ -133,8 +128,7 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._refuse_foreign_scaler()
         if not held.shards.several and not held.vote and not held.has_gradients():
             return loss
-        with torch.no_grad():
-            held.step(self._settings())
+        held.step(held.settings(self.param_groups))
         return loss
 
     @_outside_graphs
@@ -270,7 +264,10 @@ class BaseOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
         return self._held.shards.several
 
     def _refuse_foreign_scaler(self) -> None:
-        given = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
+        own = self.__dict__
+        if "found_inf" not in own and "grad_scale" not in own:
+            return
+        given = [own.pop(name, None) for name in ("grad_scale", "found_inf")]
         if any(each is not None for each in given):
             raise LifecycleError(
                 "torch's own GradScaler has a scale of each rank, and they would part: use "

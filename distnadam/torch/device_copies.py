@@ -31,9 +31,10 @@ _PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOn
 
 def device_of(tensors: Sequence[torch.Tensor]) -> torch.device | None:
     """Return the CUDA device on which all tensors are; None where they are not on one."""
-    devices = {tensor.device for tensor in tensors}
-    device = next(iter(devices), None)
-    if device is None or len(devices) > 1 or device.type != "cuda":
+    if not tensors or not tensors[0].is_cuda:
+        return None
+    device: torch.device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors):
         return None
     if torch.cuda.is_current_stream_capturing():
         raise LifecycleError(

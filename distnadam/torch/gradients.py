@@ -18,6 +18,7 @@ tensor that was kept gets memory of its own first.
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -160,6 +161,12 @@ class Gradients:
             GradientError: a view of an earlier gradient is kept, or one was changed after it was
                 sent.
         """
+        if not self._sent and all(map(is_, map(_gradient_of, self._tensors), self._slots)):
+            return None  # hooks have moved all
+        with torch.no_grad():
+            return self._gather()
+
+    def _gather(self) -> dict[str, Any] | None:
         absent, on_device = [], {}
         is_sent = bool(self._sent)
         sent = self._take_sent() if is_sent else [None] * len(self._tensors)
@@ -257,6 +264,7 @@ def _uses(storage: Any) -> int:
     return count
 
 
+_gradient_of = attrgetter("grad")
 _SLOT_ALONE = 2
 _LISTED = [torch.empty(())]
 _LISTED_ALONE = sys.getrefcount(_LISTED[0])

@@ -21,6 +21,9 @@ _FORMULA = {
 """What all groups of an optimizer have alike: torch's names, and ours."""
 
 
+_REFUSED = ("amsgrad", "differentiable", "capturable")
+
+
 def check_values(values: Mapping[str, Any]) -> None:
     """Raise ConfigError, with torch's own text, for a setting that is out of its range."""
     lr, betas = values["lr"], values["betas"]
@@ -75,7 +78,7 @@ def formula_of(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     f"parameter group {index}: {name}={group.get(name)!r}, and group 0 has "
                     f"{first.get(name)!r}: it is part of the formula, which all groups share"
                 )
-        for name in ("amsgrad", "differentiable", "capturable"):
+        for name in _REFUSED:
             if group.get(name):
                 raise ConfigError(
                     f"parameter group {index}: {name}={group[name]!r} is not supported"
@@ -92,6 +95,21 @@ def check_formula(groups: Sequence[Mapping[str, Any]], expected: Mapping[str, An
                 f"{name}={found[ours]!r}, and the shards were built with {expected[ours]!r}: it is "
                 "part of the formula, which cannot change"
             )
+
+
+def values_of(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return all that `Settings` are made of but the tensors; equal where nothing has changed."""
+    return [
+        (
+            float(group["lr"]),
+            *_betas_of(group),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            *map(group.get, _FORMULA),
+            *map(group.get, _REFUSED),
+        )
+        for group in groups
+    ]
 
 
 class Settings:

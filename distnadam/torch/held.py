@@ -18,7 +18,7 @@ from distnadam.torch.checkpoints import beside, check_beside, read_checkpoint
 from distnadam.torch.ddp import find_wrapper, require_no_all_reduce
 from distnadam.torch.device_copies import PinnedMemory, device_of
 from distnadam.torch.gradients import Gradients
-from distnadam.torch.groups import Settings
+from distnadam.torch.groups import Settings, check_formula, values_of
 from distnadam.torch.parameters import Parameters
 from distnadam.torch.shards import Shards
 from distnadam.torch.state_dict import (
@@ -58,6 +58,8 @@ class Held:
         self.clip: float | None = None
         self.norm = torch.full((), math.nan)
         self.names: dict[torch.Tensor, str] = {}
+        self._known: Settings | None = None
+        self._values: list[tuple[Any, ...]] = []  # that it is made of
         self._names: list[str] = []
         self._tensors: list[torch.Tensor] = []
         self._running: _Running | None = None
@@ -83,6 +85,7 @@ class Held:
         """Have these tensors, which are not stepped yet, by these names."""
         self._names = list(names)
         self._tensors = list(tensors)
+        self._known = None
         self.names = dict(zip(tensors, names, strict=True))
         if not self._is_replaced:
             self._forget_state()
@@ -150,6 +153,20 @@ class Held:
         """Whether any tensor has a gradient."""
         return any(tensor.grad is not None for tensor in self._tensors)
 
+    def settings(self, groups: Sequence[Mapping[str, Any]]) -> Settings:
+        """Return what the groups have now; the very object of before where nothing has changed.
+
+        Raises:
+            ConfigError: it is another formula than the shards have.
+        """
+        values = values_of(groups)
+        known = self._known
+        if known is None or known.clip != self.clip or self._values != values:
+            check_formula(groups, self.shards.fixed)
+            known = self._known = Settings(groups, self.names, self.clip)
+            self._values = values
+        return known
+
     def step(self, settings: Settings) -> None:
         """Push the gradients, wait for the round, and write the new parameters into the tensors.
 
@@ -157,7 +174,8 @@ class Held:
             settings: what the groups have at this step.
         """
         if self._running is None:
-            self._running = self._build(settings)
+            with torch.no_grad():
+                self._running = self._build(settings)
         parameters, gradients = self._running.parameters, self._running.gradients
         self._take_over(parameters, settings)
         given = self._sent(gradients) if self._is_pushed else gradients.gather()
@@ -182,7 +200,9 @@ class Held:
         parameters = Parameters(self._names, self._tensors, self._pinned)
         if self.shards.rejoin(parameters.as_tree(), settings):
             self._running = self._open(parameters, in_place=self._may_move_gradients())
-            parameters.take(self.shards.pull())
+            stepped = self.shards.pull()
+            parameters.hand_out(stepped)
+            parameters.take(stepped)
             self._forget_state()
 
     def _build(self, settings: Settings) -> "_Running":
@@ -228,9 +248,11 @@ class Held:
 
     def _pin(self) -> None:
         """Register the memory that is shared with the shards now, if the model is on a GPU."""
+        if device_of(self._tensors) is None:
+            return
         memory = self.shards.memory(gradients=not self._is_pushed)
         known = [*map(id, memory)]
-        if known != self._seen and device_of(self._tensors) is not None:
+        if known != self._seen:
             self._pinned.hold(memory)
             self._seen = known
 
@@ -242,8 +264,13 @@ class Held:
             self.shards.move_parameters()
             parameters.hand_out(self.shards.pull())
         changed, is_edited = parameters.changed(), self._is_edited
-        if not (changed or is_edited or self.shards.differ(settings)):
-            return
+        if changed or is_edited or self.shards.differ(settings):
+            with torch.no_grad():
+                self._give(parameters, settings, changed, is_edited=is_edited)
+
+    def _give(
+        self, parameters: Parameters, settings: Settings, changed: Sequence[int], *, is_edited: bool
+    ) -> None:
         words, state_of, exact = [], None, {}
         if changed:
             words.append(parameters.in_words(changed))

@@ -107,8 +107,8 @@ class Parameters:
         Raises:
             StructureError: a tensor has another shape or dtype now.
         """
-        if self._handed is None:
-            return []
+        if self._handed is None or not self._copied:
+            return []  # what lies in the shards' memory is theirs already
         self._look_at()
         if self._on_device is not None:
             return self._on_device.changed(self.tensors)
@@ -129,18 +129,18 @@ class Parameters:
         return in_words([(self.names[i], digest_of(self.tensors[i])) for i in changed])
 
     def take(self, tree: dict[str, Any]) -> None:
-        """Write the shards' parameters into the tensors, in place.
+        """Write the shards' parameters into the tensors, in place, which lie where `changed` or
+        `hand_out` has last seen them.
 
         Args:
             tree: by name; the arrays must stay as they are until the next call.
         """
-        with torch.no_grad():
-            if self._copied:
+        if self._copied:
+            with torch.no_grad():
                 self._copy([tree[name] for name in self.names])
-            increment_version(self.tensors)
+        increment_version(self.tensors)
 
     def _copy(self, arrays: list[Any]) -> None:
-        self._look_at()
         handed = self._handed = self._of(arrays)
         if self._on_device is not None:
             self._on_device.take(handed.copies, self.tensors)

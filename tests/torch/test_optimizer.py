@@ -116,6 +116,24 @@ def test_groups_may_change_any_of_their_own_settings_between_steps() -> None:
         train(one, a, batches(1))
 
 
+def test_a_setting_that_is_changed_in_place_counts_at_the_next_step() -> None:
+    one, other = make(), make()
+    for model, cls in ((one, ours.DistNadam), (other, torch.optim.NAdam)):
+        rate, betas = torch.tensor(0.01), [0.9, 0.99]
+        optimizer = cls(model.parameters(), lr=rate, betas=betas)
+        for step, batch in enumerate(batches(8)):
+            if step == 2:
+                rate.fill_(0.003)
+            if step in (3, 4):
+                betas[step % 2] = 0.8
+            if step == 6:
+                optimizer.param_groups[0] |= {"eps": 1e-3, "weight_decay": 0.1}
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert distance(one, other) < CLOSE
+
+
 def test_a_closure_is_called_once_and_its_loss_returned() -> None:
     model, calls = make(), []
     optimizer = ours.DistNadam(model.parameters())
