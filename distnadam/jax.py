@@ -23,10 +23,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
 from distnadam.config import BackendName, Options
 from distnadam.errors import ConfigError, StructureError
+from distnadam.frontends.host_calls import HostCalls
 from distnadam.frontends.replica import Replica, distinct, same_bits
 from distnadam.groups import Group
 from distnadam.hyperparameters import Formula
@@ -108,6 +108,7 @@ class DistNadam:
         if not callable(learning_rate):
             arguments["lr"] = learning_rate
         self._replica = Replica(arguments, rank, num_workers)
+        self._calls = HostCalls()
         self._decays = weight_decay != 0.0
         self._mask = mask
         self._names: list[str] = []
@@ -144,11 +145,15 @@ class DistNadam:
     def transformation(self) -> Any:
         """Return an optax.GradientTransformation whose update steps the shards.
 
-        Works under `jax.jit`, where the update is an ordered callback. The client's parameters must
-        be those that the last update led to, since a difference is of them: others are refused, as
-        where a schedule or a mask scales the update afterwards, or an update was thrown away
-        (optax.MultiSteps, optax.apply_if_finite, a branch of lax.cond that computes both).
-        Half precision is refused, whose differences lose what a step is.
+        Works under `jax.jit`, where the update is a callback to the host. What that refuses JAX
+        raises as an error of its own, where the step is called or where its results are first
+        looked at; the parameters and the state of before may then be stepped again. If it has not
+        by then, the next `cluster` raises our own error, once.
+
+        The client's parameters must be those that the last update led to, since a difference is of
+        them: others are refused, as where a schedule or a mask scales the update afterwards, or an
+        update was thrown away (optax.MultiSteps, optax.apply_if_finite, a branch of lax.cond that
+        computes both). Half precision is refused, whose differences lose what a step is.
         """
         import optax
 
@@ -159,12 +164,12 @@ class DistNadam:
         """The `distnadam.DistNadam` whose shards hold the state, from the first step on: to save,
         to reshard, to read the moments.
         """
-        jax.effects_barrier()
+        self._calls.settle()
         return self._replica.optimizer
 
     def close(self) -> None:
         """Leave the cluster, and end it if this rank made it."""
-        jax.effects_barrier()
+        self._calls.wait()  # what it has refused, the results say that nobody has looked at
         self._replica.close()
 
     def _init(self, params: Any) -> UpdateState:
@@ -183,18 +188,7 @@ class DistNadam:
             raise ConfigError("update(grads, state, params) needs params: the step depends on them")
         values, grads = self._listed(params, "params"), self._listed(updates, "grads")
         if any(isinstance(leaf, jax.core.Tracer) for leaf in [*values, *grads, state.count]):
-            from distnadam.frontends.host_thread import host_thread
-
-            host = host_thread()
-            shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in values]
-            differences = io_callback(
-                lambda *given: host.submit(self._difference, *given).result(),
-                shapes,
-                state.count,
-                values,
-                grads,
-                ordered=True,
-            )
+            differences = self._calls.traced(self._difference, values, state.count, values, grads)
         else:
             differences = [jnp.array(d) for d in self._difference(state.count, values, grads)]
         return jax.tree.unflatten(self._structure, differences), UpdateState(state.count + 1)

@@ -4,7 +4,6 @@ Keras unscales, counts, accumulates and constrains; the shards average over rank
 step, and keep moments and average.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -107,6 +106,7 @@ class DistOptimizer(keras.optimizers.Optimizer):
         self._names: tuple[str, ...] = ()
         self._pending: Any = None
         self._last_iteration = -1
+        self._calls: Any = None  # to the host, of what JAX has compiled
         self._asked = {"num_workers": num_workers, "rank": rank}
         self._replica = Replica(self._arguments(), rank, num_workers)
 
@@ -211,9 +211,10 @@ class DistOptimizer(keras.optimizers.Optimizer):
         gradients = [given.get(id(v)) for v in variables]
         rate, count = keras.ops.convert_to_tensor(self.learning_rate), self._iterations.value
         if any(map(is_traced, [*values, *gradients, rate, count])):
-            from distnadam.keras.traced import stepped
+            from distnadam.keras.traced import HostCalls, stepped
 
-            new = stepped(self._on_host, count, rate, values, gradients, where)
+            self._calls = self._calls or HostCalls()
+            new = stepped(self._calls, self._on_host, count, rate, values, gradients, where)
             for variable, value in zip(variables, new, strict=True):
                 variable.assign(value)
             return
@@ -267,7 +268,8 @@ class DistOptimizer(keras.optimizers.Optimizer):
 
     def close(self) -> None:
         """Leave the cluster, and end it if this rank made it."""
-        self._settle()
+        if self._calls is not None:
+            self._calls.wait()
         self._replica.close()
 
     def slots(self) -> Slots:
@@ -354,9 +356,9 @@ class DistOptimizer(keras.optimizers.Optimizer):
         self._last_iteration = int(rest[0]) - 1
 
     def _settle(self) -> None:
-        """Wait for steps that JAX has been told of and has not taken."""
-        if keras.backend.backend() == "jax":
-            sys.modules["jax"].effects_barrier()
+        """Wait for steps that JAX has been told of and has not taken; raise what refused one."""
+        if self._calls is not None:
+            self._calls.settle()
 
     @override
     def get_config(self) -> dict[str, Any]:

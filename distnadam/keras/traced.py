@@ -1,19 +1,19 @@
-"""A step that JAX has compiled into a model's train step: an ordered callback to the host.
-
-The callback gets the parameters too, so that the host sees what was changed between two steps. The
-host's work is done by one thread of its own, since those of XLA flush denormals.
+"""A step that JAX has compiled into a model's train step: a callback to the host, which gets the
+parameters too, so that the host sees what was changed between two steps.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import io_callback
 
-from distnadam.frontends.host_thread import host_thread
+from distnadam.frontends.host_calls import HostCalls
+
+__all__ = ["HostCalls", "stepped"]
 
 
 def stepped(
+    calls: HostCalls,
     on_host: Callable[..., list[Any]],
     count: Any,
     rate: Any,
@@ -24,6 +24,7 @@ def stepped(
     """Return the new parameters, once the host has stepped.
 
     Args:
+        calls: the optimizer's.
         on_host: gets the next four arguments as arrays, and returns the new parameters.
         count: apply calls so far.
         rate: the learning rate.
@@ -33,20 +34,16 @@ def stepped(
             parameters stay. None: always.
     """
     present = [index for index, gradient in enumerate(gradients) if gradient is not None]
-    shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
-
-    host = host_thread()
 
     def call(count: Any, rate: Any, values: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         every: list[Any] = [None] * len(values)
         for index, gradient in zip(present, given, strict=True):
             every[index] = gradient
-        return host.submit(on_host, count, rate, values, every).result()
+        return on_host(count, rate, values, every)
 
     def step() -> list[Any]:
         given = [gradients[index] for index in present]
-        new: list[Any] = io_callback(call, shapes, count, rate, values, given, ordered=True)
-        return new
+        return calls.traced(call, values, count, rate, values, given)
 
     if where is None:
         return step()

@@ -40,6 +40,23 @@ def by_jax(seen: dict[str, Any]) -> None:
         optimizer.step(own, gradient(own, *batch(8)))
     except distnadam.errors.RanksDisagree as error:
         seen["changed alone"] = str(error)
+    rate_of_one = [0.0]
+    updating = distnadam.jax.DistNadam(lambda count: 0.1 + rate_of_one[0]).transformation()
+
+    @jax.jit
+    def updated(params: Any, state: Any, x: Any, y: Any) -> Any:
+        updates, state = updating.update(gradient(params, x, y), state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    under_jit = updated(params, updating.init(params), *batch(9))
+    rate_of_one[0] = float(RANK)
+    try:
+        jax.block_until_ready(updated(*under_jit, *batch(10)))
+    except jax.errors.JaxRuntimeError as error:
+        seen["under jit"] = str(error)
+    rate_of_one[0] = 0.0
+    under_jit = updated(*under_jit, *batch(10))
+    seen["params under jit"] = [np.asarray(under_jit[0][name]).tolist() for name in "wb"]
     other: Any = {"w": jnp.full(3, float(RANK))}
     try:
         hasty = distnadam.Options(step_timeout_s=8.0)

@@ -291,6 +291,22 @@ def test_what_is_wrong_is_refused_by_name() -> None:
     assert int(optimizer.iterations.numpy()) == 1
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="compiled by JAX alone")
+def test_a_step_that_jax_has_compiled_and_the_shards_refuse_fails_alone() -> None:
+    import jax
+
+    optimizer = ours.DistNadam(learning_rate=0.01)
+    made = narrow(optimizer)
+    made.train_on_batch(X, Y)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="NonFiniteGradient: round 2 was refused"):
+        made.train_on_batch(X * np.nan, Y)
+    assert optimizer.cluster.iterations == 1
+    other = narrow(ours.DistNadam(learning_rate=0.01))
+    other.train_on_batch(X, Y)
+    assert other.optimizer.cluster.iterations == 1
+    optimizer.close()
+
+
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_a_variable_without_a_gradient_stands_still_and_a_file_keeps_its_clock() -> None:
     def stepped(optimizer: Any, held: list[Any], steps: range) -> None:

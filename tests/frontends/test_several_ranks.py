@@ -63,6 +63,9 @@ def test_ranks_of_a_jax_script_step_by_the_mean_of_their_gradients(
         np.testing.assert_allclose(found, params[name], rtol=1e-4, atol=1e-5)
     assert first["changed alone"] == second["changed alone"]
     assert "rank 0 changed nothing, rank 1 changed 'b' (" in first["changed alone"]
+    assert "RanksDisagree: round 2 was refused" in first["under jit"], first["under jit"]
+    assert "RanksDisagree: round 2 was refused" in second["under jit"]
+    assert first["params under jit"] == second["params under jit"] != first["params"]
     assert "does not begin as on rank 0" in second["other"]
     assert first["other"] != second["other"]
 
