@@ -27,6 +27,7 @@ class RankClaim:
         self.rank = rank
         self._shards = shards
         self._process = shards.backend.transport.new_token()
+        self._settled = 0
         self.incarnation = shards.retry.run(self._join)
 
     def leave(self) -> None:
@@ -47,6 +48,17 @@ class RankClaim:
         joined = self._join_again()
         self._complete(joined)
         return any(answer.orphaned for answer in joined.values())
+
+    def is_settled(self, epoch: int) -> bool:
+        """Whether the pushes of former workers were seen to in this epoch; if not, see to them now.
+
+        A shard that has taken a dead one's place since knows of none that others count already.
+        """
+        if self.incarnation == 1 or epoch == self._settled:
+            return True
+        self.complete_orphans()
+        self._settled = epoch
+        return False
 
     def renew(self, push: InFlightPush, *, adopting: bool) -> bool:
         """Take a new incarnation after a shard dropped a push: another may still count the old one.

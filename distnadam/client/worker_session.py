@@ -38,10 +38,9 @@ class WorkerSession:
     """What one worker knows of the shards, and its push in flight.
 
     `epoch` and `round` are where all shards stood when this worker last looked, and `buffer` holds
-    the parameters of that round. They hold only while `in_sync`; otherwise the next call that
-    needs them looks again: before the first pull, and after a push that failed. `is_readable` says
-    whether the channel's memory holds those parameters: not if only the round was asked for, nor
-    in the memory of another channel.
+    that round's parameters. They hold only while `in_sync`; else the next call that needs them
+    looks again: before the first pull, and after a push that failed. `is_readable` says whether the
+    channel's memory holds them: not if only the round was asked for, nor another channel's.
 
     Args:
         shards: the shards.
@@ -258,7 +257,8 @@ class WorkerSession:
             elif self._is_elsewhere():
                 continue
             elif all(answer.round == at_least for answer in answers.values()):
-                return self._stand_at(answers)
+                if self._claim.is_settled(epoch):
+                    return self._stand_at(answers)
             elif self._claim.complete_orphans():  # a shard may have died with what it must count
                 self._lost_norms(at_least)
 
