@@ -5,6 +5,7 @@ Requests that have an answer are in `messages` and `supervisor_messages`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,12 @@ class RankDied:
 
 @dataclass(frozen=True, kw_only=True)
 class StandbyLost:
-    """A shard goes on without its standby, and needs a new one."""
+    """A shard goes on without this standby, which may not know it, and needs a new one unless it
+    has another.
+    """
 
     shard: int
+    standby: Any
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distnadam.hyperparameters import NadamConfig
+from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import DetachStandby, ShardControlState
 from distnadam.shard.effects import Replicate
 from distnadam.shard.state import ShardState
@@ -25,16 +26,18 @@ class Replicator:
 
     Args:
         shard: the shard's index, for the log.
-        on_lost: called when a standby is detached because it is gone or out of date.
+        on_lost: called when a standby is detached because it is gone or out of date, or because
+            another follows in its place.
 
     Attributes:
         stream: to the standby; None without one.
     """
 
-    def __init__(self, shard: int, on_lost: Callable[[], None]) -> None:
+    def __init__(self, shard: int, on_lost: Callable[[StandbyLost], None]) -> None:
         self._shard = shard
         self._on_lost = on_lost
         self.stream: ReplicationStream | None = None
+        self._standby: Any = None  # whose that is
         self._lock = threading.Lock()
 
     @property
@@ -43,10 +46,21 @@ class Replicator:
         stream = self.stream
         return None if stream is None else stream.reached
 
-    def attach(self, stream: ReplicationStream) -> None:
-        """Send every record from now on to this stream."""
+    def release(self, standby: Any) -> None:
+        """Detach this standby, which is to be filled again."""
+        if self._standby == standby:
+            self.close()
+
+    def attach(self, stream: ReplicationStream, standby: Any) -> ReplicationStream | None:
+        """Send every record from now on to this stream, of this standby; return the stream of the
+        one that has followed until now, to be closed.
+        """
         with self._lock:
-            self.stream = stream
+            before, self.stream = self.stream, stream
+            replaced, self._standby = self._standby, standby
+        if before is not None:
+            self._on_lost(StandbyLost(shard=self._shard, standby=replaced))
+        return before
 
     def replicate(self, effect: Replicate) -> None:
         """Send a record; detach the standby if it is gone, or if the record says so."""
@@ -75,12 +89,13 @@ class Replicator:
 
     def _lose(self, stream: ReplicationStream) -> None:
         """Detach a standby, and report that the shard lacks one, unless another thread has."""
+        standby = self._standby
         if self._detach(stream):
             log.warning(
                 "shard %d: its standby is gone or out of date; a new one will be filled",
                 self._shard,
             )
-            self._on_lost()
+            self._on_lost(StandbyLost(shard=self._shard, standby=standby))
 
     def _detach(self, stream: ReplicationStream) -> bool:
         """Detach a standby; return False if another thread has detached it already."""

@@ -31,7 +31,6 @@ from distnadam.protocol.messages import (
     Step,
     Write,
 )
-from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
     AttachStandby,
     Load,
@@ -104,8 +103,7 @@ class ShardHost:
         self._run_work = run_work
         self._kernel = ShardKernel(spec, state, threads)
         self.files = ShardFiles(spec.ranges, spec.config.state_arrays)
-        standby_lost = Notice(StandbyLost(shard=spec.index))
-        self._replicator = Replicator(spec.index, lambda: on_notice(standby_lost))
+        self._replicator = Replicator(spec.index, lambda lost: on_notice(Notice(lost)))
         self._outbox = Outbox(
             {Answer: self._answer, Notice: on_notice},
             self._compute,
@@ -329,17 +327,19 @@ class ShardHost:
 
     def _attach_standby(self, order: AttachStandby) -> int:
         assert self.connect_standby is not None
-        self._replicator.close()
+        self._replicator.release(order.standby)
         shard = self.shard
         with self.lock:
             control_state = self.control_state
         stream = self.connect_standby(order.standby, control_state, shard.config, shard.state)
-        with self.lock:  # no standby was sent what came meanwhile
-            self._replicator.attach(stream)
+        with self.lock:  # this one was not sent what came meanwhile
+            before = self._replicator.attach(stream, order.standby)
             self._outbox.carriers[Replicate] = self._replicator.replicate
             missed = shard.progress.missed_by_copy()
         for record in missed:
             stream.send(record)
+        if before is not None:
+            before.close()
         return shard.progress.round
 
     def _attempt(self, work: Callable[[], Any]) -> Any:

@@ -60,6 +60,10 @@ class ClusterState:
         self.clock = clock
         self.shards: list[ShardProcess] = []
         self.standbys: dict[int, ShardProcess] = {}
+        self.successors: dict[int, ShardProcess] = {}
+        """What is to replace standbys whose hosts are to be left, which follow until it does."""
+        self.unfilled: set[ShardProcess] = set()
+        """Successors that could not be filled, unless their primaries died just afterwards."""
         self.dead: set[ShardProcess] = set()
         self.fenced: set[ShardProcess] = set()
         self.stale: set[ShardProcess] = set()
@@ -96,6 +100,10 @@ class ClusterState:
         return {
             index: process for index, process in enumerate(self.shards) if process not in self.dead
         }
+
+    def all_standbys(self) -> list[ShardProcess]:
+        """Return the standbys and what is to replace them."""
+        return [*self.standbys.values(), *self.successors.values()]
 
     def missing(self) -> tuple[int, ...]:
         """Return the indices of the dead shards."""
@@ -190,14 +198,31 @@ class ClusterState:
     def process_died(self, process: ShardProcess) -> None:
         """Remember that a process ended; a dead standby is forgotten."""
         self.dead.add(process)
-        if self.standbys.get(process.index) == process:
-            del self.standbys[process.index]
+        self.drop_standby(process)
+
+    def add_standby(self, process: ShardProcess) -> None:
+        """Know a process as its shard's standby, or as the successor of the present one."""
+        known = self.successors if process.index in self.standbys else self.standbys
+        known[process.index] = process
+
+    def drop_standby(self, process: ShardProcess | None) -> None:
+        """Forget a standby, in whose place its successor steps, or a successor."""
+        index = None if process is None else process.index
+        if index is None:
+            return
+        if self.successors.get(index) == process:
+            del self.successors[index]
+        elif self.standbys.get(index) == process:
+            del self.standbys[index]
+            if index in self.successors:
+                self.standbys[index] = self.successors.pop(index)
 
     def replace(self, specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
         """Know other shards, without standbys yet, in place of the present ones."""
         self.specs = list(specs)
         self.shards = list(shards)
         self.standbys = {}
+        self.successors = {}
         self.filling = set()
 
 

@@ -66,21 +66,30 @@ class FinishDeadWorkers:
 
 @dataclass(frozen=True)
 class DropStandbys:
-    """End the standbys of these shards, which are stale."""
+    """End the standbys of these shards, which are stale, or not wanted where they are."""
+
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DropSuccessors:
+    """End what was to replace the standbys of these shards and could not be filled."""
 
     shards: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class StartStandbys:
-    """Start a standby's process for each of these shards."""
+    """Start a standby's process for each of these shards, beside the one that it has, if any."""
 
     shards: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class FillStandbys:
-    """Have these shards copy their state to their standbys, which follow them from then on."""
+    """Have these shards copy their state to their standbys, which follow them from then on; to
+    the standby's successor, where there is one.
+    """
 
     shards: tuple[int, ...]
 
@@ -130,6 +139,7 @@ Decision = (
     | ReportWorkersDied
     | FinishDeadWorkers
     | DropStandbys
+    | DropSuccessors
     | StartStandbys
     | FillStandbys
     | HandOver

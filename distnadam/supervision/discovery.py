@@ -72,7 +72,7 @@ def recovered_topology(
     shards = {each.process.index: each.process for each in primaries}
     standbys = {
         each.process.index: each.process
-        for each in sorted(present, key=lambda each: each.reached is not None)
+        for each in sorted(present, key=lambda each: -1 if each.reached is None else each.reached)
         if each.standby
     }
     taken = [*shards.values(), *standbys.values()]

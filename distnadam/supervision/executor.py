@@ -61,9 +61,8 @@ class DecisionExecutor:
         self._cluster = cluster
         self._restore_points = restore_points
         self._publish = publish
-        self._starter = StandbyStarter(cluster, report)
+        self._standbys = StandbyStarter(cluster, report, beside)
         self._handed_over: set[ShardProcess] = set()
-        self._beside = beside
         self.counts = {"promoted": 0, "moved": 0, "rewound": 0, "departed": 0, "rejoined": 0}
 
     def execute(self, decision: decisions.Decision, seen: Observation) -> None:
@@ -126,6 +125,10 @@ class DecisionExecutor:
             )
             self.counts["moved" if moves else "promoted"] += 1
             standby = cluster.standbys.pop(index)
+            if (successor := cluster.successors.pop(index, None)) is not None:
+                if seen.shards[index].by_successor:
+                    standby, successor = successor, standby
+                cluster.processes.terminate(successor)  # whichever it is, its primary is gone
             reconfigure = Reconfigure(
                 epoch=epoch,
                 schedule=schedule,
@@ -176,8 +179,9 @@ class DecisionExecutor:
             decision.why,
         )
         for index in decision.shards:
-            if (standby := cluster.standbys.pop(index, None)) is not None:
-                self._fence_process(standby)  # it must not step in for the new shard
+            for known in (cluster.standbys, cluster.successors):
+                if (standby := known.pop(index, None)) is not None:
+                    self._fence_process(standby)  # it must not step in for the new shard
         for index in decision.shards:
             near = list(cluster.alive().values())
             spec = cluster.specs[index]
@@ -227,7 +231,7 @@ class DecisionExecutor:
             )
 
         def replaced(specs: Sequence[ShardSpec], shards: Sequence[ShardProcess]) -> None:
-            standbys.extend(cluster.standbys.values())
+            standbys.extend(cluster.all_standbys())
             cluster.replace(specs, shards)
             self._publish(None)
             for process in shards:
@@ -350,27 +354,16 @@ class DecisionExecutor:
     # Standbys
 
     def _drop_standbys(self, decision: decisions.DropStandbys, seen: Observation) -> None:
-        standbys = self._cluster.standbys
-        dropped = [standbys.pop(index) for index in decision.shards if index in standbys]
-        self._cluster.processes.terminate(*dropped)
+        self._standbys.drop(self._cluster.standbys, decision.shards)
+
+    def _drop_successors(self, decision: decisions.DropSuccessors, seen: Observation) -> None:
+        self._standbys.drop(self._cluster.successors, decision.shards)
 
     def _start_standbys(self, decision: decisions.StartStandbys, seen: Observation) -> None:
-        cluster = self._cluster
-        for index in decision.shards:
-            cluster.filling.add(index)
-            near = list(cluster.alive().values())
-            self._beside.submit(self._starter.start, cluster.specs[index], near)
+        self._standbys.start(decision.shards)
 
     def _fill_standbys(self, decision: decisions.FillStandbys, seen: Observation) -> None:
-        cluster = self._cluster
-        for index in decision.shards:
-            cluster.filling.add(index)
-            self._beside.submit(
-                self._starter.fill,
-                cluster.layout_generation,
-                cluster.shards[index],
-                cluster.standbys[index],
-            )
+        self._standbys.fill(decision.shards)
 
 
 _EXECUTE: dict[type, Callable[[DecisionExecutor, Any, Observation], None]] = {
@@ -383,6 +376,7 @@ _EXECUTE: dict[type, Callable[[DecisionExecutor, Any, Observation], None]] = {
     decisions.ReportWorkersDied: DecisionExecutor._report_workers_died,
     decisions.FinishDeadWorkers: DecisionExecutor._finish_dead_workers,
     decisions.DropStandbys: DecisionExecutor._drop_standbys,
+    decisions.DropSuccessors: DecisionExecutor._drop_successors,
     decisions.StartStandbys: DecisionExecutor._start_standbys,
     decisions.FillStandbys: DecisionExecutor._fill_standbys,
     decisions.HandOver: DecisionExecutor._hand_over,

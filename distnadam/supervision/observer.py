@@ -97,6 +97,7 @@ class Observer:
     def _observe(self, process: ShardProcess, answer: Any) -> policy.ShardObservation:
         cluster = self._cluster
         standby = cluster.standbys.get(process.index)
+        successor = cluster.successors.get(process.index)
         stale = standby is not None and standby in cluster.stale
         filling = process.index in cluster.filling
         if isinstance(answer, Description) and process not in cluster.dead:
@@ -108,6 +109,8 @@ class Observer:
                 schedule=answer.schedule,
                 standby=answer.replicated,
                 has_standby=standby is not None,
+                has_successor=successor is not None,
+                successor_unfilled=successor is not None and successor in cluster.unfilled,
                 filling=filling,
                 stale=stale,
                 changed=answer.changed,
@@ -122,17 +125,29 @@ class Observer:
             return policy.ShardObservation(
                 alive=True, has_standby=standby is not None, filling=True
             )
-        reached = None
-        if process in cluster.fenced and standby is not None and not stale:
-            reached = cluster.processes.ask({0: standby}, {0: DescribeStandby()}, cluster.ask_s)[0]
+        reached, by_successor = None, False
+        if process in cluster.fenced:
+            reached = None if stale else self._reached(standby)
+            if reached is None:  # it was detached already, once its successor followed
+                reached = self._reached(successor)
+                by_successor = reached is not None
         return policy.ShardObservation(
             alive=False,
             fenced=process in cluster.fenced,
-            standby=reached if isinstance(reached, int) else None,
+            standby=reached,
+            by_successor=by_successor,
             has_standby=standby is not None,
             filling=filling,
             stale=stale,
         )
+
+    def _reached(self, standby: ShardProcess | None) -> int | None:
+        """Return the last round that a dead shard's standby has; None if it cannot take over."""
+        if standby is None:
+            return None
+        ask = self._cluster.processes.ask
+        answer = ask({0: standby}, {0: DescribeStandby()}, self._cluster.ask_s)[0]
+        return answer if isinstance(answer, int) else None
 
     def _expired_hold(self, described: Sequence[Description], now: float) -> str | None:
         """Return the token of a holder that died, or holds for too long without files to handle.

@@ -17,6 +17,7 @@ from distnadam.supervision.decisions import (
     Decision,
     Depart,
     DropStandbys,
+    DropSuccessors,
     Fail,
     Fence,
     FillStandbys,
@@ -42,7 +43,10 @@ class ShardObservation:
         round: the last round that it decided.
         schedule: the membership by round, as it has it.
         standby: the last round that its standby has; None without one that could take over.
+        by_successor: of a dead one: whether that is what was to replace its standby.
         has_standby: whether there is a process for its standby, filled or not.
+        has_successor: whether there is one that is to replace its standby.
+        successor_unfilled: whether that could not be filled.
         filling: whether that process is being started or filled.
         stale: whether that process must not take over any more.
         changed: what was replaced from outside since it was loaded or saved, as far as it knows.
@@ -60,7 +64,10 @@ class ShardObservation:
     round: int = 0
     schedule: tuple[tuple[int, tuple[int, ...]], ...] = ()
     standby: int | None = None
+    by_successor: bool = False
     has_standby: bool = False
+    has_successor: bool = False
+    successor_unfilled: bool = False
     filling: bool = False
     stale: bool = False
     changed: str | None = None
@@ -177,7 +184,8 @@ def _unblock(seen: Observation) -> list[Decision]:
 def _standbys(seen: Observation, rules: Rules) -> list[Decision]:
     """What gives every shard a standby that follows it; a stale one is dropped before.
 
-    A shard that is to leave its host has one for the time being, whatever the rules say.
+    A shard that is to leave its host has one for the time being, whatever the rules say. A standby
+    that is to leave its own follows until its successor does.
     """
     steady = [
         (index, shard, rules.replicas or shard.leaves)
@@ -187,18 +195,27 @@ def _standbys(seen: Observation, rules: Rules) -> list[Decision]:
     drop = tuple(
         index
         for index, shard, wanted in steady
-        if shard.has_standby and (shard.standby_leaves or not wanted)
+        if shard.has_standby and (not wanted or (shard.standby_leaves and shard.standby is None))
     )
     idle = [
         (index, shard)
         for index, shard, wanted in steady
         if wanted and shard.standby is None and index not in drop
     ]
-    start = tuple(index for index, shard in idle if not shard.has_standby)
-    fill = tuple(index for index, shard in idle if shard.has_standby)
+    followed = [
+        (index, shard)
+        for index, shard, wanted in steady
+        if wanted and shard.standby is not None and shard.has_standby
+    ]
+    start = [index for index, shard in idle if not shard.has_standby]
+    start += [i for i, shard in followed if shard.standby_leaves and not shard.has_successor]
+    fill = [index for index, shard in idle if shard.has_standby]
+    failed = tuple(index for index, shard in followed if shard.successor_unfilled)
+    fill += [i for i, shard in followed if shard.has_successor and i not in failed]
     decisions: list[Decision] = [DropStandbys(drop)] if drop else []
-    decisions += [StartStandbys(start)] if start else []
-    return [*decisions, FillStandbys(fill)] if fill else decisions
+    decisions += [DropSuccessors(failed)] if failed else []
+    decisions += [StartStandbys(tuple(sorted(start)))] if start else []
+    return [*decisions, FillStandbys(tuple(sorted(fill)))] if fill else decisions
 
 
 def _leaving(seen: Observation) -> list[Decision]:

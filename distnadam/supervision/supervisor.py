@@ -134,7 +134,7 @@ class Supervisor:
     def resync(self, *, initial: Flat | None, directory: str | None) -> None:
         """Watch the processes, and learn from them what an earlier supervisor knew."""
         self.restore_points.begin(initial, directory)
-        for process in (*self.cluster.alive().values(), *self.cluster.standbys.values()):
+        for process in (*self.cluster.alive().values(), *self.cluster.all_standbys()):
             self.cluster.processes.watch(process)
         saved = [
             answer.saved
@@ -202,7 +202,7 @@ class Supervisor:
 
     def _terminate_all(self) -> None:
         cluster = self.cluster
-        cluster.processes.terminate(*cluster.shards, *cluster.standbys.values())
+        cluster.processes.terminate(*cluster.shards, *cluster.all_standbys())
 
     # The watch
 
@@ -305,16 +305,22 @@ class Supervisor:
             return
         cluster.filling.discard(event.index)
         if process is not None:
-            cluster.standbys[event.index] = process
+            cluster.add_standby(process)
             cluster.processes.watch(process)
 
     def _take_filled(self, event: StandbyFilled) -> None:
-        if event.layout_generation != self.cluster.layout_generation:
+        cluster = self.cluster
+        if event.layout_generation != cluster.layout_generation:
             return
         index = event.standby.index
-        self.cluster.filling.discard(index)
-        if event.error is not None:
-            self.cluster.stale.add(event.standby)
+        cluster.filling.discard(index)
+        is_successor = cluster.successors.get(index) == event.standby
+        if event.error is None and is_successor:
+            relieved = cluster.standbys[index]
+            cluster.drop_standby(relieved)  # its successor is the standby now
+            cluster.processes.terminate(relieved)
+        elif event.error is not None:
+            (cluster.unfilled if is_successor else cluster.stale).add(event.standby)
             log.warning(
                 "shard %d: its standby could not be filled: %s",
                 index,

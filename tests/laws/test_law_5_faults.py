@@ -49,12 +49,13 @@ from distnadam.nadam.step_overrides import packed_overrides, unpacked_overrides
 from distnadam.protocol.round_settings import RoundSettings
 from distnadam.shard.ledger import DIRECT
 from distnadam.shard.phases import Phase
+from distnadam.supervision.events import LookNow
 from distnadam.tensors.arrays import cut_flat
 from distnadam.worker import Worker
 from tests.configurations import A_FEW
 from tests.reference import OneProcess, State, history_of, state_of
 from tests.simulation.backend import WorldBackend, begin_world
-from tests.simulation.world import Process
+from tests.simulation.world import DOOMS, Process
 
 RANKS = 3
 SIZE = 3000
@@ -361,7 +362,8 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
                     SEEN["a tensor that some ranks lacked was stepped"] += (
                         frozenset.union(*lacking) > on_all
                     )
-                    assert progress.overrides == says[0].overrides
+                    if progress.overrides or not self.world.supervisor.recoveries["rewound"]:
+                        assert progress.overrides == says[0].overrides  # no file holds them
 
     @rule()
     def advance(self) -> None:
@@ -428,14 +430,23 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         if (standby := self.world.standbys.get(index)) is not None:
             standby.kill()
 
-    @rule(index=SHARD, standby=st.booleans(), stays=st.booleans())
-    def leave(self, index: int, standby: bool, stays: bool) -> None:
-        """Have a shard's host be left, its standby's too; sometimes it may stay after all."""
+    @rule(
+        index=SHARD,
+        who=st.sampled_from(["shard", "standby", "both"]),
+        stays=st.booleans(),
+        doom=st.sampled_from(["", "", *DOOMS]),
+    )
+    def leave(self, index: int, who: str, stays: bool, doom: str) -> None:
+        """Have hosts be left, of a shard, of all standbys or of both; sometimes they may be stayed
+        on after all, and sometimes a shard dies while it gets another standby.
+        """
         self.world.rested()
-        left = [self.world.shards[index % len(self.world.shards)]]
-        left += [process for process in self.world.standbys.values() if standby]
+        left = [self.world.shards[index % len(self.world.shards)]] if who != "standby" else []
+        left += self.world.standbys.values() if who != "shard" else []
         self.world.to_leave.update(left)
+        self.world.doom = doom
         self.world.look()
+        self.world.doom = ""
         if stays:
             self.world.to_leave.difference_update(left)
 
@@ -470,7 +481,9 @@ class FaultsAgainstOneProcess(RuleBasedStateMachine):
         for _ in range(2):
             self.world.faults = deque(rng.choices(["", "", "", "repeat", *FAULTS], k=9))
             self.advance()
-        if late < 4:  # else it comes after whatever befalls first
+        if late >= 7:  # its worker may be another by then
+            self.join(seed % RANKS)
+        if late < 4 or late >= 7:  # else it comes after whatever befalls first
             self.world.deliver_one(late)
 
     @rule(absent=RANK, struck=RANK, kill=st.booleans(), fault=st.sampled_from(["", "repeat"]))
@@ -605,4 +618,126 @@ def test_a_member_that_is_replaced_while_its_group_waits_changes_no_bit(
     machine.strike_at_a_waiting_push(absent=2, struck=struck, kill=kill, fault="")
     machine.agree()
     assert SEEN["pushed as one"] and SEEN["taken apart"]
+    machine.teardown()
+
+
+@pytest.mark.parametrize("leaves", ["standby", "both"])
+@pytest.mark.parametrize("num_shards", [1, 2])  # the second one's standbys have copies
+@pytest.mark.parametrize("doom", DOOMS)
+def test_a_shard_whose_standby_moves_is_at_no_moment_without_one(
+    doom: str, num_shards: int, leaves: str
+) -> None:
+    """A standby's host is to be left, and its shard dies at some moment of that: nobody goes back,
+    and no bit changes.
+    """
+    SEEN.clear()
+    machine = FaultsAgainstOneProcess()
+    machine.start(
+        num_shards=num_shards,
+        replicas=1,
+        gone={"rejoin_timeout_s": 1e6},
+        clip={},
+        formula={},
+        pull_dtype=None,
+        objects=False,
+        hosts=1,
+        per_host=1,
+        sum_group=1,
+    )
+    machine.advance()
+    machine.advance()
+    before = [machine.world.shards[-1], machine.world.standbys[num_shards - 1]]
+    machine.world.to_leave.update(before if leaves == "both" else before[1:])
+    machine.push(0)
+    machine.world.doom = doom
+    machine.world.look()
+    assert SEEN[f"a shard died {doom}"] == 1
+    recoveries = machine.world.supervisor.recoveries
+    assert recoveries["promoted"] >= 1 and recoveries["rewound"] == 0
+    for _ in range(3):
+        machine.advance()
+        machine.agree()
+    now = [machine.world.shards[-1], machine.world.standbys[num_shards - 1]]
+    assert all(each.alive for each in now) and before[0] not in now and before[1] not in now
+    assert machine.world.supervisor.recoveries["rewound"] == 0
+    assert not machine.world.supervisor.cluster.successors
+    machine.teardown()
+
+
+def test_a_successor_that_cannot_be_filled_leaves_the_present_standby_in_place() -> None:
+    machine = FaultsAgainstOneProcess()
+    machine.start(
+        num_shards=1,
+        replicas=1,
+        gone={"rejoin_timeout_s": 1e6},
+        clip={},
+        formula={},
+        pull_dtype=None,
+        objects=False,
+        hosts=1,
+        per_host=1,
+        sum_group=1,
+    )
+    machine.advance()
+    present, world = machine.world.standbys[0], machine.world
+    host, fails = world.shards[0].host, [True, True]
+    assert host is not None and host.connect_standby is not None
+    connect = host.connect_standby
+
+    def failing(*given: Any) -> Any:
+        if fails and fails.pop():
+            raise IllegalMessage("no room")
+        return connect(*given)
+
+    host.connect_standby = failing
+    world.to_leave.add(present)
+    while world.standbys[0] is present or world.supervisor.has_events:
+        assert world.standbys[0].standby is not None
+        assert world.standbys[0].standby.reached is not None, "one always follows"
+        world.supervisor.notify(LookNow())
+        world.supervisor.run_once()
+        machine.advance()
+    assert not fails and not present.alive
+    assert sum(each.handle.alive for each in world.all_processes) == 2, "none is left over"
+    machine.advance()
+    machine.agree()
+    machine.teardown()
+
+
+def test_a_push_that_is_counted_for_a_former_worker_is_so_on_a_shard_that_takes_over() -> None:
+    """A worker joins, and then a shard dies that knew of its predecessor's push, which another has
+    counted and awaits norms for.
+    """
+    machine = FaultsAgainstOneProcess()
+    machine.start(
+        num_shards=2,
+        replicas=1,
+        gone={"rejoin_timeout_s": 1e6},
+        clip={"clipnorm": 1.0},
+        formula={},
+        pull_dtype=None,
+        objects=False,
+        hosts=1,
+        per_host=1,
+        sum_group=1,
+    )
+    for _ in range(5):
+        machine.advance()
+    for rank in (1, 0, 2):
+        machine.world.faults = deque([] if rank == 1 else ["lose", ""])
+        machine.push(rank)
+    while machine.world.shards[1].work():
+        pass
+    host = machine.world.shards[1].host
+    assert host is not None and host.shard.phase is Phase.AWAITING_NORMS
+    machine.join(2)
+    machine.world.shards[1].kill()
+    machine.finish(0)
+    machine.world.look()
+    machine.push(2)
+    for rank in (0, 1, 2, 0, 1, 2):
+        machine.finish(rank)
+    machine.agree()
+    machine.advance()
+    machine.agree()
     machine.teardown()

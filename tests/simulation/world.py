@@ -18,6 +18,7 @@ from distnadam.protocol.messages import GroupPush, Push, ShardSpec, WorkerDied
 from distnadam.protocol.supervisor_events import StandbyLost
 from distnadam.protocol.supervisor_messages import (
     AbandonRank,
+    AttachStandby,
     DescribeStandby,
     Reconfigure,
     Record,
@@ -39,6 +40,15 @@ from tests.simulation.connections import Connection, copied, pass_on
 from tests.simulation.stream import InProcessStream
 
 LIVELOCK = 300
+DOOMS = (
+    "before it is known",
+    "before it is asked for",
+    "before it is filled",
+    "before it follows",
+    "before the supervisor knows that the other does not",
+    "once it follows",
+)
+"""When a shard may die while another standby takes the place of its present one."""
 
 
 class Process:
@@ -58,7 +68,6 @@ class Process:
 
         self.crash = ""
         self.connection_ends = ""
-        self._follower: ShardProcess | None = None
         self._asked: list[Future[Any]] = []
 
     def make_host(self, spec: ShardSpec) -> ShardHost:
@@ -67,10 +76,12 @@ class Process:
         def on_notice(notice: Notice) -> None:
             if not self.alive:
                 return
-            if isinstance(notice.report, StandbyLost) and self._follower is not None:
+            if isinstance(notice.report, StandbyLost):
+                world.reach("before the supervisor knows that the other does not", self)
+                if not self.alive:
+                    return
                 # no answer leaves before the supervisor knows, by the lease
-                world.supervisor.standby_is_stale(self._follower)
-                self._follower = None
+                world.supervisor.standby_is_stale(notice.report.standby)
             world.supervisor.notify(notice.report)
 
         host = ShardHost(spec, on_notice=on_notice, run_work=lambda work: self.works.append(work))
@@ -120,8 +131,9 @@ class Process:
     ) -> ReplicationStream:
         is_near = self.spec.index % 2 == 0  # as one of the same machine, or of another
         given = state if is_near else state.arrays()
+        self.world.reach("before it is filled", self)
         stream = _WorldStream(self, standby.handle, control_state, config, given)
-        self._follower = standby
+        self.world.reach("before it follows", self)
         return stream
 
 
@@ -206,6 +218,8 @@ class WorldProcesses(ProcessManager):
         with memory_for(f"shard {spec.index}: its state"):
             process = ShardProcess(spec.index, Process(self._world, spec, standby=standby), None)
         self._world.all_processes.append(process)
+        if standby:
+            self._world.reach("before it is known", self._world.shards[spec.index])
         return process
 
     @override
@@ -273,12 +287,16 @@ class WorldProcesses(ProcessManager):
         for index in found.keys() - asked.keys():
             answers[index] = ShardLost(f"shard {index}: is missing")
         for index, future in futures.items():
+            if isinstance(messages[index], AttachStandby):
+                self._world.reach("before it is asked for", asked[index])
             while not future.done() and asked[index].work():
                 pass
             if not future.done():
                 answers[index] = StepTimeout(f"shard {index} is silent")
             else:
                 answers[index] = future.exception() or future.result()
+            if isinstance(messages[index], AttachStandby):
+                self._world.reach("once it follows", asked[index])
         return answers
 
 
@@ -303,7 +321,8 @@ class World:
     With several `hosts`, ranks, `per_host` together, and processes are spread over them in turn,
     and a rank reaches the shards of other hosts by its host's connections (`Connection`), whose
     faults have the same names, in groups. `seen` counts what befell. `to_leave` are processes whose
-    hosts are to be left.
+    hosts are to be left. `doom` is the point of `DOOMS` at which the next shard dies that comes to
+    it as it gets a standby.
     """
 
     def __init__(
@@ -325,6 +344,7 @@ class World:
         self.all_processes: list[ShardProcess] = []
         self.memories: dict[tuple[int, int], Flat] = {}
         self.to_leave: set[Process] = set()
+        self.doom = ""
         self.faults: deque[str] = deque()
         self.late: list[Callable[[], None]] = []
         self._waits = 0
@@ -391,6 +411,13 @@ class World:
         """Deliver one of the messages that were delayed."""
         if self.late:
             self.late.pop(which % len(self.late))()
+
+    def reach(self, point: str, shard: Process) -> None:
+        """Have a shard come to a point of its way to a standby, and die there if it is doomed."""
+        if point == self.doom and shard.alive:
+            self.doom = ""
+            self.note(f"a shard died {point}")
+            shard.kill()
 
     def note(self, what: str) -> None:
         """Count what befell."""

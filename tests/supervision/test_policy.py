@@ -13,6 +13,7 @@ from distnadam.supervision.decisions import (
     CompleteConfig,
     Depart,
     DropStandbys,
+    DropSuccessors,
     Fail,
     Fence,
     FillStandbys,
@@ -48,6 +49,7 @@ def followed(number: int = 5) -> ShardObservation:
 
 HELD_BY_THE_DEAD: dict[str, Any] = {"expired_hold": "token"}
 LEAVES: dict[str, Any] = {"leaves": True}
+RELIEVED: dict[str, Any] = {"standby": 5, "has_standby": True, "standby_leaves": True}
 TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     (
         "a host is to be left, without a standby",
@@ -109,20 +111,47 @@ TABLE: list[tuple[str, Observation, Rules, list[type]]] = [
     ),
     (
         "a standby's host is to be left",
-        Observation(shards=[alive(standby=5, has_standby=True, standby_leaves=True), followed()]),
+        Observation(shards=[alive(**RELIEVED), followed()]),
+        REPLICATED,
+        [StartStandbys],
+    ),
+    (
+        "its successor is there, and empty",
+        Observation(shards=[alive(**RELIEVED, has_successor=True), followed()]),
+        REPLICATED,
+        [FillStandbys],
+    ),
+    (
+        "its successor is being filled",
+        Observation(shards=[alive(**RELIEVED, has_successor=True, filling=True), followed()]),
+        REPLICATED,
+        [],
+    ),
+    (
+        "its successor could not be filled",
+        Observation(
+            shards=[alive(**RELIEVED, has_successor=True, successor_unfilled=True), followed()]
+        ),
+        REPLICATED,
+        [DropSuccessors],
+    ),
+    (
+        "its host need not be left after all",
+        Observation(shards=[alive(standby=5, has_standby=True, has_successor=True), followed()]),
+        REPLICATED,
+        [FillStandbys],
+    ),
+    (
+        "a standby whose host is to be left follows no more",
+        Observation(shards=[alive(has_standby=True, standby_leaves=True), followed()]),
         REPLICATED,
         [DropStandbys],
     ),
     (
         "a shard and its standby are to leave",
-        Observation(
-            shards=[
-                alive(**LEAVES, standby=5, has_standby=True, standby_leaves=True),
-                followed(),
-            ]
-        ),
+        Observation(shards=[alive(**LEAVES, **RELIEVED), followed()]),
         REPLICATED,
-        [DropStandbys],
+        [StartStandbys],
     ),
     ("all is well", Observation(shards=[alive(), alive()]), WAITS, []),
     ("shards within a round", Observation(shards=[alive(5), alive(6)]), WAITS, []),
@@ -458,6 +487,9 @@ SHARD = st.builds(
     alive=st.booleans(),
     fenced=st.booleans(),
     has_standby=st.booleans(),
+    has_successor=st.booleans(),
+    successor_unfilled=st.booleans(),
+    standby_leaves=st.booleans(),
     filling=st.booleans(),
     stale=st.booleans(),
     epoch=st.integers(1, 3),
@@ -536,6 +568,16 @@ def test_no_standby_is_filled_that_is_dropped(seen: Observation, rules: Rules) -
     filled = {i for each in decisions if isinstance(each, FillStandbys) for i in each.shards}
     dropped = {i for each in decisions if isinstance(each, DropStandbys) for i in each.shards}
     assert not filled & dropped
+
+
+@given(seen=SEEN, rules=RULES)
+def test_no_standby_that_follows_is_dropped_before_another_does(
+    seen: Observation, rules: Rules
+) -> None:
+    dropped = {i for d in decide(seen, rules) if isinstance(d, DropStandbys) for i in d.shards}
+    follow = {i for i, each in enumerate(seen.shards) if each.standby is not None}
+    stale = {i for i, each in enumerate(seen.shards) if each.stale}
+    assert not rules.replicas or not (dropped & follow) - stale
 
 
 @given(members=st.sets(st.integers(0, 5), min_size=1), cut=st.sets(st.integers(0, 5)))

@@ -34,8 +34,8 @@ class Lease:
 
     Args:
         lasts_s: seconds for which it is valid, from when it was asked for.
-        ask: asks for renewal, with what the supervisor must know first; True renews it, None does
-            not now, False says that it never will be again.
+        ask: asks for renewal, with all that the supervisor must know first; True renews it, None
+            does not now, False says that it never will be again.
         renewed: called after each renewal.
         refused: called once it will never be renewed.
     """
@@ -43,7 +43,7 @@ class Lease:
     def __init__(
         self,
         lasts_s: float,
-        ask: Callable[[Any], bool | None],
+        ask: Callable[[tuple[Any, ...]], bool | None],
         renewed: Callable[[], None],
         refused: Callable[[], None],
     ) -> None:
@@ -54,7 +54,7 @@ class Lease:
         self._lock = threading.Lock()
         self._until = 0.0
         self._invalid_before = 0.0
-        self._report: Any = None
+        self._reports: tuple[Any, ...] = ()
         self._wake = threading.Event()
         threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
@@ -66,7 +66,7 @@ class Lease:
     def invalidate(self, report: Any) -> None:
         """End the present lease; only one that the supervisor gives knowing `report` is valid."""
         with self._lock:
-            self._report = report
+            self._reports = (*self._reports, report)
             self._until = 0.0
             self._invalid_before = now()
         self._wake.set()
@@ -75,23 +75,23 @@ class Lease:
         while True:
             self._wake.clear()
             with self._lock:
-                asked, report = now(), self._report
+                asked, reports = now(), self._reports
             answer = None
             with suppress(Exception):  # the supervisor is dead, or cannot be reached
-                answer = self._ask(report)
+                answer = self._ask(reports)
             if answer is False:
                 self._refused()
                 return
             if answer:
-                self._extend(asked, report)
+                self._extend(asked, len(reports))
                 self._renewed()
             self._wake.wait(self._lasts_s / _SHARE if answer else _AGAIN_S)
 
-    def _extend(self, asked: float, report: Any) -> None:
+    def _extend(self, asked: float, told: int) -> None:
         with self._lock:
-            if asked >= self._invalid_before and report is self._report:
+            self._reports = self._reports[told:]
+            if asked >= self._invalid_before and not self._reports:
                 self._until = asked + self._lasts_s
-                self._report = None
 
 
 class LeaseManager:

@@ -53,12 +53,16 @@ class ObjectReplicationStream(ReplicationStream):
         self.mean = self._mean = empty_flat(sizes)
         self._id = time.time_ns()  # later than any earlier stream's, another primary's included
         self._numbers = itertools.count()
-        for name, flat in arrays.items():
-            for space in self._spaces:
-                for begin in range(0, max(1, flat[space].size), PIECE_ELEMENTS):
-                    piece = flat[space][begin : begin + PIECE_ELEMENTS]
-                    self._call(standby.fill, name, space, begin, piece)
-        self._call(standby.begin_by_calls, control_state, config)
+        try:
+            for name, flat in arrays.items():
+                for space in self._spaces:
+                    for begin in range(0, max(1, flat[space].size), PIECE_ELEMENTS):
+                        piece = flat[space][begin : begin + PIECE_ELEMENTS]
+                        self._call(standby.fill, name, space, begin, piece)
+            self._call(standby.begin_by_calls, control_state, config)
+        except BaseException:
+            self.close()  # it may have begun to follow
+            raise
         self.reached = control_state.round
 
     def _call(self, method: Any, *args: Any) -> None:

@@ -347,7 +347,7 @@ class ShardActor:
     def _lease_s(self) -> float:
         return lease_s(self._spec.options.shard_timeout_s)
 
-    def _ask_for_lease(self, lost: ShardProcess | None) -> bool | None:
+    def _ask_for_lease(self, lost: Sequence[ShardProcess]) -> bool | None:
         who = ray.get_runtime_context().get_actor_id()
         answer: bool | None = ray.get(
             self._supervisor.lease.remote(who, lost), timeout=self._lease_s
@@ -363,9 +363,7 @@ class ShardActor:
         os._exit(1)
 
     def _notice(self, notice: Notice) -> None:
-        standby, lease = self._connector.far_standby, self._lease
-        if isinstance(notice.report, StandbyLost) and standby is not None and lease is not None:
+        if isinstance(notice.report, StandbyLost) and self._lease is not None:
             # the standby may not know that it is stale: no answer leaves before the supervisor does
-            lease.invalidate(standby)
-            self._connector.far_standby = None
+            self._lease.invalidate(notice.report.standby)
         retry_in_background(lambda: self._supervisor.notify.remote(notice.report))

@@ -33,9 +33,6 @@ class StandbyConnector:
     Args:
         spec: the shard's spec.
         endpoint_of: has a standby listen and returns where; a LaneError if it cannot.
-
-    Attributes:
-        far_standby: the standby of another node; it may not know that it is out of date.
     """
 
     def __init__(
@@ -46,7 +43,6 @@ class StandbyConnector:
         self._timeout_s = spec.options.shard_timeout_s
         self._has_warned = False
         self._memory: Arena | None = None  # that the state is kept in twice
-        self.far_standby: ShardProcess | None = None
 
     def connect(
         self,
@@ -64,7 +60,6 @@ class StandbyConnector:
             ArenaError: there is not enough of it.
             RayError, DistNadamError: it is dead, or does not answer.
         """
-        self.far_standby = None
         stream: ReplicationStream | None
         socket = standby.address.socket
         if standby.address.node == node and socket is not None and parameters is not None:
@@ -72,7 +67,6 @@ class StandbyConnector:
             stream = ShmReplicationStream(socket, memory, parameters, decided, self._timeout_s)
         else:
             arrays = state.arrays()
-            self.far_standby = standby
             # a quarter: after `timeout_s` this shard itself would count as silent
             patience_s = self._timeout_s / 4
             stream = self.by_tcp(standby, arrays, control_state.round, patience_s)

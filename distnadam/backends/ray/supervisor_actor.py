@@ -141,15 +141,15 @@ class SupervisorActor:
         """Return the map once it is newer than that version; with `suspect`, after a look."""
         return await asyncio.wrap_future(self._supervisor.shard_map(newer_than, suspect))
 
-    async def lease(self, who: str, lost: ShardProcess | None) -> bool | None:
+    async def lease(self, who: str, lost: Sequence[ShardProcess]) -> bool | None:
         """Renew a shard's lease, as `LeaseManager.renew` does.
 
         Args:
             who: the shard's actor id.
-            lost: a standby on another node that the shard goes on without.
+            lost: standbys that the shard goes on without.
         """
-        if lost is not None:
-            self._supervisor.standby_is_stale(lost)
+        for standby in lost:
+            self._supervisor.standby_is_stale(standby)
         return self._processes.fencing.leases.renew(who)
 
     async def notify(self, report: Report) -> None:
