@@ -14,7 +14,7 @@ from distnadam.checks import BETAS, check_beta, check_count, check_flag, fields_
 from distnadam.errors import ConfigError
 from distnadam.groups import Group
 from distnadam.loss_scale import LossScale
-from distnadam.schedules import Rate, kept, rate_at, rate_from, rate_to_dict
+from distnadam.schedules import Rate, Schedule, kept, rate_at, rate_from, rate_to_dict
 from distnadam.tensors.arrays import STATE_ARRAYS
 
 DEFAULT_EPSILON = 1e-7
@@ -189,6 +189,11 @@ class NadamConfig:
         return self.global_clipnorm is not None or any(
             each.clipnorm is not None for each in (self, *self.group_settings)
         )
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether `to_dict` can say them: the learning rate is no plain function."""
+        return not callable(self.lr) or isinstance(self.lr, Schedule)
 
     def in_words(self) -> str:
         """Return the formula in a few words, with weight decay, sign and groups where there are.

@@ -14,7 +14,8 @@ import msgpack
 import numpy as np
 
 from distnadam import errors
-from distnadam.errors import DistNadamError, LaneError, StaleEpoch
+from distnadam.errors import ConfigError, DistNadamError, LaneError, StaleEpoch
+from distnadam.hyperparameters import NadamConfig
 from distnadam.nadam.step_scalars import Clock, TensorClocks
 from distnadam.protocol.frames import frame_of
 from distnadam.protocol.messages import (
@@ -41,6 +42,7 @@ from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
     Record,
+    ReplicatedConfig,
     ReplicatedJoin,
     ReplicatedRound,
     ReplicatedSave,
@@ -291,6 +293,8 @@ def pack_record(record: Record) -> bytes:
         body = ("reign", record.epoch, record.schedule, record.newest)
     elif isinstance(record, ReplicatedSave):
         body = ("saved",)
+    elif isinstance(record, ReplicatedConfig):
+        body = ("config", record.config.to_dict(), record.revision, record.changed)
     elif isinstance(record, DetachStandby):
         body = ("let go",)
     elif (frame := pack_round(record)) is not None:
@@ -320,6 +324,11 @@ def unpack_record(frame: bytes) -> Record:
                 schedule=tuple((first, tuple(ranks)) for first, ranks in schedule),
                 newest=newest,
             )
+        if kind == "config":
+            config, revision, changed = fields
+            return ReplicatedConfig(
+                config=NadamConfig.from_dict(config), revision=revision, changed=changed
+            )
         if kind == "saved":
             return ReplicatedSave()
         if kind == "let go":
@@ -346,5 +355,12 @@ def unpack_record(frame: bytes) -> Record:
             active=active,
             clock=Clock(iterations, m_schedule, own and TensorClocks.from_dict(own)),
         )
-    except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ConfigError,
+        struct.error,
+    ) as error:
         raise LaneError(f"a frame of {len(frame)} bytes is no record: {error}") from error

@@ -152,6 +152,15 @@ class ReplicatedSave:
     """The state is saved as it was last replaced from outside: going back would not lose that."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplicatedConfig:
+    """The hyper-parameters are these from here on; `changed` says that they were replaced."""
+
+    config: NadamConfig
+    revision: int
+    changed: str | None
+
+
 @dataclass(frozen=True)
 class Retire:
     """Other shards hold these ranges from this epoch on; all further messages are refused."""
@@ -172,7 +181,14 @@ class DetachStandby:
     """The primary goes on without this standby, which must never replace it."""
 
 
-Record = ReplicatedRound | ReplicatedJoin | ReplicatedSave | Reconfigure | DetachStandby
+Record = (
+    ReplicatedRound
+    | ReplicatedJoin
+    | ReplicatedSave
+    | ReplicatedConfig
+    | Reconfigure
+    | DetachStandby
+)
 
 
 Order = Reconfigure | Load | AttachStandby | AbandonRank | Retire

@@ -23,6 +23,7 @@ from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
     Record,
+    ReplicatedConfig,
     ReplicatedJoin,
     ReplicatedRound,
     ReplicatedSave,
@@ -127,6 +128,11 @@ class Standby:
                 self._stand_at(dataclasses.replace(now, live_owners=here))
             elif isinstance(record, ReplicatedSave):
                 self._stand_at(dataclasses.replace(now, changed=None))
+            elif isinstance(record, ReplicatedConfig):
+                self._spec = dataclasses.replace(self._spec, config=record.config)
+                self._stand_at(
+                    dataclasses.replace(now, revision=record.revision, changed=record.changed)
+                )
             elif isinstance(record, Reconfigure):
                 self._ledger.admit_all(record.newest)
                 history = (

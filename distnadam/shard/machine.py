@@ -220,7 +220,7 @@ class Shard:
         switches = message.config.clips_by_norm != self.config.clips_by_norm
         if switches and self.phase is Phase.AWAITING_NORMS:
             raise IllegalMessage(f"{self._who}: clipping is switched while a round awaits norms")
-        return [*self._take_config(message.config, message.revision), Answer(caller, None)]
+        return [self._take_config(message.config, message.revision), Answer(caller, None)]
 
     def _saved(self, message: msg.Saved, caller: Any) -> list[Effect]:
         if not self.progress.saved(message.num_changes):
@@ -256,14 +256,15 @@ class Shard:
             return [Answer(caller, self.epochs.now)]
         self.progress.reconfigure(order)
         keep, answer = self.rounds.keep_members(), Answer(caller, self.epochs.now)
-        if order.config is None or order.revision <= self.progress.revision:
-            return [*keep, Replicate(order), answer]
-        return [*keep, *self._take_config(order.config, order.revision), answer]
+        effects = [*keep, Replicate(order)]
+        if order.config is not None and order.revision > self.progress.revision:
+            effects.append(self._take_config(order.config, order.revision))
+        return [*effects, answer]
 
-    def _take_config(self, config: NadamConfig, revision: int) -> list[Effect]:
+    def _take_config(self, config: NadamConfig, revision: int) -> Replicate:
         self.config = config
         self.progress.take_revision(revision)
-        return [Replicate(orders.DetachStandby())]
+        return Replicate(self.progress.record_config(config))
 
     def _abandon_rank(self, order: orders.AbandonRank, caller: Any) -> list[Effect]:
         if not self.members.taken_over(order.rank, order.incarnation):

@@ -22,10 +22,12 @@ from distnadam.protocol.messages import (
 )
 from distnadam.protocol.shard_status import Description
 from distnadam.protocol.supervisor_messages import (
+    DetachStandby,
     Load,
     Reason,
     Reconfigure,
     Record,
+    ReplicatedConfig,
     ReplicatedRound,
     ReplicatedSave,
     ShardControlState,
@@ -157,6 +159,14 @@ class Progress:
         """Record that the hyper-parameters are of this revision from here on."""
         self.revision = revision
         self.change("the configuration")
+
+    def record_config(self, config: NadamConfig) -> ReplicatedConfig | DetachStandby:
+        """Return the record of these hyper-parameters. One that has a plain function, which does
+        not travel as a record, ends the standby, so that it is filled anew with them.
+        """
+        if not config.is_plain:
+            return DetachStandby()
+        return ReplicatedConfig(config=config, revision=self.revision, changed=self.changed)
 
     def saved(self, num_changes: int) -> bool:
         """Record that the state as of this many changes is saved; return whether that is all."""

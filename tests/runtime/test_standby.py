@@ -40,6 +40,7 @@ from distnadam.protocol.supervisor_messages import (
 )
 from distnadam.runtime.shard_host import ShardHost
 from distnadam.runtime.standby import Standby
+from distnadam.schedules import Polynomial
 from distnadam.shard.effects import Replicate
 from distnadam.tensors.arrays import BFLOAT16, STATE_ARRAYS
 from distnadam.tensors.layout import Layout
@@ -333,16 +334,19 @@ def test_frozen_tensors_of_a_state_that_is_loaded_anew_are_in_both_buffers(numbe
 
 
 @pytest.mark.parametrize("kernel", ["numpy", "fused"])
-def test_a_standby_filled_after_a_change_follows_it_and_takes_over_with_it(kernel: str) -> None:
+@pytest.mark.parametrize("lr", [0.01, Polynomial(0.01, 9), lambda step: 0.01])
+def test_a_standby_follows_a_change_and_takes_over_with_it(kernel: str, lr: Any) -> None:
+    """One of a plain function, which travels as no record, ends it, and it is filled anew."""
     groups = [Group("a", lr_scale=0.5), Group("b", lr_scale=0.5)]  # alike, and so one part
     primary, standby, _ = pair(kernel, groups=groups)
     do_round(primary, 1, 1)
-    changed = NadamConfig(beta_1=0.5, groups=[groups[0], Group("b", lr_scale=2.0)])
+    changed = NadamConfig(lr=lr, beta_1=0.5, groups=[groups[0], Group("b", lr_scale=2.0)])
     primary.send(Pause("me")).result(0)
     primary.send(SetConfig("me", changed, 1)).result(0)
-    assert standby.control_state is None, "its primary goes on without it"
+    assert (standby.control_state is None) == (not changed.is_plain)
     primary.send(Resume("me")).result(0)
-    primary.send(AttachStandby("there")).result(0)
+    if not changed.is_plain:
+        primary.send(AttachStandby("there")).result(0)
     for number in (2, 3):
         do_round(primary, number, number)
         assert standby.arrays["params"]["float32"].tobytes() == state_of(primary).params.tobytes()

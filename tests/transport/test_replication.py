@@ -12,7 +12,9 @@ import pytest
 
 from distnadam.config import Options
 from distnadam.errors import LaneError
+from distnadam.groups import Group
 from distnadam.hyperparameters import NadamConfig
+from distnadam.loss_scale import LossScale
 from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.codec import pack_record, unpack_record
 from distnadam.protocol.messages import PushNote, ShardSpec
@@ -20,10 +22,12 @@ from distnadam.protocol.supervisor_messages import (
     DetachStandby,
     Reconfigure,
     Record,
+    ReplicatedConfig,
     ReplicatedJoin,
     ReplicatedRound,
     ReplicatedSave,
 )
+from distnadam.schedules import Polynomial
 from distnadam.tensors.arrays import Flat, cut_flat
 from distnadam.tensors.layout import Layout, sizes_of
 from distnadam.transport.connection import Address
@@ -218,6 +222,17 @@ def test_memory_of_another_size_is_refused(standby: RecordingStandby) -> None:
         replace(decided(3), outcome="skipped", rejection="NaN"),
         ReplicatedJoin(1, 5),
         ReplicatedSave(),
+        ReplicatedConfig(config=NadamConfig(), revision=2, changed="the configuration"),
+        ReplicatedConfig(
+            config=NadamConfig(
+                lr=Polynomial(0.1, 9),
+                clipnorm=0.5,
+                groups=[Group("a", lr_scale=0.5)],
+                loss_scale=LossScale(),
+            ),
+            revision=3,
+            changed=None,
+        ),
         Reconfigure(epoch=4, schedule=((1, (0, 1)), (9, (0,))), newest={0: 3}),
         DetachStandby(),
     ],
