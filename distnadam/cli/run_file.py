@@ -14,7 +14,9 @@ from distnadam.errors import ConfigError
 from distnadam.training.callbacks import Callback
 
 NAME = "run.toml"
-_NOT_WRITTEN = frozenset({"task", "checkpoint_dir", "resume", "quiet", "as_json", "dry_run"})
+_NOT_WRITTEN = frozenset(
+    {"task", "checkpoint_dir", "resume", "verbose", "quiet", "as_json", "dry_run"}
+)
 """What is of one call, not of the run: where it writes, above all, so that the file begins a new
 one.
 """

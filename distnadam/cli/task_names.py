@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
+from distnadam.errors import ConfigError
 from distnadam.training.task import Task
+from distnadam.training.task_errors import missing_module, task_errors
 from distnadam.training.tasks import BUILT_IN, built_in
 
 _METHODS = ("init", "batch", "loss_and_gradients", "evaluate")
@@ -23,7 +25,8 @@ def load_task(name: str) -> Task:
             f"no task named {name!r}: give {', '.join(BUILT_IN)}, MODULE:NAME or FILE.py:NAME"
         )
     found: Any = getattr(_module(module_name), attribute, None)
-    task = found() if isinstance(found, type) else found
+    with task_errors(name):
+        task = found() if isinstance(found, type) else found
     if not isinstance(task, Task):
         if found is None:
             raise click.UsageError(f"{name}: there is no {attribute!r} in {module_name}")
@@ -54,7 +57,13 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and not _is_part(module, of=error.name or module):
+            raise ConfigError(f"{name}: {missing_module(error)}") from error
         raise click.UsageError(f"cannot import {name}: {type(error).__name__}: {error}") from error
+
+
+def _is_part(module: str, *, of: str) -> bool:
+    return module == of or module.startswith(f"{of}.")
 
 
 def _is_free(module: str, path: Path) -> bool:

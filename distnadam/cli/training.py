@@ -29,10 +29,12 @@ from distnadam.errors import RayLost
 from distnadam.optimizer import DistNadam
 from distnadam.places import local_path, shown
 from distnadam.training.callbacks import Callback
+from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.fit import fit
 from distnadam.training.history import History
 from distnadam.training.plot import plot_loss
 from distnadam.training.preflight import Preflight, preflight
+from distnadam.training.progress import Verbose
 
 _PASSED_TO_FIT = (
     "num_workers",
@@ -53,7 +55,7 @@ _SECTIONS = {
         *("num_workers", "num_shards", "replicas", "name", "steps", "seed", "local"),
         *("accumulate", "evaluate_every", "stop_grace_s", "dry_run"),
     ),
-    "What is shown": ("dashboard", "quiet", "as_json"),
+    "What is shown": ("verbose", "quiet", "dashboard", "as_json"),
     "Optimizer, by default that of the run that is resumed": OPTIMIZER_OPTIONS,
     "Checkpoints": ("checkpoint_dir", "save_every", "keep", "resume"),
     "Placement": (
@@ -67,7 +69,7 @@ _MEANS = {
     "seconds": " (with start, evaluation and saving)",
 }
 """What is said of a line of the summary."""
-_NOT_REPEATED = ("resume", "quiet", "as_json", "dry_run")
+_NOT_REPEATED = ("resume", "verbose", "quiet", "as_json", "dry_run")
 """Options that the command to resume a run does not need."""
 
 
@@ -167,7 +169,15 @@ _NOT_REPEATED = ("resume", "quiet", "as_json", "dry_run")
     help="Only try the task, the directory and the start of shards and workers, and print the "
     "plan.",
 )
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option(
+    "--verbose",
+    type=click.Choice(["auto", "0", "1", "2"]),
+    default="auto",
+    show_default=True,
+    help="What is shown, as in Keras: 0 nothing, 1 a live panel, or a line every few seconds where "
+    "there is no terminal, 2 a line for each evaluation; auto means 1.",
+)
+@click.option("--quiet", is_flag=True, help="As --verbose 0.")
 @JSON
 @click.pass_context
 def train(context: click.Context, /, task: str, **options: Any) -> None:
@@ -220,7 +230,7 @@ def train(context: click.Context, /, task: str, **options: Any) -> None:
                 optimizer=optimizer,
                 backend=backend,
                 callbacks=[reached, RunFile(context, _SECTIONS), *_dashboard(options["dashboard"])],
-                verbose=not options["quiet"],
+                verbose=_verbosity(options),
                 **{name: options[name] for name in _PASSED_TO_FIT},
                 **(
                     {}
@@ -251,6 +261,11 @@ def plot(run: str, *, output: str | None) -> None:
         click.echo(plot_loss(directory / "metrics.csv", picture))
 
 
+def _verbosity(options: Mapping[str, Any]) -> Verbose:
+    asked: str = "0" if options["quiet"] else options["verbose"]
+    return "auto" if asked == "auto" else int(asked)
+
+
 def _dashboard(asked: str | None) -> list[Callback]:
     """Return what serves the page on the run, if that is asked for."""
     if asked is None:
@@ -267,11 +282,16 @@ def _tried(
     """Return the plan of a run and what is wrong with it."""
     topology = ("num_workers", "num_shards", "replicas")
     config = optimizer.get_config() | {name: options[name] for name in topology}
+    plan = Plan(
+        **{name: options[name] for name in ("steps", "save_every", "evaluate_every", "accumulate")},
+        keep=RetentionPolicy(last=options["keep"], every=None, every_s=None),
+    )
     return preflight(
         load_task(task),
         Settings.of(**(config | {"backend": backend})),
+        plan,
         is_given=True,
-        **{name: options[name] for name in ("steps", "seed", "checkpoint_dir", "keep", "resume")},
+        **{name: options[name] for name in ("seed", "checkpoint_dir", "resume")},
     )
 
 

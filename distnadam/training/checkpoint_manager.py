@@ -45,6 +45,13 @@ class Plan:
         ]
         return min([self.steps, *due])
 
+    @property
+    def most_checkpoints(self) -> int:
+        """How many there are at one time at most: the last are kept while one more is written."""
+        saved = -(-self.steps // (self.save_every or self.steps))
+        kept = self.steps // self.keep.every if self.keep.every else 0
+        return min(saved, self.keep.last + 1 + kept)
+
     def due(self, every: int | None, step: int) -> bool:
         """Whether what is due every `every` steps, and at the end, is due after this step."""
         return step == self.steps or (every is not None and step % every == 0)

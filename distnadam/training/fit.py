@@ -1,8 +1,7 @@
 """`fit`: checks its arguments, chooses directories, takes their locks, and runs a `TrainingRun`."""
 
-import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,8 @@ from distnadam.training.run_directory import claim_run_directory, directory_besi
 from distnadam.training.run_handle import RunHandle
 from distnadam.training.run_record import NAME, RunRecord
 from distnadam.training.task import Task, task_name
+from distnadam.training.task_checks import check_methods
+from distnadam.training.task_errors import task_errors
 from distnadam.training.task_state import TaskState
 from distnadam.training.termination import GRACE_S, Termination
 
@@ -100,7 +101,8 @@ def fit(
 
     Raises:
         ConfigError: an argument has a value that it cannot have, or that the run to resume cannot
-            take over; or the task cannot be copied.
+            take over; or the task cannot be copied, needs a module that is not installed, or gives
+            other batches or gradients for the same arguments (see `Task`).
         TrainingError: the task's code raised, or a worker's process died, and three recoveries in a
             row of one rank, or of the run, brought no new step; the message names the rank and the
             step. Or a callback raised, which the message names; a checkpoint was saved.
@@ -166,16 +168,17 @@ def fit(
     seed = check_count("seed", seed, least=0)
     check_verbose(verbose)
     label = task_name(task)
-    _check_methods(task, label, plan.accumulate, scaled=settings.config.loss_scale is not None)
+    check_methods(task, label, plan.accumulate, scaled=settings.config.loss_scale is not None)
     if checkpoint_dir is None and resume == "must":
         raise ConfigError('resume="must" needs checkpoint_dir: a new run has no checkpoint')
     given = None if checkpoint_dir is None else open_directory(checkpoint_dir, "checkpoint_dir")
-    params = task.init(seed)
+    with task_errors("init"):
+        params = task.init(seed)
     layout = Layout.of(params)
     as_begun, state = copied(task, f"task {label!r}"), TaskState(task)
     if given is None or isinstance(given, LocalDirectory):
-        where_to = Path.cwd() if given is None else given.path
-        check_disk(where_to, layout.array_bytes * len(settings.config.state_arrays))
+        checkpoint_bytes = layout.array_bytes * len(settings.config.state_arrays)
+        check_disk(given or LocalDirectory(Path.cwd()), plan, checkpoint_bytes)
     # all has been checked that can be: from here on there are directories
     checkpoints = given or open_directory(claim_run_directory(label))
     # beside checkpoints at a URL, metrics and plot still need a local directory
@@ -280,38 +283,6 @@ def _configuration(settings: Settings, plan: Plan, **others: Any) -> dict[str, A
         **others,
         **config,
     }
-
-
-def _check_methods(task: Task, label: str, accumulate: int, *, scaled: bool) -> None:
-    """Raise ConfigError unless a task's methods take what they are given beside the usual."""
-    if accumulate > 1:
-        takes = "each micro-batch's number, as in batch(step, rank, world_size, micro_batch=0)"
-        asked = f"accumulate={accumulate}"
-        _check_takes(label, task.batch, (0, 0, 1), "micro_batch", asked, takes)
-    if scaled:
-        takes = "the scale, as in loss_and_gradients(params, batch, loss_scale=1.0)"
-        _check_takes(label, task.loss_and_gradients, (0, 0), "loss_scale", "loss_scale", takes)
-
-
-def _check_takes(
-    label: str,
-    method: Callable[..., Any],
-    given: tuple[Any, ...],
-    name: str,
-    asked: str,
-    takes: str,
-) -> None:
-    """Raise ConfigError unless a task's method takes an argument that `asked` needs, by name."""
-    try:
-        signature = inspect.signature(method)
-    except (TypeError, ValueError):  # of what is not written in Python; its call will tell
-        return
-    try:
-        signature.bind(*given, **{name: 0})
-    except TypeError as error:
-        raise ConfigError(
-            f"{asked}: task {label!r} must take {takes}; it has {method.__name__}{signature}"
-        ) from error
 
 
 def _is_built(optimizer: DistNadam) -> bool:

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,20 +20,23 @@ import numpy as np
 
 from distnadam.backends.base import WorkerGroup
 from distnadam.backends.factory import resolve
+from distnadam.checkpoint import store
 from distnadam.checkpoint.storage.local import LocalDirectory
 from distnadam.checkpoint.storage.resolve import open_directory
 from distnadam.config import Options, Settings
 from distnadam.copies import copied
-from distnadam.errors import CheckpointError, ClusterError, DistNadamError, StructureError
+from distnadam.errors import CheckpointError, ClusterError, DistNadamError
 from distnadam.optimizer import DistNadam
 from distnadam.places import place
 from distnadam.tensors.layout import Layout
-from distnadam.tensors.leaves import as_numpy
+from distnadam.training.checkpoint_manager import Plan
 from distnadam.training.rank_loop import make_rank_loop, samples_in
 from distnadam.training.resuming import Request, find_checkpoint
 from distnadam.training.steps import in_words
 from distnadam.training.task import Task, task_name
+from distnadam.training.task_checks import check_methods, is_deterministic, repeated
 from distnadam.training.task_code import TaskCode
+from distnadam.training.task_errors import task_errors
 from distnadam.training.task_state import TaskState
 
 _START_S = 60.0
@@ -63,11 +66,10 @@ class Preflight:
 def preflight(
     task: Task,
     settings: Settings,
+    plan: Plan,
     *,
-    steps: int,
     seed: int,
     checkpoint_dir: str | Path | None,
-    keep: int,
     resume: str,
     is_given: bool,
 ) -> Preflight:
@@ -76,7 +78,8 @@ def preflight(
     Args:
         task: as `fit` takes it.
         settings: of the optimizer, with its topology.
-        steps, seed, checkpoint_dir, keep, resume: as `fit` takes them.
+        plan: steps, and what is saved.
+        seed, checkpoint_dir, resume: as `fit` takes them.
         is_given: whether hyper-parameters are asked for, see `Request`.
     """
     found = Preflight()
@@ -84,7 +87,9 @@ def preflight(
     params: Any = None
     layout: Layout | None = None
     with found.trying("init"):
-        params = task.init(seed)
+        check_methods(task, label, plan.accumulate, scaled=settings.config.loss_scale is not None)
+        with task_errors("init"):
+            params = task.init(seed)
         layout = Layout.of(params)
     if layout is None:
         return found
@@ -92,10 +97,10 @@ def preflight(
     found.plan += [
         ("task", label),
         ("parameters", f"{layout.num_elements:,} in {len(layout.tensors)} tensors, {_size(size)}"),
-        ("steps", f"{steps:,}"),
+        ("steps", f"{plan.steps:,}"),
     ]
     with found.trying("the task"):
-        _try_task(found, task, params, layout, topology.num_workers)
+        _try_task(found, task, params, layout, settings, plan)
     checkpoint_bytes = size * len(settings.config.state_arrays)
     request = Request(
         label=label,
@@ -105,9 +110,10 @@ def preflight(
         state=TaskState(task),
         is_given=is_given,
         resume=resume,
+        accumulate=plan.accumulate,
     )
     with found.trying("checkpoint_dir"):
-        _try_directory(found, request, checkpoint_dir, keep * checkpoint_bytes)
+        _try_directory(found, request, checkpoint_dir, plan, checkpoint_bytes)
     backend = resolve(topology.backend, several=topology.several)
     where = "this process" if backend == "local" else os.environ.get("RAY_ADDRESS") or "a new Ray"
     shard_bytes = size * (1 + len(settings.config.state_arrays)) / topology.num_shards
@@ -116,7 +122,7 @@ def preflight(
         ("shards", f"{topology.num_shards} of {_size(shard_bytes)}"),
         ("standbys", str(topology.num_shards * topology.replicas)),
         ("workers", str(topology.num_workers)),
-        ("checkpoint", f"{_size(checkpoint_bytes)}, the last {keep} are kept"),
+        ("checkpoint", f"{_size(checkpoint_bytes)}, the last {plan.keep.last} are kept"),
     ]
     if not found.problems:
         with found.trying("starting"):
@@ -124,54 +130,39 @@ def preflight(
     return found
 
 
-def _try_task(found: Preflight, task: Task, params: Any, layout: Layout, world_size: int) -> None:
-    first, second = (copied(task, f"task {task_name(task)!r}") for _ in range(2))
-    batches = [each.batch(0, 0, world_size) for each in (first, first, second)]
-    if not all(_same(batches[0], other) for other in batches[1:]):
-        found.problems.append(
-            "batch(0, 0, world_size) gives another batch when it is asked again: a rank that is "
-            "started again would train on other data; draw it from "
-            "numpy.random.default_rng([seed, step, rank, world_size])"
-        )
-        return
-    results = [each.loss_and_gradients(params, batches[0]) for each in (first, second)]
-    (loss, gradients), (other_loss, other_gradients) = results
+def _try_task(
+    found: Preflight, task: Task, params: Any, layout: Layout, settings: Settings, plan: Plan
+) -> None:
+    mine, world_size = copied(task, f"task {task_name(task)!r}"), settings.topology.num_workers
+    which = {"micro_batch": 0} if plan.accumulate > 1 else {}
+    scale = {"loss_scale": 1.0} if settings.config.loss_scale is not None else {}
+    batch_of: Callable[..., Any] = partial(mine.batch, 0, 0, world_size, **which)
+    compute: Callable[..., Any] = mine.loss_and_gradients
+    with task_errors("step 0"):
+        if is_deterministic(task):
+            batch, loss, gradients = repeated(
+                mine, "step 0", batch_of, lambda batch: compute(params, batch, **scale)
+            )
+        else:
+            batch = batch_of()
+            loss, gradients = compute(params, batch, **scale)
     layout.flat(gradients, what="the gradients")
     if not np.isfinite(float(loss)):
         found.problems.append(f"the loss of the first batch is {float(loss)}: look at the data")
-    elif float(loss) != float(other_loss) or not _same(gradients, other_gradients):
-        found.problems.append(
-            "loss_and_gradients gives other gradients for the same parameters and batch: a run "
-            "that recovers would end with other bits; seed what it draws (dropout) by the batch"
-        )
-    if samples := samples_in(batches[0]):
+    if samples := samples_in(batch) * plan.accumulate:
         found.plan.append(("batch", f"{samples} samples a rank, {samples * world_size} a step"))
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two trees hold the same bits; what is neither tree nor array is compared by ==."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if hasattr(a, "__array__"):
-        try:
-            return as_numpy(a).tobytes() == as_numpy(b).tobytes()
-        except (StructureError, AttributeError):
-            return False
-    try:
-        compares: Any = type(a).__eq__
-        return bool(a == b) or compares is object.__eq__  # which says nothing of its content
-    except Exception:
-        return True
-
-
 def _try_directory(
-    found: Preflight, request: Request, checkpoint_dir: str | Path | None, needed: int
+    found: Preflight,
+    request: Request,
+    checkpoint_dir: str | Path | None,
+    plan: Plan,
+    checkpoint_bytes: int,
 ) -> None:
     directory = open_directory(checkpoint_dir or place("runs", "the run's directory"))
     if isinstance(directory, LocalDirectory):
-        check_disk(directory.path, needed)
+        check_disk(directory, plan, checkpoint_bytes)
     if checkpoint_dir is None:
         found.plan.append(("directory", f"runs/{request.label}-TIME, a new one"))
         return
@@ -180,9 +171,11 @@ def _try_directory(
     found.plan.append(("begins at", "step 0" if checkpoint is None else f"{checkpoint[0]}"))
 
 
-def check_disk(path: Path, needed: int) -> None:
-    """Raise CheckpointError unless a directory can be made, written, and has so many bytes free."""
-    there = path
+def check_disk(directory: LocalDirectory, plan: Plan, checkpoint_bytes: int) -> None:
+    """Raise CheckpointError unless a directory can be made, written, and has room for what a run
+    will save there beside what it has saved.
+    """
+    there = directory.path
     while not there.exists():
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -190,11 +183,14 @@ def check_disk(path: Path, needed: int) -> None:
         raise CheckpointError(
             f"{there}: cannot be made or written: {why}; give another checkpoint_dir"
         )
-    free = shutil.disk_usage(there).free
+    saved = len(store.step_directories(directory)) if there == directory.path else 0
+    more = max(1, plan.most_checkpoints - saved)
+    free, needed = shutil.disk_usage(there).free, more * checkpoint_bytes
     if free < needed:
+        what = "the checkpoint" if more == 1 else f"{more} checkpoints, which are kept at a time,"
         raise CheckpointError(
-            f"{there}: {_size(free)} are free, and the checkpoints that are kept take "
-            f"{_size(needed)}: free some, keep fewer, or give another checkpoint_dir"
+            f"{there}: {_size(free)} are free, and {what} will take {_size(needed)}: free some, "
+            "keep fewer, or give another checkpoint_dir"
         )
 
 

@@ -3,9 +3,9 @@
 It runs in a thread or in a Ray actor and does not know which.
 """
 
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -20,7 +20,9 @@ from distnadam.errors import (
 from distnadam.optimizer import DistNadam
 from distnadam.training.steps import RankStep
 from distnadam.training.task import Task
+from distnadam.training.task_checks import is_deterministic, repeated
 from distnadam.training.task_code import TaskCode
+from distnadam.training.task_errors import error_of_task, task_errors
 from distnadam.training.task_state import StatefulTask, state_of
 from distnadam.worker import Worker
 
@@ -46,6 +48,7 @@ class RankLoop:
         self._accumulate = accumulate
         self._seen: dict[int, RankStep] = {}
         self._samples = 0  # in a step's batches, as the first one shows
+        self._is_unchecked = worker.rank == 0 and is_deterministic(task)
 
     def run(self, end: int) -> dict[int, RankStep]:
         """Train from the shards' present round to round `end` and return what each step was.
@@ -114,6 +117,8 @@ class RankLoop:
     def _loss_and_gradients(self, step: int, params: Any, **which: int) -> tuple[float, Any]:
         batch_of: Callable[..., Any] = self._task.batch
         try:  # not by `task_errors`, which costs as much as a small step's rest
+            if self._is_unchecked:
+                return self._repeated(step, params, **which)
             batch = batch_of(step, self._worker.rank, self._world_size, **which)
             self._state_round = step + 1  # from here on, whatever becomes of the step
             if not self._samples:
@@ -127,7 +132,26 @@ class RankLoop:
         except DistNadamError:
             raise
         except Exception as error:
-            raise _of_the_task(self._where(step, **which), error) from error
+            raise error_of_task(self._where(step, **which), error) from error
+
+    def _repeated(self, step: int, params: Any, **which: int) -> tuple[float, Any]:
+        """Do a step twice, and raise ConfigError unless it is the same."""
+        scale = self._worker.session.loss_scale
+        scaled = {"loss_scale": scale} if scale else {}
+        compute: Callable[..., tuple[float, Any]] = self._task.loss_and_gradients
+
+        def batch_of() -> Any:
+            batch = self._task.batch(step, self._worker.rank, self._world_size, **which)
+            self._state_round = step + 1
+            return batch
+
+        where = self._where(step, **which)
+        batch, loss, gradients = repeated(
+            self._task, where, batch_of, lambda batch: compute(params, batch, **scaled)
+        )
+        self._is_unchecked = False
+        self._samples = samples_in(batch) * self._accumulate
+        return float(loss), gradients
 
     def _where(self, step: int, micro_batch: int | None = None) -> str:
         """Return the place of an error."""
@@ -172,24 +196,3 @@ def samples_in(batch: Any) -> int:
         batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
     shape = getattr(batch, "shape", None)
     return int(shape[0]) if isinstance(shape, tuple) and shape else 0
-
-
-@contextmanager
-def task_errors(location: str) -> Iterator[None]:
-    """Raise what the task's code raises as a TrainingError that begins with `location`.
-
-    Errors of this package pass unchanged.
-    """
-    try:
-        yield
-    except DistNadamError:
-        raise
-    except Exception as error:
-        raise _of_the_task(location, error) from error
-
-
-def _of_the_task(location: str, error: Exception) -> TrainingError:
-    wrapped = TrainingError(f"{location}: the task raised {type(error).__name__}: {error}")
-    # a note, as the cause is lost on the way from another process
-    wrapped.add_note(traceback.format_exc())
-    return wrapped

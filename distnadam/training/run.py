@@ -33,7 +33,7 @@ from distnadam.training.checkpoint_manager import CheckpointManager, Plan
 from distnadam.training.history import History
 from distnadam.training.metrics_file import evaluation_at
 from distnadam.training.plot import plot_loss
-from distnadam.training.rank_loop import make_rank_loop, task_errors
+from distnadam.training.rank_loop import make_rank_loop
 from distnadam.training.rank_runner import RankRunner, RetryBudget
 from distnadam.training.resuming import (
     Found,
@@ -43,10 +43,10 @@ from distnadam.training.resuming import (
     settings_of_resumed,
     with_what_is_saved,
 )
-from distnadam.training.step_reports import SeenSteps, incomplete, report_steps
-from distnadam.training.steps import in_words
+from distnadam.training.step_reports import SeenSteps, report_incomplete, report_steps
 from distnadam.training.task import Task
 from distnadam.training.task_code import TaskCode
+from distnadam.training.task_errors import task_errors
 from distnadam.training.termination import STATUS, Termination
 from distnadam.training.watch import Watch
 
@@ -260,7 +260,8 @@ class TrainingRun:
                 self.callbacks, self.history, seen, range(step, end), seconds, watch.apply_s
             )
             if self._retries.total > recoveries:
-                self._report_missing(seen, range(step, end))
+                num_workers = self.request.settings.topology.num_workers
+                report_incomplete(self.callbacks, seen, range(step, end), num_workers)
             length = max(1, min(2 * length, int(SEGMENT_S * (end - step) / seconds)))
             step = self._reached = end
             due: list[Callable[[int], None]] = []
@@ -325,15 +326,6 @@ class TrainingRun:
                 "saving)"
             )
             return ranks.finish()
-
-    def _report_missing(self, seen: SeenSteps, steps: range) -> None:
-        """Say which losses are not the mean over all ranks, after a recovery."""
-        missing = incomplete(seen, steps, self.request.settings.topology.num_workers)
-        if missing:
-            self.callbacks.on_message(
-                f"steps {in_words(missing)}: the loss is the mean over the ranks that metrics.csv "
-                "names: a process died before it could report its own"
-            )
 
     def _take_state(self, ranks: RankRunner, step: int) -> None:
         state = ranks.state()

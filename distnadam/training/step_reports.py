@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from distnadam.training.callbacks import CallbackList
 from distnadam.training.history import History
-from distnadam.training.steps import RankStep, StepRecord
+from distnadam.training.steps import RankStep, StepRecord, in_words
 
 SeenSteps = Mapping[int, Mapping[int, RankStep]]
 """What each rank saw of each step: by step, from 0, then by rank."""
@@ -32,6 +32,11 @@ def report_steps(
     callbacks.report([StepRecord.of(step + 1, seen.get(step, {}), apply_s) for step in steps])
 
 
-def incomplete(seen: SeenSteps, steps: range, num_ranks: int) -> list[int]:
-    """Return the steps, counted from 1, that not every rank has reported."""
-    return [step + 1 for step in steps if len(seen.get(step, {})) < num_ranks]
+def report_incomplete(callbacks: Callback, seen: SeenSteps, steps: range, num_ranks: int) -> None:
+    """Say of which steps the loss is not the mean over all ranks, after a recovery."""
+    missing = [step + 1 for step in steps if len(seen.get(step, {})) < num_ranks]
+    if missing:
+        callbacks.on_message(
+            f"steps {in_words(missing)}: the loss is the mean over the ranks that metrics.csv "
+            "names: a process died before it could report its own"
+        )

@@ -17,6 +17,10 @@ class Task(Protocol):
     module, and of what that imports from its own directory, goes to the workers too, as it was when
     the run began; installed packages and data files must be on their hosts.
 
+    Equal arguments must give equal results, to the bit, or a run that recovers ends with other
+    ones. Rank 0 looks at its first step whether they do, by doing it twice, and ends the run if
+    not; a task that has ``deterministic = False`` is not looked at.
+
     A task whose training changes more than the parameters, as BatchNorm's averages, has two methods
     more:
 

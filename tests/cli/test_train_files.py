@@ -47,6 +47,14 @@ class Misshapen(Line):
     def loss_and_gradients(self, params, batch):
         return 0.5, {"v": batch}
 
+class Needing(Line):
+    def init(self, seed):
+        import nobody_has_this
+
+class Unmade(Line):
+    def __init__(self):
+        raise ValueError("not yet")
+
 class Broken(Line):
     def batch(self, step, rank, world_size):
         return self.data[step]
@@ -126,10 +134,11 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing_behind(runner: Any, tmp_pa
     ("task", "said"),
     [
         ("Restless", "gives another batch when it is asked again"),
-        ("Dropping", "gives other gradients for the same parameters and batch"),
+        ("Dropping", r"gives something else for the same parameters and batch \(in gradients/w\)"),
         ("Locked", "cannot be copied|cannot pickle"),
         ("Misshapen", "the gradients"),
-        ("Broken", r"raised AttributeError: .* \(mine.py, line 36\)"),
+        ("Needing", "init: the task needs the module 'nobody_has_this', .* on every host"),
+        ("Broken", r"raised AttributeError: .* \(mine.py, line \d+\)"),
     ],
 )
 def test_a_dry_run_finds_what_is_wrong_with_a_task(task: str, said: str, runner: Any) -> None:
@@ -137,6 +146,34 @@ def test_a_dry_run_finds_what_is_wrong_with_a_task(task: str, said: str, runner:
     assert result.exit_code == 1, result.output
     (problem,) = [line for line in result.output.splitlines() if line.startswith("problem: ")]
     assert re.search(said, problem), problem
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_what_a_tasks_file_needs_and_nobody_has_is_one_sentence(
+    how: list[str], runner: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "needy.py").write_text("import nobody_has_this.part\n")
+    for task, said in [
+        ("needy.py:Task", "needy.py: needs the module 'nobody_has_this', which .* on every host"),
+        ("mine.py:Needing", "init: the task needs the module 'nobody_has_this', which .* every"),
+        ("mine.py:Unmade", r"mine.py:Unmade: the task raised ValueError: not yet \(mine.py, line"),
+    ]:
+        result = call(runner, "train", task, "--local", *how)
+        assert result.exit_code == 1
+        assert re.search(f"(distnadam|problem): {said}", result.output), result.output
+        assert result.output.count("nobody_has_this") <= 1
+
+
+def test_a_verbosity_is_keras_s(runner: Any) -> None:
+    how = ["train", "mine.py:Line", "--local", "--steps", "4", "--evaluate-every", "2"]
+    lines = {
+        each: call(runner, *how, "--verbose", each).stderr.splitlines() for each in ("0", "1", "2")
+    }
+    assert lines["0"] == []
+    assert any("left" in line or "loss" in line for line in lines["1"])
+    assert [line.split("  ")[0] for line in lines["2"]] == ["step 2/4", "step 4/4"]
+    assert call(runner, *how, "--quiet").stderr == ""
+    assert call(runner, *how, "--verbose", "3").exit_code == 2
 
 
 def test_a_dry_run_finds_a_full_disk_and_a_directory_that_is_none(
@@ -148,9 +185,17 @@ def test_a_dry_run_finds_a_full_disk_and_a_directory_that_is_none(
     assert "file: cannot be made or written: it is no directory" in result.output
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    result = call(runner, *args, "run")
+    often = ["--save-every", "10"]
+    result = call(runner, *args, "run", *often)
     assert result.exit_code == 1
-    assert "100 B are free, and the checkpoints that are kept take 144 B" in result.output
+    assert (
+        "100 B are free, and 4 checkpoints, which are kept at a time, will take 192 B"
+        in result.output
+    )
+    begun = call(runner, *[each for each in args if each != "--dry-run"], "run", *often)
+    assert begun.exit_code == 1
+    assert result.output.partition("problem: ")[2] in begun.output, "train says the same"
+    assert call(runner, *args, "run").exit_code == 0, "one checkpoint fits"
 
 
 @pytest.mark.slow

@@ -52,6 +52,8 @@ class Quadratic:
 class Remembering(Quadratic):
     """Keeps what it has seen in arrays and lists on itself, and trains on that."""
 
+    deterministic = False
+
     def init(self, seed: int) -> Any:
         self.mean = np.zeros(3000, np.float32)
         self.seen: list[float] = []

@@ -9,6 +9,7 @@ import pytest
 from distnadam import DistNadam, Options
 from distnadam.config import Settings
 from distnadam.errors import CheckpointError
+from distnadam.training.checkpoint_manager import Plan, RetentionPolicy
 from distnadam.training.preflight import Preflight, preflight
 from tests.training.test_fit import Quadratic, train
 
@@ -17,10 +18,14 @@ def tried(directory: Path, **settings: Any) -> Preflight:
     return preflight(
         Quadratic(),
         Settings.of(**DistNadam(num_workers=2, num_shards=2, **settings).get_config()),
-        steps=10,
+        Plan(
+            steps=10,
+            save_every=None,
+            evaluate_every=None,
+            keep=RetentionPolicy(last=3, every=None, every_s=None),
+        ),
         seed=0,
         checkpoint_dir=directory,
-        keep=3,
         resume="auto",
         is_given=False,
     )

@@ -205,6 +205,7 @@ def start_failure(rank: int, error: RayError) -> ClusterError | None:
     ours = (VersionMismatch if remedy else ClusterError)(
         f"worker {rank}{host}: what it needs cannot be loaded there: {cause}{remedy}"
     )
-    ours.add_note(report)
+    if not remedy:
+        ours.add_note(report)
     ours.__cause__ = error
     return ours
