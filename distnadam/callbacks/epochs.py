@@ -67,7 +67,7 @@ class EpochCallback(Callback):
         if not self._began:
             self._began = True
             self.on_train_begin({})
-        if step < steps:
+        if step < steps and self.run.stopped is None:
             self._begin_epoch(step)
 
     @override
@@ -90,7 +90,7 @@ class EpochCallback(Callback):
         logs |= {f"val_{name}": value for name, value in metrics.items()}
         self._logs = logs
         self.on_epoch_end(self._epoch_of(step - 1), dict(logs))
-        if step < self.run.steps:
+        if step < self.run.steps and self.run.stopped is None:
             self._begin_epoch(step)
 
     @override

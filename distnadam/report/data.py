@@ -37,7 +37,7 @@ def read_run(directory: Path, *, verify: bool = True) -> Run:
     metrics_path = directory / "metrics.csv"
     if not metrics_path.is_file():
         raise TrainingError(f"{directory}: holds no run: there is no metrics.csv in it")
-    steps, events = read_steps(metrics_path), read_events(directory / NAME)
+    steps, events = read_steps(metrics_path), _of_this_run(read_events(directory / NAME))
     start = _last(events, "start")
     end = _last(events, "end")
     began = max((i for i, each in enumerate(events) if each["event"] == "start"), default=0)
@@ -62,6 +62,13 @@ def read_run(directory: Path, *, verify: bool = True) -> Run:
         "hosts": _last(events, "hosts"),
         "configuration": _configuration(start),
     }
+
+
+def _of_this_run(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what another run recorded here, before this one began at its start."""
+    anew = [i for i, each in enumerate(events) if each["event"] == "start"]
+    anew = [i for i in anew if events[i].get("resumed_from") is None]
+    return events[anew[-1] :] if anew else events
 
 
 def _of(events: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:

@@ -19,7 +19,8 @@ from distnadam.shield import shield
 from distnadam.training.run_handle import RunHandle
 from distnadam.training.steps import StepRecord
 
-_KEY = "callbacks"
+_KEY, _STOPS = "callbacks", "stops"
+"""What checkpoints have under these names: states, and decisions to stop."""
 
 
 class Callback:
@@ -102,11 +103,13 @@ class CallbackList(Callback):
 
     def __init__(self, callbacks: Sequence[Callback], run: RunHandle | None = None) -> None:
         self._callbacks = list(callbacks)
+        self._knows_run = run is not None
         if run is not None:
             self.run = run
             for callback in callbacks:
                 callback.run = run
         self._named = dict(_named(callbacks))
+        self._names = {id(callback): name for name, callback in self._named.items()}
         self._initial = deepcopy(self._states())
         self.failure: TrainingError | None = None
         self.interrupted = False
@@ -119,10 +122,13 @@ class CallbackList(Callback):
             TrainingError: one does not return its state.
         """
         states = {name: state for name, state in self._states().items() if state}
-        return {_KEY: states} if states else {}
+        stops = {name: why for name, why in self.run.stops.items() if name in self._named}
+        return ({_KEY: states} if states else {}) | ({_STOPS: stops} if stops else {})
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         """Have each take its state in a checkpoint's data; the one at first if there is none.
+
+        One that had decided to stop there has decided so; a decision after it is to be made again.
 
         Raises:
             TrainingError: one does not take what was saved under its name.
@@ -138,6 +144,8 @@ class CallbackList(Callback):
                     f"checkpoint has {state!r} for it: resume with the callbacks that it was saved "
                     "with, or begin anew"
                 ) from error
+        kept = (saved or {}).get(_STOPS, {}).items()
+        self.run.stops = {name: why for name, why in kept if name in self._named}
 
     def _states(self) -> dict[str, dict[str, Any]]:
         return {name: _state_of(name, callback) for name, callback in self._named.items()}
@@ -223,6 +231,8 @@ class CallbackList(Callback):
     def _pass_on(self, event: str, *args: Any) -> None:
         for callback in tuple(self._callbacks):
             try:
+                if self._knows_run:
+                    self.run.calls = self._names[id(callback)]
                 getattr(callback, event)(*args)
             except (RayLost, Rewound, ShardLost, Unrecoverable):  # of the optimizer that it asked
                 raise

@@ -5,7 +5,7 @@ import csv
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -147,6 +147,14 @@ def evaluation_at(path: Path, step: int) -> dict[str, float]:
     if not path.is_file():
         return {}
     return {row[1]: float(row[2]) for row in _rows(path) if int(row[0]) == step and not row[3]}
+
+
+def say_if_anew(path: Path, say: Callable[[str], None]) -> None:
+    """Say it, if a metrics file is of a run that saved nothing, as one begins from its start."""
+    if path.is_file():
+        steps = [int(row[0]) for row in _rows(path)]
+        reached = f"reached step {max(steps)}" if steps else "made no step"
+        say(f"beginning anew: the run before in {path.parent} {reached} and saved no checkpoint")
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -31,7 +31,7 @@ from distnadam.optimizer import DistNadam
 from distnadam.training.callbacks import CallbackList
 from distnadam.training.checkpoint_manager import CheckpointManager, Plan
 from distnadam.training.history import History
-from distnadam.training.metrics_file import evaluation_at
+from distnadam.training.metrics_file import evaluation_at, say_if_anew
 from distnadam.training.plot import plot_loss
 from distnadam.training.rank_loop import make_rank_loop
 from distnadam.training.rank_runner import RankRunner, RetryBudget
@@ -148,9 +148,11 @@ class TrainingRun:
             self.history.resumed_from = (
                 directory.path if isinstance(directory, LocalDirectory) else directory.place
             )
-            if found[1].round >= self.plan.steps:
+            if found[1].round >= self.plan.steps or self.callbacks.run.stopped is not None:
                 self._end_at_once(found)
                 return True
+        elif not self._retries.total:
+            say_if_anew(self.history.metrics_path, self.callbacks.on_message)
         try:
             with self._make_optimizer(found) as optimizer:
                 self._follow(optimizer)
@@ -165,19 +167,21 @@ class TrainingRun:
         return True
 
     def _end_at_once(self, found: Found) -> None:
-        """Report that all steps are done already; evaluate here if that was not done."""
+        """Report that all is done already; evaluate here if that was not done."""
         directory, manifest = found
-        step = manifest.round
-        self.callbacks.on_message(f"nothing to do: {step} of {self.plan.steps} steps are done")
+        step, stopped = manifest.round, self.callbacks.run.stopped
+        why = "" if stopped is None else f": {stopped} (without that callback it goes on)"
+        self.callbacks.on_message(f"nothing to do: {step} of {self.plan.steps} steps are done{why}")
         metrics = evaluation_at(self.history.metrics_path, step)
-        self.callbacks.on_begin(step, self.plan.steps)
-        if metrics:
-            self.history.evaluations.append((step, metrics))
-            return
-        with DistNadam.restore(
-            directory, num_shards=1, num_workers=1, replicas=0, backend="local", options=Options()
-        ) as optimizer:
-            self.callbacks.on_evaluate(step, self._metrics(optimizer, step))
+        how: dict[str, Any] = {"num_shards": 1, "num_workers": 1, "replicas": 0}
+        with DistNadam.restore(directory, **how, backend="local", options=Options()) as optimizer:
+            self.callbacks.run.follow(optimizer)
+            self.callbacks.on_begin(step, self.plan.steps)
+            if metrics:
+                self.history.evaluations.append((step, metrics))
+            elif stopped is None:
+                self.callbacks.on_evaluate(step, self._metrics(optimizer, step))
+            self.callbacks.run.follow(None)
 
     def _train_with_workers(self, optimizer: DistNadam) -> None:
         """Start the workers, train, and end them again; save first if Ctrl-C stopped the run."""

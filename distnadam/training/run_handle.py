@@ -24,7 +24,8 @@ class RunHandle:
         step: steps done, as far as they were reported.
         num_workers: ranks.
         evaluate_every: steps between evaluations; None: only after the last.
-        stopped: why a callback stopped the run, if one did.
+        calls: which callback gets an event, or got the last, by its name in checkpoints.
+        stops: why a callback stops the run, by its name, the first one first.
     """
 
     directory: Path
@@ -33,7 +34,8 @@ class RunHandle:
     num_workers: int
     evaluate_every: int | None = None
     step: int = 0
-    stopped: str | None = None
+    calls: str | None = None
+    stops: dict[str | None, str] = field(default_factory=dict)
     _optimizer: DistNadam | None = field(default=None, repr=False)
     _before_save: Callable[[], None] = field(default=_nothing, repr=False)
 
@@ -57,8 +59,17 @@ class RunHandle:
         self._before_save = before_save
 
     def stop(self, reason: str) -> None:
-        """End the run after the running steps, with a checkpoint; `fit` returns as at its end."""
-        self.stopped = self.stopped or reason
+        """End the run after the running steps, with a checkpoint; `fit` returns as at its end.
+
+        Checkpoints from then on know of it: a run that resumes from one, with that callback, is
+        over too. Without it, it goes on.
+        """
+        self.stops.setdefault(self.calls, reason)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why a callback stopped the run, if one did."""
+        return next(iter(self.stops.values()), None)
 
     def save(self, path: DirectoryLike) -> str:
         """Save a checkpoint of the present step in a directory of its own; return its place.

@@ -32,7 +32,9 @@ def report_steps(
     callbacks.report([StepRecord.of(step + 1, seen.get(step, {}), apply_s) for step in steps])
 
 
-def report_incomplete(callbacks: Callback, seen: SeenSteps, steps: range, num_ranks: int) -> None:
+def report_incomplete(
+    callbacks: CallbackList, seen: SeenSteps, steps: range, num_ranks: int
+) -> None:
     """Say of which steps the loss is not the mean over all ranks, after a recovery."""
     missing = [step + 1 for step in steps if len(seen.get(step, {})) < num_ranks]
     if missing:

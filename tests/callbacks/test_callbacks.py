@@ -23,6 +23,9 @@ from distnadam.callbacks import (
 )
 from distnadam.errors import ConfigError, TrainingError
 from distnadam.schedules import Constant
+from distnadam.training.callbacks import CallbackList
+from distnadam.training.run_handle import RunHandle
+from distnadam.training.steps import StepRecord
 from tests.training.test_fit import Quadratic, train
 
 
@@ -148,19 +151,25 @@ def decided(root: Path, *, losses: Any) -> list[Any]:
         ]
 
 
-@pytest.mark.parametrize("cut", range(1, 18, 2))
+class Cutter(EpochCallback):
+    """Ends a run after so many steps; not a decision of the run that resumes, which has none."""
+
+    def __init__(self, cut: int) -> None:
+        self.cut = cut
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if batch + 1 >= self.cut:
+            self.run.stop("cut")
+
+
+@pytest.mark.parametrize("cut", range(1, 19))
 def test_a_resumed_run_decides_as_one_that_was_not_interrupted(tmp_path: Path, cut: int) -> None:
     found, stops = [], "stopped: EarlyStopping: val_loss has not improved for 4 epochs"
     for parts in ([VALUES], [VALUES, VALUES]):
         root, consumed = tmp_path / str(len(parts)), 0
         for number, values in enumerate(parts):
             ends = number < len(parts) - 1
-            cutter = LambdaCallback()
-            if ends:
-                cutter.on_train_batch_end = (  # type: ignore[method-assign]
-                    lambda batch, logs, cutter=cutter: batch + 1 >= cut and cutter.run.stop("cut")
-                )
-            callbacks = deciding(root, cutter)
+            callbacks = deciding(root, *([Cutter(cut)] if ends else []))
             history = train(
                 root / "run",
                 2 * len(values),
@@ -173,6 +182,40 @@ def test_a_resumed_run_decides_as_one_that_was_not_interrupted(tmp_path: Path, c
             consumed += len(history.evaluations)
         found.append(decided(root, losses=callbacks[1]))
     assert found[0] == found[1]
+
+
+def test_a_decision_to_stop_is_kept_as_long_as_its_callback_is_there(tmp_path: Path) -> None:
+    def at_five() -> LambdaCallback:
+        stop = LambdaCallback()
+        stop.on_train_batch_end = (  # type: ignore[method-assign]
+            lambda batch, logs: batch == 4 and stop.run.stop("enough")
+        )
+        return stop
+
+    first = train(tmp_path, 10, save_every=5, callbacks=[at_five()])
+    said = Seen()
+    again = train(tmp_path, 10, save_every=5, callbacks=[said, at_five()])
+    assert first.outcome == again.outcome == "stopped: enough"
+    assert again.steps == []
+    assert said.events == [("train_begin",), ("train_end", [])], "no epoch begins"
+    without = train(tmp_path, 10, save_every=5)
+    assert (without.outcome, without.steps[0]) == ("finished", first.steps[-1] + 1)
+
+
+def test_a_decision_after_the_checkpoint_that_a_run_goes_back_to_is_made_again() -> None:
+    handle = RunHandle(directory=Path(), task="t", steps=9, num_workers=1)
+    stop = LambdaCallback(on_train_batch_end=lambda batch, logs: handle.stop("enough"))
+    both = CallbackList([stop, EarlyStopping(patience=1)], handle)
+    both.begin(None)
+    both.on_record(StepRecord(1, 0.5, 0.1, (0,)))
+    assert both.ends_run
+    saved = both.data
+    both.begin(None)
+    assert not both.ends_run
+    both.begin(saved)
+    assert handle.stopped == "enough"
+    CallbackList([EarlyStopping()], handle).begin(saved)
+    assert handle.stopped is None
 
 
 def test_a_state_that_a_callback_does_not_take_is_refused_by_its_name(tmp_path: Path) -> None:

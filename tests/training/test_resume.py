@@ -1,6 +1,7 @@
 """Resuming a run: with nothing to do, and after a Ctrl-C that skipped an evaluation."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from distnadam.errors import CheckpointError
+from distnadam.errors import CheckpointError, TrainingError
+from distnadam.report.data import read_run
 from tests.test_exports import BLOCKER
 from tests.training.test_fit import Quadratic, train
 from tests.training.test_settings import Listener
@@ -104,3 +106,17 @@ def test_an_evaluation_that_was_made_is_not_made_again(tmp_path: Path) -> None:
     history = train(tmp_path, 6, evaluate_every=2, callbacks=[listener])
     assert [step for step, _ in history.evaluations] == [6]
     assert [step for step, _ in train(tmp_path, 6, evaluate_every=2).evaluations] == [6]
+
+
+def test_a_run_that_begins_anew_over_one_that_saved_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError):
+        train(tmp_path, 20, Quadratic(fails_at=(0, 7)))
+    heard = Listener()
+    train(tmp_path, 20, callbacks=[heard])
+    (line,) = [text for text in heard.messages if "beginning anew" in text]
+    assert re.search(rf"the run before in {tmp_path} reached step [67] and saved no", line)
+    found = read_run(tmp_path)
+    assert found["recoveries"] == [], "those of the other run are not this one's"
+    heard = Listener()
+    train(tmp_path, 22, callbacks=[heard])
+    assert not any("beginning anew" in text for text in heard.messages)
