@@ -118,7 +118,7 @@ class GradientBuffer:
                 if run.last == run.first + 1 or self.has_views:  # of which the leaves may be
                     for index in range(run.first, run.last):
                         if leaves[index] is not self._views[index]:
-                            np.copyto(self._views[index], leaves[index], casting="same_kind")
+                            np.copyto(self._views[index], leaves[index], casting="unsafe")
                 else:
                     concatenate(leaves[run.first : run.last], values)
                 if self.loss_scale or not (self._is_whole and math.isfinite(values.dot(values))):

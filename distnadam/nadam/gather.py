@@ -1,5 +1,5 @@
-"""Many arrays copied into one by one compiled call, which looks at each first: its type, dtype,
-shape and memory.
+"""Many arrays of a tree copied into flat memory by one compiled call, which finds them in it and
+looks at each first: its type, dtype, shape and memory.
 
 It reads the objects themselves, as every extension module does. Where these are not as it knows
 them, or nothing can be compiled, there is no such call, and NumPy does it, to the same bits.
@@ -11,14 +11,14 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distnadam.nadam import gather_abi as abi
 from distnadam.nadam.object_code import cached_code, loaded_code
+from distnadam.nadam.tree_table import TreeTable
 from distnadam.tensors.arrays import Array
 
 log = logging.getLogger("distnadam")
@@ -30,30 +30,71 @@ _loaded: dict[str, Callable[..., int] | None] = {}
 _loading = threading.Lock()
 
 
-def gather(
-    first: int, shapes: Sequence[tuple[int, ...]], target: Array
-) -> Callable[[list[Any]], int] | None:
-    """Return what copies some leaves of a list, one after the other, into the elements of an array;
-    None where nothing can be compiled.
+class Leaves(NamedTuple):
+    """Leaves [first, last) of a tree, and where their elements go, one leaf after the other.
 
-    It returns `gather_abi`'s OTHER where one is no NumPy array of its shape and that array's dtype,
-    contiguous and aligned, and any may have been copied; LARGE where the sum of the squares of all
-    is not finite, else COPIED.
+    Attributes:
+        first: the first one's index.
+        shapes: what each must be of, from that one on.
+        target: 1-D, contiguous, of as many elements, of the leaves' dtype.
+    """
+
+    first: int
+    shapes: Sequence[tuple[int, ...]]
+    target: Array
+
+
+class Gather:
+    """Copies some leaves of trees, where `can_gather` their dtype.
 
     Args:
-        first: the first leaf.
-        shapes: what each must be of, from that one on.
-        target: 1-D, contiguous, of as many elements.
+        table: the trees' containers.
+        leaves: which leaves, all of one dtype.
     """
-    copy = _load_gather(target.dtype.name)
-    if copy is None:
-        return None
-    numbers = [number for shape in shapes for number in (len(shape), *shape)]
-    kept = (ctypes.c_ssize_t * len(numbers))(*numbers), _expected(target.dtype), target
-    shapes_at, expected_at = map(ctypes.addressof, kept[:2])
-    found = partial(copy, first, first + len(shapes), shapes_at, target.ctypes.data, expected_at)
-    found.kept = kept  # type: ignore[attr-defined]  # which it has the addresses of
-    return found
+
+    def __init__(self, table: TreeTable, leaves: Sequence[Leaves]) -> None:
+        dtype = leaves[0].target.dtype
+        copy = _load_gather(dtype.name)
+        assert copy is not None
+        shapes = [
+            np.array([number for shape in each.shapes for number in (len(shape), *shape)], np.int64)
+            for each in leaves
+        ]
+        firsts = [table.slot_of(each.first) for each in leaves]
+        rows = [
+            (first, first + len(each.shapes), sizes.ctypes.data, each.target.ctypes.data)
+            for first, each, sizes in zip(firsts, leaves, shapes, strict=True)
+        ]
+        runs, self._results = np.array(rows, np.int64), np.zeros(len(rows), np.int64)
+        constants = np.array([*_called(), *map(id, (dict, list, str, np.ndarray, dtype))], np.int64)
+        tables = table.slots, table.containers, table.keys, table.places
+        self._kept = tables, runs, constants, shapes, leaves  # which the call has the addresses of
+        slots, containers, keys, places = (each.ctypes.data for each in tables)
+        self._copy = copy
+        self._arguments = (
+            *(slots, containers, len(table.containers), keys, places),
+            *(runs.ctypes.data, len(rows), self._results.ctypes.data, constants.ctypes.data),
+        )
+
+    def copy(self, tree: Any) -> int:
+        """Copy the leaves of a tree; return what `gather_abi` says."""
+        return self._copy(tree, *self._arguments)
+
+    @property
+    def large(self) -> Sequence[int]:
+        """Which of the leaves that the last call has copied are LARGE together, by their index."""
+        return [*map(int, np.flatnonzero(self._results))]
+
+
+def can_gather(dtype: str) -> bool:
+    """Whether leaves of a dtype can be copied so here."""
+    return _load_gather(dtype) is not None
+
+
+def _called() -> Sequence[int]:
+    """Return the addresses of the interpreter's functions that are called."""
+    functions = ctypes.pythonapi.PyDict_Next, ctypes.pythonapi.PyUnicode_Compare
+    return [ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions]
 
 
 def _load_gather(dtype: str) -> Callable[..., int] | None:
@@ -81,25 +122,22 @@ def _compile(dtype: str) -> bytes:
     return compile_gather(dtype)
 
 
-def _expected(dtype: np.dtype[Any]) -> Any:
-    return (ctypes.c_ssize_t * abi.EXPECTED)(id(np.ndarray), id(dtype))
-
-
 def _are_as_known(dtype: str) -> bool:
     """Whether lists and arrays lie in memory as `gather_abi` says: seen in some."""
     if (
         sys.implementation.name != "cpython"
         or sysconfig.get_config_var("Py_GIL_DISABLED")
         or ctypes.sizeof(ctypes.c_void_p) != 8
-        or list.__basicsize__ < abi.LIST_ITEMS + 8
+        or list.__basicsize__ < abi.ITEMS + 8
         or np.ndarray.__basicsize__ < abi.FLAGS + 4
     ):
         return False
     whole = np.zeros((2, 3, 5), dtype)
     some = [whole, whole[1:, :, 1:], whole[:0], np.zeros((), dtype), whole.T, np.zeros(3, ">f8")]
-    items = _number(some, abi.LIST_ITEMS)
-    return _number(some, abi.LIST_SIZE) == len(some) and all(
-        _number_at(items + 8 * place) == id(array) and _is_as_known(array)
+    as_tuple, items = tuple(some), _number(some, abi.ITEMS)
+    return _number(some, abi.SIZE) == _number(as_tuple, abi.SIZE) == len(some) and all(
+        _number_at(items + 8 * place) == _number(as_tuple, abi.ITEMS + 8 * place) == id(array)
+        and _is_as_known(array)
         for place, array in enumerate(some)
     )
 

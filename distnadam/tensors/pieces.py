@@ -62,7 +62,8 @@ def stretches(begin: int, end: int, most: int, bounds: Iterable[int]) -> list[tu
 
 
 def concatenate(arrays: Sequence[Array], out: Array) -> None:
-    """Write the elements of arrays, of floating-point dtypes, one after the other into a 1-D one.
+    """Write the elements of arrays, of floating-point dtypes that may not be cast to its own where
+    they have none, one after the other into a 1-D one.
 
     Many small ones of its own dtype go as bytes, which takes a third of the time.
     """
@@ -74,4 +75,4 @@ def concatenate(arrays: Sequence[Array], out: Array) -> None:
         else:
             out[:] = np.frombuffer(joined, out.dtype)
             return
-    np.concatenate(arrays, axis=None, out=out, casting="same_kind")
+    np.concatenate(arrays, axis=None, out=out, casting="unsafe")

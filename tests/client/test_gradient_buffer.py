@@ -220,3 +220,14 @@ def test_views_in_the_places_of_other_tensors_are_taken_as_they_were(
     assert filled(a=views["b"], b=views["c"], c=views["a"]) == {"a": 2, "b": 3, "c": 1}
     assert filled(a=own, b=views["a"], c=views["a"][::-1]) == {"a": 7, "b": 1, "c": 1}
     assert filled(a=views["a"], b=views["b"], c=own) == {"a": 1, "b": 2, "c": 7}
+
+
+@pytest.mark.parametrize("first", [(0,), (2,)])
+def test_a_tensor_without_elements_may_come_in_another_half_precision(first: tuple[int]) -> None:
+    model = {"a": np.zeros(first, np.float32), "b": np.zeros(2 - first[0], np.float32)}
+    buffer = GradientBuffer(layout := Layout.of(model), "worker 7", empty_flat(layout.sizes))
+    halves = [np.float16, ml_dtypes.bfloat16] if first[0] else [ml_dtypes.bfloat16, np.float16]
+    tree = {k: np.ones_like(v, half) for (k, v), half in zip(model.items(), halves, strict=True)}
+    assert buffer.fill(tree) is None
+    assert buffer.flat["float32"].dtype == np.float16
+    assert buffer.flat["float32"].tolist() == [1, 1]

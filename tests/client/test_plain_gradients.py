@@ -2,11 +2,16 @@
 where NumPy does it.
 """
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import optree
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.plain_gradients import PlainGradients
@@ -87,7 +92,7 @@ def test_plain_trees_are_copied_by_it(dtype: str, number: int) -> None:
     layout = Layout.of(tree)
     memory = empty_flat(layout.sizes)
     assert PlainGradients(layout, memory).copy({"other": 1}) is None
-    assert PlainGradients(layout, memory).copy(tree) == []
+    assert PlainGradients(layout, memory).copy(tree) == ()
     whole = np.concatenate([array.ravel() for array in tree.values()])
     assert memory[dtype].tobytes() == whole.tobytes()
 
@@ -119,8 +124,8 @@ def test_a_tree_that_is_refused_leaves_what_was_pushed_by_tensor() -> None:
 
 
 ELSEWHERE = {
-    "LIST_SIZE": 0,
-    "LIST_ITEMS": 8,
+    "SIZE": 0,
+    "ITEMS": 8,
     "TYPE": 0,
     "DATA": 40,
     "DIMENSIONS": 0,
@@ -149,3 +154,110 @@ def test_without_a_compiler_or_compiled_code_numpy_copies(monkeypatch: pytest.Mo
     layout = Layout.of(tree)
     assert PlainGradients(layout, empty_flat(layout.sizes)).copy(tree) is None
     assert filled(layout, tree, compiled=True) == filled(layout, tree, compiled=False)
+
+
+CONTAINERS = st.recursive(
+    st.just(None),
+    lambda children: (
+        st.dictionaries(st.sampled_from(["a", "bb", "c", "long name", "é", 7, 1000]), children)
+        | st.lists(children, max_size=4)
+        | st.lists(children, max_size=4).map(tuple)
+    ),
+    max_leaves=16,
+)
+
+
+def fresh(key: Any) -> Any:
+    """Return an equal key that is another object."""
+    return "".join([*key]) if isinstance(key, str) else int(str(key))
+
+
+class OtherDict(dict[Any, Any]):
+    """A subclass, which may be anything."""
+
+
+Items = list[tuple[Any, Any]]
+CHANGES: dict[str, Callable[[Items], Items]] = {
+    "in another order": lambda items: items[1:] + items[:1],
+    "with other keys": lambda items: [(fresh(key), child) for key, child in items],
+    "with less": lambda items: items[1:],
+    "with more": lambda items: [*items, ("more", np.ones(2, np.float32))],
+    "with another key": lambda items: [*items[:-1], *(("more", c) for _, c in items[-1:])],
+}
+KINDS = {dict: OtherDict, list: tuple, tuple: list}
+
+
+def otherwise(tree: Any, data: st.DataObject) -> Any:
+    """Return a tree of containers of its own, some of them not as they were, sometimes."""
+    if not isinstance(tree, (dict, list, tuple)):
+        return tree
+    how = data.draw(st.sampled_from([*CHANGES, "no tree", "of another kind", *[""] * 15]))
+    if how == "no tree":
+        return data.draw(st.sampled_from([None, 1.0, np.ones(3, np.float32), range(2)]))
+    items = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
+    changed = CHANGES.get(how, list)([(key, otherwise(child, data)) for key, child in items])
+    kind: Any = KINDS[type(tree)] if how == "of another kind" else type(tree)
+    return kind(changed if isinstance(tree, dict) else [child for _, child in changed])
+
+
+@given(tree=CONTAINERS, data=st.data())
+def test_whatever_the_containers_are_the_compiled_copy_does_what_numpy_does(
+    tree: Any, data: st.DataObject
+) -> None:
+    spec = optree.tree_structure(tree, none_is_leaf=True)
+    if not spec.num_leaves:
+        return
+    dtypes = st.sampled_from([np.float32, np.float32, np.float64])
+    shapes = st.sampled_from([SHAPES[0], *SHAPES])
+
+    def leaf() -> Any:
+        return np.zeros(data.draw(shapes), data.draw(dtypes))
+
+    model = optree.tree_unflatten(spec, [leaf() for _ in range(spec.num_leaves)])
+    try:
+        layout = Layout.of(model)
+    except StructureError:  # of keys that no checkpoint can hold
+        return
+    buffers = [
+        GradientBuffer(layout, "worker 7", empty_flat(layout.sizes), compiled=compiled)
+        for compiled in (True, False)
+    ]
+    given_before: list[Any] = []
+    numbers = itertools.count(1)
+    for _ in range(data.draw(st.integers(1, 5))):
+        full = optree.tree_map(lambda x: np.full_like(x, next(numbers)), model, none_is_leaf=True)
+        leaves = optree.tree_leaves(full, none_is_leaf=True)
+        if data.draw(st.integers(0, 3)) == 0:
+            place = data.draw(st.integers(0, len(leaves) - 1))
+            leaves[place] = OTHERS[data.draw(st.sampled_from(sorted(OTHERS)))]
+        full = otherwise(
+            optree.tree_unflatten(optree.tree_structure(full, none_is_leaf=True), leaves), data
+        )
+        if given_before and data.draw(st.integers(0, 3)) == 0:
+            full = data.draw(st.sampled_from(given_before))
+        given_before.append(full)
+        found = []
+        for buffer in buffers:
+            try:
+                rejection = buffer.fill(full)
+            except StructureError as error:
+                found.append(str(error))
+            else:
+                memory = {space: values.tobytes() for space, values in buffer.flat.items()}
+                found.append((rejection, memory))
+        assert found[0] == found[1]
+
+
+def test_leaves_are_told_by_their_keys_whoever_made_these_and_in_whatever_order() -> None:
+    names = [f"layer {i}" for i in range(9)]
+    layout = Layout.of({name: np.zeros(3, np.float32) for name in names})
+    memory = empty_flat(layout.sizes)
+    plain = PlainGradients(layout, memory)
+    for number in range(20):
+        order = names[number:] + names[:number] if number % 3 else names
+        tree = {fresh(name): np.full(3, names.index(name), np.float32) for name in order}
+        assert plain.copy(tree) == ()
+        assert memory["float32"].reshape(9, 3)[:, 1].tolist() == [*range(9)]
+        assert plain.copy({**tree, "more": tree[names[3]]}) is None
+        tree["another"] = tree.pop(names[number % 9])
+        assert plain.copy(tree) is None
