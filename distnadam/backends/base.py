@@ -124,11 +124,10 @@ class WorkerChannel(ABC):
         round: int,
         parts: Sequence[Flat],
         settings: RoundSettings,
-    ) -> RoundResult | None:
-        """Send every shard a push that completes an ordinary round, and return that round's end.
-
-        None if some shard did not end the round in this call: the push must be posted then, and
-        counts once. Raises what a shard's step raises.
+    ) -> RoundResult | Pending | None:
+        """Send every shard a push of an ordinary round, and return that round's end if it comes
+        soon, or the awaited answers; or None: the push must be posted then, and counts once.
+        Raises what a shard's step raises, and what an answer does.
         """
         return None
 

@@ -4,7 +4,7 @@ is sent and waited for.
 
 from time import perf_counter
 
-from distnadam.backends.base import Refused
+from distnadam.backends.base import Pending, Refused
 from distnadam.client.gradient_buffer import GradientBuffer
 from distnadam.client.in_flight_push import InFlightPush
 from distnadam.client.worker_session import WorkerSession
@@ -38,7 +38,9 @@ def step_at_once(
             push.parts(session.ranges),
             push.settings,
         )
-        if ended is not None and ended.rewound == session.rewinds.known:
+        if isinstance(ended, Pending):
+            push.pending = ended
+        elif ended is not None and ended.rewound == session.rewinds.known:
             session.stand(ended)
             session.is_readable = True
             session.in_flight = None

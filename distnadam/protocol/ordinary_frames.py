@@ -27,6 +27,8 @@ _PUSH = struct.Struct("<IBQqiqqIB")
 index in `_PUSHED_DTYPES`.
 """
 _PUSH_BODY = struct.Struct("<BQqiqqIB")
+_NUMBER, _NUMBER_AT = struct.Struct("<Q"), HEADER.size + 1
+"""Of every fixed frame but a record's."""
 _OVERRIDING_KIND = 3
 """Of the same record with overrides behind it."""
 _PUSHED_DTYPES = tuple(
@@ -99,6 +101,25 @@ def _unpack_push(frame: bytes, gradients_of: GradientsOf | None) -> tuple[int, P
         gradients=gradients_of(_PUSHED_DTYPES[dtypes]),
         slices=slices,
     )
+
+
+def push_bodies(push: Push) -> Callable[[int, int], bytes]:
+    """Return what makes the frame's body of pushes like an ordinary one without overrides, from the
+    frame's number and the round.
+    """
+    assert push.gradients is not None
+    place, pack = (push.epoch, push.rank, push.incarnation), _PUSH_BODY.pack
+    dtypes = _PUSHED_INDEX[tuple(push.note.dtypes.items())]  # type: ignore[union-attr]
+
+    def body(number: int, round: int) -> bytes:
+        return pack(_PUSH_KIND, number, *place, round, push.slices, dtypes)
+
+    return body
+
+
+def renumbered(frame: bytes, number: int) -> bytes:
+    """Return a fixed frame with another number."""
+    return frame[:_NUMBER_AT] + _NUMBER.pack(number) + frame[_NUMBER_AT + _NUMBER.size :]
 
 
 def _pack_decided(number: int, result: RoundResult) -> bytes | None:

@@ -30,11 +30,14 @@ class Outbox:
         carriers: by type, what carries out an effect that is no work; without one it is dropped.
         compute: does work, and receives what runs the work that follows from it.
         run_work: runs work that another thread sends than queued it.
-        can_send: whether effects may leave now; if not, they wait for the next `flush`.
+        can_send: whether effects may leave now, None if always; if not, they wait for the next
+            `flush`.
 
     Attributes:
         carriers: as given; may be added to.
         lock: held whenever the machine is changed, or read by another thread.
+        put_off: changes the machine by what was put off; None if nothing was. Whoever takes the
+            lock to change the machine, or to read it, calls `settle` first.
     """
 
     def __init__(
@@ -43,10 +46,11 @@ class Outbox:
         compute: Callable[[Work, RunWork], None],
         *,
         run_work: RunWork,
-        can_send: Callable[[], bool] = lambda: True,
+        can_send: Callable[[], bool] | None = None,
     ) -> None:
         self.lock = threading.Lock()
         self.carriers = carriers
+        self.put_off: Callable[[], None] | None = None
         self._compute = compute
         self._run_work = run_work
         self._can_send = can_send
@@ -54,6 +58,12 @@ class Outbox:
         # belongs to the thread that sends
         self._sending: deque[Effect | _QueuedWork] = deque()
         self._is_sending = False
+
+    def settle(self) -> None:
+        """Change the machine by what was put off, under the lock."""
+        if (put_off := self.put_off) is not None:
+            self.put_off = None
+            put_off()
 
     @property
     def is_idle(self) -> bool:
@@ -65,6 +75,12 @@ class Outbox:
         """Whether nothing waits to be sent, and nothing is on its way; asked under the lock."""
         return not (self._queued or self._sending or self._is_sending)
 
+    @property
+    def may_begin(self) -> bool:
+        """Whether nothing waits to be sent, as `is_empty`, and what comes now might leave."""
+        waits = self._queued or self._sending or self._is_sending
+        return not waits and (self._can_send is None or self._can_send())
+
     def enter(
         self, run_work: RunWork, change: Callable[..., bool | None], *arguments: Any
     ) -> bool | None:
@@ -72,10 +88,11 @@ class Outbox:
         the caller must begin that; None, and no change, where effects wait that must leave before.
         """
         with self.lock:
+            self.settle()
             if not self.is_empty:
                 return None
             is_due = change(*arguments)
-            if is_due and not self._can_send():
+            if is_due and not self._may_send():
                 self._queued.append(_QueuedWork(Work.STEP, run_work, threading.get_ident()))
                 return False
             return is_due
@@ -87,6 +104,7 @@ class Outbox:
         leave.
         """
         with self.lock:
+            self.settle()
             return self.queue(run_work, change(*arguments))
 
     def queue(self, run_work: RunWork, effects: list[Effect]) -> bool:
@@ -107,6 +125,9 @@ class Outbox:
         self._queued.extend(effects)
         return is_alone and self._begin()
 
+    def _may_send(self) -> bool:
+        return self._can_send is None or self._can_send()
+
     def flush(self) -> None:
         """Send all effects that may leave now, unless another thread does."""
         with self.lock:
@@ -120,7 +141,7 @@ class Outbox:
             return False
         self._sending.extend(self._queued)
         self._queued.clear()
-        self._is_sending = bool(self._sending) and self._can_send()
+        self._is_sending = bool(self._sending) and self._may_send()
         return self._is_sending
 
     def send(self) -> None:
@@ -128,7 +149,7 @@ class Outbox:
         works: list[tuple[Work, RunWork]] = []  # one at most: the machine asks for one at a time
         try:
             while self._is_sending:
-                while self._sending and self._can_send():
+                while self._sending and self._may_send():
                     effect = self._sending.popleft()
                     if isinstance(effect, _QueuedWork):
                         is_own = effect.thread == threading.get_ident()

@@ -4,7 +4,7 @@ out its effects. It does not know how messages came. No Ray.
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
@@ -13,20 +13,19 @@ from typing import Any, TypeVar
 from distnadam.errors import ConfigError, LifecycleError
 from distnadam.metrics.meter import Meter, shard_samples
 from distnadam.nadam.step_scalars import Clock, prepare
-from distnadam.places import above
 from distnadam.protocol.delivery import Reply, RunWork, run_in_this_thread
 from distnadam.protocol.messages import (
     Collect,
     CompletePush,
     Describe,
     Description,
+    FileMessage,
     Message,
     PartialNorms,
     Push,
     Reserve,
     RoundResult,
     Save,
-    Saved,
     ShardSpec,
     Step,
     Write,
@@ -39,8 +38,11 @@ from distnadam.protocol.supervisor_messages import (
     Retire,
     ShardControlState,
 )
+from distnadam.runtime.answering import attempt, resolves
+from distnadam.runtime.file_messages import FileMessages
 from distnadam.runtime.outbox import Outbox
 from distnadam.runtime.replicator import ConnectStandby, Replicator
+from distnadam.runtime.rounds_ahead import RoundsAhead, rounds_ahead
 from distnadam.runtime.shard_files import ShardFiles
 from distnadam.runtime.shard_kernel import ShardKernel
 from distnadam.shard import ordinary
@@ -49,7 +51,7 @@ from distnadam.shard.machine import Shard
 from distnadam.shard.ordinary_push import enter_push
 from distnadam.shard.phases import AT_REST
 from distnadam.shard.state import ShardState, frozen_in
-from distnadam.tensors.arrays import Flat, memory_for
+from distnadam.tensors.arrays import Flat
 from distnadam.threads import renew_after_fork
 
 _T = TypeVar("_T")
@@ -67,7 +69,7 @@ class ShardHost:
         threads: threads of its kernel.
         run_work: runs heavy work: at once in the calling thread, or in an executor's.
         on_notice: called with what happens to ranks and to the standby.
-        can_send: whether effects may leave now; call `resume` when it turns true.
+        can_send: whether effects may leave now, None if always; call `resume` when it turns true.
 
     Attributes:
         shard: the state machine; changed by messages only, under `lock`.
@@ -85,7 +87,7 @@ class ShardHost:
         threads: int = 1,
         run_work: RunWork = run_in_this_thread,
         on_notice: Callable[[Notice], None] = lambda notice: None,
-        can_send: Callable[[], bool] = lambda: True,
+        can_send: Callable[[], bool] | None = None,
     ) -> None:
         state = ShardState.empty(
             spec.ranges,
@@ -111,6 +113,9 @@ class ShardHost:
             can_send=can_send,
         )
         self.lock = self._outbox.lock
+        self._file_messages = FileMessages(
+            self.shard, self._outbox, self.files, spec.options.checkpoint_dir
+        )
         self._waiting: set[Reply] = set()
         self._is_closed = False
         self._idle_since = perf_counter()
@@ -156,14 +161,7 @@ class ShardHost:
     def send(self, message: Message | Order) -> Future[Any]:
         """Give the shard a message; the future carries its answer or its refusal."""
         future: Future[Any] = Future()
-
-        def reply(answer: Any) -> None:
-            if isinstance(answer, BaseException):
-                future.set_exception(answer)
-            else:
-                future.set_result(answer)
-
-        self.deliver(message, reply)
+        self.deliver(message, resolves(future))
         return future
 
     def deliver(
@@ -200,27 +198,49 @@ class ShardHost:
             if must_send:
                 self._outbox.send()
 
-    def step_at_once(self, message: Push | Step) -> RoundResult | None:
+    def step_at_once(self, first: Push | Step, *others: Push) -> RoundResult | None:
         """Take what an ordinary round still lacks, and step it in this thread, or raise what that
-        raises; None, with nothing changed, if the round is another: then `deliver` is to be called.
+        raises.
+
+        None if the round is another, or its end may not be told now: then `deliver` is to be called
+        with each of the messages, of which none has changed anything or all have been counted.
         """
         shard, outbox = self.shard, self._outbox
         with self.lock:
-            if self._is_closed or not outbox.is_empty or not ordinary.close(shard, message):
+            if outbox.put_off is not None:
+                outbox.settle()
+            if self._is_closed or not outbox.may_begin or not ordinary.close(shard, first, *others):
                 return None
         try:
             clock, lr = self._step()
         except BaseException as error:
             self._fail(Work.STEP, error, self._run_work)
             raise
-        self._idle_since = perf_counter()
         with self.lock:
-            effects = ordinary.end(shard, clock, lr)
+            replicates = self._replicator.stream is not None
+            effects = ordinary.end(shard, clock, lr, replicates=replicates)
             result = shard.progress.result(want_parameters=False)
-            must_send = outbox.queue(self._run_work, effects)
+            must_send = bool(effects) and outbox.queue(self._run_work, effects)
         if must_send:
             outbox.send()
-        return result
+        # else it was retired meanwhile, its lease has ended, or another thread sends the record
+        return result if result.round == first.round and outbox.may_begin else None
+
+    def go_ahead(self, numbers: Sequence[int], pushes: Sequence[Push]) -> RoundsAhead | None:
+        """Return what takes the rounds from the next on, while each is of pushes like these, which
+        made up the last and came in frames of these numbers; None if they must be taken singly.
+        """
+        with self.lock:
+            self._outbox.settle()
+            if (
+                self._is_closed
+                or self._replicator.stream is not None
+                or not self.files.snapshots.copied.is_set()
+            ):
+                return None
+            fail = partial(self._fail, Work.STEP, run_work=self._run_work)
+            after = self._stepped, fail
+            return rounds_ahead(self.shard, self._outbox, self._kernel, numbers, pushes, *after)
 
     def resume(self) -> None:
         """Send the effects that could not leave before."""
@@ -229,6 +249,9 @@ class ShardHost:
     def close(self) -> None:
         """Refuse further messages, and fail all callers that wait."""
         self._is_closed = True
+        if self._outbox.put_off is not None:
+            with self.lock:
+                self._outbox.settle()
         for reply in list(self._waiting):
             self._answer(Answer(reply, self._refusal))
         self._replicator.close()
@@ -254,28 +277,8 @@ class ShardHost:
         """Answer at once, whatever waits in the outbox."""
         self._answer(Answer(reply, self._describe(message)))
 
-    def _reserve(self, _: Reserve, reply: Reply, run_work: RunWork) -> None:
-        run_work(lambda: self._answer(Answer(reply, self._attempt(self.files.reserve))))
-
-    def _save(self, message: Save, reply: Reply, run_work: RunWork) -> None:
-        def save() -> Any:
-            with self.lock:
-                self.shard.require_hold(message.token)
-                saved = Saved(self.shard.progress.num_changes)
-            return self.files.save(message, self.shard.state.arrays(), lambda: on_written(saved))
-
-        def on_written(saved: Saved) -> None:
-            if self._spec.options.checkpoint_dir not in (None, above(message.directory)):
-                return  # nobody goes back to what is there
-            with self.lock:
-                must_send = self._outbox.queue_alone(self.shard.receive(saved, None))
-            if must_send:
-                self._outbox.send()
-
-        run_work(lambda: self._answer(Answer(reply, self._attempt(save))))
-
-    def _collect(self, message: Collect, reply: Reply, _: RunWork) -> None:
-        self.files.collect(message.file_name, lambda record: self._answer(Answer(reply, record)))
+    def _take_file_message(self, message: FileMessage, reply: Reply, run_work: RunWork) -> None:
+        self._file_messages.take(message, lambda a: self._answer(Answer(reply, a)), run_work)
 
     # Work
 
@@ -310,26 +313,31 @@ class ShardHost:
         replicator = self._replicator
         keep = None if replicator.stream is None else replicator.memory_for_mean()
         result = self._kernel.step(self.shard, keep)
-        seconds = perf_counter() - began
+        self._stepped(perf_counter() - began)
+        return result
+
+    def _stepped(self, seconds: float) -> None:
+        """Record what a step took, which has just ended."""
         self._stepped_s += seconds
+        self._idle_since = perf_counter()
         if self._meter is not None:
             self._meter.apply.add(seconds)
-        return result
 
     def _load_or_copy(self) -> Any:
         """Carry out the next order; an error is its answer, and leaves a load without a state."""
         order = self.shard.loads.first
         self.files.snapshots.copied.wait()
         if isinstance(order, Load):
-            return self._attempt(lambda: self.files.load(order, self.shard.state))
+            return attempt(self._spec.index, lambda: self.files.load(order, self.shard.state))
         assert order is not None
-        return self._attempt(lambda: self._attach_standby(order))
+        return attempt(self._spec.index, lambda: self._attach_standby(order))
 
     def _attach_standby(self, order: AttachStandby) -> int:
         assert self.connect_standby is not None
         self._replicator.release(order.standby)
         shard = self.shard
         with self.lock:
+            self._outbox.settle()
             control_state = self.control_state
         stream = self.connect_standby(order.standby, control_state, shard.config, shard.state)
         with self.lock:  # this one was not sent what came meanwhile
@@ -341,13 +349,6 @@ class ShardHost:
         if before is not None:
             before.close()
         return shard.progress.round
-
-    def _attempt(self, work: Callable[[], Any]) -> Any:
-        try:
-            with memory_for(f"shard {self._spec.index}: a copy of its state"):
-                return work()
-        except Exception as error:
-            return error
 
     # Answers
 
@@ -361,6 +362,7 @@ class ShardHost:
 
     def _describe(self, message: Describe) -> Description:
         with self.lock:
+            self._outbox.settle()
             description = self.shard.describe(with_spec=message.spec)
             replicated = self._replicator.reached
         return dataclasses.replace(
@@ -384,9 +386,9 @@ PREPARED: dict[type, Callable[[ShardHost, Any], Any]] = {
 
 TAKEN_HERE: dict[type, Callable[[ShardHost, Any, Reply, RunWork], None]] = {
     Describe: ShardHost._reply_to_describe,
-    Reserve: ShardHost._reserve,
-    Save: ShardHost._save,
-    Collect: ShardHost._collect,
+    Reserve: ShardHost._take_file_message,
+    Save: ShardHost._take_file_message,
+    Collect: ShardHost._take_file_message,
 }
 """The messages that the machine does not get; it gets all others."""
 

@@ -12,12 +12,30 @@ from distnadam.nadam.kernels import make_stepper
 from distnadam.nadam.mean import Scratch
 from distnadam.nadam.norms import clip_scales, square_sums
 from distnadam.nadam.parts import Arrangement, Arranger
-from distnadam.nadam.step_scalars import Clock, step_scalars
-from distnadam.nadam.stepper import UNSCALED, RangeStep, Slots
-from distnadam.protocol.messages import PartialNorms, ShardSpec
+from distnadam.nadam.step_scalars import Clock, StepScalars, step_scalars
+from distnadam.nadam.stepper import UNSCALED, RangeStep, Shares, Slots, Stepper
+from distnadam.protocol.messages import PartialNorms, Push, ShardSpec
 from distnadam.shard.machine import Shard
+from distnadam.shard.round import Round
 from distnadam.shard.state import ShardState, stretches_of
 from distnadam.tensors.arrays import Array, Flat
+
+
+class StepsAhead:
+    """The steps of rounds that differ in their scalars alone.
+
+    Args:
+        steps: for each buffer that a step may begin at, each space's with its stepper and shares.
+    """
+
+    def __init__(self, steps: Sequence[Sequence[tuple[Stepper, RangeStep, Shares]]]) -> None:
+        self._steps = steps
+
+    def step(self, active: int, scalars: StepScalars) -> None:
+        """Step from one buffer to the other."""
+        for stepper, step, shares in self._steps[active]:
+            step.scalars = scalars
+            stepper.step(step, shares)
 
 
 class ShardKernel:
@@ -108,6 +126,44 @@ class ShardKernel:
         if self._in_both or len(arranged.stepped) < len(self._spec.layout.tensors):
             self._copy_others(shard.state, arranged.stepped, in_place=in_place)
         return scalars.after, scalars.lr
+
+    def steps_ahead(self, shard: Shard, pushes: Sequence[Push]) -> "StepsAhead | None":
+        """Return the steps of the rounds from the next on, as long as each is ordinary and these
+        pushes' gradients lie where they are; None if such rounds are not stepped from one
+        buffer to the other alone.
+        """
+        arranged, config, state = self._ordinary, shard.config, shard.state
+        if (
+            arranged is None
+            or config is not self._config
+            or shard.progress.clock.tensors is not None
+            or state.in_place
+            or state.copies is not self._copies
+            or self._in_both
+            or len(arranged.stepped) < len(self._spec.layout.tensors)
+        ):
+            return None
+        alike = Round(self._spec.index, pushes={push.rank: push for push in pushes})
+        gradients, grouping = alike.summands(config.sum_group)
+        return StepsAhead(
+            [
+                [
+                    (
+                        self._steppers[space],
+                        RangeStep(
+                            slots=slots,
+                            gradients=[g[space] for g in gradients],
+                            grouping=grouping,
+                            scalars=step_scalars(shard.progress.clock, config),
+                            scales=self._signs,
+                        ),
+                        arranged.together[space],
+                    )
+                    for space, slots in by_space.items()
+                ]
+                for by_space in self._slots
+            ]
+        )
 
     def _arrangement(self, shard: Shard) -> Arrangement:
         """Return how the present round is stepped; keep it if all such rounds are."""

@@ -42,17 +42,17 @@ class Ledger:
         """Return the newest incarnation of each rank that had one."""
         return dict(self.newest)
 
-    def count(self, rank: int, incarnation: int, decided: int) -> None:
+    def count(self, rank: int, incarnation: int, decided: int, rounds: int = 1) -> None:
         """Enter that a rank's push was counted in the round `decided`, which is later than any
-        before.
+        before; or a worker's pushes in so many rounds, of which that is the last.
         """
         runs = self._runs.setdefault(rank, [])
         first, began, last = runs[-1] if runs else (0, 0, 0)
         following = first + decided - began if rank == DIRECT else first
-        if runs and last == decided - 1 and following == incarnation:
+        if runs and last == decided - rounds and following == incarnation:
             runs[-1][2] = decided
         else:
-            runs.append([incarnation, decided, decided])
+            runs.append([incarnation, decided - rounds + 1, decided])
 
     def counted(self, rank: int, incarnation: int, decided: int) -> bool:
         """Whether the push of (rank, incarnation) for that round was counted."""

@@ -104,24 +104,27 @@ class Progress:
         rejection: str | None,
         pushes: Mapping[int, Pushed],
         square_sums: Array | None = None,
+        rounds: int = 1,
     ) -> dict[int, PushNote]:
         """Count the pushes of the next round, which ends so, and return them by rank.
 
-        `square_sums` are its tensors', where clipping needed them.
+        `square_sums` are its tensors', where clipping needed them. Of several `rounds` that were
+        applied one after the other, by the same workers' pushes, these are the last one's, and no
+        loss scale follows them.
         """
         self.gradient_norm = NO_NORM
         if square_sums is not None:
             self.gradient_norm = math.sqrt(running_sum(square_sums))
         if self.loss_scale is not None and self._scaling is not None:
             self.loss_scale = self._scaling.after(self.loss_scale, outcome)
-        self.round += 1
+        self.round += rounds
         self.highest_round = max(self.highest_round, self.round)
         self.skipped += outcome != "applied"
         self.outcome = outcome
         self.rejection = rejection
         notes = {rank: push.note for rank, push in pushes.items()}
         for rank, note in notes.items():
-            self.members.ledger.count(rank, note.incarnation, self.round)
+            self.members.ledger.count(rank, note.incarnation, self.round, rounds)
         self.counted |= notes
         return notes
 

@@ -245,11 +245,16 @@ class Rounds:
             effects.append(Answer(waiter.caller, results[wanted]))
         return effects
 
-    def count(self, outcome: msg.Outcome, rejection: str | None) -> dict[int, msg.PushNote]:
-        """End the round: count its pushes, and begin the next; return what was counted."""
+    def count(
+        self, outcome: msg.Outcome, rejection: str | None, rounds: int = 1
+    ) -> dict[int, msg.PushNote]:
+        """End the round: count its pushes, and begin the next; return what was counted.
+
+        It stands for as many `rounds` as `Progress.decide` says.
+        """
         ended = self.current
         self.current = Round(self._shard)
-        return self.progress.decide(outcome, rejection, ended.pushes, ended.square_sums)
+        return self.progress.decide(outcome, rejection, ended.pushes, ended.square_sums, rounds)
 
     def keep_members(self) -> list[Effect]:
         """Forget the pushes that the next members cannot be completed with."""

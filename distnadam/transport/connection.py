@@ -34,6 +34,13 @@ log = logging.getLogger("distnadam")
 
 _GREETING_S = 10.0
 _READ_BYTES = 1 << 16
+_FEW_BYTES = 512
+"""Bytes of a read that waits: more than any frame of an ordinary round has."""
+AWAIT_S = 0.02
+"""Seconds for which one connection is waited for while others may have something too."""
+_AWAITED = struct.pack("@ll", 0, int(AWAIT_S * 1e6))
+"""As the system's timeval."""
+_AT_ONCE = socket.MSG_DONTWAIT
 
 
 def use_batch_scheduling() -> None:
@@ -56,7 +63,8 @@ class Address:
 
 
 class Connection:
-    """One end of a connection: sends and receives whole frames, and never waits for the peer.
+    """One end of a connection: sends and receives whole frames, and waits for the peer only where
+    `receive` is asked to.
 
     `is_broken` says whether something was sent to a peer that had closed.
 
@@ -75,7 +83,8 @@ class Connection:
         self._lock = threading.Lock()
         self.greeting: dict[str, Any] | None = None
         self.is_broken = False
-        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _AWAITED)
+        sock.setblocking(True)  # for `receive`; every other call says that it does not wait
         keep_from_children(sock)
 
     def fileno(self) -> int:
@@ -90,7 +99,7 @@ class Connection:
         with self._lock:
             if not self._unsent:
                 try:
-                    frame = frame[self._socket.send(frame) :]
+                    frame = frame[self._socket.send(frame, _AT_ONCE) :]
                 except BlockingIOError:
                     pass
                 except OSError:
@@ -108,7 +117,7 @@ class Connection:
         with self._lock:
             while self._unsent:
                 try:
-                    del self._unsent[: self._socket.send(self._unsent)]
+                    del self._unsent[: self._socket.send(self._unsent, _AT_ONCE)]
                 except BlockingIOError:
                     return False
                 except OSError:
@@ -116,19 +125,38 @@ class Connection:
                     self._unsent.clear()
             return True
 
-    def receive(self) -> list[bytes] | None:
-        """Return the bodies of the frames that have come whole, None once the peer has closed."""
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something is left for `flush`."""
+        return bool(self._unsent)
+
+    def receive(self, *, waits: bool = False) -> list[bytes] | None:
+        """Return the bodies of the frames that have come whole, None once the peer has closed.
+
+        Where it `waits`, it does so for `AWAIT_S` at most, and in one call of the system.
+        """
         try:
-            data = self._socket.recv(_READ_BYTES)
+            data = self._socket.recv(*((_FEW_BYTES,) if waits else (_READ_BYTES, _AT_ONCE)))
         except BlockingIOError:
             return []
         except OSError:
             return None
         return self._frames.feed(data) if data else None
 
+    def receive_soon(self, *, spins: bool) -> list[bytes] | None:
+        """Return what comes soon, as `receive` where it waits; before, ask for it without waiting,
+        again and again, where this thread `spins`.
+        """
+        if spins and (found := spin(self._receive_now)) != []:
+            return found
+        return self.receive(waits=True)
+
+    def _receive_now(self, _: float) -> list[bytes] | None:
+        return self.receive()
+
     def receive_greeting(self) -> tuple[bytes, list[int]]:
         """Return the peer's first bytes and the descriptors that came with them."""
-        data, fds, _, _ = socket.recv_fds(self._socket, _READ_BYTES, 4)
+        data, fds, _, _ = socket.recv_fds(self._socket, _READ_BYTES, 4, _AT_ONCE)
         return data, list(fds)
 
     def send_greeting(self, content: dict[str, Any], fds: list[int]) -> None:
@@ -168,7 +196,7 @@ def connect(
         answer = msgpack.unpackb(data[HEADER.size :])
         if "refused" in answer:
             raise LaneError(str(answer["refused"]))
-        sock.setblocking(False)
+        sock.setblocking(True)
         return connection, answer, received
     except (OSError, ValueError, LaneError) as error:
         sock.close()
@@ -188,6 +216,8 @@ class ConnectionServer:
         loop: the running event loop in whose thread this is done; None for a thread of its own.
         rest_s: seconds for which its own thread rests after what has come, so that frames gather.
         spins: whether its own thread spins for a little before it sleeps.
+        on_idle: called by its own thread before it waits; returns whether it would be called again
+            at once: then nothing is waited for in between.
 
     Raises:
         LaneError: the system has no socket, descriptor or thread for it.
@@ -204,9 +234,11 @@ class ConnectionServer:
         rest_s: float = 0.0,
         *,
         spins: bool = False,
+        on_idle: Callable[[], bool] = lambda: False,
     ) -> None:
         self._rest_s = rest_s
         self._spins = spins
+        self._on_idle = on_idle
         self._on_greeting = on_greeting
         self._on_frame = on_frame
         self._on_end = on_end
@@ -254,7 +286,7 @@ class ConnectionServer:
     def _serve(self) -> None:
         use_batch_scheduling()
         while not self._closed.is_set():
-            self._attend_ready(None)
+            self._attend_ready(0.0 if self._on_idle() else None)
             if self._rest_s:
                 time.sleep(self._rest_s)
 
@@ -290,15 +322,26 @@ class ConnectionServer:
             self._poll.modify(connection.fileno(), select.EPOLLIN)
         if not events & ~select.EPOLLOUT:
             return
+        if connection.greeting is None:
+            self._attempt(connection, self._greet, connection)
+        else:
+            self._attempt(connection, lambda: self._hand_over(connection, connection.receive()))
+
+    def take(self, connection: Connection, frames: list[bytes] | None) -> None:
+        """Do with what `Connection.receive` has returned as with what the server has read itself;
+        call this in its thread.
+        """
+        self._attempt(connection, self._hand_over, connection, frames)
+
+    def _hand_over(self, connection: Connection, frames: list[bytes] | None) -> None:
+        for frame in frames or []:
+            self._on_frame(connection, frame)
+        if frames is None:
+            self._end(connection)
+
+    def _attempt(self, connection: Connection, work: Callable[..., None], *arguments: Any) -> None:
         try:
-            if connection.greeting is None:
-                self._greet(connection)
-                return
-            frames = connection.receive()
-            for frame in frames or []:
-                self._on_frame(connection, frame)
-            if frames is None:
-                self._end(connection)
+            work(*arguments)
         except (LaneError, OSError, ValueError):
             self._end(connection)
         except Exception:  # of one connection; the others are served on

@@ -9,7 +9,7 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distnadam.errors import DistNadamError, LaneError, ShardLost
@@ -17,7 +17,13 @@ from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.messages import Leave, Message, Push, PushSlice, RoundResult
 from distnadam.tensors.arrays import Dtypes, Flat, cut_flat
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import Address, Connection, connect, use_batch_scheduling
+from distnadam.transport.connection import (
+    AWAIT_S,
+    Address,
+    Connection,
+    connect,
+    use_batch_scheduling,
+)
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.spinning import has_free_cores, spin
 
@@ -66,6 +72,7 @@ class ShmClient:
         self._thread = 0
         self._spins = False
         self._last: tuple[bytes, tuple[int, Any]] = b"", (0, None)
+        self._asked: Iterable[int] = ()  # the shards that the last number was sent to
         self._parts: Sequence[Flat] = ()
         self._alike: list[tuple[Flat, list[int]]] = []
         self._leave: Any = None
@@ -160,6 +167,7 @@ class ShmClient:
     def post(self, messages: Mapping[int, Message]) -> int:
         """Send each shard its message; return the number for `collect`."""
         number = self._next_number()
+        self._asked = list(messages)
         for shard, message in messages.items():
             self._send(shard, pack(number, message))
         return number
@@ -173,6 +181,7 @@ class ShmClient:
         number = self._next_number()
         if parts is not self._parts:
             self._parts, self._alike = parts, _alike(parts)
+        self._asked = self._connections.keys()
         for part, shards in self._alike:
             push.gradients = part
             frame = pack(number, push)
@@ -207,6 +216,8 @@ class ShmClient:
                 again.
         """
         answers = self._answers.get(number, {})
+        if deadline - time.monotonic() > AWAIT_S:
+            self._await_in_turn(answers)
         while len(answers) < count:
             left_s = min(max(0.0, deadline - time.monotonic()), _LONGEST_S)
             events = (self._spins and spin(self._poll.poll)) or self._poll.poll(left_s)
@@ -216,6 +227,32 @@ class ShmClient:
                 if fd in self._shard_of:
                     self._attend(self._shard_of[fd], event)
         return answers
+
+    def common_answer(self, number: int) -> Any:
+        """Return what all shards answer to a push of that number, if they answer soon and alike;
+        else None: then `collect` has what came.
+
+        Raises:
+            DistNadamError, ShardLost: as `collect`.
+        """
+        answers = self._answers.get(number, {})
+        self._await_in_turn(answers)
+        if len(answers) < len(self._ranges):
+            return None
+        first, *others = answers.values()
+        return first if all(other is first for other in others) else None
+
+    def _await_in_turn(self, answers: Mapping[int, Any]) -> None:
+        """Wait for one shard's answer after the other, as long as each comes soon: so this thread
+        is woken less often than by a wait for all.
+        """
+        for shard in reversed([*self._asked]):
+            if shard not in answers:
+                connection = self._connections[shard]
+                if connection.has_unsent:
+                    return
+                if not self._take(shard, connection.receive_soon(spins=self._spins)):
+                    return
 
     def parameters_of(self, shard: int, result: RoundResult) -> Flat:
         """Return views of one shard's ranges in the buffer that an answer names."""
@@ -231,7 +268,10 @@ class ShmClient:
             self._poll.modify(connection.fileno(), select.EPOLLIN)
         if not event & ~select.EPOLLOUT:
             return
-        frames = connection.receive()
+        self._take(shard, connection.receive())
+
+    def _take(self, shard: int, frames: list[bytes] | None) -> bool:
+        """Take what has come from a shard; return whether anything has."""
         if frames is None:
             self.drop(shard)
             raise ShardLost(f"shard {shard}: {self._peers[shard]} died")
@@ -244,6 +284,7 @@ class ShmClient:
             if isinstance(answer, DistNadamError):
                 raise answer
             self._answers[number][shard] = answer
+        return bool(frames)
 
 
 def _alike(parts: Sequence[Flat]) -> list[tuple[Flat, list[int]]]:

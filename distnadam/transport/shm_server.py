@@ -2,17 +2,24 @@
 reads the workers' arenas and writes parameters into the machine's.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distnadam.errors import LaneError
 from distnadam.protocol.codec import pack, unpack
 from distnadam.protocol.delivery import Deliver, portable, run_in_this_thread
-from distnadam.protocol.messages import Leave, PushSlice, ShardSpec, WorkerDied
+from distnadam.protocol.messages import Leave, Push, PushSlice, RoundResult, ShardSpec, WorkerDied
 from distnadam.tensors.arrays import Flat, cut_flat, dtype_of
 from distnadam.tensors.layout import Ranges
-from distnadam.transport.connection import Address, Connection, ConnectionServer, connect
+from distnadam.transport.connection import (
+    AWAIT_S,
+    Address,
+    Connection,
+    ConnectionServer,
+    connect,
+)
 from distnadam.transport.shared_memory import Arena
 from distnadam.transport.spinning import has_free_cores, processes_of
 
@@ -38,6 +45,32 @@ def parameter_arena(spec: ShardSpec, neighbour: Address | None) -> Arena:
     return arena
 
 
+_IN_A_ROW = 3
+"""Rounds stepped at once after which the next may be prepared for."""
+
+
+class Ahead(Protocol):
+    """Rounds that are prepared for (`runtime/rounds_ahead.py:RoundsAhead`)."""
+
+    def take(self, frames: Sequence[bytes]) -> Sequence[bytes] | None:
+        """Step the next round and return its answers; None if its frames must be read."""
+
+    def prepare(self) -> None:
+        """Prepare for the next round."""
+
+
+class StepsAtOnce(Protocol):
+    """A shard that takes all pushes of a round in one call (`ShardHost`)."""
+
+    def step_at_once(self, first: Push, *others: Push) -> RoundResult | None:
+        """Step the round that pushes complete, and return its end; None if each is to be
+        delivered.
+        """
+
+    def go_ahead(self, numbers: Sequence[int], pushes: Sequence[Push]) -> Ahead | None:
+        """Prepare for more rounds of such pushes; None if each is to be read."""
+
+
 class ShmServer:
     """One shard's end of its channels.
 
@@ -46,6 +79,8 @@ class ShmServer:
         parameters: the arena of its parameter buffers.
         deliver: called with each message in the server's thread, which also runs its work.
         loop: the running event loop whose thread that is; None for one of its own.
+        at_once: steps rounds at once, where all pushes of one have come; None if each push is to be
+            delivered.
     """
 
     def __init__(
@@ -54,7 +89,14 @@ class ShmServer:
         parameters: Arena,
         deliver: Deliver,
         loop: "asyncio.AbstractEventLoop | None" = None,
+        at_once: "StepsAtOnce | None" = None,
     ) -> None:
+        self._at_once = at_once
+        self._ahead: Ahead | None = None
+        self._in_a_row = 0  # rounds that were stepped at once
+        # who was answered last, and whose next pushes are awaited together, the last one first
+        self._answered: list[_WorkerEnd] = []
+        self._expected: Sequence[_WorkerEnd] = ()
         self._spec = spec
         self._parameters: Arena | None = parameters
         self._deliver = deliver
@@ -62,8 +104,15 @@ class ShmServer:
         # by rank; kept after a worker's end, for a push that is counted later
         self._newest: dict[int, _WorkerEnd] = {}
         self._processes = processes_of(spec)
-        spins = loop is None and has_free_cores(self._processes)
-        self._server = ConnectionServer(self._greet, self._take, self._end, loop, spins=spins)
+        self._spins = spins = loop is None and has_free_cores(self._processes)
+        self._server = ConnectionServer(
+            self._greet,
+            self._take,
+            self._end,
+            loop,
+            spins=spins,
+            on_idle=self._take_rounds,
+        )
 
     @property
     def address(self) -> Address:
@@ -110,7 +159,12 @@ class ShmServer:
             arena = Arena.attach(fds.pop(), self._spec.layout.sizes)
             arena.populate(self._spec.ranges)
             worker = _WorkerEnd(
-                connection, greeting["rank"], greeting["incarnation"], arena, self._spec.ranges
+                connection,
+                greeting["rank"],
+                greeting["incarnation"],
+                arena,
+                self._spec.ranges,
+                self._answered,
             )
             self._workers[connection] = worker
             self._newest[worker.rank] = worker
@@ -118,15 +172,78 @@ class ShmServer:
 
     def _take(self, connection: Connection, frame: bytes) -> None:
         worker = self._workers[connection]
-        number, message = unpack(frame, worker.gradients)
-        if (message.rank, message.incarnation) != (worker.rank, worker.incarnation):
-            raise LaneError(
-                f"a message of worker {message.rank} came through the lane of worker {worker.rank}"
-            )
+        number, message = worker.read(frame)
         reply = (
             _ignore if isinstance(message, Leave | PushSlice) else partial(worker.answer, number)
         )
+        self._answered.clear()
         self._deliver(message, reply, run_in_this_thread)
+        if len(self._answered) == len(self._workers) and self._at_once is not None:
+            self._expected = self._answered[::-1]
+
+    def _take_rounds(self) -> bool:
+        """Take rounds while the pushes of each come soon, for a moment; return whether those of the
+        next are awaited.
+
+        A thread that waits for one connection after the other is woken less often than one that
+        waits for all, and what came from each is entered together.
+        """
+        until = time.monotonic() + AWAIT_S
+        while self._expected and time.monotonic() < until:
+            expected, self._expected = self._expected, ()
+            came: _Came = []
+            for worker in expected:
+                came.append((worker, frames := worker.await_frames(spins=self._spins)))
+                if not frames or time.monotonic() > until + AWAIT_S:
+                    break
+            else:
+                if self._take_ahead(came) or self._take_round(came):
+                    self._expected = expected
+                    continue
+            self._ahead, self._in_a_row = None, 0
+            for worker, frames in came:
+                self._server.take(worker.connection, frames)
+        return bool(self._expected)
+
+    def _take_round(self, came: "_Came") -> bool:
+        """Step the round that each worker's frame is a push for, and answer them; return False if
+        each is to be taken by itself.
+        """
+        assert self._at_once is not None
+        self._ahead = None
+        numbers, pushes = [], []
+        try:
+            for worker, frames in came:
+                if frames is None or len(frames) != 1:
+                    return False
+                number, message = worker.read(frames[0])
+                if type(message) is not Push:
+                    return False
+                numbers.append(number)
+                pushes.append(message)
+            result = self._at_once.step_at_once(*pushes)
+        except Exception:  # what is wrong, each worker is told when its push is taken
+            return False
+        if result is None:
+            return False
+        for (worker, _), number in zip(came, numbers, strict=True):
+            worker.connection.send(pack(number, result))
+        self._in_a_row += 1
+        if self._in_a_row % _IN_A_ROW == 0:
+            self._ahead = self._at_once.go_ahead(numbers, pushes)
+        return True
+
+    def _take_ahead(self, came: "_Came") -> bool:
+        """Have the frames of a round taken as those of one that was prepared for."""
+        if (ahead := self._ahead) is None:
+            return False
+        frames = [frame for _, several in came for frame in several or ()]
+        if len(frames) != len(came) or (answers := ahead.take(frames)) is None:
+            return False
+        for (worker, _), answer in zip(came, answers, strict=True):
+            worker.connection.send(answer)
+        ahead.prepare()
+        return True
 
     def _end(self, connection: Connection) -> None:
         if (worker := self._workers.pop(connection, None)) is not None:
@@ -137,9 +254,16 @@ class _WorkerEnd:
     """A worker as its shard sees it: a connection, and views of its arena."""
 
     def __init__(
-        self, connection: Connection, rank: int, incarnation: int, arena: Arena, ranges: Ranges
+        self,
+        connection: Connection,
+        rank: int,
+        incarnation: int,
+        arena: Arena,
+        ranges: Ranges,
+        answered: "list[_WorkerEnd]",
     ) -> None:
-        self._connection = connection
+        self.connection = connection
+        self._answered = answered
         self.rank = rank
         self.incarnation = incarnation
         self._arena = arena
@@ -155,8 +279,34 @@ class _WorkerEnd:
             self._views[key] = cut_flat(whole, self._ranges)
         return self._views[key]
 
+    def await_frames(self, *, spins: bool) -> list[bytes] | None:
+        """Return what comes from the worker soon; None if nothing will any more."""
+        try:
+            return self.connection.receive_soon(spins=spins)
+        except LaneError:
+            return None
+
+    def read(self, frame: bytes) -> tuple[int, Any]:
+        """Return the number and the message of a frame.
+
+        Raises:
+            LaneError: it is no message, or another worker's.
+        """
+        number, message = unpack(frame, self.gradients)
+        if (message.rank, message.incarnation) != (self.rank, self.incarnation):
+            raise LaneError(
+                f"a message of worker {message.rank} came through the lane of worker {self.rank}"
+            )
+        return number, message
+
     def answer(self, number: int, reply: Any) -> None:
-        self._connection.send(pack(number, portable(reply)))
+        self.connection.send(pack(number, portable(reply)))
+        if type(reply) is RoundResult:
+            self._answered.append(self)
+
+
+_Came = list[tuple[_WorkerEnd, list[bytes] | None]]
+"""What came from each worker; None from one that is gone."""
 
 
 def _ignore(_: Any) -> None:

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from time import perf_counter
-from typing import Any
+from typing import TypeVar
 
 from distnadam.protocol.shard_status import ShardSpec
 
+_Found = TypeVar("_Found")
 _SPIN_S = 50e-6
 _OTHERS = 2
 """The supervisor and a relay."""
@@ -61,9 +62,9 @@ def _quotas(groups: str, root: Path) -> Iterator[float]:
                 yield float(most) / float(period)
 
 
-def spin(poll: Callable[[float], list[Any]]) -> list[Any]:
-    """Return what `poll` finds, asked again and again without waiting; [] if that is nothing for
-    some tens of microseconds. Whoever waits for this core runs in between.
+def spin(poll: Callable[[float], _Found]) -> _Found:
+    """Return what `poll` finds, asked again and again without waiting for some tens of microseconds
+    at most; it is falsy where it is nothing. Whoever waits for this core runs in between.
     """
     until = perf_counter() + _SPIN_S
     while not (found := poll(0)):

@@ -1,5 +1,6 @@
 """The short way of an ordinary push changes a shard as its machine does, and asks for the same."""
 
+import copy
 import dataclasses
 import io
 import pickle
@@ -21,6 +22,7 @@ from distnadam.nadam.step_scalars import Clock
 from distnadam.protocol.round_settings import ORDINARY, RoundSettings
 from distnadam.shard.effects import Compute, Work
 from distnadam.shard.machine import Shard
+from distnadam.shard.ordinary import close, count_ahead, may_go_ahead
 from distnadam.shard.ordinary_push import enter_push
 from distnadam.shard.phases import Phase
 from distnadam.shard.state import ShardState
@@ -259,3 +261,65 @@ def test_norms_holds_orders_and_ranks_given_up_are_left_to_the_machine() -> None
     rejected = new_shard()
     rejected.receive(push(rejected, 1, rejection="NaN"), 1)
     assert enter_push(rejected, push(rejected, 0, settings=ORDINARY), 0) is None
+
+
+def stepped(shard: Shard, deliver: Deliver, rounds: int) -> None:
+    """Have the machine take rounds one by one."""
+    for _ in range(rounds):
+        for rank in range(RANKS):
+            deliver(shard, push(shard, rank), "caller")
+        clock = shard.progress.clock
+        shard.computed(Work.STEP, (Clock(clock.iterations + 1, 0.5), 0.1))
+
+
+@pytest.mark.parametrize("before", range(3))
+@pytest.mark.parametrize("rounds", range(1, 6))
+def test_rounds_counted_together_are_those_counted_one_by_one(before: int, rounds: int) -> None:
+    one_by_one, together = new_shard(), new_shard()
+    for shard in (one_by_one, together):
+        stepped(shard, by_the_machine, before)
+    pushes = [push(together, rank) for rank in range(RANKS)]
+    assert may_go_ahead(together, pushes)
+    stepped(one_by_one, by_the_machine, rounds)
+    count_ahead(together, pushes, rounds, Clock(before + rounds, 0.5), 0.1)
+    assert held_by(one_by_one) == held_by(together)
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(pushes(), OTHERS), max_size=8))
+def test_where_rounds_may_go_ahead_pushes_are_all_that_a_step_needs(
+    messages: list[Callable[[Shard], Any]],
+) -> None:
+    shard = new_shard()
+    stepped(shard, by_the_machine, 1)
+    for message in messages:
+        outcome_of(by_the_machine, shard, message(shard), "caller")
+    usual = [push(shard, rank) for rank in range(RANKS)]
+    if not may_go_ahead(shard, usual):
+        return
+    twin = copy.deepcopy(shard)
+    stepped(shard, by_the_machine, 3)
+    clock = Clock(twin.progress.clock.iterations + 3, 0.5)
+    count_ahead(twin, usual, 3, clock, 0.1)
+    assert held_by(shard) == held_by(twin)
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(pushes(), OTHERS), max_size=6), st.lists(pushes(), max_size=3))
+def test_pushes_that_close_a_round_together_leave_what_the_machine_does(
+    messages: list[Callable[[Shard], Any]], last: list[Callable[[Shard], msg.Push]]
+) -> None:
+    shard = new_shard()
+    for message in messages:
+        outcome_of(by_the_machine, shard, message(shard), "caller")
+    twin, before = copy.deepcopy(shard), held_by(shard)
+    missing = [made(shard) for made in last] or [
+        push(shard, rank) for rank in range(RANKS) if rank not in shard.rounds.current.pushes
+    ]
+    if not missing or not close(shard, *missing):
+        assert held_by(shard) == before
+        return
+    effects = [outcome_of(by_the_machine, twin, each, None) for each in missing]
+    assert effects[-1][0] == content([Compute(Work.STEP)])
+    twin.rounds.current.waiting = [w for w in twin.rounds.current.waiting if w.caller is not None]
+    assert held_by(shard) == held_by(twin)

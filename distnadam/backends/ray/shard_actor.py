@@ -335,7 +335,7 @@ class ShardActor:
             self._address = dataclasses.replace(self._address, socket=None)
             return
         try:
-            server = ShmServer(self._spec, self._arena, host.deliver)
+            server = ShmServer(self._spec, self._arena, host.deliver, at_once=host)
         except LaneError as error:  # workers come by Ray's objects then
             reason = f"shard {self._spec.index}: {error}"
             self._address = dataclasses.replace(self._address, socket=None, reason=reason)

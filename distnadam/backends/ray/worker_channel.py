@@ -16,6 +16,7 @@ from distnadam.backends.ray.address import ProcessAddress, Relayed
 from distnadam.errors import ArenaError, LaneError, ShardLost
 from distnadam.planning import room
 from distnadam.protocol.messages import Pull, Push, PushSlice, RoundResult, TotalNorms
+from distnadam.protocol.round_settings import RoundSettings
 from distnadam.tensors.arrays import Dtypes, Flat, empty_flat
 from distnadam.tensors.layout import Ranges
 from distnadam.transport.available_memory import available_bytes
@@ -221,6 +222,34 @@ class RayWorkerChannel(WorkerChannel):
             return super().post_push(push, parts, slices)
         self._transport.require_open()
         return ShmPending(shm, shm.post_push(push, parts), len(parts), self._transport)
+
+    @override
+    def step_at_once(
+        self,
+        epoch: int,
+        rank: int,
+        incarnation: int,
+        round: int,
+        parts: Sequence[Flat],
+        settings: RoundSettings,
+    ) -> RoundResult | Pending | None:
+        shm = self._shm
+        if shm is None or not shm.complete:
+            return None
+        self._transport.require_open()
+        push = Push(
+            epoch=epoch,
+            rank=rank,
+            incarnation=incarnation,
+            round=round,
+            gradients=None,
+            settings=settings,
+        )
+        number = shm.post_push(push, parts)
+        ended = shm.common_answer(number)
+        if type(ended) is RoundResult and ended.round == round and ended.outcome == "applied":
+            return ended
+        return ShmPending(shm, number, len(parts), self._transport)
 
     @override
     def send_ahead(self, shard: int, part: PushSlice) -> bool:
