@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from distnadam.backends import notices
-from distnadam.backends.notices import await_notice, of_aws, of_gcp
+from distnadam.backends.notices import CLOUDS, await_notice, of_aws, of_gcp
+from tests.hosts.metadata import Metadata
 
 
 @contextmanager
@@ -76,6 +78,53 @@ def test_nothing_is_announced() -> None:
         assert of_gcp(url) is None
 
 
+def test_an_action_without_a_time_is_a_notice_all_the_same() -> None:
+    """One that is hibernated is so at once."""
+    for said in (b'{"action": "hibernate"}', b'{"action": "stop", "time": "soon"}'):
+        with service((200, said)) as url:
+            notice = of_aws(url)
+        assert notice is not None and notice.left_s == notices._LEAST_S
+        assert notice.why.startswith("AWS: ")
+
+
+@pytest.mark.parametrize(
+    ("event", "ends"),
+    [
+        ("NONE", False),
+        ("MIGRATE_ON_HOST_MAINTENANCE", False),
+        ("TERMINATE_ON_HOST_MAINTENANCE", True),
+    ],
+)
+def test_maintenance_that_ends_a_gcp_machine_is_a_notice(event: str, ends: bool) -> None:
+    with service((200, b"FALSE"), (200, event.encode())) as url:
+        notice = of_gcp(url)
+    assert (notice is not None) == ends
+    assert notice is None or (notice.why, notice.left_s) == (f"GCP: {event}", 60.0)
+
+
+@pytest.mark.parametrize("cloud", sorted(CLOUDS))
+def test_a_cloud_that_asks_for_what_its_documents_say_gives_its_notice(
+    cloud: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that end, and headers; no proxy is asked, whatever the environment says."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(notices, "_TOKEN_S", 1)
+    monkeypatch.setattr(Metadata, "announced", threading.Event())
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    _, ask = CLOUDS[cloud]
+    assert ask(url) is None
+    Metadata.announced.set()
+    if cloud == "aws":
+        time.sleep(1.1)  # the token that was had before ends
+    notice = ask(url)
+    server.shutdown()
+    server.server_close()
+    assert notice is not None and 25 <= notice.left_s <= 120
+    assert cloud in notice.why.lower()
+
+
 BAD = [
     (500, b"later"),
     (401, b""),
@@ -84,8 +133,7 @@ BAD = [
     (200, b"7"),
     (200, b"{}"),
     (200, b"\xff\xfe"),
-    (200, b'{"action": "stop", "time": 7}'),
-    (200, b'{"action": "stop", "time": "soon"}'),
+    (200, b'"stop"'),
     (0, b"no HTTP\r\n\r\n"),
 ]
 
