@@ -20,9 +20,10 @@ from distnadam import DistNadam, Options
 from distnadam.backends.ray.worker_group import RayWorkerGroup
 from distnadam.client import push_ahead
 from distnadam.client.status import RunningOptimizer
+from distnadam.planning import descriptors
 from distnadam.protocol.messages import Describe
 from tests.backends.ray.test_backend import title_of
-from tests.descriptors import CONNECTED, MEMORY, descriptors_of
+from tests.descriptors import CONNECTED, LISTENS, MEMORY, descriptors_of
 from tests.eventually import eventually
 
 SIZE = 50_000
@@ -230,6 +231,18 @@ def what_lives_on_keeps_nothing_of_shards_that_are_replaced(two: Two) -> None:
         assert last.total() <= first.total() + 4, (first, last)  # Ray's own vary
 
 
+def no_process_has_more_open_than_is_planned(two: Two) -> None:
+    two.step(1, 2)
+    bounds = [descriptors.of_shard(2, 2, 0)] * 4 + [descriptors.of_relay(2, 2)]
+    processes = [address.pid for address in two.optimizer.shards.backend.addresses]
+    processes += ray.get([each.pid.remote() for each in two.trainers])
+    for pid, bound in zip([*processes, *relays()], bounds, strict=True):
+        counts = descriptors_of(pid)
+        assert counts.total() <= bound, (counts, bound)
+    ours = counts[MEMORY] + counts[CONNECTED] + counts[LISTENS]  # of the relay
+    assert 3 * 2 * 2 < ours <= descriptors.of_relay(2, 2) - descriptors.of_relay(0, 0)
+
+
 class Placed:
     def __init__(self, rank: int) -> None:
         self._node = ray.get_runtime_context().get_node_id()
@@ -272,6 +285,7 @@ CASES = {
         a_relay_whose_workers_have_left_ends_and_another_begins_on_demand,
         what_was_replaced_or_resharded_is_read_by_the_next_pull,
         what_lives_on_keeps_nothing_of_shards_that_are_replaced,
+        no_process_has_more_open_than_is_planned,
         status_shows_what_goes_between_hosts_and_what_a_step_waits_for,
         ranks_of_a_group_are_placed_on_one_node_and_the_groups_in_turn,
         the_pushes_of_a_group_go_as_one_and_again_where_their_relay_is_killed,

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 
-from distnadam.planning.descriptors import needed
+import pytest
+
+from distnadam.planning.descriptors import needed, of_relay, of_shard
 
 SCRIPT = """
 import resource
@@ -31,12 +33,17 @@ def _refused(limit: int, shards: int, store: int) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def test_too_few_descriptors_are_refused_before_ray_is_started() -> None:
-    least = needed(num_workers=2, num_shards=3, replicas=0)
+@pytest.mark.parametrize("shards", [3, 40])
+def test_too_few_descriptors_are_refused_before_ray_is_started(shards: int) -> None:
+    """The more shards there are, the more a relay has open rather than a shard."""
+    shard, relay = of_shard(2, shards, 0), of_relay(2, shards)
+    assert needed(2, shards, 0) == max(shard, relay) == (shard if shards == 3 else relay)
+    least = max(shard, relay)
     assert (
-        f"this host lets a process open {least - 1} files, and one of 2 workers with 3 shards and "
-        f"0 standbys each may need {least}: raise the limit"
-    ) in _refused(least - 1, 3, 0)
+        f"this host lets a process open {least - 1} files, and of 2 workers with {shards} shards "
+        f"and 0 standbys each, a shard may need {shard}, and a relay beside all workers {relay}: "
+        "raise the limit"
+    ) in _refused(least - 1, shards, 0)
 
 
 def test_a_store_larger_than_shared_memory_is_refused_before_ray_is_started() -> None:
