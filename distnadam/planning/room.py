@@ -67,17 +67,48 @@ def gradients(sizes: Mapping[str, int]) -> Need:
 
 
 def of_host(run: Topology) -> list[Need]:
-    """Return what a host with shards and workers needs at least, by a plan."""
-    size = run.parameters
+    """Return what a host with shards and workers needs at least, by a plan: of shards, standbys,
+    workers, and of what a shard and the host's relay keep for others.
+
+    >>> run = Topology(parameters=2**20, hosts=2, workers_per_host=2, replicas=1, sum_group=2)
+    >>> [need.num_bytes // 2**20 for need in of_host(run)]
+    [8, 4, 6, 8, 2, 2]
+    """
+    size, held = run.parameters, run.held
     own = 2 * FLOAT32_BYTES + FLOAT32_BYTES * (run.ema + run.half_parameters)
+    copied = FLOAT32_BYTES * (3 + run.ema) * run.replicas
+    local = 0 if run.shard_hosts else run.workers_per_host
+    arriving = run.gradient_bytes * (run.workers - local) // run.sum_group
+    sums = FLOAT32_BYTES * run.pushes_of_a_host if run.sum_group > 1 else 0
+    gradients = run.workers_per_host * FLOAT32_BYTES * size
     return [
         Need(what="two buffers of the parameters", num_bytes=2 * run.parameter_bytes * size),
-        Need(what="the state of its shards", num_bytes=round(own * size * run.held)),
-        Need(
-            what="the gradients of its workers",
-            num_bytes=run.workers_per_host * FLOAT32_BYTES * size,
-        ),
+        Need(what="the state of its shards", num_bytes=round(own * size * held)),
+        Need(what="the state of standbys", num_bytes=round(copied * size * held)),
+        Need(what="the gradients of its workers", num_bytes=gradients),
+        Need(what="gradients that come from other hosts", num_bytes=round(arriving * size * held)),
+        Need(what="its relay's sums", num_bytes=round(sums * size * (1 - held))),
     ]
+
+
+def beside_shards(specs: Sequence[ShardSpec], *, standbys: bool, workers: bool) -> list[Need]:
+    """Return what standbys and workers are to take on the hosts that have shards, in all.
+
+    Args:
+        specs: the shards'.
+        standbys: whether each shard gets a standby there.
+        workers: whether all workers are there.
+    """
+    needs = []
+    if standbys:
+        listed = ", ".join(str(spec.index) for spec in specs)
+        size = sum(standby(spec).num_bytes for spec in specs)
+        needs.append(Need(what=f"the state of a standby of each shard {listed}", num_bytes=size))
+    if workers:
+        number = specs[0].options.min_workers or specs[0].num_workers
+        size = number * gradients(specs[0].layout.sizes).num_bytes
+        needs.append(Need(what=f"the gradients of {number} workers", num_bytes=size))
+    return needs
 
 
 def check(where: str, available: int, needs: Sequence[Need]) -> None:

@@ -30,7 +30,7 @@ from distnadam.backends.ray.nodes import (
     node_facts,
     nodes_in_words,
 )
-from distnadam.backends.ray.placement import check_fits
+from distnadam.backends.ray.placement import check_fits, nodes_beside
 from distnadam.backends.ray.session import OwnedRay, connect_or_start
 from distnadam.backends.ray.shard_transport import RayShardTransport
 from distnadam.backends.ray.supervisor_client import RaySupervisorClient
@@ -188,7 +188,7 @@ class RayBackend(Backend):
         counts = (specs[0].num_workers, len(specs), replicas)
         for each in facts:
             descriptors.check(f"node {each['node']}", int(each["descriptors"]), *counts)
-        _check_memory(specs, facts)
+        _check_memory(specs, facts, replicas)
         self.transport.shard_map = self.supervisor.open_shards()
 
     @override
@@ -226,14 +226,24 @@ class RayBackend(Backend):
             self._own = None
 
 
-def _check_memory(specs: Sequence[ShardSpec], facts: Sequence[Mapping[str, str]]) -> None:
-    """Raise InsufficientResources if a node lacks the memory for the shards that started there."""
+def _check_memory(
+    specs: Sequence[ShardSpec], facts: Sequence[Mapping[str, str]], replicas: int
+) -> None:
+    """Raise InsufficientResources if a node lacks the memory for the shards that started there, or
+    all of them that for standbys and workers, which can go nowhere else.
+    """
+    left = {}
     for node in {each["node"]: None for each in facts}:
         here = [
             (spec, each) for spec, each in zip(specs, facts, strict=True) if each["node"] == node
         ]
         needs = [room.buffers(specs[0].layout), room.state([spec for spec, _ in here])]
-        room.check(f"node {node}", min(int(each["memory"]) for _, each in here), needs)
+        available = min(int(each["memory"]) for _, each in here)
+        room.check(f"node {node}", available, needs)
+        left[node] = available - sum(need.num_bytes for need in needs)
+    others, suit = nodes_beside(facts, specs[0].options)
+    needs = room.beside_shards(specs, standbys=replicas > 0 and not suit, workers=not others)
+    room.check(f"beside their shards, node {', '.join(left)}", sum(left.values()), needs)
 
 
 def _made(make: Callable[..., Any], given: bytes, rank: int) -> Any:

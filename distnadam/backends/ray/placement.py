@@ -185,6 +185,22 @@ def suitable(
     ]
 
 
+def nodes_beside(
+    facts: Sequence[Mapping[str, str]], options: Options
+) -> tuple[list[str], list[str]]:
+    """Return the ids of the living nodes that processes with these facts are not on, and of those
+    of them that suit shards.
+    """
+    words = [each["node"] for each in facts]
+    others = [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and not any(f"(id {node['NodeID'][:12]})" in where for where in words)
+    ]
+    suit = suitable(others, options.label_selector, shard_ask(options), Avoid())
+    return [node["NodeID"] for node in others], [node["NodeID"] for node in suit]
+
+
 def _positive(ask: Mapping[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in ask.items() if amount > 0}
 

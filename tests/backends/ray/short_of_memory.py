@@ -45,6 +45,14 @@ def main() -> None:
             InsufficientResources, match=f"{where}1526 MiB: 763 MiB for two buffers"
         ):
             DistNadam(num_shards=2, backend="ray", options=OPTIONS).build(LARGE)
+        # some 60 MiB are those of a new process; the shard's state fits, its standby's does not
+        group.limit(group.used() + (60 + 153 + 60) * MIB)
+        with pytest.raises(
+            InsufficientResources,
+            match=rf"beside their shards, {where}115 MiB: 115 MiB for the state of a standby",
+        ):
+            DistNadam(replicas=1, backend="ray", options=OPTIONS).build(FITS)
+        group.limit(1000 * MIB)
         with DistNadam(num_shards=1, backend="ray", options=OPTIONS).build(FITS) as one:
             one.apply_gradients(FITS)
             group.limit(group.used() + 160 * MIB)  # some 60 of them are those of a new process
